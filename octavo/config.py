@@ -1,0 +1,157 @@
+"""Every option of the engine and of the server, with default, type and meaning, in one place.
+
+The CLI, the docs and the checks are made from these dataclasses; a test pins the list. The only
+environment variables that Octavo reads are read here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from octavo.errors import ConfigError
+from octavo.formats import KV_FORMATS
+from octavo.request import PrefixCaching
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+ATTENTION_BACKENDS = ("auto", "native", "reference")
+ATTENTION_ALIASES = {"PagedAttention": "auto"}
+
+
+def option(default: Any, help: str, **more: Any) -> Any:
+    """A dataclass field whose help text the CLI and the docs show."""
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionConfig:
+    """Which attention back end runs. `backend` is one of ATTENTION_BACKENDS or an alias."""
+
+    backend: str = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """All options of one engine. `resolve()` checks them against each other."""
+
+    model: str = option("", "Hugging Face id, local folder, .gguf file, demo or demo-moe")
+    tokenizer: str | None = option(None, "where the tokenizer comes from, if not from the model")
+    revision: str | None = option(None, "branch, tag or commit of a Hugging Face id")
+    download_dir: str | None = option(None, "where downloaded models are kept")
+    dtype: str = option("auto", "number format of the weights", choices=DTYPES)
+    load_format: str = option("auto", "format of the weights files", choices=LOAD_FORMATS)
+    quantization: str | None = option(None, "quantise weights at load (none are known yet)")
+    max_model_len: int | None = option(None, "context length; fitted to the memory if not given")
+    max_num_seqs: int = option(256, "sequences that run at once")
+    max_num_batched_tokens: int | None = option(None, "tokens computed in one step")
+    max_num_queued_requests: int = option(4096, "requests that may wait before 503 is answered")
+    block_size: int = option(16, "tokens in a block", choices=(16,))
+    gpu_memory_utilization: float = option(0.9, "share of the device's memory that may be used")
+    kv_cache_memory_bytes: int | None = option(None, "absolute size of the KV cache in bytes")
+    kv_cache_dtype: str = option("auto", "format of keys and values", choices=("auto", *KV_FORMATS))
+    prefix_caching: PrefixCaching = option(
+        "auto", "share computed prefixes between requests", choices=("auto", "on", "off")
+    )
+    tensor_parallel_size: int = option(1, "devices that share every layer")
+    attention_backend: str | AttentionConfig = option("auto", "kernel that computes attention")
+    enforce_eager: bool = option(False, "never capture device graphs")
+    device: str = option("auto", "device that computes", choices=("auto", "cpu"))
+    num_threads: int | None = option(None, "CPU threads; all cores if not given")
+    seed: int = option(0, "of requests that bring none, and of dummy weights")
+    chat_template: str | None = option(None, "Jinja file or text instead of the model's template")
+    skip_tokenizer_init: bool = option(False, "token ids in, token ids out")
+    poison_freed_blocks: bool = option(False, "test mode: fill freed blocks with NaN")
+
+    def resolve(self) -> EngineConfig:
+        """Returns self after checking every field. Raises ConfigError naming the field."""
+        if not self.model:
+            raise ConfigError("model is empty; give a folder, a .gguf file or an id", field="model")
+        for name in ("dtype", "load_format", "kv_cache_dtype", "prefix_caching", "device"):
+            choices = self.__dataclass_fields__[name].metadata["choices"]
+            _one_of(name, getattr(self, name), choices)
+        _one_of("block_size", self.block_size, (16,))
+        for name in ("max_num_seqs", "max_num_queued_requests"):
+            _positive(name, getattr(self, name))
+        for name in ("max_model_len", "max_num_batched_tokens", "num_threads"):
+            value = getattr(self, name)
+            if value is not None:
+                _positive(name, value)
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization must be above 0 and at most 1, got "
+                f"{self.gpu_memory_utilization}",
+                field="gpu_memory_utilization",
+            )
+        if self.tensor_parallel_size != 1:
+            raise ConfigError(
+                f"tensor_parallel_size is {self.tensor_parallel_size}; this version runs on one "
+                "device, use 1",
+                field="tensor_parallel_size",
+            )
+        if self.quantization is not None:
+            raise ConfigError(
+                f"quantization {self.quantization!r} is unknown; leave it out (GGUF files keep "
+                "their own format)",
+                field="quantization",
+            )
+        self.resolved_attention_backend()
+        return self
+
+    def resolved_attention_backend(self) -> str:
+        """Returns one of ATTENTION_BACKENDS. Raises ConfigError with the list of valid names."""
+        given = self.attention_backend
+        name = given.backend if isinstance(given, AttentionConfig) else given
+        name = ATTENTION_ALIASES.get(name, name)
+        if name not in ATTENTION_BACKENDS:
+            valid = ", ".join((*ATTENTION_BACKENDS, *ATTENTION_ALIASES))
+            raise ConfigError(
+                f"attention_backend {name!r} is unknown; valid are {valid}",
+                field="attention_backend",
+            )
+        return name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """All options of the HTTP server."""
+
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(8000, "port to listen on; 0 takes a free one")
+    api_key: tuple[str, ...] = option((), "keys that are let in (also OCTAVO_API_KEY)")
+    served_model_name: str | None = option(None, "name of the model in the API")
+    max_body_bytes: int = option(16 * 2**20, "largest request body")
+    allowed_origins: tuple[str, ...] = option((), "origins that browsers may call from")
+    log_format: Literal["text", "json"] = option("text", "log lines", choices=("text", "json"))
+    log_level: str = option(
+        "info", "least severe log line", choices=("debug", "info", "warning", "error")
+    )
+    shutdown_timeout: float = option(30.0, "seconds that running requests get at shutdown")
+
+    def resolve(self, environ: Mapping[str, str] = os.environ) -> ServerConfig:
+        """Returns a copy with the environment's key added. Raises ConfigError."""
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be in 0..65535, got {self.port}", field="port")
+        _positive("max_body_bytes", self.max_body_bytes)
+        keys = tuple(k for k in (*self.api_key, environ.get("OCTAVO_API_KEY", "")) if k)
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return ServerConfig(**{**values, "api_key": keys})
+
+
+def cache_dir(environ: Mapping[str, str] = os.environ) -> str:
+    """Where Octavo keeps demo models: OCTAVO_CACHE, else XDG_CACHE_HOME/octavo, else ~/.cache."""
+    base = environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return environ.get("OCTAVO_CACHE") or os.path.join(base, "octavo")
+
+
+def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        known = ", ".join(str(c) for c in choices)
+        raise ConfigError(f"{name} {value!r} is unknown; use {known}", field=name)
+
+
+def _positive(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}", field=name)

@@ -1,0 +1,173 @@
+"""The signatures of all device ops, and the tensors they work on.
+
+`reference.py` is the specification (plain torch); `cpu/` and later `triton/` implement the same
+class. The registry picks one at start. Ops know nothing of requests.
+
+Shape legend: T tokens of a step, S sequences, H query heads, K kv heads, D head size, M hidden,
+F expert hidden, E experts, N output columns, V vocabulary, B blocks, P block size.
+
+Reductions never depend on the neighbours: row t of a result is bit-identical whatever T, S or the
+other rows are, however a prompt is chunked. Activations are float32 on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from octavo.formats import WeightFormat
+
+Activation = Literal["silu", "gelu_tanh"]
+RouterScoring = Literal["softmax"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """A matrix [rows, cols] in its storage format: y = x @ W.T has `rows` columns.
+
+    `data` is [rows, cols] in the number's torch dtype, or for block formats uint8
+    [rows, row_bytes]; rows are contiguous, and the tensor may be a view of a mapped file.
+    """
+
+    data: Tensor
+    format: WeightFormat
+    rows: int
+    cols: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertWeights:
+    """The gated MLPs of a MoE layer: act(x @ gate.T) * (x @ up.T) @ down.T, each of length E."""
+
+    gate: tuple[Weight, ...]
+    up: tuple[Weight, ...]
+    down: tuple[Weight, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVLayer:
+    """One layer's part of the arena: strided views [B, P, K, D]; [P, K, D] is contiguous."""
+
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionBatch:
+    """Where one step's queries and KV lie, for one KV group. Planned once a step."""
+
+    positions_T: Tensor
+    """int32 absolute position of every token."""
+    slot_mapping_T: Tensor
+    """int64 block * P + offset where each token's K and V go."""
+    query_starts: Tensor
+    """int32 [S + 1] prefix sums of query lengths."""
+    seq_lens_S: Tensor
+    """int32 tokens visible to each sequence's last query (this step's included)."""
+    block_table: Tensor
+    """int32 [S, max blocks]; column j holds tokens [j * P, (j + 1) * P). Columns wholly behind
+    the window may hold 0 and are not read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeTable:
+    """cos and sin [max positions, rotary_dim // 2] float32, attention scaling multiplied in."""
+
+    cos: Tensor
+    sin: Tensor
+    rotary_dim: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QKNorm:
+    """RMSNorm of queries and keys before RoPE, over each head or over the whole projection."""
+
+    query: Tensor
+    key: Tensor
+    eps: float
+    per_head: bool
+    """True: weights [D] (Qwen3). False: weights [H * D] and [K * D] (OLMoE)."""
+
+
+class Ops(Protocol):
+    """What a back end computes. No method keeps state between calls."""
+
+    name: str
+
+    def embedding(self, token_ids_T: Tensor, weight: Weight) -> Tensor:
+        """Returns x_TM float32: rows of `weight` [V, M]. token_ids int32."""
+        ...
+
+    def rms_norm(self, x_TM: Tensor, weight_M: Tensor, eps: float) -> Tensor:
+        """Returns x / sqrt(mean(x^2) + eps) * weight; x is kept."""
+        ...
+
+    def add_rms_norm(
+        self, x_TM: Tensor, residual_TM: Tensor, weight_M: Tensor, eps: float
+    ) -> Tensor:
+        """residual += x in place; returns rms_norm(residual)."""
+        ...
+
+    def linear(
+        self, x_TM: Tensor, weights: Sequence[Weight], bias_N: Tensor | None = None
+    ) -> Tensor:
+        """Returns [T, sum of rows]: x @ W.T for each weight side by side, plus bias."""
+        ...
+
+    def gated_mlp(
+        self, x_TM: Tensor, gate: Weight, up: Weight, down: Weight, activation: Activation
+    ) -> Tensor:
+        """Returns (act(x @ gate.T) * (x @ up.T)) @ down.T as [T, M]."""
+        ...
+
+    def route(
+        self, logits_TE: Tensor, top_k: int, scoring: RouterScoring, renormalize: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Returns topk_weights float32 [T, top_k] and topk_ids int32 [T, top_k], best first;
+        equal scores: the lower expert first."""
+        ...
+
+    def moe(
+        self,
+        x_TM: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        experts: ExpertWeights,
+        activation: Activation,
+    ) -> Tensor:
+        """Returns [T, M]: sum over the chosen experts, in the order of topk_ids, of weight times
+        the expert's gated MLP. Every expert runs once, over the tokens gathered for it."""
+        ...
+
+    def rope_and_cache(
+        self,
+        qkv_TN: Tensor,
+        num_heads: int,
+        rope: RopeTable,
+        qk_norm: QKNorm | None,
+        layer: KVLayer,
+        batch: AttentionBatch,
+    ) -> Tensor:
+        """Splits qkv [T, (H + 2K) * D], norms and rotates (half-split, "neox") q and k, writes k
+        and v to the cache at slot_mapping, and returns q_THD float32 contiguous."""
+        ...
+
+    def attention(
+        self, q_THD: Tensor, layer: KVLayer, batch: AttentionBatch, scale: float, window: int | None
+    ) -> Tensor:
+        """Causal paged attention; returns [T, H * D]. Query at position p sees keys in
+        (p - window, p], or [0, p] without a window. H // K query heads share a kv head."""
+        ...
+
+    def copy_blocks(self, arena: Tensor, copies: Sequence[tuple[int, int]]) -> None:
+        """Copies whole pages arena[source] to arena[target], in order."""
+        ...
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Returns the torch dtype called float32, float16 or bfloat16."""
+    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]

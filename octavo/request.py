@@ -1,0 +1,288 @@
+"""What a user asks for and what comes back: SamplingParams, Request, outputs. No torch.
+
+Shared by every layer. A Request is frozen when it enters the engine; everything that changes
+afterwards belongs to the scheduler's Sequence or to the detokeniser.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+from octavo.errors import RequestError
+
+PrefixCaching = Literal["auto", "on", "off"]
+MAX_LOGPROBS = 100
+MAX_PARALLEL_SAMPLES = 64
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended; every sequence ends with exactly one. The values are OpenAI's."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+def _check(condition: bool, param: str, value: object, limit: str) -> None:
+    if not condition:
+        raise RequestError(f"{param} must be {limit}, got {value!r}", param=param)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are drawn and when a sequence ends. Names and defaults are vLLM's.
+
+    Raises RequestError (naming the field, the value and the limit) on values that make no sense.
+    """
+
+    n: int = 1
+    """Parallel samples of one prompt; the prompt is computed once."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 or -1 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this share as likely as the most likely one."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    """None: until the context is full."""
+    min_tokens: int = 0
+    logprobs: int | None = None
+    """Most likely tokens to report for each output position, beside the drawn one."""
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    """Filled in by the tokenizer from `bad_words`."""
+    prefix_caching: PrefixCaching | None = None
+    """None: as the engine is set. "off" neither reads nor writes the prefix cache."""
+
+    def __post_init__(self) -> None:
+        self._normalise_sequences()
+        self._check_numbers()
+        self._check_lists()
+
+    def _normalise_sequences(self) -> None:
+        """Lists and single strings are welcome at the face; inside, everything is a tuple."""
+        stop: object = self.stop
+        if stop is None:
+            object.__setattr__(self, "stop", ())
+        elif isinstance(stop, str):
+            object.__setattr__(self, "stop", (stop,))
+        for name in ("stop", "stop_token_ids", "allowed_token_ids", "bad_words"):
+            value = getattr(self, name)
+            if value is None and name != "allowed_token_ids":
+                object.__setattr__(self, name, ())
+            elif isinstance(value, Sequence) and not isinstance(value, (str, tuple)):
+                object.__setattr__(self, name, tuple(value))
+        object.__setattr__(
+            self, "bad_words_token_ids", tuple(tuple(ids) for ids in self.bad_words_token_ids)
+        )
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+
+    def _check_numbers(self) -> None:
+        _check(
+            _is_int(self.n) and 1 <= self.n <= MAX_PARALLEL_SAMPLES,
+            "n",
+            self.n,
+            f"an integer in 1..{MAX_PARALLEL_SAMPLES}",
+        )
+        for name, low, high in (
+            ("temperature", 0.0, 100.0),
+            ("min_p", 0.0, 1.0),
+            ("presence_penalty", -2.0, 2.0),
+            ("frequency_penalty", -2.0, 2.0),
+        ):
+            value = getattr(self, name)
+            ok = _is_number(value) and low <= value <= high
+            _check(ok, name, value, f"a number in {low:g}..{high:g}")
+        _check(
+            _is_number(self.top_p) and 0 < self.top_p <= 1,
+            "top_p",
+            self.top_p,
+            "a number above 0 and at most 1",
+        )
+        _check(_is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "an integer >= -1")
+        _check(
+            _is_number(self.repetition_penalty) and 0 < self.repetition_penalty <= 100,
+            "repetition_penalty",
+            self.repetition_penalty,
+            "a number above 0 and at most 100",
+        )
+        _check(
+            self.seed is None or (_is_int(self.seed) and -(2**63) <= self.seed < 2**63),
+            "seed",
+            self.seed,
+            "a 64-bit integer",
+        )
+        _check(
+            self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1),
+            "max_tokens",
+            self.max_tokens,
+            "an integer of at least 1",
+        )
+        _check(
+            _is_int(self.min_tokens) and self.min_tokens >= 0,
+            "min_tokens",
+            self.min_tokens,
+            "an integer of at least 0",
+        )
+        _check(
+            self.max_tokens is None or self.min_tokens <= self.max_tokens,
+            "min_tokens",
+            self.min_tokens,
+            f"at most max_tokens ({self.max_tokens})",
+        )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            ok = value is None or (_is_int(value) and 0 <= value <= MAX_LOGPROBS)
+            _check(ok, name, value, f"an integer in 0..{MAX_LOGPROBS}")
+
+    def _check_lists(self) -> None:
+        for name in ("stop", "bad_words"):
+            value = getattr(self, name)
+            ok = isinstance(value, tuple) and all(isinstance(s, str) and s for s in value)
+            _check(ok, name, value, "a list of non-empty strings")
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            value = getattr(self, name)
+            ok = value is None or (
+                isinstance(value, tuple) and all(_is_int(t) and t >= 0 for t in value)
+            )
+            _check(ok, name, value, "a list of token ids")
+        _check(self.allowed_token_ids != (), "allowed_token_ids", [], "null or a non-empty list")
+        bias = self.logit_bias
+        _check(
+            bias is None or all(_is_int(t) and t >= 0 and _is_number(b) for t, b in bias.items()),
+            "logit_bias",
+            bias,
+            "a map from token id to a finite number",
+        )
+        _check(
+            self.prefix_caching in (None, "auto", "on", "off"),
+            "prefix_caching",
+            self.prefix_caching,
+            "one of auto, on, off",
+        )
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < 1e-5
+
+    @property
+    def has_penalties(self) -> bool:
+        return (
+            self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or self.repetition_penalty != 1.0
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What enters the engine. Owns `params.n` sequences."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    eos_token_ids: tuple[int, ...] = ()
+    arrival_time: float = 0.0
+    """Seconds of the caller's monotonic clock."""
+    priority: int = 0
+    """Lower runs first, as in vLLM; equal ones first come first served."""
+    cache_salt: str = ""
+    """Separates prefix caches of tenants; bound by the server to the key."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logprob:
+    """One token's natural-log probability at one position."""
+
+    token_id: int
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+PositionLogprobs = tuple[Logprob, ...]
+"""The token itself first, then the most likely ones, best first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenDelta:
+    """What the engine core says of one sequence after a step (crosses processes)."""
+
+    request_id: str
+    index: int
+    """Which of the request's `n` sequences."""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[PositionLogprobs, ...] = ()
+    """Parallel to `token_ids` where asked, else empty."""
+    prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None
+    """Once, with the first token, where asked; None for the first prompt position."""
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    """The stop id that ended it (None for EOS); or the message of an error."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that came from the prefix cache."""
+
+
+@dataclass(slots=True, kw_only=True)
+class CompletionOutput:
+    """One sequence as the user sees it."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[PositionLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestMetrics:
+    """Times of one request, seconds of the engine's monotonic clock."""
+
+    arrival_time: float = 0.0
+    first_token_time: float | None = None
+    finished_time: float | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestOutput:
+    """One request as the user sees it; cumulative unless asked for deltas."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
+    num_cached_tokens: int = 0
+    metrics: RequestMetrics | None = None

@@ -1,0 +1,127 @@
+"""The contract between scheduler and runner: one plan in, one result out.
+
+The scheduler makes a StepPlan, the runner executes exactly that, in order, and answers with a
+StepResult. They share nothing else. Everything of variable length is a NumPy array, since a plan
+of 256 decodes must cost microseconds, not milliseconds, and travels to other processes as bytes.
+
+What a runner does with a plan, in this order:
+    1. release `freed_rows`, poison `freed_blocks` (only in test mode)
+    2. start `starts`: forget what the row held, keep the new sequence's sampling state
+    3. copy `copies` (copy-on-write), apply `table_deltas` to its mirror of the block tables
+    4. forward all `rows`; write their KV; sample where `samples`; keep sampled tokens by row
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from octavo.request import SamplingParams
+
+Int32 = NDArray[np.int32]
+Bool = NDArray[np.bool_]
+Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowStart:
+    """A sequence that takes a row in this step (first time, or again after preemption)."""
+
+    row: int
+    params: SamplingParams
+    seed: int
+    """Of this sequence: equal seeds draw equal tokens at equal output positions."""
+    stop_token_ids: tuple[int, ...]
+    """Ids that must not be drawn before `params.min_tokens` outputs (EOS included)."""
+    prompt_len: int
+    token_ids: Int32
+    """Prompt, then the outputs known so far: [prompt_len + num_outputs]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableDelta:
+    """`block_ids` go to columns `column...` of a row of one KV group's block table."""
+
+    group: int
+    row: int
+    column: int
+    block_ids: Int32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """One forward pass. S scheduled rows, T tokens in all; arrays are parallel over S."""
+
+    step_id: int
+    rows: Int32
+    """[S] the persistent row of each scheduled sequence."""
+    starts: Int32
+    """[S] position of the first token computed in this step."""
+    query_lens: Int32
+    """[S] tokens computed in this step, at least 1."""
+    token_ids: Int32
+    """[T] input ids, row after row; 0 where `from_device`."""
+    from_device: Bool
+    """[S] the row's only token is the one it sampled last, which the host does not know yet."""
+    samples: Bool
+    """[S] whether the last token's logits are sampled."""
+    row_starts: tuple[RowStart, ...] = ()
+    freed_rows: tuple[int, ...] = ()
+    freed_blocks: tuple[int, ...] = ()
+    """Blocks nobody holds any more; a runner in test mode fills them with NaN."""
+    copies: tuple[tuple[int, int], ...] = ()
+    """(source, target) blocks of copy-on-write."""
+    table_deltas: tuple[TableDelta, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """Log-probabilities of one position: the token itself first, then the most likely ones."""
+
+    token_ids: Int32
+    """[1 + num_logprobs]; the first is the sampled (or prompt) token."""
+    logprobs: Float32
+    """[1 + num_logprobs] natural log."""
+    rank: int
+    """Of the first one, 1 = most likely."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What a step produced, parallel over the plan's rows with `samples`, in their order."""
+
+    step_id: int
+    token_ids: Int32
+    """[number of sampling rows]"""
+    logprobs: dict[int, TokenLogprobs]
+    """By index into `token_ids`; only rows that asked."""
+    prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]]
+    """By index into the plan's rows. For a chunk at [start, start + len): entry i speaks of the
+    prompt token at start + 1 + i, as far as that is a prompt token."""
+    expert_counts: NDArray[np.int64] | None = None
+    """[MoE layers, experts] tokens routed in this step; None for dense models."""
+
+
+class Runner(Protocol):
+    """Executes plans in the order of their launch. One owner calls it; not thread-safe."""
+
+    def launch(self, plan: StepPlan) -> object:
+        """Enqueues the step and returns a ticket at once."""
+        ...
+
+    def collect(self, ticket: object) -> StepResult:
+        """Waits for the step of `ticket`; tickets are collected in launch order."""
+        ...
+
+    def close(self) -> None: ...
