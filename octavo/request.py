@@ -250,6 +250,8 @@ class TokenDelta:
     """The stop id that ended it (None for EOS); or the message of an error."""
     num_cached_tokens: int = 0
     """Prompt tokens that came from the prefix cache."""
+    scheduled_time: float | None = None
+    """When the request first entered a step, with its first token; seconds of `monotonic`."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -270,6 +272,7 @@ class RequestMetrics:
     """Times of one request, seconds of the engine's monotonic clock."""
 
     arrival_time: float = 0.0
+    scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
 
