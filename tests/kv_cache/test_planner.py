@@ -1,0 +1,163 @@
+"""The memory planner: sums, limits and messages, on small numbers that can be checked by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from octavo.config import EngineConfig
+from octavo.errors import CapacityError
+from octavo.formats import kv_format
+from octavo.kv_cache.planner import (
+    GIB,
+    ActivationShape,
+    MemoryPlan,
+    available_memory,
+    blocks_of_sequence,
+    longest_sequence,
+    plan_memory,
+)
+from octavo.kv_cache.spec import KVSpec, group_layers
+
+FULL = KVSpec(num_kv_heads=2, head_size=64, format=kv_format("float32"))
+HALF = dataclasses.replace(FULL, format=kv_format("float16"))
+WINDOW = dataclasses.replace(FULL, window=64)
+SHAPE = ActivationShape(hidden_size=128, qkv_size=256, mlp_size=512, vocab_size=1000)
+
+
+def plan(
+    specs: tuple[KVSpec, ...] = (FULL,) * 4,
+    *,
+    available: int = 8 * GIB,
+    weights: int = GIB,
+    positions: int = 4096,
+    **options: object,
+) -> MemoryPlan:
+    config = dataclasses.replace(EngineConfig(model="m"), **options)  # type: ignore[arg-type]
+    return plan_memory(
+        specs,
+        weights_bytes=weights,
+        activations=SHAPE,
+        config=config,
+        max_position_embeddings=positions,
+        available_bytes=available,
+    )
+
+
+def test_a_block_costs_the_keys_and_values_of_all_layers():
+    made = plan()
+    assert made.kv_token_bytes == 4 * 2 * 2 * 64 * 4
+    assert made.block_bytes == 16 * made.kv_token_bytes
+
+
+def test_the_parts_never_exceed_the_usable_memory():
+    made = plan(available=2 * GIB)
+    assert made.total_bytes <= made.usable_bytes == int(0.9 * 2 * GIB)
+
+
+def test_the_cache_takes_at_most_four_gib_by_default():
+    assert plan(available=64 * GIB).kv_bytes == 4 * GIB // 65536 * 65536
+
+
+def test_the_cache_takes_no_more_than_all_sequences_can_fill():
+    made = plan(max_num_seqs=2, positions=160)
+    assert made.num_blocks == 2 * (160 // 16 + 1)
+
+
+def test_a_given_context_may_exceed_the_default_of_four_gib():
+    made = plan(available=32 * GIB, positions=10**7, max_model_len=2 * 10**6)
+    assert made.max_model_len == 2 * 10**6
+    assert made.kv_bytes > 4 * GIB
+
+
+def test_an_absolute_cache_size_is_met_to_the_page():
+    assert plan(kv_cache_memory_bytes=10 * 65536 + 1).num_blocks == 10
+
+
+def test_an_absolute_cache_size_that_does_not_fit_says_what_is_left():
+    with pytest.raises(CapacityError, match="use at most") as caught:
+        plan(kv_cache_memory_bytes=8 * GIB)
+    assert caught.value.field == "kv_cache_memory_bytes"
+
+
+def test_an_absolute_cache_size_below_one_block_says_the_least():
+    with pytest.raises(CapacityError, match="takes 131072 bytes"):
+        plan(kv_cache_memory_bytes=1000)
+
+
+def test_the_context_is_the_models_when_the_cache_holds_it():
+    assert plan().max_model_len == 4096
+
+
+def test_the_context_is_fitted_to_the_cache_when_none_is_given():
+    made = plan(kv_cache_memory_bytes=11 * 65536)
+    assert made.max_model_len == 10 * 16
+
+
+def test_a_given_context_that_does_not_fit_says_which_would():
+    with pytest.raises(CapacityError, match=r"max_model_len 160;.*float16") as caught:
+        plan(kv_cache_memory_bytes=11 * 65536, max_model_len=200)
+    assert caught.value.field == "max_model_len"
+    assert plan(kv_cache_memory_bytes=11 * 65536, max_model_len=160).max_model_len == 160
+
+
+def test_half_precision_is_no_advice_when_the_cache_has_it_already():
+    with pytest.raises(CapacityError) as caught:
+        plan((HALF,) * 4, kv_cache_memory_bytes=11 * 65536, max_model_len=2000)
+    assert "float16" not in str(caught.value)
+
+
+def test_weights_that_do_not_fit_say_what_is_missing_and_what_would_fit():
+    with pytest.raises(CapacityError, match=r"are missing.*weights of up to .*GGUF.*free memory"):
+        plan(weights=100 * GIB)
+
+
+def test_free_memory_that_the_error_asks_for_is_enough():
+    with pytest.raises(CapacityError) as caught:
+        plan(weights=10 * GIB)
+    words = str(caught.value).split()
+    asked = float(words[-5])
+    assert plan(weights=10 * GIB, available=int((asked + 0.01) * GIB)).num_blocks >= 2
+
+
+def test_a_window_bounds_the_blocks_of_a_long_sequence():
+    groups = group_layers((WINDOW,) * 2)
+    # window 64, chunk 16: at most 64 + 16 + 14 tokens are held
+    assert blocks_of_sequence(groups, 10**6, 16, 16) == 6
+    assert blocks_of_sequence(groups, 17, 16, 16) == 2
+
+
+def test_groups_of_a_mixed_model_add_up():
+    groups = group_layers((FULL, WINDOW) * 2)
+    assert blocks_of_sequence(groups, 1600, 16, 16) == 100 + 6
+
+
+def test_tokens_in_one_step_default_to_512_and_hold_at_least_a_block():
+    assert plan().max_num_batched_tokens == 512
+    assert plan(max_num_batched_tokens=3).max_num_batched_tokens == 16
+    assert plan(max_num_batched_tokens=64).activation_bytes < plan().activation_bytes
+
+
+@given(st.integers(1, 500), st.integers(1, 5000), st.integers(1, 300), st.booleans())
+def test_the_longest_sequence_fits_and_one_more_token_does_not(
+    num_blocks: int, limit: int, chunk: int, mixed: bool
+):
+    groups = group_layers((FULL, WINDOW) if mixed else (FULL,))
+    found = longest_sequence(groups, num_blocks, limit, 16, chunk)
+    if found:
+        assert blocks_of_sequence(groups, found, 16, chunk) + 1 <= num_blocks
+    if found < limit:
+        assert blocks_of_sequence(groups, found + 1, 16, chunk) + 1 > num_blocks
+
+
+def test_the_description_names_every_part():
+    text = plan().describe()
+    for word in ("weights", "activations", "KV cache", "context", "fits", "4.0 KiB/token"):
+        assert word in text
+
+
+def test_the_machine_has_memory():
+    assert available_memory() > 2**20
