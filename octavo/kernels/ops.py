@@ -25,7 +25,7 @@ Activation = Literal["silu", "gelu_tanh"]
 RouterScoring = Literal["softmax"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class Weight:
     """A matrix [rows, cols] in its storage format: y = x @ W.T has `rows` columns.
 
@@ -39,7 +39,7 @@ class Weight:
     cols: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class ExpertWeights:
     """The gated MLPs of a MoE layer: act(x @ gate.T) * (x @ up.T) @ down.T, each of length E."""
 
@@ -97,6 +97,8 @@ class Ops(Protocol):
     """What a back end computes. No method keeps state between calls."""
 
     name: str
+    torch_threads: int
+    """Threads that torch should use beside these ops (1 where the back end has its own)."""
 
     def embedding(self, token_ids_T: Tensor, weight: Weight) -> Tensor:
         """Returns x_TM float32: rows of `weight` [V, M]. token_ids int32."""

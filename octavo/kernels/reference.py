@@ -1,0 +1,234 @@
+"""Every op in plain torch: the specification that kernels are tested against, and the fallback.
+
+Chosen by the registry where no faster back end fits. Accurate to float32, never holds more than
+a tile of scores or of dequantised weights; does not promise bit-identical rows across batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import gguf
+import numpy as np
+import torch
+from gguf.quants import dequantize
+from torch import Tensor
+from torch.nn import functional
+
+from octavo.kernels.ops import (
+    Activation,
+    AttentionBatch,
+    ExpertWeights,
+    KVLayer,
+    QKNorm,
+    RopeTable,
+    RouterScoring,
+    Weight,
+)
+
+PANEL_ELEMENTS = 1 << 22
+"""Weights converted to float32 at a time (16 MiB)."""
+QUERY_TILE = 128
+KV_TILE = 256
+
+
+def dequantize_rows(weight: Weight, rows: slice | Tensor) -> Tensor:
+    """Returns the chosen rows of `weight` as float32 [number of rows, cols]."""
+    data = weight.data[rows]
+    if not weight.format.is_block:
+        return data.float()
+    kind = gguf.GGMLQuantizationType[weight.format.name.upper()]
+    values = dequantize(np.ascontiguousarray(data.numpy()), kind)
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+
+
+def activate(gate: Tensor, activation: Activation) -> Tensor:
+    """Returns the gate's non-linearity, element by element."""
+    if activation == "silu":
+        return functional.silu(gate)
+    return functional.gelu(gate, approximate="tanh")
+
+
+class ReferenceOps:
+    """The ops of `octavo.kernels.ops.Ops` in plain torch."""
+
+    name = "reference"
+
+    def __init__(self, num_threads: int) -> None:
+        self.torch_threads = num_threads
+
+    def embedding(self, token_ids_T: Tensor, weight: Weight) -> Tensor:
+        return dequantize_rows(weight, token_ids_T.long())
+
+    def rms_norm(self, x_TM: Tensor, weight_M: Tensor, eps: float) -> Tensor:
+        scale = torch.rsqrt(x_TM.square().mean(-1, keepdim=True) + eps)
+        return x_TM * scale * weight_M.float()
+
+    def add_rms_norm(
+        self, x_TM: Tensor, residual_TM: Tensor, weight_M: Tensor, eps: float
+    ) -> Tensor:
+        residual_TM += x_TM
+        return self.rms_norm(residual_TM, weight_M, eps)
+
+    def linear(
+        self, x_TM: Tensor, weights: Sequence[Weight], bias_N: Tensor | None = None
+    ) -> Tensor:
+        out = x_TM.new_empty(x_TM.shape[0], sum(w.rows for w in weights))
+        column = 0
+        for weight in weights:
+            panel = max(1, PANEL_ELEMENTS // weight.cols)
+            for start in range(0, weight.rows, panel):
+                rows = slice(start, min(start + panel, weight.rows))
+                part = x_TM @ dequantize_rows(weight, rows).T
+                out[:, column + rows.start : column + rows.stop] = part
+            column += weight.rows
+        return out if bias_N is None else out.add_(bias_N)
+
+    def gated_mlp(
+        self, x_TM: Tensor, gate: Weight, up: Weight, down: Weight, activation: Activation
+    ) -> Tensor:
+        hidden = activate(self.linear(x_TM, (gate,)), activation)
+        return self.linear(hidden.mul_(self.linear(x_TM, (up,))), (down,))
+
+    def route(
+        self, logits_TE: Tensor, top_k: int, scoring: RouterScoring, renormalize: bool
+    ) -> tuple[Tensor, Tensor]:
+        assert scoring == "softmax", scoring
+        order = torch.sort(torch.softmax(logits_TE, -1), dim=-1, descending=True, stable=True)
+        weights = order.values[:, :top_k].contiguous()
+        if renormalize:
+            weights /= weights.sum(-1, keepdim=True)
+        return weights, order.indices[:, :top_k].to(torch.int32)
+
+    def moe(
+        self,
+        x_TM: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        experts: ExpertWeights,
+        activation: Activation,
+    ) -> Tensor:
+        top_k = topk_ids.shape[1]
+        chosen = topk_ids.reshape(-1)
+        parts = x_TM.new_empty(len(chosen), x_TM.shape[1])
+        for expert in chosen.unique().tolist():
+            picks = torch.nonzero(chosen == expert).squeeze(1)
+            gate, up, down = experts.gate[expert], experts.up[expert], experts.down[expert]
+            parts[picks] = self.gated_mlp(x_TM[picks // top_k], gate, up, down, activation)
+        parts = parts.view(-1, top_k, x_TM.shape[1])
+        out = parts[:, 0] * topk_weights[:, :1]
+        for place in range(1, top_k):
+            out += parts[:, place] * topk_weights[:, place : place + 1]
+        return out
+
+    def rope_and_cache(
+        self,
+        qkv_TN: Tensor,
+        num_heads: int,
+        rope: RopeTable,
+        qk_norm: QKNorm | None,
+        layer: KVLayer,
+        batch: AttentionBatch,
+    ) -> Tensor:
+        _, block_size, num_kv_heads, head_size = layer.key.shape
+        sizes = [num_heads * head_size, num_kv_heads * head_size, num_kv_heads * head_size]
+        q, k, v = qkv_TN.split(sizes, dim=1)
+        if qk_norm is not None:
+            q, k = self._qk_norm(q, qk_norm.query, qk_norm), self._qk_norm(k, qk_norm.key, qk_norm)
+        positions = batch.positions_T.long()
+        cos, sin = rope.cos[positions].unsqueeze(1), rope.sin[positions].unsqueeze(1)
+        block = batch.slot_mapping_T // block_size
+        offset = batch.slot_mapping_T % block_size
+        rotated = _rotate(k.reshape(-1, num_kv_heads, head_size), cos, sin, rope.rotary_dim)
+        layer.key[block, offset] = rotated.to(layer.key.dtype)
+        values = v.reshape(-1, num_kv_heads, head_size)
+        layer.value[block, offset] = values.to(layer.value.dtype)
+        return _rotate(q.reshape(-1, num_heads, head_size), cos, sin, rope.rotary_dim)
+
+    def _qk_norm(self, x_TN: Tensor, weight: Tensor, norm: QKNorm) -> Tensor:
+        if not norm.per_head:
+            return self.rms_norm(x_TN, weight, norm.eps)
+        heads = x_TN.reshape(len(x_TN), -1, len(weight))
+        return self.rms_norm(heads, weight, norm.eps).flatten(1)
+
+    def attention(
+        self, q_THD: Tensor, layer: KVLayer, batch: AttentionBatch, scale: float, window: int | None
+    ) -> Tensor:
+        out = torch.empty_like(q_THD)
+        starts = batch.query_starts.long()
+        query_lens = starts[1:] - starts[:-1]
+        # Sequences with one query (decode) share the tiles of a padded gather.
+        single = torch.nonzero(query_lens == 1).squeeze(1)
+        if len(single):
+            rows = starts[:-1][single].unsqueeze(1)
+            out[rows] = _attend(q_THD[rows], rows, single, layer, batch, (scale, window))
+        for sequence in torch.nonzero(query_lens > 1).squeeze(1).tolist():
+            first, end = int(starts[sequence]), int(starts[sequence + 1])
+            for start in range(first, end, QUERY_TILE):
+                rows = torch.arange(start, min(start + QUERY_TILE, end)).unsqueeze(0)
+                which = torch.tensor([sequence])
+                out[rows] = _attend(q_THD[rows], rows, which, layer, batch, (scale, window))
+        return out.flatten(1)
+
+    def copy_blocks(self, arena: Tensor, copies: Sequence[tuple[int, int]]) -> None:
+        for source, target in copies:
+            arena[target].copy_(arena[source])
+
+
+def _rotate(x_THD: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int) -> Tensor:
+    half = rotary_dim // 2
+    low, high, rest = x_THD.split([half, half, x_THD.shape[-1] - rotary_dim], dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=-1)
+
+
+def _attend(
+    q_SQHD: Tensor,
+    rows_SQ: Tensor,
+    sequences_S: Tensor,
+    layer: KVLayer,
+    batch: AttentionBatch,
+    scale_and_window: tuple[float, int | None],
+) -> Tensor:
+    """Online softmax over KV tiles for equally many (Q) queries of each given sequence.
+
+    softmax(scale * q k^T + causal and window mask) v, the running maximum and sum kept per query.
+    Slots that a query must not see may hold anything (NaN too): both k and v are masked.
+    """
+    scale, window = scale_and_window
+    block_size, num_kv_heads, head_size = layer.key.shape[1:]
+    S, Q, H, D = q_SQHD.shape
+    # [S, K, group * Q, D]: all queries that share a kv head are one matrix.
+    q = (
+        q_SQHD.view(S, Q, num_kv_heads, -1, D)
+        .permute(0, 2, 3, 1, 4)
+        .reshape(S, num_kv_heads, -1, D)
+    )
+    position = batch.positions_T.long()[rows_SQ]
+    first_seen = torch.zeros_like(position) if window is None else position - window + 1
+    table = batch.block_table[sequences_S].long()
+    best = q.new_full((*q.shape[:3], 1), -torch.inf)
+    total, out = torch.zeros_like(best), torch.zeros_like(q)
+    start = max(0, int(first_seen.min())) // KV_TILE * KV_TILE
+    for tile in range(start, int(position.max()) + 1, KV_TILE):
+        columns = table[:, tile // block_size : -(-(tile + KV_TILE) // block_size)]
+        at = tile // block_size * block_size + torch.arange(columns.shape[1] * block_size)
+        seen = (at <= position.unsqueeze(-1)) & (at >= first_seen.unsqueeze(-1))
+        used = seen.any(1)
+        # Columns nobody sees may hold anything: read block 0 in their place.
+        columns = columns.where(used.view(S, -1, block_size).any(-1), 0)
+        hidden = ~used.view(S, -1, 1, 1)
+        shape = (S, len(at), num_kv_heads, head_size)
+        k = layer.key[columns].float().view(shape).masked_fill_(hidden, 0).permute(0, 2, 3, 1)
+        v = layer.value[columns].float().view(shape).masked_fill_(hidden, 0).transpose(1, 2)
+        scores = (q @ k).mul_(scale)
+        masks = seen.unsqueeze(1).unsqueeze(1).expand(-1, num_kv_heads, H // num_kv_heads, -1, -1)
+        scores.masked_fill_(~masks.reshape(scores.shape), -torch.inf)
+        higher = torch.maximum(best, scores.amax(-1, keepdim=True))
+        floor = higher.masked_fill(higher == -torch.inf, 0)
+        scores.sub_(floor).exp_()
+        shrink = torch.exp(best - floor)
+        total = total * shrink + scores.sum(-1, keepdim=True)
+        out = out * shrink + scores @ v
+        best = higher
+    out /= total
+    return out.view(S, num_kv_heads, -1, Q, D).permute(0, 3, 1, 2, 4).reshape(S, Q, H, D)
