@@ -1,3 +1,75 @@
-"""Octavo: a serving engine for mixture-of-experts language models."""
+"""Octavo: a serving engine for mixture-of-experts language models.
+
+Owns the public surface: the names below, loaded when first used, so that `import octavo` and
+`octavo --help` stay fast. Everything that is not listed here may change.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from octavo.config import AttentionConfig, EngineConfig
+    from octavo.errors import (
+        CapacityError,
+        ChatTemplateError,
+        ConfigError,
+        ContextLengthError,
+        EngineDeadError,
+        ModelError,
+        ModelNotFoundError,
+        OctavoError,
+        OverloadedError,
+        RequestError,
+        UnsupportedModelError,
+        WeightsError,
+    )
+    from octavo.llm import LLM, AsyncLLM
+    from octavo.request import CompletionOutput, RequestOutput, SamplingParams
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "AttentionConfig",
+    "CapacityError",
+    "ChatTemplateError",
+    "CompletionOutput",
+    "ConfigError",
+    "ContextLengthError",
+    "EngineConfig",
+    "EngineDeadError",
+    "ModelError",
+    "ModelNotFoundError",
+    "OctavoError",
+    "OverloadedError",
+    "RequestError",
+    "RequestOutput",
+    "SamplingParams",
+    "UnsupportedModelError",
+    "WeightsError",
+    "__version__",
+]
+
+_HOMES = {
+    "LLM": "octavo.llm",
+    "AsyncLLM": "octavo.llm",
+    "AttentionConfig": "octavo.config",
+    "EngineConfig": "octavo.config",
+    "CompletionOutput": "octavo.request",
+    "RequestOutput": "octavo.request",
+    "SamplingParams": "octavo.request",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name from its home at first use."""
+    if name not in __all__:
+        raise AttributeError(f"module 'octavo' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES.get(name, "octavo.errors")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -170,7 +170,7 @@ def blocks_of_sequence(
     blocks = 0
     for group in groups:
         window = group.spec.window
-        seen = length if window is None else min(length, window + chunk + block_size - 2)
+        seen = length if window is None else min(length, window + chunk + block_size)
         blocks += -(-seen // block_size)
     return blocks
 

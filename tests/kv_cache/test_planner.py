@@ -125,7 +125,7 @@ def test_free_memory_that_the_error_asks_for_is_enough():
 
 def test_a_window_bounds_the_blocks_of_a_long_sequence():
     groups = group_layers((WINDOW,) * 2)
-    # window 64, chunk 16: at most 64 + 16 + 14 tokens are held
+    # window 64, chunk 16: at most 64 + 16 + 16 tokens are held
     assert blocks_of_sequence(groups, 10**6, 16, 16) == 6
     assert blocks_of_sequence(groups, 17, 16, 16) == 2
 
