@@ -1,0 +1,61 @@
+"""What a family file declares: how to read its config, and what its weights are called.
+
+Made by the family files, kept by `registry`, used by the loaders. It never imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from octavo.models.hf_config import HFConfig
+from octavo.models.spec import ModelSpec, Parameter, Shape
+
+_LAYER = "model.layers.{layer}"
+
+DENSE_NAMES: dict[str, str] = {
+    "embedding": "model.embed_tokens.weight",
+    "final_norm": "model.norm.weight",
+    "lm_head": "lm_head.weight",
+    "attention_norm": f"{_LAYER}.input_layernorm.weight",
+    **{
+        f"{part}{suffix}": f"{_LAYER}.self_attn.{part}_proj.{kind}"
+        for part in ("q", "k", "v", "o")
+        for suffix, kind in (("", "weight"), ("_bias", "bias"))
+    },
+    "q_norm": f"{_LAYER}.self_attn.q_norm.weight",
+    "k_norm": f"{_LAYER}.self_attn.k_norm.weight",
+    "mlp_norm": f"{_LAYER}.post_attention_layernorm.weight",
+    **{part: f"{_LAYER}.mlp.{part}_proj.weight" for part in ("gate", "up", "down")},
+}
+"""Names that all families of Llama's lineage share."""
+
+MOE_NAMES: dict[str, str] = {
+    **DENSE_NAMES,
+    "router": f"{_LAYER}.mlp.gate.weight",
+    **{
+        f"expert_{part}": f"{_LAYER}.mlp.experts.{{expert}}.{part}_proj.weight"
+        for part in ("gate", "up", "down")
+    },
+}
+"""DENSE_NAMES and the experts as Qwen and OLMoE call them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One Hugging Face architecture."""
+
+    read: Callable[[HFConfig], ModelSpec]
+    """Makes the spec from a config; raises UnsupportedModelError on what it does not know."""
+    names: Mapping[str, str]
+    """Canonical parameter name -> name in the checkpoint, with {layer} and {expert}."""
+
+    def weight_name(self, parameter: Parameter) -> str:
+        """Returns the parameter's name in a Hugging Face checkpoint."""
+        template = self.names[parameter.name]
+        return template.format(layer=parameter.layer, expert=parameter.expert)
+
+
+def weight_shapes(spec: ModelSpec, family: Family) -> dict[str, Shape]:
+    """Returns checkpoint name -> shape of every tensor the model needs, and of no other."""
+    return {family.weight_name(parameter): shape for parameter, shape in spec.parameters()}

@@ -1,0 +1,30 @@
+"""Llama and Mistral: dense decoders with grouped-query attention, full or windowed everywhere.
+
+Read by the registry. Data only: it never touches a tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from octavo.models.family import DENSE_NAMES, Family
+from octavo.models.hf_config import HFConfig, read_attention, read_decoder, read_mlp
+from octavo.models.spec import LayerSpec, ModelSpec
+
+
+def read_llama(config: HFConfig) -> ModelSpec:
+    config.must_be_off("mlp_bias")
+    bias = config.boolean("attention_bias", False)
+    attention = read_attention(config, qkv_bias=bias, o_bias=bias)
+    layer = LayerSpec(attention=attention, mlp=read_mlp(config))
+    return read_decoder(config, lambda _: layer)
+
+
+def read_mistral(config: HFConfig) -> ModelSpec:
+    attention = replace(read_attention(config), window=config.optional_integer("sliding_window"))
+    layer = LayerSpec(attention=attention, mlp=read_mlp(config))
+    return read_decoder(config, lambda _: layer)
+
+
+LLAMA = Family(read=read_llama, names=DENSE_NAMES)
+MISTRAL = Family(read=read_mistral, names=DENSE_NAMES)

@@ -1,0 +1,31 @@
+"""Mixtral: every MLP is a set of experts whose chosen weights sum to 1.
+
+Read by the registry. Data only: it never touches a tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from octavo.models.family import DENSE_NAMES, Family
+from octavo.models.hf_config import HFConfig, read_attention, read_decoder, read_moe
+from octavo.models.spec import LayerSpec, ModelSpec
+
+_MOE = "model.layers.{layer}.block_sparse_moe"
+MIXTRAL_NAMES = {
+    **DENSE_NAMES,
+    "router": f"{_MOE}.gate.weight",
+    "expert_gate": f"{_MOE}.experts.{{expert}}.w1.weight",
+    "expert_up": f"{_MOE}.experts.{{expert}}.w3.weight",
+    "expert_down": f"{_MOE}.experts.{{expert}}.w2.weight",
+}
+
+
+def read_mixtral(config: HFConfig) -> ModelSpec:
+    attention = replace(read_attention(config), window=config.optional_integer("sliding_window"))
+    moe = read_moe(config, size_field="intermediate_size", renormalize=True)
+    layer = LayerSpec(attention=attention, mlp=moe)
+    return read_decoder(config, lambda _: layer, default_theta=1_000_000.0)
+
+
+MIXTRAL = Family(read=read_mixtral, names=MIXTRAL_NAMES)

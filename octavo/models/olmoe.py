@@ -1,0 +1,29 @@
+"""OLMoE: experts everywhere, queries and keys normed over the whole projection, perhaps clipped.
+
+Read by the registry. Data only: it never touches a tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from octavo.models.family import MOE_NAMES, Family
+from octavo.models.hf_config import HFConfig, read_attention, read_decoder, read_moe
+from octavo.models.spec import LayerSpec, ModelSpec
+
+
+def read_olmoe(config: HFConfig) -> ModelSpec:
+    config.must_be_off("sliding_window")
+    bias = config.boolean("attention_bias", False)
+    attention = replace(
+        read_attention(config, qkv_bias=bias, o_bias=bias),
+        qk_norm="projection",
+        clip_qkv=config.optional_number("clip_qkv"),
+    )
+    renormalize = config.boolean("norm_topk_prob", False)
+    moe = read_moe(config, size_field="intermediate_size", renormalize=renormalize)
+    layer = LayerSpec(attention=attention, mlp=moe)
+    return read_decoder(config, lambda _: layer)
+
+
+OLMOE = Family(read=read_olmoe, names=MOE_NAMES)

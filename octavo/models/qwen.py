@@ -1,0 +1,93 @@
+"""Qwen2, Qwen3 and their MoE kin: windows on some layers, head norms, a gated shared expert.
+
+Read by the registry. Data only: it never touches a tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from octavo.models.family import DENSE_NAMES, MOE_NAMES, Family
+from octavo.models.hf_config import (
+    HFConfig,
+    is_sparse_layer,
+    read_attention,
+    read_decoder,
+    read_mlp,
+    read_moe,
+    read_windows,
+)
+from octavo.models.spec import AttentionSpec, LayerSpec, ModelSpec
+
+_SHARED = "model.layers.{layer}.mlp.shared_expert"
+QWEN2_MOE_NAMES = {
+    **MOE_NAMES,
+    "shared_router": f"{_SHARED}_gate.weight",
+    **{f"shared_{part}": f"{_SHARED}.{part}_proj.weight" for part in ("gate", "up", "down")},
+}
+
+
+def _window(config: HFConfig) -> int | None:
+    """The default of sliding_window is transformers'; it is in force only where asked for."""
+    asked = config.boolean("use_sliding_window", False)
+    return config.integer("sliding_window", 4096) if asked else None
+
+
+def _read_dense(config: HFConfig, attention: AttentionSpec) -> ModelSpec:
+    first = config.integer("max_window_layers", 28, least=0)
+    windows = read_windows(config, lambda layer: layer >= first, _window(config))
+    mlp = read_mlp(config)
+    return read_decoder(
+        config, lambda i: LayerSpec(attention=replace(attention, window=windows[i]), mlp=mlp)
+    )
+
+
+def read_qwen2(config: HFConfig) -> ModelSpec:
+    return _read_dense(config, read_attention(config, qkv_bias=True))
+
+
+def read_qwen3(config: HFConfig) -> ModelSpec:
+    return _read_dense(config, _qwen3_attention(config, head_size=128))
+
+
+def _qwen3_attention(config: HFConfig, head_size: int | None = None) -> AttentionSpec:
+    bias = config.boolean("attention_bias", False)
+    attention = read_attention(config, qkv_bias=bias, o_bias=bias, head_size=head_size)
+    return replace(attention, qk_norm="head")
+
+
+def read_qwen2_moe(config: HFConfig) -> ModelSpec:
+    attention = read_attention(config, qkv_bias=config.boolean("qkv_bias", True))
+    # unlike the dense Qwen2, windows are on every second of the *first* max_window_layers
+    last = config.integer("max_window_layers", 28, least=0)
+    windows = read_windows(config, lambda i: i % 2 == 0 and i < last, _window(config))
+    renormalize = config.boolean("norm_topk_prob", False)
+    moe = replace(
+        read_moe(config, size_field="moe_intermediate_size", renormalize=renormalize),
+        shared_size=config.integer("shared_expert_intermediate_size"),
+        shared_gate=True,
+    )
+
+    def layer(index: int) -> LayerSpec:
+        mlp = moe if is_sparse_layer(config, index) else read_mlp(config)
+        return LayerSpec(attention=replace(attention, window=windows[index]), mlp=mlp)
+
+    return read_decoder(config, layer)
+
+
+def read_qwen3_moe(config: HFConfig) -> ModelSpec:
+    attention = replace(_qwen3_attention(config), window=_window(config))
+    renormalize = config.boolean("norm_topk_prob", False)
+    moe = read_moe(config, size_field="moe_intermediate_size", renormalize=renormalize)
+
+    def layer(index: int) -> LayerSpec:
+        mlp = moe if is_sparse_layer(config, index) else read_mlp(config)
+        return LayerSpec(attention=attention, mlp=mlp)
+
+    return read_decoder(config, layer)
+
+
+QWEN2 = Family(read=read_qwen2, names=DENSE_NAMES)
+QWEN3 = Family(read=read_qwen3, names=DENSE_NAMES)
+QWEN2_MOE = Family(read=read_qwen2_moe, names=QWEN2_MOE_NAMES)
+QWEN3_MOE = Family(read=read_qwen3_moe, names=MOE_NAMES)

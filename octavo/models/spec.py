@@ -1,0 +1,200 @@
+"""What a decoder is, as frozen data: sizes, attention and MLP of every layer, RoPE.
+
+Family files make it from a config, the planner and the loader read it, `decoder` runs it. It never
+imports torch and never looks at a file: everything here is known before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from octavo.formats import KVFormat
+from octavo.kv_cache.spec import KVSpec
+
+if TYPE_CHECKING:  # the planner runs without torch
+    from octavo.kernels.ops import Activation, RouterScoring
+
+RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+Shape = tuple[int, ...]
+
+
+class Parameter(NamedTuple):
+    """One tensor of a model by its canonical name; -1 where there is no layer or expert."""
+
+    name: str
+    layer: int = -1
+    expert: int = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeSpec:
+    """Rotary embedding of the whole model. Fields that `type` does not use keep their default."""
+
+    type: RopeType
+    theta: float
+    rotary_dim: int
+    original_max_position_embeddings: int
+    """Length the model was trained on before `factor` stretched it."""
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    attention_factor: float = 1.0
+    """Multiplies cos and sin (yarn)."""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    """yarn: round the bounds of the ramp to whole dimensions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec:
+    """Grouped-query attention of one layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    scale: float
+    window: int | None = None
+    """A token sees itself and the `window - 1` before it; None sees all."""
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: Literal["head", "projection"] | None = None
+    clip_qkv: float | None = None
+    """Queries, keys and values are clamped to [-clip_qkv, clip_qkv] before RoPE."""
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_size
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MLPSpec:
+    """A gated MLP: act(x @ gate.T) * (x @ up.T) @ down.T."""
+
+    size: int
+    activation: Activation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoESpec:
+    """Experts that are gated MLPs of equal size, and perhaps one that every token goes to."""
+
+    num_experts: int
+    top_k: int
+    expert_size: int
+    activation: Activation
+    scoring: RouterScoring = "softmax"
+    renormalize: bool
+    """The weights of the chosen experts are scaled to sum to 1."""
+    shared_size: int = 0
+    """Hidden size of the shared expert; 0: there is none."""
+    shared_gate: bool = False
+    """The shared expert's output is multiplied by a sigmoid gate of the token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSpec:
+    """One decoder layer: norm, attention, norm, MLP or MoE, with two residual additions."""
+
+    attention: AttentionSpec
+    mlp: MLPSpec | MoESpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """A whole decoder."""
+
+    vocab_size: int
+    hidden_size: int
+    layers: tuple[LayerSpec, ...]
+    norm_eps: float
+    tie_embeddings: bool
+    max_position_embeddings: int
+    rope: RopeSpec
+
+    def kv_specs(self, kv_format: KVFormat) -> tuple[KVSpec, ...]:
+        """Returns one KVSpec per layer, for `octavo.kv_cache.spec.group_layers`."""
+        return tuple(
+            KVSpec(
+                num_kv_heads=layer.attention.num_kv_heads,
+                head_size=layer.attention.head_size,
+                format=kv_format,
+                window=layer.attention.window,
+            )
+            for layer in self.layers
+        )
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that have experts."""
+        return tuple(i for i, layer in enumerate(self.layers) if isinstance(layer.mlp, MoESpec))
+
+    @property
+    def max_experts(self) -> int:
+        """Experts of the layer that has most; 0 for a dense model."""
+        return max(
+            (layer.mlp.num_experts for layer in self.layers if isinstance(layer.mlp, MoESpec)),
+            default=0,
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(prod(shape) for _, shape in self.parameters())
+
+    def parameters(self) -> Iterator[tuple[Parameter, Shape]]:
+        """Yields every tensor with its shape; matrices are [outputs, inputs]."""
+        vocab = (self.vocab_size, self.hidden_size)
+        yield Parameter("embedding"), vocab
+        for index, layer in enumerate(self.layers):
+            yield Parameter("attention_norm", index), (self.hidden_size,)
+            for name, shape in _attention_shapes(layer.attention, self.hidden_size):
+                yield Parameter(name, index), shape
+            yield Parameter("mlp_norm", index), (self.hidden_size,)
+            if isinstance(layer.mlp, MoESpec):
+                yield from _moe_parameters(layer.mlp, self.hidden_size, index)
+            else:
+                for name, shape in _gated_shapes("", layer.mlp.size, self.hidden_size):
+                    yield Parameter(name, index), shape
+        yield Parameter("final_norm"), (self.hidden_size,)
+        if not self.tie_embeddings:
+            yield Parameter("lm_head"), vocab
+
+
+def _attention_shapes(spec: AttentionSpec, hidden: int) -> Iterator[tuple[str, Shape]]:
+    sizes = {"q": spec.q_size, "k": spec.kv_size, "v": spec.kv_size}
+    for name, size in sizes.items():
+        yield name, (size, hidden)
+        if spec.qkv_bias:
+            yield f"{name}_bias", (size,)
+    yield "o", (hidden, spec.q_size)
+    if spec.o_bias:
+        yield "o_bias", (hidden,)
+    if spec.qk_norm is not None:
+        per_head = spec.qk_norm == "head"
+        yield "q_norm", (spec.head_size if per_head else spec.q_size,)
+        yield "k_norm", (spec.head_size if per_head else spec.kv_size,)
+
+
+def _gated_shapes(prefix: str, size: int, hidden: int) -> Iterator[tuple[str, Shape]]:
+    yield f"{prefix}gate", (size, hidden)
+    yield f"{prefix}up", (size, hidden)
+    yield f"{prefix}down", (hidden, size)
+
+
+def _moe_parameters(spec: MoESpec, hidden: int, layer: int) -> Iterator[tuple[Parameter, Shape]]:
+    yield Parameter("router", layer), (spec.num_experts, hidden)
+    for expert in range(spec.num_experts):
+        for name, shape in _gated_shapes("expert_", spec.expert_size, hidden):
+            yield Parameter(name, layer, expert), shape
+    if spec.shared_size:
+        for name, shape in _gated_shapes("shared_", spec.shared_size, hidden):
+            yield Parameter(name, layer), shape
+        if spec.shared_gate:
+            yield Parameter("shared_router", layer), (1, hidden)
