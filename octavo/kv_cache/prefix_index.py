@@ -1,0 +1,115 @@
+"""Finds the block that holds a known prefix: chained SHA-256 of token ids -> physical block.
+
+Called by the KV cache manager. Never copies KV and never counts references.
+
+Digest of block i: SHA-256(digest of block i - 1, its token ids). The root is SHA-256 over
+domain-tagged fields: model identity (with the weights' version), KV format, block size and the
+tenant's salt, so that neither a stale nor a foreign hit is possible.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+
+from octavo.kv_cache.block_pool import BlockKey
+from octavo.observe.stats import MissReason
+
+_EVICTED_REMEMBERED = 65_536
+_CONTENTS_REMEMBERED = 65_536
+
+
+def prefix_root(**fields: str) -> bytes:
+    """Returns the parent digest of a first block; every field is tagged by name and length."""
+    digest = hashlib.sha256(b"octavo-prefix-1")
+    for name, value in sorted(fields.items()):
+        data = value.encode()
+        digest.update(f"|{name}:{len(data)}|".encode())
+        digest.update(data)
+    return digest.digest()
+
+
+def extend_digests(digests: list[bytes], root: bytes, token_ids: array[int], block: int) -> None:
+    """Appends the digests of all full blocks of `token_ids` (int32) not yet in `digests`."""
+    first, last = len(digests), len(token_ids) // block
+    if first == last:
+        return
+    data = token_ids[first * block : last * block].tobytes()
+    size = block * token_ids.itemsize
+    parent = digests[-1] if digests else root
+    sha256 = hashlib.sha256
+    for start in range(0, len(data), size):
+        parent = sha256(parent + data[start : start + size]).digest()
+        digests.append(parent)
+
+
+class PrefixIndex:
+    """Digest -> block, for each KV group; remembers recent losses so that a miss has a reason."""
+
+    def __init__(self, num_groups: int) -> None:
+        self._blocks: tuple[dict[bytes, int], ...] = tuple({} for _ in range(num_groups))
+        self._evicted: OrderedDict[bytes, None] = OrderedDict()
+        self._contents: OrderedDict[int, bytes] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(len(blocks) for blocks in self._blocks)
+
+    def find(self, group: int, digest: bytes) -> int | None:
+        """Returns the block that holds `digest` for `group`."""
+        return self._blocks[group].get(digest)
+
+    def num_leading(self, group: int, digests: list[bytes], limit: int) -> int:
+        """Returns how many of the first `limit` digests are known without a gap."""
+        known = self._blocks[group]
+        for i in range(limit):
+            if digests[i] not in known:
+                return i
+        return limit
+
+    def insert(self, key: BlockKey, block: int, content: int, root: bytes) -> bool:
+        """Publishes a block; False if another block already holds this key.
+
+        `content` is a hash of the block's tokens alone: it lets a miss be told from a miss of
+        another tenant, and decides nothing else.
+        """
+        if key.digest in self._blocks[key.group]:
+            return False
+        self._blocks[key.group][key.digest] = block
+        self._evicted.pop(key.digest, None)
+        _remember(self._contents, content, root, _CONTENTS_REMEMBERED)
+        return True
+
+    def remove(self, key: BlockKey) -> None:
+        """Forgets an evicted block."""
+        del self._blocks[key.group][key.digest]
+        _remember(self._evicted, key.digest, None, _EVICTED_REMEMBERED)
+
+    def clear(self) -> None:
+        for blocks in self._blocks:
+            for digest in blocks:
+                _remember(self._evicted, digest, None, _EVICTED_REMEMBERED)
+            blocks.clear()
+
+    def miss_reason(self, digest: bytes, content: int, root: bytes) -> MissReason:
+        """Says why `digest`, the first of a prompt that was not found, is missing."""
+        if digest in self._evicted:
+            return "evicted"
+        if self._contents.get(content, root) != root:
+            return "other_tenant"
+        return "never_seen"
+
+    def items(self) -> list[tuple[BlockKey, int]]:
+        """All published blocks, for checks."""
+        return [
+            (BlockKey(group, digest), block)
+            for group, blocks in enumerate(self._blocks)
+            for digest, block in blocks.items()
+        ]
+
+
+def _remember(memory: OrderedDict, key: object, value: object, limit: int) -> None:  # type: ignore[type-arg]
+    memory[key] = value
+    memory.move_to_end(key)
+    if len(memory) > limit:
+        memory.popitem(last=False)

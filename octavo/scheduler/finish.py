@@ -1,0 +1,60 @@
+"""When a sequence is over, and how the news of its tokens is worded. Pure functions."""
+
+from __future__ import annotations
+
+from octavo.request import FinishReason, Logprob, PositionLogprobs, TokenDelta
+from octavo.scheduler.sequence import Sequence
+from octavo.step import TokenLogprobs
+
+
+def finish_reason(sequence: Sequence) -> FinishReason | None:
+    """Returns why `sequence` ends with its newest token, or None if it goes on."""
+    token = sequence.token_ids[-1]
+    if token in sequence.stop_ids and sequence.num_outputs > sequence.request.params.min_tokens:
+        return FinishReason.STOP
+    if len(sequence.token_ids) >= sequence.max_len:
+        return FinishReason.LENGTH
+    return None
+
+
+def stop_reason(sequence: Sequence, reason: FinishReason | None) -> int | None:
+    """Returns the stop id that ended it; None for EOS, as in vLLM."""
+    token = sequence.token_ids[-1]
+    is_stop_id = reason is FinishReason.STOP and token not in sequence.eos_token_ids
+    return token if is_stop_id else None
+
+
+def token_delta(
+    sequence: Sequence,
+    token_ids: tuple[int, ...],
+    reason: FinishReason | None,
+    *,
+    logprobs: TokenLogprobs | None = None,
+    stop: int | str | None = None,
+) -> TokenDelta:
+    """Returns what the front end is told of `sequence` after a step."""
+    prompt_logprobs = None
+    if sequence.prompt_logprobs is not None and sequence.num_outputs == 1 and token_ids:
+        prompt_logprobs = (None, *map(position_logprobs, sequence.prompt_logprobs))
+    return TokenDelta(
+        request_id=sequence.request.request_id,
+        index=sequence.index,
+        token_ids=token_ids,
+        logprobs=() if logprobs is None else (position_logprobs(logprobs),),
+        prompt_logprobs=prompt_logprobs,
+        finish_reason=reason,
+        stop_reason=stop,
+        num_cached_tokens=sequence.num_cached_tokens,
+        scheduled_time=sequence.scheduled_time,
+    )
+
+
+def position_logprobs(logprobs: TokenLogprobs) -> PositionLogprobs:
+    """Returns the message form: the token itself with its rank, then the most likely ones."""
+    ids, values = logprobs.token_ids.tolist(), logprobs.logprobs.tolist()
+    own = Logprob(token_id=ids[0], logprob=values[0], rank=logprobs.rank)
+    best = (
+        Logprob(token_id=token, logprob=value, rank=rank)
+        for rank, (token, value) in enumerate(zip(ids[1:], values[1:], strict=True), start=1)
+    )
+    return (own, *best)

@@ -1,0 +1,89 @@
+"""Collects one step's rows and turns them into a StepPlan. No decisions are made here."""
+
+from __future__ import annotations
+
+from array import array
+
+import numpy as np
+
+from octavo.kv_cache.manager import KVCacheManager
+from octavo.scheduler.sequence import Sequence
+from octavo.step import RowStart, StepPlan
+
+
+class PlanBuilder:
+    """Filled by the scheduler while it walks its queues, then built once."""
+
+    def __init__(self) -> None:
+        self.sequences: list[Sequence] = []
+        self.samples: list[bool] = []
+        self._rows: list[int] = []
+        self._starts: list[int] = []
+        self._lens: list[int] = []
+        self._from_device: list[bool] = []
+        self._token_ids = array("i")
+        self._row_starts: list[RowStart] = []
+
+    def start_row(self, sequence: Sequence) -> None:
+        """The sequence takes its row in this step."""
+        assert sequence.row is not None
+        self._row_starts.append(
+            RowStart(
+                row=sequence.row,
+                params=sequence.request.params,
+                seed=sequence.seed,
+                stop_token_ids=tuple(sorted(sequence.stop_ids)),
+                prompt_len=sequence.prompt_len,
+                token_ids=np.array(sequence.token_ids, np.int32),
+            )
+        )
+
+    def add(self, sequence: Sequence, count: int) -> None:
+        """Computes `count` more tokens of `sequence` and advances its counters."""
+        start = sequence.num_computed
+        known = len(sequence.token_ids)
+        assert sequence.row is not None
+        self.sequences.append(sequence)
+        self._rows.append(sequence.row)
+        self._starts.append(start)
+        self._lens.append(count)
+        if start >= known:
+            self._from_device.append(True)
+            self._token_ids.append(0)
+        else:
+            self._from_device.append(False)
+            self._token_ids.extend(sequence.token_ids[start : start + count])
+        end = start + count
+        sequence.num_computed = end
+        is_sampling = end == known + sequence.num_pending
+        self.samples.append(is_sampling)
+        if is_sampling:
+            sequence.num_pending += 1
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._token_ids)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.sequences
+
+    def build(self, step_id: int, freed_rows: tuple[int, ...], manager: KVCacheManager) -> StepPlan:
+        return StepPlan(
+            step_id=step_id,
+            rows=np.array(self._rows, np.int32),
+            starts=np.array(self._starts, np.int32),
+            query_lens=np.array(self._lens, np.int32),
+            token_ids=np.array(self._token_ids, np.int32),
+            from_device=np.array(self._from_device, np.bool_),
+            samples=np.array(self.samples, np.bool_),
+            row_starts=tuple(self._row_starts),
+            freed_rows=freed_rows,
+            freed_blocks=manager.take_emptied(),
+            copies=manager.take_copies(),
+            table_deltas=manager.take_deltas(),
+        )
+
+    def computed(self) -> list[int]:
+        """Returns, parallel to `sequences`, how many of their tokens this step has computed."""
+        return [start + count for start, count in zip(self._starts, self._lens, strict=True)]

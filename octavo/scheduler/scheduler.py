@@ -1,0 +1,384 @@
+"""Decides what every step computes and what becomes of its tokens. Pure Python; no torch.
+
+Called by the engine core: add, abort, schedule -> launch -> collect -> commit. Runs one step ahead
+of the device: between schedule(n + 1) and commit(n) a sequence's newest token is known to the
+device only.
+
+Order: first come first served inside a priority. Running sequences first; decodes are sure of
+their token, prefill chunks share what the token budget leaves. A sequence whose next block another
+one is computing waits for it. When memory runs out, the youngest running sequence gives up its
+blocks and comes back first; the oldest always proceeds, so nothing starves.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from octavo.errors import OverloadedError
+from octavo.kv_cache.manager import KVCacheManager, PrefixHit, SequenceKV
+from octavo.request import FinishReason, Request, TokenDelta
+from octavo.scheduler.counters import SchedulerCounters
+from octavo.scheduler.finish import finish_reason, stop_reason, token_delta
+from octavo.scheduler.plan_builder import PlanBuilder
+from octavo.scheduler.sequence import Sequence
+from octavo.step import StepPlan, StepResult, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """What one step and the queue may hold."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    max_num_queued_requests: int = 4096
+
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    return sequence.order
+
+
+@dataclass(slots=True)
+class _Launched:
+    """A step between schedule and commit. Epochs tell whether a row is still the same holder."""
+
+    sequences: list[Sequence]
+    samples: list[bool]
+    computed: list[int]
+    preemptions: list[int]
+
+
+class Scheduler:
+    """Queues of sequences; `waiting` and `running` are kept in order of priority and arrival."""
+
+    def __init__(self, manager: KVCacheManager, limits: SchedulerLimits) -> None:
+        self.manager = manager
+        self.limits = limits
+        self.counters = SchedulerCounters()
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self._requests: dict[str, list[Sequence]] = {}
+        self._free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
+        self._freed_rows: list[int] = []
+        self._launched: dict[int, _Launched] = {}
+        self._next_order = 0
+        self._next_step = 0
+
+    # -- requests ----------------------------------------------------------------------------
+
+    def add(self, request: Request, root: bytes, caching: bool, seeds: Iterable[int]) -> None:
+        """Queues a request's sequences, one per seed. Raises OverloadedError if the queue is full.
+
+        `root` is the parent digest of its first block; `caching` whether it uses the prefix cache.
+        """
+        limit = self.limits.max_num_queued_requests
+        if len(self.waiting) >= limit:
+            raise OverloadedError(f"{len(self.waiting)} requests wait already (limit {limit})")
+        full_blocks = len(request.prompt_token_ids) // self.manager.block_size
+        sequences = []
+        for index, seed in enumerate(seeds):
+            kv = SequenceKV(
+                root=root,
+                # A hit has no logits, so prompt log-probabilities must be computed.
+                reads_cache=caching and request.params.prompt_logprobs is None,
+                writes_cache=caching,
+                prompt_blocks=full_blocks,
+            )
+            sequence = Sequence(
+                request,
+                index,
+                kv,
+                seed=seed,
+                order=self._next_order,
+                max_len=self.limits.max_model_len,
+            )
+            self._next_order += 1
+            sequences.append(sequence)
+            insort(self.waiting, sequence, key=_order)
+        self._requests[request.request_id] = sequences
+
+    def abort(self, request_id: str, index: int | None = None) -> list[TokenDelta]:
+        """Ends a request, or one of its sequences, now: its blocks are free for the next step.
+
+        Unknown and finished ones are ignored, since an abort may cross the last token.
+        """
+        deltas = []
+        for sequence in list(self._requests.get(request_id, ())):
+            if index in (None, sequence.index):
+                self._finish(sequence)
+                deltas.append(token_delta(sequence, (), FinishReason.ABORT))
+        return deltas
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting)
+
+    # -- schedule ----------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan | None:
+        """Returns the next step, or None if nothing can be computed before a commit."""
+        began = time.perf_counter()
+        builder = PlanBuilder()
+        was_preempted = self._schedule_running(builder)
+        if not was_preempted and self.waiting:
+            self._schedule_waiting(builder)
+        if builder.is_empty:
+            return None
+        step_id = self._next_step
+        self._next_step += 1
+        freed_rows, self._freed_rows = tuple(self._freed_rows), []
+        plan = builder.build(step_id, freed_rows, self.manager)
+        self._launched[step_id] = _Launched(
+            builder.sequences,
+            builder.samples,
+            builder.computed(),
+            [sequence.num_preemptions for sequence in builder.sequences],
+        )
+        self.counters.count_step(plan.num_tokens, time.perf_counter() - began)
+        return plan
+
+    def _schedule_running(self, builder: PlanBuilder) -> bool:
+        """Gives every running sequence its tokens; returns whether one was preempted for it."""
+        manager, budget = self.manager, self.limits.max_num_batched_tokens
+        decodes = sum(s.num_tokens - s.num_computed == 1 for s in self.running)
+        prefill_budget = budget - decodes
+        was_preempted = False
+        position = 0
+        # The list shrinks from its end while it is walked: victims are the youngest.
+        while position < len(self.running):
+            sequence = self.running[position]
+            position += 1
+            count = sequence.num_tokens - sequence.num_computed
+            if sequence.num_tokens >= sequence.max_len and sequence.num_pending:
+                continue  # its last token is on its way
+            if count != 1:
+                count = min(count, prefill_budget)
+                prefill_budget -= count
+            if count <= 0:
+                continue
+            end = sequence.num_computed + count
+            if end > manager.capacity(sequence.kv):
+                while not manager.allocate(sequence.kv, sequence.num_computed, end):
+                    was_preempted = True
+                    victim = self.running[-1]
+                    self._preempt(victim)
+                    if victim is sequence:
+                        break
+            if sequence.row is not None:
+                builder.add(sequence, count)
+        return was_preempted
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Takes blocks and row away; what it published stays cached while nobody needs the room."""
+        self.running.remove(sequence)
+        sequence.num_preemptions += 1
+        sequence.num_recomputed += sequence.num_computed
+        sequence.num_computed = 0
+        self._release(sequence)
+        insort(self.waiting, sequence, key=_order)
+        self.counters.num_preemptions += 1
+
+    def _schedule_waiting(self, builder: PlanBuilder) -> None:
+        """Admits waiting sequences in order while rows, budget and blocks last."""
+        limit = min(self.limits.max_num_seqs, self.limits.max_num_batched_tokens)
+        reserved = self._blocks_of_unfinished_prefills()
+        position = 0
+        while position < len(self.waiting):
+            budget = self.limits.max_num_batched_tokens - builder.num_tokens
+            if budget <= 0 or not self._free_rows or len(self.running) >= limit:
+                return
+            sequence = self.waiting[position]
+            if self._must_wait(sequence):
+                position += 1
+                continue
+            count = self._fork(sequence) or self._admit(sequence, budget, reserved)
+            if count is None:
+                return
+            if count == 0:
+                position += 1
+                continue
+            del self.waiting[position]
+            insort(self.running, sequence, key=_order)
+            reserved += self._missing_blocks(sequence)
+            builder.start_row(sequence)
+            builder.add(sequence, count)
+
+    def _blocks_of_unfinished_prefills(self) -> int:
+        """Blocks that running sequences still need for tokens they know already."""
+        return sum(
+            self._missing_blocks(s) for s in self.running if s.num_tokens - s.num_computed > 1
+        )
+
+    def _missing_blocks(self, sequence: Sequence) -> int:
+        manager = self.manager
+        missing = sequence.num_tokens - manager.capacity(sequence.kv)
+        return -(-max(missing, 0) // manager.block_size) * len(manager.tables)
+
+    def _must_wait(self, sequence: Sequence) -> bool:
+        """Whether it would do twice what somebody is doing for it."""
+        if sequence.num_pending:
+            return True  # preempted, and its newest token is still on the way
+        leader = self._leader(sequence)
+        return leader is not None and leader.num_computed < leader.prompt_len
+
+    def _leader(self, sequence: Sequence) -> Sequence | None:
+        """The first sample of the same request, if this one can still take its prompt over."""
+        if sequence.index == 0 or sequence.num_outputs:
+            return None
+        leader = self._requests[sequence.request.request_id][0]
+        return None if leader.is_finished else leader
+
+    def _fork(self, sequence: Sequence) -> int | None:
+        """Starts a parallel sample from its leader's blocks; returns 1, the prompt's last token,
+        whose logits it needs; None if that cannot be."""
+        leader = self._leader(sequence)
+        if leader is None or leader.row is None:
+            return None
+        computed = leader.prompt_len - 1
+        if not self.manager.fork(leader.kv, sequence.kv, self._free_rows[-1], computed):
+            return None
+        sequence.num_cached_tokens = leader.num_cached_tokens
+        self._start(sequence, computed)
+        return 1
+
+    def _admit(self, sequence: Sequence, budget: int, reserved: int) -> int | None:
+        """Starts a sequence; returns how many tokens it computes now, 0 if it should wait for a
+        prefix, None if there is no room for it."""
+        manager = self.manager
+        hit = manager.lookup(sequence.kv, sequence.token_ids)
+        if hit.is_computing:
+            return 0
+        cached = hit.num_blocks * manager.block_size
+        needed = manager.blocks_for(sequence.num_tokens, budget)
+        needed -= hit.num_blocks * len(manager.tables)
+        if not manager.fits(sequence.kv, hit, needed + reserved):
+            return None
+        count = min(sequence.num_tokens - cached, budget)
+        if not manager.admit(sequence.kv, self._free_rows[-1], hit, cached + count):
+            return None
+        self._count_lookup(sequence, hit)
+        self._start(sequence, cached)
+        return count
+
+    def _count_lookup(self, sequence: Sequence, hit: PrefixHit) -> None:
+        """Only the first admission is a query: recomputing after preemption is not a hit."""
+        size = self.manager.block_size
+        cached = hit.num_blocks * size
+        if sequence.num_preemptions:
+            lost = sequence.num_recomputed - cached
+            self.counters.num_recomputed_tokens += max(lost, 0)
+            sequence.num_recomputed = 0
+            return
+        sequence.num_cached_tokens = cached
+        if sequence.kv.reads_cache:
+            length = sequence.prompt_len
+            cacheable = (length - 1) // size * size
+            self.counters.count_lookup(length, cached, cacheable, hit.miss_reason)
+
+    def _start(self, sequence: Sequence, num_computed: int) -> None:
+        sequence.row = self._free_rows.pop()
+        sequence.num_computed = num_computed
+        if sequence.scheduled_time is None:
+            sequence.scheduled_time = time.monotonic()
+
+    # -- commit ------------------------------------------------------------------------------
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
+        """Takes over a step's tokens: appends, finishes, frees, publishes block digests."""
+        step = self._launched.pop(plan.step_id)
+        token_ids = result.token_ids.tolist()
+        deltas: list[TokenDelta] = []
+        sample = 0
+        for i, sequence in enumerate(step.sequences):
+            is_sampling = step.samples[i]
+            sample += is_sampling
+            if sequence.is_finished:
+                continue
+            if i in result.prompt_logprobs and sequence.prompt_logprobs is not None:
+                start = step.computed[i] - int(plan.query_lens[i])
+                del sequence.prompt_logprobs[start:]  # a preempted prefill comes again
+                sequence.prompt_logprobs.extend(result.prompt_logprobs[i])
+            if is_sampling:
+                sequence.num_pending -= 1
+                sequence.token_ids.append(token_ids[sample - 1])
+            if sequence.num_preemptions == step.preemptions[i]:
+                self.manager.publish(sequence.kv, sequence.token_ids, step.computed[i])
+            if is_sampling:
+                deltas.append(self._tell(sequence, result.logprobs.get(sample - 1)))
+        return deltas
+
+    def _tell(self, sequence: Sequence, logprobs: TokenLogprobs | None) -> TokenDelta:
+        """Counts the newest token, ends the sequence if it is its last, and words the news."""
+        if sequence.num_outputs == 1:
+            self._count_prompt(sequence)
+        self.counters.num_generation_tokens += 1
+        reason = finish_reason(sequence)
+        delta = token_delta(
+            sequence,
+            (sequence.token_ids[-1],),
+            reason,
+            logprobs=logprobs,
+            stop=stop_reason(sequence, reason),
+        )
+        if reason is not None:
+            self._finish(sequence)
+        return delta
+
+    def _count_prompt(self, sequence: Sequence) -> None:
+        if sequence.index == 0:
+            self.counters.num_prompt_tokens += sequence.prompt_len
+            self.counters.num_cached_prompt_tokens += sequence.num_cached_tokens
+
+    def fail(self, plan: StepPlan, message: str) -> list[TokenDelta]:
+        """A step raised: its sequences end with an error, all others go on."""
+        step = self._launched.pop(plan.step_id)
+        deltas = []
+        for sequence in step.sequences:
+            if not sequence.is_finished:
+                self._finish(sequence)
+                deltas.append(token_delta(sequence, (), FinishReason.ERROR, stop=message))
+        return deltas
+
+    def _finish(self, sequence: Sequence) -> None:
+        if sequence.is_finished:
+            return
+        sequence.is_finished = True
+        queue = self.waiting if sequence.row is None else self.running
+        queue.remove(sequence)
+        self._release(sequence)
+        siblings = self._requests[sequence.request.request_id]
+        if all(s.is_finished for s in siblings):
+            del self._requests[sequence.request.request_id]
+
+    def _release(self, sequence: Sequence) -> None:
+        self.manager.release(sequence.kv)
+        if sequence.row is not None:
+            self._freed_rows.append(sequence.row)
+            self._free_rows.append(sequence.row)
+            sequence.row = None
+
+    # -- figures and checks ------------------------------------------------------------------
+
+    @property
+    def waste_share(self) -> float:
+        """Slots of referenced blocks that hold no token, over all slots of referenced blocks."""
+        manager = self.manager
+        slots = manager.pool.num_referenced * manager.block_size
+        unused = sum(manager.capacity(s.kv) - s.num_computed for s in self.running)
+        return len(manager.tables) * unused / slots if slots else 0.0
+
+    def check(self) -> None:
+        """Raises AssertionError if queues, rows and blocks contradict each other."""
+        rows = [s.row for s in self.running if s.row is not None]
+        assert len(rows) == len(self.running)
+        assert sorted(self._free_rows + rows) == list(range(self.limits.max_num_seqs))
+        assert all(s.row is None and s.kv.row is None for s in self.waiting)
+        assert all(s.kv.row == s.row for s in self.running)
+        self.manager.check(rows)

@@ -1,0 +1,82 @@
+"""One growing list of token ids with its progress: what the scheduler knows of a sequence.
+
+Owned by the scheduler. No torch.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+from octavo.kv_cache.manager import SequenceKV
+from octavo.request import Request
+from octavo.step import TokenLogprobs
+
+
+class Sequence:
+    """Sample `index` of a request.
+
+    `num_computed` chases `num_tokens`: prefill, chunks, prefix hits and recomputing after
+    preemption are all the same catching up. `num_pending` tokens are sampled on the device but
+    not known to the host yet, since scheduling runs one step ahead.
+    """
+
+    __slots__ = (
+        "eos_token_ids",
+        "index",
+        "is_finished",
+        "kv",
+        "max_len",
+        "num_cached_tokens",
+        "num_computed",
+        "num_pending",
+        "num_preemptions",
+        "num_recomputed",
+        "order",
+        "prompt_len",
+        "prompt_logprobs",
+        "request",
+        "row",
+        "scheduled_time",
+        "seed",
+        "stop_ids",
+        "token_ids",
+    )
+
+    def __init__(
+        self, request: Request, index: int, kv: SequenceKV, *, seed: int, order: int, max_len: int
+    ) -> None:
+        params = request.params
+        self.request = request
+        self.index = index
+        self.kv = kv
+        self.seed = seed
+        self.order = (request.priority, order)
+        """Smaller goes first: priority, then arrival."""
+        self.token_ids = array("i", request.prompt_token_ids)
+        self.prompt_len = len(self.token_ids)
+        self.max_len = min(max_len, self.prompt_len + (params.max_tokens or max_len))
+        """Tokens at which it ends with finish reason length."""
+        self.eos_token_ids = frozenset(() if params.ignore_eos else request.eos_token_ids)
+        self.stop_ids = self.eos_token_ids | frozenset(params.stop_token_ids)
+        self.row: int | None = None
+        self.num_computed = 0
+        """Tokens whose KV is computed by a launched step."""
+        self.num_pending = 0
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.num_recomputed = 0
+        """Tokens computed once more after preemptions."""
+        self.prompt_logprobs: list[TokenLogprobs] | None = (
+            None if params.prompt_logprobs is None or index else []
+        )
+        self.scheduled_time: float | None = None
+        self.is_finished = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Known and pending tokens."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.token_ids) - self.prompt_len
