@@ -296,7 +296,7 @@ def _special_tokens(meta: Mapping[str, Any], tokens: Sequence[str]) -> dict[str,
         ("pad_token", "padding"),
         ("eot_token", "eot"),
     ):
-        index = meta.get(f"tokenizer.ggml.{key}_token_id")
+        index: int | None = meta.get(f"tokenizer.ggml.{key}_token_id")
         if index is not None and 0 <= index < len(tokens):
             found[role] = tokens[index]
     return found
