@@ -31,8 +31,8 @@ from octavo.step import Float32, Int32, RowStart, TokenLogprobs
 
 Ids = NDArray[np.int64]
 
-# The top-p set nearly always lies among so many best tokens; if not, all are sorted.
-_TOP_P_GUESSES = (1024, 16384)
+# The top-p set nearly always lies among so many best tokens; if not, more are sorted.
+_TOP_P_GUESS = 1024
 # An allowed id stays possible even where the model's own logit is minus infinity.
 _LOWEST = np.float32(-1e30)
 
@@ -275,16 +275,16 @@ def _top_p(weights_V: Float32, count: int, top_p: float) -> Float32:
     """Returns the fewest largest weights that hold `top_p` of the `count` largest, descending."""
     size = len(weights_V)
     total = weights_V.sum(dtype=np.float64) if count == size else None
-    for guess in (*(min(count, guess) for guess in _TOP_P_GUESSES), count):
+    guess = min(count, _TOP_P_GUESS)
+    while True:
         head = weights_V if guess == size else np.partition(weights_V, size - guess)[size - guess :]
         head = -np.sort(-head)
         cumulative = _cumulative(head)
         if guess == count:
             total = cumulative[-1]
         if total is not None and cumulative[-1] >= top_p * total:
-            break
-    assert total is not None
-    return head[: int(cumulative.searchsorted(top_p * total)) + 1]
+            return head[: int(cumulative.searchsorted(top_p * total)) + 1]
+        guess = min(count, guess * 16)
 
 
 def _cumulative(weights: Float32) -> NDArray[np.float64]:
