@@ -1,0 +1,66 @@
+"""Gives the weights of another source in a number format of choice.
+
+Made by `loader` for any `dtype` but "auto". Converts one tensor at a time, when it is asked for;
+never keeps what it returned.
+"""
+
+from __future__ import annotations
+
+import math
+
+import gguf
+import torch
+from torch import Tensor
+
+from octavo.formats import WEIGHT_FORMATS
+from octavo.kernels.ops import Weight
+from octavo.weights.source import DTYPE_FORMATS, NUMBER_DTYPES, TensorSource
+
+_CHUNK_ELEMENTS = 1 << 22
+"""Block formats are unpacked in pieces: NumPy needs several float32 copies of each."""
+
+
+class CastSource:
+    """A TensorSource whose matrices are all in `dtype` (float32, float16 or bfloat16)."""
+
+    def __init__(self, source: TensorSource, dtype: str) -> None:
+        self._source = source
+        self._format = WEIGHT_FORMATS[DTYPE_FORMATS[dtype]]
+
+    def names(self) -> frozenset[str]:
+        return self._source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(name)
+
+    def matrix(self, name: str) -> Weight:
+        weight = self._source.matrix(name)
+        if weight.format == self._format:
+            return weight
+        data = convert(weight, NUMBER_DTYPES[self._format.name])
+        self._source.release(name)
+        return Weight(data=data, format=self._format, rows=weight.rows, cols=weight.cols)
+
+    def vector(self, name: str) -> Tensor:
+        return self._source.vector(name)
+
+    def release(self, name: str) -> None:
+        self._source.release(name)
+
+    @property
+    def nbytes(self) -> int:
+        elements = sum(math.prod(self._source.shape(name)) for name in self._source.names())
+        return elements * self._format.block_bytes
+
+
+def convert(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """Returns the values of `weight` as a new tensor [rows, cols]."""
+    if not weight.format.is_block:
+        return weight.data.to(dtype, copy=True)
+    kind = gguf.GGMLQuantizationType[weight.format.name.upper()]
+    out = torch.empty((weight.rows, weight.cols), dtype=dtype)
+    step = max(1, _CHUNK_ELEMENTS // weight.cols)
+    for start in range(0, weight.rows, step):
+        rows = weight.data[start : start + step].numpy()
+        out[start : start + step] = torch.from_numpy(gguf.quants.dequantize(rows, kind))
+    return out

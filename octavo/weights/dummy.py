@@ -1,0 +1,72 @@
+"""Random weights from names and shapes alone, for measuring and for `--load-format dummy`.
+
+Made by `loader`. Never reads a file; equal seeds give equal weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from octavo.errors import WeightsError
+from octavo.formats import WEIGHT_FORMATS
+from octavo.kernels.ops import Weight
+from octavo.weights.source import DTYPE_FORMATS, NUMBER_DTYPES
+
+_STD = 0.02
+_NOISE_LENGTH = (1 << 22) - 3
+"""Numbers drawn once; a prime, so that no row length lines up with it."""
+
+
+class DummySource:
+    """A TensorSource with normal matrices (std 0.02), norms of one and biases of zero.
+
+    Every matrix reads one stream of noise from its own place on: billions of weights cost no more
+    than writing them, and repeat only after four million numbers.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: str, seed: int) -> None:
+        self._shapes = dict(shapes)
+        self._seed = seed
+        self._format = WEIGHT_FORMATS[DTYPE_FORMATS[dtype]]
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(_NOISE_LENGTH, generator=generator) * _STD
+        self._noise = noise.to(NUMBER_DTYPES[self._format.name])
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        found = self._shapes.get(name)
+        if found is None:
+            raise WeightsError(f"tensor {name} is missing from the dummy weights")
+        return found
+
+    def matrix(self, name: str) -> Weight:
+        rows, cols = self.shape(name)
+        data = torch.empty(rows * cols, dtype=self._noise.dtype)
+        digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
+        place = int.from_bytes(digest[:8], "little") % _NOISE_LENGTH
+        filled = 0
+        while filled < len(data):
+            piece = self._noise[place : place + len(data) - filled]
+            data[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            place = 0
+        return Weight(data=data.view(rows, cols), format=self._format, rows=rows, cols=cols)
+
+    def vector(self, name: str) -> Tensor:
+        fill = 0.0 if name.endswith("bias") else 1.0
+        return torch.full(self.shape(name), fill)
+
+    def release(self, name: str) -> None:
+        """Nothing to do: every tensor is made when it is asked for."""
+
+    @property
+    def nbytes(self) -> int:
+        elements = sum(math.prod(shape) for shape in self._shapes.values())
+        return elements * self._format.block_bytes

@@ -1,0 +1,249 @@
+"""Makes a Hugging Face config out of a GGUF file's metadata and tensor shapes. No torch.
+
+Called by `hub`, so that the models read one kind of config. Refuses what it cannot express instead
+of leaving it out. Keys: gguf's constants and llama.cpp's convert_hf_to_gguf.py.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from octavo.errors import UnsupportedModelError, WeightsError
+from octavo.weights.gguf_file import GGUFFile, read_gguf
+
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """What one `general.architecture` is called by Hugging Face, and what the file leaves out."""
+
+    model_type: str
+    class_name: str
+    norm_topk_prob: bool = False
+    """Whether llama.cpp scales the chosen experts' weights to a sum of 1 for this family."""
+
+
+ARCHITECTURES = {
+    "llama": Architecture(model_type="llama", class_name="LlamaForCausalLM"),
+    "qwen2": Architecture(model_type="qwen2", class_name="Qwen2ForCausalLM"),
+    "qwen3": Architecture(model_type="qwen3", class_name="Qwen3ForCausalLM"),
+    "qwen2moe": Architecture(model_type="qwen2_moe", class_name="Qwen2MoeForCausalLM"),
+    "qwen3moe": Architecture(
+        model_type="qwen3_moe", class_name="Qwen3MoeForCausalLM", norm_topk_prob=True
+    ),
+    "olmoe": Architecture(model_type="olmoe", class_name="OlmoeForCausalLM"),
+}
+_MISTRAL = Architecture(model_type="mistral", class_name="MistralForCausalLM")
+_MIXTRAL = Architecture(model_type="mixtral", class_name="MixtralForCausalLM", norm_topk_prob=True)
+
+
+def config_from_gguf(path: Path) -> dict[str, Any]:
+    """Returns what config.json would say of the model. Raises UnsupportedModelError."""
+    return config_of(read_gguf(path))
+
+
+def architecture_of(file: GGUFFile) -> Architecture:
+    """Returns the family of the model. `llama` stands for Llama, Mistral and Mixtral."""
+    name = file.metadata.get("general.architecture")
+    found = ARCHITECTURES.get(str(name))
+    if found is None:
+        raise UnsupportedModelError(
+            f"{file.path}: the architecture {name!r} is unknown; known are "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    if name == "llama" and file.metadata.get("llama.expert_count", 0) > 0:
+        return _MIXTRAL
+    if name == "llama" and "llama.attention.sliding_window" in file.metadata:
+        return _MISTRAL
+    return found
+
+
+def config_of(file: GGUFFile) -> dict[str, Any]:
+    """Returns the config of a file whose header was read already."""
+    architecture = architecture_of(file)
+    reader = _Reader(file)
+    num_heads = reader.integer("attention.head_count")
+    hidden_size = reader.integer("embedding_length")
+    config: dict[str, Any] = {
+        "architectures": [architecture.class_name],
+        "model_type": architecture.model_type,
+        "hidden_size": hidden_size,
+        "intermediate_size": reader.integer("feed_forward_length", 0),
+        "num_hidden_layers": reader.integer("block_count"),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": reader.integer("attention.head_count_kv", num_heads),
+        "head_dim": reader.integer("attention.key_length", hidden_size // num_heads),
+        "hidden_act": "silu",
+        "rms_norm_eps": reader.number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": reader.number("rope.freq_base", 10_000.0),
+        "rope_scaling": None,
+        "max_position_embeddings": reader.integer("context_length"),
+        "vocab_size": reader.shape("token_embd.weight")[0],
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        **generation_config_of(file),
+    }
+    _refuse_partial_heads(reader, config["head_dim"])
+    config["rope_scaling"] = _rope_scaling(reader, config)
+    window = reader.integer("attention.sliding_window", 0)
+    if window:
+        config["sliding_window"] = window
+    if reader.integer("expert_count", 0):
+        config.update(_experts(reader, architecture))
+    return config
+
+
+def generation_config_of(file: GGUFFile) -> dict[str, Any]:
+    """Returns the ids that begin and end a text, as far as the file has them.
+
+    A chat model's turn may end with another id than its text: both end a sequence.
+    """
+    metadata = file.metadata
+    ends = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
+    eos = list(dict.fromkeys(end for end in ends if end is not None))
+    found: dict[str, Any] = {}
+    if "tokenizer.ggml.bos_token_id" in metadata:
+        found["bos_token_id"] = metadata["tokenizer.ggml.bos_token_id"]
+    if eos:
+        found["eos_token_id"] = eos[0] if len(eos) == 1 else eos
+    return found
+
+
+class _Reader:
+    """The values of one file, without the architecture's prefix, and with errors that name them."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self.file = file
+        self._prefix = f"{file.metadata['general.architecture']}."
+
+    def value(self, key: str) -> Any:
+        return self.file.metadata.get(self._prefix + key)
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        return self._typed(key, default, int)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        return float(self._typed(key, default, (int, float)))
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        found = self.file.tensors.get(tensor)
+        if found is None:
+            raise WeightsError(f"{self.file.path}: tensor {tensor} is missing")
+        return found.shape
+
+    def refuse(self, key: str, known: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{self.file.path}: {self._prefix}{key} is {self.value(key)!r}; known is {known}"
+        )
+
+    def _typed(self, key: str, default: Any, types: Any) -> Any:
+        value = self.value(key)
+        if value is None:
+            if default is None:
+                raise UnsupportedModelError(f"{self.file.path}: {self._prefix}{key} is missing")
+            return default
+        if isinstance(value, bool) or not isinstance(value, types):
+            raise self.refuse(key, "one number for all layers")
+        return value
+
+
+def _refuse_partial_heads(reader: _Reader, head_dim: int) -> None:
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if reader.integer(key, head_dim) != head_dim:
+            raise reader.refuse(key, f"the head size, {head_dim}")
+
+
+def _rope_scaling(reader: _Reader, config: dict[str, Any]) -> dict[str, Any] | None:
+    kind = reader.value("rope.scaling.type")
+    factor = reader.number("rope.scaling.factor", 1.0)
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    if kind == "yarn":
+        if reader.number("rope.scaling.attn_factor", 1.0) != 1.0:
+            raise reader.refuse("rope.scaling.attn_factor", "1.0")
+        original = reader.integer(
+            "rope.scaling.original_context_length", config["max_position_embeddings"]
+        )
+        return {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": original,
+            "beta_fast": reader.number("rope.scaling.yarn_beta_fast", 32.0),
+            "beta_slow": reader.number("rope.scaling.yarn_beta_slow", 1.0),
+        }
+    if kind not in (None, "none"):
+        raise reader.refuse("rope.scaling.type", "none, linear, yarn")
+    if ROPE_FACTORS in reader.file.tensors:
+        return _llama3_scaling(reader.file, config["rope_theta"], config["head_dim"])
+    return None
+
+
+def _llama3_scaling(file: GGUFFile, theta: float, head_dim: int) -> dict[str, Any] | None:
+    """Returns the llama3 scaling that gives the file's factors, which are all that it keeps.
+
+    The files of Llama 3.1 to 3.3 hold one divisor per frequency. Only `factor` differs between
+    them; whatever the other three values do not explain is refused.
+    """
+    tensor = file.tensors[ROPE_FACTORS]
+    with tensor.path.open("rb") as data:
+        data.seek(tensor.start)
+        stored = struct.unpack(f"<{tensor.shape[0]}f", data.read(4 * tensor.shape[0]))
+    factor, low, high, original = max(stored), 1.0, 4.0, 8192
+    if factor == min(stored) == 1.0:
+        return None
+    for index, given in enumerate(stored):
+        wavelength = 2 * math.pi * theta ** (2 * index / head_dim)
+        smooth = min(1.0, max(0.0, (original / wavelength - low) / (high - low)))
+        if not math.isclose(given, 1 / ((1 - smooth) / factor + smooth), rel_tol=1e-3):
+            raise UnsupportedModelError(
+                f"{file.path}: {ROPE_FACTORS} holds {given:g} at {index}, which is not the llama3 "
+                f"scaling with factor {factor:g}, low_freq_factor 1, high_freq_factor 4 and 8192 "
+                "positions; use the safetensors checkpoint instead"
+            )
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
+
+
+def _experts(reader: _Reader, architecture: Architecture) -> dict[str, Any]:
+    """Returns the keys of a MoE model; the sizes come from the tensors, which always hold them."""
+    if reader.integer("expert_gating_func", 1) != 1:
+        raise reader.refuse("expert_gating_func", "1 (softmax)")
+    tensors = reader.file.tensors
+    num_layers = reader.integer("block_count")
+    dense = [n for n in range(num_layers) if f"blk.{n}.ffn_gate_inp.weight" not in tensors]
+    first = next(n for n in range(num_layers + 1) if n not in dense)
+    size = reader.shape(_any_gate(reader.file, first))[-2]
+    config: dict[str, Any] = {"num_experts_per_tok": reader.integer("expert_used_count")}
+    num_experts = reader.integer("expert_count")
+    if architecture.model_type == "mixtral":
+        return {**config, "num_local_experts": num_experts, "intermediate_size": size}
+    norm = reader.value("expert_weights_norm")
+    config["num_experts"] = num_experts
+    config["norm_topk_prob"] = architecture.norm_topk_prob if norm is None else bool(norm)
+    if architecture.model_type == "olmoe":
+        return {
+            **config,
+            "intermediate_size": size,
+            "clip_qkv": reader.value("attention.clamp_kqv"),
+        }
+    config.update(moe_intermediate_size=size, decoder_sparse_step=1, mlp_only_layers=dense)
+    if architecture.model_type == "qwen2_moe":
+        shared = reader.shape(f"blk.{first}.ffn_gate_shexp.weight")
+        config["shared_expert_intermediate_size"] = shared[0]
+    return config
+
+
+def _any_gate(file: GGUFFile, layer: int) -> str:
+    """Returns the name of a gate tensor of a MoE layer: stacked, or an older file's first one."""
+    stacked = f"blk.{layer}.ffn_gate_exps.weight"
+    return stacked if stacked in file.tensors else f"blk.{layer}.ffn_gate.0.weight"

@@ -1,0 +1,140 @@
+"""Lists the tensors of a GGUF file under Hugging Face names, experts one by one.
+
+Called by `loader` and the demo writer. Tensors stay in the file's own block format; only the query
+and key rows of `llama` files, kept in ggml's RoPE order, are put into the half-split order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from octavo.errors import WeightsError
+from octavo.weights.gguf_config import ROPE_FACTORS, architecture_of
+from octavo.weights.gguf_file import GGUFTensor, read_gguf
+from octavo.weights.names import ExpertNames, expert_names
+from octavo.weights.source import MappedFile, MappedSource, StoredTensor
+
+_TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+_STACKED = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "ffn_gate_up_exps")
+_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(?:(\d+)\.)?(weight|bias)")
+
+
+def open_gguf(path: Path) -> MappedSource:
+    """Returns the tensors of a GGUF file. Tensors that no family knows keep their GGUF name.
+
+    Raises WeightsError and UnsupportedModelError as `read_gguf` does.
+    """
+    file = read_gguf(path)
+    architecture = architecture_of(file)
+    lister = _Lister(
+        files={part: MappedFile(part) for part in file.paths},
+        names=expert_names(architecture.model_type),
+        head_counts=_interleaved_heads(file.metadata),
+    )
+    tensors: dict[str, StoredTensor] = {}
+    for name, tensor in file.tensors.items():
+        if name != ROPE_FACTORS:  # already in the config, as rope_scaling
+            tensors.update(lister.list(name, tensor))
+    return MappedSource(tensors)
+
+
+def _interleaved_heads(metadata: dict[str, int]) -> dict[str, int]:
+    """Returns the head counts of the projections whose rows are in ggml's RoPE order."""
+    if metadata["general.architecture"] != "llama":
+        return {}
+    heads = metadata["llama.attention.head_count"]
+    return {"attn_q": heads, "attn_k": metadata.get("llama.attention.head_count_kv", heads)}
+
+
+class _Lister:
+    """Turns one tensor of a file into one or more under Hugging Face names."""
+
+    def __init__(
+        self, files: dict[Path, MappedFile], names: ExpertNames, head_counts: dict[str, int]
+    ) -> None:
+        self._files = files
+        self._names = names
+        self._head_counts = head_counts
+
+    def list(self, name: str, tensor: GGUFTensor) -> Iterator[tuple[str, StoredTensor]]:
+        match = _NAME.fullmatch(name)
+        if match is None:
+            yield _TOP.get(name, name), self._stored(tensor, tensor.shape)
+            return
+        layer, kind, expert, suffix = match.groups()
+        if expert is not None and kind in ("ffn_gate", "ffn_up", "ffn_down"):
+            full_name = self._names.expert(layer, int(expert), self._part(kind))
+            yield full_name, self._stored(tensor, tensor.shape)
+        elif kind in _STACKED:
+            yield from self._experts(name, layer, kind.removesuffix("_exps"), tensor)
+        elif kind == "ffn_gate_inp":
+            yield self._names.router(layer), self._stored(tensor, tensor.shape)
+        elif kind in _LAYER:
+            # The gate of the shared expert is one row, which the file keeps as a vector.
+            shape = (1, *tensor.shape[-1:]) if kind == "ffn_gate_inp_shexp" else tensor.shape
+            full_name = f"model.layers.{layer}.{_LAYER[kind]}.{suffix}"
+            yield full_name, self._stored(tensor, shape, self._head_counts.get(kind, 0))
+        else:
+            yield name, self._stored(tensor, tensor.shape)
+
+    def _experts(
+        self, name: str, layer: str, kind: str, tensor: GGUFTensor
+    ) -> Iterator[tuple[str, StoredTensor]]:
+        if len(tensor.shape) != 3:
+            raise WeightsError(f"{name} must be [experts, rows, cols], got {list(tensor.shape)}")
+        num_experts, rows, cols = tensor.shape
+        kinds = ("ffn_gate", "ffn_up") if kind == "ffn_gate_up" else (kind,)
+        part_rows = rows // len(kinds)
+        part_bytes = part_rows * tensor.format.row_bytes(cols)
+        for expert in range(num_experts):
+            for index, one in enumerate(kinds):
+                offset = (expert * len(kinds) + index) * part_bytes
+                full_name = self._names.expert(layer, expert, self._part(one))
+                yield full_name, self._stored(tensor, (part_rows, cols), offset=offset)
+
+    def _part(self, kind: str) -> str:
+        parts = {
+            "ffn_gate": self._names.gate,
+            "ffn_up": self._names.up,
+            "ffn_down": self._names.down,
+        }
+        return parts[kind]
+
+    def _stored(
+        self,
+        tensor: GGUFTensor,
+        shape: tuple[int, ...],
+        interleaved_heads: int = 0,
+        offset: int = 0,
+    ) -> StoredTensor:
+        return StoredTensor(
+            file=self._files[tensor.path],
+            start=tensor.start + offset,
+            shape=shape,
+            format=tensor.format,
+            format_name=tensor.format.name,
+            interleaved_heads=interleaved_heads,
+        )

@@ -1,0 +1,199 @@
+"""Finds the files of a model: local folder, GGUF file, Hugging Face id, or demo.
+
+Called by the engine and by `octavo plan`. Never reads weights; what it returns says which source
+`loader` opens, and identifies the weights for the prefix cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError
+
+from octavo.errors import ModelError, ModelNotFoundError, UnsupportedModelError
+from octavo.weights.demo import DEMO_NAMES, demo_path
+from octavo.weights.gguf_config import config_of, generation_config_of
+from octavo.weights.gguf_file import read_gguf
+from octavo.weights.safetensors_source import weight_files
+
+ModelKind = Literal["safetensors", "gguf", "config"]
+
+_SMALL_FILES = ("*.json", "*.jinja", "*.model", "tokenizer*", "*.txt")
+_WEIGHTS = "*.safetensors"
+_DUPLICATES = ("consolidated*", "*/*")
+_HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*(/[\w-][\w.-]*)?)")
+_HUB_FILE = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)/(?P<file>.+\.gguf)")
+_HUB_ERRORS: tuple[type[BaseException], ...] = (OSError, ValueError, *HfHubHTTPError.__bases__)
+"""The hub's errors, and those of its HTTP library, which has changed twice: HfHubHTTPError derives
+from the base class of the one that is used."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFiles:
+    """A model that was found. Made by `resolve_model`."""
+
+    name: str
+    """As the user wrote it."""
+    kind: ModelKind
+    """`config`: there are no weights, dummy ones are made."""
+    path: Path
+    """The folder (safetensors, config) or the file (gguf)."""
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    identity: str
+    """Hex digest that changes with the weights: root of the prefix cache's keys."""
+
+
+def resolve_model(
+    model: str,
+    *,
+    revision: str | None = None,
+    download_dir: str | None = None,
+    load_format: str = "auto",
+    seed: int = 0,
+) -> ModelFiles:
+    """Returns where the model is, downloading or making it first where needed.
+
+    `load_format` is one of config.LOAD_FORMATS; `dummy` needs no weights files, and `seed` then is
+    part of the identity. Raises ModelNotFoundError saying what was tried, UnsupportedModelError for
+    formats that are not known, ModelError for a broken config.
+    """
+    path = demo_path(model) if model in DEMO_NAMES else Path(model).expanduser()
+    if not path.exists():
+        path = _download(model, revision, download_dir, load_format)
+    files = _from_folder(model, path, load_format) if path.is_dir() else _from_gguf(model, path)
+    if load_format == "dummy":
+        identity = _digest((json.dumps(files.config, sort_keys=True), f"dummy {seed}"))
+        return ModelFiles(
+            name=model,
+            kind="config",
+            path=files.path,
+            config=files.config,
+            generation_config=files.generation_config,
+            identity=identity,
+        )
+    if load_format not in ("auto", files.kind):
+        raise ModelNotFoundError(
+            f"{model} holds {files.kind} weights and load_format is {load_format!r}; use auto"
+        )
+    return files
+
+
+def _from_folder(model: str, folder: Path, load_format: str) -> ModelFiles:
+    ggufs = sorted(folder.glob("*.gguf"))
+    if load_format == "gguf" or (ggufs and not (folder / "config.json").exists()):
+        firsts = [p for p in ggufs if not re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", p.name)]
+        if len(firsts) == 1:
+            return _from_gguf(model, firsts[0])
+        names = ", ".join(path.name for path in firsts) or "none"
+        raise ModelNotFoundError(
+            f"{folder} must hold one GGUF model, it has {names}; give the path of the file"
+        )
+    config = read_json(folder / "config.json")
+    if config is None:
+        raise ModelNotFoundError(f"{folder} has no config.json and no .gguf file")
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise UnsupportedModelError(
+            f"{model} is quantised with {method!r}; known are unquantised safetensors and GGUF"
+        )
+    weights = weight_files(folder) if load_format != "dummy" else ()
+    if load_format != "dummy" and not weights:
+        others = [p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt*"))]
+        has = f"only {others[0]}, which is not read" if others else "no weights"
+        raise ModelNotFoundError(
+            f"{folder} has {has}: *.safetensors or *.gguf are; use --load-format dummy for random "
+            "weights"
+        )
+    return ModelFiles(
+        name=model,
+        kind="safetensors",
+        path=folder,
+        config=config,
+        generation_config=read_json(folder / "generation_config.json") or {},
+        identity=_digest((json.dumps(config, sort_keys=True), *_stamps(weights))),
+    )
+
+
+def _from_gguf(model: str, path: Path) -> ModelFiles:
+    if path.suffix != ".gguf":
+        raise ModelNotFoundError(f"{path} is neither a folder nor a .gguf file")
+    file = read_gguf(path)
+    config = config_of(file)
+    return ModelFiles(
+        name=model,
+        kind="gguf",
+        path=path,
+        config=config,
+        generation_config=generation_config_of(file),
+        identity=_digest((json.dumps(config, sort_keys=True), *_stamps(file.paths))),
+    )
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Returns the object in a JSON file, None if there is no file. Raises ModelError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _stamps(paths: Iterable[Path]) -> list[str]:
+    """Returns what tells whether files changed, without reading gigabytes."""
+    stats = [(path.name, path.stat()) for path in paths]
+    return [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _download(model: str, revision: str | None, cache: str | None, load_format: str) -> Path:
+    """Returns the folder, or the GGUF file, of a Hugging Face id after fetching what is missing."""
+    one_file = _HUB_FILE.fullmatch(model)
+    match = one_file or _HUB_ID.fullmatch(model)
+    if match is None or (model.endswith(".gguf") and one_file is None):
+        raise ModelNotFoundError(f"there is no folder or file {model}")
+    repo = match["repo"]
+    wanted = [*_SMALL_FILES, *(() if load_format == "dummy" else (_WEIGHTS,))]
+    if one_file:
+        wanted = [re.sub(r"-\d{5}-of-(\d{5}\.gguf)$", r"-?????-of-\1", one_file["file"])]
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repo,
+            revision=revision,
+            cache_dir=cache,
+            allow_patterns=wanted,
+            ignore_patterns=None if one_file else list(_DUPLICATES),
+        )
+        found = Path(str(folder), one_file["file"]) if one_file else Path(str(folder))
+        if one_file or (found / "config.json").exists():
+            if not found.exists():
+                raise FileNotFoundError(f"{repo} has no file {one_file and one_file['file']}")
+            return found
+        names = huggingface_hub.HfApi().list_repo_files(repo, revision=revision)
+    except _HUB_ERRORS as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelNotFoundError(
+            f"model {model!r} was not found: there is no such folder or file here, the demo models "
+            f"are {', '.join(DEMO_NAMES)}, and Hugging Face answered {type(error).__name__}: "
+            f"{reason}"
+        ) from error
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    if not ggufs:
+        raise ModelNotFoundError(f"{repo} has neither config.json nor GGUF files")
+    choices = ", ".join(f"{repo}/{name}" for name in ggufs)
+    raise ModelNotFoundError(f"{repo} has GGUF files only; choose one: {choices}")

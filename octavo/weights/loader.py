@@ -1,0 +1,93 @@
+"""Opens the weights of a resolved model, and accounts for every name in them.
+
+Called by the runner when it builds a model. Never builds layers, never decides what is downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from octavo.errors import UnsupportedModelError, WeightsError
+from octavo.weights.cast import CastSource
+from octavo.weights.dummy import DummySource
+from octavo.weights.gguf_source import open_gguf
+from octavo.weights.hub import ModelFiles
+from octavo.weights.safetensors_source import open_safetensors
+from octavo.weights.source import DTYPE_FORMATS, TensorSource
+
+ALWAYS_IGNORABLE = ("*.rotary_emb.inv_freq",)
+"""Buffers that old checkpoints saved although they follow from the config."""
+_NAMES_SHOWN = 5
+
+
+def open_source(
+    files: ModelFiles, dtype: str, shapes: Mapping[str, tuple[int, ...]], seed: int
+) -> TensorSource:
+    """Returns the weights of `files`; `shapes` and `seed` are for dummy weights.
+
+    `dtype` "auto" keeps the format of the file, else every matrix is converted when it is loaded.
+    Raises WeightsError or UnsupportedModelError.
+    """
+    if files.kind == "config":
+        return DummySource(shapes, _config_dtype(files.config) if dtype == "auto" else dtype, seed)
+    if files.kind == "gguf":
+        source = open_gguf(files.path)
+    else:
+        source = open_safetensors(files.path, str(files.config.get("model_type")))
+    return source if dtype == "auto" else CastSource(source, dtype)
+
+
+def check_names(
+    source: TensorSource,
+    expected: Mapping[str, tuple[int, ...]],
+    ignorable: Sequence[str] = (),
+) -> None:
+    """Raises WeightsError unless the source has exactly the expected tensors, in their shapes.
+
+    Surplus names that match a shell pattern of `ignorable` are let pass, such as the `lm_head` of a
+    model with tied embeddings.
+    """
+    names = source.names()
+    patterns = (*ALWAYS_IGNORABLE, *ignorable)
+    surplus = [
+        name
+        for name in names - expected.keys()
+        if not any(fnmatchcase(name, pattern) for pattern in patterns)
+    ]
+    wrong = [
+        f"{name} has shape {list(source.shape(name))}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in names and source.shape(name) != tuple(shape)
+    ]
+    problems = [
+        _list("missing", expected.keys() - names),
+        _list("not known to this model", surplus),
+        _list("of another shape than the config says", wrong),
+    ]
+    found = [problem for problem in problems if problem]
+    if found:
+        raise WeightsError(
+            f"the weights do not match the config: {'; '.join(found)}; check that config and "
+            "weights belong together"
+        )
+
+
+def _list(what: str, names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    if not ordered:
+        return ""
+    more = f" and {len(ordered) - _NAMES_SHOWN} more" if len(ordered) > _NAMES_SHOWN else ""
+    return f"{len(ordered)} {what}: {', '.join(ordered[:_NAMES_SHOWN])}{more}"
+
+
+def _config_dtype(config: Mapping[str, Any]) -> str:
+    """Returns the dtype that a config.json names (transformers 5 and before), or bfloat16."""
+    name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    if name not in DTYPE_FORMATS:
+        raise UnsupportedModelError(
+            f"the config says dtype {name!r}; known are {', '.join(DTYPE_FORMATS)}: choose one "
+            "with --dtype"
+        )
+    return name

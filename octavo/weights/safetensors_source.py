@@ -1,0 +1,134 @@
+"""Reads safetensors checkpoints: lists the tensors of one file, or of the shards of an index.
+
+Called by `loader`. Never reads tensor data: MappedSource does, when a model asks.
+Format: https://huggingface.co/docs/safetensors (8 bytes of length, a JSON header, the data).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from octavo.errors import WeightsError
+from octavo.formats import WEIGHT_FORMATS
+from octavo.weights.names import ExpertNames, expert_names
+from octavo.weights.source import MappedFile, MappedSource, StoredTensor
+
+INDEX_FILE = "model.safetensors.index.json"
+_DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+_MAX_HEADER_BYTES = 100_000_000
+_FUSED = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
+_FUSED_ROUTER = re.compile(r"model\.layers\.(\d+)\.mlp\.gate\.weight")
+
+
+def open_safetensors(folder: Path, model_type: str) -> MappedSource:
+    """Returns the tensors of a checkpoint folder under their usual names.
+
+    transformers 5 can also write experts stacked in memory order ([E, 2F, M] and [E, M, F]); they
+    are listed one by one. Raises WeightsError naming the broken file and, where known, the tensor.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in weight_files(folder):
+        for name, stored in _read_header(path).items():
+            for one_name, one in _split_fused(name, stored, expert_names(model_type)):
+                if one_name in tensors:
+                    first = tensors[one_name].file.path.name
+                    raise WeightsError(f"{one_name} is both in {first} and in {path.name}")
+                tensors[one_name] = one
+    return MappedSource(tensors)
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """Returns the weight files that the index names, or all without one. Raises WeightsError."""
+    index = folder / INDEX_FILE
+    if not index.exists():
+        # Mistral's own checkpoints hold the same weights again, under other names.
+        found = [p for p in folder.glob("*.safetensors") if not p.name.startswith("consolidated")]
+        return tuple(sorted(found))
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        names: dict[str, str] = content["weight_map"]
+        shards = sorted(set(names.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{index} is no index of weights: {error!r}") from error
+    missing = [shard for shard in shards if not (folder / shard).exists()]
+    if missing:
+        raise WeightsError(
+            f"{folder} lacks {len(missing)} of {len(shards)} weight files, first {missing[0]}; "
+            "download the model again"
+        )
+    return tuple(folder / shard for shard in shards)
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    file = MappedFile(path)
+    length = int.from_bytes(file.read(0, 8), "little")
+    if len(file) < 8 or length > min(_MAX_HEADER_BYTES, len(file) - 8):
+        raise WeightsError(
+            f"{path} is truncated or no safetensors file: it has {len(file)} bytes, its header "
+            f"says {length}"
+        )
+    try:
+        header = json.loads(file.read(8, length))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    except (ValueError, AttributeError) as error:
+        raise WeightsError(f"{path} has a corrupt header: {error}") from error
+    return {name: _stored(file, name, entry, 8 + length) for name, entry in entries.items()}
+
+
+def _stored(file: MappedFile, name: str, entry: Any, data_start: int) -> StoredTensor:
+    try:
+        dtype = str(entry["dtype"])
+        shape = tuple(int(size) for size in entry["shape"])
+        begin, end = (int(offset) for offset in entry["data_offsets"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{file.path}: the entry of {name} is corrupt: {error!r}") from error
+    if not 0 <= begin <= end or data_start + end > len(file):
+        raise WeightsError(
+            f"{file.path} is truncated: {name} ends at byte {data_start + end}, the file has "
+            f"{len(file)}; download the model again"
+        )
+    number_format = WEIGHT_FORMATS[_DTYPES[dtype]] if dtype in _DTYPES else None
+    if number_format and math.prod(shape) * number_format.block_bytes != end - begin:
+        raise WeightsError(
+            f"{file.path}: {name} of shape {list(shape)} in {dtype} cannot have {end - begin} bytes"
+        )
+    return StoredTensor(
+        file=file,
+        start=data_start + begin,
+        shape=shape,
+        format=number_format,
+        format_name=dtype,
+    )
+
+
+def _split_fused(
+    name: str, stored: StoredTensor, names: ExpertNames
+) -> list[tuple[str, StoredTensor]]:
+    """Returns the experts of a stacked tensor one by one, or the tensor itself."""
+    if router := _FUSED_ROUTER.fullmatch(name):
+        return [(names.router(router[1]), stored)]
+    fused = _FUSED.fullmatch(name)
+    if fused is None or len(stored.shape) != 3 or stored.format is None:
+        return [(name, stored)]
+    experts, rows, cols = stored.shape
+    parts = (names.down,) if fused[2] == "down_proj" else (names.gate, names.up)
+    part_rows = rows // len(parts)
+    part_bytes = part_rows * stored.format.row_bytes(cols)
+    return [
+        (
+            names.expert(fused[1], expert, part),
+            StoredTensor(
+                file=stored.file,
+                start=stored.start + (expert * len(parts) + index) * part_bytes,
+                shape=(part_rows, cols),
+                format=stored.format,
+                format_name=stored.format_name,
+            ),
+        )
+        for expert in range(experts)
+        for index, part in enumerate(parts)
+    ]

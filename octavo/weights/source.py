@@ -1,0 +1,200 @@
+"""The seam between models and weights files: a TensorSource, and the one that maps files.
+
+Models read weights through TensorSource alone, under Hugging Face checkpoint names. Never copies a
+matrix, except where a file keeps its rows in another order than the models expect.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from octavo.errors import UnsupportedModelError, WeightsError
+from octavo.formats import WEIGHT_FORMATS, WeightFormat
+from octavo.kernels.ops import Weight
+
+NUMBER_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+"""Torch dtypes of the formats that are no blocks."""
+DTYPE_FORMATS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+"""Format names of the dtypes that a user or a config.json can name."""
+
+
+class TensorSource(Protocol):
+    """Weights by Hugging Face name, one matrix per expert, whatever the file looks like."""
+
+    def names(self) -> frozenset[str]:
+        """Returns the names of all tensors."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns [rows, cols] or [length]. Raises WeightsError if there is no such tensor."""
+        ...
+
+    def matrix(self, name: str) -> Weight:
+        """Returns a 2-D tensor, as a view of the file where the source can. Do not write to it."""
+        ...
+
+    def vector(self, name: str) -> Tensor:
+        """Returns a 1-D tensor as a float32 copy."""
+        ...
+
+    def release(self, name: str) -> None:
+        """Gives the tensor's pages back to the system after its values were copied elsewhere.
+
+        Views stay valid: reading them again reads the file again.
+        """
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as `matrix` returns them."""
+        ...
+
+
+class MappedFile:
+    """A weights file in memory: pages are read on first use and belong to the page cache."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                # Private and writable only because torch warns about read-only buffers; a page
+                # that nobody writes to is never copied.
+                self._map = mmap.mmap(
+                    file.fileno(),
+                    0,
+                    flags=mmap.MAP_PRIVATE,
+                    prot=mmap.PROT_READ | mmap.PROT_WRITE,
+                )
+        except FileNotFoundError as error:
+            raise WeightsError(f"weights file {path} does not exist") from error
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"weights file {path} cannot be mapped: {error}") from error
+
+    def __len__(self) -> int:
+        return len(self._map)
+
+    def read(self, start: int, length: int) -> bytes:
+        """Returns a copy of bytes [start, start + length), fewer at the end of the file."""
+        return self._map[start : start + length]
+
+    def view(self, start: int, length: int) -> Tensor:
+        """Returns a uint8 view; the mapping lives as long as a view of it does."""
+        return torch.frombuffer(self._map, dtype=torch.uint8, count=length, offset=start)
+
+    def release(self, start: int, length: int) -> None:
+        """Drops the whole pages inside [start, start + length) from this process."""
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = (start + length) // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first:
+            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """Where one tensor, or one expert of a stacked tensor, lies in a file."""
+
+    file: MappedFile
+    start: int
+    """Byte of its first row; rows follow each other without gaps."""
+    shape: tuple[int, ...]
+    format: WeightFormat | None
+    """None: a number format that Octavo cannot compute with."""
+    format_name: str
+    """As the file says, for error messages."""
+    interleaved_heads: int = 0
+    """Above 0: the rows of each of so many heads pair neighbours for RoPE (ggml's order for
+    `llama`), and are returned in the half-split order."""
+
+    @property
+    def nbytes(self) -> int:
+        if self.format is None:
+            return 0
+        *rows, cols = self.shape or (1,)
+        return self.format.row_bytes(cols) * math.prod(rows)
+
+
+class MappedSource:
+    """The TensorSource over mapped files; what the formats differ in is how they list tensors."""
+
+    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
+        self._tensors = dict(tensors)
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._find(name).shape
+
+    def matrix(self, name: str) -> Weight:
+        stored = self._find(name)
+        if len(stored.shape) != 2:
+            raise WeightsError(f"{name} is no matrix: its shape is {list(stored.shape)}")
+        number_format = _format_of(name, stored)
+        rows, cols = stored.shape
+        data = _rows(stored, number_format, rows)
+        if stored.interleaved_heads:
+            data = half_split_rows(data, stored.interleaved_heads)
+            stored.file.release(stored.start, stored.nbytes)
+        return Weight(data=data, format=number_format, rows=rows, cols=cols)
+
+    def vector(self, name: str) -> Tensor:
+        stored = self._find(name)
+        number_format = _format_of(name, stored)
+        if len(stored.shape) != 1 or number_format.is_block:
+            raise WeightsError(
+                f"{name} is no vector of numbers: its shape is {list(stored.shape)}, its format "
+                f"{stored.format_name}"
+            )
+        data = _rows(stored, number_format, 1).reshape(-1, 1)
+        if stored.interleaved_heads:
+            data = half_split_rows(data, stored.interleaved_heads)
+        return data.flatten().to(torch.float32, copy=True)
+
+    def release(self, name: str) -> None:
+        stored = self._find(name)
+        stored.file.release(stored.start, stored.nbytes)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stored.nbytes for stored in self._tensors.values())
+
+    def _find(self, name: str) -> StoredTensor:
+        found = self._tensors.get(name)
+        if found is None:
+            raise WeightsError(f"tensor {name} is missing from the weights")
+        return found
+
+
+def half_split_rows(data: Tensor, num_heads: int) -> Tensor:
+    """Returns the rows of each head with the first of every RoPE pair before all the second."""
+    rows, width = data.shape
+    pairs = data.view(num_heads, rows // num_heads // 2, 2, width)
+    return pairs.transpose(1, 2).reshape(rows, width)
+
+
+def _format_of(name: str, stored: StoredTensor) -> WeightFormat:
+    if stored.format is None:
+        known = ", ".join(WEIGHT_FORMATS)
+        raise UnsupportedModelError(
+            f"{name} in {stored.file.path} has the number format {stored.format_name}; known are "
+            f"{known}"
+        )
+    return stored.format
+
+
+def _rows(stored: StoredTensor, number_format: WeightFormat, rows: int) -> Tensor:
+    """Returns a view [rows, cols], or [rows, row bytes] for block formats."""
+    data = stored.file.view(stored.start, stored.nbytes)
+    if not number_format.is_block:
+        if stored.start % number_format.block_bytes:
+            data = data.clone()  # a header of odd length: numbers must start at their own size
+        data = data.view(NUMBER_DTYPES[number_format.name])
+    return data.view(rows, -1)
