@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from octavo.kv_cache.block_pool import NULL_BLOCK, BlockKey, BlockPool
 from octavo.kv_cache.block_table import BlockTable
+from octavo.kv_cache.planner import blocks_of_sequence
 from octavo.kv_cache.prefix_index import PrefixIndex, extend_digests
 from octavo.kv_cache.spec import KVGroup
 from octavo.observe.stats import MissReason
@@ -71,6 +72,7 @@ class KVCacheManager:
         poison: bool = False,
     ) -> None:
         self.block_size = block_size
+        self._groups = tuple(groups)
         self.pool = BlockPool(num_blocks)
         self.index = PrefixIndex(len(groups))
         columns = -(-max_model_len // block_size) + 1
@@ -86,13 +88,7 @@ class KVCacheManager:
     def blocks_for(self, num_tokens: int, step_tokens: int) -> int:
         """Returns the blocks that a sequence of `num_tokens` holds at most at one time, if it is
         computed at most `step_tokens` at a step."""
-        total = 0
-        for window in self._windows:
-            seen = num_tokens
-            if window is not None:
-                seen = min(num_tokens, window + step_tokens + self.block_size)
-            total += -(-seen // self.block_size)
-        return total
+        return blocks_of_sequence(self._groups, num_tokens, self.block_size, step_tokens)
 
     def fits(self, kv: SequenceKV, hit: PrefixHit, num_needed: int) -> bool:
         """Whether `num_needed` blocks are free beside those that `hit` would take into use."""

@@ -17,6 +17,8 @@ class PlanBuilder:
     def __init__(self) -> None:
         self.sequences: list[Sequence] = []
         self.samples: list[bool] = []
+        self.prefilling: set[Sequence] = set()
+        """Sequences whose prompt is being computed in this very step."""
         self._rows: list[int] = []
         self._starts: list[int] = []
         self._lens: list[int] = []
@@ -53,6 +55,8 @@ class PlanBuilder:
         else:
             self._from_device.append(False)
             self._token_ids.extend(sequence.token_ids[start : start + count])
+        if start < sequence.prompt_len:
+            self.prefilling.add(sequence)
         end = start + count
         sequence.num_computed = end
         is_sampling = end == known + sequence.num_pending

@@ -195,7 +195,7 @@ class Scheduler:
             if budget <= 0 or not self._free_rows or len(self.running) >= limit:
                 return
             sequence = self.waiting[position]
-            if self._must_wait(sequence):
+            if self._must_wait(sequence, builder):
                 position += 1
                 continue
             count = self._fork(sequence) or self._admit(sequence, budget, reserved)
@@ -221,12 +221,15 @@ class Scheduler:
         missing = sequence.num_tokens - manager.capacity(sequence.kv)
         return -(-max(missing, 0) // manager.block_size) * len(manager.tables)
 
-    def _must_wait(self, sequence: Sequence) -> bool:
+    def _must_wait(self, sequence: Sequence, builder: PlanBuilder) -> bool:
         """Whether it would do twice what somebody is doing for it."""
         if sequence.num_pending:
             return True  # preempted, and its newest token is still on the way
         leader = self._leader(sequence)
-        return leader is not None and leader.num_computed < leader.prompt_len
+        if leader is None:
+            return False
+        # Blocks are copied before a step computes: the prompt must be of an earlier one.
+        return leader.num_computed < leader.prompt_len or leader in builder.prefilling
 
     def _leader(self, sequence: Sequence) -> Sequence | None:
         """The first sample of the same request, if this one can still take its prompt over."""

@@ -1,0 +1,212 @@
+"""The front end's side of the engine process: starts it, speaks to it, notices its death.
+
+Owned by AsyncLLM, in whose event loop it lives. Never sees text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from octavo import errors
+from octavo.config import EngineConfig
+from octavo.engine.ipc import (
+    AbortSequence,
+    AddRequest,
+    Answer,
+    Deltas,
+    Died,
+    GetStats,
+    Ready,
+    Refused,
+    ResetPrefixCache,
+    Shutdown,
+    ToEngine,
+    decode_from_engine,
+    encode,
+)
+from octavo.errors import EngineDeadError, OctavoError
+from octavo.kv_cache.planner import MemoryPlan
+from octavo.observe.stats import EngineStats
+from octavo.request import Request
+from octavo.weights.hub import ModelFiles
+
+SHUTDOWN_SECONDS = 10.0
+
+
+class EngineClient:
+    """One engine process. `on_deltas`, `on_refused` and `on_death` are called in the event loop."""
+
+    def __init__(
+        self,
+        on_deltas: Callable[[Deltas], None],
+        on_refused: Callable[[Refused], None],
+        on_death: Callable[[EngineDeadError], None],
+    ) -> None:
+        self._on_deltas = on_deltas
+        self._on_refused = on_refused
+        self._on_death = on_death
+        self._calls: dict[int, asyncio.Future[EngineStats | bool]] = {}
+        self._call_ids = itertools.count()
+        self._error: EngineDeadError | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._ready: asyncio.Future[MemoryPlan] | None = None
+        self._folder: str | None = None
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+
+    async def start(
+        self, config: EngineConfig, files: ModelFiles, log_format: str, log_level: str
+    ) -> MemoryPlan:
+        """Starts the process; returns its memory plan once it can take requests.
+
+        Raises the OctavoError that ended it, or EngineDeadError.
+        """
+        self._folder = tempfile.mkdtemp(prefix="octavo-")
+        folder = Path(self._folder)
+        self._context = context = zmq.Context()
+        # Sending never waits: the queue in between is as long as it must be.
+        self._outbox = context.socket(zmq.PUSH)
+        self._outbox.set_hwm(0)
+        self._inbox = zmq.asyncio.Socket(context, zmq.PULL)
+        self._inbox.set_hwm(0)
+        addresses = [f"ipc://{folder / name}" for name in ("in", "out")]
+        self._outbox.bind(addresses[0])
+        self._inbox.bind(addresses[1])
+        arguments = {
+            "config": config,
+            "files": files,
+            "log_format": log_format,
+            "log_level": log_level,
+        }
+        (folder / "arguments").write_bytes(msgspec.msgpack.encode(arguments))
+        self._ready = asyncio.get_running_loop().create_future()
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "octavo.engine.process",
+            str(folder / "arguments"),
+            *addresses,
+            stdin=asyncio.subprocess.DEVNULL,
+        )
+        self._reader = asyncio.create_task(self._read())
+        try:
+            return await self._ready
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _read(self) -> None:
+        """Delivers messages until the process ends."""
+        assert self._process is not None
+        ended = asyncio.create_task(self._process.wait())
+        while not ended.done():
+            message = asyncio.ensure_future(self._inbox.recv())
+            await asyncio.wait({ended, message}, return_when=asyncio.FIRST_COMPLETED)
+            if message.done():
+                self._deliver(message.result())
+            else:
+                message.cancel()
+        while await self._inbox.poll(0):
+            self._deliver(await self._inbox.recv())
+        self._die(EngineDeadError(f"the engine process ended with code {ended.result()}"))
+
+    def _deliver(self, data: bytes) -> None:
+        message = decode_from_engine(data)
+        match message:
+            case Deltas():
+                self._on_deltas(message)
+            case Refused():
+                self._on_refused(message)
+            case Answer(call_id, value):
+                call = self._calls.pop(call_id, None)
+                if call is not None and not call.done():
+                    call.set_result(value)
+            case Ready(plan):
+                if self._ready is not None and not self._ready.done():
+                    self._ready.set_result(plan)
+            case Died(kind, text):
+                self._fail_start(kind, text)
+                self._die(EngineDeadError(f"the engine process ended: {text}"))
+
+    def _fail_start(self, kind: str, text: str) -> None:
+        """Before it is ready, the process ends with the error that the user should see."""
+        if self._ready is not None and not self._ready.done():
+            error = vars(errors).get(kind, EngineDeadError)
+            assert issubclass(error, OctavoError)
+            self._ready.set_exception(error(text))
+
+    def _die(self, error: EngineDeadError) -> None:
+        if self._error is not None:
+            return
+        self._error = error
+        for call in self._calls.values():
+            if not call.done():
+                call.set_exception(error)
+        self._calls.clear()
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_exception(error)
+        self._on_death(error)
+
+    def check_alive(self) -> None:
+        """Raises EngineDeadError if the process has ended or was never started."""
+        if self._error is not None:
+            raise self._error
+        if self._process is None:
+            raise EngineDeadError("the engine is not started")
+
+    def _send(self, message: ToEngine) -> None:
+        self.check_alive()
+        self._outbox.send(encode(message))
+
+    def add(self, request: Request) -> None:
+        self._send(AddRequest(request))
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Nothing to do if the engine is dead: its sequences are gone."""
+        if self._error is None:
+            self._send(AbortSequence(request_id, index))
+
+    async def stats(self) -> EngineStats:
+        call_id = next(self._call_ids)
+        value = await self._call(call_id, GetStats(call_id))
+        assert isinstance(value, EngineStats)
+        return value
+
+    async def reset_prefix_cache(self) -> bool:
+        call_id = next(self._call_ids)
+        return bool(await self._call(call_id, ResetPrefixCache(call_id)))
+
+    async def _call(self, call_id: int, message: ToEngine) -> EngineStats | bool:
+        future: asyncio.Future[EngineStats | bool] = asyncio.get_running_loop().create_future()
+        self._calls[call_id] = future
+        self._send(message)
+        return await future
+
+    async def close(self) -> None:
+        """Ends the process, by force after SHUTDOWN_SECONDS. May be called twice."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if process.returncode is None:
+            self._outbox.send(encode(Shutdown()))
+            try:
+                await asyncio.wait_for(process.wait(), SHUTDOWN_SECONDS)
+            except TimeoutError:
+                process.kill()
+                await process.wait()
+        if self._reader is not None:
+            await self._reader
+        if self._context is not None:
+            self._context.destroy(linger=0)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,0 +1,166 @@
+"""The engine's loop: schedule -> launch -> collect -> commit, one step ahead of the device.
+
+Called by LLM in its own process or by `engine.process` in a process of its own. Knows token ids
+only: no text, no sockets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import deque
+
+import numpy as np
+from numpy.typing import NDArray
+
+from octavo.config import EngineConfig
+from octavo.errors import CapacityError
+from octavo.kv_cache.manager import KVCacheManager
+from octavo.kv_cache.planner import RESERVED_BLOCKS, MemoryPlan
+from octavo.kv_cache.prefix_index import prefix_root
+from octavo.observe.stats import EngineStats
+from octavo.request import Request, TokenDelta
+from octavo.scheduler import Scheduler, SchedulerLimits
+from octavo.step import Runner, StepPlan
+
+logger = logging.getLogger(__name__)
+
+
+class EngineCore:
+    """Requests in, token deltas out. One thread calls it."""
+
+    def __init__(
+        self, config: EngineConfig, plan: MemoryPlan, runner: Runner, identity: str
+    ) -> None:
+        """`identity` names the weights and their version: the root of all prefix keys."""
+        self.config = config
+        self.plan = plan
+        self._runner = runner
+        self._identity = identity
+        self._manager = KVCacheManager(
+            plan.groups,
+            num_blocks=plan.num_blocks,
+            block_size=plan.block_size,
+            max_rows=config.max_num_seqs,
+            max_model_len=plan.max_model_len,
+            poison=config.poison_freed_blocks,
+        )
+        needed = self._manager.blocks_for(plan.max_model_len, plan.max_num_batched_tokens)
+        if needed > plan.num_blocks - RESERVED_BLOCKS:
+            raise CapacityError(
+                f"one sequence of {plan.max_model_len} tokens needs {needed} blocks, "
+                f"{plan.num_blocks - RESERVED_BLOCKS} are there; lower max_model_len"
+            )
+        self.scheduler = Scheduler(
+            self._manager,
+            SchedulerLimits(
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=plan.max_num_batched_tokens,
+                max_model_len=plan.max_model_len,
+                max_num_queued_requests=config.max_num_queued_requests,
+            ),
+        )
+        self._launched: deque[tuple[StepPlan, object]] = deque()
+        self._aborted: list[TokenDelta] = []
+        self._num_requests = 0
+        self._expert_counts: NDArray[np.int64] | None = None
+
+    def add(self, request: Request) -> None:
+        """Queues a request. Raises OverloadedError."""
+        params = request.params
+        wanted = params.prefix_caching
+        caching = wanted == "on" or (wanted != "off" and self.config.prefix_caching != "off")
+        root = prefix_root(
+            model=self._identity,
+            kv=self.plan.groups[0].spec.format.name,
+            block=str(self.plan.block_size),
+            salt=request.cache_salt,
+        )
+        seed = params.seed
+        if seed is None:
+            seed = _mix(self.config.seed, self._num_requests)
+        self._num_requests += 1
+        seeds = [seed, *(_mix(seed, index) for index in range(1, params.n))]
+        self.scheduler.add(request, root, caching, seeds)
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Ends a request, or one of its sequences; its blocks are free for the next step."""
+        self._aborted += self.scheduler.abort(request_id, index)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._launched or self._aborted) or self.scheduler.has_unfinished
+
+    def step(self) -> list[TokenDelta]:
+        """Launches the next step, then waits for the one before it; returns its tokens."""
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            self._launched.append((plan, self._runner.launch(plan)))
+        deltas, self._aborted = self._aborted, []
+        if self._launched and (plan is None or len(self._launched) > 1):
+            deltas += self._collect(*self._launched.popleft())
+        return deltas
+
+    def _collect(self, plan: StepPlan, ticket: object) -> list[TokenDelta]:
+        try:
+            result = self._runner.collect(ticket)
+        except Exception as error:  # the edge: a broken step must not end the engine
+            logger.exception("step %d failed", plan.step_id)
+            return self.scheduler.fail(plan, f"{type(error).__name__}: {error}")
+        if result.expert_counts is not None:
+            if self._expert_counts is None:
+                self._expert_counts = np.zeros_like(result.expert_counts)
+            self._expert_counts += result.expert_counts
+        return self.scheduler.commit(plan, result)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached prefixes; returns False if running requests still hold blocks."""
+        return self._manager.reset_prefix_cache()
+
+    def stats(self) -> EngineStats:
+        """Returns a snapshot of all counters and gauges."""
+        counters, pool = self.scheduler.counters, self._manager.pool
+        experts = () if self._expert_counts is None else self._expert_counts.tolist()
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_blocks=pool.num_blocks - RESERVED_BLOCKS,
+            num_used_blocks=pool.num_referenced,
+            num_cached_blocks=pool.num_cached,
+            waste_share=self.scheduler.waste_share,
+            prefix_query_tokens=counters.prefix_query_tokens,
+            prefix_hit_tokens=counters.prefix_hit_tokens,
+            prefix_miss_tokens=dict(counters.prefix_miss_tokens),
+            num_preemptions=counters.num_preemptions,
+            num_recomputed_tokens=counters.num_recomputed_tokens,
+            num_prompt_tokens=counters.num_prompt_tokens,
+            num_cached_prompt_tokens=counters.num_cached_prompt_tokens,
+            num_generation_tokens=counters.num_generation_tokens,
+            num_steps=counters.num_steps,
+            num_step_tokens=counters.num_step_tokens,
+            step_token_counts=tuple(counters.step_token_counts),
+            scheduler_seconds=counters.scheduler_seconds,
+            expert_counts=tuple(tuple(layer) for layer in experts),
+            cache_config={
+                "block_size": str(self.plan.block_size),
+                "num_gpu_blocks": str(self.plan.num_blocks),
+                "cache_dtype": self.plan.groups[0].spec.format.name,
+                "enable_prefix_caching": str(self.config.prefix_caching != "off"),
+            },
+        )
+
+    def check(self) -> None:
+        """Raises AssertionError if queues, tables, counts and keys contradict each other."""
+        self.scheduler.check()
+
+    def close(self) -> None:
+        """Waits for launched steps and lets the runner go."""
+        while self._launched:
+            self._collect(*self._launched.popleft())
+        self._runner.close()
+
+
+def _mix(seed: int, index: int) -> int:
+    """Returns a 63-bit seed that differs for every pair."""
+    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,70 @@
+"""The messages between front end and engine process, and their encoding (msgpack).
+
+Used by `client` and `process`. Owns no socket and no state.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from octavo.kv_cache.planner import MemoryPlan
+from octavo.observe.stats import EngineStats
+from octavo.request import Request, TokenDelta
+
+
+class AddRequest(msgspec.Struct, frozen=True, tag=True):
+    request: Request
+
+
+class AbortSequence(msgspec.Struct, frozen=True, tag=True):
+    request_id: str
+    index: int | None = None
+
+
+class GetStats(msgspec.Struct, frozen=True, tag=True):
+    call_id: int
+
+
+class ResetPrefixCache(msgspec.Struct, frozen=True, tag=True):
+    call_id: int
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """Finish what is launched, then exit."""
+
+
+ToEngine = AddRequest | AbortSequence | GetStats | ResetPrefixCache | Shutdown
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    plan: MemoryPlan
+
+
+class Deltas(msgspec.Struct, frozen=True, tag=True):
+    deltas: list[TokenDelta]
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """The queue is full."""
+
+    request_id: str
+    message: str
+
+
+class Answer(msgspec.Struct, frozen=True, tag=True):
+    call_id: int
+    value: EngineStats | bool
+
+
+class Died(msgspec.Struct, frozen=True, tag=True):
+    """The last word of an engine process. `kind` is the name of an OctavoError, or empty."""
+
+    kind: str
+    message: str
+
+
+FromEngine = Ready | Deltas | Refused | Answer | Died
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode

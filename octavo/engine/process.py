@@ -1,0 +1,138 @@
+"""The engine in a process of its own: `python -m octavo.engine.process CONFIG IN OUT`.
+
+Started by `engine.client`. Reads requests from one socket, steps, writes deltas to the other, so
+that HTTP never waits for a step. Ends when told to, when its parent is gone, or with a Died
+message that carries the reason.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from octavo.config import EngineConfig
+from octavo.engine.core import EngineCore
+from octavo.engine.ipc import (
+    AbortSequence,
+    AddRequest,
+    Answer,
+    Deltas,
+    Died,
+    GetStats,
+    Ready,
+    Refused,
+    ResetPrefixCache,
+    Shutdown,
+    decode_to_engine,
+    encode,
+)
+from octavo.engine.load import load_core
+from octavo.errors import OctavoError, OverloadedError
+from octavo.observe.logs import configure_logging
+from octavo.weights.hub import ModelFiles
+
+IDLE_POLL_MILLISECONDS = 1000
+_PR_SET_PDEATHSIG = 1
+
+
+class EngineArguments(msgspec.Struct, frozen=True, kw_only=True):
+    """What the parent hands over at start, as a file."""
+
+    config: EngineConfig
+    files: ModelFiles
+    log_format: str
+    log_level: str
+
+
+class _Loop:
+    """Alternates between the inbox and a step until it is told to stop."""
+
+    def __init__(self, core: EngineCore, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]):
+        self._core = core
+        self._inbox = inbox
+        self._outbox = outbox
+        self._is_running = True
+        self._parent = os.getppid()
+
+    def run(self) -> None:
+        while self._is_running and os.getppid() == self._parent:
+            if not self._core.has_work and not self._inbox.poll(IDLE_POLL_MILLISECONDS):
+                continue
+            self._read_inbox()
+            deltas = self._core.step()
+            if deltas:
+                self._outbox.send(encode(Deltas(deltas)))
+
+    def _read_inbox(self) -> None:
+        while True:
+            try:
+                data = self._inbox.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._handle(data)
+
+    def _handle(self, data: bytes) -> None:
+        core, reply = self._core, None
+        message = decode_to_engine(data)
+        match message:
+            case AddRequest(request):
+                try:
+                    core.add(request)
+                except OverloadedError as error:
+                    reply = Refused(request.request_id, str(error))
+            case AbortSequence(request_id, index):
+                core.abort(request_id, index)
+            case GetStats(call_id):
+                reply = Answer(call_id, core.stats())
+            case ResetPrefixCache(call_id):
+                reply = Answer(call_id, core.reset_prefix_cache())
+            case Shutdown():
+                self._is_running = False
+        if reply is not None:
+            self._outbox.send(encode(reply))
+
+
+def _die_with_parent() -> None:
+    """Asks Linux to end this process when its parent ends, however that happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def main(arguments_path: str, inbox_address: str, outbox_address: str) -> int:
+    """Runs until told to stop; returns the exit code."""
+    _die_with_parent()
+    # Ctrl-C reaches the whole group; the parent decides when the engine may go.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    arguments = msgspec.msgpack.decode(Path(arguments_path).read_bytes(), type=EngineArguments)
+    configure_logging(arguments.log_format, arguments.log_level)  # type: ignore[arg-type]
+    context = zmq.Context()
+    inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    inbox.set_hwm(0)
+    outbox.set_hwm(0)
+    inbox.connect(inbox_address)
+    outbox.connect(outbox_address)
+    try:
+        core = load_core(arguments.config, arguments.files)
+        outbox.send(encode(Ready(core.plan)))
+        _Loop(core, inbox, outbox).run()
+        core.close()
+    except Exception as error:  # the edge of the process
+        kind = type(error).__name__ if isinstance(error, OctavoError) else ""
+        if not kind:
+            logging.getLogger(__name__).exception("the engine process ends")
+        outbox.send(encode(Died(kind, str(error) if kind else f"{type(error).__name__}: {error}")))
+        return 1
+    finally:
+        context.destroy(linger=2000)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,345 @@
+"""The scheduler with its KV cache, driven against a machine that notices every wrong block."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from octavo.errors import OverloadedError
+from octavo.formats import kv_format
+from octavo.kv_cache.manager import KVCacheManager
+from octavo.kv_cache.prefix_index import prefix_root
+from octavo.kv_cache.spec import KVSpec, group_layers
+from octavo.request import FinishReason, Request, SamplingParams, TokenDelta
+from octavo.scheduler import Scheduler, SchedulerLimits
+from tests.scheduler.paged_machine import PagedMachine, expected_tokens
+
+BLOCK = 4
+
+
+class Engine:
+    """The loop of EngineCore around a PagedMachine, with checks after every step."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        windows: tuple[int | None, ...] = (None,),
+        max_num_seqs: int = 8,
+        budget: int = 16,
+        max_model_len: int = 64,
+        max_num_queued_requests: int = 4096,
+    ) -> None:
+        specs = tuple(
+            KVSpec(num_kv_heads=1, head_size=8, format=kv_format("float32"), window=window)
+            for window in windows
+        )
+        groups = group_layers(specs)
+        self.window = min((w for w in windows if w is not None), default=None)
+        self.manager = KVCacheManager(
+            groups,
+            num_blocks=num_blocks,
+            block_size=BLOCK,
+            max_rows=max_num_seqs,
+            max_model_len=max_model_len,
+            poison=True,
+        )
+        self.scheduler = Scheduler(
+            self.manager,
+            SchedulerLimits(
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=budget,
+                max_model_len=max_model_len,
+                max_num_queued_requests=max_num_queued_requests,
+            ),
+        )
+        self.machine = PagedMachine(groups, num_blocks, BLOCK)
+        self.launched: deque[tuple[object, object]] = deque()
+        self.tokens: dict[tuple[str, int], list[int]] = defaultdict(list)
+        self.reasons: dict[tuple[str, int], FinishReason] = {}
+        self.requests: dict[str, Request] = {}
+        self.step_sizes: list[int] = []
+
+    def add(
+        self,
+        name: str,
+        prompt: list[int],
+        max_tokens: int = 4,
+        *,
+        n: int = 1,
+        priority: int = 0,
+        salt: str = "",
+        caching: bool = True,
+    ) -> None:
+        params = SamplingParams(max_tokens=max_tokens, n=n)
+        request = Request(
+            request_id=name, prompt_token_ids=tuple(prompt), params=params, priority=priority
+        )
+        self.scheduler.add(request, prefix_root(salt=salt), caching, range(n))
+        self.requests[name] = request
+
+    def step(self) -> None:
+        plan = self.scheduler.schedule()
+        self.scheduler.check()
+        if plan is not None:
+            self.step_sizes.append(plan.num_tokens)
+            self.launched.append((plan, self.machine.launch(plan)))
+        if self.launched and (plan is None or len(self.launched) > 1):
+            launched, ticket = self.launched.popleft()
+            self.hear(self.scheduler.commit(launched, self.machine.collect(ticket)))  # type: ignore[arg-type]
+            self.scheduler.check()
+
+    def hear(self, deltas: list[TokenDelta]) -> None:
+        for delta in deltas:
+            key = (delta.request_id, delta.index)
+            assert key not in self.reasons, "news of a finished sequence"
+            self.tokens[key] += delta.token_ids
+            if delta.finish_reason is not None:
+                self.reasons[key] = delta.finish_reason
+
+    def run(self, limit: int = 5000) -> None:
+        for _ in range(limit):
+            if not self.scheduler.has_unfinished and not self.launched:
+                break
+            self.step()
+        assert not self.scheduler.has_unfinished, "a request starves"
+        assert self.manager.pool.num_referenced == 0, "finished requests hold blocks"
+
+    def check_tokens(self) -> None:
+        """Every sequence that was not aborted has the tokens of a run alone."""
+        for (name, index), reason in self.reasons.items():
+            request = self.requests[name]
+            count = min(
+                request.params.max_tokens or 0,
+                self.scheduler.limits.max_model_len - len(request.prompt_token_ids),
+            )
+            expected = expected_tokens(request.prompt_token_ids, index, count, self.window)
+            got = self.tokens[name, index]
+            if reason is FinishReason.ABORT:
+                assert got == expected[: len(got)]
+            else:
+                assert (got, reason) == (expected, FinishReason.LENGTH)
+
+
+def test_a_request_alone_yields_its_tokens_in_chunks_within_the_budget() -> None:
+    engine = Engine(budget=5)
+    engine.add("a", list(range(23)), 6)
+    engine.run()
+    engine.check_tokens()
+    assert max(engine.step_sizes) == 5
+
+
+def test_decodes_and_prefill_chunks_share_a_step() -> None:
+    engine = Engine(budget=8)
+    engine.add("a", [1, 2, 3], 10)
+    engine.step()
+    engine.add("b", list(range(30)), 2)
+    for _ in range(3):
+        engine.step()
+    assert engine.step_sizes[1:4] == [8, 8, 8]  # one decode and seven prompt tokens each
+    engine.run()
+    engine.check_tokens()
+
+
+def test_requests_sent_at_once_compute_their_shared_prefix_once() -> None:
+    engine = Engine(num_blocks=256, max_num_seqs=16, budget=64, max_model_len=160)
+    prefix = [i % 47 for i in range(128)]
+    for i in range(16):
+        engine.add(f"r{i}", [*prefix, 48, i], 1)
+    engine.run()
+    engine.check_tokens()
+    assert engine.machine.num_computed <= 128 + 16 * 2 * BLOCK
+
+
+def test_parallel_samples_compute_the_prompt_once_and_copy_at_most_one_block() -> None:
+    engine = Engine(num_blocks=128, budget=64)
+    engine.add("a", list(range(30)), 5, n=4, caching=False)
+    copies = 0
+    while engine.scheduler.has_unfinished or engine.launched:
+        plan = engine.scheduler.schedule()
+        if plan is not None:
+            copies += len(plan.copies)
+            engine.launched.append((plan, engine.machine.launch(plan)))
+        if engine.launched and (plan is None or len(engine.launched) > 1):
+            launched, ticket = engine.launched.popleft()
+            engine.hear(engine.scheduler.commit(launched, engine.machine.collect(ticket)))  # type: ignore[arg-type]
+        engine.scheduler.check()
+    engine.check_tokens()
+    assert copies == 3
+    # Every sample computes its outputs but the last, which nobody reads, and three the last
+    # prompt token a second time.
+    assert engine.machine.num_computed == 30 + 3 + 4 * 4
+
+
+def test_a_repeated_prompt_hits_all_full_blocks_but_the_last_token() -> None:
+    engine = Engine()
+    prompt = list(range(24))
+    engine.add("a", prompt, 1)
+    engine.run()
+    engine.add("b", prompt, 1)
+    engine.run()
+    engine.check_tokens()
+    counters = engine.scheduler.counters
+    assert counters.prefix_hit_tokens == 20
+    assert counters.prefix_query_tokens == 48
+    assert counters.prefix_miss_tokens == {"never_seen": 20, "too_short": 8}
+
+
+def test_another_salt_never_hits_and_the_reason_says_so() -> None:
+    engine = Engine()
+    engine.add("a", list(range(24)), 1, salt="one")
+    engine.run()
+    engine.add("b", list(range(24)), 1, salt="two")
+    engine.run()
+    counters = engine.scheduler.counters
+    assert counters.prefix_hit_tokens == 0
+    assert counters.prefix_miss_tokens["other_tenant"] == 20
+
+
+def test_an_evicted_prefix_is_missed_as_evicted() -> None:
+    engine = Engine(num_blocks=14, max_model_len=40)
+    engine.add("a", list(range(24)), 1)
+    engine.run()
+    engine.add("b", [49 - i for i in range(36)], 4)
+    engine.run()
+    engine.add("c", list(range(24)), 1)
+    engine.run()
+    engine.check_tokens()
+    assert engine.scheduler.counters.prefix_miss_tokens["evicted"] > 0
+
+
+def test_a_request_without_prefix_caching_neither_reads_nor_writes() -> None:
+    engine = Engine()
+    engine.add("a", list(range(24)), 1, caching=False)
+    engine.run()
+    assert engine.manager.pool.num_cached == 0
+    engine.add("b", list(range(24)), 1)
+    engine.run()
+    engine.add("c", list(range(24)), 1, caching=False)
+    engine.run()
+    assert engine.scheduler.counters.prefix_hit_tokens == 0
+
+
+def test_reset_forgets_every_prefix_and_says_whether_blocks_are_in_use() -> None:
+    engine = Engine()
+    engine.add("a", list(range(24)), 1)
+    engine.run()
+    assert engine.manager.reset_prefix_cache()
+    engine.add("b", list(range(24)), 8)
+    engine.step()
+    assert not engine.manager.reset_prefix_cache()
+    engine.run()
+    engine.check_tokens()
+    assert engine.scheduler.counters.prefix_hit_tokens == 0
+
+
+def test_a_lower_priority_number_runs_first() -> None:
+    engine = Engine(max_num_seqs=1)
+    engine.add("late", [1, 2, 3], 2, priority=5)
+    engine.add("soon", [4, 5, 6], 2, priority=-1)
+    engine.run()
+    assert list(engine.reasons) == [("soon", 0), ("late", 0)]
+
+
+def test_a_full_queue_refuses_with_its_limit() -> None:
+    engine = Engine(max_num_queued_requests=1)
+    engine.add("a", [1], 1)
+    with pytest.raises(OverloadedError, match="limit 1"):
+        engine.add("b", [1], 1)
+    engine.run()
+    engine.check_tokens()
+
+
+def test_an_abort_frees_the_blocks_before_the_next_step() -> None:
+    engine = Engine()
+    engine.add("a", list(range(24)), 20, n=2)
+    for _ in range(4):
+        engine.step()
+    assert engine.manager.pool.num_referenced > 0
+    engine.hear(engine.scheduler.abort("a"))
+    assert engine.manager.pool.num_referenced == 0
+    assert set(engine.reasons.values()) == {FinishReason.ABORT}
+    engine.run()
+
+
+def test_recomputing_after_preemption_is_counted_apart_from_hits() -> None:
+    engine = Engine(num_blocks=12, max_model_len=40)
+    for i in range(3):
+        engine.add(f"r{i}", [i] * 9, 20)
+    engine.run()
+    engine.check_tokens()
+    counters = engine.scheduler.counters
+    assert counters.num_preemptions > 0
+    assert counters.prefix_hit_tokens == 0
+
+
+REQUEST = st.fixed_dictionaries(
+    {
+        "shared": st.integers(0, 30),
+        "own": st.integers(1, 12),
+        "max_tokens": st.integers(1, 14),
+        "n": st.sampled_from([1, 1, 1, 2, 3]),
+        "priority": st.sampled_from([0, 0, 0, 1]),
+        "salt": st.sampled_from(["", "", "x"]),
+        "caching": st.sampled_from([True, True, True, False]),
+        "wait": st.integers(0, 4),
+        "abort_after": st.one_of(st.none(), st.none(), st.none(), st.integers(0, 12)),
+    }
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    requests=st.lists(REQUEST, min_size=1, max_size=9),
+    num_blocks=st.integers(36, 70),
+    windows=st.sampled_from([(None,), (None,), (7,), (None, 9)]),
+    max_num_seqs=st.integers(1, 6),
+    budget=st.integers(3, 24),
+    reset_at=st.one_of(st.none(), st.integers(1, 20)),
+)
+def test_random_arrivals_forks_cancels_and_preemptions_change_no_token(
+    requests: list[dict[str, int]],
+    num_blocks: int,
+    windows: tuple[int | None, ...],
+    max_num_seqs: int,
+    budget: int,
+    reset_at: int | None,
+) -> None:
+    engine = Engine(
+        num_blocks=num_blocks,
+        windows=windows,
+        max_num_seqs=max_num_seqs,
+        budget=budget,
+        max_model_len=60,
+    )
+    aborts: dict[int, list[str]] = defaultdict(list)
+    step = 0
+    for i, r in enumerate(requests):
+        prompt = [*range(r["shared"]), *((i * 7 + j) % 50 for j in range(r["own"]))]
+        engine.add(
+            f"r{i}",
+            prompt,
+            r["max_tokens"],
+            n=r["n"],
+            priority=r["priority"],
+            salt=str(r["salt"]),
+            caching=bool(r["caching"]),
+        )
+        if r["abort_after"] is not None:
+            aborts[step + r["abort_after"]].append(f"r{i}")
+        for _ in range(r["wait"]):
+            engine.step()
+            step += 1
+            for name in aborts.pop(step, ()):
+                engine.hear(engine.scheduler.abort(name))
+                engine.scheduler.check()
+            if step == reset_at:
+                engine.manager.reset_prefix_cache()
+    engine.run()
+    engine.check_tokens()
+    finished = {name for name, _ in engine.reasons}
+    assert finished == set(engine.requests)
+    assert len(engine.reasons) == sum(r["n"] for r in requests)
