@@ -59,3 +59,8 @@ class Family:
 def weight_shapes(spec: ModelSpec, family: Family) -> dict[str, Shape]:
     """Returns checkpoint name -> shape of every tensor the model needs, and of no other."""
     return {family.weight_name(parameter): shape for parameter, shape in spec.parameters()}
+
+
+def ignorable_names(spec: ModelSpec, family: Family) -> tuple[str, ...]:
+    """Returns names that a checkpoint may have although the model does not need them."""
+    return (family.weight_name(Parameter("lm_head")),) if spec.tie_embeddings else ()

@@ -12,14 +12,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from octavo.errors import UnsupportedModelError
+from octavo.layers.rope_spec import RopeSpec, RopeType
 from octavo.models.spec import (
     AttentionSpec,
     LayerSpec,
     MLPSpec,
     ModelSpec,
     MoESpec,
-    RopeSpec,
-    RopeType,
 )
 
 if TYPE_CHECKING:

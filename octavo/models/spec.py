@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from octavo.formats import KVFormat
 from octavo.kv_cache.spec import KVSpec
+from octavo.layers.rope_spec import RopeSpec
 
 if TYPE_CHECKING:  # the planner runs without torch
     from octavo.kernels.ops import Activation, RouterScoring
 
-RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 Shape = tuple[int, ...]
 
 
@@ -27,26 +27,6 @@ class Parameter(NamedTuple):
     name: str
     layer: int = -1
     expert: int = -1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeSpec:
-    """Rotary embedding of the whole model. Fields that `type` does not use keep their default."""
-
-    type: RopeType
-    theta: float
-    rotary_dim: int
-    original_max_position_embeddings: int
-    """Length the model was trained on before `factor` stretched it."""
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    attention_factor: float = 1.0
-    """Multiplies cos and sin (yarn)."""
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    """yarn: round the bounds of the ramp to whole dimensions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,77 @@
+"""Tables of cos and sin for every position, in the RoPE variants that models use.
+
+Built once at load by `models.decoder`. The formulas are those of transformers'
+`modeling_rope_utils`, so that a checkpoint means the same here and there.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from octavo.kernels.ops import RopeTable
+from octavo.layers.rope_spec import RopeSpec
+
+
+def build_rope_table(spec: RopeSpec, max_model_len: int) -> RopeTable:
+    """Returns the table for positions 0..max_model_len - 1.
+
+    `dynamic` RoPE grows its base with the length of the text. Growing it as the sequence grows
+    would give one position different rotations over time, and cached keys would go stale; so here
+    the base is that of `max_model_len` where this exceeds the trained length, and the trained one
+    otherwise. A position has the same rotation in every request and step.
+    """
+    angles = torch.outer(
+        torch.arange(max_model_len, dtype=torch.float32), inverse_frequencies(spec, max_model_len)
+    )
+    return RopeTable(
+        cos=angles.cos().mul_(spec.attention_factor),
+        sin=angles.sin().mul_(spec.attention_factor),
+        rotary_dim=spec.rotary_dim,
+    )
+
+
+def inverse_frequencies(spec: RopeSpec, max_model_len: int) -> Tensor:
+    """Returns radians per position, float32 [rotary_dim // 2]."""
+    dim = spec.rotary_dim
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+    theta = spec.theta
+    if spec.type == "dynamic":
+        stretch = max(max_model_len, spec.original_max_position_embeddings)
+        stretch /= spec.original_max_position_embeddings
+        theta *= (spec.factor * stretch - (spec.factor - 1)) ** (dim / (dim - 2))
+    frequencies = 1.0 / theta**exponents
+    if spec.type == "linear":
+        return frequencies / spec.factor
+    if spec.type == "llama3":
+        return _llama3(spec, frequencies)
+    if spec.type == "yarn":
+        return _yarn(spec, frequencies)
+    return frequencies
+
+
+def _llama3(spec: RopeSpec, frequencies: Tensor) -> Tensor:
+    """Slow dimensions are divided by the factor, fast ones kept, those between interpolated."""
+    turns = spec.original_max_position_embeddings * frequencies / (2 * math.pi)
+    low, high = spec.low_freq_factor, spec.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / spec.factor)
+
+
+def _yarn(spec: RopeSpec, frequencies: Tensor) -> Tensor:
+    """As llama3, with a ramp that is linear in the dimension instead of in the turns."""
+    dim, length = spec.rotary_dim, spec.original_max_position_embeddings
+
+    def dimension_of(turns: float) -> float:
+        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(spec.theta))
+
+    first, last = dimension_of(spec.beta_fast), dimension_of(spec.beta_slow)
+    if spec.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
+    if first == last:
+        last += 0.001  # a step instead of a ramp
+    ramp = torch.arange(dim // 2, dtype=torch.float32).sub_(first).div_(last - first).clamp_(0, 1)
+    return frequencies * (1 - ramp) + frequencies / spec.factor * ramp

@@ -1,0 +1,31 @@
+"""What a rotary embedding is, as frozen data.
+
+Part of a ModelSpec, turned into a table by `layers.rope`. No torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeSpec:
+    """Rotary embedding of the whole model. Fields that `type` does not use keep their default."""
+
+    type: RopeType
+    theta: float
+    rotary_dim: int
+    original_max_position_embeddings: int
+    """Length the model was trained on before `factor` stretched it."""
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    attention_factor: float = 1.0
+    """Multiplies cos and sin (yarn)."""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    """yarn: round the bounds of the ramp to whole dimensions."""

@@ -1,0 +1,123 @@
+"""Executes step plans on one worker thread, in order: the Runner of `octavo.step`.
+
+Called by the engine's executor. It never schedules and never touches text; what a row's sequence
+is, which blocks it has and what it computes come from the plan.
+
+    launch(plan)  caller's thread: enqueue          collect(ticket)  caller's thread: wait
+    _step(plan)   worker thread, side effects in this order: rows freed, blocks poisoned, rows
+                  started, blocks copied, tables updated, KV written, sampled tokens kept
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from octavo.kv_cache.storage import KVStorage
+from octavo.models.decoder import Decoder
+from octavo.runner.input_batch import InputBatch, PromptTargets, StepInputs
+from octavo.runner.sampler import SampledTokens, Sampler, prompt_logprobs
+from octavo.step import StepPlan, StepResult, TokenLogprobs
+
+PROMPT_TILE = 64
+"""Prompt positions whose logits exist at once: [T, V] of a long prompt would be gigabytes."""
+
+
+class ModelRunner:
+    """Owns the persistent rows and the worker thread. A ticket is the Future of a StepResult.
+
+    A step that fails raises its exception from `collect`; what the plan says of rows, blocks and
+    tables has been done by then, unless the plan itself was wrong.
+    """
+
+    def __init__(
+        self,
+        *,
+        decoder: Decoder,
+        storage: KVStorage,
+        sampler: Sampler,
+        max_num_seqs: int,
+        max_model_len: int,
+        poison_freed_blocks: bool = False,
+    ) -> None:
+        self.decoder = decoder
+        self.storage = storage
+        self._sampler = sampler
+        self._poison_freed_blocks = poison_freed_blocks
+        self._batch = InputBatch(
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            block_size=storage.block_size,
+            num_groups=len(storage.groups),
+        )
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="octavo-runner")
+
+    def launch(self, plan: StepPlan) -> Future[StepResult]:
+        """Enqueues the step and returns at once."""
+        return self._worker.submit(self._step, plan)
+
+    def collect(self, ticket: object) -> StepResult:
+        """Returns the result of a launched step; raises what the step raised."""
+        assert isinstance(ticket, Future), ticket
+        return ticket.result()
+
+    def close(self) -> None:
+        """Drops steps that have not begun and ends the worker after the one that has."""
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+    @torch.inference_mode()
+    def _step(self, plan: StepPlan) -> StepResult:
+        self._update_rows(plan)
+        inputs = self._batch.prepare(plan)
+        spec = self.decoder.spec
+        counts_LE = torch.zeros(len(spec.moe_layers), spec.max_experts, dtype=torch.int64)
+        hidden_TM = self.decoder.forward(
+            inputs.token_ids_T, inputs.batches, self.storage, counts_LE
+        )
+        sampled = self._sample(hidden_TM, inputs)
+        return StepResult(
+            step_id=plan.step_id,
+            token_ids=sampled.token_ids.numpy(),
+            logprobs=sampled.logprobs,
+            prompt_logprobs={
+                targets.plan_index: self._prompt_logprobs(hidden_TM, targets)
+                for targets in inputs.prompt_targets
+            },
+            expert_counts=counts_LE.numpy() if spec.moe_layers else None,
+        )
+
+    def _update_rows(self, plan: StepPlan) -> None:
+        for row in plan.freed_rows:
+            self._batch.free(row)
+            self._sampler.free_row(row)
+        if self._poison_freed_blocks:
+            self.storage.poison(plan.freed_blocks)
+        for start in plan.row_starts:
+            self._batch.start(start)
+            self._sampler.start_row(start)
+        if plan.copies:
+            self.decoder.ops.copy_blocks(self.storage.arena, plan.copies)
+        for delta in plan.table_deltas:
+            self._batch.apply(delta)
+
+    def _sample(self, hidden_TM: Tensor, inputs: StepInputs) -> SampledTokens:
+        if not len(inputs.sampling_rows):
+            return SampledTokens(token_ids=torch.zeros(0, dtype=torch.int32), logprobs={})
+        logits_NV = self.decoder.logits(hidden_TM[torch.from_numpy(inputs.last_tokens)])
+        rows = inputs.sampling_rows
+        sampled = self._sampler.sample(logits_NV, rows, inputs.output_indices)
+        self._batch.keep_sampled(rows, sampled.token_ids.numpy())
+        return sampled
+
+    def _prompt_logprobs(
+        self, hidden_TM: Tensor, targets: PromptTargets
+    ) -> tuple[TokenLogprobs, ...]:
+        found: list[TokenLogprobs] = []
+        for tile in range(0, len(targets.token_ids), PROMPT_TILE):
+            token_ids = targets.token_ids[tile : tile + PROMPT_TILE]
+            first = targets.first_token + tile
+            logits_PV = self.decoder.logits(hidden_TM[first : first + len(token_ids)])
+            found.extend(prompt_logprobs(logits_PV, token_ids, targets.num_logprobs))
+        return tuple(found)

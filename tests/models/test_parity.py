@@ -1,0 +1,140 @@
+"""Every family gives transformers' logits: whole, in chunks, in batches, decoded, run ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from octavo.errors import ConfigError
+from octavo.kernels.ops import Ops
+from octavo.kernels.registry import select_ops
+from octavo.models.decoder import Decoder, load_decoder
+from octavo.models.family import ignorable_names, weight_shapes
+from octavo.models.registry import read_spec
+from octavo.weights.loader import check_names
+from octavo.weights.safetensors_source import open_safetensors
+from tests.models.tiny import CASES, TinyModel, save_tiny
+from tests.runner.driver import Driver, Tracked
+
+TOLERANCE = 1e-4
+MAX_MODEL_LEN = 256
+PROMPT_LENS = (61, 1, 33, 16)
+
+
+@lru_cache(maxsize=2)
+def ops_or_reason(backend: str) -> Ops | str:
+    try:
+        return select_ops(backend, 1)
+    except (ConfigError, ImportError) as error:
+        return str(error)
+
+
+@pytest.fixture(scope="module", params=("reference", "native"))
+def ops(request: pytest.FixtureRequest) -> Ops:
+    torch.set_num_threads(1)
+    found = ops_or_reason(request.param)
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
+@pytest.fixture(scope="module", params=CASES)
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    return save_tiny(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture
+def decoder(tiny: TinyModel, ops: Ops) -> Decoder:
+    return load(tiny, ops, MAX_MODEL_LEN)
+
+
+def load(tiny: TinyModel, ops: Ops, max_model_len: int) -> Decoder:
+    spec, family = read_spec(tiny.config)
+    source = open_safetensors(Path(tiny.folder), tiny.config["model_type"])
+    check_names(source, weight_shapes(spec, family), ignorable_names(spec, family))
+    return load_decoder(spec, family, source, ops, max_model_len)
+
+
+def prompts(vocab_size: int, lens: Sequence[int] = PROMPT_LENS) -> list[list[int]]:
+    rng = np.random.default_rng(7)
+    return [rng.integers(0, vocab_size, n).tolist() for n in lens]
+
+
+def assert_parity(tiny: TinyModel, sequence: Tracked) -> None:
+    """Compares the logits of every computed token, and so every greedy choice."""
+    computed = sequence.tokens[: sequence.num_computed]
+    with torch.inference_mode():
+        expected = tiny.reference(torch.tensor([computed])).logits[0]
+    difference = (torch.stack(sequence.logits) - expected).abs().max().item()
+    assert difference < TOLERANCE
+    greedy = expected[sequence.prompt_len - 1 :].argmax(-1).tolist()
+    assert sequence.outputs == greedy[: len(sequence.outputs)]
+
+
+def test_a_whole_prompt_and_its_decode_equal_transformers(
+    tiny: TinyModel, decoder: Decoder
+) -> None:
+    with Driver(decoder) as driver:
+        sequence = driver.add(prompts(decoder.spec.vocab_size)[0])
+        driver.step([(sequence, sequence.prompt_len)])
+        driver.decode([sequence], 6)
+    assert_parity(tiny, sequence)
+
+
+def test_a_prompt_in_chunks_of_odd_sizes_equals_transformers(
+    tiny: TinyModel, decoder: Decoder
+) -> None:
+    with Driver(decoder, seed=1) as driver:
+        sequence = driver.add(prompts(decoder.spec.vocab_size)[0])
+        for count in (1, 7, 19, 2, 17, 15):
+            driver.step([(sequence, count)])
+        driver.decode([sequence], 3)
+    assert_parity(tiny, sequence)
+
+
+def test_a_batch_of_prefills_and_decodes_of_mixed_lengths_equals_transformers(
+    tiny: TinyModel, decoder: Decoder
+) -> None:
+    with Driver(decoder, seed=2) as driver:
+        long, one, middle, block = (driver.add(p) for p in prompts(decoder.spec.vocab_size))
+        driver.step([(one, 1), (long, 9), (block, 16)])
+        driver.step([(long, 30), (one, 1), (middle, 32), (block, 1)])
+        driver.step([(block, 1), (middle, 1), (one, 1), (long, 22)])
+        driver.free(block)
+        late = driver.add(prompts(decoder.spec.vocab_size, (23,))[0])
+        driver.step([(one, 1), (late, 23), (middle, 1), (long, 1)])
+        driver.decode([long, late, one, middle], 3)
+    for sequence in (long, one, middle, block, late):
+        assert_parity(tiny, sequence)
+
+
+def test_decode_that_runs_ahead_of_the_host_equals_transformers(
+    tiny: TinyModel, decoder: Decoder
+) -> None:
+    with Driver(decoder, seed=3) as driver:
+        first, second, *_ = (driver.add(p) for p in prompts(decoder.spec.vocab_size, (20, 37)))
+        launched = driver.launch([(first, 20), (second, 37)])
+        for _ in range(5):
+            ahead = driver.launch([(second, 1), (first, 1)])
+            driver.collect(launched)
+            launched = ahead
+        driver.collect(launched)
+    assert_parity(tiny, first)
+    assert_parity(tiny, second)
+
+
+def test_a_dynamic_rope_stretched_to_the_context_equals_transformers(
+    ops: Ops, tmp_path: Path
+) -> None:
+    tiny = save_tiny("llama-dynamic", tmp_path)
+    length = 300  # transformers stretches to the text: equal where the text fills the context
+    decoder = load(tiny, ops, length)
+    with Driver(decoder, max_model_len=length) as driver:
+        sequence = driver.add(prompts(decoder.spec.vocab_size, (length,))[0])
+        driver.step([(sequence, length)])
+    assert_parity(tiny, sequence)

@@ -1,0 +1,167 @@
+"""Random tiny models of every family, saved by transformers as real checkpoints are.
+
+Used by tests that need a model that is small, but whose sizes are all different.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+_BASE: dict[str, Any] = {
+    "vocab_size": 211,
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+_MOE: dict[str, Any] = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+
+def _rope(rope_type: str, **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10_000.0, **more}}
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "head_dim": 12},
+    "llama-tied-biased": {
+        "model_type": "llama",
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "num_key_value_heads": 6,
+    },
+    "llama-gelu": {"model_type": "llama", "hidden_act": "gelu_pytorch_tanh"},
+    "llama-linear": {"model_type": "llama", **_rope("linear", factor=3.0)},
+    "llama-dynamic": {"model_type": "llama", **_rope("dynamic", factor=2.0)},
+    "llama-llama3": {
+        "model_type": "llama",
+        "head_dim": 16,
+        **_rope(
+            "llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=32,
+        ),
+    },
+    "llama-yarn": {
+        "model_type": "llama",
+        "head_dim": 32,
+        **_rope("yarn", factor=4.0, original_max_position_embeddings=64),
+    },
+    "llama-yarn-mscale": {
+        "model_type": "llama",
+        "head_dim": 32,
+        **_rope(
+            "yarn",
+            factor=4.0,
+            original_max_position_embeddings=64,
+            mscale=0.7,
+            mscale_all_dim=1.2,
+            beta_fast=16.0,
+            beta_slow=2.0,
+            truncate=False,
+        ),
+    },
+    "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 10},
+    "mistral-window": {"model_type": "mistral", "sliding_window": 19},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2-window": {
+        "model_type": "qwen2",
+        "num_hidden_layers": 4,
+        "use_sliding_window": True,
+        "sliding_window": 21,
+        "max_window_layers": 1,
+    },
+    "qwen3": {"model_type": "qwen3", "head_dim": 20, "tie_word_embeddings": True},
+    "qwen3-mixed": {
+        "model_type": "qwen3",
+        "head_dim": 16,
+        "attention_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": 17,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "mixtral": {
+        "model_type": "mixtral",
+        "head_dim": 12,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "mixtral-window": {
+        "model_type": "mixtral",
+        "num_local_experts": 3,
+        "num_experts_per_tok": 1,
+        "sliding_window": 18,
+    },
+    "qwen2-moe": {
+        "model_type": "qwen2_moe",
+        **_MOE,
+        "shared_expert_intermediate_size": 40,
+        "decoder_sparse_step": 2,
+        "num_hidden_layers": 4,
+        "mlp_only_layers": [3],
+    },
+    "qwen2-moe-window": {
+        "model_type": "qwen2_moe",
+        **_MOE,
+        "shared_expert_intermediate_size": 40,
+        "norm_topk_prob": True,
+        "use_sliding_window": True,
+        "sliding_window": 20,
+        "max_window_layers": 2,
+    },
+    "qwen3-moe": {"model_type": "qwen3_moe", **_MOE, "head_dim": 16, "norm_topk_prob": True},
+    "qwen3-moe-sparse": {
+        "model_type": "qwen3_moe",
+        **_MOE,
+        "mlp_only_layers": [0],
+        "use_sliding_window": True,
+        "sliding_window": 16,
+    },
+    "olmoe": {"model_type": "olmoe", "num_experts": 6, "num_experts_per_tok": 3},
+    "olmoe-clipped": {
+        "model_type": "olmoe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "clip_qkv": 0.8,
+        "norm_topk_prob": True,
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyModel:
+    """A model in transformers, and the folder it was saved to."""
+
+    reference: PreTrainedModel
+    folder: Path
+    config: Mapping[str, Any]
+    """The saved config.json."""
+
+
+def save_tiny(case: str, folder: Path, seed: int = 0) -> TinyModel:
+    """Makes the model of `case` with weights large enough that a mistake shows in the logits."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(**{**_BASE, **CASES[case]})
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+        if name.endswith("norm.weight"):
+            parameter.data += 1.0
+    model.save_pretrained(folder)
+    saved = json.loads((folder / "config.json").read_text())
+    return TinyModel(reference=model, folder=folder, config=saved)

@@ -1,0 +1,231 @@
+"""A scheduler made by hand: drives a ModelRunner with plans that a test spells out.
+
+Blocks lie at random physical ids and are poisoned before they are used and when a window has
+passed them, so that a read of the wrong memory shows as NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from octavo.formats import KV_FORMATS
+from octavo.kv_cache.spec import group_layers
+from octavo.kv_cache.storage import KVStorage
+from octavo.models.decoder import Decoder
+from octavo.request import SamplingParams
+from octavo.runner.input_batch import StepInputs
+from octavo.runner.model_runner import ModelRunner
+from octavo.runner.sampler import SampledTokens, Sampler
+from octavo.step import RowStart, StepPlan, StepResult, TableDelta
+
+GREEDY = SamplingParams(temperature=0.0)
+BLOCK_SIZE = 16
+
+
+class RecordingRunner(ModelRunner):
+    """Keeps the logits of every token of every step, by step id."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.logits: dict[int, Tensor] = {}
+        self._latest = torch.empty(0)
+
+    def _sample(self, hidden_TM: Tensor, inputs: StepInputs) -> SampledTokens:
+        self._latest = self.decoder.logits(hidden_TM)
+        return super()._sample(hidden_TM, inputs)
+
+    def _step(self, plan: StepPlan) -> StepResult:
+        result = super()._step(plan)
+        self.logits[plan.step_id] = self._latest
+        return result
+
+
+@dataclass(eq=False)
+class Tracked:
+    """One sequence as the driver knows it."""
+
+    row: int
+    prompt_len: int
+    tokens: list[int]
+    params: SamplingParams
+    blocks: list[list[int]]
+    """By KV group; 0 where the window has passed."""
+    num_computed: int = 0
+    num_pending: int = 0
+    """Tokens sampled by steps not yet collected."""
+    started: bool = False
+    logits: list[Tensor] = field(default_factory=list)
+
+    @property
+    def outputs(self) -> list[int]:
+        return self.tokens[self.prompt_len :]
+
+
+class Driver:
+    """Owns a runner and its blocks. Use as a context manager."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        num_blocks: int = 96,
+        max_num_seqs: int = 8,
+        max_model_len: int = 256,
+        kv_format: str = "float32",
+        seed: int = 0,
+    ) -> None:
+        self.groups = group_layers(decoder.spec.kv_specs(KV_FORMATS[kv_format]))
+        storage = KVStorage(self.groups, num_blocks, BLOCK_SIZE)
+        storage.poison(range(num_blocks))
+        self.runner = RecordingRunner(
+            decoder=decoder,
+            storage=storage,
+            sampler=Sampler(decoder.spec.vocab_size, max_num_seqs),
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            poison_freed_blocks=True,
+        )
+        order = np.random.default_rng(seed).permutation(np.arange(1, num_blocks))
+        self.free_blocks: list[int] = order.tolist()
+        self.free_rows = list(range(max_num_seqs))
+        self.step_id = 0
+        self._freed_rows: list[int] = []
+        self._freed_blocks: list[int] = []
+        self._copies: list[tuple[int, int]] = []
+
+    def __enter__(self) -> Driver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.runner.close()
+
+    def add(self, tokens: Iterable[int], params: SamplingParams = GREEDY) -> Tracked:
+        """Gives a row to a new sequence."""
+        known = list(tokens)
+        row = self.free_rows.pop()
+        blocks: list[list[int]] = [[] for _ in self.groups]
+        return Tracked(row, len(known), known, params, blocks)
+
+    def free(self, sequence: Tracked) -> None:
+        """Takes row and blocks away; the runner hears of it with the next plan."""
+        self._freed_rows.append(sequence.row)
+        self.free_rows.append(sequence.row)
+        for blocks in sequence.blocks:
+            self._release(blocks, 0, len(blocks))
+
+    def fork(self, parent: Tracked) -> Tracked:
+        """Returns a copy of a sequence: whole blocks shared, the last one copied on write."""
+        child = self.add(parent.tokens, parent.params)
+        child.prompt_len, child.num_computed = parent.prompt_len, parent.num_computed
+        child.logits = list(parent.logits)
+        child.blocks = [list(blocks) for blocks in parent.blocks]
+        for blocks in child.blocks:
+            source = blocks[-1]
+            blocks[-1] = self.free_blocks.pop()
+            self._copies.append((source, blocks[-1]))
+        return child
+
+    def launch(self, chunks: Sequence[tuple[Tracked, int]]) -> tuple[Any, object]:
+        """Launches a step that computes `count` tokens of each sequence."""
+        deltas: list[TableDelta] = []
+        row_starts: list[RowStart] = []
+        token_ids: list[int] = []
+        samples: list[bool] = []
+        for sequence, count in chunks:
+            stop = sequence.num_computed + count
+            deltas += self._grow(sequence, stop)
+            if not sequence.started:
+                row_starts.append(self._row_start(sequence))
+            known = sequence.tokens[sequence.num_computed : stop]
+            token_ids += known or [0]
+            samples.append(stop == len(sequence.tokens) + sequence.num_pending)
+        plan = StepPlan(
+            step_id=self.step_id,
+            rows=np.array([s.row for s, _ in chunks], np.int32),
+            starts=np.array([s.num_computed for s, _ in chunks], np.int32),
+            query_lens=np.array([count for _, count in chunks], np.int32),
+            token_ids=np.array(token_ids, np.int32),
+            from_device=np.array([s.num_computed >= len(s.tokens) for s, _ in chunks]),
+            samples=np.array(samples),
+            row_starts=tuple(row_starts),
+            freed_rows=tuple(self._freed_rows),
+            freed_blocks=tuple(self._freed_blocks),
+            copies=tuple(self._copies),
+            table_deltas=tuple(deltas),
+        )
+        for pending in (self._freed_rows, self._freed_blocks, self._copies):
+            pending.clear()
+        self.step_id += 1
+        for (sequence, count), is_sampled in zip(chunks, samples, strict=True):
+            sequence.num_computed += count
+            sequence.num_pending += is_sampled
+            self._pass_windows(sequence)
+        return (plan, list(chunks)), self.runner.launch(plan)
+
+    def collect(self, launched: tuple[Any, object]) -> StepResult:
+        """Waits for a launched step and appends what it sampled."""
+        (plan, chunks), ticket = launched
+        result = self.runner.collect(ticket)
+        logits_TV = self.runner.logits.pop(plan.step_id)
+        sampled = iter(result.token_ids.tolist())
+        for (sequence, count), part, is_sampled in zip(
+            chunks, logits_TV.split(plan.query_lens.tolist()), plan.samples, strict=True
+        ):
+            assert len(part) == count
+            sequence.logits += list(part)
+            if is_sampled:
+                sequence.tokens.append(next(sampled))
+                sequence.num_pending -= 1
+        return result
+
+    def step(self, chunks: Sequence[tuple[Tracked, int]]) -> StepResult:
+        return self.collect(self.launch(chunks))
+
+    def decode(self, sequences: Sequence[Tracked], count: int) -> None:
+        """Runs steps of one token for all sequences until each has `count` more."""
+        for _ in range(count):
+            self.step([(sequence, 1) for sequence in sequences])
+
+    def _row_start(self, sequence: Tracked) -> RowStart:
+        sequence.started = True
+        return RowStart(
+            row=sequence.row,
+            params=sequence.params,
+            seed=0,
+            stop_token_ids=(),
+            prompt_len=sequence.prompt_len,
+            token_ids=np.array(sequence.tokens, np.int32),
+        )
+
+    def _grow(self, sequence: Tracked, num_tokens: int) -> list[TableDelta]:
+        deltas: list[TableDelta] = []
+        for group, blocks in enumerate(sequence.blocks):
+            column = len(blocks) if sequence.started else 0
+            while len(blocks) * BLOCK_SIZE < num_tokens:
+                blocks.append(self.free_blocks.pop())
+            if column < len(blocks):
+                ids = np.array(blocks[column:], np.int32)
+                deltas.append(
+                    TableDelta(group=group, row=sequence.row, column=column, block_ids=ids)
+                )
+        return deltas
+
+    def _pass_windows(self, sequence: Tracked) -> None:
+        """Frees blocks that the sequence's next token cannot see."""
+        for group, blocks in zip(self.groups, sequence.blocks, strict=True):
+            if group.spec.window is not None:
+                first_seen = max(0, sequence.num_computed - group.spec.window + 1)
+                self._release(blocks, 0, first_seen // BLOCK_SIZE)
+
+    def _release(self, blocks: list[int], first: int, last: int) -> None:
+        for column in range(first, last):
+            if blocks[column]:
+                self._freed_blocks.append(blocks[column])
+                self.free_blocks.insert(0, blocks[column])
+                blocks[column] = 0
