@@ -1,0 +1,57 @@
+"""Keys of the prefix cache: nothing but equal prefixes of one tenant can meet."""
+
+from __future__ import annotations
+
+from array import array
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from octavo.kv_cache.block_pool import BlockKey
+from octavo.kv_cache.prefix_index import PrefixIndex, extend_digests, prefix_root
+
+TOKENS = st.lists(st.integers(0, 3), max_size=40)
+
+
+def digests(token_ids: list[int], root: bytes = b"root") -> list[bytes]:
+    found: list[bytes] = []
+    extend_digests(found, root, array("i", token_ids), 4)
+    return found
+
+
+@given(TOKENS, TOKENS)
+def test_two_digests_are_equal_exactly_when_all_tokens_up_to_there_are(
+    one: list[int], other: list[int]
+) -> None:
+    for i, (a, b) in enumerate(zip(digests(one), digests(other), strict=False)):
+        assert (a == b) == (one[: 4 * i + 4] == other[: 4 * i + 4])
+
+
+@given(TOKENS, st.integers(0, 40))
+def test_digests_do_not_depend_on_how_the_tokens_arrived(token_ids: list[int], cut: int) -> None:
+    found: list[bytes] = []
+    extend_digests(found, b"root", array("i", token_ids[:cut]), 4)
+    extend_digests(found, b"root", array("i", token_ids), 4)
+    assert found == digests(token_ids)
+
+
+@given(st.text(), st.text(), st.text(), st.text())
+def test_roots_differ_unless_every_tagged_field_is_equal(a: str, b: str, c: str, d: str) -> None:
+    equal = prefix_root(model=a, salt=b) == prefix_root(model=c, salt=d)
+    assert equal == ((a, b) == (c, d))
+
+
+def test_a_digest_moved_to_another_field_is_another_root() -> None:
+    assert prefix_root(salt="x") != prefix_root(adapter="x")
+
+
+def test_each_miss_has_its_reason() -> None:
+    index = PrefixIndex(1)
+    key = BlockKey(0, b"digest")
+    assert index.miss_reason(b"digest", 7, b"root") == "never_seen"
+    assert index.insert(key, 3, 7, b"root")
+    assert not index.insert(key, 4, 7, b"root"), "the first holder of a key keeps it"
+    assert index.miss_reason(b"other", 7, b"another root") == "other_tenant"
+    index.remove(key)
+    assert index.find(0, b"digest") is None
+    assert index.miss_reason(b"digest", 7, b"root") == "evicted"
