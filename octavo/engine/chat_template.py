@@ -1,0 +1,172 @@
+"""Owns the Jinja side of chat: messages and a model's template become one prompt text.
+
+Called by `Tokenizer.encode_chat`. Never tokenises, and never runs a template outside Jinja's
+immutable sandbox, since templates come with models from anywhere.
+
+What templates may use besides Jinja itself is what `transformers` gives them: raise_exception,
+strftime_now, a `tojson` that does not escape HTML, break and continue, and the generation tag.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from octavo.errors import ChatTemplateError
+
+Message = Mapping[str, Any]
+
+# Put behind the message to continue, to find its end in the rendered text. A template that trims
+# its messages drops the space at the end, and with it tells that it would trim the message too.
+_CONTINUE_MARK = "\U000f1000octavo-continue\U000f1001"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatOptions:
+    """How messages are rendered, besides the messages."""
+
+    add_generation_prompt: bool = True
+    """End with the header of the assistant's answer."""
+    continue_final_message: bool = False
+    """End within the last message, so that the model goes on with it."""
+    tools: Sequence[Mapping[str, Any]] | None = None
+    documents: Sequence[Mapping[str, Any]] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Further variables of the template, such as enable_thinking."""
+
+
+class ChatTemplate:
+    """One compiled template. Rendering is pure, but for the clock of `strftime_now`."""
+
+    def __init__(
+        self,
+        source: str,
+        special_tokens: Mapping[str, str] | None = None,
+        now: Callable[[], datetime] = datetime.now,
+    ) -> None:
+        """`special_tokens` are variables such as bos_token. Raises ChatTemplateError."""
+        self.source = source
+        self._special_tokens = dict(special_tokens or {})
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_GenerationTag, jinja2.ext.loopcontrols],
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda pattern: now().strftime(pattern)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ChatTemplateError(
+                f"the chat template is malformed at line {error.lineno}: {error.message}; give "
+                "another one with chat_template",
+                param="chat_template",
+            ) from error
+
+    def render(self, messages: Sequence[Message], options: ChatOptions | None = None) -> str:
+        """Returns the prompt text. Raises ChatTemplateError with the template's own message."""
+        options = options or ChatOptions()
+        if not messages:
+            raise ChatTemplateError("messages is empty; give at least one", param="messages")
+        if options.continue_final_message:
+            if options.add_generation_prompt:
+                raise ChatTemplateError(
+                    "continue_final_message and add_generation_prompt are both true; set "
+                    "add_generation_prompt to false to continue the last message",
+                    param="continue_final_message",
+                )
+            messages = [*messages[:-1], _with_mark(messages[-1])]
+        variables = {**self._special_tokens, **options.template_kwargs}
+        variables |= {"messages": messages, "tools": options.tools, "documents": options.documents}
+        variables["add_generation_prompt"] = options.add_generation_prompt
+        try:
+            text = self._template.render(variables)
+        except jinja2.TemplateError as error:
+            raise ChatTemplateError(
+                f"the chat template refused the messages: {error}", param="messages"
+            ) from error
+        except (TypeError, ValueError, KeyError, ArithmeticError, RecursionError) as error:
+            raise ChatTemplateError(
+                f"the chat template failed on the messages: {type(error).__name__}: {error}",
+                param="messages",
+            ) from error
+        return _up_to_mark(text) if options.continue_final_message else text
+
+
+def _with_mark(message: Message) -> Message:
+    """Returns the message with the mark behind its last text."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": content + _CONTINUE_MARK + " "}
+    parts = list(content) if isinstance(content, Sequence) else []
+    for place in reversed(range(len(parts))):
+        part = parts[place]
+        if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+            parts[place] = {**part, "text": part["text"] + _CONTINUE_MARK + " "}
+            return {**message, "content": parts}
+    raise ChatTemplateError(
+        "continue_final_message needs a last message with text content",
+        param="continue_final_message",
+    )
+
+
+def _up_to_mark(text: str) -> str:
+    end = text.rfind(_CONTINUE_MARK)
+    if end < 0:
+        raise ChatTemplateError(
+            "the chat template leaves out the last message, so it cannot be continued",
+            param="continue_final_message",
+        )
+    is_trimmed = not text.startswith(" ", end + len(_CONTINUE_MARK))
+    return text[:end].rstrip() if is_trimmed else text[:end]
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+        default=_plain,
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Lets tojson take any mapping or sequence."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Sequence):
+        return list(value)
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """Accepts `{% generation %}`, which marks the assistant's text for training, as a block."""
+
+    tags = {"generation"}  # noqa: RUF012 - declared so by jinja2
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)

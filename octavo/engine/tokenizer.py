@@ -1,0 +1,368 @@
+"""Owns the model's tokenizer: text to ids and back, special tokens, chat messages to ids.
+
+Made once per process by whoever speaks text (server, LLM, demo); read by the processors of input
+and output. Never imports transformers, and never lets the text of a chat message become a control
+token: see `encode_chat`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, processors
+
+from octavo.engine.chat_template import ChatOptions, ChatTemplate, Message
+from octavo.engine.gguf_tokenizer import tokenizer_files_from_gguf
+from octavo.errors import (
+    ChatTemplateError,
+    ModelError,
+    ModelNotFoundError,
+    RequestError,
+    UnsupportedModelError,
+)
+
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "eot_token")
+_SLOW_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tiktoken.model")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatPrompt:
+    """A rendered chat: the text for people, the ids for the model."""
+
+    text: str
+    token_ids: list[int]
+
+
+class Tokenizer:
+    """A fast tokenizer with the facts of its config. Immutable, but for a lazily built guard."""
+
+    def __init__(self, tokenizer_json: str, config: Mapping[str, Any] | None = None) -> None:
+        """`config` is tokenizer_config.json, with the special tokens' map merged in."""
+        config = dict(config or {})
+        try:
+            self._core = tokenizers.Tokenizer.from_str(tokenizer_json)
+        except Exception as error:  # the library raises bare Exceptions
+            raise ModelError(f"tokenizer.json is broken: {error}; download it again") from error
+        self._core.no_truncation()
+        self._core.no_padding()
+        self._config = config
+        self.special_tokens: dict[str, str] = _special_tokens(config)
+        """By role: bos_token, eos_token, ... as templates know them."""
+        _add_missing_tokens(self._core, config)
+        _apply_bos_eos(self._core, config, self.special_tokens)
+        added = self._core.get_added_tokens_decoder()
+        self.added_tokens: dict[str, int] = {str(t.content): i for i, t in added.items()}
+        self.special_ids: frozenset[int] = frozenset(i for i, t in added.items() if t.special)
+        self.vocab_size: int = max(self._core.get_vocab_size(), max(added, default=-1) + 1)
+        self.bos_token_id = self._role_id("bos_token")
+        self.eos_token_id = self._role_id("eos_token")
+        self.eot_token_id = self._role_id("eot_token")
+        self.chat_template: str | None = _chat_template(config)
+        self.is_byte_level = isinstance(self._core.decoder, decoders.ByteLevel)
+        """Whether a token's bytes do not depend on its neighbours."""
+        self._template: ChatTemplate | None = None
+        self._guard: _Guard | None = None
+
+    @staticmethod
+    def from_folder(path: str | Path) -> Tokenizer:
+        """Reads tokenizer.json and its companions. Raises ModelError with the way out."""
+        folder = Path(path)
+        if not (folder / "tokenizer.json").is_file():
+            slow = [name for name in _SLOW_FILES if (folder / name).exists()]
+            if slow:
+                raise UnsupportedModelError(
+                    f"{folder} has {', '.join(slow)} but no tokenizer.json; make one with "
+                    "transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+                )
+            raise ModelNotFoundError(f"there is no tokenizer.json in {folder}")
+        config = {
+            **_read_json(folder / "special_tokens_map.json"),
+            **_read_json(folder / "tokenizer_config.json"),
+        }
+        template = folder / "chat_template.jinja"
+        if template.is_file():
+            config["chat_template"] = template.read_text(encoding="utf-8")
+        elif (old := _read_json(folder / "chat_template.json")) and "chat_template" not in config:
+            config["chat_template"] = old.get("chat_template")
+        return Tokenizer((folder / "tokenizer.json").read_text(encoding="utf-8"), config)
+
+    @staticmethod
+    def from_gguf(path: str | Path) -> Tokenizer:
+        """Builds the tokenizer that a GGUF file describes."""
+        files = tokenizer_files_from_gguf(path)
+        return Tokenizer(files["tokenizer.json"], json.loads(files["tokenizer_config.json"]))
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Returns ids; `add_special_tokens` puts BOS before where the model wants it."""
+        return self._core.encode(_sound(text), add_special_tokens=add_special_tokens).ids
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Returns the text of ids; ids that do not exist are left out."""
+        return self._core.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def tokens(self, token_ids: Sequence[int]) -> list[str]:
+        """Returns each id's piece as the vocabulary spells it ("" where there is none)."""
+        return [self._core.id_to_token(i) or "" for i in token_ids]
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self.special_ids
+
+    def is_token(self, token_id: int) -> bool:
+        return self._core.id_to_token(token_id) is not None
+
+    def with_chat_template(self, source: str) -> Tokenizer:
+        """Returns a tokenizer that differs in its chat template only."""
+        return Tokenizer(self._core.to_str(), {**self._config, "chat_template": source})
+
+    def encode_chat(
+        self, messages: Sequence[Message], options: ChatOptions | None = None
+    ) -> ChatPrompt:
+        """Renders messages and returns text and ids, special tokens only where the template is.
+
+        A special token's string within messages, tools, documents or template_kwargs stands for
+        its characters: it is tokenised as plain text. Ids of all other content are those of
+        tokenising the rendered text. What a template builds from a role ("<|" + role + "|>") is
+        the template's; the server admits known roles only. Raises ChatTemplateError.
+        """
+        options = options or ChatOptions()
+        template = self._compiled_template()
+        shield = _Shield(self._special_strings())
+        safe_messages = shield.hide(list(messages))
+        safe_options = replace(
+            options,
+            tools=shield.hide(options.tools),
+            documents=shield.hide(options.documents),
+            template_kwargs=shield.hide(dict(options.template_kwargs)),
+        )
+        text = template.render(safe_messages, safe_options)
+        if not shield.hidden:
+            return ChatPrompt(text=text, token_ids=self.encode(text, add_special_tokens=False))
+        if self._guard is None:
+            self._guard = _Guard(self._core, self._special_strings())
+        ids = self._guard.encode(text, shield.show)
+        return ChatPrompt(text=shield.show(text), token_ids=ids)
+
+    def _compiled_template(self) -> ChatTemplate:
+        if self._template is None:
+            if self.chat_template is None:
+                raise ChatTemplateError(
+                    "the model has no chat template; give one with chat_template, or use "
+                    "completions",
+                    param="messages",
+                )
+            self._template = ChatTemplate(self.chat_template, self.special_tokens)
+        return self._template
+
+    def _special_strings(self) -> dict[str, int]:
+        return {text: i for text, i in self.added_tokens.items() if i in self.special_ids}
+
+    def _role_id(self, role: str) -> int | None:
+        token = self.special_tokens.get(role)
+        return None if token is None else self._core.token_to_id(token)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Returns the tokenizer of a folder or of a .gguf file."""
+    found = Path(path)
+    if found.suffix == ".gguf":
+        return Tokenizer.from_gguf(found)
+    if found.name == "tokenizer.json":
+        found = found.parent
+    return Tokenizer.from_folder(found)
+
+
+def eos_token_ids(
+    generation_config: Mapping[str, Any] | None, tokenizer: Tokenizer | None
+) -> tuple[int, ...]:
+    """Returns every id that ends a sequence: generation_config's (an int or a list) first."""
+    given = (generation_config or {}).get("eos_token_id")
+    ids: list[int] = [given] if isinstance(given, int) else list(given or ())
+    if tokenizer is not None:
+        ids += [i for i in (tokenizer.eos_token_id, tokenizer.eot_token_id) if i is not None]
+    return tuple(dict.fromkeys(ids))
+
+
+class _Shield:
+    """Hides special tokens in what the user wrote, for the time of rendering.
+
+    Also the beginning of one at the end of a string: the template may put two strings together.
+    The marks hold a nonce, so that no text can contain them.
+    """
+
+    def __init__(self, specials: Mapping[str, int]) -> None:
+        self._pattern = _alternatives(specials)
+        self._prefixes = {text[:n] for text in specials for n in range(1, len(text))}
+        self._longest = max((len(text) for text in specials), default=0)
+        self._nonce = secrets.token_hex(8)
+        self._mark = re.compile(f"\U000f2000{self._nonce}([0-9]+)\U000f2001")
+        self._literals: list[str] = []
+        self.hidden = False
+        """Whether any string held a whole special token, or could become part of one."""
+
+    def hide(self, value: Any) -> Any:
+        """Returns `value` with every string in it shielded."""
+        if isinstance(value, str):
+            return self._hide_text(value) if self._pattern else value
+        if isinstance(value, Mapping):
+            return {self.hide(key): self.hide(item) for key, item in value.items()}
+        if isinstance(value, Sequence):
+            return [self.hide(item) for item in value]
+        return value
+
+    def show(self, text: str) -> str:
+        """Returns `text` with what was hidden back in its place."""
+        return self._mark.sub(lambda found: self._literals[int(found[1])], text)
+
+    def _hide_text(self, text: str) -> str:
+        assert self._pattern is not None
+        text = self._pattern.sub(lambda found: self._put(found[0]), text)
+        for length in range(min(len(text), self._longest), 0, -1):
+            tail = text[-length:]
+            if tail in self._prefixes:
+                return text[:-length] + self._put(tail)
+        return text
+
+    def _put(self, literal: str) -> str:
+        self.hidden = True
+        self._literals.append(literal)
+        return f"\U000f2000{self._nonce}{len(self._literals) - 1}\U000f2001"
+
+
+class _Guard:
+    """The same tokenizer with its special tokens renamed to strings nobody can guess.
+
+    One encoding of the whole text then takes the template's special tokens (renamed) for what they
+    are and the user's (not renamed) for text, with all other ids as ever. Built when first needed:
+    it costs a second copy of the vocabulary.
+    """
+
+    def __init__(self, core: tokenizers.Tokenizer, specials: Mapping[str, int]) -> None:
+        nonce = secrets.token_hex(8)
+        self._pattern = _alternatives(specials)
+        self._names = {text: f"\U000f3000{nonce}{i}\U000f3001" for text, i in specials.items()}
+        data = json.loads(core.to_str())
+        for added in data["added_tokens"]:
+            added["content"] = self._names.get(added["content"], added["content"])
+        _rename_in_model(data["model"], self._names)
+        data["post_processor"] = None
+        self._core = tokenizers.Tokenizer.from_str(json.dumps(data))
+        for text, i in specials.items():
+            assert self._core.token_to_id(self._names[text]) == i, f"added token {i} has moved"
+
+    def encode(self, text: str, show: Callable[[str], str]) -> list[int]:
+        """Returns the ids of `text`, in which `show` restores what the user wrote."""
+        assert self._pattern is not None
+        named = self._pattern.sub(lambda found: self._names[found[0]], text)
+        return self._core.encode(_sound(show(named)), add_special_tokens=False).ids
+
+
+def _rename_in_model(model: dict[str, Any], names: Mapping[str, str]) -> None:
+    """Renames tokens in a model's vocabulary and drops merges that would build one of them."""
+    vocab = model.get("vocab")
+    if isinstance(vocab, dict):
+        model["vocab"] = {names.get(token, token): i for token, i in vocab.items()}
+    elif isinstance(vocab, list):  # Unigram: pairs of piece and score
+        model["vocab"] = [[names.get(token, token), score] for token, score in vocab]
+    if "merges" in model:
+        pairs = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
+        model["merges"] = [
+            [left, right]
+            for left, right in pairs
+            if left not in names and right not in names and left + right not in names
+        ]
+    if model.get("unk_token") is not None:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+
+
+def _alternatives(texts: Mapping[str, int]) -> re.Pattern[str] | None:
+    """Returns a pattern that finds the longest of `texts` at each place, as tokenizers does."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def _sound(text: str) -> str:
+    """Refuses text that is no Unicode (JSON can smuggle in half a surrogate pair)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the text has half a surrogate pair at character {error.start}; send valid Unicode",
+            param="prompt",
+        ) from error
+    return text
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is no valid JSON: {error}; download it again") from error
+    if not isinstance(data, dict):
+        raise ModelError(f"{path} must hold a JSON object, has a {type(data).__name__}")
+    return data
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the special tokens by role; old files wrap them in an object."""
+    found: dict[str, str] = {}
+    for role in _ROLES:
+        value = config.get(role)
+        text = value.get("content") if isinstance(value, Mapping) else value
+        if isinstance(text, str) and text:
+            found[role] = text
+    return found
+
+
+def _add_missing_tokens(core: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+    """Adds the tokens that only tokenizer_config.json knows, at the ids it says."""
+    known = core.get_added_tokens_decoder()
+    listed: Mapping[str, Any] = config.get("added_tokens_decoder") or {}
+    for key, spec in sorted(listed.items(), key=lambda item: int(item[0])):
+        if int(key) in known:
+            continue
+        names = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        flags = {name: bool(spec.get(name, False)) for name in names}
+        core.add_tokens([tokenizers.AddedToken(spec["content"], **flags)])
+        if core.token_to_id(spec["content"]) != int(key):
+            raise ModelError(
+                f"tokenizer_config.json puts {spec['content']!r} at id {key}, tokenizer.json at "
+                f"{core.token_to_id(spec['content'])}; the two files do not belong together"
+            )
+
+
+def _apply_bos_eos(
+    core: tokenizers.Tokenizer, config: Mapping[str, Any], special: Mapping[str, str]
+) -> None:
+    """Lets add_bos_token and add_eos_token, where they are given, rule over tokenizer.json."""
+    if "add_bos_token" not in config and "add_eos_token" not in config:
+        return
+    ends = {
+        role: special[role]
+        for role in ("bos_token", "eos_token")
+        if config.get(f"add_{role}") and role in special
+    }
+    before = f"{ends['bos_token']} " if "bos_token" in ends else ""
+    behind = f" {ends['eos_token']}" if "eos_token" in ends else ""
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{before}$A{behind}",
+        pair=f"{before}$A{behind} {before}$B{behind}",
+        special_tokens=[(token, core.token_to_id(token)) for token in ends.values()],
+    )
+
+
+def _chat_template(config: Mapping[str, Any]) -> str | None:
+    """Returns the template called default, or the only one."""
+    given = config.get("chat_template")
+    if not isinstance(given, list):
+        return given
+    named = {entry["name"]: entry["template"] for entry in given}
+    return named.get("default") or (next(iter(named.values())) if len(named) == 1 else None)
