@@ -157,6 +157,10 @@ class EngineClient:
             self._ready.set_exception(error)
         self._on_death(error)
 
+    @property
+    def is_dead(self) -> bool:
+        return self._error is not None
+
     def check_alive(self) -> None:
         """Raises EngineDeadError if the process has ended or was never started."""
         if self._error is not None:

@@ -107,7 +107,7 @@ class Scheduler:
         """
         deltas = []
         for sequence in list(self._requests.get(request_id, ())):
-            if index in (None, sequence.index):
+            if index in (None, sequence.index) and not sequence.is_finished:
                 self._finish(sequence)
                 deltas.append(token_delta(sequence, (), FinishReason.ABORT))
         return deltas

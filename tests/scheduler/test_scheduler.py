@@ -265,6 +265,16 @@ def test_an_abort_frees_the_blocks_before_the_next_step() -> None:
     engine.run()
 
 
+def test_an_abort_speaks_only_of_sequences_that_still_run() -> None:
+    engine = Engine()
+    engine.add("a", [1, 2, 3], 3, n=3)
+    engine.step()
+    engine.hear(engine.scheduler.abort("a", 1))
+    engine.hear(engine.scheduler.abort("a"))
+    assert len(engine.reasons) == 3
+    engine.run()
+
+
 def test_recomputing_after_preemption_is_counted_apart_from_hits() -> None:
     engine = Engine(num_blocks=12, max_model_len=40)
     for i in range(3):

@@ -1,0 +1,203 @@
+"""The Python faces: LLM (offline, in this process) and AsyncLLM (its core in another process).
+
+Names and arguments follow vLLM's, so that `from octavo import LLM, SamplingParams` replaces an
+import.
+"""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from octavo.async_llm import AsyncLLM
+from octavo.config import EngineConfig
+from octavo.engine.chat_template import ChatOptions, Message
+from octavo.engine.front_end import FrontEnd
+from octavo.engine.load import load_core
+from octavo.engine.tokenizer import Tokenizer
+from octavo.errors import ConfigError, OverloadedError, RequestError
+from octavo.kv_cache.planner import MemoryPlan
+from octavo.observe.stats import EngineStats
+from octavo.request import RequestOutput, SamplingParams
+
+__all__ = ["LLM", "AsyncLLM"]
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, or {"prompt": text} or {"prompt_token_ids": ids} as in vLLM."""
+
+
+class LLM:
+    """A model in this process, for batches of prompts. Not thread-safe."""
+
+    def __init__(self, model: str, **options: Any) -> None:
+        """`options` are the fields of EngineConfig. Raises ConfigError, ModelError."""
+        for name in options:
+            if name not in EngineConfig.__dataclass_fields__:
+                near = difflib.get_close_matches(name, EngineConfig.__dataclass_fields__, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ConfigError(f"there is no option {name!r}{hint}", field=name)
+        self.config = EngineConfig(model=model, **options)
+        self._front_end = FrontEnd(self.config)
+        self._core = load_core(self.config, self._front_end.files)
+        self._input, self._output = self._front_end.processors(self._core.plan.max_model_len)
+        self._num_requests = 0
+
+    @property
+    def plan(self) -> MemoryPlan:
+        return self._core.plan
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises ConfigError if the engine runs on token ids alone."""
+        return self._front_end.tokenizer
+
+    def get_tokenizer(self) -> Tokenizer:
+        return self.tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        return self._front_end.spec.vocab_size
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Returns what the model's generation config says; the rest as SamplingParams has it."""
+        return SamplingParams(**self._front_end.default_sampling_params)
+
+    def stats(self) -> EngineStats:
+        return self._core.stats()
+
+    def reset_prefix_cache(self) -> bool:
+        return self._core.reset_prefix_cache()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+        cache_salt: str = "",
+    ) -> list[RequestOutput]:
+        """Returns one output per prompt, in order; all run together.
+
+        `use_tqdm` shows progress on a terminal. Raises RequestError naming what is wrong, before
+        anything runs.
+        """
+        items = [prompts] if _is_one(prompts) else list(prompts)  # type: ignore[arg-type]
+        params = self._params_for(items, sampling_params)
+        priorities = [0] * len(items) if priority is None else list(priority)
+        if len(priorities) != len(items):
+            raise RequestError(
+                f"{len(items)} prompts and {len(priorities)} priorities; give one each",
+                param="priority",
+            )
+        requests = []
+        for item, param, order in zip(items, params, priorities, strict=True):
+            prompt = _text_or_ids(item)
+            request = self._input.process(
+                f"llm-{self._num_requests}",
+                prompt,
+                param,
+                priority=order,
+                cache_salt=cache_salt,
+                arrival_time=time.monotonic(),
+            )
+            self._num_requests += 1
+            requests.append((request, prompt if isinstance(prompt, str) else None))
+        for request, text in requests:
+            self._output.add_request(request, text)
+        return self._run([request for request, _ in requests], use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        options: ChatOptions | None = None,
+    ) -> list[RequestOutput]:
+        """As `generate`, for one conversation or several, through the model's chat template."""
+        chats = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        prompts = [self.tokenizer.encode_chat(chat, options).token_ids for chat in chats]  # type: ignore[arg-type]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def _params_for(
+        self, items: Sequence[Prompt], given: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[SamplingParams]:
+        if given is None:
+            given = self.get_default_sampling_params()
+        if isinstance(given, SamplingParams):
+            return [given] * len(items)
+        if len(given) != len(items):
+            raise RequestError(
+                f"{len(items)} prompts and {len(given)} sampling_params; give one, or one each",
+                param="sampling_params",
+            )
+        return list(given)
+
+    def _run(self, requests: Sequence[Any], use_tqdm: bool) -> list[RequestOutput]:
+        """Feeds the core as its queue takes it, and steps until all are finished."""
+        todo = list(reversed(requests))
+        finished: dict[str, RequestOutput] = {}
+        columns = (
+            TextColumn("generating"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(
+            *columns, console=Console(stderr=True), transient=True, disable=not use_tqdm
+        ) as progress:
+            task = progress.add_task("", total=len(requests))
+            try:
+                while len(finished) < len(requests):
+                    self._feed(todo)
+                    done = self._step()
+                    finished.update((output.request_id, output) for output in done)
+                    progress.update(task, completed=len(finished))
+            except BaseException:
+                for request in requests:
+                    self._core.abort(request.request_id)
+                    self._output.remove_request(request.request_id)
+                raise
+        return [finished[request.request_id] for request in requests]
+
+    def _feed(self, todo: list[Any]) -> None:
+        while todo:
+            try:
+                self._core.add(todo[-1])
+            except OverloadedError:
+                return  # the rest waits here instead of in the queue
+            todo.pop()
+
+    def _step(self) -> list[RequestOutput]:
+        processed = self._output.process(self._core.step())
+        for request_id, index in processed.aborts:
+            self._core.abort(request_id, index)
+        return [output for output in processed.outputs if output.finished]
+
+    def close(self) -> None:
+        """Lets the runner's thread go."""
+        self._core.close()
+
+
+def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
+    if isinstance(prompts, (str, Mapping)):
+        return True
+    return bool(prompts) and all(isinstance(item, int) for item in prompts)
+
+
+def _text_or_ids(prompt: Prompt) -> str | Sequence[int]:
+    if not isinstance(prompt, Mapping):
+        return prompt
+    for name in ("prompt_token_ids", "prompt"):
+        if name in prompt:
+            return prompt[name]
+    raise RequestError(
+        f"a prompt must have prompt or prompt_token_ids, got {', '.join(prompt) or 'nothing'}",
+        param="prompt",
+    )
