@@ -1,0 +1,45 @@
+"""The command `octavo`: reads the command line and runs one of its commands.
+
+Called by the console script. Turns every OctavoError into one line and exit code 2. Neither this
+module nor a command imports torch, FastAPI or transformers before a command runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import cast
+
+from octavo import __version__
+from octavo.cli import bench, chat, demo, plan, serve
+from octavo.cli.options import Parser, Subparsers, say
+from octavo.errors import OctavoError
+
+COMMANDS = (serve, chat, bench, plan, demo)
+DESCRIPTION = """Serve mixture-of-experts language models from paged memory.
+
+MODEL is a Hugging Face id, a local folder, a .gguf file, or a demo model: demo, demo-moe."""
+
+
+def build_parser() -> Parser:
+    """Returns the parser with all commands; each sets `run` to its function."""
+    parser = Parser(prog="octavo", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"octavo {__version__}")
+    subparsers = parser.add_subparsers(
+        title="commands", metavar="COMMAND", dest="command", required=True, parser_class=Parser
+    )
+    for command in COMMANDS:
+        command.add_parser(cast(Subparsers, subparsers))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 2 for an error of the user, 130 for Ctrl-C."""
+    args = build_parser().parse_checked(sys.argv[1:] if argv is None else argv)
+    try:
+        return args.run(args)
+    except OctavoError as error:
+        say(f"octavo {args.command}: error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        return 130

@@ -6,10 +6,10 @@ the result. Never allocates anything; the arithmetic of pages is `spec.group_lay
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from octavo.config import EngineConfig
+from octavo.device import select_device
 from octavo.errors import CapacityError
 from octavo.kv_cache.spec import KVGroup, KVSpec, group_layers
 
@@ -190,45 +190,13 @@ def longest_sequence(
 
 
 def available_memory() -> int:
-    """Returns the bytes of host memory that can be had now: the machine's, or less where a
-    control group (a container) limits it."""
-    free = _machine_memory()
-    for limit_file, used_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
-    ):
-        limit, used = _read_number(limit_file), _read_number(used_file)
-        if limit is not None and used is not None and limit < 2**60:
-            free = min(free, max(limit - used, 0))
-    return free
+    """Returns the bytes of memory that the device has free now."""
+    return select_device("auto").memory().available_bytes
 
 
 def gib(size: int) -> str:
     """Returns a number of bytes as text in GiB."""
     return f"{size / GIB:.2f} GiB"
-
-
-def _machine_memory() -> int:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux: all memory there is, of which utilization takes its share
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _read_number(path: str) -> int | None:
-    try:
-        with open(path, encoding="ascii") as file:
-            text = file.read().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
 
 
 def _too_large(

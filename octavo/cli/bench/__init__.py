@@ -1,0 +1,150 @@
+"""`octavo bench`: figures that can be repeated. One JSON line a result, a table for the person.
+
+Called by the command line. Only reads options here; each benchmark is a module beside this one,
+imported when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from typing import cast
+
+from octavo.cli.bench.workload import Lengths, parse_goodput, parse_lengths, positive
+from octavo.cli.options import Parser, Subparsers, add_options
+from octavo.config import EngineConfig
+
+_HOMES = {
+    "latency": ("octavo.cli.bench.offline", "run_latency"),
+    "throughput": ("octavo.cli.bench.offline", "run_throughput"),
+    "serve": ("octavo.cli.bench.serve", "run_serve"),
+    "prefix": ("octavo.cli.bench.prefix", "run_prefix"),
+}
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Adds `bench` with its four benchmarks."""
+    help = "measure throughput, latency, a server, or prefix caching"
+    parser = subparsers.add_parser("bench", help=help, description=help)
+    benches = cast(
+        Subparsers,
+        parser.add_subparsers(
+            title="benchmarks",
+            metavar="BENCHMARK",
+            dest="bench",
+            required=True,
+            parser_class=Parser,
+        ),
+    )
+    _add_latency(benches)
+    _add_throughput(benches)
+    _add_serve(benches)
+    _add_prefix(benches)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the chosen benchmark."""
+    module, name = _HOMES[args.bench]
+    return vars(importlib.import_module(module))[name](args)
+
+
+def _new(benches: Subparsers, name: str, help: str) -> Parser:
+    parser = benches.add_parser(name, help=help, description=help)
+    parser.set_defaults(run=run, parser=parser)
+    parser.add_argument("--output", metavar="FILE", help="append JSON lines here, not to stdout")
+    parser.add_argument(
+        "--workload-seed", type=int, default=0, metavar="INT", help="of prompts and lengths"
+    )
+    return parser
+
+
+def _add_lengths(parser: Parser, input_len: int, output_len: int) -> None:
+    for flag, default, what in (
+        ("--input-len", input_len, "prompt"),
+        ("--output-len", output_len, "output"),
+    ):
+        parser.add_argument(
+            flag,
+            type=parse_lengths,
+            default=Lengths(low=default, high=default),
+            metavar="N|LOW:HIGH",
+            help=f"{what} tokens of a request (default: {default})",
+        )
+
+
+def _add_repeat(parser: Parser, default: int) -> None:
+    parser.add_argument(
+        "--repeat",
+        type=positive,
+        default=default,
+        metavar="INT",
+        help=f"runs, of which the median counts (default: {default})",
+    )
+
+
+def _add_offline(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="the model to load in this process")
+    parser.add_argument("--text", metavar="FILE", help="cut prompts from this text, not at random")
+    parser.add_argument(
+        "--peer", choices=("transformers",), help="run the same in transformers, print the ratio"
+    )
+    add_options(parser, EngineConfig)
+
+
+def _add_latency(benches: Subparsers) -> None:
+    parser = _new(benches, "latency", "time of one batch: first token, each token, rates")
+    parser.add_argument(
+        "--batch-size", type=positive, default=1, metavar="INT", help="requests (default: 1)"
+    )
+    _add_lengths(parser, 128, 128)
+    _add_repeat(parser, 3)
+    _add_offline(parser)
+
+
+def _add_throughput(benches: Subparsers) -> None:
+    parser = _new(benches, "throughput", "rate of many requests that are there at once")
+    parser.add_argument(
+        "--num-prompts", type=positive, default=64, metavar="INT", help="requests (default: 64)"
+    )
+    _add_lengths(parser, 128, 128)
+    parser.set_defaults(repeat=1)
+    _add_offline(parser)
+
+
+def _add_serve(benches: Subparsers) -> None:
+    parser = _new(benches, "serve", "load on a running server, through its OpenAI API")
+    add = parser.add_argument
+    add("--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)")
+    add("--api-key", metavar="TEXT", help="key that the server wants")
+    add("--served-model", metavar="TEXT", help="model name; the server's first if not given")
+    add("--num-prompts", type=positive, default=64, metavar="INT", help="requests (default: 64)")
+    add("--request-rate", type=float, metavar="FLOAT", help="requests per second; all at once if 0")
+    add("--max-concurrency", type=positive, metavar="INT", help="requests that are open at once")
+    add("--vocab-size", type=positive, default=8192, metavar="INT", help="ids drawn (default 8192)")
+    add(
+        "--goodput",
+        type=parse_goodput,
+        action="append",
+        default=[],
+        metavar="GOAL:MS",
+        help="count requests within ttft:MS, tpot:MS or e2e:MS (repeat for several)",
+    )
+    _add_lengths(parser, 128, 128)
+
+
+def _add_prefix(benches: Subparsers) -> None:
+    parser = _new(benches, "prefix", "cold against cached prefixes, and what finding them costs")
+    for flag, default, help in (
+        ("--prefix-len", 1024, "tokens of the shared prefix"),
+        ("--requests", 16, "requests that share a prefix at once"),
+        ("--lookup-len", 131072, "tokens of the prompt that is looked up"),
+        ("--sequences", 256, "running sequences of the scheduler"),
+    ):
+        shown = f"{help} (default: {default})"
+        parser.add_argument(flag, type=positive, default=default, metavar="INT", help=shown)
+    _add_repeat(parser, 5)
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="without it only the bookkeeping is measured"
+    )
+    parser.set_defaults(text=None)
+    add_options(parser, EngineConfig)

@@ -1,0 +1,149 @@
+"""What a benchmark writes: one JSON line a result, and for the person a progress bar and a table.
+
+Called by every benchmark. The line goes to stdout or a file, everything else to stderr, so that
+a pipe sees JSON alone. Never measures anything itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from octavo import __version__
+from octavo.device import CPUDevice
+from octavo.errors import ConfigError
+
+Value = float | int | str | bool | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Where results go. `output` is a file that lines are appended to, or None for stdout."""
+
+    bench: str
+    settings: Mapping[str, Value]
+    output: str | None = None
+
+    def add(self, name: str, figures: Mapping[str, Value]) -> None:
+        """Writes one result: a JSON line and a table."""
+        line = json.dumps(
+            {
+                "bench": self.bench,
+                "name": name,
+                "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "versions": versions(),
+                "device": device(),
+                "settings": dict(self.settings),
+                "figures": {key: _rounded(value) for key, value in figures.items()},
+            }
+        )
+        if self.output is None:
+            print(line, flush=True)
+        else:
+            try:
+                with open(self.output, "a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+            except OSError as error:
+                raise ConfigError(f"--output {self.output}: {error.strerror}") from error
+        _print_table(f"{self.bench}: {name}", figures)
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Value]:
+    """Returns what was asked for, as far as it is not secret or a function."""
+    hidden = {"run", "parser", "command", "bench", "output", "api_key"}
+    return {
+        name: value if isinstance(value, (int, float, bool)) or value is None else str(value)
+        for name, value in vars(args).items()
+        if name not in hidden
+    }
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that a figure depends on, of what is installed."""
+    found = {"octavo": __version__, "python": platform.python_version()}
+    for name in ("torch", "numpy", "transformers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def device() -> dict[str, Value]:
+    """Returns the machine: processor, cores, instruction sets that matter, memory."""
+    info: dict[str, str] = {}
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            key, _, value = line.partition(":")
+            info.setdefault(key.strip(), value.strip())
+    flags = set(info.get("flags", "").split())
+    wanted = ("avx2", "f16c", "avx512f", "avx512_bf16", "amx_bf16")
+    cpu = CPUDevice()
+    return {
+        "kind": cpu.name,
+        "name": info.get("model name", platform.processor() or platform.machine()),
+        "cores": cpu.num_cores(),
+        "isa": " ".join(flag for flag in wanted if flag in flags),
+        "memory_bytes": cpu.memory().total_bytes,
+    }
+
+
+def percentiles(name: str, seconds: Sequence[float], points: Sequence[int]) -> dict[str, Value]:
+    """Returns mean and percentiles of times as `<name>_mean_ms`, `<name>_p50_ms`, ...
+
+    A percentile is the smallest value that at least that share of the values do not exceed.
+    """
+    if not seconds:
+        return {}
+    ordered = sorted(seconds)
+    figures: dict[str, Value] = {f"{name}_mean_ms": 1e3 * sum(ordered) / len(ordered)}
+    for point in points:
+        index = max(-(-point * len(ordered) // 100), 1) - 1
+        figures[f"{name}_p{point}_ms"] = 1e3 * ordered[index]
+    return figures
+
+
+@contextlib.contextmanager
+def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Shows a bar on stderr; the value is called with the number of things just done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+def _print_table(title: str, figures: Mapping[str, Value]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(justify="left")
+    table.add_column(justify="right")
+    for key, value in figures.items():
+        table.add_row(key, _shown(key, value))
+    Console(stderr=True).print(table)
+
+
+def _shown(key: str, value: Value) -> str:
+    if key.endswith("_bytes") and isinstance(value, (int, float)):
+        return f"{value / 2**20:,.1f} MiB"
+    if isinstance(value, float):
+        return f"{value:,.3f}" if abs(value) < 100 else f"{value:,.1f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _rounded(value: Value) -> Value:
+    """Six significant digits: more would pretend to a precision that no timing has."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -1,0 +1,277 @@
+"""`octavo plan`: what goes where in memory and what fits, before anything is loaded.
+
+Called by the command line. Reads the config (and the header of a GGUF file), never a weight; the
+plan itself is the engine's own (`engine.memory`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from octavo.cli.options import Subparsers, add_options, engine_config, parse_size
+from octavo.cli.serve import add_model
+from octavo.config import EngineConfig
+from octavo.errors import CapacityError
+
+if TYPE_CHECKING:
+    from octavo.kv_cache.planner import MemoryPlan
+    from octavo.models.spec import ModelSpec
+
+HELP = "show weights, KV cache and what fits, from the config alone"
+LENGTHS = (1024, 4096, 16384, 65536, 131072)
+PART_NAMES: tuple[str, ...] = (
+    "embeddings",
+    "attention",
+    "dense MLPs",
+    "experts",
+    "shared experts",
+    "rest",
+)
+_GGUF_PARTS = (
+    (r"(token_embd|output)\.", "embeddings"),
+    (r"blk\.\d+\.attn_(?!norm)", "attention"),
+    (r"blk\.\d+\.ffn_\w+_shexp", "shared experts"),
+    (r"blk\.\d+\.ffn_(gate|up|down)(_exps|\.\d+)\.", "experts"),
+    (r"blk\.\d+\.ffn_(gate|up|down)\.weight", "dense MLPs"),
+)
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Adds `plan`."""
+    parser = subparsers.add_parser("plan", help=HELP, description=HELP)
+    add_model(parser)
+    add = parser.add_argument
+    add(
+        "--memory",
+        type=parse_size,
+        metavar="SIZE",
+        help="plan for this much free memory, like 80GiB (default: this machine's)",
+    )
+    add(
+        "--lengths",
+        type=_parse_numbers,
+        default=LENGTHS,
+        metavar="N,N",
+        help="say how many requests of these lengths fit",
+    )
+    add("--json", action="store_true", help="print one JSON object")
+    add_options(parser, EngineConfig)
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the plan. Raises CapacityError, after what is known, if the model does not fit."""
+    config = engine_config(args)
+    from octavo.kv_cache.planner import available_memory
+    from octavo.models.registry import read_spec
+    from octavo.weights.hub import resolve_model
+
+    # As for dummy weights: so that no weights have to be there, nor are downloaded.
+    files = resolve_model(
+        config.model,
+        revision=config.revision,
+        download_dir=config.download_dir,
+        load_format="dummy",
+    )
+    spec, _ = read_spec(files.config)
+    planner = _Planner(spec, files.path, files.config, args.memory or available_memory())
+    parts = planner.parts(config)
+    if not args.json:
+        print(_parts_text(config.model, spec, parts))
+    plan = planner.plan(config)
+    changes = planner.changes(config, plan)
+    if args.json:
+        print(json.dumps(_as_json(spec, parts, plan, changes, args.lengths)))
+    else:
+        print(_plan_text(plan, args.lengths))
+        print(_changes_text(changes))
+    return 0
+
+
+class _Planner:
+    """Plans one model under different options."""
+
+    def __init__(
+        self, spec: ModelSpec, path: Path, hf_config: Mapping[str, Any], available_bytes: int
+    ) -> None:
+        self._spec = spec
+        self._path = path
+        self._hf_config = hf_config
+        self._available_bytes = available_bytes
+
+    def parts(self, config: EngineConfig) -> dict[str, int]:
+        """Returns the bytes of the weights by part of the model."""
+        if config.dtype == "auto" and self._path.suffix == ".gguf":
+            return gguf_parts(self._path)
+        name = config.dtype
+        if name == "auto":
+            given = self._hf_config.get("dtype") or self._hf_config.get("torch_dtype")
+            name = str(given or "bfloat16")
+        return spec_parts(self._spec, 4 if name == "float32" else 2)
+
+    def plan(self, config: EngineConfig) -> MemoryPlan:
+        from octavo.engine.memory import plan_model
+
+        return plan_model(
+            self._spec,
+            weights_bytes=sum(self.parts(config).values()),
+            config=config,
+            available_bytes=self._available_bytes,
+        )
+
+    def changes(self, config: EngineConfig, plan: MemoryPlan) -> dict[str, MemoryPlan | str]:
+        """Returns for each option that changes the plan the other plan, or why there is none."""
+        rest = plan.usable_bytes - plan.weights_bytes - plan.activation_bytes
+        tries: list[tuple[str, Any]] = [
+            ("dtype", "float32"),
+            ("dtype", "bfloat16"),
+            ("kv_cache_dtype", "float32"),
+            ("kv_cache_dtype", "float16"),
+            ("kv_cache_memory_bytes", rest),
+            ("max_model_len", max(plan.max_model_len // 4, 1)),
+            ("max_num_batched_tokens", 4 * plan.max_num_batched_tokens),
+            ("max_num_seqs", max(config.max_num_seqs // 4, 1)),
+        ]
+        found: dict[str, MemoryPlan | str] = {}
+        for field, value in tries:
+            changed = dataclasses.replace(config, **{field: value})
+            try:
+                other: MemoryPlan | str = self.plan(changed)
+            except CapacityError as error:
+                other = str(error)
+            if other != plan:
+                found[f"--{field.replace('_', '-')} {value}"] = other
+        return found
+
+
+def spec_parts(spec: ModelSpec, element_bytes: int) -> dict[str, int]:
+    """Returns the bytes of every part when each number takes `element_bytes`."""
+    parts = dict.fromkeys(PART_NAMES, 0)
+    for parameter, shape in spec.parameters():
+        parts[_part_of(parameter.name)] += math.prod(shape) * element_bytes
+    return parts
+
+
+def gguf_parts(path: Path) -> dict[str, int]:
+    """Returns the bytes of every part as a GGUF file stores it, from its header."""
+    from octavo.weights.gguf_file import read_gguf
+
+    parts = dict.fromkeys(PART_NAMES, 0)
+    for name, tensor in read_gguf(path).tensors.items():
+        part = next((part for pattern, part in _GGUF_PARTS if re.match(pattern, name)), "rest")
+        *rows, cols = tensor.shape
+        parts[part] += math.prod(rows) * tensor.format.row_bytes(cols)
+    return parts
+
+
+def _part_of(name: str) -> str:
+    if name in ("embedding", "lm_head"):
+        return "embeddings"
+    if name.startswith("expert_"):
+        return "experts"
+    if name.startswith("shared_"):
+        return "shared experts"
+    if name in ("gate", "up", "down"):
+        return "dense MLPs"
+    if name in ("attention_norm", "mlp_norm", "final_norm", "router"):
+        return "rest"
+    return "attention"
+
+
+def _parse_numbers(text: str) -> tuple[int, ...]:
+    numbers = tuple(int(n) if n.strip().isdigit() else 0 for n in text.split(","))
+    if not all(numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of lengths; write it like 1024,8192")
+    return numbers
+
+
+def _size(size: int) -> str:
+    from octavo.kv_cache.planner import gib
+
+    return gib(size) if size >= 2**27 else f"{size / 2**20:.2f} MiB"
+
+
+def _parts_text(model: str, spec: ModelSpec, parts: dict[str, int]) -> str:
+    head = (
+        f"{model}: {spec.num_parameters / 1e6:,.1f} M parameters, {len(spec.layers)} layers, "
+        f"{spec.max_position_embeddings:,} positions"
+    )
+    if spec.moe_layers:
+        head += f", {len(spec.moe_layers)} with up to {spec.max_experts} experts"
+    rows = [f"  {name:<16}{_size(size):>12}" for name, size in parts.items() if size]
+    return "\n".join([head, "weights:", *rows, f"  {'all':<16}{_size(sum(parts.values())):>12}"])
+
+
+def _plan_text(plan: MemoryPlan, lengths: tuple[int, ...]) -> str:
+    lines = [plan.describe(), "KV groups:"]
+    for group in plan.groups:
+        window = group.spec.window
+        sees = "all tokens" if window is None else f"a window of {window:,}"
+        size = group.page_bytes(plan.block_size) // plan.block_size
+        lines.append(f"  {len(group.layers)} layers that see {sees}: {size / 1024:.1f} KiB/token")
+    fitting = [n for n in lengths if n <= plan.max_model_len]
+    if fitting:
+        lines.append("requests that fit side by side, sharing nothing:")
+        lines += [f"  {n:>9,} tokens  {plan.num_requests(n):>9,}" for n in fitting]
+    return "\n".join(lines)
+
+
+def _changes_text(changes: Mapping[str, MemoryPlan | str]) -> str:
+    head = f"  {'with':<40}{'weights':>11}{'activations':>12}{'KV cache':>11}"
+    lines = ["what would change:", f"{head}{'KiB/token':>11}{'tokens':>11}{'context':>10}"]
+    for option, plan in changes.items():
+        if isinstance(plan, str):
+            lines.append(f"  {option:<40} does not fit")
+            continue
+        sizes = (plan.weights_bytes, plan.activation_bytes, plan.kv_bytes)
+        lines.append(
+            f"  {option:<40}{_size(sizes[0]):>11}{_size(sizes[1]):>12}{_size(sizes[2]):>11}"
+            f"{plan.kv_token_bytes / 1024:>11.1f}{plan.num_tokens:>11,}{plan.max_model_len:>10,}"
+        )
+    return "\n".join(lines)
+
+
+def _as_json(
+    spec: ModelSpec,
+    parts: dict[str, int],
+    plan: MemoryPlan,
+    changes: Mapping[str, MemoryPlan | str],
+    lengths: tuple[int, ...],
+) -> dict[str, Any]:
+    return {
+        "num_parameters": spec.num_parameters,
+        "weights_parts_bytes": parts,
+        **_numbers(plan),
+        "groups": [
+            {"layers": list(group.layers), "window": group.spec.window} for group in plan.groups
+        ],
+        "num_requests": {str(n): plan.num_requests(n) for n in lengths if n <= plan.max_model_len},
+        "changes": {
+            option: other if isinstance(other, str) else _numbers(other)
+            for option, other in changes.items()
+        },
+    }
+
+
+def _numbers(plan: MemoryPlan) -> dict[str, int]:
+    names = (
+        "available_bytes",
+        "usable_bytes",
+        "weights_bytes",
+        "activation_bytes",
+        "kv_bytes",
+        "kv_token_bytes",
+        "block_bytes",
+        "num_blocks",
+        "num_tokens",
+        "max_model_len",
+        "max_num_batched_tokens",
+    )
+    return {name: getattr(plan, name) for name in names}

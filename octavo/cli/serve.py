@@ -1,0 +1,88 @@
+"""`octavo serve`: the OpenAI-compatible server in the foreground.
+
+Called by the command line. Order: check the options, take the port, load the model, print the
+memory plan, the URL and an example, and serve until Ctrl-C. Never imports torch or FastAPI before
+the options and the port are known to be good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import socket
+from typing import TYPE_CHECKING
+
+from octavo.cli.options import (
+    Parser,
+    Subparsers,
+    add_options,
+    engine_config,
+    say,
+    server_config,
+)
+from octavo.config import EngineConfig, ServerConfig
+
+if TYPE_CHECKING:
+    from octavo.llm import AsyncLLM
+
+HELP = "serve a model over HTTP with the OpenAI API"
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Adds `serve` with all options of engine and server."""
+    parser = subparsers.add_parser("serve", help=HELP, description=HELP)
+    add_model(parser)
+    add_options(parser, ServerConfig)
+    add_options(parser, EngineConfig)
+    parser.set_defaults(run=run, parser=parser)
+
+
+def add_model(parser: Parser) -> None:
+    """Adds the positional MODEL."""
+    what = "Hugging Face id, local folder, .gguf file, demo or demo-moe"
+    parser.add_argument("model", metavar="MODEL", help=what)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until Ctrl-C; returns 0 after a clean end."""
+    server, engine = server_config(args), engine_config(args)
+    # The port first: a model takes long to load, only to find that nobody can reach it.
+    from octavo.server.serve import bind
+
+    with bind(server) as bound:
+        asyncio.run(_serve(server, engine, bound))
+    return 0
+
+
+async def _serve(server: ServerConfig, config: EngineConfig, bound: socket.socket) -> None:
+    from octavo.llm import AsyncLLM
+    from octavo.observe.logs import configure_logging
+    from octavo.server.serve import serve, url_of
+
+    configure_logging(server.log_format, server.log_level)
+    engine = AsyncLLM(config)
+    say(f"loading {config.model} ...")
+    try:
+        await engine.start()
+        announce(engine, server, url_of(bound))
+        await serve(engine, server, bound)
+    finally:
+        await engine.close()
+
+
+def announce(engine: AsyncLLM, server: ServerConfig, url: str) -> None:
+    """Prints the memory plan, the URL, and a request to copy."""
+    name = server.served_model_name or engine.model_name
+    body = {
+        "model": name,
+        "messages": [{"role": "user", "content": "Why is the sky blue?"}],
+        "max_tokens": 100,
+    }
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if server.api_key else ""
+    say(engine.plan.describe())
+    say(f"\n{name} is served on {url}  (Ctrl-C ends it). Try:\n")
+    say(
+        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n"
+        f"    -d '{json.dumps(body)}'\n"
+    )
