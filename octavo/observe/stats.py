@@ -47,7 +47,7 @@ class EngineStats:
     num_step_tokens: int = 0
     """Sum over all steps of the tokens computed."""
     step_token_counts: tuple[int, ...] = ()
-    """Steps by tokens computed: one count per STEP_TOKEN_BUCKETS (not cumulative), then the rest."""
+    """Steps by tokens computed: one count per bucket (not cumulative), then one for the rest."""
     scheduler_seconds: float = 0.0
     expert_counts: tuple[tuple[int, ...], ...] = ()
     """[MoE layers][experts] tokens routed; empty for dense models."""

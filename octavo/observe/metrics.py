@@ -1,0 +1,242 @@
+"""Prometheus metrics of one engine and its server, under vLLM's names and ours.
+
+Owned by the server: it observes requests, hands in the engine's newest EngineStats, and renders.
+No global registry, so that two engines in one process do not mix.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
+
+from octavo.errors import OctavoError
+from octavo.observe.engine_families import engine_families, own_families, vllm_aliases
+from octavo.observe.stats import EngineStats, FinishedRequest
+from octavo.request import RequestOutput, SamplingParams
+
+PREFIXES = ("vllm:", "octavo:")
+LABELS = ("model_name", "engine")
+
+FIRST_TOKEN_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5),
+    *(10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+TOKEN_GAP_BUCKETS = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5),
+    *(10.0, 20.0, 40.0, 80.0),
+)
+REQUEST_BUCKETS = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+SAMPLES_BUCKETS = (1, 2, 5, 10, 20)
+
+SECONDS_HISTOGRAMS = {
+    "time_to_first_token_seconds": ("Arrival to first token", FIRST_TOKEN_BUCKETS),
+    "inter_token_latency_seconds": ("Time between outputs of a request", TOKEN_GAP_BUCKETS),
+    "request_time_per_output_token_seconds": ("Mean time per token", TOKEN_GAP_BUCKETS),
+    "e2e_request_latency_seconds": ("Arrival to last token", REQUEST_BUCKETS),
+    "request_queue_time_seconds": ("Arrival to first step", REQUEST_BUCKETS),
+    "request_inference_time_seconds": ("First step to last token", REQUEST_BUCKETS),
+    "request_prefill_time_seconds": ("First step to first token", REQUEST_BUCKETS),
+    "request_decode_time_seconds": ("First token to last token", REQUEST_BUCKETS),
+}
+TOKEN_HISTOGRAMS = {
+    "request_prompt_tokens": "Prompt tokens of a request",
+    "request_generation_tokens": "Generated tokens of a request",
+    "request_params_max_tokens": "max_tokens of a request",
+}
+
+
+def token_buckets(max_model_len: int) -> tuple[int, ...]:
+    """Returns 1, 2, 5, 10, 20, 50, ... up to `max_model_len`."""
+    found: list[int] = []
+    scale = 1
+    while scale <= max_model_len:
+        found += [scale * m for m in (1, 2, 5) if scale * m <= max_model_len]
+        scale *= 10
+    return tuple(found)
+
+
+class Metrics:
+    """All series of one engine and the HTTP server before it."""
+
+    def __init__(self, model_name: str, max_model_len: int, engine: str = "0") -> None:
+        self._labels = (model_name, engine)
+        # Observed once without a prefix, exported under both.
+        self._shared = CollectorRegistry()
+        tokens = token_buckets(max_model_len)
+        self._histograms = {
+            name: self._histogram(name, text, buckets)
+            for name, (text, buckets) in SECONDS_HISTOGRAMS.items()
+        }
+        for name, text in TOKEN_HISTOGRAMS.items():
+            self._histograms[name] = self._histogram(name, text, tokens)
+        self._histograms["request_params_n"] = self._histogram(
+            "request_params_n", "n of a request", SAMPLES_BUCKETS
+        )
+        self._finished = Counter(
+            "request_success",
+            "Finished requests",
+            (*LABELS, "finished_reason"),
+            registry=self._shared,
+        )
+        self._exporter = _Exporter(self._shared, dict(zip(LABELS, self._labels, strict=True)))
+        self._registry = CollectorRegistry()
+        self._registry.register(self._exporter)
+        self._http_requests = Counter(
+            "http_requests",
+            "HTTP exchanges by route, method and class of status",
+            ("handler", "method", "status"),
+            registry=self._registry,
+        )
+        self._http_seconds = Histogram(
+            "http_request_duration_seconds",
+            "Duration of HTTP exchanges, streams to their end",
+            ("handler", "method"),
+            registry=self._registry,
+            buckets=FIRST_TOKEN_BUCKETS,
+        )
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        family = Histogram(name, text, LABELS, registry=self._shared, buckets=buckets)
+        return family.labels(*self._labels)
+
+    def track(self, params: SamplingParams, num_prompt_tokens: int) -> RequestTrack:
+        """Returns a context that times one request from now on."""
+        return RequestTrack(self, params, num_prompt_tokens)
+
+    def observe(self, name: str, value: float) -> None:
+        """Adds `value` to the histogram `name` (without a prefix)."""
+        self._histograms[name].observe(value)
+
+    def observe_http(self, handler: str, method: str, status: int, seconds: float) -> None:
+        """Counts one HTTP exchange. `handler` is a route's template, never a raw path."""
+        self._http_requests.labels(handler, method, f"{status // 100}xx").inc()
+        self._http_seconds.labels(handler, method).observe(seconds)
+
+    def observe_finished(self, request: FinishedRequest) -> None:
+        """Adds a request that has ended, whatever its reason."""
+        self._finished.labels(*self._labels, request.finish_reason).inc()
+        self.observe("request_prompt_tokens", request.num_prompt_tokens)
+        self.observe("request_generation_tokens", request.num_generation_tokens)
+        self.observe("request_params_n", request.n)
+        if request.max_tokens is not None:
+            self.observe("request_params_max_tokens", request.max_tokens)
+        end, first, start = request.finished_time, request.first_token_time, request.scheduled_time
+        self.observe("e2e_request_latency_seconds", end - request.arrival_time)
+        if start is not None:
+            self.observe("request_queue_time_seconds", start - request.arrival_time)
+            self.observe("request_inference_time_seconds", end - start)
+        if start is not None and first is not None:
+            self.observe("request_prefill_time_seconds", first - start)
+        if first is not None:
+            self.observe("request_decode_time_seconds", end - first)
+            gaps = request.num_generation_tokens // request.n - 1
+            if gaps > 0:
+                self.observe("request_time_per_output_token_seconds", (end - first) / gaps)
+
+    def render(self, stats: EngineStats | None) -> bytes:
+        """Returns the exposition text. None keeps the engine's last numbers (it has died)."""
+        if stats is not None:
+            self._exporter.stats = stats
+        return generate_latest(self._registry)
+
+
+class RequestTrack:
+    """Times one request; entering is its arrival, leaving makes its FinishedRequest."""
+
+    def __init__(self, metrics: Metrics, params: SamplingParams, num_prompt_tokens: int) -> None:
+        self._metrics = metrics
+        self._params = params
+        self._num_prompt_tokens = num_prompt_tokens
+        self._num_tokens = 0
+        self._arrival = 0.0
+        self._first: float | None = None
+        self._last = 0.0
+        self._output: RequestOutput | None = None
+
+    def __enter__(self) -> RequestTrack:
+        self._arrival = time.monotonic()
+        return self
+
+    def observe(self, output: RequestOutput) -> None:
+        """Notes a new cumulative output."""
+        self._output = output
+        num_tokens = sum(len(sequence.token_ids) for sequence in output.outputs)
+        if num_tokens == self._num_tokens:
+            return
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+            self._metrics.observe("time_to_first_token_seconds", now - self._arrival)
+        else:
+            self._metrics.observe("inter_token_latency_seconds", now - self._last)
+        self._last, self._num_tokens = now, num_tokens
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        output = self._output
+        if output is None and isinstance(error, OctavoError):
+            return  # Refused before it began; the HTTP counters have it.
+        if output is not None and output.finished and output.outputs:
+            reason = output.outputs[0].finish_reason or "stop"
+        else:
+            reason = "error" if isinstance(error, Exception) else "abort"
+        times = None if output is None else output.metrics
+        self._metrics.observe_finished(
+            FinishedRequest(
+                finish_reason=reason,
+                num_prompt_tokens=self._num_prompt_tokens,
+                num_generation_tokens=self._num_tokens,
+                n=self._params.n,
+                max_tokens=self._params.max_tokens,
+                arrival_time=self._arrival,
+                finished_time=time.monotonic(),
+                scheduled_time=None if times is None else times.scheduled_time,
+                first_token_time=self._first,
+            )
+        )
+
+
+class _Exporter(Collector):
+    """Yields the shared families under every prefix, and the engine's own."""
+
+    def __init__(self, shared: CollectorRegistry, labels: dict[str, str]) -> None:
+        self._shared = shared
+        self._labels = labels
+        self.stats = EngineStats()
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self.stats
+        shared = [*self._shared.collect(), *engine_families(stats, self._labels)]
+        for prefix in PREFIXES:
+            for family in shared:
+                yield _prefixed(family, prefix)
+        for family in vllm_aliases(stats, self._labels):
+            yield _prefixed(family, "vllm:")
+        for family in own_families(stats, self._labels):
+            yield _prefixed(family, "octavo:")
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+
+def _prefixed(family: Metric, prefix: str) -> Metric:
+    renamed = Metric(prefix + family.name, family.documentation, family.type)
+    renamed.samples = [
+        Sample(prefix + sample.name, *sample[1:])
+        for sample in family.samples
+        if not sample.name.endswith("_created")
+    ]
+    return renamed

@@ -1,0 +1,59 @@
+"""The HTTP application: routes, and the middlewares around them.
+
+Made by `serve` and by tests with `create_app`; never binds a port.
+
+A request passes, from the outside: access (id, metrics, log), CORS, keys, body limit, routes.
+"""
+
+from __future__ import annotations
+
+import time
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+from octavo import __version__
+from octavo.config import ServerConfig
+from octavo.observe.metrics import Metrics
+from octavo.server import errors
+from octavo.server.access import AccessMiddleware
+from octavo.server.auth import AuthMiddleware
+from octavo.server.engine_client import Engine
+from octavo.server.limits import BodyLimitMiddleware
+from octavo.server.routes import admin, chat, completions, tokens
+from octavo.server.state import ServerState
+
+
+def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
+    """Returns the application that serves `engine`; its ServerState is `app.state.server`."""
+    model_name = config.served_model_name or engine.model_name
+    metrics = Metrics(model_name, engine.max_model_len)
+    middleware = [
+        Middleware(AccessMiddleware, metrics=metrics),
+        Middleware(AuthMiddleware, keys=config.api_key),
+        Middleware(BodyLimitMiddleware, max_bytes=config.max_body_bytes),
+    ]
+    if config.allowed_origins:
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=list(config.allowed_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id"],
+        )
+        middleware.insert(1, cors)
+    app = FastAPI(
+        title="Octavo", version=__version__, middleware=middleware, redirect_slashes=False
+    )
+    app.state.server = ServerState(
+        engine=engine,
+        config=config,
+        metrics=metrics,
+        model_name=model_name,
+        started_at=int(time.time()),
+    )
+    errors.install(app)
+    for family in (chat, completions, tokens, admin):
+        app.include_router(family.router)
+    return app

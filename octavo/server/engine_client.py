@@ -1,0 +1,95 @@
+"""What the server needs of an engine: the Engine and ServerTokenizer protocols.
+
+Implemented by AsyncLLM (and by a fake in the tests); called by the routes. Owns no code: the server
+speaks to the engine through these methods alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any, Protocol
+
+from octavo.observe.stats import EngineStats
+from octavo.request import RequestOutput, SamplingParams
+
+
+class ServerTokenizer(Protocol):
+    """Text to ids and back. Safe to call from a worker thread."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """Returns the vocabulary's spelling of each id."""
+        ...
+
+    def apply_chat_template(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        documents: list[dict[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Returns the ids of the rendered messages. Raises ChatTemplateError."""
+        ...
+
+
+class Engine(Protocol):
+    """A running engine. All methods may be called from one event loop at once."""
+
+    @property
+    def model_name(self) -> str: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the model is loaded and requests are taken."""
+        ...
+
+    @property
+    def tokenizer(self) -> ServerTokenizer: ...
+
+    @property
+    def default_sampling_params(self) -> Mapping[str, Any]:
+        """Values of the model's generation config, named as in SamplingParams."""
+        ...
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Yields cumulative outputs, the last one `finished`; closing it aborts the request.
+
+        Raises RequestError, OverloadedError or EngineDeadError before the first output,
+        EngineDeadError at any time.
+        """
+        ...
+
+    async def abort(self, request_id: str) -> None: ...
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forgets all cached prefixes. Returns False if running requests still hold blocks."""
+        ...
+
+    async def check_health(self) -> None:
+        """Raises EngineDeadError if the engine has ended."""
+        ...
+
+    async def stats(self) -> EngineStats:
+        """Returns a snapshot. Raises EngineDeadError."""
+        ...

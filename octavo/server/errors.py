@@ -1,0 +1,142 @@
+"""Errors of the API: one JSON shape (OpenAI's error object) for whatever goes wrong.
+
+`install` registers the handlers with the app; middlewares and streams use `error_body` and
+`error_response`. Never shows a traceback or an input value of another field to the client.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from octavo.errors import EngineDeadError, OctavoError, OverloadedError, RequestError
+
+logger = logging.getLogger(__name__)
+
+INVALID_REQUEST = "invalid_request_error"
+SERVER_ERROR = "server_error"
+
+
+class ApiError(OctavoError):
+    """An error with its HTTP status, raised by the server itself."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.param = param
+        self.headers = headers
+
+
+class ClientDisconnectedError(OctavoError):
+    """The client has gone; nobody will read the answer."""
+
+
+class BodyTooLargeError(HTTPException):
+    """The body has more than `limit` bytes. An HTTPException, since FastAPI lets only these pass
+    while it reads a body."""
+
+    def __init__(self, limit: int) -> None:
+        message = f"the request body has more than {limit} bytes; send less or raise max_body_bytes"
+        super().__init__(413, message, headers={"Connection": "close"})
+
+
+def _describe(error: Exception) -> ApiError:
+    """Returns what the client is told about `error`."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestError):
+        return ApiError(400, str(error), code=error.code, param=error.param)
+    if isinstance(error, OverloadedError):
+        headers = {"Retry-After": str(error.retry_after_seconds)}
+        return ApiError(503, str(error), code="overloaded", headers=headers)
+    if isinstance(error, EngineDeadError):
+        return ApiError(503, str(error) or "the engine has ended", code="engine_dead")
+    if isinstance(error, ClientDisconnectedError):
+        return ApiError(499, "the client closed the connection", code="client_disconnected")
+    message = "an internal error; the server's log has the details"
+    return ApiError(500, message, code="internal_error")
+
+
+def error_body(error: Exception) -> dict[str, Any]:
+    """Returns OpenAI's error object for `error`."""
+    told = _describe(error)
+    kind = INVALID_REQUEST if told.status < 500 else SERVER_ERROR
+    fields = {"message": str(told), "type": kind, "param": told.param, "code": told.code}
+    return {"error": fields}
+
+
+def error_response(error: Exception) -> Response:
+    """Returns the HTTP response for `error`: its status, headers and error object."""
+    told = _describe(error)
+    # Not msgspec: messages may quote lone surrogates of the client, which only ASCII JSON survives.
+    body = json.dumps(error_body(told))
+    headers = dict(told.headers or {})
+    return Response(body, told.status, headers, media_type="application/json")
+
+
+def install(app: FastAPI) -> None:
+    """Makes every error of `app` an OpenAI error object."""
+    app.add_exception_handler(OctavoError, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(Exception, _on_error)
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    if not isinstance(error, OctavoError):
+        logger.error("%s %r failed", request.method, request.url.path, exc_info=error)
+    return error_response(error)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    where = f"{request.method} {request.url.path}"
+    message, code = {
+        404: (f"there is no route for {where}; GET /docs lists all", "unknown_route"),
+        405: (f"{where} is not allowed; see the Allow header", "method_not_allowed"),
+        413: (error.detail, "body_too_large"),
+    }.get(error.status_code, (error.detail, None))
+    return error_response(ApiError(error.status_code, message, code=code, headers=error.headers))
+
+
+async def _on_validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    message, param, code = _explain(error.errors())
+    if code == "not_an_object" and "json" not in request.headers.get("content-type", ""):
+        message = "the body was not read as JSON; send Content-Type: application/json"
+    return error_response(ApiError(400, message, code=code, param=param))
+
+
+def _explain(errors: Sequence[Any]) -> tuple[str, str | None, str]:
+    """Returns message, field and code of the first field that is wrong."""
+    first = errors[0]
+    location = first["loc"]
+    if first["type"] == "json_invalid":
+        position = f"at character {location[1]}" if len(location) > 1 else ""
+        return f"the body is not valid JSON: {first['ctx']['error']} {position}", None, "bad_json"
+    if len(location) < 2:
+        return "the body must be a JSON object", None, "not_an_object"
+    field = str(location[1])
+    if first["type"] == "missing":
+        return f"{field} is missing", field, "missing_field"
+    # A field that may have several types has one error for each; the client is told all of them.
+    same = [e for e in errors if len(e["loc"]) > 1 and e["loc"][1] == location[1]]
+    wanted = dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in same)
+    return f"{field} must be {' or '.join(wanted)}", field, "invalid_value"

@@ -1,0 +1,1 @@
+"""Request types of the API, by family."""

@@ -1,0 +1,1 @@
+"""Route modules, one a family of endpoints; each has a `router`."""

@@ -1,0 +1,51 @@
+"""POST /tokenize and POST /detokenize.
+
+Asks the tokenizer alone; never reaches the engine.
+"""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from octavo.errors import RequestError
+from octavo.server.generation import encode_chat, encode_text
+from octavo.server.protocol.tokens import (
+    DetokenizeRequest,
+    TokenizeChatRequest,
+    TokenizeRequest,
+)
+from octavo.server.state import server_state
+from octavo.server.streaming import json_response
+
+router = APIRouter(tags=["Tokens"])
+
+
+@router.post("/tokenize", response_model=None)
+async def tokenize(request: Request, body: TokenizeRequest) -> Response:
+    """Returns the token ids of `prompt`, or of `messages` in the chat template."""
+    state = server_state(request)
+    state.check_model(body.model)
+    if isinstance(body, TokenizeChatRequest):
+        ids = await encode_chat(state, body)
+    else:
+        ids = await encode_text(state, body.prompt, body.add_special_tokens)
+    answer = {"count": len(ids), "max_model_len": state.engine.max_model_len, "tokens": ids}
+    if body.return_token_strs:
+        answer["token_strs"] = state.engine.tokenizer.tokens(ids)
+    return json_response(answer)
+
+
+@router.post("/detokenize", response_model=None)
+async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
+    """Returns the text of token ids, special tokens included."""
+    state = server_state(request)
+    state.check_model(body.model)
+    limit = state.engine.vocab_size
+    for index, token in enumerate(body.tokens):
+        if token >= limit:
+            message = f"tokens[{index}] is {token}; the vocabulary ends at {limit - 1}"
+            raise RequestError(message, param="tokens")
+    text = state.engine.tokenizer.decode(body.tokens, skip_special_tokens=False)
+    return json_response({"prompt": text})

@@ -1,0 +1,48 @@
+"""What all routes of one app share: the engine, the options, the metrics, and whether we drain.
+
+Made by `create_app`, found by the routes through `server_state`; changed only by `serve`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from starlette.requests import Request
+
+from octavo.config import ServerConfig
+from octavo.observe.metrics import Metrics
+from octavo.server.engine_client import Engine
+from octavo.server.errors import ApiError
+
+
+@dataclass(slots=True)
+class Drain:
+    """The end of a server: first it is not ready any more, later running requests are cut off."""
+
+    is_draining: bool = False
+    expired: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerState:
+    """One server. `model_name` is the name in the API."""
+
+    engine: Engine
+    config: ServerConfig
+    metrics: Metrics
+    model_name: str
+    started_at: int
+    """Unix seconds, `created` of the model."""
+    drain: Drain = field(default_factory=Drain)
+
+    def check_model(self, model: str | None) -> None:
+        """Raises a 404 ApiError if the client asks for a model that is not served here."""
+        if model is not None and model != self.model_name:
+            message = f"model {model!r} does not exist here; {self.model_name!r} is served"
+            raise ApiError(404, message, code="model_not_found", param="model")
+
+
+def server_state(request: Request) -> ServerState:
+    """Returns the state that `create_app` gave the app."""
+    return request.app.state.server

@@ -1,0 +1,111 @@
+"""Answers while the client is there: work tied to its connection, and server-sent events.
+
+Called by the routes. Owns the rule that work stops when its client leaves or the server ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from octavo.errors import OctavoError
+from octavo.server.errors import ApiError, ClientDisconnectedError, error_body
+from octavo.server.state import Drain
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Events = AsyncGenerator[dict[str, Any], None]
+
+_encode = msgspec.json.Encoder().encode
+
+
+def json_response(body: dict[str, Any], status: int = 200) -> Response:
+    """Returns `body` as JSON."""
+    return Response(_encode(body), status, media_type="application/json")
+
+
+async def run_attached(work: Coroutine[Any, Any, T], receive: Receive, drain: Drain) -> T:
+    """Returns what `work` returns; cancels it when the client leaves or the drain expires.
+
+    Raises ClientDisconnectedError, or ApiError (503) when the server ends first.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    expired = asyncio.ensure_future(drain.expired.wait())
+    waits: list[asyncio.Future[Any]] = [task, gone, expired]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        if gone.done():
+            raise ClientDisconnectedError("the client closed the connection")
+        raise ApiError(503, "the server is shutting down", code="shutting_down")
+    finally:
+        for wait in waits:
+            wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Server-sent events: `first`, then all of `rest`, then [DONE]; an error is an event too."""
+
+    def __init__(self, first: dict[str, Any], rest: Events, drain: Drain) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(headers=headers, media_type="text/event-stream")
+        del self.headers["content-length"]
+        self._first = first
+        self._rest = rest
+        self._drain = drain
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        try:
+            await send(start)
+            await run_attached(self._send_all(send), receive, self._drain)
+        except ClientDisconnectedError:
+            return
+        except Exception as error:
+            # The status line is out: whatever it is, the client can only be told in the stream.
+            if not isinstance(error, OctavoError):
+                logger.error("a stream failed", exc_info=error)
+            await _send_event(send, _encode(error_body(error)))
+        finally:
+            await self._rest.aclose()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_all(self, send: Send) -> None:
+        await _send_event(send, _encode(self._first))
+        async for chunk in self._rest:
+            await _send_event(send, _encode(chunk))
+        await _send_event(send, b"[DONE]")
+
+
+async def _send_event(send: Send, data: bytes) -> None:
+    body = b"data: " + data + b"\n\n"
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+async def stream_response(events: Events, receive: Receive, drain: Drain) -> Response:
+    """Returns the stream once its first event is there, so that early errors keep their status."""
+    try:
+        first = await run_attached(_next(events), receive, drain)
+    except BaseException:
+        await events.aclose()
+        raise
+    return EventStream(first, events, drain)
+
+
+async def _next(events: Events) -> dict[str, Any]:
+    return await anext(events)
