@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
+import msgspec
+
 from octavo.errors import RequestError
 
 PrefixCaching = Literal["auto", "on", "off"]
@@ -233,9 +235,12 @@ PositionLogprobs = tuple[Logprob, ...]
 """The token itself first, then the most likely ones, best first."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenDelta:
-    """What the engine core says of one sequence after a step (crosses processes)."""
+class TokenDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine core says of one sequence after a step (crosses processes).
+
+    A Struct and not a dataclass, which would take ten times as long to make: a step of 256
+    sequences makes 256 of them.
+    """
 
     request_id: str
     index: int

@@ -40,6 +40,8 @@ class SequenceKV:
     row: int | None = None
     digests: list[bytes] = field(default_factory=list)
     num_published: int = 0
+    capacity: int = 0
+    """Tokens that fit in its blocks."""
     computing: bytes | None = None
     """Digest of its next unpublished prompt block, on which others may wait."""
 
@@ -185,11 +187,6 @@ class KVCacheManager:
         window = self._windows[group]
         return 0 if window is None else max(0, position - window + 1) // self.block_size
 
-    def capacity(self, kv: SequenceKV) -> int:
-        """Returns how many tokens fit in the blocks that `kv` has."""
-        assert kv.row is not None
-        return self.tables[0].lengths[kv.row] * self.block_size
-
     def allocate(self, kv: SequenceKV, num_computed: int, num_tokens: int) -> bool:
         """Makes room for `num_tokens` tokens of which `num_computed` are computed.
 
@@ -214,6 +211,7 @@ class KVCacheManager:
                 row = table.row(kv.row)
                 after = int(row[-1]) if len(row) else NULL_BLOCK
                 table.append(kv.row, self._take(wanted, after))
+        kv.capacity = self.tables[0].lengths[kv.row] * self.block_size
 
     def _take(self, count: int, after: int = NULL_BLOCK) -> list[int]:
         blocks, evicted = self.pool.allocate(count, after)
@@ -247,6 +245,7 @@ class KVCacheManager:
             if tail:
                 self._copies.append((blocks[full], own[0]))
             table.append(row, blocks[:full] + own)
+        child.capacity = (full + 1) * self.block_size
         child.digests = parent.digests[:full]
         child.num_published = min(parent.num_published, full)
         return True
@@ -294,6 +293,7 @@ class KVCacheManager:
             self._release(reversed(table.clear(kv.row)))
         kv.row = None
         kv.num_published = 0
+        kv.capacity = 0
 
     def _release(self, blocks: Iterable[int]) -> None:
         emptied = self.pool.release(blocks)

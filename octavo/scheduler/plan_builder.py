@@ -43,6 +43,7 @@ class PlanBuilder:
     def add(self, sequence: Sequence, count: int) -> None:
         """Computes `count` more tokens of `sequence` and advances its counters."""
         start = sequence.num_computed
+        end = start + count
         known = len(sequence.token_ids)
         assert sequence.row is not None
         self.sequences.append(sequence)
@@ -54,10 +55,9 @@ class PlanBuilder:
             self._token_ids.append(0)
         else:
             self._from_device.append(False)
-            self._token_ids.extend(sequence.token_ids[start : start + count])
+            self._token_ids.extend(sequence.token_ids[start:end])
         if start < sequence.prompt_len:
             self.prefilling.add(sequence)
-        end = start + count
         sequence.num_computed = end
         is_sampling = end == known + sequence.num_pending
         self.samples.append(is_sampling)

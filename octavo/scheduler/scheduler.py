@@ -146,33 +146,42 @@ class Scheduler:
 
     def _schedule_running(self, builder: PlanBuilder) -> bool:
         """Gives every running sequence its tokens; returns whether one was preempted for it."""
-        manager, budget = self.manager, self.limits.max_num_batched_tokens
-        decodes = sum(s.num_tokens - s.num_computed == 1 for s in self.running)
-        prefill_budget = budget - decodes
+        running = self.running
+        decodes = sum(len(s.token_ids) + s.num_pending - s.num_computed == 1 for s in running)
+        prefill_budget = self.limits.max_num_batched_tokens - decodes
         was_preempted = False
         position = 0
         # The list shrinks from its end while it is walked: victims are the youngest.
-        while position < len(self.running):
-            sequence = self.running[position]
+        while position < len(running):
+            sequence = running[position]
             position += 1
-            count = sequence.num_tokens - sequence.num_computed
-            if sequence.num_tokens >= sequence.max_len and sequence.num_pending:
+            num_tokens = len(sequence.token_ids) + sequence.num_pending
+            if num_tokens >= sequence.max_len and sequence.num_pending:
                 continue  # its last token is on its way
+            count = num_tokens - sequence.num_computed
             if count != 1:
                 count = min(count, prefill_budget)
                 prefill_budget -= count
-            if count <= 0:
-                continue
+                if count <= 0:
+                    continue
             end = sequence.num_computed + count
-            if end > manager.capacity(sequence.kv):
-                while not manager.allocate(sequence.kv, sequence.num_computed, end):
-                    was_preempted = True
-                    victim = self.running[-1]
-                    self._preempt(victim)
-                    if victim is sequence:
-                        break
-            if sequence.row is not None:
-                builder.add(sequence, count)
+            if end > sequence.kv.capacity:
+                was_preempted |= self._make_room(sequence, end)
+                if sequence.row is None:
+                    continue
+            builder.add(sequence, count)
+        return was_preempted
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Allocates blocks for `num_tokens`, preempting the youngest while there are too few,
+        in the end `sequence` itself; returns whether anyone was preempted."""
+        was_preempted = False
+        while not self.manager.allocate(sequence.kv, sequence.num_computed, num_tokens):
+            was_preempted = True
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                break
         return was_preempted
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -218,7 +227,7 @@ class Scheduler:
 
     def _missing_blocks(self, sequence: Sequence) -> int:
         manager = self.manager
-        missing = sequence.num_tokens - manager.capacity(sequence.kv)
+        missing = sequence.num_tokens - sequence.kv.capacity
         return -(-max(missing, 0) // manager.block_size) * len(manager.tables)
 
     def _must_wait(self, sequence: Sequence, builder: PlanBuilder) -> bool:
@@ -297,6 +306,7 @@ class Scheduler:
         """Takes over a step's tokens: appends, finishes, frees, publishes block digests."""
         step = self._launched.pop(plan.step_id)
         token_ids = result.token_ids.tolist()
+        block_size = self.manager.block_size
         deltas: list[TokenDelta] = []
         sample = 0
         for i, sequence in enumerate(step.sequences):
@@ -304,32 +314,45 @@ class Scheduler:
             sample += is_sampling
             if sequence.is_finished:
                 continue
-            if i in result.prompt_logprobs and sequence.prompt_logprobs is not None:
-                start = step.computed[i] - int(plan.query_lens[i])
-                del sequence.prompt_logprobs[start:]  # a preempted prefill comes again
-                sequence.prompt_logprobs.extend(result.prompt_logprobs[i])
+            if i in result.prompt_logprobs:
+                self._keep_prompt_logprobs(sequence, int(plan.starts[i]), result.prompt_logprobs[i])
             if is_sampling:
                 sequence.num_pending -= 1
                 sequence.token_ids.append(token_ids[sample - 1])
-            if sequence.num_preemptions == step.preemptions[i]:
+            is_block_full = step.computed[i] // block_size > sequence.kv.num_published
+            if is_block_full and sequence.num_preemptions == step.preemptions[i]:
                 self.manager.publish(sequence.kv, sequence.token_ids, step.computed[i])
             if is_sampling:
                 deltas.append(self._tell(sequence, result.logprobs.get(sample - 1)))
         return deltas
 
+    def _keep_prompt_logprobs(
+        self, sequence: Sequence, start: int, logprobs: tuple[TokenLogprobs, ...]
+    ) -> None:
+        if sequence.prompt_logprobs is not None:
+            del sequence.prompt_logprobs[start:]  # a preempted prefill comes again
+            sequence.prompt_logprobs.extend(logprobs)
+
     def _tell(self, sequence: Sequence, logprobs: TokenLogprobs | None) -> TokenDelta:
         """Counts the newest token, ends the sequence if it is its last, and words the news."""
-        if sequence.num_outputs == 1:
-            self._count_prompt(sequence)
+        token = sequence.token_ids[-1]
+        length = len(sequence.token_ids)
         self.counters.num_generation_tokens += 1
-        reason = finish_reason(sequence)
-        delta = token_delta(
-            sequence,
-            (sequence.token_ids[-1],),
-            reason,
-            logprobs=logprobs,
-            stop=stop_reason(sequence, reason),
-        )
+        reason = None
+        if length >= sequence.max_len or token in sequence.stop_ids:
+            reason = finish_reason(sequence)
+        if length == sequence.prompt_len + 1:
+            self._count_prompt(sequence)
+        elif reason is None and logprobs is None:  # most tokens of most requests
+            return TokenDelta(
+                request_id=sequence.request.request_id,
+                index=sequence.index,
+                token_ids=(token,),
+                num_cached_tokens=sequence.num_cached_tokens,
+                scheduled_time=sequence.scheduled_time,
+            )
+        stop = stop_reason(sequence, reason)
+        delta = token_delta(sequence, (token,), reason, logprobs=logprobs, stop=stop)
         if reason is not None:
             self._finish(sequence)
         return delta
@@ -374,7 +397,7 @@ class Scheduler:
         """Slots of referenced blocks that hold no token, over all slots of referenced blocks."""
         manager = self.manager
         slots = manager.pool.num_referenced * manager.block_size
-        unused = sum(manager.capacity(s.kv) - s.num_computed for s in self.running)
+        unused = sum(s.kv.capacity - s.num_computed for s in self.running)
         return len(manager.tables) * unused / slots if slots else 0.0
 
     def check(self) -> None:
