@@ -284,7 +284,7 @@ class RequestMetrics:
 
 @dataclass(slots=True, kw_only=True)
 class RequestOutput:
-    """One request as the user sees it; cumulative unless asked for deltas."""
+    """One request as the user sees it: cumulative, with this round's additions beside it."""
 
     request_id: str
     prompt: str | None
@@ -294,3 +294,5 @@ class RequestOutput:
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = None
+    deltas: list[CompletionOutput] = field(default_factory=list)
+    """What this round added, sequence by sequence: parts, not cumulative."""

@@ -104,7 +104,7 @@ def tokenizer_files_from_gguf(path: str | Path) -> dict[str, str]:
     if kind == "gpt2":
         parts, add_bos = _byte_level_bpe(path, meta, tokens, types)
     else:
-        parts, add_bos = _sentencepiece(meta, tokens), True
+        parts, add_bos = _sentencepiece(meta, tokens, types), True
     special = _special_tokens(meta, tokens)
     add_bos = bool(meta.get("tokenizer.ggml.add_bos_token", add_bos)) and "bos_token" in special
     add_eos = bool(meta.get("tokenizer.ggml.add_eos_token", False)) and "eos_token" in special
@@ -203,7 +203,7 @@ def _byte_level_bpe(
             f"{path}: tokenizer.ggml.pre {name!r} is unknown; known are "
             f"{', '.join(PRE_TOKENIZERS)}; give a folder with tokenizer.json as the tokenizer"
         )
-    spelling = _byte_spelling()
+    spelling = byte_spelling()
     alphabet = frozenset(spelling)
     vocab: dict[str, int] = {}
     for index, (token, kind) in enumerate(zip(tokens, types, strict=True)):
@@ -230,7 +230,9 @@ def _byte_level_bpe(
     return parts, pre.add_bos
 
 
-def _sentencepiece(meta: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Any]:
+def _sentencepiece(
+    meta: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]
+) -> dict[str, Any]:
     """Returns the parts of tokenizer.json for a SentencePiece BPE vocabulary with scores.
 
     SentencePiece joins the neighbours whose union scores best; listing every pair that makes a
@@ -261,7 +263,7 @@ def _sentencepiece(meta: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, 
         },
         "model": _bpe(
             vocab,
-            _merges_by_score(vocab, meta["tokenizer.ggml.scores"]),
+            _merges_by_score(vocab, meta["tokenizer.ggml.scores"], types),
             fuse_unk=True,
             byte_fallback=True,
             unk_token=tokens[meta.get("tokenizer.ggml.unknown_token_id", 0)],
@@ -269,9 +271,13 @@ def _sentencepiece(meta: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, 
     }
 
 
-def _merges_by_score(vocab: Mapping[str, int], scores: Sequence[float]) -> list[list[str]]:
+def _merges_by_score(
+    vocab: Mapping[str, int], scores: Sequence[float], types: Sequence[int]
+) -> list[list[str]]:
     ranked: list[tuple[float, int, int, int, str, str]] = []
     for token, index in vocab.items():
+        if types[index] in (UNKNOWN, CONTROL):  # never built from text
+            continue
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in vocab and right in vocab:
@@ -354,7 +360,7 @@ def _chat_template(meta: Mapping[str, Any]) -> dict[str, Any]:
     return {"chat_template": first + named}
 
 
-def _byte_spelling() -> str:
+def byte_spelling() -> str:
     """Returns 256 characters: how GPT-2 spells each byte as a printable character."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     spare = iter(range(256, 512))

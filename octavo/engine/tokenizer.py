@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import decoders, processors
 
 from octavo.engine.chat_template import ChatOptions, ChatTemplate, Message
-from octavo.engine.gguf_tokenizer import tokenizer_files_from_gguf
+from octavo.engine.gguf_tokenizer import byte_spelling, tokenizer_files_from_gguf
 from octavo.errors import (
     ChatTemplateError,
     ModelError,
@@ -30,6 +30,8 @@ from octavo.errors import (
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "eot_token")
 _SLOW_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tiktoken.model")
+_BYTE_OF = {char: byte for byte, char in enumerate(byte_spelling())}
+_BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +69,7 @@ class Tokenizer:
         self.chat_template: str | None = _chat_template(config)
         self.is_byte_level = isinstance(self._core.decoder, decoders.ByteLevel)
         """Whether a token's bytes do not depend on its neighbours."""
+        self._bytes: dict[int, bytes] = {}
         self._template: ChatTemplate | None = None
         self._guard: _Guard | None = None
 
@@ -110,6 +113,17 @@ class Tokenizer:
     def tokens(self, token_ids: Sequence[int]) -> list[str]:
         """Returns each id's piece as the vocabulary spells it ("" where there is none)."""
         return [self._core.id_to_token(i) or "" for i in token_ids]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Returns what one id adds to the text, as bytes: part of a character, even."""
+        found = self._bytes.get(token_id)
+        if found is None:
+            found = self._bytes[token_id] = self._spell(token_id)
+        return found
+
+    def token_text(self, token_id: int) -> str:
+        """Returns `token_bytes` as text, with U+FFFD where it is not whole characters."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self.special_ids
@@ -159,6 +173,18 @@ class Tokenizer:
                 )
             self._template = ChatTemplate(self.chat_template, self.special_tokens)
         return self._template
+
+    def _spell(self, token_id: int) -> bytes:
+        piece = self._core.id_to_token(token_id) or ""
+        if self.is_byte_level:
+            if all(char in _BYTE_OF for char in piece):
+                return bytes(_BYTE_OF[char] for char in piece)
+            return piece.encode()
+        if token_id in self.added_tokens.values():
+            return piece.encode()
+        if byte := _BYTE_PIECE.fullmatch(piece):
+            return bytes([int(byte[1], 16)])
+        return piece.replace("\u2581", " ").encode()
 
     def _special_strings(self) -> dict[str, int]:
         return {text: i for text, i in self.added_tokens.items() if i in self.special_ids}

@@ -1,0 +1,160 @@
+"""Owns the way from a sequence's growing ids to its growing text, and the search for stop strings.
+
+One Detokenizer per sequence, fed by the output processor. Never looks back further than the last
+unfinished character, so a token costs the same at the start and at the end of a sequence.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from octavo.engine.tokenizer import Tokenizer
+from octavo.request import SamplingParams
+
+_REPLACEMENT = "\ufffd"
+
+
+class TextDelta(NamedTuple):
+    """What some ids added to a sequence's text."""
+
+    text: str
+    """May go out now: no later token can make it part of a stop string."""
+    stopped_by: str | None
+    """The stop string that was found."""
+    num_tokens: int
+    """How many of the ids belong to the sequence: fewer than given if a stop string ended it."""
+
+
+class TokenStream(Protocol):
+    """Incremental decoding: the texts of all pushes and the flush are the text of all ids."""
+
+    def push(self, token_id: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class ByteStream:
+    """For byte-level vocabularies, where a token is bytes and text is their UTF-8."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        if token_id in self._skipped:
+            return ""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class WindowStream:
+    """For all other decoders: decodes a short window of ids twice, without and with the new one.
+
+    The window starts at ids whose text is out already, because a first token may look different
+    from a later one (SentencePiece drops a leading space). It moves on when the text ends in a
+    whole character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._ids: list[int] = []
+        self._num_done = 0
+        """Ids of the window whose text is out."""
+        self._done_text = ""
+
+    def push(self, token_id: int) -> str:
+        if self._skip and self._tokenizer.is_special(token_id):
+            return ""
+        self._ids.append(token_id)
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
+        if text.endswith(_REPLACEMENT) and len(self._ids) - self._num_done < _LONGEST_CHARACTER:
+            return ""
+        return self._advance(text)
+
+    def flush(self) -> str:
+        return self._advance(self._tokenizer.decode(self._ids, skip_special_tokens=self._skip))
+
+    def _advance(self, text: str) -> str:
+        """Returns what `text` has beyond the window's text so far, and moves the window."""
+        new = text[len(self._done_text) :]
+        if new:
+            # The next window starts with the ids whose text just went out.
+            self._ids = self._ids[self._num_done :]
+            self._done_text = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
+        self._num_done = len(self._ids)
+        return new
+
+
+# Byte tokens of one UTF-8 character; what does not end after so many is no UTF-8.
+_LONGEST_CHARACTER = 4
+
+
+class Detokenizer:
+    """Text and stop strings of one sequence."""
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+        kind = ByteStream if tokenizer.is_byte_level else WindowStream
+        self._stream: TokenStream = kind(tokenizer, params.skip_special_tokens)
+        self._stops = params.stop
+        self._includes_stop = params.include_stop_str_in_output
+        self._num_unstoppable = params.min_tokens
+        """Tokens still to come whose text is not searched for stop strings."""
+        self._held = ""
+        """Text that could be the beginning of a stop string."""
+
+    def update(self, token_ids: Sequence[int]) -> TextDelta:
+        """Returns what the next ids add; after a stop string was found, call no more."""
+        texts: list[str] = []
+        for place, token_id in enumerate(token_ids):
+            text = self._stream.push(token_id)
+            if self._num_unstoppable > 0:
+                self._num_unstoppable -= 1
+                texts.append(text)
+                continue
+            if not self._stops:
+                texts.append(text)
+                continue
+            text, stop = self._search(text)
+            texts.append(text)
+            if stop is not None:
+                return TextDelta("".join(texts), stop, place + 1)
+        return TextDelta("".join(texts), None, len(token_ids))
+
+    def finish(self) -> str:
+        """Returns the text that was held back, at the end of a sequence that no string stopped."""
+        text, self._held = self._held + self._stream.flush(), ""
+        return text
+
+    def _search(self, new: str) -> tuple[str, str | None]:
+        """Returns the text that may go out, and the stop string that ends first, if any."""
+        if not new:
+            return "", None
+        text, self._held = self._held + new, ""
+        ends = [
+            (start + len(stop), start, stop)
+            for stop in self._stops
+            if (start := text.find(stop)) >= 0
+        ]
+        if ends:
+            end, start, stop = min(ends)
+            return text[: end if self._includes_stop else start], stop
+        keep = max(_overlap(text, stop) for stop in self._stops)
+        cut = len(text) - keep
+        self._held = text[cut:]
+        return text[:cut], None
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Returns the length of the longest end of `text` that `stop` begins with."""
+    start = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while start >= 0:
+        if stop.startswith(text[start:]):
+            return len(text) - start
+        start = text.find(stop[0], start + 1)
+    return 0

@@ -1,0 +1,177 @@
+"""Owns the way from what a user gave (text or ids, SamplingParams) to a Request that can run.
+
+Called by LLM and AsyncLLM, once per request. Refuses here, with field, value and limit, whatever
+the engine could not serve; never changes what was asked for without saying so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+from octavo.engine.tokenizer import Tokenizer
+from octavo.errors import ContextLengthError, RequestError
+from octavo.request import Request, SamplingParams
+
+
+class InputProcessor:
+    """Makes requests for one model. Keeps a count of them, from which missing seeds are made."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        max_model_len: int,
+        vocab_size: int,
+        eos_token_ids: Sequence[int] = (),
+        seed: int = 0,
+    ) -> None:
+        """`vocab_size` is the model's; `seed` is the engine's, for requests that bring none."""
+        self.tokenizer = tokenizer
+        self.max_model_len = max_model_len
+        self.vocab_size = vocab_size
+        self.eos_token_ids = tuple(eos_token_ids)
+        self._seed = seed
+        self._num_requests = 0
+
+    def process(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        priority: int = 0,
+        cache_salt: str = "",
+        arrival_time: float = 0.0,
+    ) -> Request:
+        """Returns the request. Raises RequestError (ContextLengthError for lengths)."""
+        token_ids = self.prompt_token_ids(prompt)
+        self._check_params(params)
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            params=replace(
+                params,
+                max_tokens=self._max_tokens(len(token_ids), params.max_tokens),
+                seed=self._next_seed() if params.seed is None else params.seed,
+                bad_words_token_ids=(*params.bad_words_token_ids, *self._bad_words(params)),
+            ),
+            eos_token_ids=self.eos_token_ids,
+            arrival_time=arrival_time,
+            priority=priority,
+            cache_salt=cache_salt,
+        )
+        self._num_requests += 1
+        return request
+
+    def prompt_token_ids(
+        self,
+        prompt: str | Sequence[int],
+        add_special_tokens: bool = True,
+        truncate_prompt_tokens: int | None = None,
+    ) -> tuple[int, ...]:
+        """Returns the checked ids of a prompt; `truncate_prompt_tokens` keeps the last ones.
+
+        -1 keeps as many as the context holds beside one output token.
+        """
+        token_ids = self._checked_ids(prompt, add_special_tokens)
+        keep = truncate_prompt_tokens
+        longest = self.max_model_len - 1
+        if keep is None:
+            return token_ids
+        if isinstance(keep, bool) or not (keep == -1 or 1 <= keep <= longest):
+            raise RequestError(
+                f"truncate_prompt_tokens must be -1 or in 1..{longest}, got {keep!r}",
+                param="truncate_prompt_tokens",
+            )
+        return token_ids[-(longest if keep == -1 else keep) :]
+
+    def _checked_ids(
+        self, prompt: str | Sequence[int], add_special_tokens: bool
+    ) -> tuple[int, ...]:
+        if not prompt:
+            raise RequestError("the prompt is empty; give at least one token", param="prompt")
+        if isinstance(prompt, str):
+            token_ids = self._needed_tokenizer("a text prompt", "prompt").encode(
+                prompt, add_special_tokens
+            )
+            if not token_ids:
+                raise RequestError("the prompt has no tokens; give some text", param="prompt")
+            return tuple(token_ids)
+        for place, token_id in enumerate(prompt):
+            if isinstance(token_id, bool) or not isinstance(token_id, int):
+                raise RequestError(
+                    f"token ids must be integers, got {token_id!r} at position {place}",
+                    param="prompt",
+                )
+            self._check_id(token_id, "prompt", f" at position {place}")
+        return tuple(prompt)
+
+    def _max_tokens(self, prompt_len: int, wanted: int | None) -> int:
+        """Returns the output limit; None takes what the context leaves."""
+        room = self.max_model_len - prompt_len
+        if room < 1:
+            raise ContextLengthError(
+                f"the prompt has {prompt_len} tokens, but the context holds {self.max_model_len} "
+                "and one of them must be left for output; shorten the prompt"
+            )
+        if wanted is not None and wanted > room:
+            raise ContextLengthError(
+                f"the prompt has {prompt_len} tokens and max_tokens is {wanted}, together "
+                f"{prompt_len + wanted}, but the context holds {self.max_model_len}; shorten the "
+                f"prompt or set max_tokens to at most {room}",
+                param="max_tokens",
+            )
+        return room if wanted is None else wanted
+
+    def _check_params(self, params: SamplingParams) -> None:
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            for token_id in getattr(params, name) or ():
+                self._check_id(token_id, name)
+        for word in params.bad_words_token_ids:
+            if not word:
+                raise RequestError(
+                    "bad_words_token_ids has an empty entry; give at least one id each",
+                    param="bad_words_token_ids",
+                )
+            for token_id in word:
+                self._check_id(token_id, "bad_words_token_ids")
+        if params.stop:
+            self._needed_tokenizer("stop", "stop")
+            if not params.detokenize:
+                raise RequestError(
+                    "stop strings need text, but detokenize is false; set it to true or use "
+                    "stop_token_ids",
+                    param="stop",
+                )
+
+    def _check_id(self, token_id: int, param: str, where: str = "") -> None:
+        if not 0 <= token_id < self.vocab_size:
+            raise RequestError(
+                f"{param} has token id {token_id}{where}, but the vocabulary has "
+                f"{self.vocab_size} tokens: 0..{self.vocab_size - 1}",
+                param=param,
+            )
+
+    def _bad_words(self, params: SamplingParams) -> list[tuple[int, ...]]:
+        """Returns the ids of each bad word, at the start of a text and after a space."""
+        found: dict[tuple[int, ...], None] = {}
+        for word in params.bad_words:
+            tokenizer = self._needed_tokenizer("bad_words", "bad_words")
+            for text in (word.lstrip(), " " + word.lstrip()):
+                found[tuple(tokenizer.encode(text, add_special_tokens=False))] = None
+        found.pop((), None)
+        return list(found)
+
+    def _needed_tokenizer(self, what: str, param: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise RequestError(
+                f"{what} needs a tokenizer, but the engine runs without one "
+                "(skip_tokenizer_init); give token ids instead",
+                param=param,
+            )
+        return self.tokenizer
+
+    def _next_seed(self) -> int:
+        """Returns a seed that depends on the engine's seed and on how many requests came before."""
+        text = f"{self._seed}/{self._num_requests}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
