@@ -26,7 +26,8 @@ NUM_EXPERTS, TOP_K = 4, 2
 _NOISE = 0.1
 """Of each matrix's standard deviation; 0.3 ruins the text."""
 _ROUTER_STD = 0.02
-_SEED = 0
+_SEED = 35
+"""Of 1,500 tried the one whose least used expert of any layer gets most (6 %) of English text."""
 
 
 def write_mixtral(gguf: Path, folder: Path) -> Iterator[tuple[int, int]]:
