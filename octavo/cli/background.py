@@ -57,8 +57,8 @@ async def _serve(
     from octavo.observe.logs import configure_logging
     from octavo.server.serve import Server
 
-    configure_logging(options.log_format, "warning")
-    engine = AsyncLLM(config)
+    configure_logging(options.log_format, options.log_level)
+    engine = AsyncLLM(config, log_level=options.log_level)
     try:
         await engine.start()
         server = Server(engine, options)

@@ -8,9 +8,7 @@ the options and the port are known to be good.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import socket
 from typing import TYPE_CHECKING
 
 from octavo.cli.options import (
@@ -24,6 +22,8 @@ from octavo.cli.options import (
 from octavo.config import EngineConfig, ServerConfig
 
 if TYPE_CHECKING:
+    import socket
+
     from octavo.llm import AsyncLLM
 
 HELP = "serve a model over HTTP with the OpenAI API"
@@ -48,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     """Serves until Ctrl-C; returns 0 after a clean end."""
     server, engine = server_config(args), engine_config(args)
     # The port first: a model takes long to load, only to find that nobody can reach it.
+    import asyncio
+
     from octavo.server.serve import bind
 
     with bind(server) as bound:
@@ -61,7 +63,7 @@ async def _serve(server: ServerConfig, config: EngineConfig, bound: socket.socke
     from octavo.server.serve import serve, url_of
 
     configure_logging(server.log_format, server.log_level)
-    engine = AsyncLLM(config)
+    engine = AsyncLLM(config, log_format=server.log_format, log_level=server.log_level)
     say(f"loading {config.model} ...")
     try:
         await engine.start()

@@ -1,0 +1,63 @@
+# serve: the demo model on 127.0.0.1:8000    test: the whole suite    lint: style, types, layers
+# Everything runs in .venv, which is made when it is missing and updated when its inputs change.
+
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL ?= demo-moe
+ARGS ?=
+
+# The first Python that is new enough and can make environments. PYTHON=... overrides it.
+FIND_PYTHON := for p in python3 python3.13 python3.12 python3.11; do \
+  $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+  && { command -v $$p; break; }; done
+PYTHON ?= $(shell $(FIND_PYTHON))
+
+INPUTS := pyproject.toml constraints.txt setup.py \
+  $(wildcard octavo/kernels/cpu/*.cpp octavo/kernels/cpu/*.h)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# On Linux PyPI's torch brings CUDA along; the CPU's is a tenth of the size, where this is reachable:
+# make serve TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+PIP_INSTALL := $(PIP) install -c constraints.txt $(addprefix --extra-index-url ,$(TORCH_INDEX))
+
+.PHONY: serve test lint bench docs clean
+
+serve: $(VENV)/.installed
+	$(BIN)/octavo serve $(MODEL) $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m pytest tests/test_architecture.py tests/test_options.py tests/test_public_api.py
+
+# The figures of README.md, as JSON lines in bench.jsonl.
+bench: $(VENV)/.installed-dev
+	OCTAVO=$(BIN)/octavo benchmarks/figures.sh bench.jsonl
+
+# docs/cli.md from the options; a test fails when it is out of date.
+docs: $(VENV)/.installed
+	$(BIN)/python docs/make_cli.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find octavo -name '*.so' -delete
+	find octavo tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with venv is needed (on Debian and" \
+	  "Ubuntu: apt install python3-venv), or say which: make PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(INPUTS) | $(BIN)/python
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.installed

@@ -1,0 +1,185 @@
+"""The rules of docs/design.md and STYLE as programs: who imports what, and how large things get."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "octavo"
+FILES = sorted(PACKAGE.rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+MAX_FILE_LINES = 600
+MAX_FUNCTION_LINES = 80
+MAX_TRITON_FUNCTION_LINES = 150
+
+TORCH_FREE = (
+    "cli",
+    "config.py",
+    "device.py",
+    "errors.py",
+    "formats.py",
+    "kv_cache",
+    "observe",
+    "request.py",
+    "scheduler",
+    "step.py",
+    "models/family.py",
+    "models/hf_config.py",
+    "models/llama.py",
+    "models/mixtral.py",
+    "models/olmoe.py",
+    "models/qwen.py",
+    "models/registry.py",
+    "models/spec.py",
+)
+WITH_TORCH = {"kv_cache/storage.py", "cli/bench/peer.py"}
+"""The storage holds the tensors; the peer of a benchmark loads another engine when asked to."""
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+def is_torch_free(path: Path) -> bool:
+    name = name_of(path)
+    inside = any(name == part or name.startswith(f"{part}/") for part in TORCH_FREE)
+    return inside and name not in WITH_TORCH
+
+
+def nodes(path: Path) -> Iterator[ast.AST]:
+    return ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def imported(path: Path) -> set[str]:
+    """All imports of a file, those in functions too."""
+    found: set[str] = set()
+    for node in nodes(path):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return found
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_imports_run_downward():
+    linter = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run(
+        [str(linter), "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_host_side_never_imports_torch():
+    found = [
+        f"{name_of(path)} imports {name}"
+        for path in FILES
+        if is_torch_free(path)
+        for name in imported(path)
+        if name.split(".")[0] in ("torch", "transformers")
+    ]
+    assert not found
+
+
+def test_importing_the_host_side_loads_no_torch():
+    names = [
+        "octavo." + name_of(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+        for path in FILES
+        if is_torch_free(path)
+    ]
+    code = f"import sys, importlib\nfor n in {names!r}: importlib.import_module(n)\n"
+    assert run_python(code + "print('torch' in sys.modules)").strip() == "False"
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys\nfrom octavo.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = 'torch fastapi starlette transformers numpy httpx rich tokenizers'.split()\n"
+        "print([n for n in heavy if n in sys.modules])"
+    )
+    assert run_python(code).splitlines()[-1] == "[]"
+
+
+def test_only_config_reads_the_environment():
+    found = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in FILES
+        if name_of(path) != "config.py"
+        for node in nodes(path)
+        if isinstance(node, ast.Attribute)
+        and node.attr in ("environ", "getenv")
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "os"
+    ]
+    assert not found
+
+
+def test_cuda_is_named_in_device_and_graphs_alone():
+    found = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in FILES
+        if name_of(path) not in ("device.py", "runner/graphs.py")
+        for node in nodes(path)
+        if isinstance(node, ast.Attribute)
+        and node.attr == "cuda"
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "torch"
+    ]
+    assert not found
+
+
+def test_files_fit_a_head():
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES + TESTS}
+    assert not {str(path): n for path, n in lengths.items() if n > MAX_FILE_LINES}
+
+
+def test_functions_fit_a_screen():
+    found = []
+    for path in FILES:
+        limit = MAX_TRITON_FUNCTION_LINES if "triton" in path.parts else MAX_FUNCTION_LINES
+        for node in nodes(path):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > limit:
+                    found.append(f"{name_of(path)}: {node.name} has {length} lines")
+    assert not found
+
+
+def test_code_is_ascii():
+    assert not [p for p in FILES + TESTS if not p.read_text(encoding="utf-8").isascii()]
+
+
+def test_no_file_is_a_drawer():
+    assert not [p for p in FILES + TESTS if p.stem in ("utils", "common", "helpers")]
+
+
+def test_no_attribute_is_guessed():
+    found = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in FILES
+        for node in nodes(path)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and (node.func.id == "hasattr" or (node.func.id == "getattr" and len(node.args) == 3))
+    ]
+    assert not found
+
+
+def test_every_module_says_what_it_owns():
+    texts = {path: path.read_text(encoding="utf-8") for path in FILES}
+    assert not [
+        name_of(path)
+        for path, text in texts.items()
+        if text.strip() and not ast.get_docstring(ast.parse(text))
+    ]
