@@ -1,4 +1,5 @@
-"""Owns the Jinja side of chat: messages and a model's template become one prompt text.
+"""Owns the Jinja side of chat: messages and a model's template become one prompt text, in which
+what the user wrote can be told from what the template wrote.
 
 Called by `Tokenizer.encode_chat`. Never tokenises, and never runs a template outside Jinja's
 immutable sandbox, since templates come with models from anywhere.
@@ -10,6 +11,8 @@ strftime_now, a `tojson` that does not escape HTML, break and continue, and the 
 from __future__ import annotations
 
 import json
+import re
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -101,6 +104,58 @@ class ChatTemplate:
                 param="messages",
             ) from error
         return _up_to_mark(text) if options.continue_final_message else text
+
+
+class Shield:
+    """Hides special tokens in what the user wrote, for the time of rendering.
+
+    Also the beginning of one at the end of a string: the template may put two strings together.
+    The marks hold a nonce, so that no text can contain them.
+    """
+
+    def __init__(self, specials: Mapping[str, int]) -> None:
+        self._pattern = longest_first(specials)
+        self._prefixes = {text[:n] for text in specials for n in range(1, len(text))}
+        self._longest = max((len(text) for text in specials), default=0)
+        self._nonce = secrets.token_hex(8)
+        self._mark = re.compile(f"\U000f2000{self._nonce}([0-9]+)\U000f2001")
+        self._literals: list[str] = []
+        self.hidden = False
+        """Whether any string held a whole special token, or could become part of one."""
+
+    def hide(self, value: Any) -> Any:
+        """Returns `value` with every string in it shielded."""
+        if isinstance(value, str):
+            return self._hide_text(value) if self._pattern else value
+        if isinstance(value, Mapping):
+            return {self.hide(key): self.hide(item) for key, item in value.items()}
+        if isinstance(value, Sequence):
+            return [self.hide(item) for item in value]
+        return value
+
+    def show(self, text: str) -> str:
+        """Returns `text` with what was hidden back in its place."""
+        return self._mark.sub(lambda found: self._literals[int(found[1])], text)
+
+    def _hide_text(self, text: str) -> str:
+        assert self._pattern is not None
+        text = self._pattern.sub(lambda found: self._put(found[0]), text)
+        for length in range(min(len(text), self._longest), 0, -1):
+            tail = text[-length:]
+            if tail in self._prefixes:
+                return text[:-length] + self._put(tail)
+        return text
+
+    def _put(self, literal: str) -> str:
+        self.hidden = True
+        self._literals.append(literal)
+        return f"\U000f2000{self._nonce}{len(self._literals) - 1}\U000f2001"
+
+
+def longest_first(texts: Mapping[str, int]) -> re.Pattern[str] | None:
+    """Returns a pattern that finds the longest of `texts` at each place, as tokenizers does."""
+    ordered = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered))) if ordered else None
 
 
 def _with_mark(message: Message) -> Message:

@@ -6,7 +6,6 @@ the engine could not serve; never changes what was asked for without saying so.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,7 +15,7 @@ from octavo.request import Request, SamplingParams
 
 
 class InputProcessor:
-    """Makes requests for one model. Keeps a count of them, from which missing seeds are made."""
+    """Makes requests for one model. Keeps no state."""
 
     def __init__(
         self,
@@ -24,15 +23,12 @@ class InputProcessor:
         max_model_len: int,
         vocab_size: int,
         eos_token_ids: Sequence[int] = (),
-        seed: int = 0,
     ) -> None:
-        """`vocab_size` is the model's; `seed` is the engine's, for requests that bring none."""
+        """`vocab_size` is the model's, which may be more than the tokenizer knows."""
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
         self.eos_token_ids = tuple(eos_token_ids)
-        self._seed = seed
-        self._num_requests = 0
 
     def process(
         self,
@@ -46,13 +42,12 @@ class InputProcessor:
         """Returns the request. Raises RequestError (ContextLengthError for lengths)."""
         token_ids = self.prompt_token_ids(prompt)
         self._check_params(params)
-        request = Request(
+        return Request(
             request_id=request_id,
             prompt_token_ids=token_ids,
             params=replace(
                 params,
                 max_tokens=self._max_tokens(len(token_ids), params.max_tokens),
-                seed=self._next_seed() if params.seed is None else params.seed,
                 bad_words_token_ids=(*params.bad_words_token_ids, *self._bad_words(params)),
             ),
             eos_token_ids=self.eos_token_ids,
@@ -60,8 +55,6 @@ class InputProcessor:
             priority=priority,
             cache_salt=cache_salt,
         )
-        self._num_requests += 1
-        return request
 
     def prompt_token_ids(
         self,
@@ -170,8 +163,3 @@ class InputProcessor:
                 param=param,
             )
         return self.tokenizer
-
-    def _next_seed(self) -> int:
-        """Returns a seed that depends on the engine's seed and on how many requests came before."""
-        text = f"{self._seed}/{self._num_requests}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)

@@ -30,7 +30,8 @@ class ProcessedOutputs:
     """What one round of deltas came to."""
 
     outputs: list[RequestOutput]
-    """Of every request that changed, in order of its first delta."""
+    """Of every request that changed, in order of its first delta. Their `outputs` go on growing
+    with later rounds; `deltas` are this round's and stay as they are."""
     aborts: list[tuple[str, int]]
     """(request_id, index) of sequences that a stop string ended and the core still runs."""
 
@@ -106,6 +107,7 @@ class OutputProcessor:
     def _note(self, open_request: _Open, delta: TokenDelta, now: float | None) -> None:
         """Takes over what a delta says of the whole request."""
         metrics = open_request.metrics
+        metrics.scheduled_time = metrics.scheduled_time or delta.scheduled_time
         if delta.token_ids and metrics.first_token_time is None:
             metrics.first_token_time = now
         cached = max(open_request.num_cached_tokens, delta.num_cached_tokens)
@@ -168,8 +170,8 @@ class OutputProcessor:
             request_id=request.request_id,
             prompt=open_request.prompt_text,
             prompt_token_ids=open_request.prompt_token_ids,
-            # Copies, but for the lists in them: those go on growing with the sequence.
-            outputs=[replace(sequence.output) for sequence in open_request.sequences],
+            # The sequences themselves, which go on growing: a copy would cost their history.
+            outputs=[sequence.output for sequence in open_request.sequences],
             finished=finished,
             prompt_logprobs=open_request.prompt_logprobs,
             num_cached_tokens=open_request.num_cached_tokens,

@@ -18,7 +18,13 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, processors
 
-from octavo.engine.chat_template import ChatOptions, ChatTemplate, Message
+from octavo.engine.chat_template import (
+    ChatOptions,
+    ChatTemplate,
+    Message,
+    Shield,
+    longest_first,
+)
 from octavo.engine.gguf_tokenizer import byte_spelling, tokenizer_files_from_gguf
 from octavo.errors import (
     ChatTemplateError,
@@ -106,13 +112,13 @@ class Tokenizer:
         """Returns ids; `add_special_tokens` puts BOS before where the model wants it."""
         return self._core.encode(_sound(text), add_special_tokens=add_special_tokens).ids
 
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Returns the text of ids; ids that do not exist are left out."""
-        return self._core.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return self._core.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def tokens(self, token_ids: Sequence[int]) -> list[str]:
+    def tokens(self, ids: Sequence[int]) -> list[str]:
         """Returns each id's piece as the vocabulary spells it ("" where there is none)."""
-        return [self._core.id_to_token(i) or "" for i in token_ids]
+        return [self._core.id_to_token(i) or "" for i in ids]
 
     def token_bytes(self, token_id: int) -> bytes:
         """Returns what one id adds to the text, as bytes: part of a character, even."""
@@ -147,7 +153,7 @@ class Tokenizer:
         """
         options = options or ChatOptions()
         template = self._compiled_template()
-        shield = _Shield(self._special_strings())
+        shield = Shield(self._special_strings())
         safe_messages = shield.hide(list(messages))
         safe_options = replace(
             options,
@@ -162,6 +168,28 @@ class Tokenizer:
             self._guard = _Guard(self._core, self._special_strings())
         ids = self._guard.encode(text, shield.show)
         return ChatPrompt(text=shield.show(text), token_ids=ids)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Returns the ids of `encode_chat`, called as transformers' users know it."""
+        options = ChatOptions(
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            documents=documents,
+            template_kwargs=template_kwargs or {},
+        )
+        chosen = self if chat_template is None else self.with_chat_template(chat_template)
+        return chosen.encode_chat(messages, options).token_ids
 
     def _compiled_template(self) -> ChatTemplate:
         if self._template is None:
@@ -215,52 +243,6 @@ def eos_token_ids(
     return tuple(dict.fromkeys(ids))
 
 
-class _Shield:
-    """Hides special tokens in what the user wrote, for the time of rendering.
-
-    Also the beginning of one at the end of a string: the template may put two strings together.
-    The marks hold a nonce, so that no text can contain them.
-    """
-
-    def __init__(self, specials: Mapping[str, int]) -> None:
-        self._pattern = _alternatives(specials)
-        self._prefixes = {text[:n] for text in specials for n in range(1, len(text))}
-        self._longest = max((len(text) for text in specials), default=0)
-        self._nonce = secrets.token_hex(8)
-        self._mark = re.compile(f"\U000f2000{self._nonce}([0-9]+)\U000f2001")
-        self._literals: list[str] = []
-        self.hidden = False
-        """Whether any string held a whole special token, or could become part of one."""
-
-    def hide(self, value: Any) -> Any:
-        """Returns `value` with every string in it shielded."""
-        if isinstance(value, str):
-            return self._hide_text(value) if self._pattern else value
-        if isinstance(value, Mapping):
-            return {self.hide(key): self.hide(item) for key, item in value.items()}
-        if isinstance(value, Sequence):
-            return [self.hide(item) for item in value]
-        return value
-
-    def show(self, text: str) -> str:
-        """Returns `text` with what was hidden back in its place."""
-        return self._mark.sub(lambda found: self._literals[int(found[1])], text)
-
-    def _hide_text(self, text: str) -> str:
-        assert self._pattern is not None
-        text = self._pattern.sub(lambda found: self._put(found[0]), text)
-        for length in range(min(len(text), self._longest), 0, -1):
-            tail = text[-length:]
-            if tail in self._prefixes:
-                return text[:-length] + self._put(tail)
-        return text
-
-    def _put(self, literal: str) -> str:
-        self.hidden = True
-        self._literals.append(literal)
-        return f"\U000f2000{self._nonce}{len(self._literals) - 1}\U000f2001"
-
-
 class _Guard:
     """The same tokenizer with its special tokens renamed to strings nobody can guess.
 
@@ -271,7 +253,7 @@ class _Guard:
 
     def __init__(self, core: tokenizers.Tokenizer, specials: Mapping[str, int]) -> None:
         nonce = secrets.token_hex(8)
-        self._pattern = _alternatives(specials)
+        self._pattern = longest_first(specials)
         self._names = {text: f"\U000f3000{nonce}{i}\U000f3001" for text, i in specials.items()}
         data = json.loads(core.to_str())
         for added in data["added_tokens"]:
@@ -305,12 +287,6 @@ def _rename_in_model(model: dict[str, Any], names: Mapping[str, str]) -> None:
         ]
     if model.get("unk_token") is not None:
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
-
-
-def _alternatives(texts: Mapping[str, int]) -> re.Pattern[str] | None:
-    """Returns a pattern that finds the longest of `texts` at each place, as tokenizers does."""
-    longest_first = sorted(texts, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
 
 def _sound(text: str) -> str:
