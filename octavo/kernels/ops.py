@@ -48,7 +48,7 @@ class ExpertWeights:
     down: tuple[Weight, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class KVLayer:
     """One layer's part of the arena: strided views [B, P, K, D]; [P, K, D] is contiguous."""
 
@@ -56,7 +56,7 @@ class KVLayer:
     value: Tensor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class AttentionBatch:
     """Where one step's queries and KV lie, for one KV group. Planned once a step."""
 
@@ -73,7 +73,7 @@ class AttentionBatch:
     the window may hold 0 and are not read."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class RopeTable:
     """cos and sin [max positions, rotary_dim // 2] float32, attention scaling multiplied in."""
 
@@ -82,7 +82,7 @@ class RopeTable:
     rotary_dim: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class QKNorm:
     """RMSNorm of queries and keys before RoPE, over each head or over the whole projection."""
 

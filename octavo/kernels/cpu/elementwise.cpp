@@ -1,0 +1,181 @@
+// Ops on single tokens: norms, routing, rotary embedding with the write to the cache.
+#include "pool.h"
+
+#include <algorithm>
+#include <cmath>
+#include <mutex>
+
+#include "native.h"
+#include "simd.h"
+
+namespace octavo {
+
+namespace {
+
+constexpr int64_t kTokenGrain = 16;
+
+// scale = 1 / sqrt(mean(x^2) + eps); out may be x.
+void norm_row(const float* x, const float* weight, int64_t size, double eps, float* out) {
+  Lanes squares[4] = {zeros(), zeros(), zeros(), zeros()};
+  int64_t i = 0;
+  for (; i + 8 <= size; i += 8) {
+    const Lanes v = load(x + i);
+    Lanes& to = squares[i / 8 % 4];
+    to = fma(v, v, to);
+  }
+  const int64_t left = size - i;
+  if (left > 0) {
+    const Lanes v = load_some(x + i, left);
+    squares[0] = fma(v, v, squares[0]);
+  }
+  const Lanes total = _mm256_add_ps(_mm256_add_ps(squares[0], squares[1]),
+                                    _mm256_add_ps(squares[2], squares[3]));
+  const float mean = sum(total) / static_cast<float>(size);
+  const Lanes scale = broadcast(1.0f / std::sqrt(mean + static_cast<float>(eps)));
+  for (i = 0; i + 8 <= size; i += 8) {
+    store(out + i, _mm256_mul_ps(_mm256_mul_ps(load(x + i), scale), load(weight + i)));
+  }
+  if (left > 0) {
+    const Lanes v = _mm256_mul_ps(load_some(x + i, left), scale);
+    store_some(out + i, left, _mm256_mul_ps(v, load_some(weight + i, left)));
+  }
+}
+
+void rotate_row(const float* x, const float* cos, const float* sin, int64_t rotary_dim,
+                int64_t size, float* out) {
+  const int64_t half = rotary_dim / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const float low = x[i], high = x[i + half];
+    out[i] = low * cos[i] - high * sin[i];
+    out[i + half] = high * cos[i] + low * sin[i];
+  }
+  for (int64_t i = rotary_dim; i < size; ++i) out[i] = x[i];
+}
+
+void store_as(int64_t format, const float* x, int64_t size, uint8_t* to) {
+  if (format == F32) {
+    std::memcpy(to, x, 4 * size);
+    return;
+  }
+  for (int64_t i = 0; i < size; i += 8) {
+    const int64_t count = std::min<int64_t>(8, size - i);
+    const Lanes v = count == 8 ? load(x + i) : load_some(x + i, count);
+    const __m128i narrow = format == F16 ? _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)
+                                         : to_bf16(v);
+    std::memcpy(to + 2 * i, &narrow, 2 * count);
+  }
+}
+
+// Softmax of one token's logits, then the best top_k, equal ones in order of expert.
+void route_row(const float* logits, int64_t experts, int64_t top_k, bool renormalize,
+               float* scores, float* weights, int32_t* ids) {
+  float highest = logits[0];
+  for (int64_t e = 1; e < experts; ++e) highest = std::max(highest, logits[e]);
+  Lanes lanes = zeros();
+  for (int64_t e = 0; e < experts; e += 8) {
+    const int64_t count = std::min<int64_t>(8, experts - e);
+    const Lanes x = count == 8 ? load(logits + e) : load_some(logits + e, count);
+    Lanes v = exp(_mm256_sub_ps(x, broadcast(highest)));
+    if (count < 8) v = _mm256_and_ps(v, _mm256_castsi256_ps(first_lanes(count)));
+    store(scores + e, v);
+    lanes = _mm256_add_ps(lanes, v);
+  }
+  const float total = sum(lanes);
+  for (int64_t e = 0; e < experts; ++e) scores[e] /= total;
+  float chosen = 0.0f;
+  for (int64_t j = 0; j < top_k; ++j) {
+    int64_t best = -1;
+    for (int64_t e = 0; e < experts; ++e) {
+      const bool taken = std::find(ids, ids + j, static_cast<int32_t>(e)) != ids + j;
+      if (!taken && (best < 0 || scores[e] > scores[best])) best = e;
+    }
+    ids[j] = static_cast<int32_t>(best);
+    weights[j] = scores[best];
+    chosen += scores[best];
+  }
+  for (int64_t j = 0; renormalize && j < top_k; ++j) weights[j] /= chosen;
+}
+
+}  // namespace
+
+OCTAVO_API int64_t octavo_rms_norm(Pool* pool, const float* x, int64_t tokens, int64_t size,
+                                   const float* weight, double eps, float* out) {
+  std::lock_guard<std::mutex> lock(pool->op_mutex());
+  pool->run(tokens, kTokenGrain, [&](int64_t t, Scratch&) {
+    norm_row(x + t * size, weight, size, eps, out + t * size);
+  });
+  return OK;
+}
+
+OCTAVO_API int64_t octavo_add_rms_norm(Pool* pool, const float* x, float* residual, int64_t tokens,
+                                       int64_t size, const float* weight, double eps, float* out) {
+  std::lock_guard<std::mutex> lock(pool->op_mutex());
+  pool->run(tokens, kTokenGrain, [&](int64_t t, Scratch&) {
+    const float* from = x + t * size;
+    float* row = residual + t * size;
+    for (int64_t i = 0; i < size; ++i) row[i] += from[i];
+    norm_row(row, weight, size, eps, out + t * size);
+  });
+  return OK;
+}
+
+OCTAVO_API int64_t octavo_route(Pool* pool, const float* logits, int64_t tokens, int64_t experts,
+                                int64_t top_k, int64_t renormalize, float* weights, int32_t* ids) {
+  std::lock_guard<std::mutex> lock(pool->op_mutex());
+  pool->run(tokens, kTokenGrain, [&](int64_t t, Scratch& scratch) {
+    float* scores = scratch.floats(0, experts + 8);
+    route_row(logits + t * experts, experts, top_k, renormalize != 0, scores, weights + t * top_k,
+              ids + t * top_k);
+  });
+  return OK;
+}
+
+// qkv rows are [heads + 2 * kv_heads][head_size]; q_out is [tokens][heads][head_size].
+OCTAVO_API int64_t octavo_rope_and_cache(Pool* pool, const float* qkv, int64_t heads,
+                                         const Rope* rope, const QKNorm* norm, const KVLayer* layer,
+                                         const AttentionBatch* batch, float* q_out) {
+  std::lock_guard<std::mutex> lock(pool->op_mutex());
+  const int64_t size = layer->head_size, kv_heads = layer->kv_heads;
+  const int64_t width = (heads + 2 * kv_heads) * size, half = rope->rotary_dim / 2;
+  const int64_t slots = layer->blocks * layer->block_size;
+  const int64_t head_bytes = size * (layer->format == F32 ? 4 : 2);
+  for (int64_t t = 0; t < batch->tokens; ++t) {
+    const int64_t position = batch->positions[t], slot = batch->slot_mapping[t];
+    if (position < 0 || position >= rope->positions || slot < 0 || slot >= slots) return BAD_INDEX;
+  }
+  pool->run(batch->tokens, kTokenGrain, [&](int64_t t, Scratch& scratch) {
+    const float *q = qkv + t * width, *k = q + heads * size, *v = k + kv_heads * size;
+    float* normed = scratch.floats(0, width);
+    if (norm != nullptr) {
+      const int64_t q_part = norm->per_head ? size : heads * size;
+      const int64_t k_part = norm->per_head ? size : kv_heads * size;
+      for (int64_t i = 0; i < heads * size; i += q_part) {
+        norm_row(q + i, norm->query, q_part, norm->eps, normed + i);
+      }
+      for (int64_t i = 0; i < kv_heads * size; i += k_part) {
+        norm_row(k + i, norm->key, k_part, norm->eps, normed + heads * size + i);
+      }
+      q = normed;
+      k = normed + heads * size;
+    }
+    const float* cos = rope->cos + batch->positions[t] * half;
+    const float* sin = rope->sin + batch->positions[t] * half;
+    for (int64_t h = 0; h < heads; ++h) {
+      float* to = q_out + (t * heads + h) * size;
+      rotate_row(q + h * size, cos, sin, rope->rotary_dim, size, to);
+    }
+    const int64_t block = batch->slot_mapping[t] / layer->block_size;
+    const int64_t at = batch->slot_mapping[t] % layer->block_size * kv_heads * head_bytes;
+    uint8_t* keys = layer->key + block * layer->key_stride + at;
+    uint8_t* values = layer->value + block * layer->value_stride + at;
+    float* rotated = scratch.floats(1, size);
+    for (int64_t h = 0; h < kv_heads; ++h) {
+      rotate_row(k + h * size, cos, sin, rope->rotary_dim, size, rotated);
+      store_as(layer->format, rotated, size, keys + h * head_bytes);
+      store_as(layer->format, v + h * size, size, values + h * head_bytes);
+    }
+  });
+  return OK;
+}
+
+}  // namespace octavo

@@ -1,0 +1,190 @@
+// Ops that are matrix products: linear, gated MLP, mixture of experts, embedding.
+#include "pool.h"
+
+#include <algorithm>
+#include <atomic>
+#include <mutex>
+#include <vector>
+
+#include "product.h"
+#include "simd.h"
+
+namespace octavo {
+
+namespace {
+
+// Weights in bytes that make it worth waking another thread for one portion.
+int64_t grain_of(const Matrix& w, int64_t tokens, int64_t count, int threads) {
+  const int64_t panel_work = w.row_bytes * kPanelRows * (tokens < 4 ? 1 : tokens / 4);
+  const int64_t at_least = (1 << 15) / std::max<int64_t>(panel_work, 1);
+  return std::max<int64_t>({1, at_least, grain_for(count, threads)});
+}
+
+struct Silu {
+  static Lanes of(Lanes v) { return _mm256_mul_ps(v, sigmoid(v)); }
+};
+struct GeluTanh {
+  // 0.5 v (1 + tanh(u)) = v sigmoid(2 u), u = sqrt(2 / pi) (v + 0.044715 v^3)
+  static Lanes of(Lanes v) {
+    const Lanes cube = _mm256_mul_ps(_mm256_mul_ps(v, v), v);
+    const Lanes u = fma(cube, broadcast(0.044715f), v);
+    return _mm256_mul_ps(v, sigmoid(_mm256_mul_ps(u, broadcast(1.5957691216f))));
+  }
+};
+
+template <class Act>
+void activate_and_multiply(float* gate, const float* up, int64_t count) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    store(gate + i, _mm256_mul_ps(Act::of(load(gate + i)), load(up + i)));
+  }
+  if (const int64_t left = count - i; left > 0) {
+    const Lanes v = _mm256_mul_ps(Act::of(load_some(gate + i, left)), load_some(up + i, left));
+    store_some(gate + i, left, v);
+  }
+}
+
+// hidden[t, first + n] = act(x @ gate.T) * (x @ up.T) for one panel of rows.
+void gate_and_up(const Rows& x, int64_t tokens, const Matrix& gate, const Matrix& up, int64_t first,
+                 int64_t activation, float* hidden, Scratch& scratch) {
+  const int64_t width = gate.rows, count = std::min(kPanelRows, width - first);
+  float* up_out = scratch.floats(2, tokens * kPanelRows);
+  product(x, tokens, gate, first, count, hidden + first, width, scratch);
+  product(x, tokens, up, first, count, up_out, kPanelRows, scratch);
+  for (int64_t t = 0; t < tokens; ++t) {
+    float* row = hidden + t * width + first;
+    const float* factor = up_out + t * kPanelRows;
+    if (activation == SILU) {
+      activate_and_multiply<Silu>(row, factor, count);
+    } else {
+      activate_and_multiply<GeluTanh>(row, factor, count);
+    }
+  }
+}
+
+}  // namespace
+
+OCTAVO_API int64_t octavo_linear(Pool* pool, const float* x, int64_t tokens, const Matrix* weights,
+                                 int64_t num_weights, const float* bias, float* out) {
+  std::lock_guard<std::mutex> lock(pool->op_mutex());
+  int64_t total = 0, columns = 0;
+  for (int64_t i = 0; i < num_weights; ++i) {
+    total += panels(weights[i].rows);
+    columns += weights[i].rows;
+  }
+  const Rows rows = {x, weights[0].cols, nullptr};
+  const int64_t grain = grain_of(weights[0], tokens, total, pool->threads());
+  pool->run(total, grain, [&](int64_t index, Scratch& scratch) {
+    const Matrix* w = weights;
+    int64_t column = 0;
+    while (index >= panels(w->rows)) {
+      index -= panels(w->rows);
+      column += w->rows;
+      ++w;
+    }
+    const int64_t first = index * kPanelRows, count = std::min(kPanelRows, w->rows - first);
+    float* to = out + column + first;
+    product(rows, tokens, *w, first, count, to, columns, scratch);
+    if (bias != nullptr) {
+      for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t n = 0; n < count; ++n) to[t * columns + n] += bias[column + first + n];
+      }
+    }
+  });
+  return OK;
+}
+
+// weights: gate, up, down. hidden: room for tokens x gate.rows.
+OCTAVO_API int64_t octavo_gated_mlp(Pool* pool, const float* x, int64_t tokens,
+                                    const Matrix* weights, int64_t activation, float* hidden,
+                                    float* out) {
+  std::lock_guard<std::mutex> lock(pool->op_mutex());
+  const Matrix &gate = weights[0], &up = weights[1], &down = weights[2];
+  const Rows rows = {x, gate.cols, nullptr}, inner = {hidden, gate.rows, nullptr};
+  const int64_t total = panels(gate.rows), down_total = panels(down.rows);
+  pool->run(total, grain_of(gate, tokens, total, pool->threads()), [&](int64_t i, Scratch& s) {
+    gate_and_up(rows, tokens, gate, up, i * kPanelRows, activation, hidden, s);
+  });
+  const int64_t grain = grain_of(down, tokens, down_total, pool->threads());
+  pool->run(down_total, grain, [&](int64_t i, Scratch& s) {
+    const int64_t first = i * kPanelRows, count = std::min(kPanelRows, down.rows - first);
+    product(inner, tokens, down, first, count, out + first, down.rows, s);
+  });
+  return OK;
+}
+
+// weights: gate of every expert, then up, then down. Picks are (token, place) pairs; `order` and
+// `slots` have room for one int32 a pick, hidden and parts for one row a pick.
+struct MoeArgs {
+  const float* x;
+  const Matrix* weights;
+  const float* topk_weights;
+  const int32_t* topk_ids;
+  int32_t *order, *slots;
+  float *hidden, *parts, *out;
+  int64_t tokens, experts, top_k, activation;
+};
+
+OCTAVO_API int64_t octavo_moe(Pool* pool, const MoeArgs* args) {
+  std::lock_guard<std::mutex> lock(pool->op_mutex());
+  const MoeArgs& a = *args;
+  const Matrix *gates = a.weights, *ups = gates + a.experts, *downs = ups + a.experts;
+  const int64_t picks = a.tokens * a.top_k, inner = gates[0].rows, outer = downs[0].rows;
+  std::vector<int64_t> starts(a.experts + 1, 0);
+  for (int64_t i = 0; i < picks; ++i) {
+    if (a.topk_ids[i] < 0 || a.topk_ids[i] >= a.experts) return BAD_INDEX;
+    ++starts[a.topk_ids[i] + 1];
+  }
+  for (int64_t e = 0; e < a.experts; ++e) starts[e + 1] += starts[e];
+  std::vector<int64_t> next(starts.begin(), starts.end() - 1), active;
+  for (int64_t i = 0; i < picks; ++i) {
+    const int64_t slot = next[a.topk_ids[i]]++;
+    a.order[slot] = static_cast<int32_t>(i / a.top_k);
+    a.slots[i] = static_cast<int32_t>(slot);
+  }
+  for (int64_t e = 0; e < a.experts; ++e) {
+    if (starts[e + 1] > starts[e]) active.push_back(e);
+  }
+  const int64_t width = panels(inner), down_width = panels(outer);
+  const int64_t num_active = static_cast<int64_t>(active.size()), per = picks / num_active;
+  const auto grain = [&](const Matrix& w, int64_t count) {
+    return grain_of(w, per, count, pool->threads());
+  };
+  pool->run(num_active * width, grain(gates[0], num_active * width), [&](int64_t i, Scratch& s) {
+    const int64_t e = active[i / width], start = starts[e];
+    const Rows rows = {a.x, gates[e].cols, a.order + start};
+    gate_and_up(rows, starts[e + 1] - start, gates[e], ups[e], i % width * kPanelRows, a.activation,
+                a.hidden + start * inner, s);
+  });
+  const int64_t down_total = num_active * down_width;
+  pool->run(down_total, grain(downs[0], down_total), [&](int64_t i, Scratch& s) {
+    const int64_t e = active[i / down_width], start = starts[e];
+    const int64_t first = i % down_width * kPanelRows, count = std::min(kPanelRows, outer - first);
+    const Rows rows = {a.hidden + start * inner, inner, nullptr};
+    product(rows, starts[e + 1] - start, downs[e], first, count, a.parts + start * outer + first,
+            outer, s);
+  });
+  pool->run(a.tokens, 8, [&](int64_t t, Scratch&) {
+    float* to = a.out + t * outer;
+    for (int64_t j = 0; j < a.top_k; ++j) {
+      const float* part = a.parts + a.slots[t * a.top_k + j] * outer;
+      const float weight = a.topk_weights[t * a.top_k + j];
+      for (int64_t m = 0; m < outer; ++m) to[m] = j == 0 ? part[m] * weight : to[m] + part[m] * weight;
+    }
+  });
+  return OK;
+}
+
+OCTAVO_API int64_t octavo_embedding(Pool* pool, const int32_t* token_ids, int64_t tokens,
+                                    const Matrix* weight, float* out) {
+  std::lock_guard<std::mutex> lock(pool->op_mutex());
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (token_ids[t] < 0 || token_ids[t] >= weight->rows) return BAD_INDEX;
+  }
+  pool->run(tokens, 16, [&](int64_t t, Scratch&) {
+    unpack_row(*weight, token_ids[t], out + t * weight->cols);
+  });
+  return OK;
+}
+
+}  // namespace octavo

@@ -1,0 +1,69 @@
+// A small thread pool that spins shortly between jobs and then sleeps, and per-thread scratch.
+// The caller works too and never waits for a worker that has not begun: a late worker finds the
+// job closed. So a descheduled (or, after fork, absent) worker costs nothing but its help.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace octavo {
+
+// Grow-only buffers of one thread, by slot; contents do not survive a job.
+class Scratch {
+ public:
+  ~Scratch();
+  float* floats(int slot, size_t count);
+
+ private:
+  static constexpr int kSlots = 8;
+  float* buffers_[kSlots] = {};
+  size_t sizes_[kSlots] = {};
+};
+
+class Pool {
+ public:
+  explicit Pool(int threads);
+  ~Pool();
+  int threads() const { return static_cast<int>(scratch_.size()); }
+  // One op at a time: ctypes releases the GIL, so two Python threads may arrive together.
+  std::mutex& op_mutex() { return op_mutex_; }
+
+  // Calls body(index, scratch) for every index below count, `grain` consecutive ones at a time.
+  template <class Body>
+  void run(int64_t count, int64_t grain, const Body& body) {
+    auto call = [](const void* context, int64_t begin, int64_t end, Scratch& scratch) {
+      const Body& typed = *static_cast<const Body*>(context);
+      for (int64_t index = begin; index < end; ++index) typed(index, scratch);
+    };
+    dispatch(call, &body, count, grain);
+  }
+
+ private:
+  using Call = void (*)(const void*, int64_t, int64_t, Scratch&);
+  void dispatch(Call call, const void* context, int64_t count, int64_t grain);
+  void work(Scratch& scratch);
+  void serve(int thread);
+  bool join(uint64_t seen);
+
+  // state_: generation << 16 | open << 15 | workers inside
+  static constexpr uint64_t kOpen = 1u << 15, kWorkers = kOpen - 1;
+  alignas(64) std::atomic<uint64_t> state_{0};
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) Call call_ = nullptr;
+  const void* context_ = nullptr;
+  int64_t count_ = 0, grain_ = 1;
+  std::atomic<int> sleepers_{0};
+  std::atomic<bool> stop_{false};
+  std::mutex op_mutex_, sleep_mutex_;
+  std::condition_variable wake_;
+  std::vector<std::unique_ptr<Scratch>> scratch_;
+  std::vector<std::thread> workers_;
+};
+
+}  // namespace octavo

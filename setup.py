@@ -1,0 +1,34 @@
+"""Builds the native CPU kernels with the package; everything else is in pyproject.toml.
+
+The extension is optional: without a compiler, or on another CPU, the package installs without it
+and runs on the ops in plain torch. Sources choose their instruction set themselves.
+"""
+
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+CPU = Path("octavo/kernels/cpu")
+
+setup(
+    ext_modules=[
+        Extension(
+            "octavo.kernels.cpu._native",
+            sources=sorted(str(path) for path in CPU.glob("*.cpp")),
+            depends=sorted(str(path) for path in CPU.glob("*.h")),
+            language="c++",
+            # No contraction: where a fused multiply-add is meant it is written, so that all
+            # tiles round alike.
+            extra_compile_args=[
+                "-O3",
+                "-std=c++17",
+                "-ffp-contract=off",
+                "-fno-math-errno",
+                "-fvisibility=hidden",
+                "-pthread",
+            ],
+            extra_link_args=["-pthread"],
+            optional=True,
+        )
+    ]
+)

@@ -1,0 +1,135 @@
+"""Inputs of the kernel tests: weights in every format, paged KV with everything unused poisoned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import gguf
+import numpy as np
+import torch
+from gguf.quants import dequantize, quantize
+from torch import Tensor
+
+from octavo.formats import WEIGHT_FORMATS
+from octavo.kernels.ops import AttentionBatch, KVLayer, Weight
+
+NUMBER_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+SCALE_OFFSETS = {"q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,)}
+"""Where the float16 scales of the formats that gguf cannot quantise to lie in a block."""
+
+
+def make_weight(name: str, rows: int, cols: int, rng: np.random.Generator) -> Weight:
+    """Returns a random matrix in format `name`, elements of about 1 / sqrt(cols)."""
+    form = WEIGHT_FORMATS[name]
+    values = rng.standard_normal((rows, cols), dtype=np.float32) / math.sqrt(cols)
+    if not form.is_block:
+        data = torch.from_numpy(values).to(NUMBER_DTYPES[name])
+    elif name in SCALE_OFFSETS:
+        blocks = rng.integers(0, 256, (rows, cols // 256, form.block_bytes), dtype=np.uint8)
+        for offset in SCALE_OFFSETS[name]:
+            scales = rng.uniform(1e-5, 1e-4, blocks.shape[:2]).astype(np.float16)
+            blocks[..., offset : offset + 2] = scales[..., None].view(np.uint8)
+        data = torch.from_numpy(blocks.reshape(rows, -1))
+    else:
+        data = torch.from_numpy(quantize(values, gguf.GGMLQuantizationType[name.upper()]))
+    return Weight(data=data, format=form, rows=rows, cols=cols)
+
+
+def exact(weight: Weight) -> Tensor:
+    """Returns what `weight` means, by gguf's own dequantisation, as float64."""
+    if not weight.format.is_block:
+        return weight.data.double()
+    kind = gguf.GGMLQuantizationType[weight.format.name.upper()]
+    return torch.from_numpy(dequantize(weight.data.numpy(), kind)).double()
+
+
+def floats(rng: np.random.Generator, *shape: int) -> Tensor:
+    return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    """Every element within `tolerance` of the largest expected one."""
+    assert found.dtype is torch.float32
+    assert found.shape == expected.shape
+    worst = (found.double() - expected).abs().max().item() if expected.numel() else 0.0
+    assert worst <= tolerance * max(1.0, expected.abs().max().item()), worst
+
+
+@dataclass(kw_only=True)
+class PagedKV:
+    """Sequences in a scattered arena, everything no token owns is NaN."""
+
+    layer: KVLayer
+    keys: list[Tensor]
+    values: list[Tensor]
+    table: Tensor
+    block_size: int
+
+    def batch(self, seq_lens: Sequence[int], query_lens: Sequence[int]) -> AttentionBatch:
+        """The last `query_lens[s]` tokens of the first `seq_lens[s]` of every sequence."""
+        spans = list(zip(seq_lens, query_lens, strict=True))
+        positions = [torch.arange(n - q, n) for n, q in spans]
+        slots = [
+            self.table[s, p // self.block_size].long() * self.block_size + p % self.block_size
+            for s, p in enumerate(positions)
+        ]
+        return AttentionBatch(
+            positions_T=torch.cat(positions).to(torch.int32),
+            slot_mapping_T=torch.cat(slots),
+            query_starts=torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32),
+            seq_lens_S=torch.tensor(seq_lens, dtype=torch.int32),
+            block_table=self.table,
+        )
+
+
+def make_paged(
+    rng: np.random.Generator,
+    lengths: Sequence[int],
+    heads_and_size: tuple[int, int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    block_size: int = 16,
+) -> PagedKV:
+    """Returns sequences of `lengths` written into shuffled blocks of a two-slot arena."""
+    num_kv_heads, head_size = heads_and_size
+    counts = [-(-n // block_size) for n in lengths]
+    num_blocks = sum(counts) + 3
+    shape = (num_blocks, 2, 2, block_size, num_kv_heads, head_size)
+    arena = torch.full(shape, math.nan, dtype=dtype)
+    layer = KVLayer(key=arena[:, 1, 0], value=arena[:, 1, 1])
+    free = torch.from_numpy(rng.permutation(num_blocks)).to(torch.int32)
+    table = torch.full((len(lengths), max(counts) + 2), 2**30, dtype=torch.int32)
+    kept: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for s, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        table[s, :count], free = free[:count], free[count:]
+        at = torch.arange(length)
+        block, offset = table[s, at // block_size].long(), at % block_size
+        for pages, all_tokens in zip((layer.key, layer.value), kept, strict=True):
+            tokens = floats(rng, length, num_kv_heads, head_size).to(dtype)
+            pages[block, offset] = tokens
+            all_tokens.append(tokens)
+    keys, values = kept
+    return PagedKV(layer=layer, keys=keys, values=values, table=table, block_size=block_size)
+
+
+def exact_attention(
+    q_THD: Tensor, paged: PagedKV, batch: AttentionBatch, scale: float, window: int | None
+) -> Tensor:
+    """Returns attention over whole score matrices in float64."""
+    parts = []
+    for s, (keys, values) in enumerate(zip(paged.keys, paged.values, strict=True)):
+        rows = slice(int(batch.query_starts[s]), int(batch.query_starts[s + 1]))
+        seen = int(batch.seq_lens_S[s])
+        group = q_THD.shape[1] // keys.shape[1]
+        k = keys[:seen].double().repeat_interleave(group, 1)
+        v = values[:seen].double().repeat_interleave(group, 1)
+        scores = torch.einsum("qhd,khd->hqk", q_THD[rows].double(), k) * scale
+        query, key = batch.positions_T[rows].unsqueeze(1), torch.arange(seen)
+        hidden = key > query
+        if window is not None:
+            hidden |= key <= query - window
+        weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
+        parts.append(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
+    return torch.cat(parts)
