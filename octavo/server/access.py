@@ -14,6 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.observe.metrics import Metrics
+from octavo.server.errors import error_response
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ _QUIET = frozenset({"/health", "/ready", "/metrics"})
 
 
 class AccessMiddleware:
-    """Honours or makes X-Request-Id, counts and times the exchange, and logs it.
+    """Honours or makes X-Request-Id, counts, times and logs the exchange, answers crashes.
 
     The id is in `request.state.request_id` and in the response's headers.
     """
@@ -39,7 +40,7 @@ class AccessMiddleware:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
-        started, status = time.monotonic(), 500
+        started, status = time.monotonic(), 0
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -50,6 +51,12 @@ class AccessMiddleware:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            # The edge of the process: what no handler expected is logged and told as a 500.
+            logger.error("%s %r failed", scope["method"], scope["path"], exc_info=error)
+            if status:
+                raise
+            await error_response(error)(scope, receive, send_with_id)
         finally:
             self._record(scope, request_id, status, time.monotonic() - started)
 

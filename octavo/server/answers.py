@@ -53,23 +53,33 @@ class Cursor:
 class ChunkFrame:
     """What all chunks of one stream have in common."""
 
-    def __init__(self, call: Call, body: SamplingFields, *, kind: str, model: str) -> None:
+    def __init__(
+        self,
+        call: Call,
+        body: SamplingFields,
+        *,
+        kind: str,
+        model: str,
+        is_prompt_only: bool = False,
+    ) -> None:
         self._common = {"id": call.id, "object": kind, "created": call.created, "model": model}
+        self._is_prompt_only = is_prompt_only
         self._includes_usage = body.includes_usage
         self._has_continuous_usage = body.has_continuous_usage
 
     def chunk(self, choice: dict[str, Any], outputs: Iterable[RequestOutput]) -> dict[str, Any]:
         """Returns a chunk with one choice, and the usage so far if the client wants it."""
         chunk = {**self._common, "choices": [choice]}
-        if self._includes_usage:
-            chunk["usage"] = usage_of(outputs) if self._has_continuous_usage else None
+        if self._has_continuous_usage:
+            chunk["usage"] = usage_of(outputs, self._is_prompt_only)
+        elif self._includes_usage:
+            chunk["usage"] = None
         return chunk
 
-    def usage_chunk(
-        self, outputs: Iterable[RequestOutput], is_prompt_only: bool = False
-    ) -> dict[str, Any]:
+    def usage_chunk(self, outputs: Iterable[RequestOutput]) -> dict[str, Any]:
         """Returns the last chunk: no choice, but the usage."""
-        return {**self._common, "choices": [], "usage": usage_of(outputs, is_prompt_only)}
+        usage = usage_of(outputs, self._is_prompt_only)
+        return {**self._common, "choices": [], "usage": usage}
 
 
 def usage_of(outputs: Iterable[RequestOutput], is_prompt_only: bool = False) -> dict[str, Any]:

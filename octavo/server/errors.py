@@ -1,13 +1,12 @@
 """Errors of the API: one JSON shape (OpenAI's error object) for whatever goes wrong.
 
-`install` registers the handlers with the app; middlewares and streams use `error_body` and
-`error_response`. Never shows a traceback or an input value of another field to the client.
+`install` registers the handlers of expected errors with the app; middlewares and streams use
+`error_body` and `error_response`, also for unexpected ones. Never shows a traceback to the client.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,8 +17,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.errors import EngineDeadError, OctavoError, OverloadedError, RequestError
-
-logger = logging.getLogger(__name__)
 
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
@@ -92,16 +89,13 @@ def error_response(error: Exception) -> Response:
 
 
 def install(app: FastAPI) -> None:
-    """Makes every error of `app` an OpenAI error object."""
+    """Makes every expected error of `app` an OpenAI error object."""
     app.add_exception_handler(OctavoError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(Exception, _on_error)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    if not isinstance(error, OctavoError):
-        logger.error("%s %r failed", request.method, request.url.path, exc_info=error)
     return error_response(error)
 
 

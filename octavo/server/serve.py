@@ -81,11 +81,16 @@ class Server(uvicorn.Server):
     async def run_on(self, bound: socket.socket) -> None:
         """Serves on `bound` until a signal or `stop`."""
         self._loop = asyncio.get_running_loop()
-        await self.serve(sockets=[bound])
+        try:
+            await self.serve(sockets=[bound])
+        finally:
+            self._loop = None
 
     def stop(self) -> None:
         """Begins the end; called again, ends at once. Safe in signal handlers and threads."""
-        if self.should_exit and self._loop is not None:
+        if self.drain.expired.is_set():
+            self.force_exit = True  # Not even clients that read too slowly are waited for.
+        elif self.should_exit and self._loop is not None:
             self._loop.call_soon_threadsafe(self.drain.expired.set)
         self.drain.is_draining = True
         self.should_exit = True

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import httpx
 import openai
 import pytest
 
-HELLO = [{"role": "user", "content": "Hello"}]
+HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 
 
 def test_an_answer_has_text_a_reason_and_usage(client: openai.OpenAI, model: str) -> None:
@@ -77,7 +78,13 @@ def test_continuous_usage_grows_with_the_stream(client: openai.OpenAI, model: st
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_n_samples_are_numbered(client: openai.OpenAI, model: str, stream: bool) -> None:
-    request = {"model": model, "messages": HELLO, "n": 3, "max_tokens": 4, "seed": 1}
+    request: dict[str, Any] = {
+        "model": model,
+        "messages": HELLO,
+        "n": 3,
+        "max_tokens": 4,
+        "seed": 1,
+    }
     if stream:
         chunks = client.chat.completions.create(**request, stream=True)
         ended = [c.index for chunk in chunks for c in chunk.choices if c.finish_reason]
@@ -90,7 +97,7 @@ def test_n_samples_are_numbered(client: openai.OpenAI, model: str, stream: bool)
 def test_logprobs_come_with_the_asked_number_of_alternatives(
     client: openai.OpenAI, model: str
 ) -> None:
-    request = {"model": model, "messages": HELLO, "max_tokens": 5, "logprobs": True}
+    request: dict[str, Any] = {"model": model, "messages": HELLO, "max_tokens": 5, "logprobs": True}
     extra = {"ignore_eos": True}
     answer = client.chat.completions.create(**request, top_logprobs=3, extra_body=extra)
     logprobs = answer.choices[0].logprobs

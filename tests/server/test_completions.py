@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import httpx
 import openai
@@ -54,10 +55,15 @@ def test_token_ids_are_prompts_too(http: httpx.Client, many: bool) -> None:
 def test_a_stream_of_several_prompts_spells_the_whole_answer(
     lax_client: openai.OpenAI, model: str
 ) -> None:
-    request = {"model": model, "prompt": ["One", "Two"], "max_tokens": 7, "temperature": 0}
+    request: dict[str, Any] = {
+        "model": model,
+        "prompt": ["One", "Two"],
+        "max_tokens": 7,
+        "temperature": 0,
+    }
     whole = lax_client.completions.create(**request)
     texts, ends = {0: "", 1: ""}, []
-    options = {"include_usage": True}
+    options: Any = {"include_usage": True}
     usage = None
     for chunk in lax_client.completions.create(**request, stream=True, stream_options=options):
         usage = chunk.usage or usage
@@ -123,7 +129,7 @@ def test_a_prompt_may_be_cut_from_the_left(http: httpx.Client) -> None:
     assert answer["usage"]["prompt_tokens"] == limit - 1
 
 
-def _choices(http: httpx.Client, body: dict[str, object]) -> list[dict[str, object]]:
+def _choices(http: httpx.Client, body: dict[str, Any]) -> list[dict[str, Any]]:
     """All choices of an answer, streamed or not."""
     response = http.post("/v1/completions", json=body)
     if not body["stream"]:

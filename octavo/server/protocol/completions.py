@@ -10,9 +10,9 @@ from typing import Any
 
 from octavo.errors import RequestError
 from octavo.request import SamplingParams
-from octavo.server.protocol.sampling import SamplingFields, TokenId
+from octavo.server.protocol.sampling import SamplingFields, Text, TokenId
 
-Prompt = str | list[str] | list[TokenId] | list[list[TokenId]]
+Prompt = Text | list[Text] | list[TokenId] | list[list[TokenId]]
 
 
 class CompletionRequest(SamplingFields):

@@ -10,7 +10,8 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from octavo.errors import RequestError
 from octavo.request import PrefixCaching, SamplingParams
@@ -48,6 +49,17 @@ REFUSED: Mapping[str, tuple[str, tuple[Any, ...]]] = {
 }
 """Known elsewhere, not here: what to do instead, and the values that ask for nothing."""
 
+
+def _check_unicode(text: str) -> str:
+    """JSON can spell lone surrogates, which neither tokenizers nor processes can pass on."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("unicode", "valid Unicode") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_unicode)]
 TokenId = Annotated[int, Field(ge=0)]
 
 
@@ -114,7 +126,7 @@ class SamplingFields(RequestModel):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     stop_token_ids: list[TokenId] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
@@ -125,7 +137,7 @@ class SamplingFields(RequestModel):
     spaces_between_special_tokens: bool | None = None
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[TokenId] | None = None
-    bad_words: list[str] | None = None
+    bad_words: list[Text] | None = None
     prefix_caching: PrefixCaching | None = None
     skip_reading_prefix_cache: bool | None = None
 
@@ -134,7 +146,7 @@ class SamplingFields(RequestModel):
     echo: bool | None = False
     priority: int = 0
     request_id: Annotated[str, Field(pattern=r"^[!-~]{1,128}$")] | None = None
-    cache_salt: Annotated[str, Field(max_length=1024)] = ""
+    cache_salt: Annotated[Text, Field(max_length=1024)] = ""
     return_token_ids: bool | None = False
     truncate_prompt_tokens: int | None = None
     """Keep this many of the last prompt tokens; -1 as many as leave room for the answer."""

@@ -10,13 +10,13 @@ from typing import Annotated
 from pydantic import Discriminator, Tag
 
 from octavo.server.protocol.chat import TemplateFields
-from octavo.server.protocol.sampling import RequestModel, TokenId
+from octavo.server.protocol.sampling import RequestModel, Text, TokenId
 
 
 class TokenizeTextRequest(RequestModel):
     """Plain text to token ids."""
 
-    prompt: str
+    prompt: Text
     add_special_tokens: bool = True
     return_token_strs: bool | None = False
 

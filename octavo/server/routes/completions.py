@@ -79,7 +79,13 @@ def _answer(
 async def _chunks(
     state: ServerState, body: CompletionRequest, call: Call
 ) -> AsyncGenerator[dict[str, Any], None]:
-    frame = ChunkFrame(call, body, kind="text_completion", model=state.model_name)
+    frame = ChunkFrame(
+        call,
+        body,
+        kind="text_completion",
+        model=state.model_name,
+        is_prompt_only=body.is_prompt_only,
+    )
     writers = _writers(state, body, call)
     newest: dict[int, RequestOutput] = {}
     async with aclosing(run_call(state, call)) as outputs:
@@ -90,7 +96,7 @@ async def _chunks(
                 if writer.has_news(sequence):
                     yield frame.chunk(writer.choice(output, sequence), newest.values())
     if body.includes_usage:
-        yield frame.usage_chunk(newest.values(), body.is_prompt_only)
+        yield frame.usage_chunk(newest.values())
 
 
 def _writers(state: ServerState, body: CompletionRequest, call: Call) -> list[list[_ChoiceWriter]]:

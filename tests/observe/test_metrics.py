@@ -1,0 +1,193 @@
+"""The exposition: vLLM's exact names, both prefixes, and numbers that follow their sources."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from octavo.errors import RequestError
+from octavo.observe.metrics import Metrics, token_buckets
+from octavo.observe.stats import STEP_TOKEN_BUCKETS, EngineStats, FinishedRequest
+from octavo.request import CompletionOutput, RequestOutput, SamplingParams
+
+Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+GAUGES = (
+    *("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"),
+    "cache_config_info",
+)
+COUNTERS = (
+    *("prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "prompt_tokens"),
+    *("prompt_tokens_cached", "generation_tokens", "request_success"),
+)
+HISTOGRAMS = (
+    *("time_to_first_token_seconds", "inter_token_latency_seconds"),
+    *("request_time_per_output_token_seconds", "e2e_request_latency_seconds"),
+    *("request_queue_time_seconds", "request_inference_time_seconds"),
+    *("request_prefill_time_seconds", "request_decode_time_seconds", "request_prompt_tokens"),
+    *("request_generation_tokens", "request_params_n", "request_params_max_tokens"),
+    "iteration_tokens_total",
+)
+OLD = {
+    "vllm:gpu_cache_usage_perc",
+    "vllm:gpu_prefix_cache_hits_total",
+    "vllm:gpu_prefix_cache_queries_total",
+}
+STATS = EngineStats(
+    num_running=3,
+    num_waiting=2,
+    num_blocks=100,
+    num_used_blocks=25,
+    waste_share=0.03,
+    prefix_query_tokens=640,
+    prefix_hit_tokens=320,
+    prefix_miss_tokens={"never_seen": 300, "evicted": 20},
+    num_preemptions=1,
+    num_recomputed_tokens=17,
+    num_prompt_tokens=700,
+    num_cached_prompt_tokens=320,
+    num_generation_tokens=55,
+    num_steps=4,
+    num_step_tokens=90_042,
+    step_token_counts=(1, 2, *[0] * (len(STEP_TOKEN_BUCKETS) - 2), 1),
+    scheduler_seconds=0.25,
+    expert_counts=((5, 6), (7, 8)),
+    cache_config={"block_size": "16"},
+)
+FINISHED = FinishedRequest(
+    finish_reason="stop",
+    num_prompt_tokens=10,
+    num_generation_tokens=12,
+    n=2,
+    max_tokens=20,
+    arrival_time=100.0,
+    scheduled_time=101.0,
+    first_token_time=103.0,
+    finished_time=113.0,
+)
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics("m", max_model_len=1000)
+
+
+def series(metrics: Metrics, stats: EngineStats | None = None) -> Series:
+    text = metrics.render(stats).decode()
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def value(found: Series, name: str, **labels: str) -> float:
+    return found[(name, frozenset({"model_name": "m", "engine": "0", **labels}.items()))]
+
+
+def test_every_name_of_vllm_is_there_under_both_prefixes(metrics: Metrics) -> None:
+    metrics.observe_finished(FINISHED)
+    names = {name for name, _ in series(metrics, STATS)}
+    for prefix in ("vllm:", "octavo:"):
+        assert {prefix + name for name in GAUGES} <= names
+        assert {f"{prefix}{name}_total" for name in COUNTERS} <= names
+        for part in ("bucket", "sum", "count"):
+            assert {f"{prefix}{name}_{part}" for name in HISTOGRAMS} <= names
+    assert names >= OLD
+    assert not any(name.endswith("_created") for name in names if "http" not in name)
+
+
+def test_the_engines_numbers_are_rendered_as_they_are(metrics: Metrics) -> None:
+    found = series(metrics, STATS)
+    assert value(found, "vllm:num_requests_running") == 3
+    assert value(found, "vllm:kv_cache_usage_perc") == 0.25
+    assert value(found, "vllm:gpu_cache_usage_perc") == 0.25
+    assert value(found, "vllm:prefix_cache_hits_total") == 320
+    assert value(found, "vllm:gpu_prefix_cache_hits_total") == 320
+    assert value(found, "octavo:kv_cache_waste_perc") == 0.03
+    assert value(found, "octavo:recomputed_tokens_total") == 17
+    assert value(found, "octavo:steps_total") == 4
+    assert value(found, "octavo:step_scheduler_seconds_total") == 0.25
+    assert value(found, "octavo:prefix_cache_misses_total", reason="evicted") == 20
+    assert value(found, "octavo:moe_expert_tokens_total", layer="1", expert="0") == 7
+    assert value(found, "vllm:cache_config_info", block_size="16") == 1
+
+
+def test_step_tokens_are_a_cumulative_histogram(metrics: Metrics) -> None:
+    found = series(metrics, STATS)
+    buckets = [
+        value(found, "vllm:iteration_tokens_total_bucket", le=le)
+        for le in ("1.0", "8.0", "16384.0", "+Inf")
+    ]
+    assert buckets == [1, 3, 3, 4]
+    assert value(found, "vllm:iteration_tokens_total_count") == 4
+    assert value(found, "vllm:iteration_tokens_total_sum") == 90_042
+
+
+def test_the_last_numbers_stay_when_the_engine_is_dead(metrics: Metrics) -> None:
+    series(metrics, STATS)
+    assert value(series(metrics, None), "vllm:num_requests_running") == 3
+
+
+def test_the_times_of_a_request_are_split_at_its_first_step_and_token(metrics: Metrics) -> None:
+    metrics.observe_finished(FINISHED)
+    found = series(metrics)
+    for name, seconds in (
+        ("e2e_request_latency_seconds", 13),
+        ("request_queue_time_seconds", 1),
+        ("request_prefill_time_seconds", 2),
+        ("request_decode_time_seconds", 10),
+        ("request_inference_time_seconds", 12),
+        ("request_time_per_output_token_seconds", 2),
+    ):
+        assert value(found, f"vllm:{name}_sum") == seconds, name
+    assert value(found, "vllm:request_success_total", finished_reason="stop") == 1
+    assert value(found, "vllm:request_params_max_tokens_sum") == 20
+
+
+def test_a_tracked_request_counts_once_whatever_its_end(metrics: Metrics) -> None:
+    params = SamplingParams(n=1, max_tokens=4)
+    with metrics.track(params, 5) as track:
+        track.observe(_output(1))
+        track.observe(_output(1))
+        track.observe(_output(2, reason="length"))
+    with contextlib.suppress(ValueError), metrics.track(params, 5) as track:
+        track.observe(_output(1))
+        raise ValueError
+    with contextlib.suppress(GeneratorExit), metrics.track(params, 5):
+        raise GeneratorExit
+    with contextlib.suppress(RequestError), metrics.track(params, 5):
+        raise RequestError("refused before it began")
+    found = series(metrics)
+    for reason in ("length", "error", "abort"):
+        assert value(found, "octavo:request_success_total", finished_reason=reason) == 1
+    assert value(found, "vllm:e2e_request_latency_seconds_count") == 3
+    assert value(found, "vllm:time_to_first_token_seconds_count") == 2
+    assert value(found, "vllm:inter_token_latency_seconds_count") == 1
+    assert value(found, "vllm:request_generation_tokens_sum") == 3
+
+
+def test_token_buckets_follow_one_two_five() -> None:
+    assert token_buckets(100) == (1, 2, 5, 10, 20, 50, 100)
+    assert token_buckets(99) == (1, 2, 5, 10, 20, 50)
+
+
+def test_two_engines_do_not_mix(metrics: Metrics) -> None:
+    other = Metrics("m", max_model_len=1000)
+    other.observe_http("/x", "GET", 200, 0.1)
+    labels = frozenset({"handler": "/x", "method": "GET", "status": "2xx"}.items())
+    assert ("http_requests_total", labels) in series(other)
+    assert ("http_requests_total", labels) not in series(metrics)
+
+
+def _output(num_tokens: int, reason: str | None = None) -> RequestOutput:
+    sequence = CompletionOutput(index=0, token_ids=[7] * num_tokens, finish_reason=reason)
+    return RequestOutput(
+        request_id="r",
+        prompt=None,
+        prompt_token_ids=[1] * 5,
+        outputs=[sequence],
+        finished=reason is not None,
+    )

@@ -1,0 +1,189 @@
+"""Clients that leave, engines that fail, servers that end."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from octavo.config import ServerConfig
+from octavo.errors import ConfigError, EngineDeadError, OverloadedError, RequestError
+from octavo.server.serve import bind, url_of
+
+PATHS: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
+    "/v1/completions": {"prompt": "x"},
+}
+every_path = pytest.mark.parametrize("path", PATHS)
+
+
+@every_path
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("is_silent", [False, True])
+def test_a_client_that_leaves_aborts_its_request(
+    start_server: Any, path: str, stream: bool, is_silent: bool
+) -> None:
+    server = start_server()
+    server.engine.is_endless = True
+    server.engine.is_silent = is_silent
+    body = json.dumps({**PATHS[path], "stream": stream}).encode()
+    url = httpx.URL(server.url)
+    with socket.create_connection((url.host, url.port)) as connection:
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        assert server.engine.begun.wait(10)
+        if stream and not is_silent:
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+    assert server.engine.aborted.wait(10)
+    assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_closing_a_stream_of_several_prompts_aborts_all(start_server: Any) -> None:
+    server = start_server()
+    server.engine.is_endless = True
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x") as client:
+        stream = client.completions.create(model="fake", prompt=["a", "b", "c"], stream=True)
+        next(stream)
+        stream.close()
+    assert server.engine.aborted.wait(10)
+    server.end()
+    assert server.engine.num_running == 0
+
+
+@every_path
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (RequestError("no", param="x", code="why"), 400, "why"),
+        (OverloadedError("the queue is full", retry_after_seconds=7), 503, "overloaded"),
+        (EngineDeadError("it ended"), 503, "engine_dead"),
+        (ValueError("secret"), 500, "internal_error"),
+    ],
+)
+def test_an_error_before_the_first_output_keeps_its_status(
+    start_server: Any, path: str, stream: bool, error: Exception, status: int, code: str
+) -> None:
+    server = start_server()
+    server.engine.error = error
+    response = httpx.post(f"{server.url}{path}", json={**PATHS[path], "stream": stream})
+    assert response.status_code == status
+    assert response.json()["error"]["code"] == code
+    assert "secret" not in response.text
+    assert response.headers.get("retry-after") == ("7" if code == "overloaded" else None)
+
+
+@every_path
+@pytest.mark.parametrize("error", [EngineDeadError("it ended"), ValueError("secret")])
+def test_an_error_in_a_stream_is_an_event(start_server: Any, path: str, error: Exception) -> None:
+    server = start_server()
+    server.engine.error_after = (3, error)
+    response = httpx.post(f"{server.url}{path}", json={**PATHS[path], "stream": True})
+    assert response.status_code == 200
+    last = response.text.strip().split("\n\n")[-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
+    assert "secret" not in last
+    with (
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client,
+        pytest.raises(openai.APIError),
+    ):
+        list(client.completions.create(model="fake", prompt="x", stream=True))
+
+
+@pytest.mark.parametrize(("reason", "status"), [("error", 500), ("abort", 503)])
+def test_a_sequence_that_did_not_finish_is_an_error(
+    start_server: Any, reason: str, status: int
+) -> None:
+    server = start_server()
+    server.engine.finish_reason = reason
+    response = httpx.post(f"{server.url}/v1/completions", json={"prompt": ["x", "y"]})
+    assert response.status_code == status
+
+
+def test_a_dead_engine_fails_health_but_not_metrics(start_server: Any) -> None:
+    server = start_server()
+    with httpx.Client(base_url=server.url) as http:
+        assert http.get("/health").status_code == 200
+        assert http.get("/ready").status_code == 200
+        assert "vllm:kv_cache_usage_perc" in http.get("/metrics").text
+        server.engine.is_dead = True
+        assert http.get("/health").status_code == 503
+        assert http.get("/ready").status_code == 503
+        assert http.get("/metrics").status_code == 200
+
+
+def test_a_server_is_not_ready_before_its_model_is(start_server: Any) -> None:
+    server = start_server()
+    server.engine.is_ready = False
+    assert httpx.get(f"{server.url}/ready").json()["error"]["code"] == "not_ready"
+    assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_server_that_ends_lets_running_requests_finish(start_server: Any, stream: bool) -> None:
+    server = start_server(shutdown_timeout=30.0)
+    server.engine.is_endless = True
+    answers = []
+
+    def ask() -> None:
+        body = {"prompt": "x", "stream": stream}
+        answers.append(httpx.post(f"{server.url}/v1/completions", json=body, timeout=60))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert server.engine.begun.wait(10)
+    server.server.stop()
+    assert server.server.drain.is_draining
+    server.engine.is_endless = False
+    thread.join(20)
+    server.thread.join(20)
+    assert not server.thread.is_alive()
+    assert answers[0].status_code == 200
+    assert not server.engine.aborted.is_set()
+
+
+@pytest.mark.parametrize("is_impatient", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_outlives_its_server_is_told(
+    start_server: Any, stream: bool, is_impatient: bool
+) -> None:
+    server = start_server(shutdown_timeout=3600.0 if is_impatient else 0.1)
+    server.engine.is_silent = not stream
+    server.engine.is_endless = True
+    answers = []
+
+    def ask() -> None:
+        body = {"prompt": "x", "stream": stream}
+        answers.append(httpx.post(f"{server.url}/v1/completions", json=body, timeout=60))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert server.engine.begun.wait(10)
+    server.server.stop()
+    if is_impatient:
+        server.server.stop()
+    thread.join(20)
+    server.thread.join(20)
+    assert not server.thread.is_alive()
+    assert "shutting_down" in answers[0].text
+    assert server.engine.aborted.is_set()
+
+
+def test_a_port_in_use_is_refused_at_once() -> None:
+    with bind(ServerConfig(port=0)) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}.*another port") as caught:
+            bind(ServerConfig(port=port))
+        assert caught.value.field == "port"
+        assert url_of(first) == f"http://127.0.0.1:{port}"
+
+
+def test_an_unknown_host_is_refused() -> None:
+    with pytest.raises(ConfigError) as caught:
+        bind(ServerConfig(host="no such host", port=0))
+    assert caught.value.field == "host"
