@@ -26,9 +26,9 @@ class SharedExpert:
     def run(self, x_TM: Tensor, ops: Ops) -> Tensor:
         """Returns [T, M]."""
         out_TM = self.mlp.run(x_TM, ops)
-        if self.gate is None:
-            return out_TM
-        return out_TM.mul_(torch.sigmoid(self.gate.run(x_TM, ops)))
+        if self.gate is not None:
+            out_TM *= _sigmoid(self.gate.run(x_TM, ops), ops)
+        return out_TM
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,3 +52,11 @@ class MoE:
         if self.shared is not None:
             out_TM += self.shared.run(x_TM, ops)
         return out_TM
+
+
+def _sigmoid(x_T1: Tensor, ops: Ops) -> Tensor:
+    """softmax([x, 0])[0]. torch.sigmoid takes its vectors in another way than what is left over at
+    the end, so that a token's last bit would depend on its place in the batch; `route` does not."""
+    logits_T2 = torch.cat((x_T1, torch.zeros_like(x_T1)), dim=1)
+    weights, ids = ops.route(logits_T2, 2, "softmax", False)
+    return torch.where(ids[:, :1] == 0, weights[:, :1], weights[:, 1:])
