@@ -69,7 +69,8 @@ class WindowStream:
         self._done_text = ""
 
     def push(self, token_id: int) -> str:
-        if self._skip and self._tokenizer.is_special(token_id):
+        is_skipped = self._skip and self._tokenizer.is_special(token_id)
+        if is_skipped or not self._tokenizer.is_token(token_id):
             return ""
         self._ids.append(token_id)
         text = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)

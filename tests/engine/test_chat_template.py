@@ -1,0 +1,118 @@
+"""Rendering chats as transformers does, and errors that carry the template's own words."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from octavo.engine.chat_template import ChatOptions, ChatTemplate, Shield
+from octavo.errors import ChatTemplateError
+
+MESSAGES = [
+    {"role": "system", "content": "Be <b>brief</b> & kind."},
+    {"role": "user", "content": " Hi 'there'\n"},
+    {"role": "assistant", "content": "Hello  "},
+]
+TEMPLATES = [
+    "{% for m in messages %}\n    {% if m.role == 'user' %}\nU:{{ m.content | trim }}\n    "
+    "{% else %}\n{{ m['role'] }}:{{ m.content }}\n    {% endif %}\n{% endfor %}\n"
+    "{% if add_generation_prompt %}A:{% endif %}",
+    "{% for m in messages %}{% if loop.index0 == 1 %}{% continue %}{% endif %}"
+    "{{ m | tojson(indent=2) }}{% endfor %}",
+    "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    "{%- set ns = namespace(n=0) -%}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
+    "{% if ns.n > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}{{ ns.n }}",
+    "{{ tools | tojson if tools else 'none' }}{{ documents is none }}{{ flag | default('no') }}",
+]
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "é<"}}]
+
+
+@pytest.mark.parametrize("source", TEMPLATES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ChatOptions(),
+        ChatOptions(add_generation_prompt=False, tools=TOOLS, template_kwargs={"flag": "yes"}),
+    ],
+)
+def test_the_text_is_that_of_transformers(source, options):
+    wanted, _ = render_jinja_template(
+        [MESSAGES],
+        tools=None if options.tools is None else list(options.tools),
+        chat_template=source,
+        add_generation_prompt=options.add_generation_prompt,
+        **options.template_kwargs,
+    )
+    assert ChatTemplate(source).render(MESSAGES, options) == wanted[0]
+
+
+@pytest.mark.parametrize(
+    "source", [TEMPLATES[0], TEMPLATES[0].replace("m.content }}", "m.content | trim }}")]
+)
+def test_a_continued_message_ends_the_text_as_transformers_has_it(source):
+    wanted, _ = render_jinja_template([MESSAGES], chat_template=source, continue_final_message=True)
+    options = ChatOptions(add_generation_prompt=False, continue_final_message=True)
+    assert ChatTemplate(source).render(MESSAGES, options) == wanted[0]
+
+
+def test_parts_of_a_message_can_be_continued():
+    source = "{% for p in messages[0].content %}{{ p.text }}{% endfor %}!"
+    message = {"role": "assistant", "content": [{"text": "a"}, {"text": "b"}]}
+    options = ChatOptions(add_generation_prompt=False, continue_final_message=True)
+    assert ChatTemplate(source).render([message], options) == "ab"
+
+
+@pytest.mark.parametrize(
+    ("source", "messages", "options", "message"),
+    [
+        ("{{ raise_exception('no system role') }}", MESSAGES, {}, "no system role"),
+        ("{{ messages[9].content.x }}", MESSAGES, {}, "refused"),
+        ("{{ 1 + 'a' }}", MESSAGES, {}, "TypeError"),
+        ("{{ messages.append(1) }}", MESSAGES, {}, "refused"),
+        ("{{ ''.__class__.__mro__ }}", MESSAGES, {}, "refused"),
+        ("x", [], {}, "messages is empty"),
+        ("x", MESSAGES, {"continue_final_message": True}, "both true"),
+        (
+            "x",
+            MESSAGES,
+            {"continue_final_message": True, "add_generation_prompt": False},
+            "leaves out the last message",
+        ),
+        (
+            "x",
+            [{"role": "user", "content": None}],
+            {"continue_final_message": True, "add_generation_prompt": False},
+            "text content",
+        ),
+    ],
+)
+def test_what_a_template_refuses_is_an_error_of_the_request(source, messages, options, message):
+    with pytest.raises(ChatTemplateError, match=message):
+        ChatTemplate(source).render(messages, ChatOptions(**options))
+
+
+def test_a_malformed_template_is_refused_with_its_line():
+    with pytest.raises(ChatTemplateError, match="line 2"):
+        ChatTemplate("ok\n{% for %}")
+
+
+def test_special_tokens_and_the_clock_are_arguments():
+    template = ChatTemplate(
+        "{{ bos_token }}{{ strftime_now('%d %b %Y') }}",
+        {"bos_token": "<s>"},
+        now=lambda: datetime(2026, 11, 22),
+    )
+    assert template.render(MESSAGES) == "<s>22 Nov 2026"
+
+
+def test_a_shield_hides_whole_tokens_and_their_beginnings_at_the_end():
+    shield = Shield({"<|end|>": 1, "<s>": 2})
+    for text, is_hidden in [("a < b", False), ("a <|end|> b", True), ("tail <|en", True)]:
+        shield.hidden = False
+        safe = shield.hide({"role": text})
+        assert shield.hidden is is_hidden
+        assert ("<|en" in safe["role"]) is False
+        assert shield.show(safe["role"]) == text
+    assert shield.hide([1, None, ("<s>",)])[2] != ["<s>"]

@@ -1,0 +1,134 @@
+"""Incremental text equals the text of all ids, however they are split, and stop strings hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from octavo.engine.detokenizer import Detokenizer, WindowStream
+from octavo.engine.tokenizer import Tokenizer
+from octavo.request import SamplingParams
+
+KINDS = ("byte_tokenizer", "spm_tokenizer")
+TEXTS = st.text(max_size=30) | st.lists(
+    st.sampled_from(["The quick", " fox", "我が世", "😀", "\n\n", "ß", "  ", "<tool>", "é", "12"])
+).map("".join)
+
+
+def run(tokenizer: Tokenizer, ids: list[int], sizes: list[int], **params: Any) -> list[str]:
+    """Feeds ids in pieces of these sizes (the last size again and again); returns the deltas."""
+    detokenizer = Detokenizer(tokenizer, SamplingParams(**params))
+    deltas = []
+    sizes = list(sizes)
+    while ids:
+        size = sizes.pop(0) if len(sizes) > 1 else sizes[0]
+        delta = detokenizer.update(ids[:size])
+        deltas.append(delta.text)
+        if delta.stopped_by is not None:
+            return deltas
+        ids = ids[size:]
+    return [*deltas, detokenizer.finish()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=150, deadline=None)
+@given(text=TEXTS, sizes=st.lists(st.integers(1, 5), min_size=1, max_size=5))
+def test_the_deltas_make_up_the_text_of_all_ids(kind, text, sizes, request):
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    for skips in (True, False):
+        wanted = tokenizer.decode(ids, skip_special_tokens=skips)
+        assert "".join(run(tokenizer, ids, sizes, skip_special_tokens=skips)) == wanted
+
+
+@settings(max_examples=150, deadline=None)
+@given(ids=st.lists(st.integers(0, 699), max_size=40))
+def test_random_ids_of_a_byte_level_vocabulary_give_the_text_of_all_of_them(byte_tokenizer, ids):
+    for skips in (True, False):
+        wanted = byte_tokenizer.decode(ids, skip_special_tokens=skips)
+        assert "".join(run(byte_tokenizer, ids, [1], skip_special_tokens=skips)) == wanted
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=TEXTS)
+def test_the_window_gives_the_same_text_as_the_bytes(byte_tokenizer, text):
+    ids = byte_tokenizer.encode(text)
+    window = WindowStream(byte_tokenizer, True)
+    assert "".join([*map(window.push, ids), window.flush()]) == byte_tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_delta_ends_within_a_character(kind, request):
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    ids = tokenizer.encode("a 🦊🦉 ok", add_special_tokens=False)
+    deltas = run(tokenizer, ids, [1])
+    assert len(deltas) > 6
+    assert not any("\ufffd" in delta for delta in deltas)
+    # Cut off within the character, the rest is shown as what it is.
+    start = next(i for i, t in enumerate(ids) if tokenizer.token_bytes(t)[:1] == b"\xf0")
+    assert "\ufffd" in "".join(run(tokenizer, ids[: start + 1], [1]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_window_does_not_grow_with_the_text(kind, request):
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    stream = WindowStream(tokenizer, True)
+    broken = tokenizer.encode("😀", add_special_tokens=False)[:-1]
+    for ids in (tokenizer.encode("The quick brown fox" * 20), broken * 30, [10**6] * 50):
+        for token_id in ids:
+            stream.push(token_id)
+            assert len(stream._ids) <= 8
+
+
+def specified(texts: list[str], stops: tuple[str, ...], includes: bool) -> tuple[str, str | None]:
+    """Character by character: the first place where any stop string is complete."""
+    text = "".join(texts)
+    for end in range(1, len(text) + 1):
+        found = [stop for stop in stops if text[:end].endswith(stop)]
+        if found:
+            stop = max(found, key=len)
+            return text[: end if includes else end - len(stop)], stop
+    return text, None
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=st.text("abc\n", max_size=25),
+    stops=st.lists(st.text("abc\n", min_size=1, max_size=4), max_size=3).map(tuple),
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    includes=st.booleans(),
+)
+def test_stop_strings_cut_exactly_and_nothing_of_them_is_shown_before(
+    byte_tokenizer, text, stops, sizes, includes
+):
+    ids = byte_tokenizer.encode(text)
+    wanted, stop = specified([text], stops, includes)
+    deltas = run(byte_tokenizer, ids, sizes, stop=stops, include_stop_str_in_output=includes)
+    assert "".join(deltas) == wanted
+    if stop is None:
+        # What was shown before the end cannot have been the start of a stop string.
+        shown = "".join(deltas[:-1])
+        held = text[len(shown) :]
+        assert not held or any(s.startswith(held) for s in stops)
+
+
+def test_a_stop_string_says_how_many_ids_belong_to_the_sequence(byte_tokenizer):
+    ids = byte_tokenizer.encode("user, stop here and go on")
+    delta = Detokenizer(byte_tokenizer, SamplingParams(stop=["here", "zzz"])).update(ids)
+    assert delta.text == "user, stop "
+    assert delta.stopped_by == "here"
+    before = byte_tokenizer.decode(ids[: delta.num_tokens - 1])
+    through = byte_tokenizer.decode(ids[: delta.num_tokens])
+    assert "here" not in before
+    assert "here" in through
+
+
+def test_stop_strings_in_the_first_min_tokens_do_not_count(byte_tokenizer):
+    ids = byte_tokenizer.encode("xx", add_special_tokens=False) * 3
+    assert len(ids) == 6
+    deltas = run(byte_tokenizer, ids, [1], stop=["x"], min_tokens=2)
+    assert "".join(deltas) == "xx"
+    assert "".join(run(byte_tokenizer, ids, [1], stop=["x"])) == ""
