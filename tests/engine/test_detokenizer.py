@@ -117,7 +117,7 @@ def test_stop_strings_cut_exactly_and_nothing_of_them_is_shown_before(
 
 def test_a_stop_string_says_how_many_ids_belong_to_the_sequence(byte_tokenizer):
     ids = byte_tokenizer.encode("user, stop here and go on")
-    delta = Detokenizer(byte_tokenizer, SamplingParams(stop=["here", "zzz"])).update(ids)
+    delta = Detokenizer(byte_tokenizer, SamplingParams(stop=("here", "zzz"))).update(ids)
     assert delta.text == "user, stop "
     assert delta.stopped_by == "here"
     before = byte_tokenizer.decode(ids[: delta.num_tokens - 1])
