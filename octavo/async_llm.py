@@ -138,7 +138,7 @@ class AsyncLLM:
                 yield news
         finally:
             del self._queues[request_id]
-            self._output.remove_request(request_id)
+            self._output.abort(request_id)
             if not is_finished:
                 self._client.abort(request_id)
 
@@ -162,7 +162,7 @@ class AsyncLLM:
 
     def _on_deltas(self, message: Deltas) -> None:
         assert self._output is not None
-        processed = self._output.process(message.deltas)
+        processed = self._output.process(message.deltas, time.monotonic())
         for request_id, index in processed.aborts:
             self._client.abort(request_id, index)
         for output in processed.outputs:

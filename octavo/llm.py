@@ -87,7 +87,7 @@ class LLM:
         `use_tqdm` shows progress on a terminal. Raises RequestError naming what is wrong, before
         anything runs.
         """
-        items = [prompts] if _is_one(prompts) else list(prompts)  # type: ignore[arg-type]
+        items = _as_list(prompts)
         params = self._params_for(items, sampling_params)
         priorities = [0] * len(items) if priority is None else list(priority)
         if len(priorities) != len(items):
@@ -162,7 +162,7 @@ class LLM:
             except BaseException:
                 for request in requests:
                     self._core.abort(request.request_id)
-                    self._output.remove_request(request.request_id)
+                    self._output.abort(request.request_id)
                 raise
         return [finished[request.request_id] for request in requests]
 
@@ -175,7 +175,7 @@ class LLM:
             todo.pop()
 
     def _step(self) -> list[RequestOutput]:
-        processed = self._output.process(self._core.step())
+        processed = self._output.process(self._core.step(), time.monotonic())
         for request_id, index in processed.aborts:
             self._core.abort(request_id, index)
         return [output for output in processed.outputs if output.finished]
@@ -185,10 +185,14 @@ class LLM:
         self._core.close()
 
 
-def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Returns the prompts one by one; a flat list of ids is one prompt."""
     if isinstance(prompts, (str, Mapping)):
-        return True
-    return bool(prompts) and all(isinstance(item, int) for item in prompts)
+        return [prompts]
+    token_ids = [item for item in prompts if isinstance(item, int)]
+    if token_ids and len(token_ids) == len(prompts):
+        return [token_ids]
+    return [item for item in prompts if not isinstance(item, int)]
 
 
 def _text_or_ids(prompt: Prompt) -> str | Sequence[int]:

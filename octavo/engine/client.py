@@ -77,7 +77,7 @@ class EngineClient:
         # Sending never waits: the queue in between is as long as it must be.
         self._outbox = context.socket(zmq.PUSH)
         self._outbox.set_hwm(0)
-        self._inbox = zmq.asyncio.Socket(context, zmq.PULL)
+        self._inbox = zmq.asyncio.Context.shadow(context).socket(zmq.PULL)
         self._inbox.set_hwm(0)
         addresses = [f"ipc://{folder / name}" for name in ("in", "out")]
         self._outbox.bind(addresses[0])
@@ -88,7 +88,7 @@ class EngineClient:
             "log_format": log_format,
             "log_level": log_level,
         }
-        (folder / "arguments").write_bytes(msgspec.msgpack.encode(arguments))
+        (folder / "arguments").write_bytes(msgspec.msgpack.encode(arguments, enc_hook=str))
         self._ready = asyncio.get_running_loop().create_future()
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -211,6 +211,11 @@ class EngineClient:
         if self._reader is not None:
             await self._reader
         if self._context is not None:
-            self._context.destroy(linger=0)
+            # By hand: the context does not know its shadow's socket, and would wait for it.
+            self._inbox.close(linger=0)
+            self._outbox.close(linger=0)
+            self._outbox.close(linger=0)
+            self._inbox.close(linger=0)
+            self._context.term()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)

@@ -10,17 +10,19 @@ from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
 from octavo.engine.memory import plan_model
 from octavo.kv_cache.planner import available_memory
-from octavo.models.family import weight_shapes
+from octavo.models.family import ignorable_names, weight_shapes
 from octavo.models.registry import read_spec
 from octavo.runner.build import build_runner
 from octavo.weights.hub import ModelFiles
-from octavo.weights.loader import open_source
+from octavo.weights.loader import check_names, open_source
 
 
 def load_core(config: EngineConfig, files: ModelFiles) -> EngineCore:
     """Returns an engine core that is ready to step. Raises ModelError, CapacityError."""
     spec, family = read_spec(files.config)
-    source = open_source(files, config.dtype, weight_shapes(spec, family), config.seed)
+    shapes = weight_shapes(spec, family)
+    source = open_source(files, config.dtype, shapes, config.seed)
+    check_names(source, shapes, ignorable_names(spec, family))
     plan = plan_model(
         spec,
         weights_bytes=source.nbytes,

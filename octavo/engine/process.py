@@ -110,7 +110,11 @@ def main(arguments_path: str, inbox_address: str, outbox_address: str) -> int:
     _die_with_parent()
     # Ctrl-C reaches the whole group; the parent decides when the engine may go.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    arguments = msgspec.msgpack.decode(Path(arguments_path).read_bytes(), type=EngineArguments)
+    arguments = msgspec.msgpack.decode(
+        Path(arguments_path).read_bytes(),
+        type=EngineArguments,
+        dec_hook=lambda kind, value: kind(value),  # pathlib.Path travels as text
+    )
     configure_logging(arguments.log_format, arguments.log_level)  # type: ignore[arg-type]
     context = zmq.Context()
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
