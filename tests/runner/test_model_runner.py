@@ -20,7 +20,7 @@ from octavo.runner.model_runner import PROMPT_TILE, ModelRunner
 from octavo.step import Runner, StepPlan
 from tests.models.parity import assert_parity, load, prompts
 from tests.models.tiny import TinyModel, save_tiny
-from tests.runner.driver import GREEDY, Driver
+from tests.runner.driver import GREEDY, Driver, Tracked
 
 WINDOWED = "qwen2-moe-window"
 
@@ -228,3 +228,30 @@ def test_read_only_plan_arrays_are_fine_since_plans_travel_as_bytes(decoder: Dec
                 values[name] = np.frombuffer(value.tobytes(), value.dtype)
         again = driver.runner.collect(driver.runner.launch(StepPlan(**values)))
     assert len(again.token_ids) == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_plans_give_transformers_logits(
+    tiny: TinyModel, decoder: Decoder, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    finished: list[Tracked] = []
+    running: list[Tracked] = []
+    with Driver(decoder, max_num_seqs=5, num_blocks=60, seed=seed) as driver:
+        while len(finished) < 6:
+            if driver.free_rows and rng.random() < 0.5:
+                length = int(rng.integers(1, 70))
+                running.append(driver.add(rng.integers(0, 211, length).tolist()))
+            chunks = []
+            for sequence in rng.permutation(np.array([None, *running], object)):
+                if sequence is not None and rng.random() < 0.8:
+                    missing = len(sequence.tokens) - sequence.num_computed
+                    chunks.append((sequence, int(rng.integers(1, missing + 1))))
+            if chunks:
+                driver.step(chunks)
+            for sequence in [s for s in running if len(s.outputs) > 4]:
+                running.remove(sequence)
+                finished.append(sequence)
+                driver.free(sequence)
+    for sequence in finished:
+        assert_parity(tiny, sequence)
