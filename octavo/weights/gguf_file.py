@@ -115,6 +115,8 @@ class _Header:
                 metadata[key] = value
         entries = [self._entry() for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError(f"general.alignment is {alignment!r}")
         data_start = -(-self._position // alignment) * alignment
         tensors = {}
         for name, shape, kind, offset in entries:
@@ -171,7 +173,7 @@ class _Header:
                 f"{self._path}: {name} has the tensor type {names.get(kind, kind)}; known are "
                 f"{', '.join(known.name.upper() for known in _FORMATS.values())}"
             )
-        if shape[-1] % number_format.block_size:
+        if min(shape) < 1 or shape[-1] % number_format.block_size:
             raise WeightsError(
                 f"{self._path}: {name} of shape {list(shape)} cannot be {number_format.name}"
             )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from octavo.errors import WeightsError
 from octavo.weights.gguf_config import ROPE_FACTORS, architecture_of
-from octavo.weights.gguf_file import GGUFTensor, read_gguf
+from octavo.weights.gguf_file import GGUFFile, GGUFTensor, read_gguf
 from octavo.weights.names import ExpertNames, expert_names
 from octavo.weights.source import MappedFile, MappedSource, StoredTensor
 
@@ -52,7 +52,7 @@ def open_gguf(path: Path) -> MappedSource:
     lister = _Lister(
         files={part: MappedFile(part) for part in file.paths},
         names=expert_names(architecture.model_type),
-        head_counts=_interleaved_heads(file.metadata),
+        head_counts=_interleaved_heads(file),
     )
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in file.tensors.items():
@@ -61,12 +61,28 @@ def open_gguf(path: Path) -> MappedSource:
     return MappedSource(tensors)
 
 
-def _interleaved_heads(metadata: dict[str, int]) -> dict[str, int]:
+def _interleaved_heads(file: GGUFFile) -> dict[str, int]:
     """Returns the head counts of the projections whose rows are in ggml's RoPE order."""
-    if metadata["general.architecture"] != "llama":
+    if file.metadata["general.architecture"] != "llama":
         return {}
-    heads = metadata["llama.attention.head_count"]
-    return {"attn_q": heads, "attn_k": metadata.get("llama.attention.head_count_kv", heads)}
+    heads = file.metadata.get("llama.attention.head_count")
+    counts = {
+        "attn_q": heads,
+        "attn_k": file.metadata.get("llama.attention.head_count_kv", heads),
+    }
+    for name, tensor in file.tensors.items():
+        kind = name.split(".")[2] if name.count(".") == 3 else ""
+        count = counts.get(kind)
+        if kind in counts and (not isinstance(count, int) or not _splits(tensor, count)):
+            raise WeightsError(
+                f"{file.path}: {name} has {tensor.shape[0]} rows, which {count!r} heads of even "
+                "size cannot share"
+            )
+    return {kind: count for kind, count in counts.items() if isinstance(count, int)}
+
+
+def _splits(tensor: GGUFTensor, num_heads: int) -> bool:
+    return num_heads > 0 and tensor.shape[0] % (2 * num_heads) == 0
 
 
 class _Lister:

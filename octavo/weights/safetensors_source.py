@@ -92,6 +92,8 @@ def _stored(file: MappedFile, name: str, entry: Any, data_start: int) -> StoredT
             f"{len(file)}; download the model again"
         )
     number_format = WEIGHT_FORMATS[_DTYPES[dtype]] if dtype in _DTYPES else None
+    if number_format and min(shape, default=1) < 1:
+        raise WeightsError(f"{file.path}: {name} has the shape {list(shape)}")
     if number_format and math.prod(shape) * number_format.block_bytes != end - begin:
         raise WeightsError(
             f"{file.path}: {name} of shape {list(shape)} in {dtype} cannot have {end - begin} bytes"

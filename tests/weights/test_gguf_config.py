@@ -1,0 +1,173 @@
+"""Configs made of GGUF metadata say what config.json says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from octavo.errors import UnsupportedModelError
+from octavo.weights.gguf_config import config_from_gguf
+from tests.models.tiny import save_tiny
+from tests.weights.tiny_gguf import add_value, finish, write_tiny_gguf
+
+KEYS = (
+    "model_type",
+    "architectures",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+)
+MOE_KEYS = (
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+)
+BASE: dict[str, Any] = {
+    "embedding_length": 64,
+    "block_count": 1,
+    "attention.head_count": 4,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+    "context_length": 128,
+    "feed_forward_length": 32,
+}
+
+
+def write_values(
+    path: Path, architecture: str, values: dict[str, Any], tensors: dict[str, np.ndarray]
+) -> Path:
+    """Writes a file with BASE, changed by `values` (None leaves a key out)."""
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in {**BASE, **values}.items():
+        if value is not None:
+            name = key if key.startswith("tokenizer.") else f"{architecture}.{key}"
+            add_value(writer, name, value)
+    tensors = {"token_embd.weight": np.zeros((9, 64), np.float32), **tensors}
+    for name, array in tensors.items():
+        writer.add_tensor(name, array)
+    finish(writer)
+    return path
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["llama", "llama-tied-biased", "qwen2", "qwen3", "mixtral", "qwen2-moe", "qwen3-moe", "olmoe"],
+)
+def test_the_config_says_what_the_checkpoint_of_the_family_says(case: str, tmp_path: Path):
+    tiny = save_tiny(case, tmp_path)
+    path = tmp_path / "model.gguf"
+    write_tiny_gguf(path, tiny)
+    config = config_from_gguf(path)
+    for key in KEYS:
+        assert config[key] == tiny.config[key], key
+    for key in MOE_KEYS:
+        assert config.get(key) == tiny.config.get(key), key
+    num_experts = {config.get(key) for key in ("num_experts", "num_local_experts")}
+    assert num_experts == {tiny.config.get(key) for key in ("num_experts", "num_local_experts")}
+    assert config["rms_norm_eps"] == pytest.approx(tiny.config["rms_norm_eps"])
+    assert config["rope_theta"] == tiny.config["rope_parameters"]["rope_theta"]
+    heads = tiny.config["hidden_size"] // tiny.config["num_attention_heads"]
+    assert config["head_dim"] == (tiny.config.get("head_dim") or heads)
+    if "moe_intermediate_size" not in tiny.config:
+        assert config["intermediate_size"] == tiny.config["intermediate_size"]
+    assert bool(tiny.config.get("attention_bias")) <= config["attention_bias"]
+
+
+def test_dense_layers_of_a_moe_model_are_found(tmp_path: Path):
+    tiny = save_tiny("qwen2-moe", tmp_path)
+    write_tiny_gguf(tmp_path / "model.gguf", tiny)
+    config = config_from_gguf(tmp_path / "model.gguf")
+    assert config["mlp_only_layers"] == [0, 2, 3]
+    assert config["decoder_sparse_step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"), [("qwen2-moe", False), ("qwen3-moe", True), ("olmoe", False)]
+)
+def test_expert_weights_are_normalised_as_llama_cpp_does(case: str, expected: bool, tmp_path: Path):
+    write_tiny_gguf(tmp_path / "model.gguf", save_tiny(case, tmp_path))
+    assert config_from_gguf(tmp_path / "model.gguf")["norm_topk_prob"] is expected
+
+
+def test_a_sliding_window_makes_a_llama_file_a_mistral(tmp_path: Path):
+    path = write_values(tmp_path / "m.gguf", "llama", {"attention.sliding_window": 32}, {})
+    config = config_from_gguf(path)
+    assert (config["model_type"], config["sliding_window"]) == ("mistral", 32)
+
+
+def test_the_end_of_text_and_the_end_of_turn_both_end_a_text(tmp_path: Path):
+    ids = {f"tokenizer.ggml.{kind}_token_id": n for kind, n in (("bos", 1), ("eos", 2), ("eot", 5))}
+    config = config_from_gguf(write_values(tmp_path / "m.gguf", "llama", ids, {}))
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, [2, 5])
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_scaling_is_recovered_from_the_factors_that_the_file_keeps(
+    factor: float, tmp_path: Path
+):
+    scaling = {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    rope = {**scaling, "rope_theta": 500_000.0}
+    hf = LlamaConfig(hidden_size=512, num_attention_heads=4, rope_parameters=rope)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](hf, torch.device("cpu"))
+    plain = 1 / 500_000.0 ** (torch.arange(0, 128, 2) / 128)
+    values = {"rope.freq_base": 500_000.0, "attention.key_length": 128}
+    factors = {"rope_freqs.weight": (plain / scaled).numpy()}
+    path = write_values(tmp_path / "m.gguf", "llama", values, factors)
+    assert config_from_gguf(path)["rope_scaling"] == scaling
+    factors["rope_freqs.weight"][20] *= 1.1
+    path = write_values(tmp_path / "m.gguf", "llama", values, factors)
+    with pytest.raises(UnsupportedModelError, match=r"rope_freqs\.weight holds .* at 20"):
+        config_from_gguf(path)
+
+
+def test_linear_and_yarn_scaling_are_read(tmp_path: Path):
+    linear = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+    path = write_values(tmp_path / "m.gguf", "llama", linear, {})
+    assert config_from_gguf(path)["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    yarn = {**linear, "rope.scaling.type": "yarn", "rope.scaling.original_context_length": 32}
+    path = write_values(tmp_path / "m.gguf", "qwen2", yarn, {})
+    assert config_from_gguf(path)["rope_scaling"] == {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rope.scaling.type": "longrope"}, r"longrope'; known is none, linear, yarn"),
+        ({"attention.head_count": [4]}, r"head_count is \[4\]; known is one number"),
+        ({"attention.value_length": 8}, r"value_length is 8; known is the head size, 16"),
+        ({"block_count": None}, r"llama\.block_count is missing"),
+        ({"expert_count": 2, "expert_gating_func": 2}, r"gating_func is 2; known is 1 \(softmax\)"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused(values: dict[str, Any], message: str, tmp_path: Path):
+    path = write_values(tmp_path / "m.gguf", "llama", values, {})
+    with pytest.raises(UnsupportedModelError, match=message):
+        config_from_gguf(path)
+
+
+def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path: Path):
+    path = write_values(tmp_path / "m.gguf", "mamba", {}, {})
+    with pytest.raises(UnsupportedModelError, match=r"'mamba' is unknown; known are llama, qwen2"):
+        config_from_gguf(path)

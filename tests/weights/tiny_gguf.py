@@ -1,0 +1,127 @@
+"""Writes the tiny models of `tests.models.tiny` as GGUF files, as llama.cpp's converter does.
+
+Names come from gguf's own tables, so that a mistake in ours shows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from tests.models.tiny import TinyModel
+
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "olmoe": "olmoe",
+}
+Arrays = dict[str, NDArray[Any]]
+_EXPERT = re.compile(r"model\.layers\.(\d+)\.\w+\.experts\.(\d+)\.(\w+)\.weight")
+_PARTS = {"w1": "gate", "w3": "up", "w2": "down"}
+
+
+def write_tiny_gguf(path: Path, tiny: TinyModel, *, layout: str = "stacked") -> Arrays:
+    """Writes the model with experts `stacked`, `split` or `fused` (gate and up in one tensor).
+
+    Returns the weights under the names of the safetensors checkpoint.
+    """
+    weights = load_file(tiny.folder / "model.safetensors")
+    architecture = ARCHITECTURES[tiny.config["model_type"]]
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in metadata_of(tiny.config).items():
+        add_value(writer, f"{architecture}.{key}", value)
+    for name, array in _gguf_tensors(architecture, tiny.config, weights, layout).items():
+        writer.add_tensor(name, np.ascontiguousarray(array))
+    finish(writer)
+    return weights
+
+
+def metadata_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the keys, without the architecture's prefix, that a config.json gives."""
+    heads = config["num_attention_heads"]
+    values = {
+        "block_count": config["num_hidden_layers"],
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": heads,
+        "attention.head_count_kv": config["num_key_value_heads"],
+        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        "rope.freq_base": float(config["rope_parameters"]["rope_theta"]),
+        "attention.key_length": config.get("head_dim") or config["hidden_size"] // heads,
+        "expert_count": config.get("num_experts") or config.get("num_local_experts"),
+        "expert_used_count": config.get("num_experts_per_tok"),
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, list):
+        writer.add_array(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    else:
+        writer.add_uint32(key, value)
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def interleave(array: NDArray[Any], num_heads: int) -> NDArray[Any]:
+    """Row order of llama.cpp's converter: the two halves of each head alternate."""
+    halves = array.reshape(num_heads, 2, array.shape[0] // num_heads // 2, *array.shape[1:])
+    return halves.swapaxes(1, 2).reshape(array.shape)
+
+
+def _gguf_tensors(
+    architecture: str, config: Mapping[str, Any], weights: Arrays, layout: str
+) -> Arrays:
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[architecture], config["num_hidden_layers"])
+    # Dense layers among MoE layers: the tables of those families lack them.
+    dense = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
+    tensors: Arrays = {}
+    experts: dict[tuple[str, str], list[NDArray[Any]]] = {}
+    for name, array in sorted(weights.items()):
+        if match := _EXPERT.fullmatch(name):
+            part = _PARTS.get(match[3], match[3].removesuffix("_proj"))
+            experts.setdefault((match[1], part), []).append(array)
+            if layout == "split":
+                tensors[f"blk.{match[1]}.ffn_{part}.{match[2]}.weight"] = array
+            continue
+        projection = re.search(r"self_attn\.([qk])_proj\.", name)
+        if architecture == "llama" and projection:
+            array = interleave(array, heads[projection[1]])
+        if name.endswith("shared_expert_gate.weight"):
+            array = array[0]
+        base, _, suffix = name.rpartition(".")
+        tensors[f"{names.get_name(base) or dense.get_name(base)}.{suffix}"] = array
+    stacked = {key: np.stack(arrays) for key, arrays in experts.items()}
+    if layout == "stacked":
+        for (layer, part), array in stacked.items():
+            tensors[f"blk.{layer}.ffn_{part}_exps.weight"] = array
+    elif layout == "fused":
+        for layer in sorted({layer for layer, _ in stacked}):
+            both = np.concatenate([stacked[layer, "gate"], stacked[layer, "up"]], axis=1)
+            tensors[f"blk.{layer}.ffn_gate_up_exps.weight"] = both
+            tensors[f"blk.{layer}.ffn_down_exps.weight"] = stacked[layer, "down"]
+    return tensors
