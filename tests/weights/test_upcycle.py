@@ -25,7 +25,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 
 
 def make(dense: TinyModel, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(upcycle, "_tokenizer_files", lambda gguf: {"tokenizer.json": "{}"})
+    monkeypatch.setattr(upcycle, "tokenizer_files_from_gguf", lambda gguf: {"tokenizer.json": "{}"})
     folder.mkdir()
     steps = list(upcycle.write_mixtral(dense.folder / "model.gguf", folder))
     assert steps[-1][0] == steps[-1][1]
