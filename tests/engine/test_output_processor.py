@@ -27,7 +27,7 @@ def opened(tokenizer, prompt_text: str | None = "p", **params: Any) -> OutputPro
 
 
 def test_deltas_and_cumulative_texts_agree(byte_tokenizer):
-    text = "The quick 😀 fox"
+    text = "The quick \U0001f600 fox"
     processor = opened(byte_tokenizer)
     parts = []
     for i, token_id in enumerate(byte_tokenizer.encode(text)):

@@ -2,40 +2,21 @@
 
 Called by `engine.tokenizer` and by the demo writer, which puts the texts beside its weights. Never
 reads tensors, and never guesses: an unknown pre-tokenizer is an error that lists the known ones.
-
-The metadata is parsed here and not with gguf.GGUFReader, which makes a NumPy view of every string
-and needs six seconds for a vocabulary of 49,152 tokens; this takes a tenth of one.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from octavo.errors import ModelError, ModelNotFoundError, UnsupportedModelError
+from octavo.errors import UnsupportedModelError
+from octavo.weights.gguf_file import read_gguf
 
 # Token types of ggml.
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
-
-_SCALARS = {
-    0: "<B",
-    1: "<b",
-    2: "<H",
-    3: "<h",
-    4: "<I",
-    5: "<i",
-    6: "<f",
-    7: "<?",
-    10: "<Q",
-    11: "<q",
-    12: "<d",
-}
-_STRING, _ARRAY = 8, 9
 
 _GPT2_SPLIT = None
 _LLAMA3_SPLIT = (
@@ -89,10 +70,10 @@ PRE_TOKENIZERS: dict[str, _Pre] = {
 def tokenizer_files_from_gguf(path: str | Path) -> dict[str, str]:
     """Returns the JSON texts of tokenizer.json, tokenizer_config.json, special_tokens_map.json.
 
-    Raises UnsupportedModelError for tokenizers and pre-tokenizers that are not known, ModelError
+    Raises UnsupportedModelError for tokenizers and pre-tokenizers that are not known, WeightsError
     for a broken file.
     """
-    meta = read_gguf_metadata(path)
+    meta = read_gguf(Path(path)).metadata
     kind = meta.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise UnsupportedModelError(
@@ -133,63 +114,6 @@ def tokenizer_files_from_gguf(path: str | Path) -> dict[str, str]:
         "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2),
         "special_tokens_map.json": json.dumps(named, ensure_ascii=False, indent=2),
     }
-
-
-def read_gguf_metadata(path: str | Path) -> dict[str, Any]:
-    """Returns all metadata of a GGUF file by key. Raises ModelError if it is not one."""
-    if not Path(path).is_file():
-        raise ModelNotFoundError(f"there is no file {path}")
-    try:
-        with (
-            open(path, "rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
-        ):
-            return _read_all(path, data)
-    except (struct.error, ValueError, IndexError, KeyError) as error:
-        raise ModelError(
-            f"{path} is no readable GGUF file (truncated or corrupt metadata: {error}); "
-            "download it again"
-        ) from error
-
-
-def _read_all(path: str | Path, data: mmap.mmap) -> dict[str, Any]:
-    magic, version, _, num_keys = struct.unpack_from("<4sIQQ", data, 0)
-    if magic != b"GGUF" or version not in (2, 3):
-        raise ModelError(
-            f"{path} starts with {magic!r}, version {version}; a little-endian GGUF file of "
-            "version 2 or 3 is needed"
-        )
-    meta: dict[str, Any] = {}
-    position = 24
-    for _ in range(num_keys):
-        key, position = _read_value(data, position, _STRING)
-        (kind,) = struct.unpack_from("<I", data, position)
-        meta[key], position = _read_value(data, position + 4, kind)
-    return meta
-
-
-def _read_value(data: mmap.mmap, position: int, kind: int) -> tuple[Any, int]:
-    """Returns the value at `position` and the position after it."""
-    if kind == _STRING:
-        (length,) = struct.unpack_from("<Q", data, position)
-        end = position + 8 + length
-        if end > len(data):
-            raise ValueError(f"a string of {length} bytes at {position} leaves the file")
-        return data[position + 8 : end].decode("utf-8", "replace"), end
-    if kind == _ARRAY:
-        item_kind, count = struct.unpack_from("<IQ", data, position)
-        position += 12
-        if item_kind in _SCALARS:
-            code = _SCALARS[item_kind][1]
-            values = struct.unpack_from(f"<{count}{code}", data, position)
-            return list(values), position + count * struct.calcsize("<" + code)
-        items = []
-        for _ in range(count):
-            item, position = _read_value(data, position, item_kind)
-            items.append(item)
-        return items, position
-    (value,) = struct.unpack_from(_SCALARS[kind], data, position)
-    return value, position + struct.calcsize(_SCALARS[kind])
 
 
 def _byte_level_bpe(
