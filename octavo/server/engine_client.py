@@ -16,7 +16,9 @@ from octavo.request import RequestOutput, SamplingParams
 class ServerTokenizer(Protocol):
     """Text to ids and back. Safe to call from a worker thread."""
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Returns ids. Raises RequestError."""
+        ...
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
 

@@ -11,11 +11,9 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TypeVar
 
 from starlette.requests import Request
 
-from octavo.errors import RequestError
 from octavo.request import FinishReason, RequestOutput, SamplingParams
 from octavo.server.auth import tenant_salt
 from octavo.server.errors import ApiError
@@ -23,7 +21,6 @@ from octavo.server.protocol.chat import TemplateFields
 from octavo.server.protocol.sampling import SamplingFields
 from octavo.server.state import ServerState, server_state
 
-T = TypeVar("T")
 Outputs = AsyncGenerator[tuple[int, RequestOutput], None]
 
 LONG_TEXT_CHARS = 16384
@@ -71,7 +68,7 @@ def new_call(
 async def encode_text(state: ServerState, text: str, add_special_tokens: bool) -> list[int]:
     """Returns the token ids of `text`. Raises RequestError."""
     encode = state.engine.tokenizer.encode
-    return await _tokenised(lambda: encode(text, add_special_tokens), len(text), "prompt")
+    return await _tokenised(lambda: encode(text, add_special_tokens), len(text))
 
 
 async def encode_chat(state: ServerState, body: TemplateFields) -> list[int]:
@@ -91,15 +88,11 @@ async def encode_chat(state: ServerState, body: TemplateFields) -> list[int]:
             template_kwargs=body.template_kwargs(),
         )
 
-    return await _tokenised(render, sum(len(m["content"]) for m in messages), "messages")
+    return await _tokenised(render, sum(len(m["content"]) for m in messages))
 
 
-async def _tokenised(work: Callable[[], T], num_chars: int, param: str) -> T:
-    try:
-        return await asyncio.to_thread(work) if num_chars > LONG_TEXT_CHARS else work()
-    except UnicodeEncodeError as error:
-        message = f"{param} is not valid Unicode: {error.reason}"
-        raise RequestError(message, param=param) from error
+async def _tokenised(work: Callable[[], list[int]], num_chars: int) -> list[int]:
+    return await asyncio.to_thread(work) if num_chars > LONG_TEXT_CHARS else work()
 
 
 async def run_call(state: ServerState, call: Call) -> Outputs:

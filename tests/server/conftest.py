@@ -1,20 +1,22 @@
-"""A fake engine behind a real server on a real socket, and clients for it.
+"""A fake engine and a real one behind real servers on real sockets, and clients for them.
 
-`base_url` is where the conformance tests send their requests: give it one more param, and the same
-tests run on a real engine. Tests that script the engine start their own with `start_server`.
+`base_url` is where the conformance tests send their requests, once to the fake engine and once to
+a tiny real one. Tests that script the engine start a server of their own with `start_server`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import httpx
 import openai
 import pytest
 
+from octavo.async_llm import AsyncLLM
 from octavo.config import ServerConfig
 from octavo.errors import ChatTemplateError, ContextLengthError, EngineDeadError, RequestError
 from octavo.observe.stats import EngineStats
@@ -27,6 +29,7 @@ from octavo.request import (
     SamplingParams,
 )
 from octavo.server.serve import Server, bind, url_of
+from tests.server.tiny_engine import tiny_engine
 
 NATURAL_LENGTH = 20
 BOS = 1
@@ -169,6 +172,12 @@ class FakeEngine:
             metrics=RequestMetrics(),
         )
 
+    async def start(self) -> None:
+        """Nothing to load."""
+
+    async def close(self) -> None:
+        """Nothing to end."""
+
     async def abort(self, request_id: str) -> None:
         raise AssertionError("the server closes the iterator instead")
 
@@ -192,19 +201,34 @@ def _position(token: int, num_top: int) -> PositionLogprobs:
     return (drawn, *others, *last)
 
 
-class ServerThread:
+AnyEngine = TypeVar("AnyEngine", FakeEngine, AsyncLLM)
+
+
+class ServerThread(Generic[AnyEngine]):
     """A server in a thread of its own, on a port of its own."""
 
-    def __init__(self, engine: FakeEngine, config: ServerConfig) -> None:
-        self.engine = engine
+    def __init__(self, engine: AnyEngine, config: ServerConfig) -> None:
+        self.engine: AnyEngine = engine
+        self._config = config
         self._socket = bind(config)
         self.url = url_of(self._socket)
-        self.server = Server(engine, config)
-        self.thread = threading.Thread(target=self._run)
+        self._started: concurrent.futures.Future[Server] = concurrent.futures.Future()
+        self.thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
         self.thread.start()
+        self.server = self._started.result()
 
-    def _run(self) -> None:
-        asyncio.run(self.server.run_on(self._socket))
+    async def _serve(self) -> None:
+        try:
+            await self.engine.start()
+            server = Server(self.engine, self._config)
+            self._started.set_result(server)
+            await server.run_on(self._socket)
+        except BaseException as error:
+            if self._started.done():
+                raise
+            self._started.set_exception(error)
+        finally:
+            await self.engine.close()
 
     def end(self) -> None:
         self.server.stop()
@@ -213,13 +237,13 @@ class ServerThread:
         assert not self.thread.is_alive()
 
 
-StartServer = Callable[..., ServerThread]
+StartServer = Callable[..., ServerThread[FakeEngine]]
 
 
 @pytest.fixture
 def start_server() -> Iterator[StartServer]:
     """A function that starts a server with a fresh FakeEngine and the given options."""
-    started: list[ServerThread] = []
+    started: list[ServerThread[FakeEngine]] = []
 
     def start(**options: Any) -> ServerThread:
         config = ServerConfig(port=0, **{"shutdown_timeout": 1.0, **options})
@@ -231,10 +255,16 @@ def start_server() -> Iterator[StartServer]:
         server.end()
 
 
-@pytest.fixture(scope="session", params=["fake"])
-def base_url(request: pytest.FixtureRequest) -> Iterator[str]:
+@pytest.fixture(scope="session", params=["fake", "real"])
+def base_url(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
     """The URL of a server without keys whose context is 512 tokens."""
-    server = ServerThread(FakeEngine(), ServerConfig(port=0))
+    config = ServerConfig(port=0, served_model_name="tiny")
+    if request.param == "fake":
+        server = ServerThread(FakeEngine(), config)
+    else:
+        server = ServerThread(tiny_engine(tmp_path_factory.mktemp("tiny")), config)
     yield server.url
     server.end()
 
@@ -244,7 +274,7 @@ def model(base_url: str) -> str:
     return httpx.get(f"{base_url}/v1/models").json()["data"][0]["id"]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def client(base_url: str) -> Iterator[openai.OpenAI]:
     """OpenAI's client, refusing every answer that its types do not allow."""
     with openai.OpenAI(
@@ -253,14 +283,14 @@ def client(base_url: str) -> Iterator[openai.OpenAI]:
         yield strict
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def lax_client(base_url: str) -> Iterator[openai.OpenAI]:
     """For streamed completions: their null finish_reason, which OpenAI sends too, is untyped."""
     with openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0) as lax:
         yield lax
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def http(base_url: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=base_url) as plain:
         yield plain

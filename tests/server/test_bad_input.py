@@ -111,7 +111,12 @@ def test_a_number_that_is_none_is_refused(http: httpx.Client, number: str) -> No
         ),
         ({"messages": [*USER, {**USER[0], "mood": 1}]}, "messages[1].mood"),
         ({"messages": [{**USER[0], "tool_calls": [{}]}]}, "messages[0].tool_calls"),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
+        ({"messages": [{**USER[0], "name": "\ud800"}]}, "messages[0].name"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]},
+            "messages[0].content[0].text",
+        ),
         ({"messages": [{"role": "system", "content": "x"}]}, "messages"),
         ({"messages": USER, "top_logprobs": 2}, "top_logprobs"),
         ({"messages": USER, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from typing import Any
 
 import httpx
@@ -41,6 +42,24 @@ def test_a_client_that_leaves_aborts_its_request(
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
     assert server.engine.aborted.wait(10)
     assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+@pytest.mark.parametrize("base_url", ["real"], indirect=True)
+def test_a_client_that_leaves_frees_its_blocks(http: httpx.Client) -> None:
+    body = {"prompt": "Once upon", "max_tokens": 500, "ignore_eos": True, "stream": True}
+    with http.stream("POST", "/v1/completions", json=body) as response:
+        next(response.iter_lines())
+        assert metric(http, "octavo:kv_cache_usage_perc{") > 0
+    aborted = 'vllm:request_success_total{engine="0",finished_reason="abort"'
+    deadline = time.monotonic() + 20
+    while metric(http, "octavo:kv_cache_usage_perc{") > 0 or not metric(http, aborted):
+        assert time.monotonic() < deadline
+
+
+def metric(http: httpx.Client, start: str) -> float:
+    """The value of the first sample whose line begins so; 0 if there is none."""
+    lines = http.get("/metrics").text.splitlines()
+    return next((float(line.split()[-1]) for line in lines if line.startswith(start)), 0.0)
 
 
 def test_closing_a_stream_of_several_prompts_aborts_all(start_server: Any) -> None:

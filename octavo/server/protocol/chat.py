@@ -12,7 +12,13 @@ from pydantic import Field
 
 from octavo.errors import RequestError
 from octavo.request import SamplingParams
-from octavo.server.protocol.sampling import IGNORED, REFUSED, RequestModel, SamplingFields
+from octavo.server.protocol.sampling import (
+    IGNORED,
+    REFUSED,
+    RequestModel,
+    SamplingFields,
+    is_unicode,
+)
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _MESSAGE_FIELDS = {"role", "content", "name"}
@@ -93,9 +99,7 @@ def _as_text(message: dict[str, Any], where: str) -> dict[str, str]:
     result = {"role": ROLES[role], "content": _content(message, f"{where}.content", role)}
     name = message.get("name")
     if name is not None:
-        if not isinstance(name, str):
-            raise RequestError(f"{where}.name must be a string", param=f"{where}.name")
-        result["name"] = name
+        result["name"] = _checked_text(name, f"{where}.name", "a string")
     return result
 
 
@@ -103,10 +107,8 @@ def _content(message: dict[str, Any], where: str, role: str) -> str:
     content = message.get("content")
     if content is None and role == "assistant":
         return ""
-    if isinstance(content, str):
-        return content
     if not isinstance(content, list):
-        raise RequestError(f"{where} must be a string or a list of text parts", param=where)
+        return _checked_text(content, where, "a string or a list of text parts")
     return "".join(_part_text(part, f"{where}[{i}]") for i, part in enumerate(content))
 
 
@@ -115,7 +117,10 @@ def _part_text(part: object, where: str) -> str:
     if not isinstance(part, dict) or kind != "text":
         reason = f"{where}: a content part of type {kind!r} is not supported; only 'text' is"
         raise RequestError(reason, param=where, code="unsupported_content_part")
-    text = part.get("text")
-    if not isinstance(text, str):
-        raise RequestError(f"{where}.text must be a string", param=f"{where}.text")
-    return text
+    return _checked_text(part.get("text"), f"{where}.text", "a string")
+
+
+def _checked_text(value: object, where: str, wanted: str) -> str:
+    if not isinstance(value, str) or not is_unicode(value):
+        raise RequestError(f"{where} must be {wanted} of valid Unicode", param=where)
+    return value

@@ -50,12 +50,18 @@ REFUSED: Mapping[str, tuple[str, tuple[Any, ...]]] = {
 """Known elsewhere, not here: what to do instead, and the values that ask for nothing."""
 
 
-def _check_unicode(text: str) -> str:
-    """JSON can spell lone surrogates, which neither tokenizers nor processes can pass on."""
+def is_unicode(text: str) -> bool:
+    """Whether `text` has no lone surrogates: JSON can spell them, tokenizers cannot take them."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise PydanticCustomError("unicode", "valid Unicode") from None
+        return False
+    return True
+
+
+def _check_unicode(text: str) -> str:
+    if not is_unicode(text):
+        raise PydanticCustomError("unicode", "valid Unicode")
     return text
 
 
