@@ -1,0 +1,139 @@
+"""AsyncLLM with its engine process: streams, aborts, overload, and both kinds of death."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from octavo import AsyncLLM, EngineConfig, SamplingParams
+from octavo.errors import EngineDeadError, ModelError, OverloadedError, RequestError
+from octavo.request import RequestOutput
+from tests.models.tiny import save_tiny
+
+PROMPT = list(range(40))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny("mixtral", tmp_path_factory.mktemp("mixtral")).folder)
+
+
+def config(model: str, **more: object) -> EngineConfig:
+    return EngineConfig(
+        model=model,
+        skip_tokenizer_init=True,
+        poison_freed_blocks=True,
+        num_threads=1,
+        kv_cache_memory_bytes=2**22,
+        **more,  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture
+async def engine(model: str) -> AsyncIterator[AsyncLLM]:
+    llm = AsyncLLM(config(model))
+    await llm.start()
+    yield llm
+    await llm.close()
+
+
+def greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+
+
+async def collect(llm: AsyncLLM, request_id: str, max_tokens: int) -> list[RequestOutput]:
+    stream = llm.generate(PROMPT, greedy(max_tokens), request_id=request_id)
+    return [output async for output in stream]
+
+
+async def test_outputs_stream_and_equal_prompts_give_equal_tokens(engine: AsyncLLM) -> None:
+    results = await asyncio.gather(*(collect(engine, f"r{i}", 12) for i in range(8)))
+    tokens = [outputs[-1].outputs[0].token_ids for outputs in results]
+    assert all(ids == tokens[0] for ids in tokens)
+    assert len(tokens[0]) == 12
+    for outputs in results:
+        assert len(outputs) > 1, "tokens came all at once"
+        assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+        added = [ids for output in outputs for delta in output.deltas for ids in delta.token_ids]
+        assert added == tokens[0]
+
+
+async def test_leaving_a_stream_frees_its_blocks(engine: AsyncLLM) -> None:
+    stream = engine.generate(PROMPT, greedy(200), request_id="left")
+    await anext(stream)
+    assert (await engine.stats()).num_running == 1
+    await stream.aclose()
+    stats = await engine.stats()
+    assert (stats.num_running, stats.num_used_blocks) == (0, 0)
+    assert await engine.reset_prefix_cache()
+
+
+async def test_an_aborted_request_ends_with_that_reason(engine: AsyncLLM) -> None:
+    stream = engine.generate(PROMPT, greedy(200), request_id="a")
+    await anext(stream)
+    await engine.abort("a")
+    last = [output async for output in stream][-1]
+    assert last.outputs[0].finish_reason == "abort"
+
+
+async def test_bad_requests_are_refused_alone(engine: AsyncLLM) -> None:
+    running = asyncio.create_task(collect(engine, "good", 30))
+    with pytest.raises(RequestError, match="empty"):
+        await anext(engine.generate([], greedy(1), request_id="bad"))
+    assert len((await running)[-1].outputs[0].token_ids) == 30
+
+
+async def test_a_request_id_in_use_is_refused(engine: AsyncLLM) -> None:
+    stream = engine.generate(PROMPT, greedy(50), request_id="same")
+    await anext(stream)
+    with pytest.raises(RequestError, match="in use"):
+        await anext(engine.generate(PROMPT, greedy(1), request_id="same"))
+    await stream.aclose()
+
+
+async def test_a_full_queue_says_so(model: str) -> None:
+    llm = AsyncLLM(config(model, max_num_seqs=1, max_num_queued_requests=1))
+    await llm.start()
+    try:
+        results = await asyncio.gather(
+            *(collect(llm, f"r{i}", 50) for i in range(6)), return_exceptions=True
+        )
+        refused = [result for result in results if isinstance(result, OverloadedError)]
+        assert refused
+        assert all(isinstance(r, (list, OverloadedError)) for r in results)
+    finally:
+        await llm.close()
+
+
+async def test_a_killed_engine_answers_every_open_request_with_an_error(model: str) -> None:
+    llm = AsyncLLM(config(model))
+    await llm.start()
+    await llm.check_health()
+    streams = [llm.generate(PROMPT, greedy(200), request_id=f"r{i}") for i in range(3)]
+    for stream in streams:
+        await anext(stream)
+    process = llm._client._process
+    assert process is not None
+    process.kill()
+    for stream in streams:
+        with pytest.raises(EngineDeadError):
+            async for _ in stream:
+                pass
+    assert not llm.is_ready
+    with pytest.raises(EngineDeadError):
+        await llm.check_health()
+    await llm.close()
+
+
+async def test_a_model_that_cannot_load_raises_its_own_error(model: str, tmp_path: Path) -> None:
+    for file in Path(model).iterdir():
+        data = file.read_bytes()
+        cut = data[: len(data) // 2] if file.suffix == ".safetensors" else data
+        (tmp_path / file.name).write_bytes(cut)
+    llm = AsyncLLM(config(str(tmp_path)))
+    with pytest.raises(ModelError, match="safetensors"):
+        await llm.start()
+    await llm.close()
