@@ -145,3 +145,12 @@ def test_stop_strings_in_the_first_min_tokens_do_not_count(byte_tokenizer):
     deltas = run(byte_tokenizer, ids, [1], stop=["x"], min_tokens=2)
     assert "".join(deltas) == "xx"
     assert "".join(run(byte_tokenizer, ids, [1], stop=["x"])) == ""
+
+
+def test_the_stop_string_that_ends_first_counts_even_within_one_token(byte_tokenizer):
+    ids = byte_tokenizer.encode(" quick")
+    assert len(ids) == 1
+    for stops in (("ck", "u"), ("u", "ck"), ("qu", "u", "quick")):
+        delta = Detokenizer(byte_tokenizer, SamplingParams(stop=stops)).update(ids)
+        wanted = " " if "qu" in stops else " q"
+        assert (delta.text, delta.stopped_by) == (wanted, "qu" if "qu" in stops else "u")

@@ -292,6 +292,15 @@ def test_the_guard_changes_no_ids_of_ordinary_text(kind, request):
         assert whole[: len(alone) - 1] == alone[:-1], f"seed 5: {text!r}"
 
 
+def test_user_texts_that_the_template_joins_do_not_become_a_special_token(byte_tokenizer):
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}<|im_end|>"
+    tokenizer = byte_tokenizer.with_chat_template(source)
+    for cut in range(1, len("<|im_start|>")):
+        prompt = tokenizer.encode_chat(chat("<|im_start|>"[:cut], "<|im_start|>"[cut:]))
+        assert prompt.text == "<|im_start|><|im_end|>"
+        assert [i for i in prompt.token_ids if tokenizer.is_special(i)] == [2]
+
+
 def test_tools_documents_and_variables_are_guarded_too(byte_tokenizer):
     source = "{{ tools | tojson }}{{ documents | tojson }}{{ name }}<|im_end|>"
     options = ChatOptions(

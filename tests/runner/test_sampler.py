@@ -10,6 +10,7 @@ import torch
 
 from octavo.errors import OctavoError
 from octavo.request import SamplingParams
+from octavo.runner import sampler as sampler_module
 from octavo.runner.random import philox, uniform
 from octavo.runner.sampler import Sampler, _changed, _kept, _Row, prompt_logprobs
 from octavo.step import RowStart
@@ -151,6 +152,16 @@ def test_tokens_come_out_as_often_as_their_probability_says(params):
     used = probs > 0
     chi2 = ((counts - probs * times)[used] ** 2 / (probs * times)[used]).sum()
     assert chi2 < 30  # 7 degrees of freedom: exceeded once in 10,000 seeds
+
+
+def test_a_token_without_probability_is_never_drawn_not_even_by_the_number_zero(monkeypatch):
+    monkeypatch.setattr(sampler_module, "uniform", lambda seed, index: 0.0)
+    logits = torch.zeros(1, 10)
+    logits[0, :3] = -1e4
+    assert draw(logits, start()) == 3
+    monkeypatch.setattr(sampler_module, "uniform", lambda seed, index: 1 - 2.0**-52)
+    logits[0, 7:] = -1e4
+    assert draw(logits, start()) == 6
 
 
 MIXED: tuple[dict[str, Any], ...] = (
