@@ -24,6 +24,8 @@ from octavo.weights.gguf_tokenizer import tokenizer_files_from_gguf
 from octavo.weights.names import expert_names
 
 NUM_EXPERTS, TOP_K = 4, 2
+_SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
+"""What SmolLM2's authors recommend; drawn at temperature 1 so small a model talks nonsense."""
 _NOISE = 0.1
 """Of each matrix's standard deviation; 0.3 ruins the text."""
 _ROUTER_STD = 0.02
@@ -60,7 +62,7 @@ def write_mixtral(gguf: Path, folder: Path) -> Iterator[tuple[int, int]]:
         tensors[name] = router.to(torch.bfloat16)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "config.json", _mixtral_config(dense))
-    _write_json(folder / "generation_config.json", generation_config_of(file))
+    _write_json(folder / "generation_config.json", generation_config_of(file) | _SAMPLING)
     for file_name, text in tokenizer_files_from_gguf(gguf).items():
         (folder / file_name).write_text(text, encoding="utf-8")
     yield total, total
