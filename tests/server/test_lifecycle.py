@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -46,9 +50,12 @@ def test_a_client_that_leaves_aborts_its_request(
 
 @pytest.mark.parametrize("base_url", ["real"], indirect=True)
 def test_a_client_that_leaves_frees_its_blocks(http: httpx.Client) -> None:
-    body = {"prompt": "Once upon", "max_tokens": 500, "ignore_eos": True, "stream": True}
+    # So much that it cannot have finished by the time that the client leaves.
+    body: dict[str, Any] = {"prompt": ["Once upon"] * 16, "n": 4, "ignore_eos": True}
+    body |= {"max_tokens": 500, "stream": True}
     with http.stream("POST", "/v1/completions", json=body) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()
+        next(lines)
         assert metric(http, "octavo:kv_cache_usage_perc{") > 0
     aborted = 'vllm:request_success_total{engine="0",finished_reason="abort"'
     deadline = time.monotonic() + 20
@@ -191,6 +198,36 @@ def test_a_request_that_outlives_its_server_is_told(
     assert not server.thread.is_alive()
     assert "shutting_down" in answers[0].text
     assert server.engine.aborted.is_set()
+
+
+SERVE = """
+import asyncio
+from octavo.config import ServerConfig
+from octavo.server.serve import bind, serve, url_of
+from tests.server.fake_engine import FakeEngine
+
+async def main():
+    bound = bind(ServerConfig(port=0))
+    print(url_of(bound), flush=True)
+    await serve(FakeEngine(), ServerConfig(port=0), bound)
+    print("closed", flush=True)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_server_and_leaves_time_to_close_the_engine(sent: signal.Signals) -> None:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", SERVE]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        assert httpx.get(f"{url}/ready").status_code == 200
+        process.send_signal(sent)
+        rest, _ = process.communicate(timeout=20)
+    assert rest == "closed\n"
+    assert process.returncode == 0
 
 
 def test_a_port_in_use_is_refused_at_once() -> None:

@@ -1,0 +1,188 @@
+"""An engine that yields scripted outputs, one character a step, and remembers what it was asked."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
+
+from octavo.errors import ChatTemplateError, ContextLengthError, EngineDeadError, RequestError
+from octavo.observe.stats import EngineStats
+from octavo.request import (
+    CompletionOutput,
+    Logprob,
+    PositionLogprobs,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+)
+
+NATURAL_LENGTH = 20
+BOS = 1
+
+
+class FakeTokenizer:
+    """One id a character, and BOS before texts."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        text.encode()
+        return [BOS] * add_special_tokens + [ord(c) for c in text]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return "".join(
+            "<s>" if i == BOS else chr(i) for i in ids if i != BOS or not skip_special_tokens
+        )
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        return [self.decode([i], False) for i in ids]
+
+    def apply_chat_template(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        documents: list[dict[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        if messages[-1]["role"] == "system":
+            raise ChatTemplateError("the last message may not be of the system", param="messages")
+        text = "".join(f"{m['role']}:{m['content']}\n" for m in messages)
+        return self.encode(text + "assistant:" * add_generation_prompt)
+
+
+class FakeEngine:
+    """Yields scripted outputs, one character a step; remembers what it was asked."""
+
+    model_name = "fake"
+    max_model_len = 512
+    vocab_size = 0x110000
+    is_ready = True
+
+    def __init__(self) -> None:
+        self.tokenizer = FakeTokenizer()
+        self.default_sampling_params: dict[str, Any] = {}
+        self.requests: list[tuple[str, SamplingParams, int, str]] = []
+        self.error: Exception | None = None
+        """Raised before the first output."""
+        self.error_after: tuple[int, Exception] | None = None
+        """Raised after so many outputs."""
+        self.finish_reason: str | None = None
+        """Instead of the natural one."""
+        self.is_endless = False
+        self.is_silent = False
+        """Never yields, as if the request waited."""
+        self.begun = threading.Event()
+        self.aborted = threading.Event()
+        self.num_running = 0
+        self.is_dead = False
+        self.has_used_blocks = False
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> AsyncGenerator[RequestOutput, None]:
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        self.requests.append((request_id, params, priority, cache_salt))
+        self._check(ids)
+        self.num_running += 1
+        self.begun.set()
+        is_complete = False
+        try:
+            if self.is_silent:
+                await asyncio.Event().wait()
+            for step in range(1, 10**9):
+                if self.error_after is not None and step > self.error_after[0]:
+                    raise self.error_after[1]
+                output = self._output(request_id, ids, params, step)
+                is_complete = output.finished
+                yield output
+                if is_complete:
+                    return
+                await asyncio.sleep(0)
+        finally:
+            self.num_running -= 1
+            if not is_complete:
+                self.aborted.set()
+
+    def _check(self, ids: list[int]) -> None:
+        if self.error is not None:
+            raise self.error
+        if not ids:
+            raise RequestError("prompt is empty", param="prompt")
+        if len(ids) >= self.max_model_len:
+            raise ContextLengthError(f"prompt has {len(ids)} tokens, limit {self.max_model_len}")
+        if max(ids) >= self.vocab_size:
+            raise RequestError(f"token id {max(ids)} is out of range", param="prompt")
+
+    def _output(
+        self, request_id: str, ids: list[int], params: SamplingParams, step: int
+    ) -> RequestOutput:
+        limit = params.max_tokens or self.max_model_len - len(ids)
+        end = limit if params.ignore_eos else min(limit, NATURAL_LENGTH)
+        finished = step >= end and not self.is_endless
+        reason = ("length" if end == limit else "stop") if finished else None
+        outputs = []
+        for index in range(params.n):
+            tokens = [97 + (sum(ids) + index + i) % 26 for i in range(step)]
+            logprobs = None
+            if params.logprobs is not None:
+                logprobs = [_position(token, params.logprobs) for token in tokens]
+            outputs.append(
+                CompletionOutput(
+                    index=index,
+                    text=self.tokenizer.decode(tokens),
+                    token_ids=tokens,
+                    logprobs=logprobs,
+                    finish_reason=self.finish_reason if finished and self.finish_reason else reason,
+                )
+            )
+        prompt_logprobs: list[PositionLogprobs | None] | None = None
+        if params.prompt_logprobs is not None:
+            prompt_logprobs = [None, *(_position(t, params.prompt_logprobs) for t in ids[1:])]
+        return RequestOutput(
+            request_id=request_id,
+            prompt=None,
+            prompt_token_ids=ids,
+            outputs=outputs,
+            finished=finished,
+            prompt_logprobs=prompt_logprobs,
+            num_cached_tokens=min(16, len(ids) - 1),
+            metrics=RequestMetrics(),
+        )
+
+    async def start(self) -> None:
+        """Nothing to load."""
+
+    async def close(self) -> None:
+        """Nothing to end."""
+
+    async def abort(self, request_id: str) -> None:
+        raise AssertionError("the server closes the iterator instead")
+
+    async def reset_prefix_cache(self) -> bool:
+        return not self.has_used_blocks
+
+    async def check_health(self) -> None:
+        if self.is_dead:
+            raise EngineDeadError("the engine process ended with code 9")
+
+    async def stats(self) -> EngineStats:
+        await self.check_health()
+        return EngineStats(num_running=self.num_running, num_blocks=8, num_used_blocks=2)
+
+
+def _position(token: int, num_top: int) -> PositionLogprobs:
+    drawn = Logprob(token_id=token, logprob=-0.5, rank=1, decoded_token=chr(token))
+    # The least likely one is impossible: JSON has no infinity.
+    others = [Logprob(token_id=token + i, logprob=-float(i)) for i in range(num_top - 1)]
+    last = [Logprob(token_id=65, logprob=-float("inf"))] if num_top else []
+    return (drawn, *others, *last)
