@@ -42,7 +42,7 @@ bench: $(VENV)/.installed-dev
 
 # docs/cli.md from the options; a test fails when it is out of date.
 docs: $(VENV)/.installed
-	$(BIN)/python docs/make_cli.py
+	$(BIN)/python -m docs.make_cli
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,88 @@
+"""Writes docs/cli.md from the options of the commands. Run by `make docs`, checked by a test."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from octavo.cli import build_parser
+from octavo.cli.options import options_of
+from octavo.config import EngineConfig, ServerConfig
+
+HEAD = """# The command line
+
+Made by `make docs` from `octavo/config.py` and the commands; do not edit by hand.
+
+| command | what it does |
+| --- | --- |
+"""
+
+
+def table(config: type[EngineConfig] | type[ServerConfig]) -> str:
+    """Returns a Markdown table of a config's options."""
+    rows = ["| option | value | default | meaning |", "| --- | --- | --- | --- |"]
+    for option in options_of(config):
+        value = option.shown_value.strip("{}").replace(",", ", ")
+        rows.append(f"| `{option.flag}` | {value} | {option.shown_default} | {option.help} |")
+    return "\n".join(rows)
+
+
+def own_options(parser: argparse.ArgumentParser) -> str:
+    """Returns the options of a command that are not the engine's or the server's."""
+    shared = {
+        option.field for config in (EngineConfig, ServerConfig) for option in options_of(config)
+    }
+    rows = []
+    for action in parser._actions:
+        name = ", ".join(action.option_strings) or str(action.metavar)
+        if action.dest in shared | {"help", "model"} and action.dest != "api_key":
+            continue
+        help = (action.help or "").replace("%(default)s", str(action.default))
+        rows.append(f"| `{name}` | {help} |")
+    return "\n".join(["| option | meaning |", "| --- | --- |", *rows]) if rows else ""
+
+
+def _sentence(text: str | None) -> str:
+    return (text or "")[:1].upper() + (text or "")[1:]
+
+
+def commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Returns the sub-commands of a parser by name."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return dict(action.choices)
+    return {}
+
+
+def render() -> str:
+    """Returns the whole page."""
+    found = commands(build_parser())
+    text = HEAD + "\n".join(f"| `octavo {name}` | {p.description} |" for name, p in found.items())
+    text += (
+        "\n\nMODEL is a Hugging Face id, a local folder, a `.gguf` file, `demo` or `demo-moe`.\n"
+    )
+    for name, parser in found.items():
+        inner = commands(parser)
+        pages = inner and {f"{name} {key}": value for key, value in inner.items()}
+        for title, page in (pages or {name: parser}).items():
+            options = own_options(page) if title != "serve" else ""
+            if options:
+                text += f"\n## octavo {title}\n\n{_sentence(page.description)}.\n\n{options}\n"
+    text += (
+        "\n## Engine options\n\nOf `serve`, `chat MODEL`, `plan` and the offline benchmarks; also"
+    )
+    text += " the fields of `LLM(...)`.\n`--enable-prefix-caching` and `--no-enable-prefix-caching`"
+    text += " are `--prefix-caching on` and `off`;\n`--kv-cache-memory` is"
+    text += " `--kv-cache-memory-bytes`. A SIZE is like 4096, 512MiB or 4GiB.\n\n"
+    return (
+        text
+        + f"{table(EngineConfig)}\n\n## Server options\n\nOf `serve`.\n\n{table(ServerConfig)}\n"
+    )
+
+
+if __name__ == "__main__":
+    if "--stdout" in sys.argv:
+        print(render(), end="")
+    else:
+        Path(__file__).with_name("cli.md").write_text(render(), encoding="utf-8")

@@ -1,0 +1,117 @@
+"""A stand-in for an OpenAI-compatible server, so that clients are tested without an engine."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+
+@dataclass
+class FakeServer:
+    """Streams as many pieces as `max_tokens` says; refuses what `refusals` maps a prompt to."""
+
+    url: str = ""
+    key: str = ""
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    refuse: str | None = None
+
+
+class _Handler(BaseHTTPRequestHandler):
+    fake: FakeServer
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if self.fake.key and self.headers.get("Authorization") != f"Bearer {self.fake.key}":
+            return self._json(401, {"error": {"message": "the API key is wrong"}})
+        return self._json(200, {"data": [{"id": "fake-model"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.fake.bodies.append(body)
+        if self.fake.refuse is not None:
+            return self._json(400, {"error": {"message": self.fake.refuse}})
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        count = body.get("max_tokens", 3)
+        for index in range(count):
+            piece = f"w{index} "
+            choice = (
+                {"index": 0, "delta": {"content": piece}}
+                if "messages" in body
+                else {"index": 0, "text": piece}
+            )
+            self._event({"choices": [choice]})
+        prompt = body.get("prompt", [])
+        usage = {
+            "prompt_tokens": len(prompt),
+            "completion_tokens": count,
+            "prompt_tokens_details": {"cached_tokens": 1},
+        }
+        self._event({"choices": [], "usage": usage})
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def _event(self, event: dict[str, Any]) -> None:
+        self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+
+    def _json(self, status: int, value: dict[str, Any]) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def fake_server() -> Iterator[FakeServer]:
+    fake = FakeServer()
+    handler = type("Handler", (_Handler,), {"fake": fake})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = False
+    fake.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield fake
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+TINY_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "float32",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "eos_token_id": 1,
+}
+
+
+@pytest.fixture
+def tiny_config() -> dict[str, Any]:
+    return dict(TINY_CONFIG)
+
+
+@pytest.fixture
+def tiny_model(tmp_path: Any) -> str:
+    """A folder with nothing but a config: enough for plans and for dummy weights."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(TINY_CONFIG))
+    return str(folder)

@@ -1,0 +1,76 @@
+"""The command line as a whole: help, errors in one line, suggestions."""
+
+from __future__ import annotations
+
+import pytest
+
+from octavo.cli import COMMANDS, main
+
+
+@pytest.mark.parametrize("command", ["serve", "chat", "bench", "plan", "demo"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"octavo {command}" in capsys.readouterr().out
+    assert len(COMMANDS) == 5
+
+
+def fail(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Runs a command line that must be refused; returns its one line."""
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_a_misspelt_option_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]):
+    error = fail(["serve", "m", "--max-modl-len", "5"], capsys)
+    assert "did you mean --max-model-len?" in error
+
+
+def test_underscores_are_answered_with_the_real_spelling(capsys: pytest.CaptureFixture[str]):
+    assert "did you mean --max-num-seqs?" in fail(["plan", "m", "--max_num_seqs=5"], capsys)
+
+
+def test_an_option_of_a_nested_command_is_known_to_the_suggestion(
+    capsys: pytest.CaptureFixture[str],
+):
+    error = fail(["bench", "latency", "m", "--batch-sise", "2"], capsys)
+    assert error.startswith("octavo bench latency: error: ")
+    assert "did you mean --batch-size?" in error
+
+
+def test_abbreviated_options_are_refused(capsys: pytest.CaptureFixture[str]):
+    fail(["serve", "m", "--max-model", "5"], capsys)
+
+
+def test_an_unknown_command_lists_the_known(capsys: pytest.CaptureFixture[str]):
+    assert "serve" in fail(["serv"], capsys)
+
+
+def test_a_missing_model_is_named(capsys: pytest.CaptureFixture[str]):
+    assert "MODEL" in fail(["serve"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["serve", "m", "--dtype", "bf16"], "--dtype 'bf16' is unknown; use auto, float32"),
+        (["serve", "m", "--port", "70000"], "port must be in 0..65535, got 70000"),
+        (["plan", "m", "--gpu-memory-utilization", "1.5"], "at most 1, got 1.5"),
+        (["plan", "m", "--max-num-seqs", "0"], "max_num_seqs must be"),
+        (["plan", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["chat", "m", "--url", "http://127.0.0.1:1"], "either MODEL or --url"),
+    ],
+)
+def test_our_own_errors_are_one_line_and_code_two(
+    argv: list[str], words: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"octavo {argv[0]}: error: ")
+    assert words in error
+    assert "Traceback" not in error

@@ -1,0 +1,51 @@
+"""The list of options is pinned: a new one is a decision, not an accident."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from octavo.cli.options import options_of
+from octavo.config import EngineConfig, ServerConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+ENGINE_OPTIONS = """
+--tokenizer --revision --download-dir --dtype --load-format --quantization --max-model-len
+--max-num-seqs --max-num-batched-tokens --max-num-queued-requests --block-size
+--gpu-memory-utilization --kv-cache-memory-bytes --kv-cache-dtype --prefix-caching
+--tensor-parallel-size --attention-backend --enforce-eager --device --num-threads --seed
+--chat-template --skip-tokenizer-init --poison-freed-blocks
+""".split()
+
+SERVER_OPTIONS = """
+--host --port --api-key --served-model-name --max-body-bytes --allowed-origins --log-format
+--log-level --shutdown-timeout
+""".split()
+
+
+def test_the_engine_has_these_options_and_no_others():
+    assert [option.flag for option in options_of(EngineConfig)] == ENGINE_OPTIONS
+
+
+def test_the_server_has_these_options_and_no_others():
+    assert [option.flag for option in options_of(ServerConfig)] == SERVER_OPTIONS
+
+
+def test_every_option_says_what_it_does():
+    for config in (EngineConfig, ServerConfig):
+        for option in options_of(config):
+            assert len(option.help) > 8, option.flag
+
+
+def test_the_docs_show_the_options_as_they_are():
+    made = subprocess.run(
+        [sys.executable, "-m", "docs.make_cli", "--stdout"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    shown = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert shown == made.stdout, "docs/cli.md is out of date: run make docs"
