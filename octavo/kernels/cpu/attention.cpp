@@ -10,10 +10,11 @@
 #include <algorithm>
 #include <cmath>
 #include <mutex>
+#include <type_traits>
 #include <vector>
 
 #include "product.h"
-#include "simd.h"
+#include "formats.h"
 
 namespace octavo {
 
@@ -23,10 +24,12 @@ constexpr int64_t kTile = 64, kSplit = 256;
 constexpr int64_t kRows = 64;  // query rows (queries x query heads of a kv head) of a work item
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
-// Consecutive queries of one sequence, for one kv head, over the splits [split_begin, split_end).
-// partial: the place of the state of an item of one split, to be merged with others; -1: none.
+// Consecutive queries of one sequence, for some kv heads, over splits [split_begin, split_end).
+// partial: the place of the states of an item of one split, to be merged with others; -1: none.
 struct Item {
-  int64_t sequence, kv_head, query_begin, query_end, split_begin, split_end, partial;
+  int64_t sequence, head_begin, head_end, query_begin, query_end, split_begin, split_end, partial;
+
+  int64_t queries() const { return query_end - query_begin; }
 };
 
 // Running softmax of some rows: their maximum, sum of exponentials and weighted values.
@@ -52,25 +55,63 @@ struct Job {
 
 State state_at(float* base, int64_t rows) { return {base, base + rows, base + 2 * rows}; }
 
-// The tokens [begin, end) of a tile, as rows of float32: in place if possible, else converted.
-void gather(const Job& job, const uint8_t* pages, int64_t page_stride, const Item& item,
-            int64_t begin, int64_t end, float* converted, const float** rows) {
+// Keys or values of one layer as one sequence sees them: where tokens' vectors lie.
+struct Tokens {
+  int64_t head, begin, count;
+};
+struct Pages {
+  const uint8_t* base;
+  int64_t block_stride, block_size, token_stride, vector_bytes;
+  const int32_t* table;
+
+  const uint8_t* at(const Tokens& tokens, int64_t i) const {
+    const int64_t token = tokens.begin + i;
+    return base + table[token / block_size] * block_stride + token % block_size * token_stride +
+           tokens.head * vector_bytes;
+  }
+};
+
+Pages pages_of(const Job& job, const Item& item, bool keys) {
   const KVLayer& layer = job.layer;
-  const int64_t size = layer.head_size, bytes = layer.format == F32 ? 4 : 2;
-  const int32_t* table = job.batch.block_table + item.sequence * job.batch.table_stride;
-  for (int64_t at = begin; at < end; ++at) {
-    const int64_t block = table[at / layer.block_size], offset = at % layer.block_size;
-    const uint8_t* from = pages + block * page_stride +
-                          (offset * layer.kv_heads + item.kv_head) * size * bytes;
-    if (layer.format == F32 && size == job.padded) {
-      rows[at - begin] = reinterpret_cast<const float*>(from);
+  const int64_t vector_bytes = layer.head_size * (layer.format == F32 ? 4 : 2);
+  return {keys ? layer.key : layer.value, keys ? layer.key_stride : layer.value_stride,
+          layer.block_size, layer.kv_heads * vector_bytes, vector_bytes,
+          job.batch.block_table + item.sequence * job.batch.table_stride};
+}
+
+// The vectors of one head of tokens [begin, end) as float32 of `padded` elements, in place if
+// possible. Asks for those of `next` tokens meanwhile: pages are too scattered for the hardware
+// to foresee.
+template <class F>
+void gather(const Pages& pages, const Tokens& now, const Tokens& next, int64_t size, int64_t padded,
+            float* converted, const float** rows) {
+  for (int64_t i = 0; i < now.count; ++i) {
+    if (i < next.count) {
+      const char* ahead = reinterpret_cast<const char*>(pages.at(next, i));
+      for (int64_t line = 0; line < pages.vector_bytes; line += 64) {
+        _mm_prefetch(ahead + line, _MM_HINT_T0);
+      }
+    }
+    const uint8_t* from = pages.at(now, i);
+    if (std::is_same_v<F, FormatF32> && size == padded) {
+      *rows++ = reinterpret_cast<const float*>(from);
       continue;
     }
-    float* to = converted + (at - begin) * job.padded;
-    const Matrix token = {from, 1, size, size * bytes, layer.format};
-    unpack_row(token, 0, to);
-    std::fill(to + size, to + job.padded, 0.0f);
-    rows[at - begin] = to;
+    int64_t k = 0;
+    for (; k + 8 <= size; k += 8) store(converted + k, F::eight(from, k));
+    if (k < size) store(converted + k, F::some(from, k, size - k));
+    *rows++ = converted;
+    converted += padded;
+  }
+}
+
+void gather_any(const Job& job, const Pages& pages, const Tokens& now, const Tokens& next,
+                float* converted, const float** rows) {
+  const int64_t size = job.layer.head_size, padded = job.padded;
+  switch (job.layer.format) {
+    case F32: return gather<FormatF32>(pages, now, next, size, padded, converted, rows);
+    case F16: return gather<FormatF16>(pages, now, next, size, padded, converted, rows);
+    case BF16: return gather<FormatBF16>(pages, now, next, size, padded, converted, rows);
   }
 }
 
@@ -126,23 +167,30 @@ void weigh_rows(const float* scores, const float* factors, const float* const* v
   for (; d < size; d += 8) weigh<M, 1>(scores, factors, v, d, count, values + d, size);
 }
 
-// Buffers of one work item, from the thread's scratch.
+// What one work item reads, and its buffers from the thread's scratch.
 struct Work {
-  float *q, *scores, *keys, *values, *factors;
-  State split, merged;
+  Pages key_pages, value_pages;
+  int64_t rows, state;                      // of one kv head: query rows, floats of a state
+  float *q, *states;                        // by kv head: rows, and the states of split and whole
+  float *scores, *keys, *values, *factors;  // of one tile
+
+  State split(int64_t head) const { return state_at(states + 2 * head * state, rows); }
+  State whole(int64_t head) const { return state_at(states + (2 * head + 1) * state, rows); }
 };
 
-// Folds the tile's tokens [begin, end), all seen by some query of the item, into the split's state.
-void fold_tile(const Job& job, const Item& item, int64_t rows, int64_t begin, int64_t end,
+// Folds the tile's tokens `now`, all seen by some query of the item, into the split's state.
+void fold_tile(const Job& job, const Item& item, const Tokens& now, const Tokens& next,
                const Work& work) {
-  const int64_t tile = begin / kTile * kTile, count = end - begin, padded = job.padded;
+  const int64_t begin = now.begin, end = begin + now.count, tile = begin / kTile * kTile;
+  const int64_t padded = job.padded, rows = work.rows, count = now.count;
+  const int64_t head = now.head - item.head_begin;
+  const State split = work.split(head);
   const float *k[kTile], *v[kTile], *q[kRows];
-  gather(job, job.layer.key, job.layer.key_stride, item, begin, end, work.keys, k);
-  gather(job, job.layer.value, job.layer.value_stride, item, begin, end, work.values, v);
+  gather_any(job, work.key_pages, now, next, work.keys, k);
   float* scores = work.scores + (begin - tile);
   for (int64_t r = 0; r < rows; r += kRows) {
     const int64_t some = std::min(kRows, rows - r);
-    for (int64_t i = 0; i < some; ++i) q[i] = work.q + (r + i) * padded;
+    for (int64_t i = 0; i < some; ++i) q[i] = work.q + (head * rows + r + i) * padded;
     dot_products(q, some, k, count, padded, scores + r * kTile, kTile);
   }
   for (int64_t r = 0; r < rows; ++r) {
@@ -152,14 +200,14 @@ void fold_tile(const Job& job, const Item& item, int64_t rows, int64_t begin, in
     float* row = work.scores + r * kTile;
     work.factors[r] = 1.0f;
     if (seen < seen_end) {
-      work.factors[r] = soften(row, seen - tile, seen_end - tile, work.split.best[r],
-                               work.split.total[r]);
+      work.factors[r] = soften(row, seen - tile, seen_end - tile, split.best[r], split.total[r]);
     } else {
       std::fill(row, row + kTile, 0.0f);
     }
   }
+  gather_any(job, work.value_pages, now, next, work.values, v);
   for (int64_t r = 0; r < rows; r += 4) {
-    float* values = work.split.values + r * padded;
+    float* values = split.values + r * padded;
     const float* factors = work.factors + r;
     const float* p = scores + r * kTile;
     switch (std::min<int64_t>(4, rows - r)) {
@@ -194,65 +242,86 @@ void merge(const State& into, const State& later, int64_t rows, int64_t padded) 
   }
 }
 
-void write_out(const Job& job, const Item& item, const State& state) {
-  const int64_t rows = (item.query_end - item.query_begin) * job.group;
-  const int64_t size = job.layer.head_size;
+void write_out(const Job& job, const Item& item, int64_t head, const State& state) {
+  const int64_t rows = item.queries() * job.group, size = job.layer.head_size;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t t = item.query_begin + r / job.group;
-    const int64_t head = item.kv_head * job.group + r % job.group;
-    float* to = job.out + (t * job.heads + head) * size;
+    float* to = job.out + (t * job.heads + head * job.group + r % job.group) * size;
     const float* from = state.values + r * job.padded;
     for (int64_t d = 0; d < size; ++d) to[d] = from[d] / state.total[r];
   }
 }
 
-void run_item(const Job& job, const Item& item, Scratch& scratch) {
-  const int64_t queries = item.query_end - item.query_begin, rows = queries * job.group;
-  const int64_t padded = job.padded, size = job.layer.head_size;
-  const int64_t state = job.state_floats(rows);
-  float* states = scratch.floats(4, 2 * state);
-  float* tiles = scratch.floats(5, 2 * kTile * padded);
-  Work work = {scratch.floats(2, rows * padded), scratch.floats(3, rows * kTile), tiles,
-               tiles + kTile * padded, scratch.floats(6, rows), state_at(states, rows),
-               state_at(states + state, rows)};
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t t = item.query_begin + r / job.group;
-    const int64_t head = item.kv_head * job.group + r % job.group;
-    const float* from = job.q + (t * job.heads + head) * size;
-    float* to = work.q + r * padded;
-    for (int64_t d = 0; d < padded; ++d) to[d] = d < size ? from[d] * job.scale : 0.0f;
-  }
-  const int64_t last = job.batch.positions[item.query_end - 1];
-  const int64_t first = job.first_seen(job.batch.positions[item.query_begin]);
-  clear(work.merged, rows, padded);
-  for (int64_t split = item.split_begin; split < item.split_end; ++split) {
-    clear(work.split, rows, padded);
-    const int64_t split_end = std::min((split + 1) * kSplit, last + 1);
-    int64_t begin = std::max(split * kSplit, first);
-    while (begin < split_end) {
-      const int64_t end = std::min((begin / kTile + 1) * kTile, split_end);
-      fold_tile(job, item, rows, begin, end, work);
-      begin = end;
-    }
-    if (item.partial < 0) {
-      merge(work.merged, work.split, rows, padded);
-    } else {
-      std::copy(states, states + state, job.partials + item.partial * job.partial_floats);
+void copy_queries(const Job& job, const Item& item, float* to) {
+  const int64_t rows = item.queries() * job.group, size = job.layer.head_size;
+  for (int64_t head = item.head_begin; head < item.head_end; ++head) {
+    for (int64_t r = 0; r < rows; ++r, to += job.padded) {
+      const int64_t t = item.query_begin + r / job.group;
+      const float* from = job.q + (t * job.heads + head * job.group + r % job.group) * size;
+      for (int64_t d = 0; d < size; ++d) to[d] = from[d] * job.scale;
+      std::fill(to + size, to + job.padded, 0.0f);
     }
   }
-  if (item.partial < 0) write_out(job, item, work.merged);
 }
 
-// The items of one sequence, in order of kv head and query; whole in their splits.
-void add_items(const Job& job, int64_t sequence, std::vector<Item>& items) {
+void run_item(const Job& job, const Item& item, Scratch& scratch) {
+  const int64_t rows = item.queries() * job.group, padded = job.padded;
+  const int64_t heads = item.head_end - item.head_begin, state = job.state_floats(rows);
+  float* tiles = scratch.floats(5, 2 * kTile * padded);
+  const Work work = {pages_of(job, item, true),
+                     pages_of(job, item, false),
+                     rows,
+                     state,
+                     scratch.floats(2, heads * rows * padded),
+                     scratch.floats(4, heads * 2 * state),
+                     scratch.floats(3, rows * kTile),
+                     tiles,
+                     tiles + kTile * padded,
+                     scratch.floats(6, rows)};
+  copy_queries(job, item, work.q);
+  for (int64_t h = 0; h < heads; ++h) clear(work.whole(h), rows, padded);
+  const int64_t last = job.batch.positions[item.query_end - 1];
+  const int64_t first = job.first_seen(job.batch.positions[item.query_begin]);
+  for (int64_t split = item.split_begin; split < item.split_end; ++split) {
+    for (int64_t h = 0; h < heads; ++h) clear(work.split(h), rows, padded);
+    const int64_t split_end = std::min((split + 1) * kSplit, last + 1);
+    int64_t begin = std::max(split * kSplit, first), count;
+    for (; begin < split_end; begin += count) {
+      count = std::min((begin / kTile + 1) * kTile, split_end) - begin;
+      for (int64_t head = item.head_begin; head < item.head_end; ++head) {
+        const int64_t after = begin + count;
+        const Tokens next = head + 1 < item.head_end
+                                ? Tokens{head + 1, begin, count}
+                                : Tokens{item.head_begin, after, std::min(kTile, last + 1 - after)};
+        fold_tile(job, item, {head, begin, count}, next, work);
+      }
+    }
+    for (int64_t h = 0; h < heads; ++h) {
+      if (item.partial < 0) {
+        merge(work.whole(h), work.split(h), rows, padded);
+      } else {
+        const float* from = work.states + 2 * h * state;
+        std::copy(from, from + state, job.partials + (item.partial + h) * job.partial_floats);
+      }
+    }
+  }
+  if (item.partial >= 0) return;
+  for (int64_t h = 0; h < heads; ++h) write_out(job, item, item.head_begin + h, work.whole(h));
+}
+
+// The items of one sequence, whole in their splits. Prompts: an item for every kv head and tile of
+// queries. Few queries: `wide` items of all kv heads, which read whole pages in order.
+void add_items(const Job& job, int64_t sequence, bool wide, std::vector<Item>& items) {
   const AttentionBatch& batch = job.batch;
   const int64_t tile = std::max<int64_t>(1, kRows / job.group);
   const int64_t begin = batch.query_starts[sequence], end = batch.query_starts[sequence + 1];
-  for (int64_t kv_head = 0; kv_head < job.layer.kv_heads; ++kv_head) {
+  const int64_t width = wide && (end - begin) * job.group <= kRows / 2 ? job.layer.kv_heads : 1;
+  for (int64_t head = 0; head < job.layer.kv_heads; head += width) {
     for (int64_t t = begin; t < end; t += tile) {
       const int64_t stop = std::min(t + tile, end);
       const int64_t from = job.first_seen(batch.positions[t]) / kSplit;
-      items.push_back({sequence, kv_head, t, stop, from, batch.positions[stop - 1] / kSplit + 1, -1});
+      const int64_t split_end = batch.positions[stop - 1] / kSplit + 1;
+      items.push_back({sequence, head, head + width, t, stop, from, split_end, -1});
     }
   }
 }
@@ -283,34 +352,37 @@ bool is_valid(const Job& job) {
 void run_split(Pool* pool, Job job, const std::vector<Item>& whole) {
   std::vector<Item> items;
   std::vector<int64_t> starts;
-  int64_t most_rows = 0;
+  int64_t most_rows = 0, states = 0;
   for (const Item& item : whole) {
-    starts.push_back(static_cast<int64_t>(items.size()));
-    most_rows = std::max(most_rows, (item.query_end - item.query_begin) * job.group);
+    starts.push_back(states);
+    most_rows = std::max(most_rows, item.queries() * job.group);
     for (int64_t split = item.split_begin; split < item.split_end; ++split) {
       Item part = item;
       part.split_begin = split;
       part.split_end = split + 1;
-      part.partial = static_cast<int64_t>(items.size());
+      part.partial = states;
+      states += item.head_end - item.head_begin;
       items.push_back(part);
     }
   }
   job.partial_floats = job.state_floats(most_rows);
-  std::vector<float> partials(items.size() * job.partial_floats);
+  std::vector<float> partials(states * job.partial_floats);
   job.partials = partials.data();
   pool->run(static_cast<int64_t>(items.size()), 1,
             [&](int64_t i, Scratch& scratch) { run_item(job, items[i], scratch); });
+  std::vector<float> floats(job.partial_floats);
   for (size_t w = 0; w < whole.size(); ++w) {
     const Item& item = whole[w];
-    const int64_t rows = (item.query_end - item.query_begin) * job.group;
-    std::vector<float> floats(job.state_floats(rows));
+    const int64_t rows = item.queries() * job.group, heads = item.head_end - item.head_begin;
     const State merged = state_at(floats.data(), rows);
-    clear(merged, rows, job.padded);
-    for (int64_t i = 0; i < item.split_end - item.split_begin; ++i) {
-      float* part = partials.data() + (starts[w] + i) * job.partial_floats;
-      merge(merged, state_at(part, rows), rows, job.padded);
+    for (int64_t h = 0; h < heads; ++h) {
+      clear(merged, rows, job.padded);
+      for (int64_t i = 0; i < item.split_end - item.split_begin; ++i) {
+        float* part = partials.data() + (starts[w] + i * heads + h) * job.partial_floats;
+        merge(merged, state_at(part, rows), rows, job.padded);
+      }
+      write_out(job, item, item.head_begin + h, merged);
     }
-    write_out(job, item, merged);
   }
 }
 
@@ -326,7 +398,10 @@ OCTAVO_API int64_t octavo_attention(Pool* pool, const float* q, int64_t heads, c
                    padded, static_cast<float>(scale), nullptr, 0};
   if (!is_valid(job)) return BAD_INDEX;
   std::vector<Item> items;
-  for (int64_t s = 0; s < batch->sequences; ++s) add_items(job, s, items);
+  int64_t splits = 0;
+  for (int64_t s = 0; s < batch->sequences; ++s) splits += batch->seq_lens[s] / kSplit + 1;
+  const bool wide = splits >= 4 * pool->threads();
+  for (int64_t s = 0; s < batch->sequences; ++s) add_items(job, s, wide, items);
   const int64_t total = static_cast<int64_t>(items.size());
   int64_t most_splits = 0;
   for (const Item& item : items) {

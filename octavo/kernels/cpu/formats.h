@@ -14,30 +14,48 @@ inline float half_at(const uint8_t* p) {
   std::memcpy(&bits, p, 2);
   return _cvtsh_ss(bits);
 }
+// Two float16 numbers side by side, each in all lanes.
+inline void two_halves(const uint8_t* p, Lanes& first, Lanes& second) {
+  int bits;
+  std::memcpy(&bits, p, 4);
+  const __m128 pair = _mm_cvtph_ps(_mm_cvtsi32_si128(bits));
+  first = _mm256_broadcastss_ps(pair);
+  second = _mm256_broadcastss_ps(_mm_movehdup_ps(pair));
+}
 
-// 32 bytes or 2 x 16 bytes, widened: v[i] = scale * q + offset.
-inline void widen(__m128i low, __m128i high, Lanes scale, Lanes offset, Lanes v[4]) {
-  const __m128i parts[4] = {low, _mm_srli_si128(low, 8), high, _mm_srli_si128(high, 8)};
-  for (int i = 0; i < 4; ++i) {
-    v[i] = fma(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(parts[i])), scale, offset);
-  }
+using Ints = __m256i;  // eight int32
+
+inline __m128i load8(const uint8_t* p) {
+  return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
 }
-inline void widen_signed(__m128i low, __m128i high, Lanes scale, Lanes high_scale, Lanes v[4]) {
-  const __m128i parts[4] = {low, _mm_srli_si128(low, 8), high, _mm_srli_si128(high, 8)};
-  for (int i = 0; i < 4; ++i) {
-    const Lanes q = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(parts[i]));
-    v[i] = _mm256_mul_ps(q, i < 2 ? scale : high_scale);
-  }
+inline Ints bytes8(const uint8_t* p) { return _mm256_cvtepu8_epi32(load8(p)); }
+inline Ints signed8(const uint8_t* p) { return _mm256_cvtepi8_epi32(load8(p)); }
+inline Ints low_nibble(Ints v) { return _mm256_and_si256(v, _mm256_set1_epi32(15)); }
+inline Ints high_nibble(Ints v) { return _mm256_srli_epi32(v, 4); }
+inline Lanes scaled(Ints q, Lanes scale, Lanes offset) {
+  return fma(_mm256_cvtepi32_ps(q), scale, offset);
 }
-inline __m128i low_nibbles(__m128i v) { return _mm_and_si128(v, _mm_set1_epi8(15)); }
-inline __m128i high_nibbles(__m128i v) { return low_nibbles(_mm_srli_epi16(v, 4)); }
-// 16 where the bit of 16 consecutive bits is set, else 0.
-inline __m128i fifth_bits(uint16_t bits) {
-  const __m128i select = _mm_setr_epi8(1, 2, 4, 8, 16, 32, 64, -128, 1, 2, 4, 8, 16, 32, 64, -128);
-  const __m128i spread = _mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-  const __m128i bytes = _mm_shuffle_epi8(_mm_set1_epi16(static_cast<short>(bits)), spread);
-  const __m128i set = _mm_cmpeq_epi8(_mm_and_si128(bytes, select), select);
-  return _mm_and_si128(set, _mm_set1_epi8(16));
+// v = scale * q + offset; 16 bytes hold elements 0..15 in their low nibbles, 16..31 in the high.
+inline void nibbles(const uint8_t* p, Lanes scale, Lanes offset, Lanes v[4]) {
+  const Ints a = bytes8(p), b = bytes8(p + 8);
+  v[0] = scaled(low_nibble(a), scale, offset);
+  v[1] = scaled(low_nibble(b), scale, offset);
+  v[2] = scaled(high_nibble(a), scale, offset);
+  v[3] = scaled(high_nibble(b), scale, offset);
+}
+// The same with a fifth bit for each element, bit i of the 32 at `qh` for element i.
+inline void nibbles_and_bits(const uint8_t* qh, const uint8_t* p, Lanes scale, Lanes offset,
+                             Lanes v[4]) {
+  int bits;
+  std::memcpy(&bits, qh, 4);
+  const Ints a = bytes8(p), b = bytes8(p + 8);
+  const Ints q[4] = {low_nibble(a), low_nibble(b), high_nibble(a), high_nibble(b)};
+  const Ints lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  for (int i = 0; i < 4; ++i) {
+    const Ints moved = _mm256_srlv_epi32(_mm256_set1_epi32(bits >> 8 * i), lane);
+    const Ints fifth = _mm256_and_si256(_mm256_slli_epi32(moved, 4), _mm256_set1_epi32(16));
+    v[i] = scaled(_mm256_or_si256(q[i], fifth), scale, offset);
+  }
 }
 
 // Number formats: `eight` and `some` (fewer than eight) serve columns beyond the last 32.
@@ -75,7 +93,9 @@ struct FormatQ8_0 {
   static void group(const uint8_t* row, int64_t g, Lanes v[4]) {
     const uint8_t* p = row + 34 * g;
     const Lanes d = broadcast(half_at(p));
-    widen_signed(load16(p + 2), load16(p + 18), d, d, v);
+    for (int i = 0; i < 4; ++i) {
+      v[i] = _mm256_mul_ps(_mm256_cvtepi32_ps(signed8(p + 2 + 8 * i)), d);
+    }
   }
 };
 struct FormatQ4_0 {
@@ -83,41 +103,33 @@ struct FormatQ4_0 {
   static void group(const uint8_t* row, int64_t g, Lanes v[4]) {
     const uint8_t* p = row + 18 * g;
     const float d = half_at(p);
-    const __m128i q = load16(p + 2);
-    widen(low_nibbles(q), high_nibbles(q), broadcast(d), broadcast(-8 * d), v);
+    nibbles(p + 2, broadcast(d), broadcast(-8 * d), v);
   }
 };
 struct FormatQ4_1 {
   static constexpr bool kBlocks = true;
   static void group(const uint8_t* row, int64_t g, Lanes v[4]) {
     const uint8_t* p = row + 20 * g;
-    const __m128i q = load16(p + 4);
-    const Lanes d = broadcast(half_at(p)), m = broadcast(half_at(p + 2));
-    widen(low_nibbles(q), high_nibbles(q), d, m, v);
+    Lanes d, m;
+    two_halves(p, d, m);
+    nibbles(p + 4, d, m, v);
   }
 };
-
-inline void five_bits(const uint8_t* qh, const uint8_t* qs, Lanes scale, Lanes offset, Lanes v[4]) {
-  uint16_t bits[2];
-  std::memcpy(bits, qh, 4);
-  const __m128i q = load16(qs);
-  const __m128i low = _mm_or_si128(low_nibbles(q), fifth_bits(bits[0]));
-  const __m128i high = _mm_or_si128(high_nibbles(q), fifth_bits(bits[1]));
-  widen(low, high, scale, offset, v);
-}
 struct FormatQ5_0 {
   static constexpr bool kBlocks = true;
   static void group(const uint8_t* row, int64_t g, Lanes v[4]) {
     const uint8_t* p = row + 22 * g;
     const float d = half_at(p);
-    five_bits(p + 2, p + 6, broadcast(d), broadcast(-16 * d), v);
+    nibbles_and_bits(p + 2, p + 6, broadcast(d), broadcast(-16 * d), v);
   }
 };
 struct FormatQ5_1 {
   static constexpr bool kBlocks = true;
   static void group(const uint8_t* row, int64_t g, Lanes v[4]) {
     const uint8_t* p = row + 24 * g;
-    five_bits(p + 4, p + 8, broadcast(half_at(p)), broadcast(half_at(p + 2)), v);
+    Lanes d, m;
+    two_halves(p, d, m);
+    nibbles_and_bits(p + 4, p + 8, d, m, v);
   }
 };
 
@@ -142,51 +154,46 @@ struct FormatQ4_K {
     const uint8_t* q = p + 16 + 32 * (g % 8 / 2);
     Lanes scale, offset;
     k_scales(p, g % 8, scale, offset);
-    const __m128i a = load16(q), b = load16(q + 16);
-    if (g % 2 == 0) {
-      widen(low_nibbles(a), low_nibbles(b), scale, offset, v);
-    } else {
-      widen(high_nibbles(a), high_nibbles(b), scale, offset, v);
+    for (int i = 0; i < 4; ++i) {
+      const Ints both = bytes8(q + 8 * i);
+      v[i] = scaled(g % 2 ? high_nibble(both) : low_nibble(both), scale, offset);
     }
   }
 };
 struct FormatQ5_K {
   static constexpr bool kBlocks = true;
-  static __m128i fifth(const uint8_t* qh, int shift) {
-    const __m128i moved = _mm_srl_epi16(load16(qh), _mm_cvtsi32_si128(shift));
-    return _mm_slli_epi16(_mm_and_si128(moved, _mm_set1_epi8(1)), 4);
-  }
   static void group(const uint8_t* row, int64_t g, Lanes v[4]) {
     const uint8_t* p = row + 176 * (g / 8);
     const int sub = static_cast<int>(g % 8);
     const uint8_t *qh = p + 16, *q = p + 48 + 32 * (sub / 2);
+    const __m128i shift = _mm_cvtsi32_si128(sub);
     Lanes scale, offset;
     k_scales(p, sub, scale, offset);
-    __m128i a = load16(q), b = load16(q + 16);
-    a = sub % 2 ? high_nibbles(a) : low_nibbles(a);
-    b = sub % 2 ? high_nibbles(b) : low_nibbles(b);
-    widen(_mm_or_si128(a, fifth(qh, sub)), _mm_or_si128(b, fifth(qh + 16, sub)), scale, offset, v);
+    for (int i = 0; i < 4; ++i) {
+      const Ints both = bytes8(q + 8 * i), moved = _mm256_srl_epi32(bytes8(qh + 8 * i), shift);
+      const Ints fifth = _mm256_and_si256(_mm256_slli_epi32(moved, 4), _mm256_set1_epi32(16));
+      const Ints four = sub % 2 ? high_nibble(both) : low_nibble(both);
+      v[i] = scaled(_mm256_or_si256(four, fifth), scale, offset);
+    }
   }
 };
 struct FormatQ6_K {
   static constexpr bool kBlocks = true;
-  static __m128i high_bits(const uint8_t* qh, int shift) {
-    const __m128i moved = _mm_srl_epi16(load16(qh), _mm_cvtsi32_si128(shift));
-    return _mm_slli_epi16(_mm_and_si128(moved, _mm_set1_epi8(3)), 4);
-  }
   static void group(const uint8_t* row, int64_t g, Lanes v[4]) {
     const uint8_t* p = row + 210 * (g / 8);
     const int half = static_cast<int>(g % 8 / 4), sub = static_cast<int>(g % 4);
     const uint8_t *ql = p + 64 * half + 32 * (sub % 2), *qh = p + 128 + 32 * half;
     const int8_t* scales = reinterpret_cast<const int8_t*>(p + 192) + 8 * half + 2 * sub;
     const float d = half_at(p + 208);
-    __m128i a = load16(ql), b = load16(ql + 16);
-    a = sub >= 2 ? high_nibbles(a) : low_nibbles(a);
-    b = sub >= 2 ? high_nibbles(b) : low_nibbles(b);
-    const __m128i offset = _mm_set1_epi8(32);
-    a = _mm_sub_epi8(_mm_or_si128(a, high_bits(qh, 2 * sub)), offset);
-    b = _mm_sub_epi8(_mm_or_si128(b, high_bits(qh + 16, 2 * sub)), offset);
-    widen_signed(a, b, broadcast(d * scales[0]), broadcast(d * scales[1]), v);
+    const __m128i shift = _mm_cvtsi32_si128(2 * sub);
+    for (int i = 0; i < 4; ++i) {
+      const float scale = d * static_cast<float>(scales[i / 2]);
+      const Ints both = bytes8(ql + 8 * i), moved = _mm256_srl_epi32(bytes8(qh + 8 * i), shift);
+      const Ints high = _mm256_slli_epi32(_mm256_and_si256(moved, _mm256_set1_epi32(3)), 4);
+      const Ints four = sub >= 2 ? high_nibble(both) : low_nibble(both);
+      const Ints q = _mm256_sub_epi32(_mm256_or_si256(four, high), _mm256_set1_epi32(32));
+      v[i] = _mm256_mul_ps(_mm256_cvtepi32_ps(q), broadcast(scale));
+    }
   }
 };
 

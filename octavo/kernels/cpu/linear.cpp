@@ -169,7 +169,9 @@ OCTAVO_API int64_t octavo_moe(Pool* pool, const MoeArgs* args) {
     for (int64_t j = 0; j < a.top_k; ++j) {
       const float* part = a.parts + a.slots[t * a.top_k + j] * outer;
       const float weight = a.topk_weights[t * a.top_k + j];
-      for (int64_t m = 0; m < outer; ++m) to[m] = j == 0 ? part[m] * weight : to[m] + part[m] * weight;
+      for (int64_t m = 0; m < outer; ++m) {
+        to[m] = j == 0 ? part[m] * weight : to[m] + part[m] * weight;
+      }
     }
   });
   return OK;

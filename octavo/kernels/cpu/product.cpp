@@ -1,6 +1,7 @@
 #include "product.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "formats.h"
 
@@ -118,13 +119,26 @@ inline void span_tile(const float* const* x, const float* w, int64_t w_stride, c
   }
 }
 
+// What the next panel will read, asked for while this one is multiplied: `step` bytes a tile.
+struct Ahead {
+  const char *at, *end;
+  int64_t step;
+
+  void ask() {
+    for (const char* stop = std::min(at + step, end); at < stop; at += 64) {
+      _mm_prefetch(at, _MM_HINT_T1);
+    }
+  }
+};
+
 // All weight rows of a panel, for M tokens and one span.
 template <int M>
 void span_rows(const float* const* x, const float* panel, int64_t stride, int64_t count,
-               const Span& span, float* kept, float* out, int64_t out_stride) {
+               const Span& span, float* kept, float* out, int64_t out_stride, Ahead& ahead) {
   constexpr int N = M >= 4 ? 3 : 4;
   int64_t n = 0;
   for (; n + N <= count; n += N) {
+    ahead.ask();
     span_tile<M, N>(x, panel + n * stride, stride, span, kept + 8 * M * n, out + n, out_stride);
   }
   for (; n < count; ++n) {
@@ -134,7 +148,7 @@ void span_rows(const float* const* x, const float* panel, int64_t stride, int64_
 
 // Many tokens: the panel's rows are float32 already (`panel`, zero-padded to `stride`).
 void multiply_panel(const Rows& x, int64_t tokens, const float* panel, int64_t stride, int64_t cols,
-                    int64_t count, float* out, int64_t out_stride, Scratch& scratch) {
+                    int64_t count, float* out, int64_t out_stride, Ahead ahead, Scratch& scratch) {
   const int64_t spans = (cols + kSpan - 1) / kSpan;
   const int64_t width = round_up((cols + spans - 1) / spans, 8);
   float* kept = scratch.floats(1, 8 * kTokenBlock * kPanelRows);
@@ -149,11 +163,14 @@ void multiply_panel(const Rows& x, int64_t tokens, const float* panel, int64_t s
         for (int64_t m = 0; m < some; ++m) rows[m] = x.at(t + m);
         float* keep = kept + 8 * kPanelRows * (t - block);
         float* to = out + t * out_stride;
+        const auto rows_of = [&](auto m) {
+          span_rows<m>(rows, panel, stride, count, span, keep, to, out_stride, ahead);
+        };
         switch (some) {
-          case 4: span_rows<4>(rows, panel, stride, count, span, keep, to, out_stride); break;
-          case 3: span_rows<3>(rows, panel, stride, count, span, keep, to, out_stride); break;
-          case 2: span_rows<2>(rows, panel, stride, count, span, keep, to, out_stride); break;
-          case 1: span_rows<1>(rows, panel, stride, count, span, keep, to, out_stride); break;
+          case 4: rows_of(std::integral_constant<int, 4>{}); break;
+          case 3: rows_of(std::integral_constant<int, 3>{}); break;
+          case 2: rows_of(std::integral_constant<int, 2>{}); break;
+          case 1: rows_of(std::integral_constant<int, 1>{}); break;
         }
       }
     }
@@ -238,7 +255,10 @@ void product(const Rows& x, int64_t tokens, const Matrix& w, int64_t first, int6
       for (int64_t k = w.cols; k < stride; ++k) panel[n * stride + k] = 0.0f;
       unpack_row(w, first + n, panel + n * stride);
     }
-    multiply_panel(x, tokens, panel, stride, w.cols, count, out, out_stride, scratch);
+    const char* next = reinterpret_cast<const char*>(w.data + (first + count) * w.row_bytes);
+    const int64_t tiles = (tokens + 3) / 4 * ((count + 2) / 3), bytes = count * w.row_bytes;
+    const Ahead ahead = {next, next + bytes, round_up(bytes / tiles + 1, 64)};
+    multiply_panel(x, tokens, panel, stride, w.cols, count, out, out_stride, ahead, scratch);
     return;
   }
   const float* rows[kFewTokens];
