@@ -18,9 +18,16 @@ COMMAND = [sys.executable, "-c", "import sys; from octavo.cli import main; sys.e
 
 
 @pytest.fixture
-def serve(tiny_model: str) -> Iterator[subprocess.Popen[str]]:
-    argv = [*COMMAND, "serve", tiny_model, "--port=0", "--served-model-name=tiny", "--api-key=k"]
-    more = ["--load-format=dummy", "--skip-tokenizer-init", "--num-threads=1"]
+def serve(tiny_chat_model: str) -> Iterator[subprocess.Popen[str]]:
+    argv = [
+        *COMMAND,
+        "serve",
+        tiny_chat_model,
+        "--port=0",
+        "--served-model-name=tiny",
+        "--api-key=k",
+    ]
+    more = ["--load-format=dummy", "--num-threads=1"]
     process = subprocess.Popen(
         [*argv, *more, "--kv-cache-memory=16MiB"], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
