@@ -6,6 +6,7 @@ Owned by AsyncLLM, in whose event loop it lives. Never sees text.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import shutil
 import sys
@@ -170,7 +171,12 @@ class EngineClient:
 
     def _send(self, message: ToEngine) -> None:
         self.check_alive()
-        self._outbox.send(encode(message))
+        try:
+            self._outbox.send(encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            # The queue has no end, so this means that nobody is there: waiting would hold the
+            # event loop for ever, and with it the news of the death.
+            raise EngineDeadError("the engine process has ended") from None
 
     def add(self, request: Request) -> None:
         self._send(AddRequest(request))
@@ -202,7 +208,8 @@ class EngineClient:
         if process is None:
             return
         if process.returncode is None:
-            self._outbox.send(encode(Shutdown()))
+            with contextlib.suppress(zmq.Again):  # it is gone, or ends by itself
+                self._outbox.send(encode(Shutdown()), zmq.NOBLOCK)
             try:
                 await asyncio.wait_for(process.wait(), SHUTDOWN_SECONDS)
             except TimeoutError:
@@ -212,8 +219,6 @@ class EngineClient:
             await self._reader
         if self._context is not None:
             # By hand: the context does not know its shadow's socket, and would wait for it.
-            self._inbox.close(linger=0)
-            self._outbox.close(linger=0)
             self._outbox.close(linger=0)
             self._inbox.close(linger=0)
             self._context.term()
