@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -186,7 +185,11 @@ def test_another_salt_shares_nothing_and_a_request_can_opt_out(
     prompt = prompts_of((40,), seed=6)[0]
     with engine(mixtral, backend) as llm:
         llm.generate(prompt, greedy(1), use_tqdm=False, cache_salt="a")
-        for salt, more, cached in (("b", {}, 0), ("a", {"prefix_caching": "off"}, 0), ("a", {}, 32)):
+        for salt, more, cached in (
+            ("b", {}, 0),
+            ("a", {"prefix_caching": "off"}, 0),
+            ("a", {}, 32),
+        ):
             output = llm.generate(prompt, greedy(1, **more), use_tqdm=False, cache_salt=salt)[0]
             assert output.num_cached_tokens == cached
         assert llm.reset_prefix_cache()
@@ -199,7 +202,11 @@ def test_an_engine_without_prefix_caching_still_serves_a_request_that_wants_it(
 ) -> None:
     prompt = prompts_of((40,), seed=7)[0]
     with engine(mixtral, backend, prefix_caching="off") as llm:
-        for more, cached in (({}, 0), ({"prefix_caching": "on"}, 0), ({"prefix_caching": "on"}, 32)):
+        for more, cached in (
+            ({}, 0),
+            ({"prefix_caching": "on"}, 0),
+            ({"prefix_caching": "on"}, 32),
+        ):
             output = llm.generate(prompt, greedy(1, **more), use_tqdm=False)[0]
             assert output.num_cached_tokens == cached
 
