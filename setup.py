@@ -21,6 +21,7 @@ setup(
             # tiles round alike.
             extra_compile_args=[
                 "-O3",
+                "-g0",
                 "-std=c++17",
                 "-ffp-contract=off",
                 "-fno-math-errno",

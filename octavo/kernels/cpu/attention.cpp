@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "product.h"
-#include "formats.h"
+#include "tiles.h"
 
 namespace octavo {
 
@@ -63,12 +63,40 @@ struct Pages {
   const uint8_t* base;
   int64_t block_stride, block_size, token_stride, vector_bytes;
   const int32_t* table;
-
-  const uint8_t* at(const Tokens& tokens, int64_t i) const {
-    const int64_t token = tokens.begin + i;
-    return base + table[token / block_size] * block_stride + token % block_size * token_stride +
-           tokens.head * vector_bytes;
+};
+// Walks over consecutive tokens' vectors of one head (a division for every token would cost more
+// than the token's scores).
+class Walk {
+ public:
+  Walk(const Pages& pages, const Tokens& tokens)
+      : pages_(pages), head_(tokens.head * pages.vector_bytes), left_(tokens.count) {
+    column_ = tokens.begin / pages.block_size;
+    const int64_t offset = tokens.begin % pages.block_size;
+    if (left_ > 0) enter(offset);
   }
+  bool has_next() const { return left_ > 0; }
+  const uint8_t* next() {
+    const uint8_t* found = at_;
+    at_ += pages_.token_stride;
+    --left_;
+    if (--in_block_ == 0 && left_ > 0) {
+      ++column_;
+      enter(0);
+    }
+    return found;
+  }
+
+ private:
+  void enter(int64_t offset) {
+    at_ = pages_.base + pages_.table[column_] * pages_.block_stride + head_ +
+          offset * pages_.token_stride;
+    in_block_ = pages_.block_size - offset;
+  }
+
+  const Pages& pages_;
+  const int64_t head_;
+  int64_t left_, column_, in_block_ = 0;
+  const uint8_t* at_ = nullptr;
 };
 
 Pages pages_of(const Job& job, const Item& item, bool keys) {
@@ -79,39 +107,42 @@ Pages pages_of(const Job& job, const Item& item, bool keys) {
           job.batch.block_table + item.sequence * job.batch.table_stride};
 }
 
-// The vectors of one head of tokens [begin, end) as float32 of `padded` elements, in place if
-// possible. Asks for those of `next` tokens meanwhile: pages are too scattered for the hardware
-// to foresee.
+// Asks the memory for coming tokens: pages are too scattered for the hardware to foresee, and all
+// at once would be more than it takes.
+class Coming {
+ public:
+  Coming(const Pages& pages, const Tokens& tokens) : walk_(pages, tokens) {
+    lines_ = pages.vector_bytes;
+  }
+  void ask(int64_t vectors) {
+    for (; vectors > 0 && walk_.has_next(); --vectors) {
+      const char* from = reinterpret_cast<const char*>(walk_.next());
+      for (int64_t line = 0; line < lines_; line += 64) _mm_prefetch(from + line, _MM_HINT_T0);
+    }
+  }
+
+ private:
+  Walk walk_;
+  int64_t lines_;
+};
+
+// Replaces vectors by float32 copies of `padded` elements.
 template <class F>
-void gather(const Pages& pages, const Tokens& now, const Tokens& next, int64_t size, int64_t padded,
-            float* converted, const float** rows) {
-  for (int64_t i = 0; i < now.count; ++i) {
-    if (i < next.count) {
-      const char* ahead = reinterpret_cast<const char*>(pages.at(next, i));
-      for (int64_t line = 0; line < pages.vector_bytes; line += 64) {
-        _mm_prefetch(ahead + line, _MM_HINT_T0);
-      }
-    }
-    const uint8_t* from = pages.at(now, i);
-    if (std::is_same_v<F, FormatF32> && size == padded) {
-      *rows++ = reinterpret_cast<const float*>(from);
-      continue;
-    }
+void convert(const uint8_t** rows, int64_t count, int64_t size, int64_t padded, float* to) {
+  for (int64_t i = 0; i < count; ++i, to += padded) {
     int64_t k = 0;
-    for (; k + 8 <= size; k += 8) store(converted + k, F::eight(from, k));
-    if (k < size) store(converted + k, F::some(from, k, size - k));
-    *rows++ = converted;
-    converted += padded;
+    for (; k + 8 <= size; k += 8) store(to + k, F::eight(rows[i], k));
+    if (k < size) store(to + k, F::some(rows[i], k, size - k));
+    rows[i] = reinterpret_cast<const uint8_t*>(to);
   }
 }
 
-void gather_any(const Job& job, const Pages& pages, const Tokens& now, const Tokens& next,
-                float* converted, const float** rows) {
-  const int64_t size = job.layer.head_size, padded = job.padded;
-  switch (job.layer.format) {
-    case F32: return gather<FormatF32>(pages, now, next, size, padded, converted, rows);
-    case F16: return gather<FormatF16>(pages, now, next, size, padded, converted, rows);
-    case BF16: return gather<FormatBF16>(pages, now, next, size, padded, converted, rows);
+template <class Use>
+void with_kv_format(int64_t format, const Use& use) {
+  switch (format) {
+    case F32: return use(FormatF32{});
+    case F16: return use(FormatF16{});
+    case BF16: return use(FormatBF16{});
   }
 }
 
@@ -136,62 +167,30 @@ float soften(float* scores, int64_t begin, int64_t end, float& best, float& tota
   return factor;
 }
 
-// values[m] = values[m] * factors[m] + sum over j of scores[m][j] * v[j], N lanes wide.
-template <int M, int N>
-inline void weigh(const float* scores, const float* factors, const float* const* v, int64_t offset,
-                  int64_t count, float* values, int64_t stride) {
-  Lanes acc[M][N];
-  for (int m = 0; m < M; ++m) {
-    for (int n = 0; n < N; ++n) {
-      acc[m][n] = _mm256_mul_ps(load(values + m * stride + 8 * n), broadcast(factors[m]));
-    }
-  }
-  for (int64_t j = 0; j < count; ++j) {
-    Lanes u[N];
-    for (int n = 0; n < N; ++n) u[n] = load(v[j] + offset + 8 * n);
-    for (int m = 0; m < M; ++m) {
-      const Lanes p = broadcast(scores[m * kTile + j]);
-      for (int n = 0; n < N; ++n) acc[m][n] = fma(p, u[n], acc[m][n]);
-    }
-  }
-  for (int m = 0; m < M; ++m) {
-    for (int n = 0; n < N; ++n) store(values + m * stride + 8 * n, acc[m][n]);
-  }
-}
-
-template <int M>
-void weigh_rows(const float* scores, const float* factors, const float* const* v, int64_t count,
-                float* values, int64_t size) {
-  int64_t d = 0;
-  for (; d + 16 <= size; d += 16) weigh<M, 2>(scores, factors, v, d, count, values + d, size);
-  for (; d < size; d += 8) weigh<M, 1>(scores, factors, v, d, count, values + d, size);
-}
-
 // What one work item reads, and its buffers from the thread's scratch.
 struct Work {
   Pages key_pages, value_pages;
   int64_t rows, state;                      // of one kv head: query rows, floats of a state
   float *q, *states;                        // by kv head: rows, and the states of split and whole
-  float *scores, *keys, *values, *factors;  // of one tile
+  float *scores, *copies, *factors;         // of one tile
 
   State split(int64_t head) const { return state_at(states + 2 * head * state, rows); }
   State whole(int64_t head) const { return state_at(states + (2 * head + 1) * state, rows); }
 };
 
-// Folds the tile's tokens `now`, all seen by some query of the item, into the split's state.
-void fold_tile(const Job& job, const Item& item, const Tokens& now, const Tokens& next,
-               const Work& work) {
+// Scores of all rows with one tile's tokens, softened; columns outside the tile's part become 0.
+template <class F>
+void score(const Job& job, const Item& item, const Tokens& now, const uint8_t* const* k,
+           Coming& coming, const Work& work) {
   const int64_t begin = now.begin, end = begin + now.count, tile = begin / kTile * kTile;
-  const int64_t padded = job.padded, rows = work.rows, count = now.count;
-  const int64_t head = now.head - item.head_begin;
+  const int64_t head = now.head - item.head_begin, rows = work.rows;
   const State split = work.split(head);
-  const float *k[kTile], *v[kTile], *q[kRows];
-  gather_any(job, work.key_pages, now, next, work.keys, k);
-  float* scores = work.scores + (begin - tile);
+  const float* q[kRows];
   for (int64_t r = 0; r < rows; r += kRows) {
     const int64_t some = std::min(kRows, rows - r);
-    for (int64_t i = 0; i < some; ++i) q[i] = work.q + (head * rows + r + i) * padded;
-    dot_products(q, some, k, count, padded, scores + r * kTile, kTile);
+    for (int64_t i = 0; i < some; ++i) q[i] = work.q + (head * rows + r + i) * job.padded;
+    float* to = work.scores + r * kTile + (begin - tile);
+    dot_products<F>(q, some, k, now.count, job.padded, to, kTile, coming);
   }
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t position = job.batch.positions[item.query_begin + r / job.group];
@@ -205,18 +204,49 @@ void fold_tile(const Job& job, const Item& item, const Tokens& now, const Tokens
       std::fill(row, row + kTile, 0.0f);
     }
   }
-  gather_any(job, work.value_pages, now, next, work.values, v);
-  for (int64_t r = 0; r < rows; r += 4) {
-    float* values = split.values + r * padded;
-    const float* factors = work.factors + r;
-    const float* p = scores + r * kTile;
-    switch (std::min<int64_t>(4, rows - r)) {
-      case 4: weigh_rows<4>(p, factors, v, count, values, padded); break;
-      case 3: weigh_rows<3>(p, factors, v, count, values, padded); break;
-      case 2: weigh_rows<2>(p, factors, v, count, values, padded); break;
-      case 1: weigh_rows<1>(p, factors, v, count, values, padded); break;
+}
+
+template <class F>
+void weigh(const Job& job, const Item& item, const Tokens& now, const uint8_t* const* v,
+           Coming& coming, const Work& work) {
+  const State split = work.split(now.head - item.head_begin);
+  const float* scores = work.scores + now.begin % kTile;
+  for (int64_t r = 0; r < work.rows; r += 4) {
+    const Weighing w = {scores + r * kTile, work.factors + r, kTile, v, now.count,
+                        split.values + r * job.padded, job.padded};
+    switch (work.rows - r) {
+      case 1: weigh_rows<F, 1>(w, coming); break;
+      case 2: weigh_rows<F, 2>(w, coming); break;
+      case 3: weigh_rows<F, 3>(w, coming); break;
+      default: weigh_rows<F, 4>(w, coming); break;
     }
   }
+}
+
+// Folds the tile's tokens `now`, all seen by some query of the item, into the split's state. Few
+// rows widen 16-bit vectors as they read them; many rows share float32 copies.
+void fold_tile(const Job& job, const Item& item, const Tokens& now, const Tokens& next,
+               const Work& work) {
+  const uint8_t *k[kTile], *v[kTile];
+  Walk keys(work.key_pages, now), values(work.value_pages, now);
+  for (int64_t i = 0; i < now.count; ++i) {
+    k[i] = keys.next();
+    v[i] = values.next();
+  }
+  Coming keys_ahead(work.key_pages, next), values_ahead(work.value_pages, next);
+  const int64_t size = job.layer.head_size, padded = job.padded;
+  with_kv_format(job.layer.format, [&](auto stored) {
+    using F = decltype(stored);
+    if (size == padded && (std::is_same_v<F, FormatF32> || work.rows <= 4)) {
+      score<F>(job, item, now, k, keys_ahead, work);
+      weigh<F>(job, item, now, v, values_ahead, work);
+      return;
+    }
+    convert<F>(k, now.count, size, padded, work.copies);
+    score<FormatF32>(job, item, now, k, keys_ahead, work);
+    convert<F>(v, now.count, size, padded, work.copies);
+    weigh<FormatF32>(job, item, now, v, values_ahead, work);
+  });
 }
 
 void clear(const State& state, int64_t rows, int64_t padded) {
@@ -267,7 +297,6 @@ void copy_queries(const Job& job, const Item& item, float* to) {
 void run_item(const Job& job, const Item& item, Scratch& scratch) {
   const int64_t rows = item.queries() * job.group, padded = job.padded;
   const int64_t heads = item.head_end - item.head_begin, state = job.state_floats(rows);
-  float* tiles = scratch.floats(5, 2 * kTile * padded);
   const Work work = {pages_of(job, item, true),
                      pages_of(job, item, false),
                      rows,
@@ -275,8 +304,7 @@ void run_item(const Job& job, const Item& item, Scratch& scratch) {
                      scratch.floats(2, heads * rows * padded),
                      scratch.floats(4, heads * 2 * state),
                      scratch.floats(3, rows * kTile),
-                     tiles,
-                     tiles + kTile * padded,
+                     scratch.floats(5, kTile * padded),
                      scratch.floats(6, rows)};
   copy_queries(job, item, work.q);
   for (int64_t h = 0; h < heads; ++h) clear(work.whole(h), rows, padded);

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "formats.h"
+#include "tiles.h"
 
 namespace octavo {
 
@@ -14,23 +14,6 @@ constexpr int64_t kSpan = 768;        // columns of a tile that stay in the firs
 constexpr int64_t kTokenBlock = 64;   // tokens whose unfinished sums are kept between spans
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// Writes M x N sums of lanes.
-template <int M, int N>
-inline void finish(const Lanes (&acc)[M][N], float* out, int64_t out_stride) {
-  for (int m = 0; m < M; ++m) {
-    float* row = out + m * out_stride;
-    if constexpr (N == 4) {
-      _mm_storeu_ps(row, sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]));
-    } else if constexpr (N == 3) {
-      const __m128 v = sum4(acc[m][0], acc[m][1], acc[m][2], acc[m][2]);
-      _mm_storel_pi(reinterpret_cast<__m64*>(row), v);
-      row[2] = _mm_cvtss_f32(_mm_movehl_ps(v, v));
-    } else {
-      for (int n = 0; n < N; ++n) row[n] = sum(acc[m][n]);
-    }
-  }
-}
 
 // Few tokens: N weight rows are read once from memory, for all M tokens.
 template <class F, int M, int N>
@@ -197,48 +180,7 @@ void unpack(const uint8_t* row, int64_t cols, float* out) {
   }
 }
 
-// One tile of dot products over contiguous float32 vectors at any addresses.
-template <int M, int N>
-inline void dot_tile(const float* const* x, const float* const* w, int64_t size, float* out,
-                     int64_t out_stride) {
-  Lanes acc[M][N];
-  for (int m = 0; m < M; ++m) {
-    for (int n = 0; n < N; ++n) acc[m][n] = zeros();
-  }
-  for (int64_t k = 0; k < size; k += 8) {
-    Lanes v[N];
-    for (int n = 0; n < N; ++n) v[n] = load(w[n] + k);
-    for (int m = 0; m < M; ++m) {
-      const Lanes u = load(x[m] + k);
-      for (int n = 0; n < N; ++n) acc[m][n] = fma(u, v[n], acc[m][n]);
-    }
-  }
-  finish<M, N>(acc, out, out_stride);
-}
-
-template <int M>
-void dot_rows(const float* const* x, const float* const* w, int64_t w_count, int64_t size,
-              float* out, int64_t out_stride) {
-  constexpr int N = M >= 4 ? 3 : 4;
-  int64_t n = 0;
-  for (; n + N <= w_count; n += N) dot_tile<M, N>(x, w + n, size, out + n, out_stride);
-  for (; n < w_count; ++n) dot_tile<M, 1>(x, w + n, size, out + n, out_stride);
-}
-
 }  // namespace
-
-void dot_products(const float* const* x, int64_t x_count, const float* const* w, int64_t w_count,
-                  int64_t size, float* out, int64_t out_stride) {
-  for (int64_t m = 0; m < x_count; m += 4) {
-    float* to = out + m * out_stride;
-    switch (std::min<int64_t>(4, x_count - m)) {
-      case 4: dot_rows<4>(x + m, w, w_count, size, to, out_stride); break;
-      case 3: dot_rows<3>(x + m, w, w_count, size, to, out_stride); break;
-      case 2: dot_rows<2>(x + m, w, w_count, size, to, out_stride); break;
-      case 1: dot_rows<1>(x + m, w, w_count, size, to, out_stride); break;
-    }
-  }
-}
 
 void unpack_row(const Matrix& w, int64_t index, float* out) {
   with_format(w.format, [&](auto format) {

@@ -26,10 +26,6 @@ constexpr int64_t kPanelRows = 24;
 void product(const Rows& x, int64_t tokens, const Matrix& w, int64_t first, int64_t count,
              float* out, int64_t out_stride, Scratch& scratch);
 
-// Dot products of float32 vectors of `size` (a multiple of 8) elements each; any pointers.
-void dot_products(const float* const* x, int64_t x_count, const float* const* w, int64_t w_count,
-                  int64_t size, float* out, int64_t out_stride);
-
 // Row `index` of a matrix as float32; `out` has room for cols.
 void unpack_row(const Matrix& w, int64_t index, float* out);
 
