@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
+import os
 import weakref
 from collections.abc import Sequence
 from ctypes import POINTER, c_char_p, c_double, c_int64, c_void_p
@@ -222,6 +223,12 @@ def _check(status: int, op: str) -> None:
         raise IndexError(f"{op}: a token id, position, slot, block or expert id is out of range")
 
 
+def _destroy(library: ctypes.CDLL, pool: int, creator: int) -> None:
+    # A forked child has the pool but not its threads: waiting for them would never end.
+    if os.getpid() == creator:
+        library.octavo_destroy(pool)
+
+
 class NativeOps:
     """The ops of `octavo.kernels.ops.Ops` on `num_threads` threads of their own."""
 
@@ -232,7 +239,7 @@ class NativeOps:
         self._library = _load()
         self._pool: int = self._library.octavo_create(max(1, num_threads))
         self._structs = _Descriptors()
-        weakref.finalize(self, self._library.octavo_destroy, self._pool)
+        weakref.finalize(self, _destroy, self._library, self._pool, os.getpid())
 
     @property
     def isa(self) -> str:

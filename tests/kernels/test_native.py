@@ -1,0 +1,80 @@
+"""What only the native back end has: a thread pool, cached descriptors, an instruction set."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from octavo.kernels.cpu.native import NativeOps
+from octavo.kernels.ops import Ops, Weight
+from tests.kernels.cases import floats, make_weight
+
+
+def test_python_threads_may_call_at_once(native: Ops, rng: np.random.Generator) -> None:
+    weights = [make_weight("bf16", 300, 128, rng) for _ in range(4)]
+    xs = [floats(rng, tokens, 128) for tokens in (1, 3, 9, 40)]
+    alone = [native.linear(x, (w,)) for x, w in zip(xs, weights, strict=True)]
+    with ThreadPoolExecutor(4) as executor:
+        for _ in range(50):
+            jobs = [
+                executor.submit(native.linear, x, (w,)) for x, w in zip(xs, weights, strict=True)
+            ]
+            found = [job.result() for job in jobs]
+            assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+
+
+def test_more_threads_than_cores_and_many_short_jobs_end(
+    native: Ops, rng: np.random.Generator
+) -> None:
+    weight, x = make_weight("f32", 600, 64, rng), floats(rng, 5, 64)
+    expected = native.linear(x, (weight,))
+    crowd = NativeOps(3 * (os.cpu_count() or 1))
+    assert all(torch.equal(crowd.linear(x, (weight,)), expected) for _ in range(200))
+
+
+def test_descriptors_go_with_their_weights(native: Ops, rng: np.random.Generator) -> None:
+    assert isinstance(native, NativeOps)
+    x = floats(rng, 1, 64)
+    kept = make_weight("f32", 8, 64, rng)
+
+    def use_a_weight() -> None:
+        values = make_weight("f32", 8, 64, rng)
+        short = Weight(data=values.data, format=values.format, rows=8, cols=64)
+        assert torch.equal(native.linear(x, (short, kept))[:, :8], native.linear(x, (values,)))
+
+    for _ in range(20):
+        use_a_weight()
+    native.linear(x, (kept,))
+    gc.collect()
+    assert len(native._structs._entries) == 1
+
+
+def test_a_forked_child_computes_and_ends() -> None:
+    code = """
+import os, torch
+from octavo.formats import WEIGHT_FORMATS
+from octavo.kernels.ops import Weight
+from octavo.kernels.registry import select_ops
+torch.set_num_threads(1)
+ops = select_ops("auto", 2)
+weight = Weight(data=torch.ones(200, 64), format=WEIGHT_FORMATS["f32"], rows=200, cols=64)
+ops.linear(torch.ones(2, 64), (weight,))
+child = os.fork()
+result = ops.linear(torch.ones(2, 64), (weight,))
+assert (result == 64).all()
+if child:
+    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    assert subprocess.run(command, timeout=60).returncode == 0
+
+
+def test_it_says_what_instructions_it_uses(native: Ops) -> None:
+    assert isinstance(native, NativeOps)
+    assert native.isa == "avx2 fma f16c"
