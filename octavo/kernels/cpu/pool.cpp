@@ -13,6 +13,7 @@ namespace octavo {
 namespace {
 
 constexpr auto kSpin = std::chrono::microseconds(80);
+constexpr int kPauses = 64;  // between two looks at the clock, or two yields; some 2 us
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -69,7 +70,11 @@ void Pool::dispatch(Call call, const void* context, int64_t count, int64_t grain
   }
   work(*scratch_[0]);
   state_.fetch_and(~kOpen, std::memory_order_acq_rel);
-  while (state_.load(std::memory_order_acquire) & kWorkers) relax();
+  // Where other processes keep the cores busy, the worker may wait for this very core: yield it.
+  for (int i = 1; state_.load(std::memory_order_acquire) & kWorkers; ++i) {
+    if (i % kPauses == 0) std::this_thread::yield();
+    relax();
+  }
 }
 
 void Pool::work(Scratch& scratch) {
@@ -104,7 +109,8 @@ void Pool::serve(int thread) {
       idle_since = std::chrono::steady_clock::now();
       continue;
     }
-    for (int i = 0; i < 64 && waiting(); ++i) relax();
+    for (int i = 0; i < kPauses && waiting(); ++i) relax();
+    std::this_thread::yield();
     if (!waiting() || std::chrono::steady_clock::now() - idle_since < kSpin) continue;
     std::unique_lock<std::mutex> lock(sleep_mutex_);
     sleepers_.fetch_add(1, std::memory_order_seq_cst);
