@@ -53,7 +53,7 @@ class LLM:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Raises ConfigError if the engine runs on token ids alone."""
+        """Raises RequestError if the engine runs on token ids alone."""
         return self._front_end.tokenizer
 
     def get_tokenizer(self) -> Tokenizer:

@@ -13,7 +13,7 @@ from octavo.config import EngineConfig
 from octavo.engine.input_processor import InputProcessor
 from octavo.engine.output_processor import OutputProcessor
 from octavo.engine.tokenizer import Tokenizer, eos_token_ids, load_tokenizer
-from octavo.errors import ConfigError
+from octavo.errors import RequestError
 from octavo.models.registry import read_spec
 from octavo.weights.hub import ModelFiles, resolve_model
 
@@ -43,11 +43,11 @@ class FrontEnd:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Raises ConfigError if the engine runs on token ids alone."""
+        """Raises RequestError if the engine runs on token ids alone."""
         if self._tokenizer is None:
-            raise ConfigError(
-                "skip_tokenizer_init is set: give token ids, or leave the option out",
-                field="skip_tokenizer_init",
+            raise RequestError(
+                "the engine runs without a tokenizer (skip_tokenizer_init): give token ids",
+                param="prompt",
             )
         return self._tokenizer
 

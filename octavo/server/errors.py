@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.errors import EngineDeadError, OctavoError, OverloadedError, RequestError
+
+logger = logging.getLogger(__name__)
 
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
@@ -67,6 +70,7 @@ def _describe(error: Exception) -> ApiError:
         return ApiError(503, str(error) or "the engine has ended", code="engine_dead")
     if isinstance(error, ClientDisconnectedError):
         return ApiError(499, "the client closed the connection", code="client_disconnected")
+    logger.error("a request ended with an internal error", exc_info=error)
     message = "an internal error; the server's log has the details"
     return ApiError(500, message, code="internal_error")
 

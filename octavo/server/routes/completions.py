@@ -22,7 +22,7 @@ from octavo.server.answers import (
     prompt_logprobs_of,
     usage_of,
 )
-from octavo.server.engine_client import ServerTokenizer
+from octavo.server.engine_client import Engine
 from octavo.server.errors import ApiError
 from octavo.server.generation import Call, encode_text, final_outputs, new_call, run_call
 from octavo.server.protocol.completions import CompletionRequest
@@ -101,10 +101,10 @@ async def _chunks(
 
 def _writers(state: ServerState, body: CompletionRequest, call: Call) -> list[list[_ChoiceWriter]]:
     """Returns one writer for each sequence of each prompt."""
-    tokenizer, n = state.engine.tokenizer, call.params.n
+    n = call.params.n
     given = body.prompts() if body.truncate_prompt_tokens is None else call.prompts
     return [
-        [_ChoiceWriter(body, tokenizer, i * n + j, prompt) for j in range(n)]
+        [_ChoiceWriter(body, state.engine, i * n + j, prompt) for j in range(n)]
         for i, prompt in enumerate(given)
     ]
 
@@ -115,12 +115,12 @@ class _ChoiceWriter:
     def __init__(
         self,
         body: CompletionRequest,
-        tokenizer: ServerTokenizer,
+        engine: Engine,
         index: int,
         prompt: str | list[int],
     ) -> None:
         self._body = body
-        self._tokenizer = tokenizer
+        self._engine = engine
         self._index = index
         self._prompt = prompt
         self._cursor = Cursor()
@@ -165,18 +165,18 @@ class _ChoiceWriter:
             if is_first:
                 choice["prompt_token_ids"] = output.prompt_token_ids
         if is_first and body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = prompt_logprobs_of(output, self._tokenizer)
+            choice["prompt_logprobs"] = prompt_logprobs_of(output, self._engine.tokenizer)
         return choice
 
     def _prompt_text(self) -> str:
         prompt = self._prompt
-        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
+        return prompt if isinstance(prompt, str) else self._engine.tokenizer.decode(prompt)
 
     def _logprobs(
         self, positions: list[PositionLogprobs | None], output: RequestOutput
     ) -> dict[str, Any]:
         result = completion_logprobs(
-            positions, output.prompt_token_ids, self._offset, self._tokenizer
+            positions, output.prompt_token_ids, self._offset, self._engine.tokenizer
         )
         if positions:
             self._offset = result["text_offset"][-1] + len(result["tokens"][-1])
