@@ -8,6 +8,7 @@ message that carries the reason.
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -124,6 +125,9 @@ def main(arguments_path: str, inbox_address: str, outbox_address: str) -> int:
     outbox.connect(outbox_address)
     try:
         core = load_core(arguments.config, arguments.files)
+        # What is loaded lives as long as the process: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
         outbox.send(encode(Ready(core.plan)))
         _Loop(core, inbox, outbox).run()
         core.close()

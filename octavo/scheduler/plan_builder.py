@@ -19,7 +19,7 @@ class PlanBuilder:
         self.samples: list[bool] = []
         self.prefilling: set[Sequence] = set()
         """Sequences whose prompt is being computed in this very step."""
-        self._rows: list[int] = []
+        self._rows: list[int | None] = []
         self._starts: list[int] = []
         self._lens: list[int] = []
         self._from_device: list[bool] = []
@@ -39,6 +39,19 @@ class PlanBuilder:
                 token_ids=np.array(sequence.token_ids, np.int32),
             )
         )
+
+    def add_next(self, sequence: Sequence) -> None:
+        """Computes the one token that the device sampled last: most rows of most steps."""
+        start = sequence.num_computed
+        self.sequences.append(sequence)
+        self._rows.append(sequence.row)
+        self._starts.append(start)
+        self._lens.append(1)
+        self._from_device.append(True)
+        self._token_ids.append(0)
+        self.samples.append(True)
+        sequence.num_computed = start + 1
+        sequence.num_pending += 1
 
     def add(self, sequence: Sequence, count: int) -> None:
         """Computes `count` more tokens of `sequence` and advances its counters."""

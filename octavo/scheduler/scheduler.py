@@ -64,6 +64,8 @@ class Scheduler:
         self._free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self._freed_rows: list[int] = []
         self._launched: dict[int, _Launched] = {}
+        self._has_prefills = False
+        """Whether a running sequence may have more than one token to compute."""
         self._next_order = 0
         self._next_step = 0
 
@@ -147,30 +149,40 @@ class Scheduler:
     def _schedule_running(self, builder: PlanBuilder) -> bool:
         """Gives every running sequence its tokens; returns whether one was preempted for it."""
         running = self.running
-        decodes = sum(len(s.token_ids) + s.num_pending - s.num_computed == 1 for s in running)
-        prefill_budget = self.limits.max_num_batched_tokens - decodes
-        was_preempted = False
+        prefill_budget = self.limits.max_num_batched_tokens - self._num_decodes()
+        self._has_prefills = was_preempted = False
         position = 0
         # The list shrinks from its end while it is walked: victims are the youngest.
         while position < len(running):
             sequence = running[position]
             position += 1
-            num_tokens = len(sequence.token_ids) + sequence.num_pending
-            if num_tokens >= sequence.max_len and sequence.num_pending:
+            num_pending = sequence.num_pending
+            num_tokens = len(sequence.token_ids) + num_pending
+            if num_pending and num_tokens >= sequence.max_len:
                 continue  # its last token is on its way
-            count = num_tokens - sequence.num_computed
+            start = sequence.num_computed
+            count = num_tokens - start
             if count != 1:
+                self._has_prefills = True
                 count = min(count, prefill_budget)
                 prefill_budget -= count
                 if count <= 0:
                     continue
-            end = sequence.num_computed + count
-            if end > sequence.kv.capacity:
-                was_preempted |= self._make_room(sequence, end)
+            if start + count > sequence.kv.capacity:
+                was_preempted |= self._make_room(sequence, start + count)
                 if sequence.row is None:
                     continue
-            builder.add(sequence, count)
+            if count == 1 and num_pending:
+                builder.add_next(sequence)
+            else:
+                builder.add(sequence, count)
         return was_preempted
+
+    def _num_decodes(self) -> int:
+        """Running sequences that compute one token; counted only while some compute more."""
+        if not self._has_prefills:
+            return len(self.running)
+        return sum(len(s.token_ids) + s.num_pending - s.num_computed == 1 for s in self.running)
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Allocates blocks for `num_tokens`, preempting the youngest while there are too few,
@@ -216,6 +228,7 @@ class Scheduler:
             del self.waiting[position]
             insort(self.running, sequence, key=_order)
             reserved += self._missing_blocks(sequence)
+            self._has_prefills = True
             builder.start_row(sequence)
             builder.add(sequence, count)
 
