@@ -26,6 +26,10 @@ Bool = NDArray[np.bool_]
 Float32 = NDArray[np.float32]
 
 
+NO_TOKEN = -1
+"""Sampled where a row's logits hold a NaN or nothing finite: the sequence ends with an error."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowStart:
     """A sequence that takes a row in this step (first time, or again after preemption)."""
@@ -103,7 +107,7 @@ class StepResult:
 
     step_id: int
     token_ids: Int32
-    """[number of sampling rows]"""
+    """[number of sampling rows] a token id, or NO_TOKEN"""
     logprobs: dict[int, TokenLogprobs]
     """By index into `token_ids`; only rows that asked."""
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]]

@@ -108,7 +108,8 @@ class ModelRunner:
         logits_NV = self.decoder.logits(hidden_TM[torch.from_numpy(inputs.last_tokens)])
         rows = inputs.sampling_rows
         sampled = self._sampler.sample(logits_NV, rows, inputs.output_indices)
-        self._batch.keep_sampled(rows, sampled.token_ids.numpy())
+        # A step that is under way already needs some input for a broken row: any token will do.
+        self._batch.keep_sampled(rows, sampled.token_ids.clamp(min=0).numpy())
         return sampled
 
     def _prompt_logprobs(

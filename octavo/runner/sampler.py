@@ -27,7 +27,7 @@ from torch import Tensor
 from octavo.errors import OctavoError
 from octavo.request import SamplingParams
 from octavo.runner.random import uniform
-from octavo.step import Float32, Int32, RowStart, TokenLogprobs
+from octavo.step import NO_TOKEN, Float32, Int32, RowStart, TokenLogprobs
 
 Ids = NDArray[np.int64]
 
@@ -67,8 +67,8 @@ class Sampler:
     def sample(self, logits_SV: Tensor, rows: Int32, output_indices: Int32) -> SampledTokens:
         """Returns one token per row of `logits_SV` (float32, on the CPU, left as it is).
 
-        `output_indices[i]` counts the outputs the sequence in `rows[i]` has so far. Raises
-        OctavoError naming the row if its logits hold a NaN or nothing finite.
+        `output_indices[i]` counts the outputs the sequence in `rows[i]` has so far. A row whose
+        logits hold a NaN or nothing finite gets NO_TOKEN, and its neighbours their tokens.
         """
         logits = logits_SV.numpy()
         if logits.shape != (len(rows), self._vocab_size):
@@ -83,14 +83,16 @@ class Sampler:
             for i in np.flatnonzero(is_plain):
                 token_ids[i] = logits[i].argmax()
         # argmax stops at a NaN, so the chosen logit tells.
-        for i in np.flatnonzero(~np.isfinite(logits[np.arange(len(rows)), token_ids]) & is_plain):
-            raise _not_finite(int(rows[i]))
+        chosen = logits[np.arange(len(rows)), token_ids]
+        token_ids[~np.isfinite(chosen) & is_plain] = NO_TOKEN
         logprobs: dict[int, TokenLogprobs] = {}
         for i in np.flatnonzero(~is_plain):
             state = self._rows[rows[i]]
             assert state is not None, f"row {rows[i]} was sampled but never started"
-            token = _choose(logits[i], state, int(output_indices[i]), int(rows[i]))
+            token = _choose(logits[i], state, int(output_indices[i]))
             token_ids[i] = token
+            if token == NO_TOKEN:
+                continue
             state.append(token)
             if state.params.logprobs is not None:
                 logprobs[int(i)] = _token_logprobs(logits[i], token, state.params.logprobs)
@@ -209,11 +211,11 @@ class _Counts:
         x_V[ids] = x
 
 
-def _choose(logits_V: Float32, state: _Row, output_index: int, row: int) -> int:
-    """Returns the next token of one row."""
+def _choose(logits_V: Float32, state: _Row, output_index: int) -> int:
+    """Returns the next token of one row, NO_TOKEN if its logits are broken."""
     best = int(logits_V.argmax())
     if not np.isfinite(logits_V[best]):
-        raise _not_finite(row)
+        return NO_TOKEN
     params = state.params
     x_V = _changed(logits_V, state, output_index)
     if params.is_greedy:
@@ -331,10 +333,3 @@ def _ids(token_ids: Sequence[int]) -> Ids:
 
 def _ends_with(tokens: list[int], tail: tuple[int, ...]) -> bool:
     return len(tokens) >= len(tail) and tuple(tokens[-len(tail) :]) == tail
-
-
-def _not_finite(row: int) -> OctavoError:
-    return OctavoError(
-        f"the logits of row {row} hold a NaN or have no finite maximum; the weights or the KV "
-        "cache of this sequence are broken"
-    )

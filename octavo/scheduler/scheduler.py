@@ -24,7 +24,9 @@ from octavo.scheduler.counters import SchedulerCounters
 from octavo.scheduler.finish import finish_reason, stop_reason, token_delta
 from octavo.scheduler.plan_builder import PlanBuilder
 from octavo.scheduler.sequence import Sequence
-from octavo.step import StepPlan, StepResult, TokenLogprobs
+from octavo.step import NO_TOKEN, StepPlan, StepResult, TokenLogprobs
+
+BROKEN_LOGITS = "the logits hold a NaN or nothing finite: the weights, or this KV, are broken"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -330,6 +332,9 @@ class Scheduler:
             if i in result.prompt_logprobs:
                 self._keep_prompt_logprobs(sequence, int(plan.starts[i]), result.prompt_logprobs[i])
             if is_sampling:
+                if token_ids[sample - 1] == NO_TOKEN:
+                    deltas.append(self._fail(sequence, BROKEN_LOGITS))
+                    continue
                 sequence.num_pending -= 1
                 sequence.token_ids.append(token_ids[sample - 1])
             is_block_full = step.computed[i] // block_size > sequence.kv.num_published
@@ -378,12 +383,12 @@ class Scheduler:
     def fail(self, plan: StepPlan, message: str) -> list[TokenDelta]:
         """A step raised: its sequences end with an error, all others go on."""
         step = self._launched.pop(plan.step_id)
-        deltas = []
-        for sequence in step.sequences:
-            if not sequence.is_finished:
-                self._finish(sequence)
-                deltas.append(token_delta(sequence, (), FinishReason.ERROR, stop=message))
-        return deltas
+        return [self._fail(s, message) for s in step.sequences if not s.is_finished]
+
+    def _fail(self, sequence: Sequence, message: str) -> TokenDelta:
+        """Ends one sequence with an error; nothing of its newest step is published."""
+        self._finish(sequence)
+        return token_delta(sequence, (), FinishReason.ERROR, stop=message)
 
     def _finish(self, sequence: Sequence) -> None:
         if sequence.is_finished:

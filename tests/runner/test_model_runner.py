@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from octavo.errors import OctavoError
 from octavo.kernels.ops import Ops
 from octavo.kernels.reference import ReferenceOps
 from octavo.models.decoder import Decoder
 from octavo.request import SamplingParams
 from octavo.runner.model_runner import PROMPT_TILE, ModelRunner
-from octavo.step import Runner, StepPlan
+from octavo.step import NO_TOKEN, Runner, StepPlan
 from tests.models.parity import assert_parity, load, prompts
 from tests.models.tiny import TinyModel, save_tiny
 from tests.runner.driver import GREEDY, Driver, Tracked
@@ -196,13 +195,13 @@ def test_a_failed_step_raises_at_collect_and_the_next_one_works(tiny: TinyModel)
     assert_parity(tiny, sequence)
 
 
-def test_a_token_that_reads_poisoned_memory_is_refused(decoder: Decoder) -> None:
+def test_a_token_that_reads_poisoned_memory_is_none(decoder: Decoder) -> None:
     with Driver(decoder) as driver:
         sequence = driver.add(prompt(decoder, 20))
         driver.step([(sequence, 20)])
         driver._freed_blocks.append(sequence.blocks[0][0])
-        with pytest.raises(OctavoError):
-            driver.decode([sequence], 1)
+        driver.decode([sequence], 1)
+    assert sequence.tokens[-1] == NO_TOKEN
 
 
 @pytest.mark.parametrize("kv_format", ["bfloat16", "float16"])

@@ -15,6 +15,7 @@ from octavo.kv_cache.prefix_index import prefix_root
 from octavo.kv_cache.spec import KVSpec, group_layers
 from octavo.request import FinishReason, Request, SamplingParams, TokenDelta
 from octavo.scheduler import Scheduler, SchedulerLimits
+from octavo.step import NO_TOKEN
 from tests.scheduler.paged_machine import PagedMachine, expected_tokens
 
 BLOCK = 4
@@ -273,6 +274,23 @@ def test_an_abort_speaks_only_of_sequences_that_still_run() -> None:
     engine.hear(engine.scheduler.abort("a"))
     assert len(engine.reasons) == 3
     engine.run()
+
+
+def test_broken_logits_end_their_sequence_alone_and_publish_nothing() -> None:
+    engine = Engine(budget=64)
+    engine.add("broken", list(range(24)), 6)
+    engine.add("sound", [40, 41, 42], 6)
+    plan = engine.scheduler.schedule()
+    assert plan is not None
+    result = engine.machine.launch(plan)
+    result.token_ids[0] = NO_TOKEN
+    engine.hear(engine.scheduler.commit(plan, result))
+    engine.scheduler.check()
+    assert engine.reasons == {("broken", 0): FinishReason.ERROR}
+    assert engine.manager.pool.num_cached == 0
+    engine.run()
+    assert engine.reasons["sound", 0] is FinishReason.LENGTH
+    assert engine.tokens["sound", 0] == expected_tokens([40, 41, 42], 0, 6, None)
 
 
 def test_recomputing_after_preemption_is_counted_apart_from_hits() -> None:
