@@ -60,7 +60,7 @@ def gate_up_rows(
     ACTIVATION: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """The places [first, end), at most ROWS, of one expert and BLOCK_N columns: `gate_up_kernel`."""
+    """`gate_up_kernel` at the places [first, end), at most ROWS, of one expert, BLOCK_N columns."""
     place = first + tl.arange(0, ROWS)
     is_row = place < end
     pair = place
