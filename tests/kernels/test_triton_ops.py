@@ -20,6 +20,8 @@ from octavo.kernels.triton.moe import Launch, MoePlan, plan_moe
 from octavo.kernels.triton.ops import TritonOps, stacked_view
 
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+if DEVICE == "cpu":
+    del TOLERANCES[torch.bfloat16]  # Triton 3.6's interpreter multiplies the bits of bf16.
 NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
@@ -164,8 +166,9 @@ def _plans() -> list[MoePlan]:
 @pytest.mark.parametrize("plan", _plans())
 def test_every_plan_of_a_moe_layer_is_right(rng: np.random.Generator, plan: MoePlan) -> None:
     experts = make_experts(rng, 4, 136, 72, torch.float16)
-    x = floats(rng, 150, 136).to(DEVICE, torch.float16)
-    weights, ids = routed(rng, 150, 4, 2)
+    tokens = 8 if plan.is_direct else 150
+    x = floats(rng, tokens, 136).to(DEVICE, torch.float16)
+    weights, ids = routed(rng, tokens, 4, 2)
     stacks = [stacked_view(w) for w in (experts.gate, experts.up, experts.down)]
     stacked = moe.StackedExperts(gate_EFM=stacks[0], up_EFM=stacks[1], down_EMF=stacks[2])
     found = moe.run_moe(x, weights, ids, stacked, "silu", plan)
