@@ -1,0 +1,474 @@
+"""Causal paged attention of a mixed step: tiles of queries here, single queries split over KV.
+
+Called by the Triton back end once a layer. Neither reads slots no query may see nor asks the
+device anything: grids are upper bounds, and programs without work leave at once.
+
+Which kernel computes a row depends on how many queries its own sequence has in this step: one
+(KV split by position), up to SHORT_QUERIES (tiles, KV split by length), or more (tiles, KV in one
+run). A row's bits are the same in any batch; among chunks of more than SHORT_QUERIES they are the
+same however a prompt is cut. `deterministic` sends every row the first way, so that any chunk,
+decode and recompute agree.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.kernels.ops import AttentionBatch, KVLayer
+from octavo.kernels.triton.attention_decode import (
+    LOG2_E,
+    check_query,
+    compute_dtype,
+    decode_attention,
+    make_partials,
+    merge_slots,
+)
+
+SHORT_QUERIES = 64
+"""Sequences with 2 to this many queries split their KV, to fill the chip."""
+SHORT_SPLITS = 8
+SHORTEST_SPLIT = 1024
+PARTIAL_TOKENS = 1024
+"""Tokens of short sequences that share one buffer of partial results."""
+
+DETERMINISTIC_TOKENS = 256
+"""Prompt tokens that share one buffer of partial results in the deterministic mode."""
+
+
+@triton.jit
+def attend_tiles(
+    acc,
+    m,
+    total,
+    q,
+    position,
+    key,
+    value,
+    table_row,
+    low,
+    start,
+    end,
+    stride_block,
+    stride_token,
+    scale_log2,
+    window,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    DELTA: tl.constexpr,
+    MASKED: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Adds positions [start, end) to the running softmax of q [BLOCK_M, BLOCK_D].
+
+    Without MASKED every row sees the whole range, a multiple of BLOCK_N. Masked or not, the same
+    operations run in the same order, and a tile a row sees nothing of leaves its bits alone.
+    DELTA: elements from a key to its value, where one address can serve both (0: it cannot).
+    """
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    if DELTA > 0:
+        value = key + DELTA
+    for tile in tl.range(start, end, BLOCK_N):
+        n = tile + offs_n
+        if MASKED:
+            live = (n < end) & (n >= low)
+            page = tl.load(table_row + n // P, mask=live, other=0).to(tl.int64)
+        else:
+            page = tl.load(table_row + n // P).to(tl.int64)
+        at = (page * stride_block + (n % P) * stride_token)[:, None] + offs_d[None, :]
+        if MASKED and D != BLOCK_D:
+            mask = live[:, None] & (offs_d < D)[None, :]
+            k = tl.load(key + at, mask=mask, other=0.0)
+            v = tl.load(value + at, mask=mask, other=0.0)
+        elif MASKED:
+            k = tl.load(key + at, mask=live[:, None], other=0.0)
+            v = tl.load(value + at, mask=live[:, None], other=0.0)
+        elif D != BLOCK_D:
+            k = tl.load(key + at, mask=(offs_d < D)[None, :], other=0.0)
+            v = tl.load(value + at, mask=(offs_d < D)[None, :], other=0.0)
+        else:
+            k = tl.load(key + at)
+            v = tl.load(value + at)
+        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+        if MASKED:
+            seen = live[None, :] & (n[None, :] <= position[:, None])
+            if HAS_WINDOW:
+                seen = seen & (n[None, :] > position[:, None] - window)
+            s = tl.where(seen, s, -float("inf"))
+        higher = tl.maximum(m, tl.max(s, 1) * scale_log2)
+        floor = tl.where(higher == -float("inf"), 0.0, higher)
+        p = tl.exp2(s * scale_log2 - floor[:, None])
+        shrink = tl.exp2(m - floor)
+        total = total * shrink + tl.sum(p, 1)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc, input_precision="ieee")
+        m = higher
+    return acc, m, total
+
+
+@triton.jit
+def _sequence_of(starts, num_sequences, index, DIVISOR: tl.constexpr):
+    """Returns the last s with starts[s] // DIVISOR + s <= index, or, DIVISOR 0, starts[s] <= index
+    (so that a sequence without queries is never found before the one behind it)."""
+    sequence = index * 0
+    beyond = sequence + num_sequences
+    while beyond - sequence > 1:
+        middle = (sequence + beyond) // 2
+        first = tl.load(starts + middle)
+        if DIVISOR > 0:
+            first = first // DIVISOR + middle
+        if first <= index:
+            sequence = middle
+        else:
+            beyond = middle
+    return sequence
+
+
+@triton.jit
+def _short_split(length, SPLITS: tl.constexpr, SHORTEST: tl.constexpr):
+    return tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), 128) * 128, SHORTEST)
+
+
+@triton.jit
+def _prefill_kernel(
+    q,
+    key,
+    value,
+    out,
+    partial_out,
+    partial_lse,
+    query_starts,
+    seq_lens,
+    block_table,
+    num_sequences,
+    first_token,
+    stride_block,
+    stride_table,
+    scale_log2,
+    window,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    DELTA: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SHORT: tl.constexpr,
+    SHORTEST: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out = softmax(scale q k^T + causal and window mask) v for one tile of queries.
+
+    A tile is BLOCK_M // PADDED_GROUP queries of one sequence times the GROUP = H // K heads of kv
+    head `program 0`: row r is query r // PADDED_GROUP, head r % PADDED_GROUP. q, out [T, H, D];
+    key, value [B, P, K, D] with `stride_block`. Program 1 counts tiles from the last (the longest)
+    to the first; sequence s owns those from query_starts[s] // queries + s on.
+    SPLITS 1: sequences with more than SHORT queries. Otherwise those with 2 to SHORT, whose rows
+    first_token + [0, TOKENS) leave split `program 2` in partial_out [TOKENS, H, SPLITS, D].
+    """
+    GROUP: tl.constexpr = H // K
+    QUERIES: tl.constexpr = BLOCK_M // PADDED_GROUP
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    sequence = _sequence_of(query_starts, num_sequences, tile, QUERIES)
+    first_row = tl.load(query_starts + sequence)
+    num_queries = tl.load(query_starts + sequence + 1) - first_row
+    first_query = (tile - (first_row // QUERIES + sequence)) * QUERIES
+    length = tl.load(seq_lens + sequence)
+    is_short = num_queries <= SHORT
+    if (first_query >= num_queries) | (num_queries < 2) | (is_short != (SPLITS > 1)):
+        return
+    computed = length - num_queries
+    kv_head = tl.program_id(0)
+    rows = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    query = first_query + rows // PADDED_GROUP
+    head = kv_head * GROUP + rows % PADDED_GROUP
+    live = (query < num_queries) & (rows % PADDED_GROUP < GROUP)
+    last_query = tl.minimum(first_query + QUERIES, num_queries) - 1
+    position = computed + tl.minimum(query, last_query)
+    start = first_query * 0
+    end = computed + last_query + 1
+    if SPLITS > 1:
+        size = _short_split(length, SPLITS, SHORTEST)
+        start = tl.program_id(2) * size
+        end = tl.minimum(end, start + size)
+        here = first_row + query - first_token
+        live = live & (here >= 0) & (here < TOKENS)
+        if (start >= end) | (first_row + first_query >= first_token + TOKENS):
+            return
+        if first_row + last_query < first_token:
+            return
+    at = ((first_row + query).to(tl.int64) * H + head)[:, None] * D + offs_d[None, :]
+    mask = live[:, None] & (offs_d < D)[None, :]
+    q_tile = tl.load(q + at, mask=mask, other=0.0)
+    low = first_query * 0
+    middle = tl.minimum(tl.maximum(computed + first_query + 1, start), end) // BLOCK_N * BLOCK_N
+    table_row = block_table + sequence.to(tl.int64) * stride_table
+    key += kv_head * D
+    value += kv_head * D
+    m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if HAS_WINDOW:
+        low = tl.maximum(computed + first_query - window + 1, 0)
+        middle = tl.maximum(start, low // BLOCK_N * BLOCK_N)
+    else:
+        acc, m, total = attend_tiles(
+            acc, m, total, q_tile, position, key, value, table_row, low, start, middle,
+            stride_block, K * D, scale_log2, window,
+            D, P, DELTA, False, HAS_WINDOW, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    acc, m, total = attend_tiles(
+        acc, m, total, q_tile, position, key, value, table_row, low, middle, end,
+        stride_block, K * D, scale_log2, window,
+        D, P, DELTA, True, HAS_WINDOW, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    total = tl.where(total > 0, total, 1.0)
+    acc = acc / total[:, None]
+    if SPLITS > 1:
+        is_partial = length > size
+        slot = (here.to(tl.int64) * H + head) * SPLITS + tl.program_id(2)
+        to = partial_out + slot[:, None] * D + offs_d[None, :]
+        tl.store(to, acc, mask=mask & is_partial)
+        tl.store(partial_lse + slot, m + tl.log2(total), mask=live & is_partial)
+        mask = mask & (length <= size)
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _merge_short_kernel(
+    out,
+    partial_out,
+    partial_lse,
+    query_starts,
+    seq_lens,
+    num_sequences,
+    first_token,
+    window,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SHORT: tl.constexpr,
+    SHORTEST: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out[t, h] = the row's splits weighted by 2^lse, for sequences with 2 to SHORT queries whose
+    length is more than one split. One program per (token, head)."""
+    here = tl.program_id(0)
+    t = first_token + here
+    sequence = _sequence_of(query_starts, num_sequences, t, 0)
+    first_row = tl.load(query_starts + sequence)
+    num_queries = tl.load(query_starts + sequence + 1) - first_row
+    length = tl.load(seq_lens + sequence)
+    size = _short_split(length, SPLITS, SHORTEST)
+    if (num_queries < 2) | (num_queries > SHORT) | (length <= size):
+        return
+    position = length - num_queries + t - first_row
+    low = position * 0
+    if HAS_WINDOW:
+        low = tl.maximum(position - window + 1, 0)
+    slot = (here.to(tl.int64) * H + tl.program_id(1)) * SPLITS + low // size
+    count = position // size + 1 - low // size
+    merged = merge_slots(partial_out, partial_lse, slot, count, D, SPLITS, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D)
+    at = (t.to(tl.int64) * H + tl.program_id(1)) * D + offs_d
+    tl.store(out + at, merged.to(out.dtype.element_ty), mask=offs_d < D)
+
+
+def prefill_shape(head_size: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """Returns (BLOCK_M, BLOCK_N, num_warps, num_stages) of the tile kernel."""
+    if dtype == torch.float32:
+        return (32, 32, 4, 1) if head_size > 128 else (64, 32, 4, 2)
+    if head_size <= 128:
+        return 128, 64, 4, 3
+    return 64, 64, 4, 2
+
+
+def value_delta(layer: KVLayer) -> int:
+    """Returns the elements from a key to its value where they are neighbours in the arena's page
+    (the values' alignment is then the keys'), else 0."""
+    page = layer.key[0].numel()
+    apart = layer.value.data_ptr() - layer.key.data_ptr()
+    return page if apart == page * layer.key.element_size() and page % 8 == 0 else 0
+
+
+def prefill_attention(
+    q_THD: Tensor,
+    layer: KVLayer,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None,
+    out: Tensor,
+    *,
+    short_tokens: int | None = None,
+    shape: tuple[int, int, int, int] | None = None,
+) -> None:
+    """Writes the rows of `out` [T, H * D] whose sequences have more than SHORT_QUERIES queries,
+    or, if `short_tokens` is given, those with 2 to SHORT_QUERIES among the first that many."""
+    stride_block = check_query(q_THD, layer, batch)
+    num_tokens, num_heads, head_size = q_THD.shape
+    block_size, num_kv_heads = layer.key.shape[1:3]
+    num_sequences = len(batch.seq_lens_S)
+    if num_tokens == 0 or num_sequences == 0:
+        return
+    dtype = compute_dtype(q_THD, layer)
+    block_m, block_n, num_warps, num_stages = shape or prefill_shape(head_size, dtype)
+    padded_group = triton.next_power_of_2(num_heads // num_kv_heads)
+    block_m = max(block_m, padded_group)
+    splits = 1 if short_tokens is None else SHORT_SPLITS
+    limit = num_tokens if short_tokens is None else min(short_tokens, num_tokens)
+    tiles = limit // (block_m // padded_group) + num_sequences
+    partials = make_partials(q_THD[:PARTIAL_TOKENS] if splits > 1 else q_THD[:0], splits)
+    q = q_THD.to(dtype)
+    common = {
+        "H": num_heads,
+        "D": head_size,
+        "HAS_WINDOW": window is not None,
+        "SPLITS": splits,
+        "SHORT": SHORT_QUERIES,
+        "SHORTEST": SHORTEST_SPLIT,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
+    }
+    for first_token in range(0, limit, PARTIAL_TOKENS if splits > 1 else limit):
+        _prefill_kernel[(num_kv_heads, tiles, splits)](
+            q,
+            layer.key,
+            layer.value,
+            out,
+            partials.out,
+            partials.lse,
+            batch.query_starts,
+            batch.seq_lens_S,
+            batch.block_table,
+            num_sequences,
+            first_token,
+            stride_block,
+            batch.block_table.stride(0),
+            scale * LOG2_E,
+            0 if window is None else window,
+            K=num_kv_heads,
+            P=block_size,
+            DELTA=value_delta(layer),
+            TOKENS=PARTIAL_TOKENS,
+            PADDED_GROUP=padded_group,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            **common,
+        )
+        if splits > 1:
+            _merge_short_kernel[(min(PARTIAL_TOKENS, limit - first_token), num_heads)](
+                out,
+                partials.out,
+                partials.lse,
+                batch.query_starts,
+                batch.seq_lens_S,
+                num_sequences,
+                first_token,
+                0 if window is None else window,
+                num_warps=2,
+                **common,
+            )
+
+
+def attention(
+    q_THD: Tensor,
+    layer: KVLayer,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None,
+    *,
+    max_query_len: int | None = None,
+    max_seq_len: int | None = None,
+    num_short_tokens: int | None = None,
+    deterministic: bool = False,
+) -> Tensor:
+    """Returns [T, H * D] in the dtype of q; see `Ops.attention`.
+
+    Bounds that the host knows save launches and room for partial results, and change no bit:
+    `max_query_len` (1 saves the tiles), `max_seq_len` (default: the block table's columns),
+    `num_short_tokens` (sequences of up to SHORT_QUERIES queries lie in the first so many rows).
+    A sequence of length 0 with one query (padding of a captured graph) gets zeros.
+    """
+    out = torch.empty_like(q_THD)
+    capacity = batch.block_table.shape[1] * layer.key.shape[1]
+    bound = capacity if max_seq_len is None else min(max_seq_len, capacity)
+    if deterministic and max_query_len != 1:
+        _every_row_as_decode(q_THD, layer, batch, scale, window, out, bound)
+        return out.flatten(1)
+    decode_attention(q_THD, layer, batch, scale, window, out, max_seq_len=bound)
+    tiles_attention(
+        q_THD,
+        layer,
+        batch,
+        scale,
+        window,
+        out,
+        max_query_len=max_query_len,
+        num_short_tokens=num_short_tokens,
+    )
+    return out.flatten(1)
+
+
+def tiles_attention(
+    q_THD: Tensor,
+    layer: KVLayer,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None,
+    out: Tensor,
+    *,
+    max_query_len: int | None,
+    num_short_tokens: int | None,
+) -> None:
+    """Writes the rows of `out` whose sequences have more than one query."""
+    longest = len(q_THD) if max_query_len is None else max_query_len
+    short = len(q_THD) if num_short_tokens is None else num_short_tokens
+    if longest > 1 and short > 1:
+        prefill_attention(q_THD, layer, batch, scale, window, out, short_tokens=short)
+    if longest > SHORT_QUERIES:
+        prefill_attention(q_THD, layer, batch, scale, window, out)
+
+
+def _every_row_as_decode(
+    q_THD: Tensor,
+    layer: KVLayer,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None,
+    out: Tensor,
+    max_seq_len: int,
+) -> None:
+    num_tokens = len(q_THD)
+    tokens = torch.arange(num_tokens, dtype=torch.int32, device=q_THD.device)
+    sequences = torch.searchsorted(batch.query_starts[1:], tokens, right=True, out_int32=True)
+    for start in range(0, num_tokens, DETERMINISTIC_TOKENS):
+        rows = slice(start, start + DETERMINISTIC_TOKENS)
+        part = AttentionBatch(
+            positions_T=batch.positions_T[rows],
+            slot_mapping_T=batch.slot_mapping_T[rows],
+            query_starts=batch.query_starts,
+            seq_lens_S=batch.seq_lens_S,
+            block_table=batch.block_table,
+        )
+        decode_attention(
+            q_THD[rows],
+            layer,
+            part,
+            scale,
+            window,
+            out[rows],
+            max_seq_len=max_seq_len,
+            token_sequences=sequences[rows],
+        )

@@ -1,0 +1,401 @@
+"""Split-KV attention of single queries: partial results per split, merged by log-sum-exp.
+
+Called by `attention` for sequences with one query and by `shared_prefix` for private tails.
+A split is a fixed range of absolute positions whose size depends on the row's own visible length
+alone, so the bits of a row never depend on its neighbours; the grid only decides who computes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from octavo.kernels.ops import AttentionBatch, KVLayer
+from octavo.kernels.triton.rope import kv_strides
+
+LOG2_E = 1.4426950408889634
+SMALLEST_SPLIT = 64
+SPLIT_CLASSES = ((1024, 64), (4096, 128), (16384, 256))
+"""(visible tokens at most, split size); `_split_size` is the same table on the device."""
+LARGEST_SPLIT = 512
+TARGET_PROGRAMS = 528
+"""Programs that fill a large GPU; with fewer rows than that, a row's splits are dealt out."""
+MERGE_SLOTS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Partials:
+    """Where splits leave their results: out [T, H, slots, D] and log2-sum-exp2 [T, H, slots]."""
+
+    out: Tensor
+    lse: Tensor
+
+
+@triton.jit
+def _split_size(visible):
+    size = tl.where(visible <= 4096, 128, tl.where(visible <= 16384, 256, 512))
+    return tl.where(visible <= 1024, 64, size)
+
+
+@triton.jit
+def merge_slots(
+    partial_out,
+    partial_lse,
+    first,
+    count,
+    D: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Returns [BLOCK_D]: slots first .. first + count weighted by 2^lse, SLOTS at a time. A slot
+    that saw nothing (lse -inf) adds nothing."""
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_i = tl.arange(0, SLOTS)
+    top = tl.max(tl.full([SLOTS], -float("inf"), tl.float32), 0)
+    total = tl.zeros([SLOTS], tl.float32)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, count, SLOTS):
+        i = start + offs_i
+        lse = tl.load(partial_lse + first + i, mask=i < count, other=-float("inf"))
+        mask = (i < count)[:, None] & (offs_d < D)[None, :]
+        part = tl.load(
+            partial_out + (first + i)[:, None] * D + offs_d[None, :], mask=mask, other=0.0
+        )
+        higher = tl.maximum(top, tl.max(lse, 0))
+        floor = tl.where(higher == -float("inf"), 0.0, higher)
+        w = tl.exp2(lse - floor)
+        shrink = tl.exp2(top - floor)
+        acc = acc * shrink + tl.sum(tl.where(w[:, None] > 0, part * w[:, None], 0.0), 0)
+        total = total * shrink + w
+        top = higher
+    return acc / tl.sum(total, 0)
+
+
+@triton.jit
+def _decode_kernel(
+    q,
+    key,
+    value,
+    out,
+    partial_out,
+    partial_lse,
+    query_starts,
+    seq_lens,
+    positions,
+    token_sequences,
+    block_table,
+    shared_tokens,
+    shared_slots,
+    stride_block,
+    stride_table,
+    num_slots,
+    scale_log2,
+    window,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SHARED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """The H // K query heads of kv head `program 1` of one token, a run of splits by `program 2`.
+
+    out = softmax(scale q k^T) v over [low, len), for each split on its own (online over tiles of
+    BLOCK_N): a row with one split writes `out` [T, H, D]; more write
+    `partial_out` [T, H, slots, D] (normalised) and `partial_lse` [T, H, slots] (base 2).
+    Program 0 names a token (BY_TOKEN: any query) or a sequence, skipped unless it has one query.
+    HAS_SHARED: the first shared_tokens[s] tokens are done elsewhere, in shared_slots[s] slots.
+    OVERLAP: the merge may be launched as soon as every program here has started.
+    """
+    GROUP: tl.constexpr = H // K
+    if OVERLAP:
+        gdc_launch_dependents()
+    if BY_TOKEN:
+        t = tl.program_id(0).to(tl.int64)
+        sequence = tl.load(token_sequences + t).to(tl.int64)
+        length = tl.load(positions + t) + 1
+    else:
+        sequence = tl.program_id(0).to(tl.int64)
+        t = tl.load(query_starts + sequence).to(tl.int64)
+        beyond = tl.load(query_starts + sequence + 1)
+        length = tl.load(seq_lens + sequence)
+        if beyond - t != 1:
+            return
+    low = length * 0
+    if HAS_WINDOW:
+        low = tl.maximum(length - window, 0)
+    before = length * 0
+    if HAS_SHARED:
+        low = tl.maximum(low, tl.load(shared_tokens + sequence))
+        before = tl.load(shared_slots + sequence)
+    size = _split_size(length - low)
+    first = low // size
+    count = tl.cdiv(length, size) - first
+    kv_head = tl.program_id(1)
+    rows = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_n = tl.arange(0, BLOCK_N)
+    row_mask = (rows < GROUP)[:, None] & (offs_d < D)[None, :]
+    heads = t * H + kv_head * GROUP + rows
+    if (count <= 0) & (before == 0) & (tl.program_id(2) == 0):
+        zero = tl.zeros([BLOCK_M, BLOCK_D], out.dtype.element_ty)
+        tl.store(out + heads[:, None] * D + offs_d[None, :], zero, mask=row_mask)
+    share = tl.cdiv(count, tl.num_programs(2))
+    begin = tl.program_id(2) * share
+    stop = tl.minimum(begin + share, count)
+    if begin >= stop:
+        return
+    q_tile = tl.load(q + heads[:, None] * D + offs_d[None, :], mask=row_mask, other=0.0)
+    table_row = block_table + sequence * stride_table
+    key += kv_head * D
+    value += kv_head * D
+    start = tl.maximum((first + begin) * size, low // BLOCK_N * BLOCK_N)
+    end = tl.minimum((first + stop) * size, length)
+    m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for tile in tl.range(start, end, BLOCK_N):
+        n = tile + offs_n
+        live = (n < end) & (n >= low)
+        page = tl.load(table_row + n // P, mask=live, other=0).to(tl.int64)
+        at = (page * stride_block + (n % P) * (K * D))[:, None] + offs_d[None, :]
+        mask = live[:, None]
+        if D != BLOCK_D:
+            mask = mask & (offs_d < D)[None, :]
+        k = tl.load(key + at, mask=mask, other=0.0).to(q_tile.dtype)
+        s = tl.dot(q_tile, tl.trans(k), input_precision="ieee")
+        s = tl.where(live[None, :], s, -float("inf"))
+        higher = tl.maximum(m, tl.max(s, 1) * scale_log2)
+        p = tl.exp2(s * scale_log2 - higher[:, None])
+        shrink = tl.exp2(m - higher)
+        total = total * shrink + tl.sum(p, 1)
+        acc = acc * shrink[:, None]
+        v = tl.load(value + at, mask=mask, other=0.0).to(q_tile.dtype)
+        acc = tl.dot(p.to(q_tile.dtype), v, acc, input_precision="ieee")
+        m = higher
+        done = (((tile + BLOCK_N) & (size - 1)) == 0) | (tile + BLOCK_N >= end)
+        if done:
+            mean = acc / total[:, None]
+            if (count == 1) & (before == 0):
+                to = out + heads[:, None] * D + offs_d[None, :]
+                tl.store(to, mean.to(out.dtype.element_ty), mask=row_mask)
+            else:
+                slot = heads * num_slots + before + tile // size - first
+                tl.store(partial_out + slot[:, None] * D + offs_d[None, :], mean, mask=row_mask)
+                tl.store(partial_lse + slot, m + tl.log2(total), mask=rows < GROUP)
+        m = tl.where(done, -float("inf"), m)
+        total = tl.where(done, 0.0, total)
+        acc = tl.where(done, 0.0, acc)
+
+
+@triton.jit
+def _merge_kernel(
+    out,
+    partial_out,
+    partial_lse,
+    query_starts,
+    seq_lens,
+    positions,
+    shared_tokens,
+    shared_slots,
+    num_slots,
+    window,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SHARED: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """out[t, h] = sum_i w_i o_i / sum_i w_i, w_i = 2^(lse_i - max lse), over the row's slots in
+    order. One program per (token or sequence, head); rows with a single split are already done.
+    OVERLAP: launched early; no program may leave before the decode kernel has ended."""
+    if BY_TOKEN:
+        t = tl.program_id(0).to(tl.int64)
+        beyond = t + 1
+        length = tl.load(positions + t) + 1
+    else:
+        sequence = tl.program_id(0)
+        t = tl.load(query_starts + sequence).to(tl.int64)
+        beyond = tl.load(query_starts + sequence + 1)
+        length = tl.load(seq_lens + sequence)
+    if OVERLAP:
+        gdc_wait()
+    if beyond - t != 1:
+        return
+    low = length * 0
+    if HAS_WINDOW:
+        low = tl.maximum(length - window, 0)
+    before = length * 0
+    if HAS_SHARED:
+        low = tl.maximum(low, tl.load(shared_tokens + tl.program_id(0)))
+        before = tl.load(shared_slots + tl.program_id(0))
+    size = _split_size(length - low)
+    count = before + tl.cdiv(length, size) - low // size
+    if (count < 2) & (before == 0):
+        return
+    row = t * H + tl.program_id(1)
+    merged = merge_slots(partial_out, partial_lse, row * num_slots, count, D, SLOTS, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D)
+    tl.store(out + row * D + offs_d, merged.to(out.dtype.element_ty), mask=offs_d < D)
+
+
+def decode_shape(head_size: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Returns (BLOCK_N, num_warps, num_stages) of the split kernel."""
+    if head_size > 128 or dtype == torch.float32:
+        return 32, 4, 2
+    return 64, 4, 2
+
+
+def split_slots(max_visible: int) -> int:
+    """Returns how many splits a row with up to `max_visible` tokens can have (one more where the
+    first does not start on a split's edge)."""
+    found, below = 1, 0
+    for limit, size in SPLIT_CLASSES:
+        if max_visible > below:
+            found = max(found, -(-min(max_visible, limit) // size))
+        below = limit
+    return 1 + max(found, -(-max_visible // LARGEST_SPLIT) if max_visible > below else 1)
+
+
+@lru_cache
+def can_overlap(device: torch.device) -> bool:
+    """Whether a kernel can be launched before its predecessor has ended (Hopper and later)."""
+    if device.type == "cpu":
+        return False
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and int(target.arch) >= 90
+
+
+def compute_dtype(q: Tensor, layer: KVLayer) -> torch.dtype:
+    """Returns what the products multiply in: 16 bits where q and the cache agree, else float32."""
+    return q.dtype if q.dtype == layer.key.dtype else torch.float32
+
+
+def check_query(q_THD: Tensor, layer: KVLayer, batch: AttentionBatch) -> int:
+    """Returns the arena's block stride, after checking the shapes attention relies on."""
+    num_heads, head_size = q_THD.shape[1:]
+    num_kv_heads = layer.key.shape[2]
+    if head_size != layer.key.shape[3] or num_heads % num_kv_heads or head_size > 256:
+        raise ValueError(
+            f"{num_heads} query heads of size {head_size} do not fit {num_kv_heads} kv heads of "
+            f"size {layer.key.shape[3]} (a multiple of them, size at most 256)"
+        )
+    if not q_THD.is_contiguous() or batch.block_table.stride(1) != 1:
+        raise ValueError("queries and block table rows must be contiguous")
+    return kv_strides(layer)
+
+
+def make_partials(q_THD: Tensor, num_slots: int) -> Partials:
+    """Returns uninitialised room for `num_slots` partial results of every row."""
+    num_tokens, num_heads, head_size = q_THD.shape
+    shape = (num_tokens, num_heads, num_slots)
+    return Partials(
+        out=torch.empty(*shape, head_size, dtype=torch.float32, device=q_THD.device),
+        lse=torch.empty(shape, dtype=torch.float32, device=q_THD.device),
+    )
+
+
+def decode_attention(
+    q_THD: Tensor,
+    layer: KVLayer,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None,
+    out: Tensor,
+    *,
+    max_seq_len: int,
+    token_sequences: Tensor | None = None,
+    shared: tuple[Tensor, Tensor] | None = None,
+    partials: Partials | None = None,
+    shape: tuple[int, int, int] | None = None,
+) -> None:
+    """Writes the rows of `out` [T, H * D] that belong to sequences with one query.
+
+    `max_seq_len` bounds seq_lens_S. With `token_sequences` (int32 [T], the sequence of each token)
+    it writes every row, each as if decoded. `shared` (tokens, slots; int32 [S]) tells how much of
+    every sequence already lies in `partials`.
+    """
+    stride_block = check_query(q_THD, layer, batch)
+    num_tokens, num_heads, head_size = q_THD.shape
+    block_size, num_kv_heads = layer.key.shape[1:3]
+    rows = len(batch.seq_lens_S) if token_sequences is None else num_tokens
+    if rows == 0 or num_tokens == 0:
+        return
+    visible = max_seq_len if window is None else min(max_seq_len, window)
+    slots = split_slots(visible)
+    if partials is None:
+        partials = make_partials(q_THD, slots)
+    dtype = compute_dtype(q_THD, layer)
+    programs = min(slots, max(1, -(-TARGET_PROGRAMS // (rows * num_kv_heads))))
+    shared_tokens, shared_slots = shared if shared is not None else (batch.seq_lens_S,) * 2
+    num_slots = partials.out.shape[2]
+    block_n, num_warps, num_stages = shape or decode_shape(head_size, dtype)
+    overlap = can_overlap(q_THD.device)
+    common = {
+        "H": num_heads,
+        "D": head_size,
+        "OVERLAP": overlap,
+        "BY_TOKEN": token_sequences is not None,
+        "HAS_WINDOW": window is not None,
+        "HAS_SHARED": shared is not None,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
+    }
+    _decode_kernel[(rows, num_kv_heads, programs)](
+        q_THD.to(dtype),
+        layer.key,
+        layer.value,
+        out,
+        partials.out,
+        partials.lse,
+        batch.query_starts,
+        batch.seq_lens_S,
+        batch.positions_T,
+        batch.positions_T if token_sequences is None else token_sequences,
+        batch.block_table,
+        shared_tokens,
+        shared_slots,
+        stride_block,
+        batch.block_table.stride(0),
+        num_slots,
+        scale * LOG2_E,
+        0 if window is None else window,
+        K=num_kv_heads,
+        P=block_size,
+        BLOCK_M=max(16, triton.next_power_of_2(num_heads // num_kv_heads)),
+        BLOCK_N=block_n,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        **common,
+    )
+    if num_slots == 1:
+        return
+    _merge_kernel[(rows, num_heads)](
+        out,
+        partials.out,
+        partials.lse,
+        batch.query_starts,
+        batch.seq_lens_S,
+        batch.positions_T,
+        shared_tokens,
+        shared_slots,
+        num_slots,
+        0 if window is None else window,
+        SLOTS=MERGE_SLOTS,
+        num_warps=4,
+        **({"launch_pdl": True} if overlap else {}),
+        **common,
+    )

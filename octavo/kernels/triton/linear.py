@@ -1,0 +1,147 @@
+"""A dense product of fixed order: row t has the same bits whatever the other rows are.
+
+Called by `ops.py` where the vendor's product is slower, or would not be batch invariant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from octavo.kernels.triton.moe import TL_DTYPES, tile_of_program
+
+
+@triton.jit
+def product_kernel(
+    x_TM,
+    weight_NM,
+    bias_N,
+    out_TN,
+    num_tokens,
+    num_rows,
+    hidden_size,
+    weight_stride,
+    out_stride,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TMA: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """out[t, n] = sum over m of x[t, m] * weight[n, m], in rising m, (+ bias[n]).
+
+    x_TM [T, M] contiguous, weight_NM [N, M] and out_TN [T, N] with row strides, bias_N [N] any
+    float. TMA: x and weight are tensor descriptors of blocks [BLOCK_T or BLOCK_N, BLOCK_K].
+    """
+    row_block, column_block = tile_of_program(
+        tl.cdiv(num_tokens, BLOCK_T), tl.cdiv(num_rows, BLOCK_N), GROUP
+    )
+    row = row_block * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    is_row = row < num_tokens
+    if not TMA:
+        safe = tl.where(column < num_rows, column, 0).to(tl.int64)
+        x_at = x_TM + row.to(tl.int64)[:, None] * hidden_size + k[None, :]
+        w_at = weight_NM + safe[None, :] * weight_stride + k[:, None]
+    total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    for start in range(0, hidden_size, BLOCK_K):
+        left = hidden_size - start
+        if TMA:
+            x = x_TM.load([row_block * BLOCK_T, start])
+            w = weight_NM.load([column_block * BLOCK_N, start]).T
+        else:
+            x = tl.load(x_at + start, mask=is_row[:, None] & (k < left)[None, :], other=0.0)
+            w = tl.load(w_at + start, mask=(k < left)[:, None], other=0.0)
+        total = tl.dot(x.to(COMPUTE), w.to(COMPUTE), total, input_precision="ieee")
+    is_column = column < num_rows
+    if HAS_BIAS:
+        total += tl.load(bias_N + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    out = out_TN + row.to(tl.int64)[:, None] * out_stride + column[None, :]
+    tl.store(out, total.to(out_TN.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProductPlan:
+    """The launch shape of a dense product."""
+
+    block_t: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    tma: bool
+
+
+def plan_product(num_tokens: int, num_rows: int, *, can_tma: bool) -> ProductPlan:
+    """Returns the launch shape: measured on an H100 (benchmarks/triton_moe.py).
+
+    Few tokens: columns narrow enough to give every multiprocessor work. Bits do not depend on it.
+    """
+    block_t = 16 if num_tokens <= 16 else 32 if num_tokens <= 32 else 64
+    if num_rows <= (2048 if block_t == 64 else 4096):
+        block_n, block_k, num_stages = 16, 256, 4
+    elif num_rows <= 4096 or (block_t == 16 and num_rows <= 16384):
+        block_n, block_k, num_stages = 32, 128, 5
+    elif block_t < 64 and num_rows > 16384:
+        block_n, block_k, num_stages = 32, 256, 3
+    else:
+        block_n, block_k, num_stages = 64, 128, 4
+    if num_tokens > 64:
+        if triton.cdiv(num_tokens, 128) * triton.cdiv(num_rows, 128) >= 132:
+            return ProductPlan(
+                block_t=128, block_n=128, block_k=64, num_warps=8, num_stages=3, tma=can_tma
+            )
+        block_n, block_k, num_stages = 64, 128, 4
+    return ProductPlan(
+        block_t=block_t,
+        block_n=block_n,
+        block_k=block_k,
+        num_warps=4,
+        num_stages=num_stages,
+        tma=False,
+    )
+
+
+def product(
+    x_TM: Tensor, weight_NM: Tensor, bias_N: Tensor | None, out_TN: Tensor, plan: ProductPlan
+) -> None:
+    """Writes x @ weight.T (+ bias) to `out_TN`, whose rows may be strided."""
+    num_tokens, hidden_size = x_TM.shape
+    num_rows = weight_NM.shape[0]
+    assert out_TN.shape == (num_tokens, num_rows)
+    assert weight_NM.shape[1] == hidden_size
+    assert x_TM.is_contiguous()
+    assert out_TN.stride(1) == 1 or num_rows == 1
+    assert weight_NM.stride(1) == 1 or hidden_size == 1
+    if num_tokens == 0:
+        return
+    is_same = x_TM.dtype == weight_NM.dtype
+    grid = triton.cdiv(num_tokens, plan.block_t) * triton.cdiv(num_rows, plan.block_n)
+    blocks = [plan.block_t, plan.block_k], [plan.block_n, plan.block_k]
+    product_kernel[(grid,)](
+        TensorDescriptor.from_tensor(x_TM, blocks[0]) if plan.tma else x_TM,
+        TensorDescriptor.from_tensor(weight_NM, blocks[1]) if plan.tma else weight_NM,
+        x_TM if bias_N is None else bias_N,
+        out_TN,
+        num_tokens,
+        num_rows,
+        hidden_size,
+        weight_NM.stride(0),
+        out_TN.stride(0),
+        BLOCK_T=plan.block_t,
+        BLOCK_N=plan.block_n,
+        BLOCK_K=plan.block_k,
+        GROUP=16,
+        HAS_BIAS=bias_N is not None,
+        TMA=plan.tma,
+        COMPUTE=TL_DTYPES[x_TM.dtype] if is_same else tl.float32,
+        num_warps=plan.num_warps,
+        num_stages=plan.num_stages,
+    )

@@ -1,0 +1,206 @@
+"""The Triton back end: the ops of `octavo.kernels.ops.Ops` on the device of their tensors.
+
+Built by the registry. Launches on torch's current stream and never waits for the device.
+Weights are numbers (f32, f16, bf16); GGUF block formats need the CPU back end for now.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from octavo.errors import UnsupportedModelError
+from octavo.kernels.ops import (
+    Activation,
+    AttentionBatch,
+    ExpertWeights,
+    KVLayer,
+    QKNorm,
+    RopeTable,
+    RouterScoring,
+    Weight,
+)
+from octavo.kernels.triton import activation as activations
+from octavo.kernels.triton import embedding as embeddings
+from octavo.kernels.triton import norm as norms
+from octavo.kernels.triton import route as routes
+from octavo.kernels.triton.linear import plan_product, product
+from octavo.kernels.triton.moe import StackedExperts, plan_moe, run_moe
+
+SKINNY_TOKENS = 64
+"""Up to here Triton multiplies: as fast as cuBLAS, which splits the sum there (H100, 2026-11-22).
+Above, and for row counts that 8 divides, cuBLAS gave Triton's bits in all but one shape."""
+
+
+class TritonOps:
+    """The ops in Triton. Activations have `dtype`; sums are float32."""
+
+    name = "triton"
+
+    def __init__(self, num_threads: int, *, dtype: torch.dtype, is_deterministic: bool) -> None:
+        """With `is_deterministic` all dense products are Triton's, so that a row has the same bits
+        in every batch by construction; else the vendor's library multiplies for many tokens."""
+        self.torch_threads = num_threads
+        self._dtype = dtype
+        self._is_deterministic = is_deterministic
+        self._can_tma = _can_tma()
+        self._stacks: weakref.WeakKeyDictionary[ExpertWeights, StackedExperts] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def embedding(self, token_ids_T: Tensor, weight: Weight) -> Tensor:
+        return embeddings.embedding(token_ids_T, _numbers(weight), self._dtype)
+
+    def rms_norm(self, x_TM: Tensor, weight_M: Tensor, eps: float) -> Tensor:
+        return norms.rms_norm(x_TM, None, weight_M, eps)
+
+    def add_rms_norm(
+        self, x_TM: Tensor, residual_TM: Tensor, weight_M: Tensor, eps: float
+    ) -> Tensor:
+        return norms.rms_norm(x_TM, residual_TM, weight_M, eps)
+
+    def linear(
+        self, x_TM: Tensor, weights: Sequence[Weight], bias_N: Tensor | None = None
+    ) -> Tensor:
+        out = x_TM.new_empty((len(x_TM), sum(w.rows for w in weights)))
+        column = 0
+        for matrix in _merged([_numbers(w) for w in weights]):
+            columns = slice(column, column + len(matrix))
+            bias = None if bias_N is None else bias_N[columns]
+            self._product(x_TM, matrix, bias, out[:, columns])
+            column = columns.stop
+        return out
+
+    def _product(self, x_TM: Tensor, matrix_NM: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        is_same = x_TM.dtype == matrix_NM.dtype
+        is_odd = len(matrix_NM) % 8 != 0
+        if not is_same or self._is_deterministic or is_odd or len(x_TM) <= SKINNY_TOKENS:
+            plan = plan_product(len(x_TM), len(matrix_NM), can_tma=self._can_tma and is_same)
+            product(x_TM, matrix_NM, bias, out, plan)
+        elif bias is None:
+            torch.mm(x_TM, matrix_NM.T, out=out)
+        else:
+            torch.addmm(bias.to(x_TM.dtype), x_TM, matrix_NM.T, out=out)
+
+    def gated_mlp(
+        self, x_TM: Tensor, gate: Weight, up: Weight, down: Weight, activation: Activation
+    ) -> Tensor:
+        both = self.linear(x_TM, (gate, up))
+        return self.linear(activations.activate_and_mul(both, activation), (down,))
+
+    def route(
+        self, logits_TE: Tensor, top_k: int, scoring: RouterScoring, renormalize: bool
+    ) -> tuple[Tensor, Tensor]:
+        assert scoring == "softmax", scoring
+        return routes.route(logits_TE, top_k, renormalize)
+
+    def moe(
+        self,
+        x_TM: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        experts: ExpertWeights,
+        activation: Activation,
+    ) -> Tensor:
+        stacked = self._stacks.get(experts)
+        if stacked is None:
+            stacked = StackedExperts(
+                gate_EFM=stacked_view(experts.gate),
+                up_EFM=stacked_view(experts.up),
+                down_EMF=stacked_view(experts.down),
+            )
+            self._stacks[experts] = stacked
+        can_tma = self._can_tma and x_TM.dtype == stacked.gate_EFM.dtype
+        num_experts, inner_size, _ = stacked.gate_EFM.shape
+        top_k = topk_ids.shape[1]
+        plan = plan_moe(len(x_TM), top_k, num_experts, inner_size, can_tma=can_tma)
+        return run_moe(x_TM, topk_weights, topk_ids, stacked, activation, plan)
+
+    def rope_and_cache(
+        self,
+        qkv_TN: Tensor,
+        num_heads: int,
+        rope: RopeTable,
+        qk_norm: QKNorm | None,
+        layer: KVLayer,
+        batch: AttentionBatch,
+    ) -> Tensor:
+        from octavo.kernels.triton.rope import rope_and_cache
+
+        return rope_and_cache(qkv_TN, num_heads, rope, qk_norm, layer, batch)
+
+    def attention(
+        self, q_THD: Tensor, layer: KVLayer, batch: AttentionBatch, scale: float, window: int | None
+    ) -> Tensor:
+        from octavo.kernels.triton.attention import attention
+
+        return attention(q_THD, layer, batch, scale, window)
+
+    def copy_blocks(self, arena: Tensor, copies: Sequence[tuple[int, int]]) -> None:
+        for source, target in copies:
+            arena[target].copy_(arena[source])
+
+
+def stacked_view(weights: Sequence[Weight]) -> Tensor:
+    """Returns the experts' matrices as one [E, rows, cols] view.
+
+    Raises AssertionError where they are not views at one constant stride of one tensor: the
+    loader must put a layer's experts into one stack.
+    """
+    tensors = [_numbers(weight) for weight in weights]
+    first = tensors[0]
+    start, storage = first.storage_offset(), first.untyped_storage().data_ptr()
+    stride = tensors[1].storage_offset() - start if len(tensors) > 1 else first.numel()
+    for expert, tensor in enumerate(tensors):
+        is_at = tensor.untyped_storage().data_ptr() == storage
+        is_at = is_at and tensor.storage_offset() == start + expert * stride
+        is_at = is_at and (expert == 0 or stride >= first.numel())
+        is_at = is_at and tensor.shape == first.shape and tensor.dtype == first.dtype
+        is_at = is_at and tensor.is_contiguous()
+        assert is_at, (
+            f"expert {expert} of {len(tensors)} does not lie at a constant stride from expert 0 "
+            "in the same tensor; load the experts of a layer as views of one [E, rows, cols] stack"
+        )
+    return first.as_strided((len(tensors), *first.shape), (stride, *first.stride()), start)
+
+
+def _numbers(weight: Weight) -> Tensor:
+    if weight.format.is_block:
+        raise UnsupportedModelError(
+            f"weights in {weight.format.name} cannot be multiplied by the triton back end: GGUF "
+            "block formats need the CPU back end for now (bf16, f16 and f32 run here)"
+        )
+    return weight.data
+
+
+def _merged(tensors: list[Tensor]) -> list[Tensor]:
+    """Joins matrices that follow each other in one storage, so that one product serves all."""
+    merged = tensors[:1]
+    for tensor in tensors[1:]:
+        last = merged[-1]
+        follows = (
+            tensor.dtype == last.dtype
+            and last.is_contiguous()
+            and tensor.is_contiguous()
+            and tensor.shape[1] == last.shape[1]
+            and tensor.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
+            and tensor.storage_offset() == last.storage_offset() + last.numel()
+        )
+        if follows:
+            rows = len(last) + len(tensor)
+            merged[-1] = last.as_strided((rows, last.shape[1]), last.stride())
+        else:
+            merged.append(tensor)
+    return merged
+
+
+def _can_tma() -> bool:
+    """Whether the device has a tensor memory engine (Hopper and later)."""
+    if triton.knobs.runtime.interpret:
+        return False
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and int(target.arch) >= 90

@@ -1,0 +1,249 @@
+"""Routing on the device: softmax and top-k in one kernel; pairs sorted by expert without a sync.
+
+Called by `ops.py` (route) and `moe.py` (sort_pairs). Never looks at weights or activations.
+A pair is (token, slot): number token * top_k + slot, P of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROUTE_ROWS = 4
+"""Tokens of a program; fixed, so that a row's sum has one order whatever the batch."""
+MAX_CHUNKS = 128
+SORT_WARPS = 4
+UNCOUNTED_PAIRS = 128
+"""Up to so many, counting anew in every program is cheaper than a second launch."""
+BLOCKS_TILE = 32
+
+
+@triton.jit
+def route_kernel(
+    logits_TE,
+    weights_TK,
+    ids_TK,
+    num_tokens,
+    num_experts,
+    row_stride,
+    TOP_K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """p = softmax(logits); ids = the TOP_K largest p, of equal ones the lower id; weights = p[ids]
+    (over their sum where RENORMALIZE). A NaN row takes experts 0, 1, ... with weight NaN.
+
+    logits_TE [T, E] any float; weights_TK float32 and ids_TK int32 [T, TOP_K].
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    expert = tl.arange(0, EXPERTS)
+    is_row = row < num_tokens
+    is_in = is_row[:, None] & (expert < num_experts)[None, :]
+    at = row.to(tl.int64)[:, None] * row_stride + expert[None, :]
+    logits = tl.load(logits_TE + at, mask=is_in, other=-float("inf")).to(tl.float32)
+    logits = tl.where(is_row[:, None], logits, 0.0)
+    raised = tl.exp(logits - tl.max(logits, 1)[:, None])
+    p = raised / tl.sum(raised, 1)[:, None]
+    left = tl.where(p == p, p, -1.0)
+    left = tl.where((expert < num_experts)[None, :], left, -3.0)
+    slots = tl.arange(0, SLOTS)
+    kept = tl.zeros([ROWS, SLOTS], tl.float32)
+    ids = tl.zeros([ROWS, SLOTS], tl.int32)
+    total = tl.zeros([ROWS], tl.float32)
+    for slot in tl.static_range(TOP_K):
+        best = tl.max(left, 1)
+        chosen = tl.min(tl.where(left == best[:, None], expert[None, :], EXPERTS), 1)
+        is_chosen = expert[None, :] == chosen[:, None]
+        weight = tl.sum(tl.where(is_chosen, p, 0.0), 1)
+        left = tl.where(is_chosen, -2.0, left)
+        kept = tl.where(slots[None, :] == slot, weight[:, None], kept)
+        ids = tl.where(slots[None, :] == slot, chosen[:, None], ids)
+        total += weight
+    if RENORMALIZE:
+        kept = kept / total[:, None]
+    out = row.to(tl.int64)[:, None] * TOP_K + slots[None, :]
+    is_out = is_row[:, None] & (slots < TOP_K)[None, :]
+    tl.store(weights_TK + out, kept, mask=is_out)
+    tl.store(ids_TK + out, ids, mask=is_out)
+
+
+def route(logits_TE: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """Returns weights float32 [T, top_k] and ids int32 [T, top_k], best first."""
+    num_tokens, num_experts = logits_TE.shape
+    assert 0 < top_k <= num_experts, (top_k, num_experts)
+    assert logits_TE.stride(1) == 1 or num_experts == 1
+    weights = logits_TE.new_empty((num_tokens, top_k), dtype=torch.float32)
+    ids = logits_TE.new_empty((num_tokens, top_k), dtype=torch.int32)
+    if num_tokens:
+        route_kernel[(triton.cdiv(num_tokens, ROUTE_ROWS),)](
+            logits_TE,
+            weights,
+            ids,
+            num_tokens,
+            num_experts,
+            logits_TE.stride(0),
+            TOP_K=top_k,
+            RENORMALIZE=renormalize,
+            ROWS=ROUTE_ROWS,
+            EXPERTS=triton.next_power_of_2(num_experts),
+            SLOTS=triton.next_power_of_2(top_k),
+            num_warps=4,
+        )
+    return weights, ids
+
+
+@triton.jit
+def count_ids(ids_P, first, end, num_pairs, limit, TILE: tl.constexpr, EXPERTS: tl.constexpr):
+    """How often each expert is chosen in pairs [first, end), and among those below `limit`."""
+    expert = tl.arange(0, EXPERTS)
+    hits = tl.zeros([TILE, EXPERTS], tl.int32)
+    below = tl.zeros([TILE, EXPERTS], tl.int32)
+    for start in range(first, end, TILE):
+        pair = start + tl.arange(0, TILE)
+        ids = tl.load(ids_P + pair, mask=pair < num_pairs, other=-1)
+        is_hit = ids[:, None] == expert[None, :]
+        hits += is_hit.to(tl.int32)
+        below += (is_hit & (pair < limit)[:, None]).to(tl.int32)
+    return tl.sum(hits, 0), tl.sum(below, 0)
+
+
+@triton.jit
+def count_kernel(ids_P, counts_CE, num_pairs, size, TILE: tl.constexpr, EXPERTS: tl.constexpr):
+    """counts[c, e] = pairs of chunk c (`size` of them) that chose expert e."""
+    chunk = tl.program_id(0)
+    first = chunk * size
+    count, _ = count_ids(ids_P, first, first + size, num_pairs, 0, TILE, EXPERTS)
+    tl.store(counts_CE + chunk * EXPERTS + tl.arange(0, EXPERTS), count)
+
+
+@triton.jit
+def order_kernel(
+    ids_P,
+    counts_CE,
+    order_P,
+    blocks_3B,
+    num_pairs,
+    num_experts,
+    num_chunks,
+    num_blocks,
+    size,
+    BLOCK_P: tl.constexpr,
+    TILE: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    COUNT_ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    COUNTED: tl.constexpr,
+):
+    """order = the pairs, stably sorted by expert; blocks = runs of up to BLOCK_P of one expert.
+
+    order_P int32 [P]; blocks_3B int32 [3, B]: expert (-1: the block is unused), first and end place
+    in order_P. Each of C programs places its own chunk of `size` pairs and writes its share of the
+    blocks; ids outside [0, E) are left out. Not COUNTED: every program counts all pairs itself.
+    """
+    chunk = tl.program_id(0)
+    expert = tl.arange(0, EXPERTS)
+    if COUNTED:
+        total = tl.zeros([EXPERTS], tl.int32)
+        before = tl.zeros([EXPERTS], tl.int32)
+        for start in range(0, num_chunks, COUNT_ROWS):
+            row = start + tl.arange(0, COUNT_ROWS)
+            at = row[:, None] * EXPERTS + expert[None, :]
+            counts = tl.load(counts_CE + at, mask=(row < num_chunks)[:, None], other=0)
+            total += tl.sum(counts, 0)
+            before += tl.sum(tl.where((row < chunk)[:, None], counts, 0), 0)
+    else:
+        total, before = count_ids(ids_P, 0, num_pairs, num_pairs, chunk * size, TILE, EXPERTS)
+    total = tl.where(expert < num_experts, total, 0)
+    first = tl.cumsum(total, 0) - total
+    blocks = (total + BLOCK_P - 1) // BLOCK_P
+    block_end = tl.cumsum(blocks, 0)
+    block_start = block_end - blocks
+    place = first + before
+    lane = tl.arange(0, TILE)
+    for start in range(chunk * size, chunk * size + size, TILE):
+        pair = start + lane
+        ids = tl.load(ids_P + pair, mask=pair < num_pairs, other=-1)
+        again = tl.load(ids_P + start + lane, mask=pair < num_pairs, other=-1)
+        is_equal = (ids[:, None] == again[None, :]) & (lane[None, :] < lane[:, None])
+        rank = tl.sum(is_equal.to(tl.int32), 1)
+        is_expert = (ids[:, None] == expert[None, :]).to(tl.int32)
+        at = rank + tl.sum(is_expert * place[None, :], 1)
+        is_kept = (ids >= 0) & (ids < num_experts) & (pair < num_pairs)
+        tl.store(order_P + at, pair, mask=is_kept)
+        place += tl.sum(is_expert, 0)
+    for start in range(chunk * BLOCKS, num_blocks, num_chunks * BLOCKS):
+        block = start + tl.arange(0, BLOCKS)
+        is_of = (block[:, None] >= block_start[None, :]) & (block[:, None] < block_end[None, :])
+        mine = is_of.to(tl.int32)
+        begin = first[None, :] + (block[:, None] - block_start[None, :]) * BLOCK_P
+        begin = tl.sum(mine * begin, 1)
+        end = tl.minimum(begin + BLOCK_P, tl.sum(mine * (first + total)[None, :], 1))
+        owner = tl.sum(mine * (expert[None, :] + 1), 1) - 1
+        is_block = block < num_blocks
+        tl.store(blocks_3B + block, owner, mask=is_block)
+        tl.store(blocks_3B + num_blocks + block, begin, mask=is_block)
+        tl.store(blocks_3B + 2 * num_blocks + block, end, mask=is_block)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SortedPairs:
+    """What dispatch learned, for the products and the combine."""
+
+    order_P: Tensor
+    """int32 [P] pairs by expert, those of an expert in rising order."""
+    blocks_3B: Tensor
+    """int32 [3, B]: expert (-1 where unused), first place and end place in `order_P`."""
+    block_p: int
+
+
+def max_blocks(num_pairs: int, num_experts: int, block_p: int) -> int:
+    """Returns the most blocks that any routing can need: every expert may leave one unfilled."""
+    used = min(num_pairs, num_experts)
+    return used + (num_pairs - used) // block_p
+
+
+def sort_pairs(topk_ids: Tensor, num_experts: int, block_p: int) -> SortedPairs:
+    """Sorts the pairs of `topk_ids` int32 [T, K] by expert; one or two launches, no sync."""
+    num_pairs = topk_ids.numel()
+    assert num_pairs > 0
+    assert topk_ids.is_contiguous()
+    assert topk_ids.dtype is torch.int32
+    experts = triton.next_power_of_2(num_experts)
+    tile = max(16, min(64, 8192 // experts))
+    num_tiles = triton.cdiv(num_pairs, tile)
+    size = triton.cdiv(num_tiles, MAX_CHUNKS) * tile
+    num_chunks = triton.cdiv(num_pairs, size)
+    num_blocks = max_blocks(num_pairs, num_experts, block_p)
+    order = topk_ids.new_empty(num_pairs)
+    blocks = topk_ids.new_empty((3, num_blocks))
+    counts = topk_ids.new_empty((num_chunks, experts))
+    is_counted = num_pairs > UNCOUNTED_PAIRS
+    if is_counted:
+        count_kernel[(num_chunks,)](
+            topk_ids, counts, num_pairs, size, TILE=tile, EXPERTS=experts, num_warps=SORT_WARPS
+        )
+    order_kernel[(num_chunks,)](
+        topk_ids,
+        counts,
+        order,
+        blocks,
+        num_pairs,
+        num_experts,
+        num_chunks,
+        num_blocks,
+        size,
+        BLOCK_P=block_p,
+        TILE=tile,
+        EXPERTS=experts,
+        COUNT_ROWS=max(1, min(32, 4096 // experts)),
+        BLOCKS=BLOCKS_TILE,
+        COUNTED=is_counted,
+        num_warps=SORT_WARPS,
+    )
+    return SortedPairs(order_P=order, blocks_3B=blocks, block_p=block_p)

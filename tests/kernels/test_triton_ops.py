@@ -1,0 +1,338 @@
+"""The Triton ops against float64: on a GPU where there is one, else through the interpreter."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from octavo.errors import UnsupportedModelError
+from octavo.formats import WEIGHT_FORMATS
+from octavo.kernels.ops import ExpertWeights, Weight
+from tests.kernels.cases import floats
+from tests.kernels.triton_interpreter import DEVICE
+
+from octavo.kernels.triton import linear, moe, route  # isort: skip
+from octavo.kernels.triton.moe import Launch, MoePlan, plan_moe
+from octavo.kernels.triton.ops import TritonOps, stacked_view
+
+TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+if DEVICE == "cpu":
+    del TOLERANCES[torch.bfloat16]  # Triton 3.6's interpreter multiplies the bits of bf16.
+NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+def make_ops(dtype: torch.dtype = torch.float32, *, is_deterministic: bool = True) -> TritonOps:
+    return TritonOps(1, dtype=dtype, is_deterministic=is_deterministic)
+
+
+def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """By norm: |found - expected| <= tolerance * |expected|; NaN never passes."""
+    assert found.shape == expected.shape
+    error = (found.double().cpu() - expected.double().cpu()).norm() / expected.double().norm().cpu()
+    assert error <= tolerance, error
+
+
+def make_stack(
+    rng: np.random.Generator, count: int, rows: int, cols: int, dtype: torch.dtype
+) -> tuple[Weight, ...]:
+    """Returns `count` matrices as views of one poisoned stack with a gap after each."""
+    stack = torch.full((count, rows + 1, cols), math.nan, dtype=dtype, device=DEVICE)
+    stack[:, :rows] = (floats(rng, count, rows, cols) / math.sqrt(cols)).to(DEVICE, dtype)
+    form = WEIGHT_FORMATS[NAMES[dtype]]
+    return tuple(
+        Weight(data=stack[e, :rows], format=form, rows=rows, cols=cols) for e in range(count)
+    )
+
+
+def make_experts(
+    rng: np.random.Generator, count: int, hidden: int, inner: int, dtype: torch.dtype
+) -> ExpertWeights:
+    return ExpertWeights(
+        gate=make_stack(rng, count, inner, hidden, dtype),
+        up=make_stack(rng, count, inner, hidden, dtype),
+        down=make_stack(rng, count, hidden, inner, dtype),
+    )
+
+
+def exact_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
+    inner = x.double() @ gate.double().T
+    if activation == "silu":
+        inner = torch.nn.functional.silu(inner)
+    else:
+        inner = torch.nn.functional.gelu(inner, approximate="tanh")
+    return (inner * (x.double() @ up.double().T)) @ down.double().T
+
+
+def exact_moe(
+    x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights, activation: str = "silu"
+) -> Tensor:
+    out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    for t in range(len(x)):
+        for weight, e in zip(weights[t].double(), ids[t].tolist(), strict=True):
+            if 0 <= e < len(experts.gate):
+                chosen = (experts.gate[e].data, experts.up[e].data, experts.down[e].data)
+                out[t] += weight * exact_mlp(x[t : t + 1], *chosen, activation)[0]
+    return out
+
+
+def routed(rng: np.random.Generator, tokens: int, count: int, top_k: int) -> tuple[Tensor, Tensor]:
+    ids = np.stack([rng.permutation(count)[:top_k] for _ in range(tokens)])
+    weights = floats(rng, tokens, top_k).abs().to(DEVICE)
+    return weights, torch.from_numpy(ids).to(DEVICE, torch.int32)
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize(("count", "top_k"), [(1, 1), (3, 3), (8, 2), (60, 4), (128, 8)])
+def test_route_takes_the_best_experts(
+    rng: np.random.Generator, count: int, top_k: int, renormalize: bool
+) -> None:
+    logits = floats(rng, 33, count).to(DEVICE) * 2
+    weights, ids = make_ops().route(logits, top_k, "softmax", renormalize)
+    expected, chosen = logits.double().softmax(-1).topk(top_k, -1)
+    if renormalize:
+        expected = expected / expected.sum(-1, keepdim=True)
+    assert ids.dtype is torch.int32
+    assert torch.equal(ids.long(), chosen)
+    assert_near(weights, expected, 1e-6)
+    one = [make_ops().route(row, top_k, "softmax", renormalize)[0] for row in logits[:3].split(1)]
+    assert torch.equal(torch.cat(one), weights[:3])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # The interpreter's NumPy.
+def test_route_takes_the_lower_of_equal_experts_and_knows_nan() -> None:
+    logits = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0], [math.nan] * 5], device=DEVICE)
+    weights, ids = make_ops().route(logits, 4, "softmax", True)
+    assert ids.tolist() == [[1, 3, 0, 2], [0, 1, 2, 3]]
+    assert weights[0, 0] == weights[0, 1]
+    assert weights[1].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "count", "top_k"), [(1, 1, 1), (5, 3, 2), (64, 60, 4), (300, 5, 3), (40, 130, 8)]
+)
+def test_pairs_are_sorted_by_expert_into_blocks(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, tokens: int, count: int, top_k: int
+) -> None:
+    monkeypatch.setattr(route, "MAX_CHUNKS", 3)
+    _, ids = routed(rng, tokens, count, top_k)
+    ids[0, 0] = -1
+    pairs = route.sort_pairs(ids, count, 16)
+    chosen = ids.flatten().cpu()
+    expected = torch.argsort(chosen.masked_fill(chosen < 0, count), stable=True)
+    kept = int((chosen >= 0).sum())
+    assert torch.equal(pairs.order_P[:kept].cpu().long(), expected[:kept])
+    expert, first, end = pairs.blocks_3B.cpu()
+    covered = 0
+    for e, a, b in zip(expert.tolist(), first.tolist(), end.tolist(), strict=True):
+        if e < 0:
+            continue
+        assert a == covered
+        assert 0 < b - a <= 16
+        assert (chosen[expected[a:b]] == e).all()
+        covered = b
+    assert covered == kept
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+@pytest.mark.parametrize(("count", "top_k"), [(1, 1), (3, 2), (60, 4)])
+def test_moe_is_the_weighted_sum_of_the_chosen_experts(
+    rng: np.random.Generator, count: int, top_k: int, dtype: torch.dtype
+) -> None:
+    experts = make_experts(rng, count, 72, 40, dtype)
+    for tokens in (1, 3, 40):
+        x = floats(rng, tokens, 72).to(DEVICE, dtype)
+        weights, ids = routed(rng, tokens, count, top_k)
+        for activation in ("silu", "gelu_tanh"):
+            found = make_ops(dtype).moe(x, weights, ids, experts, activation)
+            assert found.dtype is dtype
+            expected = exact_moe(x, weights, ids, experts, activation)
+            assert_near(found, expected, TOLERANCES[dtype])
+
+
+def _plans() -> list[MoePlan]:
+    """Every kind of plan, at block sizes that the interpreter can bear."""
+    plans = [plan_moe(1, 2, 4, 64, can_tma=False), plan_moe(20, 2, 8, 64, can_tma=False)]
+    for block_p in (64, 128):
+        for tma in (False, True):
+            launch = Launch(block_n=64, block_k=64, group=8, num_warps=4, num_stages=3, tma=tma)
+            plans.append(MoePlan(is_direct=False, block_p=block_p, gate_up=launch, down=launch))
+    return plans
+
+
+@pytest.mark.parametrize("plan", _plans())
+def test_every_plan_of_a_moe_layer_is_right(rng: np.random.Generator, plan: MoePlan) -> None:
+    experts = make_experts(rng, 4, 136, 72, torch.float16)
+    tokens = 8 if plan.is_direct else 150
+    x = floats(rng, tokens, 136).to(DEVICE, torch.float16)
+    weights, ids = routed(rng, tokens, 4, 2)
+    stacks = [stacked_view(w) for w in (experts.gate, experts.up, experts.down)]
+    stacked = moe.StackedExperts(gate_EFM=stacks[0], up_EFM=stacks[1], down_EMF=stacks[2])
+    found = moe.run_moe(x, weights, ids, stacked, "silu", plan)
+    assert_near(found, exact_moe(x, weights, ids, experts), 2e-3)
+
+
+def test_experts_that_live_elsewhere_add_nothing(rng: np.random.Generator) -> None:
+    experts = make_experts(rng, 3, 64, 32, torch.float32)
+    for tokens in (1, 30):
+        x = floats(rng, tokens, 64).to(DEVICE)
+        weights, ids = routed(rng, tokens, 6, 3)
+        ids[0] = torch.tensor([0, -1, 5])
+        found = make_ops().moe(x, weights, ids, experts, "silu")
+        assert_near(found, exact_moe(x, weights, ids, experts), 2e-6)
+
+
+def test_moe_rows_do_not_depend_on_the_batch(rng: np.random.Generator) -> None:
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+    experts = make_experts(rng, 5, 64, 96, dtype)
+    x = floats(rng, 9, 64).to(DEVICE, dtype)
+    weights, ids = routed(rng, 9, 5, 2)
+    ops = make_ops(dtype)
+    rows = zip(x.split(1), weights.split(1), ids.split(1), strict=True)
+    alone = [ops.moe(*row, experts, "silu") for row in rows]
+    whole = ops.moe(x, weights, ids, experts, "silu")
+    if DEVICE == "cuda":
+        assert torch.equal(torch.cat(alone), whole)
+    else:  # The interpreter multiplies with NumPy, whose order is its own.
+        assert_near(torch.cat(alone), whole, 1e-3)
+
+
+def test_experts_in_separate_tensors_are_refused(rng: np.random.Generator) -> None:
+    gate = tuple(make_stack(rng, 1, 8, 16, torch.float32)[0] for _ in range(3))
+    experts = ExpertWeights(gate=gate, up=gate, down=gate)
+    weights, ids = routed(rng, 2, 3, 2)
+    with pytest.raises(AssertionError, match=r"expert 1 of 3 .*one \[E, rows, cols\] stack"):
+        make_ops().moe(floats(rng, 2, 16).to(DEVICE), weights, ids, experts, "silu")
+
+
+def test_block_formats_are_refused_with_a_way_out(rng: np.random.Generator) -> None:
+    data = torch.zeros(8, 34, dtype=torch.uint8)
+    weight = Weight(data=data, format=WEIGHT_FORMATS["q8_0"], rows=8, cols=32)
+    with pytest.raises(UnsupportedModelError, match=r"q8_0 .* need the CPU back end"):
+        make_ops().linear(floats(rng, 1, 32), (weight,))
+
+
+@pytest.mark.parametrize("is_deterministic", [True, False])
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+def test_linear_equals_float64(
+    rng: np.random.Generator, dtype: torch.dtype, is_deterministic: bool
+) -> None:
+    ops = make_ops(dtype, is_deterministic=is_deterministic)
+    stack = make_stack(rng, 2, 30, 72, dtype)
+    whole = (floats(rng, 50, 72) / 8).to(DEVICE, dtype)
+    form = WEIGHT_FORMATS[NAMES[dtype]]
+    parts = [Weight(data=p, format=form, rows=len(p), cols=72) for p in whole.split([19, 31])]
+    bias = floats(rng, 110).to(DEVICE)
+    for tokens in (1, 16, 17, 70):
+        x = floats(rng, tokens, 72).to(DEVICE, dtype)
+        weights = [stack[0], *parts, stack[1]]
+        expected = torch.cat([x.double() @ w.data.double().T for w in weights], 1)
+        assert_near(ops.linear(x, weights), expected, TOLERANCES[dtype])
+        assert_near(ops.linear(x, weights, bias), expected + bias.double(), TOLERANCES[dtype])
+        assert_near(ops.linear(x, (weights[0],)), expected[:, :30], TOLERANCES[dtype])
+
+
+def test_float32_rows_meet_bf16_weights(rng: np.random.Generator) -> None:
+    weight = make_stack(rng, 1, 30, 72, torch.bfloat16)[0]
+    x = floats(rng, 5, 72).to(DEVICE)
+    found = make_ops(is_deterministic=False).linear(x, (weight,))
+    assert_near(found, x.double() @ weight.data.double().T, 2e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 150])
+def test_every_plan_of_a_dense_product_is_right(rng: np.random.Generator, tokens: int) -> None:
+    weight = (floats(rng, 300, 136) / 12).to(DEVICE, torch.float16)
+    x = floats(rng, tokens, 136).to(DEVICE, torch.float16)
+    for tma in (False, True):
+        out = torch.full((tokens, 300), math.nan, dtype=torch.float16, device=DEVICE)
+        linear.product(x, weight, None, out, linear.plan_product(tokens, 300, can_tma=tma))
+        assert_near(out, x.double() @ weight.double().T, 2e-3)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+@pytest.mark.parametrize("size", [1, 5, 64, 577, 2048])
+def test_rms_norm_equals_float64(rng: np.random.Generator, size: int, dtype: torch.dtype) -> None:
+    x, weight = floats(rng, 3, size).to(DEVICE, dtype), floats(rng, size).to(DEVICE, dtype)
+    residual = floats(rng, 3, size).to(DEVICE, dtype)
+    ops, kept = make_ops(dtype), x.clone()
+    for found, y in (
+        (ops.rms_norm(x, weight, 1e-5), x.double()),
+        (ops.add_rms_norm(x, residual, weight, 1e-5), residual.double()),
+    ):
+        scale = torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5)
+        assert_near(found, y * scale * weight.double(), TOLERANCES[dtype])
+        assert torch.equal(x, kept)
+
+
+def test_add_rms_norm_adds_in_place(rng: np.random.Generator) -> None:
+    x, residual = floats(rng, 70, 77).to(DEVICE), floats(rng, 70, 77).to(DEVICE)
+    total = x + residual
+    make_ops().add_rms_norm(x, residual, floats(rng, 77).to(DEVICE), 1e-6)
+    assert torch.equal(residual, total)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+def test_gated_mlp_equals_float64(
+    rng: np.random.Generator, dtype: torch.dtype, activation: str
+) -> None:
+    gate, up = make_stack(rng, 2, 96, 64, dtype)
+    down = make_stack(rng, 1, 64, 96, dtype)[0]
+    x = floats(rng, 5, 64).to(DEVICE, dtype)
+    found = make_ops(dtype).gated_mlp(x, gate, up, down, activation)
+    expected = exact_mlp(x, gate.data, up.data, down.data, activation)
+    assert_near(found, expected, TOLERANCES[dtype])
+
+
+def test_embedding_returns_the_rows_and_nan_for_unknown_ids(rng: np.random.Generator) -> None:
+    table = make_stack(rng, 1, 40, 1100, torch.bfloat16)[0]
+    ids = torch.tensor([39, 0, 7, 7, 40, -1], dtype=torch.int32, device=DEVICE)
+    found = make_ops().embedding(ids, table)
+    assert torch.equal(found[:4], table.data[ids[:4].long()].float())
+    assert found[4:].isnan().all()
+
+
+def test_no_tokens_give_no_rows(rng: np.random.Generator) -> None:
+    experts = make_experts(rng, 2, 64, 32, torch.float32)
+    x, ids = floats(rng, 0, 64).to(DEVICE), torch.zeros(0, 2, dtype=torch.int32, device=DEVICE)
+    ops = make_ops()
+    assert ops.moe(x, torch.zeros(0, 2, device=DEVICE), ids, experts, "silu").shape == (0, 64)
+    assert ops.linear(x, experts.gate[:1]).shape == (0, 32)
+    assert ops.rms_norm(x, torch.ones(64, device=DEVICE), 1e-5).shape == (0, 64)
+
+
+def test_the_plan_is_a_pure_function_of_the_shape() -> None:
+    def kind(tokens: int, top_k: int, count: int, inner: int) -> int:
+        plan = plan_moe(tokens, top_k, count, inner, can_tma=True)
+        assert plan == plan_moe(tokens, top_k, count, inner, can_tma=True)
+        for launch in (plan.gate_up, plan.down):
+            stage = (launch.block_n * 2 + plan.block_p) * launch.block_k * 2
+            assert launch is plan.down or stage * launch.num_stages <= 227 << 10
+            assert not launch.tma or plan.block_p == 128
+        return 1 if plan.is_direct else plan.block_p
+
+    tokens = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192)
+    assert [kind(t, 8, 128, 768) for t in tokens] == [1, 1, *[16] * 6, 64, 128, 128]
+    assert [kind(t, 4, 60, 1408) for t in tokens] == [1, *[16] * 7, 64, 128, 128]
+    assert [kind(t, 2, 8, 14336) for t in tokens] == [1, *[16] * 5, 32, 64, 128, 128, 128]
+    assert kind(1, 1, 1, 64) == 1
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="no GPU: graphs cannot be captured")
+@pytest.mark.parametrize("tokens", [1, 32, 600])
+def test_a_captured_moe_layer_follows_new_routes(rng: np.random.Generator, tokens: int) -> None:
+    experts, ops = make_experts(rng, 8, 256, 128, torch.bfloat16), make_ops(torch.bfloat16)
+    x = floats(rng, tokens, 256).to(DEVICE, torch.bfloat16)
+    weights, ids = routed(rng, tokens, 8, 2)
+    ops.moe(x, weights, ids, experts, "silu")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.moe(x, weights, ids, experts, "silu")
+    weights_2, ids_2 = routed(rng, tokens, 8, 2)
+    weights.copy_(weights_2)
+    ids.copy_(ids_2)
+    graph.replay()
+    assert torch.equal(out, ops.moe(x, weights, ids, experts, "silu"))

@@ -1,0 +1,32 @@
+"""Makes Triton kernels run on this machine: on its GPU, or through Triton's interpreter.
+
+Imported by the Triton tests before any kernel: kernels read TRITON_INTERPRET when they are
+decorated. CI installs triton beside the CPU build of torch and so runs the interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+pytest.importorskip("triton", reason="triton is not installed (pip install triton==3.6.0)")
+
+from triton.runtime import interpreter  # noqa: E402
+
+_patch_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_tensor_and_index(tensor: Any, scope: Any) -> None:
+    # Triton 3.6 calls int() on one-element arrays, which NumPy 2.4 refuses.
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+interpreter._patch_lang_tensor = _patch_tensor_and_index
