@@ -16,7 +16,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
-pytest.importorskip("triton", reason="triton is not installed (pip install triton==3.6.0)")
+triton = pytest.importorskip(
+    "triton", reason="triton is not installed (pip install --no-deps triton==3.6.0)"
+)
+if DEVICE == "cpu" and not triton.__version__.startswith("3.6."):
+    reason = f"the interpreter of Triton {triton.__version__} is not known, only that of 3.6"
+    pytest.skip(reason, allow_module_level=True)
 
 from triton.runtime import interpreter  # noqa: E402
 
