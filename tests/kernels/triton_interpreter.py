@@ -1,21 +1,17 @@
 """Makes Triton kernels run on this machine: on its GPU, or through Triton's interpreter.
 
-Imported by the Triton tests before any kernel: kernels read TRITON_INTERPRET when they are
-decorated. CI installs triton beside the CPU build of torch and so runs the interpreter.
+Imported by the Triton tests before any kernel; tests/conftest.py has asked for the interpreter where
+there is no GPU. CI installs triton beside the CPU build of torch and so runs the interpreter.
 """
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
-
 triton = pytest.importorskip(
     "triton", reason="triton is not installed (pip install --no-deps triton==3.6.0)"
 )
