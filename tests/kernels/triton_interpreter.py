@@ -1,7 +1,7 @@
 """Makes Triton kernels run on this machine: on its GPU, or through Triton's interpreter.
 
-Imported by the Triton tests before any kernel; tests/conftest.py has asked for the interpreter where
-there is no GPU. CI installs triton beside the CPU build of torch and so runs the interpreter.
+Imported by the Triton tests before any kernel; tests/conftest.py has asked for the interpreter
+where there is no GPU. CI installs triton beside the CPU build of torch and so runs it.
 """
 
 from __future__ import annotations
