@@ -322,6 +322,13 @@ class KVCacheManager:
         emptied, self._emptied = tuple(self._emptied), []
         return emptied
 
+    def check_writable(self, kv: SequenceKV, num_computed: int) -> None:
+        """Raises AssertionError if a block that `kv` has yet to write is shared or published."""
+        assert kv.row is not None
+        for table in self.tables:
+            for block in table.row(kv.row)[num_computed // self.block_size :].tolist():
+                assert self.pool.is_writable(block), f"block {block} would be written by two"
+
     def check(self, rows: Sequence[int]) -> None:
         """Raises AssertionError unless reference counts equal table entries of `rows`, keys and
         index agree, and no other row holds a block."""

@@ -425,4 +425,6 @@ class Scheduler:
         assert sorted(self._free_rows + rows) == list(range(self.limits.max_num_seqs))
         assert all(s.row is None and s.kv.row is None for s in self.waiting)
         assert all(s.kv.row == s.row for s in self.running)
+        for s in self.running:
+            self.manager.check_writable(s.kv, s.num_computed)
         self.manager.check(rows)
