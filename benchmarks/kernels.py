@@ -135,7 +135,9 @@ def mlp_cases(ops: Ops, name: str, tokens: int) -> Iterator[Case]:
         )
         for layer in layers
     ]
-    weights, ids = ops.route(torch.randn(tokens, 4), 2, "softmax", True)
+    weights, ids = ops.route(
+        torch.randn(tokens, 4), 2, "softmax", True, torch.zeros(4, dtype=torch.int64)
+    )
     yield Case(
         op="moe 4 experts top 2",
         shape=f"{HIDDEN}x{INNER}",
@@ -195,10 +197,10 @@ def attention_cases(ops: Ops, dtype: torch.dtype) -> Iterator[Case]:
 
 def small_cases(ops: Ops, tokens: int) -> Iterator[Case]:
     x, y, weight = torch.randn(tokens, HIDDEN), torch.randn(tokens, HIDDEN), torch.ones(HIDDEN)
-    logits = torch.randn(tokens, 4)
+    logits, counts = torch.randn(tokens, 4), torch.zeros(4, dtype=torch.int64)
     runs: dict[str, Callable[[int], object]] = {
         "add_rms_norm": lambda _: ops.add_rms_norm(x, y, weight, 1e-5),
-        "route": lambda _: ops.route(logits, 2, "softmax", True),
+        "route": lambda _: ops.route(logits, 2, "softmax", True, counts),
     }
     for op, run in runs.items():
         bytes_read = 0 if tokens < 128 else 2 * x.nbytes

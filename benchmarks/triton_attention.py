@@ -107,7 +107,7 @@ def check_case(case: tuple[int, int, int, str, str, int | None]) -> str:
         scale = D**-0.5
         found = attention(q, layer, batch, scale, window)
         worst = max(worst, norm_error(found, expected))
-        strict = attention(q, layer, batch, scale, window, deterministic=True)
+        strict = attention(q, layer, batch, scale, window, is_deterministic=True)
         worst = max(worst, norm_error(strict, expected))
         starts = [0, *torch.tensor(query_lens).cumsum(0).tolist()]
         for s in (3, 8, 13):

@@ -56,6 +56,27 @@ class KVLayer:
     value: Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SharedPrefix:
+    """Groups of sequences with equal leading blocks, all int32 tensors on the device."""
+
+    members: Tensor
+    """Sequence indices, group after group."""
+    group_starts: Tensor
+    """[groups + 1]: where each group's members begin."""
+    shared_tokens_S: Tensor
+    """Tokens of each sequence that its group reads for it; 0 outside groups."""
+    shared_slots_S: Tensor
+    """Partial results that those leave for each sequence."""
+    split_sizes: Tensor
+    """[groups] tokens of one partial result."""
+    num_groups: int
+    max_members: int
+    max_splits: int
+    max_tail: int
+    """Tokens of the longest private tail, or of the longest sequence outside groups."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class AttentionBatch:
     """Where one step's queries and KV lie, for one KV group. Planned once a step."""
@@ -71,6 +92,14 @@ class AttentionBatch:
     block_table: Tensor
     """int32 [S, max blocks]; column j holds tokens [j * P, (j + 1) * P). Columns wholly behind
     the window may hold 0 and are not read."""
+    max_query_len: int | None = None
+    """Bound of the query lengths that the host knows; it saves launches and changes no bit."""
+    max_seq_len: int | None = None
+    """Bound of seq_lens_S, likewise."""
+    num_short_tokens: int | None = None
+    """Sequences of few queries lie among the first so many tokens, likewise."""
+    prefix: SharedPrefix | None = None
+    """What single-query sequences share, where reading it once pays."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
@@ -126,11 +155,25 @@ class Ops(Protocol):
         """Returns (act(x @ gate.T) * (x @ up.T)) @ down.T as [T, M]."""
         ...
 
+    def logits(self, x_SM: Tensor, weight: Weight) -> Tensor:
+        """Returns x @ W.T as float32 [S, V], contiguous."""
+        ...
+
     def route(
-        self, logits_TE: Tensor, top_k: int, scoring: RouterScoring, renormalize: bool
+        self,
+        logits_TE: Tensor,
+        top_k: int,
+        scoring: RouterScoring,
+        renormalize: bool,
+        counts_E: Tensor,
+        num_live: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns topk_weights float32 [T, top_k] and topk_ids int32 [T, top_k], best first;
-        equal scores: the lower expert first."""
+        equal scores: the lower expert first. Adds the tokens of each expert to counts_E (integers,
+        at least E).
+
+        Tokens from num_live (int32 [1]) on pad a captured graph: their ids are -1, nobody counts
+        them."""
         ...
 
     def moe(
@@ -142,7 +185,12 @@ class Ops(Protocol):
         activation: Activation,
     ) -> Tensor:
         """Returns [T, M]: sum over the chosen experts, in the order of topk_ids, of weight times
-        the expert's gated MLP. Every expert runs once, over the tokens gathered for it."""
+        the expert's gated MLP. Every expert runs once, over the tokens gathered for it. An id of
+        -1 adds nothing."""
+        ...
+
+    def add_gated(self, out_TM: Tensor, x_TM: Tensor, gate_T1: Tensor | None) -> None:
+        """out += sigmoid(gate) * x in place, or out += x without a gate."""
         ...
 
     def rope_and_cache(

@@ -90,15 +90,29 @@ class ReferenceOps:
         hidden = activate(self.linear(x_TM, (gate,)), activation)
         return self.linear(hidden.mul_(self.linear(x_TM, (up,))), (down,))
 
+    def logits(self, x_SM: Tensor, weight: Weight) -> Tensor:
+        return self.linear(x_SM, (weight,))
+
     def route(
-        self, logits_TE: Tensor, top_k: int, scoring: RouterScoring, renormalize: bool
+        self,
+        logits_TE: Tensor,
+        top_k: int,
+        scoring: RouterScoring,
+        renormalize: bool,
+        counts_E: Tensor,
+        num_live: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         assert scoring == "softmax", scoring
         order = torch.sort(torch.softmax(logits_TE, -1), dim=-1, descending=True, stable=True)
         weights = order.values[:, :top_k].contiguous()
         if renormalize:
             weights /= weights.sum(-1, keepdim=True)
-        return weights, order.indices[:, :top_k].to(torch.int32)
+        ids = order.indices[:, :top_k].to(torch.int32)
+        if num_live is not None:
+            ids[int(num_live) :] = -1
+        live = ids[: None if num_live is None else int(num_live)]
+        counts_E += torch.bincount(live.flatten(), minlength=len(counts_E))
+        return weights, ids
 
     def moe(
         self,
@@ -110,8 +124,8 @@ class ReferenceOps:
     ) -> Tensor:
         top_k = topk_ids.shape[1]
         chosen = topk_ids.reshape(-1)
-        parts = x_TM.new_empty(len(chosen), x_TM.shape[1])
-        for expert in chosen.unique().tolist():
+        parts = x_TM.new_zeros(len(chosen), x_TM.shape[1])
+        for expert in chosen[chosen >= 0].unique().tolist():
             picks = torch.nonzero(chosen == expert).squeeze(1)
             gate, up, down = experts.gate[expert], experts.up[expert], experts.down[expert]
             parts[picks] = self.gated_mlp(x_TM[picks // top_k], gate, up, down, activation)
@@ -120,6 +134,9 @@ class ReferenceOps:
         for place in range(1, top_k):
             out += parts[:, place] * topk_weights[:, place : place + 1]
         return out
+
+    def add_gated(self, out_TM: Tensor, x_TM: Tensor, gate_T1: Tensor | None) -> None:
+        out_TM += x_TM if gate_T1 is None else x_TM * torch.sigmoid(gate_T1)
 
     def rope_and_cache(
         self,

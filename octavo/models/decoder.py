@@ -51,7 +51,7 @@ class Decoder:
     embedding: Weight
     layers: tuple[Layer, ...]
     final_norm: RMSNorm
-    lm_head: Linear
+    lm_head: Weight
 
     def forward(
         self,
@@ -59,11 +59,13 @@ class Decoder:
         batches: tuple[AttentionBatch, ...],
         storage: KVStorage,
         expert_counts_LE: Tensor,
+        num_live: Tensor | None = None,
     ) -> Tensor:
-        """Returns normed hidden states [T, M] float32; writes the step's keys and values.
+        """Returns normed hidden states [T, M]; writes the step's keys and values.
 
         token_ids_T is int32; `batches` has one entry per KV group of `storage`. The tokens routed
-        to each expert are added to expert_counts_LE, int64 [MoE layers, experts].
+        to each expert are added to expert_counts_LE, integers [MoE layers, experts]. Tokens from
+        num_live (int32 [1]) on pad a captured graph.
         """
         ops = self.ops
         residual_TM = ops.embedding(token_ids_T, self.embedding)
@@ -75,7 +77,7 @@ class Decoder:
             x_TM = layer.attention.run(x_TM, storage.layer(index), batch, ops)
             x_TM = layer.mlp_norm.add_and_run(x_TM, residual_TM, ops)
             if isinstance(layer.mlp, MoE):
-                x_TM = layer.mlp.run(x_TM, ops, expert_counts_LE[num_moe])
+                x_TM = layer.mlp.run(x_TM, ops, expert_counts_LE[num_moe], num_live)
                 num_moe += 1
             else:
                 x_TM = layer.mlp.run(x_TM, ops)
@@ -84,7 +86,7 @@ class Decoder:
 
     def logits(self, hidden_SM: Tensor) -> Tensor:
         """Returns [S, V] float32 of normed hidden states."""
-        return self.lm_head.run(hidden_SM, self.ops)
+        return self.ops.logits(hidden_SM, self.lm_head)
 
 
 def load_decoder(
@@ -101,7 +103,7 @@ def load_decoder(
         embedding=embedding,
         layers=tuple(loader.layer(index) for index in range(len(spec.layers))),
         final_norm=loader.norm("final_norm"),
-        lm_head=Linear(weights=(embedding if spec.tie_embeddings else loader.matrix("lm_head"),)),
+        lm_head=embedding if spec.tie_embeddings else loader.matrix("lm_head"),
     )
 
 

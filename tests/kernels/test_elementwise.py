@@ -43,7 +43,9 @@ def test_route_takes_the_best_experts(
     ops: Ops, rng: np.random.Generator, experts: int, top_k: int, renormalize: bool
 ) -> None:
     logits = floats(rng, 33, experts) * 2
-    weights, ids = ops.route(logits, top_k, "softmax", renormalize)
+    counts = torch.ones(experts + 1, dtype=torch.int64)
+    weights, ids = ops.route(logits, top_k, "softmax", renormalize, counts)
+    assert torch.equal(counts - 1, torch.bincount(ids.flatten(), minlength=experts + 1))
     expected, chosen = logits.double().softmax(-1).topk(top_k, -1)
     if renormalize:
         expected = expected / expected.sum(-1, keepdim=True)
@@ -54,13 +56,14 @@ def test_route_takes_the_best_experts(
 
 def test_route_takes_the_lower_of_equal_experts(ops: Ops) -> None:
     logits = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0]])
-    weights, ids = ops.route(logits, 4, "softmax", True)
+    weights, ids = ops.route(logits, 4, "softmax", True, torch.zeros(5, dtype=torch.int64))
     assert ids.tolist() == [[1, 3, 0, 2]]
     assert weights[0, 0] == weights[0, 1]
 
 
 def test_route_of_nan_still_names_experts_that_exist(native: Ops) -> None:
-    _, ids = native.route(torch.full((2, 5), math.nan), 3, "softmax", True)
+    counts = torch.zeros(5, dtype=torch.int64)
+    _, ids = native.route(torch.full((2, 5), math.nan), 3, "softmax", True, counts)
     assert ids.tolist() == [[0, 1, 2], [0, 1, 2]]
 
 
@@ -124,3 +127,11 @@ def test_copies_happen_in_order(ops: Ops, rng: np.random.Generator) -> None:
     kept = arena.clone()
     ops.copy_blocks(arena, [(0, 1), (1, 2)])
     assert torch.equal(arena, kept[[0, 0, 0, 3]])
+
+
+@pytest.mark.parametrize("has_gate", [True, False])
+def test_add_gated_adds_in_place(ops: Ops, rng: np.random.Generator, has_gate: bool) -> None:
+    out, x, gate = floats(rng, 5, 40), floats(rng, 5, 40), floats(rng, 5, 1)
+    expected = out.double() + x.double() * (torch.sigmoid(gate.double()) if has_gate else 1)
+    ops.add_gated(out, x, gate if has_gate else None)
+    assert_close(out, expected)

@@ -118,8 +118,9 @@ def test_norms_and_routes_do_not_depend_on_the_batch(native: Ops, rng: np.random
     x, weight = floats(rng, 40, 100), floats(rng, 100)
     whole = native.rms_norm(x, weight, 1e-5)
     assert torch.equal(torch.cat([native.rms_norm(r, weight, 1e-5) for r in x.split(1)]), whole)
-    routed, ids = native.route(x, 6, "softmax", True)
+    counts = torch.zeros(x.shape[1], dtype=torch.int64)
+    routed, ids = native.route(x, 6, "softmax", True, counts)
     for t in range(40):
-        one, one_ids = native.route(x[t : t + 1], 6, "softmax", True)
+        one, one_ids = native.route(x[t : t + 1], 6, "softmax", True, counts)
         assert torch.equal(one[0], routed[t])
         assert torch.equal(one_ids[0], ids[t])

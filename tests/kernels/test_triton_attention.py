@@ -49,10 +49,12 @@ def _attend(
     batch: AttentionBatch,
     window: int | None,
     *,
-    deterministic: bool = False,
+    is_deterministic: bool = False,
 ) -> Tensor:
     layer, moved = _there(paged, batch)
-    found = tiles.attention(q.to(DEVICE), layer, moved, 0.25, window, deterministic=deterministic)
+    found = tiles.attention(
+        q.to(DEVICE), layer, moved, 0.25, window, is_deterministic=is_deterministic
+    )
     return found.cpu()
 
 
@@ -144,7 +146,7 @@ def test_a_decoded_row_has_the_same_bits_in_any_batch(rng: np.random.Generator) 
 def test_deterministic_chunks_have_the_bits_of_decoding(rng: np.random.Generator) -> None:
     paged = make_paged(rng, [150], (2, 16))
     q = floats(rng, 9, 4, 16)
-    chunk = _attend(q, paged, paged.batch([150], [9]), 100, deterministic=True)
+    chunk = _attend(q, paged, paged.batch([150], [9]), 100, is_deterministic=True)
     for row in (0, 5, 8):
         alone = _attend(q[row : row + 1], paged, paged.batch([142 + row], [1]), 100)
         assert torch.equal(alone, chunk[row : row + 1])

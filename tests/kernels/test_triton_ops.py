@@ -12,7 +12,7 @@ from torch import Tensor
 from octavo.errors import UnsupportedModelError
 from octavo.formats import WEIGHT_FORMATS
 from octavo.kernels.ops import ExpertWeights, Weight
-from tests.kernels.cases import floats
+from tests.kernels.cases import floats, make_weight
 from tests.kernels.triton_interpreter import DEVICE
 
 from octavo.kernels.triton import linear, moe, route  # isort: skip
@@ -91,21 +91,51 @@ def test_route_takes_the_best_experts(
     rng: np.random.Generator, count: int, top_k: int, renormalize: bool
 ) -> None:
     logits = floats(rng, 33, count).to(DEVICE) * 2
-    weights, ids = make_ops().route(logits, top_k, "softmax", renormalize)
+    counts = torch.ones(count + 1, dtype=torch.int32, device=DEVICE)
+    weights, ids = make_ops().route(logits, top_k, "softmax", renormalize, counts)
+    assert torch.equal(counts - 1, torch.bincount(ids.flatten(), minlength=count + 1))
     expected, chosen = logits.double().softmax(-1).topk(top_k, -1)
     if renormalize:
         expected = expected / expected.sum(-1, keepdim=True)
     assert ids.dtype is torch.int32
     assert torch.equal(ids.long(), chosen)
     assert_near(weights, expected, 1e-6)
-    one = [make_ops().route(row, top_k, "softmax", renormalize)[0] for row in logits[:3].split(1)]
-    assert torch.equal(torch.cat(one), weights[:3])
+    for row in range(3):
+        one, _ = make_ops().route(logits[row : row + 1], top_k, "softmax", renormalize, counts)
+        assert torch.equal(one[0], weights[row])
+
+
+def test_padding_is_routed_nowhere_and_not_counted(rng: np.random.Generator) -> None:
+    logits, counts = floats(rng, 9, 5).to(DEVICE), torch.zeros(5, dtype=torch.int32, device=DEVICE)
+    live = torch.tensor([6], dtype=torch.int32, device=DEVICE)
+    _, ids = make_ops().route(logits, 2, "softmax", True, counts, live)
+    assert (ids[6:] == -1).all()
+    assert (ids[:6] >= 0).all()
+    assert int(counts.sum()) == 12
+
+
+@pytest.mark.parametrize("has_gate", [True, False])
+def test_add_gated_adds_in_place(rng: np.random.Generator, has_gate: bool) -> None:
+    out, x, gate = (floats(rng, 5, n).to(DEVICE) for n in (1100, 1100, 1))
+    expected = out.double() + x.double() * (torch.sigmoid(gate.double()) if has_gate else 1)
+    make_ops().add_gated(out, x, gate if has_gate else None)
+    assert_near(out, expected, 1e-6)
+
+
+def test_logits_are_float32(rng: np.random.Generator) -> None:
+    x, weight = floats(rng, 3, 32).to(DEVICE).half(), make_weight("f16", 50, 32, rng)
+    weight = Weight(data=weight.data.to(DEVICE), format=weight.format, rows=50, cols=32)
+    found = make_ops(torch.float16).logits(x, weight)
+    assert found.dtype is torch.float32
+    assert_near(found, x.double() @ weight.data.double().T, 1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # The interpreter's NumPy.
 def test_route_takes_the_lower_of_equal_experts_and_knows_nan() -> None:
     logits = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0], [math.nan] * 5], device=DEVICE)
-    weights, ids = make_ops().route(logits, 4, "softmax", True)
+    weights, ids = make_ops().route(
+        logits, 4, "softmax", True, torch.zeros(5, dtype=torch.int32, device=DEVICE)
+    )
     assert ids.tolist() == [[1, 3, 0, 2], [0, 1, 2, 3]]
     assert weights[0, 0] == weights[0, 1]
     assert weights[1].isnan().all()

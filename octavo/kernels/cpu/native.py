@@ -318,10 +318,25 @@ class NativeOps:
         )
         return out
 
+    def logits(self, x_SM: Tensor, weight: Weight) -> Tensor:
+        return self.linear(x_SM, (weight,))
+
     def route(
-        self, logits_TE: Tensor, top_k: int, scoring: RouterScoring, renormalize: bool
+        self,
+        logits_TE: Tensor,
+        top_k: int,
+        scoring: RouterScoring,
+        renormalize: bool,
+        counts_E: Tensor,
+        num_live: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         assert scoring == "softmax", scoring
+        assert num_live is None, "nothing pads a step on the CPU"
+        weights, ids = self._top_k(logits_TE, top_k, renormalize)
+        counts_E += torch.bincount(ids.flatten(), minlength=len(counts_E))
+        return weights, ids
+
+    def _top_k(self, logits_TE: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
         logits = _floats(logits_TE)
         tokens, experts = logits.shape
         assert 1 <= top_k <= experts
@@ -332,6 +347,16 @@ class NativeOps:
             self._pool, logits.data_ptr(), tokens, experts, top_k, int(renormalize), *pointers
         )
         return weights, ids
+
+    def add_gated(self, out_TM: Tensor, x_TM: Tensor, gate_T1: Tensor | None) -> None:
+        """sigmoid(g) = softmax([g, 0])[0]: torch.sigmoid takes its vectors in another way than what
+        is left over at the end, so that a token's last bit would depend on its place in the
+        batch."""
+        if gate_T1 is None:
+            out_TM += x_TM
+            return
+        weights, ids = self._top_k(torch.cat((gate_T1, torch.zeros_like(gate_T1)), dim=1), 2, False)
+        out_TM += x_TM * torch.where(ids[:, :1] == 0, weights[:, :1], weights[:, 1:])
 
     def _experts(self, experts: ExpertWeights) -> int:
         found = self._structs.get(id(experts))

@@ -1,4 +1,4 @@
-"""Gated activations: act(gate) * up.
+"""Gated activations: act(gate) * up, and the gated addition of a shared expert.
 
 Called by `ops.py` (dense MLPs) and inside the products of `moe.py`. Never allocates on its own.
 """
@@ -56,3 +56,42 @@ def activate_and_mul(both_TN: Tensor, activation: Activation) -> Tensor:
             both_TN, out, inner_size, ACTIVATION=activation, BLOCK=BLOCK, num_warps=4
         )
     return out
+
+
+@triton.jit
+def add_gated_kernel(
+    out_TM, x_TM, gate_T1, hidden_size, gate_stride, HAS_GATE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out[t] += sigmoid(gate[t]) * x[t], or += x[t] without a gate; float32 inside.
+
+    out_TM and x_TM [T, M] contiguous; gate_T1 [T, 1] with a row stride.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_in = column < hidden_size
+    at = token * hidden_size + column
+    x = tl.load(x_TM + at, mask=is_in, other=0.0).to(tl.float32)
+    if HAS_GATE:
+        gate = tl.load(gate_T1 + token * gate_stride).to(tl.float32)
+        x = x / (1.0 + tl.exp(-gate))
+    total = tl.load(out_TM + at, mask=is_in, other=0.0).to(tl.float32) + x
+    tl.store(out_TM + at, total.to(out_TM.dtype.element_ty), mask=is_in)
+
+
+def add_gated(out_TM: Tensor, x_TM: Tensor, gate_T1: Tensor | None) -> None:
+    """out += sigmoid(gate) * x in place, or out += x without a gate."""
+    num_tokens, hidden_size = x_TM.shape
+    assert out_TM.shape == x_TM.shape
+    assert out_TM.is_contiguous()
+    assert x_TM.is_contiguous()
+    if num_tokens:
+        add_gated_kernel[(num_tokens, triton.cdiv(hidden_size, BLOCK))](
+            out_TM,
+            x_TM,
+            x_TM if gate_T1 is None else gate_T1,
+            hidden_size,
+            0 if gate_T1 is None else gate_T1.stride(0),
+            HAS_GATE=gate_T1 is not None,
+            BLOCK=BLOCK,
+            num_warps=4,
+        )

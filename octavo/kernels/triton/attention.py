@@ -389,35 +389,20 @@ def attention(
     scale: float,
     window: int | None,
     *,
-    max_query_len: int | None = None,
-    max_seq_len: int | None = None,
-    num_short_tokens: int | None = None,
-    deterministic: bool = False,
+    is_deterministic: bool = False,
 ) -> Tensor:
     """Returns [T, H * D] in the dtype of q; see `Ops.attention`.
 
-    Bounds that the host knows save launches and room for partial results, and change no bit:
-    `max_query_len` (1 saves the tiles), `max_seq_len` (default: the block table's columns),
-    `num_short_tokens` (sequences of up to SHORT_QUERIES queries lie in the first so many rows).
     A sequence of length 0 with one query (padding of a captured graph) gets zeros.
     """
     out = torch.empty_like(q_THD)
     capacity = batch.block_table.shape[1] * layer.key.shape[1]
-    bound = capacity if max_seq_len is None else min(max_seq_len, capacity)
-    if deterministic and max_query_len != 1:
+    bound = capacity if batch.max_seq_len is None else min(batch.max_seq_len, capacity)
+    if is_deterministic and batch.max_query_len != 1:
         _every_row_as_decode(q_THD, layer, batch, scale, window, out, bound)
         return out.flatten(1)
     decode_attention(q_THD, layer, batch, scale, window, out, max_seq_len=bound)
-    tiles_attention(
-        q_THD,
-        layer,
-        batch,
-        scale,
-        window,
-        out,
-        max_query_len=max_query_len,
-        num_short_tokens=num_short_tokens,
-    )
+    tiles_attention(q_THD, layer, batch, scale, window, out)
     return out.flatten(1)
 
 
@@ -428,13 +413,11 @@ def tiles_attention(
     scale: float,
     window: int | None,
     out: Tensor,
-    *,
-    max_query_len: int | None,
-    num_short_tokens: int | None,
 ) -> None:
     """Writes the rows of `out` whose sequences have more than one query."""
-    longest = len(q_THD) if max_query_len is None else max_query_len
-    short = len(q_THD) if num_short_tokens is None else num_short_tokens
+    num_tokens = len(q_THD)
+    longest = num_tokens if batch.max_query_len is None else batch.max_query_len
+    short = num_tokens if batch.num_short_tokens is None else batch.num_short_tokens
     if longest > 1 and short > 1:
         prefill_attention(q_THD, layer, batch, scale, window, out, short_tokens=short)
     if longest > SHORT_QUERIES:

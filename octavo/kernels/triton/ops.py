@@ -28,8 +28,11 @@ from octavo.kernels.triton import activation as activations
 from octavo.kernels.triton import embedding as embeddings
 from octavo.kernels.triton import norm as norms
 from octavo.kernels.triton import route as routes
+from octavo.kernels.triton.attention import attention
 from octavo.kernels.triton.linear import plan_product, product
 from octavo.kernels.triton.moe import StackedExperts, plan_moe, run_moe
+from octavo.kernels.triton.rope import rope_and_cache
+from octavo.kernels.triton.shared_prefix import shared_prefix_attention
 
 SKINNY_TOKENS = 64
 """Up to here Triton multiplies: as fast as cuBLAS, which splits the sum there (H100, 2026-11-22).
@@ -92,11 +95,28 @@ class TritonOps:
         both = self.linear(x_TM, (gate, up))
         return self.linear(activations.activate_and_mul(both, activation), (down,))
 
+    def logits(self, x_SM: Tensor, weight: Weight) -> Tensor:
+        matrix = _numbers(weight)
+        out = torch.empty(len(x_SM), len(matrix), dtype=torch.float32, device=x_SM.device)
+        can_tma = self._can_tma and x_SM.dtype == matrix.dtype
+        plan = plan_product(len(x_SM), len(matrix), can_tma=can_tma)
+        product(x_SM, matrix, None, out, plan)
+        return out
+
     def route(
-        self, logits_TE: Tensor, top_k: int, scoring: RouterScoring, renormalize: bool
+        self,
+        logits_TE: Tensor,
+        top_k: int,
+        scoring: RouterScoring,
+        renormalize: bool,
+        counts_E: Tensor,
+        num_live: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         assert scoring == "softmax", scoring
-        return routes.route(logits_TE, top_k, renormalize)
+        return routes.route(logits_TE, top_k, renormalize, counts_E, num_live)
+
+    def add_gated(self, out_TM: Tensor, x_TM: Tensor, gate_T1: Tensor | None) -> None:
+        activations.add_gated(out_TM, x_TM, gate_T1)
 
     def moe(
         self,
@@ -129,16 +149,16 @@ class TritonOps:
         layer: KVLayer,
         batch: AttentionBatch,
     ) -> Tensor:
-        from octavo.kernels.triton.rope import rope_and_cache
-
         return rope_and_cache(qkv_TN, num_heads, rope, qk_norm, layer, batch)
 
     def attention(
         self, q_THD: Tensor, layer: KVLayer, batch: AttentionBatch, scale: float, window: int | None
     ) -> Tensor:
-        from octavo.kernels.triton.attention import attention
-
-        return attention(q_THD, layer, batch, scale, window)
+        if batch.prefix is not None and not self._is_deterministic:
+            return shared_prefix_attention(q_THD, layer, batch, scale, window, batch.prefix)
+        return attention(
+            q_THD, layer, batch, scale, window, is_deterministic=self._is_deterministic
+        )
 
     def copy_blocks(self, arena: Tensor, copies: Sequence[tuple[int, int]]) -> None:
         for source, target in copies:

@@ -96,7 +96,7 @@ def _rope_and_cache_kernel(
     rotated = x * c[None, :] + y * s[None, :]
     q_at = (t * H + heads[:, None]) * D + d[None, :]
     tl.store(q_out + q_at, rotated.to(q_out.dtype.element_ty), mask=is_query[:, None] & here)
-    slot = tl.load(slots + t)
+    slot = tl.load(slots + t).to(tl.int64)
     written = here & (slot >= 0)
     kv_at = (slot // P) * stride_block + (slot % P) * (K * D) + d[None, :]
     k_head = (heads - H)[:, None] * D

@@ -27,19 +27,23 @@ def route_kernel(
     logits_TE,
     weights_TK,
     ids_TK,
+    counts_E,
+    num_live,
     num_tokens,
     num_experts,
     row_stride,
     TOP_K: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
     ROWS: tl.constexpr,
     EXPERTS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
     """p = softmax(logits); ids = the TOP_K largest p, of equal ones the lower id; weights = p[ids]
     (over their sum where RENORMALIZE). A NaN row takes experts 0, 1, ... with weight NaN.
+    counts[e] += tokens that chose e. HAS_PADDING: rows from num_live[0] on get ids of -1.
 
-    logits_TE [T, E] any float; weights_TK float32 and ids_TK int32 [T, TOP_K].
+    logits_TE [T, E] any float; weights_TK float32 and ids_TK int32 [T, TOP_K]; counts_E integers.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, EXPERTS)
@@ -69,15 +73,25 @@ def route_kernel(
         kept = kept / total[:, None]
     out = row.to(tl.int64)[:, None] * TOP_K + slots[None, :]
     is_out = is_row[:, None] & (slots < TOP_K)[None, :]
+    is_live = is_out
+    if HAS_PADDING:
+        is_live = is_out & (row < tl.load(num_live))[:, None]
     tl.store(weights_TK + out, kept, mask=is_out)
-    tl.store(ids_TK + out, ids, mask=is_out)
+    tl.store(ids_TK + out, tl.where(is_live, ids, -1), mask=is_out)
+    # Integers: the order of the additions does not show.
+    one = tl.full([ROWS, SLOTS], 1, counts_E.dtype.element_ty)
+    tl.atomic_add(counts_E + ids, one, mask=is_live, sem="relaxed")
 
 
-def route(logits_TE: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """Returns weights float32 [T, top_k] and ids int32 [T, top_k], best first."""
+def route(
+    logits_TE: Tensor, top_k: int, renormalize: bool, counts_E: Tensor, num_live: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Returns weights float32 [T, top_k] and ids int32 [T, top_k], best first; see `Ops.route`."""
     num_tokens, num_experts = logits_TE.shape
     assert 0 < top_k <= num_experts, (top_k, num_experts)
     assert logits_TE.stride(1) == 1 or num_experts == 1
+    assert counts_E.is_contiguous()
+    assert len(counts_E) >= num_experts
     weights = logits_TE.new_empty((num_tokens, top_k), dtype=torch.float32)
     ids = logits_TE.new_empty((num_tokens, top_k), dtype=torch.int32)
     if num_tokens:
@@ -85,11 +99,14 @@ def route(logits_TE: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Ten
             logits_TE,
             weights,
             ids,
+            counts_E,
+            ids if num_live is None else num_live,
             num_tokens,
             num_experts,
             logits_TE.stride(0),
             TOP_K=top_k,
             RENORMALIZE=renormalize,
+            HAS_PADDING=num_live is not None,
             ROWS=ROUTE_ROWS,
             EXPERTS=triton.next_power_of_2(num_experts),
             SLOTS=triton.next_power_of_2(top_k),

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.ops import AttentionBatch, KVLayer
+from octavo.kernels.ops import AttentionBatch, KVLayer, SharedPrefix
 from octavo.kernels.triton.attention import attend_tiles, tiles_attention, value_delta
 from octavo.kernels.triton.attention_decode import (
     LOG2_E,
@@ -53,7 +53,7 @@ class SharedPrefixPlan:
     max_tail: int
     """Tokens of the longest private tail, or of the longest sequence outside groups."""
 
-    def to_device(self, device: torch.device) -> DevicePrefixPlan:
+    def to_device(self, device: torch.device) -> SharedPrefix:
         """Returns the plan as tensors, in one copy."""
         num_groups, num_sequences = len(self.split_sizes), len(self.shared_tokens)
         slots = np.zeros(num_sequences, np.int32)
@@ -64,7 +64,7 @@ class SharedPrefixPlan:
         packed = torch.from_numpy(np.concatenate(parts).astype(np.int32))
         packed = packed.to(device, non_blocking=True)
         members, starts, tokens, slots_S, sizes = packed.split([len(part) for part in parts])
-        return DevicePrefixPlan(
+        return SharedPrefix(
             members=members,
             group_starts=starts,
             shared_tokens_S=tokens,
@@ -75,21 +75,6 @@ class SharedPrefixPlan:
             max_splits=self.max_splits,
             max_tail=self.max_tail,
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class DevicePrefixPlan:
-    """A SharedPrefixPlan as int32 tensors, with the bounds that grids are made of."""
-
-    members: Tensor
-    group_starts: Tensor
-    shared_tokens_S: Tensor
-    shared_slots_S: Tensor
-    split_sizes: Tensor
-    num_groups: int
-    max_members: int
-    max_splits: int
-    max_tail: int
 
 
 def plan_shared_prefix(
@@ -279,10 +264,7 @@ def shared_prefix_attention(
     batch: AttentionBatch,
     scale: float,
     window: int | None,
-    plan: DevicePrefixPlan,
-    *,
-    max_query_len: int | None = None,
-    num_short_tokens: int | None = None,
+    plan: SharedPrefix,
 ) -> Tensor:
     """Returns what `attention` returns, [T, H * D], reading the plan's shared blocks once.
 
@@ -302,16 +284,7 @@ def shared_prefix_attention(
         shared=(plan.shared_tokens_S, plan.shared_slots_S),
         partials=partials,
     )
-    tiles_attention(
-        q_THD,
-        layer,
-        batch,
-        scale,
-        window,
-        out,
-        max_query_len=max_query_len,
-        num_short_tokens=num_short_tokens,
-    )
+    tiles_attention(q_THD, layer, batch, scale, window, out)
     return out.flatten(1)
 
 
@@ -321,7 +294,7 @@ def _attend_shared(
     batch: AttentionBatch,
     scale: float,
     window: int | None,
-    plan: DevicePrefixPlan,
+    plan: SharedPrefix,
     partials: Partials,
 ) -> None:
     stride_block = check_query(q_THD, layer, batch)
