@@ -1,7 +1,7 @@
 """What a runner remembers of each sequence (persistent rows), and the inputs of one step.
 
-Owned and called by the model runner, on its worker thread. It never decides anything: rows, blocks
-and tokens are the plan's.
+Owned and called by a runner. It never decides anything: rows, blocks and tokens are the plan's.
+Everything here is on the host; `device_batch` puts it on a device.
 
 Shape legend: S scheduled rows, T tokens of the step, N sampling rows.
 """
@@ -32,11 +32,14 @@ class PromptTargets:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepInputs:
-    """One step's inputs, made from a plan."""
+    """One step's inputs, made from a plan; all on the host."""
 
-    token_ids_T: Tensor
-    batches: tuple[AttentionBatch, ...]
-    """One per KV group."""
+    positions_T: Int32
+    query_starts: Int32
+    """[S + 1]"""
+    seq_lens_S: Int32
+    slots: tuple[Int32, ...]
+    """[T] per KV group: block * block size + offset where each token's K and V go."""
     sampling_rows: Int32
     """[N] persistent rows to sample for."""
     last_tokens: Int32
@@ -52,9 +55,10 @@ class InputBatch:
     def __init__(
         self, *, max_num_seqs: int, max_model_len: int, block_size: int, num_groups: int
     ) -> None:
-        self._block_size = block_size
+        self.block_size = block_size
         max_blocks = -(-max_model_len // block_size)
-        self._tables = [np.zeros((max_num_seqs, max_blocks), np.int32) for _ in range(num_groups)]
+        self.tables = np.zeros((num_groups, max_num_seqs, max_blocks), np.int32)
+        """Block tables [groups, rows, columns]."""
         self._starts: list[RowStart | None] = [None] * max_num_seqs
         self._prompt_lens = np.zeros(max_num_seqs, np.int32)
         self._wants_prompt = np.zeros(max_num_seqs, np.bool_)
@@ -72,9 +76,9 @@ class InputBatch:
         self._wants_prompt[start.row] = start.params.prompt_logprobs is not None
 
     def apply(self, delta: TableDelta) -> None:
-        """Writes new blocks into the mirror of a block table."""
+        """Writes new blocks into a block table."""
         stop = delta.column + len(delta.block_ids)
-        self._tables[delta.group][delta.row, delta.column : stop] = delta.block_ids
+        self.tables[delta.group, delta.row, delta.column : stop] = delta.block_ids
 
     def keep_sampled(self, rows: Int32, token_ids: Int32) -> None:
         """Remembers what was sampled, as input of a later step."""
@@ -84,47 +88,50 @@ class InputBatch:
         """Returns the inputs of `plan`, whose rows have been started and tables applied."""
         query_starts = np.zeros(plan.num_rows + 1, np.int32)
         np.cumsum(plan.query_lens, out=query_starts[1:])
-        token_ids = plan.token_ids.copy()
-        token_ids[query_starts[:-1][plan.from_device]] = self._last_sampled[
-            plan.rows[plan.from_device]
-        ]
         sampling_rows = plan.rows[plan.samples]
         seq_lens = plan.starts + plan.query_lens
+        index_T = np.repeat(np.arange(plan.num_rows), plan.query_lens)
+        positions = (plan.starts - query_starts[:-1])[index_T] + np.arange(
+            plan.num_tokens, dtype=np.int32
+        )
+        columns, offsets = np.divmod(positions, self.block_size)
+        rows_T = plan.rows[index_T]
         return StepInputs(
-            token_ids_T=torch.from_numpy(token_ids),
-            batches=self._attention_batches(plan, query_starts, seq_lens),
+            positions_T=positions,
+            query_starts=query_starts,
+            seq_lens_S=seq_lens,
+            slots=tuple(
+                table[rows_T, columns] * self.block_size + offsets for table in self.tables
+            ),
             sampling_rows=sampling_rows,
             last_tokens=query_starts[1:][plan.samples] - 1,
             output_indices=seq_lens[plan.samples] - self._prompt_lens[sampling_rows],
             prompt_targets=self._prompt_targets(plan, query_starts),
         )
 
-    def _attention_batches(
-        self, plan: StepPlan, query_starts: Int32, seq_lens: Int32
-    ) -> tuple[AttentionBatch, ...]:
-        index_T = np.repeat(np.arange(plan.num_rows), plan.query_lens)
-        positions = (plan.starts - query_starts[:-1])[index_T] + np.arange(
-            plan.num_tokens, dtype=np.int32
+    def token_ids(self, plan: StepPlan, inputs: StepInputs) -> Tensor:
+        """Returns the input ids int32 [T], sampled ones filled in."""
+        token_ids = plan.token_ids.copy()
+        first = inputs.query_starts[:-1][plan.from_device]
+        token_ids[first] = self._last_sampled[plan.rows[plan.from_device]]
+        return torch.from_numpy(token_ids)
+
+    def attention_batches(self, plan: StepPlan, inputs: StepInputs) -> tuple[AttentionBatch, ...]:
+        """Returns where queries and KV lie, one batch per KV group."""
+        num_columns = -(-int(inputs.seq_lens_S.max()) // self.block_size)
+        positions, starts, lens = map(
+            torch.from_numpy, (inputs.positions_T, inputs.query_starts, inputs.seq_lens_S)
         )
-        columns, offsets = np.divmod(positions, self._block_size)
-        num_columns = -(-int(seq_lens.max()) // self._block_size)
-        shared = {
-            "positions_T": torch.from_numpy(positions),
-            "query_starts": torch.from_numpy(query_starts),
-            "seq_lens_S": torch.from_numpy(seq_lens),
-        }
-        batches: list[AttentionBatch] = []
-        for table in self._tables:
-            block_table = table[plan.rows, :num_columns]
-            slots = block_table[index_T, columns].astype(np.int64) * self._block_size + offsets
-            batches.append(
-                AttentionBatch(
-                    **shared,
-                    slot_mapping_T=torch.from_numpy(slots),
-                    block_table=torch.from_numpy(block_table),
-                )
+        return tuple(
+            AttentionBatch(
+                positions_T=positions,
+                slot_mapping_T=torch.from_numpy(slots.astype(np.int64)),
+                query_starts=starts,
+                seq_lens_S=lens,
+                block_table=torch.from_numpy(table[plan.rows, :num_columns]),
             )
-        return tuple(batches)
+            for table, slots in zip(self.tables, inputs.slots, strict=True)
+        )
 
     def _prompt_targets(self, plan: StepPlan, query_starts: Int32) -> tuple[PromptTargets, ...]:
         targets: list[PromptTargets] = []

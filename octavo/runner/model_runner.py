@@ -74,7 +74,10 @@ class ModelRunner:
         spec = self.decoder.spec
         counts_LE = torch.zeros(len(spec.moe_layers), spec.max_experts, dtype=torch.int64)
         hidden_TM = self.decoder.forward(
-            inputs.token_ids_T, inputs.batches, self.storage, counts_LE
+            self._batch.token_ids(plan, inputs),
+            self._batch.attention_batches(plan, inputs),
+            self.storage,
+            counts_LE,
         )
         sampled = self._sample(hidden_TM, inputs)
         return StepResult(
@@ -82,7 +85,7 @@ class ModelRunner:
             token_ids=sampled.token_ids.numpy(),
             logprobs=sampled.logprobs,
             prompt_logprobs={
-                targets.plan_index: self._prompt_logprobs(hidden_TM, targets)
+                targets.plan_index: prompt_logprobs_of(self.decoder, hidden_TM, targets)
                 for targets in inputs.prompt_targets
             },
             expert_counts=counts_LE.numpy() if spec.moe_layers else None,
@@ -112,13 +115,15 @@ class ModelRunner:
         self._batch.keep_sampled(rows, sampled.token_ids.clamp(min=0).numpy())
         return sampled
 
-    def _prompt_logprobs(
-        self, hidden_TM: Tensor, targets: PromptTargets
-    ) -> tuple[TokenLogprobs, ...]:
-        found: list[TokenLogprobs] = []
-        for tile in range(0, len(targets.token_ids), PROMPT_TILE):
-            token_ids = targets.token_ids[tile : tile + PROMPT_TILE]
-            first = targets.first_token + tile
-            logits_PV = self.decoder.logits(hidden_TM[first : first + len(token_ids)])
-            found.extend(prompt_logprobs(logits_PV, token_ids, targets.num_logprobs))
-        return tuple(found)
+
+def prompt_logprobs_of(
+    decoder: Decoder, hidden_TM: Tensor, targets: PromptTargets
+) -> tuple[TokenLogprobs, ...]:
+    """Returns the log-probabilities of a row's prompt tokens from the step's hidden states."""
+    found: list[TokenLogprobs] = []
+    for tile in range(0, len(targets.token_ids), PROMPT_TILE):
+        token_ids = targets.token_ids[tile : tile + PROMPT_TILE]
+        first = targets.first_token + tile
+        logits_PV = decoder.logits(hidden_TM[first : first + len(token_ids)]).cpu()
+        found.extend(prompt_logprobs(logits_PV, token_ids, targets.num_logprobs))
+    return tuple(found)

@@ -49,7 +49,7 @@ def batch_of_two() -> tuple[InputBatch, StepPlan]:
 
 def test_positions_and_slots_follow_the_tables_of_each_group() -> None:
     batch, plan = batch_of_two()
-    first, second = batch.prepare(plan).batches
+    first, second = batch.attention_batches(plan, batch.prepare(plan))
     assert first.positions_T.tolist() == [14, 15, 16, 17, 18, 33]
     assert first.slot_mapping_T.tolist() == [9 * 16 + 14, 9 * 16 + 15, 64, 65, 66, 3 * 16 + 1]
     assert (second.slot_mapping_T - first.slot_mapping_T).tolist() == [160] * 6
@@ -62,7 +62,7 @@ def test_a_token_from_the_device_is_the_one_the_row_sampled_last() -> None:
     batch, plan = batch_of_two()
     batch.keep_sampled(int32(0, 2), int32(77, 88))
     inputs = batch.prepare(plan)
-    assert inputs.token_ids_T.tolist() == [114, 115, 116, 117, 118, 77]
+    assert batch.token_ids(plan, inputs).tolist() == [114, 115, 116, 117, 118, 77]
     assert plan.token_ids[-1] == 0
     assert inputs.sampling_rows.tolist() == [0]
     assert inputs.last_tokens.tolist() == [5]
