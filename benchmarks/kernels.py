@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from octavo.formats import WEIGHT_FORMATS
 from octavo.kernels.ops import AttentionBatch, ExpertWeights, KVLayer, Ops, Weight
-from octavo.kernels.registry import select_ops
+from octavo.kernels.registry import Needs, select_ops
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_SIZE, VOCABULARY = 576, 1536, 9, 3, 64, 49152
 TOKENS = (1, 4, 16, 128, 1024)
@@ -241,7 +241,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     machine = measure_machine(arguments.threads)
-    ops = select_ops(arguments.backend, arguments.threads)
+    ops = select_ops(arguments.backend, Needs(num_threads=arguments.threads))
     print(json.dumps({"machine": machine.__dict__, "torch": torch.__version__}), flush=True)
     only, tokens = arguments.only.split(","), [int(t) for t in arguments.tokens.split(",")]
     for count in tokens:

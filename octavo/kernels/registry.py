@@ -5,69 +5,104 @@ Called by whoever builds a runner; knows the back ends by name only and loads no
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
 
 from octavo.errors import ConfigError
 from octavo.kernels.ops import Ops
+
+TRITON_HEAD_SIZE = 256
 
 
 class UnfitError(Exception):
     """A back end cannot run on this machine; the message says why."""
 
 
-def _native(num_threads: int) -> Ops:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What a back end must be able to do."""
+
+    device: torch.device = torch.device("cpu")
+    num_threads: int = 1
+    head_sizes: tuple[int, ...] = ()
+    is_deterministic: bool = False
+
+
+def _triton(needs: Needs) -> Ops:
+    if importlib.util.find_spec("triton") is None:
+        raise UnfitError("triton is not installed (GPU builds of torch bring it)")
+    import triton
+
+    if needs.device.type == "cpu" and not triton.knobs.runtime.interpret:
+        raise UnfitError("it needs a GPU, or TRITON_INTERPRET=1 to be tried without one")
+    largest = max(needs.head_sizes, default=0)
+    if largest > TRITON_HEAD_SIZE:
+        raise UnfitError(f"heads of {largest} are larger than {TRITON_HEAD_SIZE}")
+    from octavo.kernels.triton.ops import TritonOps
+
+    return TritonOps(needs.num_threads, is_deterministic=needs.is_deterministic)
+
+
+def _native(needs: Needs) -> Ops:
     from octavo.kernels.cpu.native import NativeOps, unfit_reason
 
-    reason = unfit_reason()
+    reason = "it computes on the CPU" if needs.device.type != "cpu" else unfit_reason()
     if reason is not None:
         raise UnfitError(reason)
-    return NativeOps(num_threads)
+    return NativeOps(needs.num_threads)
 
 
-def _reference(num_threads: int) -> Ops:
+def _reference(needs: Needs) -> Ops:
     from octavo.kernels.reference import ReferenceOps
 
-    return ReferenceOps(num_threads)
+    if needs.device.type != "cpu":
+        raise UnfitError("it computes on the CPU")
+    return ReferenceOps(needs.num_threads)
 
 
-BACKENDS: dict[str, Callable[[int], Ops]] = {"native": _native, "reference": _reference}
+BACKENDS: dict[str, Callable[[Needs], Ops]] = {
+    "native": _native,
+    "reference": _reference,
+    "triton": _triton,
+}
 """Best first; "auto" takes the first that fits."""
 
 
-def select_ops(backend: str, num_threads: int) -> Ops:
+def select_ops(backend: str, needs: Needs) -> Ops:
     """Returns the ops of `backend`: "auto" or a name of BACKENDS.
 
     The caller gives torch the threads the choice leaves it (`ops.torch_threads`). Raises
-    ConfigError that lists every candidate with its reason where the named one does not fit.
+    ConfigError that lists every candidate with its reason where none fits or the named one does
+    not.
     """
-    if backend == "auto":
-        for factory in BACKENDS.values():
-            try:
-                return factory(num_threads)
-            except UnfitError:
-                continue
-    elif backend in BACKENDS:
+    candidates = BACKENDS if backend == "auto" else {backend: BACKENDS.get(backend, _unknown)}
+    for factory in candidates.values():
         try:
-            return BACKENDS[backend](num_threads)
-        except UnfitError as error:
-            problem = f"attention_backend {backend!r} does not fit: {error}"
-            raise ConfigError(_with_candidates(problem), field="attention_backend") from error
-    problem = f"attention_backend {backend!r} is unknown"
-    raise ConfigError(_with_candidates(problem), field="attention_backend")
+            return factory(needs)
+        except UnfitError:
+            continue
+    lines = [f"{name}: {reason or 'fits'}" for name, reason in unfit_reasons(needs).items()]
+    raise ConfigError(
+        f"attention_backend {backend!r} does not fit this model on {needs.device}; use auto or one "
+        f"of: {'; '.join(lines)}",
+        field="attention_backend",
+    )
 
 
-def unfit_reasons() -> dict[str, str | None]:
-    """Returns why each back end does not fit this machine, None where it does; best first."""
+def unfit_reasons(needs: Needs) -> dict[str, str | None]:
+    """Returns why each back end does not fit, None where it does; best first."""
     reasons: dict[str, str | None] = {}
     for name, factory in BACKENDS.items():
         try:
-            factory(1)
+            factory(needs)
             reasons[name] = None
         except UnfitError as error:
             reasons[name] = str(error)
     return reasons
 
 
-def _with_candidates(problem: str) -> str:
-    lines = [f"{name}: {reason or 'fits'}" for name, reason in unfit_reasons().items()]
-    return f"{problem}; use auto or one of: " + "; ".join(lines)
+def _unknown(needs: Needs) -> Ops:
+    raise UnfitError("there is no such back end")

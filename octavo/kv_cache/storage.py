@@ -19,9 +19,15 @@ from octavo.kv_cache.spec import KVGroup
 
 
 class KVStorage:
-    """Owns the arena. Memory is taken from the system only when a page is first written."""
+    """Owns the arena. On a CPU its memory is taken only when a page is first written."""
 
-    def __init__(self, groups: tuple[KVGroup, ...], num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self,
+        groups: tuple[KVGroup, ...],
+        num_blocks: int,
+        block_size: int,
+        device: torch.device | None = None,
+    ) -> None:
         sizes = {group.page_bytes(block_size) for group in groups}
         if len(sizes) != 1:
             raise ValueError(f"all KV groups need pages of one size, got {sorted(sizes)}")
@@ -29,7 +35,7 @@ class KVStorage:
         self.num_blocks = num_blocks
         self.block_size = block_size
         # empty, not zeros: untouched pages stay unmapped, so a large cache costs nothing at start
-        self.arena = torch.empty(num_blocks, sizes.pop(), dtype=torch.uint8)
+        self.arena = torch.empty(num_blocks, sizes.pop(), dtype=torch.uint8, device=device)
         self._layers: dict[int, KVLayer] = {}
         self._group_of: dict[int, int] = {}
         for index, group in enumerate(groups):
@@ -61,4 +67,4 @@ class KVStorage:
         """Fills blocks with NaN (all bits set, in every KV format), so that tests see a read of
         memory that nobody wrote."""
         if len(blocks):
-            self.arena[torch.as_tensor(blocks, dtype=torch.int64)] = 0xFF
+            self.arena[torch.as_tensor(blocks, device=self.arena.device)] = 0xFF

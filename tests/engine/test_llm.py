@@ -12,7 +12,7 @@ import torch
 
 from octavo import LLM, ConfigError, RequestError, RequestOutput, SamplingParams
 from octavo.errors import CapacityError
-from octavo.kernels.registry import select_ops
+from octavo.kernels.registry import Needs, select_ops
 from tests.models.tiny import TinyModel, save_tiny
 
 VOCAB = 211
@@ -23,7 +23,7 @@ FAMILIES = ("llama", "mistral-window", "qwen3-mixed", "mixtral", "qwen2-moe", "q
 def backend(request: pytest.FixtureRequest) -> str:
     torch.set_num_threads(1)
     try:
-        select_ops(request.param, 1)
+        select_ops(request.param, Needs())
     except ConfigError as error:
         pytest.skip(str(error))
     return request.param

@@ -10,7 +10,7 @@ import torch
 
 from octavo.errors import ConfigError
 from octavo.kernels.ops import Ops
-from octavo.kernels.registry import select_ops
+from octavo.kernels.registry import Needs, select_ops
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def native() -> Ops:
 
 def _ops_or_skip(name: str) -> Ops:
     try:
-        return select_ops(name, 2)
+        return select_ops(name, Needs(num_threads=2))
     except ConfigError as error:
         pytest.skip(str(error))
 

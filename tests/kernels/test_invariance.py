@@ -9,7 +9,7 @@ from torch import Tensor
 
 from octavo.formats import WEIGHT_FORMATS
 from octavo.kernels.ops import KVLayer, Ops
-from octavo.kernels.registry import select_ops
+from octavo.kernels.registry import Needs, select_ops
 from tests.kernels.cases import floats, make_paged, make_weight
 from tests.kernels.test_linear import make_experts
 
@@ -46,7 +46,7 @@ def test_long_prompts_and_odd_columns_do_not_change_the_bits(
 def test_the_number_of_threads_does_not_change_the_bits(
     native: Ops, rng: np.random.Generator
 ) -> None:
-    other = select_ops("native", 1)
+    other = select_ops("native", Needs())
     weight, experts = make_weight("q4_1", 100, 512, rng), make_experts(rng, "bf16", 4, 96)
     x, y = floats(rng, 30, 512), floats(rng, 30, 64)
     ids = torch.from_numpy(rng.integers(0, 4, (30, 1))).to(torch.int32)

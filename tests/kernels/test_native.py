@@ -60,9 +60,9 @@ def test_a_forked_child_computes_and_ends() -> None:
 import os, torch
 from octavo.formats import WEIGHT_FORMATS
 from octavo.kernels.ops import Weight
-from octavo.kernels.registry import select_ops
+from octavo.kernels.registry import Needs, select_ops
 torch.set_num_threads(1)
-ops = select_ops("auto", 2)
+ops = select_ops("auto", Needs(num_threads=2))
 weight = Weight(data=torch.ones(200, 64), format=WEIGHT_FORMATS["f32"], rows=200, cols=64)
 ops.linear(torch.ones(2, 64), (weight,))
 child = os.fork()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from octavo.errors import ConfigError
 from octavo.kernels.cpu import native
-from octavo.kernels.registry import BACKENDS, select_ops, unfit_reasons
+from octavo.kernels.registry import BACKENDS, Needs, select_ops, unfit_reasons
 
 
 @pytest.fixture
@@ -17,19 +18,19 @@ def _unbuilt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_back_end_carries_its_name() -> None:
-    for name, reason in unfit_reasons().items():
+    for name, reason in unfit_reasons(Needs()).items():
         if reason is None:
-            assert select_ops(name, 1).name == name
+            assert select_ops(name, Needs()).name == name
 
 
 def test_auto_takes_the_first_that_fits() -> None:
-    fitting = [name for name, reason in unfit_reasons().items() if reason is None]
-    assert select_ops("auto", 1).name == fitting[0]
+    fitting = [name for name, reason in unfit_reasons(Needs()).items() if reason is None]
+    assert select_ops("auto", Needs()).name == fitting[0]
 
 
 @pytest.mark.usefixtures("_unbuilt")
 def test_auto_falls_back_where_the_kernels_are_not_built() -> None:
-    ops = select_ops("auto", 3)
+    ops = select_ops("auto", Needs(num_threads=3))
     assert ops.name == "reference"
     assert ops.torch_threads == 3
 
@@ -37,13 +38,13 @@ def test_auto_falls_back_where_the_kernels_are_not_built() -> None:
 @pytest.mark.usefixtures("_unbuilt")
 def test_a_named_back_end_that_does_not_fit_is_refused_with_all_candidates() -> None:
     with pytest.raises(ConfigError, match=r"native: .*not built.*reference: fits") as caught:
-        select_ops("native", 1)
+        select_ops("native", Needs())
     assert caught.value.field == "attention_backend"
 
 
 def test_an_unknown_name_is_refused_with_all_candidates() -> None:
-    with pytest.raises(ConfigError, match="'flash' is unknown") as caught:
-        select_ops("flash", 1)
+    with pytest.raises(ConfigError, match="'flash' does not fit") as caught:
+        select_ops("flash", Needs())
     assert all(name in str(caught.value) for name in BACKENDS)
 
 
@@ -54,3 +55,12 @@ def test_a_library_that_does_not_load_is_a_reason(
     broken.write_bytes(b"no library")
     monkeypatch.setattr(native, "library_path", lambda: broken)
     assert "_native.so" in (native.unfit_reason() or "")
+
+
+def test_a_gpu_takes_triton_and_says_why_not_the_others() -> None:
+    needs = Needs(device=torch.device("cuda:0"), head_sizes=(64, 512))
+    with pytest.raises(ConfigError, match=r"native: it computes on the CPU; ") as caught:
+        select_ops("auto", needs)
+    assert "heads of 512 are larger than 256" in str(caught.value) or "not inst" in str(
+        caught.value
+    )

@@ -25,8 +25,8 @@ if DEVICE == "cpu":
 NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
-def make_ops(dtype: torch.dtype = torch.float32, *, is_deterministic: bool = True) -> TritonOps:
-    return TritonOps(1, dtype=dtype, is_deterministic=is_deterministic)
+def make_ops(*, is_deterministic: bool = True) -> TritonOps:
+    return TritonOps(1, is_deterministic=is_deterministic)
 
 
 def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -125,7 +125,7 @@ def test_add_gated_adds_in_place(rng: np.random.Generator, has_gate: bool) -> No
 def test_logits_are_float32(rng: np.random.Generator) -> None:
     x, weight = floats(rng, 3, 32).to(DEVICE).half(), make_weight("f16", 50, 32, rng)
     weight = Weight(data=weight.data.to(DEVICE), format=weight.format, rows=50, cols=32)
-    found = make_ops(torch.float16).logits(x, weight)
+    found = make_ops().logits(x, weight)
     assert found.dtype is torch.float32
     assert_near(found, x.double() @ weight.data.double().T, 1e-3)
 
@@ -177,7 +177,7 @@ def test_moe_is_the_weighted_sum_of_the_chosen_experts(
         x = floats(rng, tokens, 72).to(DEVICE, dtype)
         weights, ids = routed(rng, tokens, count, top_k)
         for activation in ("silu", "gelu_tanh"):
-            found = make_ops(dtype).moe(x, weights, ids, experts, activation)
+            found = make_ops().moe(x, weights, ids, experts, activation)
             assert found.dtype is dtype
             expected = exact_moe(x, weights, ids, experts, activation)
             assert_near(found, expected, TOLERANCES[dtype])
@@ -220,7 +220,7 @@ def test_moe_rows_do_not_depend_on_the_batch(rng: np.random.Generator) -> None:
     experts = make_experts(rng, 5, 64, 96, dtype)
     x = floats(rng, 9, 64).to(DEVICE, dtype)
     weights, ids = routed(rng, 9, 5, 2)
-    ops = make_ops(dtype)
+    ops = make_ops()
     rows = zip(x.split(1), weights.split(1), ids.split(1), strict=True)
     alone = [ops.moe(*row, experts, "silu") for row in rows]
     whole = ops.moe(x, weights, ids, experts, "silu")
@@ -250,7 +250,7 @@ def test_block_formats_are_refused_with_a_way_out(rng: np.random.Generator) -> N
 def test_linear_equals_float64(
     rng: np.random.Generator, dtype: torch.dtype, is_deterministic: bool
 ) -> None:
-    ops = make_ops(dtype, is_deterministic=is_deterministic)
+    ops = make_ops(is_deterministic=is_deterministic)
     stack = make_stack(rng, 2, 30, 72, dtype)
     whole = (floats(rng, 50, 72) / 8).to(DEVICE, dtype)
     form = WEIGHT_FORMATS[NAMES[dtype]]
@@ -287,7 +287,7 @@ def test_every_plan_of_a_dense_product_is_right(rng: np.random.Generator, tokens
 def test_rms_norm_equals_float64(rng: np.random.Generator, size: int, dtype: torch.dtype) -> None:
     x, weight = floats(rng, 3, size).to(DEVICE, dtype), floats(rng, size).to(DEVICE, dtype)
     residual = floats(rng, 3, size).to(DEVICE, dtype)
-    ops, kept = make_ops(dtype), x.clone()
+    ops, kept = make_ops(), x.clone()
     for found, y in (
         (ops.rms_norm(x, weight, 1e-5), x.double()),
         (ops.add_rms_norm(x, residual, weight, 1e-5), residual.double()),
@@ -312,7 +312,7 @@ def test_gated_mlp_equals_float64(
     gate, up = make_stack(rng, 2, 96, 64, dtype)
     down = make_stack(rng, 1, 64, 96, dtype)[0]
     x = floats(rng, 5, 64).to(DEVICE, dtype)
-    found = make_ops(dtype).gated_mlp(x, gate, up, down, activation)
+    found = make_ops().gated_mlp(x, gate, up, down, activation)
     expected = exact_mlp(x, gate.data, up.data, down.data, activation)
     assert_near(found, expected, TOLERANCES[dtype])
 
@@ -354,7 +354,7 @@ def test_the_plan_is_a_pure_function_of_the_shape() -> None:
 @pytest.mark.skipif(DEVICE != "cuda", reason="no GPU: graphs cannot be captured")
 @pytest.mark.parametrize("tokens", [1, 32, 600])
 def test_a_captured_moe_layer_follows_new_routes(rng: np.random.Generator, tokens: int) -> None:
-    experts, ops = make_experts(rng, 8, 256, 128, torch.bfloat16), make_ops(torch.bfloat16)
+    experts, ops = make_experts(rng, 8, 256, 128, torch.bfloat16), make_ops()
     x = floats(rng, tokens, 256).to(DEVICE, torch.bfloat16)
     weights, ids = routed(rng, tokens, 8, 2)
     ops.moe(x, weights, ids, experts, "silu")

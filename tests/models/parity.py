@@ -15,7 +15,7 @@ import torch
 
 from octavo.errors import ConfigError
 from octavo.kernels.ops import Ops
-from octavo.kernels.registry import select_ops
+from octavo.kernels.registry import Needs, select_ops
 from octavo.models.decoder import Decoder, load_decoder
 from octavo.models.family import ignorable_names, weight_shapes
 from octavo.models.registry import read_spec
@@ -34,7 +34,7 @@ PROMPT_LENS = (61, 1, 33, 16)
 def _ops_or_reason(backend: str) -> Ops | str:
     torch.set_num_threads(1)
     try:
-        return select_ops(backend, 2)
+        return select_ops(backend, Needs(num_threads=2))
     except (ConfigError, ImportError) as error:
         return str(error)
 

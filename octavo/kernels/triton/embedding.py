@@ -25,11 +25,11 @@ def embedding_kernel(ids_T, table_VM, out_TM, num_rows, hidden_size, stride, BLO
     tl.store(out_TM + token * hidden_size + column, value.to(out_TM.dtype.element_ty), mask=is_in)
 
 
-def embedding(ids_T: Tensor, table_VM: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns the rows `ids_T` of the table as [T, M] of `dtype`."""
+def embedding(ids_T: Tensor, table_VM: Tensor) -> Tensor:
+    """Returns the rows `ids_T` of the table as [T, M], in its dtype."""
     num_rows, hidden_size = table_VM.shape
     assert hidden_size == 1 or table_VM.stride(1) == 1
-    out = torch.empty((len(ids_T), hidden_size), dtype=dtype, device=table_VM.device)
+    out = torch.empty((len(ids_T), hidden_size), dtype=table_VM.dtype, device=table_VM.device)
     if len(ids_T):
         block = min(BLOCK, triton.next_power_of_2(hidden_size))
         embedding_kernel[(len(ids_T), triton.cdiv(hidden_size, block))](

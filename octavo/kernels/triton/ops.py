@@ -40,15 +40,14 @@ Above, and for row counts that 8 divides, cuBLAS gave Triton's bits in all but o
 
 
 class TritonOps:
-    """The ops in Triton. Activations have `dtype`; sums are float32."""
+    """The ops in Triton. Activations have the dtype of the embedding; sums are float32."""
 
     name = "triton"
 
-    def __init__(self, num_threads: int, *, dtype: torch.dtype, is_deterministic: bool) -> None:
+    def __init__(self, num_threads: int, *, is_deterministic: bool) -> None:
         """With `is_deterministic` all dense products are Triton's, so that a row has the same bits
         in every batch by construction; else the vendor's library multiplies for many tokens."""
         self.torch_threads = num_threads
-        self._dtype = dtype
         self._is_deterministic = is_deterministic
         self._can_tma = _can_tma()
         self._stacks: weakref.WeakKeyDictionary[ExpertWeights, StackedExperts] = (
@@ -56,7 +55,7 @@ class TritonOps:
         )
 
     def embedding(self, token_ids_T: Tensor, weight: Weight) -> Tensor:
-        return embeddings.embedding(token_ids_T, _numbers(weight), self._dtype)
+        return embeddings.embedding(token_ids_T, _numbers(weight))
 
     def rms_norm(self, x_TM: Tensor, weight_M: Tensor, eps: float) -> Tensor:
         return norms.rms_norm(x_TM, None, weight_M, eps)
