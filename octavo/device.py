@@ -1,12 +1,14 @@
 """What the machine has: memory, cores, and how much of it this process uses.
 
-Asked by the planner and the runner's builder. Holds no state and imports no torch; later devices
-join here, so that no other file says torch.cuda.
+Asked by the engine's loader, `octavo plan` and the runner's builder. Holds no state, and imports
+torch only once a GPU's driver is there; outside `runner/` no other file says torch.cuda.
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,8 @@ from octavo.errors import ConfigError
 
 _UNLIMITED = 2**60
 """cgroup v1 writes a number near 2^63 where there is no limit."""
+_DRIVER_FILES = ("dev/nvidiactl", "dev/kfd", "dev/dxg")
+"""One of them is there where a GPU driver is: NVIDIA's, AMD's, or either one's under WSL."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,10 +30,21 @@ class DeviceMemory:
     available_bytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OtherProcesses:
+    """Who else holds memory of the device."""
+
+    count: int | None
+    """None where the driver does not name them, as in many containers."""
+    used_bytes: int
+
+
 class Device(Protocol):
     """What computes, and its memory."""
 
     name: str
+    torch_name: str
+    """What torch calls it: "cpu", "cuda:0"."""
 
     def memory(self) -> DeviceMemory:
         """Returns the memory there is, and what of it can be had now."""
@@ -43,11 +58,16 @@ class Device(Protocol):
         """Returns the most memory this process has used so far."""
         ...
 
+    def other_processes(self) -> OtherProcesses | None:
+        """Returns who else uses the memory, None where that is the whole machine. Slow."""
+        ...
+
 
 class CPUDevice:
     """The host, seen through /proc and the cgroup that holds this process (v1 or v2)."""
 
     name = "cpu"
+    torch_name = "cpu"
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._proc = root / "proc"
@@ -71,6 +91,9 @@ class CPUDevice:
 
     def peak_memory_bytes(self) -> int:
         return _fields(self._proc / "self" / "status")["VmHWM"] * 1024
+
+    def other_processes(self) -> OtherProcesses | None:
+        return None
 
     def _memory_limits(self) -> Iterator[tuple[int, int]]:
         """Yields (limit, bytes used beyond droppable file pages) of every cgroup above us."""
@@ -99,11 +122,185 @@ class CPUDevice:
                 yield folder
 
 
-def select_device(name: str) -> Device:
-    """Returns the device called `name`, or the best one for "auto". Raises ConfigError."""
-    if name not in ("auto", "cpu"):
-        raise ConfigError(f"device {name!r} is unknown; use auto or cpu", field="device")
-    return CPUDevice()
+class GPUProbe(Protocol):
+    """What torch and the driver say about GPUs; tests answer in their place."""
+
+    def wanted_version(self) -> str | None:
+        """Returns the CUDA or ROCm version that torch was built for, None for a CPU build."""
+        ...
+
+    def driver_version(self) -> int:
+        """Returns the newest CUDA version that the driver knows, as 12040 for 12.4, or 0."""
+        ...
+
+    def is_usable(self) -> bool: ...
+
+    def num_devices(self) -> int: ...
+
+    def memory(self, index: int) -> tuple[int, int]:
+        """Returns (free, total) bytes."""
+        ...
+
+    def own_bytes(self, index: int) -> int:
+        """Returns what torch holds in this process, without the driver's context."""
+        ...
+
+    def peak_bytes(self, index: int) -> int: ...
+
+    def processes(self, index: int) -> str:
+        """Returns lines of `pid, MiB` from nvidia-smi, empty if it does not answer."""
+        ...
+
+
+class TorchProbe:
+    """The GPUs of this machine. Every method imports torch."""
+
+    def wanted_version(self) -> str | None:
+        import torch
+
+        return torch.version.cuda or torch.version.hip
+
+    def driver_version(self) -> int:
+        import torch
+
+        # Not public, and the one way to ask without starting a device that cannot start.
+        return torch._C._cuda_getDriverVersion()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def is_usable(self) -> bool:
+        import torch
+
+        with warnings.catch_warnings():
+            # torch warns of an old driver here; `gpu_problem` makes an error of it.
+            warnings.simplefilter("ignore")
+            return torch.cuda.is_available()
+
+    def num_devices(self) -> int:
+        import torch
+
+        return torch.cuda.device_count()
+
+    def memory(self, index: int) -> tuple[int, int]:
+        import torch
+
+        return torch.cuda.mem_get_info(index)
+
+    def own_bytes(self, index: int) -> int:
+        import torch
+
+        return torch.cuda.memory_reserved(index)
+
+    def peak_bytes(self, index: int) -> int:
+        import torch
+
+        return torch.cuda.max_memory_allocated(index)
+
+    def processes(self, index: int) -> str:
+        import torch
+
+        # By its UUID: nvidia-smi does not heed CUDA_VISIBLE_DEVICES and may count otherwise.
+        name = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+        wanted = ("--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits")
+        try:
+            done = subprocess.run(
+                ["nvidia-smi", f"--id={name}", *wanted],
+                capture_output=True,
+                text=True,
+                timeout=5,
+                check=True,
+            )
+        except (OSError, subprocess.SubprocessError):
+            return ""
+        return done.stdout
+
+
+class CUDADevice:
+    """One GPU that torch reaches as "cuda"; the cores are the host's."""
+
+    name = "cuda"
+
+    def __init__(
+        self, index: int = 0, *, probe: GPUProbe | None = None, root: Path = Path("/")
+    ) -> None:
+        self.torch_name = f"cuda:{index}"
+        self._index = index
+        self._probe = probe or TorchProbe()
+        self._host = CPUDevice(root)
+
+    def memory(self) -> DeviceMemory:
+        free, total = self._probe.memory(self._index)
+        return DeviceMemory(total_bytes=total, available_bytes=free)
+
+    def num_cores(self) -> int:
+        return self._host.num_cores()
+
+    def peak_memory_bytes(self) -> int:
+        return self._probe.peak_bytes(self._index)
+
+    def other_processes(self) -> OtherProcesses:
+        """Returns who else uses the card; takes up to 5 seconds.
+
+        In a container the driver may name nobody, or us by the host's number: then what is in use
+        and not torch's is reported, our own context included.
+        """
+        memory = self.memory()
+        lines = self._probe.processes(self._index).splitlines()
+        mib = dict([part.strip() for part in line.split(",")] for line in lines if "," in line)
+        count = len(mib) - 1 if mib else None
+        is_ours_known = mib.pop(str(os.getpid()), None) is not None
+        used = memory.total_bytes - memory.available_bytes - self._probe.own_bytes(self._index)
+        if is_ours_known and all(size.isdigit() for size in mib.values()):
+            used = sum(int(size) for size in mib.values()) * 2**20
+        return OtherProcesses(count=count, used_bytes=max(used, 0))
+
+
+def select_device(name: str, *, probe: GPUProbe | None = None, root: Path = Path("/")) -> Device:
+    """Returns the device called `name`; "auto" is a GPU where one is usable, else the CPU.
+
+    Raises ConfigError that says why there is no GPU if one is asked for.
+    """
+    if name not in ("auto", "cuda", "cpu"):
+        raise ConfigError(f"device {name!r} is unknown; use auto, cuda or cpu", field="device")
+    problem = "" if name == "cpu" else gpu_problem(probe or TorchProbe(), root)
+    if name == "cuda" and problem:
+        raise ConfigError(f"device cuda cannot be used: {problem}", field="device")
+    if name == "cpu" or problem:
+        return CPUDevice(root)
+    return CUDADevice(probe=probe, root=root)
+
+
+def gpu_problem(probe: GPUProbe, root: Path = Path("/")) -> str:
+    """Returns why no GPU can be used and the way out, "" if one can.
+
+    Looks for a driver first, so that a machine without a GPU does not import torch for this.
+    """
+    if not any((root / file).exists() for file in _DRIVER_FILES):
+        return (
+            "no GPU driver was found (there is neither /dev/nvidiactl nor /dev/kfd); install it, "
+            "or give the container access to the GPU, or use --device cpu"
+        )
+    wanted = probe.wanted_version()
+    if wanted is None:
+        return "the installed torch is a CPU build; install one for the GPU, or use --device cpu"
+    if probe.is_usable():
+        return ""
+    known = probe.driver_version()
+    if 0 < known < int(wanted.split(".")[0]) * 1000:
+        return (
+            f"the driver{_driver_release(root)} is too old: it knows CUDA up to {known // 1000}."
+            f"{known % 1000 // 10}, and this torch wants {wanted}; update the driver, install a "
+            "torch for that CUDA, or use --device cpu"
+        )
+    if probe.num_devices() == 0:
+        return "no GPU is visible to this process; check CUDA_VISIBLE_DEVICES, or use --device cpu"
+    return "torch cannot start a GPU that the driver shows; try nvidia-smi, or use --device cpu"
+
+
+def _driver_release(root: Path) -> str:
+    """Returns the version of NVIDIA's driver as " 535.104.05", or "" where it is not told."""
+    for word in _text(root / "proc" / "driver" / "nvidia" / "version").split():
+        if word.replace(".", "").isdigit() and "." in word:
+            return f" {word}"
+    return ""
 
 
 def _text(path: Path) -> str:

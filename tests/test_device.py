@@ -1,16 +1,19 @@
-"""The host's memory and cores, with and without cgroup limits, from a made-up /proc and /sys."""
+"""The host's memory and cores, from a made-up /proc and /sys; GPUs, from made-up answers."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from octavo.device import CPUDevice, select_device
+from octavo.device import CPUDevice, CUDADevice, OtherProcesses, select_device
 from octavo.errors import ConfigError
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 
 
 def make_root(root: Path, files: dict[str, str]) -> CPUDevice:
@@ -69,7 +72,7 @@ def test_a_v1_group_without_a_limit_is_not_one_of_nine_exabytes(tmp_path: Path) 
 
 
 def test_this_machine_has_memory_cores_and_a_peak() -> None:
-    device = select_device("auto")
+    device = select_device("cpu")
     memory = device.memory()
     assert 0 < memory.available_bytes <= memory.total_bytes
     assert 1 <= device.num_cores() <= (os.cpu_count() or 1)
@@ -77,5 +80,115 @@ def test_this_machine_has_memory_cores_and_a_peak() -> None:
 
 
 def test_an_unknown_device_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="'tpu' is unknown; use auto or cpu"):
+    with pytest.raises(ConfigError, match="'tpu' is unknown; use auto, cuda or cpu"):
         select_device("tpu")
+
+
+@dataclass
+class Probe:
+    """A GPU of 80 GiB with 10 in use, 6 of them by torch in this process."""
+
+    wanted: str | None = "13.0"
+    driver: int = 13000
+    usable: bool = True
+    devices: int = 1
+    listed: str = ""
+
+    def wanted_version(self) -> str | None:
+        return self.wanted
+
+    def driver_version(self) -> int:
+        return self.driver
+
+    def is_usable(self) -> bool:
+        return self.usable
+
+    def num_devices(self) -> int:
+        return self.devices
+
+    def memory(self, index: int) -> tuple[int, int]:
+        return 70 * GIB, 80 * GIB
+
+    def own_bytes(self, index: int) -> int:
+        return 6 * GIB
+
+    def peak_bytes(self, index: int) -> int:
+        return 7 * GIB
+
+    def processes(self, index: int) -> str:
+        return self.listed
+
+
+@pytest.fixture
+def gpu_root(tmp_path: Path) -> Path:
+    """A root with NVIDIA's driver."""
+    for name, text in {
+        "dev/nvidiactl": "",
+        "proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05 "
+        " Sat Aug 19 01:15:15 UTC 2023\nGCC version:  gcc version 12.2.0 (Debian)\n",
+    }.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path
+
+
+def test_a_usable_gpu_is_what_auto_means(gpu_root: Path) -> None:
+    device = select_device("auto", probe=Probe(), root=gpu_root)
+    assert (device.name, device.torch_name) == ("cuda", "cuda:0")
+    memory = device.memory()
+    assert (memory.total_bytes, memory.available_bytes) == (80 * GIB, 70 * GIB)
+    assert device.peak_memory_bytes() == 7 * GIB
+    assert select_device("cpu", probe=Probe(), root=gpu_root).torch_name == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("probe", "reason"),
+    [
+        (Probe(wanted=None, usable=False), "the installed torch is a CPU build"),
+        (
+            Probe(driver=12040, usable=False),
+            r"driver 535.104.05 is too old: it knows CUDA up to 12.4, and this torch wants 13.0",
+        ),
+        (Probe(usable=False, devices=0), "no GPU is visible.*CUDA_VISIBLE_DEVICES"),
+        (Probe(usable=False), "torch cannot start a GPU"),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_says_why_and_auto_does_without(
+    probe: Probe, reason: str, gpu_root: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"{reason}.*--device cpu") as caught:
+        select_device("cuda", probe=probe, root=gpu_root)
+    assert caught.value.field == "device"
+    assert select_device("auto", probe=probe, root=gpu_root).name == "cpu"
+
+
+def test_without_a_driver_nobody_asks_torch(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no GPU driver was found.*--device cpu"):
+        select_device("cuda", root=tmp_path)
+    program = (
+        "import sys, pathlib, octavo.device\n"
+        f"octavo.device.select_device('auto', root=pathlib.Path({str(tmp_path)!r}))\n"
+        "print('torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("listed", "others"),
+    [
+        (f"{os.getpid()}, 6500\n1, 2048\n22, 1024\n", OtherProcesses(count=2, used_bytes=3 * GIB)),
+        (f"{os.getpid()}, 6500\n", OtherProcesses(count=0, used_bytes=0)),
+        (f"{os.getpid()}, [N/A]\n1, [N/A]\n", OtherProcesses(count=1, used_bytes=4 * GIB)),
+        # A container's numbers are not the host's: one of these is us.
+        ("1, 2048\n22, 6500\n", OtherProcesses(count=1, used_bytes=4 * GIB)),
+        ("", OtherProcesses(count=None, used_bytes=4 * GIB)),
+    ],
+)
+def test_others_on_the_gpu_are_counted_without_us(listed: str, others: OtherProcesses) -> None:
+    assert CUDADevice(probe=Probe(listed=listed)).other_processes() == others
+
+
+def test_the_whole_host_has_no_others() -> None:
+    assert CPUDevice().other_processes() is None
