@@ -17,7 +17,7 @@ from octavo.request import PrefixCaching
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
-ATTENTION_BACKENDS = ("auto", "native", "reference")
+ATTENTION_BACKENDS = ("auto", "triton", "native", "reference")
 ATTENTION_ALIASES = {"PagedAttention": "auto"}
 
 
@@ -46,7 +46,9 @@ class EngineConfig:
     quantization: str | None = option(None, "quantise weights at load (none are known yet)")
     max_model_len: int | None = option(None, "context length; fitted to the memory if not given")
     max_num_seqs: int = option(256, "sequences that run at once")
-    max_num_batched_tokens: int | None = option(None, "tokens computed in one step")
+    max_num_batched_tokens: int | None = option(
+        None, "tokens computed in one step; 512 on a CPU, 8192 on a GPU with the memory for it"
+    )
     max_num_queued_requests: int = option(4096, "requests that may wait before 503 is answered")
     block_size: int = option(16, "tokens in a block", choices=(16,))
     gpu_memory_utilization: float = option(0.9, "share of the device's memory that may be used")
@@ -58,7 +60,10 @@ class EngineConfig:
     tensor_parallel_size: int = option(1, "devices that share every layer")
     attention_backend: str | AttentionConfig = option("auto", "kernel that computes attention")
     enforce_eager: bool = option(False, "never capture device graphs")
-    device: str = option("auto", "device that computes", choices=("auto", "cpu"))
+    deterministic: bool = option(
+        False, "force the slower kernels whose bits never depend on the batch"
+    )
+    device: str = option("auto", "device that computes", choices=("auto", "cuda", "cpu"))
     num_threads: int | None = option(None, "CPU threads; all cores if not given")
     seed: int = option(0, "of requests that bring none, and of dummy weights")
     chat_template: str | None = option(None, "Jinja file or text instead of the model's template")

@@ -15,8 +15,8 @@ ENGINE_OPTIONS = """
 --tokenizer --revision --download-dir --dtype --load-format --quantization --max-model-len
 --max-num-seqs --max-num-batched-tokens --max-num-queued-requests --block-size
 --gpu-memory-utilization --kv-cache-memory-bytes --kv-cache-dtype --prefix-caching
---tensor-parallel-size --attention-backend --enforce-eager --device --num-threads --seed
---chat-template --skip-tokenizer-init --poison-freed-blocks
+--tensor-parallel-size --attention-backend --enforce-eager --deterministic --device --num-threads
+--seed --chat-template --skip-tokenizer-init --poison-freed-blocks
 """.split()
 
 SERVER_OPTIONS = """

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from octavo.cli.options import Subparsers, add_options, engine_config, parse_size
 from octavo.cli.serve import add_model
 from octavo.config import EngineConfig
+from octavo.device import DeviceMemory, select_device
 from octavo.errors import CapacityError
 
 if TYPE_CHECKING:
@@ -50,9 +51,12 @@ def add_parser(subparsers: Subparsers) -> None:
     add = parser.add_argument
     add(
         "--memory",
+        "--gpu-memory",
+        dest="memory",
         type=parse_size,
         metavar="SIZE",
-        help="plan for this much free memory, like 80GiB (default: this machine's)",
+        help="plan for this much free memory, like 80GiB (default: this machine's); with --device "
+        "cuda for a card of that size, which need not be here",
     )
     add(
         "--lengths",
@@ -69,7 +73,6 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the plan. Raises CapacityError, after what is known, if the model does not fit."""
     config = engine_config(args)
-    from octavo.kv_cache.planner import available_memory
     from octavo.models.registry import read_spec
     from octavo.weights.hub import resolve_model
 
@@ -81,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         load_format="dummy",
     )
     spec, _ = read_spec(files.config)
-    planner = _Planner(spec, files.path, files.config, args.memory or available_memory())
+    planner = _Planner(spec, files.path, files.config, *_device(config.device, args.memory))
     parts = planner.parts(config)
     if not args.json:
         print(_parts_text(config.model, spec, parts))
@@ -99,36 +102,44 @@ class _Planner:
     """Plans one model under different options."""
 
     def __init__(
-        self, spec: ModelSpec, path: Path, hf_config: Mapping[str, Any], available_bytes: int
+        self,
+        spec: ModelSpec,
+        path: Path,
+        hf_config: Mapping[str, Any],
+        device: str,
+        memory: DeviceMemory,
     ) -> None:
         self._spec = spec
         self._path = path
         self._hf_config = hf_config
-        self._available_bytes = available_bytes
+        self._device = device
+        self._memory = memory
 
     def parts(self, config: EngineConfig) -> dict[str, int]:
         """Returns the bytes of the weights by part of the model."""
+        from octavo.engine.memory import weights_dtype
+
         if config.dtype == "auto" and self._path.suffix == ".gguf":
             return gguf_parts(self._path)
-        name = config.dtype
-        if name == "auto":
-            given = self._hf_config.get("dtype") or self._hf_config.get("torch_dtype")
-            name = str(given or "bfloat16")
-        return spec_parts(self._spec, 4 if name == "float32" else 2)
+        return spec_parts(
+            self._spec, 4 if weights_dtype(config, self._hf_config) == "float32" else 2
+        )
 
     def plan(self, config: EngineConfig) -> MemoryPlan:
-        from octavo.engine.memory import plan_model
+        from octavo.engine.memory import plan_model, weights_dtype
 
         return plan_model(
             self._spec,
             weights_bytes=sum(self.parts(config).values()),
+            dtype=weights_dtype(config, self._hf_config),
             config=config,
-            available_bytes=self._available_bytes,
+            device=self._device,
+            memory=self._memory,
         )
 
     def changes(self, config: EngineConfig, plan: MemoryPlan) -> dict[str, MemoryPlan | str]:
         """Returns for each option that changes the plan the other plan, or why there is none."""
-        rest = plan.usable_bytes - plan.weights_bytes - plan.activation_bytes
+        rest = plan.usable_bytes - plan.total_bytes + plan.kv_bytes
         tries: list[tuple[str, Any]] = [
             ("dtype", "float32"),
             ("dtype", "bfloat16"),
@@ -149,6 +160,16 @@ class _Planner:
             if other != plan:
                 found[f"--{field.replace('_', '-')} {value}"] = other
         return found
+
+
+def _device(name: str, size: int | None) -> tuple[str, DeviceMemory]:
+    """Returns the name and the memory of the device to plan for: of one with `size` bytes, all of
+    them free, if that is given, else of this machine's."""
+    if size is None:
+        device = select_device(name)
+        return device.name, device.memory()
+    name = select_device(name).name if name == "auto" else name
+    return name, DeviceMemory(total_bytes=size, available_bytes=size)
 
 
 def spec_parts(spec: ModelSpec, element_bytes: int) -> dict[str, int]:
@@ -266,6 +287,8 @@ def _numbers(plan: MemoryPlan) -> dict[str, int]:
         "usable_bytes",
         "weights_bytes",
         "activation_bytes",
+        "graph_bytes",
+        "other_bytes",
         "kv_bytes",
         "kv_token_bytes",
         "block_bytes",

@@ -7,9 +7,10 @@ no data yet), plan the memory, and only then build the runner.
 from __future__ import annotations
 
 from octavo.config import EngineConfig
+from octavo.device import select_device
 from octavo.engine.core import EngineCore
-from octavo.engine.memory import plan_model
-from octavo.kv_cache.planner import available_memory
+from octavo.engine.memory import plan_model, weights_dtype, with_others
+from octavo.errors import CapacityError
 from octavo.models.family import ignorable_names, weight_shapes
 from octavo.models.registry import read_spec
 from octavo.runner.build import build_runner
@@ -23,12 +24,18 @@ def load_core(config: EngineConfig, files: ModelFiles) -> EngineCore:
     shapes = weight_shapes(spec, family)
     source = open_source(files, config.dtype, shapes, config.seed)
     check_names(source, shapes, ignorable_names(spec, family))
-    plan = plan_model(
-        spec,
-        weights_bytes=source.nbytes,
-        config=config,
-        available_bytes=available_memory(),
-    )
+    device = select_device(config.device)
+    try:
+        plan = plan_model(
+            spec,
+            weights_bytes=source.nbytes,
+            dtype=weights_dtype(config, files.config),
+            config=config,
+            device=device.name,
+            memory=device.memory(),
+        )
+    except CapacityError as error:
+        raise with_others(error, device) from error
     runner = build_runner(config, spec, family, source, plan)
     identity = f"{files.identity}|{config.dtype}|{config.seed}"
     return EngineCore(config, plan, runner, identity)

@@ -1,45 +1,176 @@
 """From a model's spec to its memory plan: which KV format, how wide the activations are. No torch.
 
-Called by the engine at start-up and by `octavo plan`, so that both say the same. The arithmetic is
-`kv_cache.planner`.
+Called by the engine at start-up and by `octavo plan`, so that both say the same. The arithmetic of
+the plan is `kv_cache.planner`; what a step takes in the Triton back end is counted here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 from octavo.config import EngineConfig
+from octavo.device import Device, DeviceMemory
+from octavo.errors import CapacityError
 from octavo.formats import KVFormat, kv_format
-from octavo.kv_cache.planner import ActivationShape, MemoryPlan, plan_memory
-from octavo.models.spec import MLPSpec, ModelSpec, MoESpec
+from octavo.kv_cache.planner import (
+    ActivationShape,
+    MemoryPlan,
+    gib,
+    gpu_budget,
+    host_budget,
+    partial_bytes,
+    plan_memory,
+)
+from octavo.kv_cache.spec import group_layers
+from octavo.models.spec import LayerSpec, MLPSpec, ModelSpec, MoESpec
+
+MIB = 2**20
+GRAPH_CAPTURES, GRAPH_BYTES, FIRST_GRAPH_BYTES = 24, 8 * MIB, 64 * MIB
+"""Captures of a decode step, one for each bucket of batch sizes, and what each of them holds."""
+ALLOCATOR_SLACK = 1.05
+"""What torch's caching allocator reserves for a byte that is asked for."""
+SHORT_ROWS, SHORT_SPLITS = 1024, 8
+"""Rows of short chunks that share a buffer of partial results, and the splits of each."""
+DETERMINISTIC_ROWS = 256
+"""The same for every row in the deterministic mode, where each has the splits of a decode."""
 
 
-def resolve_kv_format(config: EngineConfig) -> KVFormat:
-    """Returns the format of keys and values; "auto" is float32, which every CPU computes in."""
-    return kv_format("float32" if config.kv_cache_dtype == "auto" else config.kv_cache_dtype)
+def weights_dtype(config: EngineConfig, hf_config: Mapping[str, Any]) -> str:
+    """Returns the number format of the weights: as asked, or as a config.json names it
+    (transformers 5 and before), or bfloat16."""
+    if config.dtype != "auto":
+        return config.dtype
+    return str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16")
+
+
+def resolve_kv_format(config: EngineConfig, device: str, dtype: str) -> KVFormat:
+    """Returns the format of keys and values; "auto" is that of the weights on a GPU, and float32,
+    which every CPU computes in, elsewhere."""
+    if config.kv_cache_dtype != "auto":
+        return kv_format(config.kv_cache_dtype)
+    return kv_format(dtype if device == "cuda" else "float32")
 
 
 def activation_shape(spec: ModelSpec) -> ActivationShape:
     """Returns the widths of the widest layer."""
-    qkv_size = max(layer.attention.q_size + 2 * layer.attention.kv_size for layer in spec.layers)
     return ActivationShape(
         hidden_size=spec.hidden_size,
-        qkv_size=qkv_size,
+        qkv_size=max(_qkv_size(layer) for layer in spec.layers),
         mlp_size=max(_mlp_size(layer.mlp, spec.hidden_size) for layer in spec.layers),
         vocab_size=spec.vocab_size,
     )
 
 
 def plan_model(
-    spec: ModelSpec, *, weights_bytes: int, config: EngineConfig, available_bytes: int
+    spec: ModelSpec,
+    *,
+    weights_bytes: int,
+    dtype: str,
+    config: EngineConfig,
+    device: str,
+    memory: DeviceMemory,
+    activation_bytes: int | None = None,
 ) -> MemoryPlan:
-    """Returns the plan of a whole model. Raises CapacityError saying what would fit."""
+    """Returns the plan of a whole model on a device called `device` ("cpu" or "cuda").
+
+    `dtype` is that of the weights (`weights_dtype`); `activation_bytes` replaces the bound by what
+    was measured. Raises CapacityError saying what would fit.
+    """
+    specs = spec.kv_specs(resolve_kv_format(config, device, dtype))
+    if device == "cuda":
+        graphs = 0 if config.enforce_eager else FIRST_GRAPH_BYTES + GRAPH_CAPTURES * GRAPH_BYTES
+        budget = gpu_budget(memory, config.gpu_memory_utilization, graphs)
+        room = max(budget.usable_bytes - weights_bytes, 0)
+        kv_tokens = room // group_layers(specs)[0].page_bytes(1)
+        step_bytes = _gpu_step(spec, config, 4 if dtype == "float32" else 2, kv_tokens)
+    else:
+        budget = host_budget(memory.available_bytes, config.gpu_memory_utilization)
+        step_bytes = _cpu_step(spec, config)
     return plan_memory(
-        spec.kv_specs(resolve_kv_format(config)),
+        specs,
         weights_bytes=weights_bytes,
-        activations=activation_shape(spec),
+        activation_bytes=step_bytes if activation_bytes is None else lambda _: activation_bytes,
         config=config,
         max_position_embeddings=spec.max_position_embeddings,
-        available_bytes=available_bytes,
+        budget=budget,
     )
+
+
+def with_others(error: CapacityError, device: Device) -> CapacityError:
+    """Returns the error, saying also who else uses the device."""
+    others = device.other_processes()
+    if others is None:
+        return error
+    count = "of unknown number" if others.count is None else str(others.count)
+    return CapacityError(
+        f"{error}. Other processes on the GPU: {count}, with {gib(others.used_bytes)}",
+        field=error.field,
+    )
+
+
+def _cpu_step(spec: ModelSpec, config: EngineConfig) -> Callable[[int], int]:
+    shape = activation_shape(spec)
+    return lambda num_tokens: shape.step_bytes(num_tokens, min(num_tokens, config.max_num_seqs))
+
+
+def _gpu_step(
+    spec: ModelSpec, config: EngineConfig, element_bytes: int, kv_tokens: int
+) -> Callable[[int], int]:
+    """Returns a bound on the bytes of a step of so many tokens in the Triton back end.
+
+    A step lives in turn through attention and MLP of every layer, and the sampler: residual and
+    input are there all the time, and what a phase leaves is the next one's room.
+    `kv_tokens` is at least what one KV group can hold.
+    """
+    longest = min(config.max_model_len or spec.max_position_embeddings, kv_tokens)
+    tables = 4 * longest * spec.rope.rotary_dim
+
+    def step_bytes(num_tokens: int) -> int:
+        num_samples = min(num_tokens, config.max_num_seqs)
+        phases = [num_samples * (spec.hidden_size * element_bytes + 2 * 4 * spec.vocab_size)]
+        for layer in dict.fromkeys(spec.layers):
+            partials = _partials(layer, config, num_tokens, longest)
+            phases.append(num_tokens * _attention_width(layer) * element_bytes + partials)
+            phases.append(num_tokens * _mlp_bytes(layer.mlp, spec.hidden_size, element_bytes))
+        through = 2 * num_tokens * spec.hidden_size * element_bytes
+        return int(ALLOCATOR_SLACK * (tables + through + max(phases)))
+
+    return step_bytes
+
+
+def _attention_width(layer: LayerSpec) -> int:
+    """q, k and v side by side (twice more where they are clamped), rotated q and the output."""
+    copies = 1 if layer.attention.clip_qkv is None else 3
+    return copies * _qkv_size(layer) + 2 * layer.attention.q_size
+
+
+def _partials(layer: LayerSpec, config: EngineConfig, num_tokens: int, longest: int) -> int:
+    """Bytes of partial results: of decodes, or after them those of short chunks."""
+    spec = layer.attention
+    visible = longest if spec.window is None else min(longest, spec.window)
+    rows = config.max_num_seqs
+    if config.deterministic:
+        rows = max(rows, DETERMINISTIC_ROWS)
+    decode = partial_bytes(min(rows, num_tokens), visible, spec.num_heads, spec.head_size)
+    short = min(num_tokens, SHORT_ROWS) * SHORT_SPLITS * 4 * spec.num_heads * (spec.head_size + 1)
+    return max(decode, short)
+
+
+def _mlp_bytes(mlp: MLPSpec | MoESpec, hidden_size: int, element_bytes: int) -> int:
+    """Bytes of one token in the MLP's worst moment: gate and up, their product, the output."""
+    if isinstance(mlp, MLPSpec):
+        return (3 * mlp.size + hidden_size) * element_bytes
+    per_pair = (mlp.expert_size + hidden_size) * element_bytes
+    # A pair's weight, id, count, place in the order and share of a block's description.
+    routing = mlp.num_experts * element_bytes + mlp.top_k * 24
+    routed = mlp.top_k * per_pair + hidden_size * element_bytes
+    shared = (3 * mlp.shared_size + 2 * hidden_size) * element_bytes
+    return routing + max(routed, shared)
+
+
+def _qkv_size(layer: LayerSpec) -> int:
+    return layer.attention.q_size + 2 * layer.attention.kv_size
 
 
 def _mlp_size(mlp: MLPSpec | MoESpec, hidden_size: int) -> int:

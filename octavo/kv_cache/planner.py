@@ -1,24 +1,29 @@
 """The memory plan: what weights, activations and KV cache get, and what fits into it. No torch.
 
-Called by `octavo plan` (from a config alone) and by the engine at start-up, which holds itself to
-the result. Never allocates anything; the arithmetic of pages is `spec.group_layers`.
+Called through `engine.memory` by `octavo plan` (from a config alone) and by the engine at start-up,
+which holds itself to the result. Never allocates anything; the arithmetic of pages is
+`spec.group_layers`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from octavo.config import EngineConfig
-from octavo.device import select_device
+from octavo.device import DeviceMemory
 from octavo.errors import CapacityError
+from octavo.formats import KV_FORMATS
 from octavo.kv_cache.spec import KVGroup, KVSpec, group_layers
 
 GIB = 2**30
 MAX_DEFAULT_KV_BYTES = 4 * GIB
 """What the KV cache takes of a CPU's memory if nobody says more: the machine does other work."""
-DEFAULT_BATCHED_TOKENS = 512
 RESERVED_BLOCKS = 1
 """Block 0 stands in the columns that no layer can see and is never handed out."""
+SPLIT_CLASSES = ((1024, 64), (4096, 128), (16384, 256))
+"""(visible tokens at most, tokens of a split) of the Triton attention's decodes."""
+LARGEST_SPLIT = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +45,59 @@ class ActivationShape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What a device gives to the engine, and the defaults that go with it."""
+
+    available_bytes: int
+    """Memory of the device that was free when the plan was made."""
+    usable_bytes: int
+    """The share of it that `gpu_memory_utilization` allows."""
+    other_bytes: int = 0
+    """Of a GPU, what others and our own driver context hold."""
+    graph_bytes: int = 0
+    max_default_kv_bytes: int | None = None
+    default_batched_tokens: tuple[int, ...]
+    """Largest first; the first that leaves room enough is taken, or the last."""
+    formula: str
+    """How `usable_bytes` came about."""
+    memory_name: str
+    """What the operator would have to get more of."""
+    smaller_weights: str
+    """Where weights that take less would come from."""
+
+
+def host_budget(available_bytes: int, utilization: float) -> Budget:
+    """Returns a CPU's: a share of what is free now, as the machine does other work."""
+    return Budget(
+        available_bytes=available_bytes,
+        usable_bytes=int(available_bytes * utilization),
+        max_default_kv_bytes=MAX_DEFAULT_KV_BYTES,
+        default_batched_tokens=(512,),
+        formula=f"{gib(available_bytes)} free x gpu_memory_utilization {utilization:g}",
+        memory_name="free memory",
+        smaller_weights="a smaller model, or a GGUF file in q8_0 or q4_k",
+    )
+
+
+def gpu_budget(memory: DeviceMemory, utilization: float, graph_bytes: int) -> Budget:
+    """Returns a GPU's: a share of the whole card, less what is in use now."""
+    other = memory.total_bytes - memory.available_bytes
+    return Budget(
+        available_bytes=memory.available_bytes,
+        usable_bytes=max(int(memory.total_bytes * utilization) - other, 0),
+        other_bytes=other,
+        graph_bytes=graph_bytes,
+        default_batched_tokens=(8192, 4096, 2048, 1024),
+        formula=(
+            f"{gib(memory.total_bytes)} x gpu_memory_utilization {utilization:g} less {gib(other)} "
+            "in use by others"
+        ),
+        memory_name="GPU memory",
+        smaller_weights="a smaller model",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
     """What goes where, in bytes, and what fits. Made by `plan_memory`."""
 
@@ -47,8 +105,11 @@ class MemoryPlan:
     """Memory of the device that was free when the plan was made."""
     usable_bytes: int
     """The share of it that `gpu_memory_utilization` allows."""
+    other_bytes: int = 0
+    """Of a GPU, what others and our own driver context held when the plan was made."""
     weights_bytes: int
     activation_bytes: int
+    graph_bytes: int = 0
     groups: tuple[KVGroup, ...]
     block_size: int
     block_bytes: int
@@ -74,7 +135,7 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.activation_bytes + self.kv_bytes
+        return self.weights_bytes + self.activation_bytes + self.graph_bytes + self.kv_bytes
 
     def num_requests(self, length: int) -> int:
         """Sequences of `length` tokens that fit side by side when nothing is shared."""
@@ -87,16 +148,24 @@ class MemoryPlan:
         lengths = dict.fromkeys(n for n in (self.max_model_len, 1024) if n <= self.max_model_len)
         fits = ", ".join(f"{self.num_requests(n):,} of {n:,} tokens" for n in lengths)
         whole = " (the model's)" if self.max_model_len == self.max_position_embeddings else ""
+        graphs = [("graphs", self.graph_bytes, "")] if self.graph_bytes else []
+        rest = [("left", self.usable_bytes - self.total_bytes, "")]
+        if self.other_bytes:
+            rest = [
+                ("others", self.other_bytes, "in use by others on the GPU"),
+                ("free", self.available_bytes - self.total_bytes, ""),
+            ]
         rows = (
             ("weights", self.weights_bytes, ""),
             ("activations", self.activation_bytes, f"{self.max_num_batched_tokens:,} tokens/step"),
+            *graphs,
             (
                 "KV cache",
                 self.kv_bytes,
                 f"{self.num_blocks:,} blocks of {self.block_size} tokens, "
                 f"{self.kv_token_bytes / 1024:.1f} KiB/token, {formats}",
             ),
-            ("left", self.usable_bytes - self.total_bytes, ""),
+            *rest,
         )
         head = f"memory plan: {gib(self.usable_bytes)} of {gib(self.available_bytes)} free memory"
         body = [f"  {name:<12}{gib(size):>12}  {note}".rstrip() for name, size, note in rows]
@@ -111,14 +180,15 @@ def plan_memory(
     specs: tuple[KVSpec, ...],
     *,
     weights_bytes: int,
-    activations: ActivationShape,
+    activation_bytes: Callable[[int], int],
     config: EngineConfig,
     max_position_embeddings: int,
-    available_bytes: int,
+    budget: Budget,
 ) -> MemoryPlan:
     """Returns the plan of a model with one KVSpec per layer.
 
-    The KV cache gets `kv_cache_memory_bytes` if given; else what is left, at most 4 GiB (or one
+    `activation_bytes` tells what a step of so many tokens takes. The KV cache gets
+    `kv_cache_memory_bytes` if given; else what is left, at most the budget's default (or one
     sequence of a given `max_model_len`) and at most what `max_num_seqs` sequences can fill.
     Raises CapacityError saying what is missing and what would fit.
     """
@@ -127,28 +197,33 @@ def plan_memory(
     page = groups[0].page_bytes(size)
     wanted_len = config.max_model_len
     full_len = max_position_embeddings if wanted_len is None else wanted_len
-    chunk = max(config.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS, size)
-    activation = activations.step_bytes(chunk, min(chunk, config.max_num_seqs))
-    usable = int(available_bytes * config.gpu_memory_utilization)
-    room = usable - weights_bytes - activation
+    room = budget.usable_bytes - weights_bytes - budget.graph_bytes
+    chunk = _batched_tokens(config, budget, activation_bytes, room)
+    activation = activation_bytes(chunk)
+    room -= activation
     least = (RESERVED_BLOCKS + blocks_of_sequence(groups, 1, size, 1)) * page
     if room < least:
-        raise _too_large(weights_bytes, least + activation, config, available_bytes)
+        beside = activation + budget.graph_bytes + least
+        raise _too_large(weights_bytes, beside, config, budget)
     one = (RESERVED_BLOCKS + blocks_of_sequence(groups, full_len, size, chunk)) * page
     if config.kv_cache_memory_bytes is not None:
         kv_bytes = config.kv_cache_memory_bytes
         _check_absolute(kv_bytes, room, least)
     else:
-        cap = MAX_DEFAULT_KV_BYTES if wanted_len is None else max(MAX_DEFAULT_KV_BYTES, one)
-        kv_bytes = min(room, cap, one * config.max_num_seqs)
+        cap = room if budget.max_default_kv_bytes is None else budget.max_default_kv_bytes
+        kv_bytes = min(
+            room, cap if wanted_len is None else max(cap, one), one * config.max_num_seqs
+        )
     fitted = longest_sequence(groups, kv_bytes // page, full_len, size, chunk)
     if wanted_len is not None and fitted < wanted_len:
-        raise _context_too_long(wanted_len, fitted, one, kv_bytes, groups)
+        raise _context_too_long(wanted_len, fitted, one, kv_bytes, groups, budget)
     return MemoryPlan(
-        available_bytes=available_bytes,
-        usable_bytes=usable,
+        available_bytes=budget.available_bytes,
+        usable_bytes=budget.usable_bytes,
+        other_bytes=budget.other_bytes,
         weights_bytes=weights_bytes,
         activation_bytes=activation,
+        graph_bytes=budget.graph_bytes,
         groups=groups,
         block_size=size,
         block_bytes=page,
@@ -157,6 +232,17 @@ def plan_memory(
         max_num_batched_tokens=chunk,
         max_position_embeddings=max_position_embeddings,
     )
+
+
+def _batched_tokens(
+    config: EngineConfig, budget: Budget, activation_bytes: Callable[[int], int], room: int
+) -> int:
+    """Returns the tokens of a step: as asked, but a block; else a default whose activations leave
+    the KV cache three quarters of `room`."""
+    if config.max_num_batched_tokens is not None:
+        return max(config.max_num_batched_tokens, config.block_size)
+    defaults = budget.default_batched_tokens
+    return next((n for n in defaults if 4 * activation_bytes(n) <= room), defaults[-1])
 
 
 def blocks_of_sequence(
@@ -189,9 +275,17 @@ def longest_sequence(
     return low
 
 
-def available_memory() -> int:
-    """Returns the bytes of memory that the device has free now."""
-    return select_device("auto").memory().available_bytes
+def partial_bytes(num_rows: int, max_visible: int, num_heads: int, head_size: int) -> int:
+    """Returns the most bytes of partial results that decoding rows have in the Triton back end.
+
+    A row sees at most `max_visible` tokens and has one slot more than it has splits, as the first
+    may begin between two edges; a slot is float32 [heads, head size] and a log-sum-exp a head.
+    What the cache holds is no bound: rows that share blocks see more than that together.
+    """
+    edges = [min(max_visible, limit) for limit, _ in SPLIT_CLASSES] + [max_visible]
+    sizes = [size for _, size in SPLIT_CLASSES] + [LARGEST_SPLIT]
+    row = 1 + max(-(-seen // size) for seen, size in zip(edges, sizes, strict=True))
+    return num_rows * row * 4 * num_heads * (head_size + 1)
 
 
 def gib(size: int) -> str:
@@ -200,17 +294,16 @@ def gib(size: int) -> str:
 
 
 def _too_large(
-    weights_bytes: int, beside: int, config: EngineConfig, available_bytes: int
+    weights_bytes: int, beside: int, config: EngineConfig, budget: Budget
 ) -> CapacityError:
-    usable = int(available_bytes * config.gpu_memory_utilization)
-    needed = weights_bytes + beside
+    usable, needed = budget.usable_bytes, weights_bytes + beside
+    memory = int((needed + budget.other_bytes) / config.gpu_memory_utilization)
     return CapacityError(
         f"the model does not fit: it needs {gib(needed)} (weights {gib(weights_bytes)}, "
         f"activations and the smallest KV cache {gib(beside)}), {gib(usable)} may be used "
-        f"({gib(available_bytes)} free x gpu_memory_utilization "
-        f"{config.gpu_memory_utilization:g}), {gib(needed - usable)} are missing. What would fit: "
-        f"weights of up to {gib(max(usable - beside, 0))} (a smaller model, or a GGUF file in "
-        f"q8_0 or q4_k), or {gib(int(needed / config.gpu_memory_utilization))} of free memory",
+        f"({budget.formula}), {gib(needed - usable)} are missing. What would fit: "
+        f"weights of up to {gib(max(usable - beside, 0))} ({budget.smaller_weights}), or "
+        f"{gib(memory)} of {budget.memory_name}",
         field="model",
     )
 
@@ -231,16 +324,25 @@ def _check_absolute(kv_bytes: int, room: int, least: int) -> None:
 
 
 def _context_too_long(
-    wanted: int, fitted: int, needed: int, there: int, groups: tuple[KVGroup, ...]
+    wanted: int,
+    fitted: int,
+    needed: int,
+    there: int,
+    groups: tuple[KVGroup, ...],
+    budget: Budget,
 ) -> CapacityError:
     ways = [f"max_model_len {fitted}"]
-    if any(group.spec.format.element_bytes > 2 for group in groups):
-        half = needed // 2
-        verdict = "fits" if half <= there else "is still too much"
-        ways.append(f"kv_cache_dtype float16 (needs {gib(half)}, {verdict})")
-    ways.append("more memory, or a larger gpu_memory_utilization or kv_cache_memory_bytes")
+    stored = groups[0].spec.format.element_bytes
+    # One format of each size, the first that is listed.
+    for size, name in {f.element_bytes: f.name for f in reversed(KV_FORMATS.values())}.items():
+        if size < stored:
+            smaller = needed * size // stored
+            verdict = "fits" if smaller <= there else "is still too much"
+            ways.append(f"kv_cache_dtype {name} (needs {gib(smaller)}, {verdict})")
+    ways.append("smaller weights, or a larger gpu_memory_utilization or kv_cache_memory_bytes")
     return CapacityError(
         f"max_model_len {wanted} needs {gib(needed)} of KV cache for one request, {gib(there)} "
-        f"are there. What would fit: {'; '.join(ways)}",
+        f"are there, {gib(needed - there)} are missing ({gib(budget.usable_bytes)} may be used: "
+        f"{budget.formula}). What would fit: {'; '.join(ways)}",
         field="max_model_len",
     )

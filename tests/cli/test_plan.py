@@ -13,7 +13,8 @@ from octavo.models.registry import read_spec
 
 
 def plan(argv: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    assert main(["plan", *argv, "--json"]) == 0
+    """Of the CPU unless `argv` names a device: the machine may have a GPU."""
+    assert main(["plan", "--device", "cpu", *argv, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -73,3 +74,15 @@ def test_experts_are_their_own_part(tiny_config: dict[str, Any]):
     assert parts["experts"] == 2 * 2 * 4 * 3 * 32 * 64
     assert parts["shared experts"] == 2 * 2 * (3 * 48 * 64 + 64)
     assert sum(parts.values()) == 2 * spec.num_parameters
+
+
+def test_a_card_that_is_not_here_can_be_planned_for(
+    tiny_model: str, capsys: pytest.CaptureFixture[str]
+):
+    card = plan([tiny_model, "--device", "cuda", "--gpu-memory", "80GiB"], capsys)
+    assert card["usable_bytes"] == int(0.9 * 80 * 2**30)
+    assert card["max_num_batched_tokens"] == 8192
+    assert card["graph_bytes"] > 0
+    host = plan([tiny_model, "--device", "cpu", "--memory", "80GiB"], capsys)
+    assert host["max_num_batched_tokens"] == 512
+    assert host["graph_bytes"] == host["other_bytes"] == 0

@@ -237,7 +237,11 @@ def test_every_token_of_a_moe_layer_is_counted_for_its_experts(
     ("options", "error", "says"),
     [
         ({"max_model_lenn": 5}, ConfigError, "did you mean max_model_len"),
-        ({"attention_backend": "FLASH"}, ConfigError, "valid are auto, native, reference, Paged"),
+        (
+            {"attention_backend": "FLASH"},
+            ConfigError,
+            "valid are auto, triton, native, refer.*, Page",
+        ),
         ({"max_model_len": 4096, "kv_cache_memory_bytes": 2**20}, CapacityError, "max_model_len"),
         ({"gpu_memory_utilization": 0.0}, ConfigError, "gpu_memory_utilization must be above 0"),
         ({"dtype": "int3"}, ConfigError, "use auto, float32"),

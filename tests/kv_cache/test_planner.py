@@ -9,15 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octavo.config import EngineConfig
+from octavo.device import DeviceMemory
 from octavo.errors import CapacityError
 from octavo.formats import kv_format
 from octavo.kv_cache.planner import (
     GIB,
     ActivationShape,
     MemoryPlan,
-    available_memory,
     blocks_of_sequence,
+    gpu_budget,
+    host_budget,
     longest_sequence,
+    partial_bytes,
     plan_memory,
 )
 from octavo.kv_cache.spec import KVSpec, group_layers
@@ -40,10 +43,10 @@ def plan(
     return plan_memory(
         specs,
         weights_bytes=weights,
-        activations=SHAPE,
+        activation_bytes=lambda n: SHAPE.step_bytes(n, min(n, config.max_num_seqs)),
         config=config,
         max_position_embeddings=positions,
-        available_bytes=available,
+        budget=host_budget(available, config.gpu_memory_utilization),
     )
 
 
@@ -141,6 +144,65 @@ def test_tokens_in_one_step_default_to_512_and_hold_at_least_a_block():
     assert plan(max_num_batched_tokens=64).activation_bytes < plan().activation_bytes
 
 
+def gpu_plan(
+    in_use: int = GIB, *, weights: int = GIB, measured: int | None = None, **options: object
+) -> MemoryPlan:
+    """Of a card of 10 GiB."""
+    config = dataclasses.replace(EngineConfig(model="m"), **options)  # type: ignore[arg-type]
+    memory = DeviceMemory(total_bytes=10 * GIB, available_bytes=10 * GIB - in_use)
+    return plan_memory(
+        (HALF,) * 4,
+        weights_bytes=weights,
+        activation_bytes=lambda n: n * 2**17 if measured is None else measured,
+        config=config,
+        max_position_embeddings=10**6,
+        budget=gpu_budget(memory, config.gpu_memory_utilization, 2**28),
+    )
+
+
+def test_a_gpu_gives_its_share_less_what_others_hold_and_the_cache_takes_the_rest():
+    made = gpu_plan()
+    assert made.usable_bytes == 9 * GIB - GIB
+    assert made.other_bytes == GIB
+    assert made.usable_bytes - made.block_bytes < made.total_bytes <= made.usable_bytes
+    assert made.kv_bytes > 4 * GIB
+    assert gpu_plan(kv_cache_memory_bytes=GIB).kv_bytes == GIB
+
+
+def test_a_step_on_a_gpu_has_as_many_tokens_as_leave_the_cache_three_quarters():
+    assert gpu_plan().max_num_batched_tokens == 8192
+    assert gpu_plan(4 * GIB).max_num_batched_tokens == 4096
+    assert gpu_plan(6 * GIB).max_num_batched_tokens == 2048
+    assert gpu_plan(6 * GIB, max_num_batched_tokens=5000).max_num_batched_tokens == 5000
+    assert gpu_plan(measured=12345).activation_bytes == 12345
+
+
+def test_the_description_of_a_gpu_names_graphs_and_others():
+    text = gpu_plan().describe()
+    for words in (
+        "graphs          0.25",
+        "others          1.00",
+        "free            1.00",
+        "float16",
+    ):
+        assert words in text
+
+
+def test_what_others_hold_on_a_gpu_is_said_when_the_model_does_not_fit():
+    with pytest.raises(CapacityError, match=r"10.00 GiB x .* less 4.00 GiB in use by others") as no:
+        gpu_plan(4 * GIB, weights=5 * GIB)
+    assert "GGUF" not in str(no.value)
+    with pytest.raises(CapacityError, match=r"are missing.*4.00 GiB in use.*max_model_len \d+;"):
+        gpu_plan(4 * GIB, max_model_len=10**7)
+
+
+@pytest.mark.parametrize("visible", [1, 64, 65, 1023, 1024, 1025, 4097, 16384, 20000, 16385, 40960])
+def test_partial_results_have_the_slots_that_the_kernel_makes(visible: int):
+    attention = pytest.importorskip("octavo.kernels.triton.attention_decode")
+    assert partial_bytes(1, visible, 1, 0) == 4 * attention.split_slots(visible)
+    assert partial_bytes(3, 1024, 32, 128) == 3 * 17 * 32 * 129 * 4
+
+
 @given(st.integers(1, 500), st.integers(1, 5000), st.integers(1, 300), st.booleans())
 def test_the_longest_sequence_fits_and_one_more_token_does_not(
     num_blocks: int, limit: int, chunk: int, mixed: bool
@@ -157,7 +219,3 @@ def test_the_description_names_every_part():
     text = plan().describe()
     for word in ("weights", "activations", "KV cache", "context", "fits", "4.0 KiB/token"):
         assert word in text
-
-
-def test_the_machine_has_memory():
-    assert available_memory() > 2**20

@@ -1,0 +1,119 @@
+"""Plans of real shapes on a real card's numbers: what the GPU engine counts on."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from octavo.config import EngineConfig
+from octavo.device import CPUDevice, CUDADevice, DeviceMemory
+from octavo.engine.memory import plan_model, resolve_kv_format, weights_dtype, with_others
+from octavo.errors import CapacityError
+from octavo.kv_cache.planner import GIB, MemoryPlan
+from octavo.models.registry import read_spec
+from tests.test_device import Probe
+
+QWEN3_30B = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 151936,
+}
+QWEN15_MOE = QWEN3_30B | {
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "model_type": "qwen2_moe",
+    "head_dim": 128,
+    "intermediate_size": 5632,
+    "moe_intermediate_size": 1408,
+    "num_attention_heads": 16,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 16,
+    "shared_expert_intermediate_size": 5632,
+}
+CARD = DeviceMemory(total_bytes=int(79.18 * GIB), available_bytes=int(78.68 * GIB))
+
+
+def plan(config: dict[str, Any], weights: float, **options: Any) -> MemoryPlan:
+    spec, _ = read_spec(config)
+    measured = options.pop("measured", None)
+    return plan_model(
+        spec,
+        weights_bytes=int(weights * GIB),
+        dtype="bfloat16",
+        config=dataclasses.replace(EngineConfig(model="m"), **options),
+        device="cuda",
+        memory=CARD,
+        activation_bytes=measured,
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "token_kib", "num_tokens"),
+    [(QWEN3_30B, 56.88, 96, 140_000), (QWEN15_MOE, 26.68, 192, 236_000)],
+)
+def test_a_card_of_80_gb_holds_the_tokens_that_other_engines_hold(
+    config: dict[str, Any], weights: float, token_kib: int, num_tokens: int
+) -> None:
+    made = plan(config, weights)
+    assert made.kv_token_bytes == token_kib * 1024
+    assert made.num_tokens >= num_tokens
+    assert made.max_num_batched_tokens == 8192
+    assert made.max_model_len == 40960
+
+
+def test_activations_are_bound_by_the_widest_moment_of_a_step() -> None:
+    def mib(**options: Any) -> float:
+        return plan(QWEN3_30B, 56.88, **options).activation_bytes / 2**20
+
+    # One sequence: 8192 tokens x (residual, input, 8 pairs of hidden and part, output), 16 bits.
+    experts = 8192 * (2048 * 2 + 8 * (768 + 2048) + 2048) * 2 / 2**20
+    assert 1.05 * experts < mib(max_num_seqs=1) < 1.15 * experts
+    # 256 rows of 40960 tokens: 81 slots of 32 heads of 128 float32 numbers each.
+    assert mib() > mib(max_num_seqs=1) + 100
+    # A step of one block: the logits and their scratch.
+    assert 16 * 151936 * 8 / 2**20 < mib(max_num_seqs=256, max_num_batched_tokens=16) < 64
+    assert mib(measured=2**20) == 1
+
+
+def test_graphs_take_no_memory_where_none_are_captured() -> None:
+    assert plan(QWEN3_30B, 56.88).graph_bytes == 2**28
+    assert plan(QWEN3_30B, 56.88, enforce_eager=True).graph_bytes == 0
+
+
+def test_keys_and_values_have_the_weights_format_on_a_gpu_alone() -> None:
+    config = EngineConfig(model="m")
+    for dtype in ("bfloat16", "float16", "float32"):
+        assert resolve_kv_format(config, "cuda", dtype).name == dtype
+    assert resolve_kv_format(config, "cpu", "bfloat16").name == "float32"
+    asked = dataclasses.replace(config, kv_cache_dtype="float16")
+    assert resolve_kv_format(asked, "cuda", "bfloat16").name == "float16"
+    assert weights_dtype(config, QWEN3_30B) == "bfloat16"
+    assert weights_dtype(config, {}) == "bfloat16"
+    assert weights_dtype(dataclasses.replace(config, dtype="float32"), QWEN3_30B) == "float32"
+
+
+def test_a_plan_that_fails_on_a_gpu_counts_the_other_processes() -> None:
+    error = CapacityError("too large", field="model")
+    assert with_others(error, CPUDevice()) is error
+    told = with_others(error, CUDADevice(probe=Probe()))
+    assert str(told).endswith("Other processes on the GPU: of unknown number, with 4.00 GiB")
+    assert told.field == "model"
