@@ -15,8 +15,8 @@ from octavo.kernels.ops import RopeTable
 from octavo.layers.rope_spec import RopeSpec
 
 
-def build_rope_table(spec: RopeSpec, max_model_len: int) -> RopeTable:
-    """Returns the table for positions 0..max_model_len - 1.
+def build_rope_table(spec: RopeSpec, max_model_len: int, device: torch.device) -> RopeTable:
+    """Returns the table for positions 0..max_model_len - 1, the same bits on every device.
 
     `dynamic` RoPE grows its base with the length of the text. Growing it as the sequence grows
     would give one position different rotations over time, and cached keys would go stale; so here
@@ -27,8 +27,8 @@ def build_rope_table(spec: RopeSpec, max_model_len: int) -> RopeTable:
         torch.arange(max_model_len, dtype=torch.float32), inverse_frequencies(spec, max_model_len)
     )
     return RopeTable(
-        cos=angles.cos().mul_(spec.attention_factor),
-        sin=angles.sin().mul_(spec.attention_factor),
+        cos=angles.cos().mul_(spec.attention_factor).to(device),
+        sin=angles.sin().mul_(spec.attention_factor).to(device),
         rotary_dim=spec.rotary_dim,
     )
 

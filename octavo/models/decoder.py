@@ -6,13 +6,12 @@ step comes in as arguments.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from octavo.kernels.ops import (
-    Activation,
     AttentionBatch,
     ExpertWeights,
     Ops,
@@ -28,8 +27,8 @@ from octavo.layers.moe import MoE, SharedExpert
 from octavo.layers.norm import RMSNorm
 from octavo.layers.rope import build_rope_table
 from octavo.models.family import Family
-from octavo.models.spec import AttentionSpec, ModelSpec, MoESpec, Parameter
-from octavo.weights.source import TensorSource
+from octavo.models.spec import AttentionSpec, MLPSpec, ModelSpec, MoESpec, Parameter
+from octavo.weights.placement import Placement, Split
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,14 +89,16 @@ class Decoder:
 
 
 def load_decoder(
-    spec: ModelSpec, family: Family, source: TensorSource, ops: Ops, max_model_len: int
+    spec: ModelSpec, family: Family, placement: Placement, ops: Ops, max_model_len: int
 ) -> Decoder:
-    """Returns the model with weights from `source`. Raises WeightsError on a broken tensor.
+    """Returns the model with its weights where `placement` puts them, all arrived.
 
-    The caller has checked the names (`octavo.weights.loader.check_names`)."""
-    loader = _Loader(spec, family, source, build_rope_table(spec.rope, max_model_len))
+    The caller has checked the names (`octavo.weights.loader.check_names`). Raises what the
+    placement raises."""
+    rope = build_rope_table(spec.rope, max_model_len, placement.device)
+    loader = _Loader(spec, family, placement, rope)
     embedding = loader.matrix("embedding")
-    return Decoder(
+    decoder = Decoder(
         spec=spec,
         ops=ops,
         embedding=embedding,
@@ -105,24 +106,33 @@ def load_decoder(
         final_norm=loader.norm("final_norm"),
         lm_head=embedding if spec.tie_embeddings else loader.matrix("lm_head"),
     )
+    placement.finish()
+    return decoder
 
 
 class _Loader:
-    """Makes layers of a spec from a source of tensors."""
+    """Makes layers of a spec from placed tensors.
+
+    The vocabulary, the routers and what is added to whole rows are not split over ranks."""
 
     def __init__(
-        self, spec: ModelSpec, family: Family, source: TensorSource, rope: RopeTable
+        self, spec: ModelSpec, family: Family, placement: Placement, rope: RopeTable
     ) -> None:
         self.spec = spec
         self.family = family
-        self.source = source
+        self.placement = placement
         self.rope = rope
 
-    def matrix(self, name: str, layer: int = -1, expert: int = -1) -> Weight:
-        return self.source.matrix(self.family.weight_name(Parameter(name, layer, expert)))
+    def matrices(self, splits: dict[Parameter, Split | None]) -> tuple[Weight, ...]:
+        """Returns the matrices as one stack, where the placement makes stacks."""
+        names = {self.family.weight_name(one): split for one, split in splits.items()}
+        return self.placement.matrices(names)
 
-    def vector(self, name: str, layer: int = -1) -> Tensor:
-        return self.source.vector(self.family.weight_name(Parameter(name, layer)))
+    def matrix(self, name: str, layer: int = -1, split: Split | None = None) -> Weight:
+        return self.matrices({Parameter(name, layer): split})[0]
+
+    def vector(self, name: str, layer: int = -1, split: Split | None = None) -> Tensor:
+        return self.placement.vector(self.family.weight_name(Parameter(name, layer)), split)
 
     def norm(self, name: str, layer: int = -1) -> RMSNorm:
         return RMSNorm(weight=self.vector(name, layer), eps=self.spec.norm_eps)
@@ -132,7 +142,7 @@ class _Loader:
         if isinstance(spec.mlp, MoESpec):
             mlp = self.moe(spec.mlp, index)
         else:
-            mlp = self.mlp("", spec.mlp.activation, index)
+            mlp = self.mlp("", spec.mlp, index)
         return Layer(
             attention_norm=self.norm("attention_norm", index),
             attention=self.attention(spec.attention, index),
@@ -141,50 +151,68 @@ class _Loader:
         )
 
     def attention(self, spec: AttentionSpec, layer: int) -> Attention:
+        heads = Split(axis="rows", unit="query heads", num_units=spec.num_heads)
+        kv_heads = Split(axis="rows", unit="kv heads", num_units=spec.num_kv_heads, may_repeat=True)
+        splits = {"q": heads, "k": kv_heads, "v": kv_heads}
         qkv_bias = o_bias = qk_norm = None
         if spec.qkv_bias:
-            qkv_bias = torch.cat([self.vector(f"{part}_bias", layer) for part in "qkv"])
+            biases = [self.vector(f"{part}_bias", layer, split) for part, split in splits.items()]
+            qkv_bias = torch.cat(biases)
         if spec.o_bias:
             o_bias = self.vector("o_bias", layer)
         if spec.qk_norm is not None:
+            per_head = spec.qk_norm == "head"
             qk_norm = QKNorm(
-                query=self.vector("q_norm", layer),
-                key=self.vector("k_norm", layer),
+                query=self.vector("q_norm", layer, None if per_head else heads),
+                key=self.vector("k_norm", layer, None if per_head else kv_heads),
                 eps=self.spec.norm_eps,
-                per_head=spec.qk_norm == "head",
+                per_head=per_head,
             )
-        weights = tuple(self.matrix(part, layer) for part in "qkv")
+        weights = self.matrices({Parameter(part, layer): split for part, split in splits.items()})
+        output = self.matrix("o", layer, replace(heads, axis="cols"))
         return Attention(
             qkv=Linear(weights=weights, bias=qkv_bias),
-            output=Linear(weights=(self.matrix("o", layer),), bias=o_bias),
+            output=Linear(weights=(output,), bias=o_bias),
             qk_norm=qk_norm,
             rope=self.rope,
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
+            num_heads=weights[0].rows // spec.head_size,
+            num_kv_heads=weights[1].rows // spec.head_size,
             scale=spec.scale,
             window=spec.window,
             clip_qkv=spec.clip_qkv,
         )
 
-    def mlp(self, prefix: str, activation: Activation, layer: int) -> GatedMLP:
-        gate, up, down = (self.matrix(f"{prefix}{part}", layer) for part in ("gate", "up", "down"))
-        return GatedMLP(gate=gate, up=up, down=down, activation=activation)
+    def mlp(self, prefix: str, spec: MLPSpec, layer: int) -> GatedMLP:
+        rows = Split(axis="rows", unit="hidden units", num_units=spec.size)
+        gate, up = self.matrices({Parameter(f"{prefix}{p}", layer): rows for p in ("gate", "up")})
+        down = self.matrix(f"{prefix}down", layer, replace(rows, axis="cols"))
+        return GatedMLP(gate=gate, up=up, down=down, activation=spec.activation)
+
+    def experts(self, spec: MoESpec, layer: int) -> ExpertWeights:
+        rows = Split(axis="rows", unit="hidden units of an expert", num_units=spec.expert_size)
+        gate, up, down = (
+            self.matrices({Parameter(part, layer, e): split for e in range(spec.num_experts)})
+            for part, split in (
+                ("expert_gate", rows),
+                ("expert_up", rows),
+                ("expert_down", replace(rows, axis="cols")),
+            )
+        )
+        return ExpertWeights(gate=gate, up=up, down=down)
 
     def moe(self, spec: MoESpec, layer: int) -> MoE:
-        gate, up, down = (
-            tuple(self.matrix(f"expert_{part}", layer, e) for e in range(spec.num_experts))
-            for part in ("gate", "up", "down")
-        )
+        names = ("router", "shared_router") if spec.shared_gate else ("router",)
+        router, *gates = self.matrices({Parameter(name, layer): None for name in names})
         shared = None
         if spec.shared_size:
-            gates = (self.matrix("shared_router", layer),) if spec.shared_gate else ()
+            shared_spec = MLPSpec(size=spec.shared_size, activation=spec.activation)
             shared = SharedExpert(
-                mlp=self.mlp("shared_", spec.activation, layer),
-                gate=Linear(weights=gates) if gates else None,
+                mlp=self.mlp("shared_", shared_spec, layer),
+                gate=Linear(weights=tuple(gates)) if gates else None,
             )
         return MoE(
-            router=Linear(weights=(self.matrix("router", layer),)),
-            experts=ExpertWeights(gate=gate, up=up, down=down),
+            router=Linear(weights=(router,)),
+            experts=self.experts(spec, layer),
             shared=shared,
             activation=spec.activation,
             top_k=spec.top_k,

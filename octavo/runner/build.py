@@ -18,6 +18,7 @@ from octavo.models.family import Family
 from octavo.models.spec import ModelSpec
 from octavo.runner.model_runner import ModelRunner
 from octavo.runner.sampler import Sampler
+from octavo.weights.placement import HostPlacement
 from octavo.weights.source import TensorSource
 
 
@@ -33,7 +34,7 @@ def build_runner(
     ops = select_ops(config.resolved_attention_backend(), num_threads)
     torch.set_num_threads(ops.torch_threads)
     return ModelRunner(
-        decoder=load_decoder(spec, family, source, ops, plan.max_model_len),
+        decoder=load_decoder(spec, family, HostPlacement(source), ops, plan.max_model_len),
         storage=KVStorage(plan.groups, plan.num_blocks, plan.block_size),
         sampler=Sampler(spec.vocab_size, config.max_num_seqs),
         max_num_seqs=config.max_num_seqs,

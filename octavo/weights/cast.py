@@ -12,9 +12,9 @@ import gguf
 import torch
 from torch import Tensor
 
-from octavo.formats import WEIGHT_FORMATS
+from octavo.formats import WEIGHT_FORMATS, WeightFormat
 from octavo.kernels.ops import Weight
-from octavo.weights.source import DTYPE_FORMATS, NUMBER_DTYPES, TensorSource
+from octavo.weights.source import DTYPE_FORMATS, NUMBER_DTYPES, Staging, TensorSource, part_of
 
 _CHUNK_ELEMENTS = 1 << 22
 """Block formats are unpacked in pieces: NumPy needs several float32 copies of each."""
@@ -33,6 +33,9 @@ class CastSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._source.shape(name)
 
+    def format(self, name: str) -> WeightFormat:
+        return self._format
+
     def matrix(self, name: str) -> Weight:
         weight = self._source.matrix(name)
         if weight.format == self._format:
@@ -40,6 +43,14 @@ class CastSource:
         data = convert(weight, NUMBER_DTYPES[self._format.name])
         self._source.release(name)
         return Weight(data=data, format=self._format, rows=weight.rows, cols=weight.cols)
+
+    def copy_into(
+        self, name: str, out: Tensor, staging: Staging, row: int = 0, col: int = 0
+    ) -> None:
+        if self._source.format(name).is_block:
+            out.copy_(part_of(self.matrix(name).data, out, row, col))
+        else:
+            self._source.copy_into(name, out, staging, row, col)
 
     def vector(self, name: str) -> Tensor:
         return self._source.vector(name)

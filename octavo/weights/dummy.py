@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from octavo.errors import WeightsError
-from octavo.formats import WEIGHT_FORMATS
+from octavo.formats import WEIGHT_FORMATS, WeightFormat
 from octavo.kernels.ops import Weight
-from octavo.weights.source import DTYPE_FORMATS, NUMBER_DTYPES
+from octavo.weights.source import DTYPE_FORMATS, NUMBER_DTYPES, Staging, part_of
 
 _STD = 0.02
 _NOISE_LENGTH = (1 << 22) - 3
@@ -35,7 +35,7 @@ class DummySource:
         self._format = WEIGHT_FORMATS[DTYPE_FORMATS[dtype]]
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(_NOISE_LENGTH, generator=generator) * _STD
-        self._noise = noise.to(NUMBER_DTYPES[self._format.name])
+        self._noise = {torch.device("cpu"): noise.to(NUMBER_DTYPES[self._format.name])}
 
     def names(self) -> frozenset[str]:
         return frozenset(self._shapes)
@@ -46,18 +46,37 @@ class DummySource:
             raise WeightsError(f"tensor {name} is missing from the dummy weights")
         return found
 
+    def format(self, name: str) -> WeightFormat:
+        return self._format
+
     def matrix(self, name: str) -> Weight:
         rows, cols = self.shape(name)
-        data = torch.empty(rows * cols, dtype=self._noise.dtype)
+        data = torch.empty((rows, cols), dtype=NUMBER_DTYPES[self._format.name])
+        self._fill(name, data.view(-1), 0)
+        return Weight(data=data, format=self._format, rows=rows, cols=cols)
+
+    def copy_into(
+        self, name: str, out: Tensor, staging: Staging, row: int = 0, col: int = 0
+    ) -> None:
+        cols = self.shape(name)[1]
+        whole = out if out.shape[1] == cols else out.new_empty((len(out), cols))
+        self._fill(name, whole.view(-1), row * cols)
+        if whole is not out:
+            out.copy_(part_of(whole, out, 0, col))
+
+    def _fill(self, name: str, out: Tensor, start: int) -> None:
+        """Fills a 1-D tensor with the matrix's numbers from `start` on."""
+        noise = self._noise.get(out.device)
+        if noise is None:
+            noise = self._noise[out.device] = self._noise[torch.device("cpu")].to(out.device)
         digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
-        place = int.from_bytes(digest[:8], "little") % _NOISE_LENGTH
+        place = (int.from_bytes(digest[:8], "little") + start) % _NOISE_LENGTH
         filled = 0
-        while filled < len(data):
-            piece = self._noise[place : place + len(data) - filled]
-            data[filled : filled + len(piece)] = piece
+        while filled < len(out):
+            piece = noise[place : place + len(out) - filled]
+            out[filled : filled + len(piece)] = piece
             filled += len(piece)
             place = 0
-        return Weight(data=data.view(rows, cols), format=self._format, rows=rows, cols=cols)
 
     def vector(self, name: str) -> Tensor:
         fill = 0.0 if name.endswith("bias") else 1.0

@@ -1,13 +1,15 @@
-"""The seam between models and weights files: a TensorSource, and the one that maps files.
+"""The seam between placements and weights files: a TensorSource, and the one that maps files.
 
-Models read weights through TensorSource alone, under Hugging Face checkpoint names. Never copies a
-matrix, except where a file keeps its rows in another order than the models expect.
+Placements read weights through TensorSource alone, under Hugging Face checkpoint names. `matrix`
+never copies, except where a file keeps its rows in another order than the models expect.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
+import os
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,31 @@ NUMBER_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloa
 """Torch dtypes of the formats that are no blocks."""
 DTYPE_FORMATS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 """Format names of the dtypes that a user or a config.json can name."""
+_STAGING_BYTES = 1 << 25
+
+
+class Staging:
+    """Memory that one thread reads file bytes into on their way to a device.
+
+    Page-locked, so that the device fetches from it while the thread goes on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        is_host = device.type == "cpu"
+        self._device = device
+        self._bytes = torch.empty(_STAGING_BYTES, dtype=torch.uint8, pin_memory=not is_host)
+        self._fetched = None if is_host else torch.Event(device=device)
+
+    def take(self) -> Tensor:
+        """Returns the memory, uint8, once the device has fetched what it held."""
+        if self._fetched is not None:
+            self._fetched.synchronize()  # sync: the next bytes overwrite the last
+        return self._bytes
+
+    def sent(self) -> None:
+        """Remembers that copies out of the memory were enqueued on the device's current stream."""
+        if self._fetched is not None:
+            self._fetched.record(torch.accelerator.current_stream(self._device))
 
 
 class TensorSource(Protocol):
@@ -37,8 +64,23 @@ class TensorSource(Protocol):
         """Returns [rows, cols] or [length]. Raises WeightsError if there is no such tensor."""
         ...
 
+    def format(self, name: str) -> WeightFormat:
+        """Returns the format that `matrix` has. Raises UnsupportedModelError on an unknown one."""
+        ...
+
     def matrix(self, name: str) -> Weight:
         """Returns a 2-D tensor, as a view of the file where the source can. Do not write to it."""
+        ...
+
+    def copy_into(
+        self, name: str, out: Tensor, staging: Staging, row: int = 0, col: int = 0
+    ) -> None:
+        """Fills `out`, contiguous and on any device, from the matrix at [row, col] on.
+
+        Numbers are rounded to out's dtype; block formats must be cast (`CastSource`). Copies may
+        still be on their way when this returns. Threads may call it at once, each with its own
+        `staging`.
+        """
         ...
 
     def vector(self, name: str) -> Tensor:
@@ -73,10 +115,13 @@ class MappedFile:
                     flags=mmap.MAP_PRIVATE,
                     prot=mmap.PROT_READ | mmap.PROT_WRITE,
                 )
+                # mmap keeps a descriptor too, but does not tell it.
+                self._descriptor = os.dup(file.fileno())
         except FileNotFoundError as error:
             raise WeightsError(f"weights file {path} does not exist") from error
         except (OSError, ValueError) as error:
             raise WeightsError(f"weights file {path} cannot be mapped: {error}") from error
+        weakref.finalize(self, os.close, self._descriptor)
 
     def __len__(self) -> int:
         return len(self._map)
@@ -88,6 +133,17 @@ class MappedFile:
     def view(self, start: int, length: int) -> Tensor:
         """Returns a uint8 view; the mapping lives as long as a view of it does."""
         return torch.frombuffer(self._map, dtype=torch.uint8, count=length, offset=start)
+
+    def read_into(self, start: int, out: Tensor) -> None:
+        """Fills `out` (uint8, host) from byte `start` on, mapping no page; any thread may call."""
+        rest = out.numpy().data
+        while rest:
+            length = os.preadv(self._descriptor, [rest], start)
+            if length == 0:
+                raise WeightsError(
+                    f"{self.path} ended at byte {start} while it was read; was it replaced?"
+                )
+            rest, start = rest[length:], start + length
 
     def release(self, start: int, length: int) -> None:
         """Drops the whole pages inside [start, start + length) from this process."""
@@ -133,6 +189,9 @@ class MappedSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._find(name).shape
 
+    def format(self, name: str) -> WeightFormat:
+        return _format_of(name, self._find(name))
+
     def matrix(self, name: str) -> Weight:
         stored = self._find(name)
         if len(stored.shape) != 2:
@@ -144,6 +203,24 @@ class MappedSource:
             data = half_split_rows(data, stored.interleaved_heads)
             stored.file.release(stored.start, stored.nbytes)
         return Weight(data=data, format=number_format, rows=rows, cols=cols)
+
+    def copy_into(
+        self, name: str, out: Tensor, staging: Staging, row: int = 0, col: int = 0
+    ) -> None:
+        stored = self._find(name)
+        number_format = _format_of(name, stored)
+        if stored.interleaved_heads:
+            out.copy_(part_of(self.matrix(name).data, out, row, col))
+            return
+        # Read rather than mapped: no page faults, and no mapped pages to give back.
+        row_bytes = number_format.row_bytes(stored.shape[1])
+        for piece in out.split(_STAGING_BYTES // row_bytes):
+            data = staging.take()[: len(piece) * row_bytes]
+            stored.file.read_into(stored.start + row * row_bytes, data)
+            numbers = data.view(NUMBER_DTYPES[number_format.name]).view(len(piece), -1)
+            piece.copy_(part_of(numbers, piece, 0, col), non_blocking=True)
+            staging.sent()
+            row += len(piece)
 
     def vector(self, name: str) -> Tensor:
         stored = self._find(name)
@@ -171,6 +248,11 @@ class MappedSource:
         if found is None:
             raise WeightsError(f"tensor {name} is missing from the weights")
         return found
+
+
+def part_of(data: Tensor, out: Tensor, row: int, col: int) -> Tensor:
+    """Returns the view of `data` from [row, col] on that has the shape of `out`."""
+    return data[row : row + out.shape[0], col : col + out.shape[1]]
 
 
 def half_split_rows(data: Tensor, num_heads: int) -> Tensor:

@@ -70,7 +70,7 @@ def test_frequencies_equal_transformers(name: str, stretch: int) -> None:
 
 def test_the_table_holds_scaled_cos_and_sin_of_every_position() -> None:
     spec = read_spec(make_config("Qwen3 yarn").to_dict())[0].rope
-    table = build_rope_table(spec, 500)
+    table = build_rope_table(spec, 500, torch.device("cpu"))
     frequencies = inverse_frequencies(spec, 500)
     assert table.cos.shape == table.sin.shape == (500, 64)
     for position in (0, 1, 499):

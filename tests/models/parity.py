@@ -20,6 +20,7 @@ from octavo.models.decoder import Decoder, load_decoder
 from octavo.models.family import ignorable_names, weight_shapes
 from octavo.models.registry import read_spec
 from octavo.weights.loader import check_names
+from octavo.weights.placement import HostPlacement
 from octavo.weights.safetensors_source import open_safetensors
 from tests.models.tiny import TinyModel
 from tests.runner.driver import Tracked
@@ -51,7 +52,7 @@ def load(tiny: TinyModel, ops: Ops, max_model_len: int) -> Decoder:
     spec, family = read_spec(tiny.config)
     source = open_safetensors(Path(tiny.folder), tiny.config["model_type"])
     check_names(source, weight_shapes(spec, family), ignorable_names(spec, family))
-    return load_decoder(spec, family, source, ops, max_model_len)
+    return load_decoder(spec, family, HostPlacement(source), ops, max_model_len)
 
 
 def prompts(vocab_size: int, lens: Sequence[int] = PROMPT_LENS) -> list[list[int]]:

@@ -17,6 +17,15 @@ def read(source: TensorSource, name: str) -> Tensor:
 
 def anonymous_bytes() -> int:
     """Memory of this process that no file backs."""
+    return _status_bytes("RssAnon")
+
+
+def mapped_bytes() -> int:
+    """Memory of this process that files back."""
+    return _status_bytes("RssFile")
+
+
+def _status_bytes(field: str) -> int:
     status = Path("/proc/self/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("RssAnon"))
+    line = next(line for line in status.splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
