@@ -11,6 +11,7 @@ from octavo.device import select_device
 from octavo.engine.core import EngineCore
 from octavo.engine.memory import plan_model, weights_dtype, with_others
 from octavo.errors import CapacityError
+from octavo.kv_cache.planner import MemoryPlan
 from octavo.models.family import ignorable_names, weight_shapes
 from octavo.models.registry import read_spec
 from octavo.runner.build import build_runner
@@ -25,17 +26,22 @@ def load_core(config: EngineConfig, files: ModelFiles) -> EngineCore:
     source = open_source(files, config.dtype, shapes, config.seed)
     check_names(source, shapes, ignorable_names(spec, family))
     device = select_device(config.device)
-    try:
-        plan = plan_model(
-            spec,
-            weights_bytes=source.nbytes,
-            dtype=weights_dtype(config, files.config),
-            config=config,
-            device=device.name,
-            memory=device.memory(),
-        )
-    except CapacityError as error:
-        raise with_others(error, device) from error
-    runner = build_runner(config, spec, family, source, plan)
+    memory = device.memory()
+
+    def plan_with(activation_bytes: int | None = None) -> MemoryPlan:
+        try:
+            return plan_model(
+                spec,
+                weights_bytes=source.nbytes,
+                dtype=weights_dtype(config, files.config),
+                config=config,
+                device=device.name,
+                memory=memory,
+                activation_bytes=activation_bytes,
+            )
+        except CapacityError as error:
+            raise with_others(error, device) from error
+
+    runner, plan = build_runner(config, spec, family, source, plan_with)
     identity = f"{files.identity}|{config.dtype}|{config.seed}"
     return EngineCore(config, plan, runner, identity)

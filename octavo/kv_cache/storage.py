@@ -32,13 +32,21 @@ class KVStorage:
         if len(sizes) != 1:
             raise ValueError(f"all KV groups need pages of one size, got {sorted(sizes)}")
         self.groups = groups
-        self.num_blocks = num_blocks
         self.block_size = block_size
-        # empty, not zeros: untouched pages stay unmapped, so a large cache costs nothing at start
-        self.arena = torch.empty(num_blocks, sizes.pop(), dtype=torch.uint8, device=device)
+        self._page_bytes = sizes.pop()
         self._layers: dict[int, KVLayer] = {}
         self._group_of: dict[int, int] = {}
-        for index, group in enumerate(groups):
+        self.arena = torch.empty(0, dtype=torch.uint8, device=device)
+        self.allocate(num_blocks)
+
+    def allocate(self, num_blocks: int) -> None:
+        """Makes the arena anew, of so many blocks; what was in it is gone."""
+        device, self.num_blocks = self.arena.device, num_blocks
+        del self.arena
+        self._layers.clear()
+        # empty, not zeros: untouched pages stay unmapped, so a large cache costs nothing at start
+        self.arena = torch.empty(num_blocks, self._page_bytes, dtype=torch.uint8, device=device)
+        for index, group in enumerate(self.groups):
             self._add_group(index, group)
 
     def _add_group(self, index: int, group: KVGroup) -> None:

@@ -6,34 +6,70 @@ options have decided.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 
 from octavo.config import EngineConfig
 from octavo.device import select_device
-from octavo.kernels.registry import select_ops
-from octavo.kv_cache.planner import MemoryPlan
+from octavo.kernels.ops import Ops
+from octavo.kernels.registry import Needs, select_ops
+from octavo.kv_cache.planner import RESERVED_BLOCKS, MemoryPlan, gib
 from octavo.kv_cache.storage import KVStorage
 from octavo.models.decoder import load_decoder
 from octavo.models.family import Family
 from octavo.models.spec import ModelSpec
 from octavo.runner.model_runner import ModelRunner
 from octavo.runner.sampler import Sampler
-from octavo.weights.placement import HostPlacement
+from octavo.step import Runner
+from octavo.weights.placement import DevicePlacement, HostPlacement
 from octavo.weights.source import TensorSource
+
+if TYPE_CHECKING:  # it needs triton
+    from octavo.runner.device_runner import DeviceRunner
+
+logger = logging.getLogger(__name__)
+
+WARM_ROWS = (1, 8, 32, 128)
+"""Batch sizes of decodes, beside the largest, whose kernels are built before the first request."""
+
+
+Planner = Callable[[int | None], MemoryPlan]
+"""Plans with what a step was seen to take, or with what it should take."""
 
 
 def build_runner(
-    config: EngineConfig, spec: ModelSpec, family: Family, source: TensorSource, plan: MemoryPlan
-) -> ModelRunner:
-    """Returns a runner that holds itself to `plan`, with weights loaded.
+    config: EngineConfig, spec: ModelSpec, family: Family, source: TensorSource, planner: Planner
+) -> tuple[Runner, MemoryPlan]:
+    """Returns a runner with weights loaded, and the plan that it holds itself to.
 
     Sets torch's threads for the whole process, to what the chosen ops leave it. Raises ConfigError
     if no back end fits and WeightsError on a broken tensor.
     """
-    num_threads = config.num_threads or select_device(config.device).num_cores()
-    ops = select_ops(config.resolved_attention_backend(), num_threads)
+    device = select_device(config.device)
+    needs = Needs(
+        device=torch.device(device.torch_name),
+        num_threads=config.num_threads or device.num_cores(),
+        head_sizes=tuple({layer.attention.head_size for layer in spec.layers}),
+        is_deterministic=config.deterministic,
+    )
+    ops = select_ops(config.resolved_attention_backend(), needs)
     torch.set_num_threads(ops.torch_threads)
-    return ModelRunner(
+    plan = planner(None)
+    if ops.name == "triton":
+        runner = _device_runner(config, spec, family, source, plan, ops, needs.device)
+        if runner.step_bytes > plan.activation_bytes:
+            logger.warning(
+                "a step takes %s, planned were %s; the KV cache gets the difference less",
+                gib(runner.step_bytes),
+                gib(plan.activation_bytes),
+            )
+            plan = planner(runner.step_bytes)
+        runner.storage.allocate(plan.num_blocks)
+        return runner, plan
+    runner = ModelRunner(
         decoder=load_decoder(spec, family, HostPlacement(source), ops, plan.max_model_len),
         storage=KVStorage(plan.groups, plan.num_blocks, plan.block_size),
         sampler=Sampler(spec.vocab_size, config.max_num_seqs),
@@ -41,3 +77,37 @@ def build_runner(
         max_model_len=plan.max_model_len,
         poison_freed_blocks=config.poison_freed_blocks,
     )
+    return runner, plan
+
+
+def _device_runner(
+    config: EngineConfig,
+    spec: ModelSpec,
+    family: Family,
+    source: TensorSource,
+    plan: MemoryPlan,
+    ops: Ops,
+    device: torch.device,
+) -> DeviceRunner:
+    from octavo.runner.device_runner import MIN_SAVED_BYTES, DeviceRunner
+    from octavo.runner.device_sampler import DeviceSampler
+
+    placement = DevicePlacement(source, device)
+    runner = DeviceRunner(
+        decoder=load_decoder(spec, family, placement, ops, plan.max_model_len),
+        # What a warm-up needs; the rest comes when it has shown what a step takes.
+        storage=KVStorage(plan.groups, RESERVED_BLOCKS, plan.block_size, device),
+        sampler=DeviceSampler(spec.vocab_size, config.max_num_seqs, device),
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=plan.max_model_len,
+        device=device,
+        use_graphs=not config.enforce_eager,
+        min_saved_bytes=None if config.deterministic else MIN_SAVED_BYTES,
+        poison_freed_blocks=config.poison_freed_blocks,
+    )
+    if device.type == "cuda":
+        tokens = min(plan.max_num_batched_tokens, plan.max_model_len)
+        runner.warm_up(1, tokens)
+        for num_rows in {min(rows, config.max_num_seqs) for rows in (*WARM_ROWS, 1 << 30)}:
+            runner.warm_up(num_rows, 1)
+    return runner

@@ -43,7 +43,10 @@ def build(folder: Path, backend: str, dtype: str = "float32") -> ModelRunner:
         max_position_embeddings=spec.max_position_embeddings,
     )
     source = DummySource(weight_shapes(spec, family), dtype, 0)
-    return build_runner(config, spec, family, source, plan)
+    runner, kept = build_runner(config, spec, family, source, lambda step_bytes: plan)
+    assert kept is plan
+    assert isinstance(runner, ModelRunner)
+    return runner
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

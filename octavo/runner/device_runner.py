@@ -1,0 +1,302 @@
+"""Executes step plans on a GPU: the Runner of `octavo.step`, without waiting for the device.
+
+Called by the engine core. `launch` enqueues a step and returns; `collect` waits for its tokens.
+Steps in which every row computes one token are padded to a size and replayed as CUDA graphs; all
+others are launched kernel by kernel. It never schedules and never touches text.
+
+    launch   rows freed, blocks poisoned, rows started, blocks copied, tables updated, KV written,
+             sampled tokens kept on the device for the next step, results on their way to the host
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from octavo.kernels.ops import SharedPrefix
+from octavo.kv_cache.storage import KVStorage
+from octavo.models.decoder import Decoder
+from octavo.request import SamplingParams
+from octavo.runner.device_batch import DeviceBatch
+from octavo.runner.device_sampler import DeviceSampler
+from octavo.runner.graphs import DecodeGraphs
+from octavo.runner.input_batch import InputBatch, StepInputs
+from octavo.runner.model_runner import prompt_logprobs_of
+from octavo.runner.shared_prefix import MIN_SAVED_BYTES, plan_prefix
+from octavo.runner.split import split_plan
+from octavo.runner.transfer import Download, make_transfer
+from octavo.step import RowStart, StepPlan, StepResult, TokenLogprobs
+
+logger = logging.getLogger(__name__)
+
+COUNTS_PERIOD = 64
+"""Steps between two readings of how many tokens went to each expert."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """A launched step, or a part of one that was too large."""
+
+    plan: StepPlan
+    download: Download
+    logprobs: dict[int, TokenLogprobs]
+    prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ticket:
+    plan: StepPlan
+    parts: Sequence[_Part]
+    counts: Download | None
+    error: Exception | None = None
+
+
+class DeviceRunner:
+    """Owns what a device remembers of sequences. One thread calls it."""
+
+    def __init__(
+        self,
+        *,
+        decoder: Decoder,
+        storage: KVStorage,
+        sampler: DeviceSampler,
+        max_num_seqs: int,
+        max_model_len: int,
+        device: torch.device,
+        use_graphs: bool,
+        min_saved_bytes: int | None = MIN_SAVED_BYTES,
+        poison_freed_blocks: bool = False,
+    ) -> None:
+        """`min_saved_bytes`: reads that sharing prefixes in attention must save in a step to be
+        used; None: never, so that no bit depends on who else is in the batch."""
+        self.decoder = decoder
+        self.storage = storage
+        self._sampler = sampler
+        self._min_saved_bytes = min_saved_bytes
+        self._poison_freed_blocks = poison_freed_blocks
+        self._device = device
+        self._transfer = make_transfer(device)
+        host = InputBatch(
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            block_size=storage.block_size,
+            num_groups=len(storage.groups),
+        )
+        self._batch = DeviceBatch(host, sampler.last_sampled, device, self._transfer)
+        self._graphs = DecodeGraphs(max_num_seqs, is_on=use_graphs and device.type == "cuda")
+        spec = decoder.spec
+        shape = (len(spec.moe_layers), spec.max_experts)
+        self._counts_LE = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._reported_LE = np.zeros(shape, np.int64)
+        self.step_bytes = 0
+        """The most that a warm-up step took of the device, beyond what lay there before."""
+        self.num_splits = 0
+        """Steps that ran in parts because memory was short."""
+
+    def launch(self, plan: StepPlan) -> object:
+        """Enqueues the step; what it raises, `collect` raises."""
+        try:
+            with torch.inference_mode(), self._transfer.step():
+                self._update_rows(plan)
+                return _Ticket(plan, self._launch(plan), self._read_counts(plan))
+        except Exception as error:
+            return _Ticket(plan, (), None, error)
+
+    def collect(self, ticket: object) -> StepResult:
+        """Returns the result of a launched step; raises what the step raised."""
+        assert isinstance(ticket, _Ticket), ticket
+        if ticket.error is not None:
+            raise ticket.error
+        result = _joined(ticket.plan, ticket.parts)
+        if ticket.counts is None:
+            return result
+        return replace(result, expert_counts=self._new_counts(ticket.counts))
+
+    def close(self) -> None:
+        """Waits for the device."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def warm_up(self, num_rows: int, query_len: int) -> None:
+        """Runs a step of `num_rows` sequences with `query_len` tokens each, and waits for it.
+
+        Builds the kernels of that shape and shows what such a step takes (`step_bytes`). Lives in
+        block 0, which nobody reads; the rows must be free, and are again afterwards.
+        """
+        before = _allocated(self._device)
+        rows = np.arange(num_rows, dtype=np.int32)
+        vocab_size = self.decoder.spec.vocab_size
+        starts = tuple(
+            RowStart(
+                row=row,
+                params=SamplingParams(temperature=1.0),
+                seed=row,
+                stop_token_ids=(),
+                prompt_len=query_len,
+                token_ids=np.zeros(query_len, np.int32),
+            )
+            for row in rows.tolist()
+        )
+        plan = StepPlan(
+            step_id=1,
+            rows=rows,
+            starts=np.zeros_like(rows),
+            query_lens=np.full_like(rows, query_len),
+            token_ids=np.arange(num_rows * query_len, dtype=np.int32) * 7919 % vocab_size,
+            from_device=np.zeros(num_rows, np.bool_),
+            samples=np.ones(num_rows, np.bool_),
+            row_starts=starts,
+        )
+        self.collect(self.launch(plan))
+        with self._transfer.step():
+            for row in rows.tolist():
+                self._batch.host.free(row)
+                self._sampler.free_row(row)
+            self._counts_LE.zero_()
+        self.step_bytes = max(self.step_bytes, _peak(self._device) - before)
+
+    def _update_rows(self, plan: StepPlan) -> None:
+        for row in plan.freed_rows:
+            self._batch.host.free(row)
+            self._sampler.free_row(row)
+        if self._poison_freed_blocks:
+            self.storage.poison(plan.freed_blocks)
+        for start in plan.row_starts:
+            self._batch.host.start(start)
+            self._sampler.start_row(start)
+        if plan.copies:
+            self.decoder.ops.copy_blocks(self.storage.arena, plan.copies)
+        self._batch.apply(plan.table_deltas)
+
+    def _launch(self, plan: StepPlan) -> list[_Part]:
+        """Launches the plan, in parts if the device's memory does not suffice for the whole."""
+        try:
+            return [self._launch_part(plan)]
+        except torch.OutOfMemoryError:
+            parts = split_plan(plan)
+            if parts is None:
+                raise
+        self.num_splits += 1
+        logger.warning(
+            "a step of %d tokens ran out of memory and is split; lower gpu_memory_utilization or "
+            "max_num_batched_tokens if this goes on",
+            plan.num_tokens,
+        )
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return [launched for part in parts for launched in self._launch(part)]
+
+    def _launch_part(self, plan: StepPlan) -> _Part:
+        inputs = self._batch.host.prepare(plan)
+        hidden_TM = self._forward(plan, inputs)
+        token_ids = torch.zeros(0, dtype=torch.int32, device=self._device)
+        logprobs: dict[int, TokenLogprobs] = {}
+        if len(inputs.sampling_rows):
+            logits_NV = self.decoder.logits(self._last_tokens(hidden_TM, inputs))
+            sampled = self._sampler.sample(logits_NV, inputs.sampling_rows, inputs.output_indices)
+            token_ids, logprobs = sampled.token_ids, sampled.logprobs
+        return _Part(
+            plan=plan,
+            download=self._transfer.download([token_ids]),
+            logprobs=logprobs,
+            prompt_logprobs={
+                targets.plan_index: prompt_logprobs_of(self.decoder, hidden_TM, targets)
+                for targets in inputs.prompt_targets
+            },
+        )
+
+    def _forward(self, plan: StepPlan, inputs: StepInputs) -> Tensor:
+        """Returns the hidden states of the plan's tokens; rows beyond them are padding."""
+        prefixes = self._prefixes(plan, inputs)
+        if plan.num_tokens == plan.num_rows and not any(prefixes):
+            size = self._graphs.size_of(plan.num_rows)
+            self._batch.fill_padded(plan, inputs, size)
+            return self._graphs.run(size, lambda: self._forward_padded(size))
+        device_inputs = self._batch.inputs(plan, inputs, prefixes)
+        return self.decoder.forward(
+            device_inputs.token_ids_T, device_inputs.batches, self.storage, self._counts_LE
+        )
+
+    def _forward_padded(self, size: int) -> Tensor:
+        inputs = self._batch.padded_inputs(size)
+        return self.decoder.forward(
+            inputs.token_ids_T, inputs.batches, self.storage, self._counts_LE, inputs.num_live
+        )
+
+    def _prefixes(self, plan: StepPlan, inputs: StepInputs) -> list[SharedPrefix | None]:
+        """Returns what rows share, by KV group."""
+        groups, host = self.storage.groups, self._batch.host
+        if self._min_saved_bytes is None:
+            return [None] * len(groups)
+        num_columns = -(-int(inputs.seq_lens_S.max()) // host.block_size)
+        return [
+            plan_prefix(
+                group,
+                table[plan.rows, :num_columns],
+                inputs.seq_lens_S,
+                plan.query_lens,
+                block_size=host.block_size,
+                min_saved_bytes=self._min_saved_bytes,
+                device=self._device,
+            )
+            for group, table in zip(groups, host.tables, strict=True)
+        ]
+
+    def _last_tokens(self, hidden_TM: Tensor, inputs: StepInputs) -> Tensor:
+        count = len(inputs.last_tokens)
+        if count == int(inputs.last_tokens[-1]) + 1:
+            return hidden_TM[:count]
+        return hidden_TM[self._transfer.upload(inputs.last_tokens)]
+
+    def _read_counts(self, plan: StepPlan) -> Download | None:
+        if not self._counts_LE.numel() or plan.step_id % COUNTS_PERIOD:
+            return None
+        return self._transfer.download([self._counts_LE.clone()])
+
+    def _new_counts(self, download: Download) -> NDArray[np.int64]:
+        """Returns what was counted since the last reading."""
+        (counts,) = download.wait()
+        new = counts - self._reported_LE
+        self._reported_LE = counts
+        return new
+
+
+def _joined(plan: StepPlan, parts: Sequence[_Part]) -> StepResult:
+    """Returns the results of a step's parts as those of the whole."""
+    index_of = {row: index for index, row in enumerate(plan.rows.tolist())}
+    tokens: list[NDArray[np.int32]] = []
+    logprobs: dict[int, TokenLogprobs] = {}
+    prompts: dict[int, tuple[TokenLogprobs, ...]] = {}
+    num_samples = 0
+    for part in parts:
+        (token_ids,) = part.download.wait()
+        tokens.append(token_ids)
+        logprobs |= {num_samples + index: found for index, found in part.logprobs.items()}
+        num_samples += len(token_ids)
+        for index, found in part.prompt_logprobs.items():
+            whole = index_of[int(part.plan.rows[index])]
+            prompts[whole] = prompts.get(whole, ()) + found
+    return StepResult(
+        step_id=plan.step_id,
+        token_ids=np.concatenate(tokens),
+        logprobs=logprobs,
+        prompt_logprobs=prompts,
+    )
+
+
+def _allocated(device: torch.device) -> int:
+    """Returns the bytes that torch's tensors take now, and starts a new peak from there."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

@@ -1,0 +1,47 @@
+"""Decides for one step whether reading shared leading blocks once pays.
+
+Called by the device runner. Knows block tables and lengths; the grouping itself is the kernel's
+planner.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from octavo.kernels.ops import SharedPrefix
+from octavo.kernels.triton.shared_prefix import MIN_BLOCKS, plan_shared_prefix
+from octavo.kv_cache.spec import KVGroup
+from octavo.step import Int32
+
+MIN_SAVED_BYTES = 1 << 30
+"""Reads that a step must save (a third of a millisecond) to give up its CUDA graph for it."""
+
+
+def plan_prefix(
+    group: KVGroup,
+    block_table: Int32,
+    seq_lens: Int32,
+    query_lens: Int32,
+    *,
+    block_size: int,
+    min_saved_bytes: int,
+    device: torch.device,
+) -> SharedPrefix | None:
+    """Returns what single-query sequences share in one KV group, or None where it does not pay.
+
+    block_table int32 [S, columns]. A window sees too little of a prefix to gain from it.
+    """
+    if group.spec.window is not None:
+        return None
+    is_long = (query_lens == 1) & (seq_lens >= MIN_BLOCKS * block_size)
+    if np.count_nonzero(is_long) < 2:
+        return None
+    plan = plan_shared_prefix(block_table, seq_lens, query_lens, block_size=block_size)
+    if plan is None:
+        return None
+    firsts = plan.members[plan.group_starts[:-1]]
+    saved_tokens = int(plan.shared_tokens.sum() - plan.shared_tokens[firsts].sum())
+    if saved_tokens * len(group.layers) * group.spec.token_bytes < min_saved_bytes:
+        return None
+    return plan.to_device(device)
