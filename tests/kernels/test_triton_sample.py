@@ -35,11 +35,14 @@ def make_batch(indices: list[int]) -> Tensor:
     )
 
 
-def run_choose(logits: Tensor, params: Tensor, batch: Tensor) -> tuple[list[int], list[int]]:
+def run_choose(
+    logits: Tensor, params: Tensor, batch: Tensor, thresholds: Tensor | None = None
+) -> tuple[list[int], list[int]]:
     """Returns the tokens, and what was last sampled."""
     last = torch.full((len(params),), -7, dtype=torch.int32, device=DEVICE)
     counts = torch.zeros((0, logits.shape[1]), dtype=torch.int32, device=DEVICE)
-    tokens = sample.choose(logits.to(DEVICE), batch, params, batch, last, counts)
+    thresholds = batch if thresholds is None else thresholds
+    tokens = sample.choose(logits.to(DEVICE), batch, params, thresholds, last, counts)
     return tokens.tolist(), last.tolist()
 
 
@@ -174,6 +177,15 @@ def test_equal_logits_keep_the_lowest_ids(fields: dict[str, Any], wanted: int) -
     )
     assert thresholds[0, 0] == 0
     assert min(int(thresholds[0, 1]), 9) == wanted - 1
+
+
+def test_only_kept_ids_are_drawn_and_all_of_them() -> None:
+    logits = torch.tensor([1.0, 0.5, 1.0, 2.0, 1.0, 1.0, 2.0]).expand(60, -1).contiguous()
+    params = make_params([{"inv_temperature": 1.0, "top_k": 4, "seed": 5}] * 60)
+    batch = make_batch(list(range(60)))
+    thresholds = sample.find_thresholds(logits.to(DEVICE)[:1], batch[:1], params[:1])
+    tokens, _ = run_choose(logits, params, batch, thresholds.expand(60, -1).contiguous())
+    assert set(tokens) == {0, 2, 3, 6}
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # The interpreter's NumPy.
