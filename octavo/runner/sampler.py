@@ -1,7 +1,8 @@
 """Owns how a token is chosen from a row of logits, and the log-probabilities that are reported.
 
-Called by the model runner: start_row and free_row as the plan says, sample once a step. Never
-knows of requests or text, and never lets one row's result depend on another row of the batch.
+Called by the model runner where logits lie on the host, and by the device's sampler for what only
+the host knows: start_row and free_row as the plan says, sample once a step. Never knows of requests
+or text, and never lets one row's result depend on another row of the batch.
 
 Order, as in vLLM: allowed ids, logit bias, min_tokens and bad words, penalties; then greedy takes
 the best, others go through temperature, min_p, top_k, top_p and one draw. Reported
@@ -71,10 +72,7 @@ class Sampler:
         logits hold a NaN or nothing finite gets NO_TOKEN, and its neighbours their tokens.
         """
         logits = logits_SV.numpy()
-        if logits.shape != (len(rows), self._vocab_size):
-            raise OctavoError(
-                f"logits have shape {logits.shape}, wanted {(len(rows), self._vocab_size)}"
-            )
+        check_shape(logits_SV, len(rows), self._vocab_size)
         is_plain = self._is_plain[rows]
         token_ids = np.zeros(len(rows), dtype=np.int32)
         if is_plain.all():
@@ -95,7 +93,7 @@ class Sampler:
                 continue
             state.append(token)
             if state.params.logprobs is not None:
-                logprobs[int(i)] = _token_logprobs(logits[i], token, state.params.logprobs)
+                logprobs[int(i)] = token_logprobs(logits[i], token, state.params.logprobs)
         return SampledTokens(token_ids=torch.from_numpy(token_ids), logprobs=logprobs)
 
 
@@ -105,9 +103,36 @@ def prompt_logprobs(
     """Returns for each position the log-probability of its target and of the likeliest tokens."""
     logits = logits_PV.numpy()
     return tuple(
-        _token_logprobs(row_V, int(target), num_logprobs)
+        token_logprobs(row_V, int(target), num_logprobs)
         for row_V, target in zip(logits, targets_P, strict=True)
     )
+
+
+def token_logprobs(logits_V: Float32, token: int, num_logprobs: int) -> TokenLogprobs:
+    """Returns log_softmax at `token` and at the `num_logprobs` likeliest ids, with its rank."""
+    best = logits_V.max()
+    normaliser = best + np.log(np.exp(logits_V - best).sum(dtype=np.float64))
+    value = logits_V[token]
+    rank = 1 + np.count_nonzero(logits_V > value) + np.count_nonzero(logits_V[:token] == value)
+    ids = np.array([token], dtype=np.int64)
+    if num_logprobs:
+        size = len(logits_V)
+        count = min(num_logprobs, size)
+        threshold = np.partition(logits_V, size - count)[size - count]
+        top = _best_ids(logits_V, threshold, count)
+        ids = np.concatenate((ids, top[np.argsort(-logits_V[top], kind="stable")]))
+    return TokenLogprobs(
+        token_ids=ids.astype(np.int32),
+        logprobs=(logits_V[ids] - normaliser).astype(np.float32),
+        rank=int(rank),
+    )
+
+
+def check_shape(logits_SV: Tensor, num_rows: int, vocab_size: int) -> None:
+    """Raises OctavoError unless the logits are [num_rows, vocab_size]."""
+    found, wanted = tuple(logits_SV.shape), (num_rows, vocab_size)
+    if found != wanted:
+        raise OctavoError(f"logits have shape {found}, wanted {wanted}")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -305,26 +330,6 @@ def _best_ids(values_V: Float32, threshold: np.float32, count: int) -> Ids:
         ties = np.flatnonzero(values_V[ids] == threshold)
         ids = np.delete(ids, ties[len(ties) - surplus :])
     return ids
-
-
-def _token_logprobs(logits_V: Float32, token: int, num_logprobs: int) -> TokenLogprobs:
-    """Returns log_softmax at `token` and at the `num_logprobs` likeliest ids, with its rank."""
-    best = logits_V.max()
-    normaliser = best + np.log(np.exp(logits_V - best).sum(dtype=np.float64))
-    value = logits_V[token]
-    rank = 1 + np.count_nonzero(logits_V > value) + np.count_nonzero(logits_V[:token] == value)
-    ids = np.array([token], dtype=np.int64)
-    if num_logprobs:
-        size = len(logits_V)
-        count = min(num_logprobs, size)
-        threshold = np.partition(logits_V, size - count)[size - count]
-        top = _best_ids(logits_V, threshold, count)
-        ids = np.concatenate((ids, top[np.argsort(-logits_V[top], kind="stable")]))
-    return TokenLogprobs(
-        token_ids=ids.astype(np.int32),
-        logprobs=(logits_V[ids] - normaliser).astype(np.float32),
-        rank=int(rank),
-    )
 
 
 def _ids(token_ids: Sequence[int]) -> Ids:

@@ -1,0 +1,207 @@
+"""Chooses tokens where the logits are: the device's counterpart of `octavo.runner.sampler`.
+
+Called by the model runner of a device: start_row and free_row as the plan says, sample once a
+step. Never waits for the device, unless a row of the step needs the host: to report
+log-probabilities, or for logit_bias, allowed ids, bad words or min_tokens, which the host's own
+sampler then handles.
+
+Order and meaning are those of the host's sampler; the draws are others, of the same distribution.
+
+Shape legend: S sampled rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from octavo.kernels.triton.sample import ROW_PARAMS, choose, find_thresholds, penalise
+from octavo.request import SamplingParams
+from octavo.runner.sampler import SampledTokens, Sampler, check_shape, token_logprobs
+from octavo.step import NO_TOKEN, Int32, RowStart, TokenLogprobs
+
+_FIRST_SLOTS = 4
+
+
+class DeviceSampler:
+    """Chooses the next token of each row. One owner calls it; not thread-safe.
+
+    Work is enqueued on the current stream, and what a method changes holds for what is enqueued
+    after it: rows may be started while earlier steps still run.
+    """
+
+    def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device) -> None:
+        self.last_sampled = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
+        """int32 [max_num_seqs] on the device: each row's last token, 0 where it was broken."""
+        self._vocab_size = vocab_size
+        self._device = device
+        self._on_host = Sampler(vocab_size, max_num_seqs)
+        self._is_on_host = np.zeros(max_num_seqs, dtype=np.bool_)
+        self._num_logprobs = np.full(max_num_seqs, -1)
+        self._params = np.zeros(max_num_seqs, dtype=ROW_PARAMS)
+        self._params["slot"] = -1
+        self._device_params: Tensor | None = None
+        """None when rows have changed."""
+        self._penalties = _PenaltyTable(vocab_size, max_num_seqs, device)
+
+    def start_row(self, start: RowStart) -> None:
+        """Gives `start.row` to a sequence, whatever the row held; outputs known are replayed."""
+        row, params = start.row, start.params
+        self.free_row(row)
+        self._device_params = None
+        if _needs_host(params):
+            self._is_on_host[row] = True
+            self._on_host.start_row(start)
+            return
+        if params.logprobs is not None:
+            self._num_logprobs[row] = params.logprobs
+        fields = _row_params(params, self._vocab_size)
+        fields["seed"] = start.seed & (2**64 - 1)
+        if params.has_penalties:
+            fields["slot"] = self._penalties.start(start)
+        self._params[row] = fields
+
+    def free_row(self, row: int) -> None:
+        """Forgets the row's sequence."""
+        if self._is_on_host[row]:
+            self._on_host.free_row(row)
+        if self._params[row]["slot"] >= 0:
+            self._penalties.free(int(self._params[row]["slot"]))
+        self._is_on_host[row] = False
+        self._num_logprobs[row] = -1
+        self._params[row] = _row_params(SamplingParams(temperature=0.0), self._vocab_size)
+
+    def sample(self, logits_SV: Tensor, rows: Int32, output_indices: Int32) -> SampledTokens:
+        """Returns one token per row of `logits_SV` (float32, on the device; may be changed), as
+        int32 [S] on the device, and writes `last_sampled` at `rows`.
+
+        `output_indices[i]` counts the outputs the sequence in `rows[i]` has so far. A row whose
+        logits hold a NaN or nothing finite gets NO_TOKEN, and its neighbours their tokens.
+        """
+        check_shape(logits_SV, len(rows), self._vocab_size)
+        hosted = np.flatnonzero(self._is_on_host[rows])
+        reported = np.flatnonzero(self._num_logprobs[rows] >= 0)
+        needed = np.concatenate((hosted, reported))
+        # Taken before penalties change them.
+        raw_NV = logits_SV[_to_device(needed, self._device)] if len(needed) else None
+        batch_S2 = np.stack((rows, output_indices), axis=1).astype(np.int32)
+        token_ids = self.enqueue(logits_SV, _to_device(batch_S2, self._device), rows)
+        logprobs: dict[int, TokenLogprobs] = {}
+        if raw_NV is not None:
+            raw_NV = raw_NV.cpu()  # sync: these rows need what only the host knows or computes
+            logprobs = self._report(raw_NV[len(hosted) :], reported, rows, token_ids)
+            drawn = self._on_host.sample(
+                raw_NV[: len(hosted)], rows[hosted], output_indices[hosted]
+            )
+            logprobs |= {int(hosted[i]): found for i, found in drawn.logprobs.items()}
+            tokens = _to_device(drawn.token_ids.numpy(), self._device)
+            token_ids[_to_device(hosted, self._device)] = tokens
+            at = _to_device(rows[hosted].astype(np.int64), self._device)
+            self.last_sampled[at] = tokens.clamp(min=0)
+        return SampledTokens(token_ids=token_ids, logprobs=logprobs)
+
+    def enqueue(self, logits_SV: Tensor, batch_S2: Tensor, rows: Int32) -> Tensor:
+        """Enqueues the choice of all rows and returns the tokens; rows of the host get any token.
+
+        `batch_S2` int32 on the device: `rows`, and their output indices.
+        """
+        if not len(rows):
+            return torch.zeros(0, dtype=torch.int32, device=self._device)
+        if self._device_params is None:
+            table = self._params.view(np.int32).reshape(len(self._params), -1)
+            self._device_params = _to_device(table, self._device)
+        thresholds_S2 = batch_S2
+        params, counts = self._params[rows], self._penalties.counts
+        if (params["slot"] >= 0).any():
+            penalise(logits_SV, batch_S2, self._device_params, counts)
+        if ((params["min_p"] > 0) | (params["top_k"] > 0) | (params["top_p"] < 1)).any():
+            thresholds_S2 = find_thresholds(logits_SV, batch_S2, self._device_params)
+        return choose(
+            logits_SV, batch_S2, self._device_params, thresholds_S2, self.last_sampled, counts
+        )
+
+    def _report(
+        self, raw_NV: Tensor, reported: NDArray[np.int64], rows: Int32, token_ids: Tensor
+    ) -> dict[int, TokenLogprobs]:
+        """Returns the log-probabilities of the rows `reported`, whose raw logits are given."""
+        if not len(reported):
+            return {}
+        tokens = token_ids.cpu().numpy()  # sync: a log-probability is that of the drawn token
+        return {
+            int(i): token_logprobs(logits_V, int(tokens[i]), int(self._num_logprobs[rows[i]]))
+            for i, logits_V in zip(reported, raw_NV.numpy(), strict=True)
+            if tokens[i] != NO_TOKEN
+        }
+
+
+class _PenaltyTable:
+    """Owns what penalties need of the sequences: a slot for each, for all ids of the vocabulary.
+
+    As many slots as were ever used at once, doubled: a row without penalties costs nothing.
+    """
+
+    def __init__(self, vocab_size: int, max_slots: int, device: torch.device) -> None:
+        self.counts = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
+        """int32 [slots, V]: times put out << 1 | seen in the prompt."""
+        self._max_slots = max_slots
+        self._free: list[int] = []
+
+    def start(self, start: RowStart) -> int:
+        """Returns a slot that holds the sequence's prompt and outputs."""
+        if not self._free:
+            self._grow()
+        slot = self._free.pop()
+        ids, times = np.unique(start.token_ids[start.prompt_len :], return_counts=True)
+        seen = np.unique(start.token_ids[: start.prompt_len])
+        counts = self.counts[slot]
+        counts.zero_()
+        for tokens, added in ((ids, 2 * times), (seen, np.ones_like(seen))):
+            at = _to_device(tokens.astype(np.int64), counts.device)
+            counts.index_add_(0, at, _to_device(added.astype(np.int32), counts.device))
+        return slot
+
+    def free(self, slot: int) -> None:
+        self._free.append(slot)
+
+    def _grow(self) -> None:
+        old = self.counts
+        size = min(max(_FIRST_SLOTS, 2 * len(old)), self._max_slots)
+        assert size > len(old), "more slots than rows"
+        self.counts = old.new_zeros((size, old.shape[1]))
+        self.counts[: len(old)] = old
+        self._free.extend(range(len(old), size))
+
+
+def _needs_host(params: SamplingParams) -> bool:
+    return bool(
+        params.logit_bias
+        or params.allowed_token_ids
+        or params.bad_words_token_ids
+        or params.min_tokens
+    )
+
+
+def _row_params(params: SamplingParams, vocab_size: int) -> NDArray[Any]:
+    """Returns one ROW_PARAMS, without seed and slot; a greedy row has no filters."""
+    row = np.zeros((), dtype=ROW_PARAMS)
+    row["top_p"], row["slot"] = 1, -1
+    row["repetition"] = params.repetition_penalty
+    row["frequency"], row["presence"] = params.frequency_penalty, params.presence_penalty
+    if not params.is_greedy:
+        row["inv_temperature"] = 1 / params.temperature
+        row["min_p"], row["top_p"] = params.min_p, params.top_p
+        row["top_k"] = params.top_k if params.top_k < vocab_size else 0
+    return row
+
+
+def _to_device(values: NDArray[Any], device: torch.device) -> Tensor:
+    """Returns a copy on the device; enqueued, not waited for."""
+    host = torch.from_numpy(np.array(values))
+    if device.type == "cuda":
+        # Fresh pinned memory, which torch does not hand out again before the copy has run.
+        return host.pin_memory().to(device, non_blocking=True)
+    return host
