@@ -327,7 +327,8 @@ class Workloads:
 
     def _held_against(self, name: str) -> dict[str, Value]:
         mark = self._marks.get(name)
-        return {} if mark is None else {"peer": mark.peer, "goal": mark.goal}
+        pairs = {} if mark is None else {"peer": mark.peer, "goal": mark.goal}
+        return {key: value for key, value in pairs.items() if value is not None}
 
     def _add_profile(self, name: str, profile: DeviceProfile, wall: float, steps: int) -> None:
         """`wall` is what the same work took without the profiler."""
