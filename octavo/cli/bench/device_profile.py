@@ -44,7 +44,7 @@ def card_name(device: str) -> str:
     """Returns the name of the card that torch calls `device`, as in `floors.CEILINGS`."""
     if device == "cpu":
         return device
-    return torch.get_device_module(device).get_device_name()
+    return torch.get_device_module(device).get_device_name(device)
 
 
 Record = Callable[[Callable[[], object]], DeviceProfile]

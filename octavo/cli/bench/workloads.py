@@ -73,7 +73,7 @@ class Workloads:
         self._sizes = QUICK.within(llm.plan.max_model_len) if args.quick else FULL
         is_whole = not (args.quick or args.layers)
         self._marks = MARKS.get(args.model, {}) if is_whole else {}
-        card = card_name(device.name)
+        card = card_name(device.torch_name)
         self._ceilings = CEILINGS.get(card)
         self._floors = Floors(
             llm.spec,
