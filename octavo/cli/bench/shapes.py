@@ -22,9 +22,9 @@ class Shape:
     """A public model: its config.json without what matters in training alone."""
 
     config: Mapping[str, Any]
-    max_model_len: int = 40960
+    max_model_len: int
     """Above some published contexts, so that the long workloads fit."""
-    quantization: str | None = None
+    quantization: str | None
 
 
 _COMMON: dict[str, Any] = {
@@ -36,117 +36,59 @@ _COMMON: dict[str, Any] = {
     "torch_dtype": "bfloat16",
 }
 
+
+def _shape(text: str, max_model_len: int = 40960, quantization: str | None = None) -> Shape:
+    config = _COMMON | json.loads(text)
+    return Shape(config=config, max_model_len=max_model_len, quantization=quantization)
+
+
 MODELS: dict[str, Shape] = {
-    "qwen3-30b-a3b": Shape(
-        config=_COMMON
-        | {
-            "architectures": ["Qwen3MoeForCausalLM"],
-            "model_type": "qwen3_moe",
-            "attention_bias": False,
-            "bos_token_id": 151643,
-            "eos_token_id": 151645,
-            "decoder_sparse_step": 1,
-            "head_dim": 128,
-            "intermediate_size": 6144,
-            "max_position_embeddings": 40960,
-            "mlp_only_layers": [],
-            "moe_intermediate_size": 768,
-            "norm_topk_prob": True,
-            "num_attention_heads": 32,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "num_hidden_layers": 48,
-            "num_key_value_heads": 4,
-            "use_sliding_window": False,
-            "vocab_size": 151936,
-        }
+    "qwen3-30b-a3b": _shape(
+        """
+        {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "attention_bias":
+        false, "bos_token_id": 151643, "eos_token_id": 151645, "decoder_sparse_step": 1,
+        "head_dim": 128, "intermediate_size": 6144, "max_position_embeddings": 40960,
+        "mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": true,
+        "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8,
+        "num_hidden_layers": 48, "num_key_value_heads": 4, "use_sliding_window": false,
+        "vocab_size": 151936}
+        """
     ),
-    "qwen1.5-moe-a2.7b": Shape(
-        config=_COMMON
-        | {
-            "architectures": ["Qwen2MoeForCausalLM"],
-            "model_type": "qwen2_moe",
-            "bos_token_id": 151643,
-            "eos_token_id": 151643,
-            "decoder_sparse_step": 1,
-            "intermediate_size": 5632,
-            "max_position_embeddings": 40960,
-            "moe_intermediate_size": 1408,
-            "norm_topk_prob": False,
-            "num_attention_heads": 16,
-            "num_experts": 60,
-            "num_experts_per_tok": 4,
-            "num_hidden_layers": 24,
-            "num_key_value_heads": 16,
-            "shared_expert_intermediate_size": 5632,
-            "use_sliding_window": False,
-            "vocab_size": 151936,
-        }
+    "qwen1.5-moe-a2.7b": _shape(
+        """
+        {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "bos_token_id":
+        151643, "eos_token_id": 151643, "decoder_sparse_step": 1, "intermediate_size": 5632,
+        "max_position_embeddings": 40960, "moe_intermediate_size": 1408, "norm_topk_prob":
+        false, "num_attention_heads": 16, "num_experts": 60, "num_experts_per_tok": 4,
+        "num_hidden_layers": 24, "num_key_value_heads": 16, "shared_expert_intermediate_size":
+        5632, "use_sliding_window": false, "vocab_size": 151936}
+        """
     ),
-    "deepseek-v2-lite": Shape(
-        config=_COMMON
-        | {
-            "architectures": ["DeepseekV2ForCausalLM"],
-            "model_type": "deepseek_v2",
-            "attention_bias": False,
-            "bos_token_id": 100000,
-            "eos_token_id": 100001,
-            "first_k_dense_replace": 1,
-            "intermediate_size": 10944,
-            "kv_lora_rank": 512,
-            "max_position_embeddings": 163840,
-            "moe_intermediate_size": 1408,
-            "moe_layer_freq": 1,
-            "n_group": 1,
-            "n_routed_experts": 64,
-            "n_shared_experts": 2,
-            "norm_topk_prob": False,
-            "num_attention_heads": 16,
-            "num_experts_per_tok": 6,
-            "num_hidden_layers": 27,
-            "num_key_value_heads": 16,
-            "q_lora_rank": None,
-            "qk_nope_head_dim": 128,
-            "qk_rope_head_dim": 64,
-            "rope_scaling": {
-                "beta_fast": 32,
-                "beta_slow": 1,
-                "factor": 40,
-                "mscale": 0.707,
-                "mscale_all_dim": 0.707,
-                "original_max_position_embeddings": 4096,
-                "type": "yarn",
-            },
-            "rope_theta": 10000,
-            "routed_scaling_factor": 1.0,
-            "scoring_func": "softmax",
-            "topk_group": 1,
-            "topk_method": "greedy",
-            "v_head_dim": 128,
-            "vocab_size": 102400,
-        }
+    "deepseek-v2-lite": _shape(
+        """
+        {"rope_theta": 10000, "architectures": ["DeepseekV2ForCausalLM"], "model_type":
+        "deepseek_v2", "attention_bias": false, "bos_token_id": 100000, "eos_token_id": 100001,
+        "first_k_dense_replace": 1, "intermediate_size": 10944, "kv_lora_rank": 512,
+        "max_position_embeddings": 163840, "moe_intermediate_size": 1408, "moe_layer_freq": 1,
+        "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2, "norm_topk_prob": false,
+        "num_attention_heads": 16, "num_experts_per_tok": 6, "num_hidden_layers": 27,
+        "num_key_value_heads": 16, "q_lora_rank": null, "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64, "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40,
+        "mscale": 0.707, "mscale_all_dim": 0.707, "original_max_position_embeddings": 4096,
+        "type": "yarn"}, "routed_scaling_factor": 1.0, "scoring_func": "softmax", "topk_group":
+        1, "topk_method": "greedy", "v_head_dim": 128, "vocab_size": 102400}
+        """
     ),
-    "mixtral-8x7b": Shape(
+    "mixtral-8x7b": _shape(
+        """
+        {"hidden_size": 4096, "rms_norm_eps": 1e-05, "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral", "bos_token_id": 1, "eos_token_id": 2, "intermediate_size":
+        14336, "max_position_embeddings": 131072, "num_attention_heads": 32,
+        "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "num_local_experts": 8, "sliding_window": null, "vocab_size": 32000}
+        """,
         max_model_len=131072,
         quantization="fp8",  # 93 GB in bf16
-        config=_COMMON
-        | {
-            "architectures": ["MixtralForCausalLM"],
-            "model_type": "mixtral",
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "max_position_embeddings": 131072,
-            "num_attention_heads": 32,
-            "num_experts_per_tok": 2,
-            "num_hidden_layers": 32,
-            "num_key_value_heads": 8,
-            "num_local_experts": 8,
-            "rms_norm_eps": 1e-05,
-            "sliding_window": None,
-            "vocab_size": 32000,
-        },
     ),
 }
 
@@ -159,31 +101,21 @@ class Mark(NamedTuple):
     goal: float
 
 
+_MARKS = (
+    ("start", Mark(93.8, 15), Mark(77.2, 15)),
+    ("kv_tokens", Mark(112384, 140000), Mark(234304, 236000)),
+    ("T", Mark(2942, 4000), Mark(6729, 7800)),
+    ("D1", Mark(4.93, 3.0), Mark(3.1, 2.3)),
+    ("D32", Mark(20.6, 19.9), Mark(11.0, 11.0)),
+    ("P 8192", Mark(50578, 52000), Mark(84089, 86000)),
+    ("P 32768", Mark(28835, 28000), Mark(66530, 66000)),
+    ("Ha", Mark(31.2, 24), Mark(28.7, 16)),
+    ("Hb", Mark(1082, 1400), Mark(719, 2000)),
+    ("K D32", Mark(None, 0.97), Mark(None, 0.97)),
+)
 MARKS: dict[str, dict[str, Mark]] = {
-    "qwen3-30b-a3b": {
-        "start": Mark(93.8, 15),
-        "kv_tokens": Mark(112_384, 140_000),
-        "T": Mark(2_942, 4_000),
-        "D1": Mark(4.93, 3.0),
-        "D32": Mark(20.6, 19.9),
-        "P 8192": Mark(50_578, 52_000),
-        "P 32768": Mark(28_835, 28_000),
-        "Ha": Mark(31.2, 24),
-        "Hb": Mark(1_082, 1_400),
-        "K D32": Mark(None, 0.97),
-    },
-    "qwen1.5-moe-a2.7b": {
-        "start": Mark(77.2, 15),
-        "kv_tokens": Mark(234_304, 236_000),
-        "T": Mark(6_729, 7_800),
-        "D1": Mark(3.10, 2.3),
-        "D32": Mark(11.0, 11.0),
-        "P 8192": Mark(84_089, 86_000),
-        "P 32768": Mark(66_530, 66_000),
-        "Ha": Mark(28.7, 16),
-        "Hb": Mark(719, 2_000),
-        "K D32": Mark(None, 0.97),
-    },
+    "qwen3-30b-a3b": {name: mark for name, mark, _ in _MARKS},
+    "qwen1.5-moe-a2.7b": {name: mark for name, _, mark in _MARKS},
 }
 
 NAMES = ("D1", "D32", "P", "Ha", "Hb", "T", "K")
