@@ -17,11 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from octavo.async_llm import AsyncLLM
 from octavo.config import EngineConfig
 from octavo.engine.chat_template import ChatOptions, Message
+from octavo.engine.core import EngineCore
 from octavo.engine.front_end import FrontEnd
 from octavo.engine.load import load_core
 from octavo.engine.tokenizer import Tokenizer
 from octavo.errors import ConfigError, OverloadedError, RequestError
 from octavo.kv_cache.planner import MemoryPlan
+from octavo.models.spec import ModelSpec
 from octavo.observe.stats import EngineStats
 from octavo.request import RequestOutput, SamplingParams
 
@@ -50,6 +52,15 @@ class LLM:
     @property
     def plan(self) -> MemoryPlan:
         return self._core.plan
+
+    @property
+    def core(self) -> EngineCore:
+        """The engine's loop, for tools that step it themselves; never beside `generate`."""
+        return self._core
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._front_end.spec
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -37,8 +37,8 @@ TORCH_FREE = (
     "models/registry.py",
     "models/spec.py",
 )
-WITH_TORCH = {"kv_cache/storage.py", "cli/bench/peer.py"}
-"""The storage holds the tensors; the peer of a benchmark loads another engine when asked to."""
+WITH_TORCH = {"kv_cache/storage.py", "cli/bench/peer.py", "cli/bench/device_profile.py"}
+"""The storage holds the tensors; benchmarks load a peer, and torch's profiler, when asked to."""
 
 
 def name_of(path: Path) -> str:

@@ -10,6 +10,7 @@ import argparse
 import importlib
 from typing import cast
 
+from octavo.cli.bench.shapes import MODELS, NAMES, parse_names
 from octavo.cli.bench.workload import Lengths, parse_goodput, parse_lengths, positive
 from octavo.cli.options import Parser, Subparsers, add_options
 from octavo.config import EngineConfig
@@ -19,12 +20,13 @@ _HOMES = {
     "throughput": ("octavo.cli.bench.offline", "run_throughput"),
     "serve": ("octavo.cli.bench.serve", "run_serve"),
     "prefix": ("octavo.cli.bench.prefix", "run_prefix"),
+    "workloads": ("octavo.cli.bench.workloads", "run_workloads"),
 }
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """Adds `bench` with its four benchmarks."""
-    help = "measure throughput, latency, a server, or prefix caching"
+    """Adds `bench` with its benchmarks."""
+    help = "measure throughput, latency, a server, prefix caching, or named workloads"
     parser = subparsers.add_parser("bench", help=help, description=help)
     benches = cast(
         Subparsers,
@@ -40,6 +42,7 @@ def add_parser(subparsers: Subparsers) -> None:
     _add_throughput(benches)
     _add_serve(benches)
     _add_prefix(benches)
+    _add_workloads(benches)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -147,4 +150,14 @@ def _add_prefix(benches: Subparsers) -> None:
         "model", metavar="MODEL", nargs="?", help="without it only the bookkeeping is measured"
     )
     parser.set_defaults(text=None)
+    add_options(parser, EngineConfig)
+
+
+def _add_workloads(benches: Subparsers) -> None:
+    parser = _new(benches, "workloads", "named workloads with floors, and a peer's figures")
+    add = parser.add_argument
+    add("model", metavar="MODEL", help=f"{', '.join(MODELS)} (random weights), or any model")
+    add("--only", type=parse_names, metavar="NAME,NAME", help=f"of {','.join(NAMES)} (default all)")
+    add("--quick", action="store_true", help="tiny sizes: the same code in seconds")
+    add("--layers", type=positive, metavar="INT", help="cut a named shape to so many layers")
     add_options(parser, EngineConfig)

@@ -38,6 +38,7 @@ class Measured:
     seconds: float
     num_prompt_tokens: int
     num_output_tokens: int
+    num_cached_tokens: int
     ttft_seconds: tuple[float, ...]
     tpot_seconds: tuple[float, ...]
     """Per request: time after the first token over the tokens after the first."""
@@ -94,10 +95,12 @@ def load(args: argparse.Namespace) -> tuple[LLM, PromptSource]:
     return llm, PromptSource(vocab_size=llm.vocab_size, seed=args.workload_seed, text_ids=text_ids)
 
 
-def measure(llm: LLM, prompts: list[list[int]], num_outputs: list[int]) -> Measured:
+def measure(
+    llm: LLM, prompts: list[list[int]], num_outputs: list[int], temperature: float = 0.0
+) -> Measured:
     """Runs a batch to its end. Raises OctavoError if a request did not get all its tokens."""
     params = [
-        SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True, detokenize=False)
+        SamplingParams(temperature=temperature, max_tokens=n, ignore_eos=True, detokenize=False)
         for n in num_outputs
     ]
     began = time.perf_counter()
@@ -113,6 +116,7 @@ def measure(llm: LLM, prompts: list[list[int]], num_outputs: list[int]) -> Measu
         seconds=seconds,
         num_prompt_tokens=sum(map(len, prompts)),
         num_output_tokens=sum(num_outputs),
+        num_cached_tokens=sum(output.num_cached_tokens for output in outputs),
         ttft_seconds=tuple(ttft(output) for output in outputs),
         tpot_seconds=tuple(
             _tpot(output, n) for output, n in zip(outputs, num_outputs, strict=True) if n > 1

@@ -14,12 +14,14 @@ import json
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from octavo import __version__
 from octavo.device import CPUDevice
 from octavo.errors import ConfigError
 
-Value = float | int | str | bool | None
+Scalar = float | int | str | bool | None
+Value = Scalar | Mapping[str, Scalar] | Sequence[Scalar] | Sequence[Mapping[str, Scalar]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +31,8 @@ class Report:
     bench: str
     settings: Mapping[str, Value]
     output: str | None = None
+    computes_on: str = "cpu"
+    """Name of the device that computes."""
 
     def add(self, name: str, figures: Mapping[str, Value]) -> None:
         """Writes one result: a JSON line and a table."""
@@ -38,7 +42,7 @@ class Report:
                 "name": name,
                 "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 "versions": versions(),
-                "device": device(),
+                "device": device() | {"computes_on": self.computes_on},
                 "settings": dict(self.settings),
                 "figures": {key: _rounded(value) for key, value in figures.items()},
             }
@@ -137,6 +141,10 @@ def _print_table(title: str, figures: Mapping[str, Value]) -> None:
 
 
 def _shown(key: str, value: Value) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(_shown(key, part) for part in value)
+    if isinstance(value, Mapping):
+        return "\n" + "  ".join(_shown(name, part) for name, part in value.items())
     if key.endswith("_bytes") and isinstance(value, (int, float)):
         return f"{value / 2**20:,.1f} MiB"
     if isinstance(value, float):
@@ -144,6 +152,10 @@ def _shown(key: str, value: Value) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _rounded(value: Value) -> Value:
+def _rounded(value: Value) -> Any:
     """Six significant digits: more would pretend to a precision that no timing has."""
+    if isinstance(value, Mapping):
+        return {name: _rounded(part) for name, part in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_rounded(part) for part in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value

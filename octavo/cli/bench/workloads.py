@@ -1,0 +1,352 @@
+"""`octavo bench workloads`: the named workloads that engines are compared by, with their floors.
+
+Called by the command line. Requests, warm-up and definitions are those the peer was measured with:
+prompts are new in every repeat, tokens are drawn at temperature 1, and the time per output token
+is (a full run - a run of one output token) / (output tokens - 1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from octavo.cli.bench.floors import CEILINGS, Floors, Work
+from octavo.cli.bench.offline import Measured, measure
+from octavo.cli.bench.report import Report, Value, settings_of
+from octavo.cli.bench.shapes import (
+    FULL,
+    MARKS,
+    NAMES,
+    QUICK,
+    Batch,
+    engine_values,
+    fixed_prompts,
+    mixed_requests,
+)
+from octavo.cli.options import config_values, say
+from octavo.config import EngineConfig
+from octavo.device import Device, select_device
+from octavo.errors import ConfigError, OctavoError
+
+if TYPE_CHECKING:
+    from octavo.cli.bench.device_profile import DeviceProfile
+    from octavo.llm import LLM
+
+PROFILED_STEPS = 32
+SHOWN_KERNELS = 15
+
+
+def run_workloads(args: argparse.Namespace) -> int:
+    """Loads the model and runs the workloads; 1 if one failed, the others are reported."""
+    with tempfile.TemporaryDirectory(prefix="octavo-bench-") as folder:
+        given = config_values(args, EngineConfig)
+        values = engine_values(args.model, given, Path(folder), args.layers)
+        device = select_device(EngineConfig(**values).resolve().device)
+        if args.only and "K" in args.only and device.name == "cpu":
+            raise ConfigError("workload K profiles a CUDA device, not cpu; leave it out of --only")
+        from octavo.llm import LLM
+
+        began = time.perf_counter()
+        llm = LLM(**values)
+        seconds = time.perf_counter() - began
+        bench = Workloads(llm, args, device)
+        bench.report_start(seconds)
+        names = args.only or NAMES
+        bench.warm_up(names)
+        return bench.run(names)
+
+
+class Workloads:
+    """One loaded engine and what is known of it."""
+
+    def __init__(self, llm: LLM, args: argparse.Namespace, device: Device) -> None:
+        from octavo.cli.bench.device_profile import card_name
+
+        self._llm = llm
+        self._device = device
+        self._first_seed = 10_000 * args.workload_seed
+        self._sizes = QUICK.within(llm.plan.max_model_len) if args.quick else FULL
+        is_whole = not (args.quick or args.layers)
+        self._marks = MARKS.get(args.model, {}) if is_whole else {}
+        card = card_name(device.torch_name)
+        self._ceilings = CEILINGS.get(card)
+        self._floors = Floors(
+            llm.spec,
+            element_bytes=llm.plan.weights_bytes / llm.spec.num_parameters,
+            kv_format=llm.plan.groups[0].spec.format,
+        )
+        self._report = Report(
+            bench="workloads",
+            settings=settings_of(args),
+            output=args.output,
+            computes_on=card,
+        )
+
+    def report_start(self, seconds: float) -> None:
+        """Reports the constructor's seconds and the memory that came of it."""
+        plan = self._llm.plan
+        more: dict[str, Value] = {
+            "weights_bytes": plan.weights_bytes,
+            "activation_bytes": plan.activation_bytes,
+            "kv_bytes": plan.kv_bytes,
+            "kv_tokens": plan.num_tokens,
+            "max_model_len": plan.max_model_len,
+            "max_num_batched_tokens": plan.max_num_batched_tokens,
+            "max_num_seqs": self._llm.config.max_num_seqs,
+        }
+        if "kv_tokens" in self._marks:
+            mark = self._marks["kv_tokens"]
+            more |= {"kv_tokens_peer": mark.peer, "kv_tokens_goal": mark.goal}
+        self._add("start", "s", [seconds], more=more | self._memory())
+
+    def warm_up(self, names: Sequence[str]) -> None:
+        """Walks every shape of the workloads once, so that run-time compilation is done."""
+        began, sizes, wanted = time.perf_counter(), self._sizes, set(names)
+        if wanted & {"P", "Ha", "Hb", "K"}:
+            for length in sizes.prefills:
+                self._generate(self._prompts(1, length, 900), 1)
+        if wanted & {"D32", "Hb", "K"}:
+            for seed in (901, 904):
+                prompts = self._prompts(sizes.batch.requests, sizes.batch.prompt, seed)
+                self._generate(prompts, max(sizes.batch.output // 4, 1))
+        if wanted & {"D1", "K"}:
+            outputs = min(8, sizes.single.output)
+            self._generate(self._prompts(1, sizes.single.prompt, 902), outputs)
+        if "T" in wanted:
+            low = 2 * sizes.mixed_low
+            short = Batch(requests=sizes.mixed.requests, prompt=low, output=low, repeats=1)
+            self._generate(*self._mixed_requests(short, 903))
+        self._add("warm-up", "s", [time.perf_counter() - began], more=self._memory())
+
+    def run(self, names: Sequence[str]) -> int:
+        """Runs the workloads called `names`; returns the exit code."""
+        sizes = self._sizes
+        jobs: dict[str, Callable[[], None]] = {
+            "D1": lambda: self.decode("D1", sizes.single, 100),
+            "D32": lambda: self.decode("D32", sizes.batch, 200),
+            "P": self.prefill,
+            "Ha": self.hit,
+            "Hb": self.shared,
+            "T": self.mixed,
+            "K": self.kernels,
+        }
+        code = 0
+        for name in (name for name in NAMES if name in names):
+            self._llm.reset_prefix_cache()
+            try:
+                jobs[name]()
+            except OctavoError as error:  # the other workloads are worth having
+                self._report.add(name, {"error": f"{type(error).__name__}: {error}"})
+                code = 1
+        return code
+
+    # -- workloads -----------------------------------------------------------------------------
+
+    def decode(self, name: str, batch: Batch, seed: int) -> None:
+        """Time per output token of requests that run side by side."""
+        ones: list[float] = []
+        fulls: list[float] = []
+        for repeat in range(batch.repeats):
+            first, second = (
+                self._prompts(batch.requests, batch.prompt, seed + 2 * repeat + more)
+                for more in (0, 1)
+            )
+            ones.append(self._generate(first, 1).seconds)
+            fulls.append(self._generate(second, batch.output).seconds)
+        middle = batch.prompt + batch.output // 2
+        self._add(
+            name,
+            "ms",
+            [(full - one) / (batch.output - 1) for one, full in zip(ones, fulls, strict=True)],
+            typical=(statistics.median(fulls) - statistics.median(ones)) / (batch.output - 1),
+            floor=self._seconds(self._floors.step([(1, middle)] * batch.requests)),
+            more=_sizes_of(batch) | {"one_token_seconds": ones, "full_seconds": fulls},
+        )
+
+    def prefill(self) -> None:
+        """Rate of one cold prompt."""
+        for length in self._sizes.prefills:
+            runs: list[Measured] = []
+            for repeat in range(self._sizes.prefill_repeats):
+                self._llm.reset_prefix_cache()
+                runs.append(self._generate(self._prompts(1, length, 300 + repeat), 1))
+            self._add(
+                f"P {length}",
+                "tok/s",
+                [run.seconds for run in runs],
+                count=length,
+                floor=self._seconds(self._floors.step([(length, 0)])),
+                more={"cached_tokens": [run.num_cached_tokens for run in runs]},
+            )
+
+    def hit(self) -> None:
+        """Time to first token of a cached prefix with a fresh tail."""
+        sizes = self._sizes
+        cold = self._after_prefix(1, 1)
+        runs = [self._after_prefix(1, 1, 1 + repeat) for repeat in range(sizes.prefix_repeats)]
+        self._add(
+            "Ha",
+            "ms",
+            [run.seconds for run in runs],
+            floor=self._seconds(self._floors.step([(sizes.shared.prompt, 0)], shared=sizes.prefix)),
+            more={
+                "prefix": sizes.prefix,
+                "fresh": sizes.shared.prompt,
+                "cold_seconds": cold.seconds,
+                "cached_tokens": [run.num_cached_tokens for run in runs],
+            },
+        )
+
+    def shared(self) -> None:
+        """Output rate of a batch whose requests share one cached prefix."""
+        batch, prefix = self._sizes.shared, self._sizes.prefix
+        self._after_prefix(1, 1)
+        ones: list[Measured] = []
+        runs: list[Measured] = []
+        for repeat in range(batch.repeats):
+            tails = 1 + self._sizes.prefix_repeats + 2 * repeat * batch.requests
+            ones.append(self._after_prefix(batch.requests, 1, tails))
+            runs.append(self._after_prefix(batch.requests, batch.output, tails + batch.requests))
+        first = self._floors.step([(batch.prompt, 0)] * batch.requests, shared=prefix)
+        middle = batch.prompt + batch.output // 2
+        step = self._floors.step([(1, middle)] * batch.requests, shared=prefix)
+        head, rest = self._seconds(first), self._seconds(step)
+        pairs = zip(ones, runs, strict=True)
+        self._add(
+            "Hb",
+            "tok/s",
+            [run.seconds for run in runs],
+            count=batch.requests * batch.output,
+            floor=None if head is None or rest is None else head + rest * (batch.output - 1),
+            more=_sizes_of(batch)
+            | {
+                "prefix": prefix,
+                "tpot_ms": [1e3 * (f.seconds - o.seconds) / (batch.output - 1) for o, f in pairs],
+                "cached_tokens": [run.num_cached_tokens for run in runs],
+            },
+        )
+
+    def mixed(self) -> None:
+        """Output rate of many requests of mixed lengths that are there at once."""
+        batch = self._sizes.mixed
+        prompts, outputs = self._mixed_requests(batch, 0)
+        seconds: list[float] = []
+        before = self._llm.stats().num_preemptions
+        for _ in range(batch.repeats):
+            self._llm.reset_prefix_cache()
+            seconds.append(self._generate(prompts, outputs).seconds)
+        self._add(
+            "T",
+            "tok/s",
+            seconds,
+            count=sum(outputs),
+            floor=self._seconds(self._floors.mixed([len(ids) for ids in prompts], outputs)),
+            more={
+                "requests": batch.requests,
+                "input_tokens": sum(map(len, prompts)),
+                "output_tokens": sum(outputs),
+                "num_preemptions": self._llm.stats().num_preemptions - before,
+                "seconds": seconds,
+            },
+        )
+
+    def kernels(self) -> None:
+        """Share of the time that the device computes, and its longest kernels."""
+        if self._device.name == "cpu":
+            say("workload K is left out: it profiles a CUDA device, this engine runs on cpu")
+            return
+        from octavo.cli.bench.device_profile import profile_decode, record
+
+        for name, batch in (("K D32", self._sizes.batch), ("K D1", self._sizes.single)):
+            prompts = self._prompts(batch.requests, batch.prompt, 500)
+            wall, profile = profile_decode(self._llm.core, prompts, PROFILED_STEPS)
+            self._add_profile(name, profile, wall, PROFILED_STEPS)
+            self._llm.reset_prefix_cache()
+        length = self._sizes.prefills[0]
+        wall = self._generate(self._prompts(1, length, 501), 1).seconds
+        fresh = self._prompts(1, length, 502)
+        self._add_profile(f"K P {length}", record(lambda: self._generate(fresh, 1)), wall, 1)
+
+    # -- parts ---------------------------------------------------------------------------------
+
+    def _prompts(self, count: int, length: int, seed: int) -> list[list[int]]:
+        return fixed_prompts(self._llm.vocab_size, count, length, self._first_seed + seed)
+
+    def _mixed_requests(self, batch: Batch, seed: int) -> tuple[list[list[int]], list[int]]:
+        seed += self._first_seed
+        return mixed_requests(self._llm.vocab_size, batch, self._sizes.mixed_low, seed)
+
+    def _memory(self) -> dict[str, Value]:
+        memory = self._device.memory()
+        return {"device_used_bytes": memory.total_bytes - memory.available_bytes}
+
+    def _generate(self, prompts: list[list[int]], outputs: int | list[int]) -> Measured:
+        counts = [outputs] * len(prompts) if isinstance(outputs, int) else outputs
+        return measure(self._llm, prompts, counts, temperature=1.0)
+
+    def _after_prefix(self, count: int, outputs: int, tail: int = 0) -> Measured:
+        """Runs `count` requests of H: its prefix, then the tails from number `tail` on."""
+        (prefix,) = self._prompts(1, self._sizes.prefix, 400)
+        tails = self._prompts(tail + count, self._sizes.shared.prompt, 401)[tail:]
+        return self._generate([prefix + ids for ids in tails], outputs)
+
+    def _seconds(self, work: Work) -> float | None:
+        return None if self._ceilings is None else work.seconds(self._ceilings)
+
+    def _add(
+        self,
+        name: str,
+        unit: str,
+        seconds: list[float],
+        *,
+        typical: float | None = None,
+        count: int = 1,
+        floor: float | None = None,
+        more: dict[str, Value],
+    ) -> None:
+        """Reports repeats that took `seconds`; `count` tokens each where the unit is a rate."""
+
+        def figure(spent: float) -> float:
+            return {"s": spent, "ms": 1e3 * spent, "tok/s": count / spent}[unit]
+
+        median = statistics.median(seconds) if typical is None else typical
+        figures: dict[str, Value] = {
+            "unit": unit,
+            "median": figure(median),
+            "best": figure(min(seconds)),
+            "repeats": [figure(spent) for spent in seconds],
+        }
+        if floor is not None:
+            figures |= {"floor": figure(floor), "share_of_floor": floor / median}
+        self._report.add(name, figures | self._held_against(name) | more)
+
+    def _held_against(self, name: str) -> dict[str, Value]:
+        mark = self._marks.get(name)
+        pairs = {} if mark is None else {"peer": mark.peer, "goal": mark.goal}
+        return {key: value for key, value in pairs.items() if value is not None}
+
+    def _add_profile(self, name: str, profile: DeviceProfile, wall: float, steps: int) -> None:
+        """`wall` is what the same work took without the profiler."""
+        figures: dict[str, Value] = {
+            "unit": "share",
+            "busy_share": profile.busy_seconds / max(profile.span_seconds, 1e-9),
+            "busy_share_of_plain_wall": profile.busy_seconds / wall,
+            "steps": steps,
+            "plain_wall_ms_per_step": 1e3 * wall / steps,
+            "profiled_ms_per_step": 1e3 * profile.span_seconds / steps,
+            "busy_ms_per_step": 1e3 * profile.busy_seconds / steps,
+            "kernels": [
+                {"name": kernel[:110], "ms": 1e3 * seconds, "count": count}
+                for kernel, seconds, count in profile.kernels[:SHOWN_KERNELS]
+            ],
+        }
+        self._report.add(name, figures | self._held_against(name))
+
+
+def _sizes_of(batch: Batch) -> dict[str, Value]:
+    return {"batch": batch.requests, "prompt": batch.prompt, "output": batch.output}
