@@ -26,6 +26,7 @@ from octavo.kernels.triton.attention_decode import (
     make_partials,
     merge_slots,
 )
+from octavo.kernels.triton.overlap import launch_options, wait_turn
 
 SHORT_QUERIES = 64
 """Sequences with 2 to this many queries split their KV, to fill the chip."""
@@ -165,6 +166,7 @@ def _prefill_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """out = softmax(scale q k^T + causal and window mask) v for one tile of queries.
 
@@ -177,6 +179,7 @@ def _prefill_kernel(
     """
     GROUP: tl.constexpr = H // K
     QUERIES: tl.constexpr = BLOCK_M // PADDED_GROUP
+    wait_turn(OVERLAP)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     sequence = _sequence_of(query_starts, num_sequences, tile, QUERIES)
     first_row = tl.load(query_starts + sequence)
@@ -261,9 +264,11 @@ def _merge_short_kernel(
     SHORT: tl.constexpr,
     SHORTEST: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """out[t, h] = the row's splits weighted by 2^lse, for sequences with 2 to SHORT queries whose
     length is more than one split. One program per (token, head)."""
+    wait_turn(OVERLAP)
     here = tl.program_id(0)
     t = first_token + here
     sequence = _sequence_of(query_starts, num_sequences, t, 0)
@@ -338,6 +343,7 @@ def prefill_attention(
         "SHORT": SHORT_QUERIES,
         "SHORTEST": SHORTEST_SPLIT,
         "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
+        **launch_options(q_THD.device),
     }
     for first_token in range(0, limit, PARTIAL_TOKENS if splits > 1 else limit):
         _prefill_kernel[(num_kv_heads, tiles, splits)](

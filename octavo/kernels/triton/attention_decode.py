@@ -8,15 +8,14 @@ alone, so the bits of a row never depend on its neighbours; the grid only decide
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.kernels.ops import AttentionBatch, KVLayer
+from octavo.kernels.triton.overlap import launch_options, wait_turn
 from octavo.kernels.triton.rope import kv_strides
 
 LOG2_E = 1.4426950408889634
@@ -116,11 +115,9 @@ def _decode_kernel(
     `partial_out` [T, H, slots, D] (normalised) and `partial_lse` [T, H, slots] (base 2).
     Program 0 names a token (BY_TOKEN: any query) or a sequence, skipped unless it has one query.
     HAS_SHARED: the first shared_tokens[s] tokens are done elsewhere, in shared_slots[s] slots.
-    OVERLAP: the merge may be launched as soon as every program here has started.
     """
     GROUP: tl.constexpr = H // K
-    if OVERLAP:
-        gdc_launch_dependents()
+    wait_turn(OVERLAP)
     if BY_TOKEN:
         t = tl.program_id(0).to(tl.int64)
         sequence = tl.load(token_sequences + t).to(tl.int64)
@@ -221,8 +218,8 @@ def _merge_kernel(
     OVERLAP: tl.constexpr,
 ):
     """out[t, h] = sum_i w_i o_i / sum_i w_i, w_i = 2^(lse_i - max lse), over the row's slots in
-    order. One program per (token or sequence, head); rows with a single split are already done.
-    OVERLAP: launched early; no program may leave before the decode kernel has ended."""
+    order. One program per (token or sequence, head); rows with a single split are already done."""
+    wait_turn(OVERLAP)
     if BY_TOKEN:
         t = tl.program_id(0).to(tl.int64)
         beyond = t + 1
@@ -232,8 +229,6 @@ def _merge_kernel(
         t = tl.load(query_starts + sequence).to(tl.int64)
         beyond = tl.load(query_starts + sequence + 1)
         length = tl.load(seq_lens + sequence)
-    if OVERLAP:
-        gdc_wait()
     if beyond - t != 1:
         return
     low = length * 0
@@ -269,15 +264,6 @@ def split_slots(max_visible: int) -> int:
             found = max(found, -(-min(max_visible, limit) // size))
         below = limit
     return 1 + max(found, -(-max_visible // LARGEST_SPLIT) if max_visible > below else 1)
-
-
-@lru_cache
-def can_overlap(device: torch.device) -> bool:
-    """Whether a kernel can be launched before its predecessor has ended (Hopper and later)."""
-    if device.type == "cpu":
-        return False
-    target = triton.runtime.driver.active.get_current_target()
-    return target.backend == "cuda" and int(target.arch) >= 90
 
 
 def compute_dtype(q: Tensor, layer: KVLayer) -> torch.dtype:
@@ -344,15 +330,14 @@ def decode_attention(
     shared_tokens, shared_slots = shared if shared is not None else (batch.seq_lens_S,) * 2
     num_slots = partials.out.shape[2]
     block_n, num_warps, num_stages = shape or decode_shape(head_size, dtype)
-    overlap = can_overlap(q_THD.device)
     common = {
         "H": num_heads,
         "D": head_size,
-        "OVERLAP": overlap,
         "BY_TOKEN": token_sequences is not None,
         "HAS_WINDOW": window is not None,
         "HAS_SHARED": shared is not None,
         "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
+        **launch_options(q_THD.device),
     }
     _decode_kernel[(rows, num_kv_heads, programs)](
         q_THD.to(dtype),
@@ -396,6 +381,5 @@ def decode_attention(
         0 if window is None else window,
         SLOTS=MERGE_SLOTS,
         num_warps=4,
-        **({"launch_pdl": True} if overlap else {}),
         **common,
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.kernels.triton.moe import TL_DTYPES, tile_of_program
+from octavo.kernels.triton.overlap import launch_options, wait_turn
 
 
 @triton.jit
@@ -33,12 +34,14 @@ def product_kernel(
     HAS_BIAS: tl.constexpr,
     TMA: tl.constexpr,
     COMPUTE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """out[t, n] = sum over m of x[t, m] * weight[n, m], in rising m, (+ bias[n]).
 
     x_TM [T, M] contiguous, weight_NM [N, M] and out_TN [T, N] with row strides, bias_N [N] any
     float. TMA: x and weight are tensor descriptors of blocks [BLOCK_T or BLOCK_N, BLOCK_K].
     """
+    wait_turn(OVERLAP)
     row_block, column_block = tile_of_program(
         tl.cdiv(num_tokens, BLOCK_T), tl.cdiv(num_rows, BLOCK_N), GROUP
     )
@@ -144,4 +147,5 @@ def product(
         COMPUTE=TL_DTYPES[x_TM.dtype] if is_same else tl.float32,
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
+        **launch_options(out_TN.device),
     )

@@ -28,6 +28,7 @@ from octavo.kernels.triton.attention_decode import (
     make_partials,
     split_slots,
 )
+from octavo.kernels.triton.overlap import launch_options, wait_turn
 
 SPLIT_CLASSES = ((1024, 128), (4096, 256), (16384, 512))
 """(shared tokens at most, split size)."""
@@ -184,6 +185,7 @@ def _shared_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One split of what a group shares, for BLOCK_M // PADDED_GROUP of its members at once.
 
@@ -194,6 +196,7 @@ def _shared_kernel(
     """
     GROUP: tl.constexpr = H // K
     MEMBERS: tl.constexpr = BLOCK_M // PADDED_GROUP
+    wait_turn(OVERLAP)
     group = tl.program_id(1) // TILES
     first = tl.load(group_starts + group)
     count = tl.load(group_starts + group + 1) - first
@@ -337,4 +340,5 @@ def _attend_shared(
         BLOCK_D=max(16, triton.next_power_of_2(head_size)),
         num_warps=num_warps,
         num_stages=num_stages,
+        **launch_options(q_THD.device),
     )
