@@ -322,7 +322,7 @@ def _attend_shared(
         plan.group_starts,
         plan.shared_tokens_S,
         plan.split_sizes,
-        partials.out.shape[2],
+        partials.num_slots,
         stride_block,
         batch.block_table.stride(0),
         scale * LOG2_E,
