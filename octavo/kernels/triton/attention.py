@@ -113,6 +113,52 @@ def attend_tiles(
 
 
 @triton.jit
+def attend_range(
+    q,
+    position,
+    key,
+    value,
+    table_row,
+    start,
+    middle,
+    end,
+    stride_block,
+    stride_token,
+    scale_log2,
+    window,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    DELTA: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Returns softmax(scale q k^T) v over positions [start, end) as [BLOCK_M, BLOCK_D] and its
+    log2-sum-exp2: 0 and -inf where a row sees none. Every row sees all of [start, middle), but for
+    a window; both are multiples of BLOCK_N."""
+    m = tl.full([q.shape[0]], -float("inf"), tl.float32)
+    total = tl.zeros([q.shape[0]], tl.float32)
+    acc = tl.zeros([q.shape[0], BLOCK_D], tl.float32)
+    low = start * 0
+    if HAS_WINDOW:
+        low = tl.maximum(tl.min(position, 0) - window + 1, 0)
+        middle = tl.maximum(start, low // BLOCK_N * BLOCK_N)
+    else:
+        acc, m, total = attend_tiles(
+            acc, m, total, q, position, key, value, table_row, low, start, middle,
+            stride_block, stride_token, scale_log2, window,
+            D, P, DELTA, False, HAS_WINDOW, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    acc, m, total = attend_tiles(
+        acc, m, total, q, position, key, value, table_row, low, middle, end,
+        stride_block, stride_token, scale_log2, window,
+        D, P, DELTA, True, HAS_WINDOW, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    total = tl.where(total > 0, total, 1.0)
+    return acc / total[:, None], m + tl.log2(total)
+
+
+@triton.jit
 def _sequence_of(starts, num_sequences, index, DIVISOR: tl.constexpr):
     """Returns the last s with starts[s] // DIVISOR + s <= index, or, DIVISOR 0, starts[s] <= index
     (so that a sequence without queries is never found before the one behind it)."""
@@ -213,38 +259,20 @@ def _prefill_kernel(
     at = ((first_row + query).to(tl.int64) * H + head)[:, None] * D + offs_d[None, :]
     mask = live[:, None] & (offs_d < D)[None, :]
     q_tile = tl.load(q + at, mask=mask, other=0.0)
-    low = first_query * 0
     middle = tl.minimum(tl.maximum(computed + first_query + 1, start), end) // BLOCK_N * BLOCK_N
-    table_row = block_table + sequence.to(tl.int64) * stride_table
-    key += kv_head * D
-    value += kv_head * D
-    m = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if HAS_WINDOW:
-        low = tl.maximum(computed + first_query - window + 1, 0)
-        middle = tl.maximum(start, low // BLOCK_N * BLOCK_N)
-    else:
-        acc, m, total = attend_tiles(
-            acc, m, total, q_tile, position, key, value, table_row, low, start, middle,
-            stride_block, K * D, scale_log2, window,
-            D, P, DELTA, False, HAS_WINDOW, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-    acc, m, total = attend_tiles(
-        acc, m, total, q_tile, position, key, value, table_row, low, middle, end,
-        stride_block, K * D, scale_log2, window,
-        D, P, DELTA, True, HAS_WINDOW, BLOCK_N, BLOCK_D,
+    mean, lse = attend_range(
+        q_tile, position, key + kv_head * D, value + kv_head * D,
+        block_table + sequence.to(tl.int64) * stride_table, start, middle, end,
+        stride_block, K * D, scale_log2, window, D, P, DELTA, HAS_WINDOW, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    total = tl.where(total > 0, total, 1.0)
-    acc = acc / total[:, None]
     if SPLITS > 1:
         is_partial = length > size
         slot = (here.to(tl.int64) * H + head) * SPLITS + tl.program_id(2)
         to = partial_out + slot[:, None] * D + offs_d[None, :]
-        tl.store(to, acc, mask=mask & is_partial)
-        tl.store(partial_lse + slot, m + tl.log2(total), mask=live & is_partial)
+        tl.store(to, mean, mask=mask & is_partial)
+        tl.store(partial_lse + slot, lse, mask=live & is_partial)
         mask = mask & (length <= size)
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + at, mean.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -96,25 +96,25 @@ def merge_slots(
 
 @triton.jit
 def _decode_kernel(
-    q,
-    key,
-    value,
     out,
     partial_out,
     partial_lse,
     query_starts,
     seq_lens,
     positions,
-    token_sequences,
-    block_table,
     shared_tokens,
     shared_slots,
     slot_starts,
+    num_slots,
+    window,
+    q,
+    key,
+    value,
+    token_sequences,
+    block_table,
     stride_block,
     stride_table,
-    num_slots,
     scale_log2,
-    window,
     H: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
@@ -372,16 +372,23 @@ def decode_attention(
     rows = len(batch.seq_lens_S) if token_sequences is None else num_tokens
     if rows == 0 or num_tokens == 0:
         return
-    visible = max_seq_len if window is None else min(max_seq_len, window)
-    slots = split_slots(visible)
+    unused = batch.seq_lens_S
+    slots = split_slots(max_seq_len if window is None else min(max_seq_len, window))
     if partials is None:
         partials = make_partials(q_THD, slots, batch.slot_starts_S, batch.max_slots)
-    dtype = compute_dtype(q_THD, layer)
-    programs = min(slots, max(1, -(-TARGET_PROGRAMS // (rows * num_kv_heads))))
-    slot_starts = batch.seq_lens_S if partials.starts is None else partials.starts
-    shared_tokens, shared_slots = shared if shared is not None else (batch.seq_lens_S,) * 2
-    block_n, num_warps, num_stages = shape or decode_shape(head_size, dtype)
-    common = {
+    arguments = (
+        out,
+        partials.out,
+        partials.lse,
+        batch.query_starts,
+        batch.seq_lens_S,
+        batch.positions_T,
+        *(shared or (unused, unused)),
+        unused if partials.starts is None else partials.starts,
+        partials.num_slots,
+        0 if window is None else window,
+    )
+    options = {
         "H": num_heads,
         "D": head_size,
         "BY_TOKEN": token_sequences is not None,
@@ -391,47 +398,25 @@ def decode_attention(
         "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
         **launch_options(q_THD.device),
     }
+    dtype = compute_dtype(q_THD, layer)
+    block_n, num_warps, num_stages = shape or decode_shape(head_size, dtype)
+    programs = min(slots, max(1, -(-TARGET_PROGRAMS // (rows * num_kv_heads))))
     _decode_kernel[(rows, num_kv_heads, programs)](
+        *arguments,
         q_THD.to(dtype),
         layer.key,
         layer.value,
-        out,
-        partials.out,
-        partials.lse,
-        batch.query_starts,
-        batch.seq_lens_S,
-        batch.positions_T,
-        batch.positions_T if token_sequences is None else token_sequences,
+        unused if token_sequences is None else token_sequences,
         batch.block_table,
-        shared_tokens,
-        shared_slots,
-        slot_starts,
         stride_block,
         batch.block_table.stride(0),
-        partials.num_slots,
         scale * LOG2_E,
-        0 if window is None else window,
         K=num_kv_heads,
         P=block_size,
         BLOCK_M=max(16, triton.next_power_of_2(num_heads // num_kv_heads)),
         BLOCK_N=block_n,
         num_warps=num_warps,
         num_stages=num_stages,
-        **common,
+        **options,
     )
-    _merge_kernel[(rows, num_heads)](
-        out,
-        partials.out,
-        partials.lse,
-        batch.query_starts,
-        batch.seq_lens_S,
-        batch.positions_T,
-        shared_tokens,
-        shared_slots,
-        slot_starts,
-        partials.num_slots,
-        0 if window is None else window,
-        SLOTS=MERGE_SLOTS,
-        num_warps=4,
-        **common,
-    )
+    _merge_kernel[(rows, num_heads)](*arguments, SLOTS=MERGE_SLOTS, num_warps=4, **options)

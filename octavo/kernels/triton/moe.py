@@ -39,6 +39,15 @@ def tile_of_program(num_rows, num_columns, GROUP: tl.constexpr):
 
 
 @triton.jit
+def places_of(row_block, order_P, blocks_3B, num_blocks, DIRECT: tl.constexpr):
+    """The expert, the first place and the end place of a row block: see `gate_up_kernel`."""
+    if DIRECT:
+        return tl.load(order_P + row_block), row_block, row_block + 1
+    at = blocks_3B + row_block
+    return tl.load(at), tl.load(at + num_blocks), tl.load(at + 2 * num_blocks)
+
+
+@triton.jit
 def gate_up_rows(
     x_TM,
     gate_FM,
@@ -136,14 +145,7 @@ def gate_up_kernel(
     """
     wait_turn(OVERLAP)
     row_block, column_block = tile_of_program(num_blocks, tl.cdiv(inner_size, BLOCK_N), GROUP)
-    if DIRECT:
-        expert = tl.load(order_P + row_block)
-        first = row_block
-        end = row_block + 1
-    else:
-        expert = tl.load(blocks_3B + row_block)
-        first = tl.load(blocks_3B + num_blocks + row_block)
-        end = tl.load(blocks_3B + 2 * num_blocks + row_block)
+    expert, first, end = places_of(row_block, order_P, blocks_3B, num_blocks, DIRECT)
     if (expert < 0) | (expert >= num_experts):
         return
     column = column_block * BLOCK_N
@@ -250,14 +252,7 @@ def down_kernel(
     """
     wait_turn(OVERLAP)
     row_block, column_block = tile_of_program(num_blocks, tl.cdiv(hidden_size, BLOCK_N), GROUP)
-    if DIRECT:
-        expert = tl.load(order_P + row_block)
-        first = row_block
-        end = row_block + 1
-    else:
-        expert = tl.load(blocks_3B + row_block)
-        first = tl.load(blocks_3B + num_blocks + row_block)
-        end = tl.load(blocks_3B + 2 * num_blocks + row_block)
+    expert, first, end = places_of(row_block, order_P, blocks_3B, num_blocks, DIRECT)
     if (expert < 0) | (expert >= num_experts):
         return
     column = column_block * BLOCK_N
