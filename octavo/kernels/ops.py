@@ -98,6 +98,11 @@ class AttentionBatch:
     """Bound of seq_lens_S, likewise."""
     num_short_tokens: int | None = None
     """Sequences of few queries lie among the first so many tokens, likewise."""
+    slot_starts_S: Tensor | None = None
+    """int32 [S + 1] prefix sums of `slot_counts` (kernels/triton/attention_decode.py): where the
+    partial results of each single query lie. It saves memory and changes no bit."""
+    max_slots: int | None = None
+    """Bound of the last of slot_starts_S; goes with it."""
     prefix: SharedPrefix | None = None
     """What single-query sequences share, where reading it once pays."""
 

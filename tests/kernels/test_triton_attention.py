@@ -5,6 +5,8 @@ Runs on a GPU, else through Triton's interpreter at small shapes (CI installs tr
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from tests.kernels.cases import PagedKV, assert_close, exact_attention, floats, 
 from tests.kernels.triton_interpreter import DEVICE
 
 from octavo.kernels.triton import attention as tiles  # isort: skip
+from octavo.kernels.triton.attention_decode import max_total_slots, slot_counts  # isort: skip
 from octavo.kernels.triton.rope import rope_and_cache  # isort: skip
 from octavo.kernels.triton.shared_prefix import (  # isort: skip
     plan_shared_prefix,
@@ -33,7 +36,8 @@ def _there(paged: PagedKV, batch: AttentionBatch) -> tuple[KVLayer, AttentionBat
         return paged.layer, batch
     key = paged.layer.key
     arena = torch.stack((key, paged.layer.value), 1).to(DEVICE)
-    moved = AttentionBatch(
+    moved = replace(
+        batch,
         positions_T=batch.positions_T.to(DEVICE),
         slot_mapping_T=batch.slot_mapping_T.to(DEVICE),
         query_starts=batch.query_starts.to(DEVICE),
@@ -74,6 +78,41 @@ def test_decode_around_block_and_split_edges(rng: np.random.Generator, window: i
     q = floats(rng, len(EDGES), 6, 16)
     expected = exact_attention(q, paged, batch, 0.25, window)
     assert_close(_attend(q, paged, batch, window), expected)
+
+
+@pytest.mark.parametrize("window", [None, 64, 300])
+def test_packed_partial_results_give_the_same_bits(
+    rng: np.random.Generator, window: int | None
+) -> None:
+    lengths, query_lens = [200, 0, 1030, 65, 3, 130], [1, 1, 1, 0, 1, 1]
+    paged = make_paged(rng, lengths, (2, 16))
+    batch = paged.batch(lengths, query_lens)
+    counts = slot_counts(np.array(lengths), None)
+    packed = replace(
+        batch,
+        slot_starts_S=torch.from_numpy(np.cumsum([0, *counts])).to(DEVICE, torch.int32),
+        max_slots=int(counts.sum()),
+    )
+    q = floats(rng, 5, 6, 16)
+    expected = _attend(q, paged, batch, window)
+    assert torch.equal(_attend(q, paged, packed, window), expected)
+
+
+def test_slots_are_enough_and_bounded(rng: np.random.Generator) -> None:
+    lengths = np.arange(1, 70_000)
+    for window in (None, 1, 1000, 1024, 4096):
+        low = np.maximum(lengths - (window or 70_000), 0)
+        visible = lengths - low
+        size = np.select([visible <= n for n in (1024, 4096, 16384)], [64, 128, 256], 512)
+        assert (-(-lengths // size) - low // size <= slot_counts(lengths, window)).all()
+        assert (slot_counts(lengths, window) <= slot_counts(lengths, None)).all()
+    assert (np.diff(slot_counts(lengths, None)) >= 0).all()
+    for longest in (100, 3000, 40_000):
+        lens = rng.integers(1, longest + 1, 50)
+        for total in (slot_counts(lens, None), slot_counts(lens * 0 + longest, None)):
+            assert total.sum() <= max_total_slots(50, longest, 50 * longest)
+        assert slot_counts(lens, None).sum() <= max_total_slots(50, longest, int(lens.sum()))
+    assert max_total_slots(256, 40_960, 130_000) <= 2560
 
 
 @pytest.mark.usefixtures("_small_splits")

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.ops import Activation
+from octavo.kernels.triton.overlap import launch_options, wait_turn
 
 BLOCK = 1024
 
@@ -28,12 +29,18 @@ def activated(gate, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activate_and_mul_kernel(
-    both_TN, out_TF, inner_size, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
+    both_TN,
+    out_TF,
+    inner_size,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """out[t, f] = act(both[t, f]) * both[t, F + f], computed in float32.
 
     both_TN [T, 2 F] contiguous; out_TF [T, F].
     """
+    wait_turn(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_in = column < inner_size
@@ -53,19 +60,33 @@ def activate_and_mul(both_TN: Tensor, activation: Activation) -> Tensor:
     out = torch.empty((num_tokens, inner_size), dtype=both_TN.dtype, device=both_TN.device)
     if num_tokens:
         activate_and_mul_kernel[(num_tokens, triton.cdiv(inner_size, BLOCK))](
-            both_TN, out, inner_size, ACTIVATION=activation, BLOCK=BLOCK, num_warps=4
+            both_TN,
+            out,
+            inner_size,
+            ACTIVATION=activation,
+            BLOCK=BLOCK,
+            num_warps=4,
+            **launch_options(out.device),
         )
     return out
 
 
 @triton.jit
 def add_gated_kernel(
-    out_TM, x_TM, gate_T1, hidden_size, gate_stride, HAS_GATE: tl.constexpr, BLOCK: tl.constexpr
+    out_TM,
+    x_TM,
+    gate_T1,
+    hidden_size,
+    gate_stride,
+    HAS_GATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """out[t] += sigmoid(gate[t]) * x[t], or += x[t] without a gate; float32 inside.
 
     out_TM and x_TM [T, M] contiguous; gate_T1 [T, 1] with a row stride.
     """
+    wait_turn(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_in = column < hidden_size
@@ -94,4 +115,5 @@ def add_gated(out_TM: Tensor, x_TM: Tensor, gate_T1: Tensor | None) -> None:
             HAS_GATE=gate_T1 is not None,
             BLOCK=BLOCK,
             num_warps=4,
+            **launch_options(out_TM.device),
         )

@@ -26,6 +26,7 @@ from octavo.kernels.triton.attention_decode import (
     make_partials,
     merge_slots,
 )
+from octavo.kernels.triton.overlap import launch_options, wait_turn
 
 SHORT_QUERIES = 64
 """Sequences with 2 to this many queries split their KV, to fill the chip."""
@@ -112,6 +113,52 @@ def attend_tiles(
 
 
 @triton.jit
+def attend_range(
+    q,
+    position,
+    key,
+    value,
+    table_row,
+    start,
+    middle,
+    end,
+    stride_block,
+    stride_token,
+    scale_log2,
+    window,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    DELTA: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Returns softmax(scale q k^T) v over positions [start, end) as [BLOCK_M, BLOCK_D] and its
+    log2-sum-exp2: 0 and -inf where a row sees none. Every row sees all of [start, middle), but for
+    a window; both are multiples of BLOCK_N."""
+    m = tl.full([q.shape[0]], -float("inf"), tl.float32)
+    total = tl.zeros([q.shape[0]], tl.float32)
+    acc = tl.zeros([q.shape[0], BLOCK_D], tl.float32)
+    low = start * 0
+    if HAS_WINDOW:
+        low = tl.maximum(tl.min(position, 0) - window + 1, 0)
+        middle = tl.maximum(start, low // BLOCK_N * BLOCK_N)
+    else:
+        acc, m, total = attend_tiles(
+            acc, m, total, q, position, key, value, table_row, low, start, middle,
+            stride_block, stride_token, scale_log2, window,
+            D, P, DELTA, False, HAS_WINDOW, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    acc, m, total = attend_tiles(
+        acc, m, total, q, position, key, value, table_row, low, middle, end,
+        stride_block, stride_token, scale_log2, window,
+        D, P, DELTA, True, HAS_WINDOW, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    total = tl.where(total > 0, total, 1.0)
+    return acc / total[:, None], m + tl.log2(total)
+
+
+@triton.jit
 def _sequence_of(starts, num_sequences, index, DIVISOR: tl.constexpr):
     """Returns the last s with starts[s] // DIVISOR + s <= index, or, DIVISOR 0, starts[s] <= index
     (so that a sequence without queries is never found before the one behind it)."""
@@ -165,6 +212,7 @@ def _prefill_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """out = softmax(scale q k^T + causal and window mask) v for one tile of queries.
 
@@ -177,6 +225,7 @@ def _prefill_kernel(
     """
     GROUP: tl.constexpr = H // K
     QUERIES: tl.constexpr = BLOCK_M // PADDED_GROUP
+    wait_turn(OVERLAP)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     sequence = _sequence_of(query_starts, num_sequences, tile, QUERIES)
     first_row = tl.load(query_starts + sequence)
@@ -210,38 +259,20 @@ def _prefill_kernel(
     at = ((first_row + query).to(tl.int64) * H + head)[:, None] * D + offs_d[None, :]
     mask = live[:, None] & (offs_d < D)[None, :]
     q_tile = tl.load(q + at, mask=mask, other=0.0)
-    low = first_query * 0
     middle = tl.minimum(tl.maximum(computed + first_query + 1, start), end) // BLOCK_N * BLOCK_N
-    table_row = block_table + sequence.to(tl.int64) * stride_table
-    key += kv_head * D
-    value += kv_head * D
-    m = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if HAS_WINDOW:
-        low = tl.maximum(computed + first_query - window + 1, 0)
-        middle = tl.maximum(start, low // BLOCK_N * BLOCK_N)
-    else:
-        acc, m, total = attend_tiles(
-            acc, m, total, q_tile, position, key, value, table_row, low, start, middle,
-            stride_block, K * D, scale_log2, window,
-            D, P, DELTA, False, HAS_WINDOW, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-    acc, m, total = attend_tiles(
-        acc, m, total, q_tile, position, key, value, table_row, low, middle, end,
-        stride_block, K * D, scale_log2, window,
-        D, P, DELTA, True, HAS_WINDOW, BLOCK_N, BLOCK_D,
+    mean, lse = attend_range(
+        q_tile, position, key + kv_head * D, value + kv_head * D,
+        block_table + sequence.to(tl.int64) * stride_table, start, middle, end,
+        stride_block, K * D, scale_log2, window, D, P, DELTA, HAS_WINDOW, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    total = tl.where(total > 0, total, 1.0)
-    acc = acc / total[:, None]
     if SPLITS > 1:
         is_partial = length > size
         slot = (here.to(tl.int64) * H + head) * SPLITS + tl.program_id(2)
         to = partial_out + slot[:, None] * D + offs_d[None, :]
-        tl.store(to, acc, mask=mask & is_partial)
-        tl.store(partial_lse + slot, m + tl.log2(total), mask=live & is_partial)
+        tl.store(to, mean, mask=mask & is_partial)
+        tl.store(partial_lse + slot, lse, mask=live & is_partial)
         mask = mask & (length <= size)
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + at, mean.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -261,9 +292,11 @@ def _merge_short_kernel(
     SHORT: tl.constexpr,
     SHORTEST: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """out[t, h] = the row's splits weighted by 2^lse, for sequences with 2 to SHORT queries whose
     length is more than one split. One program per (token, head)."""
+    wait_turn(OVERLAP)
     here = tl.program_id(0)
     t = first_token + here
     sequence = _sequence_of(query_starts, num_sequences, t, 0)
@@ -338,6 +371,7 @@ def prefill_attention(
         "SHORT": SHORT_QUERIES,
         "SHORTEST": SHORTEST_SPLIT,
         "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
+        **launch_options(q_THD.device),
     }
     for first_token in range(0, limit, PARTIAL_TOKENS if splits > 1 else limit):
         _prefill_kernel[(num_kv_heads, tiles, splits)](

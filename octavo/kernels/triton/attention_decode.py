@@ -10,13 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.kernels.ops import AttentionBatch, KVLayer
+from octavo.kernels.triton.overlap import launch_options, wait_turn
 from octavo.kernels.triton.rope import kv_strides
 
 LOG2_E = 1.4426950408889634
@@ -31,16 +32,32 @@ MERGE_SLOTS = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Partials:
-    """Where splits leave their results: out [T, H, slots, D] and log2-sum-exp2 [T, H, slots]."""
+    """Where splits leave their results: out [slots * H, D] and log2-sum-exp2 [slots * H].
+
+    Row r has slots [starts[r], starts[r + 1]), or [r * num_slots, (r + 1) * num_slots) without
+    starts, H times: those of head 0 in order, then those of head 1, and so on.
+    """
 
     out: Tensor
     lse: Tensor
+    num_slots: int
+    starts: Tensor | None = None
 
 
 @triton.jit
 def _split_size(visible):
     size = tl.where(visible <= 4096, 128, tl.where(visible <= 16384, 256, 512))
     return tl.where(visible <= 1024, 64, size)
+
+
+@triton.jit
+def slots_of(row, starts, num_slots, heads, H: tl.constexpr, PACKED: tl.constexpr):
+    """Returns the first slot of each of `heads` of a row: see `Partials`."""
+    first = row.to(tl.int64) * num_slots
+    if PACKED:
+        first = tl.load(starts + row).to(tl.int64)
+        num_slots = tl.load(starts + row + 1) - first
+    return first * H + heads * num_slots
 
 
 @triton.jit
@@ -79,24 +96,25 @@ def merge_slots(
 
 @triton.jit
 def _decode_kernel(
-    q,
-    key,
-    value,
     out,
     partial_out,
     partial_lse,
     query_starts,
     seq_lens,
     positions,
-    token_sequences,
-    block_table,
     shared_tokens,
     shared_slots,
+    slot_starts,
+    num_slots,
+    window,
+    q,
+    key,
+    value,
+    token_sequences,
+    block_table,
     stride_block,
     stride_table,
-    num_slots,
     scale_log2,
-    window,
     H: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
@@ -104,6 +122,7 @@ def _decode_kernel(
     BY_TOKEN: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SHARED: tl.constexpr,
+    PACKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -112,15 +131,13 @@ def _decode_kernel(
     """The H // K query heads of kv head `program 1` of one token, a run of splits by `program 2`.
 
     out = softmax(scale q k^T) v over [low, len), for each split on its own (online over tiles of
-    BLOCK_N): a row with one split writes `out` [T, H, D]; more write
-    `partial_out` [T, H, slots, D] (normalised) and `partial_lse` [T, H, slots] (base 2).
+    BLOCK_N): a row with one split writes `out` [T, H, D]; more write `partial_out` (normalised)
+    and `partial_lse` (base 2), where `slots_of` the row are (its sequence's where PACKED).
     Program 0 names a token (BY_TOKEN: any query) or a sequence, skipped unless it has one query.
     HAS_SHARED: the first shared_tokens[s] tokens are done elsewhere, in shared_slots[s] slots.
-    OVERLAP: the merge may be launched as soon as every program here has started.
     """
     GROUP: tl.constexpr = H // K
-    if OVERLAP:
-        gdc_launch_dependents()
+    wait_turn(OVERLAP)
     if BY_TOKEN:
         t = tl.program_id(0).to(tl.int64)
         sequence = tl.load(token_sequences + t).to(tl.int64)
@@ -156,6 +173,8 @@ def _decode_kernel(
     stop = tl.minimum(begin + share, count)
     if begin >= stop:
         return
+    row = sequence if PACKED else t
+    slots = slots_of(row, slot_starts, num_slots, kv_head * GROUP + rows, H, PACKED)
     q_tile = tl.load(q + heads[:, None] * D + offs_d[None, :], mask=row_mask, other=0.0)
     table_row = block_table + sequence * stride_table
     key += kv_head * D
@@ -191,7 +210,7 @@ def _decode_kernel(
                 to = out + heads[:, None] * D + offs_d[None, :]
                 tl.store(to, mean.to(out.dtype.element_ty), mask=row_mask)
             else:
-                slot = heads * num_slots + before + tile // size - first
+                slot = slots + before + tile // size - first
                 tl.store(partial_out + slot[:, None] * D + offs_d[None, :], mean, mask=row_mask)
                 tl.store(partial_lse + slot, m + tl.log2(total), mask=rows < GROUP)
         m = tl.where(done, -float("inf"), m)
@@ -209,6 +228,7 @@ def _merge_kernel(
     positions,
     shared_tokens,
     shared_slots,
+    slot_starts,
     num_slots,
     window,
     H: tl.constexpr,
@@ -216,13 +236,14 @@ def _merge_kernel(
     BY_TOKEN: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SHARED: tl.constexpr,
+    PACKED: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """out[t, h] = sum_i w_i o_i / sum_i w_i, w_i = 2^(lse_i - max lse), over the row's slots in
-    order. One program per (token or sequence, head); rows with a single split are already done.
-    OVERLAP: launched early; no program may leave before the decode kernel has ended."""
+    order. One program per (token or sequence, head); rows with a single split are already done."""
+    wait_turn(OVERLAP)
     if BY_TOKEN:
         t = tl.program_id(0).to(tl.int64)
         beyond = t + 1
@@ -232,8 +253,6 @@ def _merge_kernel(
         t = tl.load(query_starts + sequence).to(tl.int64)
         beyond = tl.load(query_starts + sequence + 1)
         length = tl.load(seq_lens + sequence)
-    if OVERLAP:
-        gdc_wait()
     if beyond - t != 1:
         return
     low = length * 0
@@ -247,10 +266,11 @@ def _merge_kernel(
     count = before + tl.cdiv(length, size) - low // size
     if (count < 2) & (before == 0):
         return
-    row = t * H + tl.program_id(1)
-    merged = merge_slots(partial_out, partial_lse, row * num_slots, count, D, SLOTS, BLOCK_D)
+    head = tl.program_id(1)
+    slot = slots_of(tl.program_id(0) if PACKED else t, slot_starts, num_slots, head, H, PACKED)
+    merged = merge_slots(partial_out, partial_lse, slot, count, D, SLOTS, BLOCK_D)
     offs_d = tl.arange(0, BLOCK_D)
-    tl.store(out + row * D + offs_d, merged.to(out.dtype.element_ty), mask=offs_d < D)
+    tl.store(out + (t * H + head) * D + offs_d, merged.to(out.dtype.element_ty), mask=offs_d < D)
 
 
 def decode_shape(head_size: int, dtype: torch.dtype) -> tuple[int, int, int]:
@@ -260,24 +280,36 @@ def decode_shape(head_size: int, dtype: torch.dtype) -> tuple[int, int, int]:
     return 64, 4, 2
 
 
-def split_slots(max_visible: int) -> int:
-    """Returns how many splits a row with up to `max_visible` tokens can have (one more where the
-    first does not start on a split's edge)."""
-    found, below = 1, 0
+def slot_counts(seq_lens: np.ndarray, window: int | None) -> np.ndarray:
+    """Returns how many slots the single query of each sequence may need, for slot_starts_S.
+
+    Never less for longer sequences or windows: bounds of the lengths serve as well, and the counts
+    without a window serve windowed layers too.
+    """
+    visible = seq_lens if window is None else np.minimum(seq_lens, window)
+    counts = -(-visible // LARGEST_SPLIT)
     for limit, size in SPLIT_CLASSES:
-        if max_visible > below:
-            found = max(found, -(-min(max_visible, limit) // size))
-        below = limit
-    return 1 + max(found, -(-max_visible // LARGEST_SPLIT) if max_visible > below else 1)
+        counts = np.maximum(counts, -(-np.minimum(visible, limit) // size))
+    return counts + 1  # The first split of a window may begin within.
 
 
 @lru_cache
-def can_overlap(device: torch.device) -> bool:
-    """Whether a kernel can be launched before its predecessor has ended (Hopper and later)."""
-    if device.type == "cpu":
-        return False
-    target = triton.runtime.driver.active.get_current_target()
-    return target.backend == "cuda" and int(target.arch) >= 90
+def split_slots(max_visible: int) -> int:
+    """Returns how many slots a row with up to `max_visible` tokens may need."""
+    return int(slot_counts(np.array(max_visible), None))
+
+
+def max_total_slots(max_seqs: int, max_seq_len: int, kv_tokens: int) -> int:
+    """Returns a bound of the sum of `slot_counts` over up to `max_seqs` sequences of up to
+    `max_seq_len` tokens that have `kv_tokens` together.
+
+    Sequences that share blocks may have more tokens together than the cache has.
+    """
+    mean = min(max_seq_len, kv_tokens / max_seqs)
+    # Splits against tokens lie below a concave line, so equal lengths need most; it goes through
+    # (limit, limit / size) of every class.
+    splits = min(mean / 64, mean / 192 + 32 / 3, mean / 384 + 64 / 3, mean / 512 + 32)
+    return min(max_seqs * split_slots(max_seq_len), int(max_seqs * (splits + 2)))
 
 
 def compute_dtype(q: Tensor, layer: KVLayer) -> torch.dtype:
@@ -299,13 +331,18 @@ def check_query(q_THD: Tensor, layer: KVLayer, batch: AttentionBatch) -> int:
     return kv_strides(layer)
 
 
-def make_partials(q_THD: Tensor, num_slots: int) -> Partials:
-    """Returns uninitialised room for `num_slots` partial results of every row."""
+def make_partials(
+    q_THD: Tensor, num_slots: int, starts: Tensor | None = None, total_slots: int | None = None
+) -> Partials:
+    """Returns uninitialised room for `num_slots` partial results of every row, or, with `starts`,
+    for `total_slots` of all rows."""
     num_tokens, num_heads, head_size = q_THD.shape
-    shape = (num_tokens, num_heads, num_slots)
+    rows = num_heads * (num_tokens * num_slots if total_slots is None else total_slots)
     return Partials(
-        out=torch.empty(*shape, head_size, dtype=torch.float32, device=q_THD.device),
-        lse=torch.empty(shape, dtype=torch.float32, device=q_THD.device),
+        out=torch.empty((rows, head_size), dtype=torch.float32, device=q_THD.device),
+        lse=torch.empty(rows, dtype=torch.float32, device=q_THD.device),
+        num_slots=num_slots,
+        starts=starts,
     )
 
 
@@ -335,67 +372,51 @@ def decode_attention(
     rows = len(batch.seq_lens_S) if token_sequences is None else num_tokens
     if rows == 0 or num_tokens == 0:
         return
-    visible = max_seq_len if window is None else min(max_seq_len, window)
-    slots = split_slots(visible)
+    unused = batch.seq_lens_S
+    slots = split_slots(max_seq_len if window is None else min(max_seq_len, window))
     if partials is None:
-        partials = make_partials(q_THD, slots)
-    dtype = compute_dtype(q_THD, layer)
-    programs = min(slots, max(1, -(-TARGET_PROGRAMS // (rows * num_kv_heads))))
-    shared_tokens, shared_slots = shared if shared is not None else (batch.seq_lens_S,) * 2
-    num_slots = partials.out.shape[2]
-    block_n, num_warps, num_stages = shape or decode_shape(head_size, dtype)
-    overlap = can_overlap(q_THD.device)
-    common = {
-        "H": num_heads,
-        "D": head_size,
-        "OVERLAP": overlap,
-        "BY_TOKEN": token_sequences is not None,
-        "HAS_WINDOW": window is not None,
-        "HAS_SHARED": shared is not None,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
-    }
-    _decode_kernel[(rows, num_kv_heads, programs)](
-        q_THD.to(dtype),
-        layer.key,
-        layer.value,
+        partials = make_partials(q_THD, slots, batch.slot_starts_S, batch.max_slots)
+    arguments = (
         out,
         partials.out,
         partials.lse,
         batch.query_starts,
         batch.seq_lens_S,
         batch.positions_T,
-        batch.positions_T if token_sequences is None else token_sequences,
+        *(shared or (unused, unused)),
+        unused if partials.starts is None else partials.starts,
+        partials.num_slots,
+        0 if window is None else window,
+    )
+    options = {
+        "H": num_heads,
+        "D": head_size,
+        "BY_TOKEN": token_sequences is not None,
+        "HAS_WINDOW": window is not None,
+        "HAS_SHARED": shared is not None,
+        "PACKED": partials.starts is not None,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
+        **launch_options(q_THD.device),
+    }
+    dtype = compute_dtype(q_THD, layer)
+    block_n, num_warps, num_stages = shape or decode_shape(head_size, dtype)
+    programs = min(slots, max(1, -(-TARGET_PROGRAMS // (rows * num_kv_heads))))
+    _decode_kernel[(rows, num_kv_heads, programs)](
+        *arguments,
+        q_THD.to(dtype),
+        layer.key,
+        layer.value,
+        unused if token_sequences is None else token_sequences,
         batch.block_table,
-        shared_tokens,
-        shared_slots,
         stride_block,
         batch.block_table.stride(0),
-        num_slots,
         scale * LOG2_E,
-        0 if window is None else window,
         K=num_kv_heads,
         P=block_size,
         BLOCK_M=max(16, triton.next_power_of_2(num_heads // num_kv_heads)),
         BLOCK_N=block_n,
         num_warps=num_warps,
         num_stages=num_stages,
-        **common,
+        **options,
     )
-    if num_slots == 1:
-        return
-    _merge_kernel[(rows, num_heads)](
-        out,
-        partials.out,
-        partials.lse,
-        batch.query_starts,
-        batch.seq_lens_S,
-        batch.positions_T,
-        shared_tokens,
-        shared_slots,
-        num_slots,
-        0 if window is None else window,
-        SLOTS=MERGE_SLOTS,
-        num_warps=4,
-        **({"launch_pdl": True} if overlap else {}),
-        **common,
-    )
+    _merge_kernel[(rows, num_heads)](*arguments, SLOTS=MERGE_SLOTS, num_warps=4, **options)

@@ -10,12 +10,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.triton.overlap import launch_options, wait_turn
+
 BLOCK = 1024
 
 
 @triton.jit
-def embedding_kernel(ids_T, table_VM, out_TM, num_rows, hidden_size, stride, BLOCK: tl.constexpr):
+def embedding_kernel(
+    ids_T,
+    table_VM,
+    out_TM,
+    num_rows,
+    hidden_size,
+    stride,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """out[t] = table[ids[t]]. ids_T int32; table_VM [V, M], rows strided; out_TM [T, M]."""
+    wait_turn(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_in = column < hidden_size
@@ -33,6 +45,13 @@ def embedding(ids_T: Tensor, table_VM: Tensor) -> Tensor:
     if len(ids_T):
         block = min(BLOCK, triton.next_power_of_2(hidden_size))
         embedding_kernel[(len(ids_T), triton.cdiv(hidden_size, block))](
-            ids_T, table_VM, out, num_rows, hidden_size, table_VM.stride(0), BLOCK=block
+            ids_T,
+            table_VM,
+            out,
+            num_rows,
+            hidden_size,
+            table_VM.stride(0),
+            BLOCK=block,
+            **launch_options(out.device),
         )
     return out

@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.kernels.ops import Activation
 from octavo.kernels.triton.activation import activated
+from octavo.kernels.triton.overlap import launch_options, wait_turn
 from octavo.kernels.triton.route import SortedPairs, sort_pairs
 
 TL_DTYPES = {
@@ -35,6 +36,15 @@ def tile_of_program(num_rows, num_columns, GROUP: tl.constexpr):
     first = program // per_group * GROUP
     height = tl.minimum(num_rows - first, GROUP)
     return first + program % per_group % height, program % per_group // height
+
+
+@triton.jit
+def places_of(row_block, order_P, blocks_3B, num_blocks, DIRECT: tl.constexpr):
+    """The expert, the first place and the end place of a row block: see `gate_up_kernel`."""
+    if DIRECT:
+        return tl.load(order_P + row_block), row_block, row_block + 1
+    at = blocks_3B + row_block
+    return tl.load(at), tl.load(at + num_blocks), tl.load(at + 2 * num_blocks)
 
 
 @triton.jit
@@ -124,6 +134,7 @@ def gate_up_kernel(
     EVEN_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     COMPUTE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """hidden[i] = act(x[t] @ gate[e].T) * (x[t] @ up[e].T) for the pair (t, slot) at place i.
 
@@ -132,15 +143,9 @@ def gate_up_kernel(
     TMA: gate and up are tensor descriptors of blocks [1, BLOCK_N, BLOCK_K]. EVEN_K: BLOCK_K
     divides the length of the sum. HALVES: blocks that are at most half full run at half height.
     """
+    wait_turn(OVERLAP)
     row_block, column_block = tile_of_program(num_blocks, tl.cdiv(inner_size, BLOCK_N), GROUP)
-    if DIRECT:
-        expert = tl.load(order_P + row_block)
-        first = row_block
-        end = row_block + 1
-    else:
-        expert = tl.load(blocks_3B + row_block)
-        first = tl.load(blocks_3B + num_blocks + row_block)
-        end = tl.load(blocks_3B + 2 * num_blocks + row_block)
+    expert, first, end = places_of(row_block, order_P, blocks_3B, num_blocks, DIRECT)
     if (expert < 0) | (expert >= num_experts):
         return
     column = column_block * BLOCK_N
@@ -237,6 +242,7 @@ def down_kernel(
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     COMPUTE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """parts[p] = weights[p] * hidden[i] @ down[e].T for the pair p at place i, expert e.
 
@@ -244,15 +250,9 @@ def down_kernel(
     The rest as in `gate_up_kernel`; with TMA hidden is a descriptor of [BLOCK_P, BLOCK_K] and half
     one of [BLOCK_P / 2, BLOCK_K], else they are the same.
     """
+    wait_turn(OVERLAP)
     row_block, column_block = tile_of_program(num_blocks, tl.cdiv(hidden_size, BLOCK_N), GROUP)
-    if DIRECT:
-        expert = tl.load(order_P + row_block)
-        first = row_block
-        end = row_block + 1
-    else:
-        expert = tl.load(blocks_3B + row_block)
-        first = tl.load(blocks_3B + num_blocks + row_block)
-        end = tl.load(blocks_3B + 2 * num_blocks + row_block)
+    expert, first, end = places_of(row_block, order_P, blocks_3B, num_blocks, DIRECT)
     if (expert < 0) | (expert >= num_experts):
         return
     column = column_block * BLOCK_N
@@ -274,9 +274,17 @@ def down_kernel(
 
 @triton.jit
 def combine_kernel(
-    parts_PM, ids_P, out_TM, hidden_size, num_experts, TOP_K: tl.constexpr, BLOCK_N: tl.constexpr
+    parts_PM,
+    ids_P,
+    out_TM,
+    hidden_size,
+    num_experts,
+    TOP_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """out[t] = sum of parts[t * TOP_K + slot] in the order of slots; ids outside [0, E) add 0."""
+    wait_turn(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_in = column < hidden_size
@@ -414,6 +422,7 @@ def gate_up(
         COMPUTE=_compute(x_TM, experts),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        **launch_options(topk_ids.device),
     )
     return hidden
 
@@ -459,6 +468,7 @@ def down(
         COMPUTE=_compute(hidden_PF, experts),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        **launch_options(topk_ids.device),
     )
     return parts
 
@@ -470,7 +480,14 @@ def combine(parts_PM: Tensor, topk_ids: Tensor, num_experts: int) -> Tensor:
     out = parts_PM.new_empty((num_tokens, hidden_size))
     columns = min(1024, triton.next_power_of_2(hidden_size))
     combine_kernel[(num_tokens, triton.cdiv(hidden_size, columns))](
-        parts_PM, topk_ids, out, hidden_size, num_experts, TOP_K=top_k, BLOCK_N=columns
+        parts_PM,
+        topk_ids,
+        out,
+        hidden_size,
+        num_experts,
+        TOP_K=top_k,
+        BLOCK_N=columns,
+        **launch_options(topk_ids.device),
     )
     return out
 

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.triton.overlap import launch_options, wait_turn
+
 MAX_COLUMNS = 16384
 """A row must fit the registers of one program."""
 
@@ -26,6 +28,7 @@ def rms_norm_kernel(
     eps,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """out = y / sqrt(mean(y^2) + eps) * weight; y = x, or residual = residual + x in place.
 
@@ -34,6 +37,8 @@ def rms_norm_kernel(
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     is_in = column < hidden_size
+    weight = tl.load(weight_M + column, mask=is_in, other=0.0).to(tl.float32)
+    wait_turn(OVERLAP)
     y = tl.load(x_TM + token * x_stride + column, mask=is_in, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         at = residual_TM + token * residual_stride + column
@@ -42,7 +47,6 @@ def rms_norm_kernel(
         tl.store(at, rounded, mask=is_in)
         y = rounded.to(tl.float32)
     mean = tl.sum(y * y, 0) / hidden_size
-    weight = tl.load(weight_M + column, mask=is_in, other=0.0).to(tl.float32)
     normed = y * tl.rsqrt(mean + eps) * weight
     tl.store(out_TM + token * hidden_size + column, normed.to(out_TM.dtype.element_ty), mask=is_in)
 
@@ -71,5 +75,6 @@ def rms_norm(x_TM: Tensor, residual_TM: Tensor | None, weight_M: Tensor, eps: fl
             HAS_RESIDUAL=residual_TM is not None,
             BLOCK=block,
             num_warps=max(1, min(16, block // 512)),
+            **launch_options(x_TM.device),
         )
     return out

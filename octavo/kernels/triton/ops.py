@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from octavo.errors import UnsupportedModelError
@@ -31,6 +30,7 @@ from octavo.kernels.triton import route as routes
 from octavo.kernels.triton.attention import attention
 from octavo.kernels.triton.linear import plan_product, product
 from octavo.kernels.triton.moe import StackedExperts, plan_moe, run_moe
+from octavo.kernels.triton.overlap import is_hopper
 from octavo.kernels.triton.rope import rope_and_cache
 from octavo.kernels.triton.shared_prefix import shared_prefix_attention
 
@@ -49,7 +49,6 @@ class TritonOps:
         in every batch by construction; else the vendor's library multiplies for many tokens."""
         self.torch_threads = num_threads
         self._is_deterministic = is_deterministic
-        self._can_tma = _can_tma()
         self._stacks: weakref.WeakKeyDictionary[ExpertWeights, StackedExperts] = (
             weakref.WeakKeyDictionary()
         )
@@ -81,7 +80,8 @@ class TritonOps:
         is_same = x_TM.dtype == matrix_NM.dtype
         is_odd = len(matrix_NM) % 8 != 0
         if not is_same or self._is_deterministic or is_odd or len(x_TM) <= SKINNY_TOKENS:
-            plan = plan_product(len(x_TM), len(matrix_NM), can_tma=self._can_tma and is_same)
+            can_tma = is_same and is_hopper(x_TM.device)
+            plan = plan_product(len(x_TM), len(matrix_NM), can_tma=can_tma)
             product(x_TM, matrix_NM, bias, out, plan)
         elif bias is None:
             torch.mm(x_TM, matrix_NM.T, out=out)
@@ -97,7 +97,7 @@ class TritonOps:
     def logits(self, x_SM: Tensor, weight: Weight) -> Tensor:
         matrix = _numbers(weight)
         out = torch.empty(len(x_SM), len(matrix), dtype=torch.float32, device=x_SM.device)
-        can_tma = self._can_tma and x_SM.dtype == matrix.dtype
+        can_tma = x_SM.dtype == matrix.dtype and is_hopper(x_SM.device)
         plan = plan_product(len(x_SM), len(matrix), can_tma=can_tma)
         product(x_SM, matrix, None, out, plan)
         return out
@@ -133,7 +133,7 @@ class TritonOps:
                 down_EMF=stacked_view(experts.down),
             )
             self._stacks[experts] = stacked
-        can_tma = self._can_tma and x_TM.dtype == stacked.gate_EFM.dtype
+        can_tma = x_TM.dtype == stacked.gate_EFM.dtype and is_hopper(x_TM.device)
         num_experts, inner_size, _ = stacked.gate_EFM.shape
         top_k = topk_ids.shape[1]
         plan = plan_moe(len(x_TM), top_k, num_experts, inner_size, can_tma=can_tma)
@@ -215,11 +215,3 @@ def _merged(tensors: list[Tensor]) -> list[Tensor]:
         else:
             merged.append(tensor)
     return merged
-
-
-def _can_tma() -> bool:
-    """Whether the device has a tensor memory engine (Hopper and later)."""
-    if triton.knobs.runtime.interpret:
-        return False
-    target = triton.runtime.driver.active.get_current_target()
-    return target.backend == "cuda" and int(target.arch) >= 90

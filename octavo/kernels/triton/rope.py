@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.ops import AttentionBatch, KVLayer, QKNorm, RopeTable
+from octavo.kernels.triton.overlap import launch_options, wait_turn
 
 HEADS_PER_PROGRAM = 8
 
@@ -40,6 +41,7 @@ def _rope_and_cache_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One token t, BLOCK_H of its H + 2 K heads:
 
@@ -52,6 +54,7 @@ def _rope_and_cache_kernel(
     [positions, HALF] float32. NORM 1: mean over a head, weights [D]; NORM 2: over the whole
     projection, weights [H D] and [K D]. A slot < 0 is written nowhere.
     """
+    wait_turn(OVERLAP)
     t = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_D)
@@ -175,5 +178,6 @@ def rope_and_cache(
         BLOCK_Q=triton.next_power_of_2(num_heads * head_size),
         BLOCK_K=triton.next_power_of_2(num_kv_heads * head_size),
         num_warps=4,
+        **launch_options(qkv_TN.device),
     )
     return q_THD

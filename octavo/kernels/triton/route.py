@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.triton.overlap import launch_options, wait_turn
+
 ROUTE_ROWS = 4
 """Tokens of a program; fixed, so that a row's sum has one order whatever the batch."""
 MAX_CHUNKS = 128
@@ -38,6 +40,7 @@ def route_kernel(
     ROWS: tl.constexpr,
     EXPERTS: tl.constexpr,
     SLOTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """p = softmax(logits); ids = the TOP_K largest p, of equal ones the lower id; weights = p[ids]
     (over their sum where RENORMALIZE). A NaN row takes experts 0, 1, ... with weight NaN.
@@ -45,6 +48,7 @@ def route_kernel(
 
     logits_TE [T, E] any float; weights_TK float32 and ids_TK int32 [T, TOP_K]; counts_E integers.
     """
+    wait_turn(OVERLAP)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, EXPERTS)
     is_row = row < num_tokens
@@ -111,6 +115,7 @@ def route(
             EXPERTS=triton.next_power_of_2(num_experts),
             SLOTS=triton.next_power_of_2(top_k),
             num_warps=4,
+            **launch_options(logits_TE.device),
         )
     return weights, ids
 
@@ -131,8 +136,17 @@ def count_ids(ids_P, first, end, num_pairs, limit, TILE: tl.constexpr, EXPERTS: 
 
 
 @triton.jit
-def count_kernel(ids_P, counts_CE, num_pairs, size, TILE: tl.constexpr, EXPERTS: tl.constexpr):
+def count_kernel(
+    ids_P,
+    counts_CE,
+    num_pairs,
+    size,
+    TILE: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """counts[c, e] = pairs of chunk c (`size` of them) that chose expert e."""
+    wait_turn(OVERLAP)
     chunk = tl.program_id(0)
     first = chunk * size
     count, _ = count_ids(ids_P, first, first + size, num_pairs, 0, TILE, EXPERTS)
@@ -156,6 +170,7 @@ def order_kernel(
     COUNT_ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
     COUNTED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """order = the pairs, stably sorted by expert; blocks = runs of up to BLOCK_P of one expert.
 
@@ -163,6 +178,7 @@ def order_kernel(
     in order_P. Each of C programs places its own chunk of `size` pairs and writes its share of the
     blocks; ids outside [0, E) are left out. Not COUNTED: every program counts all pairs itself.
     """
+    wait_turn(OVERLAP)
     chunk = tl.program_id(0)
     expert = tl.arange(0, EXPERTS)
     if COUNTED:
@@ -241,9 +257,17 @@ def sort_pairs(topk_ids: Tensor, num_experts: int, block_p: int) -> SortedPairs:
     blocks = topk_ids.new_empty((3, num_blocks))
     counts = topk_ids.new_empty((num_chunks, experts))
     is_counted = num_pairs > UNCOUNTED_PAIRS
+    options = launch_options(topk_ids.device)
     if is_counted:
         count_kernel[(num_chunks,)](
-            topk_ids, counts, num_pairs, size, TILE=tile, EXPERTS=experts, num_warps=SORT_WARPS
+            topk_ids,
+            counts,
+            num_pairs,
+            size,
+            TILE=tile,
+            EXPERTS=experts,
+            num_warps=SORT_WARPS,
+            **options,
         )
     order_kernel[(num_chunks,)](
         topk_ids,
@@ -262,5 +286,6 @@ def sort_pairs(topk_ids: Tensor, num_experts: int, block_p: int) -> SortedPairs:
         BLOCKS=BLOCKS_TILE,
         COUNTED=is_counted,
         num_warps=SORT_WARPS,
+        **options,
     )
     return SortedPairs(order_P=order, blocks_3B=blocks, block_p=block_p)

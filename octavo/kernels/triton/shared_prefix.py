@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.ops import AttentionBatch, KVLayer, SharedPrefix
-from octavo.kernels.triton.attention import attend_tiles, tiles_attention, value_delta
+from octavo.kernels.triton.attention import attend_range, tiles_attention, value_delta
 from octavo.kernels.triton.attention_decode import (
     LOG2_E,
     Partials,
@@ -28,6 +28,7 @@ from octavo.kernels.triton.attention_decode import (
     make_partials,
     split_slots,
 )
+from octavo.kernels.triton.overlap import launch_options, wait_turn
 
 SPLIT_CLASSES = ((1024, 128), (4096, 256), (16384, 512))
 """(shared tokens at most, split size)."""
@@ -184,6 +185,7 @@ def _shared_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One split of what a group shares, for BLOCK_M // PADDED_GROUP of its members at once.
 
@@ -194,6 +196,7 @@ def _shared_kernel(
     """
     GROUP: tl.constexpr = H // K
     MEMBERS: tl.constexpr = BLOCK_M // PADDED_GROUP
+    wait_turn(OVERLAP)
     group = tl.program_id(1) // TILES
     first = tl.load(group_starts + group)
     count = tl.load(group_starts + group + 1) - first
@@ -219,34 +222,15 @@ def _shared_kernel(
     heads = t * H + kv_head * GROUP + rows % PADDED_GROUP
     mask = live[:, None] & (offs_d < D)[None, :]
     q_tile = tl.load(q + heads[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
-    table_row = block_table + leader * stride_table
-    key += kv_head * D
-    value += kv_head * D
-    m = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    low = start * 0
-    middle = start
-    if HAS_WINDOW:
-        low = tl.maximum(tl.min(position, 0) - window + 1, 0)
-        middle = tl.maximum(start, low // BLOCK_N * BLOCK_N)
-    else:
-        middle = end // BLOCK_N * BLOCK_N
-        acc, m, total = attend_tiles(
-            acc, m, total, q_tile, position, key, value, table_row, low, start, middle,
-            stride_block, K * D, scale_log2, window,
-            D, P, DELTA, False, HAS_WINDOW, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-    acc, m, total = attend_tiles(
-        acc, m, total, q_tile, position, key, value, table_row, low, middle, end,
-        stride_block, K * D, scale_log2, window,
-        D, P, DELTA, True, HAS_WINDOW, BLOCK_N, BLOCK_D,
+    mean, lse = attend_range(
+        q_tile, position, key + kv_head * D, value + kv_head * D,
+        block_table + leader * stride_table, start, end // BLOCK_N * BLOCK_N, end,
+        stride_block, K * D, scale_log2, window, D, P, DELTA, HAS_WINDOW, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    total = tl.where(total > 0, total, 1.0)
     slot = heads * num_slots + tl.program_id(0)
     to = partial_out + slot[:, None] * D + offs_d[None, :]
-    tl.store(to, acc / total[:, None], mask=mask)
-    tl.store(partial_lse + slot, m + tl.log2(total), mask=live)
+    tl.store(to, mean, mask=mask)
+    tl.store(partial_lse + slot, lse, mask=live)
 
 
 def shared_shape(rows: int, head_size: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
@@ -319,7 +303,7 @@ def _attend_shared(
         plan.group_starts,
         plan.shared_tokens_S,
         plan.split_sizes,
-        partials.out.shape[2],
+        partials.num_slots,
         stride_block,
         batch.block_table.stride(0),
         scale * LOG2_E,
@@ -337,4 +321,5 @@ def _attend_shared(
         BLOCK_D=max(16, triton.next_power_of_2(head_size)),
         num_warps=num_warps,
         num_stages=num_stages,
+        **launch_options(q_THD.device),
     )
