@@ -102,7 +102,7 @@ class AttentionBatch:
     """int32 [S + 1] prefix sums of `slot_counts` (kernels/triton/attention_decode.py): where the
     partial results of each single query lie. It saves memory and changes no bit."""
     max_slots: int | None = None
-    """Bound of the last of slot_starts_S; goes with it."""
+    """Bound of the last of slot_starts_S; goes with it. 0: nobody has a single query."""
     prefix: SharedPrefix | None = None
     """What single-query sequences share, where reading it once pays."""
 

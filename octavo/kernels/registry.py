@@ -36,7 +36,7 @@ def _triton(needs: Needs) -> Ops:
         raise UnfitError("triton is not installed (GPU builds of torch bring it)")
     import triton
 
-    if needs.device.type == "cpu" and not triton.knobs.runtime.interpret:
+    if needs.device.type == "cpu" and not triton.knobs.runtime.interpret:  # pyright: ignore[reportAttributeAccessIssue]
         raise UnfitError("it needs a GPU, or TRITON_INTERPRET=1 to be tried without one")
     largest = max(needs.head_sizes, default=0)
     if largest > TRITON_HEAD_SIZE:

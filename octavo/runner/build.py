@@ -100,6 +100,7 @@ def _device_runner(
         sampler=DeviceSampler(spec.vocab_size, config.max_num_seqs, device),
         max_num_seqs=config.max_num_seqs,
         max_model_len=plan.max_model_len,
+        kv_tokens=plan.num_tokens,
         device=device,
         use_graphs=not config.enforce_eager,
         min_saved_bytes=None if config.deterministic else MIN_SAVED_BYTES,

@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo.kernels.ops import AttentionBatch, SharedPrefix
+from octavo.kernels.triton.attention import SHORT_QUERIES
+from octavo.kernels.triton.attention_decode import slot_counts
 from octavo.runner.input_batch import InputBatch, StepInputs
 from octavo.runner.transfer import Transfer, pack
 from octavo.step import Int32, StepPlan, TableDelta
 
-SHORT_QUERIES = 64
-"""What the attention kernels call a sequence of few queries."""
+QUERY_STARTS, SLOT_STARTS, SOURCES, SLOTS = 1, 3, 5, 7
+"""Places among the arrays of a step; the slots of all KV groups come last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +49,7 @@ class DeviceBatch:
         self._device = device
         self._transfer = transfer
         self._tables = torch.zeros(host.tables.shape, dtype=torch.int32, device=device)
-        self._padded: dict[int, Tensor] = {}
+        self._padded: dict[int, tuple[Tensor, list[slice]]] = {}
 
     def apply(self, deltas: Sequence[TableDelta]) -> None:
         """Writes new blocks into the host's tables and the device's."""
@@ -69,7 +71,8 @@ class DeviceBatch:
         self, plan: StepPlan, inputs: StepInputs, prefixes: Sequence[SharedPrefix | None]
     ) -> DeviceInputs:
         """Returns the inputs of a step as they are; `prefixes` has one entry per KV group."""
-        packed, places = pack(self._arrays(plan, inputs))
+        arrays = self._arrays(plan, inputs)
+        packed, places = pack(arrays)
         found = self._unpack(self._transfer.upload(packed), places)
         few = np.flatnonzero((plan.query_lens > 1) & (plan.query_lens <= SHORT_QUERIES))
         return replace(
@@ -80,43 +83,54 @@ class DeviceBatch:
                     max_query_len=int(plan.query_lens.max()),
                     max_seq_len=int(inputs.seq_lens_S.max()),
                     num_short_tokens=int(inputs.query_starts[few[-1] + 1]) if len(few) else 0,
+                    max_slots=int(arrays[SLOT_STARTS][-1]),
                     prefix=prefix,
                 )
                 for batch, prefix in zip(found.batches, prefixes, strict=True)
             ),
         )
 
-    def fill_padded(self, plan: StepPlan, inputs: StepInputs, size: int) -> None:
-        """Copies a decode step, padded to `size` rows, to where `padded_inputs(size)` reads."""
-        arrays = [_padded(array, size) for array in self._arrays(plan, inputs)]
-        query_starts, seq_lens, sources, slots = 1, 2, 4, 6
-        arrays[query_starts] = np.arange(size + 1, dtype=np.int32)
-        arrays[seq_lens][plan.num_rows :] = 0
-        arrays[sources][plan.num_rows :] = -1
-        for array in arrays[slots:]:
-            array[plan.num_rows :] = -1
-        packed, _ = pack([*arrays, np.array([plan.num_rows])])
-        if size not in self._padded:
-            self._padded[size] = torch.zeros(len(packed), dtype=torch.int32, device=self._device)
-        self._padded[size].copy_(self._transfer.upload(packed))
+    def fill_padded(self, plan: StepPlan, inputs: StepInputs, size: int, max_slots: int) -> bool:
+        """Copies a decode step, padded to `size` rows, to where `padded_inputs(size)` reads.
 
-    def padded_inputs(self, size: int) -> DeviceInputs:
+        Returns False, with nothing done, if its partial results do not fit into `max_slots`.
+        """
+        live, num_padded = plan.num_rows, size - plan.num_rows
+        # Prefix sums go on by one a row: padding has a query, and room for a result of it.
+        arrays = [np.pad(array, (0, num_padded)) for array in self._arrays(plan, inputs)]
+        for sums in (arrays[QUERY_STARTS], arrays[SLOT_STARTS]):
+            sums[live:] = sums[live] + np.arange(num_padded + 1)
+        if arrays[SLOT_STARTS][-1] > max_slots:
+            return False
+        arrays[SOURCES][live:] = -1
+        for array in arrays[SLOTS:]:
+            array[live:] = -1
+        packed, places = pack([*arrays, np.array([live])])
+        if size not in self._padded:
+            there = torch.zeros(len(packed), dtype=torch.int32, device=self._device)
+            self._padded[size] = there, places
+        self._padded[size][0].copy_(self._transfer.upload(packed))
+        return True
+
+    def padded_inputs(self, size: int, max_slots: int) -> DeviceInputs:
         """Returns the inputs of a decode step of `size` rows, made of what was last filled in."""
-        num_groups = len(self.host.tables)
-        lengths = [size, size + 1, size, *([size] * (3 + num_groups)), 1]
-        _, places = pack([np.empty(length, np.int32) for length in lengths])
-        there = self._padded[size]
+        there, places = self._padded[size]
         found = self._unpack(there, places[:-1])
-        batches = tuple(replace(batch, max_query_len=1) for batch in found.batches)
+        batches = tuple(
+            replace(batch, max_query_len=1, max_slots=max_slots) for batch in found.batches
+        )
         return replace(found, batches=batches, num_live=there[places[-1]])
 
     def _arrays(self, plan: StepPlan, inputs: StepInputs) -> list[Int32]:
         sources = np.full(plan.num_tokens, -1, np.int32)
         sources[inputs.query_starts[:-1][plan.from_device]] = plan.rows[plan.from_device]
+        # Windows leave fewer partial results than no window.
+        counts = np.where(plan.query_lens == 1, slot_counts(inputs.seq_lens_S, None), 0)
         return [
             plan.rows,
             inputs.query_starts,
             inputs.seq_lens_S,
+            np.concatenate(([0], np.cumsum(counts))),
             plan.token_ids,
             sources,
             inputs.positions_T,
@@ -124,7 +138,7 @@ class DeviceBatch:
         ]
 
     def _unpack(self, there: Tensor, places: Sequence[slice]) -> DeviceInputs:
-        rows, query_starts, seq_lens, token_ids, sources, positions, *slots = (
+        rows, query_starts, seq_lens, slot_starts, token_ids, sources, positions, *slots = (
             there[place] for place in places
         )
         sampled = self._last_sampled[sources.clamp(min=0)]
@@ -136,14 +150,9 @@ class DeviceBatch:
                     slot_mapping_T=slot,
                     query_starts=query_starts,
                     seq_lens_S=seq_lens,
+                    slot_starts_S=slot_starts,
                     block_table=table.index_select(0, rows),
                 )
                 for table, slot in zip(self._tables, slots, strict=True)
             ),
         )
-
-
-def _padded(array: Int32, size: int) -> Int32:
-    padded = np.zeros(size, np.int32)
-    padded[: min(len(array), size)] = array[:size]
-    return padded

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo.kernels.ops import SharedPrefix
+from octavo.kernels.triton.attention_decode import max_total_slots
 from octavo.kv_cache.storage import KVStorage
 from octavo.models.decoder import Decoder
 from octavo.request import SamplingParams
@@ -68,19 +69,23 @@ class DeviceRunner:
         sampler: DeviceSampler,
         max_num_seqs: int,
         max_model_len: int,
+        kv_tokens: int,
         device: torch.device,
         use_graphs: bool,
         min_saved_bytes: int | None = MIN_SAVED_BYTES,
         poison_freed_blocks: bool = False,
     ) -> None:
-        """`min_saved_bytes`: reads that sharing prefixes in attention must save in a step to be
-        used; None: never, so that no bit depends on who else is in the batch."""
+        """`kv_tokens`: what the KV cache will hold at once, which bounds the partial results of
+        attention. `min_saved_bytes`: reads that sharing prefixes in attention must save in a step
+        to be used; None: never, so that no bit depends on who else is in the batch."""
         self.decoder = decoder
         self.storage = storage
         self._sampler = sampler
         self._min_saved_bytes = min_saved_bytes
         self._poison_freed_blocks = poison_freed_blocks
         self._device = device
+        self._max_model_len = max_model_len
+        self._kv_tokens = kv_tokens
         self._transfer = make_transfer(device)
         host = InputBatch(
             max_num_seqs=max_num_seqs,
@@ -216,15 +221,16 @@ class DeviceRunner:
         prefixes = self._prefixes(plan, inputs)
         if plan.num_tokens == plan.num_rows and not any(prefixes):
             size = self._graphs.size_of(plan.num_rows)
-            self._batch.fill_padded(plan, inputs, size)
-            return self._graphs.run(size, lambda: self._forward_padded(size))
+            max_slots = max_total_slots(size, self._max_model_len, self._kv_tokens)
+            if self._batch.fill_padded(plan, inputs, size, max_slots):
+                return self._graphs.run(size, lambda: self._forward_padded(size, max_slots))
         device_inputs = self._batch.inputs(plan, inputs, prefixes)
         return self.decoder.forward(
             device_inputs.token_ids_T, device_inputs.batches, self.storage, self._counts_LE
         )
 
-    def _forward_padded(self, size: int) -> Tensor:
-        inputs = self._batch.padded_inputs(size)
+    def _forward_padded(self, size: int, max_slots: int) -> Tensor:
+        inputs = self._batch.padded_inputs(size, max_slots)
         return self.decoder.forward(
             inputs.token_ids_T, inputs.batches, self.storage, self._counts_LE, inputs.num_live
         )

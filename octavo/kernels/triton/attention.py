@@ -435,7 +435,8 @@ def attention(
     if is_deterministic and batch.max_query_len != 1:
         _every_row_as_decode(q_THD, layer, batch, scale, window, out, bound)
         return out.flatten(1)
-    decode_attention(q_THD, layer, batch, scale, window, out, max_seq_len=bound)
+    if batch.max_slots != 0:
+        decode_attention(q_THD, layer, batch, scale, window, out, max_seq_len=bound)
     tiles_attention(q_THD, layer, batch, scale, window, out)
     return out.flatten(1)
 
