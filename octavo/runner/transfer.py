@@ -126,6 +126,8 @@ class CUDATransfer:
         if len(packed) > len(slot.pinned):
             slot.read.synchronize()
             slot = self._slots[self._next] = self._make_slot(2 * len(packed))
+            # Its memory may be what a kernel still under way has been using.
+            slot.read.record(self._compute)
         self._next = (self._next + 1) % RING_SLOTS
         slot.pinned.numpy()[: len(packed)] = packed
         there = slot.device[: len(packed)]

@@ -5,7 +5,7 @@ Called by `ops.py` where the vendor's product is slower, or would not be batch i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton
 import triton.language as tl
@@ -134,6 +134,10 @@ class ProductPlan:
     tma: bool
     prefetch: int = 0
     """Bytes of each weight row asked into the L2 cache before the inputs are ready."""
+
+    def of_floats(self) -> ProductPlan:
+        """Returns the plan for float32: blocks of as many bytes."""
+        return replace(self, block_k=self.block_k // 2)
 
 
 def plan_product(num_tokens: int, num_rows: int, *, can_tma: bool) -> ProductPlan:

@@ -8,7 +8,7 @@ Shape legend: T tokens, P pairs (token, slot), E experts, M hidden, F expert hid
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -318,6 +318,13 @@ class MoePlan:
     block_p: int
     gate_up: Launch
     down: Launch
+
+    def of_floats(self) -> MoePlan:
+        """Returns the plan for float32: blocks of as many bytes."""
+        gate_up = replace(self.gate_up, block_k=self.gate_up.block_k // 2)
+        return replace(
+            self, gate_up=gate_up, down=replace(self.down, block_k=self.down.block_k // 2)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -82,7 +82,7 @@ class TritonOps:
         if not is_same or self._is_deterministic or is_odd or len(x_TM) <= SKINNY_TOKENS:
             can_tma = is_same and is_hopper(x_TM.device)
             plan = plan_product(len(x_TM), len(matrix_NM), can_tma=can_tma)
-            product(x_TM, matrix_NM, bias, out, plan)
+            product(x_TM, matrix_NM, bias, out, plan if _is_short(x_TM) else plan.of_floats())
         elif bias is None:
             torch.mm(x_TM, matrix_NM.T, out=out)
         else:
@@ -99,7 +99,7 @@ class TritonOps:
         out = torch.empty(len(x_SM), len(matrix), dtype=torch.float32, device=x_SM.device)
         can_tma = x_SM.dtype == matrix.dtype and is_hopper(x_SM.device)
         plan = plan_product(len(x_SM), len(matrix), can_tma=can_tma)
-        product(x_SM, matrix, None, out, plan)
+        product(x_SM, matrix, None, out, plan if _is_short(x_SM) else plan.of_floats())
         return out
 
     def route(
@@ -137,6 +137,8 @@ class TritonOps:
         num_experts, inner_size, _ = stacked.gate_EFM.shape
         top_k = topk_ids.shape[1]
         plan = plan_moe(len(x_TM), top_k, num_experts, inner_size, can_tma=can_tma)
+        if not _is_short(x_TM):
+            plan = plan.of_floats()
         return run_moe(x_TM, topk_weights, topk_ids, stacked, activation, plan)
 
     def rope_and_cache(
@@ -185,6 +187,11 @@ def stacked_view(weights: Sequence[Weight]) -> Tensor:
             "in the same tensor; load the experts of a layer as views of one [E, rows, cols] stack"
         )
     return first.as_strided((len(tensors), *first.shape), (stride, *first.stride()), start)
+
+
+def _is_short(x: Tensor) -> bool:
+    """Whether numbers have 16 bits, for which the launch plans are made."""
+    return x.element_size() <= 2
 
 
 def _numbers(weight: Weight) -> Tensor:
