@@ -205,7 +205,7 @@ def main() -> None:
         embedding, head = (matrices(1, VOCABULARY, HIDDEN)[0] for _ in range(2))
         parts = {"layers": layers, "final_norm": layers[0].mlp_norm, "embedding": embedding}
         parts |= {"lm_head": head, "spec": None}
-        model = Decoder(ops=TritonOps(1, dtype=torch.bfloat16, is_deterministic=False), **parts)
+        model = Decoder(ops=TritonOps(1, is_deterministic=False), **parts)
         for batch, context in product(*both):
             found = measure(shape, model, Step(shape, model, batch, context), arguments.profile)
             print(f"{name:6} {batch:5} {context:7} {found}", flush=True)
