@@ -65,7 +65,9 @@ def time_layer(shape: str, num_tokens: int, experts: StackedExperts) -> str:
     cases = []
     for _ in range(sets):
         x = torch.randn(num_tokens, hidden, device="cuda").bfloat16()
-        cases.append((x, *route(torch.randn(num_tokens, count, device="cuda"), top_k, True)))
+        logits = torch.randn(num_tokens, count, device="cuda")
+        counts = torch.zeros(count, dtype=torch.int32, device="cuda")
+        cases.append((x, *route(logits, top_k, True, counts, None)))
     distinct = sum(len(ids.unique()) for _, _, ids in cases) / sets
     flops = num_tokens * top_k * 6 * hidden * inner
     floor = max(distinct * 6 * hidden * inner / BYTES_PER_US, flops / FLOPS_PER_US)

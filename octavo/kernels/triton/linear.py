@@ -155,7 +155,7 @@ def plan_product(num_tokens: int, num_rows: int, *, can_tma: bool) -> ProductPla
     else:
         block_n, block_k, num_stages = 64, 128, 4
     if num_tokens > 64:
-        if triton.cdiv(num_tokens, 128) * triton.cdiv(num_rows, 128) >= 132:
+        if -(-num_tokens // 128) * -(-num_rows // 128) >= 132:
             return ProductPlan(
                 block_t=128, block_n=128, block_k=64, num_warps=8, num_stages=3, tma=can_tma
             )
@@ -185,12 +185,11 @@ def product(
     if num_tokens == 0:
         return
     is_same = x_TM.dtype == weight_NM.dtype
-    grid = triton.cdiv(num_tokens, plan.block_t) * triton.cdiv(num_rows, plan.block_n)
-    blocks = [plan.block_t, plan.block_k], [plan.block_n, plan.block_k]
+    grid = -(-num_tokens // plan.block_t) * -(-num_rows // plan.block_n)
     options = launch_options(out_TN.device)
     product_kernel[(grid,)](
-        TensorDescriptor.from_tensor(x_TM, blocks[0]) if plan.tma else x_TM,
-        TensorDescriptor.from_tensor(weight_NM, blocks[1]) if plan.tma else weight_NM,
+        _tiles(x_TM, plan.block_t, plan),
+        _tiles(weight_NM, plan.block_n, plan),
         x_TM if bias_N is None else bias_N,
         out_TN,
         num_tokens,
@@ -211,3 +210,7 @@ def product(
         THREADS=32 * plan.num_warps,
         **options,
     )
+
+
+def _tiles(matrix: Tensor, rows: int, plan: ProductPlan) -> Tensor | TensorDescriptor:
+    return TensorDescriptor.from_tensor(matrix, [rows, plan.block_k]) if plan.tma else matrix

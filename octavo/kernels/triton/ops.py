@@ -49,6 +49,8 @@ class TritonOps:
         in every batch by construction; else the vendor's library multiplies for many tokens."""
         self.torch_threads = num_threads
         self._is_deterministic = is_deterministic
+        self._matrices: dict[tuple[Weight, ...], list[Tensor]] = {}
+        """What `_merged` made of weights that were multiplied side by side."""
         self._stacks: weakref.WeakKeyDictionary[ExpertWeights, StackedExperts] = (
             weakref.WeakKeyDictionary()
         )
@@ -67,10 +69,17 @@ class TritonOps:
     def linear(
         self, x_TM: Tensor, weights: Sequence[Weight], bias_N: Tensor | None = None
     ) -> Tensor:
-        out = x_TM.new_empty((len(x_TM), sum(w.rows for w in weights)))
+        key = tuple(weights)
+        matrices = self._matrices.get(key)
+        if matrices is None:
+            matrices = self._matrices[key] = _merged([_numbers(weight) for weight in key])
+        out = x_TM.new_empty((x_TM.shape[0], sum([matrix.shape[0] for matrix in matrices])))
+        if len(matrices) == 1:
+            self._product(x_TM, matrices[0], bias_N, out)
+            return out
         column = 0
-        for matrix in _merged([_numbers(w) for w in weights]):
-            columns = slice(column, column + len(matrix))
+        for matrix in matrices:
+            columns = slice(column, column + matrix.shape[0])
             bias = None if bias_N is None else bias_N[columns]
             self._product(x_TM, matrix, bias, out[:, columns])
             column = columns.stop
@@ -78,10 +87,11 @@ class TritonOps:
 
     def _product(self, x_TM: Tensor, matrix_NM: Tensor, bias: Tensor | None, out: Tensor) -> None:
         is_same = x_TM.dtype == matrix_NM.dtype
-        is_odd = len(matrix_NM) % 8 != 0
-        if not is_same or self._is_deterministic or is_odd or len(x_TM) <= SKINNY_TOKENS:
+        num_tokens, num_rows = x_TM.shape[0], matrix_NM.shape[0]
+        is_odd = num_rows % 8 != 0
+        if not is_same or self._is_deterministic or is_odd or num_tokens <= SKINNY_TOKENS:
             can_tma = is_same and is_hopper(x_TM.device)
-            plan = plan_product(len(x_TM), len(matrix_NM), can_tma=can_tma)
+            plan = plan_product(num_tokens, num_rows, can_tma=can_tma)
             product(x_TM, matrix_NM, bias, out, plan if _is_short(x_TM) else plan.of_floats())
         elif bias is None:
             torch.mm(x_TM, matrix_NM.T, out=out)

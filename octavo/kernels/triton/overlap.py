@@ -22,8 +22,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 def wait_turn(OVERLAP: tl.constexpr):
     """Lets the next kernel start once every program of this one has; returns when all kernels
     before this one have ended and what they wrote can be seen."""
-    if OVERLAP:
+    if OVERLAP == 1:
         gdc_launch_dependents()
+        gdc_wait()
+    elif OVERLAP == 2:
+        gdc_wait()
+        gdc_launch_dependents()
+    elif OVERLAP == 3:
         gdc_wait()
 
 
@@ -37,6 +42,6 @@ def is_hopper(device: torch.device) -> bool:
 
 
 @lru_cache
-def launch_options(device: torch.device) -> dict[str, bool]:
+def launch_options(device: torch.device) -> dict[str, int]:
     """Returns the keyword arguments of a launch whose kernel has OVERLAP."""
-    return {"OVERLAP": True, "launch_pdl": True} if is_hopper(device) else {"OVERLAP": False}
+    return {"OVERLAP": 2, "launch_pdl": True} if is_hopper(device) else {"OVERLAP": 0}

@@ -1,0 +1,41 @@
+"""The rule of octavo/kernels/triton/overlap.py, read off the kernels' sources."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import octavo.kernels.triton
+
+READ_EARLY = {"weight_M", "prefetch_rows"}
+"""Weights, which no kernel writes, and the helper that reads nothing else."""
+
+
+def _kernels() -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Every jitted function that is launched, or called by one, with OVERLAP."""
+    for path in sorted(Path(octavo.kernels.triton.__path__[0]).glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            is_overlapping = isinstance(node, ast.FunctionDef) and any(
+                argument.arg == "OVERLAP" for argument in node.args.args
+            )
+            if isinstance(node, ast.FunctionDef) and is_overlapping and node.name != "wait_turn":
+                yield f"{path.stem}.{node.name}", node
+
+
+@pytest.mark.parametrize("kernel", [pytest.param(node, id=name) for name, node in _kernels()])
+def test_a_kernel_waits_before_it_touches_memory_or_leaves(kernel: ast.FunctionDef) -> None:
+    for statement in kernel.body:
+        text = ast.unparse(statement)
+        if text == "wait_turn(OVERLAP)":
+            return
+        assert "return" not in text, "a program leaves before its turn"
+        if not any(name in text for name in READ_EARLY):
+            assert not any(word in text for word in ("tl.load", "tl.store", "tl.atomic")), text
+    pytest.fail("the kernel never waits: call wait_turn(OVERLAP)")
+
+
+def test_every_overlapping_kernel_is_seen() -> None:
+    assert len(list(_kernels())) >= 15
