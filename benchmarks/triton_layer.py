@@ -1,5 +1,5 @@
 """Times whole decode steps of decoder layers on one GPU, captured in one CUDA graph, and checks
-that early launches and prefetches change no bit (a race would).
+that early launches change no bit (a race would).
 
     python benchmarks/triton_layer.py [--models qwen3,qwen15] [--batches 1,32] [--contexts 600,1200]
         [--profile]
@@ -27,7 +27,7 @@ from triton_moe import replay_us
 
 from octavo.formats import WEIGHT_FORMATS
 from octavo.kernels.ops import AttentionBatch, ExpertWeights, KVLayer, QKNorm, RopeTable, Weight
-from octavo.kernels.triton import linear, overlap
+from octavo.kernels.triton import overlap
 from octavo.kernels.triton.attention_decode import max_total_slots, slot_counts
 from octavo.kernels.triton.ops import TritonOps
 from octavo.layers.attention import Attention
@@ -40,7 +40,7 @@ from octavo.models.decoder import Decoder, Layer
 BYTES_PER_US = 3.0e6
 BLOCK, MAX_SEQ_LEN = 16, 40_960
 LAYERS, REPLAYS = 8, 50
-MODES = {"serial": (False, 0), "overlap": (True, 0), "prefetch": (True, linear.PREFETCH_BYTES)}
+MODES = {"serial": False, "overlap": True}
 FIELDS = ("layers", "heads", "kv_heads", "experts", "top_k", "inner", "shared")
 SHAPES = {"qwen3": (48, 32, 4, 128, 8, 768, 0), "qwen15": (24, 16, 16, 60, 4, 1408, 5632)}
 HIDDEN, HEAD_SIZE, VOCABULARY = 2048, 128, 151_936
@@ -135,11 +135,10 @@ class Step:
 
 @contextmanager
 def mode(name: str) -> Iterator[None]:
-    """Kernels launched within overlap and prefetch, or do not."""
-    can_overlap, prefetch = MODES[name]
+    """Kernels launched within are set up early, or are not."""
     overlap.launch_options.cache_clear()
-    launched = patch.object(overlap, "is_hopper", lambda device: can_overlap)
-    with launched, patch.object(linear, "PREFETCH_BYTES", prefetch):
+    launched = patch.object(overlap, "is_hopper", lambda device: MODES[name])
+    with launched:
         yield
     overlap.launch_options.cache_clear()
 

@@ -15,43 +15,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from octavo.kernels.triton.moe import TL_DTYPES, tile_of_program
 from octavo.kernels.triton.overlap import launch_options, wait_turn
 
-PREFETCH_BYTES = 8192
-"""Of each weight row; with PREFETCH_ROWS at most what the L2 cache holds beside the rest."""
-PREFETCH_ROWS = 16384
-"""More rows than this take several waves of programs, most of which have nothing to wait for."""
-
-
-@triton.jit
-def prefetch_rows(
-    weight_NM,
-    first_row,
-    num_rows,
-    row_bytes,
-    weight_stride,
-    BYTES: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    THREADS: tl.constexpr,
-):
-    """Asks the first BYTES of BLOCK_N rows of the weight into the L2 cache, and waits for nothing.
-
-    Every thread asks for one part of one row, in multiples of 16 bytes, as the instruction wants
-    them (sm_90); what that cuts off is read later.
-    """
-    PARTS: tl.constexpr = THREADS // BLOCK_N
-    thread = tl.arange(0, THREADS)
-    row = tl.minimum(first_row + thread % BLOCK_N, num_rows - 1).to(tl.int64)
-    part_bytes = tl.minimum(row_bytes, BYTES) // (PARTS * 16) * 16
-    at = (weight_NM + row * weight_stride).to(tl.int64) + thread // BLOCK_N * part_bytes
-    if part_bytes > 0:
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; // dummy $0",
-            "=r,l,r",
-            [at & -16, part_bytes + thread * 0],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
 
 @triton.jit
 def product_kernel(
@@ -71,31 +34,16 @@ def product_kernel(
     HAS_BIAS: tl.constexpr,
     TMA: tl.constexpr,
     COMPUTE: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    THREADS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """out[t, n] = sum over m of x[t, m] * weight[n, m], in rising m, (+ bias[n]).
 
     x_TM [T, M] contiguous, weight_NM [N, M] and out_TN [T, N] with row strides, bias_N [N] any
     float. TMA: x and weight are tensor descriptors of blocks [BLOCK_T or BLOCK_N, BLOCK_K].
-    PREFETCH: so many bytes of each weight row are on their way while the kernel before this ends.
     """
     row_block, column_block = tile_of_program(
         tl.cdiv(num_tokens, BLOCK_T), tl.cdiv(num_rows, BLOCK_N), GROUP
     )
-    if PREFETCH > 0:
-        element_bytes: tl.constexpr = weight_NM.dtype.element_ty.primitive_bitwidth // 8
-        prefetch_rows(
-            weight_NM,
-            column_block * BLOCK_N,
-            num_rows,
-            hidden_size * element_bytes,
-            weight_stride,
-            PREFETCH,
-            BLOCK_N,
-            THREADS,
-        )
     wait_turn(OVERLAP)
     row = row_block * BLOCK_T + tl.arange(0, BLOCK_T)
     column = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -132,8 +80,6 @@ class ProductPlan:
     num_warps: int
     num_stages: int
     tma: bool
-    prefetch: int = 0
-    """Bytes of each weight row asked into the L2 cache before the inputs are ready."""
 
     def of_floats(self) -> ProductPlan:
         """Returns the plan for float32: blocks of as many bytes."""
@@ -167,7 +113,6 @@ def plan_product(num_tokens: int, num_rows: int, *, can_tma: bool) -> ProductPla
         num_warps=4,
         num_stages=num_stages,
         tma=False,
-        prefetch=PREFETCH_BYTES if num_tokens <= 64 and num_rows <= PREFETCH_ROWS else 0,
     )
 
 
@@ -186,7 +131,6 @@ def product(
         return
     is_same = x_TM.dtype == weight_NM.dtype
     grid = -(-num_tokens // plan.block_t) * -(-num_rows // plan.block_n)
-    options = launch_options(out_TN.device)
     product_kernel[(grid,)](
         _tiles(x_TM, plan.block_t, plan),
         _tiles(weight_NM, plan.block_n, plan),
@@ -206,9 +150,7 @@ def product(
         COMPUTE=TL_DTYPES[x_TM.dtype] if is_same else tl.float32,
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
-        PREFETCH=plan.prefetch if options["OVERLAP"] else 0,
-        THREADS=32 * plan.num_warps,
-        **options,
+        **launch_options(out_TN.device),
     )
 
 

@@ -1,4 +1,4 @@
-"""Early launch: on Hopper and later a kernel starts while the one before it still runs.
+"""Early launch: on Hopper and later a kernel is set up while the one before it ends.
 
 Used by every kernel of a step and its launcher. Never decides what a kernel computes.
 
@@ -15,20 +15,17 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
 
 @triton.jit
 def wait_turn(OVERLAP: tl.constexpr):
-    """Lets the next kernel start once every program of this one has; returns when all kernels
-    before this one have ended and what they wrote can be seen."""
-    if OVERLAP == 1:
-        gdc_launch_dependents()
-        gdc_wait()
-    elif OVERLAP == 2:
-        gdc_wait()
-        gdc_launch_dependents()
-    elif OVERLAP == 3:
+    """Returns when all kernels before this one have ended and what they wrote can be seen.
+
+    Nobody announces the next kernel before its own end: programs that wait take the room of those
+    that work, which cost one step of Qwen3-30B-A3B 10 % (H100, 2026-11-22).
+    """
+    if OVERLAP:
         gdc_wait()
 
 
@@ -42,6 +39,6 @@ def is_hopper(device: torch.device) -> bool:
 
 
 @lru_cache
-def launch_options(device: torch.device) -> dict[str, int]:
+def launch_options(device: torch.device) -> dict[str, bool]:
     """Returns the keyword arguments of a launch whose kernel has OVERLAP."""
-    return {"OVERLAP": 2, "launch_pdl": True} if is_hopper(device) else {"OVERLAP": 0}
+    return {"OVERLAP": True, "launch_pdl": True} if is_hopper(device) else {"OVERLAP": False}
