@@ -90,6 +90,9 @@ class InputProcessor:
             if not token_ids:
                 raise RequestError("the prompt has no tokens; give some text", param="prompt")
             return tuple(token_ids)
+        # Prompts have 100,000 ids, and nearly all prompts are right: looked through at C's speed.
+        if set(map(type, prompt)) == {int} and 0 <= min(prompt) <= max(prompt) < self.vocab_size:
+            return tuple(prompt)
         for place, token_id in enumerate(prompt):
             if isinstance(token_id, bool) or not isinstance(token_id, int):
                 raise RequestError(

@@ -64,6 +64,10 @@ class BlockPool:
     def ref_count(self, block: int) -> int:
         return self._ref_counts[block]
 
+    def num_unreferenced(self, blocks: Iterable[int]) -> int:
+        """Returns how many of `blocks` nobody references."""
+        return list(map(self._ref_counts.__getitem__, blocks)).count(0)
+
     def key(self, block: int) -> BlockKey | None:
         return self._keys[block]
 
@@ -98,11 +102,15 @@ class BlockPool:
             after, wanted = block, block + 1
         return blocks, evicted
 
-    def acquire(self, block: int) -> None:
-        """Adds a reference to a block that is referenced or free with a key."""
-        if self._ref_counts[block] == 0:
-            del self._free_keyed[block]
-        self._ref_counts[block] += 1
+    def acquire(self, blocks: Iterable[int]) -> None:
+        """Adds a reference to blocks that are referenced or free with a key; null blocks pass."""
+        counts, free = self._ref_counts, self._free_keyed
+        for block in blocks:
+            if block == NULL_BLOCK:
+                continue
+            if counts[block] == 0:
+                del free[block]
+            counts[block] += 1
 
     def release(self, blocks: Iterable[int]) -> list[int]:
         """Takes one reference from each; returns those that are free now and hold no prefix.
@@ -110,13 +118,14 @@ class BlockPool:
         Release a sequence's blocks last first: then its tail is evicted before its head.
         """
         emptied: list[int] = []
+        counts, keys = self._ref_counts, self._keys
         for block in blocks:
-            count = self._ref_counts[block] - 1
+            count = counts[block] - 1
             assert count >= 0, f"double free of block {block}"
-            self._ref_counts[block] = count
+            counts[block] = count
             if count:
                 continue
-            if self._keys[block] is None:
+            if keys[block] is None:
                 self._free[block] = None
                 emptied.append(block)
             else:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from octavo.kv_cache.block_pool import NULL_BLOCK, BlockKey, BlockPool
 from octavo.kv_cache.block_table import BlockTable
 from octavo.kv_cache.planner import blocks_of_sequence
-from octavo.kv_cache.prefix_index import PrefixIndex, extend_digests
+from octavo.kv_cache.prefix_index import Digester, PrefixIndex
 from octavo.kv_cache.spec import KVGroup
 from octavo.observe.stats import MissReason
 from octavo.step import TableDelta
@@ -55,6 +55,10 @@ class PrefixHit:
     """The next block is being computed by a running sequence: wait instead of computing it."""
     miss_reason: MissReason | None
     """Why the next block is missing; None if all full blocks were found."""
+    blocks: tuple[list[int], ...] = ()
+    """The cached blocks of every group, holes where its window no longer sees."""
+    num_reused: int = 0
+    """Those that nobody references yet: taking them leaves as many fewer free."""
 
 
 NO_HIT = PrefixHit(0, False, None)
@@ -77,6 +81,7 @@ class KVCacheManager:
         self._groups = tuple(groups)
         self.pool = BlockPool(num_blocks)
         self.index = PrefixIndex(len(groups))
+        self._digester = Digester()
         columns = -(-max_model_len // block_size) + 1
         self.tables = tuple(BlockTable(g, max_rows, columns) for g in range(len(groups)))
         self._windows = tuple(group.spec.window for group in groups)
@@ -92,32 +97,31 @@ class KVCacheManager:
         computed at most `step_tokens` at a step."""
         return blocks_of_sequence(self._groups, num_tokens, self.block_size, step_tokens)
 
-    def fits(self, kv: SequenceKV, hit: PrefixHit, num_needed: int) -> bool:
+    def fits(self, hit: PrefixHit, num_needed: int) -> bool:
         """Whether `num_needed` blocks are free beside those that `hit` would take into use."""
-        reused = sum(
-            self.pool.ref_count(block) == 0
-            for group in range(len(self.tables))
-            for block in self._cached_blocks(group, kv, hit.num_blocks)
-            if block != NULL_BLOCK
-        )
-        return num_needed <= self.pool.num_free - reused
+        return num_needed <= self.pool.num_free - hit.num_reused
 
     # -- prefix ------------------------------------------------------------------------------
 
     def lookup(self, kv: SequenceKV, token_ids: array[int]) -> PrefixHit:
-        """Returns what is cached of `token_ids`; the last token is always left to compute."""
+        """Returns what is cached of `token_ids`; the last token is always left to compute.
+
+        What it names is there until blocks are allocated or freed."""
         limit = (len(token_ids) - 1) // self.block_size
         if not kv.reads_cache:
             return NO_HIT
         if limit == 0:
             return PrefixHit(0, False, "too_short")
-        extend_digests(kv.digests, kv.root, token_ids, self.block_size)
+        self._digester.extend(kv.digests, kv.root, token_ids, self.block_size)
         found = self._num_leading(kv.digests, limit)
-        if found == limit:
-            return PrefixHit(found, False, None)
-        missing = kv.digests[found]
-        reason = self.index.miss_reason(missing, self._content(token_ids, found), kv.root)
-        return PrefixHit(found, missing in self._computing, reason)
+        reason, is_computing = None, False
+        if found < limit:
+            missing = kv.digests[found]
+            reason = self.index.miss_reason(missing, self._content(token_ids, found), kv.root)
+            is_computing = missing in self._computing
+        blocks = tuple(self._cached_blocks(g, kv, found) for g in range(len(self.tables)))
+        num_reused = sum(map(self.pool.num_unreferenced, blocks))
+        return PrefixHit(found, is_computing, reason, blocks, num_reused)
 
     def _num_leading(self, digests: list[bytes], limit: int) -> int:
         """Returns the longest cached prefix in blocks that every group can go on from."""
@@ -156,16 +160,11 @@ class KVCacheManager:
         Returns False, with nothing changed, if the pool has too few blocks.
         """
         wanted = -(-num_tokens // self.block_size) - hit.num_blocks
-        if not self.fits(kv, hit, wanted * len(self.tables)):
+        if not self.fits(hit, wanted * len(self.tables)):
             return False
-        cached = [
-            self._cached_blocks(group, kv, hit.num_blocks) for group in range(len(self.tables))
-        ]
         kv.row = row
-        for table, blocks in zip(self.tables, cached, strict=True):
-            for block in blocks:
-                if block != NULL_BLOCK:
-                    self.pool.acquire(block)
+        for table, blocks in zip(self.tables, hit.blocks, strict=False):
+            self.pool.acquire(blocks)
             table.append(row, blocks)
         kv.num_published = hit.num_blocks
         self._extend(kv, num_tokens)
@@ -174,13 +173,11 @@ class KVCacheManager:
 
     def _cached_blocks(self, group: int, kv: SequenceKV, count: int) -> list[int]:
         """Returns the cached blocks of one group, holes where its window no longer sees."""
-        first = self._first_visible(group, count * self.block_size)
-        blocks = [NULL_BLOCK] * min(first, count)
-        for digest in kv.digests[first:count]:
-            block = self.index.find(group, digest)
-            assert block is not None, "a hit names a block that the index lost"
-            blocks.append(block)
-        return blocks
+        first = min(self._first_visible(group, count * self.block_size), count)
+        found = self.index.find_all(group, kv.digests[first:count])
+        blocks = [block for block in found if block is not None]
+        assert len(blocks) == count - first, "a hit names a block that the index lost"
+        return [NULL_BLOCK] * first + blocks
 
     def _first_visible(self, group: int, position: int) -> int:
         """Returns the first column that a token at `position` or later can still see."""
@@ -238,9 +235,7 @@ class KVCacheManager:
                 return False
         child.row = row
         for table, blocks in zip(self.tables, rows, strict=True):
-            for block in blocks[:full]:
-                if block != NULL_BLOCK:
-                    self.pool.acquire(block)
+            self.pool.acquire(blocks[:full])
             own = self._take(1)
             if tail:
                 self._copies.append((blocks[full], own[0]))
@@ -255,7 +250,7 @@ class KVCacheManager:
         last = min(num_computed, len(token_ids)) // self.block_size
         if kv.row is None or not kv.writes_cache or last <= kv.num_published:
             return
-        extend_digests(kv.digests, kv.root, token_ids, self.block_size)
+        self._digester.extend(kv.digests, kv.root, token_ids, self.block_size)
         for i in range(kv.num_published, last):
             content = self._content(token_ids, i)
             for table in self.tables:

@@ -16,6 +16,7 @@ from collections import OrderedDict
 from octavo.kv_cache.block_pool import BlockKey
 from octavo.observe.stats import MissReason
 
+_PIECE_BLOCKS, _PIECES_REMEMBERED = 64, 512
 _EVICTED_REMEMBERED = 65_536
 _CONTENTS_REMEMBERED = 65_536
 
@@ -30,18 +31,42 @@ def prefix_root(**fields: str) -> bytes:
     return digest.digest()
 
 
-def extend_digests(digests: list[bytes], root: bytes, token_ids: array[int], block: int) -> None:
-    """Appends the digests of all full blocks of `token_ids` (int32) not yet in `digests`."""
-    first, last = len(digests), len(token_ids) // block
-    if first == last:
-        return
-    data = token_ids[first * block : last * block].tobytes()
-    size = block * token_ids.itemsize
-    parent = digests[-1] if digests else root
+class Digester:
+    """Digests of token ids, those of the latest pieces remembered.
+
+    Requests on one long prefix ask for the same thousands of digests; a piece is found again by its
+    parent and its very tokens, so that nothing rests on a shorter hash.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: OrderedDict[tuple[bytes, bytes], tuple[bytes, ...]] = OrderedDict()
+
+    def extend(self, digests: list[bytes], root: bytes, token_ids: array[int], block: int) -> None:
+        """Appends the digests of all full blocks of `token_ids` (int32) not yet in `digests`."""
+        first, last = len(digests), len(token_ids) // block
+        if first == last:
+            return
+        data = token_ids[first * block : last * block].tobytes()
+        size = block * token_ids.itemsize
+        parent = digests[-1] if digests else root
+        for start in range(0, len(data), size * _PIECE_BLOCKS):
+            piece = data[start : start + size * _PIECE_BLOCKS]
+            found = self._pieces.get((parent, piece))
+            if found is None:
+                found = _chain(parent, piece, size)
+                if len(found) == _PIECE_BLOCKS:
+                    _remember(self._pieces, (parent, piece), found, _PIECES_REMEMBERED)
+            digests += found
+            parent = found[-1]
+
+
+def _chain(parent: bytes, data: bytes, size: int) -> tuple[bytes, ...]:
+    digests = []
     sha256 = hashlib.sha256
     for start in range(0, len(data), size):
         parent = sha256(parent + data[start : start + size]).digest()
         digests.append(parent)
+    return tuple(digests)
 
 
 class PrefixIndex:
@@ -59,13 +84,14 @@ class PrefixIndex:
         """Returns the block that holds `digest` for `group`."""
         return self._blocks[group].get(digest)
 
+    def find_all(self, group: int, digests: list[bytes]) -> list[int | None]:
+        """Returns `find` of each digest."""
+        return list(map(self._blocks[group].get, digests))
+
     def num_leading(self, group: int, digests: list[bytes], limit: int) -> int:
         """Returns how many of the first `limit` digests are known without a gap."""
-        known = self._blocks[group]
-        for i in range(limit):
-            if digests[i] not in known:
-                return i
-        return limit
+        found = self.find_all(group, digests[:limit])
+        return found.index(None) if None in found else len(found)
 
     def insert(self, key: BlockKey, block: int, content: int, root: bytes) -> bool:
         """Publishes a block; False if another block already holds this key.

@@ -285,7 +285,7 @@ class Scheduler:
         cached = hit.num_blocks * manager.block_size
         needed = manager.blocks_for(sequence.num_tokens, budget)
         needed -= hit.num_blocks * len(manager.tables)
-        if not manager.fits(sequence.kv, hit, needed + reserved):
+        if not manager.fits(hit, needed + reserved):
             return None
         count = min(sequence.num_tokens - cached, budget)
         if not manager.admit(sequence.kv, self._free_rows[-1], hit, cached + count):

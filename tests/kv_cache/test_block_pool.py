@@ -55,7 +55,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def acquire(self, data: st.DataObject) -> None:
         block = data.draw(st.sampled_from(sorted(self.keys.values())))
-        self.pool.acquire(block)
+        self.pool.acquire([block])
         self.held.append(block)
 
     @rule()
@@ -94,7 +94,7 @@ def test_the_least_recently_used_prefix_is_evicted_first() -> None:
         pool.set_key(block, BlockKey(0, bytes([block])))
     pool.release([blocks[2]])
     pool.release([blocks[0], blocks[1]])
-    pool.acquire(blocks[2])
+    pool.acquire([blocks[2]])
     pool.release([blocks[2]])
     _, evicted = pool.allocate(3)
     assert evicted == [BlockKey(0, bytes([b])) for b in (blocks[0], blocks[1], blocks[2])]

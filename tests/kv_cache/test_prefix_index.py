@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octavo.kv_cache.block_pool import BlockKey
-from octavo.kv_cache.prefix_index import PrefixIndex, extend_digests, prefix_root
+from octavo.kv_cache.prefix_index import Digester, PrefixIndex, prefix_root
 
 TOKENS = st.lists(st.integers(0, 3), max_size=40)
 
 
 def digests(token_ids: list[int], root: bytes = b"root") -> list[bytes]:
     found: list[bytes] = []
-    extend_digests(found, root, array("i", token_ids), 4)
+    Digester().extend(found, root, array("i", token_ids), 4)
     return found
 
 
@@ -30,8 +30,8 @@ def test_two_digests_are_equal_exactly_when_all_tokens_up_to_there_are(
 @given(TOKENS, st.integers(0, 40))
 def test_digests_do_not_depend_on_how_the_tokens_arrived(token_ids: list[int], cut: int) -> None:
     found: list[bytes] = []
-    extend_digests(found, b"root", array("i", token_ids[:cut]), 4)
-    extend_digests(found, b"root", array("i", token_ids), 4)
+    Digester().extend(found, b"root", array("i", token_ids[:cut]), 4)
+    Digester().extend(found, b"root", array("i", token_ids), 4)
     assert found == digests(token_ids)
 
 
@@ -55,3 +55,16 @@ def test_each_miss_has_its_reason() -> None:
     index.remove(key)
     assert index.find(0, b"digest") is None
     assert index.miss_reason(b"digest", 7, b"root") == "evicted"
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 700)), min_size=1, max_size=8))
+def test_remembered_pieces_give_the_digests_of_new_ones(turns: list[tuple[int, int]]) -> None:
+    digester = Digester()
+    for root, length in turns:
+        token_ids = array("i", (i * i % 97 for i in range(length)))
+        found: list[bytes] = []
+        expected: list[bytes] = []
+        digester.extend(found, bytes([root]), token_ids, 4)
+        Digester().extend(expected, bytes([root]), token_ids, 4)
+        assert found == expected
+        assert len(set(found)) == length // 4
