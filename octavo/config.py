@@ -78,7 +78,7 @@ class EngineConfig:
             choices = self.__dataclass_fields__[name].metadata["choices"]
             _one_of(name, getattr(self, name), choices)
         _one_of("block_size", self.block_size, (16,))
-        for name in ("max_num_seqs", "max_num_queued_requests"):
+        for name in ("max_num_seqs", "max_num_queued_requests", "tensor_parallel_size"):
             _positive(name, getattr(self, name))
         for name in ("max_model_len", "max_num_batched_tokens", "num_threads"):
             value = getattr(self, name)
@@ -89,12 +89,6 @@ class EngineConfig:
                 f"gpu_memory_utilization must be above 0 and at most 1, got "
                 f"{self.gpu_memory_utilization}",
                 field="gpu_memory_utilization",
-            )
-        if self.tensor_parallel_size != 1:
-            raise ConfigError(
-                f"tensor_parallel_size is {self.tensor_parallel_size}; this version runs on one "
-                "device, use 1",
-                field="tensor_parallel_size",
             )
         if self.quantization is not None:
             raise ConfigError(

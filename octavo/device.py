@@ -253,19 +253,29 @@ class CUDADevice:
         return OtherProcesses(count=count, used_bytes=max(used, 0))
 
 
-def select_device(name: str, *, probe: GPUProbe | None = None, root: Path = Path("/")) -> Device:
+def select_device(
+    name: str, index: int = 0, *, probe: GPUProbe | None = None, root: Path = Path("/")
+) -> Device:
     """Returns the device called `name`; "auto" is a GPU where one is usable, else the CPU.
 
-    Raises ConfigError that says why there is no GPU if one is asked for.
+    `index` counts GPUs: each tensor parallel rank has its own. Raises ConfigError that says why
+    there is no GPU if one is asked for, or how many there are if they do not suffice.
     """
     if name not in ("auto", "cuda", "cpu"):
         raise ConfigError(f"device {name!r} is unknown; use auto, cuda or cpu", field="device")
-    problem = "" if name == "cpu" else gpu_problem(probe or TorchProbe(), root)
+    probe = probe or TorchProbe()
+    problem = "" if name == "cpu" else gpu_problem(probe, root)
     if name == "cuda" and problem:
         raise ConfigError(f"device cuda cannot be used: {problem}", field="device")
     if name == "cpu" or problem:
         return CPUDevice(root)
-    return CUDADevice(probe=probe, root=root)
+    if index >= probe.num_devices():
+        raise ConfigError(
+            f"tensor_parallel_size {index + 1} needs as many GPUs, {probe.num_devices()} are there;"
+            f" use at most {probe.num_devices()}",
+            field="tensor_parallel_size",
+        )
+    return CUDADevice(index, probe=probe, root=root)
 
 
 def gpu_problem(probe: GPUProbe, root: Path = Path("/")) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.config import EngineConfig
-from octavo.errors import CapacityError
+from octavo.errors import CapacityError, EngineDeadError
 from octavo.kv_cache.manager import KVCacheManager
 from octavo.kv_cache.planner import RESERVED_BLOCKS, MemoryPlan
 from octavo.kv_cache.prefix_index import prefix_root
@@ -104,6 +104,9 @@ class EngineCore:
     def _collect(self, plan: StepPlan, ticket: object) -> list[TokenDelta]:
         try:
             result = self._runner.collect(ticket)
+        except EngineDeadError:
+            self._launched.clear()
+            raise
         except Exception as error:  # the edge: a broken step must not end the engine
             logger.exception("step %d failed", plan.step_id)
             return self.scheduler.fail(plan, f"{type(error).__name__}: {error}")
@@ -155,9 +158,11 @@ class EngineCore:
 
     def close(self) -> None:
         """Waits for launched steps and lets the runner go."""
-        while self._launched:
-            self._collect(*self._launched.popleft())
-        self._runner.close()
+        try:
+            while self._launched:
+                self._collect(*self._launched.popleft())
+        finally:
+            self._runner.close()
 
 
 def _mix(seed: int, index: int) -> int:

@@ -1,36 +1,55 @@
 """From options to a loaded engine core, in the order that fails early and says why.
 
-Called by LLM and by `engine.process`. Order: find the files, read the spec, map the weights (reads
-no data yet), plan the memory, and only then build the runner.
+Called by LLM, by `engine.process` and by every rank. Order: find the files, read the spec, map the
+weights (reads no data yet), plan the memory, and only then build the runner.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 from octavo.config import EngineConfig
 from octavo.device import select_device
 from octavo.engine.core import EngineCore
+from octavo.engine.executor import start_ranks
 from octavo.engine.memory import plan_model, weights_dtype, with_others
 from octavo.errors import CapacityError
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.models.family import ignorable_names, weight_shapes
 from octavo.models.registry import read_spec
+from octavo.parallel import ALONE, Collectives
 from octavo.runner.build import build_runner
+from octavo.step import Runner
 from octavo.weights.hub import ModelFiles
 from octavo.weights.loader import check_names, open_source
 
 
 def load_core(config: EngineConfig, files: ModelFiles) -> EngineCore:
     """Returns an engine core that is ready to step. Raises ModelError, CapacityError."""
+    if config.tensor_parallel_size == 1:
+        runner, plan = load_runner(config, files, ALONE)
+    else:
+        read_spec(files.config)[0].of_rank(config.tensor_parallel_size)  # refused before it starts
+        runner, plan = start_ranks(config, files, partial(load_runner, config, files))
+    identity = f"{files.identity}|{config.dtype}|{config.seed}"
+    return EngineCore(config, plan, runner, identity)
+
+
+def load_runner(
+    config: EngineConfig, files: ModelFiles, collectives: Collectives
+) -> tuple[Runner, MemoryPlan]:
+    """Returns one rank's runner and the plan that all ranks hold themselves to."""
     spec, family = read_spec(files.config)
     shapes = weight_shapes(spec, family)
     source = open_source(files, config.dtype, shapes, config.seed)
     check_names(source, shapes, ignorable_names(spec, family))
-    device = select_device(config.device)
+    device = select_device(config.device, collectives.rank)
     memory = device.memory()
 
     def plan_with(activation_bytes: int | None = None) -> MemoryPlan:
         try:
-            return plan_model(
+            plan = plan_model(
                 spec,
                 weights_bytes=source.nbytes,
                 dtype=weights_dtype(config, files.config),
@@ -41,7 +60,18 @@ def load_core(config: EngineConfig, files: ModelFiles) -> EngineCore:
             )
         except CapacityError as error:
             raise with_others(error, device) from error
+        return _agreed(plan, collectives)
 
-    runner, plan = build_runner(config, spec, family, source, plan_with)
-    identity = f"{files.identity}|{config.dtype}|{config.seed}"
-    return EngineCore(config, plan, runner, identity)
+    return build_runner(config, spec, family, source, plan_with, collectives)
+
+
+def _agreed(plan: MemoryPlan, collectives: Collectives) -> MemoryPlan:
+    """Returns the plan with what the rank that has least can do."""
+    wanted = (plan.num_blocks, plan.max_model_len, plan.max_num_batched_tokens)
+    num_blocks, max_model_len, max_num_batched_tokens = collectives.least(wanted)
+    return replace(
+        plan,
+        num_blocks=num_blocks,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=max_num_batched_tokens,
+    )

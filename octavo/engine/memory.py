@@ -72,11 +72,16 @@ def plan_model(
     memory: DeviceMemory,
     activation_bytes: int | None = None,
 ) -> MemoryPlan:
-    """Returns the plan of a whole model on a device called `device` ("cpu" or "cuda").
+    """Returns the plan of one rank of a model on a device called `device` ("cpu" or "cuda").
 
-    `dtype` is that of the weights (`weights_dtype`); `activation_bytes` replaces the bound by what
-    was measured. Raises CapacityError saying what would fit.
+    `weights_bytes` are those of the whole model, and `dtype` is that of the weights
+    (`weights_dtype`); `activation_bytes` replaces the bound by what was measured. Raises
+    CapacityError saying what would fit, and ConfigError if the ranks cannot share the model.
     """
+    num_ranks = config.tensor_parallel_size
+    if num_ranks > 1:
+        whole, spec = spec, spec.of_rank(num_ranks)
+        weights_bytes = weights_bytes * spec.num_parameters // whole.num_parameters
     specs = spec.kv_specs(resolve_kv_format(config, device, dtype))
     if device == "cuda":
         graphs = 0 if config.enforce_eager else FIRST_GRAPH_BYTES + GRAPH_CAPTURES * GRAPH_BYTES
@@ -85,7 +90,9 @@ def plan_model(
         kv_tokens = room // group_layers(specs)[0].page_bytes(1)
         step_bytes = _gpu_step(spec, config, 4 if dtype == "float32" else 2, kv_tokens)
     else:
-        budget = host_budget(memory.available_bytes, config.gpu_memory_utilization)
+        # The ranks of a host share its memory.
+        available = memory.available_bytes // num_ranks
+        budget = host_budget(available, config.gpu_memory_utilization)
         step_bytes = _cpu_step(spec, config)
     return plan_memory(
         specs,

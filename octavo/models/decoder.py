@@ -28,7 +28,9 @@ from octavo.layers.norm import RMSNorm
 from octavo.layers.rope import build_rope_table
 from octavo.models.family import Family
 from octavo.models.spec import AttentionSpec, MLPSpec, ModelSpec, MoESpec, Parameter
-from octavo.weights.placement import Placement, Split
+from octavo.parallel import ALONE, Collectives
+from octavo.weights.placement import Placement
+from octavo.weights.split import Split
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,7 @@ class Decoder:
     layers: tuple[Layer, ...]
     final_norm: RMSNorm
     lm_head: Weight
+    collectives: Collectives = ALONE
 
     def forward(
         self,
@@ -65,8 +68,11 @@ class Decoder:
         token_ids_T is int32; `batches` has one entry per KV group of `storage`. The tokens routed
         to each expert are added to expert_counts_LE, integers [MoE layers, experts]. Tokens from
         num_live (int32 [1]) on pad a captured graph.
+
+        Each rank computes its heads and its part of every MLP, and so a part of each sum that goes
+        into the residual; the residual is whole and equal on all ranks.
         """
-        ops = self.ops
+        ops, all_reduce = self.ops, self.collectives.all_reduce
         residual_TM = ops.embedding(token_ids_T, self.embedding)
         x_TM = self.layers[0].attention_norm.run(residual_TM, ops)
         next_norms = (*(layer.attention_norm for layer in self.layers[1:]), self.final_norm)
@@ -74,29 +80,37 @@ class Decoder:
         for index, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
             batch = batches[storage.group_of(index)]
             x_TM = layer.attention.run(x_TM, storage.layer(index), batch, ops)
-            x_TM = layer.mlp_norm.add_and_run(x_TM, residual_TM, ops)
+            x_TM = layer.mlp_norm.add_and_run(all_reduce(x_TM), residual_TM, ops)
             if isinstance(layer.mlp, MoE):
                 x_TM = layer.mlp.run(x_TM, ops, expert_counts_LE[num_moe], num_live)
                 num_moe += 1
             else:
                 x_TM = layer.mlp.run(x_TM, ops)
-            x_TM = next_norm.add_and_run(x_TM, residual_TM, ops)
+            x_TM = next_norm.add_and_run(all_reduce(x_TM), residual_TM, ops)
         return x_TM
 
     def logits(self, hidden_SM: Tensor) -> Tensor:
         """Returns [S, V] float32 of normed hidden states."""
-        return self.ops.logits(hidden_SM, self.lm_head)
+        logits = self.ops.logits(hidden_SM, self.lm_head)
+        if self.lm_head.rows == self.spec.vocab_size:
+            return logits
+        return self.collectives.all_gather_columns(logits)
 
 
 def load_decoder(
-    spec: ModelSpec, family: Family, placement: Placement, ops: Ops, max_model_len: int
+    spec: ModelSpec,
+    family: Family,
+    placement: Placement,
+    ops: Ops,
+    max_model_len: int,
+    collectives: Collectives = ALONE,
 ) -> Decoder:
     """Returns the model with its weights where `placement` puts them, all arrived.
 
     The caller has checked the names (`octavo.weights.loader.check_names`). Raises what the
-    placement raises."""
+    placement raises. `collectives` is that of the rank that the placement is for."""
     rope = build_rope_table(spec.rope, max_model_len, placement.device)
-    loader = _Loader(spec, family, placement, rope)
+    loader = _Loader(spec, family, placement, rope, collectives)
     embedding = loader.matrix("embedding")
     decoder = Decoder(
         spec=spec,
@@ -104,7 +118,8 @@ def load_decoder(
         embedding=embedding,
         layers=tuple(loader.layer(index) for index in range(len(spec.layers))),
         final_norm=loader.norm("final_norm"),
-        lm_head=embedding if spec.tie_embeddings else loader.matrix("lm_head"),
+        lm_head=loader.lm_head(embedding),
+        collectives=collectives,
     )
     placement.finish()
     return decoder
@@ -113,15 +128,21 @@ def load_decoder(
 class _Loader:
     """Makes layers of a spec from placed tensors.
 
-    The vocabulary, the routers and what is added to whole rows are not split over ranks."""
+    The embedding, the routers and what is added to whole rows are not split over ranks."""
 
     def __init__(
-        self, spec: ModelSpec, family: Family, placement: Placement, rope: RopeTable
+        self,
+        spec: ModelSpec,
+        family: Family,
+        placement: Placement,
+        rope: RopeTable,
+        collectives: Collectives,
     ) -> None:
         self.spec = spec
         self.family = family
         self.placement = placement
         self.rope = rope
+        self.collectives = collectives
 
     def matrices(self, splits: dict[Parameter, Split | None]) -> tuple[Weight, ...]:
         """Returns the matrices as one stack, where the placement makes stacks."""
@@ -137,6 +158,18 @@ class _Loader:
     def norm(self, name: str, layer: int = -1) -> RMSNorm:
         return RMSNorm(weight=self.vector(name, layer), eps=self.spec.norm_eps)
 
+    def lm_head(self, embedding: Weight) -> Weight:
+        """Returns this rank's rows; a vocabulary that does not divide is whole on all ranks."""
+        rank, size = self.collectives.rank, self.collectives.size
+        num_rows = self.spec.of_rank(size).lm_head_rows
+        if not self.spec.tie_embeddings:
+            split = Split(axis="rows", unit="token ids", num_units=self.spec.vocab_size)
+            return self.matrix("lm_head", split=split if num_rows else None)
+        if num_rows is None:
+            return embedding
+        part = embedding.data[rank * num_rows : (rank + 1) * num_rows]
+        return replace(embedding, data=part, rows=num_rows)
+
     def layer(self, index: int) -> Layer:
         spec = self.spec.layers[index]
         if isinstance(spec.mlp, MoESpec):
@@ -151,14 +184,13 @@ class _Loader:
         )
 
     def attention(self, spec: AttentionSpec, layer: int) -> Attention:
-        heads = Split(axis="rows", unit="query heads", num_units=spec.num_heads)
-        kv_heads = Split(axis="rows", unit="kv heads", num_units=spec.num_kv_heads, may_repeat=True)
+        heads, kv_heads = spec.query_split, spec.kv_split
         splits = {"q": heads, "k": kv_heads, "v": kv_heads}
         qkv_bias = o_bias = qk_norm = None
         if spec.qkv_bias:
             biases = [self.vector(f"{part}_bias", layer, split) for part, split in splits.items()]
             qkv_bias = torch.cat(biases)
-        if spec.o_bias:
+        if spec.o_bias and self.collectives.rank == 0:  # added once: the outputs are summed
             o_bias = self.vector("o_bias", layer)
         if spec.qk_norm is not None:
             per_head = spec.qk_norm == "head"
@@ -180,16 +212,17 @@ class _Loader:
             scale=spec.scale,
             window=spec.window,
             clip_qkv=spec.clip_qkv,
+            collectives=self.collectives,
         )
 
     def mlp(self, prefix: str, spec: MLPSpec, layer: int) -> GatedMLP:
-        rows = Split(axis="rows", unit="hidden units", num_units=spec.size)
+        rows = spec.split
         gate, up = self.matrices({Parameter(f"{prefix}{p}", layer): rows for p in ("gate", "up")})
         down = self.matrix(f"{prefix}down", layer, replace(rows, axis="cols"))
         return GatedMLP(gate=gate, up=up, down=down, activation=spec.activation)
 
     def experts(self, spec: MoESpec, layer: int) -> ExpertWeights:
-        rows = Split(axis="rows", unit="hidden units of an expert", num_units=spec.expert_size)
+        rows = spec.split
         gate, up, down = (
             self.matrices({Parameter(part, layer, e): split for e in range(spec.num_experts)})
             for part, split in (
@@ -204,10 +237,9 @@ class _Loader:
         names = ("router", "shared_router") if spec.shared_gate else ("router",)
         router, *gates = self.matrices({Parameter(name, layer): None for name in names})
         shared = None
-        if spec.shared_size:
-            shared_spec = MLPSpec(size=spec.shared_size, activation=spec.activation)
+        if spec.shared is not None:
             shared = SharedExpert(
-                mlp=self.mlp("shared_", shared_spec, layer),
+                mlp=self.mlp("shared_", spec.shared, layer),
                 gate=Linear(weights=tuple(gates)) if gates else None,
             )
         return MoE(

@@ -7,13 +7,14 @@ imports torch and never looks at a file: everything here is known before anythin
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from octavo.formats import KVFormat
 from octavo.kv_cache.spec import KVSpec
 from octavo.layers.rope_spec import RopeSpec
+from octavo.weights.split import Split
 
 if TYPE_CHECKING:  # the planner runs without torch
     from octavo.kernels.ops import Activation, RouterScoring
@@ -53,6 +54,18 @@ class AttentionSpec:
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_size
 
+    @property
+    def query_split(self) -> Split:
+        return Split(axis="rows", unit="query heads", num_units=self.num_heads)
+
+    @property
+    def kv_split(self) -> Split:
+        return Split(axis="rows", unit="kv heads", num_units=self.num_kv_heads, may_repeat=True)
+
+    def of_rank(self, size: int) -> AttentionSpec:
+        heads, kv_heads = self.query_split.share(size), self.kv_split.share(size)
+        return replace(self, num_heads=heads, num_kv_heads=kv_heads)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MLPSpec:
@@ -60,6 +73,13 @@ class MLPSpec:
 
     size: int
     activation: Activation
+
+    @property
+    def split(self) -> Split:
+        return Split(axis="rows", unit="hidden units", num_units=self.size)
+
+    def of_rank(self, size: int) -> MLPSpec:
+        return replace(self, size=self.split.share(size))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +98,21 @@ class MoESpec:
     shared_gate: bool = False
     """The shared expert's output is multiplied by a sigmoid gate of the token."""
 
+    @property
+    def split(self) -> Split:
+        return Split(axis="rows", unit="hidden units of an expert", num_units=self.expert_size)
+
+    @property
+    def shared(self) -> MLPSpec | None:
+        """The expert that every token goes to."""
+        return (
+            MLPSpec(size=self.shared_size, activation=self.activation) if self.shared_size else None
+        )
+
+    def of_rank(self, size: int) -> MoESpec:
+        shared_size = self.shared.of_rank(size).size if self.shared else 0
+        return replace(self, expert_size=self.split.share(size), shared_size=shared_size)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSpec:
@@ -85,6 +120,9 @@ class LayerSpec:
 
     attention: AttentionSpec
     mlp: MLPSpec | MoESpec
+
+    def of_rank(self, size: int) -> LayerSpec:
+        return LayerSpec(attention=self.attention.of_rank(size), mlp=self.mlp.of_rank(size))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +136,21 @@ class ModelSpec:
     tie_embeddings: bool
     max_position_embeddings: int
     rope: RopeSpec
+    lm_head_rows: int | None = None
+    """Where ranks share the head: each one's rows. None: all have all."""
+
+    def of_rank(self, size: int) -> ModelSpec:
+        """Returns what each of `size` tensor parallel ranks holds and computes: its heads, its part
+        of every MLP, and of the vocabulary's logits if they can be shared. Embeddings, routers and
+        norms are whole on all ranks.
+
+        Raises ConfigError naming what cannot be shared and the sizes that could.
+        """
+        if size == 1:
+            return self
+        rows = self.vocab_size // size if self.vocab_size % size == 0 else None
+        layers = tuple(layer.of_rank(size) for layer in self.layers)
+        return replace(self, layers=layers, lm_head_rows=rows)
 
     def kv_specs(self, kv_format: KVFormat) -> tuple[KVSpec, ...]:
         """Returns one KVSpec per layer, for `octavo.kv_cache.spec.group_layers`."""
@@ -144,7 +197,7 @@ class ModelSpec:
                     yield Parameter(name, index), shape
         yield Parameter("final_norm"), (self.hidden_size,)
         if not self.tie_embeddings:
-            yield Parameter("lm_head"), vocab
+            yield Parameter("lm_head"), (self.lm_head_rows or self.vocab_size, self.hidden_size)
 
 
 def _attention_shapes(spec: AttentionSpec, hidden: int) -> Iterator[tuple[str, Shape]]:

@@ -14,13 +14,13 @@ import torch
 
 from octavo.config import EngineConfig
 from octavo.device import select_device
-from octavo.kernels.ops import Ops
 from octavo.kernels.registry import Needs, select_ops
 from octavo.kv_cache.planner import RESERVED_BLOCKS, MemoryPlan, gib
 from octavo.kv_cache.storage import KVStorage
-from octavo.models.decoder import load_decoder
+from octavo.models.decoder import Decoder, load_decoder
 from octavo.models.family import Family
 from octavo.models.spec import ModelSpec
+from octavo.parallel import ALONE, Collectives
 from octavo.runner.model_runner import ModelRunner
 from octavo.runner.sampler import Sampler
 from octavo.step import Runner
@@ -41,36 +41,49 @@ Planner = Callable[[int | None], MemoryPlan]
 
 
 def build_runner(
-    config: EngineConfig, spec: ModelSpec, family: Family, source: TensorSource, planner: Planner
+    config: EngineConfig,
+    spec: ModelSpec,
+    family: Family,
+    source: TensorSource,
+    planner: Planner,
+    collectives: Collectives = ALONE,
 ) -> tuple[Runner, MemoryPlan]:
-    """Returns a runner with weights loaded, and the plan that it holds itself to.
+    """Returns a rank's runner with weights loaded, and the plan that it holds itself to.
 
     Sets torch's threads for the whole process, to what the chosen ops leave it. Raises ConfigError
     if no back end fits and WeightsError on a broken tensor.
     """
-    device = select_device(config.device)
+    rank, size = collectives.rank, collectives.size
+    device = select_device(config.device, rank)
     needs = Needs(
         device=torch.device(device.torch_name),
-        num_threads=config.num_threads or device.num_cores(),
+        # The ranks of a host share its cores.
+        num_threads=config.num_threads or max(1, device.num_cores() // size),
         head_sizes=tuple({layer.attention.head_size for layer in spec.layers}),
         is_deterministic=config.deterministic,
     )
     ops = select_ops(config.resolved_attention_backend(), needs)
     torch.set_num_threads(ops.torch_threads)
     plan = planner(None)
+    is_mapped = ops.name != "triton" and size == 1
+    placement = (
+        HostPlacement(source) if is_mapped else DevicePlacement(source, needs.device, rank, size)
+    )
+    decoder = load_decoder(spec, family, placement, ops, plan.max_model_len, collectives)
     if ops.name == "triton":
-        runner = _device_runner(config, spec, family, source, plan, ops, needs.device)
-        if runner.step_bytes > plan.activation_bytes:
+        runner = _device_runner(config, plan, decoder, needs.device)
+        step_bytes = -collectives.least([-runner.step_bytes])[0]
+        if step_bytes > plan.activation_bytes:
             logger.warning(
                 "a step takes %s, planned were %s; the KV cache gets the difference less",
-                gib(runner.step_bytes),
+                gib(step_bytes),
                 gib(plan.activation_bytes),
             )
-            plan = planner(runner.step_bytes)
+            plan = planner(step_bytes)
         runner.storage.allocate(plan.num_blocks)
         return runner, plan
     runner = ModelRunner(
-        decoder=load_decoder(spec, family, HostPlacement(source), ops, plan.max_model_len),
+        decoder=decoder,
         storage=KVStorage(plan.groups, plan.num_blocks, plan.block_size),
         sampler=Sampler(spec.vocab_size, config.max_num_seqs),
         max_num_seqs=config.max_num_seqs,
@@ -81,23 +94,16 @@ def build_runner(
 
 
 def _device_runner(
-    config: EngineConfig,
-    spec: ModelSpec,
-    family: Family,
-    source: TensorSource,
-    plan: MemoryPlan,
-    ops: Ops,
-    device: torch.device,
+    config: EngineConfig, plan: MemoryPlan, decoder: Decoder, device: torch.device
 ) -> DeviceRunner:
     from octavo.runner.device_runner import MIN_SAVED_BYTES, DeviceRunner
     from octavo.runner.device_sampler import DeviceSampler
 
-    placement = DevicePlacement(source, device)
     runner = DeviceRunner(
-        decoder=load_decoder(spec, family, placement, ops, plan.max_model_len),
+        decoder=decoder,
         # What a warm-up needs; the rest comes when it has shown what a step takes.
         storage=KVStorage(plan.groups, RESERVED_BLOCKS, plan.block_size, device),
-        sampler=DeviceSampler(spec.vocab_size, config.max_num_seqs, device),
+        sampler=DeviceSampler(decoder.spec.vocab_size, config.max_num_seqs, device),
         max_num_seqs=config.max_num_seqs,
         max_model_len=plan.max_model_len,
         kv_tokens=plan.num_tokens,

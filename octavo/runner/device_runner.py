@@ -184,7 +184,8 @@ class DeviceRunner:
         try:
             return [self._launch_part(plan)]
         except torch.OutOfMemoryError:
-            parts = split_plan(plan)
+            # Ranks compute the same parts: where there are several, one alone cannot split a step.
+            parts = split_plan(plan) if self.decoder.collectives.size == 1 else None
             if parts is None:
                 raise
         self.num_splits += 1

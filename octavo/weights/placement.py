@@ -8,44 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from octavo.errors import ConfigError, UnsupportedModelError
+from octavo.errors import UnsupportedModelError
 from octavo.formats import WeightFormat
 from octavo.kernels.ops import Weight
 from octavo.weights.source import NUMBER_DTYPES, Staging, TensorSource
+from octavo.weights.split import Split
 
 _NUM_WORKERS = 8
 """Threads that read and copy; enough to keep a PCIe link busy from the page cache."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
-    """How tensor parallel ranks share a tensor: each takes as many of its units, in rank order."""
-
-    axis: Literal["rows", "cols"]
-    unit: str
-    """What is not cut, in the plural, for error messages."""
-    num_units: int
-    may_repeat: bool = False
-    """Where ranks outnumber the units, several ranks have the same one (kv heads)."""
-
-    def part(self, rank: int, size: int) -> tuple[int, int]:
-        """Returns which of how many equal parts the rank takes. Raises ConfigError."""
-        if self.num_units % size == 0:
-            return rank, size
-        if self.may_repeat and size % self.num_units == 0:
-            return rank * self.num_units // size, self.num_units
-        fitting = [str(n) for n in range(1, 2 * size) if self.num_units % n == 0]
-        raise ConfigError(
-            f"tensor_parallel_size {size} cannot share {self.num_units} {self.unit} evenly; use "
-            f"{' or '.join(fitting)}",
-            field="tensor_parallel_size",
-        )
 
 
 class Placement(Protocol):

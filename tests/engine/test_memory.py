@@ -10,7 +10,7 @@ import pytest
 from octavo.config import EngineConfig
 from octavo.device import CPUDevice, CUDADevice, DeviceMemory
 from octavo.engine.memory import plan_model, resolve_kv_format, weights_dtype, with_others
-from octavo.errors import CapacityError
+from octavo.errors import CapacityError, ConfigError
 from octavo.kv_cache.planner import GIB, MemoryPlan
 from octavo.models.registry import read_spec
 from tests.test_device import Probe
@@ -92,6 +92,17 @@ def test_activations_are_bound_by_the_widest_moment_of_a_step() -> None:
     # A step of one block: the logits and their scratch.
     assert 16 * 151936 * 8 / 2**20 < mib(max_num_seqs=256, max_num_batched_tokens=16) < 64
     assert mib(measured=2**20) == 1
+
+
+def test_a_rank_has_its_part_of_weights_and_keys() -> None:
+    whole, half = plan(QWEN3_30B, 56.88), plan(QWEN3_30B, 56.88, tensor_parallel_size=2)
+    # Embedding and routers are whole on both.
+    assert 28.44 < half.weights_bytes / GIB < 28.8
+    assert half.kv_token_bytes == whole.kv_token_bytes // 2
+    # 4 kv heads: two ranks have each of them.
+    assert plan(QWEN3_30B, 56.88, tensor_parallel_size=8).kv_token_bytes == 24 * 1024
+    with pytest.raises(ConfigError, match="3 cannot share 32 query heads evenly; use 1 or 2 or 4"):
+        plan(QWEN3_30B, 56.88, tensor_parallel_size=3)
 
 
 def test_graphs_take_no_memory_where_none_are_captured() -> None:

@@ -1,0 +1,84 @@
+"""A tensor parallel rank in a process of its own: `python -m octavo.engine.rank CONNECTION`.
+
+Started by `engine.executor`, whose calls it repeats: it launches the plans that it is sent and
+collects them when told to. Ends when told to, when its parent is gone, or with a RankFailure.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import signal
+import sys
+import time
+import traceback
+from collections import deque
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from threading import Thread
+
+import torch
+
+from octavo.device import select_device
+from octavo.engine.executor import ARRIVED, COLLECT, END, RankFailure
+from octavo.engine.load import load_runner
+from octavo.errors import OctavoError
+from octavo.parallel import TorchCollectives
+
+GRACE_SECONDS = 5.0
+"""What a rank gets to end by itself when its parent is gone."""
+
+
+def run(connection: Connection) -> None:
+    """Loads this rank's part and repeats the parent's calls until the end."""
+    config, files, rank, folder = connection.recv()
+    device = torch.device(select_device(config.device, rank).torch_name)
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(rank)
+    connection.send(ARRIVED)
+    collectives = TorchCollectives(folder, rank, config.tensor_parallel_size, device)
+    runner, _ = load_runner(config, files, collectives)
+    gc.collect()
+    gc.freeze()
+    inbox: SimpleQueue[bytes] = SimpleQueue()
+    Thread(target=_read, args=(connection, inbox), daemon=True).start()
+    connection.send(ARRIVED)
+    tickets: deque[object] = deque()
+    while (data := inbox.get()) != END:
+        if data == COLLECT:
+            runner.collect(tickets.popleft())
+        else:
+            tickets.append(runner.launch(pickle.loads(data)))
+    runner.close()
+
+
+def _read(connection: Connection, inbox: SimpleQueue[bytes]) -> None:
+    """Reads at once, so that the parent never waits, and sees its end while a step runs."""
+    while True:
+        try:
+            inbox.put(connection.recv_bytes())
+        except (EOFError, OSError):
+            inbox.put(END)
+            time.sleep(GRACE_SECONDS)
+            os._exit(1)
+
+
+def main(number: str) -> int:
+    """Returns the exit code."""
+    # Ctrl-C reaches the whole group; the parent decides when a rank may go.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = Connection(int(number))
+    try:
+        run(connection)
+    except Exception as error:  # the edge of the process
+        kind = type(error).__name__ if isinstance(error, OctavoError) else ""
+        connection.send(RankFailure(kind, str(error) if kind else traceback.format_exc()))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1])
+    sys.stderr.flush()
+    os._exit(code)  # what is left are destructors that wait for other ranks

@@ -1,0 +1,153 @@
+"""What the ranks that share every layer tell each other: sums of tensors, the least of numbers.
+
+Made by the engine for each rank, held by the decoder. Knows no model and keeps nothing for the
+whole process, so that two engines in one process do not meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from threading import Thread
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+from torch._C import _distributed_c10d as c10d
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for the others: some read the weights from a colder page cache."""
+_ABORT_SECONDS = 5.0
+
+
+class Collectives(Protocol):
+    """One rank's way to the others. All ranks call the same methods in the same order."""
+
+    rank: int
+    size: int
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Returns the sum over all ranks, with the same bits on each; may overwrite x, which is
+        contiguous. On a GPU it is enqueued on the current stream, and a graph can capture it."""
+        ...
+
+    def all_gather_columns(self, x: Tensor) -> Tensor:
+        """Returns every rank's x [S, N] side by side in rank order: [S, size * N], contiguous."""
+        ...
+
+    def least(self, values: Sequence[int]) -> list[int]:
+        """Returns the smallest of all ranks for each of the values; waits for all ranks."""
+        ...
+
+    def abort(self) -> None:
+        """Ends what is under way, so that nobody waits for a rank that is gone. Call it last."""
+        ...
+
+
+class Alone:
+    """The one rank of a model that is not shared."""
+
+    rank = 0
+    size = 1
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def all_gather_columns(self, x: Tensor) -> Tensor:
+        return x
+
+    def least(self, values: Sequence[int]) -> list[int]:
+        return list(values)
+
+    def abort(self) -> None:
+        """Nobody waits."""
+
+
+ALONE = Alone()
+
+
+class _Backend(Protocol):
+    """What torch's back ends share, which their stubs do not say."""
+
+    def allreduce(self, tensors: list[Tensor], options: c10d.AllreduceOptions) -> c10d.Work: ...
+
+    def _allgather_base(
+        self, output: Tensor, input: Tensor, options: c10d.AllgatherOptions
+    ) -> c10d.Work: ...
+
+    def abort(self) -> None: ...
+
+
+class TorchCollectives:
+    """Collectives over torch's back ends: NCCL between GPUs, gloo between processes of a host."""
+
+    def __init__(self, folder: Path, rank: int, size: int, device: torch.device) -> None:
+        """Returns when all ranks are there: they find each other through a file in `folder`, which
+        is theirs alone."""
+        self.rank = rank
+        self.size = size
+        store = c10d.FileStore(str(folder / "ranks"), size)
+        self._host = _gloo(c10d.PrefixStore("host", store), rank, size)
+        self._group = self._host
+        self._is_on_host = device.type == "cpu"
+        if not self._is_on_host:
+            self._group = _nccl(c10d.PrefixStore("device", store), rank, size)
+            # So that NCCL's buffers are there before memory is planned or a graph captured.
+            self.all_reduce(torch.zeros(1, device=device))
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        if self._is_on_host and x.dtype != torch.float32:
+            return x.copy_(self._reduce(self._host, x.float(), c10d.ReduceOp.SUM))
+        return self._reduce(self._group, x, c10d.ReduceOp.SUM)
+
+    def all_gather_columns(self, x: Tensor) -> Tensor:
+        parts = x.new_empty((self.size, *x.shape))
+        options = c10d.AllgatherOptions()
+        options.asyncOp = False
+        _wait(self._group._allgather_base(parts.view(-1), x.contiguous().view(-1), options))
+        return parts.transpose(0, 1).reshape(len(x), -1)
+
+    def least(self, values: Sequence[int]) -> list[int]:
+        found = torch.tensor(values, dtype=torch.int64)
+        return self._reduce(self._host, found, c10d.ReduceOp.MIN).tolist()
+
+    def abort(self) -> None:
+        # NCCL sets its kernels free at once, but returns only when no graph refers to it any more.
+        thread = Thread(target=self._abort, name="octavo-abort", daemon=True)
+        thread.start()
+        thread.join(_ABORT_SECONDS)
+
+    def _abort(self) -> None:
+        if not self._is_on_host:
+            self._group.abort()
+        self._host.abort()
+
+    @staticmethod
+    def _reduce(group: _Backend, x: Tensor, op: c10d.ReduceOp.RedOpType) -> Tensor:
+        options = c10d.AllreduceOptions()
+        options.reduceOp = c10d.ReduceOp(op)
+        options.asyncOp = False  # NCCL: on the current stream, without a stream of its own
+        _wait(group.allreduce([x], options))
+        return x
+
+
+def _wait(work: c10d.Work | None) -> None:
+    """NCCL has nothing to wait for where it works on the current stream."""
+    if work is not None:
+        work.wait()
+
+
+def _gloo(store: c10d.Store, rank: int, size: int) -> _Backend:
+    # The stubs have another name for it than the module.
+    options = c10d.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
+    options._timeout = COLLECTIVE_TIMEOUT
+    # By name, as the default listens where others can reach it.
+    options._devices = [c10d.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    return cast("_Backend", c10d.ProcessGroupGloo(store, rank, size, options))
+
+
+def _nccl(store: c10d.Store, rank: int, size: int) -> _Backend:
+    options = c10d.ProcessGroupNCCL.Options()
+    options._timeout = COLLECTIVE_TIMEOUT
+    return cast("_Backend", c10d.ProcessGroupNCCL(store, rank, size, options))
