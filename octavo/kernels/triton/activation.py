@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.ops import Activation
+from octavo.kernels.triton.launch import cdiv, launchable
 from octavo.kernels.triton.overlap import launch_options, wait_turn
 
 BLOCK = 1024
@@ -27,6 +28,7 @@ def activated(gate, ACTIVATION: tl.constexpr):
     return gate / (1.0 + tl.exp(-scaled))
 
 
+@launchable
 @triton.jit
 def activate_and_mul_kernel(
     both_TN,
@@ -59,7 +61,7 @@ def activate_and_mul(both_TN: Tensor, activation: Activation) -> Tensor:
     inner_size = columns // 2
     out = torch.empty((num_tokens, inner_size), dtype=both_TN.dtype, device=both_TN.device)
     if num_tokens:
-        activate_and_mul_kernel[(num_tokens, triton.cdiv(inner_size, BLOCK))](
+        activate_and_mul_kernel[(num_tokens, cdiv(inner_size, BLOCK))](
             both_TN,
             out,
             inner_size,
@@ -71,6 +73,7 @@ def activate_and_mul(both_TN: Tensor, activation: Activation) -> Tensor:
     return out
 
 
+@launchable
 @triton.jit
 def add_gated_kernel(
     out_TM,
@@ -106,7 +109,7 @@ def add_gated(out_TM: Tensor, x_TM: Tensor, gate_T1: Tensor | None) -> None:
     assert out_TM.is_contiguous()
     assert x_TM.is_contiguous()
     if num_tokens:
-        add_gated_kernel[(num_tokens, triton.cdiv(hidden_size, BLOCK))](
+        add_gated_kernel[(num_tokens, cdiv(hidden_size, BLOCK))](
             out_TM,
             x_TM,
             x_TM if gate_T1 is None else gate_T1,

@@ -26,6 +26,7 @@ from octavo.kernels.triton.attention_decode import (
     make_partials,
     merge_slots,
 )
+from octavo.kernels.triton.launch import launchable, next_power_of_2
 from octavo.kernels.triton.overlap import launch_options, wait_turn
 
 SHORT_QUERIES = 64
@@ -181,6 +182,7 @@ def _short_split(length, SPLITS: tl.constexpr, SHORTEST: tl.constexpr):
     return tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), 128) * 128, SHORTEST)
 
 
+@launchable
 @triton.jit
 def _prefill_kernel(
     q,
@@ -275,6 +277,7 @@ def _prefill_kernel(
     tl.store(out + at, mean.to(out.dtype.element_ty), mask=mask)
 
 
+@launchable
 @triton.jit
 def _merge_short_kernel(
     out,
@@ -356,7 +359,7 @@ def prefill_attention(
         return
     dtype = compute_dtype(q_THD, layer)
     block_m, block_n, num_warps, num_stages = shape or prefill_shape(head_size, dtype)
-    padded_group = triton.next_power_of_2(num_heads // num_kv_heads)
+    padded_group = next_power_of_2(num_heads // num_kv_heads)
     block_m = max(block_m, padded_group)
     splits = 1 if short_tokens is None else SHORT_SPLITS
     limit = num_tokens if short_tokens is None else min(short_tokens, num_tokens)
@@ -370,7 +373,7 @@ def prefill_attention(
         "SPLITS": splits,
         "SHORT": SHORT_QUERIES,
         "SHORTEST": SHORTEST_SPLIT,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
+        "BLOCK_D": max(16, next_power_of_2(head_size)),
         **launch_options(q_THD.device),
     }
     for first_token in range(0, limit, PARTIAL_TOKENS if splits > 1 else limit):

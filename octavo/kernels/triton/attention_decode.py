@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.ops import AttentionBatch, KVLayer
+from octavo.kernels.triton.launch import launchable, next_power_of_2
 from octavo.kernels.triton.overlap import launch_options, wait_turn
 from octavo.kernels.triton.rope import kv_strides
 
@@ -94,6 +95,7 @@ def merge_slots(
     return acc / tl.sum(total, 0)
 
 
+@launchable
 @triton.jit
 def _decode_kernel(
     out,
@@ -218,6 +220,7 @@ def _decode_kernel(
         acc = tl.where(done, 0.0, acc)
 
 
+@launchable
 @triton.jit
 def _merge_kernel(
     out,
@@ -395,7 +398,7 @@ def decode_attention(
         "HAS_WINDOW": window is not None,
         "HAS_SHARED": shared is not None,
         "PACKED": partials.starts is not None,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
+        "BLOCK_D": max(16, next_power_of_2(head_size)),
         **launch_options(q_THD.device),
     }
     dtype = compute_dtype(q_THD, layer)
@@ -413,7 +416,7 @@ def decode_attention(
         scale * LOG2_E,
         K=num_kv_heads,
         P=block_size,
-        BLOCK_M=max(16, triton.next_power_of_2(num_heads // num_kv_heads)),
+        BLOCK_M=max(16, next_power_of_2(num_heads // num_kv_heads)),
         BLOCK_N=block_n,
         num_warps=num_warps,
         num_stages=num_stages,

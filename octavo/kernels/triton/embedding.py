@@ -10,11 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.triton.launch import cdiv, launchable, next_power_of_2
 from octavo.kernels.triton.overlap import launch_options, wait_turn
 
 BLOCK = 1024
 
 
+@launchable
 @triton.jit
 def embedding_kernel(
     ids_T,
@@ -43,8 +45,8 @@ def embedding(ids_T: Tensor, table_VM: Tensor) -> Tensor:
     assert hidden_size == 1 or table_VM.stride(1) == 1
     out = torch.empty((len(ids_T), hidden_size), dtype=table_VM.dtype, device=table_VM.device)
     if len(ids_T):
-        block = min(BLOCK, triton.next_power_of_2(hidden_size))
-        embedding_kernel[(len(ids_T), triton.cdiv(hidden_size, block))](
+        block = min(BLOCK, next_power_of_2(hidden_size))
+        embedding_kernel[(len(ids_T), cdiv(hidden_size, block))](
             ids_T,
             table_VM,
             out,

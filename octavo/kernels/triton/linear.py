@@ -12,10 +12,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from octavo.kernels.triton.launch import launchable
 from octavo.kernels.triton.moe import TL_DTYPES, tile_of_program
 from octavo.kernels.triton.overlap import launch_options, wait_turn
 
 
+@launchable
 @triton.jit
 def product_kernel(
     x_TM,

@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.kernels.ops import Activation
 from octavo.kernels.triton.activation import activated
+from octavo.kernels.triton.launch import cdiv, launchable, next_power_of_2
 from octavo.kernels.triton.overlap import launch_options, wait_turn
 from octavo.kernels.triton.route import SortedPairs, sort_pairs
 
@@ -109,6 +110,7 @@ def gate_up_rows(
     tl.store(out, value.to(hidden_PF.dtype.element_ty), mask=is_out)
 
 
+@launchable
 @triton.jit
 def gate_up_kernel(
     x_TM,
@@ -219,6 +221,7 @@ def down_rows(
     tl.store(out, part.to(parts_PM.dtype.element_ty), mask=is_out)
 
 
+@launchable
 @triton.jit
 def down_kernel(
     hidden_PF,
@@ -272,6 +275,7 @@ def down_kernel(
         )
 
 
+@launchable
 @triton.jit
 def combine_kernel(
     parts_PM,
@@ -403,7 +407,7 @@ def gate_up(
     hidden = x_TM.new_empty((topk_ids.numel(), inner_size))
     launch = plan.gate_up
     num_blocks = topk_ids.numel() if pairs is None else pairs.blocks_3B.shape[1]
-    gate_up_kernel[(num_blocks * triton.cdiv(inner_size, launch.block_n),)](
+    gate_up_kernel[(num_blocks * cdiv(inner_size, launch.block_n),)](
         x_TM,
         _stack(experts.gate_EFM, launch),
         _stack(experts.up_EFM, launch),
@@ -451,7 +455,7 @@ def down(
     if launch.tma:
         rows = TensorDescriptor.from_tensor(hidden_PF, [plan.block_p, launch.block_k])
         half = TensorDescriptor.from_tensor(hidden_PF, [plan.block_p // 2, launch.block_k])
-    down_kernel[(num_blocks * triton.cdiv(hidden_size, launch.block_n),)](
+    down_kernel[(num_blocks * cdiv(hidden_size, launch.block_n),)](
         rows,
         half,
         _stack(experts.down_EMF, launch),
@@ -485,8 +489,8 @@ def combine(parts_PM: Tensor, topk_ids: Tensor, num_experts: int) -> Tensor:
     num_tokens, top_k = topk_ids.shape
     hidden_size = parts_PM.shape[1]
     out = parts_PM.new_empty((num_tokens, hidden_size))
-    columns = min(1024, triton.next_power_of_2(hidden_size))
-    combine_kernel[(num_tokens, triton.cdiv(hidden_size, columns))](
+    columns = min(1024, next_power_of_2(hidden_size))
+    combine_kernel[(num_tokens, cdiv(hidden_size, columns))](
         parts_PM,
         topk_ids,
         out,

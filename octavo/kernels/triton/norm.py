@@ -10,12 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.triton.launch import launchable, next_power_of_2
 from octavo.kernels.triton.overlap import launch_options, wait_turn
 
 MAX_COLUMNS = 16384
 """A row must fit the registers of one program."""
 
 
+@launchable
 @triton.jit
 def rms_norm_kernel(
     x_TM,
@@ -62,7 +64,7 @@ def rms_norm(x_TM: Tensor, residual_TM: Tensor | None, weight_M: Tensor, eps: fl
     assert num_tokens == 0 or hidden_size == 1 or residual.stride(1) == 1
     out = torch.empty((num_tokens, hidden_size), dtype=x_TM.dtype, device=x_TM.device)
     if num_tokens:
-        block = triton.next_power_of_2(hidden_size)
+        block = next_power_of_2(hidden_size)
         rms_norm_kernel[(num_tokens,)](
             x_TM,
             residual,

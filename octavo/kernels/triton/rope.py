@@ -12,11 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.ops import AttentionBatch, KVLayer, QKNorm, RopeTable
+from octavo.kernels.triton.launch import cdiv, launchable, next_power_of_2
 from octavo.kernels.triton.overlap import launch_options, wait_turn
 
 HEADS_PER_PROGRAM = 8
 
 
+@launchable
 @triton.jit
 def _rope_and_cache_kernel(
     qkv,
@@ -154,7 +156,7 @@ def rope_and_cache(
     norm = 0 if qk_norm is None else (1 if qk_norm.per_head else 2)
     # Decode: a program per few heads spreads one token over the chip.
     block_h = HEADS_PER_PROGRAM
-    _rope_and_cache_kernel[(num_tokens, triton.cdiv(total_heads, block_h))](
+    _rope_and_cache_kernel[(num_tokens, cdiv(total_heads, block_h))](
         qkv_TN,
         q_THD,
         layer.key,
@@ -174,9 +176,9 @@ def rope_and_cache(
         HALF=half,
         NORM=norm,
         BLOCK_H=block_h,
-        BLOCK_D=triton.next_power_of_2(head_size),
-        BLOCK_Q=triton.next_power_of_2(num_heads * head_size),
-        BLOCK_K=triton.next_power_of_2(num_kv_heads * head_size),
+        BLOCK_D=next_power_of_2(head_size),
+        BLOCK_Q=next_power_of_2(num_heads * head_size),
+        BLOCK_K=next_power_of_2(num_kv_heads * head_size),
         num_warps=4,
         **launch_options(qkv_TN.device),
     )

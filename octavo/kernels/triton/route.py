@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.triton.launch import cdiv, launchable, next_power_of_2
 from octavo.kernels.triton.overlap import launch_options, wait_turn
 
 ROUTE_ROWS = 4
@@ -24,6 +25,7 @@ UNCOUNTED_PAIRS = 128
 BLOCKS_TILE = 32
 
 
+@launchable
 @triton.jit
 def route_kernel(
     logits_TE,
@@ -100,7 +102,7 @@ def route(
     weights = logits_TE.new_empty((num_tokens, top_k), dtype=torch.float32)
     ids = logits_TE.new_empty((num_tokens, top_k), dtype=torch.int32)
     if num_tokens:
-        route_kernel[(triton.cdiv(num_tokens, ROUTE_ROWS),)](
+        route_kernel[(cdiv(num_tokens, ROUTE_ROWS),)](
             logits_TE,
             weights,
             ids,
@@ -113,8 +115,8 @@ def route(
             RENORMALIZE=renormalize,
             HAS_PADDING=num_live is not None,
             ROWS=ROUTE_ROWS,
-            EXPERTS=triton.next_power_of_2(num_experts),
-            SLOTS=triton.next_power_of_2(top_k),
+            EXPERTS=next_power_of_2(num_experts),
+            SLOTS=next_power_of_2(top_k),
             num_warps=4,
             **launch_options(logits_TE.device),
         )
@@ -136,6 +138,7 @@ def count_ids(ids_P, first, end, num_pairs, limit, TILE: tl.constexpr, EXPERTS: 
     return tl.sum(hits, 0), tl.sum(below, 0)
 
 
+@launchable
 @triton.jit
 def count_kernel(
     ids_P,
@@ -154,6 +157,7 @@ def count_kernel(
     tl.store(counts_CE + chunk * EXPERTS + tl.arange(0, EXPERTS), count)
 
 
+@launchable
 @triton.jit
 def order_kernel(
     ids_P,
@@ -248,11 +252,11 @@ def sort_pairs(topk_ids: Tensor, num_experts: int, block_p: int) -> SortedPairs:
     assert num_pairs > 0
     assert topk_ids.is_contiguous()
     assert topk_ids.dtype is torch.int32
-    experts = triton.next_power_of_2(num_experts)
+    experts = next_power_of_2(num_experts)
     tile = max(16, min(64, 8192 // experts))
-    num_tiles = triton.cdiv(num_pairs, tile)
-    size = triton.cdiv(num_tiles, MAX_CHUNKS) * tile
-    num_chunks = triton.cdiv(num_pairs, size)
+    num_tiles = cdiv(num_pairs, tile)
+    size = cdiv(num_tiles, MAX_CHUNKS) * tile
+    num_chunks = cdiv(num_pairs, size)
     num_blocks = max_blocks(num_pairs, num_experts, block_p)
     order = topk_ids.new_empty(num_pairs)
     blocks = topk_ids.new_empty((3, num_blocks))

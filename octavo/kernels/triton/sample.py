@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.triton.launch import cdiv, launchable, next_power_of_2
+
 ROW_PARAMS = np.dtype(
     [
         ("inv_temperature", np.float32),  # 0: greedy
@@ -84,6 +86,7 @@ def _value(key):
     return _flip(key).to(tl.float32, bitcast=True)
 
 
+@launchable
 @triton.jit
 def penalise_kernel(
     logits_SV, batch_S2, params_RF, counts, vocab_size, row_stride, CHUNK: tl.constexpr
@@ -211,6 +214,7 @@ def _last_tie(logits, vocab_size, value, ties, TILE: tl.constexpr):
     return last
 
 
+@launchable
 @triton.jit
 def threshold_kernel(
     logits_SV,
@@ -297,6 +301,7 @@ def _gumbel(params, output_index, first, CHUNK: tl.constexpr):
     return -tl.log(tl.where(v < 1 / 16, small, -tl.log(1 - v)))
 
 
+@launchable
 @triton.jit
 def choose_kernel(
     logits_SV,
@@ -340,6 +345,7 @@ def choose_kernel(
     tl.store(ids_SC + at, chunk * CHUNK + best)
 
 
+@launchable
 @triton.jit
 def merge_kernel(
     batch_S2,
@@ -384,7 +390,7 @@ def penalise(logits_SV: Tensor, batch_S2: Tensor, params_RF: Tensor, counts: Ten
     `batch_S2` int32: the persistent row and the output index of each row of `logits_SV` (float32).
     """
     num_rows, vocab_size = logits_SV.shape
-    penalise_kernel[(num_rows, triton.cdiv(vocab_size, CHUNK))](
+    penalise_kernel[(num_rows, cdiv(vocab_size, CHUNK))](
         logits_SV,
         batch_S2,
         params_RF,
@@ -430,7 +436,7 @@ def choose(
     `thresholds_S2` is read for rows with top_k, top_p or min_p only.
     """
     num_rows, vocab_size = logits_SV.shape
-    num_chunks = triton.cdiv(vocab_size, CHUNK)
+    num_chunks = cdiv(vocab_size, CHUNK)
     tops, scores = logits_SV.new_empty((2, num_rows, num_chunks))
     ids = batch_S2.new_empty((num_rows, num_chunks))
     token_ids = batch_S2.new_empty(num_rows)
@@ -458,7 +464,7 @@ def choose(
         counts,
         vocab_size,
         num_chunks,
-        CHUNKS=triton.next_power_of_2(num_chunks),
+        CHUNKS=next_power_of_2(num_chunks),
         num_warps=1,
     )
     return token_ids

@@ -28,6 +28,7 @@ from octavo.kernels.triton.attention_decode import (
     make_partials,
     split_slots,
 )
+from octavo.kernels.triton.launch import cdiv, launchable, next_power_of_2
 from octavo.kernels.triton.overlap import launch_options, wait_turn
 
 SPLIT_CLASSES = ((1024, 128), (4096, 256), (16384, 512))
@@ -155,6 +156,7 @@ def _children(rows: Sequence[np.ndarray], order: list[int], at: int) -> Iterator
         yield part
 
 
+@launchable
 @triton.jit
 def _shared_kernel(
     q,
@@ -285,11 +287,11 @@ def _attend_shared(
     num_heads, head_size = q_THD.shape[1:]
     block_size, num_kv_heads = layer.key.shape[1:3]
     dtype = compute_dtype(q_THD, layer)
-    padded_group = triton.next_power_of_2(num_heads // num_kv_heads)
+    padded_group = next_power_of_2(num_heads // num_kv_heads)
     rows = plan.max_members * padded_group
     block_m, block_n, num_warps, num_stages = shared_shape(rows, head_size, dtype)
     block_m = max(block_m, padded_group)
-    tiles = triton.next_power_of_2(triton.cdiv(rows, block_m))
+    tiles = next_power_of_2(cdiv(rows, block_m))
     _shared_kernel[(plan.max_splits, plan.num_groups * tiles, num_kv_heads)](
         q_THD.to(dtype),
         layer.key,
@@ -318,7 +320,7 @@ def _attend_shared(
         PADDED_GROUP=padded_group,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        BLOCK_D=max(16, triton.next_power_of_2(head_size)),
+        BLOCK_D=max(16, next_power_of_2(head_size)),
         num_warps=num_warps,
         num_stages=num_stages,
         **launch_options(q_THD.device),
