@@ -26,7 +26,7 @@ from octavo.kv_cache.spec import group_layers
 from octavo.models.spec import LayerSpec, MLPSpec, ModelSpec, MoESpec
 
 MIB = 2**20
-GRAPH_CAPTURES, GRAPH_BYTES, FIRST_GRAPH_BYTES = 24, 8 * MIB, 64 * MIB
+GRAPH_CAPTURES, GRAPH_BYTES, FIRST_GRAPH_BYTES = 32, 8 * MIB, 64 * MIB
 """Captures of a decode step, one for each bucket of batch sizes, and what each of them holds."""
 ALLOCATOR_SLACK = 1.05
 """What torch's caching allocator reserves for a byte that is asked for."""

@@ -11,21 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from octavo.kernels.ops import AttentionBatch, SharedPrefix
+from octavo.kernels.ops import AttentionBatch
 from octavo.kernels.triton.attention import SHORT_QUERIES
 from octavo.kernels.triton.attention_decode import slot_counts
+from octavo.kernels.triton.shared_prefix import SharedPrefixPlan
+from octavo.runner.graphs import StepShape
 from octavo.runner.input_batch import InputBatch, StepInputs
 from octavo.runner.transfer import Transfer, pack
-from octavo.step import Int32, StepPlan, TableDelta
+from octavo.step import StepPlan, TableDelta
 
 QUERY_STARTS, SLOT_STARTS, SOURCES, SLOTS = 1, 3, 5, 7
 """Places among the arrays of a step; the slots of all KV groups come last."""
+PER_ROW = (0, 1, 2, 3)
+"""The others have an entry for every token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +40,11 @@ class DeviceInputs:
     token_ids_T: Tensor
     batches: tuple[AttentionBatch, ...]
     num_live: Tensor | None = None
-    """int32 [1]: rows from here on are padding."""
+    """int32 [1]: tokens from here on are padding."""
+
+    def bounded(self, **bounds: int | None) -> DeviceInputs:
+        """Returns the same inputs with bounds that the host knows."""
+        return replace(self, batches=tuple(replace(one, **bounds) for one in self.batches))  # type: ignore[arg-type]
 
 
 class DeviceBatch:
@@ -49,7 +58,7 @@ class DeviceBatch:
         self._device = device
         self._transfer = transfer
         self._tables = torch.zeros(host.tables.shape, dtype=torch.int32, device=device)
-        self._padded: dict[int, tuple[Tensor, list[slice]]] = {}
+        self._padded: dict[StepShape, tuple[Tensor, list[slice]]] = {}
 
     def apply(self, deltas: Sequence[TableDelta]) -> None:
         """Writes new blocks into the host's tables and the device's."""
@@ -68,60 +77,73 @@ class DeviceBatch:
         self._tables.view(-1).index_put_((there[where].long(),), there[what])
 
     def inputs(
-        self, plan: StepPlan, inputs: StepInputs, prefixes: Sequence[SharedPrefix | None]
+        self, plan: StepPlan, inputs: StepInputs, prefixes: Sequence[SharedPrefixPlan | None]
     ) -> DeviceInputs:
         """Returns the inputs of a step as they are; `prefixes` has one entry per KV group."""
         arrays = self._arrays(plan, inputs)
-        packed, places = pack(arrays)
-        found = self._unpack(self._transfer.upload(packed), places)
+        packed, places = pack([*arrays, *_prefix_arrays(prefixes)])
+        found = self._unpack(self._transfer.upload(packed), places, prefixes)
         few = np.flatnonzero((plan.query_lens > 1) & (plan.query_lens <= SHORT_QUERIES))
-        return replace(
-            found,
-            batches=tuple(
-                replace(
-                    batch,
-                    max_query_len=int(plan.query_lens.max()),
-                    max_seq_len=int(inputs.seq_lens_S.max()),
-                    num_short_tokens=int(inputs.query_starts[few[-1] + 1]) if len(few) else 0,
-                    max_slots=int(arrays[SLOT_STARTS][-1]),
-                    prefix=prefix,
-                )
-                for batch, prefix in zip(found.batches, prefixes, strict=True)
-            ),
+        return found.bounded(
+            max_query_len=int(plan.query_lens.max()),
+            max_seq_len=int(inputs.seq_lens_S.max()),
+            num_short_tokens=int(inputs.query_starts[few[-1] + 1]) if len(few) else 0,
+            max_slots=int(arrays[SLOT_STARTS][-1]),
         )
 
-    def fill_padded(self, plan: StepPlan, inputs: StepInputs, size: int, max_slots: int) -> bool:
-        """Copies a decode step, padded to `size` rows, to where `padded_inputs(size)` reads.
+    def fill_padded(
+        self,
+        plan: StepPlan,
+        inputs: StepInputs,
+        prefixes: Sequence[SharedPrefixPlan | None],
+        shape: StepShape,
+        max_slots: int,
+    ) -> bool:
+        """Copies a step, padded to `shape`, to where `padded_inputs` of that shape reads.
 
         Returns False, with nothing done, if its partial results do not fit into `max_slots`.
         """
-        live, num_padded = plan.num_rows, size - plan.num_rows
-        # Prefix sums go on by one a row: padding has a query, and room for a result of it.
-        arrays = [np.pad(array, (0, num_padded)) for array in self._arrays(plan, inputs)]
-        for sums in (arrays[QUERY_STARTS], arrays[SLOT_STARTS]):
-            sums[live:] = sums[live] + np.arange(num_padded + 1)
-        if arrays[SLOT_STARTS][-1] > max_slots:
+        live, num_padded = plan.num_rows, shape.num_rows - plan.num_rows
+        arrays = self._arrays(plan, inputs)
+        for index, array in enumerate(arrays):
+            more = num_padded if index in PER_ROW else shape.num_tokens - plan.num_tokens
+            arrays[index] = np.pad(array, (0, more))
+        # Padded rows have a query each while there are any, the last one has the rest.
+        ones = np.arange(num_padded + 1)
+        queries, slots = arrays[QUERY_STARTS], arrays[SLOT_STARTS]
+        queries[live:] = np.minimum(plan.num_tokens + ones, shape.num_tokens)
+        queries[-1] = shape.num_tokens
+        slots[live:] = slots[live] + ones
+        if slots[-1] > max_slots:
             return False
-        arrays[SOURCES][live:] = -1
-        for array in arrays[SLOTS:]:
-            array[live:] = -1
-        packed, places = pack([*arrays, np.array([live])])
-        if size not in self._padded:
+        for array in (arrays[SOURCES], *arrays[SLOTS:]):
+            array[plan.num_tokens :] = -1
+        packed, places = pack([*arrays, np.array([plan.num_tokens]), *_prefix_arrays(prefixes)])
+        if shape not in self._padded:
             there = torch.zeros(len(packed), dtype=torch.int32, device=self._device)
-            self._padded[size] = there, places
-        self._padded[size][0].copy_(self._transfer.upload(packed))
+            self._padded[shape] = there, places
+        self._padded[shape][0].copy_(self._transfer.upload(packed))
         return True
 
-    def padded_inputs(self, size: int, max_slots: int) -> DeviceInputs:
-        """Returns the inputs of a decode step of `size` rows, made of what was last filled in."""
-        there, places = self._padded[size]
-        found = self._unpack(there, places[:-1])
-        batches = tuple(
-            replace(batch, max_query_len=1, max_slots=max_slots) for batch in found.batches
+    def padded_inputs(
+        self, prefixes: Sequence[SharedPrefixPlan | None], shape: StepShape, max_slots: int
+    ) -> DeviceInputs:
+        """Returns the inputs of a step of `shape`, made of what was last filled in; of `prefixes`
+        only the bounds matter."""
+        there, places = self._padded[shape]
+        num_arrays = SLOTS + len(self.host.tables)
+        live = places[num_arrays]
+        found = self._unpack(
+            there, [*places[:num_arrays], *places[num_arrays + 1 :]], prefixes
+        ).bounded(
+            max_query_len=1 if shape.is_decode else shape.num_tokens,
+            max_seq_len=None,
+            num_short_tokens=0 if shape.is_decode else shape.num_tokens,
+            max_slots=max_slots,
         )
-        return replace(found, batches=batches, num_live=there[places[-1]])
+        return replace(found, num_live=there[live])
 
-    def _arrays(self, plan: StepPlan, inputs: StepInputs) -> list[Int32]:
+    def _arrays(self, plan: StepPlan, inputs: StepInputs) -> list[NDArray]:
         sources = np.full(plan.num_tokens, -1, np.int32)
         sources[inputs.query_starts[:-1][plan.from_device]] = plan.rows[plan.from_device]
         # Windows leave fewer partial results than no window.
@@ -137,10 +159,17 @@ class DeviceBatch:
             *inputs.slots,
         ]
 
-    def _unpack(self, there: Tensor, places: Sequence[slice]) -> DeviceInputs:
-        rows, query_starts, seq_lens, slot_starts, token_ids, sources, positions, *slots = (
+    def _unpack(
+        self,
+        there: Tensor,
+        places: Sequence[slice],
+        prefixes: Sequence[SharedPrefixPlan | None],
+    ) -> DeviceInputs:
+        rows, query_starts, seq_lens, slot_starts, token_ids, sources, positions, *rest = (
             there[place] for place in places
         )
+        num_groups = len(self._tables)
+        slots, prefix_tensors = rest[:num_groups], iter(rest[num_groups:])
         sampled = self._last_sampled[sources.clamp(min=0)]
         return DeviceInputs(
             token_ids_T=torch.where(sources < 0, token_ids, sampled),
@@ -152,7 +181,12 @@ class DeviceBatch:
                     seq_lens_S=seq_lens,
                     slot_starts_S=slot_starts,
                     block_table=table.index_select(0, rows),
+                    prefix=prefix and prefix.on_device(list(islice(prefix_tensors, 5))),
                 )
-                for table, slot in zip(self._tables, slots, strict=True)
+                for table, slot, prefix in zip(self._tables, slots, prefixes, strict=True)
             ),
         )
+
+
+def _prefix_arrays(prefixes: Sequence[SharedPrefixPlan | None]) -> list[NDArray]:
+    return [array for prefix in prefixes if prefix is not None for array in prefix.arrays]

@@ -1,8 +1,8 @@
 """Executes step plans on a GPU: the Runner of `octavo.step`, without waiting for the device.
 
 Called by the engine core. `launch` enqueues a step and returns; `collect` waits for its tokens.
-Steps in which every row computes one token are padded to a size and replayed as CUDA graphs; all
-others are launched kernel by kernel. It never schedules and never touches text.
+Small steps are padded to a shape and replayed as CUDA graphs; all others are launched kernel by
+kernel. It never schedules and never touches text.
 
     launch   rows freed, blocks poisoned, rows started, blocks copied, tables updated, KV written,
              sampled tokens kept on the device for the next step, results on their way to the host
@@ -19,14 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from octavo.kernels.ops import SharedPrefix
-from octavo.kernels.triton.attention_decode import max_total_slots
+from octavo.kernels.triton.attention_decode import max_total_slots, split_slots
+from octavo.kernels.triton.shared_prefix import SharedPrefixPlan
 from octavo.kv_cache.storage import KVStorage
 from octavo.models.decoder import Decoder
 from octavo.request import SamplingParams
 from octavo.runner.device_batch import DeviceBatch
 from octavo.runner.device_sampler import DeviceSampler
-from octavo.runner.graphs import DecodeGraphs
+from octavo.runner.graphs import StepGraphs, StepShape, decode_size, mixed_size
 from octavo.runner.input_batch import InputBatch, StepInputs
 from octavo.runner.model_runner import prompt_logprobs_of
 from octavo.runner.shared_prefix import MIN_SAVED_BYTES, plan_prefix
@@ -36,6 +36,8 @@ from octavo.step import RowStart, StepPlan, StepResult, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
+MAX_PADDED_TOKENS = 512
+"""Steps of more tokens take the device longer than the host takes to launch them."""
 COUNTS_PERIOD = 64
 """Steps between two readings of how many tokens went to each expert."""
 
@@ -85,6 +87,7 @@ class DeviceRunner:
         self._poison_freed_blocks = poison_freed_blocks
         self._device = device
         self._max_model_len = max_model_len
+        self._max_num_seqs = max_num_seqs
         self._kv_tokens = kv_tokens
         self._transfer = make_transfer(device)
         host = InputBatch(
@@ -94,7 +97,7 @@ class DeviceRunner:
             num_groups=len(storage.groups),
         )
         self._batch = DeviceBatch(host, sampler.last_sampled, device, self._transfer)
-        self._graphs = DecodeGraphs(max_num_seqs, is_on=use_graphs and device.type == "cuda")
+        self._graphs = StepGraphs(is_on=use_graphs and device.type == "cuda")
         spec = decoder.spec
         shape = (len(spec.moe_layers), spec.max_experts)
         self._counts_LE = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -220,23 +223,46 @@ class DeviceRunner:
     def _forward(self, plan: StepPlan, inputs: StepInputs) -> Tensor:
         """Returns the hidden states of the plan's tokens; rows beyond them are padding."""
         prefixes = self._prefixes(plan, inputs)
-        if plan.num_tokens == plan.num_rows and not any(prefixes):
-            size = self._graphs.size_of(plan.num_rows)
-            max_slots = max_total_slots(size, self._max_model_len, self._kv_tokens)
-            if self._batch.fill_padded(plan, inputs, size, max_slots):
-                return self._graphs.run(size, lambda: self._forward_padded(size, max_slots))
+        shape = self._shape(plan, prefixes)
+        if shape is not None:
+            prefixes = [prefix and prefix.padded(shape.num_rows) for prefix in prefixes]
+            max_slots = max_total_slots(shape.num_rows, self._max_model_len, self._kv_tokens)
+            if self._batch.fill_padded(plan, inputs, prefixes, shape, max_slots):
+                return self._graphs.run(
+                    shape, lambda: self._forward_padded(prefixes, shape, max_slots)
+                )
         device_inputs = self._batch.inputs(plan, inputs, prefixes)
         return self.decoder.forward(
             device_inputs.token_ids_T, device_inputs.batches, self.storage, self._counts_LE
         )
 
-    def _forward_padded(self, size: int, max_slots: int) -> Tensor:
-        inputs = self._batch.padded_inputs(size, max_slots)
+    def _shape(
+        self, plan: StepPlan, prefixes: Sequence[SharedPrefixPlan | None]
+    ) -> StepShape | None:
+        """Returns what a small step is padded to; large ones keep the device busy by themselves."""
+        num_rows, num_tokens = plan.num_rows, plan.num_tokens
+        is_decode = num_rows == num_tokens
+        if is_decode:
+            rows = tokens = decode_size(num_rows)
+        elif num_tokens <= MAX_PADDED_TOKENS:
+            tokens = mixed_size(num_tokens)
+            rows = mixed_size(num_rows + 1)  # one at least to own the padding
+        else:
+            return None
+        bounds = tuple(prefix and prefix.padded(rows).bounds for prefix in prefixes)
+        return StepShape(
+            num_rows=rows, num_tokens=tokens, is_decode=is_decode, prefix_bounds=bounds
+        )
+
+    def _forward_padded(
+        self, prefixes: Sequence[SharedPrefixPlan | None], shape: StepShape, max_slots: int
+    ) -> Tensor:
+        inputs = self._batch.padded_inputs(prefixes, shape, max_slots)
         return self.decoder.forward(
             inputs.token_ids_T, inputs.batches, self.storage, self._counts_LE, inputs.num_live
         )
 
-    def _prefixes(self, plan: StepPlan, inputs: StepInputs) -> list[SharedPrefix | None]:
+    def _prefixes(self, plan: StepPlan, inputs: StepInputs) -> list[SharedPrefixPlan | None]:
         """Returns what rows share, by KV group."""
         groups, host = self.storage.groups, self._batch.host
         if self._min_saved_bytes is None:
@@ -250,7 +276,7 @@ class DeviceRunner:
                 plan.query_lens,
                 block_size=host.block_size,
                 min_saved_bytes=self._min_saved_bytes,
-                device=self._device,
+                max_slots=self._max_num_seqs * split_slots(self._max_model_len),
             )
             for group, table in zip(groups, host.tables, strict=True)
         ]

@@ -1,8 +1,8 @@
-"""Decode steps as CUDA graphs: one per batch size in use, recorded when it is met a second time.
+"""Small steps as CUDA graphs: one for each shape in use, recorded when it is met a second time.
 
 Owned by the device runner. A graph replays kernels over fixed addresses, so a step is padded to the
-next size and its inputs are copied to where the graph reads them. All graphs share one memory pool:
-only one of them runs at a time.
+next shape and its inputs are copied to where the graph reads them. All graphs share one memory
+pool: only one of them runs at a time.
 """
 
 from __future__ import annotations
@@ -20,6 +20,25 @@ logger = logging.getLogger(__name__)
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 """Beyond the last, multiples of 64. Padding costs next to nothing: padded rows read no expert and
 no KV."""
+MAX_MIXED_GRAPHS = 12
+"""Of steps that are no decodes of separate rows; beyond that they are launched kernel by kernel.
+A graph takes some 8 MiB of the device; `engine.memory` sets aside that much for 32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepShape:
+    """What the launches of a padded step depend on."""
+
+    num_rows: int
+    num_tokens: int
+    is_decode: bool
+    """Every row computes one token."""
+    prefix_bounds: tuple[tuple[int, ...] | None, ...]
+    """Of what rows share, by KV group."""
+
+    @property
+    def is_plain(self) -> bool:
+        return self.is_decode and not any(self.prefix_bounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,36 +47,34 @@ class _Captured:
     output: Tensor
 
 
-class DecodeGraphs:
-    """Runs the body of a decode step of a given size, captured or not."""
+class StepGraphs:
+    """Runs the body of a padded step, captured or not."""
 
-    def __init__(self, max_num_seqs: int, *, is_on: bool) -> None:
-        more = range(SIZES[-1] + 64, max_num_seqs + 64, 64)
-        self.sizes = [size for size in (*SIZES, *more) if size < max_num_seqs] + [max_num_seqs]
+    def __init__(self, *, is_on: bool) -> None:
         self._is_on = is_on
         self._pool = torch.cuda.graph_pool_handle() if is_on else None
-        self._met: set[int] = set()
-        self._captured: dict[int, _Captured] = {}
+        self._met: set[StepShape] = set()
+        self._captured: dict[StepShape, _Captured] = {}
 
-    def size_of(self, num_rows: int) -> int:
-        """Returns how many rows a step of `num_rows` is padded to."""
-        return self.sizes[bisect_left(self.sizes, num_rows)]
-
-    def run(self, size: int, body: Callable[[], Tensor]) -> Tensor:
-        """Returns what `body` computes from the inputs of this size.
+    def run(self, shape: StepShape, body: Callable[[], Tensor]) -> Tensor:
+        """Returns what `body` computes from the inputs of this shape.
 
         The first time it runs as it is (which builds its kernels), the second time it is captured;
-        the result is valid until the next step of this size.
+        the result is valid until the next step of this shape.
         """
-        found = self._captured.get(size)
+        found = self._captured.get(shape)
         if found is None:
-            if not self._is_on or size not in self._met:
-                self._met.add(size)
+            if not self._is_on or shape not in self._met or not self._has_room(shape):
+                self._met.add(shape)
                 return body()
-            found = self._captured[size] = self._capture(body)
-            logger.debug("captured a graph of %d rows", size)
+            found = self._captured[shape] = self._capture(body)
+            logger.debug("captured a graph of %s", shape)
         found.graph.replay()
         return found.output
+
+    def _has_room(self, shape: StepShape) -> bool:
+        mixed = sum(not known.is_plain for known in self._captured)
+        return shape.is_plain or mixed < MAX_MIXED_GRAPHS
 
     def _capture(self, body: Callable[[], Tensor]) -> _Captured:
         # Not torch.cuda.graph(): it collects garbage and empties the cache, which stops the device.
@@ -68,3 +85,16 @@ class DecodeGraphs:
         finally:
             graph.capture_end()
         return _Captured(graph, output)
+
+
+def decode_size(num_rows: int) -> int:
+    """Returns what the rows of a decode are padded to."""
+    if num_rows > SIZES[-1]:
+        return -(-num_rows // 64) * 64
+    return SIZES[bisect_left(SIZES, num_rows)]
+
+
+def mixed_size(count: int) -> int:
+    """Returns what the rows or tokens of other steps are padded to: coarser, for there are more
+    shapes of them."""
+    return max(16, 1 << (count - 1).bit_length())

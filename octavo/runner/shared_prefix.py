@@ -7,15 +7,17 @@ planner.
 from __future__ import annotations
 
 import numpy as np
-import torch
 
-from octavo.kernels.ops import SharedPrefix
-from octavo.kernels.triton.shared_prefix import MIN_BLOCKS, plan_shared_prefix
+from octavo.kernels.triton.shared_prefix import (
+    MIN_BLOCKS,
+    SharedPrefixPlan,
+    plan_shared_prefix,
+)
 from octavo.kv_cache.spec import KVGroup
 from octavo.step import Int32
 
 MIN_SAVED_BYTES = 1 << 30
-"""Reads that a step must save (a third of a millisecond) to give up its CUDA graph for it."""
+"""Reads that a step must save (a third of a millisecond) to be worth the merging."""
 
 
 def plan_prefix(
@@ -26,9 +28,10 @@ def plan_prefix(
     *,
     block_size: int,
     min_saved_bytes: int,
-    device: torch.device,
-) -> SharedPrefix | None:
-    """Returns what single-query sequences share in one KV group, or None where it does not pay.
+    max_slots: int,
+) -> SharedPrefixPlan | None:
+    """Returns what single-query sequences share in one KV group, or None where it does not pay, or
+    where the partial results of all rows were more than `max_slots`.
 
     block_table int32 [S, columns]. A window sees too little of a prefix to gain from it.
     """
@@ -38,10 +41,10 @@ def plan_prefix(
     if np.count_nonzero(is_long) < 2:
         return None
     plan = plan_shared_prefix(block_table, seq_lens, query_lens, block_size=block_size)
-    if plan is None:
+    if plan is None or len(seq_lens) * plan.padded(len(seq_lens)).max_slots > max_slots:
         return None
     firsts = plan.members[plan.group_starts[:-1]]
     saved_tokens = int(plan.shared_tokens.sum() - plan.shared_tokens[firsts].sum())
     if saved_tokens * len(group.layers) * group.spec.token_bytes < min_saved_bytes:
         return None
-    return plan.to_device(device)
+    return plan

@@ -55,28 +55,58 @@ class SharedPrefixPlan:
     max_tail: int
     """Tokens of the longest private tail, or of the longest sequence outside groups."""
 
-    def to_device(self, device: torch.device) -> SharedPrefix:
-        """Returns the plan as tensors, in one copy."""
-        num_groups, num_sequences = len(self.split_sizes), len(self.shared_tokens)
-        slots = np.zeros(num_sequences, np.int32)
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """What a device needs of it, int32, in the order that `on_device` takes."""
+        slots = np.zeros_like(self.shared_tokens)
         for group, size in enumerate(self.split_sizes):
             own = self.members[self.group_starts[group] : self.group_starts[group + 1]]
             slots[own] = -(-self.shared_tokens[own] // size)
-        parts = (self.members, self.group_starts, self.shared_tokens, slots, self.split_sizes)
-        packed = torch.from_numpy(np.concatenate(parts).astype(np.int32))
-        packed = packed.to(device, non_blocking=True)
-        members, starts, tokens, slots_S, sizes = packed.split([len(part) for part in parts])
+        return self.members, self.group_starts, self.shared_tokens, slots, self.split_sizes
+
+    def on_device(self, tensors: Sequence[Tensor]) -> SharedPrefix:
+        """Returns the plan over the tensors that `arrays` have become."""
+        members, group_starts, shared_tokens_S, shared_slots_S, split_sizes = tensors
         return SharedPrefix(
             members=members,
-            group_starts=starts,
-            shared_tokens_S=tokens,
-            shared_slots_S=slots_S,
-            split_sizes=sizes,
-            num_groups=num_groups,
+            group_starts=group_starts,
+            shared_tokens_S=shared_tokens_S,
+            shared_slots_S=shared_slots_S,
+            split_sizes=split_sizes,
+            num_groups=len(split_sizes),
             max_members=self.max_members,
             max_splits=self.max_splits,
             max_tail=self.max_tail,
         )
+
+    def to_device(self, device: torch.device) -> SharedPrefix:
+        """Returns the plan as tensors on `device`."""
+        return self.on_device([torch.from_numpy(part).to(device) for part in self.arrays])
+
+    def padded(self, num_sequences: int) -> SharedPrefixPlan:
+        """Returns a plan of the same groups with room for `num_sequences`, and bounds that many
+        plans share, so that one captured graph serves them all."""
+        num_groups = next_power_of_2(len(self.split_sizes))
+        more_groups = num_groups - len(self.split_sizes)
+        return SharedPrefixPlan(
+            members=np.pad(self.members, (0, num_sequences - len(self.members))),
+            group_starts=np.pad(self.group_starts, (0, more_groups), mode="edge"),
+            shared_tokens=np.pad(self.shared_tokens, (0, num_sequences - len(self.shared_tokens))),
+            split_sizes=np.pad(self.split_sizes, (0, more_groups), constant_values=1),
+            max_members=num_sequences,
+            max_splits=next_power_of_2(self.max_splits),
+            max_tail=max(256, next_power_of_2(self.max_tail)),
+        )
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """What the launches of a captured graph depend on."""
+        return len(self.split_sizes), self.max_members, self.max_splits, self.max_tail
+
+    @property
+    def max_slots(self) -> int:
+        """Partial results of a row at most."""
+        return self.max_splits + split_slots(self.max_tail)
 
 
 def plan_shared_prefix(
@@ -94,7 +124,7 @@ def plan_shared_prefix(
     """
     full = np.where(query_lens == 1, seq_lens // block_size, 0)
     rows = [block_table[s, : full[s]] for s in range(len(full))]
-    order = sorted(np.flatnonzero(full >= min_blocks).tolist(), key=lambda s: rows[s].tolist())
+    order = sorted(np.flatnonzero(full >= min_blocks).tolist(), key=lambda s: rows[s].tobytes())
     chosen = [found for found in _best_groups(rows, order, 0)[1] if found[1] >= min_blocks]
     if not chosen:
         return None
