@@ -51,7 +51,9 @@ def matvec_kernel(
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     is_row = row < num_rows
-    weight_at = weight_NM + tl.where(is_row, row, 0).to(tl.int64)[:, None] * weight_stride + k[None, :]
+    weight_at = (
+        weight_NM + tl.where(is_row, row, 0).to(tl.int64)[:, None] * weight_stride + k[None, :]
+    )
     # Weights are written by no kernel: the first of them travel while the last kernel ends.
     w = tl.load(weight_at, mask=(k < hidden_size)[None, :], other=0.0)
     wait_turn(OVERLAP)
