@@ -1,4 +1,4 @@
-"""Products with one row: a program sums a few rows of the weight in registers, without tensor cores.
+"""Products with one row: programs sum a few rows of the weight in registers, no tensor cores.
 
 Called by `ops.py` for steps of one token, and for its experts. Never where batch invariance was
 promised: a row's bits differ from those that `linear.py` and `moe.py` give it in a larger batch.
@@ -27,7 +27,7 @@ from octavo.kernels.triton.overlap import launch_options, wait_turn
 def folded(w, x):
     """Sums of 8 neighbours of w * x: what one thread holds of a 16-byte load of 16-bit numbers."""
     products = w.to(tl.float32) * x.to(tl.float32)
-    return tl.sum(products.reshape(w.shape[:-1] + [w.shape[-1] // 8, 8]), len(w.shape))
+    return tl.sum(products.reshape(*w.shape[:-1], w.shape[-1] // 8, 8), len(w.shape))
 
 
 @triton.jit
@@ -137,7 +137,7 @@ def down_and_combine_kernel(
     BLOCK_K: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """out[t] = sum over the pairs p of t of weights[p] * hidden[p] @ down[e].T, e the pair's expert.
+    """out[t] = sum over its pairs p of weights[p] * hidden[p] @ down[e].T, e the pair's expert.
 
     hidden_PF [P, F]; down [E, M, F] with stride_E given; out_TM [T, M]; SLOTS: a power of two that
     holds TOP_K. All slots advance together; ids outside [0, E) add nothing.
