@@ -15,8 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
-
 from triton_moe import BYTES_PER_US, replay_us
+
 from octavo.kernels.triton import matvec, moe, route
 from octavo.kernels.triton.linear import ProductPlan, plan_product, product
 from octavo.kernels.triton.matvec import RowsPlan
