@@ -19,6 +19,7 @@ from torch import Tensor
 
 from octavo.kernels.ops import Activation
 from octavo.kernels.triton.activation import activated
+from octavo.kernels.triton.launch import cdiv, launchable, next_power_of_2
 from octavo.kernels.triton.moe import StackedExperts
 from octavo.kernels.triton.overlap import launch_options, wait_turn
 
@@ -30,6 +31,7 @@ def folded(w, x):
     return tl.sum(products.reshape(*w.shape[:-1], w.shape[-1] // 8, 8), len(w.shape))
 
 
+@launchable
 @triton.jit
 def matvec_kernel(
     x_M,
@@ -71,6 +73,7 @@ def matvec_kernel(
     tl.store(out_N + row, out.to(out_N.dtype.element_ty), mask=is_row)
 
 
+@launchable
 @triton.jit
 def gate_up_of_pair_kernel(
     x_TM,
@@ -120,6 +123,7 @@ def gate_up_of_pair_kernel(
     tl.store(out, value.to(hidden_PF.dtype.element_ty), mask=is_column)
 
 
+@launchable
 @triton.jit
 def down_and_combine_kernel(
     hidden_PF,
@@ -190,7 +194,7 @@ def plan_gate_up(hidden_size: int) -> RowsPlan:
 
 def plan_down(inner_size: int, top_k: int) -> RowsPlan:
     """Returns the launch shape of `down_and_combine_kernel`: all slots of a step together."""
-    slots = triton.next_power_of_2(top_k)
+    slots = next_power_of_2(top_k)
     block_k = _step(inner_size, max(128, 2048 // slots))
     while block_k > 128 and inner_size % block_k:
         block_k //= 2
@@ -198,7 +202,7 @@ def plan_down(inner_size: int, top_k: int) -> RowsPlan:
 
 
 def _step(length: int, limit: int) -> int:
-    return max(8, min(limit, triton.next_power_of_2(length)))
+    return max(8, min(limit, next_power_of_2(length)))
 
 
 def matvec(
@@ -211,7 +215,7 @@ def matvec(
     assert x_TM.stride(1) == 1 or hidden_size == 1
     assert out_TN.stride(1) == 1 or num_rows == 1
     assert weight_NM.stride(1) == 1 or hidden_size == 1
-    matvec_kernel[(triton.cdiv(num_rows, plan.block_n),)](
+    matvec_kernel[(cdiv(num_rows, plan.block_n),)](
         x_TM,
         weight_NM,
         x_TM if bias_N is None else bias_N,
@@ -250,7 +254,7 @@ def gate_up_of_pairs(
     """Returns hidden [P, F], undefined where a pair's expert is not here."""
     num_experts, inner_size, hidden_size = experts.gate_EFM.shape
     hidden = x_TM.new_empty((topk_ids.numel(), inner_size))
-    gate_up_of_pair_kernel[(triton.cdiv(inner_size, plan.block_n), len(hidden))](
+    gate_up_of_pair_kernel[(cdiv(inner_size, plan.block_n), len(hidden))](
         x_TM,
         experts.gate_EFM,
         experts.up_EFM,
@@ -282,7 +286,7 @@ def down_and_combine(
     num_experts, hidden_size, inner_size = experts.down_EMF.shape
     num_tokens, top_k = topk_ids.shape
     out = hidden_PF.new_empty((num_tokens, hidden_size))
-    down_and_combine_kernel[(triton.cdiv(hidden_size, plan.block_n), num_tokens)](
+    down_and_combine_kernel[(cdiv(hidden_size, plan.block_n), num_tokens)](
         hidden_PF,
         experts.down_EMF,
         out,
@@ -293,7 +297,7 @@ def down_and_combine(
         experts.down_EMF.stride(0),
         num_experts,
         TOP_K=top_k,
-        SLOTS=triton.next_power_of_2(top_k),
+        SLOTS=next_power_of_2(top_k),
         BLOCK_N=plan.block_n,
         BLOCK_K=plan.block_k,
         num_warps=plan.num_warps,
