@@ -15,7 +15,7 @@ from octavo.kernels.ops import ExpertWeights, Weight
 from tests.kernels.cases import floats, make_weight
 from tests.kernels.triton_interpreter import DEVICE
 
-from octavo.kernels.triton import linear, moe, route  # isort: skip
+from octavo.kernels.triton import linear, matvec, moe, route  # isort: skip
 from octavo.kernels.triton.moe import Launch, MoePlan, plan_moe
 from octavo.kernels.triton.ops import TritonOps, stacked_view
 
@@ -147,13 +147,19 @@ def test_route_takes_the_lower_of_equal_experts_and_knows_nan() -> None:
 def test_pairs_are_sorted_by_expert_into_blocks(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, tokens: int, count: int, top_k: int
 ) -> None:
-    monkeypatch.setattr(route, "MAX_CHUNKS", 3)
     _, ids = routed(rng, tokens, count, top_k)
-    ids[0, 0] = -1
-    pairs = route.sort_pairs(ids, count, 16)
+    ids[0, 0], ids[-1, -1] = -1, 10**6
+    for max_chunks, uncounted in ((3, 0), (3, 1024), (128, 1024)):
+        monkeypatch.setattr(route, "MAX_CHUNKS", max_chunks)
+        monkeypatch.setattr(route, "UNCOUNTED_PAIRS", uncounted)
+        assert_sorted(route.sort_pairs(ids, count, 16), ids, count)
+
+
+def assert_sorted(pairs: route.SortedPairs, ids: Tensor, count: int) -> None:
     chosen = ids.flatten().cpu()
-    expected = torch.argsort(chosen.masked_fill(chosen < 0, count), stable=True)
-    kept = int((chosen >= 0).sum())
+    is_known = (chosen >= 0) & (chosen < count)
+    expected = torch.argsort(chosen.masked_fill(~is_known, count), stable=True)
+    kept = int(is_known.sum())
     assert torch.equal(pairs.order_P[:kept].cpu().long(), expected[:kept])
     expert, first, end = pairs.blocks_3B.cpu()
     covered = 0
@@ -167,17 +173,19 @@ def test_pairs_are_sorted_by_expert_into_blocks(
     assert covered == kept
 
 
+@pytest.mark.parametrize("is_deterministic", [True, False])
 @pytest.mark.parametrize("dtype", list(TOLERANCES))
 @pytest.mark.parametrize(("count", "top_k"), [(1, 1), (3, 2), (60, 4)])
 def test_moe_is_the_weighted_sum_of_the_chosen_experts(
-    rng: np.random.Generator, count: int, top_k: int, dtype: torch.dtype
+    rng: np.random.Generator, count: int, top_k: int, dtype: torch.dtype, is_deterministic: bool
 ) -> None:
     experts = make_experts(rng, count, 72, 40, dtype)
-    for tokens in (1, 3, 40):
+    for tokens in (1, 3, 40) if is_deterministic else (1, 2):
         x = floats(rng, tokens, 72).to(DEVICE, dtype)
         weights, ids = routed(rng, tokens, count, top_k)
         for activation in ("silu", "gelu_tanh"):
-            found = make_ops().moe(x, weights, ids, experts, activation)
+            ops = make_ops(is_deterministic=is_deterministic)
+            found = ops.moe(x, weights, ids, experts, activation)
             assert found.dtype is dtype
             expected = exact_moe(x, weights, ids, experts, activation)
             assert_near(found, expected, TOLERANCES[dtype])
@@ -211,8 +219,10 @@ def test_experts_that_live_elsewhere_add_nothing(rng: np.random.Generator) -> No
         x = floats(rng, tokens, 64).to(DEVICE)
         weights, ids = routed(rng, tokens, 6, 3)
         ids[0] = torch.tensor([0, -1, 5])
-        found = make_ops().moe(x, weights, ids, experts, "silu")
-        assert_near(found, exact_moe(x, weights, ids, experts), 2e-6)
+        for is_deterministic in (True, False):
+            ops = make_ops(is_deterministic=is_deterministic)
+            found = ops.moe(x, weights, ids, experts, "silu")
+            assert_near(found, exact_moe(x, weights, ids, experts), 2e-6)
 
 
 def test_moe_rows_do_not_depend_on_the_batch(rng: np.random.Generator) -> None:
@@ -280,6 +290,25 @@ def test_every_plan_of_a_dense_product_is_right(rng: np.random.Generator, tokens
         out = torch.full((tokens, 300), math.nan, dtype=torch.float16, device=DEVICE)
         linear.product(x, weight, None, out, linear.plan_product(tokens, 300, can_tma=tma))
         assert_near(out, x.double() @ weight.double().T, 2e-3)
+
+
+@pytest.mark.parametrize("plan", [(1, 64, 1), (4, 256, 4), (16, 32, 2)])
+def test_every_plan_for_one_row_is_right(
+    rng: np.random.Generator, plan: tuple[int, int, int]
+) -> None:
+    plan_of = matvec.RowsPlan(block_n=plan[0], block_k=plan[1], num_warps=plan[2])
+    experts = make_experts(rng, 4, 136, 72, torch.float16)
+    x = floats(rng, 2, 136).to(DEVICE, torch.float16)
+    out = torch.full((1, 72), math.nan, dtype=torch.float32, device=DEVICE)
+    weight = experts.up[2].data
+    matvec.matvec(x[:1], weight, None, out, plan_of)
+    assert_near(out, x[:1].double() @ weight.double().T, 1e-6)
+    weights, ids = routed(rng, 2, 4, 3)
+    stacks = [stacked_view(w) for w in (experts.gate, experts.up, experts.down)]
+    stacked = moe.StackedExperts(gate_EFM=stacks[0], up_EFM=stacks[1], down_EMF=stacks[2])
+    hidden = matvec.gate_up_of_pairs(x, ids, stacked, "silu", plan_of)
+    found = matvec.down_and_combine(hidden, weights, ids, stacked, plan_of)
+    assert_near(found, exact_moe(x, weights, ids, experts), 2e-3)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCES))

@@ -10,7 +10,7 @@ import pytest
 
 import octavo.kernels.triton
 
-READ_EARLY = {"weight_M"}
+READ_EARLY = {"weight_M", "weight_at"}
 """Weights, which no kernel writes."""
 
 

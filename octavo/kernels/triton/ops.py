@@ -29,6 +29,7 @@ from octavo.kernels.triton import norm as norms
 from octavo.kernels.triton import route as routes
 from octavo.kernels.triton.attention import attention
 from octavo.kernels.triton.linear import plan_product, product
+from octavo.kernels.triton.matvec import matvec, moe_of_pairs, plan_matvec
 from octavo.kernels.triton.moe import StackedExperts, plan_moe, run_moe
 from octavo.kernels.triton.overlap import is_hopper
 from octavo.kernels.triton.rope import rope_and_cache
@@ -46,7 +47,8 @@ class TritonOps:
 
     def __init__(self, num_threads: int, *, is_deterministic: bool) -> None:
         """With `is_deterministic` all dense products are Triton's, so that a row has the same bits
-        in every batch by construction; else the vendor's library multiplies for many tokens."""
+        in every batch by construction; else the vendor's library multiplies for many tokens, and
+        `matvec.py` for one."""
         self.torch_threads = num_threads
         self._is_deterministic = is_deterministic
         self._matrices: dict[tuple[Weight, ...], list[Tensor]] = {}
@@ -89,7 +91,9 @@ class TritonOps:
         is_same = x_TM.dtype == matrix_NM.dtype
         num_tokens, num_rows = x_TM.shape[0], matrix_NM.shape[0]
         is_odd = num_rows % 8 != 0
-        if not is_same or self._is_deterministic or is_odd or num_tokens <= SKINNY_TOKENS:
+        if num_tokens == 1 and not self._is_deterministic:
+            matvec(x_TM, matrix_NM, bias, out, plan_matvec(*matrix_NM.shape))
+        elif not is_same or self._is_deterministic or is_odd or num_tokens <= SKINNY_TOKENS:
             can_tma = is_same and is_hopper(x_TM.device)
             plan = plan_product(num_tokens, num_rows, can_tma=can_tma)
             product(x_TM, matrix_NM, bias, out, plan if _is_short(x_TM) else plan.of_floats())
@@ -107,6 +111,9 @@ class TritonOps:
     def logits(self, x_SM: Tensor, weight: Weight) -> Tensor:
         matrix = _numbers(weight)
         out = torch.empty(len(x_SM), len(matrix), dtype=torch.float32, device=x_SM.device)
+        if len(x_SM) == 1 and not self._is_deterministic:
+            matvec(x_SM, matrix, None, out, plan_matvec(*matrix.shape))
+            return out
         can_tma = x_SM.dtype == matrix.dtype and is_hopper(x_SM.device)
         plan = plan_product(len(x_SM), len(matrix), can_tma=can_tma)
         product(x_SM, matrix, None, out, plan if _is_short(x_SM) else plan.of_floats())
@@ -147,6 +154,8 @@ class TritonOps:
         num_experts, inner_size, _ = stacked.gate_EFM.shape
         top_k = topk_ids.shape[1]
         plan = plan_moe(len(x_TM), top_k, num_experts, inner_size, can_tma=can_tma)
+        if plan.is_direct and not self._is_deterministic:
+            return moe_of_pairs(x_TM, topk_weights, topk_ids, stacked, activation)
         if not _is_short(x_TM):
             plan = plan.of_floats()
         return run_moe(x_TM, topk_weights, topk_ids, stacked, activation, plan)

@@ -20,8 +20,8 @@ ROUTE_ROWS = 4
 """Tokens of a program; fixed, so that a row's sum has one order whatever the batch."""
 MAX_CHUNKS = 128
 SORT_WARPS = 4
-UNCOUNTED_PAIRS = 128
-"""Up to so many, counting anew in every program is cheaper than a second launch."""
+UNCOUNTED_PAIRS = 1024
+"""Up to so many, a histogram of all pairs in every program is cheaper than a second launch."""
 BLOCKS_TILE = 32
 
 
@@ -123,21 +123,6 @@ def route(
     return weights, ids
 
 
-@triton.jit
-def count_ids(ids_P, first, end, num_pairs, limit, TILE: tl.constexpr, EXPERTS: tl.constexpr):
-    """How often each expert is chosen in pairs [first, end), and among those below `limit`."""
-    expert = tl.arange(0, EXPERTS)
-    hits = tl.zeros([TILE, EXPERTS], tl.int32)
-    below = tl.zeros([TILE, EXPERTS], tl.int32)
-    for start in range(first, end, TILE):
-        pair = start + tl.arange(0, TILE)
-        ids = tl.load(ids_P + pair, mask=pair < num_pairs, other=-1)
-        is_hit = ids[:, None] == expert[None, :]
-        hits += is_hit.to(tl.int32)
-        below += (is_hit & (pair < limit)[:, None]).to(tl.int32)
-    return tl.sum(hits, 0), tl.sum(below, 0)
-
-
 @launchable
 @triton.jit
 def count_kernel(
@@ -152,9 +137,13 @@ def count_kernel(
     """counts[c, e] = pairs of chunk c (`size` of them) that chose expert e."""
     wait_turn(OVERLAP)
     chunk = tl.program_id(0)
-    first = chunk * size
-    count, _ = count_ids(ids_P, first, first + size, num_pairs, 0, TILE, EXPERTS)
-    tl.store(counts_CE + chunk * EXPERTS + tl.arange(0, EXPERTS), count)
+    expert = tl.arange(0, EXPERTS)
+    hits = tl.zeros([TILE, EXPERTS], tl.int32)
+    for start in range(chunk * size, chunk * size + size, TILE):
+        pair = start + tl.arange(0, TILE)
+        ids = tl.load(ids_P + pair, mask=pair < num_pairs, other=-1)
+        hits += (ids[:, None] == expert[None, :]).to(tl.int32)
+    tl.store(counts_CE + chunk * EXPERTS + expert, tl.sum(hits, 0))
 
 
 @launchable
@@ -174,19 +163,26 @@ def order_kernel(
     EXPERTS: tl.constexpr,
     COUNT_ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
-    COUNTED: tl.constexpr,
+    PAIRS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """order = the pairs, stably sorted by expert; blocks = runs of up to BLOCK_P of one expert.
 
     order_P int32 [P]; blocks_3B int32 [3, B]: expert (-1: the block is unused), first and end place
     in order_P. Each of C programs places its own chunk of `size` pairs and writes its share of the
-    blocks; ids outside [0, E) are left out. Not COUNTED: every program counts all pairs itself.
+    blocks; ids outside [0, E) are left out. PAIRS: a power of two that holds all pairs, which then
+    every program counts itself; or 0, and counts_CE has the chunks' counts.
     """
     wait_turn(OVERLAP)
     chunk = tl.program_id(0)
     expert = tl.arange(0, EXPERTS)
-    if COUNTED:
+    if PAIRS:
+        every = tl.arange(0, PAIRS)
+        chosen = tl.load(ids_P + every, mask=every < num_pairs, other=-1)
+        is_known = (chosen >= 0) & (chosen < num_experts)
+        total = tl.histogram(chosen, EXPERTS, mask=is_known)
+        before = tl.histogram(chosen, EXPERTS, mask=is_known & (every < chunk * size))
+    else:
         total = tl.zeros([EXPERTS], tl.int32)
         before = tl.zeros([EXPERTS], tl.int32)
         for start in range(0, num_chunks, COUNT_ROWS):
@@ -195,8 +191,6 @@ def order_kernel(
             counts = tl.load(counts_CE + at, mask=(row < num_chunks)[:, None], other=0)
             total += tl.sum(counts, 0)
             before += tl.sum(tl.where((row < chunk)[:, None], counts, 0), 0)
-    else:
-        total, before = count_ids(ids_P, 0, num_pairs, num_pairs, chunk * size, TILE, EXPERTS)
     total = tl.where(expert < num_experts, total, 0)
     first = tl.cumsum(total, 0) - total
     blocks = (total + BLOCK_P - 1) // BLOCK_P
@@ -253,17 +247,18 @@ def sort_pairs(topk_ids: Tensor, num_experts: int, block_p: int) -> SortedPairs:
     assert topk_ids.is_contiguous()
     assert topk_ids.dtype is torch.int32
     experts = next_power_of_2(num_experts)
-    tile = max(16, min(64, 8192 // experts))
+    is_few = num_pairs <= UNCOUNTED_PAIRS
+    tile = max(16, min(32 if is_few else 64, 8192 // experts))
     num_tiles = cdiv(num_pairs, tile)
     size = cdiv(num_tiles, MAX_CHUNKS) * tile
     num_chunks = cdiv(num_pairs, size)
     num_blocks = max_blocks(num_pairs, num_experts, block_p)
     order = topk_ids.new_empty(num_pairs)
     blocks = topk_ids.new_empty((3, num_blocks))
-    counts = topk_ids.new_empty((num_chunks, experts))
-    is_counted = num_pairs > UNCOUNTED_PAIRS
+    counts = topk_ids
     options = launch_options(topk_ids.device)
-    if is_counted:
+    if not is_few:
+        counts = topk_ids.new_empty((num_chunks, experts))
         count_kernel[(num_chunks,)](
             topk_ids,
             counts,
@@ -289,7 +284,7 @@ def sort_pairs(topk_ids: Tensor, num_experts: int, block_p: int) -> SortedPairs:
         EXPERTS=experts,
         COUNT_ROWS=max(1, min(32, 4096 // experts)),
         BLOCKS=BLOCKS_TILE,
-        COUNTED=is_counted,
+        PAIRS=max(32, next_power_of_2(num_pairs)) if is_few else 0,
         num_warps=SORT_WARPS,
         **options,
     )
