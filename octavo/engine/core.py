@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.config import EngineConfig
-from octavo.errors import CapacityError
+from octavo.errors import CapacityError, OutOfMemoryError
 from octavo.kv_cache.manager import KVCacheManager
 from octavo.kv_cache.planner import RESERVED_BLOCKS, MemoryPlan
 from octavo.kv_cache.prefix_index import prefix_root
@@ -104,6 +104,9 @@ class EngineCore:
     def _collect(self, plan: StepPlan, ticket: object) -> list[TokenDelta]:
         try:
             result = self._runner.collect(ticket)
+        except OutOfMemoryError as error:
+            logger.warning("step %d is computed again: %s", plan.step_id, error)
+            return self.scheduler.lose(plan, f"{type(error).__name__}: {error}")
         except Exception as error:  # the edge: a broken step must not end the engine
             logger.exception("step %d failed", plan.step_id)
             return self.scheduler.fail(plan, f"{type(error).__name__}: {error}")
@@ -133,6 +136,8 @@ class EngineCore:
             prefix_miss_tokens=dict(counters.prefix_miss_tokens),
             num_preemptions=counters.num_preemptions,
             num_recomputed_tokens=counters.num_recomputed_tokens,
+            num_splits=counters.num_splits,
+            num_lost_steps=counters.num_lost_steps,
             num_prompt_tokens=counters.num_prompt_tokens,
             num_cached_prompt_tokens=counters.num_cached_prompt_tokens,
             num_generation_tokens=counters.num_generation_tokens,

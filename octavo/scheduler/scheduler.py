@@ -26,6 +26,8 @@ from octavo.scheduler.plan_builder import PlanBuilder
 from octavo.scheduler.sequence import Sequence
 from octavo.step import NO_TOKEN, StepPlan, StepResult, TokenLogprobs
 
+MAX_LOSSES = 3
+"""Times that a sequence is computed again, without a new token, because a step found no memory."""
 BROKEN_LOGITS = "the logits hold a NaN or nothing finite: the weights, or this KV, are broken"
 
 
@@ -51,6 +53,8 @@ class _Launched:
     samples: list[bool]
     computed: list[int]
     preemptions: list[int]
+    is_lost: bool = False
+    """It, or one that it builds on, found no memory: its sequences are computed again."""
 
 
 class Scheduler:
@@ -320,6 +324,9 @@ class Scheduler:
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
         """Takes over a step's tokens: appends, finishes, frees, publishes block digests."""
         step = self._launched.pop(plan.step_id)
+        self.counters.num_splits += result.num_splits
+        if step.is_lost:
+            return []
         token_ids = result.token_ids.tolist()
         block_size = self.manager.block_size
         deltas: list[TokenDelta] = []
@@ -383,7 +390,34 @@ class Scheduler:
     def fail(self, plan: StepPlan, message: str) -> list[TokenDelta]:
         """A step raised: its sequences end with an error, all others go on."""
         step = self._launched.pop(plan.step_id)
+        if step.is_lost:
+            return []
         return [self._fail(s, message) for s in step.sequences if not s.is_finished]
+
+    def lose(self, plan: StepPlan, message: str) -> list[TokenDelta]:
+        """A step found no memory: its sequences give up their blocks and are computed again, those
+        that did MAX_LOSSES times without a new token end with an error.
+
+        Steps launched since then read what this one has not written: they are lost with it.
+        """
+        step = self._launched.pop(plan.step_id)
+        if step.is_lost:
+            return []
+        self.counters.num_lost_steps += 1
+        for lost in (step, *self._launched.values()):
+            lost.is_lost = True
+            for sequence in lost.sequences:
+                sequence.num_pending = 0
+                if sequence.row is not None:
+                    self._preempt(sequence)
+        unfinished = [s for s in step.sequences if not s.is_finished]
+        for sequence in unfinished:
+            sequence.lost_at.append(len(sequence.token_ids))
+        return [
+            self._fail(sequence, message)
+            for sequence in unfinished
+            if sequence.lost_at.count(len(sequence.token_ids)) > MAX_LOSSES
+        ]
 
     def _fail(self, sequence: Sequence, message: str) -> TokenDelta:
         """Ends one sequence with an error; nothing of its newest step is published."""
