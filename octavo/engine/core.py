@@ -105,7 +105,7 @@ class EngineCore:
         try:
             result = self._runner.collect(ticket)
         except OutOfMemoryError as error:
-            logger.warning("step %d is computed again: %s", plan.step_id, error)
+            logger.warning("step %d found no memory: %s", plan.step_id, error)
             return self.scheduler.lose(plan, f"{type(error).__name__}: {error}")
         except Exception as error:  # the edge: a broken step must not end the engine
             logger.exception("step %d failed", plan.step_id)
