@@ -115,6 +115,8 @@ class StepResult:
     prompt token at start + 1 + i, as far as that is a prompt token."""
     expert_counts: NDArray[np.int64] | None = None
     """[MoE layers, experts] tokens routed in this step; None for dense models."""
+    num_splits: int = 0
+    """Times that the step, or a part of it, was cut in two because memory was short."""
 
 
 class Runner(Protocol):
@@ -125,7 +127,10 @@ class Runner(Protocol):
         ...
 
     def collect(self, ticket: object) -> StepResult:
-        """Waits for the step of `ticket`; tickets are collected in launch order."""
+        """Waits for the step of `ticket`; tickets are collected in launch order.
+
+        Raises OutOfMemoryError if the step can be computed when there is more memory.
+        """
         ...
 
     def close(self) -> None: ...

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.config import EngineConfig
-from octavo.errors import CapacityError, EngineDeadError
+from octavo.errors import CapacityError, EngineDeadError, OutOfMemoryError
 from octavo.kv_cache.manager import KVCacheManager
 from octavo.kv_cache.planner import RESERVED_BLOCKS, MemoryPlan
 from octavo.kv_cache.prefix_index import prefix_root
@@ -58,6 +58,8 @@ class EngineCore:
                 max_num_batched_tokens=plan.max_num_batched_tokens,
                 max_model_len=plan.max_model_len,
                 max_num_queued_requests=config.max_num_queued_requests,
+                # Half of what they would have each if all rows were taken, and no more than helps.
+                headroom_tokens=min(128, plan.num_tokens // (4 * config.max_num_seqs)),
             ),
         )
         self._launched: deque[tuple[StepPlan, object]] = deque()
@@ -107,6 +109,9 @@ class EngineCore:
         except EngineDeadError:
             self._launched.clear()
             raise
+        except OutOfMemoryError as error:
+            logger.warning("step %d found no memory: %s", plan.step_id, error)
+            return self.scheduler.lose(plan, f"{type(error).__name__}: {error}")
         except Exception as error:  # the edge: a broken step must not end the engine
             logger.exception("step %d failed", plan.step_id)
             return self.scheduler.fail(plan, f"{type(error).__name__}: {error}")
@@ -136,6 +141,8 @@ class EngineCore:
             prefix_miss_tokens=dict(counters.prefix_miss_tokens),
             num_preemptions=counters.num_preemptions,
             num_recomputed_tokens=counters.num_recomputed_tokens,
+            num_splits=counters.num_splits,
+            num_lost_steps=counters.num_lost_steps,
             num_prompt_tokens=counters.num_prompt_tokens,
             num_cached_prompt_tokens=counters.num_cached_prompt_tokens,
             num_generation_tokens=counters.num_generation_tokens,

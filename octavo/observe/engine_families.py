@@ -55,6 +55,8 @@ def own_families(stats: EngineStats, labels: Labels) -> Iterator[Metric]:
     for name, text, value in (
         ("recomputed_tokens", "Computed again after preemption", stats.num_recomputed_tokens),
         ("steps", "Steps", stats.num_steps),
+        ("step_splits", "Steps cut in two for lack of memory", stats.num_splits),
+        ("out_of_memory_steps", "Steps lost for lack of memory", stats.num_lost_steps),
         ("step_scheduler_seconds", "Time spent scheduling", stats.scheduler_seconds),
     ):
         yield _counter(name, text, value, labels)

@@ -38,6 +38,10 @@ class EngineStats:
     num_preemptions: int = 0
     num_recomputed_tokens: int = 0
     """Computed again after a preemption; never counted as a prefix hit."""
+    num_splits: int = 0
+    """Times that a step was cut in two because the device's memory was short."""
+    num_lost_steps: int = 0
+    """Steps that were too large even so: their sequences were preempted."""
     num_prompt_tokens: int = 0
     """Of prompts whose prefill is complete, cached tokens included."""
     num_cached_prompt_tokens: int = 0

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from octavo.errors import OutOfMemoryError
 from octavo.kernels.triton.attention_decode import max_total_slots, split_slots
 from octavo.kernels.triton.shared_prefix import SharedPrefixPlan
 from octavo.kv_cache.storage import KVStorage
@@ -104,8 +105,6 @@ class DeviceRunner:
         self._reported_LE = np.zeros(shape, np.int64)
         self.step_bytes = 0
         """The most that a warm-up step took of the device, beyond what lay there before."""
-        self.num_splits = 0
-        """Steps that ran in parts because memory was short."""
 
     def launch(self, plan: StepPlan) -> object:
         """Enqueues the step; what it raises, `collect` raises."""
@@ -113,6 +112,9 @@ class DeviceRunner:
             with torch.inference_mode(), self._transfer.step():
                 self._update_rows(plan)
                 return _Ticket(plan, self._launch(plan), self._read_counts(plan))
+        except torch.OutOfMemoryError as error:
+            # Not the error itself: its traceback would keep the step's tensors.
+            return _Ticket(plan, (), None, OutOfMemoryError(str(error)))
         except Exception as error:
             return _Ticket(plan, (), None, error)
 
@@ -191,7 +193,6 @@ class DeviceRunner:
             parts = split_plan(plan) if self.decoder.collectives.size == 1 else None
             if parts is None:
                 raise
-        self.num_splits += 1
         logger.warning(
             "a step of %d tokens ran out of memory and is split; lower gpu_memory_utilization or "
             "max_num_batched_tokens if this goes on",
@@ -227,6 +228,8 @@ class DeviceRunner:
         if shape is not None:
             prefixes = [prefix and prefix.padded(shape.num_rows) for prefix in prefixes]
             max_slots = max_total_slots(shape.num_rows, self._max_model_len, self._kv_tokens)
+            if all(prefixes):
+                max_slots = 1 << 30  # the shared path keeps its own room
             if self._batch.fill_padded(plan, inputs, prefixes, shape, max_slots):
                 return self._graphs.run(
                     shape, lambda: self._forward_padded(prefixes, shape, max_slots)
@@ -320,6 +323,7 @@ def _joined(plan: StepPlan, parts: Sequence[_Part]) -> StepResult:
         token_ids=np.concatenate(tokens),
         logprobs=logprobs,
         prompt_logprobs=prompts,
+        num_splits=len(parts) - 1,
     )
 
 

@@ -17,6 +17,8 @@ class SchedulerCounters:
     prefix_miss_tokens: dict[MissReason, int] = field(default_factory=dict)
     num_preemptions: int = 0
     num_recomputed_tokens: int = 0
+    num_splits: int = 0
+    num_lost_steps: int = 0
     num_prompt_tokens: int = 0
     num_cached_prompt_tokens: int = 0
     num_generation_tokens: int = 0

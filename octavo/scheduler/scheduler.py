@@ -26,6 +26,8 @@ from octavo.scheduler.plan_builder import PlanBuilder
 from octavo.scheduler.sequence import Sequence
 from octavo.step import NO_TOKEN, StepPlan, StepResult, TokenLogprobs
 
+MAX_LOSSES = 3
+"""Times that a sequence is computed again, without a new token, because a step found no memory."""
 BROKEN_LOGITS = "the logits hold a NaN or nothing finite: the weights, or this KV, are broken"
 
 
@@ -37,6 +39,9 @@ class SchedulerLimits:
     max_num_batched_tokens: int
     max_model_len: int
     max_num_queued_requests: int = 4096
+    headroom_tokens: int = 0
+    """A sequence is admitted only where all that run can still grow by so many tokens: taking
+    blocks away and computing them again costs more than waiting for the next to finish."""
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:
@@ -51,6 +56,8 @@ class _Launched:
     samples: list[bool]
     computed: list[int]
     preemptions: list[int]
+    is_lost: bool = False
+    """It, or one that it builds on, found no memory: its sequences are computed again."""
 
 
 class Scheduler:
@@ -211,7 +218,7 @@ class Scheduler:
     def _schedule_waiting(self, builder: PlanBuilder) -> None:
         """Admits waiting sequences in order while rows, budget and blocks last."""
         limit = min(self.limits.max_num_seqs, self.limits.max_num_batched_tokens)
-        reserved = self._blocks_of_unfinished_prefills()
+        reserved = self._blocks_of_unfinished_prefills() + self._headroom()
         position = 0
         while position < len(self.waiting):
             budget = self.limits.max_num_batched_tokens - builder.num_tokens
@@ -239,6 +246,13 @@ class Scheduler:
         return sum(
             self._missing_blocks(s) for s in self.running if s.num_tokens - s.num_computed > 1
         )
+
+    def _headroom(self) -> int:
+        """Blocks that running sequences will need for their next tokens, as far as their limits let
+        them grow."""
+        most = self.limits.headroom_tokens
+        tokens = sum(min(most, s.max_len - s.num_tokens) for s in self.running) if most else 0
+        return -(-tokens // self.manager.block_size) * len(self.manager.tables)
 
     def _missing_blocks(self, sequence: Sequence) -> int:
         manager = self.manager
@@ -320,6 +334,9 @@ class Scheduler:
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
         """Takes over a step's tokens: appends, finishes, frees, publishes block digests."""
         step = self._launched.pop(plan.step_id)
+        self.counters.num_splits += result.num_splits
+        if step.is_lost:
+            return []
         token_ids = result.token_ids.tolist()
         block_size = self.manager.block_size
         deltas: list[TokenDelta] = []
@@ -383,7 +400,34 @@ class Scheduler:
     def fail(self, plan: StepPlan, message: str) -> list[TokenDelta]:
         """A step raised: its sequences end with an error, all others go on."""
         step = self._launched.pop(plan.step_id)
+        if step.is_lost:
+            return []
         return [self._fail(s, message) for s in step.sequences if not s.is_finished]
+
+    def lose(self, plan: StepPlan, message: str) -> list[TokenDelta]:
+        """A step found no memory: its sequences give up their blocks and are computed again, those
+        that did MAX_LOSSES times without a new token end with an error.
+
+        Steps launched since then read what this one has not written: they are lost with it.
+        """
+        step = self._launched.pop(plan.step_id)
+        if step.is_lost:
+            return []
+        self.counters.num_lost_steps += 1
+        for lost in (step, *self._launched.values()):
+            lost.is_lost = True
+            for sequence in lost.sequences:
+                sequence.num_pending = 0
+                if sequence.row is not None:
+                    self._preempt(sequence)
+        unfinished = [s for s in step.sequences if not s.is_finished]
+        for sequence in unfinished:
+            sequence.lost_at.append(len(sequence.token_ids))
+        return [
+            self._fail(sequence, message)
+            for sequence in unfinished
+            if sequence.lost_at.count(len(sequence.token_ids)) > MAX_LOSSES
+        ]
 
     def _fail(self, sequence: Sequence, message: str) -> TokenDelta:
         """Ends one sequence with an error; nothing of its newest step is published."""

@@ -25,6 +25,7 @@ class Sequence:
         "index",
         "is_finished",
         "kv",
+        "lost_at",
         "max_len",
         "num_cached_tokens",
         "num_computed",
@@ -66,6 +67,8 @@ class Sequence:
         self.num_preemptions = 0
         self.num_recomputed = 0
         """Tokens computed once more after preemptions."""
+        self.lost_at: list[int] = []
+        """Tokens known at each time that a step of it found no memory."""
         self.prompt_logprobs: list[TokenLogprobs] | None = (
             None if params.prompt_logprobs is None or index else []
         )

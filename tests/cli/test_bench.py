@@ -179,6 +179,7 @@ def tiny_options(tiny_model: str, tmp_path: Path) -> list[str]:
         tiny_model,
         "--load-format=dummy",
         "--skip-tokenizer-init",
+        "--device=cpu",
         "--num-threads=1",
         "--kv-cache-memory=16MiB",
         f"--output={tmp_path / 'out.jsonl'}",
@@ -288,7 +289,8 @@ def test_overlapping_activities_are_busy_once():
 
 
 def test_decoding_is_profiled_in_full_steps_and_leaves_the_engine_idle(tiny_model: str):
-    llm = LLM(tiny_model, load_format="dummy", skip_tokenizer_init=True, num_threads=1)
+    options = {"load_format": "dummy", "skip_tokenizer_init": True, "num_threads": 1}
+    llm = LLM(tiny_model, device="cpu", **options)
     before: list[int] = []
 
     def record(run: Any) -> Any:

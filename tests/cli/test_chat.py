@@ -88,7 +88,7 @@ def test_a_model_of_its_own_is_served_for_the_chat_alone(
     capsys: pytest.CaptureFixture[str],
 ):
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n"))
-    argv = ["chat", tiny_chat_model, "--load-format=dummy", "--num-threads=1"]
+    argv = ["chat", tiny_chat_model, "--load-format=dummy", "--device=cpu", "--num-threads=1"]
     assert main([*argv, "--kv-cache-memory=16MiB", "--max-tokens=5"]) == 0
     shown = capsys.readouterr()
     assert "loading" in shown.err
@@ -99,5 +99,5 @@ def test_a_model_of_its_own_is_served_for_the_chat_alone(
 def test_a_model_that_cannot_be_loaded_ends_the_chat(
     tiny_model: str, capsys: pytest.CaptureFixture[str]
 ):
-    assert main(["chat", tiny_model, "--skip-tokenizer-init"]) == 2
+    assert main(["chat", tiny_model, "--device=cpu", "--skip-tokenizer-init"]) == 2
     assert "--load-format dummy" in capsys.readouterr().err

@@ -36,7 +36,7 @@ def test_the_parts_add_up_to_the_weights(tiny_model: str, capsys: pytest.Capture
 def test_the_text_names_what_goes_where_and_what_would_change(
     tiny_model: str, capsys: pytest.CaptureFixture[str]
 ):
-    assert main(["plan", tiny_model, "--lengths", "100,400"]) == 0
+    assert main(["plan", tiny_model, "--device=cpu", "--lengths", "100,400"]) == 0
     text = capsys.readouterr().out
     for words in ("embeddings", "attention", "KV cache", "400 tokens", "--kv-cache-dtype float16"):
         assert words in text
@@ -53,7 +53,7 @@ def test_a_smaller_kv_format_halves_what_a_token_costs(
 def test_a_model_that_does_not_fit_is_an_error_after_its_sizes(
     tiny_model: str, capsys: pytest.CaptureFixture[str]
 ):
-    assert main(["plan", tiny_model, "--memory", "64KiB"]) == 2
+    assert main(["plan", tiny_model, "--device=cpu", "--memory", "64KiB"]) == 2
     shown = capsys.readouterr()
     assert "embeddings" in shown.out
     assert "What would fit" in shown.err

@@ -27,7 +27,7 @@ def serve(tiny_chat_model: str) -> Iterator[subprocess.Popen[str]]:
         "--served-model-name=tiny",
         "--api-key=k",
     ]
-    more = ["--load-format=dummy", "--num-threads=1"]
+    more = ["--load-format=dummy", "--device=cpu", "--num-threads=1"]
     process = subprocess.Popen(
         [*argv, *more, "--kv-cache-memory=16MiB"], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
@@ -94,6 +94,7 @@ def test_a_model_that_does_not_fit_says_what_would(tiny_model: str):
             tiny_model,
             "--port=0",
             "--load-format=dummy",
+            "--device=cpu",
             "--skip-tokenizer-init",
             "--kv-cache-memory=100GiB",
         ],

@@ -24,6 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def config(model: str, **more: object) -> EngineConfig:
     return EngineConfig(
         model=model,
+        device="cpu",
         skip_tokenizer_init=True,
         poison_freed_blocks=True,
         num_threads=1,

@@ -1,32 +1,43 @@
-"""LLM as a user meets it, on tiny random models: nothing around a request changes its tokens."""
+"""LLM as a user meets it, on tiny random models: nothing around a request changes its tokens.
+
+On a machine with a GPU all of it runs there too; elsewhere a little of it runs through Triton's
+interpreter, which takes seconds a step.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from octavo import LLM, ConfigError, RequestError, RequestOutput, SamplingParams
-from octavo.errors import CapacityError
+from octavo.errors import CapacityError, OutOfMemoryError
 from octavo.kernels.registry import Needs, select_ops
+from octavo.step import StepResult
 from tests.models.tiny import TinyModel, save_tiny
 
 VOCAB = 211
+HAS_GPU = torch.cuda.is_available()
 FAMILIES = ("llama", "mistral-window", "qwen3-mixed", "mixtral", "qwen2-moe", "qwen3-moe", "olmoe")
 
 
-@pytest.fixture(scope="module", params=("reference", "native"))
+@pytest.fixture(scope="module", params=("reference", "native", *["triton"] * HAS_GPU))
 def backend(request: pytest.FixtureRequest) -> str:
     torch.set_num_threads(1)
     try:
-        select_ops(request.param, Needs())
+        select_ops(request.param, Needs(device=torch.device(device_of(request.param))))
     except ConfigError as error:
         pytest.skip(str(error))
     return request.param
+
+
+def device_of(backend: str) -> str:
+    return "cuda" if backend == "triton" and HAS_GPU else "cpu"
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -42,7 +53,9 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 @contextmanager
 def engine(model: TinyModel, backend: str, **options: Any) -> Iterator[LLM]:
     defaults = {
+        "device": device_of(backend),
         "attention_backend": backend,
+        "dtype": "float32",
         "skip_tokenizer_init": True,
         "poison_freed_blocks": True,
         "num_threads": 1,
@@ -78,6 +91,10 @@ def scores(output: RequestOutput) -> list[list[tuple[int, float]]]:
     return [[(entry.token_id, entry.logprob) for entry in position] for position in logprobs]
 
 
+def flat_scores(output: RequestOutput) -> list[float]:
+    return [number for position in scores(output) for entry in position for number in entry]
+
+
 def reference_greedy(model: TinyModel, prompt: list[int], count: int) -> list[int]:
     ids = torch.tensor([prompt])
     with torch.inference_mode():
@@ -106,14 +123,91 @@ def test_alone_in_a_batch_chunked_and_from_the_cache_are_equal_bit_by_bit(
         pytest.skip("torch's products depend on the batch; the native kernels do not")
     prompts = prompts_of((90, 17, 40, 5, 64), seed=1)
     params = greedy(10, logprobs=5)
-    with engine(tiny, backend, prefix_caching="off") as llm:
+    with engine(tiny, backend, prefix_caching="off", deterministic=True) as llm:
         alone = [scores(llm.generate(p, params, use_tqdm=False)[0]) for p in prompts]
         batch = [scores(o) for o in llm.generate(prompts, params, use_tqdm=False)]
-    with engine(tiny, backend, max_num_batched_tokens=19) as llm:
+    with engine(tiny, backend, max_num_batched_tokens=19, deterministic=True) as llm:
         chunked = [scores(o) for o in llm.generate(prompts, params, use_tqdm=False)]
         warm = llm.generate(prompts, params, use_tqdm=False)
     assert sum(output.num_cached_tokens for output in warm) > 0
-    assert alone == batch == chunked == [scores(output) for output in warm]
+    assert alone == batch
+    assert alone == chunked
+    assert alone == [scores(output) for output in warm]
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="graphs are a GPU's")
+def test_graphs_change_no_bit(tiny: TinyModel) -> None:
+    prompts = prompts_of((50, 17, 3, 30, 41, 8, 22), seed=9)
+    # Sizes fall as requests end, and come again: built, captured, replayed.
+    params = [greedy(5 + 4 * i, logprobs=3) for i in range(len(prompts))]
+    found: list[list[Any]] = []
+    for eager in (True, False):
+        with engine(tiny, "triton", enforce_eager=eager) as llm:
+            runs = [llm.generate(prompts, params, use_tqdm=False) for _ in range(3)]
+            captured = llm._core._runner._graphs._captured  # type: ignore[attr-defined]
+            assert bool(captured) != eager
+            found.append([scores(output) for outputs in runs for output in outputs])
+    assert found[0] == found[1]
+
+
+@pytest.mark.skipif(HAS_GPU, reason="the whole suite runs on the GPU")
+def test_the_gpu_engine_runs_through_the_interpreter(tmp_path: Path) -> None:
+    pytest.importorskip("tests.kernels.triton_interpreter")
+    tiny = save_tiny("qwen2-moe", tmp_path)
+    prompts = prompts_of((19, 3))
+    params = greedy(2, logprobs=2)
+    with engine(tiny, "triton", max_num_batched_tokens=16, deterministic=True) as llm:
+        cold = llm.generate(prompts, params, use_tqdm=False)
+        assert tokens(cold) == [reference_greedy(tiny, prompt, 2) for prompt in prompts]
+        warm = llm.generate(prompts[0], params, use_tqdm=False)
+        assert warm[0].num_cached_tokens == 16
+    # NumPy's products of other shapes round otherwise; on a GPU these are equal bits.
+    assert flat_scores(warm[0]) == pytest.approx(flat_scores(cold[0]), abs=1e-4)
+
+
+def fail_steps(llm: LLM, monkeypatch: pytest.MonkeyPatch, steps: Container[int]) -> None:
+    """Has steps, counted by `num_steps`, run but find no memory at their end."""
+    runner = llm._core._runner
+    collect = runner.collect
+
+    def fail(ticket: object) -> StepResult:
+        result = collect(ticket)
+        if result.step_id in steps:
+            raise OutOfMemoryError(f"no memory for step {result.step_id}")
+        return result
+
+    monkeypatch.setattr(runner, "collect", fail)
+
+
+def test_steps_without_memory_change_no_token(
+    tiny: TinyModel, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = prompts_of((70, 3, 33, 48))
+    params = greedy(12, n=2)
+    with engine(tiny, backend, max_num_batched_tokens=40) as llm:
+        expected = llm.generate(prompts, params, use_tqdm=False)
+        first = llm.stats().num_steps
+        assert llm.reset_prefix_cache()
+        fail_steps(llm, monkeypatch, {first + step for step in (0, 2, 3, 6, 13)})
+        found = llm.generate(prompts, params, use_tqdm=False)
+        for one, other in zip(found, expected, strict=True):
+            assert [c.token_ids for c in one.outputs] == [c.token_ids for c in other.outputs]
+        assert llm.stats().num_lost_steps == 4  # step 3 was lost with step 2
+        assert llm.stats().num_preemptions >= 4
+
+
+def test_memory_that_never_comes_ends_requests_with_the_error_and_the_engine_lives(
+    mixtral: TinyModel, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = prompts_of((20,))[0]
+    with engine(mixtral, backend) as llm:
+        fail_steps(llm, monkeypatch, range(3, 50))
+        (ended,) = llm.generate(prompt, greedy(9), use_tqdm=False)[0].outputs
+        assert ended.finish_reason == "error"
+        assert "no memory for step" in str(ended.stop_reason)
+        monkeypatch.undo()
+        output = llm.generate(prompt, greedy(9), use_tqdm=False)
+        assert tokens(output) == [reference_greedy(mixtral, prompt, 9)]
 
 
 def test_preemption_changes_no_token(tiny: TinyModel, backend: str) -> None:
@@ -251,7 +345,7 @@ def test_options_that_cannot_work_are_refused_by_name(
     mixtral: TinyModel, options: dict[str, Any], error: type[Exception], says: str
 ) -> None:
     with pytest.raises(error, match=says):
-        LLM(str(mixtral.folder), skip_tokenizer_init=True, **options)
+        LLM(str(mixtral.folder), device="cpu", skip_tokenizer_init=True, **options)
 
 
 def test_a_bad_prompt_is_refused_before_anything_runs_and_harms_nobody(

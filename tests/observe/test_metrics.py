@@ -46,6 +46,8 @@ STATS = EngineStats(
     prefix_miss_tokens={"never_seen": 300, "evicted": 20},
     num_preemptions=1,
     num_recomputed_tokens=17,
+    num_splits=6,
+    num_lost_steps=2,
     num_prompt_tokens=700,
     num_cached_prompt_tokens=320,
     num_generation_tokens=55,
@@ -108,6 +110,8 @@ def test_the_engines_numbers_are_rendered_as_they_are(metrics: Metrics) -> None:
     assert value(found, "vllm:gpu_prefix_cache_hits_total") == 320
     assert value(found, "octavo:kv_cache_waste_perc") == 0.03
     assert value(found, "octavo:recomputed_tokens_total") == 17
+    assert value(found, "octavo:step_splits_total") == 6
+    assert value(found, "octavo:out_of_memory_steps_total") == 2
     assert value(found, "octavo:steps_total") == 4
     assert value(found, "octavo:step_scheduler_seconds_total") == 0.25
     assert value(found, "octavo:prefix_cache_misses_total", reason="evicted") == 20

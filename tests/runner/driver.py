@@ -1,4 +1,4 @@
-"""A scheduler made by hand: drives a ModelRunner with plans that a test spells out.
+"""A scheduler made by hand: drives a runner with plans that a test spells out.
 
 Blocks lie at random physical ids and are poisoned before they are used and when a window has
 passed them, so that a read of the wrong memory shows as NaN.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from octavo.request import SamplingParams
 from octavo.runner.input_batch import StepInputs
 from octavo.runner.model_runner import ModelRunner
 from octavo.runner.sampler import SampledTokens, Sampler
-from octavo.step import RowStart, StepPlan, StepResult, TableDelta
+from octavo.step import RowStart, Runner, StepPlan, StepResult, TableDelta
 
 GREEDY = SamplingParams(temperature=0.0)
 BLOCK_SIZE = 16
@@ -70,6 +70,8 @@ class Tracked:
 class Driver:
     """Owns a runner and its blocks. Use as a context manager."""
 
+    device = torch.device("cpu")
+
     def __init__(
         self,
         decoder: Decoder,
@@ -81,16 +83,9 @@ class Driver:
         seed: int = 0,
     ) -> None:
         self.groups = group_layers(decoder.spec.kv_specs(KV_FORMATS[kv_format]))
-        storage = KVStorage(self.groups, num_blocks, BLOCK_SIZE)
+        storage = KVStorage(self.groups, num_blocks, BLOCK_SIZE, self.device)
         storage.poison(range(num_blocks))
-        self.runner = RecordingRunner(
-            decoder=decoder,
-            storage=storage,
-            sampler=Sampler(decoder.spec.vocab_size, max_num_seqs),
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
-            poison_freed_blocks=True,
-        )
+        self.runner: Any = self.make_runner(decoder, storage, max_num_seqs, max_model_len)
         order = np.random.default_rng(seed).permutation(np.arange(1, num_blocks))
         self.free_blocks: list[int] = order.tolist()
         self.free_rows = list(range(max_num_seqs))
@@ -99,7 +94,20 @@ class Driver:
         self._freed_blocks: list[int] = []
         self._copies: list[tuple[int, int]] = []
 
-    def __enter__(self) -> Driver:
+    def make_runner(
+        self, decoder: Decoder, storage: KVStorage, max_num_seqs: int, max_model_len: int
+    ) -> Runner:
+        """Returns a runner with `logits` by step id, of every token of the step."""
+        return RecordingRunner(
+            decoder=decoder,
+            storage=storage,
+            sampler=Sampler(decoder.spec.vocab_size, max_num_seqs),
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            poison_freed_blocks=True,
+        )
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

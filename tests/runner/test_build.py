@@ -25,7 +25,7 @@ from tests.runner.driver import GREEDY
 
 def build(folder: Path, backend: str, dtype: str = "float32") -> ModelRunner:
     config = EngineConfig(
-        model="tiny", attention_backend=backend, num_threads=1, max_num_seqs=2
+        model="tiny", device="cpu", attention_backend=backend, num_threads=1, max_num_seqs=2
     ).resolve()
     spec, family = read_spec(save_tiny("qwen3-moe", folder).config)
     groups = group_layers(spec.kv_specs(kv_format("bfloat16")))

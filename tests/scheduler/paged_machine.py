@@ -8,10 +8,11 @@ ids alone, as those of a real model must.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 
+from octavo.errors import OutOfMemoryError
 from octavo.kv_cache.spec import KVGroup
 from octavo.step import RowStart, StepPlan, StepResult
 
@@ -32,9 +33,19 @@ def expected_tokens(prompt: Sequence[int], seed: int, count: int, window: int | 
 
 
 class PagedMachine:
-    """Implements step.Runner. `visible` is the narrowest group: it decides the next token."""
+    """Implements step.Runner. `visible` is the narrowest group: it decides the next token.
 
-    def __init__(self, groups: Sequence[KVGroup], num_blocks: int, block_size: int) -> None:
+    Steps whose ids are in `failing` find no memory: they write nothing.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[KVGroup],
+        num_blocks: int,
+        block_size: int,
+        failing: Container[int] = (),
+    ) -> None:
+        self.failing = failing
         self.windows = [group.spec.window for group in groups]
         self.block_size = block_size
         self.memory = [
@@ -45,7 +56,7 @@ class PagedMachine:
         self.last: dict[int, int] = {}
         self.num_computed = 0
 
-    def launch(self, plan: StepPlan) -> StepResult:
+    def launch(self, plan: StepPlan) -> StepResult | OutOfMemoryError:
         for row in plan.freed_rows:
             self.rows.pop(row, None)
             for table in self.tables:
@@ -62,7 +73,15 @@ class PagedMachine:
             columns = self.tables[delta.group].setdefault(delta.row, {})
             for i, block in enumerate(delta.block_ids.tolist()):
                 columns[delta.column + i] = block
-        return self._forward(plan)
+        if plan.step_id in self.failing:
+            return OutOfMemoryError("no memory")
+        try:
+            return self._forward(plan)
+        except (AssertionError, KeyError):
+            if plan.step_id - 1 not in self.failing:
+                raise
+            # It reads what the lost step has not written: rubbish, which nobody may believe.
+            return self._result(plan, [VOCAB - 1] * int(plan.samples.sum()))
 
     def _forward(self, plan: StepPlan) -> StepResult:
         sampled, at = [], 0
@@ -85,6 +104,9 @@ class PagedMachine:
                 token = next_token(narrowest, self.rows[row].seed)
                 self.last[row] = token
                 sampled.append(token)
+        return self._result(plan, sampled)
+
+    def _result(self, plan: StepPlan, sampled: Sequence[int]) -> StepResult:
         return StepResult(
             step_id=plan.step_id,
             token_ids=np.array(sampled, np.int32),
@@ -113,6 +135,8 @@ class PagedMachine:
         return context
 
     def collect(self, ticket: object) -> StepResult:
+        if isinstance(ticket, OutOfMemoryError):
+            raise ticket
         assert isinstance(ticket, StepResult)
         return ticket
 

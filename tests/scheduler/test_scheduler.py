@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from collections.abc import Container
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.errors import OverloadedError
+from octavo.errors import OutOfMemoryError, OverloadedError
 from octavo.formats import kv_format
 from octavo.kv_cache.manager import KVCacheManager
 from octavo.kv_cache.prefix_index import prefix_root
 from octavo.kv_cache.spec import KVSpec, group_layers
 from octavo.request import FinishReason, Request, SamplingParams, TokenDelta
 from octavo.scheduler import Scheduler, SchedulerLimits
-from octavo.step import NO_TOKEN
+from octavo.scheduler.scheduler import MAX_LOSSES
+from octavo.step import NO_TOKEN, StepPlan, StepResult
 from tests.scheduler.paged_machine import PagedMachine, expected_tokens
 
 BLOCK = 4
@@ -33,6 +35,7 @@ class Engine:
         budget: int = 16,
         max_model_len: int = 64,
         max_num_queued_requests: int = 4096,
+        failing: Container[int] = (),
     ) -> None:
         specs = tuple(
             KVSpec(num_kv_heads=1, head_size=8, format=kv_format("float32"), window=window)
@@ -57,8 +60,8 @@ class Engine:
                 max_num_queued_requests=max_num_queued_requests,
             ),
         )
-        self.machine = PagedMachine(groups, num_blocks, BLOCK)
-        self.launched: deque[tuple[object, object]] = deque()
+        self.machine = PagedMachine(groups, num_blocks, BLOCK, failing)
+        self.launched: deque[tuple[StepPlan, object]] = deque()
         self.tokens: dict[tuple[str, int], list[int]] = defaultdict(list)
         self.reasons: dict[tuple[str, int], FinishReason] = {}
         self.requests: dict[str, Request] = {}
@@ -90,8 +93,15 @@ class Engine:
             self.launched.append((plan, self.machine.launch(plan)))
         if self.launched and (plan is None or len(self.launched) > 1):
             launched, ticket = self.launched.popleft()
-            self.hear(self.scheduler.commit(launched, self.machine.collect(ticket)))  # type: ignore[arg-type]
+            self.hear(self.collect(launched, ticket))
             self.scheduler.check()
+
+    def collect(self, plan: StepPlan, ticket: object) -> list[TokenDelta]:
+        try:
+            result = self.machine.collect(ticket)
+        except OutOfMemoryError as error:
+            return self.scheduler.lose(plan, str(error))
+        return self.scheduler.commit(plan, result)
 
     def hear(self, deltas: list[TokenDelta]) -> None:
         for delta in deltas:
@@ -119,7 +129,7 @@ class Engine:
             )
             expected = expected_tokens(request.prompt_token_ids, index, count, self.window)
             got = self.tokens[name, index]
-            if reason is FinishReason.ABORT:
+            if reason in (FinishReason.ABORT, FinishReason.ERROR):
                 assert got == expected[: len(got)]
             else:
                 assert (got, reason) == (expected, FinishReason.LENGTH)
@@ -166,7 +176,7 @@ def test_parallel_samples_compute_the_prompt_once_and_copy_at_most_one_block() -
             engine.launched.append((plan, engine.machine.launch(plan)))
         if engine.launched and (plan is None or len(engine.launched) > 1):
             launched, ticket = engine.launched.popleft()
-            engine.hear(engine.scheduler.commit(launched, engine.machine.collect(ticket)))  # type: ignore[arg-type]
+            engine.hear(engine.collect(launched, ticket))
         engine.scheduler.check()
     engine.check_tokens()
     assert copies == 3
@@ -283,6 +293,7 @@ def test_broken_logits_end_their_sequence_alone_and_publish_nothing() -> None:
     plan = engine.scheduler.schedule()
     assert plan is not None
     result = engine.machine.launch(plan)
+    assert isinstance(result, StepResult)
     result.token_ids[0] = NO_TOKEN
     engine.hear(engine.scheduler.commit(plan, result))
     engine.scheduler.check()
@@ -302,6 +313,50 @@ def test_recomputing_after_preemption_is_counted_apart_from_hits() -> None:
     counters = engine.scheduler.counters
     assert counters.num_preemptions > 0
     assert counters.prefix_hit_tokens == 0
+
+
+def test_sequences_of_steps_without_memory_are_computed_again() -> None:
+    engine = Engine(failing={0, 3, 4, 7})
+    for i in range(3):
+        engine.add(f"r{i}", [i] * 9, 6)
+    engine.run()
+    engine.check_tokens()
+    assert set(engine.reasons.values()) == {FinishReason.LENGTH}
+    counters = engine.scheduler.counters
+    assert counters.num_lost_steps == 3  # step 4 was lost with step 3
+    assert counters.num_preemptions > 0
+
+
+def test_samples_forked_from_a_prompt_that_found_no_memory_wait_for_it_again() -> None:
+    engine = Engine(failing={0, 2})
+    engine.add("a", list(range(10)), 6, n=3)
+    engine.run()
+    engine.check_tokens()
+    assert set(engine.reasons.values()) == {FinishReason.LENGTH}
+
+
+def test_memory_that_never_comes_ends_a_sequence_with_the_error_and_the_next_one_lives() -> None:
+    engine = Engine(failing=range(4, 100))
+    engine.add("a", [1, 2, 3], 20)
+    engine.run()
+    assert engine.reasons == {("a", 0): FinishReason.ERROR}
+    assert engine.scheduler.counters.num_preemptions == MAX_LOSSES + 1
+    engine.check_tokens()
+    assert engine.tokens["a", 0]
+    engine.machine.failing = ()
+    engine.add("b", [1, 2, 3], 4)
+    engine.run()
+    engine.check_tokens()
+    assert engine.reasons["b", 0] is FinishReason.LENGTH
+
+
+def test_losses_with_a_token_between_them_end_nothing() -> None:
+    engine = Engine(failing=range(1, 1000, 4))
+    engine.add("a", [1, 2, 3], 30)
+    engine.run()
+    engine.check_tokens()
+    assert engine.reasons == {("a", 0): FinishReason.LENGTH}
+    assert engine.scheduler.counters.num_lost_steps > MAX_LOSSES
 
 
 REQUEST = st.fixed_dictionaries(
@@ -327,6 +382,7 @@ REQUEST = st.fixed_dictionaries(
     max_num_seqs=st.integers(1, 6),
     budget=st.integers(3, 24),
     reset_at=st.one_of(st.none(), st.integers(1, 20)),
+    failing=st.one_of(st.just(frozenset()), st.frozensets(st.integers(0, 30), max_size=12)),
 )
 def test_random_arrivals_forks_cancels_and_preemptions_change_no_token(
     requests: list[dict[str, int]],
@@ -335,6 +391,7 @@ def test_random_arrivals_forks_cancels_and_preemptions_change_no_token(
     max_num_seqs: int,
     budget: int,
     reset_at: int | None,
+    failing: frozenset[int],
 ) -> None:
     engine = Engine(
         num_blocks=num_blocks,
@@ -342,6 +399,7 @@ def test_random_arrivals_forks_cancels_and_preemptions_change_no_token(
         max_num_seqs=max_num_seqs,
         budget=budget,
         max_model_len=60,
+        failing=failing,
     )
     aborts: dict[int, list[str]] = defaultdict(list)
     step = 0
@@ -371,3 +429,5 @@ def test_random_arrivals_forks_cancels_and_preemptions_change_no_token(
     finished = {name for name, _ in engine.reasons}
     assert finished == set(engine.requests)
     assert len(engine.reasons) == sum(r["n"] for r in requests)
+    if len(failing) <= MAX_LOSSES:
+        assert FinishReason.ERROR not in engine.reasons.values()

@@ -27,6 +27,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             EngineConfig(
                 model=str(folder),
                 load_format="dummy",
+                device="cpu",
                 skip_tokenizer_init=True,
                 num_threads=1,
                 kv_cache_memory_bytes=2**22,

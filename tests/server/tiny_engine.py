@@ -62,6 +62,7 @@ def tiny_engine(folder: Path) -> AsyncLLM:
             model=str(write_model(folder)),
             load_format="dummy",
             dtype="float32",
+            device="cpu",
             max_model_len=512,
             kv_cache_memory_bytes=64 * 2**20,
             num_threads=1,

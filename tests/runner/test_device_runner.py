@@ -1,0 +1,351 @@
+"""The device's runner without a model's cost: KV is the token ids themselves, and the next token
+is a digest of the context as read back through the block tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from octavo.errors import OutOfMemoryError
+from octavo.formats import KVFormat
+from octavo.kernels.ops import AttentionBatch
+from octavo.kv_cache.spec import KVSpec
+from octavo.kv_cache.storage import KVStorage
+from octavo.runner.sampler import SampledTokens, token_logprobs
+from octavo.step import Int32, RowStart, StepPlan, TokenLogprobs
+from tests.runner.device_driver import DeviceDriver
+from tests.runner.driver import GREEDY, Tracked
+
+from octavo.runner.device_runner import COUNTS_PERIOD  # isort: skip
+from octavo.runner.graphs import decode_size, mixed_size  # isort: skip
+
+VOCAB = 97
+NUM_EXPERTS = 3
+
+
+def next_token(context: Sequence[int]) -> int:
+    """Depends on every token of the context and its place, and needs no rounding."""
+    return sum((3 * i + 1) * token + i for i, token in enumerate(context)) % VOCAB
+
+
+def expected(prompt: Sequence[int], count: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(next_token(ids))
+    return ids[len(prompt) :]
+
+
+class FakeDecoder:
+    """A decoder of one layer. Steps of more than `max_tokens` tokens find no memory."""
+
+    collectives = ALONE
+
+    def __init__(self) -> None:
+        self.spec = SimpleNamespace(
+            vocab_size=VOCAB,
+            moe_layers=(0,),
+            max_experts=NUM_EXPERTS,
+            kv_specs=lambda kv: (self.kv_spec(kv),),
+        )
+        self.ops = self
+        self.max_tokens = 10**6
+        self.sizes: list[tuple[int, int | None]] = []
+        """(tokens, live ones if padded) of every forward that ran."""
+
+    def kv_spec(self, kv: KVFormat) -> KVSpec:
+        return KVSpec(num_kv_heads=1, head_size=4, format=kv)
+
+    def copy_blocks(self, arena: Tensor, copies: Sequence[tuple[int, int]]) -> None:
+        for source, target in copies:
+            arena[target] = arena[source]
+
+    def forward(
+        self,
+        token_ids_T: Tensor,
+        batches: tuple[AttentionBatch, ...],
+        storage: KVStorage,
+        counts_LE: Tensor,
+        num_live: Tensor | None = None,
+    ) -> Tensor:
+        (batch,) = batches
+        key = storage.layer(0).key[:, :, 0, 0]
+        slots = batch.slot_mapping_T.long()
+        real = slots >= 0
+        blocks, offsets = slots[real] // storage.block_size, slots[real] % storage.block_size
+        key[blocks, offsets] = token_ids_T[real].float()
+        if len(token_ids_T) > self.max_tokens:
+            raise torch.OutOfMemoryError(f"{len(token_ids_T)} tokens")
+        live = len(token_ids_T) if num_live is None else int(num_live)
+        assert int(real.sum()) == live
+        self.sizes.append((len(token_ids_T), None if num_live is None else live))
+        counts_LE[0] += torch.bincount(token_ids_T[:live] % NUM_EXPERTS, minlength=NUM_EXPERTS)
+        rows = range(len(batch.seq_lens_S))
+        digests = [digest for s in rows for digest in self._digests(batch, key, s)]
+        return torch.tensor(digests, device=key.device).float()[:, None]
+
+    def _digests(self, batch: AttentionBatch, key: Tensor, s: int) -> list[int]:
+        """The next token of every token of sequence `s`; any token for padding."""
+        first, stop = batch.query_starts[s : s + 2].tolist()
+        length, block_size = int(batch.seq_lens_S[s]), key.shape[1]
+        if length == 0:
+            return [5] * (stop - first)
+        table = batch.block_table[s, : -(-length // block_size)].long()
+        context = key[table].reshape(-1)[:length].tolist()
+        assert all(token == token for token in context), "poison was read"
+        positions = batch.positions_T[first:stop].tolist()
+        assert positions == list(range(length - (stop - first), length))
+        return [next_token([int(token) for token in context[: p + 1]]) for p in positions]
+
+    def logits(self, hidden_SM: Tensor) -> Tensor:
+        ids = torch.arange(VOCAB, device=hidden_SM.device)
+        return -(ids - hidden_SM).abs() / 8
+
+
+class GreedySampler:
+    """DeviceSampler's face; takes the most likely token."""
+
+    def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device) -> None:
+        self.last_sampled = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
+        self.started: dict[int, RowStart] = {}
+
+    def start_row(self, start: RowStart) -> None:
+        self.started[start.row] = start
+
+    def free_row(self, row: int) -> None:
+        self.started.pop(row, None)
+
+    def sample(self, logits_SV: Tensor, rows: Int32, output_indices: Int32) -> SampledTokens:
+        for row, index in zip(rows.tolist(), output_indices.tolist(), strict=True):
+            start = self.started[row]
+            assert index >= len(start.token_ids) - start.prompt_len
+        tokens = logits_SV.argmax(dim=-1).int()
+        self.last_sampled[torch.from_numpy(rows).long().to(tokens.device)] = tokens
+        logprobs: dict[int, TokenLogprobs] = {}
+        for i, row in enumerate(rows.tolist()):
+            count = self.started[row].params.logprobs
+            if count is not None:
+                logprobs[i] = token_logprobs(logits_SV[i].cpu().numpy(), int(tokens[i]), count)
+        return SampledTokens(token_ids=tokens, logprobs=logprobs)
+
+
+class FakeDriver(DeviceDriver):
+    """`decoder` may be told to fail; nothing is captured, since the fake looks at tensors."""
+
+    use_graphs = False
+    make_sampler = GreedySampler
+
+    def __init__(self, **options: Any) -> None:
+        self.decoder: Any = FakeDecoder()
+        super().__init__(self.decoder, **options)
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, VOCAB, length).tolist()
+
+
+def check(*sequences: Tracked) -> None:
+    for sequence in sequences:
+        assert sequence.outputs
+        known = sequence.tokens[: sequence.prompt_len]
+        assert sequence.outputs == expected(known, len(sequence.outputs))
+
+
+def test_sampled_tokens_feed_the_next_steps_before_they_are_collected() -> None:
+    with FakeDriver() as driver:
+        first, second = driver.add(prompt(20)), driver.add(prompt(37, 1))
+        launched = [driver.launch([(first, 20), (second, 37)])]
+        launched.append(driver.launch([(second, 1), (first, 1)]))
+        third = driver.add(prompt(18, 2))
+        launched.append(driver.launch([(third, 18), (first, 1), (second, 1)]))
+        launched += [driver.launch([(second, 1), (third, 1), (first, 1)]) for _ in range(30)]
+        for step in launched:
+            driver.collect(step)
+        check(first, second, third)
+        assert [len(s.outputs) for s in (first, second, third)] == [33, 33, 31]
+
+
+def test_rows_blocks_and_tables_change_hands_and_freed_blocks_are_poisoned() -> None:
+    with FakeDriver(num_blocks=12, max_num_seqs=3, max_model_len=64) as driver:
+        kept = driver.add(prompt(17))
+        driver.step([(kept, 17)])
+        for seed in range(1, 9):
+            guest = driver.add(prompt(30 + seed, seed))
+            driver.step([(guest, 30 + seed), (kept, 1)])
+            driver.decode([kept, guest], 2)
+            check(kept, guest)
+            gone = guest.blocks[0][0]
+            driver.free(guest)
+            driver.step([(kept, 1)])
+            assert driver.runner.storage.layer(0).key[gone].isnan().all()
+        check(kept)
+
+
+def test_a_forked_sequence_goes_on_from_a_copied_block() -> None:
+    with FakeDriver() as driver:
+        parent = driver.add(prompt(21))
+        driver.step([(parent, 21)])
+        child = driver.fork(parent)
+        child.tokens[-1] = (parent.tokens[-1] + 1) % VOCAB
+        child.prompt_len += 1
+        for _ in range(14):
+            driver.step([(child, 1), (parent, 1)])
+        check(parent, child)
+        assert parent.blocks[0][0] == child.blocks[0][0]
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 5, 7, 9, 11])
+def test_padding_of_a_decode_step_changes_nothing(num_rows: int) -> None:
+    with FakeDriver(max_num_seqs=11, num_blocks=64) as driver:
+        sequences = [driver.add(prompt(9 + i, i)) for i in range(num_rows)]
+        driver.step([(s, s.prompt_len) for s in sequences])
+        driver.decode(sequences, 9)
+        check(*sequences)
+        size = decode_size(num_rows)
+        assert size >= num_rows
+        assert driver.decoder.sizes[-9:] == [(size, num_rows)] * 9
+        tokens = sum(s.prompt_len for s in sequences)
+        assert driver.decoder.sizes[0] == (mixed_size(tokens), tokens)
+
+
+@pytest.mark.parametrize("size_of", [decode_size, mixed_size])
+def test_padded_sizes_hold_their_count_and_are_few(size_of: Callable[[int], int]) -> None:
+    sizes = [size_of(count) for count in range(1, 513)]
+    assert all(size >= count for count, size in enumerate(sizes, start=1))
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) <= 22
+    assert all(size_of(size) == size for size in sizes)
+
+
+@pytest.mark.parametrize("max_tokens", [50, 64, 90])
+def test_a_step_without_memory_is_split_counted_and_gives_the_same_tokens(max_tokens: int) -> None:
+    found: list[Any] = []
+    for limit in (10**6, max_tokens):
+        with FakeDriver(num_blocks=64, max_model_len=512) as driver:
+            params = replace(GREEDY, logprobs=1, prompt_logprobs=1)
+            long = driver.add(prompt(200, 1), params)
+            others = [driver.add(prompt(9 * i + 4, i), replace(GREEDY, logprobs=0)) for i in (2, 3)]
+            driver.step([(s, s.prompt_len) for s in others])
+            ahead = driver.add(prompt(15, 5))
+            driver.decoder.max_tokens = limit
+            result = driver.step([(others[0], 1), (long, 200), (ahead, 15), (others[1], 1)])
+            driver.decoder.max_tokens = 10**6
+            driver.decode([long, *others, ahead], 3)
+            check(long, ahead, *others)
+            assert result.prompt_logprobs.keys() == {1}
+            assert len(result.prompt_logprobs[1]) == 199
+            assert result.logprobs.keys() == {0, 1, 3}
+            found.append(result)
+    whole, split = found
+    assert whole.num_splits == 0
+    assert split.num_splits >= 217 // max_tokens
+    assert split.token_ids.tolist() == whole.token_ids.tolist()
+    for part in ("logprobs", "prompt_logprobs"):
+        np.testing.assert_equal(flat(getattr(split, part)), flat(getattr(whole, part)))
+
+
+def flat(logprobs: dict[int, Any]) -> dict[int, Any]:
+    return {
+        index: [
+            (one.token_ids.tolist(), one.logprobs.tolist(), one.rank)
+            for one in (found if isinstance(found, tuple) else (found,))
+        ]
+        for index, found in logprobs.items()
+    }
+
+
+def test_a_step_that_cannot_be_split_raises_when_collected_and_the_next_one_runs() -> None:
+    with FakeDriver() as driver:
+        sequence, other = driver.add(prompt(40)), driver.add(prompt(12, 1))
+        driver.step([(other, 12)])
+        driver.decoder.max_tokens = 0
+        failed = driver.launch([(sequence, 40), (other, 1)])
+        driver.decoder.max_tokens = 10**6
+        with pytest.raises(OutOfMemoryError, match="40 tokens"):
+            driver.collect(failed)
+        sequence.num_computed, other.num_computed = 0, 12
+        sequence.num_pending = other.num_pending = 0
+        driver.step([(sequence, 40), (other, 1)])
+        driver.decode([sequence, other], 4)
+        check(sequence, other)
+
+
+def test_an_error_in_a_step_is_raised_by_its_own_collect() -> None:
+    with FakeDriver() as driver:
+        sound = driver.add(prompt(12))
+        first = driver.launch([(sound, 12)])
+        broken = driver.runner.launch(bad_plan(step_id=70))
+        later = driver.launch([(sound, 1)])
+        driver.collect(first)
+        with pytest.raises(IndexError):
+            driver.runner.collect(broken)
+        driver.collect(later)
+        check(sound)
+
+
+def bad_plan(step_id: int) -> StepPlan:
+    """Names a row that does not exist."""
+    one = np.array([1], np.int32)
+    return StepPlan(
+        step_id=step_id,
+        rows=100 * one,
+        starts=0 * one,
+        query_lens=one,
+        token_ids=one,
+        from_device=one == 0,
+        samples=one == 1,
+    )
+
+
+def test_prompt_logprobs_are_those_of_the_logits() -> None:
+    with FakeDriver() as driver:
+        sequence = driver.add(prompt(90), replace(GREEDY, prompt_logprobs=2))
+        found: list[TokenLogprobs] = []
+        for count in (50, 1, 39):
+            found += driver.step([(sequence, count)]).prompt_logprobs[0]
+        assert driver.step([(sequence, 1)]).prompt_logprobs == {}
+        logits = torch.stack(sequence.logits[:89]).log_softmax(-1)
+        for position, entry in enumerate(found):
+            token = sequence.tokens[position + 1]
+            assert entry.token_ids[0] == token
+            assert entry.logprobs[0] == pytest.approx(logits[position, token].item(), abs=1e-5)
+        assert len(found) == 89
+
+
+def test_expert_counts_are_what_was_new_since_the_last_report() -> None:
+    with FakeDriver(num_blocks=64, max_model_len=512) as driver:
+        sequence, other = driver.add(prompt(11)), driver.add(prompt(5, 1))
+        driver.step_id = 1
+        reports: list[np.ndarray] = []
+        computed: list[int] = []
+        driver.step([(sequence, 11), (other, 5)])
+        for _ in range(2 * COUNTS_PERIOD):
+            result = driver.step([(sequence, 1), (other, 1)])
+            assert (result.expert_counts is None) == bool(result.step_id % COUNTS_PERIOD)
+            if result.expert_counts is not None:
+                reports.append(result.expert_counts)
+                computed = [t for s in (sequence, other) for t in s.tokens[: s.num_computed]]
+        assert [int(report.sum()) for report in reports] == [16 + 2 * 63, 2 * COUNTS_PERIOD]
+        ids = np.array(computed) % NUM_EXPERTS
+        np.testing.assert_array_equal(
+            np.sum(reports, axis=0)[0], np.bincount(ids, minlength=NUM_EXPERTS)
+        )
+
+
+def test_a_warm_up_leaves_no_trace() -> None:
+    with FakeDriver() as driver:
+        driver.runner.warm_up(5, 1)
+        driver.runner.warm_up(2, 30)
+        sequence = driver.add(prompt(20))
+        counts = driver.step([(sequence, 20)]).expert_counts  # step 0 reports
+        assert counts is not None
+        assert counts.sum() == 20
+        driver.decode([sequence], 3)
+        check(sequence)
+        assert driver.runner.step_bytes >= 0
