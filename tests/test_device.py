@@ -186,16 +186,17 @@ def test_without_a_driver_nobody_asks_torch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("listed", "others"),
     [
-        (f"{os.getpid()}, 6500\n1, 2048\n22, 1024\n", OtherProcesses(count=2, used_bytes=3 * GIB)),
-        (f"{os.getpid()}, 6500\n", OtherProcesses(count=0, used_bytes=0)),
-        (f"{os.getpid()}, [N/A]\n1, [N/A]\n", OtherProcesses(count=1, used_bytes=4 * GIB)),
+        ("own, 6500\n1, 2048\n22, 1024\n", OtherProcesses(count=2, used_bytes=3 * GIB)),
+        ("own, 6500\n", OtherProcesses(count=0, used_bytes=0)),
+        ("own, [N/A]\n1, [N/A]\n", OtherProcesses(count=1, used_bytes=4 * GIB)),
         # A container's numbers are not the host's: one of these is us.
         ("1, 2048\n22, 6500\n", OtherProcesses(count=1, used_bytes=4 * GIB)),
         ("", OtherProcesses(count=None, used_bytes=4 * GIB)),
     ],
 )
 def test_others_on_the_gpu_are_counted_without_us(listed: str, others: OtherProcesses) -> None:
-    assert CUDADevice(probe=Probe(listed=listed)).other_processes() == others
+    probe = Probe(listed=listed.replace("own", str(os.getpid())))
+    assert CUDADevice(probe=probe).other_processes() == others
 
 
 def test_the_whole_host_has_no_others() -> None:

@@ -58,8 +58,7 @@ class EngineCore:
                 max_num_batched_tokens=plan.max_num_batched_tokens,
                 max_model_len=plan.max_model_len,
                 max_num_queued_requests=config.max_num_queued_requests,
-                # Half of what they would have each if all rows were taken, and no more than helps.
-                headroom_tokens=min(128, plan.num_tokens // (4 * config.max_num_seqs)),
+                headroom_tokens=_headroom(plan.num_tokens // config.max_num_seqs, plan.block_size),
             ),
         )
         self._launched: deque[tuple[StepPlan, object]] = deque()
@@ -170,6 +169,13 @@ class EngineCore:
                 self._collect(*self._launched.popleft())
         finally:
             self._runner.close()
+
+
+def _headroom(tokens_per_row: int, block_size: int) -> int:
+    """A quarter of what each row would have if all were taken, and no more than helps; a cache too
+    small for a block of it goes without."""
+    headroom = min(128, tokens_per_row // 4)
+    return headroom if headroom >= block_size else 0
 
 
 def _mix(seed: int, index: int) -> int:

@@ -18,6 +18,7 @@ from octavo.formats import KVFormat
 from octavo.kernels.ops import AttentionBatch
 from octavo.kv_cache.spec import KVSpec
 from octavo.kv_cache.storage import KVStorage
+from octavo.parallel import ALONE
 from octavo.runner.sampler import SampledTokens, token_logprobs
 from octavo.step import Int32, RowStart, StepPlan, TokenLogprobs
 from tests.runner.device_driver import DeviceDriver
