@@ -57,7 +57,7 @@ TINY: dict[str, Any] = {
     "rope_theta": 10000.0,
     "vocab_size": 512,
 }
-KV_SEQUENCES = 4
+KV_SEQUENCES = 3
 """Sequences of full length that the KV cache holds, unless --kv-cache-memory says more."""
 CHECK_EVERY = 200
 """Steps between two checks of all invariants under load."""
