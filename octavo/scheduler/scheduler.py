@@ -57,7 +57,7 @@ class _Launched:
     computed: list[int]
     preemptions: list[int]
     is_lost: bool = False
-    """It, or one that it builds on, found no memory: its sequences are computed again."""
+    """It, or one that it may build on, did not run: its sequences are computed again, or ended."""
 
 
 class Scheduler:
@@ -399,27 +399,14 @@ class Scheduler:
 
     def fail(self, plan: StepPlan, message: str) -> list[TokenDelta]:
         """A step raised: its sequences end with an error, all others go on."""
-        step = self._launched.pop(plan.step_id)
-        if step.is_lost:
-            return []
+        step = self._drop(plan)
         return [self._fail(s, message) for s in step.sequences if not s.is_finished]
 
     def lose(self, plan: StepPlan, message: str) -> list[TokenDelta]:
         """A step found no memory: its sequences give up their blocks and are computed again, those
-        that did MAX_LOSSES times without a new token end with an error.
-
-        Steps launched since then read what this one has not written: they are lost with it.
-        """
-        step = self._launched.pop(plan.step_id)
-        if step.is_lost:
-            return []
-        self.counters.num_lost_steps += 1
-        for lost in (step, *self._launched.values()):
-            lost.is_lost = True
-            for sequence in lost.sequences:
-                sequence.num_pending = 0
-                if sequence.row is not None:
-                    self._preempt(sequence)
+        that did MAX_LOSSES times without a new token end with an error."""
+        step = self._drop(plan)
+        self.counters.num_lost_steps += bool(step.sequences)
         unfinished = [s for s in step.sequences if not s.is_finished]
         for sequence in unfinished:
             sequence.lost_at.append(len(sequence.token_ids))
@@ -428,6 +415,24 @@ class Scheduler:
             for sequence in unfinished
             if sequence.lost_at.count(len(sequence.token_ids)) > MAX_LOSSES
         ]
+
+    def _drop(self, plan: StepPlan) -> _Launched:
+        """Takes back a step that wrote nothing to rely on; returns it, without sequences if an
+        earlier one took it along.
+
+        Steps launched since then may read what it has not written (a sample forked from its prompt
+        does): they are lost with it, and their sequences are computed again.
+        """
+        step = self._launched.pop(plan.step_id)
+        if step.is_lost:
+            return _Launched([], [], [], [])
+        for lost in (step, *self._launched.values()):
+            lost.is_lost = True
+            for sequence in lost.sequences:
+                sequence.num_pending = 0
+                if sequence.row is not None:
+                    self._preempt(sequence)
+        return step
 
     def _fail(self, sequence: Sequence, message: str) -> TokenDelta:
         """Ends one sequence with an error; nothing of its newest step is published."""

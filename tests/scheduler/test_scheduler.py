@@ -36,7 +36,9 @@ class Engine:
         max_model_len: int = 64,
         max_num_queued_requests: int = 4096,
         failing: Container[int] = (),
+        breaking: Container[int] = (),
     ) -> None:
+        """Steps in `failing` find no memory, those in `breaking` raise something else."""
         specs = tuple(
             KVSpec(num_kv_heads=1, head_size=8, format=kv_format("float32"), window=window)
             for window in windows
@@ -60,7 +62,8 @@ class Engine:
                 max_num_queued_requests=max_num_queued_requests,
             ),
         )
-        self.machine = PagedMachine(groups, num_blocks, BLOCK, failing)
+        self.machine = PagedMachine(groups, num_blocks, BLOCK, failing or breaking)
+        self.breaking = breaking
         self.launched: deque[tuple[StepPlan, object]] = deque()
         self.tokens: dict[tuple[str, int], list[int]] = defaultdict(list)
         self.reasons: dict[tuple[str, int], FinishReason] = {}
@@ -100,6 +103,8 @@ class Engine:
         try:
             result = self.machine.collect(ticket)
         except OutOfMemoryError as error:
+            if plan.step_id in self.breaking:
+                return self.scheduler.fail(plan, str(error))
             return self.scheduler.lose(plan, str(error))
         return self.scheduler.commit(plan, result)
 
@@ -333,6 +338,15 @@ def test_samples_forked_from_a_prompt_that_found_no_memory_wait_for_it_again() -
     engine.run()
     engine.check_tokens()
     assert set(engine.reasons.values()) == {FinishReason.LENGTH}
+
+
+def test_samples_forked_from_a_prompt_whose_step_broke_compute_it_themselves() -> None:
+    engine = Engine(breaking={0})
+    engine.add("a", list(range(10)), 6, n=3)
+    engine.run()
+    engine.check_tokens()
+    reasons = [engine.reasons["a", index] for index in range(3)]
+    assert reasons == [FinishReason.ERROR, FinishReason.LENGTH, FinishReason.LENGTH]
 
 
 def test_memory_that_never_comes_ends_a_sequence_with_the_error_and_the_next_one_lives() -> None:
