@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -82,8 +83,12 @@ class StepGraphs:
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             output = body()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            # A broken capture cannot be ended well; what broke it is the news.
+            with suppress(RuntimeError):
+                graph.capture_end()
+            raise
+        graph.capture_end()
         return _Captured(graph, output)
 
 
