@@ -43,13 +43,14 @@ def save(model_type: str, std: float, folder: Path) -> None:
     """Writes random bfloat16 weights: rounding moves logits less than most gaps between them."""
     torch.manual_seed(0)
     sizes = SIZES | (MOE if model_type.endswith("moe") else {})
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
+    config = AutoConfig.for_model(model_type, **sizes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for name, parameter in model.named_parameters():
         is_norm, is_embedding = name.endswith("norm.weight"), "embed" in name
         torch.nn.init.normal_(parameter, std=0.1 if is_norm else 1.0 if is_embedding else std)
         if is_norm:
             parameter.data += 1.0
-    model.bfloat16().save_pretrained(folder)
+    model.save_pretrained(folder)
 
 
 def forced_logits(folder: Path, dtype: torch.dtype, texts: list[list[int]], count: int) -> Tensor:
