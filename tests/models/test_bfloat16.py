@@ -44,7 +44,7 @@ def save(model_type: str, std: float, folder: Path) -> None:
     torch.manual_seed(0)
     sizes = SIZES | (MOE if model_type.endswith("moe") else {})
     config = AutoConfig.for_model(model_type, **sizes)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     for name, parameter in model.named_parameters():
         is_norm, is_embedding = name.endswith("norm.weight"), "embed" in name
         torch.nn.init.normal_(parameter, std=0.1 if is_norm else 1.0 if is_embedding else std)
@@ -56,7 +56,7 @@ def save(model_type: str, std: float, folder: Path) -> None:
 def forced_logits(folder: Path, dtype: torch.dtype, texts: list[list[int]], count: int) -> Tensor:
     """Returns transformers' float32 [texts, count, V], each text's last `count` tokens given."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
-    model = model.eval().cuda()
+    torch.nn.Module.cuda(model.eval())
     with torch.inference_mode():
         rows = [model(torch.tensor([text]).cuda()).logits[0, -count - 1 : -1] for text in texts]
     return torch.stack(rows).float().cpu()
