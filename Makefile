@@ -21,13 +21,17 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_INDEX ?=
 PIP_INSTALL := $(PIP) install -c constraints.txt $(addprefix --extra-index-url ,$(TORCH_INDEX))
 
-.PHONY: serve test lint bench docs clean
+.PHONY: serve test test-gpu lint bench docs clean
 
 serve: $(VENV)/.installed
 	$(BIN)/octavo serve $(MODEL) $(ARGS)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# What a GPU changes, on a machine that has one.
+test-gpu: $(VENV)/.installed-dev
+	PYTHON=$(BIN)/python benchmarks/gpu_suite.sh $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
