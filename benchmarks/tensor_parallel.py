@@ -32,6 +32,11 @@ def greedy(max_tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
 
 
+def say(words: str) -> None:
+    """To stderr, so that what takes long can be told from what hangs."""
+    print(f"{time.perf_counter():.1f} {words}", file=sys.stderr, flush=True)
+
+
 def decode_ms(llm: LLM, batch: int) -> float:
     """Returns the median milliseconds of one decode step of `batch` sequences."""
 
@@ -41,6 +46,7 @@ def decode_ms(llm: LLM, batch: int) -> float:
         llm.generate(prompts, greedy(num_tokens), use_tqdm=False)
         return time.perf_counter() - began
 
+    say(f"batch {batch}: building kernels")
     seconds(TIMED_TOKENS, seed=1)  # builds kernels, captures graphs
     steps = [
         (seconds(1 + TIMED_TOKENS, 2 * i) - seconds(1, 2 * i + 1)) / TIMED_TOKENS
@@ -51,6 +57,7 @@ def decode_ms(llm: LLM, batch: int) -> float:
 
 def measure(folder: Path, dtype: str, size: int, device: str) -> tuple[Tokens, dict[str, float]]:
     """Returns greedy tokens of the prompts, and milliseconds and bytes by name."""
+    say(f"{dtype}, {size} ranks: loading")
     began = time.perf_counter()
     llm = LLM(
         str(folder),
@@ -69,6 +76,7 @@ def measure(folder: Path, dtype: str, size: int, device: str) -> tuple[Tokens, d
         "kv_tokens": llm.plan.num_tokens,
     }
     try:
+        say(f"loaded in {figures['start_seconds']:.1f} s; greedy tokens")
         prompts = fixed_prompts(llm.vocab_size, NUM_PROMPTS, PROMPT_LENGTH, 0)
         outputs = llm.generate(prompts, greedy(NUM_TOKENS), use_tqdm=False)
         figures |= {f"decode_ms_batch_{batch}": decode_ms(llm, batch) for batch in BATCHES}
