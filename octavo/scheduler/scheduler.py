@@ -22,6 +22,7 @@ from octavo.kv_cache.manager import KVCacheManager, PrefixHit, SequenceKV
 from octavo.request import FinishReason, Request, TokenDelta
 from octavo.scheduler.counters import SchedulerCounters
 from octavo.scheduler.finish import finish_reason, stop_reason, token_delta
+from octavo.scheduler.forecast import Forecast, Growing
 from octavo.scheduler.plan_builder import PlanBuilder
 from octavo.scheduler.sequence import Sequence
 from octavo.step import NO_TOKEN, StepPlan, StepResult, TokenLogprobs
@@ -40,8 +41,9 @@ class SchedulerLimits:
     max_model_len: int
     max_num_queued_requests: int = 4096
     headroom_tokens: int = 0
-    """A sequence is admitted only where all that run can still grow by so many tokens: taking
-    blocks away and computing them again costs more than waiting for the next to finish."""
+    """A sequence is admitted only where it and all that run can go on for so many steps, those that
+    reach their limit giving back their blocks: taking blocks away and computing them again costs
+    more than waiting for the next to finish."""
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:
@@ -218,7 +220,7 @@ class Scheduler:
     def _schedule_waiting(self, builder: PlanBuilder) -> None:
         """Admits waiting sequences in order while rows, budget and blocks last."""
         limit = min(self.limits.max_num_seqs, self.limits.max_num_batched_tokens)
-        reserved = self._blocks_of_unfinished_prefills() + self._headroom()
+        forecast = self._forecast()
         position = 0
         while position < len(self.waiting):
             budget = self.limits.max_num_batched_tokens - builder.num_tokens
@@ -228,7 +230,7 @@ class Scheduler:
             if self._must_wait(sequence, builder):
                 position += 1
                 continue
-            count = self._fork(sequence) or self._admit(sequence, budget, reserved)
+            count = self._fork(sequence) or self._admit(sequence, budget, forecast)
             if count is None:
                 return
             if count == 0:
@@ -236,28 +238,28 @@ class Scheduler:
                 continue
             del self.waiting[position]
             insort(self.running, sequence, key=_order)
-            reserved += self._missing_blocks(sequence)
+            forecast.add((self._growing(sequence),))
             self._has_prefills = True
             builder.start_row(sequence)
             builder.add(sequence, count)
 
-    def _blocks_of_unfinished_prefills(self) -> int:
-        """Blocks that running sequences still need for tokens they know already."""
-        return sum(
-            self._missing_blocks(s) for s in self.running if s.num_tokens - s.num_computed > 1
-        )
-
-    def _headroom(self) -> int:
-        """Blocks that running sequences will need for their next tokens, as far as their limits let
-        them grow."""
-        most = self.limits.headroom_tokens
-        tokens = sum(min(most, s.max_len - s.num_tokens) for s in self.running) if most else 0
-        return -(-tokens // self.manager.block_size) * len(self.manager.tables)
-
-    def _missing_blocks(self, sequence: Sequence) -> int:
+    def _forecast(self) -> Forecast:
+        """Returns what the running sequences will need, the rest of their prompts included."""
         manager = self.manager
-        missing = sequence.num_tokens - sequence.kv.capacity
-        return -(-max(missing, 0) // manager.block_size) * len(manager.tables)
+        forecast = Forecast(self.limits.headroom_tokens, manager.block_size, len(manager.tables))
+        held = [sequence.kv.capacity // manager.block_size for sequence in self.running]
+        forecast.add(map(self._growing, self.running, held))
+        forecast.share(manager.pool.num_referenced, sum(held))
+        return forecast
+
+    def _growing(self, sequence: Sequence, num_held: int = 0) -> Growing:
+        """What has just been admitted gives nothing back, as far as the forecast cares: what of it
+        is shared is known a step later. What one that waits lacks now, its admission counts."""
+        num_tokens, size = sequence.num_tokens, self.manager.block_size
+        missing = (
+            0 if sequence.row is None else -(-num_tokens // size) - sequence.kv.capacity // size
+        )
+        return Growing(num_tokens, sequence.max_len - num_tokens, max(missing, 0), num_held)
 
     def _must_wait(self, sequence: Sequence, builder: PlanBuilder) -> bool:
         """Whether it would do twice what somebody is doing for it."""
@@ -289,7 +291,7 @@ class Scheduler:
         self._start(sequence, computed)
         return 1
 
-    def _admit(self, sequence: Sequence, budget: int, reserved: int) -> int | None:
+    def _admit(self, sequence: Sequence, budget: int, forecast: Forecast) -> int | None:
         """Starts a sequence; returns how many tokens it computes now, 0 if it should wait for a
         prefix, None if there is no room for it."""
         manager = self.manager
@@ -299,7 +301,9 @@ class Scheduler:
         cached = hit.num_blocks * manager.block_size
         needed = manager.blocks_for(sequence.num_tokens, budget)
         needed -= hit.num_blocks * len(manager.tables)
-        if not manager.fits(hit, needed + reserved):
+        # Alone it may take all there is: it fits by its limit.
+        more = forecast.peak_with(self._growing(sequence)) if self.running else 0
+        if not manager.fits(hit, needed + more):
             return None
         count = min(sequence.num_tokens - cached, budget)
         if not manager.admit(sequence.kv, self._free_rows[-1], hit, cached + count):

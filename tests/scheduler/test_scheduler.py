@@ -35,6 +35,7 @@ class Engine:
         budget: int = 16,
         max_model_len: int = 64,
         max_num_queued_requests: int = 4096,
+        headroom: int = 0,
         failing: Container[int] = (),
         breaking: Container[int] = (),
     ) -> None:
@@ -60,6 +61,7 @@ class Engine:
                 max_num_batched_tokens=budget,
                 max_model_len=max_model_len,
                 max_num_queued_requests=max_num_queued_requests,
+                headroom_tokens=headroom,
             ),
         )
         self.machine = PagedMachine(groups, num_blocks, BLOCK, failing or breaking)
@@ -138,6 +140,31 @@ class Engine:
                 assert got == expected[: len(got)]
             else:
                 assert (got, reason) == (expected, FinishReason.LENGTH)
+
+
+def test_who_is_about_to_end_makes_room_and_nobody_is_preempted() -> None:
+    # 20 blocks: two of the first kind fill 10 by their end; the long one needs 12 by then, and gets
+    # in beside both because they end (after 8 tokens) before it has grown.
+    engine = Engine(num_blocks=21, headroom=60, max_model_len=60, budget=60)
+    for name in ("a", "b"):
+        engine.add(name, [ord(name)] * 12, 8)
+    engine.add("long", [3] * 16, 32)
+    engine.step()
+    assert len(engine.scheduler.running) == 3
+    engine.run()
+    engine.check_tokens()
+    assert engine.scheduler.counters.num_preemptions == 0
+
+
+def test_who_would_outgrow_the_cache_waits() -> None:
+    engine = Engine(num_blocks=21, headroom=60, max_model_len=60, budget=60)
+    engine.add("a", [1] * 12, 30)
+    engine.add("b", [2] * 12, 30)
+    engine.step()
+    assert len(engine.scheduler.running) == 1
+    engine.run()
+    engine.check_tokens()
+    assert engine.scheduler.counters.num_preemptions == 0
 
 
 def test_a_request_alone_yields_its_tokens_in_chunks_within_the_budget() -> None:
@@ -395,6 +422,7 @@ REQUEST = st.fixed_dictionaries(
     windows=st.sampled_from([(None,), (None,), (7,), (None, 9)]),
     max_num_seqs=st.integers(1, 6),
     budget=st.integers(3, 24),
+    headroom=st.sampled_from([0, 3, 16, 60]),
     reset_at=st.one_of(st.none(), st.integers(1, 20)),
     failing=st.one_of(st.just(frozenset()), st.frozensets(st.integers(0, 30), max_size=12)),
 )
@@ -404,6 +432,7 @@ def test_random_arrivals_forks_cancels_and_preemptions_change_no_token(
     windows: tuple[int | None, ...],
     max_num_seqs: int,
     budget: int,
+    headroom: int,
     reset_at: int | None,
     failing: frozenset[int],
 ) -> None:
@@ -413,6 +442,7 @@ def test_random_arrivals_forks_cancels_and_preemptions_change_no_token(
         max_num_seqs=max_num_seqs,
         budget=budget,
         max_model_len=60,
+        headroom=headroom,
         failing=failing,
     )
     aborts: dict[int, list[str]] = defaultdict(list)
