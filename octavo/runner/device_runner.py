@@ -37,7 +37,7 @@ from octavo.step import RowStart, StepPlan, StepResult, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
-MAX_PADDED_TOKENS = 512
+MAX_PADDED_TOKENS = 2048
 """Steps of more tokens take the device longer than the host takes to launch them."""
 COUNTS_PERIOD = 64
 """Steps between two readings of how many tokens went to each expert."""

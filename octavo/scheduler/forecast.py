@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-
 END_LAG = 1
 """Steps that are scheduled between a sequence's last token and the news of it."""
 
