@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -100,15 +101,18 @@ def run(args: argparse.Namespace, measure: Measure | None = None) -> int:
     shapes = shapes_of(spec, config.deterministic)
     print(f"{'shape':<44}{'tried':>6}{'heuristic us':>13}{'best us':>10}{'gain':>8}", flush=True)
     num_kept = num_done = 0
+    fates = Counter[str]()
     for shape in shapes:
         if time.monotonic() - began > args.seconds:
             break
         found = tuner.tune(shape, lambda: time.monotonic() - began > args.seconds)
         save_plan(path, found.key, found.plan)
         print(_row(found), flush=True)
+        fates += found.fates
         num_done += 1
         num_kept += found.plan is not None
     print(f"{num_kept} of {num_done} shapes are faster than the heuristic; kept in {path}")
+    print("candidates: " + ", ".join(f"{count} {fate}" for fate, count in fates.items()))
     if num_done < len(shapes):
         left = f"{len(shapes) - num_done} shapes of less weight were not reached"
         print(f"{left} in {args.seconds:g} s: built kernels are kept, so run it again for more")
@@ -170,7 +174,7 @@ def _dense_sizes(layer: LayerSpec, hidden: int) -> Iterator[tuple[int, int]]:
 
 def _row(found: Found) -> str:
     name = " ".join(map(str, found.key)).replace("torch.", "")
-    row = f"{name:<44}{found.num_tried:>6}{found.heuristic_us:>13.2f}{found.best_us:>10.2f}"
+    row = f"{name:<44}{found.fates.total():>6}{found.heuristic_us:>13.2f}{found.best_us:>10.2f}"
     row += f"{found.heuristic_us / found.best_us - 1:>8.1%}"
     if found.plan is not None:
         before, after = (_numbers(plan) for plan in (found.heuristic, found.plan))

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -94,7 +95,9 @@ def read_plans(path: Path) -> Plans:
     for text, value in _read(path).items():
         try:
             kind, dtype, *sizes = text.split()
-            tuned[(kind, dtype, *map(int, sizes))] = msgspec.convert(value, KINDS[kind])
+            plan = msgspec.convert(value, KINDS[kind])
+            _check(dataclasses.asdict(plan))
+            tuned[(kind, dtype, *map(int, sizes))] = plan
         except (ValueError, KeyError) as error:  # msgspec's errors are ValueErrors
             logger.debug("%s: %r is ignored: %s", path, text, error)
     if tuned:
@@ -122,6 +125,17 @@ def _read(path: Path) -> dict[str, object]:
     except (OSError, msgspec.DecodeError) as error:
         logger.debug("%s is ignored: %s", path, error)
         return {}
+
+
+def _check(numbers: Mapping[str, Any]) -> None:
+    """Raises ValueError unless all sizes are powers of two: Triton would fail at the first step."""
+    for name, number in numbers.items():
+        if isinstance(number, dict):
+            _check(number)
+        elif not isinstance(number, bool):
+            is_power = number & (number - 1) == 0 or name == "num_stages"
+            if number < 1 or not is_power:
+                raise ValueError(f"{name} is {number}")
 
 
 def _can_tma(x: Tensor, weight: Tensor) -> bool:

@@ -8,6 +8,7 @@ where no bits are promised.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ MEASURED_MS = 4.0
 SAVED_GAIN = 1.02
 """What is saved beats the heuristic by this factor, both measured anew."""
 NEAR = 1e-2
+MEASURED, UNFIT, OTHER_BITS = "measured", "do not fit", "have other bits"
 LIMITS = {
     "block_p": (16, 128),
     "block_t": (16, 128),
@@ -74,7 +76,8 @@ class Found:
     """What beats it clearly, and is no slower for the fewest tokens that it would serve."""
     heuristic_us: float
     best_us: float
-    num_tried: int
+    fates: Counter[str]
+    """How many candidates were MEASURED, or why not."""
 
 
 class Tuner:
@@ -150,7 +153,7 @@ class Tuner:
         kind, num_tokens, sizes = shape
         make = self.moe if kind == "moe" else self.dense
         case = make(num_tokens, *sizes)
-        best, num_tried = self._search(case, is_over)
+        best, fates = self._search(case, is_over)
         before = after = case.us(case.plan, self._measure)
         if best != case.plan:
             after = case.us(best, self._measure)
@@ -166,11 +169,11 @@ class Tuner:
             plan=best if is_kept else None,
             heuristic_us=before,
             best_us=after,
-            num_tried=num_tried,
+            fates=fates,
         )
 
-    def _search(self, case: Case, is_over: Callable[[], bool]) -> tuple[Plan, int]:
-        best, tried = case.plan, {case.plan}
+    def _search(self, case: Case, is_over: Callable[[], bool]) -> tuple[Plan, Counter[str]]:
+        best, tried, fates = case.plan, {case.plan}, Counter[str]()
         expected = case.runs[0](best)
         least, last = case.us(best, self._measure), None
         while best != last and not is_over():
@@ -178,16 +181,16 @@ class Tuner:
             for part in parts_of(best):
                 plans = [plan for plan in neighbours(best, part) if plan not in tried]
                 tried.update(plans)
-                for plan in self._right(case, plans, expected):
-                    us = case.us(plan, self._measure)
-                    if us < least:
+                for plan, fate in zip(plans, self._fates(case, plans, expected), strict=True):
+                    fates[fate] += 1
+                    if fate == MEASURED and (us := case.us(plan, self._measure)) < least:
                         best, least = plan, us
                 if is_over():
                     break
-        return best, len(tried) - 1
+        return best, fates
 
-    def _right(self, case: Case, plans: Sequence[Plan], expected: Tensor) -> list[Plan]:
-        """Returns the plans that fit the device and give what is expected."""
+    def _fates(self, case: Case, plans: Sequence[Plan], expected: Tensor) -> list[str]:
+        """Returns whether each plan fits the device and gives what is expected."""
 
         def attempt(plan: Plan) -> Tensor | None:
             try:
@@ -199,9 +202,8 @@ class Tuner:
         with ThreadPoolExecutor(self._num_threads) as pool:
             found = list(pool.map(attempt, plans))
         return [
-            plan
-            for plan, out in zip(plans, found, strict=True)
-            if out is not None and case.is_right(out, expected)
+            UNFIT if out is None else MEASURED if case.is_right(out, expected) else OTHER_BITS
+            for out in found
         ]
 
     def _normal(self, *sizes: int) -> Tensor:
@@ -231,11 +233,9 @@ def neighbours(plan: Plan, part: str) -> Iterator[Plan]:
     """Yields the plans that differ in one number of one launch: by one stage, or a factor of 2."""
     launch = getattr(plan, part) if part else plan
     limits = ROWS_LIMITS if isinstance(launch, RowsPlan) else LIMITS
-    for field in dataclasses.fields(launch):
-        low, high = limits.get(field.name, (1, 0))
-        value = getattr(launch, field.name)
-        is_stages = field.name == "num_stages"
-        for other in (value - 1, value + 1) if is_stages else (value // 2, value * 2):
+    for name in (field.name for field in dataclasses.fields(launch) if field.name in limits):
+        value, (low, high) = getattr(launch, name), limits[name]
+        for other in (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2):
             if low <= other <= high:
-                changed = replace(launch, **{field.name: other})
+                changed = replace(launch, **{name: other})
                 yield replace(plan, **{part: changed}) if part else changed
