@@ -166,10 +166,10 @@ def time_experts_of_one(pool: Tensor, name: str) -> None:
     runs: dict[str, Run] = {
         "tl.dot": lambda at: moe.gate_up(x, ids[at], None, experts, "silu", plan)
     }
-    planned = matvec.plan_gate_up(hidden_size)
+    planned = matvec.plan_pairs(hidden_size, inner, top_k)
     for sizes in GATE_UP:
         each = RowsPlan(block_n=sizes[0], block_k=sizes[1], num_warps=sizes[2])
-        note = "rows (planned)" if each == planned else "rows"
+        note = "rows (planned)" if each == planned.gate_up else "rows"
         runs[label(note, sizes)] = lambda at, each=each: matvec.gate_up_of_pairs(
             x, ids[at], experts, "silu", each
         )
@@ -181,10 +181,10 @@ def time_experts_of_one(pool: Tensor, name: str) -> None:
             moe.down(hidden, weights, ids[at], None, experts, plan), ids[at], count
         )
     }
-    planned = matvec.plan_down(inner, top_k)
-    for sizes in dict.fromkeys((*DOWN, (planned.block_n, planned.block_k, planned.num_warps))):
+    down = (planned.down.block_n, planned.down.block_k, planned.down.num_warps)
+    for sizes in dict.fromkeys((*DOWN, down)):
         each = RowsPlan(block_n=sizes[0], block_k=sizes[1], num_warps=sizes[2])
-        note = "rows (planned)" if each == planned else "rows"
+        note = "rows (planned)" if each == planned.down else "rows"
         runs[label(note, sizes)] = lambda at, each=each: matvec.down_and_combine(
             hidden, weights, ids[at], experts, each
         )

@@ -140,9 +140,14 @@ class ServerConfig:
 
 
 def cache_dir(environ: Mapping[str, str] = os.environ) -> str:
-    """Where Octavo keeps demo models: OCTAVO_CACHE, else XDG_CACHE_HOME/octavo, else ~/.cache."""
+    """Where Octavo keeps what it makes: OCTAVO_CACHE, else XDG_CACHE_HOME/octavo, else ~/.cache."""
     base = environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return environ.get("OCTAVO_CACHE") or os.path.join(base, "octavo")
+
+
+def tuned_dir() -> str:
+    """Where `octavo tune` leaves launch shapes and the engine looks for them."""
+    return os.path.join(cache_dir(), "tuned")
 
 
 def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:

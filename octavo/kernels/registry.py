@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -29,6 +30,8 @@ class Needs:
     num_threads: int = 1
     head_sizes: tuple[int, ...] = ()
     is_deterministic: bool = False
+    tuned_folder: Path | None = None
+    """Where `octavo tune` leaves launch shapes, if they are wanted."""
 
 
 def _triton(needs: Needs) -> Ops:
@@ -42,8 +45,12 @@ def _triton(needs: Needs) -> Ops:
     if largest > TRITON_HEAD_SIZE:
         raise UnfitError(f"heads of {largest} are larger than {TRITON_HEAD_SIZE}")
     from octavo.kernels.triton.ops import TritonOps
+    from octavo.kernels.triton.plans import Plans, plans_path, read_plans
 
-    return TritonOps(needs.num_threads, is_deterministic=needs.is_deterministic)
+    plans = Plans()
+    if needs.tuned_folder is not None:
+        plans = read_plans(plans_path(needs.tuned_folder, needs.device))
+    return TritonOps(needs.num_threads, is_deterministic=needs.is_deterministic, plans=plans)
 
 
 def _native(needs: Needs) -> Ops:

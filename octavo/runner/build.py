@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from octavo.config import EngineConfig
+from octavo.config import EngineConfig, tuned_dir
 from octavo.device import select_device
 from octavo.kernels.registry import Needs, select_ops
 from octavo.kv_cache.planner import RESERVED_BLOCKS, MemoryPlan, gib
@@ -61,6 +62,7 @@ def build_runner(
         num_threads=config.num_threads or max(1, device.num_cores() // size),
         head_sizes=tuple({layer.attention.head_size for layer in spec.layers}),
         is_deterministic=config.deterministic,
+        tuned_folder=Path(tuned_dir()),
     )
     ops = select_ops(config.resolved_attention_backend(), needs)
     torch.set_num_threads(ops.torch_threads)

@@ -7,13 +7,13 @@ import pytest
 from octavo.cli import COMMANDS, main
 
 
-@pytest.mark.parametrize("command", ["serve", "chat", "bench", "plan", "demo"])
+@pytest.mark.parametrize("command", ["serve", "chat", "bench", "plan", "tune", "demo"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
     assert ended.value.code == 0
     assert f"octavo {command}" in capsys.readouterr().out
-    assert len(COMMANDS) == 5
+    assert len(COMMANDS) == 6
 
 
 def fail(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -180,6 +180,14 @@ class RowsPlan:
     num_warps: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairsPlan:
+    """The launch shapes of `moe_of_pairs`."""
+
+    gate_up: RowsPlan
+    down: RowsPlan
+
+
 def plan_matvec(num_rows: int, hidden_size: int) -> RowsPlan:
     """Returns the launch shape of a dense product, the best on an H100 for Qwen3 and Qwen1.5
     (benchmarks/triton_decode.py): rows of one step on their own, longer ones by four."""
@@ -191,15 +199,14 @@ def plan_matvec(num_rows: int, hidden_size: int) -> RowsPlan:
     )
 
 
-def plan_gate_up(hidden_size: int) -> RowsPlan:
-    """Returns the launch shape of `gate_up_of_pair_kernel`, which reads two rows for each one."""
-    return RowsPlan(block_n=1, block_k=_step(hidden_size, 2048), num_warps=4)
-
-
-def plan_down(inner_size: int, top_k: int) -> RowsPlan:
-    """Returns the launch shape of `down_and_combine_kernel`: all slots of a step together."""
+def plan_pairs(hidden_size: int, inner_size: int, top_k: int) -> PairsPlan:
+    """Returns the launch shapes of `gate_up_of_pair_kernel`, which reads two rows for each one, and
+    of `down_and_combine_kernel`: all slots of a step together."""
     block_k = _step(inner_size, 256)
-    return RowsPlan(block_n=2 if top_k <= 8 else 1, block_k=block_k, num_warps=4)
+    return PairsPlan(
+        gate_up=RowsPlan(block_n=1, block_k=_step(hidden_size, 2048), num_warps=4),
+        down=RowsPlan(block_n=2 if top_k <= 8 else 1, block_k=block_k, num_warps=4),
+    )
 
 
 def _step(length: int, limit: int) -> int:
@@ -238,15 +245,14 @@ def moe_of_pairs(
     topk_ids: Tensor,
     experts: StackedExperts,
     activation: Activation,
+    plan: PairsPlan,
 ) -> Tensor:
     """Returns what `moe.run_moe` does, a pair at a time: for tokens that seldom share experts."""
     assert x_TM.is_contiguous()
     assert topk_ids.is_contiguous()
     assert topk_weights.is_contiguous()
-    _, inner_size, hidden_size = experts.gate_EFM.shape
-    hidden = gate_up_of_pairs(x_TM, topk_ids, experts, activation, plan_gate_up(hidden_size))
-    plan = plan_down(inner_size, topk_ids.shape[1])
-    return down_and_combine(hidden, topk_weights, topk_ids, experts, plan)
+    hidden = gate_up_of_pairs(x_TM, topk_ids, experts, activation, plan.gate_up)
+    return down_and_combine(hidden, topk_weights, topk_ids, experts, plan.down)
 
 
 def gate_up_of_pairs(

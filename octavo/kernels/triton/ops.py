@@ -28,10 +28,10 @@ from octavo.kernels.triton import embedding as embeddings
 from octavo.kernels.triton import norm as norms
 from octavo.kernels.triton import route as routes
 from octavo.kernels.triton.attention import attention
-from octavo.kernels.triton.linear import plan_product, product
-from octavo.kernels.triton.matvec import matvec, moe_of_pairs, plan_matvec
-from octavo.kernels.triton.moe import StackedExperts, plan_moe, run_moe
-from octavo.kernels.triton.overlap import is_hopper
+from octavo.kernels.triton.linear import product
+from octavo.kernels.triton.matvec import matvec, moe_of_pairs
+from octavo.kernels.triton.moe import StackedExperts, run_moe
+from octavo.kernels.triton.plans import Plans
 from octavo.kernels.triton.rope import rope_and_cache
 from octavo.kernels.triton.shared_prefix import shared_prefix_attention
 
@@ -45,12 +45,15 @@ class TritonOps:
 
     name = "triton"
 
-    def __init__(self, num_threads: int, *, is_deterministic: bool) -> None:
+    def __init__(
+        self, num_threads: int, *, is_deterministic: bool, plans: Plans | None = None
+    ) -> None:
         """With `is_deterministic` all dense products are Triton's, so that a row has the same bits
         in every batch by construction; else the vendor's library multiplies for many tokens, and
         `matvec.py` for one."""
         self.torch_threads = num_threads
         self._is_deterministic = is_deterministic
+        self._plans = plans or Plans()
         self._matrices: dict[tuple[Weight, ...], list[Tensor]] = {}
         """What `_merged` made of weights that were multiplied side by side."""
         self._stacks: weakref.WeakKeyDictionary[ExpertWeights, StackedExperts] = (
@@ -92,11 +95,9 @@ class TritonOps:
         num_tokens, num_rows = x_TM.shape[0], matrix_NM.shape[0]
         is_odd = num_rows % 8 != 0
         if num_tokens == 1 and not self._is_deterministic:
-            matvec(x_TM, matrix_NM, bias, out, plan_matvec(*matrix_NM.shape))
+            matvec(x_TM, matrix_NM, bias, out, self._plans.rows(x_TM, matrix_NM))
         elif not is_same or self._is_deterministic or is_odd or num_tokens <= SKINNY_TOKENS:
-            can_tma = is_same and is_hopper(x_TM.device)
-            plan = plan_product(num_tokens, num_rows, can_tma=can_tma)
-            product(x_TM, matrix_NM, bias, out, plan if _is_short(x_TM) else plan.of_floats())
+            product(x_TM, matrix_NM, bias, out, self._plans.product(x_TM, matrix_NM))
         elif bias is None:
             torch.mm(x_TM, matrix_NM.T, out=out)
         else:
@@ -112,11 +113,9 @@ class TritonOps:
         matrix = _numbers(weight)
         out = torch.empty(len(x_SM), len(matrix), dtype=torch.float32, device=x_SM.device)
         if len(x_SM) == 1 and not self._is_deterministic:
-            matvec(x_SM, matrix, None, out, plan_matvec(*matrix.shape))
-            return out
-        can_tma = x_SM.dtype == matrix.dtype and is_hopper(x_SM.device)
-        plan = plan_product(len(x_SM), len(matrix), can_tma=can_tma)
-        product(x_SM, matrix, None, out, plan if _is_short(x_SM) else plan.of_floats())
+            matvec(x_SM, matrix, None, out, self._plans.rows(x_SM, matrix))
+        else:
+            product(x_SM, matrix, None, out, self._plans.product(x_SM, matrix))
         return out
 
     def route(
@@ -150,14 +149,11 @@ class TritonOps:
                 down_EMF=stacked_view(experts.down),
             )
             self._stacks[experts] = stacked
-        can_tma = x_TM.dtype == stacked.gate_EFM.dtype and is_hopper(x_TM.device)
-        num_experts, inner_size, _ = stacked.gate_EFM.shape
         top_k = topk_ids.shape[1]
-        plan = plan_moe(len(x_TM), top_k, num_experts, inner_size, can_tma=can_tma)
+        plan = self._plans.moe(x_TM, top_k, stacked)
         if plan.is_direct and not self._is_deterministic:
-            return moe_of_pairs(x_TM, topk_weights, topk_ids, stacked, activation)
-        if not _is_short(x_TM):
-            plan = plan.of_floats()
+            pairs = self._plans.pairs(x_TM, top_k, stacked)
+            return moe_of_pairs(x_TM, topk_weights, topk_ids, stacked, activation, pairs)
         return run_moe(x_TM, topk_weights, topk_ids, stacked, activation, plan)
 
     def rope_and_cache(
@@ -206,11 +202,6 @@ def stacked_view(weights: Sequence[Weight]) -> Tensor:
             "in the same tensor; load the experts of a layer as views of one [E, rows, cols] stack"
         )
     return first.as_strided((len(tensors), *first.shape), (stride, *first.stride()), start)
-
-
-def _is_short(x: Tensor) -> bool:
-    """Whether numbers have 16 bits, for which the launch plans are made."""
-    return x.element_size() <= 2
 
 
 def _numbers(weight: Weight) -> Tensor:
