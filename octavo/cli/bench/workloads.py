@@ -143,6 +143,8 @@ class Workloads:
             except OctavoError as error:  # the other workloads are worth having
                 self._report.add(name, {"error": f"{type(error).__name__}: {error}"})
                 code = 1
+        if self._device.name != "cpu":
+            self._report.add("memory", self._memory())
         return code
 
     # -- workloads -----------------------------------------------------------------------------
@@ -282,8 +284,17 @@ class Workloads:
         return mixed_requests(self._llm.vocab_size, batch, self._sizes.mixed_low, seed)
 
     def _memory(self) -> dict[str, Value]:
-        memory = self._device.memory()
-        return {"device_used_bytes": memory.total_bytes - memory.available_bytes}
+        """What the driver says is in use, and how far that is from the plan."""
+        memory, plan = self._device.memory(), self._llm.plan
+        used, planned = (
+            memory.total_bytes - memory.available_bytes,
+            plan.other_bytes + plan.total_bytes,
+        )
+        return {
+            "device_used_bytes": used,
+            "planned_bytes": planned,
+            "used_beside_plan_share": used / planned - 1,
+        }
 
     def _generate(self, prompts: list[list[int]], outputs: int | list[int]) -> Measured:
         counts = [outputs] * len(prompts) if isinstance(outputs, int) else outputs
