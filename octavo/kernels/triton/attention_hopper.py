@@ -120,7 +120,7 @@ def _softmax(s, m, total, position, start, scale_log2, MASKED: gl.constexpr):
 
 @gluon.jit
 def _advance(
-    acc, p, m, total, q, position, tile, scale_log2, k, v, k_full, k_empty, v_full, v_empty,
+    acc, p, m, total, shrink, q, position, tile, tiles, scale_log2, k, v, k_full, k_empty, v_full, v_empty,
     mine, other, turn, MASKED: gl.constexpr, PINGPONG: gl.constexpr,
 ):  # fmt: skip
     """Issues q k^T of `tile` and p v of the tile before, and takes the softmax of the former while
@@ -131,23 +131,23 @@ def _advance(
     acc_layout: gl.constexpr = acc.type.layout
     stage = tile % S
     before = (tile - 1) % S
-    mbarrier.wait(k_full.index(stage), tile // S & 1)
     if PINGPONG:
         mbarrier.wait(mine, turn & 1)
     s = gl.zeros([m.shape[0], N], gl.float32, s_layout)
     s = warpgroup_mma(q, k.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(before), (tile - 1) // S & 1)
+    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc_layout))[:, None]
     acc = warpgroup_mma(p, v.index(before), acc, is_async=True)
     if PINGPONG:
         mbarrier.arrive(other)
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(k_empty.index(stage))
     x, m, total, shrink = _softmax(s, m, total, position, tile * N, scale_log2, MASKED)
-    acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+    # A branch, and `total`: else the compiler waits for p v before it takes the exponentials.
+    mbarrier.wait(k_full.index((tile + 1) % S), (tile + 1) // S & 1, pred=tile + 1 < tiles)
+    acc, p, total = warpgroup_mma_wait(0, deps=(acc, p, total))
     mbarrier.arrive(v_empty.index(before))
-    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc_layout))[:, None]
-    p = gl.convert_layout(x.to(p.dtype), p.type.layout)
-    return acc, p, m, total
+    return acc, gl.convert_layout(x.to(p.dtype), p.type.layout), m, total, shrink
 
 
 @gluon.jit
@@ -181,21 +181,23 @@ def _consume(
     mbarrier.arrive(k_empty.index(0))
     x, m, total, shrink = _softmax(s, m, total, position, 0, scale_log2, True)
     p = gl.convert_layout(x.to(q.dtype), p_layout)
+    mbarrier.wait(k_full.index(1), 0, pred=tiles > 1)
     whole = gl.maximum(gl.minimum((length - num_queries + first + 1) // N, tiles), 1)
     for tile in range(1, whole):
-        acc, p, m, total = _advance(
-            acc, p, m, total, q, position, tile, scale_log2, k, v,
+        acc, p, m, total, shrink = _advance(
+            acc, p, m, total, shrink, q, position, tile, tiles, scale_log2, k, v,
             k_full, k_empty, v_full, v_empty, mine, other, tile - 1, False, PINGPONG,
         )  # fmt: skip
     for tile in range(whole, tiles):
-        acc, p, m, total = _advance(
-            acc, p, m, total, q, position, tile, scale_log2, k, v,
+        acc, p, m, total, shrink = _advance(
+            acc, p, m, total, shrink, q, position, tile, tiles, scale_log2, k, v,
             k_full, k_empty, v_full, v_empty, mine, other, tile - 1, True, PINGPONG,
         )  # fmt: skip
     last = (tiles - 1) % k.shape[0]
     mbarrier.wait(v_full.index(last), (tiles - 1) // k.shape[0] & 1)
     if (length < tiles * N) & (length % P > 0):
         _zero_tail(v, last, length, P)
+    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc_layout))[:, None]
     acc = warpgroup_mma(p, v.index(last), acc)
     total = gl.convert_layout(total, gl.SliceLayout(1, acc_layout))
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
@@ -286,5 +288,5 @@ def _hopper_kernel(
                         v_full, v_empty)),
         ],
         [4, 1],
-        [240, 24],
+        [232, 40],
     )  # fmt: skip
