@@ -49,15 +49,14 @@ def _find(starts, num_sequences, tile, QUERIES: gl.constexpr):
 
 
 @gluon.jit
-def _load_tile(pages, source, column, ring, stage, full, empty, phase):
-    """Brings a tile's pages, once its place is free: [BLOCK_N, D], halves of 64 columns apart."""
+def _load_tile(pages, source, column, ring, stage, full):
+    """Brings a tile [BLOCK_N, D] by pages; TMA and wgmma want its halves of 64 columns apart."""
     N: gl.constexpr = ring.shape[1]
     D: gl.constexpr = ring.shape[2]
     P: gl.constexpr = source.block_shape[1]
     COLUMNS: gl.constexpr = source.block_shape[2]
     shape: gl.constexpr = [D // COLUMNS * N // P, 1, P, COLUMNS]
     to = ring.index(stage)._reinterpret(ring.dtype, shape, source.layout)
-    mbarrier.wait(empty.index(stage), phase)
     mbarrier.expect(full.index(stage), N * D * 2)
     for half in gl.static_range(D // COLUMNS):
         for i in gl.static_range(N // P):
@@ -70,19 +69,27 @@ def _load_tile(pages, source, column, ring, stage, full, empty, phase):
 
 
 @gluon.jit
+def _pages(table_row, tile, length, N: gl.constexpr, P: gl.constexpr):
+    """Returns a tile's pages. Behind the sequence's end there is -1, of which TMA makes zeros."""
+    pages = ()
+    for i in gl.static_range(N // P):
+        at = tile * (N // P) + i
+        page = gl.load(table_row + at, mask=at * P < length, other=-1)
+        pages = pages + (page,)  # noqa: RUF005 (Gluon has no stars)
+    return pages
+
+
+@gluon.jit
 def _produce(table_row, length, tiles, column, key, value, k, v, k_full, k_empty, v_full, v_empty):
-    """Keeps the rings full. Pages behind the sequence's end are read from nowhere: zeros."""
-    N: gl.constexpr = k.shape[1]
-    P: gl.constexpr = key.block_shape[1]
+    """Keeps the rings full."""
     for tile in range(tiles):
         stage = tile % k.shape[0]
         phase = tile // k.shape[0] & 1 ^ 1
-        pages = ()
-        for i in gl.static_range(N // P):
-            at = tile * (N // P) + i
-            pages = pages + (gl.load(table_row + at, mask=at * P < length, other=-1),)
-        _load_tile(pages, key, column, k, stage, k_full, k_empty, phase)
-        _load_tile(pages, value, column, v, stage, v_full, v_empty, phase)
+        pages = _pages(table_row, tile, length, k.shape[1], key.block_shape[1])
+        mbarrier.wait(k_empty.index(stage), phase)
+        _load_tile(pages, key, column, k, stage, k_full)
+        mbarrier.wait(v_empty.index(stage), phase)
+        _load_tile(pages, value, column, v, stage, v_full)
 
 
 @gluon.jit
@@ -93,7 +100,7 @@ def _zero_tail(v, stage, length, P: gl.constexpr):
     """
     N: gl.constexpr = v.shape[1]
     HALVES: gl.constexpr = v.shape[2] // 64
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     page = length % N // P
     pages = v.index(stage)._reinterpret(v.dtype, [HALVES * N // P, P, 64], v.layout)
     row = gl.arange(0, P, gl.SliceLayout(1, LAYOUT))
@@ -120,8 +127,8 @@ def _softmax(s, m, total, position, start, scale_log2, MASKED: gl.constexpr):
 
 @gluon.jit
 def _advance(
-    acc, p, m, total, shrink, q, position, tile, tiles, scale_log2, k, v, k_full, k_empty, v_full, v_empty,
-    mine, other, turn, MASKED: gl.constexpr, PINGPONG: gl.constexpr,
+    acc, p, m, total, shrink, q, position, tile, tiles, scale_log2,
+    k, v, k_full, k_empty, v_full, v_empty, mine, other, turn, MASKED: gl.constexpr, PINGPONG: gl.constexpr,
 ):  # fmt: skip
     """Issues q k^T of `tile` and p v of the tile before, and takes the softmax of the former while
     the latter runs."""
@@ -199,9 +206,9 @@ def _consume(
         _zero_tail(v, last, length, P)
     acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc_layout))[:, None]
     acc = warpgroup_mma(p, v.index(last), acc)
-    total = gl.convert_layout(total, gl.SliceLayout(1, acc_layout))
+    inverse = gl.convert_layout(1.0 / total, gl.SliceLayout(1, acc_layout))
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    mean = gl.convert_layout((acc / total[:, None]).to(q.dtype), wide)
+    mean = gl.convert_layout((acc * inverse[:, None]).to(q.dtype), wide)
     query = first + gl.arange(0, M, gl.SliceLayout(1, wide))
     at = (row + query).to(gl.int64)[:, None] * STRIDE
     to = out + at + gl.arange(0, D, gl.SliceLayout(0, wide))[None, :]
@@ -282,11 +289,73 @@ def _hopper_kernel(
               num_queries, length, tiles, scale_log2)  # fmt: skip
     gl.warp_specialize(
         [
-            (_consume, (0, H * D, P, PINGPONG) + common),
-            (_consume, (1, H * D, P, PINGPONG) + common),
+            (_consume, (0, H * D, P, PINGPONG) + common),  # noqa: RUF005
+            (_consume, (1, H * D, P, PINGPONG) + common),  # noqa: RUF005
             (_produce, (table_row, length, tiles, column, key, value, k, v, k_full, k_empty,
                         v_full, v_empty)),
         ],
         [4, 1],
         [232, 40],
     )  # fmt: skip
+
+
+@lru_cache
+def _has_wgmma(device: torch.device) -> bool:
+    """Whether `device` is Hopper itself: its successors have other products."""
+    return is_hopper(device) and triton.runtime.driver.active.get_current_target().arch == 90
+
+
+def fits(q_THD: Tensor, layer: KVLayer, window: int | None) -> bool:
+    """Whether `hopper_attention` can take a layer; never depends on the step, so that a row's bits
+    do not."""
+    pages = (layer.key, layer.value)
+    return (
+        window is None
+        and q_THD.dtype in (torch.bfloat16, torch.float16)
+        and all(x.dtype == q_THD.dtype and x.data_ptr() % 16 == 0 for x in (q_THD, *pages))
+        and q_THD.shape[2] in (64, 128)
+        and layer.key.shape[1] in (16, 32, 64, 128)
+        and _has_wgmma(q_THD.device)
+    )
+
+
+def _describe(x: Tensor, block: list[int]) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout(128, 16, len(block)))
+
+
+def hopper_attention(
+    q_THD: Tensor,
+    layer: KVLayer,
+    batch: AttentionBatch,
+    scale: float,
+    out: Tensor,
+    short: int,
+    *,
+    pingpong: bool = False,
+) -> None:
+    """Writes the rows of `out` [T, H * D] whose sequences have more than `short` queries."""
+    num_tokens, num_heads, head_size = q_THD.shape
+    block_size, num_kv_heads = layer.key.shape[1:3]
+    num_sequences = len(batch.seq_lens_S)
+    page = [1, block_size, HALF]
+    _hopper_kernel[(num_heads, num_tokens // (2 * ROWS) + num_sequences)](
+        _describe(q_THD.flatten(1), [ROWS, head_size]),
+        _describe(layer.key.flatten(2), page),
+        _describe(layer.value.flatten(2), page),
+        out,
+        batch.query_starts,
+        batch.seq_lens_S,
+        batch.block_table,
+        num_sequences,
+        batch.block_table.stride(0),
+        scale * LOG2_E,
+        H=num_heads,
+        GROUP=num_heads // num_kv_heads,
+        D=head_size,
+        SHORT=short,
+        ROWS=ROWS,
+        BLOCK_N=BLOCK_N,
+        STAGES=STAGES,
+        PINGPONG=pingpong,
+        num_warps=4,
+    )
