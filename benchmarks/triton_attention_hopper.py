@@ -4,7 +4,8 @@ python benchmarks/triton_attention_hopper.py [check] [time]
 
 roles, turns: octavo/kernels/triton/attention_hopper.py without and with PINGPONG. alone: the same
 without roles, 8 warps that load for themselves. plain, plain3: Triton over KV that lies gathered
-already (the gather is not timed; one sequence; roles 128 and alone 128 read such KV too). Its warp_specialize=True crashes 3.6's compiler.
+already (the gather is not timed; one sequence; roles 128 and alone 128 read such KV too). Its
+warp_specialize=True crashes the compiler of Triton 3.6.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.testing import do_bench
 from triton.tools.tensor_descriptor import TensorDescriptor
-
 from triton_attention import (
     BLOCK,
     MODELS,
@@ -40,6 +40,7 @@ from triton_attention import (
     make_layers,
     norm_error,
 )
+
 from octavo.kernels.ops import AttentionBatch, KVLayer
 from octavo.kernels.triton import attention_hopper as hopper
 from octavo.kernels.triton.attention import SHORT_QUERIES, prefill_attention
@@ -203,7 +204,7 @@ def _plain_kernel(
 
 def alone(q: Tensor, layer: KVLayer, batch: AttentionBatch, out: Tensor) -> None:
     T, H, D = q.shape
-    B, P, K, _ = layer.key.shape
+    _, P, K, _ = layer.key.shape
     num_sequences = len(batch.seq_lens_S)
     _alone_kernel[(H, T // 128 + num_sequences)](
         hopper._describe(q.flatten(1), [128, D]),
@@ -321,8 +322,8 @@ def check() -> None:
 
 
 def time() -> None:
-    shapes = [("32768", [32768], [32768]), ("8192", [8192], [8192]), ("2048", [2048], [2048]),
-              ("4096 after 28672", [32768], [4096]), ("4 x 2048", [2048] * 4, [2048] * 4)]  # fmt: skip
+    shapes = [(str(n), [n], [n]) for n in (32768, 8192, 2048, 512)]
+    shapes += [("4096 after 28672", [32768], [4096]), ("4 x 2048", [2048] * 4, [2048] * 4)]
     for model, (H, K, D) in MODELS.items():
         for name, lens, query_lens in shapes:
             blocks = sum(lens) // BLOCK + 8

@@ -128,7 +128,8 @@ def _softmax(s, m, total, position, start, scale_log2, MASKED: gl.constexpr):
 @gluon.jit
 def _advance(
     acc, p, m, total, shrink, q, position, tile, tiles, scale_log2,
-    k, v, k_full, k_empty, v_full, v_empty, mine, other, turn, MASKED: gl.constexpr, PINGPONG: gl.constexpr,
+    k, v, k_full, k_empty, v_full, v_empty, mine, other, turn,
+    MASKED: gl.constexpr, PINGPONG: gl.constexpr,
 ):  # fmt: skip
     """Issues q k^T of `tile` and p v of the tile before, and takes the softmax of the former while
     the latter runs."""
