@@ -2,10 +2,10 @@
 
 python benchmarks/triton_attention_hopper.py [check] [time]
 
-roles, turns: octavo/kernels/triton/attention_hopper.py without and with PINGPONG. alone: the same
-without roles, 8 warps that load for themselves. plain, plain3: Triton over KV that lies gathered
-already (the gather is not timed; one sequence; roles 128 and alone 128 read such KV too). Its
-warp_specialize=True crashes the compiler of Triton 3.6.
+roles: octavo/kernels/triton/attention_hopper.py, one program a piece; stay: as many programs as
+processors; turns: with PINGPONG. alone: the same without roles, 8 warps that load for themselves.
+plain, plain3: Triton over KV that lies gathered already (the gather is not timed; one sequence;
+"... 128" read such KV too). Its warp_specialize=True crashes the compiler of Triton 3.6.
 """
 
 from __future__ import annotations
@@ -217,10 +217,16 @@ def alone(q: Tensor, layer: KVLayer, batch: AttentionBatch, out: Tensor) -> None
 
 
 def roles(
-    q: Tensor, layer: KVLayer, batch: AttentionBatch, out: Tensor, turns: bool = False
+    q: Tensor,
+    layer: KVLayer,
+    batch: AttentionBatch,
+    out: Tensor,
+    *,
+    stay: bool = False,
+    turns: bool = False,
 ) -> None:
     scale = q.shape[2] ** -0.5
-    hopper.hopper_attention(q, layer, batch, scale, out, SHORT_QUERIES, pingpong=turns)
+    hopper.hopper_attention(q, layer, batch, scale, out, SHORT_QUERIES, pingpong=turns, stay=stay)
 
 
 def before(q: Tensor, layer: KVLayer, batch: AttentionBatch, out: Tensor) -> None:
@@ -256,7 +262,14 @@ def plain(
     )  # fmt: skip
 
 
-VARIANTS = {"before": before, "roles": roles, "turns": partial(roles, turns=True), "alone": alone}
+VARIANTS = {
+    "before": before,
+    "roles": roles,
+    "stay": partial(roles, stay=True),
+    "turns": partial(roles, turns=True),
+    "stay turns": partial(roles, stay=True, turns=True),
+    "alone": alone,
+}
 PLAIN = {"plain": 2, "plain3": 3}
 
 
@@ -339,7 +352,7 @@ def time() -> None:
             if len(lens) == 1:
                 pages = wide(layer, batch)
                 runs |= {
-                    f"{n} 128": partial(VARIANTS[n], q, *pages, out) for n in ("roles", "alone")
+                    f"{n} 128": partial(VARIANTS[n], q, *pages, out) for n in ("stay", "alone")
                 }
                 runs |= {n: plain(q, layer, batch, out, stages) for n, stages in PLAIN.items()}
             found = []
