@@ -1,6 +1,6 @@
 """Decides between forms of prefill attention on Hopper: checks each, then times it.
 
-python benchmarks/triton_attention_hopper.py [check] [time]
+python benchmarks/triton_attention_hopper.py [check | time] [form ...]
 
 roles: octavo/kernels/triton/attention_hopper.py, one program a piece; stay: as many programs as
 processors; turns: with PINGPONG. alone: the same without roles, 8 warps that load for themselves.
@@ -11,11 +11,13 @@ plain, plain3: Triton over KV that lies gathered already (the gather is not time
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from time import monotonic
 
 import torch
 import triton
@@ -270,6 +272,7 @@ VARIANTS = {
     "stay turns": partial(roles, stay=True, turns=True),
     "alone": alone,
 }
+CHECK_SECONDS = 150
 PLAIN = {"plain": 2, "plain3": 3}
 
 
@@ -321,20 +324,43 @@ def check_variant(run: Callable[..., None], H: int, K: int, D: int, dtype: torch
     return f"{verdict} {(H, K, D)} {dtype} error {worst:.1e} {'; '.join(notes[:6])}"
 
 
-def check() -> None:
-    bf16 = torch.bfloat16
-    cases = [(32, 4, 128, bf16), (16, 16, 128, bf16), (8, 2, 64, bf16), (8, 1, 64, torch.float16)]
-    cases += [(8, 8, 64, bf16), (12, 4, 128, torch.float16)]
-    for name, run in VARIANTS.items():
-        for case in cases:
-            try:
-                print(name, check_variant(run, *case), flush=True)
-            except Exception:
-                print(name, case, "FAILED", traceback.format_exc(limit=-2), flush=True)
-                break
+def check(name: str) -> bool:
+    """Few heads here; `time` compares the models' with the kernel from before."""
+    bf16, f16 = torch.bfloat16, torch.float16
+    cases = [(8, 1, 128, bf16), (4, 4, 128, bf16), (6, 2, 128, f16), (8, 2, 64, bf16)]
+    cases += [(4, 4, 64, f16)]
+    is_right = True
+    for case in cases:
+        try:
+            line = check_variant(VARIANTS[name], *case)
+        except Exception:
+            line = f"FAILED {case} {traceback.format_exc(limit=-2)}"
+        print(name, line, flush=True)
+        is_right &= line.startswith("ok")
+    return is_right
 
 
-def time() -> None:
+def check_all() -> list[str]:
+    """Checks every form in a process of its own, as one may hang; returns those that are right."""
+    command = [sys.executable, __file__, "check"]
+    jobs = {
+        name: subprocess.Popen(
+            [*command, name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for name in VARIANTS
+    }
+    right, end = [], monotonic() + CHECK_SECONDS
+    for name, job in jobs.items():
+        try:
+            print(job.communicate(timeout=max(1.0, end - monotonic()))[0], flush=True)
+        except subprocess.TimeoutExpired:
+            job.kill()
+            print(name, "HANGS or is slow:", job.communicate()[0], flush=True)
+        right += [name] * (job.returncode == 0)
+    return right
+
+
+def time(names: list[str]) -> None:
     shapes = [(str(n), [n], [n]) for n in (32768, 8192, 2048, 512)]
     shapes += [("4096 after 28672", [32768], [4096]), ("4 x 2048", [2048] * 4, [2048] * 4)]
     for model, (H, K, D) in MODELS.items():
@@ -348,11 +374,15 @@ def time() -> None:
             pairs = sum(
                 f * (n - f) + f * (f + 1) / 2 for n, f in zip(lens, query_lens, strict=True)
             )
-            runs = {n: partial(run, q, layer, batch, out) for n, run in VARIANTS.items()}
+            runs = {
+                n: partial(run, q, layer, batch, out) for n, run in VARIANTS.items() if n in names
+            }
             if len(lens) == 1:
                 pages = wide(layer, batch)
                 runs |= {
-                    f"{n} 128": partial(VARIANTS[n], q, *pages, out) for n in ("stay", "alone")
+                    f"{n} 128": partial(VARIANTS[n], q, *pages, out)
+                    for n in ("stay", "alone")
+                    if n in names
                 }
                 runs |= {n: plain(q, layer, batch, out, stages) for n, stages in PLAIN.items()}
             found = []
@@ -369,7 +399,13 @@ def time() -> None:
             print(f"| {model} {name} | {' | '.join(found)} |", flush=True)
 
 
+def main() -> None:
+    verb, names = (sys.argv[1:2] or ["all"])[0], sys.argv[2:] or list(VARIANTS)
+    if verb == "check":
+        sys.exit(min([check(name) for name in names]) == 0)
+    print(torch.__version__, triton.__version__, torch.cuda.get_device_name(), flush=True)
+    time(check_all() if verb == "all" else names)
+
+
 if __name__ == "__main__":
-    print(torch.__version__, triton.__version__, torch.cuda.get_device_name())
-    for verb in sys.argv[1:] or ["check", "time"]:
-        {"check": check, "time": time}[verb]()
+    main()

@@ -24,6 +24,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from octavo.kernels.ops import AttentionBatch, KVLayer
 from octavo.kernels.triton.attention_decode import LOG2_E
+from octavo.kernels.triton.launch import cdiv
 from octavo.kernels.triton.overlap import is_hopper
 
 ROWS = 64
@@ -407,7 +408,7 @@ def hopper_attention(
     block_size, num_kv_heads = layer.key.shape[1:3]
     num_sequences = len(batch.seq_lens_S)
     page = [1, block_size, HALF]
-    num_tiles = num_tokens // (2 * ROWS) + num_sequences
+    num_tiles = cdiv(num_tokens, 2 * ROWS) + num_sequences - 1
     pieces = num_heads * num_tiles
     _hopper_kernel[(min(pieces, _num_processors(q_THD.device)) if stay else pieces,)](
         _describe(q_THD.flatten(1), [ROWS, head_size]),
