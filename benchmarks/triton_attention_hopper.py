@@ -49,7 +49,7 @@ from octavo.kernels.triton.attention import SHORT_QUERIES, prefill_attention
 from octavo.kernels.triton.attention_decode import LOG2_E
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_sequences", "stride_table"])
 def _alone_kernel(
     queries, key, value, out, query_starts, seq_lens, block_table, num_sequences, stride_table,
     scale_log2, H: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, SHORT: gl.constexpr,

@@ -293,7 +293,7 @@ def _consume(
         base += tiles
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_sequences", "num_tiles", "stride_table"])
 def _hopper_kernel(
     queries,
     key,
