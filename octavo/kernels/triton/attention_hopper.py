@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from octavo.kernels.ops import AttentionBatch, KVLayer
-from octavo.kernels.triton.attention_decode import LOG2_E
+from octavo.kernels.triton.attention_decode import LOG2_E, check_query
 from octavo.kernels.triton.launch import cdiv
 from octavo.kernels.triton.overlap import is_hopper
 
@@ -404,6 +404,7 @@ def hopper_attention(
     stay: bool = True,
 ) -> None:
     """Writes the rows of `out` [T, H * D] whose sequences have more than `short` queries."""
+    check_query(q_THD, layer, batch)
     num_tokens, num_heads, head_size = q_THD.shape
     block_size, num_kv_heads = layer.key.shape[1:3]
     num_sequences = len(batch.seq_lens_S)
