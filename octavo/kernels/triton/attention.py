@@ -5,9 +5,9 @@ device anything: grids are upper bounds, and programs without work leave at once
 
 Which kernel computes a row depends on how many queries its own sequence has in this step: one
 (KV split by position), up to SHORT_QUERIES (tiles, KV split by length), or more (tiles, KV in one
-run). A row's bits are the same in any batch; among chunks of more than SHORT_QUERIES they are the
-same however a prompt is cut. `deterministic` sends every row the first way, so that any chunk,
-decode and recompute agree.
+run; attention_hopper.py where it fits). A row's bits are the same in any batch; among chunks of
+more than SHORT_QUERIES they are the same however a prompt is cut. `deterministic` sends every row
+the first way, so that any chunk, decode and recompute agree.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ from octavo.kernels.triton.attention_decode import (
 )
 from octavo.kernels.triton.launch import launchable, next_power_of_2
 from octavo.kernels.triton.overlap import launch_options, wait_turn
+
+try:  # Gluon is experimental: what another Triton has may not be what this kernel knows.
+    from octavo.kernels.triton import attention_hopper as hopper
+except ImportError:
+    hopper = None
 
 SHORT_QUERIES = 64
 """Sequences with 2 to this many queries split their KV, to fill the chip."""
@@ -458,7 +463,11 @@ def tiles_attention(
     short = num_tokens if batch.num_short_tokens is None else batch.num_short_tokens
     if longest > 1 and short > 1:
         prefill_attention(q_THD, layer, batch, scale, window, out, short_tokens=short)
-    if longest > SHORT_QUERIES:
+    if longest <= SHORT_QUERIES:
+        return
+    if hopper is not None and hopper.fits(q_THD, layer, window):
+        hopper.hopper_attention(q_THD, layer, batch, scale, out, SHORT_QUERIES)
+    else:
         prefill_attention(q_THD, layer, batch, scale, window, out)
 
 
