@@ -187,7 +187,7 @@ def product(
         COMPUTE=TL_DTYPES[x_TM.dtype] if is_same else tl.float32,
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
-        **launch_options(out_TN.device),
+        **launch_options(out_TN.device, is_early=True),
     )
 
 

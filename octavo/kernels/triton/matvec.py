@@ -235,7 +235,7 @@ def matvec(
         BLOCK_K=plan.block_k,
         HAS_BIAS=bias_N is not None,
         num_warps=plan.num_warps,
-        **launch_options(out_TN.device),
+        **launch_options(out_TN.device, is_early=True),
     )
 
 
@@ -308,6 +308,6 @@ def down_and_combine(
         BLOCK_N=plan.block_n,
         BLOCK_K=plan.block_k,
         num_warps=plan.num_warps,
-        **launch_options(topk_ids.device),
+        **launch_options(topk_ids.device, is_early=True),
     )
     return out
