@@ -1,4 +1,5 @@
-"""Split-KV attention of single queries: partial results per split, merged by log-sum-exp.
+"""Split-KV attention of single queries: partial results per split, merged by log-sum-exp by
+whichever program of a kv head ends last.
 
 Called by `attention` for sequences with one query and by `shared_prefix` for private tails.
 A split is a fixed range of absolute positions whose size depends on the row's own visible length
@@ -20,6 +21,7 @@ from octavo.kernels.ops import AttentionBatch, KVLayer
 from octavo.kernels.triton.launch import launchable, next_power_of_2
 from octavo.kernels.triton.overlap import launch_options, wait_turn
 from octavo.kernels.triton.rope import kv_strides
+from octavo.kernels.triton.tickets import is_last, make_tickets
 
 LOG2_E = 1.4426950408889634
 SMALLEST_SPLIT = 64
@@ -28,7 +30,8 @@ SPLIT_CLASSES = ((1024, 64), (4096, 128), (16384, 256))
 LARGEST_SPLIT = 512
 TARGET_PROGRAMS = 528
 """Programs that fill a large GPU; with fewer rows than that, a row's splits are dealt out."""
-MERGE_SLOTS = 32
+MERGE_ROWS = 8
+"""Heads times slots that `merge_heads` takes at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -62,37 +65,44 @@ def slots_of(row, starts, num_slots, heads, H: tl.constexpr, PACKED: tl.constexp
 
 
 @triton.jit
-def merge_slots(
+def merge_heads(
     partial_out,
     partial_lse,
-    first,
+    slots,
     count,
+    is_head,
     D: tl.constexpr,
-    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Returns [BLOCK_D]: slots first .. first + count weighted by 2^lse, SLOTS at a time. A slot
-    that saw nothing (lse -inf) adds nothing."""
+    """Returns [HEADS, BLOCK_D]: for each head sum_i w_i o_i / sum_i w_i, w_i = 2^(lse_i - max lse),
+    over its slots slots[h] .. slots[h] + count, ROWS // HEADS slots at a time. A slot that saw
+    nothing (lse -inf) adds nothing."""
+    HEADS: tl.constexpr = slots.shape[0]
+    SLOTS: tl.constexpr = ROWS // HEADS if ROWS > HEADS else 1
     offs_d = tl.arange(0, BLOCK_D)
     offs_i = tl.arange(0, SLOTS)
-    top = tl.max(tl.full([SLOTS], -float("inf"), tl.float32), 0)
-    total = tl.zeros([SLOTS], tl.float32)
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, count, SLOTS):
-        i = start + offs_i
-        lse = tl.load(partial_lse + first + i, mask=i < count, other=-float("inf"))
-        mask = (i < count)[:, None] & (offs_d < D)[None, :]
-        part = tl.load(
-            partial_out + (first + i)[:, None] * D + offs_d[None, :], mask=mask, other=0.0
-        )
-        higher = tl.maximum(top, tl.max(lse, 0))
+    top = tl.full([HEADS, SLOTS], -float("inf"), tl.float32)
+    total = tl.zeros([HEADS, SLOTS], tl.float32)
+    acc = tl.zeros([HEADS, SLOTS, BLOCK_D], tl.float32)
+    for start in tl.range(0, count, SLOTS, loop_unroll_factor=8):
+        at = slots[:, None] + (start + offs_i)[None, :]
+        live = is_head[:, None] & (start + offs_i < count)[None, :]
+        lse = tl.load(partial_lse + at, mask=live, other=-float("inf"), cache_modifier=".cg")
+        mask = live[:, :, None] & (offs_d < D)[None, None, :]
+        part_at = partial_out + at[:, :, None] * D + offs_d[None, None, :]
+        part = tl.load(part_at, mask=mask, other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(top, lse)
         floor = tl.where(higher == -float("inf"), 0.0, higher)
         w = tl.exp2(lse - floor)
         shrink = tl.exp2(top - floor)
-        acc = acc * shrink + tl.sum(tl.where(w[:, None] > 0, part * w[:, None], 0.0), 0)
+        part = tl.where(w[:, :, None] > 0, part * w[:, :, None], 0.0)
+        acc = acc * shrink[:, :, None] + part
         total = total * shrink + w
         top = higher
-    return acc / tl.sum(total, 0)
+    highest = tl.max(top, 1)
+    w = tl.exp2(top - tl.where(highest == -float("inf"), 0.0, highest)[:, None])
+    return tl.sum(acc * w[:, :, None], 1) / tl.sum(total * w, 1)[:, None]
 
 
 @launchable
@@ -109,6 +119,7 @@ def _decode_kernel(
     slot_starts,
     num_slots,
     window,
+    tickets,
     q,
     key,
     value,
@@ -125,6 +136,8 @@ def _decode_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SHARED: tl.constexpr,
     PACKED: tl.constexpr,
+    MERGE_M: tl.constexpr,
+    MERGE_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -134,7 +147,8 @@ def _decode_kernel(
 
     out = softmax(scale q k^T) v over [low, len), for each split on its own (online over tiles of
     BLOCK_N): a row with one split writes `out` [T, H, D]; more write `partial_out` (normalised)
-    and `partial_lse` (base 2), where `slots_of` the row are (its sequence's where PACKED).
+    and `partial_lse` (base 2), where `slots_of` the row are (its sequence's where PACKED), and the
+    last of their programs merges them, MERGE_M >= H // K heads at once.
     Program 0 names a token (BY_TOKEN: any query) or a sequence, skipped unless it has one query.
     HAS_SHARED: the first shared_tokens[s] tokens are done elsewhere, in shared_slots[s] slots.
     """
@@ -170,11 +184,12 @@ def _decode_kernel(
     if (count <= 0) & (before == 0) & (tl.program_id(2) == 0):
         zero = tl.zeros([BLOCK_M, BLOCK_D], out.dtype.element_ty)
         tl.store(out + heads[:, None] * D + offs_d[None, :], zero, mask=row_mask)
-    share = tl.cdiv(count, tl.num_programs(2))
+    share = tl.maximum(tl.cdiv(count, tl.num_programs(2)), 1)
+    num_busy = tl.maximum(tl.cdiv(count, share), 1)
+    if tl.program_id(2) >= num_busy:
+        return
     begin = tl.program_id(2) * share
     stop = tl.minimum(begin + share, count)
-    if begin >= stop:
-        return
     row = sequence if PACKED else t
     slots = slots_of(row, slot_starts, num_slots, kv_head * GROUP + rows, H, PACKED)
     q_tile = tl.load(q + heads[:, None] * D + offs_d[None, :], mask=row_mask, other=0.0)
@@ -218,62 +233,19 @@ def _decode_kernel(
         m = tl.where(done, -float("inf"), m)
         total = tl.where(done, 0.0, total)
         acc = tl.where(done, 0.0, acc)
-
-
-@launchable
-@triton.jit
-def _merge_kernel(
-    out,
-    partial_out,
-    partial_lse,
-    query_starts,
-    seq_lens,
-    positions,
-    shared_tokens,
-    shared_slots,
-    slot_starts,
-    num_slots,
-    window,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    BY_TOKEN: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SHARED: tl.constexpr,
-    PACKED: tl.constexpr,
-    SLOTS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """out[t, h] = sum_i w_i o_i / sum_i w_i, w_i = 2^(lse_i - max lse), over the row's slots in
-    order. One program per (token or sequence, head); rows with a single split are already done."""
-    wait_turn(OVERLAP)
-    if BY_TOKEN:
-        t = tl.program_id(0).to(tl.int64)
-        beyond = t + 1
-        length = tl.load(positions + t) + 1
-    else:
-        sequence = tl.program_id(0)
-        t = tl.load(query_starts + sequence).to(tl.int64)
-        beyond = tl.load(query_starts + sequence + 1)
-        length = tl.load(seq_lens + sequence)
-    if beyond - t != 1:
-        return
-    low = length * 0
-    if HAS_WINDOW:
-        low = tl.maximum(length - window, 0)
-    before = length * 0
-    if HAS_SHARED:
-        low = tl.maximum(low, tl.load(shared_tokens + tl.program_id(0)))
-        before = tl.load(shared_slots + tl.program_id(0))
-    size = _split_size(length - low)
-    count = before + tl.cdiv(length, size) - low // size
     if (count < 2) & (before == 0):
         return
-    head = tl.program_id(1)
-    slot = slots_of(tl.program_id(0) if PACKED else t, slot_starts, num_slots, head, H, PACKED)
-    merged = merge_slots(partial_out, partial_lse, slot, count, D, SLOTS, BLOCK_D)
-    offs_d = tl.arange(0, BLOCK_D)
-    tl.store(out + (t * H + head) * D + offs_d, merged.to(out.dtype.element_ty), mask=offs_d < D)
+    ticket = tickets + tl.program_id(0) * K + kv_head
+    if is_last(ticket, num_busy):
+        merged = tl.arange(0, MERGE_M)
+        is_head = merged < GROUP
+        slots = slots_of(row, slot_starts, num_slots, kv_head * GROUP + merged, H, PACKED)
+        mean = merge_heads(
+            partial_out, partial_lse, slots, before + count, is_head, D, MERGE_ROWS, BLOCK_D
+        )
+        at = (t * H + kv_head * GROUP + merged)[:, None] * D + offs_d[None, :]
+        mask = is_head[:, None] & (offs_d < D)[None, :]
+        tl.store(out + at, mean.to(out.dtype.element_ty), mask=mask)
 
 
 def decode_shape(head_size: int, dtype: torch.dtype) -> tuple[int, int, int]:
@@ -361,13 +333,14 @@ def decode_attention(
     token_sequences: Tensor | None = None,
     shared: tuple[Tensor, Tensor] | None = None,
     partials: Partials | None = None,
+    tickets: Tensor | None = None,
     shape: tuple[int, int, int] | None = None,
 ) -> None:
     """Writes the rows of `out` [T, H * D] that belong to sequences with one query.
 
     `max_seq_len` bounds seq_lens_S. With `token_sequences` (int32 [T], the sequence of each token)
     it writes every row, each as if decoded. `shared` (tokens, slots; int32 [S]) tells how much of
-    every sequence already lies in `partials`.
+    every sequence already lies in `partials`. `tickets`: see `make_tickets`.
     """
     stride_block = check_query(q_THD, layer, batch)
     num_tokens, num_heads, head_size = q_THD.shape
@@ -379,7 +352,14 @@ def decode_attention(
     slots = split_slots(max_seq_len if window is None else min(max_seq_len, window))
     if partials is None:
         partials = make_partials(q_THD, slots, batch.slot_starts_S, batch.max_slots)
-    arguments = (
+    if tickets is None:
+        tickets = make_tickets(q_THD.device)
+    assert rows * num_kv_heads <= len(tickets), (rows, num_kv_heads)
+    dtype = compute_dtype(q_THD, layer)
+    block_n, num_warps, num_stages = shape or decode_shape(head_size, dtype)
+    group = num_heads // num_kv_heads
+    programs = min(slots, max(1, -(-TARGET_PROGRAMS // (rows * num_kv_heads))))
+    _decode_kernel[(rows, num_kv_heads, programs)](
         out,
         partials.out,
         partials.lse,
@@ -390,22 +370,7 @@ def decode_attention(
         unused if partials.starts is None else partials.starts,
         partials.num_slots,
         0 if window is None else window,
-    )
-    options = {
-        "H": num_heads,
-        "D": head_size,
-        "BY_TOKEN": token_sequences is not None,
-        "HAS_WINDOW": window is not None,
-        "HAS_SHARED": shared is not None,
-        "PACKED": partials.starts is not None,
-        "BLOCK_D": max(16, next_power_of_2(head_size)),
-        **launch_options(q_THD.device),
-    }
-    dtype = compute_dtype(q_THD, layer)
-    block_n, num_warps, num_stages = shape or decode_shape(head_size, dtype)
-    programs = min(slots, max(1, -(-TARGET_PROGRAMS // (rows * num_kv_heads))))
-    _decode_kernel[(rows, num_kv_heads, programs)](
-        *arguments,
+        tickets,
         q_THD.to(dtype),
         layer.key,
         layer.value,
@@ -414,12 +379,20 @@ def decode_attention(
         stride_block,
         batch.block_table.stride(0),
         scale * LOG2_E,
+        H=num_heads,
         K=num_kv_heads,
+        D=head_size,
         P=block_size,
-        BLOCK_M=max(16, next_power_of_2(num_heads // num_kv_heads)),
+        BY_TOKEN=token_sequences is not None,
+        HAS_WINDOW=window is not None,
+        HAS_SHARED=shared is not None,
+        PACKED=partials.starts is not None,
+        MERGE_M=next_power_of_2(group),
+        MERGE_ROWS=MERGE_ROWS,
+        BLOCK_M=max(16, next_power_of_2(group)),
         BLOCK_N=block_n,
+        BLOCK_D=max(16, next_power_of_2(head_size)),
         num_warps=num_warps,
         num_stages=num_stages,
-        **options,
+        **launch_options(q_THD.device),
     )
-    _merge_kernel[(rows, num_heads)](*arguments, SLOTS=MERGE_SLOTS, num_warps=4, **options)

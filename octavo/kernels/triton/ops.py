@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from octavo.errors import UnsupportedModelError
+from octavo.kernels.composed import Composed
 from octavo.kernels.ops import (
     Activation,
     AttentionBatch,
@@ -21,6 +22,7 @@ from octavo.kernels.ops import (
     QKNorm,
     RopeTable,
     RouterScoring,
+    SharedExpert,
     Weight,
 )
 from octavo.kernels.triton import activation as activations
@@ -34,13 +36,14 @@ from octavo.kernels.triton.moe import StackedExperts, plan_moe, run_moe
 from octavo.kernels.triton.overlap import is_hopper
 from octavo.kernels.triton.rope import rope_and_cache
 from octavo.kernels.triton.shared_prefix import shared_prefix_attention
+from octavo.kernels.triton.tickets import make_tickets
 
 SKINNY_TOKENS = 64
 """Up to here Triton multiplies: as fast as cuBLAS, which splits the sum there (H100, 2026-11-22).
 Above, and for row counts that 8 divides, cuBLAS gave Triton's bits in all but one shape."""
 
 
-class TritonOps:
+class TritonOps(Composed):
     """The ops in Triton. Activations have the dtype of the embedding; sums are float32."""
 
     name = "triton"
@@ -51,6 +54,7 @@ class TritonOps:
         `matvec.py` for one."""
         self.torch_threads = num_threads
         self._is_deterministic = is_deterministic
+        self._tickets: Tensor | None = None
         self._matrices: dict[tuple[Weight, ...], list[Tensor]] = {}
         """What `_merged` made of weights that were multiplied side by side."""
         self._stacks: weakref.WeakKeyDictionary[ExpertWeights, StackedExperts] = (
@@ -141,6 +145,8 @@ class TritonOps:
         topk_ids: Tensor,
         experts: ExpertWeights,
         activation: Activation,
+        shared: SharedExpert | None = None,
+        gate_T1: Tensor | None = None,
     ) -> Tensor:
         stacked = self._stacks.get(experts)
         if stacked is None:
@@ -155,10 +161,11 @@ class TritonOps:
         top_k = topk_ids.shape[1]
         plan = plan_moe(len(x_TM), top_k, num_experts, inner_size, can_tma=can_tma)
         if plan.is_direct and not self._is_deterministic:
-            return moe_of_pairs(x_TM, topk_weights, topk_ids, stacked, activation)
-        if not _is_short(x_TM):
-            plan = plan.of_floats()
-        return run_moe(x_TM, topk_weights, topk_ids, stacked, activation, plan)
+            out = moe_of_pairs(x_TM, topk_weights, topk_ids, stacked, activation)
+        else:
+            plan = plan if _is_short(x_TM) else plan.of_floats()
+            out = run_moe(x_TM, topk_weights, topk_ids, stacked, activation, plan)
+        return self.add_shared(out, x_TM, shared, gate_T1, activation)
 
     def rope_and_cache(
         self,
@@ -175,10 +182,23 @@ class TritonOps:
         self, q_THD: Tensor, layer: KVLayer, batch: AttentionBatch, scale: float, window: int | None
     ) -> Tensor:
         if batch.prefix is not None and not self._is_deterministic:
-            return shared_prefix_attention(q_THD, layer, batch, scale, window, batch.prefix)
+            return shared_prefix_attention(
+                q_THD, layer, batch, scale, window, batch.prefix, self._tickets_on(q_THD.device)
+            )
         return attention(
-            q_THD, layer, batch, scale, window, is_deterministic=self._is_deterministic
+            q_THD,
+            layer,
+            batch,
+            scale,
+            window,
+            is_deterministic=self._is_deterministic,
+            tickets=self._tickets_on(q_THD.device),
         )
+
+    def _tickets_on(self, device: torch.device) -> Tensor:
+        if self._tickets is None:
+            self._tickets = make_tickets(device)
+        return self._tickets
 
     def copy_blocks(self, arena: Tensor, copies: Sequence[tuple[int, int]]) -> None:
         for source, target in copies:
