@@ -30,8 +30,8 @@ SPLIT_CLASSES = ((1024, 64), (4096, 128), (16384, 256))
 LARGEST_SPLIT = 512
 TARGET_PROGRAMS = 528
 """Programs that fill a large GPU; with fewer rows than that, a row's splits are dealt out."""
-MERGE_ROWS = 8
-"""Heads times slots that `merge_heads` takes at a time."""
+MERGE_ROWS = 2
+"""Heads times slots that `merge_heads` takes at a time; more cost registers of the whole kernel."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -237,15 +237,14 @@ def _decode_kernel(
         return
     ticket = tickets + tl.program_id(0) * K + kv_head
     if is_last(ticket, num_busy):
-        merged = tl.arange(0, MERGE_M)
-        is_head = merged < GROUP
-        slots = slots_of(row, slot_starts, num_slots, kv_head * GROUP + merged, H, PACKED)
-        mean = merge_heads(
-            partial_out, partial_lse, slots, before + count, is_head, D, MERGE_ROWS, BLOCK_D
+        lane = tl.arange(0, MERGE_M)
+        ours = slots_of(row, slot_starts, num_slots, kv_head * GROUP + lane, H, PACKED)
+        merged = merge_heads(
+            partial_out, partial_lse, ours, before + count, lane < GROUP, D, MERGE_ROWS, BLOCK_D
         )
-        at = (t * H + kv_head * GROUP + merged)[:, None] * D + offs_d[None, :]
-        mask = is_head[:, None] & (offs_d < D)[None, :]
-        tl.store(out + at, mean.to(out.dtype.element_ty), mask=mask)
+        out_at = out + (t * H + kv_head * GROUP + lane)[:, None] * D + offs_d[None, :]
+        is_out = (lane < GROUP)[:, None] & (offs_d < D)[None, :]
+        tl.store(out_at, merged.to(out.dtype.element_ty), mask=is_out)
 
 
 def decode_shape(head_size: int, dtype: torch.dtype) -> tuple[int, int, int]:
