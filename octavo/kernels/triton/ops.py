@@ -19,8 +19,11 @@ from octavo.kernels.ops import (
     AttentionBatch,
     ExpertWeights,
     KVLayer,
+    NormInput,
     QKNorm,
     RopeTable,
+    Routed,
+    Router,
     RouterScoring,
     SharedExpert,
     Weight,
@@ -31,8 +34,14 @@ from octavo.kernels.triton import norm as norms
 from octavo.kernels.triton import route as routes
 from octavo.kernels.triton.attention import attention
 from octavo.kernels.triton.linear import plan_product, product
-from octavo.kernels.triton.matvec import matvec, moe_of_pairs, plan_matvec
+from octavo.kernels.triton.matvec import SharedParts, matvec, moe_of_pairs, plan_matvec
 from octavo.kernels.triton.moe import StackedExperts, plan_moe, run_moe
+from octavo.kernels.triton.norm_matvec import (
+    MAX_COLUMNS,
+    norm_matvec,
+    norm_route,
+    plan_norm_matvec,
+)
 from octavo.kernels.triton.overlap import is_hopper
 from octavo.kernels.triton.rope import rope_and_cache
 from octavo.kernels.triton.shared_prefix import shared_prefix_attention
@@ -75,10 +84,7 @@ class TritonOps(Composed):
     def linear(
         self, x_TM: Tensor, weights: Sequence[Weight], bias_N: Tensor | None = None
     ) -> Tensor:
-        key = tuple(weights)
-        matrices = self._matrices.get(key)
-        if matrices is None:
-            matrices = self._matrices[key] = _merged([_numbers(weight) for weight in key])
+        matrices = self._matrices_of(weights)
         out = x_TM.new_empty((x_TM.shape[0], sum([matrix.shape[0] for matrix in matrices])))
         if len(matrices) == 1:
             self._product(x_TM, matrices[0], bias_N, out)
@@ -90,6 +96,27 @@ class TritonOps(Composed):
             self._product(x_TM, matrix, bias, out[:, columns])
             column = columns.stop
         return out
+
+    def _matrices_of(self, weights: Sequence[Weight]) -> list[Tensor]:
+        key = tuple(weights)
+        matrices = self._matrices.get(key)
+        if matrices is None:
+            matrices = self._matrices[key] = _merged([_numbers(weight) for weight in key])
+        return matrices
+
+    def norm_linear(
+        self, rows: NormInput, weights: Sequence[Weight], bias_N: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        matrices = self._matrices_of(weights)
+        if not self._is_lone(rows.residual_TM) or len(matrices) > 1:
+            return super().norm_linear(rows, weights, bias_N)
+        plan = plan_norm_matvec(matrices[0].shape[1])
+        return norm_matvec(rows, matrices[0], bias_N, plan)
+
+    def _is_lone(self, row_TM: Tensor) -> bool:
+        """Whether one row runs alone, in kernels that give it other bits than a batch would."""
+        num_tokens, hidden_size = row_TM.shape
+        return num_tokens == 1 and hidden_size <= MAX_COLUMNS and not self._is_deterministic
 
     def _product(self, x_TM: Tensor, matrix_NM: Tensor, bias: Tensor | None, out: Tensor) -> None:
         is_same = x_TM.dtype == matrix_NM.dtype
@@ -135,6 +162,15 @@ class TritonOps(Composed):
         assert scoring == "softmax", scoring
         return routes.route(logits_TE, top_k, renormalize, counts_E, num_live)
 
+    def norm_route(
+        self, rows: NormInput, router: Router, counts_E: Tensor, num_live: Tensor | None = None
+    ) -> Routed:
+        matrices = self._matrices_of(router.weights)
+        if not self._is_lone(rows.residual_TM) or len(matrices) > 1:
+            return super().norm_route(rows, router, counts_E, num_live)
+        tickets = self._tickets_on(counts_E.device)
+        return norm_route(rows, router, matrices[0], counts_E, num_live, tickets)
+
     def add_gated(self, out_TM: Tensor, x_TM: Tensor, gate_T1: Tensor | None) -> None:
         activations.add_gated(out_TM, x_TM, gate_T1)
 
@@ -161,7 +197,9 @@ class TritonOps(Composed):
         top_k = topk_ids.shape[1]
         plan = plan_moe(len(x_TM), top_k, num_experts, inner_size, can_tma=can_tma)
         if plan.is_direct and not self._is_deterministic:
-            out = moe_of_pairs(x_TM, topk_weights, topk_ids, stacked, activation)
+            parts = shared_parts(shared, gate_T1, inner_size) if len(x_TM) == 1 else None
+            out = moe_of_pairs(x_TM, topk_weights, topk_ids, stacked, activation, parts)
+            shared = shared if parts is None else None
         else:
             plan = plan if _is_short(x_TM) else plan.of_floats()
             out = run_moe(x_TM, topk_weights, topk_ids, stacked, activation, plan)
@@ -203,6 +241,21 @@ class TritonOps(Composed):
     def copy_blocks(self, arena: Tensor, copies: Sequence[tuple[int, int]]) -> None:
         for source, target in copies:
             arena[target].copy_(arena[source])
+
+
+def shared_parts(
+    shared: SharedExpert | None, gate_T1: Tensor | None, inner_size: int
+) -> SharedParts | None:
+    """Returns the shared expert as experts of `inner_size`, or None where it is not some of them
+    side by side."""
+    if shared is None or shared.gate.rows % inner_size:
+        return None
+    gate, up, down = _numbers(shared.gate), _numbers(shared.up), _numbers(shared.down)
+    assert gate.is_contiguous()
+    assert up.is_contiguous()
+    assert down.is_contiguous()
+    count = len(gate) // inner_size
+    return SharedParts(gate_NM=gate, up_NM=up, down_MN=down, logit=gate_T1, count=count)
 
 
 def stacked_view(weights: Sequence[Weight]) -> Tensor:
