@@ -11,8 +11,12 @@ from torch import Tensor
 
 from octavo.kernels.ops import (
     Activation,
+    AttentionBatch,
+    KVLayer,
     NormInput,
     Ops,
+    QKNorm,
+    RopeTable,
     Routed,
     Router,
     SharedExpert,
@@ -53,6 +57,20 @@ class Composed:
             topk_ids=ids,
             gate_T1=logits_TN[:, num_experts:] if len(router.weights) > 1 else None,
         )
+
+    def rope_attention(
+        self: Ops,
+        qkv_TN: Tensor,
+        num_heads: int,
+        rope: RopeTable,
+        qk_norm: QKNorm | None,
+        layer: KVLayer,
+        batch: AttentionBatch,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        q_THD = self.rope_and_cache(qkv_TN, num_heads, rope, qk_norm, layer, batch)
+        return self.attention(q_THD, layer, batch, scale, window)
 
     def add_shared(
         self: Ops,

@@ -282,6 +282,20 @@ class Ops(Protocol):
         (p - window, p], or [0, p] without a window. H // K query heads share a kv head."""
         ...
 
+    def rope_attention(
+        self,
+        qkv_TN: Tensor,
+        num_heads: int,
+        rope: RopeTable,
+        qk_norm: QKNorm | None,
+        layer: KVLayer,
+        batch: AttentionBatch,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """Returns `attention` of what `rope_and_cache` returns."""
+        ...
+
     def copy_blocks(self, arena: Tensor, copies: Sequence[tuple[int, int]]) -> None:
         """Copies whole pages arena[source] to arena[target], in order."""
         ...

@@ -40,8 +40,9 @@ class Attention:
         if is_norm_shared or self.clip_qkv is not None:
             qkv_TN = self._norm_and_clip(qkv_TN, ops)
             qk_norm = None
-        q_THD = ops.rope_and_cache(qkv_TN, self.num_heads, self.rope, qk_norm, layer, batch)
-        out_TN = ops.attention(q_THD, layer, batch, self.scale, self.window)
+        out_TN = ops.rope_attention(
+            qkv_TN, self.num_heads, self.rope, qk_norm, layer, batch, self.scale, self.window
+        )
         return self.output.run(out_TN, ops), residual_TM
 
     def _norm_and_clip(self, qkv_TN: Tensor, ops: Ops) -> Tensor:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from octavo.formats import WEIGHT_FORMATS
-from octavo.kernels.ops import NormInput, Router, SharedExpert, Weight
-from tests.kernels.cases import floats
+from octavo.kernels.ops import KVLayer, NormInput, QKNorm, RopeTable, Router, SharedExpert, Weight
+from tests.kernels.cases import floats, make_paged
+from tests.kernels.test_triton_attention import _there
 from tests.kernels.test_triton_ops import (
     NAMES,
     TOLERANCES,
@@ -155,3 +156,52 @@ def test_a_shared_expert_is_added(
 
 def sigmoid(logits: Tensor | None) -> Tensor | float:
     return 1.0 if logits is None else torch.sigmoid(logits.double())
+
+
+def stacked(layer: KVLayer) -> Tensor:
+    """Returns a copy of keys and values."""
+    return torch.stack((layer.key, layer.value))
+
+
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("norm", ["none", "head", "whole"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "rotary_dim"), [(6, 2, 20, 8), (4, 4, 16, 16)]
+)
+def test_rope_within_attention_is_rope_before_it(
+    rng: np.random.Generator,
+    norm: str,
+    window: int | None,
+    heads: int,
+    kv_heads: int,
+    size: int,
+    rotary_dim: int,
+) -> None:
+    ops, apart = make_ops(is_deterministic=False), make_ops()
+    angles = floats(rng, 2000, rotary_dim // 2).to(DEVICE)
+    rope = RopeTable(cos=angles.cos(), sin=angles.sin(), rotary_dim=rotary_dim)
+    wide = (heads, kv_heads) if norm == "whole" else (1, 1)
+    query, key = (floats(rng, n * size).to(DEVICE) for n in wide)
+    qk_norm = QKNorm(query=query, key=key, eps=1e-6, per_head=norm == "head")
+    for length in (1, 16, 64, 65, 200, 1030):
+        paged = make_paged(rng, [length], (kv_heads, size))
+        layer, batch = _there(paged, paged.batch([length], [1]))
+        one, other = (
+            KVLayer(key=arena[0], value=arena[1]) for arena in (stacked(layer), stacked(layer))
+        )
+        at = divmod(int(batch.slot_mapping_T[0]), 16)
+        for layer in (one, other):
+            layer.key[at] = layer.value[at] = math.nan
+        qkv = floats(rng, 1, (heads + 2 * kv_heads) * size).to(DEVICE)
+        with poisoned_memory():
+            found, expected = (
+                each.rope_attention(
+                    *(qkv, heads, rope, None if norm == "none" else qk_norm, layer, batch),
+                    *(size**-0.5, window),
+                )
+                for each, layer in ((ops, one), (apart, other))
+            )
+        assert_near(found, expected, 1e-6)
+        assert_near(one.key[at], other.key[at], 1e-6)
+        assert torch.equal(one.value[at], other.value[at])
+    assert ops._tickets is None or not ops._tickets.any()

@@ -25,6 +25,7 @@ from octavo.kernels.triton.attention_decode import (
     decode_attention,
     make_partials,
     merge_heads,
+    seq_len_bound,
 )
 from octavo.kernels.triton.launch import launchable, next_power_of_2
 from octavo.kernels.triton.overlap import launch_options, wait_turn
@@ -436,8 +437,7 @@ def attention(
     A sequence of length 0 with one query (padding of a captured graph) gets zeros.
     """
     out = torch.empty_like(q_THD)
-    capacity = batch.block_table.shape[1] * layer.key.shape[1]
-    bound = capacity if batch.max_seq_len is None else min(batch.max_seq_len, capacity)
+    bound = seq_len_bound(layer, batch)
     if is_deterministic and batch.max_query_len != 1:
         _every_row_as_decode(q_THD, layer, batch, scale, window, out, bound, tickets)
         return out.flatten(1)

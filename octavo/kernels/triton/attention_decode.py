@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.ops import AttentionBatch, KVLayer
+from octavo.kernels.ops import AttentionBatch, KVLayer, QKNorm, RopeTable
 from octavo.kernels.triton.launch import launchable, next_power_of_2
 from octavo.kernels.triton.overlap import launch_options, wait_turn
-from octavo.kernels.triton.rope import kv_strides
+from octavo.kernels.triton.rope import kv_strides, rope_of_kv_head
 from octavo.kernels.triton.tickets import is_last, make_tickets
 
 LOG2_E = 1.4426950408889634
@@ -30,8 +30,20 @@ SPLIT_CLASSES = ((1024, 64), (4096, 128), (16384, 256))
 LARGEST_SPLIT = 512
 TARGET_PROGRAMS = 528
 """Programs that fill a large GPU; with fewer rows than that, a row's splits are dealt out."""
+MAX_REGISTERS = 128
+"""Of a thread of the split kernel, which it needs for the splits; four programs then fit a
+multiprocessor, where merging alone would take more."""
 MERGE_ROWS = 2
 """Heads times slots that `merge_heads` takes at a time; more cost registers of the whole kernel."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class QueryRope:
+    """What queries and keys need before they meet: `Ops.rope_and_cache` within the split kernel,
+    for norms of each head."""
+
+    rope: RopeTable
+    qk_norm: QKNorm | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -102,7 +114,8 @@ def merge_heads(
         top = higher
     highest = tl.max(top, 1)
     w = tl.exp2(top - tl.where(highest == -float("inf"), 0.0, highest)[:, None])
-    return tl.sum(acc * w[:, :, None], 1) / tl.sum(total * w, 1)[:, None]
+    whole = tl.sum(total * w, 1)
+    return tl.sum(acc * w[:, :, None], 1) / tl.where(whole > 0, whole, 1.0)[:, None]
 
 
 @launchable
@@ -128,10 +141,18 @@ def _decode_kernel(
     stride_block,
     stride_table,
     scale_log2,
+    cache_slots,
+    cos,
+    sin,
+    query_weight,
+    key_weight,
+    eps,
     H: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     P: tl.constexpr,
+    HALF: tl.constexpr,
+    HAS_NORM: tl.constexpr,
     BY_TOKEN: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SHARED: tl.constexpr,
@@ -151,6 +172,7 @@ def _decode_kernel(
     last of their programs merges them, MERGE_M >= H // K heads at once.
     Program 0 names a token (BY_TOKEN: any query) or a sequence, skipped unless it has one query.
     HAS_SHARED: the first shared_tokens[s] tokens are done elsewhere, in shared_slots[s] slots.
+    HALF: q is qkv [T, (H + 2 K) D] before norm and RoPE, whose k and v are written on the way.
     """
     GROUP: tl.constexpr = H // K
     wait_turn(OVERLAP)
@@ -181,9 +203,10 @@ def _decode_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     row_mask = (rows < GROUP)[:, None] & (offs_d < D)[None, :]
     heads = t * H + kv_head * GROUP + rows
+    out_at = out + heads[:, None] * D + offs_d[None, :]
     if (count <= 0) & (before == 0) & (tl.program_id(2) == 0):
         zero = tl.zeros([BLOCK_M, BLOCK_D], out.dtype.element_ty)
-        tl.store(out + heads[:, None] * D + offs_d[None, :], zero, mask=row_mask)
+        tl.store(out_at, zero, mask=row_mask)
     share = tl.maximum(tl.cdiv(count, tl.num_programs(2)), 1)
     num_busy = tl.maximum(tl.cdiv(count, share), 1)
     if tl.program_id(2) >= num_busy:
@@ -192,7 +215,15 @@ def _decode_kernel(
     stop = tl.minimum(begin + share, count)
     row = sequence if PACKED else t
     slots = slots_of(row, slot_starts, num_slots, kv_head * GROUP + rows, H, PACKED)
-    q_tile = tl.load(q + heads[:, None] * D + offs_d[None, :], mask=row_mask, other=0.0)
+    if HALF:
+        slot = tl.where(stop == count, tl.load(cache_slots + t), -1)
+        q_tile = rope_of_kv_head(
+            *(q + t * ((H + 2 * K) * D), kv_head, tl.maximum(length - 1, 0)),
+            *(slot, key, value, stride_block, cos, sin, query_weight, key_weight, eps),
+            *(H, K, D, P, HALF, HAS_NORM, BLOCK_M, BLOCK_D),
+        )
+    else:
+        q_tile = tl.load(q + heads[:, None] * D + offs_d[None, :], mask=row_mask, other=0.0)
     table_row = block_table + sequence * stride_table
     key += kv_head * D
     value += kv_head * D
@@ -224,12 +255,11 @@ def _decode_kernel(
         if done:
             mean = acc / total[:, None]
             if (count == 1) & (before == 0):
-                to = out + heads[:, None] * D + offs_d[None, :]
-                tl.store(to, mean.to(out.dtype.element_ty), mask=row_mask)
+                tl.store(out_at, mean.to(out.dtype.element_ty), mask=row_mask)
             else:
-                slot = slots + before + tile // size - first
-                tl.store(partial_out + slot[:, None] * D + offs_d[None, :], mean, mask=row_mask)
-                tl.store(partial_lse + slot, m + tl.log2(total), mask=rows < GROUP)
+                to = slots + before + tile // size - first
+                tl.store(partial_out + to[:, None] * D + offs_d[None, :], mean, mask=row_mask)
+                tl.store(partial_lse + to, m + tl.log2(total), mask=rows < GROUP)
         m = tl.where(done, -float("inf"), m)
         total = tl.where(done, 0.0, total)
         acc = tl.where(done, 0.0, acc)
@@ -242,9 +272,9 @@ def _decode_kernel(
         merged = merge_heads(
             partial_out, partial_lse, ours, before + count, lane < GROUP, D, MERGE_ROWS, BLOCK_D
         )
-        out_at = out + (t * H + kv_head * GROUP + lane)[:, None] * D + offs_d[None, :]
+        done_at = out + (t * H + kv_head * GROUP + lane)[:, None] * D + offs_d[None, :]
         is_out = (lane < GROUP)[:, None] & (offs_d < D)[None, :]
-        tl.store(out_at, merged.to(out.dtype.element_ty), mask=is_out)
+        tl.store(done_at, merged.to(out.dtype.element_ty), mask=is_out)
 
 
 def decode_shape(head_size: int, dtype: torch.dtype) -> tuple[int, int, int]:
@@ -305,6 +335,12 @@ def check_query(q_THD: Tensor, layer: KVLayer, batch: AttentionBatch) -> int:
     return kv_strides(layer)
 
 
+def seq_len_bound(layer: KVLayer, batch: AttentionBatch) -> int:
+    """Returns what no length of the batch exceeds."""
+    capacity = batch.block_table.shape[1] * layer.key.shape[1]
+    return capacity if batch.max_seq_len is None else min(batch.max_seq_len, capacity)
+
+
 def make_partials(
     q_THD: Tensor, num_slots: int, starts: Tensor | None = None, total_slots: int | None = None
 ) -> Partials:
@@ -329,28 +365,32 @@ def decode_attention(
     out: Tensor,
     *,
     max_seq_len: int,
+    rope: QueryRope | None = None,
     token_sequences: Tensor | None = None,
     shared: tuple[Tensor, Tensor] | None = None,
     partials: Partials | None = None,
     tickets: Tensor | None = None,
     shape: tuple[int, int, int] | None = None,
 ) -> None:
-    """Writes the rows of `out` [T, H * D] that belong to sequences with one query.
+    """Writes the rows of `out` [T, H, D] that belong to sequences with one query.
 
-    `max_seq_len` bounds seq_lens_S. With `token_sequences` (int32 [T], the sequence of each token)
-    it writes every row, each as if decoded. `shared` (tokens, slots; int32 [S]) tells how much of
-    every sequence already lies in `partials`. `tickets`: see `make_tickets`.
+    `max_seq_len` bounds seq_lens_S. With `rope`, q is qkv [T, H + 2 K, D] and its k and v are
+    written too. With `token_sequences` (int32 [T], the sequence of each token) it writes every row,
+    each as if decoded. `shared` (tokens, slots; int32 [S]) tells how much of every sequence already
+    lies in `partials`. `tickets`: see `make_tickets`.
     """
-    stride_block = check_query(q_THD, layer, batch)
-    num_tokens, num_heads, head_size = q_THD.shape
+    stride_block = check_query(out, layer, batch)
+    num_tokens, num_heads, head_size = out.shape
     block_size, num_kv_heads = layer.key.shape[1:3]
+    assert q_THD.is_contiguous()
+    assert q_THD.shape[1] == num_heads + (0 if rope is None else 2 * num_kv_heads)
     rows = len(batch.seq_lens_S) if token_sequences is None else num_tokens
     if rows == 0 or num_tokens == 0:
         return
     unused = batch.seq_lens_S
     slots = split_slots(max_seq_len if window is None else min(max_seq_len, window))
     if partials is None:
-        partials = make_partials(q_THD, slots, batch.slot_starts_S, batch.max_slots)
+        partials = make_partials(out, slots, batch.slot_starts_S, batch.max_slots)
     if tickets is None:
         tickets = make_tickets(q_THD.device)
     assert rows * num_kv_heads <= len(tickets), (rows, num_kv_heads)
@@ -378,10 +418,14 @@ def decode_attention(
         stride_block,
         batch.block_table.stride(0),
         scale * LOG2_E,
+        batch.slot_mapping_T,
+        *_rope_arguments(rope, unused),
         H=num_heads,
         K=num_kv_heads,
         D=head_size,
         P=block_size,
+        HALF=0 if rope is None else rope.rope.rotary_dim // 2,
+        HAS_NORM=rope is not None and rope.qk_norm is not None,
         BY_TOKEN=token_sequences is not None,
         HAS_WINDOW=window is not None,
         HAS_SHARED=shared is not None,
@@ -393,5 +437,20 @@ def decode_attention(
         BLOCK_D=max(16, next_power_of_2(head_size)),
         num_warps=num_warps,
         num_stages=num_stages,
+        **({"maxnreg": MAX_REGISTERS} if dtype.itemsize < 4 and head_size <= 128 else {}),
         **launch_options(q_THD.device),
     )
+
+
+def _rope_arguments(rope: QueryRope | None, unused: Tensor) -> tuple[Tensor | float, ...]:
+    """Returns cos, sin, the norms' weights and eps."""
+    if rope is None:
+        return unused, unused, unused, unused, 0.0
+    table, norm = rope.rope, rope.qk_norm
+    assert table.cos.shape == table.sin.shape
+    assert table.cos.is_contiguous()
+    assert table.sin.is_contiguous()
+    if norm is None:
+        return table.cos, table.sin, unused, unused, 0.0
+    assert norm.per_head
+    return table.cos, table.sin, norm.query, norm.key, norm.eps

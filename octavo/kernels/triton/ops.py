@@ -33,6 +33,7 @@ from octavo.kernels.triton import embedding as embeddings
 from octavo.kernels.triton import norm as norms
 from octavo.kernels.triton import route as routes
 from octavo.kernels.triton.attention import attention
+from octavo.kernels.triton.attention_decode import QueryRope, decode_attention, seq_len_bound
 from octavo.kernels.triton.linear import plan_product, product
 from octavo.kernels.triton.matvec import SharedParts, matvec, moe_of_pairs, plan_matvec
 from octavo.kernels.triton.moe import StackedExperts, plan_moe, run_moe
@@ -232,6 +233,37 @@ class TritonOps(Composed):
             is_deterministic=self._is_deterministic,
             tickets=self._tickets_on(q_THD.device),
         )
+
+    def rope_attention(
+        self,
+        qkv_TN: Tensor,
+        num_heads: int,
+        rope: RopeTable,
+        qk_norm: QKNorm | None,
+        layer: KVLayer,
+        batch: AttentionBatch,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        is_lone = len(qkv_TN) == len(batch.seq_lens_S) == 1 and not self._is_deterministic
+        if not is_lone or not (qk_norm is None or qk_norm.per_head) or batch.prefix is not None:
+            return super().rope_attention(
+                qkv_TN, num_heads, rope, qk_norm, layer, batch, scale, window
+            )
+        head_size = layer.key.shape[3]
+        out = qkv_TN.new_empty((1, num_heads, head_size))
+        decode_attention(
+            qkv_TN.view(1, -1, head_size),
+            layer,
+            batch,
+            scale,
+            window,
+            out,
+            max_seq_len=seq_len_bound(layer, batch),
+            rope=QueryRope(rope=rope, qk_norm=qk_norm),
+            tickets=self._tickets_on(out.device),
+        )
+        return out.flatten(1)
 
     def _tickets_on(self, device: torch.device) -> Tensor:
         if self._tickets is None:
