@@ -63,6 +63,7 @@ QKV_16 = {"plan_norm_matvec": RowsPlan(block_n=16, block_k=2048, num_warps=16)}
 EARLY = {attention_decode: 2, norm_matvec: 2, matvec: 2}
 TRIALS: dict[str, dict[Any, Any]] = {
     ONE_BY_ONE: {},
+    "rope by itself": {},
     "qkv by 8": QKV_8,
     "qkv by 16": QKV_16,
     "o by 2": O_PLAN,
@@ -72,6 +73,8 @@ TRIALS: dict[str, dict[Any, Any]] = {
     "early moe": {norm_matvec: 2},
     "early o, moe": {attention_decode: 2, norm_matvec: 2},
     "early all": EARLY,
+    "evict first": {"eviction": "evict_first"},
+    "evict first, early o": {"eviction": "evict_first", attention_decode: 2},
     "early all by 2": {**EARLY, **O_PLAN},
     "early all by 2, 8": {**EARLY, **O_PLAN, **QKV_8},
 }
@@ -129,10 +132,22 @@ class OneByOne(TritonOps):
     """What TritonOps fuses for one token, one by one."""
 
     norm_linear, norm_route = Composed.norm_linear, Composed.norm_route
+    rope_attention = Composed.rope_attention
 
     def moe(self, x_TM, weights, ids, experts, activation, shared=None, gate_T1=None):  # type: ignore[override]
         out = super().moe(x_TM, weights, ids, experts, activation)
         return self.add_shared(out, x_TM, shared, gate_T1, activation)
+
+
+class RopeByItself(TritonOps):
+    rope_attention = Composed.rope_attention
+
+
+PLANS = (
+    *((triton_ops, "plan_matvec"), (triton_ops, "plan_norm_matvec")),
+    *((matvec, "plan_gate_up"), (matvec, "plan_down")),
+)
+OPS = {ONE_BY_ONE: OneByOne, "rope by itself": RopeByItself}
 
 
 class Step:
@@ -191,6 +206,10 @@ def constant(value: Any, _device: torch.device) -> Any:
     return value
 
 
+def evicting(kept: Callable[..., RowsPlan], eviction: str, *sizes: int) -> RowsPlan:
+    return replace(kept(*sizes), eviction=eviction)
+
+
 def changed_plan(kept: Callable[..., RowsPlan], plan: RowsPlan, *sizes: int) -> RowsPlan:
     """Rows of another length than `plan` is for keep theirs."""
     return plan if sizes[-1] == plan.block_k else kept(*sizes)
@@ -203,7 +222,11 @@ def mode(name: str) -> Iterator[None]:
     with ExitStack() as changed:
         changed.enter_context(patch.object(overlap, "is_hopper", lambda device: name != "serial"))
         for target, change in TRIALS.get(name, {}).items():
-            if isinstance(target, str):
+            if target == "eviction":
+                for module, plan_name in PLANS:
+                    plan = partial(evicting, getattr(module, plan_name), change)
+                    changed.enter_context(patch.object(module, plan_name, plan))
+            elif isinstance(target, str):
                 kept = getattr(triton_ops, target)
                 plan = partial(changed_plan, kept, change)
                 changed.enter_context(patch.object(triton_ops, target, plan))
@@ -238,7 +261,7 @@ def measure(shape: Namespace, model: Decoder, step: Step, is_profiled: bool) -> 
     rng, graphs, cells = np.random.default_rng(0), {}, []
     step.renew(rng)
     for name in (*MODES, *TRIALS) if len(step.tokens) == 1 else MODES:
-        ops = OneByOne if name == ONE_BY_ONE else TritonOps
+        ops = OPS.get(name, TritonOps)
         step.model = replace(model, ops=ops(1, is_deterministic=False))
         with mode(name):
             graph, hidden = graphs[name] = capture(step.run)

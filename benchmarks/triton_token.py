@@ -23,7 +23,8 @@ from triton_decode import (
 )
 
 from octavo.formats import WEIGHT_FORMATS
-from octavo.kernels.ops import NormInput, Router, SharedExpert, Weight
+from octavo.kernels.composed import Composed
+from octavo.kernels.ops import NormInput, QKNorm, RopeTable, Router, SharedExpert, Weight
 from octavo.kernels.triton import matvec, norm, norm_matvec, route
 from octavo.kernels.triton.attention import attention
 from octavo.kernels.triton.matvec import RowsPlan
@@ -154,11 +155,30 @@ def time_attention(name: str) -> None:
     layers = make_layers(64, 48, kv_heads, 128, torch.bfloat16)
     batch = make_batch([CONTEXT], [1], 64)
     q, tickets = torch.randn(1, heads, 128).bfloat16(), make_tickets(torch.device("cuda"))
+    qkv, angles = torch.randn(1, (heads + 2 * kv_heads) * 128).bfloat16(), torch.randn(1024, 64)
+    rope = RopeTable(cos=angles.cos(), sin=angles.sin(), rotary_dim=128)
+    one = torch.ones(128, dtype=torch.bfloat16)
+    qk_norm = QKNorm(query=one, key=one, eps=1e-6, per_head=True) if name == "qwen3" else None
+    ops = TritonOps(1, is_deterministic=False)
+    inputs = heads, rope, qk_norm
+
+    def apart(at: int) -> Tensor:
+        return Composed.rope_attention(ops, qkv, *inputs, layers[at], batch, 0.088, None)
+
+    def fused(at: int) -> Tensor:
+        return ops.rope_attention(qkv, *inputs, layers[at], batch, 0.088, None)
+
     runs: dict[str, Run] = {
-        "attention": lambda at: attention(q, layers[at], batch, 0.088, None, tickets=tickets)
+        "rope; attention": apart,
+        "fused": fused,
+    }
+    alone: dict[str, Run] = {
+        "attention alone": lambda at: attention(q, layers[at], batch, 0.088, None, tickets=tickets)
     }
     size = 4.0 * CONTEXT * kv_heads * 128
-    compare(f"{name} attention {CONTEXT}", runs, len(layers), None, size)
+    exact = apart(0).double()
+    compare(f"{name} rope, attention {CONTEXT}", runs, len(layers), exact, size)
+    compare(f"{name} rope, attention {CONTEXT}", alone, len(layers), None, size)
 
 
 def main() -> None:

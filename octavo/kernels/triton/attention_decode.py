@@ -118,6 +118,36 @@ def merge_heads(
     return tl.sum(acc * w[:, :, None], 1) / tl.where(whole > 0, whole, 1.0)[:, None]
 
 
+@triton.jit
+def merge_kv_head(
+    out,
+    partial_out,
+    partial_lse,
+    row,
+    t,
+    kv_head,
+    slot_starts,
+    num_slots,
+    count,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    PACKED: tl.constexpr,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out[t, h] = `merge_heads` of the query heads h of one kv head, HEADS >= H // K."""
+    lane = tl.arange(0, HEADS)
+    head = kv_head * (H // K) + lane
+    is_head = lane < H // K
+    slots = slots_of(row, slot_starts, num_slots, head, H, PACKED)
+    mean = merge_heads(partial_out, partial_lse, slots, count, is_head, D, ROWS, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D)
+    at = (t * H + head)[:, None] * D + offs_d[None, :]
+    tl.store(out + at, mean.to(out.dtype.element_ty), mask=is_head[:, None] & (offs_d < D)[None, :])
+
+
 @launchable
 @triton.jit
 def _decode_kernel(
@@ -265,16 +295,11 @@ def _decode_kernel(
         acc = tl.where(done, 0.0, acc)
     if (count < 2) & (before == 0):
         return
-    ticket = tickets + tl.program_id(0) * K + kv_head
-    if is_last(ticket, num_busy):
-        lane = tl.arange(0, MERGE_M)
-        ours = slots_of(row, slot_starts, num_slots, kv_head * GROUP + lane, H, PACKED)
-        merged = merge_heads(
-            partial_out, partial_lse, ours, before + count, lane < GROUP, D, MERGE_ROWS, BLOCK_D
+    if is_last(tickets + tl.program_id(0) * K + kv_head, num_busy):
+        merge_kv_head(
+            *(out, partial_out, partial_lse, row, t, kv_head, slot_starts, num_slots),
+            *(before + count, H, K, D, PACKED, MERGE_M, MERGE_ROWS, BLOCK_D),
         )
-        done_at = out + (t * H + kv_head * GROUP + lane)[:, None] * D + offs_d[None, :]
-        is_out = (lane < GROUP)[:, None] & (offs_d < D)[None, :]
-        tl.store(done_at, merged.to(out.dtype.element_ty), mask=is_out)
 
 
 def decode_shape(head_size: int, dtype: torch.dtype) -> tuple[int, int, int]:

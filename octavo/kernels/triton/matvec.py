@@ -43,6 +43,7 @@ def matvec_kernel(
     weight_stride,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EVICTION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -57,14 +58,16 @@ def matvec_kernel(
         weight_NM + tl.where(is_row, row, 0).to(tl.int64)[:, None] * weight_stride + k[None, :]
     )
     # Weights are written by no kernel: the first of them travel while the last kernel ends.
-    w = tl.load(weight_at, mask=(k < hidden_size)[None, :], other=0.0)
+    is_in = (k < hidden_size)[None, :]
+    w = tl.load(weight_at, mask=is_in, other=0.0, eviction_policy=EVICTION)
     wait_turn(OVERLAP)
     total = tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32)
     for start in range(0, hidden_size, BLOCK_K):
         left = hidden_size - start
         x = tl.load(x_M + start + k, mask=k < left, other=0.0)
         is_next = (k < left - BLOCK_K)[None, :]
-        following = tl.load(weight_at + start + BLOCK_K, mask=is_next, other=0.0)
+        next_at = weight_at + start + BLOCK_K
+        following = tl.load(next_at, mask=is_next, other=0.0, eviction_policy=EVICTION)
         total += folded(w, x[None, :])
         w = following
     out = tl.sum(total, 1)
@@ -93,6 +96,7 @@ def gate_up_of_pair_kernel(
     HAS_SHARED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EVICTION: tl.constexpr,
     ACTIVATION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -127,8 +131,9 @@ def gate_up_of_pair_kernel(
     up = tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32)
     for start in range(0, hidden_size, BLOCK_K):
         is_in = k < hidden_size - start
-        g = tl.load(gate_at + start, mask=is_in[None, :], other=0.0)
-        u = tl.load(up_at + start, mask=is_in[None, :], other=0.0)
+        mask = is_in[None, :]
+        g = tl.load(gate_at + start, mask=mask, other=0.0, eviction_policy=EVICTION)
+        u = tl.load(up_at + start, mask=mask, other=0.0, eviction_policy=EVICTION)
         x = tl.load(x_at + start, mask=is_in, other=0.0)[None, :]
         gate += folded(g, x)
         up += folded(u, x)
@@ -157,6 +162,7 @@ def down_and_combine_kernel(
     SLOTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EVICTION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """out[t] = sum over its pairs p of weights[p] * hidden[p] @ down[e].T, e the pair's expert.
@@ -194,7 +200,8 @@ def down_and_combine_kernel(
     total = tl.zeros([BLOCK_N, SLOTS, BLOCK_K // 8], tl.float32)
     for start in range(0, inner_size, BLOCK_K):
         is_in = is_here[:, None] & (k < inner_size - start)[None, :]
-        w = tl.load(down_at + start, mask=is_in[None, :, :], other=0.0)
+        mask = is_in[None, :, :]
+        w = tl.load(down_at + start, mask=mask, other=0.0, eviction_policy=EVICTION)
         h = tl.load(hidden_at + start, mask=is_in, other=0.0)
         total += folded(w, h[None, :, :])
     out = tl.sum(tl.sum(total, 2) * weight[None, :], 1)
@@ -221,6 +228,8 @@ class RowsPlan:
     block_n: int
     block_k: int
     num_warps: int
+    eviction: str = ""
+    """Triton's eviction_policy of the weights."""
 
 
 def plan_matvec(num_rows: int, hidden_size: int) -> RowsPlan:
@@ -269,6 +278,7 @@ def matvec(
         weight_NM.stride(0),
         BLOCK_N=plan.block_n,
         BLOCK_K=plan.block_k,
+        EVICTION=plan.eviction,
         HAS_BIAS=bias_N is not None,
         num_warps=plan.num_warps,
         **launch_options(out_TN.device),
@@ -327,6 +337,7 @@ def gate_up_of_pairs(
         HAS_SHARED=shared is not None,
         BLOCK_N=plan.block_n,
         BLOCK_K=plan.block_k,
+        EVICTION=plan.eviction,
         ACTIVATION=activation,
         num_warps=plan.num_warps,
         **launch_options(topk_ids.device),
@@ -366,6 +377,7 @@ def down_and_combine(
         SLOTS=next_power_of_2(top_k + parts),
         BLOCK_N=plan.block_n,
         BLOCK_K=plan.block_k,
+        EVICTION=plan.eviction,
         num_warps=plan.num_warps,
         **launch_options(topk_ids.device),
     )
