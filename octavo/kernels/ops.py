@@ -49,6 +49,56 @@ class ExpertWeights:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
+class SharedExpert:
+    """The gated MLP of a MoE layer that every token goes through."""
+
+    gate: Weight
+    up: Weight
+    down: Weight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Router:
+    """What chooses a token's experts: the top_k best scores of x @ weights[0].T."""
+
+    weights: tuple[Weight, ...]
+    """[E, M], and the gate of the shared expert [1, M] where there is one."""
+    top_k: int
+    scoring: RouterScoring
+    renormalize: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class NormInput:
+    """Rows before their RMSNorm, so that whoever multiplies them may norm them on the way."""
+
+    x_TM: Tensor | None
+    """What is added to the residual first."""
+    residual_TM: Tensor
+    """Given away: the op that takes the rows returns residual + x, perhaps in this tensor."""
+    weight_M: Tensor
+    eps: float
+
+    def normed(self, ops: Ops) -> Tensor:
+        """Adds x to the residual in place and returns the normed residual."""
+        if self.x_TM is None:
+            return ops.rms_norm(self.residual_TM, self.weight_M, self.eps)
+        return ops.add_rms_norm(self.x_TM, self.residual_TM, self.weight_M, self.eps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Routed:
+    """Normed rows and where they go."""
+
+    x_TM: Tensor
+    residual_TM: Tensor
+    topk_weights: Tensor
+    topk_ids: Tensor
+    gate_T1: Tensor | None
+    """Logits of the shared expert's gate."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class KVLayer:
     """One layer's part of the arena: strided views [B, P, K, D]; [P, K, D] is contiguous."""
 
@@ -154,6 +204,12 @@ class Ops(Protocol):
         """Returns [T, sum of rows]: x @ W.T for each weight side by side, plus bias."""
         ...
 
+    def norm_linear(
+        self, rows: NormInput, weights: Sequence[Weight], bias_N: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns `linear` of the normed rows, and residual + x."""
+        ...
+
     def gated_mlp(
         self, x_TM: Tensor, gate: Weight, up: Weight, down: Weight, activation: Activation
     ) -> Tensor:
@@ -181,6 +237,12 @@ class Ops(Protocol):
         them."""
         ...
 
+    def norm_route(
+        self, rows: NormInput, router: Router, counts_E: Tensor, num_live: Tensor | None = None
+    ) -> Routed:
+        """Norms the rows, multiplies them with the router's weights and routes them."""
+        ...
+
     def moe(
         self,
         x_TM: Tensor,
@@ -188,10 +250,12 @@ class Ops(Protocol):
         topk_ids: Tensor,
         experts: ExpertWeights,
         activation: Activation,
+        shared: SharedExpert | None = None,
+        gate_T1: Tensor | None = None,
     ) -> Tensor:
         """Returns [T, M]: sum over the chosen experts, in the order of topk_ids, of weight times
         the expert's gated MLP. Every expert runs once, over the tokens gathered for it. An id of
-        -1 adds nothing."""
+        -1 adds nothing. Plus the shared expert's MLP, times sigmoid(gate) where there is one."""
         ...
 
     def add_gated(self, out_TM: Tensor, x_TM: Tensor, gate_T1: Tensor | None) -> None:
@@ -216,6 +280,20 @@ class Ops(Protocol):
     ) -> Tensor:
         """Causal paged attention; returns [T, H * D]. Query at position p sees keys in
         (p - window, p], or [0, p] without a window. H // K query heads share a kv head."""
+        ...
+
+    def rope_attention(
+        self,
+        qkv_TN: Tensor,
+        num_heads: int,
+        rope: RopeTable,
+        qk_norm: QKNorm | None,
+        layer: KVLayer,
+        batch: AttentionBatch,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """Returns `attention` of what `rope_and_cache` returns."""
         ...
 
     def copy_blocks(self, arena: Tensor, copies: Sequence[tuple[int, int]]) -> None:

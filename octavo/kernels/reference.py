@@ -15,6 +15,7 @@ from gguf.quants import dequantize
 from torch import Tensor
 from torch.nn import functional
 
+from octavo.kernels.composed import Composed
 from octavo.kernels.ops import (
     Activation,
     AttentionBatch,
@@ -23,6 +24,7 @@ from octavo.kernels.ops import (
     QKNorm,
     RopeTable,
     RouterScoring,
+    SharedExpert,
     Weight,
 )
 
@@ -49,7 +51,7 @@ def activate(gate: Tensor, activation: Activation) -> Tensor:
     return functional.gelu(gate, approximate="tanh")
 
 
-class ReferenceOps:
+class ReferenceOps(Composed):
     """The ops of `octavo.kernels.ops.Ops` in plain torch."""
 
     name = "reference"
@@ -121,6 +123,8 @@ class ReferenceOps:
         topk_ids: Tensor,
         experts: ExpertWeights,
         activation: Activation,
+        shared: SharedExpert | None = None,
+        gate_T1: Tensor | None = None,
     ) -> Tensor:
         top_k = topk_ids.shape[1]
         chosen = topk_ids.reshape(-1)
@@ -133,7 +137,7 @@ class ReferenceOps:
         out = parts[:, 0] * topk_weights[:, :1]
         for place in range(1, top_k):
             out += parts[:, place] * topk_weights[:, place : place + 1]
-        return out
+        return self.add_shared(out, x_TM, shared, gate_T1, activation)
 
     def add_gated(self, out_TM: Tensor, x_TM: Tensor, gate_T1: Tensor | None) -> None:
         out_TM += x_TM if gate_T1 is None else x_TM * torch.sigmoid(gate_T1)

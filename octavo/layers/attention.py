@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from octavo.kernels.ops import AttentionBatch, KVLayer, Ops, QKNorm, RopeTable
+from octavo.kernels.ops import AttentionBatch, KVLayer, NormInput, Ops, QKNorm, RopeTable
 from octavo.layers.linear import Linear
 from octavo.parallel import ALONE, Collectives
 
@@ -30,17 +30,20 @@ class Attention:
     clip_qkv: float | None
     collectives: Collectives = ALONE
 
-    def run(self, x_TM: Tensor, layer: KVLayer, batch: AttentionBatch, ops: Ops) -> Tensor:
-        """Returns [T, M] and writes this step's keys and values to `layer`."""
-        qkv_TN = self.qkv.run(x_TM, ops)
+    def run(
+        self, rows: NormInput, layer: KVLayer, batch: AttentionBatch, ops: Ops
+    ) -> tuple[Tensor, Tensor]:
+        """Returns [T, M] and the residual; writes this step's keys and values to `layer`."""
+        qkv_TN, residual_TM = ops.norm_linear(rows, self.qkv.weights, self.qkv.bias)
         qk_norm = self.qk_norm
         is_norm_shared = not (qk_norm is None or qk_norm.per_head or self.collectives.size == 1)
         if is_norm_shared or self.clip_qkv is not None:
             qkv_TN = self._norm_and_clip(qkv_TN, ops)
             qk_norm = None
-        q_THD = ops.rope_and_cache(qkv_TN, self.num_heads, self.rope, qk_norm, layer, batch)
-        out_TN = ops.attention(q_THD, layer, batch, self.scale, self.window)
-        return self.output.run(out_TN, ops)
+        out_TN = ops.rope_attention(
+            qkv_TN, self.num_heads, self.rope, qk_norm, layer, batch, self.scale, self.window
+        )
+        return self.output.run(out_TN, ops), residual_TM
 
     def _norm_and_clip(self, qkv_TN: Tensor, ops: Ops) -> Tensor:
         """The clamp, and the sum over ranks of a norm of whole projections, come where the fused op

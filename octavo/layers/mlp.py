@@ -1,6 +1,6 @@
 """The dense gated MLP.
 
-Held by the decoder and by the MoE layer (its shared expert).
+Held by the decoder, for layers without experts.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from octavo.kernels.ops import Activation, Ops, Weight
+from octavo.kernels.ops import Activation, NormInput, Ops, Weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +21,8 @@ class GatedMLP:
     down: Weight
     activation: Activation
 
-    def run(self, x_TM: Tensor, ops: Ops) -> Tensor:
-        """Returns [T, M]."""
-        return ops.gated_mlp(x_TM, self.gate, self.up, self.down, self.activation)
+    def run(self, rows: NormInput, ops: Ops) -> tuple[Tensor, Tensor]:
+        """Returns [T, M] and the residual."""
+        x_TM = rows.normed(ops)
+        out_TM = ops.gated_mlp(x_TM, self.gate, self.up, self.down, self.activation)
+        return out_TM, rows.residual_TM

@@ -1,6 +1,6 @@
-"""RMSNorm, alone or fused with the residual addition before it.
+"""RMSNorm before a layer's products.
 
-Held by the decoder. It owns one vector of weights.
+Held by the decoder. It owns one vector of weights; the products' ops decide when to norm.
 """
 
 from __future__ import annotations
@@ -9,20 +9,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from octavo.kernels.ops import Ops
+from octavo.kernels.ops import NormInput
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RMSNorm:
-    """x / sqrt(mean(x^2) + eps) * weight."""
+    """y / sqrt(mean(y^2) + eps) * weight."""
 
     weight: Tensor
     eps: float
 
-    def run(self, x_TM: Tensor, ops: Ops) -> Tensor:
-        """Returns the normed x; x is kept."""
-        return ops.rms_norm(x_TM, self.weight, self.eps)
-
-    def add_and_run(self, x_TM: Tensor, residual_TM: Tensor, ops: Ops) -> Tensor:
-        """Adds x to the residual in place and returns the normed residual."""
-        return ops.add_rms_norm(x_TM, residual_TM, self.weight, self.eps)
+    def of(self, x_TM: Tensor | None, residual_TM: Tensor) -> NormInput:
+        """Returns y = residual + x, to be normed; the residual is given away."""
+        return NormInput(x_TM=x_TM, residual_TM=residual_TM, weight_M=self.weight, eps=self.eps)

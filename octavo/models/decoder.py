@@ -17,13 +17,15 @@ from octavo.kernels.ops import (
     Ops,
     QKNorm,
     RopeTable,
+    Router,
+    SharedExpert,
     Weight,
 )
 from octavo.kv_cache.storage import KVStorage
 from octavo.layers.attention import Attention
 from octavo.layers.linear import Linear
 from octavo.layers.mlp import GatedMLP
-from octavo.layers.moe import MoE, SharedExpert
+from octavo.layers.moe import MoE
 from octavo.layers.norm import RMSNorm
 from octavo.layers.rope import build_rope_table
 from octavo.models.family import Family
@@ -73,21 +75,21 @@ class Decoder:
         into the residual; the residual is whole and equal on all ranks.
         """
         ops, all_reduce = self.ops, self.collectives.all_reduce
-        residual_TM = ops.embedding(token_ids_T, self.embedding)
-        x_TM = self.layers[0].attention_norm.run(residual_TM, ops)
-        next_norms = (*(layer.attention_norm for layer in self.layers[1:]), self.final_norm)
+        x_TM, residual_TM = None, ops.embedding(token_ids_T, self.embedding)
         num_moe = 0
-        for index, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
+        for index, layer in enumerate(self.layers):
             batch = batches[storage.group_of(index)]
-            x_TM = layer.attention.run(x_TM, storage.layer(index), batch, ops)
-            x_TM = layer.mlp_norm.add_and_run(all_reduce(x_TM), residual_TM, ops)
+            rows = layer.attention_norm.of(x_TM, residual_TM)
+            x_TM, residual_TM = layer.attention.run(rows, storage.layer(index), batch, ops)
+            rows = layer.mlp_norm.of(all_reduce(x_TM), residual_TM)
             if isinstance(layer.mlp, MoE):
-                x_TM = layer.mlp.run(x_TM, ops, expert_counts_LE[num_moe], num_live)
+                counts_E = expert_counts_LE[num_moe]
+                x_TM, residual_TM = layer.mlp.run(rows, ops, counts_E, num_live)
                 num_moe += 1
             else:
-                x_TM = layer.mlp.run(x_TM, ops)
-            x_TM = next_norm.add_and_run(all_reduce(x_TM), residual_TM, ops)
-        return x_TM
+                x_TM, residual_TM = layer.mlp.run(rows, ops)
+            x_TM = all_reduce(x_TM)
+        return self.final_norm.of(x_TM, residual_TM).normed(ops)
 
     def logits(self, hidden_SM: Tensor) -> Tensor:
         """Returns [S, V] float32 of normed hidden states."""
@@ -175,7 +177,8 @@ class _Loader:
         if isinstance(spec.mlp, MoESpec):
             mlp = self.moe(spec.mlp, index)
         else:
-            mlp = self.mlp("", spec.mlp, index)
+            gate, up, down = self.gated("", spec.mlp, index)
+            mlp = GatedMLP(gate=gate, up=up, down=down, activation=spec.mlp.activation)
         return Layer(
             attention_norm=self.norm("attention_norm", index),
             attention=self.attention(spec.attention, index),
@@ -215,11 +218,11 @@ class _Loader:
             collectives=self.collectives,
         )
 
-    def mlp(self, prefix: str, spec: MLPSpec, layer: int) -> GatedMLP:
+    def gated(self, prefix: str, spec: MLPSpec, layer: int) -> tuple[Weight, Weight, Weight]:
+        """Returns gate, up and down."""
         rows = spec.split
         gate, up = self.matrices({Parameter(f"{prefix}{p}", layer): rows for p in ("gate", "up")})
-        down = self.matrix(f"{prefix}down", layer, replace(rows, axis="cols"))
-        return GatedMLP(gate=gate, up=up, down=down, activation=spec.activation)
+        return gate, up, self.matrix(f"{prefix}down", layer, replace(rows, axis="cols"))
 
     def experts(self, spec: MoESpec, layer: int) -> ExpertWeights:
         rows = spec.split
@@ -235,19 +238,19 @@ class _Loader:
 
     def moe(self, spec: MoESpec, layer: int) -> MoE:
         names = ("router", "shared_router") if spec.shared_gate else ("router",)
-        router, *gates = self.matrices({Parameter(name, layer): None for name in names})
-        shared = None
-        if spec.shared is not None:
-            shared = SharedExpert(
-                mlp=self.mlp("shared_", spec.shared, layer),
-                gate=Linear(weights=tuple(gates)) if gates else None,
-            )
-        return MoE(
-            router=Linear(weights=(router,)),
-            experts=self.experts(spec, layer),
-            shared=shared,
-            activation=spec.activation,
+        router = Router(
+            weights=self.matrices({Parameter(name, layer): None for name in names}),
             top_k=spec.top_k,
             scoring=spec.scoring,
             renormalize=spec.renormalize,
+        )
+        shared = None
+        if spec.shared is not None:
+            gate, up, down = self.gated("shared_", spec.shared, layer)
+            shared = SharedExpert(gate=gate, up=up, down=down)
+        return MoE(
+            router=router,
+            experts=self.experts(spec, layer),
+            shared=shared,
+            activation=spec.activation,
         )

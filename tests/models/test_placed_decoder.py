@@ -77,10 +77,10 @@ def test_what_is_multiplied_at_once_is_one_stack(tmp_path: Path):
     assert isinstance(dense, GatedMLP)
     assert isinstance(moe, MoE)
     assert moe.shared is not None
-    assert moe.shared.gate is not None
     assert is_one(dense.gate, dense.up)
-    assert is_one(moe.shared.mlp.gate, moe.shared.mlp.up)
-    assert is_one(*moe.router.weights, *moe.shared.gate.weights)
+    assert is_one(moe.shared.gate, moe.shared.up)
+    assert is_one(*moe.router.weights)
+    assert len(moe.router.weights) == 2
     for experts in (moe.experts.gate, moe.experts.up, moe.experts.down):
         stack = triton_ops.stacked_view(experts)
         assert stack.is_contiguous()
@@ -88,7 +88,7 @@ def test_what_is_multiplied_at_once_is_one_stack(tmp_path: Path):
 
 
 SPLIT = re.compile(
-    r"qkv\.weights|qkv\.bias|output\.weights|mlp\.(gate|up|down)\.data|experts"
+    r"qkv\.weights|qkv\.bias|output\.weights|(mlp|shared)\.(gate|up|down)\.data|experts"
     r"|qk_norm\.(query|key)$"
 )
 

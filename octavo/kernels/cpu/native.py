@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo.kernels.composed import Composed
 from octavo.kernels.ops import (
     Activation,
     AttentionBatch,
@@ -26,6 +27,7 @@ from octavo.kernels.ops import (
     QKNorm,
     RopeTable,
     RouterScoring,
+    SharedExpert,
     Weight,
 )
 
@@ -229,7 +231,7 @@ def _destroy(library: ctypes.CDLL, pool: int, creator: int) -> None:
         library.octavo_destroy(pool)
 
 
-class NativeOps:
+class NativeOps(Composed):
     """The ops of `octavo.kernels.ops.Ops` on `num_threads` threads of their own."""
 
     name = "native"
@@ -376,6 +378,8 @@ class NativeOps:
         topk_ids: Tensor,
         experts: ExpertWeights,
         activation: Activation,
+        shared: SharedExpert | None = None,
+        gate_T1: Tensor | None = None,
     ) -> Tensor:
         x, weights = _floats(x_TM), _floats(topk_weights)
         ids = topk_ids.to(torch.int32).contiguous()
@@ -394,7 +398,7 @@ class NativeOps:
             ACTIVATION_CODES[activation],
         )
         _check(self._library.octavo_moe(self._pool, args), "moe")
-        return out
+        return self.add_shared(out, x, shared, gate_T1, activation)
 
     def _layer(self, layer: KVLayer) -> int:
         return self._structs.get(id(layer)) or self._structs.add(

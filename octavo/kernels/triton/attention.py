@@ -24,7 +24,8 @@ from octavo.kernels.triton.attention_decode import (
     compute_dtype,
     decode_attention,
     make_partials,
-    merge_slots,
+    merge_heads,
+    seq_len_bound,
 )
 from octavo.kernels.triton.launch import launchable, next_power_of_2
 from octavo.kernels.triton.overlap import launch_options, wait_turn
@@ -320,10 +321,12 @@ def _merge_short_kernel(
         low = tl.maximum(position - window + 1, 0)
     slot = (here.to(tl.int64) * H + tl.program_id(1)) * SPLITS + low // size
     count = position // size + 1 - low // size
-    merged = merge_slots(partial_out, partial_lse, slot, count, D, SPLITS, BLOCK_D)
-    offs_d = tl.arange(0, BLOCK_D)
+    one = tl.arange(0, 1)
+    slots = slot + one
+    mean = merge_heads(partial_out, partial_lse, slots, count, one < 1, D, SPLITS, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
     at = (t.to(tl.int64) * H + tl.program_id(1)) * D + offs_d
-    tl.store(out + at, merged.to(out.dtype.element_ty), mask=offs_d < D)
+    tl.store(out + at, mean.to(out.dtype.element_ty), mask=offs_d < D)
 
 
 def prefill_shape(head_size: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
@@ -432,19 +435,21 @@ def attention(
     window: int | None,
     *,
     is_deterministic: bool = False,
+    tickets: Tensor | None = None,
 ) -> Tensor:
     """Returns [T, H * D] in the dtype of q; see `Ops.attention`.
 
     A sequence of length 0 with one query (padding of a captured graph) gets zeros.
     """
     out = torch.empty_like(q_THD)
-    capacity = batch.block_table.shape[1] * layer.key.shape[1]
-    bound = capacity if batch.max_seq_len is None else min(batch.max_seq_len, capacity)
+    bound = seq_len_bound(layer, batch)
     if is_deterministic and batch.max_query_len != 1:
-        _every_row_as_decode(q_THD, layer, batch, scale, window, out, bound)
+        _every_row_as_decode(q_THD, layer, batch, scale, window, out, bound, tickets)
         return out.flatten(1)
     if batch.max_slots != 0:
-        decode_attention(q_THD, layer, batch, scale, window, out, max_seq_len=bound)
+        decode_attention(
+            q_THD, layer, batch, scale, window, out, max_seq_len=bound, tickets=tickets
+        )
     tiles_attention(q_THD, layer, batch, scale, window, out)
     return out.flatten(1)
 
@@ -479,6 +484,7 @@ def _every_row_as_decode(
     window: int | None,
     out: Tensor,
     max_seq_len: int,
+    tickets: Tensor | None,
 ) -> None:
     num_tokens = len(q_THD)
     tokens = torch.arange(num_tokens, dtype=torch.int32, device=q_THD.device)
@@ -501,4 +507,5 @@ def _every_row_as_decode(
             out[rows],
             max_seq_len=max_seq_len,
             token_sequences=sequences[rows],
+            tickets=tickets,
         )

@@ -1,4 +1,5 @@
-"""Split-KV attention of single queries: partial results per split, merged by log-sum-exp.
+"""Split-KV attention of single queries: partial results per split, merged by log-sum-exp by
+whichever program of a kv head ends last.
 
 Called by `attention` for sequences with one query and by `shared_prefix` for private tails.
 A split is a fixed range of absolute positions whose size depends on the row's own visible length
@@ -16,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.ops import AttentionBatch, KVLayer
+from octavo.kernels.ops import AttentionBatch, KVLayer, QKNorm, RopeTable
 from octavo.kernels.triton.launch import launchable, next_power_of_2
 from octavo.kernels.triton.overlap import launch_options, wait_turn
-from octavo.kernels.triton.rope import kv_strides
+from octavo.kernels.triton.rope import kv_strides, rope_of_kv_head
+from octavo.kernels.triton.tickets import is_last, make_tickets
 
 LOG2_E = 1.4426950408889634
 SMALLEST_SPLIT = 64
@@ -28,7 +30,20 @@ SPLIT_CLASSES = ((1024, 64), (4096, 128), (16384, 256))
 LARGEST_SPLIT = 512
 TARGET_PROGRAMS = 528
 """Programs that fill a large GPU; with fewer rows than that, a row's splits are dealt out."""
-MERGE_SLOTS = 32
+MAX_REGISTERS = 128
+"""Of a thread of the split kernel, which it needs for the splits; four programs then fit a
+multiprocessor, where merging alone would take more."""
+MERGE_ROWS = 2
+"""Heads times slots that `merge_heads` takes at a time; more cost registers of the whole kernel."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class QueryRope:
+    """What queries and keys need before they meet: `Ops.rope_and_cache` within the split kernel,
+    for norms of each head."""
+
+    rope: RopeTable
+    qk_norm: QKNorm | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -62,37 +77,75 @@ def slots_of(row, starts, num_slots, heads, H: tl.constexpr, PACKED: tl.constexp
 
 
 @triton.jit
-def merge_slots(
+def merge_heads(
     partial_out,
     partial_lse,
-    first,
+    slots,
     count,
+    is_head,
     D: tl.constexpr,
-    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Returns [BLOCK_D]: slots first .. first + count weighted by 2^lse, SLOTS at a time. A slot
-    that saw nothing (lse -inf) adds nothing."""
+    """Returns [HEADS, BLOCK_D]: for each head sum_i w_i o_i / sum_i w_i, w_i = 2^(lse_i - max lse),
+    over its slots slots[h] .. slots[h] + count, ROWS // HEADS slots at a time. A slot that saw
+    nothing (lse -inf) adds nothing."""
+    HEADS: tl.constexpr = slots.shape[0]
+    SLOTS: tl.constexpr = ROWS // HEADS if ROWS > HEADS else 1
     offs_d = tl.arange(0, BLOCK_D)
     offs_i = tl.arange(0, SLOTS)
-    top = tl.max(tl.full([SLOTS], -float("inf"), tl.float32), 0)
-    total = tl.zeros([SLOTS], tl.float32)
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, count, SLOTS):
-        i = start + offs_i
-        lse = tl.load(partial_lse + first + i, mask=i < count, other=-float("inf"))
-        mask = (i < count)[:, None] & (offs_d < D)[None, :]
-        part = tl.load(
-            partial_out + (first + i)[:, None] * D + offs_d[None, :], mask=mask, other=0.0
-        )
-        higher = tl.maximum(top, tl.max(lse, 0))
+    top = tl.full([HEADS, SLOTS], -float("inf"), tl.float32)
+    total = tl.zeros([HEADS, SLOTS], tl.float32)
+    acc = tl.zeros([HEADS, SLOTS, BLOCK_D], tl.float32)
+    for start in tl.range(0, count, SLOTS, loop_unroll_factor=8):
+        at = slots[:, None] + (start + offs_i)[None, :]
+        live = is_head[:, None] & (start + offs_i < count)[None, :]
+        lse = tl.load(partial_lse + at, mask=live, other=-float("inf"), cache_modifier=".cg")
+        mask = live[:, :, None] & (offs_d < D)[None, None, :]
+        part_at = partial_out + at[:, :, None] * D + offs_d[None, None, :]
+        part = tl.load(part_at, mask=mask, other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(top, lse)
         floor = tl.where(higher == -float("inf"), 0.0, higher)
         w = tl.exp2(lse - floor)
         shrink = tl.exp2(top - floor)
-        acc = acc * shrink + tl.sum(tl.where(w[:, None] > 0, part * w[:, None], 0.0), 0)
+        part = tl.where(w[:, :, None] > 0, part * w[:, :, None], 0.0)
+        acc = acc * shrink[:, :, None] + part
         total = total * shrink + w
         top = higher
-    return acc / tl.sum(total, 0)
+    highest = tl.max(top, 1)
+    w = tl.exp2(top - tl.where(highest == -float("inf"), 0.0, highest)[:, None])
+    whole = tl.sum(total * w, 1)
+    return tl.sum(acc * w[:, :, None], 1) / tl.where(whole > 0, whole, 1.0)[:, None]
+
+
+@triton.jit
+def merge_kv_head(
+    out,
+    partial_out,
+    partial_lse,
+    row,
+    t,
+    kv_head,
+    slot_starts,
+    num_slots,
+    count,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    PACKED: tl.constexpr,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out[t, h] = `merge_heads` of the query heads h of one kv head, HEADS >= H // K."""
+    lane = tl.arange(0, HEADS)
+    head = kv_head * (H // K) + lane
+    is_head = lane < H // K
+    slots = slots_of(row, slot_starts, num_slots, head, H, PACKED)
+    mean = merge_heads(partial_out, partial_lse, slots, count, is_head, D, ROWS, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D)
+    at = (t * H + head)[:, None] * D + offs_d[None, :]
+    tl.store(out + at, mean.to(out.dtype.element_ty), mask=is_head[:, None] & (offs_d < D)[None, :])
 
 
 @launchable
@@ -109,6 +162,7 @@ def _decode_kernel(
     slot_starts,
     num_slots,
     window,
+    tickets,
     q,
     key,
     value,
@@ -117,14 +171,24 @@ def _decode_kernel(
     stride_block,
     stride_table,
     scale_log2,
+    cache_slots,
+    cos,
+    sin,
+    query_weight,
+    key_weight,
+    eps,
     H: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     P: tl.constexpr,
+    HALF: tl.constexpr,
+    HAS_NORM: tl.constexpr,
     BY_TOKEN: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SHARED: tl.constexpr,
     PACKED: tl.constexpr,
+    MERGE_M: tl.constexpr,
+    MERGE_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -134,9 +198,11 @@ def _decode_kernel(
 
     out = softmax(scale q k^T) v over [low, len), for each split on its own (online over tiles of
     BLOCK_N): a row with one split writes `out` [T, H, D]; more write `partial_out` (normalised)
-    and `partial_lse` (base 2), where `slots_of` the row are (its sequence's where PACKED).
+    and `partial_lse` (base 2), where `slots_of` the row are (its sequence's where PACKED), and the
+    last of their programs merges them, MERGE_M >= H // K heads at once.
     Program 0 names a token (BY_TOKEN: any query) or a sequence, skipped unless it has one query.
     HAS_SHARED: the first shared_tokens[s] tokens are done elsewhere, in shared_slots[s] slots.
+    HALF: q is qkv [T, (H + 2 K) D] before norm and RoPE, whose k and v are written on the way.
     """
     GROUP: tl.constexpr = H // K
     wait_turn(OVERLAP)
@@ -167,17 +233,27 @@ def _decode_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     row_mask = (rows < GROUP)[:, None] & (offs_d < D)[None, :]
     heads = t * H + kv_head * GROUP + rows
+    out_at = out + heads[:, None] * D + offs_d[None, :]
     if (count <= 0) & (before == 0) & (tl.program_id(2) == 0):
         zero = tl.zeros([BLOCK_M, BLOCK_D], out.dtype.element_ty)
-        tl.store(out + heads[:, None] * D + offs_d[None, :], zero, mask=row_mask)
-    share = tl.cdiv(count, tl.num_programs(2))
+        tl.store(out_at, zero, mask=row_mask)
+    share = tl.maximum(tl.cdiv(count, tl.num_programs(2)), 1)
+    num_busy = tl.maximum(tl.cdiv(count, share), 1)
+    if tl.program_id(2) >= num_busy:
+        return
     begin = tl.program_id(2) * share
     stop = tl.minimum(begin + share, count)
-    if begin >= stop:
-        return
     row = sequence if PACKED else t
     slots = slots_of(row, slot_starts, num_slots, kv_head * GROUP + rows, H, PACKED)
-    q_tile = tl.load(q + heads[:, None] * D + offs_d[None, :], mask=row_mask, other=0.0)
+    if HALF:
+        slot = tl.where(stop == count, tl.load(cache_slots + t), -1)
+        q_tile = rope_of_kv_head(
+            *(q + t * ((H + 2 * K) * D), kv_head, tl.maximum(length - 1, 0)),
+            *(slot, key, value, stride_block, cos, sin, query_weight, key_weight, eps),
+            *(H, K, D, P, HALF, HAS_NORM, BLOCK_M, BLOCK_D),
+        )
+    else:
+        q_tile = tl.load(q + heads[:, None] * D + offs_d[None, :], mask=row_mask, other=0.0)
     table_row = block_table + sequence * stride_table
     key += kv_head * D
     value += kv_head * D
@@ -209,71 +285,21 @@ def _decode_kernel(
         if done:
             mean = acc / total[:, None]
             if (count == 1) & (before == 0):
-                to = out + heads[:, None] * D + offs_d[None, :]
-                tl.store(to, mean.to(out.dtype.element_ty), mask=row_mask)
+                tl.store(out_at, mean.to(out.dtype.element_ty), mask=row_mask)
             else:
-                slot = slots + before + tile // size - first
-                tl.store(partial_out + slot[:, None] * D + offs_d[None, :], mean, mask=row_mask)
-                tl.store(partial_lse + slot, m + tl.log2(total), mask=rows < GROUP)
+                to = slots + before + tile // size - first
+                tl.store(partial_out + to[:, None] * D + offs_d[None, :], mean, mask=row_mask)
+                tl.store(partial_lse + to, m + tl.log2(total), mask=rows < GROUP)
         m = tl.where(done, -float("inf"), m)
         total = tl.where(done, 0.0, total)
         acc = tl.where(done, 0.0, acc)
-
-
-@launchable
-@triton.jit
-def _merge_kernel(
-    out,
-    partial_out,
-    partial_lse,
-    query_starts,
-    seq_lens,
-    positions,
-    shared_tokens,
-    shared_slots,
-    slot_starts,
-    num_slots,
-    window,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    BY_TOKEN: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SHARED: tl.constexpr,
-    PACKED: tl.constexpr,
-    SLOTS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """out[t, h] = sum_i w_i o_i / sum_i w_i, w_i = 2^(lse_i - max lse), over the row's slots in
-    order. One program per (token or sequence, head); rows with a single split are already done."""
-    wait_turn(OVERLAP)
-    if BY_TOKEN:
-        t = tl.program_id(0).to(tl.int64)
-        beyond = t + 1
-        length = tl.load(positions + t) + 1
-    else:
-        sequence = tl.program_id(0)
-        t = tl.load(query_starts + sequence).to(tl.int64)
-        beyond = tl.load(query_starts + sequence + 1)
-        length = tl.load(seq_lens + sequence)
-    if beyond - t != 1:
-        return
-    low = length * 0
-    if HAS_WINDOW:
-        low = tl.maximum(length - window, 0)
-    before = length * 0
-    if HAS_SHARED:
-        low = tl.maximum(low, tl.load(shared_tokens + tl.program_id(0)))
-        before = tl.load(shared_slots + tl.program_id(0))
-    size = _split_size(length - low)
-    count = before + tl.cdiv(length, size) - low // size
     if (count < 2) & (before == 0):
         return
-    head = tl.program_id(1)
-    slot = slots_of(tl.program_id(0) if PACKED else t, slot_starts, num_slots, head, H, PACKED)
-    merged = merge_slots(partial_out, partial_lse, slot, count, D, SLOTS, BLOCK_D)
-    offs_d = tl.arange(0, BLOCK_D)
-    tl.store(out + (t * H + head) * D + offs_d, merged.to(out.dtype.element_ty), mask=offs_d < D)
+    if is_last(tickets + tl.program_id(0) * K + kv_head, num_busy):
+        merge_kv_head(
+            *(out, partial_out, partial_lse, row, t, kv_head, slot_starts, num_slots),
+            *(before + count, H, K, D, PACKED, MERGE_M, MERGE_ROWS, BLOCK_D),
+        )
 
 
 def decode_shape(head_size: int, dtype: torch.dtype) -> tuple[int, int, int]:
@@ -334,6 +360,12 @@ def check_query(q_THD: Tensor, layer: KVLayer, batch: AttentionBatch) -> int:
     return kv_strides(layer)
 
 
+def seq_len_bound(layer: KVLayer, batch: AttentionBatch) -> int:
+    """Returns what no length of the batch exceeds."""
+    capacity = batch.block_table.shape[1] * layer.key.shape[1]
+    return capacity if batch.max_seq_len is None else min(batch.max_seq_len, capacity)
+
+
 def make_partials(
     q_THD: Tensor, num_slots: int, starts: Tensor | None = None, total_slots: int | None = None
 ) -> Partials:
@@ -358,28 +390,40 @@ def decode_attention(
     out: Tensor,
     *,
     max_seq_len: int,
+    rope: QueryRope | None = None,
     token_sequences: Tensor | None = None,
     shared: tuple[Tensor, Tensor] | None = None,
     partials: Partials | None = None,
+    tickets: Tensor | None = None,
     shape: tuple[int, int, int] | None = None,
 ) -> None:
-    """Writes the rows of `out` [T, H * D] that belong to sequences with one query.
+    """Writes the rows of `out` [T, H, D] that belong to sequences with one query.
 
-    `max_seq_len` bounds seq_lens_S. With `token_sequences` (int32 [T], the sequence of each token)
-    it writes every row, each as if decoded. `shared` (tokens, slots; int32 [S]) tells how much of
-    every sequence already lies in `partials`.
+    `max_seq_len` bounds seq_lens_S. With `rope`, q is qkv [T, H + 2 K, D] and its k and v are
+    written too. With `token_sequences` (int32 [T], the sequence of each token) it writes every row,
+    each as if decoded. `shared` (tokens, slots; int32 [S]) tells how much of every sequence already
+    lies in `partials`. `tickets`: see `make_tickets`.
     """
-    stride_block = check_query(q_THD, layer, batch)
-    num_tokens, num_heads, head_size = q_THD.shape
+    stride_block = check_query(out, layer, batch)
+    num_tokens, num_heads, head_size = out.shape
     block_size, num_kv_heads = layer.key.shape[1:3]
+    assert q_THD.is_contiguous()
+    assert q_THD.shape[1] == num_heads + (0 if rope is None else 2 * num_kv_heads)
     rows = len(batch.seq_lens_S) if token_sequences is None else num_tokens
     if rows == 0 or num_tokens == 0:
         return
     unused = batch.seq_lens_S
     slots = split_slots(max_seq_len if window is None else min(max_seq_len, window))
     if partials is None:
-        partials = make_partials(q_THD, slots, batch.slot_starts_S, batch.max_slots)
-    arguments = (
+        partials = make_partials(out, slots, batch.slot_starts_S, batch.max_slots)
+    if tickets is None:
+        tickets = make_tickets(q_THD.device)
+    assert rows * num_kv_heads <= len(tickets), (rows, num_kv_heads)
+    dtype = compute_dtype(q_THD, layer)
+    block_n, num_warps, num_stages = shape or decode_shape(head_size, dtype)
+    group = num_heads // num_kv_heads
+    programs = min(slots, max(1, -(-TARGET_PROGRAMS // (rows * num_kv_heads))))
+    _decode_kernel[(rows, num_kv_heads, programs)](
         out,
         partials.out,
         partials.lse,
@@ -390,22 +434,7 @@ def decode_attention(
         unused if partials.starts is None else partials.starts,
         partials.num_slots,
         0 if window is None else window,
-    )
-    options = {
-        "H": num_heads,
-        "D": head_size,
-        "BY_TOKEN": token_sequences is not None,
-        "HAS_WINDOW": window is not None,
-        "HAS_SHARED": shared is not None,
-        "PACKED": partials.starts is not None,
-        "BLOCK_D": max(16, next_power_of_2(head_size)),
-        **launch_options(q_THD.device),
-    }
-    dtype = compute_dtype(q_THD, layer)
-    block_n, num_warps, num_stages = shape or decode_shape(head_size, dtype)
-    programs = min(slots, max(1, -(-TARGET_PROGRAMS // (rows * num_kv_heads))))
-    _decode_kernel[(rows, num_kv_heads, programs)](
-        *arguments,
+        tickets,
         q_THD.to(dtype),
         layer.key,
         layer.value,
@@ -414,12 +443,39 @@ def decode_attention(
         stride_block,
         batch.block_table.stride(0),
         scale * LOG2_E,
+        batch.slot_mapping_T,
+        *_rope_arguments(rope, unused),
+        H=num_heads,
         K=num_kv_heads,
+        D=head_size,
         P=block_size,
-        BLOCK_M=max(16, next_power_of_2(num_heads // num_kv_heads)),
+        HALF=0 if rope is None else rope.rope.rotary_dim // 2,
+        HAS_NORM=rope is not None and rope.qk_norm is not None,
+        BY_TOKEN=token_sequences is not None,
+        HAS_WINDOW=window is not None,
+        HAS_SHARED=shared is not None,
+        PACKED=partials.starts is not None,
+        MERGE_M=next_power_of_2(group),
+        MERGE_ROWS=MERGE_ROWS,
+        BLOCK_M=max(16, next_power_of_2(group)),
         BLOCK_N=block_n,
+        BLOCK_D=max(16, next_power_of_2(head_size)),
         num_warps=num_warps,
         num_stages=num_stages,
-        **options,
+        **({"maxnreg": MAX_REGISTERS} if dtype.itemsize < 4 and head_size <= 128 else {}),
+        **launch_options(q_THD.device),
     )
-    _merge_kernel[(rows, num_heads)](*arguments, SLOTS=MERGE_SLOTS, num_warps=4, **options)
+
+
+def _rope_arguments(rope: QueryRope | None, unused: Tensor) -> tuple[Tensor | float, ...]:
+    """Returns cos, sin, the norms' weights and eps."""
+    if rope is None:
+        return unused, unused, unused, unused, 0.0
+    table, norm = rope.rope, rope.qk_norm
+    assert table.cos.shape == table.sin.shape
+    assert table.cos.is_contiguous()
+    assert table.sin.is_contiguous()
+    if norm is None:
+        return table.cos, table.sin, unused, unused, 0.0
+    assert norm.per_head
+    return table.cos, table.sin, norm.query, norm.key, norm.eps

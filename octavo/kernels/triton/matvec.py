@@ -12,6 +12,7 @@ Shape legend: T tokens, P pairs (token, slot), E experts, M hidden, F expert hid
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import triton
 import triton.language as tl
@@ -43,6 +44,7 @@ def matvec_kernel(
     weight_stride,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EVICTION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -57,14 +59,16 @@ def matvec_kernel(
         weight_NM + tl.where(is_row, row, 0).to(tl.int64)[:, None] * weight_stride + k[None, :]
     )
     # Weights are written by no kernel: the first of them travel while the last kernel ends.
-    w = tl.load(weight_at, mask=(k < hidden_size)[None, :], other=0.0)
+    is_in = (k < hidden_size)[None, :]
+    w = tl.load(weight_at, mask=is_in, other=0.0, eviction_policy=EVICTION)
     wait_turn(OVERLAP)
     total = tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32)
     for start in range(0, hidden_size, BLOCK_K):
         left = hidden_size - start
         x = tl.load(x_M + start + k, mask=k < left, other=0.0)
         is_next = (k < left - BLOCK_K)[None, :]
-        following = tl.load(weight_at + start + BLOCK_K, mask=is_next, other=0.0)
+        next_at = weight_at + start + BLOCK_K
+        following = tl.load(next_at, mask=is_next, other=0.0, eviction_policy=EVICTION)
         total += folded(w, x[None, :])
         w = following
     out = tl.sum(total, 1)
@@ -79,6 +83,8 @@ def gate_up_of_pair_kernel(
     x_TM,
     gate_EFM,
     up_EFM,
+    shared_gate_NM,
+    shared_up_NM,
     hidden_PF,
     ids_P,
     hidden_size,
@@ -87,34 +93,48 @@ def gate_up_of_pair_kernel(
     up_stride,
     top_k,
     num_experts,
+    num_pairs,
+    HAS_SHARED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EVICTION: tl.constexpr,
     ACTIVATION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """hidden[p] = act(x[t] @ gate[e].T) * (x[t] @ up[e].T) for the pair p = (t, slot), expert e.
 
     x_TM [T, M]; gate and up [E, F, M] with stride_E given; hidden_PF [P, F]; ids outside [0, E)
-    leave their row of hidden as it was.
+    leave their row of hidden as it was. HAS_SHARED (one token): pair num_pairs + i is part i of the
+    shared expert, its rows i F .. (i + 1) F.
     """
     wait_turn(OVERLAP)
     pair = tl.program_id(1)
-    expert = tl.load(ids_P + pair)
+    is_routed = pair < num_pairs
+    expert = tl.load(ids_P + pair, mask=is_routed, other=0)
     if (expert < 0) | (expert >= num_experts):
         return
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     is_column = column < inner_size
     weight_at = tl.where(is_column, column, 0).to(tl.int64)[:, None] * hidden_size + k[None, :]
-    gate_at = gate_EFM + expert.to(tl.int64) * gate_stride + weight_at
-    up_at = up_EFM + expert.to(tl.int64) * up_stride + weight_at
-    x_at = x_TM + (pair // top_k).to(tl.int64) * hidden_size + k
+    gate_at = gate_EFM + expert.to(tl.int64) * gate_stride
+    up_at = up_EFM + expert.to(tl.int64) * up_stride
+    token = pair // top_k
+    if HAS_SHARED:
+        part = (pair - num_pairs).to(tl.int64) * inner_size * hidden_size
+        gate_at = tl.where(is_routed, gate_at, shared_gate_NM + part)
+        up_at = tl.where(is_routed, up_at, shared_up_NM + part)
+        token = 0
+    gate_at += weight_at
+    up_at += weight_at
+    x_at = x_TM + token.to(tl.int64) * hidden_size + k
     gate = tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32)
     for start in range(0, hidden_size, BLOCK_K):
         is_in = k < hidden_size - start
-        g = tl.load(gate_at + start, mask=is_in[None, :], other=0.0)
-        u = tl.load(up_at + start, mask=is_in[None, :], other=0.0)
+        mask = is_in[None, :]
+        g = tl.load(gate_at + start, mask=mask, other=0.0, eviction_policy=EVICTION)
+        u = tl.load(up_at + start, mask=mask, other=0.0, eviction_policy=EVICTION)
         x = tl.load(x_at + start, mask=is_in, other=0.0)[None, :]
         gate += folded(g, x)
         up += folded(u, x)
@@ -128,6 +148,8 @@ def gate_up_of_pair_kernel(
 def down_and_combine_kernel(
     hidden_PF,
     down_EMF,
+    shared_down_MN,
+    shared_gate,
     out_TM,
     weights_P,
     ids_P,
@@ -136,15 +158,19 @@ def down_and_combine_kernel(
     down_stride,
     num_experts,
     TOP_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_GATE: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EVICTION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """out[t] = sum over its pairs p of weights[p] * hidden[p] @ down[e].T, e the pair's expert.
 
     hidden_PF [P, F]; down [E, M, F] with stride_E given; out_TM [T, M]; SLOTS: a power of two that
-    holds TOP_K. All slots advance together; ids outside [0, E) add nothing.
+    holds TOP_K + PARTS. All slots advance together; ids outside [0, E) add nothing. The PARTS of a
+    shared expert (one token; see above) follow the pairs, with weight sigmoid(shared_gate) or 1.
     """
     wait_turn(OVERLAP)
     token = tl.program_id(1)
@@ -156,19 +182,44 @@ def down_and_combine_kernel(
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     is_column = column < hidden_size
-    down_at = down_EMF + tl.where(is_here, expert, 0).to(tl.int64)[None, :, None] * down_stride
-    down_at += tl.where(is_column, column, 0).to(tl.int64)[:, None, None] * inner_size
+    down_at = down_EMF + tl.where(is_here, expert, 0).to(tl.int64) * down_stride
+    stride = tl.full([SLOTS], inner_size, tl.int64)
+    if PARTS:
+        is_shared = (slot >= TOP_K) & (slot < TOP_K + PARTS)
+        part_at = shared_down_MN + tl.where(is_shared, slot - TOP_K, 0) * inner_size
+        down_at = tl.where(is_shared, part_at, down_at)
+        stride = tl.where(is_shared, stride * PARTS, stride)
+        gate = 1.0
+        if HAS_GATE:
+            gate = 1.0 / (1.0 + tl.exp(-tl.load(shared_gate).to(tl.float32)))
+        weight = tl.where(is_shared, gate, weight)
+        is_here = is_here | is_shared
+    safe = tl.where(is_column, column, 0)
+    down_at = down_at[None, :, None] + safe[:, None, None] * stride[None, :, None]
     down_at += k[None, None, :]
     hidden_at = hidden_PF + pair.to(tl.int64)[:, None] * inner_size + k[None, :]
     total = tl.zeros([BLOCK_N, SLOTS, BLOCK_K // 8], tl.float32)
     for start in range(0, inner_size, BLOCK_K):
         is_in = is_here[:, None] & (k < inner_size - start)[None, :]
-        w = tl.load(down_at + start, mask=is_in[None, :, :], other=0.0)
+        mask = is_in[None, :, :]
+        w = tl.load(down_at + start, mask=mask, other=0.0, eviction_policy=EVICTION)
         h = tl.load(hidden_at + start, mask=is_in, other=0.0)
         total += folded(w, h[None, :, :])
     out = tl.sum(tl.sum(total, 2) * weight[None, :], 1)
     at = out_TM + token.to(tl.int64) * hidden_size + column
     tl.store(at, out.to(out_TM.dtype.element_ty), mask=is_column)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SharedParts:
+    """A shared expert as `count` experts more: gate and up [count * F, M], down [M, count * F]."""
+
+    gate_NM: Tensor
+    up_NM: Tensor
+    down_MN: Tensor
+    logit: Tensor | None
+    """Of the gate that scales it."""
+    count: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +229,8 @@ class RowsPlan:
     block_n: int
     block_k: int
     num_warps: int
+    eviction: Literal["", "evict_first", "evict_last"] = ""
+    """Triton's eviction_policy of the weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,6 +286,7 @@ def matvec(
         weight_NM.stride(0),
         BLOCK_N=plan.block_n,
         BLOCK_K=plan.block_k,
+        EVICTION=plan.eviction,
         HAS_BIAS=bias_N is not None,
         num_warps=plan.num_warps,
         **launch_options(out_TN.device, is_early=True),
@@ -246,25 +300,37 @@ def moe_of_pairs(
     experts: StackedExperts,
     activation: Activation,
     plan: PairsPlan,
+    shared: SharedParts | None = None,
 ) -> Tensor:
-    """Returns what `moe.run_moe` does, a pair at a time: for tokens that seldom share experts."""
+    """Returns what `moe.run_moe` does, a pair at a time: for tokens that seldom share experts.
+    Plus the shared expert, for one token."""
     assert x_TM.is_contiguous()
     assert topk_ids.is_contiguous()
     assert topk_weights.is_contiguous()
-    hidden = gate_up_of_pairs(x_TM, topk_ids, experts, activation, plan.gate_up)
-    return down_and_combine(hidden, topk_weights, topk_ids, experts, plan.down)
+    hidden = gate_up_of_pairs(x_TM, topk_ids, experts, activation, plan.gate_up, shared)
+    return down_and_combine(hidden, topk_weights, topk_ids, experts, plan.down, shared)
 
 
 def gate_up_of_pairs(
-    x_TM: Tensor, topk_ids: Tensor, experts: StackedExperts, activation: Activation, plan: RowsPlan
+    x_TM: Tensor,
+    topk_ids: Tensor,
+    experts: StackedExperts,
+    activation: Activation,
+    plan: RowsPlan,
+    shared: SharedParts | None = None,
 ) -> Tensor:
-    """Returns hidden [P, F], undefined where a pair's expert is not here."""
+    """Returns hidden [P, F], undefined where a pair's expert is not here; the parts of the shared
+    expert follow."""
     num_experts, inner_size, hidden_size = experts.gate_EFM.shape
-    hidden = x_TM.new_empty((topk_ids.numel(), inner_size))
+    assert shared is None or len(x_TM) == 1
+    num_rows = topk_ids.numel() + (0 if shared is None else shared.count)
+    hidden = x_TM.new_empty((num_rows, inner_size))
     gate_up_of_pair_kernel[(cdiv(inner_size, plan.block_n), len(hidden))](
         x_TM,
         experts.gate_EFM,
         experts.up_EFM,
+        experts.gate_EFM if shared is None else shared.gate_NM,
+        experts.up_EFM if shared is None else shared.up_NM,
         hidden,
         topk_ids,
         hidden_size,
@@ -273,8 +339,11 @@ def gate_up_of_pairs(
         experts.up_EFM.stride(0),
         topk_ids.shape[1],
         num_experts,
+        topk_ids.numel(),
+        HAS_SHARED=shared is not None,
         BLOCK_N=plan.block_n,
         BLOCK_K=plan.block_k,
+        EVICTION=plan.eviction,
         ACTIVATION=activation,
         num_warps=plan.num_warps,
         **launch_options(topk_ids.device),
@@ -288,14 +357,19 @@ def down_and_combine(
     topk_ids: Tensor,
     experts: StackedExperts,
     plan: RowsPlan,
+    shared: SharedParts | None = None,
 ) -> Tensor:
     """Returns [T, M], the weighted sum over each token's experts; no parts are stored."""
     num_experts, hidden_size, inner_size = experts.down_EMF.shape
     num_tokens, top_k = topk_ids.shape
+    parts = 0 if shared is None else shared.count
+    logit = None if shared is None else shared.logit
     out = hidden_PF.new_empty((num_tokens, hidden_size))
     down_and_combine_kernel[(cdiv(hidden_size, plan.block_n), num_tokens)](
         hidden_PF,
         experts.down_EMF,
+        experts.down_EMF if shared is None else shared.down_MN,
+        topk_weights if logit is None else logit,
         out,
         topk_weights,
         topk_ids,
@@ -304,9 +378,12 @@ def down_and_combine(
         experts.down_EMF.stride(0),
         num_experts,
         TOP_K=top_k,
-        SLOTS=next_power_of_2(top_k),
+        PARTS=parts,
+        HAS_GATE=logit is not None,
+        SLOTS=next_power_of_2(top_k + parts),
         BLOCK_N=plan.block_n,
         BLOCK_K=plan.block_k,
+        EVICTION=plan.eviction,
         num_warps=plan.num_warps,
         **launch_options(topk_ids.device, is_early=True),
     )

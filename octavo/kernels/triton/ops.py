@@ -13,14 +13,19 @@ import torch
 from torch import Tensor
 
 from octavo.errors import UnsupportedModelError
+from octavo.kernels.composed import Composed
 from octavo.kernels.ops import (
     Activation,
     AttentionBatch,
     ExpertWeights,
     KVLayer,
+    NormInput,
     QKNorm,
     RopeTable,
+    Routed,
+    Router,
     RouterScoring,
+    SharedExpert,
     Weight,
 )
 from octavo.kernels.triton import activation as activations
@@ -28,19 +33,27 @@ from octavo.kernels.triton import embedding as embeddings
 from octavo.kernels.triton import norm as norms
 from octavo.kernels.triton import route as routes
 from octavo.kernels.triton.attention import attention
+from octavo.kernels.triton.attention_decode import QueryRope, decode_attention, seq_len_bound
 from octavo.kernels.triton.linear import product
-from octavo.kernels.triton.matvec import matvec, moe_of_pairs
+from octavo.kernels.triton.matvec import SharedParts, matvec, moe_of_pairs
 from octavo.kernels.triton.moe import StackedExperts, run_moe
+from octavo.kernels.triton.norm_matvec import (
+    MAX_COLUMNS,
+    norm_matvec,
+    norm_route,
+    plan_norm_matvec,
+)
 from octavo.kernels.triton.plans import Plans
 from octavo.kernels.triton.rope import rope_and_cache
 from octavo.kernels.triton.shared_prefix import shared_prefix_attention
+from octavo.kernels.triton.tickets import make_tickets
 
 SKINNY_TOKENS = 64
 """Up to here Triton multiplies: as fast as cuBLAS, which splits the sum there (H100, 2026-11-22).
 Above, and for row counts that 8 divides, cuBLAS gave Triton's bits in all but one shape."""
 
 
-class TritonOps:
+class TritonOps(Composed):
     """The ops in Triton. Activations have the dtype of the embedding; sums are float32."""
 
     name = "triton"
@@ -54,6 +67,7 @@ class TritonOps:
         self.torch_threads = num_threads
         self._is_deterministic = is_deterministic
         self._plans = plans or Plans()
+        self._tickets: Tensor | None = None
         self._matrices: dict[tuple[Weight, ...], list[Tensor]] = {}
         """What `_merged` made of weights that were multiplied side by side."""
         self._stacks: weakref.WeakKeyDictionary[ExpertWeights, StackedExperts] = (
@@ -74,10 +88,7 @@ class TritonOps:
     def linear(
         self, x_TM: Tensor, weights: Sequence[Weight], bias_N: Tensor | None = None
     ) -> Tensor:
-        key = tuple(weights)
-        matrices = self._matrices.get(key)
-        if matrices is None:
-            matrices = self._matrices[key] = _merged([_numbers(weight) for weight in key])
+        matrices = self._matrices_of(weights)
         out = x_TM.new_empty((x_TM.shape[0], sum([matrix.shape[0] for matrix in matrices])))
         if len(matrices) == 1:
             self._product(x_TM, matrices[0], bias_N, out)
@@ -89,6 +100,27 @@ class TritonOps:
             self._product(x_TM, matrix, bias, out[:, columns])
             column = columns.stop
         return out
+
+    def _matrices_of(self, weights: Sequence[Weight]) -> list[Tensor]:
+        key = tuple(weights)
+        matrices = self._matrices.get(key)
+        if matrices is None:
+            matrices = self._matrices[key] = _merged([_numbers(weight) for weight in key])
+        return matrices
+
+    def norm_linear(
+        self, rows: NormInput, weights: Sequence[Weight], bias_N: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        matrices = self._matrices_of(weights)
+        if not self._is_lone(rows.residual_TM) or len(matrices) > 1:
+            return super().norm_linear(rows, weights, bias_N)
+        plan = plan_norm_matvec(matrices[0].shape[1])
+        return norm_matvec(rows, matrices[0], bias_N, plan)
+
+    def _is_lone(self, row_TM: Tensor) -> bool:
+        """Whether one row runs alone, in kernels that give it other bits than a batch would."""
+        num_tokens, hidden_size = row_TM.shape
+        return num_tokens == 1 and hidden_size <= MAX_COLUMNS and not self._is_deterministic
 
     def _product(self, x_TM: Tensor, matrix_NM: Tensor, bias: Tensor | None, out: Tensor) -> None:
         is_same = x_TM.dtype == matrix_NM.dtype
@@ -130,6 +162,15 @@ class TritonOps:
         assert scoring == "softmax", scoring
         return routes.route(logits_TE, top_k, renormalize, counts_E, num_live)
 
+    def norm_route(
+        self, rows: NormInput, router: Router, counts_E: Tensor, num_live: Tensor | None = None
+    ) -> Routed:
+        matrices = self._matrices_of(router.weights)
+        if not self._is_lone(rows.residual_TM) or len(matrices) > 1:
+            return super().norm_route(rows, router, counts_E, num_live)
+        tickets = self._tickets_on(counts_E.device)
+        return norm_route(rows, router, matrices[0], counts_E, num_live, tickets)
+
     def add_gated(self, out_TM: Tensor, x_TM: Tensor, gate_T1: Tensor | None) -> None:
         activations.add_gated(out_TM, x_TM, gate_T1)
 
@@ -140,6 +181,8 @@ class TritonOps:
         topk_ids: Tensor,
         experts: ExpertWeights,
         activation: Activation,
+        shared: SharedExpert | None = None,
+        gate_T1: Tensor | None = None,
     ) -> Tensor:
         stacked = self._stacks.get(experts)
         if stacked is None:
@@ -153,8 +196,14 @@ class TritonOps:
         plan = self._plans.moe(x_TM, top_k, stacked)
         if plan.is_direct and not self._is_deterministic:
             pairs = self._plans.pairs(x_TM, top_k, stacked)
-            return moe_of_pairs(x_TM, topk_weights, topk_ids, stacked, activation, pairs)
-        return run_moe(x_TM, topk_weights, topk_ids, stacked, activation, plan)
+            parts = None
+            if len(x_TM) == 1:
+                parts = shared_parts(shared, gate_T1, stacked.gate_EFM.shape[1])
+            out = moe_of_pairs(x_TM, topk_weights, topk_ids, stacked, activation, pairs, parts)
+            shared = shared if parts is None else None
+        else:
+            out = run_moe(x_TM, topk_weights, topk_ids, stacked, activation, plan)
+        return self.add_shared(out, x_TM, shared, gate_T1, activation)
 
     def rope_and_cache(
         self,
@@ -171,14 +220,73 @@ class TritonOps:
         self, q_THD: Tensor, layer: KVLayer, batch: AttentionBatch, scale: float, window: int | None
     ) -> Tensor:
         if batch.prefix is not None and not self._is_deterministic:
-            return shared_prefix_attention(q_THD, layer, batch, scale, window, batch.prefix)
+            return shared_prefix_attention(
+                q_THD, layer, batch, scale, window, batch.prefix, self._tickets_on(q_THD.device)
+            )
         return attention(
-            q_THD, layer, batch, scale, window, is_deterministic=self._is_deterministic
+            q_THD,
+            layer,
+            batch,
+            scale,
+            window,
+            is_deterministic=self._is_deterministic,
+            tickets=self._tickets_on(q_THD.device),
         )
+
+    def rope_attention(
+        self,
+        qkv_TN: Tensor,
+        num_heads: int,
+        rope: RopeTable,
+        qk_norm: QKNorm | None,
+        layer: KVLayer,
+        batch: AttentionBatch,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        is_lone = len(qkv_TN) == len(batch.seq_lens_S) == 1 and not self._is_deterministic
+        if not is_lone or not (qk_norm is None or qk_norm.per_head) or batch.prefix is not None:
+            return super().rope_attention(
+                qkv_TN, num_heads, rope, qk_norm, layer, batch, scale, window
+            )
+        head_size = layer.key.shape[3]
+        out = qkv_TN.new_empty((1, num_heads, head_size))
+        decode_attention(
+            qkv_TN.view(1, -1, head_size),
+            layer,
+            batch,
+            scale,
+            window,
+            out,
+            max_seq_len=seq_len_bound(layer, batch),
+            rope=QueryRope(rope=rope, qk_norm=qk_norm),
+            tickets=self._tickets_on(out.device),
+        )
+        return out.flatten(1)
+
+    def _tickets_on(self, device: torch.device) -> Tensor:
+        if self._tickets is None:
+            self._tickets = make_tickets(device)
+        return self._tickets
 
     def copy_blocks(self, arena: Tensor, copies: Sequence[tuple[int, int]]) -> None:
         for source, target in copies:
             arena[target].copy_(arena[source])
+
+
+def shared_parts(
+    shared: SharedExpert | None, gate_T1: Tensor | None, inner_size: int
+) -> SharedParts | None:
+    """Returns the shared expert as experts of `inner_size`, or None where it is not some of them
+    side by side."""
+    if shared is None or shared.gate.rows % inner_size:
+        return None
+    gate, up, down = _numbers(shared.gate), _numbers(shared.up), _numbers(shared.down)
+    assert gate.is_contiguous()
+    assert up.is_contiguous()
+    assert down.is_contiguous()
+    count = len(gate) // inner_size
+    return SharedParts(gate_NM=gate, up_NM=up, down_MN=down, logit=gate_T1, count=count)
 
 
 def stacked_view(weights: Sequence[Weight]) -> Tensor:

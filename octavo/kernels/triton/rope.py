@@ -18,6 +18,83 @@ from octavo.kernels.triton.overlap import launch_options, wait_turn
 HEADS_PER_PROGRAM = 8
 
 
+@triton.jit
+def rotated_heads(
+    row,
+    heads,
+    is_head,
+    weight_D,
+    position,
+    cos,
+    sin,
+    eps,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Returns [HEADS, BLOCK_D]: some heads, all of them queries or keys, of the qkv at `row`, as
+    `_rope_and_cache_kernel` norms (each head alone) and rotates them."""
+    d = tl.arange(0, BLOCK_D)
+    partner = tl.where(d < HALF, d + HALF, tl.where(d < 2 * HALF, d - HALF, d))
+    here = is_head[:, None] & (d < D)[None, :]
+    x = tl.load(row + heads[:, None] * D + d[None, :], mask=here, other=0.0).to(tl.float32)
+    y = tl.load(row + heads[:, None] * D + partner[None, :], mask=here, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
+        x = x * scale * tl.load(weight_D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        y = y * scale * tl.load(weight_D + partner, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    angle = position * HALF + tl.where(d < HALF, d, d - HALF)
+    c = tl.load(cos + angle, mask=d < 2 * HALF, other=1.0)
+    s = tl.load(sin + angle, mask=d < 2 * HALF, other=0.0)
+    return x * c[None, :] + y * tl.where(d < HALF, -s, s)[None, :]
+
+
+@triton.jit
+def rope_of_kv_head(
+    row,
+    kv_head,
+    position,
+    slot,
+    key,
+    value,
+    stride_block,
+    cos,
+    sin,
+    query_weight,
+    key_weight,
+    eps,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    HALF: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Returns the queries [BLOCK_M, BLOCK_D] of one kv head, whose k and v go to `slot`, unless it
+    is negative: this program's threads can load them then."""
+    rows = tl.arange(0, BLOCK_M)
+    is_head = rows < H // K
+    q = rotated_heads(
+        *(row, kv_head * (H // K) + rows, is_head, query_weight, position, cos, sin, eps),
+        *(D, HALF, HAS_NORM, BLOCK_D),
+    )
+    if slot >= 0:
+        one, d = tl.arange(0, 1), tl.arange(0, BLOCK_D)
+        k = rotated_heads(
+            *(row, H + kv_head + one, one == 0, key_weight, position, cos, sin, eps),
+            *(D, HALF, HAS_NORM, BLOCK_D),
+        )
+        v = tl.load(row + (H + K + kv_head) * D + d, mask=d < D, other=0.0)
+        at = (slot // P) * stride_block + (slot % P) * (K * D) + kv_head * D + d
+        tl.store(key + at[None, :], k.to(key.dtype.element_ty), mask=(d < D)[None, :])
+        tl.store(value + at, v.to(value.dtype.element_ty), mask=d < D)
+    tl.debug_barrier()
+    return q.to(row.dtype.element_ty)
+
+
 @launchable
 @triton.jit
 def _rope_and_cache_kernel(

@@ -25,9 +25,9 @@ UNCOUNTED_PAIRS = 1024
 BLOCKS_TILE = 32
 
 
-@launchable
 @triton.jit
-def route_kernel(
+def route_rows(
+    first_row,
     logits_TE,
     weights_TK,
     ids_TK,
@@ -42,22 +42,22 @@ def route_kernel(
     ROWS: tl.constexpr,
     EXPERTS: tl.constexpr,
     SLOTS: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    """p = softmax(logits); ids = the TOP_K largest p, of equal ones the lower id; weights = p[ids]
-    (over their sum where RENORMALIZE). A NaN row takes experts 0, 1, ... with weight NaN.
+    """For the tokens first_row .. first_row + ROWS: p = softmax(logits); ids = the TOP_K largest p,
+    of equal ones the lower id; weights = p[ids] (over their sum where RENORMALIZE). A NaN row takes
+    experts 0, 1, ... with weight NaN.
     counts[e] += tokens that chose e. HAS_PADDING: rows from num_live[0] on get ids of -1.
 
     logits_TE [T, E] any float; weights_TK float32 and ids_TK int32 [T, TOP_K]; counts_E integers.
     """
-    wait_turn(OVERLAP)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = first_row + tl.arange(0, ROWS)
     expert = tl.arange(0, EXPERTS)
     is_row = row < num_tokens
     is_in = is_row[:, None] & (expert < num_experts)[None, :]
     at = row.to(tl.int64)[:, None] * row_stride + expert[None, :]
-    logits = tl.load(logits_TE + at, mask=is_in, other=-float("inf")).to(tl.float32)
-    logits = tl.where(is_row[:, None], logits, 0.0)
+    # Past the L1 cache: other programs of this launch may have stored them (`norm_route_kernel`).
+    logits = tl.load(logits_TE + at, mask=is_in, other=-float("inf"), cache_modifier=".cg")
+    logits = tl.where(is_row[:, None], logits.to(tl.float32), 0.0)
     raised = tl.exp(logits - tl.max(logits, 1)[:, None])
     p = raised / tl.sum(raised, 1)[:, None]
     # The bits of floats that are not negative sort like them, and integers are reduced in one
@@ -88,6 +88,34 @@ def route_kernel(
     # Integers: the order of the additions does not show.
     one = tl.full([ROWS, SLOTS], 1, counts_E.dtype.element_ty)
     tl.atomic_add(counts_E + ids, one, mask=is_live, sem="relaxed")
+
+
+@launchable
+@triton.jit
+def route_kernel(
+    logits_TE,
+    weights_TK,
+    ids_TK,
+    counts_E,
+    num_live,
+    num_tokens,
+    num_experts,
+    row_stride,
+    TOP_K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    ROWS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """`route_rows` for ROWS tokens."""
+    wait_turn(OVERLAP)
+    route_rows(
+        tl.program_id(0) * ROWS,
+        *(logits_TE, weights_TK, ids_TK, counts_E, num_live, num_tokens, num_experts, row_stride),
+        *(TOP_K, RENORMALIZE, HAS_PADDING, ROWS, EXPERTS, SLOTS),
+    )
 
 
 def route(

@@ -281,6 +281,7 @@ def shared_prefix_attention(
     scale: float,
     window: int | None,
     plan: SharedPrefix,
+    tickets: Tensor | None = None,
 ) -> Tensor:
     """Returns what `attention` returns, [T, H * D], reading the plan's shared blocks once.
 
@@ -299,6 +300,7 @@ def shared_prefix_attention(
         max_seq_len=plan.max_tail,
         shared=(plan.shared_tokens_S, plan.shared_slots_S),
         partials=partials,
+        tickets=tickets,
     )
     tiles_attention(q_THD, layer, batch, scale, window, out)
     return out.flatten(1)
