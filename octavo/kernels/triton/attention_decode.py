@@ -33,6 +33,7 @@ TARGET_PROGRAMS = 528
 MAX_REGISTERS = 128
 """Of a thread of the split kernel, which it needs for the splits; four programs then fit a
 multiprocessor, where merging alone would take more."""
+EARLY_PROGRAMS = 264
 MERGE_ROWS = 2
 """Heads times slots that `merge_heads` takes at a time; more cost registers of the whole kernel."""
 
@@ -463,7 +464,8 @@ def decode_attention(
         num_warps=num_warps,
         num_stages=num_stages,
         **({"maxnreg": MAX_REGISTERS} if dtype.itemsize < 4 and head_size <= 128 else {}),
-        **launch_options(q_THD.device),
+        # A grid that leaves room does not crowd what comes next.
+        **launch_options(q_THD.device, is_early=rows * num_kv_heads * programs <= EARLY_PROGRAMS),
     )
 
 

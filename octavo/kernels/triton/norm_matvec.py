@@ -220,7 +220,7 @@ def norm_route(
         EXPERTS=next_power_of_2(num_experts),
         SLOTS=next_power_of_2(router.top_k),
         num_warps=num_warps,
-        **launch_options(residual.device),
+        **launch_options(residual.device, is_early=True),
     )
     return Routed(
         x_TM=normed,
