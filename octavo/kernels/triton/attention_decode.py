@@ -33,7 +33,7 @@ TARGET_PROGRAMS = 528
 MAX_REGISTERS = 128
 """Of a thread of the split kernel, which it needs for the splits; four programs then fit a
 multiprocessor, where merging alone would take more."""
-EARLY_PROGRAMS = 264
+EARLY_PROGRAMS = TARGET_PROGRAMS
 MERGE_ROWS = 2
 """Heads times slots that `merge_heads` takes at a time; more cost registers of the whole kernel."""
 
