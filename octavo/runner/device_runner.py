@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 MAX_PADDED_TOKENS = 2048
 """Steps of more tokens take the device longer than the host takes to launch them."""
 COUNTS_PERIOD = 64
-"""Steps between two readings of how many tokens went to each expert."""
+"""Steps between two readings of how many tokens went to each expert; so is the last of a run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,11 +103,13 @@ class DeviceRunner:
         shape = (len(spec.moe_layers), spec.max_experts)
         self._counts_LE = torch.zeros(shape, dtype=torch.int64, device=device)
         self._reported_LE = np.zeros(shape, np.int64)
+        self._num_under_way = 0
         self.step_bytes = 0
         """The most that a warm-up step took of the device, beyond what lay there before."""
 
     def launch(self, plan: StepPlan) -> object:
         """Enqueues the step; what it raises, `collect` raises."""
+        self._num_under_way += 1
         try:
             with torch.inference_mode(), self._transfer.step():
                 self._update_rows(plan)
@@ -121,12 +123,14 @@ class DeviceRunner:
     def collect(self, ticket: object) -> StepResult:
         """Returns the result of a launched step; raises what the step raised."""
         assert isinstance(ticket, _Ticket), ticket
+        self._num_under_way -= 1
         if ticket.error is not None:
             raise ticket.error
-        result = _joined(ticket.plan, ticket.parts)
-        if ticket.counts is None:
-            return result
-        return replace(result, expert_counts=self._new_counts(ticket.counts))
+        result, counts = _joined(ticket.plan, ticket.parts), ticket.counts
+        if counts is None and not self._num_under_way and self._counts_LE.numel():
+            with torch.inference_mode(), self._transfer.step():
+                counts = self._transfer.download([self._counts_LE.clone()])
+        return result if counts is None else replace(result, expert_counts=self._new_counts(counts))
 
     def close(self) -> None:
         """Waits for the device."""
@@ -169,6 +173,7 @@ class DeviceRunner:
                 self._batch.host.free(row)
                 self._sampler.free_row(row)
             self._counts_LE.zero_()
+        self._reported_LE = np.zeros_like(self._reported_LE)
         self.step_bytes = max(self.step_bytes, _peak(self._device) - before)
 
     def _update_rows(self, plan: StepPlan) -> None:

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from octavo.formats import WEIGHT_FORMATS
-from octavo.kernels.ops import KVLayer, NormInput, QKNorm, RopeTable, Router, SharedExpert, Weight
+from octavo.kernels.ops import (
+    AttentionBatch,
+    KVLayer,
+    NormInput,
+    QKNorm,
+    RopeTable,
+    Router,
+    SharedExpert,
+    Weight,
+)
 from tests.kernels.cases import floats, make_paged
 from tests.kernels.test_triton_attention import _there
 from tests.kernels.test_triton_ops import (
@@ -205,3 +214,33 @@ def test_rope_within_attention_is_rope_before_it(
         assert_near(one.key[at], other.key[at], 1e-6)
         assert torch.equal(one.value[at], other.value[at])
     assert ops._tickets is None or not ops._tickets.any()
+
+
+def test_pages_that_lie_beyond_two_billion_numbers_are_found(rng: np.random.Generator) -> None:
+    heads, kv_heads, size, stride = 4, 2, 16, 2**30
+    page = 16 * kv_heads * size
+    # Nearly all of it is never touched, so that the host has no memory behind it.
+    arena = torch.empty(2 * stride + 2 * page, dtype=torch.float16, device=DEVICE)
+    shape, strides = (3, 16, kv_heads, size), (stride, kv_heads * size, size, 1)
+    angles = floats(rng, 20, size // 2).to(DEVICE)
+    rope = RopeTable(cos=angles.cos(), sin=angles.sin(), rotary_dim=size)
+    layer = KVLayer(
+        key=arena.as_strided(shape, strides), value=arena.as_strided(shape, strides, page)
+    )
+    ops, apart = make_ops(is_deterministic=False), make_ops()
+    qkv = floats(rng, 5, (heads + 2 * kv_heads) * size).to(DEVICE, torch.float16)
+    found = []
+    for each in (ops, apart):
+        arena[2 * stride :] = math.nan
+        for position in range(5):
+            batch = AttentionBatch(
+                positions_T=torch.tensor([position], dtype=torch.int32, device=DEVICE),
+                slot_mapping_T=torch.tensor([32 + position], dtype=torch.int32, device=DEVICE),
+                query_starts=torch.tensor([0, 1], dtype=torch.int32, device=DEVICE),
+                seq_lens_S=torch.tensor([position + 1], dtype=torch.int32, device=DEVICE),
+                block_table=torch.tensor([[2]], dtype=torch.int32, device=DEVICE),
+            )
+            row = qkv[position : position + 1]
+            out = each.rope_attention(row, heads, rope, None, layer, batch, 0.25, None)
+        found.append(out.float())
+    assert_near(found[0], found[1], 2e-3)

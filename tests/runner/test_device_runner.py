@@ -324,15 +324,18 @@ def test_expert_counts_are_what_was_new_since_the_last_report() -> None:
         sequence, other = driver.add(prompt(11)), driver.add(prompt(5, 1))
         driver.step_id = 1
         reports: list[np.ndarray] = []
-        computed: list[int] = []
-        driver.step([(sequence, 11), (other, 5)])
-        for _ in range(2 * COUNTS_PERIOD):
-            result = driver.step([(sequence, 1), (other, 1)])
+        launched = [driver.launch([(sequence, 11), (other, 5)])]
+        for _ in range(2 * COUNTS_PERIOD):  # one step ahead, as the engine does
+            launched.append(driver.launch([(sequence, 1), (other, 1)]))
+            result = driver.collect(launched.pop(0))
             assert (result.expert_counts is None) == bool(result.step_id % COUNTS_PERIOD)
             if result.expert_counts is not None:
                 reports.append(result.expert_counts)
-                computed = [t for s in (sequence, other) for t in s.tokens[: s.num_computed]]
-        assert [int(report.sum()) for report in reports] == [16 + 2 * 63, 2 * COUNTS_PERIOD]
+        last = driver.collect(launched.pop(0))  # nothing follows it
+        assert last.expert_counts is not None
+        reports.append(last.expert_counts)
+        assert [int(report.sum()) for report in reports] == [16 + 2 * 63, 2 * COUNTS_PERIOD, 2]
+        computed = [t for s in (sequence, other) for t in s.tokens[: s.num_computed]]
         ids = np.array(computed) % NUM_EXPERTS
         np.testing.assert_array_equal(
             np.sum(reports, axis=0)[0], np.bincount(ids, minlength=NUM_EXPERTS)

@@ -88,7 +88,7 @@ def rope_of_kv_head(
             *(D, HALF, HAS_NORM, BLOCK_D),
         )
         v = tl.load(row + (H + K + kv_head) * D + d, mask=d < D, other=0.0)
-        at = (slot // P) * stride_block + (slot % P) * (K * D) + kv_head * D + d
+        at = (slot // P).to(tl.int64) * stride_block + (slot % P) * (K * D) + kv_head * D + d
         tl.store(key + at[None, :], k.to(key.dtype.element_ty), mask=(d < D)[None, :])
         tl.store(value + at, v.to(value.dtype.element_ty), mask=d < D)
     tl.debug_barrier()
