@@ -266,7 +266,7 @@ def measure(shape: Namespace, model: Decoder, step: Step, is_profiled: bool) -> 
         with mode(name):
             graph, hidden = graphs[name] = capture(step.run)
             layer_us = replay_us([step.run]) / LAYERS
-            head_us = replay_us([lambda hidden=hidden: model.logits(hidden)])
+            head_us = replay_us([lambda hidden=hidden: model.ops.logits(hidden, model.lm_head)])
         token_ms = (shape.layers * layer_us + head_us) / 1e3
         cells.append(f"\n    {name:16} {layer_us:8.1f} us a layer {token_ms:6.2f} ms a token")
         if is_profiled:

@@ -195,24 +195,25 @@ def _decode_kernel(
     BLOCK_D: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """The H // K query heads of kv head `program 1` of one token, a run of splits by `program 2`.
+    """The H // K query heads of kv head `program 0` of one token, a run of splits by `program 2`.
 
     out = softmax(scale q k^T) v over [low, len), for each split on its own (online over tiles of
     BLOCK_N): a row with one split writes `out` [T, H, D]; more write `partial_out` (normalised)
     and `partial_lse` (base 2), where `slots_of` the row are (its sequence's where PACKED), and the
     last of their programs merges them, MERGE_M >= H // K heads at once.
-    Program 0 names a token (BY_TOKEN: any query) or a sequence, skipped unless it has one query.
+    Program 1 names a token (BY_TOKEN: any query) or a sequence, skipped unless it has one query.
     HAS_SHARED: the first shared_tokens[s] tokens are done elsewhere, in shared_slots[s] slots.
+    Heads are fastest in the grid: what they read of a page lies side by side in memory.
     HALF: q is qkv [T, (H + 2 K) D] before norm and RoPE, whose k and v are written on the way.
     """
     GROUP: tl.constexpr = H // K
     wait_turn(OVERLAP)
     if BY_TOKEN:
-        t = tl.program_id(0).to(tl.int64)
+        t = tl.program_id(1).to(tl.int64)
         sequence = tl.load(token_sequences + t).to(tl.int64)
         length = tl.load(positions + t) + 1
     else:
-        sequence = tl.program_id(0).to(tl.int64)
+        sequence = tl.program_id(1).to(tl.int64)
         t = tl.load(query_starts + sequence).to(tl.int64)
         beyond = tl.load(query_starts + sequence + 1)
         length = tl.load(seq_lens + sequence)
@@ -228,7 +229,7 @@ def _decode_kernel(
     size = _split_size(length - low)
     first = low // size
     count = tl.cdiv(length, size) - first
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(0)
     rows = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_n = tl.arange(0, BLOCK_N)
@@ -296,7 +297,7 @@ def _decode_kernel(
         acc = tl.where(done, 0.0, acc)
     if (count < 2) & (before == 0):
         return
-    if is_last(tickets + tl.program_id(0) * K + kv_head, num_busy):
+    if is_last(tickets + tl.program_id(1) * K + kv_head, num_busy):
         merge_kv_head(
             *(out, partial_out, partial_lse, row, t, kv_head, slot_starts, num_slots),
             *(before + count, H, K, D, PACKED, MERGE_M, MERGE_ROWS, BLOCK_D),
@@ -424,7 +425,7 @@ def decode_attention(
     block_n, num_warps, num_stages = shape or decode_shape(head_size, dtype)
     group = num_heads // num_kv_heads
     programs = min(slots, max(1, -(-TARGET_PROGRAMS // (rows * num_kv_heads))))
-    _decode_kernel[(rows, num_kv_heads, programs)](
+    _decode_kernel[(num_kv_heads, rows, programs)](
         out,
         partials.out,
         partials.lse,
