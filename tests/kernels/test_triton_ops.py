@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ from tests.kernels.triton_interpreter import DEVICE
 from octavo.kernels.triton import linear, matvec, moe, route  # isort: skip
 from octavo.kernels.triton.moe import Launch, MoePlan, plan_moe
 from octavo.kernels.triton.ops import TritonOps, stacked_view
-from octavo.kernels.triton.tickets import make_tickets
 
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 if DEVICE == "cpu":
@@ -292,24 +290,6 @@ def test_every_plan_of_a_dense_product_is_right(rng: np.random.Generator, tokens
         out = torch.full((tokens, 300), math.nan, dtype=torch.float16, device=DEVICE)
         linear.product(x, weight, None, out, linear.plan_product(tokens, 300, can_tma=tma))
         assert_near(out, x.double() @ weight.double().T, 2e-3)
-
-
-@pytest.mark.parametrize("splits", [2, 4, 16])
-def test_programs_that_share_a_sum_add_their_parts_in_order(
-    rng: np.random.Generator, splits: int
-) -> None:
-    weight = (floats(rng, 70, 136) / 12).to(DEVICE, torch.float16)
-    x, bias = floats(rng, 20, 136).to(DEVICE, torch.float16), floats(rng, 70).to(DEVICE)
-    tickets = make_tickets(x.device)
-    plan = replace(linear.plan_product(20, 70, can_tma=False), block_k=32, splits=splits)
-    found = []
-    for rows in (slice(0, 20), slice(7, 8)):
-        out = torch.full((20, 70), math.nan, dtype=torch.float16, device=DEVICE)[rows]
-        linear.product(x[rows], weight, bias, out, plan, tickets)
-        assert_near(out, x[rows].double() @ weight.double().T + bias.double(), 2e-3)
-        assert not tickets.any()
-        found.append(out)
-    assert torch.equal(found[0][7:8], found[1])
 
 
 @pytest.mark.parametrize("plan", [(1, 64, 1), (4, 256, 4), (16, 32, 2)])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,7 +15,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from octavo.kernels.triton.launch import launchable
 from octavo.kernels.triton.moe import TL_DTYPES, tile_of_program
 from octavo.kernels.triton.overlap import launch_options, wait_turn
-from octavo.kernels.triton.tickets import is_last, make_tickets
 
 
 @launchable
@@ -26,14 +24,11 @@ def product_kernel(
     weight_NM,
     bias_N,
     out_TN,
-    parts_STN,
-    tickets,
     num_tokens,
     num_rows,
     hidden_size,
     weight_stride,
     out_stride,
-    SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -47,44 +42,37 @@ def product_kernel(
 
     x_TM [T, M] contiguous, weight_NM [N, M] and out_TN [T, N] with row strides, bias_N [N] any
     float. TMA: x and weight are tensor descriptors of blocks [BLOCK_T or BLOCK_N, BLOCK_K].
-    SPLITS programs share a tile, each summing its part of m into parts_STN [SPLITS, T, N] float32;
-    the last of them adds the parts in their order.
+    The first weights are asked for before the turn, as no kernel writes them.
     """
     row_block, column_block = tile_of_program(
         tl.cdiv(num_tokens, BLOCK_T), tl.cdiv(num_rows, BLOCK_N), GROUP
     )
-    wait_turn(OVERLAP)
     row = row_block * BLOCK_T + tl.arange(0, BLOCK_T)
     column = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     is_row = row < num_tokens
+    total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     if not TMA:
         safe = tl.where(column < num_rows, column, 0).to(tl.int64)
         x_at = x_TM + row.to(tl.int64)[:, None] * hidden_size + k[None, :]
-        w_at = weight_NM + safe[None, :] * weight_stride + k[:, None]
-    total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-    share = tl.cdiv(hidden_size, SPLITS * BLOCK_K) * BLOCK_K
-    split = tl.program_id(1)
-    for start in range(split * share, tl.minimum((split + 1) * share, hidden_size), BLOCK_K):
-        left = hidden_size - start
+        weight_at = weight_NM + safe[None, :] * weight_stride + k[:, None]
+        w = tl.load(weight_at, mask=(k < hidden_size)[:, None], other=0.0)
+    wait_turn(OVERLAP)
+    FIRST: tl.constexpr = 0 if TMA else BLOCK_K
+    if not TMA:
+        x = tl.load(x_at, mask=is_row[:, None] & (k < hidden_size)[None, :], other=0.0)
+        total = tl.dot(x.to(COMPUTE), w.to(COMPUTE), total, input_precision="ieee")
+    for start in range(FIRST, hidden_size, BLOCK_K):
         if TMA:
             x = x_TM.load([row_block * BLOCK_T, start])
             w = weight_NM.load([column_block * BLOCK_N, start]).T
         else:
-            x = tl.load(x_at + start, mask=is_row[:, None] & (k < left)[None, :], other=0.0)
-            w = tl.load(w_at + start, mask=(k < left)[:, None], other=0.0)
+            is_in = k < hidden_size - start
+            x = tl.load(x_at + start, mask=is_row[:, None] & is_in[None, :], other=0.0)
+            w = tl.load(weight_at + start, mask=is_in[:, None], other=0.0)
         total = tl.dot(x.to(COMPUTE), w.to(COMPUTE), total, input_precision="ieee")
     is_column = column < num_rows
     is_out = is_row[:, None] & is_column[None, :]
-    if SPLITS > 1:
-        part = row.to(tl.int64)[:, None] * num_rows + column[None, :]
-        tl.store(parts_STN + split * num_tokens * num_rows + part, total, mask=is_out)
-        if not is_last(tickets + tl.program_id(0), SPLITS):
-            return
-        total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-        for other in tl.static_range(SPLITS):
-            at = parts_STN + other * num_tokens * num_rows + part
-            total += tl.load(at, mask=is_out, other=0.0, cache_modifier=".cg")
     if HAS_BIAS:
         total += tl.load(bias_N + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
     out = out_TN + row.to(tl.int64)[:, None] * out_stride + column[None, :]
@@ -101,8 +89,6 @@ class ProductPlan:
     num_warps: int
     num_stages: int
     tma: bool
-    splits: int = 1
-    """Programs that share the sum of one tile."""
 
     def of_floats(self) -> ProductPlan:
         """Returns the plan for float32: blocks of as many bytes."""
@@ -119,8 +105,8 @@ def plan_product(num_tokens: int, num_rows: int, *, can_tma: bool) -> ProductPla
         block_n, block_k, num_stages = 16, 256, 4
     elif num_rows <= 4096 or (block_t == 16 and num_rows <= 16384):
         block_n, block_k, num_stages = 32, 128, 5
-    elif block_t < 64 and num_rows > 16384:
-        block_n, block_k, num_stages = 32, 256, 3
+    elif num_rows > (8192 if block_t == 64 else 16384):
+        block_n, block_k, num_stages = 128, 128, 3
     else:
         block_n, block_k, num_stages = 64, 128, 4
     if num_tokens > 64:
@@ -140,15 +126,9 @@ def plan_product(num_tokens: int, num_rows: int, *, can_tma: bool) -> ProductPla
 
 
 def product(
-    x_TM: Tensor,
-    weight_NM: Tensor,
-    bias_N: Tensor | None,
-    out_TN: Tensor,
-    plan: ProductPlan,
-    tickets: Tensor | None = None,
+    x_TM: Tensor, weight_NM: Tensor, bias_N: Tensor | None, out_TN: Tensor, plan: ProductPlan
 ) -> None:
-    """Writes x @ weight.T (+ bias) to `out_TN`, whose rows may be strided. `tickets`: see
-    `make_tickets`; made where a plan needs some and there are none."""
+    """Writes x @ weight.T (+ bias) to `out_TN`, whose rows may be strided."""
     num_tokens, hidden_size = x_TM.shape
     num_rows = weight_NM.shape[0]
     assert out_TN.shape == (num_tokens, num_rows)
@@ -159,25 +139,17 @@ def product(
     if num_tokens == 0:
         return
     is_same = x_TM.dtype == weight_NM.dtype
-    tiles = -(-num_tokens // plan.block_t) * -(-num_rows // plan.block_n)
-    parts = out_TN
-    if plan.splits > 1:
-        parts = x_TM.new_empty((plan.splits, num_tokens, num_rows), dtype=torch.float32)
-        tickets = make_tickets(x_TM.device) if tickets is None else tickets
-        assert tiles <= len(tickets), (tiles, len(tickets))
-    product_kernel[(tiles, plan.splits)](
+    grid = -(-num_tokens // plan.block_t) * -(-num_rows // plan.block_n)
+    product_kernel[(grid,)](
         _tiles(x_TM, plan.block_t, plan),
         _tiles(weight_NM, plan.block_n, plan),
         x_TM if bias_N is None else bias_N,
         out_TN,
-        parts,
-        x_TM if tickets is None else tickets,
         num_tokens,
         num_rows,
         hidden_size,
         weight_NM.stride(0),
         out_TN.stride(0),
-        SPLITS=plan.splits,
         BLOCK_T=plan.block_t,
         BLOCK_N=plan.block_n,
         BLOCK_K=plan.block_k,
