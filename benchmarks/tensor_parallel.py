@@ -24,6 +24,8 @@ from octavo.cli.bench.shapes import fixed_prompts, write_model
 PROMPT_LENGTH, NUM_PROMPTS, NUM_TOKENS = 100, 8, 64
 BATCHES = (1, 32)
 TIMED_TOKENS, REPEATS = 128, 5
+KV_BYTES = 2**30
+"""Room for the longest of the batches, whatever else uses the GPUs."""
 
 Tokens = list[list[int]]
 
@@ -68,6 +70,7 @@ def measure(folder: Path, dtype: str, size: int, device: str) -> tuple[Tokens, d
         max_model_len=2048,
         max_num_seqs=max(BATCHES),
         prefix_caching="off",
+        kv_cache_memory_bytes=KV_BYTES,
         tensor_parallel_size=size,
     )
     figures = {
