@@ -73,7 +73,6 @@ types = {"queries": rows, "key": page, "value": page, "out": "*bf16", "scale_log
 types |= dict.fromkeys(("query_starts", "seq_lens", "block_table"), "*i32")
 types |= dict.fromkeys(("num_sequences", "num_tiles", "stride_table"), "i32")
 constants = {"H": 8, "GROUP": 4, "D": 128, "SHORT": 64, "ROWS": 64, "BLOCK_N": 128, "STAGES": 2}
-constants["PINGPONG"] = False
 signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
 at = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
 source = GluonASTSource(kernel, signature, at)

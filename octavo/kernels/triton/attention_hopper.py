@@ -180,11 +180,10 @@ def _softmax(s, m, total, position, start, scale_log2, MASKED: gl.constexpr):
 @gluon.jit
 def _advance(
     acc, p, m, total, shrink, q, position, tile, tiles, base, scale_log2,
-    k, v, k_full, k_empty, v_full, v_empty, mine, other, talk,
-    MASKED: gl.constexpr, PINGPONG: gl.constexpr,
+    k, v, k_full, k_empty, v_full, v_empty, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Issues q k^T of `tile` and p v of the tile before, and takes the softmax of the former while
-    the latter runs. `base`: KV tiles before this piece; `talk`: calls of this function."""
+    the latter runs. `base`: KV tiles before this piece."""
     S: gl.constexpr = k.shape[0]
     N: gl.constexpr = k.shape[1]
     s_layout: gl.constexpr = m.type.layout.parent
@@ -192,15 +191,11 @@ def _advance(
     now = base + tile
     stage = now % S
     before = (now - 1) % S
-    if PINGPONG:
-        mbarrier.wait(mine, talk & 1)
     s = gl.zeros([m.shape[0], N], gl.float32, s_layout)
     s = warpgroup_mma(q, k.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(before), (now - 1) // S & 1)
     acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc_layout))[:, None]
     acc = warpgroup_mma(p, v.index(before), acc, is_async=True)
-    if PINGPONG:
-        mbarrier.arrive(other)
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(k_empty.index(stage))
     x, m, total, shrink = _softmax(s, m, total, position, tile * N, scale_log2, MASKED)
@@ -213,8 +208,8 @@ def _advance(
 
 @gluon.jit
 def _attend(
-    q, k, v, k_full, k_empty, v_full, v_empty, q_empty, mine, other, talk, base,
-    first, num_queries, length, tiles, scale_log2, P: gl.constexpr, PINGPONG: gl.constexpr,
+    q, k, v, k_full, k_empty, v_full, v_empty, q_empty, base,
+    first, num_queries, length, tiles, scale_log2, P: gl.constexpr,
 ):  # fmt: skip
     """Returns softmax(scale q k^T) v of the sequence's queries from `first` on."""
     M: gl.constexpr = q.shape[0]
@@ -240,12 +235,12 @@ def _attend(
     for tile in range(1, whole):
         acc, p, m, total, shrink = _advance(
             acc, p, m, total, shrink, q, position, tile, tiles, base, scale_log2, k, v, k_full,
-            k_empty, v_full, v_empty, mine, other, talk + tile - 1, False, PINGPONG,
+            k_empty, v_full, v_empty, False,
         )  # fmt: skip
     for tile in range(whole, tiles):
         acc, p, m, total, shrink = _advance(
             acc, p, m, total, shrink, q, position, tile, tiles, base, scale_log2, k, v, k_full,
-            k_empty, v_full, v_empty, mine, other, talk + tile - 1, True, PINGPONG,
+            k_empty, v_full, v_empty, True,
         )  # fmt: skip
     mbarrier.arrive(q_empty)
     last = base + tiles - 1
@@ -261,7 +256,7 @@ def _attend(
 @gluon.jit
 def _consume(
     INDEX: gl.constexpr, H: gl.constexpr, SHORT: gl.constexpr, P: gl.constexpr,
-    PINGPONG: gl.constexpr, out, scale_log2, talks,
+    out, scale_log2,
     turns, query_starts, seq_lens, num_sequences, num_tiles,
     q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty,
 ):  # fmt: skip
@@ -281,8 +276,7 @@ def _consume(
             mbarrier.wait(q_full, done & 1)
             mean = _attend(
                 q.index(INDEX), k, v, k_full, k_empty, v_full, v_empty, q_empty,
-                talks.index(INDEX), talks.index(1 - INDEX), base - done, base,
-                first, num_queries, length, tiles, scale_log2, P, PINGPONG,
+                base, first, num_queries, length, tiles, scale_log2, P,
             )  # fmt: skip
             query = first + gl.arange(0, M, gl.SliceLayout(1, wide))
             at = (row + query).to(gl.int64)[:, None] * (H * D) + head * D
@@ -313,7 +307,6 @@ def _hopper_kernel(
     ROWS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
-    PINGPONG: gl.constexpr,
 ):
     """out = softmax(scale q k^T + causal mask) v by pieces of one head and 2 * ROWS queries.
 
@@ -333,7 +326,6 @@ def _hopper_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    talks = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
     mbarrier.init(q_full, count=1)
     mbarrier.init(q_empty, count=2)
     for i in gl.static_range(STAGES):
@@ -341,20 +333,16 @@ def _hopper_kernel(
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=2)
         mbarrier.init(v_empty.index(i), count=2)
-    for i in gl.static_range(2):
-        mbarrier.init(talks.index(i), count=1)
     fence_async_shared()
-    if PINGPONG:
-        mbarrier.arrive(talks.index(0))
     turns = gl.cdiv(H * num_tiles, gl.num_programs(0))
     common = (turns, query_starts, seq_lens, num_sequences, num_tiles,
               q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty)  # fmt: skip
-    result = (out, scale_log2, talks) + common  # noqa: RUF005 (Gluon has no stars)
+    result = (out, scale_log2) + common  # noqa: RUF005 (Gluon has no stars)
     source = (block_table, stride_table, queries, key, value) + common  # noqa: RUF005
     gl.warp_specialize(
         [
-            (_consume, (0, H, SHORT, P, PINGPONG) + result),  # noqa: RUF005
-            (_consume, (1, H, SHORT, P, PINGPONG) + result),  # noqa: RUF005
+            (_consume, (0, H, SHORT, P) + result),  # noqa: RUF005
+            (_consume, (1, H, SHORT, P) + result),  # noqa: RUF005
             (_produce, (H, GROUP, SHORT) + source),  # noqa: RUF005
         ],
         [4, 1],
@@ -399,9 +387,6 @@ def hopper_attention(
     scale: float,
     out: Tensor,
     short: int,
-    *,
-    pingpong: bool = False,
-    stay: bool = True,
 ) -> None:
     """Writes the rows of `out` [T, H * D] whose sequences have more than `short` queries."""
     check_query(q_THD, layer, batch)
@@ -411,7 +396,7 @@ def hopper_attention(
     page = [1, block_size, HALF]
     num_tiles = cdiv(num_tokens, 2 * ROWS) + num_sequences - 1
     pieces = num_heads * num_tiles
-    _hopper_kernel[(min(pieces, _num_processors(q_THD.device)) if stay else pieces,)](
+    _hopper_kernel[(min(pieces, _num_processors(q_THD.device)),)](
         _describe(q_THD.flatten(1), [ROWS, head_size]),
         _describe(layer.key.flatten(2), page),
         _describe(layer.value.flatten(2), page),
@@ -430,6 +415,5 @@ def hopper_attention(
         ROWS=ROWS,
         BLOCK_N=BLOCK_N,
         STAGES=STAGES,
-        PINGPONG=pingpong,
         num_warps=4,
     )
