@@ -65,7 +65,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
-from octavo.kernels.triton.attention_hopper import _hopper_kernel as kernel
+from octavo.kernels.triton.attention_hopper import _hopper_kernel
+
+kernel = _hopper_kernel._function
 
 page = f"tensordesc<bf16[1,16,64],{gl.NVMMASharedLayout(128, 16, 3)!r}>"
 rows = f"tensordesc<bf16[64,128],{gl.NVMMASharedLayout(128, 16, 2)!r}>"

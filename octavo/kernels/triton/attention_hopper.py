@@ -24,7 +24,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from octavo.kernels.ops import AttentionBatch, KVLayer
 from octavo.kernels.triton.attention_decode import LOG2_E, check_query
-from octavo.kernels.triton.launch import cdiv
+from octavo.kernels.triton.launch import cdiv, launchable
 from octavo.kernels.triton.overlap import is_hopper
 
 ROWS = 64
@@ -33,6 +33,8 @@ BLOCK_N = 128
 STAGES = 2
 HALF = 64
 """Columns of the 128-byte rows that TMA swizzles and that wgmma reads."""
+ROW_LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
+PAGE_LAYOUT = gl.NVMMASharedLayout(128, 16, 3)
 
 
 @gluon.jit
@@ -287,6 +289,7 @@ def _consume(
         base += tiles
 
 
+@launchable
 @gluon.jit(do_not_specialize=["num_sequences", "num_tiles", "stride_table"])
 def _hopper_kernel(
     queries,
@@ -376,10 +379,6 @@ def fits(q_THD: Tensor, layer: KVLayer, window: int | None) -> bool:
     )
 
 
-def _describe(x: Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout(128, 16, len(block)))
-
-
 def hopper_attention(
     q_THD: Tensor,
     layer: KVLayer,
@@ -397,9 +396,9 @@ def hopper_attention(
     num_tiles = cdiv(num_tokens, 2 * ROWS) + num_sequences - 1
     pieces = num_heads * num_tiles
     _hopper_kernel[(min(pieces, _num_processors(q_THD.device)),)](
-        _describe(q_THD.flatten(1), [ROWS, head_size]),
-        _describe(layer.key.flatten(2), page),
-        _describe(layer.value.flatten(2), page),
+        TensorDescriptor.from_tensor(q_THD.flatten(1), [ROWS, head_size], ROW_LAYOUT),
+        TensorDescriptor.from_tensor(layer.key.flatten(2), page, PAGE_LAYOUT),
+        TensorDescriptor.from_tensor(layer.value.flatten(2), page, PAGE_LAYOUT),
         out,
         batch.query_starts,
         batch.seq_lens_S,
