@@ -5,15 +5,14 @@ python benchmarks/triton_attention.py [check] [check_shared] [check_hopper] [dec
 
 Floor: bytes read and written over 3.0 TB/s, or operations over 780 TFLOP/s, whichever is longer
 (measured ceilings of an H100 SXM). `check` compares with float64 first. `hopper` times the
-portable kernels beside those of attention_hopper.py, which `check_hopper` checks in a process of
-its own, as they may hang.
+portable kernels beside those of attention_hopper.py, which `check_hopper` checks in processes
+of their own, as they may hang.
 """
 
 # ruff: noqa: B023 (every closure is called before its loop goes on)
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from time import perf_counter
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -366,8 +366,8 @@ def alone(batch: AttentionBatch, s: int, rows: slice) -> AttentionBatch:
 
 def check_hopper_chunks(H: int, K: int, D: int, dtype: torch.dtype) -> str:
     """Long and short chunks of many lengths, in batches and alone, cut in two ways."""
-    lens = [65, 1, 128, 127, 129, 1000, 64, 5000, 4097, 300, 2048, 8, 20000, 1025, 1088, 3000]
-    query_lens = [65, 1, 128, 70, 129, 1000, 64, 333, 4097, 66, 65, 8, 33, 2, 64, 63]
+    lens = [65, 1, 128, 127, 129, 1000, 64, 5000, 2049, 300, 2048, 8, 20000, 1025, 1088, 3000]
+    query_lens = [65, 1, 128, 70, 129, 1000, 64, 333, 2049, 66, 65, 8, 33, 2, 64, 63]
     lens, query_lens = lens + [2500] * 12, query_lens + [64] * 12
     num_blocks = sum(-(-n // BLOCK) for n in lens) + 5
     layer = make_layers(num_blocks, 2, K, D, dtype)[1]
@@ -416,25 +416,33 @@ def check_hopper_shared(H: int, K: int, D: int, dtype: torch.dtype) -> str:
     return f"{'WRONG' if notes else 'ok'} error {worst:.1e} {'; '.join(notes[:6])}"
 
 
-def check_hopper_here() -> None:
+def check_hopper_case(*case: Any) -> None:
     torch.manual_seed(0)
-    bf16, f16 = torch.bfloat16, torch.float16
-    cases = [(8, 1, 128, bf16), (4, 4, 128, bf16), (6, 2, 128, f16), (8, 2, 64, bf16)]
-    for case in [*cases, (16, 1, 128, bf16), (4, 4, 64, f16)]:
-        for form in (check_hopper_chunks, check_hopper_shared):
-            try:
-                line = form(*case)
-            except Exception:
-                line = f"FAILED {traceback.format_exc(limit=-2)}"
-            print(form.__name__, case, line, flush=True)
+    for form in (check_hopper_chunks, check_hopper_shared):
+        try:
+            line = form(*case)
+        except Exception:
+            line = f"FAILED {traceback.format_exc(limit=-2)}"
+        print(form.__name__, case, line, flush=True)
 
 
 def check_hopper() -> None:
-    command = [sys.executable, __file__, "check_hopper_here"]
-    try:
-        subprocess.run(command, timeout=60, check=False)
-    except subprocess.TimeoutExpired:
-        print("HANGS or is slow")
+    """Every case in a process of its own, the first two with the models' heads."""
+    bf16, f16 = torch.bfloat16, torch.float16
+    cases = [(32, 4, 128, bf16), (16, 16, 128, bf16), (6, 2, 128, f16), (8, 2, 64, bf16)]
+    cases += [(16, 1, 128, bf16), (4, 4, 64, f16)]
+    context = get_context("spawn")
+    jobs = [context.Process(target=check_hopper_case, args=case) for case in cases]
+    for job in jobs:
+        job.start()
+    end = perf_counter() + 60
+    for case, job in zip(cases, jobs, strict=True):
+        job.join(max(0.1, end - perf_counter()))
+        if job.exitcode is None:
+            job.kill()
+            print(case, "HANGS or is slow")
+        elif job.exitcode:
+            print(case, "ended with", job.exitcode)
 
 
 def compare(name: str, flops: float, before: Callable[[], object], now: Callable[[], object]):
@@ -478,9 +486,7 @@ def hopper() -> None:
             batch = replace(batch, max_query_len=most, num_short_tokens=few)
             q = torch.randn(sum(query_lens), H, D, device="cuda").bfloat16()
             out = torch.empty_like(q)
-            pairs = sum(
-                f * (n - f) + f * (f + 1) / 2 for n, f in zip(lens, query_lens, strict=True)
-            )
+            pairs = sum(f * (2 * n - f + 1) / 2 for n, f in zip(lens, query_lens, strict=True))
             before = partial(prefill_attention, q, layer, batch, D**-0.5, None, out)
             if few:
                 before = partial(short_attention, *before.args, few)
@@ -534,7 +540,6 @@ def compare_shared(name: str, H: int, K: int, D: int, size: int, prefix: int) ->
 def main() -> None:
     jobs = {"check": check, "check_shared": check_shared, "decode": decode, "prefill": prefill}
     jobs |= {"rope": rope, "shared": shared, "check_hopper": check_hopper, "hopper": hopper}
-    jobs |= {"check_hopper_here": check_hopper_here} if "check_hopper_here" in sys.argv else {}
     print(torch.__version__, torch.cuda.get_device_name())
     for name in sys.argv[1:] or list(jobs):
         print(f"== {name}: op, floor us, measured us, ratio")
