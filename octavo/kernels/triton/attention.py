@@ -5,9 +5,9 @@ device anything: grids are upper bounds, and programs without work leave at once
 
 Which kernel computes a row depends on how many queries its own sequence has in this step: one
 (KV split by position), up to SHORT_QUERIES (tiles, KV split by length), or more (tiles, KV in one
-run; attention_hopper.py where it fits). A row's bits are the same in any batch; among chunks of
-more than SHORT_QUERIES they are the same however a prompt is cut. `deterministic` sends every row
-the first way, so that any chunk, decode and recompute agree.
+run); attention_hopper.py attends tiles where it fits. A row's bits are the same in any batch; among
+chunks of more than SHORT_QUERIES they are the same however a prompt is cut. `deterministic` sends
+every row the first way, so that any chunk, decode and recompute agree.
 """
 
 from __future__ import annotations
