@@ -79,7 +79,7 @@ types |= dict.fromkeys(("partial_out", "partial_lse"), "*fp32")
 types |= dict.fromkeys(("starts", "lengths", "members", "query_starts", "sizes"), "*i32")
 types |= {"block_table": "*i32"} | dict.fromkeys(UNSPECIALISED, "i32")
 constants = {"H": 8, "GROUP": 4, "STACK": 4, "D": 128, "MOST": 64, "LEAST": 1024}
-constants |= {"BLOCK_N": 128, "STAGES": 2}
+constants |= {"BLOCK_N": 128, "STAGES": 2, "OVERLAP": 1}
 signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
 for form in range(3):
     values = constants | {"FORM": form}

@@ -16,13 +16,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_wait
 
 from octavo.kernels.ops import AttentionBatch, KVLayer, SharedPrefix
 from octavo.kernels.triton.attention_decode import LOG2_E, Partials, check_query
 from octavo.kernels.triton.hopper_pieces import LONG, ROWS, SHARED, SHORT, piece, rows_of
 from octavo.kernels.triton.hopper_tiles import attend, load_tile, pages_of, pass_by
 from octavo.kernels.triton.launch import cdiv, launchable
-from octavo.kernels.triton.overlap import is_hopper
+from octavo.kernels.triton.overlap import is_hopper, launch_options
 
 BLOCK_N = 128
 STAGES = 2
@@ -157,6 +158,7 @@ def _hopper_kernel(
     LEAST: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    OVERLAP: gl.constexpr,
 ):
     """softmax(scale q k^T + causal mask) v by pieces of 2 * ROWS rows: STACK heads of a kv head for
     each query, and one split of the keys.
@@ -187,6 +189,8 @@ def _hopper_kernel(
         mbarrier.init(k_empty.index(i), count=2)
         mbarrier.init(v_empty.index(i), count=2)
     fence_async_shared()
+    if OVERLAP:  # The other warps begin at warp_specialize, thus after it.
+        gdc_wait()
     plan = (starts, lengths, members, query_starts, sizes, num_owners, num_tiles, num_splits,
             low, high)  # fmt: skip
     rings = (k, v, k_full, k_empty, v_full, v_empty)
@@ -342,4 +346,5 @@ def _launch(
         BLOCK_N=BLOCK_N,
         STAGES=STAGES,
         num_warps=4,
+        **launch_options(q_THD.device),
     )
