@@ -445,12 +445,17 @@ def check_hopper() -> None:
             print(case, "ended with", job.exitcode)
 
 
-def compare(name: str, flops: float, before: Callable[[], object], now: Callable[[], object]):
-    """Prints the median time of both as one graph of two calls, so that the host takes no part."""
+def compare(
+    name: str,
+    flops: float,
+    before: list[Callable[[], object]],
+    now: list[Callable[[], object]],
+) -> None:
+    """Prints the median time of both as graphs, in which the host takes no part."""
     found = []
-    for run in (before, now):
+    for calls in (before, now):
         try:
-            ms = graph_ms([run, run], repeats=3 if flops > 1e12 else 10)
+            ms = graph_ms(calls, repeats=3 if flops > 1e12 else 10)
             found.append(f"{ms * 1e3:.0f} us {flops / ms / 1e9:.0f} TFLOP/s")
         except Exception as error:
             found.append(f"FAILED {str(error)[:80]!r}")
@@ -479,7 +484,7 @@ def hopper() -> None:
     for model, (H, K, D) in MODELS.items():
         for name, lens, query_lens, shared_blocks in shapes:
             num_blocks = (sum(lens) if not shared_blocks else lens[0] + 32 * 64) // BLOCK + 8
-            layer = make_layers(num_blocks, 2, K, D, torch.bfloat16)[1]
+            layers = make_layers(num_blocks, 3, K, D, torch.bfloat16)
             batch = batch_of(lens, query_lens, shared_blocks, num_blocks)
             most = max(query_lens)
             few = sum(query_lens) if most <= SHORT_QUERIES else 0
@@ -487,12 +492,13 @@ def hopper() -> None:
             q = torch.randn(sum(query_lens), H, D, device="cuda").bfloat16()
             out = torch.empty_like(q)
             pairs = sum(f * (2 * n - f + 1) / 2 for n, f in zip(lens, query_lens, strict=True))
-            before = partial(prefill_attention, q, layer, batch, D**-0.5, None, out)
+            cases = [(q, layer, batch, D**-0.5, None, out) for layer in layers]
+            before = [partial(prefill_attention, *case) for case in cases]
             if few:
-                before = partial(short_attention, *before.args, few)
-            now = partial(tiles_attention, *before.args[:6])
+                before = [partial(short_attention, *case, few) for case in cases]
+            now = [partial(tiles_attention, *case) for case in cases]
             compare(f"{model} {name}", 4 * H * D * pairs, before, now)
-        print(f"host: {host_us(now):.0f} us for {name}")
+        print(f"host: {host_us(now[0]):.0f} us for {name}")
         for size, prefix in ((32, 32768), (8, 32768), (32, 4096)):
             compare_shared(f"{model} {size} x ({prefix} shared + 96)", H, K, D, size, prefix)
 
@@ -521,19 +527,23 @@ def batch_of(
 def compare_shared(name: str, H: int, K: int, D: int, size: int, prefix: int) -> None:
     total, blocks = prefix + 96, prefix // BLOCK
     num_blocks = blocks + size * 6 + 8
-    layer = make_layers(num_blocks, 2, K, D, torch.bfloat16)[1]
+    layers = make_layers(num_blocks, 3, K, D, torch.bfloat16)
     batch = batch_of([total] * size, [1] * size, blocks, num_blocks)
     batch = replace(batch, max_query_len=1, num_short_tokens=0)
     table = batch.block_table.cpu().numpy()
     plan = plan_shared_prefix(table, np.full(size, total), np.ones(size, np.int64))
     q = torch.randn(size, H, D, device="cuda").bfloat16()
     tickets, on_device = make_tickets(q.device), plan.to_device(q.device)
-    now = partial(shared_prefix_attention, q, layer, batch, D**-0.5, None, on_device, tickets)
+    now = [
+        partial(shared_prefix_attention, q, layer, batch, D**-0.5, None, on_device, tickets)
+        for layer in layers
+    ]
 
-    def before() -> None:
+    def portable(run: Callable[[], object]) -> None:
         with patch("octavo.kernels.triton.shared_prefix.fits_hopper", return_value=False):
-            now()
+            run()
 
+    before = [partial(portable, run) for run in now]
     compare(name, 4 * H * D * size * total, before, now)
 
 
