@@ -1,9 +1,12 @@
 """Times paged attention, shared prefixes and RoPE on one GPU, beside their floors.
 
-python benchmarks/triton_attention.py [check] [check_shared] [decode] [prefill] [rope] [shared]
+python benchmarks/triton_attention.py [check] [check_shared] [check_hopper] [decode] [prefill]
+    [hopper] [rope] [shared]
 
 Floor: bytes read and written over 3.0 TB/s, or operations over 780 TFLOP/s, whichever is longer
-(measured ceilings of an H100 SXM). `check` compares with float64 first.
+(measured ceilings of an H100 SXM). `check` compares with float64 first. `hopper` times the
+portable kernels beside those of attention_hopper.py, which `check_hopper` checks in processes
+of their own, as they may hang.
 """
 
 # ruff: noqa: B023 (every closure is called before its loop goes on)
@@ -11,19 +14,32 @@ from __future__ import annotations
 
 import math
 import sys
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
+from time import perf_counter
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from triton.testing import do_bench
 
 from octavo.kernels.ops import AttentionBatch, KVLayer, QKNorm, RopeTable
-from octavo.kernels.triton.attention import SHORT_QUERIES, attention, prefill_attention
+from octavo.kernels.triton.attention import (
+    SHORT_QUERIES,
+    attention,
+    prefill_attention,
+    short_attention,
+    tiles_attention,
+)
 from octavo.kernels.triton.attention_decode import decode_attention
 from octavo.kernels.triton.rope import rope_and_cache
 from octavo.kernels.triton.shared_prefix import plan_shared_prefix, shared_prefix_attention
+from octavo.kernels.triton.tickets import make_tickets
 
 BYTES_PER_SECOND, FLOPS_PER_SECOND = 3.0e12, 780e12
 BLOCK = 16
@@ -96,12 +112,7 @@ def check_case(case: tuple[int, int, int, str, str, int | None]) -> str:
     for query_lens in ([1] * len(lens), [min(n, 1 + 37 * i % 300) for i, n in enumerate(lens)]):
         layer = make_layers(num_blocks, 2, K, D, getattr(torch, kv_dtype))[1]
         batch = make_batch(lens, query_lens, num_blocks)
-        seen = torch.zeros(num_blocks * BLOCK, dtype=torch.bool, device="cuda")
-        for s, n in enumerate(lens):
-            at = torch.arange(n, device="cuda")
-            seen[batch.block_table[s, at // BLOCK].long() * BLOCK + at % BLOCK] = True
-        for pages in (layer.key, layer.value):
-            pages[~seen.view(-1, BLOCK)] = math.nan
+        poison(layer, batch)
         q = torch.randn(sum(query_lens), H, D, device="cuda").to(getattr(torch, q_dtype))
         expected = exact(q, layer, batch, window)
         scale = D**-0.5
@@ -229,8 +240,10 @@ def prefill() -> None:
             batch = make_batch([total], [fresh], total // BLOCK + 8)
             q = torch.randn(fresh, H, D, device="cuda").bfloat16()
             out = torch.empty_like(q)
-            short = fresh if fresh <= SHORT_QUERIES else None
-            run = lambda: prefill_attention(q, layer, batch, D**-0.5, None, out, short_tokens=short)
+            bounded = replace(
+                batch, max_query_len=fresh, num_short_tokens=fresh * (fresh <= SHORT_QUERIES)
+            )
+            run = lambda: tiles_attention(q, layer, bounded, D**-0.5, None, out)
             flops = 4 * H * D * (fresh * cached + fresh * (fresh + 1) / 2)
             moved = total * K * D * 4 + 4 * q.numel()
             floor = max(flops / FLOPS_PER_SECOND, moved / BYTES_PER_SECOND) * 1e3
@@ -331,9 +344,212 @@ def shared() -> None:
             line(f"shared {name}", floor * 1e3, ms, f"without the plan {apart * 1e3:.0f} us")
 
 
+def poison(layer: KVLayer, batch: AttentionBatch) -> None:
+    """Writes NaN to every slot that no sequence owns."""
+    seen = torch.zeros(layer.key.shape[:2], dtype=torch.bool, device="cuda")
+    for s, n in enumerate(batch.seq_lens_S.tolist()):
+        at = torch.arange(n, device="cuda")
+        seen[batch.block_table[s, at // BLOCK].long(), at % BLOCK] = True
+    for pages in (layer.key, layer.value):
+        pages[~seen] = math.nan
+
+
+def alone(batch: AttentionBatch, s: int, rows: slice) -> AttentionBatch:
+    return AttentionBatch(
+        positions_T=batch.positions_T[rows],
+        slot_mapping_T=batch.slot_mapping_T[rows],
+        query_starts=torch.tensor([0, rows.stop - rows.start], dtype=torch.int32, device="cuda"),
+        seq_lens_S=batch.seq_lens_S[s : s + 1],
+        block_table=batch.block_table[s : s + 1],
+    )
+
+
+def check_hopper_chunks(H: int, K: int, D: int, dtype: torch.dtype) -> str:
+    """Long and short chunks of many lengths, in batches and alone, cut in two ways."""
+    lens = [65, 1, 128, 127, 129, 1000, 64, 5000, 2049, 300, 2048, 8, 20000, 1025, 1088, 3000]
+    query_lens = [65, 1, 128, 70, 129, 1000, 64, 333, 2049, 66, 65, 8, 33, 2, 64, 63]
+    lens, query_lens = lens + [2500] * 12, query_lens + [64] * 12
+    num_blocks = sum(-(-n // BLOCK) for n in lens) + 5
+    layer = make_layers(num_blocks, 2, K, D, dtype)[1]
+    batch = make_batch(lens, query_lens, num_blocks)
+    poison(layer, batch)
+    q = torch.randn(sum(query_lens), H, D, device="cuda").to(dtype)
+    found, expected = attention(q, layer, batch, D**-0.5, None), exact(q, layer, batch, None)
+    starts = [0, *torch.tensor(query_lens).cumsum(0).tolist()]
+    notes, worst = [], 0.0
+    for s, n in enumerate(query_lens):
+        rows = slice(starts[s], starts[s + 1])
+        error = norm_error(found[rows], expected[rows])
+        worst = max(worst, error)
+        if error > 1e-2:
+            notes.append(f"{n} of {lens[s]}: {error:.0e}")
+        for last in {n, max(65, n - 1), max(65, n // 2)} if n > SHORT_QUERIES else {n}:
+            some = slice(rows.stop - last, rows.stop)
+            one = attention(q[some], layer, alone(batch, s, some), D**-0.5, None)
+            if not torch.equal(one, found[some]):
+                notes.append(f"{last} of {n} queries of {lens[s]} have other bits")
+    return f"{'WRONG' if notes else 'ok'} error {worst:.1e} {'; '.join(notes[:6])}"
+
+
+def check_hopper_shared(H: int, K: int, D: int, dtype: torch.dtype) -> str:
+    """Groups of 150, 20 and 2 members, others beside them."""
+    lens, query_lens = [1300] * 150 + [20200] * 20 + [4200] * 2 + [500, 1040], [1] * 172 + [100, 1]
+    num_blocks = sum(-(-n // BLOCK) for n in lens) + 8
+    layer = make_layers(num_blocks, 2, K, D, dtype)[1]
+    batch = make_batch(lens, query_lens, num_blocks)
+    for first, last, blocks in ((0, 150, 70), (150, 170, 1250), (170, 172, 260)):
+        batch.block_table[first:last, :blocks] = batch.block_table[first, :blocks]
+    poison(layer, batch)
+    table = batch.block_table.cpu().numpy()
+    plan = plan_shared_prefix(table, np.array(lens), np.array(query_lens))
+    q = torch.randn(sum(query_lens), H, D, device="cuda").to(dtype)
+    expected, notes = exact(q, layer, batch, None), []
+    for padded in (plan, plan.padded(256)):
+        on_device = padded.to_device(q.device)
+        found = shared_prefix_attention(q, layer, batch, D**-0.5, None, on_device)
+        for s in (0, 100, 149, 150, 169, 170, 171, 173):
+            row = s if s < 172 else -1
+            error = norm_error(found[row], expected[row])
+            notes += [f"sequence {s}: {error:.0e}"] * (error > 1e-2)
+        worst = norm_error(found, expected)
+        notes += [f"all: {worst:.0e}"] * (worst > 1e-2)
+    return f"{'WRONG' if notes else 'ok'} error {worst:.1e} {'; '.join(notes[:6])}"
+
+
+def check_hopper_case(*case: Any) -> None:
+    torch.manual_seed(0)
+    for form in (check_hopper_chunks, check_hopper_shared):
+        try:
+            line = form(*case)
+        except Exception:
+            line = f"FAILED {traceback.format_exc(limit=-2)}"
+        print(form.__name__, case, line, flush=True)
+
+
+def check_hopper() -> None:
+    """Every case in a process of its own, the first two with the models' heads."""
+    bf16, f16 = torch.bfloat16, torch.float16
+    cases = [(32, 4, 128, bf16), (16, 16, 128, bf16), (6, 2, 128, f16), (8, 2, 64, bf16)]
+    cases += [(16, 1, 128, bf16), (4, 4, 64, f16)]
+    context = get_context("spawn")
+    jobs = [context.Process(target=check_hopper_case, args=case) for case in cases]
+    for job in jobs:
+        job.start()
+    end = perf_counter() + 60
+    for case, job in zip(cases, jobs, strict=True):
+        job.join(max(0.1, end - perf_counter()))
+        if job.exitcode is None:
+            job.kill()
+            print(case, "HANGS or is slow")
+        elif job.exitcode:
+            print(case, "ended with", job.exitcode)
+
+
+def compare(
+    name: str,
+    flops: float,
+    before: list[Callable[[], object]],
+    now: list[Callable[[], object]],
+) -> None:
+    """Prints the median time of both as graphs, in which the host takes no part."""
+    found = []
+    for calls in (before, now):
+        try:
+            ms = graph_ms(calls, repeats=3 if flops > 1e12 else 10)
+            found.append(f"{ms * 1e3:.0f} us {flops / ms / 1e9:.0f} TFLOP/s")
+        except Exception as error:
+            found.append(f"FAILED {str(error)[:80]!r}")
+    print(f"| {name} | {' | '.join(found)} |", flush=True)
+
+
+def host_us(run: Callable[[], object]) -> float:
+    """Microseconds of the host for one call."""
+    run()
+    torch.cuda.synchronize()
+    start = perf_counter()
+    for _ in range(50):
+        run()
+    elapsed = perf_counter() - start
+    torch.cuda.synchronize()
+    return elapsed / 50 * 1e6
+
+
+def hopper() -> None:
+    print("| case | before | now |")
+    shapes = [(str(n), [n], [n], 0) for n in (32768, 8192, 2048, 512)]
+    shapes += [("4 x 2048", [2048] * 4, [2048] * 4, 0), ("4096 after 28672", [32768], [4096], 0)]
+    shapes += [("64 after 32768", [32832], [64], 0), ("16 after 32768", [32784], [16], 0)]
+    shapes += [("64 after 4096", [4160], [64], 0)]
+    shapes += [("32 x 64 after 32768 shared", [32832] * 32, [64] * 32, 2048)]
+    for model, (H, K, D) in MODELS.items():
+        for name, lens, query_lens, shared_blocks in shapes:
+            num_blocks = (sum(lens) if not shared_blocks else lens[0] + 32 * 64) // BLOCK + 8
+            layers = make_layers(num_blocks, 3, K, D, torch.bfloat16)
+            batch = batch_of(lens, query_lens, shared_blocks, num_blocks)
+            most = max(query_lens)
+            few = sum(query_lens) if most <= SHORT_QUERIES else 0
+            batch = replace(batch, max_query_len=most, num_short_tokens=few)
+            q = torch.randn(sum(query_lens), H, D, device="cuda").bfloat16()
+            out = torch.empty_like(q)
+            pairs = sum(f * (2 * n - f + 1) / 2 for n, f in zip(lens, query_lens, strict=True))
+            cases = [(q, layer, batch, D**-0.5, None, out) for layer in layers]
+            before = [partial(prefill_attention, *case) for case in cases]
+            if few:
+                before = [partial(short_attention, *case, few) for case in cases]
+            now = [partial(tiles_attention, *case) for case in cases]
+            compare(f"{model} {name}", 4 * H * D * pairs, before, now)
+        print(f"host: {host_us(now[0]):.0f} us for {name}")
+        for size, prefix in ((32, 32768), (8, 32768), (32, 4096)):
+            compare_shared(f"{model} {size} x ({prefix} shared + 96)", H, K, D, size, prefix)
+
+
+def batch_of(
+    lens: list[int], query_lens: list[int], shared_blocks: int, num_blocks: int
+) -> AttentionBatch:
+    """`make_batch`, or one whose sequences begin with the same blocks."""
+    if not shared_blocks:
+        return make_batch(lens, query_lens, num_blocks)
+    one, size, own = make_batch(lens[:1], query_lens[:1], num_blocks), len(lens), query_lens[0]
+    own_blocks = -(-(lens[0] - shared_blocks * BLOCK) // BLOCK)
+    used = set(one.block_table[0, :shared_blocks].tolist())
+    free = [block for block in range(num_blocks) if block not in used][: size * own_blocks]
+    tails = torch.tensor(free, dtype=torch.int32, device="cuda").view(size, own_blocks)
+    heads = one.block_table[:1, :shared_blocks].expand(size, -1)
+    return AttentionBatch(
+        positions_T=one.positions_T.repeat(size),
+        slot_mapping_T=torch.zeros(size * own, dtype=torch.int64, device="cuda"),
+        query_starts=torch.arange(size + 1, dtype=torch.int32, device="cuda") * own,
+        seq_lens_S=torch.tensor(lens, dtype=torch.int32, device="cuda"),
+        block_table=torch.cat((heads, tails), 1).contiguous(),
+    )
+
+
+def compare_shared(name: str, H: int, K: int, D: int, size: int, prefix: int) -> None:
+    total, blocks = prefix + 96, prefix // BLOCK
+    num_blocks = blocks + size * 6 + 8
+    layers = make_layers(num_blocks, 3, K, D, torch.bfloat16)
+    batch = batch_of([total] * size, [1] * size, blocks, num_blocks)
+    batch = replace(batch, max_query_len=1, num_short_tokens=0)
+    table = batch.block_table.cpu().numpy()
+    plan = plan_shared_prefix(table, np.full(size, total), np.ones(size, np.int64))
+    q = torch.randn(size, H, D, device="cuda").bfloat16()
+    tickets, on_device = make_tickets(q.device), plan.to_device(q.device)
+    now = [
+        partial(shared_prefix_attention, q, layer, batch, D**-0.5, None, on_device, tickets)
+        for layer in layers
+    ]
+
+    def portable(run: Callable[[], object]) -> None:
+        with patch("octavo.kernels.triton.shared_prefix.fits_hopper", return_value=False):
+            run()
+
+    before = [partial(portable, run) for run in now]
+    compare(name, 4 * H * D * size * total, before, now)
+
+
 def main() -> None:
     jobs = {"check": check, "check_shared": check_shared, "decode": decode, "prefill": prefill}
-    jobs |= {"rope": rope, "shared": shared}
+    jobs |= {"rope": rope, "shared": shared, "check_hopper": check_hopper, "hopper": hopper}
     print(torch.__version__, torch.cuda.get_device_name())
     for name in sys.argv[1:] or list(jobs):
         print(f"== {name}: op, floor us, measured us, ratio")

@@ -30,7 +30,7 @@ GRAPH_CAPTURES, GRAPH_BYTES, FIRST_GRAPH_BYTES = 32, 8 * MIB, 64 * MIB
 """Captures of a decode step, one for each bucket of batch sizes, and what each of them holds."""
 ALLOCATOR_SLACK = 1.05
 """What torch's caching allocator reserves for a byte that is asked for."""
-SHORT_ROWS, SHORT_SPLITS = 1024, 8
+SHORT_ROWS, SHORT_SPLITS = 512, 16
 """Rows of short chunks that share a buffer of partial results, and the splits of each."""
 DETERMINISTIC_ROWS = 256
 """The same for every row in the deterministic mode, where each has the splits of a decode."""

@@ -5,9 +5,9 @@ device anything: grids are upper bounds, and programs without work leave at once
 
 Which kernel computes a row depends on how many queries its own sequence has in this step: one
 (KV split by position), up to SHORT_QUERIES (tiles, KV split by length), or more (tiles, KV in one
-run; attention_hopper.py where it fits). A row's bits are the same in any batch; among chunks of
-more than SHORT_QUERIES they are the same however a prompt is cut. `deterministic` sends every row
-the first way, so that any chunk, decode and recompute agree.
+run); attention_hopper.py attends tiles where it fits. A row's bits are the same in any batch; among
+chunks of more than SHORT_QUERIES they are the same however a prompt is cut. `deterministic` sends
+every row the first way, so that any chunk, decode and recompute agree.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from octavo.kernels.ops import AttentionBatch, KVLayer
 from octavo.kernels.triton.attention_decode import (
     LOG2_E,
+    Partials,
     check_query,
     compute_dtype,
     decode_attention,
@@ -37,9 +38,9 @@ except ImportError:
 
 SHORT_QUERIES = 64
 """Sequences with 2 to this many queries split their KV, to fill the chip."""
-SHORT_SPLITS = 8
+SHORT_SPLITS = 16
 SHORTEST_SPLIT = 1024
-PARTIAL_TOKENS = 1024
+PARTIAL_TOKENS = 512
 """Tokens of short sequences that share one buffer of partial results."""
 
 DETERMINISTIC_TOKENS = 256
@@ -329,6 +330,11 @@ def _merge_short_kernel(
     tl.store(out + at, mean.to(out.dtype.element_ty), mask=offs_d < D)
 
 
+def fits_hopper(q_THD: Tensor, layer: KVLayer, window: int | None) -> bool:
+    """Whether attention_hopper.py is there and can take a layer."""
+    return hopper is not None and hopper.fits(q_THD, layer, window)
+
+
 def prefill_shape(head_size: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """Returns (BLOCK_M, BLOCK_N, num_warps, num_stages) of the tile kernel."""
     if dtype == torch.float32:
@@ -354,77 +360,114 @@ def prefill_attention(
     window: int | None,
     out: Tensor,
     *,
-    short_tokens: int | None = None,
     shape: tuple[int, int, int, int] | None = None,
 ) -> None:
-    """Writes the rows of `out` [T, H * D] whose sequences have more than SHORT_QUERIES queries,
-    or, if `short_tokens` is given, those with 2 to SHORT_QUERIES among the first that many."""
-    stride_block = check_query(q_THD, layer, batch)
-    num_tokens, num_heads, head_size = q_THD.shape
-    block_size, num_kv_heads = layer.key.shape[1:3]
-    num_sequences = len(batch.seq_lens_S)
-    if num_tokens == 0 or num_sequences == 0:
-        return
-    dtype = compute_dtype(q_THD, layer)
-    block_m, block_n, num_warps, num_stages = shape or prefill_shape(head_size, dtype)
-    padded_group = next_power_of_2(num_heads // num_kv_heads)
-    block_m = max(block_m, padded_group)
-    splits = 1 if short_tokens is None else SHORT_SPLITS
-    limit = num_tokens if short_tokens is None else min(short_tokens, num_tokens)
-    tiles = limit // (block_m // padded_group) + num_sequences
-    partials = make_partials(q_THD[:PARTIAL_TOKENS] if splits > 1 else q_THD[:0], splits)
-    q = q_THD.to(dtype)
-    common = {
-        "H": num_heads,
-        "D": head_size,
-        "HAS_WINDOW": window is not None,
-        "SPLITS": splits,
-        "SHORT": SHORT_QUERIES,
-        "SHORTEST": SHORTEST_SPLIT,
-        "BLOCK_D": max(16, next_power_of_2(head_size)),
-        **launch_options(q_THD.device),
-    }
-    for first_token in range(0, limit, PARTIAL_TOKENS if splits > 1 else limit):
-        _prefill_kernel[(num_kv_heads, tiles, splits)](
-            q,
-            layer.key,
-            layer.value,
+    """Writes the rows of `out` [T, H * D] whose sequences have more than SHORT_QUERIES queries."""
+    if len(q_THD):
+        rows, none = range(len(q_THD)), make_partials(q_THD[:0], 1)
+        _tiles(q_THD, layer, batch, scale, window, out, none, rows, shape)
+
+
+def short_attention(
+    q_THD: Tensor,
+    layer: KVLayer,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None,
+    out: Tensor,
+    num_tokens: int,
+    *,
+    is_hopper: bool = False,
+) -> None:
+    """Writes the rows of `out` whose sequences have 2 to SHORT_QUERIES queries among the first
+    `num_tokens`."""
+    limit = min(num_tokens, len(q_THD))
+    partials = make_partials(q_THD[: min(PARTIAL_TOKENS, limit)], SHORT_SPLITS)
+    num_heads, head_size = q_THD.shape[1:]
+    for first in range(0, limit, PARTIAL_TOKENS):
+        rows = range(first, min(first + PARTIAL_TOKENS, limit))
+        if is_hopper:
+            bounds = {"short": SHORT_QUERIES, "shortest": SHORTEST_SPLIT}
+            hopper.short_chunks(q_THD, layer, batch, scale, out, partials, rows, **bounds)
+        else:
+            _tiles(q_THD, layer, batch, scale, window, out, partials, rows, None)
+        _merge_short_kernel[(len(rows), num_heads)](
             out,
             partials.out,
             partials.lse,
             batch.query_starts,
             batch.seq_lens_S,
-            batch.block_table,
-            num_sequences,
-            first_token,
-            stride_block,
-            batch.block_table.stride(0),
-            scale * LOG2_E,
+            len(batch.seq_lens_S),
+            first,
             0 if window is None else window,
-            K=num_kv_heads,
-            P=block_size,
-            DELTA=value_delta(layer),
-            TOKENS=PARTIAL_TOKENS,
-            PADDED_GROUP=padded_group,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            num_warps=num_warps,
-            num_stages=num_stages,
-            **common,
+            H=num_heads,
+            D=head_size,
+            HAS_WINDOW=window is not None,
+            SPLITS=SHORT_SPLITS,
+            SHORT=SHORT_QUERIES,
+            SHORTEST=SHORTEST_SPLIT,
+            BLOCK_D=max(16, next_power_of_2(head_size)),
+            num_warps=2,
+            **launch_options(q_THD.device),
         )
-        if splits > 1:
-            _merge_short_kernel[(min(PARTIAL_TOKENS, limit - first_token), num_heads)](
-                out,
-                partials.out,
-                partials.lse,
-                batch.query_starts,
-                batch.seq_lens_S,
-                num_sequences,
-                first_token,
-                0 if window is None else window,
-                num_warps=2,
-                **common,
-            )
+
+
+def _tiles(
+    q_THD: Tensor,
+    layer: KVLayer,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None,
+    out: Tensor,
+    partials: Partials,
+    rows: range,
+    shape: tuple[int, int, int, int] | None,
+) -> None:
+    """One launch of the tile kernel; `partials` of one slot: long sequences. Writes no others'
+    partial results than those of `rows`."""
+    stride_block = check_query(q_THD, layer, batch)
+    num_heads, head_size = q_THD.shape[1:]
+    block_size, num_kv_heads = layer.key.shape[1:3]
+    num_sequences = len(batch.seq_lens_S)
+    dtype = compute_dtype(q_THD, layer)
+    block_m, block_n, num_warps, num_stages = shape or prefill_shape(head_size, dtype)
+    padded_group = next_power_of_2(num_heads // num_kv_heads)
+    block_m = max(block_m, padded_group)
+    tiles = rows.stop // (block_m // padded_group) + num_sequences
+    _prefill_kernel[(num_kv_heads, tiles, partials.num_slots)](
+        q_THD.to(dtype),
+        layer.key,
+        layer.value,
+        out,
+        partials.out,
+        partials.lse,
+        batch.query_starts,
+        batch.seq_lens_S,
+        batch.block_table,
+        num_sequences,
+        rows.start,
+        stride_block,
+        batch.block_table.stride(0),
+        scale * LOG2_E,
+        0 if window is None else window,
+        H=num_heads,
+        K=num_kv_heads,
+        D=head_size,
+        P=block_size,
+        DELTA=value_delta(layer),
+        HAS_WINDOW=window is not None,
+        SPLITS=partials.num_slots,
+        SHORT=SHORT_QUERIES,
+        SHORTEST=SHORTEST_SPLIT,
+        TOKENS=PARTIAL_TOKENS,
+        PADDED_GROUP=padded_group,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_D=max(16, next_power_of_2(head_size)),
+        num_warps=num_warps,
+        num_stages=num_stages,
+        **launch_options(q_THD.device),
+    )
 
 
 def attention(
@@ -466,12 +509,13 @@ def tiles_attention(
     num_tokens = len(q_THD)
     longest = num_tokens if batch.max_query_len is None else batch.max_query_len
     short = num_tokens if batch.num_short_tokens is None else batch.num_short_tokens
+    is_hopper = fits_hopper(q_THD, layer, window)
     if longest > 1 and short > 1:
-        prefill_attention(q_THD, layer, batch, scale, window, out, short_tokens=short)
+        short_attention(q_THD, layer, batch, scale, window, out, short, is_hopper=is_hopper)
     if longest <= SHORT_QUERIES:
         return
-    if hopper is not None and hopper.fits(q_THD, layer, window):
-        hopper.hopper_attention(q_THD, layer, batch, scale, out, SHORT_QUERIES)
+    if is_hopper:
+        hopper.long_chunks(q_THD, layer, batch, scale, out, SHORT_QUERIES)
     else:
         prefill_attention(q_THD, layer, batch, scale, window, out)
 

@@ -1,361 +1,207 @@
-"""Causal attention of long prompts on Hopper: pages come by TMA, products run beside the softmax.
+"""Causal attention on Hopper: pages come by TMA, products run beside the softmax.
 
-Called by the tiles' launcher (attention.py) where `fits` says so. Never takes short sequences,
-windows or 32-bit numbers, and never asks the device anything.
+Called where `fits` says so for chunks (attention.py) and for prefixes that decoding sequences share
+(shared_prefix.py). Never takes windows or 32-bit numbers, and never asks the device anything.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_wait
 
-from octavo.kernels.ops import AttentionBatch, KVLayer
-from octavo.kernels.triton.attention_decode import LOG2_E, check_query
-from octavo.kernels.triton.launch import cdiv
-from octavo.kernels.triton.overlap import is_hopper
+from octavo.kernels.ops import AttentionBatch, KVLayer, SharedPrefix
+from octavo.kernels.triton.attention_decode import LOG2_E, Partials, check_query
+from octavo.kernels.triton.hopper_pieces import LONG, ROWS, SHARED, SHORT, piece, rows_of
+from octavo.kernels.triton.hopper_tiles import attend, load_tile, pages_of, pass_by
+from octavo.kernels.triton.launch import cdiv, launchable
+from octavo.kernels.triton.overlap import is_hopper, launch_options
 
-ROWS = 64
-"""Queries of one consumer, which is one warpgroup; a program has two."""
 BLOCK_N = 128
 STAGES = 2
 HALF = 64
 """Columns of the 128-byte rows that TMA swizzles and that wgmma reads."""
-
-
-@gluon.jit
-def _find(starts, num_sequences, tile, QUERIES: gl.constexpr):
-    """Returns the last s with starts[s] // QUERIES + s <= tile."""
-    sequence = tile * 0
-    beyond = sequence + num_sequences
-    while beyond - sequence > 1:
-        middle = (sequence + beyond) // 2
-        if gl.load(starts + middle) // QUERIES + middle <= tile:
-            sequence = middle
-        else:
-            beyond = middle
-    return sequence
-
-
-@gluon.jit
-def _work(
-    turn, query_starts, seq_lens, num_sequences, num_tiles,
-    H: gl.constexpr, SHORT: gl.constexpr, QUERIES: gl.constexpr, N: gl.constexpr,
-):  # fmt: skip
-    """Returns (head, sequence, first row, queries, first query, length, KV tiles) of what this
-    program does `turn`-th; no KV tiles: nothing.
-
-    Pieces count from the last (the longest) queries to the first, heads of one kv head together.
-    Programs take them in turn, every other time in reverse, so that all have as much to do.
-    """
-    programs = gl.num_programs(0)
-    place = gl.program_id(0)
-    place = place + turn % 2 * (programs - 1 - 2 * place)
-    index = turn * programs + place
-    tile = gl.maximum(num_tiles - 1 - index // H, 0)
-    sequence = _find(query_starts, num_sequences, tile, QUERIES)
-    row = gl.load(query_starts + sequence)
-    num_queries = gl.load(query_starts + sequence + 1) - row
-    length = gl.load(seq_lens + sequence)
-    first = (tile - (row // QUERIES + sequence)) * QUERIES
-    tiles = gl.cdiv(length - num_queries + gl.minimum(first + QUERIES, num_queries), N)
-    if (first >= num_queries) | (num_queries <= SHORT) | (index >= H * num_tiles):
-        tiles = tiles * 0
-    return index % H, sequence, row, num_queries, first, length, tiles
-
-
-@gluon.jit
-def _load_tile(pages, source, column, ring, stage, full):
-    """Brings a tile [BLOCK_N, D] by pages; TMA and wgmma want its halves of 64 columns apart."""
-    N: gl.constexpr = ring.shape[1]
-    D: gl.constexpr = ring.shape[2]
-    P: gl.constexpr = source.block_shape[1]
-    COLUMNS: gl.constexpr = source.block_shape[2]
-    shape: gl.constexpr = [D // COLUMNS * N // P, 1, P, COLUMNS]
-    to = ring.index(stage)._reinterpret(ring.dtype, shape, source.layout)
-    mbarrier.expect(full.index(stage), N * D * 2)
-    for half in gl.static_range(D // COLUMNS):
-        for i in gl.static_range(N // P):
-            tma.async_copy_global_to_shared(
-                source,
-                [pages[i], 0, column + half * COLUMNS],
-                full.index(stage),
-                to.index(half * (N // P) + i),
-            )
-
-
-@gluon.jit
-def _pages(table_row, tile, length, N: gl.constexpr, P: gl.constexpr):
-    """Returns a tile's pages. Behind the sequence's end there is -1, of which TMA makes zeros."""
-    pages = ()
-    for i in gl.static_range(N // P):
-        at = tile * (N // P) + i
-        page = gl.load(table_row + at, mask=at * P < length, other=-1)
-        pages = pages + (page,)  # noqa: RUF005 (Gluon has no stars)
-    return pages
+PAGE_LAYOUT = gl.NVMMASharedLayout(128, 16, 3)
+UNSPECIALISED = ["num_owners", "num_tiles", "num_splits", "low", "high", "num_slots"]
+UNSPECIALISED += ["stride_table"]
+"""Arguments that change from step to step: one binary for all."""
 
 
 @gluon.jit
 def _produce(
-    H: gl.constexpr, GROUP: gl.constexpr, SHORT: gl.constexpr, block_table, stride_table,
-    queries, key, value, turns, query_starts, seq_lens, num_sequences, num_tiles,
-    q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    H: gl.constexpr, STACK: gl.constexpr, FORM: gl.constexpr, MOST: gl.constexpr,
+    LEAST: gl.constexpr, GROUP: gl.constexpr,
+    key, value, block_table, stride_table, turns, plan, rings,
 ):  # fmt: skip
-    """Brings queries, and keeps the rings of keys and values full."""
-    M: gl.constexpr = q.shape[1]
-    D: gl.constexpr = q.shape[2]
+    """Keeps the rings of keys and values full."""
+    k, v, k_full, k_empty, v_full, v_empty = rings
+    D: gl.constexpr = k.shape[2]
     S: gl.constexpr = k.shape[0]
     N: gl.constexpr = k.shape[1]
-    done = turns * 0
     base = turns * 0
     for turn in range(turns):
-        head, sequence, row, _, first, length, tiles = _work(
-            turn, query_starts, seq_lens, num_sequences, num_tiles, H, SHORT, 2 * M, N
+        heads, _, sequence, _, _, _, first_tile, tiles, length, _ = piece(
+            turn, plan, N, H, STACK, FORM, MOST, LEAST
         )
-        if tiles > 0:
-            mbarrier.wait(q_empty, done & 1 ^ 1)
-            mbarrier.expect(q_full, 2 * M * D * 2)
-            for i in gl.static_range(2):
-                at = row + first + i * M
-                tma.async_copy_global_to_shared(queries, [at, head * D], q_full, q.index(i))
-            done += 1
         table_row = block_table + sequence.to(gl.int64) * stride_table
-        column = head // GROUP * D
+        column = heads * STACK // GROUP * D
         for tile in range(tiles):
             stage = (base + tile) % S
             phase = (base + tile) // S & 1 ^ 1
-            pages = _pages(table_row, tile, length, N, key.block_shape[1])
+            pages = pages_of(table_row, first_tile + tile, length, N, key.block_shape[1])
             mbarrier.wait(k_empty.index(stage), phase)
-            _load_tile(pages, key, column, k, stage, k_full)
+            load_tile(pages, key, column, k, stage, k_full)
             mbarrier.wait(v_empty.index(stage), phase)
-            _load_tile(pages, value, column, v, stage, v_full)
+            load_tile(pages, value, column, v, stage, v_full)
         base += tiles
-
-
-@gluon.jit
-def _zero_tail(v, stage, length, P: gl.constexpr):
-    """Clears the values behind the sequence's end in its last page: 0 times NaN would be NaN.
-
-    Both consumers do it, writing what the other may read already as the same bits.
-    """
-    N: gl.constexpr = v.shape[1]
-    HALVES: gl.constexpr = v.shape[2] // 64
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    page = length % N // P
-    pages = v.index(stage)._reinterpret(v.dtype, [HALVES * N // P, P, 64], v.layout)
-    row = gl.arange(0, P, gl.SliceLayout(1, LAYOUT))
-    for half in gl.static_range(HALVES):
-        there = pages.index(half * (N // P) + page)
-        values = there.load(LAYOUT)
-        there.store(gl.where((row < length % P)[:, None], values, gl.zeros_like(values)))
-    fence_async_shared()
-    gl.thread_barrier()
-
-
-@gluon.jit
-def _softmax(s, m, total, position, start, scale_log2, MASKED: gl.constexpr):
-    """Returns (p, m, total, shrink) of the running softmax after the scores s."""
-    layout: gl.constexpr = s.type.layout
-    if MASKED:
-        n = start + gl.arange(0, s.shape[1], gl.SliceLayout(0, layout))
-        s = gl.where(n[None, :] <= position[:, None], s, -float("inf"))
-    higher = gl.maximum(m, gl.max(s, 1) * scale_log2)
-    p = gl.exp2(s * scale_log2 - higher[:, None])
-    shrink = gl.exp2(m - higher)
-    return p, higher, total * shrink + gl.sum(p, 1), shrink
-
-
-@gluon.jit
-def _advance(
-    acc, p, m, total, shrink, q, position, tile, tiles, base, scale_log2,
-    k, v, k_full, k_empty, v_full, v_empty, mine, other, talk,
-    MASKED: gl.constexpr, PINGPONG: gl.constexpr,
-):  # fmt: skip
-    """Issues q k^T of `tile` and p v of the tile before, and takes the softmax of the former while
-    the latter runs. `base`: KV tiles before this piece; `talk`: calls of this function."""
-    S: gl.constexpr = k.shape[0]
-    N: gl.constexpr = k.shape[1]
-    s_layout: gl.constexpr = m.type.layout.parent
-    acc_layout: gl.constexpr = acc.type.layout
-    now = base + tile
-    stage = now % S
-    before = (now - 1) % S
-    if PINGPONG:
-        mbarrier.wait(mine, talk & 1)
-    s = gl.zeros([m.shape[0], N], gl.float32, s_layout)
-    s = warpgroup_mma(q, k.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
-    mbarrier.wait(v_full.index(before), (now - 1) // S & 1)
-    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc_layout))[:, None]
-    acc = warpgroup_mma(p, v.index(before), acc, is_async=True)
-    if PINGPONG:
-        mbarrier.arrive(other)
-    s = warpgroup_mma_wait(1, deps=(s,))
-    mbarrier.arrive(k_empty.index(stage))
-    x, m, total, shrink = _softmax(s, m, total, position, tile * N, scale_log2, MASKED)
-    # A branch, and `total`: else the compiler waits for p v before it takes the exponentials.
-    mbarrier.wait(k_full.index((now + 1) % S), (now + 1) // S & 1, pred=tile + 1 < tiles)
-    acc, p, total = warpgroup_mma_wait(0, deps=(acc, p, total))
-    mbarrier.arrive(v_empty.index(before))
-    return acc, gl.convert_layout(x.to(p.dtype), p.type.layout), m, total, shrink
-
-
-@gluon.jit
-def _attend(
-    q, k, v, k_full, k_empty, v_full, v_empty, q_empty, mine, other, talk, base,
-    first, num_queries, length, tiles, scale_log2, P: gl.constexpr, PINGPONG: gl.constexpr,
-):  # fmt: skip
-    """Returns softmax(scale q k^T) v of the sequence's queries from `first` on."""
-    M: gl.constexpr = q.shape[0]
-    D: gl.constexpr = q.shape[1]
-    S: gl.constexpr = k.shape[0]
-    N: gl.constexpr = k.shape[1]
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
-    rows: gl.constexpr = gl.SliceLayout(1, s_layout)
-    position = length - num_queries + gl.minimum(first + gl.arange(0, M, rows), num_queries - 1)
-    m = gl.full([M], -float("inf"), gl.float32, rows)
-    total = gl.zeros([M], gl.float32, rows)
-    acc = gl.zeros([M, D], gl.float32, acc_layout)
-    mbarrier.wait(k_full.index(base % S), base // S & 1)
-    s = gl.zeros([M, N], gl.float32, s_layout)
-    s = warpgroup_mma(q, k.index(base % S).permute((1, 0)), s, use_acc=False)
-    mbarrier.arrive(k_empty.index(base % S))
-    x, m, total, shrink = _softmax(s, m, total, position, 0, scale_log2, True)
-    p = gl.convert_layout(x.to(q.dtype), p_layout)
-    mbarrier.wait(k_full.index((base + 1) % S), (base + 1) // S & 1, pred=tiles > 1)
-    whole = gl.maximum(gl.minimum((length - num_queries + first + 1) // N, tiles), 1)
-    for tile in range(1, whole):
-        acc, p, m, total, shrink = _advance(
-            acc, p, m, total, shrink, q, position, tile, tiles, base, scale_log2, k, v, k_full,
-            k_empty, v_full, v_empty, mine, other, talk + tile - 1, False, PINGPONG,
-        )  # fmt: skip
-    for tile in range(whole, tiles):
-        acc, p, m, total, shrink = _advance(
-            acc, p, m, total, shrink, q, position, tile, tiles, base, scale_log2, k, v, k_full,
-            k_empty, v_full, v_empty, mine, other, talk + tile - 1, True, PINGPONG,
-        )  # fmt: skip
-    mbarrier.arrive(q_empty)
-    last = base + tiles - 1
-    mbarrier.wait(v_full.index(last % S), last // S & 1)
-    if (length < tiles * N) & (length % P > 0):
-        _zero_tail(v, last % S, length, P)
-    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc_layout))[:, None]
-    acc = warpgroup_mma(p, v.index(last % S), acc)
-    mbarrier.arrive(v_empty.index(last % S))
-    return acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, acc_layout))[:, None]
 
 
 @gluon.jit
 def _consume(
-    INDEX: gl.constexpr, H: gl.constexpr, SHORT: gl.constexpr, P: gl.constexpr,
-    PINGPONG: gl.constexpr, out, scale_log2, talks,
-    turns, query_starts, seq_lens, num_sequences, num_tiles,
-    q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    H: gl.constexpr, STACK: gl.constexpr, FORM: gl.constexpr, MOST: gl.constexpr,
+    LEAST: gl.constexpr, INDEX: gl.constexpr, P: gl.constexpr,
+    q, out, partial_out, partial_lse, num_slots, scale_log2, q_ring, turns, plan, rings,
 ):  # fmt: skip
     """Attends half of each piece's queries: the INDEX-th so many rows."""
-    M: gl.constexpr = q.shape[1]
-    D: gl.constexpr = q.shape[2]
-    N: gl.constexpr = k.shape[1]
+    _, _, _, _, _, _, _, _, low, high = plan
+    M: gl.constexpr = q_ring.shape[1]
+    D: gl.constexpr = q_ring.shape[2]
+    N: gl.constexpr = rings[0].shape[1]
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    done = turns * 0
+    s_rows: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16]))
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    wide_rows: gl.constexpr = gl.SliceLayout(1, wide)
+    acc_rows: gl.constexpr = gl.SliceLayout(1, acc_layout)
+    offs_d = gl.arange(0, D, gl.SliceLayout(0, wide))[None, :]
     base = turns * 0
     for turn in range(turns):
-        head, _, row, num_queries, first, length, tiles = _work(
-            turn, query_starts, seq_lens, num_sequences, num_tiles, H, SHORT, 2 * M, N
+        heads, split, _, row, count, first, first_tile, tiles, length, is_part = piece(
+            turn, plan, N, H, STACK, FORM, MOST, LEAST
         )
-        if tiles > 0:
-            first = first + INDEX * M
-            mbarrier.wait(q_full, done & 1)
-            mean = _attend(
-                q.index(INDEX), k, v, k_full, k_empty, v_full, v_empty, q_empty,
-                talks.index(INDEX), talks.index(1 - INDEX), base - done, base,
-                first, num_queries, length, tiles, scale_log2, P, PINGPONG,
+        first = first + INDEX * (M // STACK)
+        if (tiles > 0) & (first >= count):
+            pass_by(rings, base, tiles)
+        if (tiles > 0) & (first < count):
+            t, at, live = rows_of(plan, heads, row, first, count, H, STACK, FORM, M, wide_rows)
+            x = gl.load(q + at[:, None] * D + offs_d, mask=live[:, None], other=0.0)
+            gl.thread_barrier()
+            q_ring.index(INDEX).store(x)
+            fence_async_shared()
+            gl.thread_barrier()
+            if FORM == SHARED:
+                seen = length
+                position = length - 1 + gl.zeros([M], gl.int32, s_rows)
+            else:
+                seen = length - count + first + 1
+                query = first + gl.arange(0, M, s_rows) // STACK
+                position = length - count + gl.minimum(query, count - 1)
+            mean, lse = attend(
+                q_ring.index(INDEX), rings, base, position, seen, first_tile, tiles, length,
+                scale_log2, P,
             )  # fmt: skip
-            query = first + gl.arange(0, M, gl.SliceLayout(1, wide))
-            at = (row + query).to(gl.int64)[:, None] * (H * D) + head * D
-            to = out + at + gl.arange(0, D, gl.SliceLayout(0, wide))[None, :]
-            mean = gl.convert_layout(mean.to(q.dtype), wide)
-            gl.store(to, mean, mask=(query < num_queries)[:, None])
-            done += 1
+            if FORM != LONG:
+                t, slot, live = rows_of(plan, heads, row, first, count, H, STACK, FORM, M, acc_rows)
+                live = live & (t >= low) & (t < high)
+                slot = (slot - low.to(gl.int64) * H) * num_slots + split
+                if FORM == SHORT:
+                    live = live & is_part
+                to = partial_out + slot[:, None] * D
+                to += gl.arange(0, D, gl.SliceLayout(0, acc_layout))[None, :]
+                gl.store(to, mean, mask=live[:, None])
+                gl.store(partial_lse + slot, lse, mask=live)
+            if FORM != SHARED:
+                t, at, live = rows_of(plan, heads, row, first, count, H, STACK, FORM, M, wide_rows)
+                if FORM == SHORT:
+                    live = live & (not is_part)
+                mean = gl.convert_layout(mean.to(q_ring.dtype), wide)
+                gl.store(out + at[:, None] * D + offs_d, mean, mask=live[:, None])
         base += tiles
 
 
-@gluon.jit(do_not_specialize=["num_sequences", "num_tiles", "stride_table"])
+@launchable
+@gluon.jit(do_not_specialize=UNSPECIALISED)
 def _hopper_kernel(
-    queries,
+    q,
     key,
     value,
     out,
+    partial_out,
+    partial_lse,
+    starts,
+    lengths,
+    members,
     query_starts,
-    seq_lens,
+    sizes,
     block_table,
-    num_sequences,
+    num_owners,
     num_tiles,
+    num_splits,
+    low,
+    high,
+    num_slots,
     stride_table,
     scale_log2,
     H: gl.constexpr,
     GROUP: gl.constexpr,
+    STACK: gl.constexpr,
     D: gl.constexpr,
-    SHORT: gl.constexpr,
-    ROWS: gl.constexpr,
+    FORM: gl.constexpr,
+    MOST: gl.constexpr,
+    LEAST: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
-    PINGPONG: gl.constexpr,
+    OVERLAP: gl.constexpr,
 ):
-    """out = softmax(scale q k^T + causal mask) v by pieces of one head and 2 * ROWS queries.
+    """softmax(scale q k^T + causal mask) v by pieces of 2 * ROWS rows: STACK heads of a kv head for
+    each query, and one split of the keys.
 
-    queries [T, H * D]; key, value [B, P, K * D]; out [T, H, D]. A sequence's tiles of queries lie
-    among num_tiles as in _prefill_kernel. One warp loads; two warpgroups attend ROWS queries each.
+    q, out [T, H, D]; key, value [B, P, K * D]. Owner o of queries has those of rows starts[o] to
+    starts[o + 1], and tiles among num_tiles as in _prefill_kernel. One warp loads; two warpgroups
+    attend ROWS rows each.
+    LONG: sequences with more than MOST queries, to `out`.
+    SHORT: those with 2 to MOST; rows low to high leave splits of at least LEAST tokens in
+    partial_out [high - low, H, num_slots, D], those with one split `out`.
+    SHARED: owners are groups, queries their members' (query_starts[members[i]]), keys the first
+    lengths[members[starts[o]]], all visible, in splits of sizes[o].
     """
     P: gl.constexpr = key.block_shape[1]
     dtype: gl.constexpr = key.dtype
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    q = gl.allocate_shared_memory(dtype, [2, ROWS, D], shared)
+    q_ring = gl.allocate_shared_memory(dtype, [2, ROWS, D], shared)
     k = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], shared)
     v = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], shared)
-    q_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], barrier)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    talks = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
-    mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=2)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=2)
         mbarrier.init(v_empty.index(i), count=2)
-    for i in gl.static_range(2):
-        mbarrier.init(talks.index(i), count=1)
     fence_async_shared()
-    if PINGPONG:
-        mbarrier.arrive(talks.index(0))
-    turns = gl.cdiv(H * num_tiles, gl.num_programs(0))
-    common = (turns, query_starts, seq_lens, num_sequences, num_tiles,
-              q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty)  # fmt: skip
-    result = (out, scale_log2, talks) + common  # noqa: RUF005 (Gluon has no stars)
-    source = (block_table, stride_table, queries, key, value) + common  # noqa: RUF005
+    if OVERLAP:  # The other warps begin at warp_specialize, thus after it.
+        gdc_wait()
+    plan = (starts, lengths, members, query_starts, sizes, num_owners, num_tiles, num_splits,
+            low, high)  # fmt: skip
+    rings = (k, v, k_full, k_empty, v_full, v_empty)
+    turns = gl.cdiv(H // STACK * num_tiles * num_splits, gl.num_programs(0))
+    result = (q, out, partial_out, partial_lse, num_slots, scale_log2, q_ring, turns, plan, rings)
+    source = (key, value, block_table, stride_table, turns, plan, rings)
     gl.warp_specialize(
-        [
-            (_consume, (0, H, SHORT, P, PINGPONG) + result),  # noqa: RUF005
-            (_consume, (1, H, SHORT, P, PINGPONG) + result),  # noqa: RUF005
-            (_produce, (H, GROUP, SHORT) + source),  # noqa: RUF005
+        [  # Numbers that variables hold would no longer be constants.
+            (_consume, (H, STACK, FORM, MOST, LEAST, 0, P) + result),  # noqa: RUF005
+            (_consume, (H, STACK, FORM, MOST, LEAST, 1, P) + result),  # noqa: RUF005
+            (_produce, (H, STACK, FORM, MOST, LEAST, GROUP) + source),  # noqa: RUF005
         ],
         [4, 1],
         [232, 40],
@@ -375,8 +221,8 @@ def _num_processors(device: torch.device) -> int:
 
 
 def fits(q_THD: Tensor, layer: KVLayer, window: int | None) -> bool:
-    """Whether `hopper_attention` can take a layer; never depends on the step, so that a row's bits
-    do not."""
+    """Whether the functions below can take a layer; never depends on the step, so that a row's
+    bits do not."""
     pages = (layer.key, layer.value)
     return (
         window is None
@@ -388,48 +234,117 @@ def fits(q_THD: Tensor, layer: KVLayer, window: int | None) -> bool:
     )
 
 
-def _describe(x: Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout(128, 16, len(block)))
+class _Work(NamedTuple):
+    """Who has how many queries, and how the work on them is cut: see `_hopper_kernel`."""
+
+    starts: Tensor
+    lengths: Tensor
+    num_queries: int
+    rows: range = range(0)
+    num_splits: int = 1
+    members: Tensor | None = None
+    sizes: Tensor | None = None
 
 
-def hopper_attention(
+def long_chunks(
+    q_THD: Tensor, layer: KVLayer, batch: AttentionBatch, scale: float, out: Tensor, short: int
+) -> None:
+    """Writes the rows of `out` [T, H, D] whose sequences have more than `short` queries."""
+    work = _Work(batch.query_starts, batch.seq_lens_S, len(q_THD))
+    _launch(LONG, q_THD, layer, batch, scale, out, work, None, short=short)
+
+
+def short_chunks(
     q_THD: Tensor,
     layer: KVLayer,
     batch: AttentionBatch,
     scale: float,
     out: Tensor,
-    short: int,
+    partials: Partials,
+    rows: range,
     *,
-    pingpong: bool = False,
-    stay: bool = True,
+    short: int,
+    shortest: int,
 ) -> None:
-    """Writes the rows of `out` [T, H * D] whose sequences have more than `short` queries."""
+    """Attends `rows` whose sequences have 2 to `short` queries: to `out` where `shortest` tokens
+    are all, else to `partials` [rows, H, splits]."""
+    work = _Work(batch.query_starts, batch.seq_lens_S, len(rows), rows, partials.num_slots)
+    _launch(SHORT, q_THD, layer, batch, scale, out, work, partials, short=short, shortest=shortest)
+
+
+def shared_prefixes(
+    q_THD: Tensor,
+    layer: KVLayer,
+    batch: AttentionBatch,
+    scale: float,
+    plan: SharedPrefix,
+    partials: Partials,
+) -> None:
+    """Writes to `partials` [T, H, slots] what the members of groups see of the shared tokens."""
+    work = _Work(
+        plan.group_starts,
+        plan.shared_tokens_S,
+        len(plan.members),
+        range(len(q_THD)),
+        plan.max_splits,
+        plan.members,
+        plan.split_sizes,
+    )
+    _launch(SHARED, q_THD, layer, batch, scale, q_THD, work, partials)
+
+
+def _launch(
+    form: gl.constexpr,
+    q_THD: Tensor,
+    layer: KVLayer,
+    batch: AttentionBatch,
+    scale: float,
+    out: Tensor,
+    work: _Work,
+    partials: Partials | None,
+    *,
+    short: int = 0,
+    shortest: int = 0,
+) -> None:
     check_query(q_THD, layer, batch)
-    num_tokens, num_heads, head_size = q_THD.shape
+    num_heads, head_size = q_THD.shape[1:]
     block_size, num_kv_heads = layer.key.shape[1:3]
-    num_sequences = len(batch.seq_lens_S)
+    group = num_heads // num_kv_heads
+    stack = min(group & -group, ROWS.value)
+    num_owners = len(work.starts) - 1
+    num_tiles = cdiv(work.num_queries, 2 * ROWS.value // stack) + num_owners - 1
+    pieces = num_heads // stack * num_tiles * work.num_splits
     page = [1, block_size, HALF]
-    num_tiles = cdiv(num_tokens, 2 * ROWS) + num_sequences - 1
-    pieces = num_heads * num_tiles
-    _hopper_kernel[(min(pieces, _num_processors(q_THD.device)) if stay else pieces,)](
-        _describe(q_THD.flatten(1), [ROWS, head_size]),
-        _describe(layer.key.flatten(2), page),
-        _describe(layer.value.flatten(2), page),
+    _hopper_kernel[(min(pieces, _num_processors(q_THD.device)),)](
+        q_THD,
+        TensorDescriptor.from_tensor(layer.key.flatten(2), page, PAGE_LAYOUT),
+        TensorDescriptor.from_tensor(layer.value.flatten(2), page, PAGE_LAYOUT),
         out,
+        q_THD if partials is None else partials.out,
+        q_THD if partials is None else partials.lse,
+        work.starts,
+        work.lengths,
+        work.starts if work.members is None else work.members,
         batch.query_starts,
-        batch.seq_lens_S,
+        work.starts if work.sizes is None else work.sizes,
         batch.block_table,
-        num_sequences,
+        num_owners,
         num_tiles,
+        work.num_splits,
+        work.rows.start,
+        work.rows.stop,
+        0 if partials is None else partials.num_slots,
         batch.block_table.stride(0),
         scale * LOG2_E,
         H=num_heads,
-        GROUP=num_heads // num_kv_heads,
+        GROUP=group,
+        STACK=stack,
         D=head_size,
-        SHORT=short,
-        ROWS=ROWS,
+        FORM=form.value,
+        MOST=short,
+        LEAST=shortest,
         BLOCK_N=BLOCK_N,
         STAGES=STAGES,
-        PINGPONG=pingpong,
         num_warps=4,
+        **launch_options(q_THD.device),
     )

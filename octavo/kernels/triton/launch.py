@@ -3,11 +3,13 @@
 Every kernel that the host launches is marked `@launchable`. Triton binds, specialises and looks up
 some thirty arguments anew for every launch, in Python; a step of eager launches then waits for the
 host. What decides which binary runs is only: the constants, and of every argument its type and what
-Triton specialises on (pointers aligned to 16 bytes; integers that are 1, or multiples of 16).
+Triton specialises on (pointers aligned to 16 bytes; integers that are 1, or multiples of 16; of a
+tensor descriptor its block and layout).
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +17,55 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+try:  # Gluon is experimental: another Triton may not have it there.
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as LaidOutDescriptor
+except ImportError:
+    LaidOutDescriptor = TensorDescriptor
+
+MAX_TENSOR_MAPS = 1024
 _INT32_MAX = 2**31 - 1
+
+
+class TensorMaps:
+    """A binary's descriptors as its launcher takes them: a CUtensorMap each, shape and strides.
+
+    Triton 3.6 encodes them anew for every launch, in a closure around the launcher. Weights and
+    pages recur every step, and activations as the allocator hands the same memory out again. No
+    memory is held on to: an entry has an address, which means the same whoever lives there.
+    """
+
+    def __init__(self, run: Any) -> None:
+        assert run.global_scratch_size == 0
+        assert run.profile_scratch_size == 0
+        wrapper = inspect.getclosurevars(run.launch)
+        self._run = run
+        self._launch = wrapper.nonlocals["launcher"]
+        self._metadata = wrapper.nonlocals["tensordesc_meta"]
+        self._encode = wrapper.globals["make_tensordesc_arg"]
+        self._encoded: dict[tuple[Any, ...], list[Any]] = {}
+
+    def run(self, x: int, y: int, z: int, stream: int, function: int, *arguments: Any) -> None:
+        """Does what the launcher of a compiled kernel does."""
+        run, flat, number = self._run, [], 0
+        for argument in arguments:
+            if type(argument) in (TensorDescriptor, LaidOutDescriptor):
+                flat += self._expanded(argument, number)
+                number += 1
+            else:
+                flat.append(argument)
+        options = (run.launch_cooperative_grid, run.launch_pdl, None, None)
+        self._launch(x, y, z, stream, function, *options, *flat)
+
+    def _expanded(self, argument: Any, number: int) -> list[Any]:
+        base, shape, strides = argument.base, argument.shape, argument.strides
+        key = (number, base.data_ptr(), *shape, *strides, argument.padding)
+        found = self._encoded.get(key)
+        if found is None:
+            if len(self._encoded) >= MAX_TENSOR_MAPS:
+                self._encoded.clear()
+            found = self._encode(argument, self._metadata[number])
+            self._encoded[key] = found
+        return found
 
 
 class Launchable:
@@ -27,7 +77,7 @@ class Launchable:
 
     def __init__(self, function: Any) -> None:
         self._function = function
-        self._built: dict[tuple[Any, ...], tuple[Any, list[str]]] = {}
+        self._built: dict[tuple[Any, ...], tuple[Any, Any, list[str]]] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._function, name)
@@ -43,7 +93,7 @@ class Launchable:
     ) -> None:
         values: list[Any] = []
         key: list[Any] = [*constants.values()]
-        device = -1
+        device, has_maps = -1, False
         for argument in arguments:
             kind = type(argument)
             if kind is int:
@@ -54,9 +104,12 @@ class Launchable:
                 key.append((argument.dtype, pointer & 15 == 0))
                 values.append(pointer)
                 device = argument.get_device()
-            elif kind is TensorDescriptor:
-                self._function[grid](*arguments, **constants)
-                return
+            elif kind is TensorDescriptor or kind is LaidOutDescriptor:
+                layout = None if kind is TensorDescriptor else argument.layout
+                key.append((kind, argument.base.dtype, *argument.block_shape, layout))
+                values.append(argument)
+                device = argument.base.get_device()
+                has_maps = True
             else:
                 key.append(kind)
                 values.append(argument)
@@ -65,10 +118,11 @@ class Launchable:
         if built is None:
             kernel = self._function[grid](*arguments, **constants)
             if kernel is not None and device >= 0:  # the interpreter builds nothing
-                self._built[found] = kernel, self._function.arg_names[len(arguments) :]
+                run = TensorMaps(kernel.run).run if has_maps else kernel.run
+                self._built[found] = kernel, run, self._function.arg_names[len(arguments) :]
             return
-        kernel, names = built
-        kernel.run(
+        kernel, run, names = built
+        run(
             *(*grid, 1, 1)[:3],
             torch._C._cuda_getCurrentRawStream(device),
             kernel.function,

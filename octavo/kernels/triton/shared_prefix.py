@@ -18,7 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.ops import AttentionBatch, KVLayer, SharedPrefix
-from octavo.kernels.triton.attention import attend_range, tiles_attention, value_delta
+from octavo.kernels.triton.attention import (
+    attend_range,
+    fits_hopper,
+    hopper,
+    tiles_attention,
+    value_delta,
+)
 from octavo.kernels.triton.attention_decode import (
     LOG2_E,
     Partials,
@@ -31,9 +37,10 @@ from octavo.kernels.triton.attention_decode import (
 from octavo.kernels.triton.launch import cdiv, launchable, next_power_of_2
 from octavo.kernels.triton.overlap import launch_options, wait_turn
 
-SPLIT_CLASSES = ((1024, 128), (4096, 256), (16384, 512))
+SMALLEST_SPLITS = ((1024, 128), (4096, 256))
 """(shared tokens at most, split size)."""
-LARGEST_SPLIT = 1024
+MAX_SPLITS = 16
+"""Of more tokens than that. Fewer fill no GPU, more leave more to merge."""
 MIN_BLOCKS = 64
 """Fewer shared blocks than this come from the L2 cache anyway, and merging costs time."""
 
@@ -148,7 +155,8 @@ def plan_shared_prefix(
 
 
 def _split_size(tokens: int) -> int:
-    return next((size for limit, size in SPLIT_CLASSES if tokens <= limit), LARGEST_SPLIT)
+    larger = cdiv(tokens, MAX_SPLITS * 128) * 128
+    return next((size for limit, size in SMALLEST_SPLITS if tokens <= limit), larger)
 
 
 Group = tuple[list[int], int]
@@ -315,6 +323,9 @@ def _attend_shared(
     plan: SharedPrefix,
     partials: Partials,
 ) -> None:
+    if fits_hopper(q_THD, layer, window):
+        hopper.shared_prefixes(q_THD, layer, batch, scale, plan, partials)
+        return
     stride_block = check_query(q_THD, layer, batch)
     num_heads, head_size = q_THD.shape[1:]
     block_size, num_kv_heads = layer.key.shape[1:3]
