@@ -203,7 +203,6 @@ def _decode_kernel(
     last of their programs merges them, MERGE_M >= H // K heads at once.
     Program 1 names a token (BY_TOKEN: any query) or a sequence, skipped unless it has one query.
     HAS_SHARED: the first shared_tokens[s] tokens are done elsewhere, in shared_slots[s] slots.
-    Heads are fastest in the grid: what they read of a page lies side by side in memory.
     HALF: q is qkv [T, (H + 2 K) D] before norm and RoPE, whose k and v are written on the way.
     """
     GROUP: tl.constexpr = H // K
@@ -425,6 +424,7 @@ def decode_attention(
     block_n, num_warps, num_stages = shape or decode_shape(head_size, dtype)
     group = num_heads // num_kv_heads
     programs = min(slots, max(1, -(-TARGET_PROGRAMS // (rows * num_kv_heads))))
+    # Heads are fastest: what they read of a page lies side by side in memory.
     _decode_kernel[(num_kv_heads, rows, programs)](
         out,
         partials.out,
