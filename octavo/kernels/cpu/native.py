@@ -320,9 +320,6 @@ class NativeOps(Composed):
         )
         return out
 
-    def logits(self, x_SM: Tensor, weight: Weight) -> Tensor:
-        return self.linear(x_SM, (weight,))
-
     def route(
         self,
         logits_TE: Tensor,
@@ -450,7 +447,3 @@ class NativeOps(Composed):
         )
         _check(status, "attention")
         return out
-
-    def copy_blocks(self, arena: Tensor, copies: Sequence[tuple[int, int]]) -> None:
-        for source, target in copies:
-            arena[target].copy_(arena[source])
