@@ -33,6 +33,7 @@ from octavo.errors import (
     UnsupportedModelError,
 )
 from octavo.weights.gguf_tokenizer import byte_spelling, tokenizer_files_from_gguf
+from octavo.weights.hub import read_json
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "eot_token")
 _SLOW_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tiktoken.model")
@@ -92,13 +93,13 @@ class Tokenizer:
                 )
             raise ModelNotFoundError(f"there is no tokenizer.json in {folder}")
         config = {
-            **_read_json(folder / "special_tokens_map.json"),
-            **_read_json(folder / "tokenizer_config.json"),
+            **(read_json(folder / "special_tokens_map.json") or {}),
+            **(read_json(folder / "tokenizer_config.json") or {}),
         }
         template = folder / "chat_template.jinja"
         if template.is_file():
             config["chat_template"] = template.read_text(encoding="utf-8")
-        elif (old := _read_json(folder / "chat_template.json")) and "chat_template" not in config:
+        elif (old := read_json(folder / "chat_template.json")) and "chat_template" not in config:
             config["chat_template"] = old.get("chat_template")
         return Tokenizer((folder / "tokenizer.json").read_text(encoding="utf-8"), config)
 
@@ -299,18 +300,6 @@ def _sound(text: str) -> str:
             param="prompt",
         ) from error
     return text
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is no valid JSON: {error}; download it again") from error
-    if not isinstance(data, dict):
-        raise ModelError(f"{path} must hold a JSON object, has a {type(data).__name__}")
-    return data
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:

@@ -145,7 +145,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} is no valid JSON: {error}") from error
+        raise ModelError(f"{path} is no valid JSON: {error}; download it again") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
