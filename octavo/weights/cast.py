@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 
-import gguf
 import torch
 from torch import Tensor
 
 from octavo.formats import WEIGHT_FORMATS, WeightFormat
 from octavo.kernels.ops import Weight
+from octavo.kernels.reference import dequantize_rows
 from octavo.weights.source import DTYPE_FORMATS, NUMBER_DTYPES, Staging, TensorSource, part_of
 
 _CHUNK_ELEMENTS = 1 << 22
@@ -68,10 +68,9 @@ def convert(weight: Weight, dtype: torch.dtype) -> Tensor:
     """Returns the values of `weight` as a new tensor [rows, cols]."""
     if not weight.format.is_block:
         return weight.data.to(dtype, copy=True)
-    kind = gguf.GGMLQuantizationType[weight.format.name.upper()]
     out = torch.empty((weight.rows, weight.cols), dtype=dtype)
     step = max(1, _CHUNK_ELEMENTS // weight.cols)
     for start in range(0, weight.rows, step):
-        rows = weight.data[start : start + step].numpy()
-        out[start : start + step] = torch.from_numpy(gguf.quants.dequantize(rows, kind))
+        rows = slice(start, start + step)
+        out[rows] = dequantize_rows(weight, rows)
     return out
