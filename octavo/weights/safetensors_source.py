@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +124,10 @@ def _split_fused(
     return [
         (
             names.expert(fused[1], expert, part),
-            StoredTensor(
-                file=stored.file,
+            replace(
+                stored,
                 start=stored.start + (expert * len(parts) + index) * part_bytes,
                 shape=(part_rows, cols),
-                format=stored.format,
-                format_name=stored.format_name,
             ),
         )
         for expert in range(experts)
