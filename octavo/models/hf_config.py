@@ -80,8 +80,8 @@ class HFConfig:
             self.refuse(name, f"an integer of at least {least}")
         return value
 
-    def optional_integer(self, name: str, *, least: int = 1) -> int | None:
-        return None if self.fields.get(name) is None else self.integer(name, least=least)
+    def optional_integer(self, name: str) -> int | None:
+        return None if self.fields.get(name) is None else self.integer(name)
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._get(name, default)

@@ -1,6 +1,7 @@
 """How Hugging Face checkpoints name the parts of a MoE layer, per family.
 
-Read by the safetensors and GGUF sources, which list stacked experts one by one.
+Read by the families, and by the safetensors and GGUF sources, which list stacked experts one by
+one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ class ExpertNames:
     up: str
     down: str
 
-    def expert(self, layer: int | str, expert: int, part: str) -> str:
+    def expert(self, layer: int | str, expert: int | str, part: str) -> str:
         """Returns the full name; `part` is one of the matrix names above."""
         return f"model.layers.{layer}.{self.block}.experts.{expert}.{part}.weight"
 
