@@ -35,10 +35,7 @@ DENSE_NAMES: dict[str, str] = {
 def moe_names(model_type: str) -> dict[str, str]:
     """Returns DENSE_NAMES, and what `weights.names` says of the experts."""
     names = expert_names(model_type)
-    parts = {"gate": names.gate, "up": names.up, "down": names.down}
-    experts = {
-        f"expert_{part}": names.expert("{layer}", "{expert}", name) for part, name in parts.items()
-    }
+    experts = {f"expert_{part}": names.expert("{layer}", "{expert}", part) for part in names.parts}
     return {**DENSE_NAMES, "router": names.router("{layer}"), **experts}
 
 

@@ -118,7 +118,7 @@ def _split_fused(
     if fused is None or len(stored.shape) != 3 or stored.format is None:
         return [(name, stored)]
     experts, rows, cols = stored.shape
-    parts = (names.down,) if fused[2] == "down_proj" else (names.gate, names.up)
+    parts = ("down",) if fused[2] == "down_proj" else ("gate", "up")
     part_rows = rows // len(parts)
     part_bytes = part_rows * stored.format.row_bytes(cols)
     return [
