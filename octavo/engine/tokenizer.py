@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, processors
+from tokenizers import decoders
 
 from octavo.engine.chat_template import (
     ChatOptions,
@@ -32,7 +32,11 @@ from octavo.errors import (
     RequestError,
     UnsupportedModelError,
 )
-from octavo.weights.gguf_tokenizer import byte_spelling, tokenizer_files_from_gguf
+from octavo.weights.gguf_tokenizer import (
+    byte_spelling,
+    ends_template,
+    tokenizer_files_from_gguf,
+)
 from octavo.weights.hub import read_json
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "eot_token")
@@ -336,18 +340,11 @@ def _apply_bos_eos(
     """Lets add_bos_token and add_eos_token, where they are given, rule over tokenizer.json."""
     if "add_bos_token" not in config and "add_eos_token" not in config:
         return
-    ends = {
-        role: special[role]
+    bos, eos = (
+        special.get(role) if config.get(f"add_{role}") else None
         for role in ("bos_token", "eos_token")
-        if config.get(f"add_{role}") and role in special
-    }
-    before = f"{ends['bos_token']} " if "bos_token" in ends else ""
-    behind = f" {ends['eos_token']}" if "eos_token" in ends else ""
-    core.post_processor = processors.TemplateProcessing(
-        single=f"{before}$A{behind}",
-        pair=f"{before}$A{behind} {before}$B{behind}",
-        special_tokens=[(token, core.token_to_id(token)) for token in ends.values()],
     )
+    core.post_processor = ends_template(bos, eos, core.token_to_id)
 
 
 def _chat_template(config: Mapping[str, Any]) -> str | None:
