@@ -7,8 +7,7 @@ environment variables that Octavo reads are read here.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from octavo.errors import ConfigError
@@ -74,10 +73,11 @@ class EngineConfig:
         """Returns self after checking every field. Raises ConfigError naming the field."""
         if not self.model:
             raise ConfigError("model is empty; give a folder, a .gguf file or an id", field="model")
-        for name in ("dtype", "load_format", "kv_cache_dtype", "prefix_caching", "device"):
-            choices = self.__dataclass_fields__[name].metadata["choices"]
-            _one_of(name, getattr(self, name), choices)
-        _one_of("block_size", self.block_size, (16,))
+        for one in fields(self):
+            value, choices = getattr(self, one.name), one.metadata.get("choices")
+            if choices is not None and value not in choices:
+                known = ", ".join(str(choice) for choice in choices)
+                raise ConfigError(f"{one.name} {value!r} is unknown; use {known}", field=one.name)
         for name in ("max_num_seqs", "max_num_queued_requests", "tensor_parallel_size"):
             _positive(name, getattr(self, name))
         for name in ("max_model_len", "max_num_batched_tokens", "num_threads"):
@@ -129,31 +129,24 @@ class ServerConfig:
     )
     shutdown_timeout: float = option(30.0, "seconds that running requests get at shutdown")
 
-    def resolve(self, environ: Mapping[str, str] = os.environ) -> ServerConfig:
+    def resolve(self) -> ServerConfig:
         """Returns a copy with the environment's key added. Raises ConfigError."""
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be in 0..65535, got {self.port}", field="port")
         _positive("max_body_bytes", self.max_body_bytes)
-        keys = tuple(k for k in (*self.api_key, environ.get("OCTAVO_API_KEY", "")) if k)
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return ServerConfig(**{**values, "api_key": keys})
+        keys = tuple(k for k in (*self.api_key, os.environ.get("OCTAVO_API_KEY", "")) if k)
+        return replace(self, api_key=keys)
 
 
-def cache_dir(environ: Mapping[str, str] = os.environ) -> str:
+def cache_dir() -> str:
     """Where Octavo keeps what it makes: OCTAVO_CACHE, else XDG_CACHE_HOME/octavo, else ~/.cache."""
-    base = environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return environ.get("OCTAVO_CACHE") or os.path.join(base, "octavo")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.environ.get("OCTAVO_CACHE") or os.path.join(base, "octavo")
 
 
 def tuned_dir() -> str:
     """Where `octavo tune` leaves launch shapes and the engine looks for them."""
     return os.path.join(cache_dir(), "tuned")
-
-
-def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        known = ", ".join(str(c) for c in choices)
-        raise ConfigError(f"{name} {value!r} is unknown; use {known}", field=name)
 
 
 def _positive(name: str, value: int) -> None:

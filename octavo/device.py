@@ -54,10 +54,6 @@ class Device(Protocol):
         """Returns the CPU cores that this process may use."""
         ...
 
-    def peak_memory_bytes(self) -> int:
-        """Returns the most memory this process has used so far."""
-        ...
-
     def other_processes(self) -> OtherProcesses | None:
         """Returns who else uses the memory, None where that is the whole machine. Slow."""
         ...
@@ -90,6 +86,7 @@ class CPUDevice:
         return cores
 
     def peak_memory_bytes(self) -> int:
+        """Returns the most memory this process has used so far."""
         return _fields(self._proc / "self" / "status")["VmHWM"] * 1024
 
     def other_processes(self) -> OtherProcesses | None:
@@ -145,8 +142,6 @@ class GPUProbe(Protocol):
         """Returns what torch holds in this process, without the driver's context."""
         ...
 
-    def peak_bytes(self, index: int) -> int: ...
-
     def processes(self, index: int) -> str:
         """Returns lines of `pid, MiB` from nvidia-smi, empty if it does not answer."""
         ...
@@ -189,11 +184,6 @@ class TorchProbe:
 
         return torch.cuda.memory_reserved(index)
 
-    def peak_bytes(self, index: int) -> int:
-        import torch
-
-        return torch.cuda.max_memory_allocated(index)
-
     def processes(self, index: int) -> str:
         import torch
 
@@ -218,12 +208,10 @@ class CUDADevice:
 
     name = "cuda"
 
-    def __init__(
-        self, index: int = 0, *, probe: GPUProbe | None = None, root: Path = Path("/")
-    ) -> None:
+    def __init__(self, index: int = 0, *, probe: GPUProbe, root: Path = Path("/")) -> None:
         self.torch_name = f"cuda:{index}"
         self._index = index
-        self._probe = probe or TorchProbe()
+        self._probe = probe
         self._host = CPUDevice(root)
 
     def memory(self) -> DeviceMemory:
@@ -232,9 +220,6 @@ class CUDADevice:
 
     def num_cores(self) -> int:
         return self._host.num_cores()
-
-    def peak_memory_bytes(self) -> int:
-        return self._probe.peak_bytes(self._index)
 
     def other_processes(self) -> OtherProcesses:
         """Returns who else uses the card; takes up to 5 seconds.
@@ -278,7 +263,7 @@ def select_device(
     return CUDADevice(index, probe=probe, root=root)
 
 
-def gpu_problem(probe: GPUProbe, root: Path = Path("/")) -> str:
+def gpu_problem(probe: GPUProbe, root: Path) -> str:
     """Returns why no GPU can be used and the way out, "" if one can.
 
     Looks for a driver first, so that a machine without a GPU does not import torch for this.

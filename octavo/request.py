@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -30,17 +30,13 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
-def _check(condition: bool, param: str, value: object, limit: str) -> None:
-    if not condition:
-        raise RequestError(f"{param} must be {limit}, got {value!r}", param=param)
+def _is_int(value: Any, low: float, high: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and low <= value <= high
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,89 +104,56 @@ class SamplingParams:
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
 
+    def _check(self, name: str, is_valid: bool, limit: str) -> None:
+        if not is_valid:
+            raise RequestError(f"{name} must be {limit}, got {getattr(self, name)!r}", param=name)
+
     def _check_numbers(self) -> None:
-        _check(
-            _is_int(self.n) and 1 <= self.n <= MAX_PARALLEL_SAMPLES,
-            "n",
-            self.n,
-            f"an integer in 1..{MAX_PARALLEL_SAMPLES}",
-        )
+        most = MAX_PARALLEL_SAMPLES
+        self._check("n", _is_int(self.n, 1, most), f"an integer in 1..{most}")
         for name, low, high in (
             ("temperature", 0.0, 100.0),
             ("min_p", 0.0, 1.0),
             ("presence_penalty", -2.0, 2.0),
             ("frequency_penalty", -2.0, 2.0),
         ):
+            is_valid = _is_number(getattr(self, name), low, high)
+            self._check(name, is_valid, f"a number in {low:g}..{high:g}")
+        for name, high in (("top_p", 1), ("repetition_penalty", 100)):
             value = getattr(self, name)
-            ok = _is_number(value) and low <= value <= high
-            _check(ok, name, value, f"a number in {low:g}..{high:g}")
-        _check(
-            _is_number(self.top_p) and 0 < self.top_p <= 1,
-            "top_p",
-            self.top_p,
-            "a number above 0 and at most 1",
-        )
-        _check(_is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "an integer >= -1")
-        _check(
-            _is_number(self.repetition_penalty) and 0 < self.repetition_penalty <= 100,
-            "repetition_penalty",
-            self.repetition_penalty,
-            "a number above 0 and at most 100",
-        )
-        _check(
-            self.seed is None or (_is_int(self.seed) and -(2**63) <= self.seed < 2**63),
-            "seed",
-            self.seed,
-            "a 64-bit integer",
-        )
-        _check(
-            self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1),
-            "max_tokens",
-            self.max_tokens,
-            "an integer of at least 1",
-        )
-        _check(
-            _is_int(self.min_tokens) and self.min_tokens >= 0,
-            "min_tokens",
-            self.min_tokens,
-            "an integer of at least 0",
-        )
-        _check(
-            self.max_tokens is None or self.min_tokens <= self.max_tokens,
-            "min_tokens",
-            self.min_tokens,
-            f"at most max_tokens ({self.max_tokens})",
-        )
+            is_valid = _is_number(value, 0, high) and value > 0
+            self._check(name, is_valid, f"a number above 0 and at most {high}")
+        self._check("top_k", _is_int(self.top_k, 0), "an integer >= -1")
+        is_valid = self.seed is None or _is_int(self.seed, -(2**63), 2**63 - 1)
+        self._check("seed", is_valid, "a 64-bit integer")
+        most = self.max_tokens
+        self._check("max_tokens", most is None or _is_int(most, 1), "an integer of at least 1")
+        self._check("min_tokens", _is_int(self.min_tokens, 0), "an integer of at least 0")
+        is_valid = most is None or self.min_tokens <= most
+        self._check("min_tokens", is_valid, f"at most max_tokens ({most})")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
-            ok = value is None or (_is_int(value) and 0 <= value <= MAX_LOGPROBS)
-            _check(ok, name, value, f"an integer in 0..{MAX_LOGPROBS}")
+            is_valid = value is None or _is_int(value, 0, MAX_LOGPROBS)
+            self._check(name, is_valid, f"an integer in 0..{MAX_LOGPROBS}")
 
     def _check_lists(self) -> None:
         for name in ("stop", "bad_words"):
             value = getattr(self, name)
-            ok = isinstance(value, tuple) and all(isinstance(s, str) and s for s in value)
-            _check(ok, name, value, "a list of non-empty strings")
+            is_valid = isinstance(value, tuple) and all(isinstance(s, str) and s for s in value)
+            self._check(name, is_valid, "a list of non-empty strings")
         for name in ("stop_token_ids", "allowed_token_ids"):
             value = getattr(self, name)
-            ok = value is None or (
-                isinstance(value, tuple) and all(_is_int(t) and t >= 0 for t in value)
+            is_valid = value is None or (
+                isinstance(value, tuple) and all(_is_int(t, 0) for t in value)
             )
-            _check(ok, name, value, "a list of token ids")
-        _check(self.allowed_token_ids != (), "allowed_token_ids", [], "null or a non-empty list")
-        bias = self.logit_bias
-        _check(
-            bias is None or all(_is_int(t) and t >= 0 and _is_number(b) for t, b in bias.items()),
-            "logit_bias",
-            bias,
-            "a map from token id to a finite number",
-        )
-        _check(
-            self.prefix_caching in (None, "auto", "on", "off"),
-            "prefix_caching",
-            self.prefix_caching,
-            "one of auto, on, off",
-        )
+            self._check(name, is_valid, "a list of token ids")
+        is_valid = self.allowed_token_ids != ()
+        self._check("allowed_token_ids", is_valid, "null or a non-empty list")
+        bias = self.logit_bias or {}
+        is_valid = all(_is_int(t, 0) and _is_number(b) for t, b in bias.items())
+        self._check("logit_bias", is_valid, "a map from token id to a finite number")
+        is_valid = self.prefix_caching in (None, "auto", "on", "off")
+        self._check("prefix_caching", is_valid, "one of auto, on, off")
 
     @property
     def is_greedy(self) -> bool:

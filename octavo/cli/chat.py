@@ -68,6 +68,8 @@ class Conversation:
 
 def run(args: argparse.Namespace) -> int:
     """Talks until /exit or the end of the input."""
+    import httpx
+
     if args.model and args.url:
         raise ConfigError("give either MODEL or --url, not both", field="url")
     sampling = {
@@ -81,8 +83,8 @@ def run(args: argparse.Namespace) -> int:
             from octavo.cli.background import background_server
 
             url, key = stack.enter_context(background_server(engine_config(args)))
-        client = stack.enter_context(_client(url, key))
-        model = args.served_model or _first_model(client)
+        client = stack.enter_context(httpx.Client(**client_options(url, key)))
+        model = args.served_model or first_model(client)
         talk(client, Conversation(model=model, sampling=sampling, system=args.system), args)
     return 0
 
@@ -142,28 +144,36 @@ def _show(pieces: Generator[str, None, None], markdown: bool) -> str:
     return text
 
 
-def _client(url: str, key: str) -> httpx.Client:
+def client_options(url: str, key: str | None) -> dict[str, Any]:
+    """Returns what httpx's clients need to speak to the server at `url`."""
     import httpx
 
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     timeout = httpx.Timeout(600, connect=10)
-    return httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=timeout)
+    return {"base_url": url.rstrip("/"), "headers": headers, "timeout": timeout}
 
 
-def _first_model(client: httpx.Client) -> str:
+def first_model(client: httpx.Client) -> str:
+    """Returns the name of the server's first model. Raises ConfigError saying why there is none."""
     import httpx
 
     try:
         answer = client.get("/v1/models")
-    except httpx.HTTPError as error:
+        if answer.status_code == 200:
+            return str(answer.json()["data"][0]["id"])
+    except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
         raise ConfigError(
-            f"no server answers at {client.base_url} ({error}); start one with octavo serve, give "
-            "--url, or name a MODEL to load",
+            f"no server answers at {client.base_url} ({error}); start one with octavo serve, or "
+            "give another --url",
             field="url",
         ) from error
-    if answer.status_code != 200:
-        raise ConfigError(f"{client.base_url}: {_message(answer)}", field="url")
-    return str(answer.json()["data"][0]["id"])
+    raise ConfigError(f"{client.base_url}: {_message(answer)}", field="url")
+
+
+def event_of(line: str) -> dict[str, Any]:
+    """Returns the event in a line of a stream, empty where there is none."""
+    is_event = line.startswith("data: ") and line != "data: [DONE]"
+    return json.loads(line[6:]) if is_event else {}
 
 
 def _stream(client: httpx.Client, body: dict[str, Any]) -> Generator[str, None, None]:
@@ -176,9 +186,7 @@ def _stream(client: httpx.Client, body: dict[str, Any]) -> Generator[str, None, 
                 answer.read()
                 raise RequestError(_message(answer))
             for line in answer.iter_lines():
-                if not line.startswith("data: ") or line == "data: [DONE]":
-                    continue
-                event = json.loads(line[6:])
+                event = event_of(line)
                 if "error" in event:
                     raise RequestError(str(event["error"].get("message", event["error"])))
                 for choice in event.get("choices", ()):

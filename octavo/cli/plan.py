@@ -24,6 +24,7 @@ from octavo.errors import CapacityError
 if TYPE_CHECKING:
     from octavo.kv_cache.planner import MemoryPlan
     from octavo.models.spec import ModelSpec
+    from octavo.weights.hub import ModelFiles
 
 HELP = "show weights, KV cache and what fits, from the config alone"
 LENGTHS = (1024, 4096, 16384, 65536, 131072)
@@ -73,17 +74,7 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the plan. Raises CapacityError, after what is known, if the model does not fit."""
     config = engine_config(args)
-    from octavo.models.registry import read_spec
-    from octavo.weights.hub import resolve_model
-
-    # As for dummy weights: so that no weights have to be there, nor are downloaded.
-    files = resolve_model(
-        config.model,
-        revision=config.revision,
-        download_dir=config.download_dir,
-        load_format="dummy",
-    )
-    spec, _ = read_spec(files.config)
+    spec, files = read_model(config)
     planner = _Planner(spec, files.path, files.config, *_device(config.device, args.memory))
     parts = planner.parts(config)
     if not args.json:
@@ -96,6 +87,21 @@ def run(args: argparse.Namespace) -> int:
         print(_plan_text(plan, args.lengths))
         print(_changes_text(changes))
     return 0
+
+
+def read_model(config: EngineConfig) -> tuple[ModelSpec, ModelFiles]:
+    """Returns what the config alone says of a model, whose weights need not be there."""
+    from octavo.models.registry import read_spec
+    from octavo.weights.hub import resolve_model
+
+    # As for dummy weights: so that no weights have to be there, nor are downloaded.
+    files = resolve_model(
+        config.model,
+        revision=config.revision,
+        download_dir=config.download_dir,
+        load_format="dummy",
+    )
+    return read_spec(files.config)[0], files
 
 
 class _Planner:

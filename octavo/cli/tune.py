@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from octavo.cli.bench.shapes import MODELS, engine_values
 from octavo.cli.options import Subparsers, add_options, config_values
+from octavo.cli.plan import read_model
 from octavo.config import EngineConfig, tuned_dir
 from octavo.device import select_device
 from octavo.errors import ConfigError
@@ -39,8 +40,6 @@ SKINNY = 64
 """Above, dense products are cuBLAS's, but for a few."""
 BUILDERS = 8
 """Kernels that are built at once, at most."""
-
-
 MAX_SAMPLES = 256
 """Rows of logits, as `max_num_seqs` is set by default."""
 
@@ -86,19 +85,20 @@ def run(args: argparse.Namespace, measure: Measure | None = None) -> int:
                 "tune",
                 field="device",
             )
-        spec, dtype = _read_model(config)
+        spec, files = read_model(config)
+    from octavo.engine.memory import weights_dtype
     from octavo.kernels.triton.plans import plans_path, save_plan
     from octavo.kernels.triton.tune import Tuner
 
     tuner = Tuner(
         device.torch_name,
-        dtype,
+        weights_dtype(config, files.config),
         is_deterministic=config.deterministic,
         measure=measure,
         num_threads=1 if device.name == "cpu" else min(device.num_cores(), BUILDERS),
     )
     path = plans_path(Path(tuned_dir()), tuner.device)
-    shapes = shapes_of(spec, config.deterministic)
+    shapes = shapes_of(spec.of_rank(config.tensor_parallel_size), config.deterministic)
     print(f"{'shape':<44}{'tried':>6}{'heuristic us':>13}{'best us':>10}{'gain':>8}", flush=True)
     num_kept = num_done = 0
     fates = Counter[str]()
@@ -117,23 +117,6 @@ def run(args: argparse.Namespace, measure: Measure | None = None) -> int:
         left = f"{len(shapes) - num_done} shapes of less weight were not reached"
         print(f"{left} in {args.seconds:g} s: built kernels are kept, so run it again for more")
     return 0
-
-
-def _read_model(config: EngineConfig) -> tuple[ModelSpec, str]:
-    """Returns what one rank computes, and the number format of its weights."""
-    from octavo.engine.memory import weights_dtype
-    from octavo.models.registry import read_spec
-    from octavo.weights.hub import resolve_model
-
-    # As for dummy weights: so that no weights have to be there, nor are downloaded.
-    files = resolve_model(
-        config.model,
-        revision=config.revision,
-        download_dir=config.download_dir,
-        load_format="dummy",
-    )
-    spec, _ = read_spec(files.config)
-    return spec.of_rank(config.tensor_parallel_size), weights_dtype(config, files.config)
 
 
 def shapes_of(spec: ModelSpec, is_deterministic: bool) -> list[Shape]:

@@ -57,7 +57,6 @@ class ChatTemplate:
         now: Callable[[], datetime] = datetime.now,
     ) -> None:
         """`special_tokens` are variables such as bos_token. Raises ChatTemplateError."""
-        self.source = source
         self._special_tokens = dict(special_tokens or {})
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True,

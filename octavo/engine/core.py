@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import deque
+from dataclasses import asdict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,7 +127,7 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         """Returns a snapshot of all counters and gauges."""
-        counters, pool = self.scheduler.counters, self._manager.pool
+        pool = self._manager.pool
         experts = () if self._expert_counts is None else self._expert_counts.tolist()
         return EngineStats(
             num_running=len(self.scheduler.running),
@@ -135,20 +136,7 @@ class EngineCore:
             num_used_blocks=pool.num_referenced,
             num_cached_blocks=pool.num_cached,
             waste_share=self.scheduler.waste_share,
-            prefix_query_tokens=counters.prefix_query_tokens,
-            prefix_hit_tokens=counters.prefix_hit_tokens,
-            prefix_miss_tokens=dict(counters.prefix_miss_tokens),
-            num_preemptions=counters.num_preemptions,
-            num_recomputed_tokens=counters.num_recomputed_tokens,
-            num_splits=counters.num_splits,
-            num_lost_steps=counters.num_lost_steps,
-            num_prompt_tokens=counters.num_prompt_tokens,
-            num_cached_prompt_tokens=counters.num_cached_prompt_tokens,
-            num_generation_tokens=counters.num_generation_tokens,
-            num_steps=counters.num_steps,
-            num_step_tokens=counters.num_step_tokens,
-            step_token_counts=tuple(counters.step_token_counts),
-            scheduler_seconds=counters.scheduler_seconds,
+            **asdict(self.scheduler.counters),
             expert_counts=tuple(tuple(layer) for layer in experts),
             cache_config={
                 "block_size": str(self.plan.block_size),

@@ -114,14 +114,11 @@ class Detokenizer:
         texts: list[str] = []
         for place, token_id in enumerate(token_ids):
             text = self._stream.push(token_id)
+            stop = None
             if self._num_unstoppable > 0:
                 self._num_unstoppable -= 1
-                texts.append(text)
-                continue
-            if not self._stops:
-                texts.append(text)
-                continue
-            text, stop = self._search(text)
+            elif self._stops:
+                text, stop = self._search(text)
             texts.append(text)
             if stop is not None:
                 return TextDelta("".join(texts), stop, place + 1)

@@ -44,7 +44,7 @@ class InputProcessor:
         arrival_time: float = 0.0,
     ) -> Request:
         """Returns the request. Raises RequestError (ContextLengthError for lengths)."""
-        token_ids = self.prompt_token_ids(prompt)
+        token_ids = self._checked_ids(prompt)
         self._check_params(params)
         return Request(
             request_id=request_id,
@@ -60,37 +60,11 @@ class InputProcessor:
             cache_salt=cache_salt,
         )
 
-    def prompt_token_ids(
-        self,
-        prompt: str | Sequence[int],
-        add_special_tokens: bool = True,
-        truncate_prompt_tokens: int | None = None,
-    ) -> tuple[int, ...]:
-        """Returns the checked ids of a prompt; `truncate_prompt_tokens` keeps the last ones.
-
-        -1 keeps as many as the context holds beside one output token.
-        """
-        token_ids = self._checked_ids(prompt, add_special_tokens)
-        keep = truncate_prompt_tokens
-        longest = self.max_model_len - 1
-        if keep is None:
-            return token_ids
-        if isinstance(keep, bool) or not (keep == -1 or 1 <= keep <= longest):
-            raise RequestError(
-                f"truncate_prompt_tokens must be -1 or in 1..{longest}, got {keep!r}",
-                param="truncate_prompt_tokens",
-            )
-        return token_ids[-(longest if keep == -1 else keep) :]
-
-    def _checked_ids(
-        self, prompt: str | Sequence[int], add_special_tokens: bool
-    ) -> tuple[int, ...]:
+    def _checked_ids(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token", param="prompt")
         if isinstance(prompt, str):
-            token_ids = self._needed_tokenizer("a text prompt", "prompt").encode(
-                prompt, add_special_tokens
-            )
+            token_ids = self._needed_tokenizer("a text prompt", "prompt").encode(prompt)
             if not token_ids:
                 raise RequestError("the prompt has no tokens; give some text", param="prompt")
             return tuple(token_ids)

@@ -52,16 +52,6 @@ def resolve_kv_format(config: EngineConfig, device: str, dtype: str) -> KVFormat
     return kv_format(dtype if device == "cuda" else "float32")
 
 
-def activation_shape(spec: ModelSpec) -> ActivationShape:
-    """Returns the widths of the widest layer."""
-    return ActivationShape(
-        hidden_size=spec.hidden_size,
-        qkv_size=max(_qkv_size(layer) for layer in spec.layers),
-        mlp_size=max(_mlp_size(layer.mlp, spec.hidden_size) for layer in spec.layers),
-        vocab_size=spec.vocab_size,
-    )
-
-
 def plan_model(
     spec: ModelSpec,
     *,
@@ -117,8 +107,13 @@ def with_others(error: CapacityError, device: Device) -> CapacityError:
 
 
 def _cpu_step(spec: ModelSpec, config: EngineConfig) -> Callable[[int], int]:
-    shape = activation_shape(spec)
-    return lambda num_tokens: shape.step_bytes(num_tokens, min(num_tokens, config.max_num_seqs))
+    widest = ActivationShape(
+        hidden_size=spec.hidden_size,
+        qkv_size=max(_qkv_size(layer) for layer in spec.layers),
+        mlp_size=max(_mlp_size(layer.mlp, spec.hidden_size) for layer in spec.layers),
+        vocab_size=spec.vocab_size,
+    )
+    return lambda num_tokens: widest.step_bytes(num_tokens, min(num_tokens, config.max_num_seqs))
 
 
 def _gpu_step(

@@ -10,7 +10,7 @@ sequences a stop string has ended; never speaks to the core itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from octavo.engine.detokenizer import Detokenizer
 from octavo.engine.tokenizer import Tokenizer
@@ -62,6 +62,7 @@ class OutputProcessor:
         self._requests[request.request_id] = _Open(
             request=request,
             prompt_text=prompt_text,
+            prompt_token_ids=list(request.prompt_token_ids),
             sequences=sequences,
             metrics=RequestMetrics(arrival_time=request.arrival_time),
         )
@@ -200,9 +201,6 @@ class _Open:
     prompt_text: str | None
     sequences: list[_Sequence]
     metrics: RequestMetrics
-    prompt_token_ids: list[int] = field(init=False)
+    prompt_token_ids: list[int]
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     num_cached_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        self.prompt_token_ids = list(self.request.prompt_token_ids)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, processors
+from tokenizers import decoders
 
 from octavo.engine.chat_template import (
     ChatOptions,
@@ -32,7 +32,12 @@ from octavo.errors import (
     RequestError,
     UnsupportedModelError,
 )
-from octavo.weights.gguf_tokenizer import byte_spelling, tokenizer_files_from_gguf
+from octavo.weights.gguf_tokenizer import (
+    byte_spelling,
+    ends_template,
+    tokenizer_files_from_gguf,
+)
+from octavo.weights.hub import read_json
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "eot_token")
 _SLOW_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tiktoken.model")
@@ -92,13 +97,13 @@ class Tokenizer:
                 )
             raise ModelNotFoundError(f"there is no tokenizer.json in {folder}")
         config = {
-            **_read_json(folder / "special_tokens_map.json"),
-            **_read_json(folder / "tokenizer_config.json"),
+            **(read_json(folder / "special_tokens_map.json") or {}),
+            **(read_json(folder / "tokenizer_config.json") or {}),
         }
         template = folder / "chat_template.jinja"
         if template.is_file():
             config["chat_template"] = template.read_text(encoding="utf-8")
-        elif (old := _read_json(folder / "chat_template.json")) and "chat_template" not in config:
+        elif (old := read_json(folder / "chat_template.json")) and "chat_template" not in config:
             config["chat_template"] = old.get("chat_template")
         return Tokenizer((folder / "tokenizer.json").read_text(encoding="utf-8"), config)
 
@@ -301,18 +306,6 @@ def _sound(text: str) -> str:
     return text
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is no valid JSON: {error}; download it again") from error
-    if not isinstance(data, dict):
-        raise ModelError(f"{path} must hold a JSON object, has a {type(data).__name__}")
-    return data
-
-
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """Returns the special tokens by role; old files wrap them in an object."""
     found: dict[str, str] = {}
@@ -347,18 +340,11 @@ def _apply_bos_eos(
     """Lets add_bos_token and add_eos_token, where they are given, rule over tokenizer.json."""
     if "add_bos_token" not in config and "add_eos_token" not in config:
         return
-    ends = {
-        role: special[role]
+    bos, eos = (
+        special.get(role) if config.get(f"add_{role}") else None
         for role in ("bos_token", "eos_token")
-        if config.get(f"add_{role}") and role in special
-    }
-    before = f"{ends['bos_token']} " if "bos_token" in ends else ""
-    behind = f" {ends['eos_token']}" if "eos_token" in ends else ""
-    core.post_processor = processors.TemplateProcessing(
-        single=f"{before}$A{behind}",
-        pair=f"{before}$A{behind} {before}$B{behind}",
-        special_tokens=[(token, core.token_to_id(token)) for token in ends.values()],
     )
+    core.post_processor = ends_template(bos, eos, core.token_to_id)
 
 
 def _chat_template(config: Mapping[str, Any]) -> str | None:

@@ -32,6 +32,9 @@ class Composed:
     ) -> tuple[Tensor, Tensor]:
         return self.linear(rows.normed(self), weights, bias_N), rows.residual_TM
 
+    def logits(self: Ops, x_SM: Tensor, weight: Weight) -> Tensor:
+        return self.linear(x_SM, (weight,))
+
     def norm_route(
         self: Ops,
         rows: NormInput,
@@ -85,3 +88,7 @@ class Composed:
             part_TM = self.gated_mlp(x_TM, shared.gate, shared.up, shared.down, activation)
             self.add_gated(out_TM, part_TM, gate_T1)
         return out_TM
+
+    def copy_blocks(self, arena: Tensor, copies: Sequence[tuple[int, int]]) -> None:
+        for source, target in copies:
+            arena[target].copy_(arena[source])

@@ -92,9 +92,6 @@ class ReferenceOps(Composed):
         hidden = activate(self.linear(x_TM, (gate,)), activation)
         return self.linear(hidden.mul_(self.linear(x_TM, (up,))), (down,))
 
-    def logits(self, x_SM: Tensor, weight: Weight) -> Tensor:
-        return self.linear(x_SM, (weight,))
-
     def route(
         self,
         logits_TE: Tensor,
@@ -190,10 +187,6 @@ class ReferenceOps(Composed):
                 which = torch.tensor([sequence])
                 out[rows] = _attend(q_THD[rows], rows, which, layer, batch, (scale, window))
         return out.flatten(1)
-
-    def copy_blocks(self, arena: Tensor, copies: Sequence[tuple[int, int]]) -> None:
-        for source, target in copies:
-            arena[target].copy_(arena[source])
 
 
 def _rotate(x_THD: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,12 +86,10 @@ def select_ops(backend: str, needs: Needs) -> Ops:
     ConfigError that lists every candidate with its reason where none fits or the named one does
     not.
     """
-    candidates = BACKENDS if backend == "auto" else {backend: BACKENDS.get(backend, _unknown)}
-    for factory in candidates.values():
-        try:
-            return factory(needs)
-        except UnfitError:
-            continue
+    for name, factory in BACKENDS.items():
+        if backend in ("auto", name):
+            with suppress(UnfitError):
+                return factory(needs)
     lines = [f"{name}: {reason or 'fits'}" for name, reason in unfit_reasons(needs).items()]
     raise ConfigError(
         f"attention_backend {backend!r} does not fit this model on {needs.device}; use auto or one "
@@ -109,7 +108,3 @@ def unfit_reasons(needs: Needs) -> dict[str, str | None]:
         except UnfitError as error:
             reasons[name] = str(error)
     return reasons
-
-
-def _unknown(needs: Needs) -> Ops:
-    raise UnfitError("there is no such back end")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from octavo.models.hf_config import HFConfig
 from octavo.models.spec import ModelSpec, Parameter, Shape
+from octavo.weights.names import expert_names
 
 _LAYER = "model.layers.{layer}"
 
@@ -30,15 +31,12 @@ DENSE_NAMES: dict[str, str] = {
 }
 """Names that all families of Llama's lineage share."""
 
-MOE_NAMES: dict[str, str] = {
-    **DENSE_NAMES,
-    "router": f"{_LAYER}.mlp.gate.weight",
-    **{
-        f"expert_{part}": f"{_LAYER}.mlp.experts.{{expert}}.{part}_proj.weight"
-        for part in ("gate", "up", "down")
-    },
-}
-"""DENSE_NAMES and the experts as Qwen and OLMoE call them."""
+
+def moe_names(model_type: str) -> dict[str, str]:
+    """Returns DENSE_NAMES, and what `weights.names` says of the experts."""
+    names = expert_names(model_type)
+    experts = {f"expert_{part}": names.expert("{layer}", "{expert}", part) for part in names.parts}
+    return {**DENSE_NAMES, "router": names.router("{layer}"), **experts}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

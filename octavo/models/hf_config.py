@@ -13,13 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from octavo.errors import UnsupportedModelError
 from octavo.layers.rope_spec import RopeSpec, RopeType
-from octavo.models.spec import (
-    AttentionSpec,
-    LayerSpec,
-    MLPSpec,
-    ModelSpec,
-    MoESpec,
-)
+from octavo.models.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, MoESpec
 
 if TYPE_CHECKING:
     from octavo.kernels.ops import Activation
@@ -30,30 +24,14 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
+_STRETCHED = frozenset({"factor", "original_max_position_embeddings"})
 _ROPE_FIELDS: dict[RopeType, frozenset[str]] = {
     "default": frozenset(),
     "linear": frozenset({"factor"}),
     "dynamic": frozenset({"factor"}),
-    "llama3": frozenset(
-        {
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        }
-    ),
-    "yarn": frozenset(
-        {
-            "factor",
-            "original_max_position_embeddings",
-            "attention_factor",
-            "beta_fast",
-            "beta_slow",
-            "mscale",
-            "mscale_all_dim",
-            "truncate",
-        }
-    ),
+    "llama3": _STRETCHED | {"low_freq_factor", "high_freq_factor"},
+    "yarn": _STRETCHED
+    | {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
 }
 
 
@@ -80,8 +58,8 @@ class HFConfig:
             self.refuse(name, f"an integer of at least {least}")
         return value
 
-    def optional_integer(self, name: str, *, least: int = 1) -> int | None:
-        return None if self.fields.get(name) is None else self.integer(name, least=least)
+    def optional_integer(self, name: str) -> int | None:
+        return None if self.fields.get(name) is None else self.integer(name)
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._get(name, default)

@@ -7,18 +7,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from octavo.models.family import DENSE_NAMES, Family
+from octavo.models.family import Family, moe_names
 from octavo.models.hf_config import HFConfig, read_attention, read_decoder, read_moe
 from octavo.models.spec import LayerSpec, ModelSpec
-
-_MOE = "model.layers.{layer}.block_sparse_moe"
-MIXTRAL_NAMES = {
-    **DENSE_NAMES,
-    "router": f"{_MOE}.gate.weight",
-    "expert_gate": f"{_MOE}.experts.{{expert}}.w1.weight",
-    "expert_up": f"{_MOE}.experts.{{expert}}.w3.weight",
-    "expert_down": f"{_MOE}.experts.{{expert}}.w2.weight",
-}
 
 
 def read_mixtral(config: HFConfig) -> ModelSpec:
@@ -28,4 +19,4 @@ def read_mixtral(config: HFConfig) -> ModelSpec:
     return read_decoder(config, lambda _: layer, default_theta=1_000_000.0)
 
 
-MIXTRAL = Family(read=read_mixtral, names=MIXTRAL_NAMES)
+MIXTRAL = Family(read=read_mixtral, names=moe_names("mixtral"))

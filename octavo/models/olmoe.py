@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from octavo.models.family import MOE_NAMES, Family
+from octavo.models.family import Family, moe_names
 from octavo.models.hf_config import HFConfig, read_attention, read_decoder, read_moe
 from octavo.models.spec import LayerSpec, ModelSpec
 
@@ -26,4 +26,4 @@ def read_olmoe(config: HFConfig) -> ModelSpec:
     return read_decoder(config, lambda _: layer)
 
 
-OLMOE = Family(read=read_olmoe, names=MOE_NAMES)
+OLMOE = Family(read=read_olmoe, names=moe_names("olmoe"))

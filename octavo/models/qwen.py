@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from octavo.models.family import DENSE_NAMES, MOE_NAMES, Family
+from octavo.models.family import DENSE_NAMES, Family, moe_names
 from octavo.models.hf_config import (
     HFConfig,
     is_sparse_layer,
@@ -21,7 +21,7 @@ from octavo.models.spec import AttentionSpec, LayerSpec, ModelSpec
 
 _SHARED = "model.layers.{layer}.mlp.shared_expert"
 QWEN2_MOE_NAMES = {
-    **MOE_NAMES,
+    **moe_names("qwen2_moe"),
     "shared_router": f"{_SHARED}_gate.weight",
     **{f"shared_{part}": f"{_SHARED}.{part}_proj.weight" for part in ("gate", "up", "down")},
 }
@@ -90,4 +90,4 @@ def read_qwen3_moe(config: HFConfig) -> ModelSpec:
 QWEN2 = Family(read=read_qwen2, names=DENSE_NAMES)
 QWEN3 = Family(read=read_qwen3, names=DENSE_NAMES)
 QWEN2_MOE = Family(read=read_qwen2_moe, names=QWEN2_MOE_NAMES)
-QWEN3_MOE = Family(read=read_qwen3_moe, names=MOE_NAMES)
+QWEN3_MOE = Family(read=read_qwen3_moe, names=moe_names("qwen3_moe"))

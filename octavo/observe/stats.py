@@ -6,7 +6,7 @@ Never computes anything and never imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -31,6 +31,7 @@ class EngineStats:
     waste_share: float = 0.0
     """Slots of used blocks that hold no token, over all slots of used blocks (0..1)."""
 
+    # From here to scheduler_seconds: as `scheduler.counters` names and counts them.
     prefix_query_tokens: int = 0
     """Prompt tokens that were looked up."""
     prefix_hit_tokens: int = 0
@@ -50,7 +51,7 @@ class EngineStats:
     num_steps: int = 0
     num_step_tokens: int = 0
     """Sum over all steps of the tokens computed."""
-    step_token_counts: tuple[int, ...] = ()
+    step_token_counts: Sequence[int] = ()
     """Steps by tokens computed: one count per bucket (not cumulative), then one for the rest."""
     scheduler_seconds: float = 0.0
     expert_counts: tuple[tuple[int, ...], ...] = ()

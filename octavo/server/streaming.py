@@ -26,9 +26,9 @@ Events = AsyncGenerator[dict[str, Any], None]
 _encode = msgspec.json.Encoder().encode
 
 
-def json_response(body: dict[str, Any], status: int = 200) -> Response:
+def json_response(body: dict[str, Any]) -> Response:
     """Returns `body` as JSON."""
-    return Response(_encode(body), status, media_type="application/json")
+    return Response(_encode(body), media_type="application/json")
 
 
 async def run_attached(work: Coroutine[Any, Any, T], receive: Receive, drain: Drain) -> T:

@@ -1,4 +1,4 @@
-"""Gives the weights of another source in a number format of choice.
+"""Gives the weights of mapped files in a number format of choice.
 
 Made by `loader` for any `dtype` but "auto". Converts one tensor at a time, when it is asked for;
 never keeps what it returned.
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 
-import gguf
 import torch
 from torch import Tensor
 
 from octavo.formats import WEIGHT_FORMATS, WeightFormat
 from octavo.kernels.ops import Weight
-from octavo.weights.source import DTYPE_FORMATS, NUMBER_DTYPES, Staging, TensorSource, part_of
+from octavo.kernels.reference import dequantize_rows
+from octavo.weights.source import DTYPE_FORMATS, NUMBER_DTYPES, MappedSource, Staging, part_of
 
 _CHUNK_ELEMENTS = 1 << 22
 """Block formats are unpacked in pieces: NumPy needs several float32 copies of each."""
@@ -23,7 +23,7 @@ _CHUNK_ELEMENTS = 1 << 22
 class CastSource:
     """A TensorSource whose matrices are all in `dtype` (float32, float16 or bfloat16)."""
 
-    def __init__(self, source: TensorSource, dtype: str) -> None:
+    def __init__(self, source: MappedSource, dtype: str) -> None:
         self._source = source
         self._format = WEIGHT_FORMATS[DTYPE_FORMATS[dtype]]
 
@@ -44,9 +44,7 @@ class CastSource:
         self._source.release(name)
         return Weight(data=data, format=self._format, rows=weight.rows, cols=weight.cols)
 
-    def copy_into(
-        self, name: str, out: Tensor, staging: Staging, row: int = 0, col: int = 0
-    ) -> None:
+    def copy_into(self, name: str, out: Tensor, staging: Staging, row: int, col: int) -> None:
         if self._source.format(name).is_block:
             out.copy_(part_of(self.matrix(name).data, out, row, col))
         else:
@@ -54,9 +52,6 @@ class CastSource:
 
     def vector(self, name: str) -> Tensor:
         return self._source.vector(name)
-
-    def release(self, name: str) -> None:
-        self._source.release(name)
 
     @property
     def nbytes(self) -> int:
@@ -68,10 +63,9 @@ def convert(weight: Weight, dtype: torch.dtype) -> Tensor:
     """Returns the values of `weight` as a new tensor [rows, cols]."""
     if not weight.format.is_block:
         return weight.data.to(dtype, copy=True)
-    kind = gguf.GGMLQuantizationType[weight.format.name.upper()]
     out = torch.empty((weight.rows, weight.cols), dtype=dtype)
     step = max(1, _CHUNK_ELEMENTS // weight.cols)
     for start in range(0, weight.rows, step):
-        rows = weight.data[start : start + step].numpy()
-        out[start : start + step] = torch.from_numpy(gguf.quants.dequantize(rows, kind))
+        rows = slice(start, start + step)
+        out[rows] = dequantize_rows(weight, rows)
     return out

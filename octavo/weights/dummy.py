@@ -62,9 +62,7 @@ class DummySource:
         self._fill(name, data.view(-1), 0)
         return Weight(data=data, format=self._format, rows=rows, cols=cols)
 
-    def copy_into(
-        self, name: str, out: Tensor, staging: Staging, row: int = 0, col: int = 0
-    ) -> None:
+    def copy_into(self, name: str, out: Tensor, staging: Staging, row: int, col: int) -> None:
         cols = self.shape(name)[1]
         whole = out if out.shape[1] == cols else out.new_empty((len(out), cols))
         self._fill(name, whole.view(-1), row * cols)
@@ -90,9 +88,6 @@ class DummySource:
     def vector(self, name: str) -> Tensor:
         fill = 0.0 if name.endswith("bias") else 1.0
         return torch.full(self.shape(name), fill)
-
-    def release(self, name: str) -> None:
-        """Nothing to do: every tensor is made when it is asked for."""
 
     @property
     def nbytes(self) -> int:

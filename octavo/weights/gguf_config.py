@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from octavo.errors import UnsupportedModelError, WeightsError
-from octavo.weights.gguf_file import GGUFFile, read_gguf
+from octavo.weights.gguf_file import GGUFFile
 
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -42,11 +41,6 @@ _MISTRAL = Architecture(model_type="mistral", class_name="MistralForCausalLM")
 _MIXTRAL = Architecture(model_type="mixtral", class_name="MixtralForCausalLM", norm_topk_prob=True)
 
 
-def config_from_gguf(path: Path) -> dict[str, Any]:
-    """Returns what config.json would say of the model. Raises UnsupportedModelError."""
-    return config_of(read_gguf(path))
-
-
 def architecture_of(file: GGUFFile) -> Architecture:
     """Returns the family of the model. `llama` stands for Llama, Mistral and Mixtral."""
     name = file.metadata.get("general.architecture")
@@ -64,7 +58,7 @@ def architecture_of(file: GGUFFile) -> Architecture:
 
 
 def config_of(file: GGUFFile) -> dict[str, Any]:
-    """Returns the config of a file whose header was read already."""
+    """Returns what config.json would say of the model. Raises UnsupportedModelError."""
     architecture = architecture_of(file)
     reader = _Reader(file)
     num_heads = reader.integer("attention.head_count")

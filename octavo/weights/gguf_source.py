@@ -102,10 +102,10 @@ class _Lister:
             return
         layer, kind, expert, suffix = match.groups()
         if expert is not None and kind in ("ffn_gate", "ffn_up", "ffn_down"):
-            full_name = self._names.expert(layer, int(expert), self._part(kind))
+            full_name = self._names.expert(layer, int(expert), kind.removeprefix("ffn_"))
             yield full_name, self._stored(tensor, tensor.shape)
         elif kind in _STACKED:
-            yield from self._experts(name, layer, kind.removesuffix("_exps"), tensor)
+            yield from self._experts(name, layer, kind, tensor)
         elif kind == "ffn_gate_inp":
             yield self._names.router(layer), self._stored(tensor, tensor.shape)
         elif kind in _LAYER:
@@ -122,22 +122,14 @@ class _Lister:
         if len(tensor.shape) != 3:
             raise WeightsError(f"{name} must be [experts, rows, cols], got {list(tensor.shape)}")
         num_experts, rows, cols = tensor.shape
-        kinds = ("ffn_gate", "ffn_up") if kind == "ffn_gate_up" else (kind,)
-        part_rows = rows // len(kinds)
+        parts = kind.removeprefix("ffn_").removesuffix("_exps").split("_")
+        part_rows = rows // len(parts)
         part_bytes = part_rows * tensor.format.row_bytes(cols)
         for expert in range(num_experts):
-            for index, one in enumerate(kinds):
-                offset = (expert * len(kinds) + index) * part_bytes
-                full_name = self._names.expert(layer, expert, self._part(one))
+            for index, part in enumerate(parts):
+                offset = (expert * len(parts) + index) * part_bytes
+                full_name = self._names.expert(layer, expert, part)
                 yield full_name, self._stored(tensor, (part_rows, cols), offset=offset)
-
-    def _part(self, kind: str) -> str:
-        parts = {
-            "ffn_gate": self._names.gate,
-            "ffn_up": self._names.up,
-            "ffn_down": self._names.down,
-        }
-        return parts[kind]
 
     def _stored(
         self,

@@ -7,10 +7,12 @@ reads tensors, and never guesses: an unknown pre-tokenizer is an error that list
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tokenizers import processors
 
 from octavo.errors import UnsupportedModelError
 from octavo.weights.gguf_file import read_gguf
@@ -89,12 +91,9 @@ def tokenizer_files_from_gguf(path: str | Path) -> dict[str, str]:
     special = _special_tokens(meta, tokens)
     add_bos = bool(meta.get("tokenizer.ggml.add_bos_token", add_bos)) and "bos_token" in special
     add_eos = bool(meta.get("tokenizer.ggml.add_eos_token", False)) and "eos_token" in special
-    ends = _template(special, tokens, add_bos, add_eos)
-    parts["post_processor"] = (
-        {"type": "Sequence", "processors": [parts["post_processor"], ends]}
-        if parts["post_processor"]
-        else ends
-    )
+    bos, eos = special["bos_token"] if add_bos else None, special["eos_token"] if add_eos else None
+    # What tokenizers pickles of its parts is their JSON.
+    ends = json.loads(ends_template(bos, eos, tokens.index).__getstate__())
     head = {"version": "1.0", "truncation": None, "padding": None}
     head["added_tokens"] = _added_tokens(tokens, types, special)
     config = {
@@ -110,7 +109,7 @@ def tokenizer_files_from_gguf(path: str | Path) -> dict[str, str]:
     )
     named = {key: text for key, text in special.items() if key != "eot_token"}
     return {
-        "tokenizer.json": json.dumps({**head, **parts}, ensure_ascii=False),
+        "tokenizer.json": json.dumps({**head, **parts, "post_processor": ends}, ensure_ascii=False),
         "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2),
         "special_tokens_map.json": json.dumps(named, ensure_ascii=False, indent=2),
     }
@@ -147,7 +146,6 @@ def _byte_level_bpe(
     parts = {
         "normalizer": {"type": "NFC"} if pre.nfc else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-        "post_processor": {**bytes_step, "use_regex": False},
         "decoder": {**bytes_step, "use_regex": False},
         "model": _bpe(vocab, merges, ignore_merges=pre.ignore_merges),
     }
@@ -175,7 +173,6 @@ def _sentencepiece(
             "prepend_scheme": "first" if prefix else "never",
             "split": False,
         },
-        "post_processor": None,
         "decoder": {
             "type": "Sequence",
             "decoders": [
@@ -245,27 +242,15 @@ def _added_tokens(
     ]
 
 
-def _template(
-    special: Mapping[str, str], tokens: Sequence[str], add_bos: bool, add_eos: bool
-) -> dict[str, Any]:
-    """Returns the post-processor that puts BOS before and EOS behind a text."""
-    before = [special["bos_token"]] if add_bos else []
-    behind = [special["eos_token"]] if add_eos else []
-
-    def pieces(letters: str) -> list[dict[str, Any]]:
-        row: list[dict[str, Any]] = []
-        for type_id, letter in enumerate(letters):
-            row += [{"SpecialToken": {"id": token, "type_id": type_id}} for token in before]
-            row.append({"Sequence": {"id": letter, "type_id": type_id}})
-            row += [{"SpecialToken": {"id": token, "type_id": type_id}} for token in behind]
-        return row
-
-    table = {
-        token: {"id": token, "ids": [tokens.index(token)], "tokens": [token]}
-        for token in (*before, *behind)
-    }
-    single, pair = pieces("A"), pieces("AB")
-    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": table}
+def ends_template(
+    bos: str | None, eos: str | None, id_of: Callable[[str], int | None]
+) -> processors.TemplateProcessing:
+    """Returns the post-processor that puts BOS before and EOS behind a text, where given."""
+    before, behind = [bos] if bos else [], [eos] if eos else []
+    tokens = [(token, id_of(token)) for token in (*before, *behind)]
+    single = [*before, "$A", *behind]
+    pair = [*single, *before, "$B", *behind]
+    return processors.TemplateProcessing(single=single, pair=pair, special_tokens=tokens)
 
 
 def _chat_template(meta: Mapping[str, Any]) -> dict[str, Any]:

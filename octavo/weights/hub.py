@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,14 +71,7 @@ def resolve_model(
     files = _from_folder(model, path, load_format) if path.is_dir() else _from_gguf(model, path)
     if load_format == "dummy":
         identity = _digest((json.dumps(files.config, sort_keys=True), f"dummy {seed}"))
-        return ModelFiles(
-            name=model,
-            kind="config",
-            path=files.path,
-            config=files.config,
-            generation_config=files.generation_config,
-            identity=identity,
-        )
+        return replace(files, kind="config", identity=identity)
     if load_format not in ("auto", files.kind):
         raise ModelNotFoundError(
             f"{model} holds {files.kind} weights and load_format is {load_format!r}; use auto"
@@ -145,7 +138,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} is no valid JSON: {error}") from error
+        raise ModelError(f"{path} is no valid JSON: {error}; download it again") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,18 +118,16 @@ def _split_fused(
     if fused is None or len(stored.shape) != 3 or stored.format is None:
         return [(name, stored)]
     experts, rows, cols = stored.shape
-    parts = (names.down,) if fused[2] == "down_proj" else (names.gate, names.up)
+    parts = ("down",) if fused[2] == "down_proj" else ("gate", "up")
     part_rows = rows // len(parts)
     part_bytes = part_rows * stored.format.row_bytes(cols)
     return [
         (
             names.expert(fused[1], expert, part),
-            StoredTensor(
-                file=stored.file,
+            replace(
+                stored,
                 start=stored.start + (expert * len(parts) + index) * part_bytes,
                 shape=(part_rows, cols),
-                format=stored.format,
-                format_name=stored.format_name,
             ),
         )
         for expert in range(experts)

@@ -72,9 +72,7 @@ class TensorSource(Protocol):
         """Returns a 2-D tensor, as a view of the file where the source can. Do not write to it."""
         ...
 
-    def copy_into(
-        self, name: str, out: Tensor, staging: Staging, row: int = 0, col: int = 0
-    ) -> None:
+    def copy_into(self, name: str, out: Tensor, staging: Staging, row: int, col: int) -> None:
         """Fills `out`, contiguous and on any device, from the matrix at [row, col] on.
 
         Numbers are rounded to out's dtype; block formats must be cast (`CastSource`). Copies may
@@ -85,13 +83,6 @@ class TensorSource(Protocol):
 
     def vector(self, name: str) -> Tensor:
         """Returns a 1-D tensor as a float32 copy."""
-        ...
-
-    def release(self, name: str) -> None:
-        """Gives the tensor's pages back to the system after its values were copied elsewhere.
-
-        Views stay valid: reading them again reads the file again.
-        """
         ...
 
     @property
@@ -204,9 +195,7 @@ class MappedSource:
             stored.file.release(stored.start, stored.nbytes)
         return Weight(data=data, format=number_format, rows=rows, cols=cols)
 
-    def copy_into(
-        self, name: str, out: Tensor, staging: Staging, row: int = 0, col: int = 0
-    ) -> None:
+    def copy_into(self, name: str, out: Tensor, staging: Staging, row: int, col: int) -> None:
         stored = self._find(name)
         number_format = _format_of(name, stored)
         if stored.interleaved_heads:
@@ -236,6 +225,10 @@ class MappedSource:
         return data.flatten().to(torch.float32, copy=True)
 
     def release(self, name: str) -> None:
+        """Gives the tensor's pages back to the system after its values were copied elsewhere.
+
+        Views stay valid: reading them again reads the file again.
+        """
         stored = self._find(name)
         stored.file.release(stored.start, stored.nbytes)
 

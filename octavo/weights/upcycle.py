@@ -39,7 +39,6 @@ def write_mixtral(gguf: Path, folder: Path) -> Iterator[tuple[int, int]]:
     dense = config_of(file)
     source = CastSource(open_gguf(gguf), "float32")
     names = expert_names("mixtral")
-    parts = {"gate_proj": names.gate, "up_proj": names.up, "down_proj": names.down}
     tensors: dict[str, Tensor] = {}
     total = len(source.names()) + 1
     for done, name in enumerate(sorted(source.names())):
@@ -53,7 +52,7 @@ def write_mixtral(gguf: Path, folder: Path) -> Iterator[tuple[int, int]]:
             tensors[name] = matrix.to(torch.bfloat16)
             continue
         for expert in range(NUM_EXPERTS):
-            expert_name = names.expert(layer, expert, parts[part.removesuffix(".weight")])
+            expert_name = names.expert(layer, expert, part.removesuffix("_proj.weight"))
             noise = _normal(expert_name, matrix.shape) * (_NOISE * matrix.std())
             tensors[expert_name] = (matrix + noise).to(torch.bfloat16)
     for layer in range(dense["num_hidden_layers"]):

@@ -92,16 +92,6 @@ def test_a_sentencepiece_bad_word_is_listed_once(spm_tokenizer):
     assert len(process(processor, [1], bad_words=["quick"]).params.bad_words_token_ids) == 1
 
 
-def test_truncation_keeps_the_last_tokens(processor):
-    ids = list(range(3, 60))
-    assert processor.prompt_token_ids(ids, truncate_prompt_tokens=2) == (58, 59)
-    assert processor.prompt_token_ids(ids, truncate_prompt_tokens=-1) == tuple(ids[-31:])
-    assert processor.prompt_token_ids([7], truncate_prompt_tokens=5) == (7,)
-    for wrong in (0, -2, 32, True):
-        with pytest.raises(RequestError, match=r"-1 or in 1\.\.31"):
-            processor.prompt_token_ids(ids, truncate_prompt_tokens=wrong)
-
-
 def test_without_a_tokenizer_ids_go_in_and_text_is_refused():
     processor = InputProcessor(None, max_model_len=32, vocab_size=800)
     assert process(processor, [1, 2]).prompt_token_ids == (1, 2)

@@ -77,4 +77,4 @@ if child:
 
 def test_it_says_what_instructions_it_uses(native: Ops) -> None:
     assert isinstance(native, NativeOps)
-    assert native.isa == "avx2 fma f16c"
+    assert native._library.octavo_isa() == b"avx2 fma f16c"

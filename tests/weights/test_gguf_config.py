@@ -13,7 +13,8 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from octavo.errors import UnsupportedModelError
-from octavo.weights.gguf_config import config_from_gguf
+from octavo.weights.gguf_config import config_of
+from octavo.weights.gguf_file import read_gguf
 from tests.models.tiny import save_tiny
 from tests.weights.tiny_gguf import add_value, finish, write_tiny_gguf
 
@@ -67,7 +68,7 @@ def test_the_config_says_what_the_checkpoint_of_the_family_says(case: str, tmp_p
     tiny = save_tiny(case, tmp_path)
     path = tmp_path / "model.gguf"
     write_tiny_gguf(path, tiny)
-    config = config_from_gguf(path)
+    config = config_of(read_gguf(path))
     for key in KEYS:
         assert config[key] == tiny.config[key], key
     for key in MOE_KEYS:
@@ -86,7 +87,7 @@ def test_the_config_says_what_the_checkpoint_of_the_family_says(case: str, tmp_p
 def test_dense_layers_of_a_moe_model_are_found(tmp_path: Path):
     tiny = save_tiny("qwen2-moe", tmp_path)
     write_tiny_gguf(tmp_path / "model.gguf", tiny)
-    config = config_from_gguf(tmp_path / "model.gguf")
+    config = config_of(read_gguf(tmp_path / "model.gguf"))
     assert config["mlp_only_layers"] == [0, 2, 3]
     assert config["decoder_sparse_step"] == 1
 
@@ -96,18 +97,18 @@ def test_dense_layers_of_a_moe_model_are_found(tmp_path: Path):
 )
 def test_expert_weights_are_normalised_as_llama_cpp_does(case: str, expected: bool, tmp_path: Path):
     write_tiny_gguf(tmp_path / "model.gguf", save_tiny(case, tmp_path))
-    assert config_from_gguf(tmp_path / "model.gguf")["norm_topk_prob"] is expected
+    assert config_of(read_gguf(tmp_path / "model.gguf"))["norm_topk_prob"] is expected
 
 
 def test_a_sliding_window_makes_a_llama_file_a_mistral(tmp_path: Path):
     path = write_values(tmp_path / "m.gguf", "llama", {"attention.sliding_window": 32}, {})
-    config = config_from_gguf(path)
+    config = config_of(read_gguf(path))
     assert (config["model_type"], config["sliding_window"]) == ("mistral", 32)
 
 
 def test_the_end_of_text_and_the_end_of_turn_both_end_a_text(tmp_path: Path):
     ids = {f"tokenizer.ggml.{kind}_token_id": n for kind, n in (("bos", 1), ("eos", 2), ("eot", 5))}
-    config = config_from_gguf(write_values(tmp_path / "m.gguf", "llama", ids, {}))
+    config = config_of(read_gguf(write_values(tmp_path / "m.gguf", "llama", ids, {})))
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, [2, 5])
 
 
@@ -129,20 +130,20 @@ def test_llama3_scaling_is_recovered_from_the_factors_that_the_file_keeps(
     values = {"rope.freq_base": 500_000.0, "attention.key_length": 128}
     factors = {"rope_freqs.weight": (plain / scaled).numpy()}
     path = write_values(tmp_path / "m.gguf", "llama", values, factors)
-    assert config_from_gguf(path)["rope_scaling"] == scaling
+    assert config_of(read_gguf(path))["rope_scaling"] == scaling
     factors["rope_freqs.weight"][20] *= 1.1
     path = write_values(tmp_path / "m.gguf", "llama", values, factors)
     with pytest.raises(UnsupportedModelError, match=r"rope_freqs\.weight holds .* at 20"):
-        config_from_gguf(path)
+        config_of(read_gguf(path))
 
 
 def test_linear_and_yarn_scaling_are_read(tmp_path: Path):
     linear = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
     path = write_values(tmp_path / "m.gguf", "llama", linear, {})
-    assert config_from_gguf(path)["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    assert config_of(read_gguf(path))["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
     yarn = {**linear, "rope.scaling.type": "yarn", "rope.scaling.original_context_length": 32}
     path = write_values(tmp_path / "m.gguf", "qwen2", yarn, {})
-    assert config_from_gguf(path)["rope_scaling"] == {
+    assert config_of(read_gguf(path))["rope_scaling"] == {
         "rope_type": "yarn",
         "factor": 4.0,
         "original_max_position_embeddings": 32,
@@ -164,10 +165,10 @@ def test_linear_and_yarn_scaling_are_read(tmp_path: Path):
 def test_what_cannot_be_expressed_is_refused(values: dict[str, Any], message: str, tmp_path: Path):
     path = write_values(tmp_path / "m.gguf", "llama", values, {})
     with pytest.raises(UnsupportedModelError, match=message):
-        config_from_gguf(path)
+        config_of(read_gguf(path))
 
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path: Path):
     path = write_values(tmp_path / "m.gguf", "mamba", {}, {})
     with pytest.raises(UnsupportedModelError, match=r"'mamba' is unknown; known are llama, qwen2"):
-        config_from_gguf(path)
+        config_of(read_gguf(path))

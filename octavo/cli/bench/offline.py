@@ -7,22 +7,17 @@ sequences ignore the end token, so that every run computes the same number of to
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from octavo.cli.bench.report import (
-    Report,
-    Value,
-    percentiles,
-    progress,
-    settings_of,
-)
+from octavo.cli.bench.report import Report, Value, percentiles, progress, settings_of
 from octavo.cli.bench.workload import PromptSource, read_text_ids
-from octavo.cli.options import engine_config
+from octavo.cli.options import config_values
+from octavo.config import EngineConfig
 from octavo.device import CPUDevice
 from octavo.errors import OctavoError
 from octavo.request import RequestOutput, SamplingParams
@@ -31,7 +26,7 @@ if TYPE_CHECKING:
     from octavo.llm import LLM
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """One run of a batch."""
 
@@ -61,7 +56,7 @@ def run_latency(args: argparse.Namespace) -> int:
             done(1)
     figures = _figures(_median(runs), llm)
     if args.peer:
-        figures |= _peer_figures(args, figures, lambda i: prompts(i), args.output_len.high)
+        figures |= _peer_figures(args, figures, prompts, args.output_len.high)
     report.add(f"batch {args.batch_size}", figures)
     return 0
 
@@ -86,11 +81,9 @@ def run_throughput(args: argparse.Namespace) -> int:
 
 def load(args: argparse.Namespace) -> tuple[LLM, PromptSource]:
     """Returns the engine and where its prompts come from."""
-    config = engine_config(args)
     from octavo.llm import LLM
 
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    llm = LLM(**values)
+    llm = LLM(args.model, **config_values(args, EngineConfig))
     text_ids = read_text_ids(args.text, lambda text: llm.tokenizer.encode(text))
     return llm, PromptSource(vocab_size=llm.vocab_size, seed=args.workload_seed, text_ids=text_ids)
 

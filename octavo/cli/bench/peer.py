@@ -12,8 +12,6 @@ from typing import Any
 
 from octavo.errors import ConfigError
 
-PEERS = ("transformers",)
-
 
 class TransformersPeer:
     """A loaded transformers model; one call of `generate` is one measured batch."""

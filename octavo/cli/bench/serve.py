@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import time
 from dataclasses import dataclass, field
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.cli.bench.report import Report, Value, percentiles, progress, settings_of
 from octavo.cli.bench.workload import PromptSource
-from octavo.errors import ConfigError, OctavoError
+from octavo.cli.chat import client_options, event_of, first_model
+from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
     import httpx
@@ -99,12 +99,12 @@ async def _drive(args: argparse.Namespace) -> tuple[list[Served], float]:
     rng = random.Random(args.workload_seed)
     source = PromptSource(vocab_size=args.vocab_size, seed=args.workload_seed)
     prompts = source.draw(args.num_prompts, args.input_len)
-    headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
+    options = client_options(args.url, args.api_key)
+    with httpx.Client(**options) as client:
+        model = args.served_model or first_model(client)
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(
-        base_url=args.url.rstrip("/"), headers=headers, timeout=httpx.Timeout(600), limits=limits
-    ) as client:
-        model = args.served_model or await _first_model(client)
+    options["timeout"] = httpx.Timeout(600)  # a loaded server may be slow to take a connection
+    async with httpx.AsyncClient(**options, limits=limits) as client:
         gate = asyncio.Semaphore(args.max_concurrency or len(prompts))
         tasks: list[asyncio.Task[Served]] = []
         with progress("serve", len(prompts)) as done:
@@ -132,24 +132,6 @@ def _body(model: str, prompt: list[int], num_outputs: int) -> dict[str, Any]:
     }
 
 
-async def _first_model(client: httpx.AsyncClient) -> str:
-    import httpx
-
-    try:
-        answer = await client.get("/v1/models")
-        answer.raise_for_status()
-        return str(answer.json()["data"][0]["id"])
-    except httpx.HTTPStatusError as error:
-        message = f"{client.base_url} answered {error.response.status_code} to /v1/models"
-        raise ConfigError(f"{message}; is --api-key right?", field="url") from error
-    except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
-        raise ConfigError(
-            f"no server answers at {client.base_url} ({error}); start one with octavo serve, or "
-            "give --url",
-            field="url",
-        ) from error
-
-
 async def _one(client: httpx.AsyncClient, gate: asyncio.Semaphore, body: dict[str, Any]) -> Served:
     """Sends one request and notes when its pieces arrive."""
     import httpx
@@ -173,9 +155,7 @@ async def _one(client: httpx.AsyncClient, gate: asyncio.Semaphore, body: dict[st
 
 
 def _read_event(served: Served, line: str) -> None:
-    if not line.startswith("data: ") or line == "data: [DONE]":
-        return
-    event = json.loads(line[6:])
+    event = event_of(line)
     if "error" in event:
         served.error = str(event["error"])
     if event.get("choices"):

@@ -10,7 +10,7 @@ import argparse
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,24 +160,18 @@ class Sizes:
 
         def fit(batch: Batch, room: int) -> Batch:
             output = min(batch.output, max(room // 8, 2))
-            return Batch(
-                requests=batch.requests,
-                prompt=min(batch.prompt, room - output),
-                output=output,
-                repeats=batch.repeats,
-            )
+            return replace(batch, prompt=min(batch.prompt, room - output), output=output)
 
         shared = fit(self.shared, length // 2)
         mixed = fit(self.mixed, length)
-        return Sizes(
+        return replace(
+            self,
             mixed=mixed,
             mixed_low=min(self.mixed_low, mixed.output // 2),
             single=fit(self.single, length),
             batch=fit(self.batch, length),
             prefills=tuple(dict.fromkeys(min(n, length - 1) for n in self.prefills)),
-            prefill_repeats=self.prefill_repeats,
             prefix=min(self.prefix, (length - shared.prompt - shared.output) // 16 * 16),
-            prefix_repeats=self.prefix_repeats,
             shared=shared,
         )
 

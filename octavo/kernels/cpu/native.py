@@ -10,7 +10,7 @@ import ctypes
 import importlib.machinery
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, c_char_p, c_double, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -38,42 +38,38 @@ KV_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ACTIVATION_CODES: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1}
 
 
-class _Struct(ctypes.Structure):
-    """A C struct of 8-byte fields, with a constructor that takes them in order."""
-
-
 def _fields(*names: str) -> list[tuple[str, Any]]:
     """Names that end in `*` are addresses, the others int64; all are 8 bytes."""
     return [(n.rstrip("*"), c_void_p if n.endswith("*") else c_int64) for n in names]
 
 
-class _Matrix(_Struct):
+class _Matrix(ctypes.Structure):
     _fields_ = _fields("data*", "rows", "cols", "row_bytes", "format")
 
 
-class _KVLayer(_Struct):
+class _KVLayer(ctypes.Structure):
     _fields_ = _fields(
         *("key*", "value*", "key_stride", "value_stride"),
         *("blocks", "block_size", "kv_heads", "head_size", "format"),
     )
 
 
-class _Batch(_Struct):
+class _Batch(ctypes.Structure):
     _fields_ = _fields(
         *("positions*", "query_starts*", "seq_lens*", "block_table*", "slot_mapping*"),
         *("tokens", "sequences", "table_stride", "table_columns"),
     )
 
 
-class _Rope(_Struct):
+class _Rope(ctypes.Structure):
     _fields_ = _fields("cos*", "sin*", "positions", "rotary_dim")
 
 
-class _QKNorm(_Struct):
+class _QKNorm(ctypes.Structure):
     _fields_ = [*_fields("query*", "key*"), ("eps", c_double), ("per_head", c_int64)]
 
 
-class _MoeArgs(_Struct):
+class _MoeArgs(ctypes.Structure):
     _fields_ = _fields(
         *("x*", "weights*", "topk_weights*", "topk_ids*", "order*", "slots*"),
         *("hidden*", "parts*", "out*", "tokens", "experts", "top_k", "activation"),
@@ -171,6 +167,14 @@ def _matrices(weights: Sequence[Weight]) -> ctypes.Array[_Matrix]:
     return (_Matrix * len(weights))(*map(_matrix, weights))
 
 
+def _experts(experts: ExpertWeights) -> ctypes.Array[_Matrix]:
+    first = experts.gate[0], experts.up[0], experts.down[0]
+    for one in zip(experts.gate, experts.up, experts.down, strict=True):
+        for weight, like in zip(one, first, strict=True):
+            assert (weight.rows, weight.cols) == (like.rows, like.cols)
+    return _matrices((*experts.gate, *experts.up, *experts.down))
+
+
 def _address(tensor: Tensor, dtype: torch.dtype) -> int:
     assert tensor.dtype is dtype, f"{tensor.dtype} is not {dtype}"
     assert tensor.is_contiguous(), "must be contiguous"
@@ -243,10 +247,10 @@ class NativeOps(Composed):
         self._structs = _Descriptors()
         weakref.finalize(self, _destroy, self._library, self._pool, os.getpid())
 
-    @property
-    def isa(self) -> str:
-        """The instruction sets in use."""
-        return self._library.octavo_isa().decode()
+    def _struct(self, value: Any, describe: Callable[[Any], Any]) -> int:
+        """Returns the address of what `describe` makes of `value`, made at the first call."""
+        key = id(value)
+        return self._structs.get(key) or self._structs.add(key, (value,), describe(value))
 
     def _weights(self, weights: Sequence[Weight]) -> int:
         key = id(weights[0]) if len(weights) == 1 else tuple(map(id, weights))
@@ -320,9 +324,6 @@ class NativeOps(Composed):
         )
         return out
 
-    def logits(self, x_SM: Tensor, weight: Weight) -> Tensor:
-        return self.linear(x_SM, (weight,))
-
     def route(
         self,
         logits_TE: Tensor,
@@ -360,17 +361,6 @@ class NativeOps(Composed):
         weights, ids = self._top_k(torch.cat((gate_T1, torch.zeros_like(gate_T1)), dim=1), 2, False)
         out_TM += x_TM * torch.where(ids[:, :1] == 0, weights[:, :1], weights[:, 1:])
 
-    def _experts(self, experts: ExpertWeights) -> int:
-        found = self._structs.get(id(experts))
-        if found is not None:
-            return found
-        first = experts.gate[0], experts.up[0], experts.down[0]
-        for one in zip(experts.gate, experts.up, experts.down, strict=True):
-            for weight, like in zip(one, first, strict=True):
-                assert (weight.rows, weight.cols) == (like.rows, like.cols)
-        matrices = _matrices((*experts.gate, *experts.up, *experts.down))
-        return self._structs.add(id(experts), (experts,), matrices)
-
     def moe(
         self,
         x_TM: Tensor,
@@ -392,23 +382,14 @@ class NativeOps(Composed):
         hidden, parts = torch.empty(picks, gate.rows), torch.empty(picks, down.rows)
         out = torch.empty(tokens, down.rows)
         args = _MoeArgs(
-            *(x.data_ptr(), self._experts(experts), weights.data_ptr(), ids.data_ptr()),
+            *(x.data_ptr(), self._struct(experts, _experts)),
+            *(weights.data_ptr(), ids.data_ptr()),
             *(order.data_ptr(), order.data_ptr() + 4 * picks, hidden.data_ptr()),
             *(parts.data_ptr(), out.data_ptr(), tokens, len(experts.gate), top_k),
             ACTIVATION_CODES[activation],
         )
         _check(self._library.octavo_moe(self._pool, args), "moe")
         return self.add_shared(out, x, shared, gate_T1, activation)
-
-    def _layer(self, layer: KVLayer) -> int:
-        return self._structs.get(id(layer)) or self._structs.add(
-            id(layer), (layer,), _kv_layer(layer)
-        )
-
-    def _batch(self, batch: AttentionBatch) -> int:
-        return self._structs.get(id(batch)) or self._structs.add(
-            id(batch), (batch,), _attention_batch(batch)
-        )
 
     def rope_and_cache(
         self,
@@ -423,13 +404,10 @@ class NativeOps(Composed):
         kv_heads, head_size = layer.key.shape[2:]
         assert qkv.shape[1] == (num_heads + 2 * kv_heads) * head_size
         assert tokens == len(batch.positions_T) == len(batch.slot_mapping_T)
-        structs, norm = self._structs, None
-        if qk_norm is not None:
-            norm = structs.get(id(qk_norm))
-            norm = norm or structs.add(id(qk_norm), (qk_norm,), _qk_norm(qk_norm))
-        table = structs.get(id(rope)) or structs.add(id(rope), (rope,), _rope(rope))
+        norm = None if qk_norm is None else self._struct(qk_norm, _qk_norm)
+        table = self._struct(rope, _rope)
         q = torch.empty(tokens, num_heads, head_size)
-        where = self._layer(layer), self._batch(batch)
+        where = self._struct(layer, _kv_layer), self._struct(batch, _attention_batch)
         status = self._library.octavo_rope_and_cache(
             self._pool, qkv.data_ptr(), num_heads, table, norm, *where, q.data_ptr()
         )
@@ -444,13 +422,9 @@ class NativeOps(Composed):
         assert (tokens, head_size) == (len(batch.positions_T), layer.key.shape[3])
         assert heads % layer.key.shape[2] == 0
         out = torch.empty(tokens, heads * head_size)
-        where = self._layer(layer), self._batch(batch)
+        where = self._struct(layer, _kv_layer), self._struct(batch, _attention_batch)
         status = self._library.octavo_attention(
             self._pool, q.data_ptr(), heads, *where, scale, window or 0, out.data_ptr()
         )
         _check(status, "attention")
         return out
-
-    def copy_blocks(self, arena: Tensor, copies: Sequence[tuple[int, int]]) -> None:
-        for source, target in copies:
-            arena[target].copy_(arena[source])
