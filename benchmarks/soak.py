@@ -35,7 +35,7 @@ from octavo.config import EngineConfig
 from octavo.errors import OverloadedError
 from octavo.formats import kv_format
 from octavo.models.registry import read_spec
-from octavo.request import FinishReason, Request, TokenDelta
+from octavo.request import FinishReason, Request, TokenDelta, pack_ids
 from octavo.weights.hub import resolve_model
 
 TINY: dict[str, Any] = {
@@ -117,7 +117,7 @@ class Soak:
         params = self._params(max_tokens)
         request = Request(
             request_id=name,
-            prompt_token_ids=tuple(prompt),
+            packed_prompt=pack_ids(prompt),
             params=params,
             priority=rng.choice((0, 0, 0, 1, -1)),
         )

@@ -7,7 +7,8 @@ afterwards belongs to the scheduler's Sequence or to the detokeniser.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
@@ -168,12 +169,24 @@ class SamplingParams:
         )
 
 
+_ID_BYTES = array("i").itemsize
+
+
+def pack_ids(token_ids: Iterable[int]) -> bytes:
+    """Returns int32 ids in the machine's order. Raises TypeError or OverflowError for others."""
+    # Lists and tuples are read at once; bytes would be taken for packed ids already.
+    ids = token_ids if isinstance(token_ids, list | tuple) else list(token_ids)
+    return array("i", ids).tobytes()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What enters the engine. Owns `params.n` sequences."""
 
     request_id: str
-    prompt_token_ids: tuple[int, ...]
+    packed_prompt: bytes
+    """The prompt's ids as `pack_ids` makes them: prompts of 100,000 ids are sent, kept and hashed
+    as one piece of memory, not one by one."""
     params: SamplingParams
     eos_token_ids: tuple[int, ...] = ()
     arrival_time: float = 0.0
@@ -182,6 +195,15 @@ class Request:
     """Lower runs first, as in vLLM; equal ones first come first served."""
     cache_salt: str = ""
     """Separates prefix caches of tenants; bound by the server to the key."""
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.packed_prompt) // _ID_BYTES
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """The ids one by one, made anew."""
+        return array("i", self.packed_prompt).tolist()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,7 +62,7 @@ class OutputProcessor:
         self._requests[request.request_id] = _Open(
             request=request,
             prompt_text=prompt_text,
-            prompt_token_ids=list(request.prompt_token_ids),
+            prompt_token_ids=request.prompt_token_ids,
             sequences=sequences,
             metrics=RequestMetrics(arrival_time=request.arrival_time),
         )

@@ -107,7 +107,7 @@ class DeviceBatch:
         arrays = self._arrays(plan, inputs)
         for index, array in enumerate(arrays):
             more = num_padded if index in PER_ROW else shape.num_tokens - plan.num_tokens
-            arrays[index] = np.pad(array, (0, more))
+            arrays[index] = _padded(array, more)
         # Padded rows have a query each while there are any, the last one has the rest.
         ones = np.arange(num_padded + 1)
         queries, slots = arrays[QUERY_STARTS], arrays[SLOT_STARTS]
@@ -186,6 +186,13 @@ class DeviceBatch:
                 for table, slot, prefix in zip(self._tables, slots, prefixes, strict=True)
             ),
         )
+
+
+def _padded(array: NDArray, more: int) -> NDArray:
+    """Returns the array with `more` zeros behind it. np.pad takes some 15 us for that."""
+    padded = np.zeros(len(array) + more, array.dtype)
+    padded[: len(array)] = array
+    return padded
 
 
 def _prefix_arrays(prefixes: Sequence[SharedPrefixPlan | None]) -> list[NDArray]:

@@ -90,7 +90,7 @@ class Scheduler:
         limit = self.limits.max_num_queued_requests
         if len(self.waiting) >= limit:
             raise OverloadedError(f"{len(self.waiting)} requests wait already (limit {limit})")
-        full_blocks = len(request.prompt_token_ids) // self.manager.block_size
+        full_blocks = request.prompt_len // self.manager.block_size
         sequences = []
         for index, seed in enumerate(seeds):
             kv = SequenceKV(

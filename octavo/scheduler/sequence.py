@@ -53,7 +53,7 @@ class Sequence:
         self.seed = seed
         self.order = (request.priority, order)
         """Smaller goes first: priority, then arrival."""
-        self.token_ids = array("i", request.prompt_token_ids)
+        self.token_ids = array("i", request.packed_prompt)
         self.prompt_len = len(self.token_ids)
         self.max_len = min(max_len, self.prompt_len + (params.max_tokens or max_len))
         """Tokens at which it ends with finish reason length."""

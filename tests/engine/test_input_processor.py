@@ -24,7 +24,7 @@ def test_text_and_ids_become_the_same_request(processor, byte_tokenizer):
     ids = byte_tokenizer.encode("The quick fox")
     by_text, by_ids = process(processor, "The quick fox"), process(processor, ids)
     assert by_text == by_ids
-    assert by_text.prompt_token_ids == tuple(ids)
+    assert by_text.prompt_token_ids == ids
     assert by_text.eos_token_ids == (2, 0)
 
 
@@ -94,7 +94,7 @@ def test_a_sentencepiece_bad_word_is_listed_once(spm_tokenizer):
 
 def test_without_a_tokenizer_ids_go_in_and_text_is_refused():
     processor = InputProcessor(None, max_model_len=32, vocab_size=800)
-    assert process(processor, [1, 2]).prompt_token_ids == (1, 2)
+    assert process(processor, [1, 2]).prompt_token_ids == [1, 2]
     for prompt, params in (("text", {}), ([1], {"stop": "x"}), ([1], {"bad_words": ["x"]})):
         with pytest.raises(RequestError, match="without one"):
             process(processor, prompt, **params)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from octavo.engine.output_processor import OutputProcessor
-from octavo.request import FinishReason, Logprob, Request, SamplingParams, TokenDelta
+from octavo.request import FinishReason, Logprob, Request, SamplingParams, TokenDelta, pack_ids
 
 
 def delta(ids: list[int] | tuple[int, ...] = (), index: int = 0, **more: Any) -> TokenDelta:
@@ -18,7 +18,7 @@ def opened(tokenizer, prompt_text: str | None = "p", **params: Any) -> OutputPro
     processor = OutputProcessor(tokenizer)
     request = Request(
         request_id="r",
-        prompt_token_ids=(5, 6),
+        packed_prompt=pack_ids((5, 6)),
         params=SamplingParams(**params),
         arrival_time=1.0,
     )

@@ -14,7 +14,7 @@ from octavo.formats import kv_format
 from octavo.kv_cache.manager import KVCacheManager
 from octavo.kv_cache.prefix_index import prefix_root
 from octavo.kv_cache.spec import KVSpec, group_layers
-from octavo.request import FinishReason, Request, SamplingParams, TokenDelta
+from octavo.request import FinishReason, Request, SamplingParams, TokenDelta, pack_ids
 from octavo.scheduler import Scheduler, SchedulerLimits
 from octavo.scheduler.scheduler import MAX_LOSSES
 from octavo.step import NO_TOKEN, StepPlan, StepResult
@@ -85,7 +85,7 @@ class Engine:
     ) -> None:
         params = SamplingParams(max_tokens=max_tokens, n=n)
         request = Request(
-            request_id=name, prompt_token_ids=tuple(prompt), params=params, priority=priority
+            request_id=name, packed_prompt=pack_ids(prompt), params=params, priority=priority
         )
         self.scheduler.add(request, prefix_root(salt=salt), caching, range(n))
         self.requests[name] = request
@@ -132,7 +132,7 @@ class Engine:
             request = self.requests[name]
             count = min(
                 request.params.max_tokens or 0,
-                self.scheduler.limits.max_model_len - len(request.prompt_token_ids),
+                self.scheduler.limits.max_model_len - request.prompt_len,
             )
             expected = expected_tokens(request.prompt_token_ids, index, count, self.window)
             got = self.tokens[name, index]

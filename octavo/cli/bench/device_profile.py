@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from octavo.engine.core import EngineCore
-from octavo.request import Request, SamplingParams
+from octavo.request import Request, SamplingParams, pack_ids
 
 LEAD_TOKENS = 4
 """Tokens that every sequence has before decoding is measured."""
@@ -92,7 +92,7 @@ def profile_decode(
     params = SamplingParams(temperature=1.0, max_tokens=None, ignore_eos=True, detokenize=False)
     made = {f"profile-{index}": 0 for index in range(len(prompts))}
     for name, ids in zip(made, prompts, strict=True):
-        core.add(Request(request_id=name, prompt_token_ids=tuple(ids), params=params))
+        core.add(Request(request_id=name, packed_prompt=pack_ids(ids), params=params))
 
     def steps() -> None:
         for _ in range(num_steps):

@@ -22,7 +22,7 @@ from octavo.formats import kv_format
 from octavo.kv_cache.manager import KVCacheManager, SequenceKV
 from octavo.kv_cache.prefix_index import prefix_root
 from octavo.kv_cache.spec import KVSpec, group_layers
-from octavo.request import Request, SamplingParams
+from octavo.request import Request, SamplingParams, pack_ids
 from octavo.scheduler import Scheduler, SchedulerLimits
 from octavo.step import StepPlan, StepResult
 
@@ -203,7 +203,7 @@ def _filled_scheduler(prompts: list[int], outputs: list[int], seed: int) -> Sche
     for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
         request = Request(
             request_id=str(index),
-            prompt_token_ids=tuple(rng.randrange(50_000) for _ in range(prompt)),
+            packed_prompt=pack_ids(rng.randrange(50_000) for _ in range(prompt)),
             params=SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True),
         )
         scheduler.add(request, prefix_root(model="bench"), True, [index])
