@@ -46,7 +46,6 @@ from octavo.kernels.triton.attention_decode import max_total_slots, slot_counts
 from octavo.kernels.triton.matvec import RowsPlan
 from octavo.kernels.triton.ops import TritonOps
 from octavo.layers.attention import Attention
-from octavo.layers.linear import Linear
 from octavo.layers.moe import MoE
 from octavo.layers.norm import RMSNorm
 from octavo.models.decoder import Decoder, Layer
@@ -103,8 +102,8 @@ def make_layer(s: Namespace, rope: RopeTable) -> Layer:
         shared = SharedExpert(gate=gate, up=up, down=matrices(1, HIDDEN, s.shared)[0])
     columns = (s.heads + 2 * s.kv_heads) * HEAD_SIZE
     attention = Attention(
-        qkv=Linear(weights=matrices(1, columns, HIDDEN)),
-        output=Linear(weights=matrices(1, HIDDEN, s.heads * HEAD_SIZE)),
+        qkv=matrices(1, columns, HIDDEN),
+        output=matrices(1, HIDDEN, s.heads * HEAD_SIZE)[0],
         qk_norm=None if s.shared else QKNorm(query=head, key=head, eps=1e-6, per_head=True),
         **{"rope": rope, "num_heads": s.heads, "num_kv_heads": s.kv_heads},
         **{"scale": HEAD_SIZE**-0.5, "window": None, "clip_qkv": None},

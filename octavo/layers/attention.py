@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from octavo.kernels.ops import AttentionBatch, KVLayer, NormInput, Ops, QKNorm, RopeTable
-from octavo.layers.linear import Linear
+from octavo.kernels.ops import AttentionBatch, KVLayer, NormInput, Ops, QKNorm, RopeTable, Weight
 from octavo.parallel import ALONE, Collectives
 
 
@@ -19,8 +18,8 @@ from octavo.parallel import ALONE, Collectives
 class Attention:
     """Project, norm, rotate, write to the cache, attend, project back."""
 
-    qkv: Linear
-    output: Linear
+    qkv: tuple[Weight, ...]
+    output: Weight
     qk_norm: QKNorm | None
     rope: RopeTable
     num_heads: int
@@ -28,13 +27,15 @@ class Attention:
     scale: float
     window: int | None
     clip_qkv: float | None
+    qkv_bias: Tensor | None = None
+    output_bias: Tensor | None = None
     collectives: Collectives = ALONE
 
     def run(
         self, rows: NormInput, layer: KVLayer, batch: AttentionBatch, ops: Ops
     ) -> tuple[Tensor, Tensor]:
         """Returns [T, M] and the residual; writes this step's keys and values to `layer`."""
-        qkv_TN, residual_TM = ops.norm_linear(rows, self.qkv.weights, self.qkv.bias)
+        qkv_TN, residual_TM = ops.norm_linear(rows, self.qkv, self.qkv_bias)
         qk_norm = self.qk_norm
         is_norm_shared = not (qk_norm is None or qk_norm.per_head or self.collectives.size == 1)
         if is_norm_shared or self.clip_qkv is not None:
@@ -43,7 +44,7 @@ class Attention:
         out_TN = ops.rope_attention(
             qkv_TN, self.num_heads, self.rope, qk_norm, layer, batch, self.scale, self.window
         )
-        return self.output.run(out_TN, ops), residual_TM
+        return ops.linear(out_TN, (self.output,), self.output_bias), residual_TM
 
     def _norm_and_clip(self, qkv_TN: Tensor, ops: Ops) -> Tensor:
         """The clamp, and the sum over ranks of a norm of whole projections, come where the fused op

@@ -23,7 +23,6 @@ from octavo.kernels.ops import (
 )
 from octavo.kv_cache.storage import KVStorage
 from octavo.layers.attention import Attention
-from octavo.layers.linear import Linear
 from octavo.layers.mlp import GatedMLP
 from octavo.layers.moe import MoE
 from octavo.layers.norm import RMSNorm
@@ -204,10 +203,11 @@ class _Loader:
                 per_head=per_head,
             )
         weights = self.matrices({Parameter(part, layer): split for part, split in splits.items()})
-        output = self.matrix("o", layer, replace(heads, axis="cols"))
         return Attention(
-            qkv=Linear(weights=weights, bias=qkv_bias),
-            output=Linear(weights=(output,), bias=o_bias),
+            qkv=weights,
+            qkv_bias=qkv_bias,
+            output=self.matrix("o", layer, replace(heads, axis="cols")),
+            output_bias=o_bias,
             qk_norm=qk_norm,
             rope=self.rope,
             num_heads=weights[0].rows // spec.head_size,

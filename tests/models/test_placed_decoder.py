@@ -72,7 +72,7 @@ def test_what_is_multiplied_at_once_is_one_stack(tmp_path: Path):
 
     tiny = save_tiny("qwen2-moe", tmp_path)
     decoder = load(tiny, DevicePlacement(source_of(tiny), CPU))
-    assert all(is_one(*layer.attention.qkv.weights) for layer in decoder.layers)
+    assert all(is_one(*layer.attention.qkv) for layer in decoder.layers)
     dense, moe = decoder.layers[0].mlp, decoder.layers[1].mlp
     assert isinstance(dense, GatedMLP)
     assert isinstance(moe, MoE)
@@ -88,7 +88,7 @@ def test_what_is_multiplied_at_once_is_one_stack(tmp_path: Path):
 
 
 SPLIT = re.compile(
-    r"qkv\.weights|qkv\.bias|output\.weights|(mlp|shared)\.(gate|up|down)\.data|experts"
+    r"qkv\.|qkv_bias|output\.|(mlp|shared)\.(gate|up|down)\.data|experts"
     r"|qk_norm\.(query|key)$"
 )
 
@@ -111,14 +111,14 @@ def test_the_parts_of_all_ranks_make_the_whole_decoder(case: str, size: int, tmp
 def joined(
     path: str, parts: list[Tensor], whole: dict[str, Tensor], ranks: list[dict[str, Tensor]]
 ) -> Tensor:
-    if path.endswith("qkv.bias"):  # queries, keys and values of a rank follow each other
-        weights = [path.replace("bias", f"weights.{index}.data") for index in range(3)]
+    if path.endswith("qkv_bias"):  # queries, keys and values of a rank follow each other
+        weights = [path.replace("_bias", f".{index}.data") for index in range(3)]
         split = [
             part.split([len(rank[weight]) for weight in weights])
             for part, rank in zip(parts, ranks, strict=True)
         ]
         return torch.cat([torch.cat(one) for one in zip(*split, strict=True)])
-    if re.search(r"qkv\.weights\.[12]", path):  # ranks may share a kv head
+    if re.search(r"qkv\.[12]", path):  # ranks may share a kv head
         num_parts = len(whole[path]) // len(parts[0])
         parts = parts[:: len(parts) // num_parts]
     return torch.cat(parts, dim=int(".output." in path or ".down." in path))
