@@ -1,6 +1,6 @@
 """Times whole decode steps of decoder layers on one GPU, captured in one CUDA graph, and checks
 that early launches change no bit (a race would). With one token also what is fused for it, against
-the ops one by one, and earlier launches still.
+the ops one by one.
 
     python benchmarks/triton_layer.py [--models qwen3,qwen15] [--batches 1,32] [--contexts 600,1200]
         [--profile]
@@ -40,8 +40,8 @@ from octavo.kernels.ops import (
     SharedExpert,
     Weight,
 )
-from octavo.kernels.triton import attention_decode, matvec, norm_matvec, overlap
 from octavo.kernels.triton import ops as triton_ops
+from octavo.kernels.triton import overlap
 from octavo.kernels.triton.attention_decode import max_total_slots, slot_counts
 from octavo.kernels.triton.matvec import RowsPlan
 from octavo.kernels.triton.ops import TritonOps
@@ -55,29 +55,13 @@ BLOCK, MAX_SEQ_LEN = 16, 40_960
 LAYERS, REPLAYS = 8, 50
 MODES = {"serial": {}, "overlap": {}}
 ONE_BY_ONE = "one by one"
-O_PLAN = {"plan_matvec": RowsPlan(block_n=2, block_k=4096, num_warps=8)}
-WIDER = {"plan_matvec": RowsPlan(block_n=4, block_k=4096, num_warps=8)}
-QKV_8 = {"plan_norm_matvec": RowsPlan(block_n=8, block_k=2048, num_warps=8)}
-QKV_16 = {"plan_norm_matvec": RowsPlan(block_n=16, block_k=2048, num_warps=16)}
-EARLY = {attention_decode: 2, norm_matvec: 2, matvec: 2}
-TRIALS: dict[str, dict[Any, Any]] = {
+TRIALS: dict[str, dict[str, RowsPlan]] = {
     ONE_BY_ONE: {},
     "rope by itself": {},
-    "qkv by 8": QKV_8,
-    "qkv by 16": QKV_16,
-    "o by 2": O_PLAN,
-    "early o": {attention_decode: 2},
-    "early o by 2": {attention_decode: 2, **O_PLAN},
-    "early o by 4": {attention_decode: 2, **WIDER},
-    "early moe": {norm_matvec: 2},
-    "early o, moe": {attention_decode: 2, norm_matvec: 2},
-    "early all": EARLY,
-    "evict first": {"eviction": "evict_first"},
-    "evict first, early o": {"eviction": "evict_first", attention_decode: 2},
-    "early all by 2": {**EARLY, **O_PLAN},
-    "early all by 2, 8": {**EARLY, **O_PLAN, **QKV_8},
+    "qkv by 8": {"plan_norm_matvec": RowsPlan(block_n=8, block_k=2048, num_warps=8)},
+    "qkv by 16": {"plan_norm_matvec": RowsPlan(block_n=16, block_k=2048, num_warps=16)},
 }
-"""Modules whose kernels announce the next one before they end; plans of products."""
+"""Plans of products."""
 FIELDS = ("layers", "heads", "kv_heads", "experts", "top_k", "inner", "shared")
 SHAPES = {"qwen3": (48, 32, 4, 128, 8, 768, 0), "qwen15": (24, 16, 16, 60, 4, 1408, 5632)}
 HIDDEN, HEAD_SIZE, VOCABULARY = 2048, 128, 151_936
@@ -142,10 +126,6 @@ class RopeByItself(TritonOps):
     rope_attention = Composed.rope_attention
 
 
-PLANS = (
-    *((triton_ops, "plan_matvec"), (triton_ops, "plan_norm_matvec")),
-    *((matvec, "plan_gate_up"), (matvec, "plan_down")),
-)
 OPS = {ONE_BY_ONE: OneByOne, "rope by itself": RopeByItself}
 
 
@@ -201,14 +181,6 @@ class Step:
         return 2 * (weights + 2 * lens * s.kv_heads * HEAD_SIZE) / BYTES_PER_US
 
 
-def constant(value: Any, _device: torch.device) -> Any:
-    return value
-
-
-def evicting(kept: Callable[..., RowsPlan], eviction: str, *sizes: int) -> RowsPlan:
-    return replace(kept(*sizes), eviction=eviction)
-
-
 def changed_plan(kept: Callable[..., RowsPlan], plan: RowsPlan, *sizes: int) -> RowsPlan:
     """Rows of another length than `plan` is for keep theirs."""
     return plan if sizes[-1] == plan.block_k else kept(*sizes)
@@ -220,19 +192,9 @@ def mode(name: str) -> Iterator[None]:
     overlap.launch_options.cache_clear()
     with ExitStack() as changed:
         changed.enter_context(patch.object(overlap, "is_hopper", lambda device: name != "serial"))
-        for target, change in TRIALS.get(name, {}).items():
-            if target == "eviction":
-                for module, plan_name in PLANS:
-                    plan = partial(evicting, getattr(module, plan_name), change)
-                    changed.enter_context(patch.object(module, plan_name, plan))
-            elif isinstance(target, str):
-                kept = getattr(triton_ops, target)
-                plan = partial(changed_plan, kept, change)
-                changed.enter_context(patch.object(triton_ops, target, plan))
-            else:
-                options = {"OVERLAP": change, "launch_pdl": True}
-                replaced = patch.object(target, "launch_options", partial(constant, options))
-                changed.enter_context(replaced)
+        for target, plan in TRIALS.get(name, {}).items():
+            changed_to = partial(changed_plan, getattr(triton_ops, target), plan)
+            changed.enter_context(patch.object(triton_ops, target, changed_to))
         yield
     overlap.launch_options.cache_clear()
 

@@ -68,7 +68,7 @@ def activate_and_mul(both_TN: Tensor, activation: Activation) -> Tensor:
             ACTIVATION=activation,
             BLOCK=BLOCK,
             num_warps=4,
-            **launch_options(out.device, is_early=True),
+            **launch_options(out.device),
         )
     return out
 
@@ -118,5 +118,5 @@ def add_gated(out_TM: Tensor, x_TM: Tensor, gate_T1: Tensor | None) -> None:
             HAS_GATE=gate_T1 is not None,
             BLOCK=BLOCK,
             num_warps=4,
-            **launch_options(out_TM.device, is_early=True),
+            **launch_options(out_TM.device),
         )

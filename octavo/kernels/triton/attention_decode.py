@@ -24,7 +24,6 @@ from octavo.kernels.triton.rope import kv_strides, rope_of_kv_head
 from octavo.kernels.triton.tickets import is_last, make_tickets
 
 LOG2_E = 1.4426950408889634
-SMALLEST_SPLIT = 64
 SPLIT_CLASSES = ((1024, 64), (4096, 128), (16384, 256))
 """(visible tokens at most, split size); `_split_size` is the same table on the device."""
 LARGEST_SPLIT = 512
@@ -33,7 +32,6 @@ TARGET_PROGRAMS = 528
 MAX_REGISTERS = 128
 """Of a thread of the split kernel, which it needs for the splits; four programs then fit a
 multiprocessor, where merging alone would take more."""
-EARLY_PROGRAMS = TARGET_PROGRAMS
 MERGE_ROWS = 2
 """Heads times slots that `merge_heads` takes at a time; more cost registers of the whole kernel."""
 
@@ -465,8 +463,7 @@ def decode_attention(
         num_warps=num_warps,
         num_stages=num_stages,
         **({"maxnreg": MAX_REGISTERS} if dtype.itemsize < 4 and head_size <= 128 else {}),
-        # A grid that leaves room does not crowd what comes next.
-        **launch_options(q_THD.device, is_early=rows * num_kv_heads * programs <= EARLY_PROGRAMS),
+        **launch_options(q_THD.device),
     )
 
 

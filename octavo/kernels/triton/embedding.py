@@ -54,6 +54,6 @@ def embedding(ids_T: Tensor, table_VM: Tensor) -> Tensor:
             hidden_size,
             table_VM.stride(0),
             BLOCK=block,
-            **launch_options(out.device, is_early=True),
+            **launch_options(out.device),
         )
     return out

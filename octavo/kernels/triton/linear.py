@@ -42,41 +42,34 @@ def product_kernel(
 
     x_TM [T, M] contiguous, weight_NM [N, M] and out_TN [T, N] with row strides, bias_N [N] any
     float. TMA: x and weight are tensor descriptors of blocks [BLOCK_T or BLOCK_N, BLOCK_K].
-    The first weights are asked for before the turn, as no kernel writes them.
     """
     row_block, column_block = tile_of_program(
         tl.cdiv(num_tokens, BLOCK_T), tl.cdiv(num_rows, BLOCK_N), GROUP
     )
+    wait_turn(OVERLAP)
     row = row_block * BLOCK_T + tl.arange(0, BLOCK_T)
     column = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     is_row = row < num_tokens
-    total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     if not TMA:
         safe = tl.where(column < num_rows, column, 0).to(tl.int64)
         x_at = x_TM + row.to(tl.int64)[:, None] * hidden_size + k[None, :]
-        weight_at = weight_NM + safe[None, :] * weight_stride + k[:, None]
-        w = tl.load(weight_at, mask=(k < hidden_size)[:, None], other=0.0)
-    wait_turn(OVERLAP)
-    FIRST: tl.constexpr = 0 if TMA else BLOCK_K
-    if not TMA:
-        x = tl.load(x_at, mask=is_row[:, None] & (k < hidden_size)[None, :], other=0.0)
-        total = tl.dot(x.to(COMPUTE), w.to(COMPUTE), total, input_precision="ieee")
-    for start in range(FIRST, hidden_size, BLOCK_K):
+        w_at = weight_NM + safe[None, :] * weight_stride + k[:, None]
+    total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    for start in range(0, hidden_size, BLOCK_K):
+        left = hidden_size - start
         if TMA:
             x = x_TM.load([row_block * BLOCK_T, start])
             w = weight_NM.load([column_block * BLOCK_N, start]).T
         else:
-            is_in = k < hidden_size - start
-            x = tl.load(x_at + start, mask=is_row[:, None] & is_in[None, :], other=0.0)
-            w = tl.load(weight_at + start, mask=is_in[:, None], other=0.0)
+            x = tl.load(x_at + start, mask=is_row[:, None] & (k < left)[None, :], other=0.0)
+            w = tl.load(w_at + start, mask=(k < left)[:, None], other=0.0)
         total = tl.dot(x.to(COMPUTE), w.to(COMPUTE), total, input_precision="ieee")
     is_column = column < num_rows
-    is_out = is_row[:, None] & is_column[None, :]
     if HAS_BIAS:
         total += tl.load(bias_N + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
     out = out_TN + row.to(tl.int64)[:, None] * out_stride + column[None, :]
-    tl.store(out, total.to(out_TN.dtype.element_ty), mask=is_out)
+    tl.store(out, total.to(out_TN.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +99,7 @@ def plan_product(num_tokens: int, num_rows: int, *, can_tma: bool) -> ProductPla
     elif num_rows <= 4096 or (block_t == 16 and num_rows <= 16384):
         block_n, block_k, num_stages = 32, 128, 5
     elif num_rows > (8192 if block_t == 64 else 16384):
-        block_n, block_k, num_stages = 128, 128, 3
+        block_n, block_k, num_stages = 128, 128, 4
     else:
         block_n, block_k, num_stages = 64, 128, 4
     if num_tokens > 64:
@@ -159,7 +152,7 @@ def product(
         COMPUTE=TL_DTYPES[x_TM.dtype] if is_same else tl.float32,
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
-        **launch_options(out_TN.device, is_early=True),
+        **launch_options(out_TN.device),
     )
 
 

@@ -12,7 +12,6 @@ Shape legend: T tokens, P pairs (token, slot), E experts, M hidden, F expert hid
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import triton
 import triton.language as tl
@@ -44,7 +43,6 @@ def matvec_kernel(
     weight_stride,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EVICTION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -60,7 +58,7 @@ def matvec_kernel(
     )
     # Weights are written by no kernel: the first of them travel while the last kernel ends.
     is_in = (k < hidden_size)[None, :]
-    w = tl.load(weight_at, mask=is_in, other=0.0, eviction_policy=EVICTION)
+    w = tl.load(weight_at, mask=is_in, other=0.0)
     wait_turn(OVERLAP)
     total = tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32)
     for start in range(0, hidden_size, BLOCK_K):
@@ -68,7 +66,7 @@ def matvec_kernel(
         x = tl.load(x_M + start + k, mask=k < left, other=0.0)
         is_next = (k < left - BLOCK_K)[None, :]
         next_at = weight_at + start + BLOCK_K
-        following = tl.load(next_at, mask=is_next, other=0.0, eviction_policy=EVICTION)
+        following = tl.load(next_at, mask=is_next, other=0.0)
         total += folded(w, x[None, :])
         w = following
     out = tl.sum(total, 1)
@@ -97,7 +95,6 @@ def gate_up_of_pair_kernel(
     HAS_SHARED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EVICTION: tl.constexpr,
     ACTIVATION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -133,8 +130,8 @@ def gate_up_of_pair_kernel(
     for start in range(0, hidden_size, BLOCK_K):
         is_in = k < hidden_size - start
         mask = is_in[None, :]
-        g = tl.load(gate_at + start, mask=mask, other=0.0, eviction_policy=EVICTION)
-        u = tl.load(up_at + start, mask=mask, other=0.0, eviction_policy=EVICTION)
+        g = tl.load(gate_at + start, mask=mask, other=0.0)
+        u = tl.load(up_at + start, mask=mask, other=0.0)
         x = tl.load(x_at + start, mask=is_in, other=0.0)[None, :]
         gate += folded(g, x)
         up += folded(u, x)
@@ -163,7 +160,6 @@ def down_and_combine_kernel(
     SLOTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EVICTION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """out[t] = sum over its pairs p of weights[p] * hidden[p] @ down[e].T, e the pair's expert.
@@ -202,7 +198,7 @@ def down_and_combine_kernel(
     for start in range(0, inner_size, BLOCK_K):
         is_in = is_here[:, None] & (k < inner_size - start)[None, :]
         mask = is_in[None, :, :]
-        w = tl.load(down_at + start, mask=mask, other=0.0, eviction_policy=EVICTION)
+        w = tl.load(down_at + start, mask=mask, other=0.0)
         h = tl.load(hidden_at + start, mask=is_in, other=0.0)
         total += folded(w, h[None, :, :])
     out = tl.sum(tl.sum(total, 2) * weight[None, :], 1)
@@ -229,8 +225,6 @@ class RowsPlan:
     block_n: int
     block_k: int
     num_warps: int
-    eviction: Literal["", "evict_first", "evict_last"] = ""
-    """Triton's eviction_policy of the weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,10 +280,9 @@ def matvec(
         weight_NM.stride(0),
         BLOCK_N=plan.block_n,
         BLOCK_K=plan.block_k,
-        EVICTION=plan.eviction,
         HAS_BIAS=bias_N is not None,
         num_warps=plan.num_warps,
-        **launch_options(out_TN.device, is_early=True),
+        **launch_options(out_TN.device),
     )
 
 
@@ -343,7 +336,6 @@ def gate_up_of_pairs(
         HAS_SHARED=shared is not None,
         BLOCK_N=plan.block_n,
         BLOCK_K=plan.block_k,
-        EVICTION=plan.eviction,
         ACTIVATION=activation,
         num_warps=plan.num_warps,
         **launch_options(topk_ids.device),
@@ -383,8 +375,7 @@ def down_and_combine(
         SLOTS=next_power_of_2(top_k + parts),
         BLOCK_N=plan.block_n,
         BLOCK_K=plan.block_k,
-        EVICTION=plan.eviction,
         num_warps=plan.num_warps,
-        **launch_options(topk_ids.device, is_early=True),
+        **launch_options(topk_ids.device),
     )
     return out

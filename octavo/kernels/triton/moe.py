@@ -479,7 +479,7 @@ def down(
         COMPUTE=_compute(hidden_PF, experts),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-        **launch_options(topk_ids.device, is_early=True),
+        **launch_options(topk_ids.device),
     )
     return parts
 
@@ -498,7 +498,7 @@ def combine(parts_PM: Tensor, topk_ids: Tensor, num_experts: int) -> Tensor:
         num_experts,
         TOP_K=top_k,
         BLOCK_N=columns,
-        **launch_options(topk_ids.device, is_early=True),
+        **launch_options(topk_ids.device),
     )
     return out
 

@@ -77,6 +77,6 @@ def rms_norm(x_TM: Tensor, residual_TM: Tensor | None, weight_M: Tensor, eps: fl
             HAS_RESIDUAL=residual_TM is not None,
             BLOCK=block,
             num_warps=max(1, min(16, block // 512)),
-            **launch_options(x_TM.device, is_early=True),
+            **launch_options(x_TM.device),
         )
     return out

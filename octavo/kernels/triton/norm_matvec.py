@@ -60,7 +60,6 @@ def norm_matvec_kernel(
     HAS_BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EVICTION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """out[n] = sum over m of normed[m] * weight[n, m] (+ bias[n]), see `normed_row`.
@@ -72,7 +71,7 @@ def norm_matvec_kernel(
     is_in = k < hidden_size
     is_row = row < num_rows
     weight_at = tl.where(is_row, row, 0).to(tl.int64)[:, None] * weight_stride + k[None, :]
-    w = tl.load(weight_NM + weight_at, mask=is_in[None, :], other=0.0, eviction_policy=EVICTION)
+    w = tl.load(weight_NM + weight_at, mask=is_in[None, :], other=0.0)
     norm = tl.load(weight_M + k, mask=is_in, other=0.0)
     wait_turn(OVERLAP)
     x = normed_row(x_M, residual_M, sum_M, norm, hidden_size, eps, HAS_X)
@@ -166,7 +165,6 @@ def norm_matvec(
         HAS_BIAS=bias_N is not None,
         BLOCK_N=plan.block_n,
         BLOCK_K=plan.block_k,
-        EVICTION=plan.eviction,
         num_warps=plan.num_warps,
         **launch_options(out.device),
     )
@@ -220,7 +218,7 @@ def norm_route(
         EXPERTS=next_power_of_2(num_experts),
         SLOTS=next_power_of_2(router.top_k),
         num_warps=num_warps,
-        **launch_options(residual.device, is_early=True),
+        **launch_options(residual.device),
     )
     return Routed(
         x_TM=normed,

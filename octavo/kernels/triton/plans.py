@@ -132,7 +132,7 @@ def _check(numbers: Mapping[str, Any]) -> None:
     for name, number in numbers.items():
         if isinstance(number, dict):
             _check(number)
-        elif not isinstance(number, bool | str):
+        elif not isinstance(number, bool):
             is_power = number & (number - 1) == 0 or name == "num_stages"
             if number < 1 or not is_power:
                 raise ValueError(f"{name} is {number}")

@@ -257,6 +257,6 @@ def rope_and_cache(
         BLOCK_Q=next_power_of_2(num_heads * head_size),
         BLOCK_K=next_power_of_2(num_kv_heads * head_size),
         num_warps=4,
-        **launch_options(qkv_TN.device, is_early=True),
+        **launch_options(qkv_TN.device),
     )
     return q_THD

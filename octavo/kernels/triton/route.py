@@ -146,7 +146,7 @@ def route(
             EXPERTS=next_power_of_2(num_experts),
             SLOTS=next_power_of_2(top_k),
             num_warps=4,
-            **launch_options(logits_TE.device, is_early=True),
+            **launch_options(logits_TE.device),
         )
     return weights, ids
 
@@ -284,7 +284,7 @@ def sort_pairs(topk_ids: Tensor, num_experts: int, block_p: int) -> SortedPairs:
     order = topk_ids.new_empty(num_pairs)
     blocks = topk_ids.new_empty((3, num_blocks))
     counts = topk_ids
-    options = launch_options(topk_ids.device, is_early=True)
+    options = launch_options(topk_ids.device)
     if not is_few:
         counts = topk_ids.new_empty((num_chunks, experts))
         count_kernel[(num_chunks,)](
