@@ -114,6 +114,9 @@ class Workloads:
             for seed in (901, 904):
                 prompts = self._prompts(sizes.batch.requests, sizes.batch.prompt, seed)
                 self._generate(prompts, max(sizes.batch.output // 4, 1))
+        if "Hb" in wanted:
+            for tail in (0, sizes.shared.requests):  # the second time steps become graphs
+                self._after_prefix(sizes.shared.requests, 2, tail)
         if wanted & {"D1", "K"}:
             outputs = min(8, sizes.single.output)
             self._generate(self._prompts(1, sizes.single.prompt, 902), outputs)
