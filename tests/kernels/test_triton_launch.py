@@ -118,6 +118,23 @@ def test_what_decides_the_binary_is_asked_anew(encoded: list[tuple[int, str]]) -
     assert len(encoded) == 10
 
 
+@pytest.mark.parametrize("change", ["version", "launcher"])
+def test_a_launcher_of_another_triton_is_left_to_its_front_end(
+    encoded: list[tuple[int, str]], monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    if change == "version":
+        monkeypatch.setattr(launch, "KNOWN_TRITON", "3.5.")
+    else:
+        monkeypatch.setattr(driver, "wrap_handle_tensordesc", lambda launcher, *_: launcher)
+    function = Function()
+    kernel = launch.launchable(function)
+    for _ in range(3):
+        kernel[(1,)](_rows(512, [16, 64]), _rows(1024, [16, 64]), 3, BLOCK=32)
+    assert function.num_asked == 3
+    assert not encoded
+    assert not function.launches
+
+
 def test_no_more_maps_are_kept_than_the_bound(
     encoded: list[tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

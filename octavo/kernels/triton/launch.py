@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -22,6 +23,8 @@ try:  # Gluon is experimental: another Triton may not have it there.
 except ImportError:
     LaidOutDescriptor = TensorDescriptor
 
+KNOWN_TRITON = "3.6."
+"""How a binary is launched is Triton's own affair: with another version it is asked every time."""
 MAX_TENSOR_MAPS = 1024
 _INT32_MAX = 2**31 - 1
 
@@ -35,26 +38,26 @@ class TensorMaps:
     """
 
     def __init__(self, run: Any) -> None:
-        assert run.global_scratch_size == 0
-        assert run.profile_scratch_size == 0
+        """Raises KeyError or AttributeError if the launcher is not as Triton 3.6 makes it."""
         wrapper = inspect.getclosurevars(run.launch)
-        self._run = run
+        self._options = (run.launch_cooperative_grid, run.launch_pdl, None, None)
         self._launch = wrapper.nonlocals["launcher"]
         self._metadata = wrapper.nonlocals["tensordesc_meta"]
         self._encode = wrapper.globals["make_tensordesc_arg"]
         self._encoded: dict[tuple[Any, ...], list[Any]] = {}
+        if run.global_scratch_size or run.profile_scratch_size:
+            raise AttributeError("the kernel wants scratch memory, which its own launcher allots")
 
     def run(self, x: int, y: int, z: int, stream: int, function: int, *arguments: Any) -> None:
         """Does what the launcher of a compiled kernel does."""
-        run, flat, number = self._run, [], 0
+        flat, number = [], 0
         for argument in arguments:
             if type(argument) in (TensorDescriptor, LaidOutDescriptor):
                 flat += self._expanded(argument, number)
                 number += 1
             else:
                 flat.append(argument)
-        options = (run.launch_cooperative_grid, run.launch_pdl, None, None)
-        self._launch(x, y, z, stream, function, *options, *flat)
+        self._launch(x, y, z, stream, function, *self._options, *flat)
 
     def _expanded(self, argument: Any, number: int) -> list[Any]:
         base, shape, strides = argument.base, argument.shape, argument.strides
@@ -117,8 +120,9 @@ class Launchable:
         built = self._built.get(found := tuple(key))
         if built is None:
             kernel = self._function[grid](*arguments, **constants)
-            if kernel is not None and device >= 0:  # the interpreter builds nothing
-                run = TensorMaps(kernel.run).run if has_maps else kernel.run
+            # The interpreter builds nothing.
+            run = None if kernel is None or device < 0 else _runner(kernel.run, has_maps)
+            if run is not None:
                 self._built[found] = kernel, run, self._function.arg_names[len(arguments) :]
             return
         kernel, run, names = built
@@ -133,6 +137,18 @@ class Launchable:
             *values,
             *[constants[name] for name in names],
         )
+
+
+def _runner(run: Any, has_maps: bool) -> Callable[..., None] | None:
+    """Returns what launches a binary; None if only Triton's front end knows how to."""
+    if not triton.__version__.startswith(KNOWN_TRITON):
+        return None
+    if not has_maps:
+        return run
+    try:
+        return TensorMaps(run).run
+    except (AttributeError, KeyError):
+        return None
 
 
 def launchable(function: Any) -> Launchable:
