@@ -179,22 +179,12 @@ def pack_ids(token_ids: Iterable[int]) -> bytes:
     return array("i", ids).tobytes()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What enters the engine. Owns `params.n` sequences."""
+class PackedPrompt:
+    """A prompt's ids as `pack_ids` makes them: 100,000 of them are sent, kept and hashed as one
+    piece of memory, not one by one."""
 
-    request_id: str
+    __slots__ = ()
     packed_prompt: bytes
-    """The prompt's ids as `pack_ids` makes them: prompts of 100,000 ids are sent, kept and hashed
-    as one piece of memory, not one by one."""
-    params: SamplingParams
-    eos_token_ids: tuple[int, ...] = ()
-    arrival_time: float = 0.0
-    """Seconds of the caller's monotonic clock."""
-    priority: int = 0
-    """Lower runs first, as in vLLM; equal ones first come first served."""
-    cache_salt: str = ""
-    """Separates prefix caches of tenants; bound by the server to the key."""
 
     @property
     def prompt_len(self) -> int:
@@ -204,6 +194,22 @@ class Request:
     def prompt_token_ids(self) -> list[int]:
         """The ids one by one, made anew."""
         return array("i", self.packed_prompt).tolist()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request(PackedPrompt):
+    """What enters the engine. Owns `params.n` sequences."""
+
+    request_id: str
+    packed_prompt: bytes
+    params: SamplingParams
+    eos_token_ids: tuple[int, ...] = ()
+    arrival_time: float = 0.0
+    """Seconds of the caller's monotonic clock."""
+    priority: int = 0
+    """Lower runs first, as in vLLM; equal ones first come first served."""
+    cache_salt: str = ""
+    """Separates prefix caches of tenants; bound by the server to the key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,12 +274,12 @@ class RequestMetrics:
 
 
 @dataclass(slots=True, kw_only=True)
-class RequestOutput:
+class RequestOutput(PackedPrompt):
     """One request as the user sees it: cumulative, with this round's additions beside it."""
 
     request_id: str
     prompt: str | None
-    prompt_token_ids: list[int]
+    packed_prompt: bytes
     outputs: list[CompletionOutput]
     finished: bool
     prompt_logprobs: list[PositionLogprobs | None] | None = None

@@ -62,7 +62,6 @@ class OutputProcessor:
         self._requests[request.request_id] = _Open(
             request=request,
             prompt_text=prompt_text,
-            prompt_token_ids=request.prompt_token_ids,
             sequences=sequences,
             metrics=RequestMetrics(arrival_time=request.arrival_time),
         )
@@ -170,7 +169,7 @@ class OutputProcessor:
         return RequestOutput(
             request_id=request.request_id,
             prompt=open_request.prompt_text,
-            prompt_token_ids=open_request.prompt_token_ids,
+            packed_prompt=request.packed_prompt,
             # The sequences themselves, which go on growing: a copy would cost their history.
             outputs=[sequence.output for sequence in open_request.sequences],
             finished=finished,
@@ -201,6 +200,5 @@ class _Open:
     prompt_text: str | None
     sequences: list[_Sequence]
     metrics: RequestMetrics
-    prompt_token_ids: list[int]
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     num_cached_tokens: int = 0

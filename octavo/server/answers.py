@@ -86,7 +86,7 @@ def usage_of(outputs: Iterable[RequestOutput], is_prompt_only: bool = False) -> 
     """Returns OpenAI's usage of one call: all its prompts and all their sequences."""
     num_prompt = num_cached = num_generated = 0
     for output in outputs:
-        num_prompt += len(output.prompt_token_ids)
+        num_prompt += output.prompt_len
         num_cached += output.num_cached_tokens
         if not is_prompt_only:
             num_generated += sum(len(sequence.token_ids) for sequence in output.outputs)

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from octavo.errors import RequestError
 from octavo.observe.metrics import Metrics, token_buckets
 from octavo.observe.stats import STEP_TOKEN_BUCKETS, EngineStats, FinishedRequest
-from octavo.request import CompletionOutput, RequestOutput, SamplingParams
+from octavo.request import CompletionOutput, RequestOutput, SamplingParams, pack_ids
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -191,7 +191,7 @@ def _output(num_tokens: int, reason: str | None = None) -> RequestOutput:
     return RequestOutput(
         request_id="r",
         prompt=None,
-        prompt_token_ids=[1] * 5,
+        packed_prompt=pack_ids([1] * 5),
         outputs=[sequence],
         finished=reason is not None,
     )

@@ -16,6 +16,7 @@ from octavo.request import (
     RequestMetrics,
     RequestOutput,
     SamplingParams,
+    pack_ids,
 )
 
 NATURAL_LENGTH = 20
@@ -149,7 +150,7 @@ class FakeEngine:
         return RequestOutput(
             request_id=request_id,
             prompt=None,
-            prompt_token_ids=ids,
+            packed_prompt=pack_ids(ids),
             outputs=outputs,
             finished=finished,
             prompt_logprobs=prompt_logprobs,
