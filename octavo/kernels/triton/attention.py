@@ -28,12 +28,12 @@ from octavo.kernels.triton.attention_decode import (
     merge_heads,
     seq_len_bound,
 )
-from octavo.kernels.triton.launch import launchable, next_power_of_2
+from octavo.kernels.triton.launch import KNOWN_TRITON, launchable, next_power_of_2
 from octavo.kernels.triton.overlap import launch_options, wait_turn
 
-try:  # Gluon is experimental: what another Triton has may not be what this kernel knows.
+if triton.__version__.startswith(KNOWN_TRITON):
     from octavo.kernels.triton import attention_hopper as hopper
-except ImportError:
+else:  # Gluon is experimental: what another Triton has may not be what this kernel knows.
     hopper = None
 
 SHORT_QUERIES = 64
@@ -331,7 +331,7 @@ def _merge_short_kernel(
 
 
 def fits_hopper(q_THD: Tensor, layer: KVLayer, window: int | None) -> bool:
-    """Whether attention_hopper.py is there and can take a layer."""
+    """Whether attention_hopper.py is of use here and can take a layer."""
     return hopper is not None and hopper.fits(q_THD, layer, window)
 
 

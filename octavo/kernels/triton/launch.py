@@ -24,7 +24,8 @@ except ImportError:
     LaidOutDescriptor = TensorDescriptor
 
 KNOWN_TRITON = "3.6."
-"""How a binary is launched is Triton's own affair: with another version it is asked every time."""
+"""How a binary is launched, and Gluon, are Triton's own affair: another version may differ, and is
+asked for every launch."""
 MAX_TENSOR_MAPS = 1024
 _INT32_MAX = 2**31 - 1
 
