@@ -55,14 +55,7 @@ class Forecast:
 
     def peak_with(self, sequence: Growing) -> int:
         """Returns the most blocks wanted at any one step if `sequence` runs too."""
-        return self._peak(*self._of((sequence,)))
-
-    @property
-    def peak(self) -> int:
-        """The most blocks wanted at any one step."""
-        return self._peak(0, 0)
-
-    def _peak(self, taken: NDArray[np.int64] | int, given_back: NDArray[np.int64] | int) -> int:
+        taken, given_back = self._of((sequence,))
         returned = np.maximum(self._given_back + given_back - self._num_shared, 0)
         return max(0, int((self._taken + taken - returned).max()))
 

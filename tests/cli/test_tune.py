@@ -71,7 +71,7 @@ def run(argv: list[str], seed: int = 0) -> int:
 
 
 @pytest.mark.parametrize("mode", [[], ["--deterministic"]])
-def test_what_is_kept_is_found_by_the_engine_and_computes_the_same(
+def test_what_is_kept_is_what_the_engine_asks(
     tiny_moe: str, tmp_path: Path, mode: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run([tiny_moe, "--seconds", "300", *mode]) == 0

@@ -52,4 +52,5 @@ def test_the_peak_is_that_of_counting(
     both = [*running, candidate]
     assert forecast.peak_with(candidate) == counted(both, horizon, size, num_tables, num_shared)
     forecast.add((candidate,))
-    assert forecast.peak == counted(both, horizon, size, num_tables, num_shared)
+    three = [*both, candidate]
+    assert forecast.peak_with(candidate) == counted(three, horizon, size, num_tables, num_shared)
