@@ -18,6 +18,7 @@ from tests.kernels.cases import PagedKV, assert_close, exact_attention, floats, 
 from tests.kernels.triton_interpreter import DEVICE
 
 from octavo.kernels.triton import attention as tiles  # isort: skip
+from octavo.kernels.triton import attention_decode as decode  # isort: skip
 from octavo.kernels.triton.attention_decode import max_total_slots, slot_counts  # isort: skip
 from octavo.kernels.triton.rope import rope_and_cache  # isort: skip
 from octavo.kernels.triton.shared_prefix import (  # isort: skip
@@ -78,6 +79,22 @@ def test_decode_around_block_and_split_edges(rng: np.random.Generator, window: i
     q = floats(rng, len(EDGES), 6, 16)
     expected = exact_attention(q, paged, batch, 0.25, window)
     assert_close(_attend(q, paged, batch, window), expected)
+
+
+@pytest.mark.parametrize("window", [None, 64, 300])
+@pytest.mark.parametrize("programs", [1, 3])
+def test_decode_by_fewer_programs_than_splits(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, programs: int, window: int | None
+) -> None:
+    lengths = [64, 0, 65, 257, 1030, 3, 700]
+    monkeypatch.setattr(decode, "TARGET_PROGRAMS", programs * len(lengths) * 2)
+    paged = make_paged(rng, lengths, (2, 16))
+    batch = paged.batch(lengths, [int(n > 0) for n in lengths])
+    q = floats(rng, 6, 6, 16)
+    expected = exact_attention(q, paged, batch, 0.25, window)
+    for is_deterministic in (False, True):
+        found = _attend(q, paged, batch, window, is_deterministic=is_deterministic)
+        assert_close(found, expected)
 
 
 @pytest.mark.parametrize("window", [None, 64, 300])
@@ -174,12 +191,14 @@ def test_a_row_has_the_same_bits_in_any_long_chunk(rng: np.random.Generator) -> 
 def test_a_decoded_row_has_the_same_bits_in_any_batch(rng: np.random.Generator) -> None:
     paged = make_paged(rng, EDGES, (2, 16))
     q = floats(rng, len(EDGES), 6, 16)
-    together = _attend(q, paged, paged.batch(EDGES, [1] * len(EDGES)), None)
+    together = _attend(
+        q, paged, paged.batch(EDGES, [1] * len(EDGES)), None, is_deterministic=True
+    )
     for s in (4, 7):
         alone = [int(i == s) for i in range(len(EDGES))]
-        assert torch.equal(
-            _attend(q[s : s + 1], paged, paged.batch(EDGES, alone), None)[0], together[s]
-        )
+        batch = paged.batch(EDGES, alone)
+        found = _attend(q[s : s + 1], paged, batch, None, is_deterministic=True)
+        assert torch.equal(found[0], together[s])
 
 
 def test_deterministic_chunks_have_the_bits_of_decoding(rng: np.random.Generator) -> None:
@@ -187,7 +206,8 @@ def test_deterministic_chunks_have_the_bits_of_decoding(rng: np.random.Generator
     q = floats(rng, 9, 4, 16)
     chunk = _attend(q, paged, paged.batch([150], [9]), 100, is_deterministic=True)
     for row in (0, 5, 8):
-        alone = _attend(q[row : row + 1], paged, paged.batch([142 + row], [1]), 100)
+        batch = paged.batch([142 + row], [1])
+        alone = _attend(q[row : row + 1], paged, batch, 100, is_deterministic=True)
         assert torch.equal(alone, chunk[row : row + 1])
 
 

@@ -491,7 +491,15 @@ def attention(
         return out.flatten(1)
     if batch.max_slots != 0:
         decode_attention(
-            q_THD, layer, batch, scale, window, out, max_seq_len=bound, tickets=tickets
+            q_THD,
+            layer,
+            batch,
+            scale,
+            window,
+            out,
+            max_seq_len=bound,
+            tickets=tickets,
+            is_invariant=is_deterministic,
         )
     tiles_attention(q_THD, layer, batch, scale, window, out)
     return out.flatten(1)
@@ -552,4 +560,5 @@ def _every_row_as_decode(
             max_seq_len=max_seq_len,
             token_sequences=sequences[rows],
             tickets=tickets,
+            is_invariant=True,
         )

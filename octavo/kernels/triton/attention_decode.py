@@ -2,8 +2,9 @@
 whichever program of a kv head ends last.
 
 Called by `attention` for sequences with one query and by `shared_prefix` for private tails.
-A split is a fixed range of absolute positions whose size depends on the row's own visible length
-alone, so the bits of a row never depend on its neighbours; the grid only decides who computes it.
+Where batch invariance was promised, a split is a fixed range of absolute positions whose size
+depends on the row's own visible length alone; the grid only decides who computes it. Else every
+program of a row takes one even split: fewer partial results to write and to merge.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ SPLIT_CLASSES = ((1024, 64), (4096, 128), (16384, 256))
 """(visible tokens at most, split size); `_split_size` is the same table on the device."""
 LARGEST_SPLIT = 512
 TARGET_PROGRAMS = 528
-"""Programs that fill a large GPU; with fewer rows than that, a row's splits are dealt out."""
+"""Programs that an H100 runs at once, in one wave; those of a row share its splits."""
 MAX_REGISTERS = 128
 """Of a thread of the split kernel, which it needs for the splits; four programs then fit a
 multiprocessor, where merging alone would take more."""
@@ -186,6 +187,7 @@ def _decode_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SHARED: tl.constexpr,
     PACKED: tl.constexpr,
+    FIXED: tl.constexpr,
     MERGE_M: tl.constexpr,
     MERGE_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -198,7 +200,8 @@ def _decode_kernel(
     out = softmax(scale q k^T) v over [low, len), for each split on its own (online over tiles of
     BLOCK_N): a row with one split writes `out` [T, H, D]; more write `partial_out` (normalised)
     and `partial_lse` (base 2), where `slots_of` the row are (its sequence's where PACKED), and the
-    last of their programs merges them, MERGE_M >= H // K heads at once.
+    last of their programs merges them, MERGE_M >= H // K heads at once. FIXED: splits of
+    `_split_size`; else at least that long, and no more than programs.
     Program 1 names a token (BY_TOKEN: any query) or a sequence, skipped unless it has one query.
     HAS_SHARED: the first shared_tokens[s] tokens are done elsewhere, in shared_slots[s] slots.
     HALF: q is qkv [T, (H + 2 K) D] before norm and RoPE, whose k and v are written on the way.
@@ -224,8 +227,12 @@ def _decode_kernel(
         low = tl.maximum(low, tl.load(shared_tokens + sequence))
         before = tl.load(shared_slots + sequence)
     size = _split_size(length - low)
-    first = low // size
-    count = tl.cdiv(length, size) - first
+    origin = low // size * size
+    if not FIXED:
+        origin = low // BLOCK_N * BLOCK_N
+        even = tl.cdiv(length - origin, tl.num_programs(2))
+        size = tl.maximum(size, tl.cdiv(even, BLOCK_N) * BLOCK_N)
+    count = tl.cdiv(length - origin, size)
     kv_head = tl.program_id(0)
     rows = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
@@ -256,8 +263,8 @@ def _decode_kernel(
     table_row = block_table + sequence * stride_table
     key += kv_head * D
     value += kv_head * D
-    start = tl.maximum((first + begin) * size, low // BLOCK_N * BLOCK_N)
-    end = tl.minimum((first + stop) * size, length)
+    start = tl.maximum(origin + begin * size, low // BLOCK_N * BLOCK_N)
+    end = tl.minimum(origin + stop * size, length)
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -280,13 +287,15 @@ def _decode_kernel(
         v = tl.load(value + at, mask=mask, other=0.0).to(q_tile.dtype)
         acc = tl.dot(p.to(q_tile.dtype), v, acc, input_precision="ieee")
         m = higher
-        done = (((tile + BLOCK_N) & (size - 1)) == 0) | (tile + BLOCK_N >= end)
+        done = tile + BLOCK_N >= end
+        if FIXED:
+            done = done | (((tile + BLOCK_N) & (size - 1)) == 0)
         if done:
             mean = acc / total[:, None]
             if (count == 1) & (before == 0):
                 tl.store(out_at, mean.to(out.dtype.element_ty), mask=row_mask)
             else:
-                to = slots + before + tile // size - first
+                to = slots + before + (tile - origin) // size
                 tl.store(partial_out + to[:, None] * D + offs_d[None, :], mean, mask=row_mask)
                 tl.store(partial_lse + to, m + tl.log2(total), mask=rows < GROUP)
         m = tl.where(done, -float("inf"), m)
@@ -394,9 +403,11 @@ def decode_attention(
     shared: tuple[Tensor, Tensor] | None = None,
     partials: Partials | None = None,
     tickets: Tensor | None = None,
+    is_invariant: bool = False,
     shape: tuple[int, int, int] | None = None,
 ) -> None:
-    """Writes the rows of `out` [T, H, D] that belong to sequences with one query.
+    """Writes the rows of `out` [T, H, D] that belong to sequences with one query. With
+    `is_invariant` a row has the same bits in every batch.
 
     `max_seq_len` bounds seq_lens_S. With `rope`, q is qkv [T, H + 2 K, D] and its k and v are
     written too. With `token_sequences` (int32 [T], the sequence of each token) it writes every row,
@@ -421,7 +432,7 @@ def decode_attention(
     dtype = compute_dtype(q_THD, layer)
     block_n, num_warps, num_stages = shape or decode_shape(head_size, dtype)
     group = num_heads // num_kv_heads
-    programs = min(slots, max(1, -(-TARGET_PROGRAMS // (rows * num_kv_heads))))
+    programs = min(slots, max(1, TARGET_PROGRAMS // (rows * num_kv_heads)))
     # Heads are fastest: what they read of a page lies side by side in memory.
     _decode_kernel[(num_kv_heads, rows, programs)](
         out,
@@ -455,6 +466,7 @@ def decode_attention(
         HAS_WINDOW=window is not None,
         HAS_SHARED=shared is not None,
         PACKED=partials.starts is not None,
+        FIXED=is_invariant,
         MERGE_M=next_power_of_2(group),
         MERGE_ROWS=MERGE_ROWS,
         BLOCK_M=max(16, next_power_of_2(group)),
