@@ -136,7 +136,8 @@ def exact_attention(
 
 
 def split_table(query_lens: list[int], lengths: list[int], size: int, queries: int) -> list[int]:
-    """Returns `ShortPlan.table` for splits of `size`, without windows."""
+    """Returns `ShortPlan.table` (kernels/triton/short_chunks.py) for splits of `size` tokens, tiles
+    of so many queries, no window, and chunks of up to 64 queries."""
     parts = [
         -(-length // size) if 2 <= count <= 64 else 0
         for count, length in zip(query_lens, lengths, strict=True)
