@@ -1,8 +1,8 @@
 """What chunks of a few queries share out: splits of their keys, planned and merged on the device.
 
 Called by attention.py. The plan is made once a step from lengths that only the device may know (a
-captured graph is replayed with others), and read by the kernels that attend, by theirs that merges
-and by nobody else. Never attends.
+captured graph is replayed with others), and read by the kernels that attend and by the one that
+merges. Never attends.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from octavo.kernels.triton.launch import cdiv, launchable, next_power_of_2, num_
 from octavo.kernels.triton.overlap import launch_options, wait_turn
 from octavo.kernels.triton.splits import PARTIALS_A_TOKEN, PIECE_TOKENS, SPLIT_STEP, Tiling
 
+PLAN_SEQUENCES = 512
+"""Steps of up to so many sequences share one binary of the planning kernel."""
 MERGE_HEADS, MERGE_SLOTS, MERGE_WARPS = 2, 8, 2
 """Heads of a row and partial results of each that a program of the merge takes at a time."""
 MERGE_PROGRAMS = 16
@@ -288,7 +290,7 @@ def plan_short_chunks(
         STEP=SPLIT_STEP,
         PIECE=PIECE_TOKENS,
         PARTIALS=PARTIALS_A_TOKEN,
-        BLOCK_S=max(16, next_power_of_2(num_sequences)),
+        BLOCK_S=max(PLAN_SEQUENCES, next_power_of_2(num_sequences)),
         num_warps=4,
         **launch_options(table.device),
     )
