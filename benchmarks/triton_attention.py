@@ -6,29 +6,38 @@ python benchmarks/triton_attention.py [check] [check_shared] [check_hopper] [dec
 Floor: bytes read and written over 3.0 TB/s, or operations over 780 TFLOP/s, whichever is longer
 (measured ceilings of an H100 SXM). `check` compares with float64 first. `hopper` times the
 portable kernels beside those of attention_hopper.py, which `check_hopper` checks in processes
-of their own, as they may hang.
+of their own, as they may hang. triton_splits.py times its parts.
 """
 
 # ruff: noqa: B023 (every closure is called before its loop goes on)
 from __future__ import annotations
 
-import math
 import sys
-import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from time import perf_counter
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
+from attention_cases import (
+    BLOCK,
+    batch_of,
+    exact,
+    make_batch,
+    make_layers,
+    norm_error,
+    poison,
+    same_bits,
+    tiles_of,
+)
+from hopper_checks import check_hopper
 from triton.testing import do_bench
 
-from octavo.kernels.ops import AttentionBatch, KVLayer, QKNorm, RopeTable
+from octavo.kernels.ops import AttentionBatch, QKNorm, RopeTable
 from octavo.kernels.triton.attention import (
     SHORT_QUERIES,
     attention,
@@ -39,64 +48,11 @@ from octavo.kernels.triton.attention import (
 from octavo.kernels.triton.attention_decode import decode_attention
 from octavo.kernels.triton.rope import rope_and_cache
 from octavo.kernels.triton.shared_prefix import plan_shared_prefix, shared_prefix_attention
+from octavo.kernels.triton.short_chunks import ShortPlans
 from octavo.kernels.triton.tickets import make_tickets
 
 BYTES_PER_SECOND, FLOPS_PER_SECOND = 3.0e12, 780e12
-BLOCK = 16
 MODELS = {"qwen3-30b": (32, 4, 128), "qwen1.5-moe": (16, 16, 128)}
-
-
-def make_batch(seq_lens: list[int], query_lens: list[int], num_blocks: int) -> AttentionBatch:
-    counts = [-(-n // BLOCK) for n in seq_lens]
-    order = torch.randperm(num_blocks)[: sum(counts)].to(torch.int32)
-    table = torch.full((len(counts), max(counts) + 1), 2**30, dtype=torch.int32)
-    for s, part in enumerate(order.split(counts)):
-        table[s, : counts[s]] = part
-    positions = [torch.arange(n - q, n) for n, q in zip(seq_lens, query_lens, strict=True)]
-    slots = [table[s, p // BLOCK].long() * BLOCK + p % BLOCK for s, p in enumerate(positions)]
-    return AttentionBatch(
-        positions_T=torch.cat(positions).to(torch.int32).cuda(),
-        slot_mapping_T=torch.cat(slots).cuda(),
-        query_starts=torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32).cuda(),
-        seq_lens_S=torch.tensor(seq_lens, dtype=torch.int32).cuda(),
-        block_table=table.cuda(),
-    )
-
-
-def make_layers(
-    num_blocks: int, num_layers: int, kv_heads: int, head_size: int, dtype: torch.dtype
-) -> list[KVLayer]:
-    shape = (num_blocks, num_layers, 2, BLOCK, kv_heads, head_size)
-    arena = torch.empty(shape, dtype=dtype, device="cuda")
-    for part in arena.split(max(1, (1 << 28) // arena[0].numel())):
-        part.copy_(torch.randn(part.shape, device="cuda"))
-    return [KVLayer(key=arena[:, i, 0], value=arena[:, i, 1]) for i in range(num_layers)]
-
-
-def exact(q: torch.Tensor, layer: KVLayer, batch: AttentionBatch, window: int | None):
-    """float64 attention, scale 1 / sqrt(D)."""
-    parts, (_, H, D) = [], q.shape
-    for s in range(len(batch.seq_lens_S)):
-        a, b = int(batch.query_starts[s]), int(batch.query_starts[s + 1])
-        n = int(batch.seq_lens_S[s])
-        blocks = batch.block_table[s, : -(-n // BLOCK)].long()
-        k, v = (x[blocks].flatten(0, 1)[:n].double() for x in (layer.key, layer.value))
-        group = H // k.shape[1]
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        scores = torch.einsum("qhd,khd->hqk", q[a:b].double(), k) / math.sqrt(D)
-        at, pos = torch.arange(n, device="cuda"), batch.positions_T[a:b].unsqueeze(1)
-        hidden = at > pos
-        if window is not None:
-            hidden |= at <= pos - window
-        weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
-        parts.append(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
-    return torch.cat(parts)
-
-
-def norm_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """||found - expected|| / ||expected||; NaN counts as infinite."""
-    error = ((found.double() - expected).norm() / expected.norm()).item()
-    return error if error == error else math.inf
 
 
 EDGES = [1, 2, 15, 16, 17, 63, 64, 65, 1023, 1024, 1025, 4095, 4097, 5000]
@@ -131,7 +87,7 @@ def check_case(case: tuple[int, int, int, str, str, int | None]) -> str:
             )
             rows = slice(starts[s], starts[s + 1])
             one = attention(q[rows], layer, alone, scale, window)
-            if not torch.equal(one, found[rows]):
+            if not same_bits(one, found[rows], query_lens[s]):
                 notes.append(f"batch changes bits of {lens[s]}/{query_lens[s]}")
             last = slice(starts[s + 1] - 1, starts[s + 1])
             tail = AttentionBatch(
@@ -275,12 +231,6 @@ def rope() -> None:
             line(f"rope_and_cache {model} T {tokens}", floor, graph_ms(calls))
 
 
-def share_blocks(batch: AttentionBatch, blocks: int) -> np.ndarray:
-    """Gives all sequences the first one's leading blocks; returns the table on the host."""
-    batch.block_table[:, :blocks] = batch.block_table[0, :blocks]
-    return batch.block_table.cpu().numpy()
-
-
 def check_shared() -> None:
     """Two groups and loners, shared and private parts of many lengths, against float64."""
     torch.manual_seed(0)
@@ -292,7 +242,9 @@ def check_shared() -> None:
         batch.block_table[:4, :64] = batch.block_table[0, :64]
         batch.block_table[5:6, :3] = batch.block_table[4, :3]
         table = batch.block_table.cpu().numpy()
-        plan = plan_shared_prefix(table, np.array(lens), np.array(query_lens), min_blocks=1)
+        plan = plan_shared_prefix(
+            table, np.array(lens), np.array(query_lens), tiles_of(H, K), min_blocks=1
+        )
         q = torch.randn(sum(query_lens), H, D, device="cuda").bfloat16()
         found = shared_prefix_attention(q, layer, batch, D**-0.5, window, plan.to_device(q.device))
         error = norm_error(found, exact(q, layer, batch, window))
@@ -318,7 +270,10 @@ def shared() -> None:
                 block_table=order.contiguous(),
             )
             plan = plan_shared_prefix(
-                order.cpu().numpy(), np.full(size, total), np.ones(size, np.int64)
+                order.cpu().numpy(),
+                np.full(size, total),
+                np.ones(size, np.int64),
+                tiles_of(H, K),
             ).to_device(torch.device("cuda"))
             q = torch.randn(size, H, D, device="cuda").bfloat16()
             moved = (prefix + size * tail) * K * D * 4 + 4 * q.numel()
@@ -342,107 +297,6 @@ def shared() -> None:
                 ]
             )
             line(f"shared {name}", floor * 1e3, ms, f"without the plan {apart * 1e3:.0f} us")
-
-
-def poison(layer: KVLayer, batch: AttentionBatch) -> None:
-    """Writes NaN to every slot that no sequence owns."""
-    seen = torch.zeros(layer.key.shape[:2], dtype=torch.bool, device="cuda")
-    for s, n in enumerate(batch.seq_lens_S.tolist()):
-        at = torch.arange(n, device="cuda")
-        seen[batch.block_table[s, at // BLOCK].long(), at % BLOCK] = True
-    for pages in (layer.key, layer.value):
-        pages[~seen] = math.nan
-
-
-def alone(batch: AttentionBatch, s: int, rows: slice) -> AttentionBatch:
-    return AttentionBatch(
-        positions_T=batch.positions_T[rows],
-        slot_mapping_T=batch.slot_mapping_T[rows],
-        query_starts=torch.tensor([0, rows.stop - rows.start], dtype=torch.int32, device="cuda"),
-        seq_lens_S=batch.seq_lens_S[s : s + 1],
-        block_table=batch.block_table[s : s + 1],
-    )
-
-
-def check_hopper_chunks(H: int, K: int, D: int, dtype: torch.dtype) -> str:
-    """Long and short chunks of many lengths, in batches and alone, cut in two ways."""
-    lens = [65, 1, 128, 127, 129, 1000, 64, 5000, 2049, 300, 2048, 8, 20000, 1025, 1088, 3000]
-    query_lens = [65, 1, 128, 70, 129, 1000, 64, 333, 2049, 66, 65, 8, 33, 2, 64, 63]
-    lens, query_lens = lens + [2500] * 12, query_lens + [64] * 12
-    num_blocks = sum(-(-n // BLOCK) for n in lens) + 5
-    layer = make_layers(num_blocks, 2, K, D, dtype)[1]
-    batch = make_batch(lens, query_lens, num_blocks)
-    poison(layer, batch)
-    q = torch.randn(sum(query_lens), H, D, device="cuda").to(dtype)
-    found, expected = attention(q, layer, batch, D**-0.5, None), exact(q, layer, batch, None)
-    starts = [0, *torch.tensor(query_lens).cumsum(0).tolist()]
-    notes, worst = [], 0.0
-    for s, n in enumerate(query_lens):
-        rows = slice(starts[s], starts[s + 1])
-        error = norm_error(found[rows], expected[rows])
-        worst = max(worst, error)
-        if error > 1e-2:
-            notes.append(f"{n} of {lens[s]}: {error:.0e}")
-        for last in {n, max(65, n - 1), max(65, n // 2)} if n > SHORT_QUERIES else {n}:
-            some = slice(rows.stop - last, rows.stop)
-            one = attention(q[some], layer, alone(batch, s, some), D**-0.5, None)
-            if not torch.equal(one, found[some]):
-                notes.append(f"{last} of {n} queries of {lens[s]} have other bits")
-    return f"{'WRONG' if notes else 'ok'} error {worst:.1e} {'; '.join(notes[:6])}"
-
-
-def check_hopper_shared(H: int, K: int, D: int, dtype: torch.dtype) -> str:
-    """Groups of 150, 20 and 2 members, others beside them."""
-    lens, query_lens = [1300] * 150 + [20200] * 20 + [4200] * 2 + [500, 1040], [1] * 172 + [100, 1]
-    num_blocks = sum(-(-n // BLOCK) for n in lens) + 8
-    layer = make_layers(num_blocks, 2, K, D, dtype)[1]
-    batch = make_batch(lens, query_lens, num_blocks)
-    for first, last, blocks in ((0, 150, 70), (150, 170, 1250), (170, 172, 260)):
-        batch.block_table[first:last, :blocks] = batch.block_table[first, :blocks]
-    poison(layer, batch)
-    table = batch.block_table.cpu().numpy()
-    plan = plan_shared_prefix(table, np.array(lens), np.array(query_lens))
-    q = torch.randn(sum(query_lens), H, D, device="cuda").to(dtype)
-    expected, notes = exact(q, layer, batch, None), []
-    for padded in (plan, plan.padded(256)):
-        on_device = padded.to_device(q.device)
-        found = shared_prefix_attention(q, layer, batch, D**-0.5, None, on_device)
-        for s in (0, 100, 149, 150, 169, 170, 171, 173):
-            row = s if s < 172 else -1
-            error = norm_error(found[row], expected[row])
-            notes += [f"sequence {s}: {error:.0e}"] * (error > 1e-2)
-        worst = norm_error(found, expected)
-        notes += [f"all: {worst:.0e}"] * (worst > 1e-2)
-    return f"{'WRONG' if notes else 'ok'} error {worst:.1e} {'; '.join(notes[:6])}"
-
-
-def check_hopper_case(*case: Any) -> None:
-    torch.manual_seed(0)
-    for form in (check_hopper_chunks, check_hopper_shared):
-        try:
-            line = form(*case)
-        except Exception:
-            line = f"FAILED {traceback.format_exc(limit=-2)}"
-        print(form.__name__, case, line, flush=True)
-
-
-def check_hopper() -> None:
-    """Every case in a process of its own, the first two with the models' heads."""
-    bf16, f16 = torch.bfloat16, torch.float16
-    cases = [(32, 4, 128, bf16), (16, 16, 128, bf16), (6, 2, 128, f16), (8, 2, 64, bf16)]
-    cases += [(16, 1, 128, bf16), (4, 4, 64, f16)]
-    context = get_context("spawn")
-    jobs = [context.Process(target=check_hopper_case, args=case) for case in cases]
-    for job in jobs:
-        job.start()
-    end = perf_counter() + 60
-    for case, job in zip(cases, jobs, strict=True):
-        job.join(max(0.1, end - perf_counter()))
-        if job.exitcode is None:
-            job.kill()
-            print(case, "HANGS or is slow")
-        elif job.exitcode:
-            print(case, "ended with", job.exitcode)
 
 
 def compare(
@@ -493,35 +347,15 @@ def hopper() -> None:
             out = torch.empty_like(q)
             pairs = sum(f * (2 * n - f + 1) / 2 for n, f in zip(lens, query_lens, strict=True))
             cases = [(q, layer, batch, D**-0.5, None, out) for layer in layers]
+            plans = ShortPlans()  # Made in the graphs' warm-up: an engine plans once a step.
             before = [partial(prefill_attention, *case) for case in cases]
             if few:
-                before = [partial(short_attention, *case, few) for case in cases]
-            now = [partial(tiles_attention, *case) for case in cases]
+                before = [partial(short_attention, *case, few, plans=plans) for case in cases]
+            now = [partial(tiles_attention, *case, plans=plans) for case in cases]
             compare(f"{model} {name}", 4 * H * D * pairs, before, now)
         print(f"host: {host_us(now[0]):.0f} us for {name}")
         for size, prefix in ((32, 32768), (8, 32768), (32, 4096)):
             compare_shared(f"{model} {size} x ({prefix} shared + 96)", H, K, D, size, prefix)
-
-
-def batch_of(
-    lens: list[int], query_lens: list[int], shared_blocks: int, num_blocks: int
-) -> AttentionBatch:
-    """`make_batch`, or one whose sequences begin with the same blocks."""
-    if not shared_blocks:
-        return make_batch(lens, query_lens, num_blocks)
-    one, size, own = make_batch(lens[:1], query_lens[:1], num_blocks), len(lens), query_lens[0]
-    own_blocks = -(-(lens[0] - shared_blocks * BLOCK) // BLOCK)
-    used = set(one.block_table[0, :shared_blocks].tolist())
-    free = [block for block in range(num_blocks) if block not in used][: size * own_blocks]
-    tails = torch.tensor(free, dtype=torch.int32, device="cuda").view(size, own_blocks)
-    heads = one.block_table[:1, :shared_blocks].expand(size, -1)
-    return AttentionBatch(
-        positions_T=one.positions_T.repeat(size),
-        slot_mapping_T=torch.zeros(size * own, dtype=torch.int64, device="cuda"),
-        query_starts=torch.arange(size + 1, dtype=torch.int32, device="cuda") * own,
-        seq_lens_S=torch.tensor(lens, dtype=torch.int32, device="cuda"),
-        block_table=torch.cat((heads, tails), 1).contiguous(),
-    )
 
 
 def compare_shared(name: str, H: int, K: int, D: int, size: int, prefix: int) -> None:
@@ -531,7 +365,8 @@ def compare_shared(name: str, H: int, K: int, D: int, size: int, prefix: int) ->
     batch = batch_of([total] * size, [1] * size, blocks, num_blocks)
     batch = replace(batch, max_query_len=1, num_short_tokens=0)
     table = batch.block_table.cpu().numpy()
-    plan = plan_shared_prefix(table, np.full(size, total), np.ones(size, np.int64))
+    tiles = tiles_of(H, K)
+    plan = plan_shared_prefix(table, np.full(size, total), np.ones(size, np.int64), tiles)
     q = torch.randn(size, H, D, device="cuda").bfloat16()
     tickets, on_device = make_tickets(q.device), plan.to_device(q.device)
     now = [

@@ -120,6 +120,8 @@ class SharedPrefix:
     """Partial results that those leave for each sequence."""
     split_sizes: Tensor
     """[groups] tokens of one partial result."""
+    piece_starts: Tensor
+    """[groups + 1] prefix sums of their pieces of work: tiles of members times partial results."""
     num_groups: int
     max_members: int
     max_splits: int

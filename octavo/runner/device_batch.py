@@ -181,7 +181,7 @@ class DeviceBatch:
                     seq_lens_S=seq_lens,
                     slot_starts_S=slot_starts,
                     block_table=table.index_select(0, rows),
-                    prefix=prefix and prefix.on_device(list(islice(prefix_tensors, 5))),
+                    prefix=prefix and prefix.on_device(list(islice(prefix_tensors, 6))),
                 )
                 for table, slot, prefix in zip(self._tables, slots, prefixes, strict=True)
             ),

@@ -21,7 +21,10 @@ from torch import Tensor
 
 from octavo.errors import OutOfMemoryError
 from octavo.kernels.triton.attention_decode import max_total_slots, split_slots
+from octavo.kernels.triton.launch import num_processors
 from octavo.kernels.triton.shared_prefix import SharedPrefixPlan
+from octavo.kernels.triton.splits import Tiling, tiling
+from octavo.kv_cache.spec import KVGroup
 from octavo.kv_cache.storage import KVStorage
 from octavo.models.decoder import Decoder
 from octavo.request import SamplingParams
@@ -282,12 +285,18 @@ class DeviceRunner:
                 table[plan.rows, :num_columns],
                 inputs.seq_lens_S,
                 plan.query_lens,
+                self._tiling(group),
                 block_size=host.block_size,
                 min_saved_bytes=self._min_saved_bytes,
                 max_slots=self._max_num_seqs * split_slots(self._max_model_len),
             )
             for group, table in zip(groups, host.tables, strict=True)
         ]
+
+    def _tiling(self, group: KVGroup) -> Tiling:
+        """Returns how attention cuts queries in a group's layers, whose heads are the first's."""
+        layer = self.decoder.spec.layers[group.layers[0]].attention
+        return tiling(layer.num_heads, layer.num_kv_heads, num_processors(self._device))
 
     def _last_tokens(self, hidden_TM: Tensor, inputs: StepInputs) -> Tensor:
         count = len(inputs.last_tokens)

@@ -13,6 +13,7 @@ from octavo.kernels.triton.shared_prefix import (
     SharedPrefixPlan,
     plan_shared_prefix,
 )
+from octavo.kernels.triton.splits import Tiling
 from octavo.kv_cache.spec import KVGroup
 from octavo.step import Int32
 
@@ -25,6 +26,7 @@ def plan_prefix(
     block_table: Int32,
     seq_lens: Int32,
     query_lens: Int32,
+    tiles: Tiling,
     *,
     block_size: int,
     min_saved_bytes: int,
@@ -33,14 +35,15 @@ def plan_prefix(
     """Returns what single-query sequences share in one KV group, or None where it does not pay, or
     where the partial results of all rows were more than `max_slots`.
 
-    block_table int32 [S, columns]. A window sees too little of a prefix to gain from it.
+    block_table int32 [S, columns]; `tiles` is that of the group's layers. A window sees too little
+    of a prefix to gain from it.
     """
     if group.spec.window is not None:
         return None
     is_long = (query_lens == 1) & (seq_lens >= MIN_BLOCKS * block_size)
     if np.count_nonzero(is_long) < 2:
         return None
-    plan = plan_shared_prefix(block_table, seq_lens, query_lens, block_size=block_size)
+    plan = plan_shared_prefix(block_table, seq_lens, query_lens, tiles, block_size=block_size)
     if plan is None or len(seq_lens) * plan.padded(len(seq_lens)).max_slots > max_slots:
         return None
     firsts = plan.members[plan.group_starts[:-1]]

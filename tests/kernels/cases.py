@@ -133,3 +133,18 @@ def exact_attention(
         weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
         parts.append(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
     return torch.cat(parts)
+
+
+def split_table(query_lens: list[int], lengths: list[int], size: int, queries: int) -> list[int]:
+    """Returns `ShortPlan.table` (kernels/triton/short_chunks.py) for splits of `size` tokens, tiles
+    of so many queries, no window, and chunks of up to 64 queries."""
+    parts = [
+        -(-length // size) if 2 <= count <= 64 else 0
+        for count, length in zip(query_lens, lengths, strict=True)
+    ]
+    both = list(zip(query_lens, parts, strict=True))
+    pieces = [-(-count // queries) * n for count, n in both]
+    slots = [count * n if n > 1 else 0 for count, n in both]
+    merges = [count if n > 1 else 0 for count, n in both]
+    sums = [[0, *np.cumsum(counts).tolist()] for counts in (pieces, slots, merges)]
+    return [*sums[0], *sums[1], *sums[2], size]

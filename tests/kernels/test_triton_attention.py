@@ -25,10 +25,12 @@ from octavo.kernels.triton.shared_prefix import (  # isort: skip
     plan_shared_prefix,
     shared_prefix_attention,
 )
+from octavo.kernels.triton.splits import tiling  # isort: skip
 
 # The interpreter computes masked lanes too, in NumPy, which warns of infinities there.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
+TILES = tiling(6, 2, 132)
 EDGES = [1, 15, 16, 17, 63, 64, 65, 200, 1030]
 
 
@@ -67,7 +69,7 @@ def _attend(
 def _small_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets short sequences split, and buffers fill, at the interpreter's sizes."""
     monkeypatch.setattr(tiles, "SHORT_QUERIES", 16)
-    monkeypatch.setattr(tiles, "SHORT_SPLITS", 2)
+    monkeypatch.setattr(tiles, "SHORT_SPLITS", 4)
     monkeypatch.setattr(tiles, "SHORTEST_SPLIT", 128)
     monkeypatch.setattr(tiles, "PARTIAL_TOKENS", 32)
 
@@ -268,7 +270,7 @@ def test_shared_prefixes_are_read_once_and_merged(
     _share(paged, 3, [4], 2)
     batch = paged.batch(lengths, query_lens)
     plan = plan_shared_prefix(
-        paged.table.numpy(), np.array(lengths), np.array(query_lens), min_blocks=1
+        paged.table.numpy(), np.array(lengths), np.array(query_lens), TILES, min_blocks=1
     )
     assert plan is not None
     assert plan.shared_tokens.tolist() == [320, 320, 320, 32, 32, 0, 0]
@@ -283,12 +285,14 @@ def test_shared_prefixes_are_read_once_and_merged(
 def test_nested_prefixes_take_the_level_that_saves_most() -> None:
     table = np.array([[1, 2, 3, 4], [1, 2, 3, 5], [1, 7, 8, 9], [1, 7, 8, 6], [9, 9, 9, 9]])
     lens = np.array([64, 64, 64, 64, 64])
-    plan = plan_shared_prefix(table, lens, np.ones(5, int), min_blocks=1)
+    plan = plan_shared_prefix(table, lens, np.ones(5, int), TILES, min_blocks=1)
     assert plan is not None
     assert plan.shared_tokens.tolist() == [48, 48, 48, 48, 0]
     assert sorted(plan.members.tolist()) == [0, 1, 2, 3]
     assert plan.max_tail == 64
-    wide = plan_shared_prefix(np.tile(table[:1], (3, 1)), lens[:3], np.ones(3, int), min_blocks=1)
+    wide = plan_shared_prefix(
+        np.tile(table[:1], (3, 1)), lens[:3], np.ones(3, int), TILES, min_blocks=1
+    )
     assert wide is not None
     assert wide.shared_tokens.tolist() == [64, 64, 64]
 
@@ -296,9 +300,9 @@ def test_nested_prefixes_take_the_level_that_saves_most() -> None:
 def test_no_plan_without_enough_to_share() -> None:
     table = np.array([[1, 2, 3], [1, 2, 4], [5, 6, 7]])
     ones, lens = np.ones(3, int), np.array([48, 48, 48])
-    assert plan_shared_prefix(table, lens, ones, min_blocks=3) is None
-    assert plan_shared_prefix(table, lens, ones * 2, min_blocks=1) is None
-    assert plan_shared_prefix(table, np.array([48, 20, 48]), ones, min_blocks=2) is None
+    assert plan_shared_prefix(table, lens, ones, TILES, min_blocks=3) is None
+    assert plan_shared_prefix(table, lens, ones * 2, TILES, min_blocks=1) is None
+    assert plan_shared_prefix(table, np.array([48, 20, 48]), ones, TILES, min_blocks=2) is None
 
 
 @pytest.mark.parametrize("norm", ["none", "head", "whole"])

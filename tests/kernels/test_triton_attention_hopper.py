@@ -16,13 +16,21 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.ops import AttentionBatch, KVLayer
-from tests.kernels.cases import PagedKV, assert_close, exact_attention, floats, make_paged
+from tests.kernels.cases import (
+    PagedKV,
+    assert_close,
+    exact_attention,
+    floats,
+    make_paged,
+    split_table,
+)
 from tests.kernels.triton_interpreter import DEVICE
 
 from octavo.kernels.triton import attention as tiles  # isort: skip
 from octavo.kernels.triton import attention_hopper as hopper  # isort: skip
 from octavo.kernels.triton import hopper_pieces as pieces  # isort: skip
 from octavo.kernels.triton.shared_prefix import plan_shared_prefix, shared_prefix_attention
+from octavo.kernels.triton.splits import tiling
 
 on_hopper = pytest.mark.skipif(
     not hopper._has_wgmma(torch.device(DEVICE)), reason="needs a Hopper GPU"
@@ -77,8 +85,9 @@ types = {"key": page, "value": page, "scale_log2": "fp32"}
 types |= dict.fromkeys(("q", "out"), "*bf16")
 types |= dict.fromkeys(("partial_out", "partial_lse"), "*fp32")
 types |= dict.fromkeys(("starts", "lengths", "members", "query_starts", "sizes"), "*i32")
+types["piece_starts"] = "*i32"
 types |= {"block_table": "*i32"} | dict.fromkeys(UNSPECIALISED, "i32")
-constants = {"H": 8, "GROUP": 4, "STACK": 4, "D": 128, "MOST": 64, "LEAST": 1024}
+constants = {"H": 8, "GROUP": 4, "STACK": 4, "D": 128, "MOST": 64}
 constants |= {"BLOCK_N": 128, "STAGES": 2, "OVERLAP": 1}
 signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
 for form in range(3):
@@ -129,84 +138,126 @@ class _Pointer:
 
 def _pieces(
     form: int, plan: tuple[object, ...], programs: int, heads: int, stack: int
-) -> list[tuple[int, ...]]:
+) -> list[list[tuple[int, ...]]]:
     """Returns every program's pieces that have KV tiles."""
     found = []
     for program in range(programs):
         device = SimpleNamespace(
             num_programs=lambda axis: programs,
             program_id=lambda axis, program=program: program,
-            load=lambda at, mask=True, other=0: at.values[at.at] if mask else other,
+            load=lambda at, mask=True, other=0: _Number(at.values[at.at] if mask else other),
             maximum=max,
             minimum=min,
             cdiv=lambda a, b: -(-a // b),
+            int64=int,
         )
         names = {"gl": device, "LONG": 0, "SHORT": 1, "SHARED": 2, "ROWS": 64}
         names["find"] = FunctionType(pieces.find.fn.__code__, names)
         piece = FunctionType(pieces.piece.fn.__code__, names)
-        work = heads // stack * plan[6] * plan[7]
-        for turn in range(-(-work // programs)):
-            one = piece(turn, plan, 128, heads, stack, form, 64, 1024)
-            found += [one] if one[7] > 0 else []
+        turns = range(-(-plan[8] // programs))
+        done = [piece(_Number(turn), plan, 128, heads, stack, form, 64) for turn in turns]
+        found.append([one for one in done if one[7] > 0])
     return found
+
+
+class _Number(int):
+    """An integer as kernels have them."""
+
+    def to(self, kind: type) -> int:
+        return kind(self)
+
+    def __add__(self, other: int) -> _Number:
+        return _Number(int(self) + other)
+
+    def __mul__(self, other: int) -> _Number:
+        return _Number(int(self) * other)
+
+
+QUERY_LENS = [1, 64, 65, 2, 0, 300, 64, 64, 129, 17, 1, 64, 64, 64, 5, 30]
+LENGTHS = [9, 64, 2000, 5000, 0, 300, 1025, 16384, 4000, 1024, 7, 40000, 64, 70, 40, 0]
+"""The last one is padding: queries of a captured graph that stand for nobody."""
 
 
 @pytest.mark.parametrize("stack", [1, 8])
 @pytest.mark.parametrize("programs", [3, 132])
-def test_pieces_of_chunks_cover_every_row_and_key_once(stack: int, programs: int) -> None:
-    query_lens = [1, 64, 65, 2, 0, 300, 64, 64, 129, 17, 1, 64, 64, 64, 5]
-    lengths = [9, 64, 2000, 5000, 0, 300, 1025, 16384, 4000, 1024, 7, 40000, 64, 70, 40]
-    starts = np.cumsum([0, *query_lens]).tolist()
-    queries, total = 128 // stack, starts[-1]
-    rounds = [(0, range(total), 1)]
-    rounds += [(1, range(a, min(a + 128, total)), 16) for a in range(0, total, 128)]
+@pytest.mark.parametrize("size", [512, 2560, 40064])
+def test_pieces_of_chunks_cover_every_row_and_key_once(
+    stack: int, programs: int, size: int
+) -> None:
+    starts = np.cumsum([0, *QUERY_LENS]).tolist()
+    owners, queries, groups = len(QUERY_LENS), 128 // stack, 8 // stack
+    tiles = -(-starts[-1] // queries) + owners - 1
+    table = split_table(QUERY_LENS, LENGTHS, size, queries)
+    common = (
+        _Pointer(starts),
+        _Pointer(LENGTHS),
+        None,
+        None,
+        *[_Pointer(table)] * 2,
+        owners,
+        tiles,
+    )
     done: dict[tuple[int, int, int], int] = {}
-    for form, rows, splits in rounds:
-        tiles = -(-len(rows) // queries) + len(query_lens) - 1
-        plan = (_Pointer(starts), _Pointer(lengths), None, None, None, len(query_lens), tiles)
-        plan += (splits, rows.start, rows.stop)
-        for heads, _, s, row, count, first, tile, tiles, length, _ in _pieces(
-            form, plan, programs, 8, stack
+    slots: set[int] = set()
+    for form, count in ((0, groups * tiles), (1, groups * table[owners])):
+        by_program = _pieces(form, (*common, count), programs, 8, stack)
+        for heads, split, s, row, count, first, tile, tiles, length, parts, base in (
+            one for mine in by_program for one in mine
         ):
-            assert (row, count, length) == (starts[s], query_lens[s], lengths[s])
-            here = range(row + first, row + min(first + queries, count))
-            for t in set(here) & set(rows):
-                position = length - count + t - row
+            assert (row, count, length) == (starts[s], QUERY_LENS[s], LENGTHS[s])
+            assert parts == (-(-length // size) if form == 1 else 1)
+            for i in range(first, min(first + queries, count)):
+                position = length - count + i
                 for n in range(tile, min(tile + tiles, position // 128 + 1)):
-                    done[t, heads, n] = done.get((t, heads, n), 0) + 1
+                    done[row + i, heads, n] = done.get((row + i, heads, n), 0) + 1
+                if parts > 1:
+                    slot = (base + i * parts + split) * groups + heads
+                    assert slot not in slots, "two partial results in one place"
+                    slots.add(slot)
+        if form == 1:
+            numbers = [len(mine) for mine in by_program]
+            assert max(numbers) <= -(-sum(numbers) // programs) + 1, "some have more turns"
+    assert max(slots, default=-1) < table[2 * owners + 1] * groups
     expected = {
         (starts[s] + i, heads, n)
-        for s, count in enumerate(query_lens)
+        for s, count in enumerate(QUERY_LENS)
         for i in range(count if count > 1 else 0)
-        for heads in range(8 // stack)
-        for n in range((lengths[s] - count + i) // 128 + 1)
+        for heads in range(groups)
+        for n in range((LENGTHS[s] - count + i) // 128 + 1)
     }
     assert set(done) == expected
     assert set(done.values()) == {1}
 
 
-def test_pieces_of_shared_prefixes_cover_every_member_and_key_once() -> None:
-    members, starts = [3, 1, 4, 0, *range(6, 26), 0, 0], [0, 3, 24, 24]
-    shared = [0] * 26
-    for group, tokens in ((range(3), 1040), (range(3, 24), 4096)):
-        for i in group:
-            shared[members[i]] = tokens
-    tiles = -(-len(members) // 16) + 2
-    plan = (_Pointer(starts), _Pointer(shared), _Pointer(members), None, _Pointer([128, 256, 1]))
-    plan += (3, tiles, 16, 0, 30)
-    done: list[tuple[int, int, int]] = []
-    for heads, _, s, row, count, first, tile, tiles, length, _ in _pieces(2, plan, 5, 8, 8):
-        assert (s, length) == (members[row], shared[members[row]])
-        for i in range(first, min(first + 16, count)):
-            done += [(heads, members[row + i], n) for n in range(tile, tile + tiles)]
-    expected = [(0, s, n) for s in members[:24] for n in range(-(-shared[s] // 128))]
-    assert sorted(done) == sorted(expected)
+@pytest.mark.parametrize("programs", [3, 132])
+def test_pieces_of_shared_prefixes_cover_every_member_and_key_once(programs: int) -> None:
+    lengths = [1700] * 40 + [4300] * 21 + [2000, 2100]
+    table = np.arange(63 * 300, dtype=np.int32).reshape(63, 300)
+    table[:40, :100], table[40:61, :256] = table[0, :100], table[40, :256]
+    tiles = tiling(8, 1, 132)
+    plan = plan_shared_prefix(table, np.array(lengths), np.ones(63, int), tiles)
+    assert plan is not None
+    for one in (plan, plan.padded(96)):
+        members, starts, shared, _, sizes, piece_starts = (part.tolist() for part in one.arrays)
+        pointers = [_Pointer(part) for part in (starts, shared, members)]
+        work = (*pointers, None, _Pointer(sizes), _Pointer(piece_starts), len(sizes), 0)
+        by_program = _pieces(2, (*work, piece_starts[-1]), programs, 8, 8)
+        done = [
+            (members[row + i], n)
+            for mine in by_program
+            for heads, _, s, row, count, first, tile, tiles, length, _, _ in mine
+            for i in range(first, min(first + 16, count))
+            for n in range(tile, tile + tiles)
+            if (heads, s, length) == (0, members[row], shared[members[row]])
+        ]
+        assert sorted(done) == [(s, n) for s in range(61) for n in range(-(-shared[s] // 128))]
+        assert sum(len(mine) for mine in by_program) == piece_starts[-1], "some are empty"
 
 
 @on_hopper
 @pytest.mark.parametrize("block_size", [16, 64])
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 4, 128), (8, 2, 64), (8, 1, 128)])
-def test_rows_are_right_and_their_bits_their_own(
+def test_rows_are_right_and_those_of_long_chunks_have_their_own_bits(
     rng: np.random.Generator, heads: int, kv_heads: int, size: int, block_size: int
 ) -> None:
     lengths = [65, 1, 128, 127, 129, 1000, 64, 2500, 1030, 3000, 1025, 40]
@@ -228,7 +279,11 @@ def test_rows_are_right_and_their_bits_their_own(
             )
             rows = slice(end - last, end)
             again = _attend(q[rows], alone, alone.batch([length], [last]))
-            assert torch.equal(again, found[rows]), f"{last} of {count} queries, length {length}"
+            what = f"{last} of {count} queries, length {length}"
+            if 1 < count <= 64:  # Their splits depend on who else is there.
+                assert_close(again, found[rows].double(), tolerance=2e-2)
+            else:
+                assert torch.equal(again, found[rows]), what
 
 
 @on_hopper
@@ -245,7 +300,9 @@ def test_shared_prefixes_are_right(
             paged.keys[s][: 16 * blocks] = paged.keys[leader][: 16 * blocks]
             paged.values[s][: 16 * blocks] = paged.values[leader][: 16 * blocks]
     batch = paged.batch(lengths, query_lens)
-    plan = plan_shared_prefix(paged.table.numpy(), np.array(lengths), np.array(query_lens))
+    plan = plan_shared_prefix(
+        paged.table.numpy(), np.array(lengths), np.array(query_lens), tiling(heads, kv_heads, 132)
+    )
     assert plan is not None
     q = floats(rng, sum(query_lens), heads, size).bfloat16()
     layer, there = _there(paged, batch)

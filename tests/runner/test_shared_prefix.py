@@ -14,6 +14,7 @@ from octavo.kv_cache.spec import KVGroup, KVSpec, group_layers
 from tests.kernels.triton_interpreter import DEVICE
 
 from octavo.kernels.triton.shared_prefix import MIN_BLOCKS  # isort: skip
+from octavo.kernels.triton.splits import tiling  # isort: skip
 from octavo.runner.shared_prefix import plan_prefix  # isort: skip
 
 BLOCK = 16
@@ -54,6 +55,7 @@ def plan(
         blocks,
         np.array(lens, np.int32),
         np.array(query_lens or [1] * rows, np.int32),
+        tiling(1, 1, 132),
         **(options | more),
     )
     return None if found is None else found.to_device(torch.device(DEVICE))

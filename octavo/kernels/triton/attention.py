@@ -4,10 +4,11 @@ Called by the Triton back end once a layer. Neither reads slots no query may see
 device anything: grids are upper bounds, and programs without work leave at once.
 
 Which kernel computes a row depends on how many queries its own sequence has in this step: one
-(KV split by position), up to SHORT_QUERIES (tiles, KV split by length), or more (tiles, KV in one
-run); attention_hopper.py attends tiles where it fits. A row's bits are the same in any batch; among
-chunks of more than SHORT_QUERIES they are the same however a prompt is cut. `deterministic` sends
-every row the first way, so that any chunk, decode and recompute agree.
+(KV split by position), up to SHORT_QUERIES (tiles, KV split so that all processors have work), or
+more (tiles, KV in one run); attention_hopper.py attends tiles where it fits. A row's bits are the
+same in any batch, except in chunks of 2 to SHORT_QUERIES; in longer ones they are the same however
+a prompt is cut. `deterministic` sends every row the first way, so that any chunk, decode and
+recompute agree.
 """
 
 from __future__ import annotations
@@ -25,11 +26,25 @@ from octavo.kernels.triton.attention_decode import (
     compute_dtype,
     decode_attention,
     make_partials,
-    merge_heads,
     seq_len_bound,
 )
-from octavo.kernels.triton.launch import KNOWN_TRITON, launchable, next_power_of_2
+from octavo.kernels.triton.launch import (
+    KNOWN_TRITON,
+    launchable,
+    next_power_of_2,
+    num_processors,
+)
 from octavo.kernels.triton.overlap import launch_options, wait_turn
+from octavo.kernels.triton.short_chunks import (
+    Limits,
+    ShortPlan,
+    ShortPlans,
+    first_split,
+    merge_short_chunks,
+    sequence_of,
+    split_of,
+)
+from octavo.kernels.triton.splits import tiling
 
 if triton.__version__.startswith(KNOWN_TRITON):
     from octavo.kernels.triton import attention_hopper as hopper
@@ -39,9 +54,9 @@ else:  # Gluon is experimental: what another Triton has may not be what this ker
 SHORT_QUERIES = 64
 """Sequences with 2 to this many queries split their KV, to fill the chip."""
 SHORT_SPLITS = 16
-SHORTEST_SPLIT = 1024
+SHORTEST_SPLIT = 512
 PARTIAL_TOKENS = 512
-"""Tokens of short sequences that share one buffer of partial results."""
+"""The buffer of partial results holds SHORT_SPLITS of so many tokens, or fewer of more."""
 
 DETERMINISTIC_TOKENS = 256
 """Prompt tokens that share one buffer of partial results in the deterministic mode."""
@@ -166,29 +181,6 @@ def attend_range(
     return acc / total[:, None], m + tl.log2(total)
 
 
-@triton.jit
-def _sequence_of(starts, num_sequences, index, DIVISOR: tl.constexpr):
-    """Returns the last s with starts[s] // DIVISOR + s <= index, or, DIVISOR 0, starts[s] <= index
-    (so that a sequence without queries is never found before the one behind it)."""
-    sequence = index * 0
-    beyond = sequence + num_sequences
-    while beyond - sequence > 1:
-        middle = (sequence + beyond) // 2
-        first = tl.load(starts + middle)
-        if DIVISOR > 0:
-            first = first // DIVISOR + middle
-        if first <= index:
-            sequence = middle
-        else:
-            beyond = middle
-    return sequence
-
-
-@triton.jit
-def _short_split(length, SPLITS: tl.constexpr, SHORTEST: tl.constexpr):
-    return tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), 128) * 128, SHORTEST)
-
-
 @launchable
 @triton.jit
 def _prefill_kernel(
@@ -201,8 +193,8 @@ def _prefill_kernel(
     query_starts,
     seq_lens,
     block_table,
+    table,
     num_sequences,
-    first_token,
     stride_block,
     stride_table,
     scale_log2,
@@ -213,10 +205,8 @@ def _prefill_kernel(
     P: tl.constexpr,
     DELTA: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
-    SPLITS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     SHORT: tl.constexpr,
-    SHORTEST: tl.constexpr,
-    TOKENS: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -229,20 +219,20 @@ def _prefill_kernel(
     head `program 0`: row r is query r // PADDED_GROUP, head r % PADDED_GROUP. q, out [T, H, D];
     key, value [B, P, K, D] with `stride_block`. Program 1 counts tiles from the last (the longest)
     to the first; sequence s owns those from query_starts[s] // queries + s on.
-    SPLITS 1: sequences with more than SHORT queries. Otherwise those with 2 to SHORT, whose rows
-    first_token + [0, TOKENS) leave split `program 2` in partial_out [TOKENS, H, SPLITS, D].
+    Sequences with more than SHORT queries; IS_SPLIT: those with 2 to SHORT, and of their keys the
+    `program 2`-th split of a plan (`ShortPlan.table`), to partial_out unless it is the only one.
     """
     GROUP: tl.constexpr = H // K
     QUERIES: tl.constexpr = BLOCK_M // PADDED_GROUP
     wait_turn(OVERLAP)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
-    sequence = _sequence_of(query_starts, num_sequences, tile, QUERIES)
+    sequence = sequence_of(query_starts, num_sequences, tile, QUERIES)
     first_row = tl.load(query_starts + sequence)
     num_queries = tl.load(query_starts + sequence + 1) - first_row
     first_query = (tile - (first_row // QUERIES + sequence)) * QUERIES
     length = tl.load(seq_lens + sequence)
     is_short = num_queries <= SHORT
-    if (first_query >= num_queries) | (num_queries < 2) | (is_short != (SPLITS > 1)):
+    if (first_query >= num_queries) | (num_queries < 2) | (is_short != IS_SPLIT):
         return
     computed = length - num_queries
     kv_head = tl.program_id(0)
@@ -255,15 +245,12 @@ def _prefill_kernel(
     position = computed + tl.minimum(query, last_query)
     start = first_query * 0
     end = computed + last_query + 1
-    if SPLITS > 1:
-        size = _short_split(length, SPLITS, SHORTEST)
-        start = tl.program_id(2) * size
+    if IS_SPLIT:
+        size = split_of(table, num_sequences)
+        first = first_split(length, num_queries, size, window, HAS_WINDOW)
+        start = (first + tl.program_id(2)) * size
         end = tl.minimum(end, start + size)
-        here = first_row + query - first_token
-        live = live & (here >= 0) & (here < TOKENS)
-        if (start >= end) | (first_row + first_query >= first_token + TOKENS):
-            return
-        if first_row + last_query < first_token:
+        if start >= end:
             return
     at = ((first_row + query).to(tl.int64) * H + head)[:, None] * D + offs_d[None, :]
     mask = live[:, None] & (offs_d < D)[None, :]
@@ -274,60 +261,16 @@ def _prefill_kernel(
         block_table + sequence.to(tl.int64) * stride_table, start, middle, end,
         stride_block, K * D, scale_log2, window, D, P, DELTA, HAS_WINDOW, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    if SPLITS > 1:
-        is_partial = length > size
-        slot = (here.to(tl.int64) * H + head) * SPLITS + tl.program_id(2)
+    if IS_SPLIT:
+        parts = tl.cdiv(length, size) - first
+        is_partial = parts > 1
+        slot = tl.load(table + num_sequences + 1 + sequence).to(tl.int64) * H
+        slot = slot + (query * H + head) * parts + tl.program_id(2)
         to = partial_out + slot[:, None] * D + offs_d[None, :]
         tl.store(to, mean, mask=mask & is_partial)
         tl.store(partial_lse + slot, lse, mask=live & is_partial)
-        mask = mask & (length <= size)
+        mask = mask & (parts < 2)
     tl.store(out + at, mean.to(out.dtype.element_ty), mask=mask)
-
-
-@launchable
-@triton.jit
-def _merge_short_kernel(
-    out,
-    partial_out,
-    partial_lse,
-    query_starts,
-    seq_lens,
-    num_sequences,
-    first_token,
-    window,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SHORT: tl.constexpr,
-    SHORTEST: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """out[t, h] = the row's splits weighted by 2^lse, for sequences with 2 to SHORT queries whose
-    length is more than one split. One program per (token, head)."""
-    wait_turn(OVERLAP)
-    here = tl.program_id(0)
-    t = first_token + here
-    sequence = _sequence_of(query_starts, num_sequences, t, 0)
-    first_row = tl.load(query_starts + sequence)
-    num_queries = tl.load(query_starts + sequence + 1) - first_row
-    length = tl.load(seq_lens + sequence)
-    size = _short_split(length, SPLITS, SHORTEST)
-    if (num_queries < 2) | (num_queries > SHORT) | (length <= size):
-        return
-    position = length - num_queries + t - first_row
-    low = position * 0
-    if HAS_WINDOW:
-        low = tl.maximum(position - window + 1, 0)
-    slot = (here.to(tl.int64) * H + tl.program_id(1)) * SPLITS + low // size
-    count = position // size + 1 - low // size
-    one = tl.arange(0, 1)
-    slots = slot + one
-    mean = merge_heads(partial_out, partial_lse, slots, count, one < 1, D, SPLITS, BLOCK_D)
-    offs_d = tl.arange(0, BLOCK_D)[None, :]
-    at = (t.to(tl.int64) * H + tl.program_id(1)) * D + offs_d
-    tl.store(out + at, mean.to(out.dtype.element_ty), mask=offs_d < D)
 
 
 def fits_hopper(q_THD: Tensor, layer: KVLayer, window: int | None) -> bool:
@@ -364,8 +307,18 @@ def prefill_attention(
 ) -> None:
     """Writes the rows of `out` [T, H * D] whose sequences have more than SHORT_QUERIES queries."""
     if len(q_THD):
-        rows, none = range(len(q_THD)), make_partials(q_THD[:0], 1)
-        _tiles(q_THD, layer, batch, scale, window, out, none, rows, shape)
+        none = make_partials(q_THD[:0], 1)
+        _tiles(q_THD, layer, batch, scale, window, out, none, None, len(q_THD), shape=shape)
+
+
+def short_limits(num_tokens: int) -> Limits:
+    """Returns what a plan of short chunks among `num_tokens` must keep to."""
+    return Limits(
+        queries=SHORT_QUERIES,
+        splits=SHORT_SPLITS,
+        shortest=SHORTEST_SPLIT,
+        slots=min(num_tokens, PARTIAL_TOKENS) * SHORT_SPLITS,
+    )
 
 
 def short_attention(
@@ -378,38 +331,19 @@ def short_attention(
     num_tokens: int,
     *,
     is_hopper: bool = False,
+    plans: ShortPlans | None = None,
 ) -> None:
     """Writes the rows of `out` whose sequences have 2 to SHORT_QUERIES queries among the first
-    `num_tokens`."""
+    `num_tokens`. `plans` remembers what the batch's other layers have planned."""
     limit = min(num_tokens, len(q_THD))
     partials = make_partials(q_THD[: min(PARTIAL_TOKENS, limit)], SHORT_SPLITS)
-    num_heads, head_size = q_THD.shape[1:]
-    for first in range(0, limit, PARTIAL_TOKENS):
-        rows = range(first, min(first + PARTIAL_TOKENS, limit))
-        if is_hopper:
-            bounds = {"short": SHORT_QUERIES, "shortest": SHORTEST_SPLIT}
-            hopper.short_chunks(q_THD, layer, batch, scale, out, partials, rows, **bounds)
-        else:
-            _tiles(q_THD, layer, batch, scale, window, out, partials, rows, None)
-        _merge_short_kernel[(len(rows), num_heads)](
-            out,
-            partials.out,
-            partials.lse,
-            batch.query_starts,
-            batch.seq_lens_S,
-            len(batch.seq_lens_S),
-            first,
-            0 if window is None else window,
-            H=num_heads,
-            D=head_size,
-            HAS_WINDOW=window is not None,
-            SPLITS=SHORT_SPLITS,
-            SHORT=SHORT_QUERIES,
-            SHORTEST=SHORTEST_SPLIT,
-            BLOCK_D=max(16, next_power_of_2(head_size)),
-            num_warps=2,
-            **launch_options(q_THD.device),
-        )
+    tiles = tiling(q_THD.shape[1], layer.key.shape[2], num_processors(q_THD.device))
+    plan = (plans or ShortPlans()).of(batch, tiles, window, short_limits(limit))
+    if is_hopper:
+        hopper.short_chunks(q_THD, layer, batch, scale, out, partials, plan, limit)
+    else:
+        _tiles(q_THD, layer, batch, scale, window, out, partials, plan, limit)
+    merge_short_chunks(out, batch, window, plan, partials, limit)
 
 
 def _tiles(
@@ -420,11 +354,13 @@ def _tiles(
     window: int | None,
     out: Tensor,
     partials: Partials,
-    rows: range,
-    shape: tuple[int, int, int, int] | None,
+    plan: ShortPlan | None,
+    num_tokens: int,
+    *,
+    shape: tuple[int, int, int, int] | None = None,
 ) -> None:
-    """One launch of the tile kernel; `partials` of one slot: long sequences. Writes no others'
-    partial results than those of `rows`."""
+    """One launch of the tile kernel, for sequences among the first `num_tokens`: short ones by
+    their plan, or, without one, the long ones."""
     stride_block = check_query(q_THD, layer, batch)
     num_heads, head_size = q_THD.shape[1:]
     block_size, num_kv_heads = layer.key.shape[1:3]
@@ -433,8 +369,8 @@ def _tiles(
     block_m, block_n, num_warps, num_stages = shape or prefill_shape(head_size, dtype)
     padded_group = next_power_of_2(num_heads // num_kv_heads)
     block_m = max(block_m, padded_group)
-    tiles = rows.stop // (block_m // padded_group) + num_sequences
-    _prefill_kernel[(num_kv_heads, tiles, partials.num_slots)](
+    tiles = num_tokens // (block_m // padded_group) + num_sequences
+    _prefill_kernel[(num_kv_heads, tiles, 1 if plan is None else plan.limits.splits)](
         q_THD.to(dtype),
         layer.key,
         layer.value,
@@ -444,8 +380,8 @@ def _tiles(
         batch.query_starts,
         batch.seq_lens_S,
         batch.block_table,
+        batch.seq_lens_S if plan is None else plan.table,
         num_sequences,
-        rows.start,
         stride_block,
         batch.block_table.stride(0),
         scale * LOG2_E,
@@ -456,10 +392,8 @@ def _tiles(
         P=block_size,
         DELTA=value_delta(layer),
         HAS_WINDOW=window is not None,
-        SPLITS=partials.num_slots,
+        IS_SPLIT=plan is not None,
         SHORT=SHORT_QUERIES,
-        SHORTEST=SHORTEST_SPLIT,
-        TOKENS=PARTIAL_TOKENS,
         PADDED_GROUP=padded_group,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -479,6 +413,7 @@ def attention(
     *,
     is_deterministic: bool = False,
     tickets: Tensor | None = None,
+    plans: ShortPlans | None = None,
 ) -> Tensor:
     """Returns [T, H * D] in the dtype of q; see `Ops.attention`.
 
@@ -501,7 +436,7 @@ def attention(
             tickets=tickets,
             is_invariant=is_deterministic,
         )
-    tiles_attention(q_THD, layer, batch, scale, window, out)
+    tiles_attention(q_THD, layer, batch, scale, window, out, plans=plans)
     return out.flatten(1)
 
 
@@ -512,6 +447,8 @@ def tiles_attention(
     scale: float,
     window: int | None,
     out: Tensor,
+    *,
+    plans: ShortPlans | None = None,
 ) -> None:
     """Writes the rows of `out` whose sequences have more than one query."""
     num_tokens = len(q_THD)
@@ -519,7 +456,8 @@ def tiles_attention(
     short = num_tokens if batch.num_short_tokens is None else batch.num_short_tokens
     is_hopper = fits_hopper(q_THD, layer, window)
     if longest > 1 and short > 1:
-        short_attention(q_THD, layer, batch, scale, window, out, short, is_hopper=is_hopper)
+        how = {"is_hopper": is_hopper, "plans": plans}
+        short_attention(q_THD, layer, batch, scale, window, out, short, **how)
     if longest <= SHORT_QUERIES:
         return
     if is_hopper:

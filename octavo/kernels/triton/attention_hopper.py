@@ -22,23 +22,25 @@ from octavo.kernels.ops import AttentionBatch, KVLayer, SharedPrefix
 from octavo.kernels.triton.attention_decode import LOG2_E, Partials, check_query
 from octavo.kernels.triton.hopper_pieces import LONG, ROWS, SHARED, SHORT, piece, rows_of
 from octavo.kernels.triton.hopper_tiles import attend, load_tile, pages_of, pass_by
-from octavo.kernels.triton.launch import cdiv, launchable
+from octavo.kernels.triton.launch import cdiv, launchable, num_processors
 from octavo.kernels.triton.overlap import is_hopper, launch_options
+from octavo.kernels.triton.short_chunks import ShortPlan
+from octavo.kernels.triton.splits import TILE_ROWS, tiling
 
 BLOCK_N = 128
 STAGES = 2
 HALF = 64
 """Columns of the 128-byte rows that TMA swizzles and that wgmma reads."""
 PAGE_LAYOUT = gl.NVMMASharedLayout(128, 16, 3)
-UNSPECIALISED = ["num_owners", "num_tiles", "num_splits", "low", "high", "num_slots"]
-UNSPECIALISED += ["stride_table"]
+UNSPECIALISED = ["num_owners", "num_tiles", "num_slots", "stride_table"]
 """Arguments that change from step to step: one binary for all."""
+assert 2 * ROWS.value == TILE_ROWS  # Plans count its tiles.
 
 
 @gluon.jit
 def _produce(
     H: gl.constexpr, STACK: gl.constexpr, FORM: gl.constexpr, MOST: gl.constexpr,
-    LEAST: gl.constexpr, GROUP: gl.constexpr,
+    GROUP: gl.constexpr,
     key, value, block_table, stride_table, turns, plan, rings,
 ):  # fmt: skip
     """Keeps the rings of keys and values full."""
@@ -48,8 +50,8 @@ def _produce(
     N: gl.constexpr = k.shape[1]
     base = turns * 0
     for turn in range(turns):
-        heads, _, sequence, _, _, _, first_tile, tiles, length, _ = piece(
-            turn, plan, N, H, STACK, FORM, MOST, LEAST
+        heads, _, sequence, _, _, _, first_tile, tiles, length, _, _ = piece(
+            turn, plan, N, H, STACK, FORM, MOST
         )
         table_row = block_table + sequence.to(gl.int64) * stride_table
         column = heads * STACK // GROUP * D
@@ -67,11 +69,10 @@ def _produce(
 @gluon.jit
 def _consume(
     H: gl.constexpr, STACK: gl.constexpr, FORM: gl.constexpr, MOST: gl.constexpr,
-    LEAST: gl.constexpr, INDEX: gl.constexpr, P: gl.constexpr,
+    INDEX: gl.constexpr, P: gl.constexpr,
     q, out, partial_out, partial_lse, num_slots, scale_log2, q_ring, turns, plan, rings,
 ):  # fmt: skip
     """Attends half of each piece's queries: the INDEX-th so many rows."""
-    _, _, _, _, _, _, _, _, low, high = plan
     M: gl.constexpr = q_ring.shape[1]
     D: gl.constexpr = q_ring.shape[2]
     N: gl.constexpr = rings[0].shape[1]
@@ -83,14 +84,14 @@ def _consume(
     offs_d = gl.arange(0, D, gl.SliceLayout(0, wide))[None, :]
     base = turns * 0
     for turn in range(turns):
-        heads, split, _, row, count, first, first_tile, tiles, length, is_part = piece(
-            turn, plan, N, H, STACK, FORM, MOST, LEAST
+        heads, split, _, row, count, first, first_tile, tiles, length, parts, base_slot = piece(
+            turn, plan, N, H, STACK, FORM, MOST
         )
         first = first + INDEX * (M // STACK)
         if (tiles > 0) & (first >= count):
             pass_by(rings, base, tiles)
         if (tiles > 0) & (first < count):
-            t, at, live = rows_of(plan, heads, row, first, count, H, STACK, FORM, M, wide_rows)
+            at, live = rows_of(plan, heads, row, first, count, H, STACK, FORM, M, wide_rows)
             x = gl.load(q + at[:, None] * D + offs_d, mask=live[:, None], other=0.0)
             gl.thread_barrier()
             q_ring.index(INDEX).store(x)
@@ -108,19 +109,20 @@ def _consume(
                 scale_log2, P,
             )  # fmt: skip
             if FORM != LONG:
-                t, slot, live = rows_of(plan, heads, row, first, count, H, STACK, FORM, M, acc_rows)
-                live = live & (t >= low) & (t < high)
-                slot = (slot - low.to(gl.int64) * H) * num_slots + split
+                slot, live = rows_of(plan, heads, row, first, count, H, STACK, FORM, M, acc_rows)
                 if FORM == SHORT:
-                    live = live & is_part
+                    live = live & (parts > 1)
+                    slot = (slot - row.to(gl.int64) * H) * parts + base_slot * H + split
+                else:
+                    slot = slot * num_slots + split
                 to = partial_out + slot[:, None] * D
                 to += gl.arange(0, D, gl.SliceLayout(0, acc_layout))[None, :]
                 gl.store(to, mean, mask=live[:, None])
                 gl.store(partial_lse + slot, lse, mask=live)
             if FORM != SHARED:
-                t, at, live = rows_of(plan, heads, row, first, count, H, STACK, FORM, M, wide_rows)
+                at, live = rows_of(plan, heads, row, first, count, H, STACK, FORM, M, wide_rows)
                 if FORM == SHORT:
-                    live = live & (not is_part)
+                    live = live & (parts < 2)
                 mean = gl.convert_layout(mean.to(q_ring.dtype), wide)
                 gl.store(out + at[:, None] * D + offs_d, mean, mask=live[:, None])
         base += tiles
@@ -140,12 +142,10 @@ def _hopper_kernel(
     members,
     query_starts,
     sizes,
+    piece_starts,
     block_table,
     num_owners,
     num_tiles,
-    num_splits,
-    low,
-    high,
     num_slots,
     stride_table,
     scale_log2,
@@ -155,7 +155,6 @@ def _hopper_kernel(
     D: gl.constexpr,
     FORM: gl.constexpr,
     MOST: gl.constexpr,
-    LEAST: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     OVERLAP: gl.constexpr,
@@ -164,13 +163,15 @@ def _hopper_kernel(
     each query, and one split of the keys.
 
     q, out [T, H, D]; key, value [B, P, K * D]. Owner o of queries has those of rows starts[o] to
-    starts[o + 1], and tiles among num_tiles as in _prefill_kernel. One warp loads; two warpgroups
-    attend ROWS rows each.
+    starts[o + 1], and pieces (heads not counted) piece_starts[o] to piece_starts[o + 1]; of LONG,
+    tiles among num_tiles as in _prefill_kernel. One warp loads; two warpgroups attend ROWS rows
+    each.
     LONG: sequences with more than MOST queries, to `out`.
-    SHORT: those with 2 to MOST; rows low to high leave splits of at least LEAST tokens in
-    partial_out [high - low, H, num_slots, D], those with one split `out`.
+    SHORT: those that a plan gives pieces; sizes and piece_starts are its `ShortPlan.table`. Splits
+    go to partial_out, unless there is one: that is `out`.
     SHARED: owners are groups, queries their members' (query_starts[members[i]]), keys the first
-    lengths[members[starts[o]]], all visible, in splits of sizes[o].
+    lengths[members[starts[o]]], all visible, in splits of sizes[o], to partial_out [T, H,
+    num_slots, D].
     """
     P: gl.constexpr = key.block_shape[1]
     dtype: gl.constexpr = key.dtype
@@ -191,17 +192,21 @@ def _hopper_kernel(
     fence_async_shared()
     if OVERLAP:  # The other warps begin at warp_specialize, thus after it.
         gdc_wait()
-    plan = (starts, lengths, members, query_starts, sizes, num_owners, num_tiles, num_splits,
-            low, high)  # fmt: skip
+    if FORM == LONG:
+        pieces = H // STACK * num_tiles
+    else:
+        pieces = H // STACK * gl.load(piece_starts + num_owners)
+    plan = (starts, lengths, members, query_starts, sizes, piece_starts, num_owners, num_tiles,
+            pieces)  # fmt: skip
     rings = (k, v, k_full, k_empty, v_full, v_empty)
-    turns = gl.cdiv(H // STACK * num_tiles * num_splits, gl.num_programs(0))
+    turns = gl.cdiv(pieces, gl.num_programs(0))
     result = (q, out, partial_out, partial_lse, num_slots, scale_log2, q_ring, turns, plan, rings)
     source = (key, value, block_table, stride_table, turns, plan, rings)
     gl.warp_specialize(
         [  # Numbers that variables hold would no longer be constants.
-            (_consume, (H, STACK, FORM, MOST, LEAST, 0, P) + result),  # noqa: RUF005
-            (_consume, (H, STACK, FORM, MOST, LEAST, 1, P) + result),  # noqa: RUF005
-            (_produce, (H, STACK, FORM, MOST, LEAST, GROUP) + source),  # noqa: RUF005
+            (_consume, (H, STACK, FORM, MOST, 0, P) + result),  # noqa: RUF005
+            (_consume, (H, STACK, FORM, MOST, 1, P) + result),  # noqa: RUF005
+            (_produce, (H, STACK, FORM, MOST, GROUP) + source),  # noqa: RUF005
         ],
         [4, 1],
         [232, 40],
@@ -212,12 +217,6 @@ def _hopper_kernel(
 def _has_wgmma(device: torch.device) -> bool:
     """Whether `device` is Hopper itself: its successors have other products."""
     return is_hopper(device) and triton.runtime.driver.active.get_current_target().arch == 90
-
-
-@lru_cache
-def _num_processors(device: torch.device) -> int:
-    utils = triton.runtime.driver.active.utils
-    return utils.get_device_properties(device.index or 0)["multiprocessor_count"]
 
 
 def fits(q_THD: Tensor, layer: KVLayer, window: int | None) -> bool:
@@ -240,10 +239,10 @@ class _Work(NamedTuple):
     starts: Tensor
     lengths: Tensor
     num_queries: int
-    rows: range = range(0)
-    num_splits: int = 1
+    most_splits: int = 1
     members: Tensor | None = None
     sizes: Tensor | None = None
+    piece_starts: Tensor | None = None
 
 
 def long_chunks(
@@ -261,15 +260,20 @@ def short_chunks(
     scale: float,
     out: Tensor,
     partials: Partials,
-    rows: range,
-    *,
-    short: int,
-    shortest: int,
+    plan: ShortPlan,
+    num_tokens: int,
 ) -> None:
-    """Attends `rows` whose sequences have 2 to `short` queries: to `out` where `shortest` tokens
-    are all, else to `partials` [rows, H, splits]."""
-    work = _Work(batch.query_starts, batch.seq_lens_S, len(rows), rows, partials.num_slots)
-    _launch(SHORT, q_THD, layer, batch, scale, out, work, partials, short=short, shortest=shortest)
+    """Attends the chunks of a plan, all among the first `num_tokens`: to `out` what is in one
+    split, else to `partials`."""
+    work = _Work(
+        batch.query_starts,
+        batch.seq_lens_S,
+        num_tokens,
+        plan.limits.splits,
+        sizes=plan.table,
+        piece_starts=plan.table,
+    )
+    _launch(SHORT, q_THD, layer, batch, scale, out, work, partials)
 
 
 def shared_prefixes(
@@ -285,10 +289,10 @@ def shared_prefixes(
         plan.group_starts,
         plan.shared_tokens_S,
         len(plan.members),
-        range(len(q_THD)),
         plan.max_splits,
         plan.members,
         plan.split_sizes,
+        plan.piece_starts,
     )
     _launch(SHARED, q_THD, layer, batch, scale, q_THD, work, partials)
 
@@ -304,18 +308,16 @@ def _launch(
     partials: Partials | None,
     *,
     short: int = 0,
-    shortest: int = 0,
 ) -> None:
     check_query(q_THD, layer, batch)
     num_heads, head_size = q_THD.shape[1:]
     block_size, num_kv_heads = layer.key.shape[1:3]
-    group = num_heads // num_kv_heads
-    stack = min(group & -group, ROWS.value)
+    tiles = tiling(num_heads, num_kv_heads, num_processors(q_THD.device))
     num_owners = len(work.starts) - 1
-    num_tiles = cdiv(work.num_queries, 2 * ROWS.value // stack) + num_owners - 1
-    pieces = num_heads // stack * num_tiles * work.num_splits
+    num_tiles = cdiv(work.num_queries, tiles.queries) + num_owners - 1
+    most_pieces = tiles.head_groups * num_tiles * work.most_splits
     page = [1, block_size, HALF]
-    _hopper_kernel[(min(pieces, _num_processors(q_THD.device)),)](
+    _hopper_kernel[(min(most_pieces, tiles.processors),)](
         q_THD,
         TensorDescriptor.from_tensor(layer.key.flatten(2), page, PAGE_LAYOUT),
         TensorDescriptor.from_tensor(layer.value.flatten(2), page, PAGE_LAYOUT),
@@ -327,22 +329,19 @@ def _launch(
         work.starts if work.members is None else work.members,
         batch.query_starts,
         work.starts if work.sizes is None else work.sizes,
+        work.starts if work.piece_starts is None else work.piece_starts,
         batch.block_table,
         num_owners,
         num_tiles,
-        work.num_splits,
-        work.rows.start,
-        work.rows.stop,
         0 if partials is None else partials.num_slots,
         batch.block_table.stride(0),
         scale * LOG2_E,
         H=num_heads,
-        GROUP=group,
-        STACK=stack,
+        GROUP=num_heads // num_kv_heads,
+        STACK=tiles.stack,
         D=head_size,
         FORM=form.value,
         MOST=short,
-        LEAST=shortest,
         BLOCK_N=BLOCK_N,
         STAGES=STAGES,
         num_warps=4,

@@ -17,12 +17,15 @@ ROWS = gl.constexpr(64)
 
 @gluon.jit
 def find(starts, num_sequences, tile, QUERIES: gl.constexpr):
-    """Returns the last s with starts[s] // QUERIES + s <= tile."""
+    """Returns the last s with starts[s] // QUERIES + s <= tile; QUERIES 0: starts[s] <= tile."""
     sequence = tile * 0
     beyond = sequence + num_sequences
     while beyond - sequence > 1:
         middle = (sequence + beyond) // 2
-        if gl.load(starts + middle) // QUERIES + middle <= tile:
+        first = gl.load(starts + middle)
+        if QUERIES > 0:
+            first = first // QUERIES + middle
+        if first <= tile:
             sequence = middle
         else:
             beyond = middle
@@ -32,17 +35,18 @@ def find(starts, num_sequences, tile, QUERIES: gl.constexpr):
 @gluon.jit
 def piece(
     turn, plan, N: gl.constexpr, H: gl.constexpr, STACK: gl.constexpr, FORM: gl.constexpr,
-    MOST: gl.constexpr, LEAST: gl.constexpr,
+    MOST: gl.constexpr,
 ):  # fmt: skip
     """Returns what this program does `turn`-th: (heads, split, sequence whose KV it is, row of the
-    first query, queries, first query here, first KV tile, KV tiles, length, whether the split is
-    not all). No KV tiles: nothing.
+    first query, queries, first query here, first KV tile, KV tiles, length, splits of it, slots
+    before the sequence's). No KV tiles: nothing. Only SHORT counts splits and slots.
 
     LONG: from the last (the longest) queries to the first, heads fastest; programs take pieces in
-    turn, every other time in reverse, so that all have as much to do. Else queries are fastest:
-    those who read the same keys do so at the same time.
+    turn, every other time in reverse, so that all have as much to do. Else by owners, queries
+    fastest (those who read the same keys do so at the same time), and only what is there: where all
+    have few pieces, an empty one would leave a processor idle.
     """
-    starts, lengths, members, _, sizes, num_owners, num_tiles, num_splits, low, high = plan
+    starts, lengths, members, _, sizes, piece_starts, num_owners, num_tiles, pieces = plan
     GROUPS: gl.constexpr = H // STACK
     QUERIES: gl.constexpr = 2 * ROWS // STACK
     programs = gl.num_programs(0)
@@ -50,19 +54,25 @@ def piece(
     place = place + turn % 2 * (programs - 1 - 2 * place)
     index = turn * programs + place
     if FORM == LONG:
-        heads = index % GROUPS
         tile = gl.maximum(num_tiles - 1 - index // GROUPS, 0)
-        split = index * 0
+        owner = find(starts, num_owners, tile, QUERIES)
     else:
-        heads = index // num_tiles % GROUPS
-        tile = low // QUERIES + index % num_tiles
-        split = index // num_tiles // GROUPS
-    owner = find(starts, num_owners, tile, QUERIES)
+        owner = find(piece_starts, num_owners, index // GROUPS, 0)
     row = gl.load(starts + owner)
     count = gl.load(starts + owner + 1) - row
-    first = (tile - (row // QUERIES + owner)) * QUERIES
-    beyond = gl.minimum(first + QUERIES, count)
-    is_mine = (first < count) & (index < GROUPS * num_tiles * num_splits)
+    if FORM == LONG:
+        heads = index % GROUPS
+        split = index * 0
+        first = (tile - (row // QUERIES + owner)) * QUERIES
+    else:
+        here = index - gl.load(piece_starts + owner) * GROUPS
+        tiles = gl.maximum(gl.cdiv(count, QUERIES), 1)
+        heads = here // tiles % GROUPS
+        split = here // tiles // GROUPS
+        first = here % tiles * QUERIES
+    parts = index * 0 + 1
+    base_slot = (index * 0).to(gl.int64)
+    is_mine = (first < count) & (index < pieces)
     if FORM == SHARED:
         sequence = gl.load(members + row, mask=is_mine, other=0)
         length = gl.load(lengths + sequence)
@@ -71,19 +81,21 @@ def piece(
     else:
         sequence = owner
         length = gl.load(lengths + sequence)
-        end = length - count + beyond
+        end = length - count + gl.minimum(first + QUERIES, count)
         size = length
     if FORM == SHORT:
-        size = gl.maximum(gl.cdiv(gl.cdiv(length, num_splits), 128) * 128, LEAST)
-        is_mine &= (count > 1) & (count <= MOST)
-        is_mine &= (row + first < high) & (row + beyond > low)
+        size = gl.load(sizes + 3 * (num_owners + 1))
+        parts = gl.cdiv(length, size)
+        base_slot = gl.load(sizes + num_owners + 1 + owner).to(gl.int64)
     if FORM == LONG:
         is_mine &= count > MOST
     start = split * size
     tiles = gl.maximum(gl.cdiv(gl.minimum(end, start + size) - start, N), 0)
     if not is_mine:
         tiles = tiles * 0
-    return heads, split, sequence, row, count, first, start // N, tiles, length, size < length
+    return (
+        heads, split, sequence, row, count, first, start // N, tiles, length, parts, base_slot,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -91,13 +103,13 @@ def rows_of(
     plan, heads, row, first, count, H: gl.constexpr, STACK: gl.constexpr, FORM: gl.constexpr,
     M: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
-    """Returns (row of the batch, (row, head) as one number, whether there is one) of M stacked
-    rows: STACK heads of each query from `first` on."""
-    _, _, members, query_starts, _, _, _, _, _, _ = plan
+    """Returns ((row of the batch, head) as one number, whether there is one) of M stacked rows:
+    STACK heads of each query from `first` on."""
+    _, _, members, query_starts, _, _, _, _, _ = plan
     rows = gl.arange(0, M, layout)
     query = first + rows // STACK
     live = query < count
     t = row + query
     if FORM == SHARED:
         t = gl.load(query_starts + gl.load(members + t, mask=live, other=0), mask=live, other=0)
-    return t, t.to(gl.int64) * H + heads * STACK + rows % STACK, live
+    return t.to(gl.int64) * H + heads * STACK + rows % STACK, live

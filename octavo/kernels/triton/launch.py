@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -161,6 +162,15 @@ def _int_class(value: int) -> int:
     """What Triton builds different binaries for."""
     size = 4 if -_INT32_MAX <= value <= _INT32_MAX else 8
     return size + (1 if value == 1 else 2 if value % 16 == 0 else 0)
+
+
+@lru_cache
+def num_processors(device: torch.device) -> int:
+    """Returns the multiprocessors of a GPU; for the interpreter, as many as an H100 has."""
+    if device.type == "cpu" or triton.knobs.runtime.interpret:
+        return 132
+    utils = triton.runtime.driver.active.utils
+    return utils.get_device_properties(device.index or 0)["multiprocessor_count"]
 
 
 def cdiv(count: int, size: int) -> int:

@@ -46,6 +46,7 @@ from octavo.kernels.triton.norm_matvec import (
 from octavo.kernels.triton.plans import Plans
 from octavo.kernels.triton.rope import rope_and_cache
 from octavo.kernels.triton.shared_prefix import shared_prefix_attention
+from octavo.kernels.triton.short_chunks import ShortPlans
 from octavo.kernels.triton.tickets import make_tickets
 
 SKINNY_TOKENS = 64
@@ -68,6 +69,7 @@ class TritonOps(Composed):
         self._is_deterministic = is_deterministic
         self._plans = plans or Plans()
         self._tickets: Tensor | None = None
+        self._short_plans = ShortPlans()
         self._matrices: dict[tuple[Weight, ...], list[Tensor]] = {}
         """What `_merged` made of weights that were multiplied side by side."""
         self._stacks: weakref.WeakKeyDictionary[ExpertWeights, StackedExperts] = (
@@ -219,9 +221,10 @@ class TritonOps(Composed):
     def attention(
         self, q_THD: Tensor, layer: KVLayer, batch: AttentionBatch, scale: float, window: int | None
     ) -> Tensor:
+        tickets, plans = self._tickets_on(q_THD.device), self._short_plans
         if batch.prefix is not None and not self._is_deterministic:
             return shared_prefix_attention(
-                q_THD, layer, batch, scale, window, batch.prefix, self._tickets_on(q_THD.device)
+                q_THD, layer, batch, scale, window, batch.prefix, tickets, plans
             )
         return attention(
             q_THD,
@@ -230,7 +233,8 @@ class TritonOps(Composed):
             scale,
             window,
             is_deterministic=self._is_deterministic,
-            tickets=self._tickets_on(q_THD.device),
+            tickets=tickets,
+            plans=plans,
         )
 
     def rope_attention(

@@ -36,11 +36,11 @@ from octavo.kernels.triton.attention_decode import (
 )
 from octavo.kernels.triton.launch import cdiv, launchable, next_power_of_2
 from octavo.kernels.triton.overlap import launch_options, wait_turn
+from octavo.kernels.triton.short_chunks import ShortPlans
+from octavo.kernels.triton.splits import SPLIT_STEP, Tiling, split_size
 
-SMALLEST_SPLITS = ((1024, 128), (4096, 256))
-"""(shared tokens at most, split size)."""
 MAX_SPLITS = 16
-"""Of more tokens than that. Fewer fill no GPU, more leave more to merge."""
+"""More leave too much to merge."""
 MIN_BLOCKS = 64
 """Fewer shared blocks than this come from the L2 cache anyway, and merging costs time."""
 
@@ -57,6 +57,8 @@ class SharedPrefixPlan:
     """int32 [S]: tokens of each sequence that its group reads for it; 0 outside groups."""
     split_sizes: np.ndarray
     """int32 [groups]."""
+    piece_starts: np.ndarray
+    """int32 [groups + 1]: where each group's pieces of work begin, heads not counted."""
     max_members: int
     max_splits: int
     max_tail: int
@@ -69,17 +71,20 @@ class SharedPrefixPlan:
         for group, size in enumerate(self.split_sizes):
             own = self.members[self.group_starts[group] : self.group_starts[group + 1]]
             slots[own] = -(-self.shared_tokens[own] // size)
-        return self.members, self.group_starts, self.shared_tokens, slots, self.split_sizes
+        groups = self.group_starts, self.shared_tokens, slots, self.split_sizes
+        return self.members, *groups, self.piece_starts
 
     def on_device(self, tensors: Sequence[Tensor]) -> SharedPrefix:
         """Returns the plan over the tensors that `arrays` have become."""
-        members, group_starts, shared_tokens_S, shared_slots_S, split_sizes = tensors
+        members, group_starts, shared_tokens_S, shared_slots_S, *rest = tensors
+        split_sizes, piece_starts = rest
         return SharedPrefix(
             members=members,
             group_starts=group_starts,
             shared_tokens_S=shared_tokens_S,
             shared_slots_S=shared_slots_S,
             split_sizes=split_sizes,
+            piece_starts=piece_starts,
             num_groups=len(split_sizes),
             max_members=self.max_members,
             max_splits=self.max_splits,
@@ -100,6 +105,7 @@ class SharedPrefixPlan:
             group_starts=np.pad(self.group_starts, (0, more_groups), mode="edge"),
             shared_tokens=np.pad(self.shared_tokens, (0, num_sequences - len(self.shared_tokens))),
             split_sizes=np.pad(self.split_sizes, (0, more_groups), constant_values=1),
+            piece_starts=np.pad(self.piece_starts, (0, more_groups), mode="edge"),
             max_members=num_sequences,
             max_splits=next_power_of_2(self.max_splits),
             max_tail=max(256, next_power_of_2(self.max_tail)),
@@ -120,11 +126,13 @@ def plan_shared_prefix(
     block_table: np.ndarray,
     seq_lens: np.ndarray,
     query_lens: np.ndarray,
+    tiles: Tiling,
     *,
     block_size: int = 16,
     min_blocks: int = MIN_BLOCKS,
 ) -> SharedPrefixPlan | None:
     """Returns the groups whose reads save most, or None where none saves `min_blocks` a member.
+    `tiles` says how many pieces the layers' kernel makes of them.
 
     Every sequence with one query counts, by its full blocks alone. Of nested prefixes (a tree) the
     level with the fewest blocks read is taken, for every subtree on its own.
@@ -136,27 +144,23 @@ def plan_shared_prefix(
     if not chosen:
         return None
     shared = np.zeros(len(full), np.int32)
-    sizes = []
     for members, blocks in chosen:
         shared[members] = blocks * block_size
-        sizes.append(_split_size(blocks * block_size))
+    work = tuple((blocks * block_size, len(members)) for members, blocks in chosen)
+    size = split_size(work, tiles, most=MAX_SPLITS, shortest=SPLIT_STEP)
+    pieces = [cdiv(count, tiles.queries) * cdiv(tokens, size) for tokens, count in work]
     starts = np.cumsum([0, *(len(members) for members, _ in chosen)])
-    splits = [-(-b * block_size // size) for (_, b), size in zip(chosen, sizes, strict=True)]
     single = query_lens == 1
     return SharedPrefixPlan(
         members=np.array([s for members, _ in chosen for s in members], np.int32),
         group_starts=starts.astype(np.int32),
         shared_tokens=shared,
-        split_sizes=np.array(sizes, np.int32),
+        split_sizes=np.full(len(chosen), size, np.int32),
+        piece_starts=np.cumsum([0, *pieces]).astype(np.int32),
         max_members=max(len(members) for members, _ in chosen),
-        max_splits=max(splits),
+        max_splits=max(cdiv(tokens, size) for tokens, _ in work),
         max_tail=max(1, int((seq_lens - shared)[single].max())),
     )
-
-
-def _split_size(tokens: int) -> int:
-    larger = cdiv(tokens, MAX_SPLITS * 128) * 128
-    return next((size for limit, size in SMALLEST_SPLITS if tokens <= limit), larger)
 
 
 Group = tuple[list[int], int]
@@ -290,6 +294,7 @@ def shared_prefix_attention(
     window: int | None,
     plan: SharedPrefix,
     tickets: Tensor | None = None,
+    plans: ShortPlans | None = None,
 ) -> Tensor:
     """Returns what `attention` returns, [T, H * D], reading the plan's shared blocks once.
 
@@ -310,7 +315,7 @@ def shared_prefix_attention(
         partials=partials,
         tickets=tickets,
     )
-    tiles_attention(q_THD, layer, batch, scale, window, out)
+    tiles_attention(q_THD, layer, batch, scale, window, out, plans=plans)
     return out.flatten(1)
 
 
