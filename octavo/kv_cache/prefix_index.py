@@ -12,9 +12,13 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
+from itertools import repeat
 
-from octavo.kv_cache.block_pool import BlockKey
+import numpy as np
+
+from octavo.kv_cache.block_pool import NULL_BLOCK, BlockKey
 from octavo.observe.stats import MissReason
+from octavo.step import Int32
 
 _PIECE_BLOCKS, _PIECES_REMEMBERED = 64, 512
 _EVICTED_REMEMBERED = 65_536
@@ -80,18 +84,10 @@ class PrefixIndex:
     def __len__(self) -> int:
         return sum(len(blocks) for blocks in self._blocks)
 
-    def find(self, group: int, digest: bytes) -> int | None:
-        """Returns the block that holds `digest` for `group`."""
-        return self._blocks[group].get(digest)
-
-    def find_all(self, group: int, digests: list[bytes]) -> list[int | None]:
-        """Returns `find` of each digest."""
-        return list(map(self._blocks[group].get, digests))
-
-    def num_leading(self, group: int, digests: list[bytes], limit: int) -> int:
-        """Returns how many of the first `limit` digests are known without a gap."""
-        found = self.find_all(group, digests[:limit])
-        return found.index(None) if None in found else len(found)
+    def find_all(self, group: int, digests: list[bytes]) -> Int32:
+        """Returns the block that holds each digest for `group`, the null block where none does."""
+        found = map(self._blocks[group].get, digests, repeat(NULL_BLOCK))
+        return np.array(list(found), np.int32)
 
     def insert(self, key: BlockKey, block: int, content: int, root: bytes) -> bool:
         """Publishes a block; False if another block already holds this key.

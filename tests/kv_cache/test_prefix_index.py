@@ -7,7 +7,7 @@ from array import array
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octavo.kv_cache.block_pool import BlockKey
+from octavo.kv_cache.block_pool import NULL_BLOCK, BlockKey
 from octavo.kv_cache.prefix_index import Digester, PrefixIndex, prefix_root
 
 TOKENS = st.lists(st.integers(0, 3), max_size=40)
@@ -53,7 +53,7 @@ def test_each_miss_has_its_reason() -> None:
     assert not index.insert(key, 4, 7, b"root"), "the first holder of a key keeps it"
     assert index.miss_reason(b"other", 7, b"another root") == "other_tenant"
     index.remove(key)
-    assert index.find(0, b"digest") is None
+    assert index.find_all(0, [b"digest"]).tolist() == [NULL_BLOCK]
     assert index.miss_reason(b"digest", 7, b"root") == "evicted"
 
 
