@@ -99,9 +99,9 @@ class KVCacheManager:
         computed at most `step_tokens` at a step."""
         return blocks_of_sequence(self._groups, num_tokens, self.block_size, step_tokens)
 
-    def fits(self, hit: PrefixHit, num_needed: int) -> bool:
-        """Whether `num_needed` blocks are free beside those that `hit` would take into use."""
-        return num_needed <= self.pool.num_free - hit.num_reused
+    def room(self, hit: PrefixHit) -> int:
+        """Returns the blocks that are free beside those that `hit` would take into use."""
+        return self.pool.num_free - hit.num_reused
 
     # -- prefix ------------------------------------------------------------------------------
 
@@ -155,7 +155,7 @@ class KVCacheManager:
         Returns False, with nothing changed, if the pool has too few blocks.
         """
         wanted = -(-num_tokens // self.block_size) - hit.num_blocks
-        if not self.fits(hit, wanted * len(self.tables)):
+        if wanted * len(self.tables) > self.room(hit):
             return False
         kv.row = row
         for table, blocks in zip(self.tables, hit.blocks, strict=False):
