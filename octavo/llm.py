@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -154,22 +155,14 @@ class LLM:
         """Feeds the core as its queue takes it, and steps until all are finished."""
         todo = list(reversed(requests))
         finished: dict[str, RequestOutput] = {}
-        columns = (
-            TextColumn("generating"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-        )
-        with Progress(
-            *columns, console=Console(stderr=True), transient=True, disable=not use_tqdm
-        ) as progress:
-            task = progress.add_task("", total=len(requests))
+        with _progress(len(requests)) if use_tqdm else nullcontext() as tell:
             try:
                 while len(finished) < len(requests):
                     self._feed(todo)
                     done = self._step()
                     finished.update((output.request_id, output) for output in done)
-                    progress.update(task, completed=len(finished))
+                    if tell is not None:
+                        tell(len(finished))
             except BaseException:
                 for request in requests:
                     self._core.abort(request.request_id)
@@ -194,6 +187,15 @@ class LLM:
     def close(self) -> None:
         """Lets the runner's thread go."""
         self._core.close()
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """Shows how many of `total` requests are done; yields what is to be told the number."""
+    columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda completed: progress.update(task, completed=completed)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -46,14 +46,14 @@ class InputProcessor:
         token_ids = self._ids(prompt)
         packed_prompt = self._packed(token_ids)
         self._check_params(params)
+        max_tokens = self._max_tokens(len(token_ids), params.max_tokens)
+        if params.bad_words or max_tokens != params.max_tokens:
+            bad_words = (*params.bad_words_token_ids, *self._bad_words(params))
+            params = replace(params, max_tokens=max_tokens, bad_words_token_ids=bad_words)
         return Request(
             request_id=request_id,
             packed_prompt=packed_prompt,
-            params=replace(
-                params,
-                max_tokens=self._max_tokens(len(token_ids), params.max_tokens),
-                bad_words_token_ids=(*params.bad_words_token_ids, *self._bad_words(params)),
-            ),
+            params=params,
             eos_token_ids=self.eos_token_ids,
             arrival_time=arrival_time,
             priority=priority,
@@ -74,10 +74,11 @@ class InputProcessor:
         # Prompts have 100,000 ids, and nearly all prompts are right: looked through at C's speed.
         with suppress(TypeError, OverflowError):
             packed = pack_ids(token_ids)
-            ids = np.frombuffer(packed, np.int32)
+            ids = np.frombuffer(packed, np.uint32)
             # Only 0 and 1 can be booleans.
-            is_plain = ids.min() > 1 or bool not in set(map(type, token_ids))
-            if is_plain and ids.min() >= 0 and ids.max() < self.vocab_size:
+            small = np.flatnonzero(ids <= 1).tolist()
+            is_plain = not any(isinstance(token_ids[place], bool) for place in small)
+            if is_plain and ids.max() < self.vocab_size:
                 return packed
         for place, token_id in enumerate(token_ids):
             if isinstance(token_id, bool) or not isinstance(token_id, int):

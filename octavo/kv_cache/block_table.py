@@ -6,11 +6,9 @@ here once a step. Column j of a row holds tokens [j * block_size, (j + 1) * bloc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from octavo.kv_cache.block_pool import NULL_BLOCK
+from octavo.kv_cache.block_pool import NULL_BLOCK, Blocks
 from octavo.step import Int32, TableDelta
 
 
@@ -27,29 +25,25 @@ class BlockTable:
         """Returns a view of the blocks of `row`, holes behind a window included."""
         return self._blocks[row, : self.lengths[row]]
 
-    def append(self, row: int, blocks: Sequence[int]) -> None:
+    def append(self, row: int, blocks: Blocks) -> None:
         """Adds blocks at the end of a row."""
-        if not blocks:
+        if not len(blocks):
             return
         column = self.lengths[row]
         self.lengths[row] = column + len(blocks)
         self._write(row, column, blocks)
 
-    def replace(self, row: int, column: int, block: int) -> None:
-        """Puts another block at a column, as copy-on-write does."""
-        self._write(row, column, (block,))
-
-    def forget(self, row: int, first: int, last: int) -> list[int]:
+    def forget(self, row: int, first: int, last: int) -> Int32:
         """Makes holes of columns first..last (excluded); returns the blocks that were there.
 
         No delta: nobody reads columns behind the window.
         """
         columns = self._blocks[row, first:last]
-        blocks = columns[columns != NULL_BLOCK].tolist()
+        blocks = columns[columns != NULL_BLOCK]
         columns[:] = NULL_BLOCK
         return blocks
 
-    def clear(self, row: int) -> list[int]:
+    def clear(self, row: int) -> Int32:
         """Empties a row; returns the blocks that it held, first to last."""
         blocks = self.forget(row, 0, self.lengths[row])
         self.lengths[row] = 0
@@ -62,7 +56,7 @@ class BlockTable:
         deltas, self._deltas = self._deltas, []
         return deltas
 
-    def _write(self, row: int, column: int, blocks: Sequence[int]) -> None:
+    def _write(self, row: int, column: int, blocks: Blocks) -> None:
         ids = np.array(blocks, np.int32)
         self._blocks[row, column : column + len(ids)] = ids
         self._deltas.append(TableDelta(group=self.group, row=row, column=column, block_ids=ids))

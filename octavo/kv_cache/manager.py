@@ -15,8 +15,10 @@ Side effects of a sequence's life, in order:
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from octavo.kv_cache.block_pool import NULL_BLOCK, BlockKey, BlockPool
 from octavo.kv_cache.block_table import BlockTable
@@ -24,7 +26,7 @@ from octavo.kv_cache.planner import blocks_of_sequence
 from octavo.kv_cache.prefix_index import Digester, PrefixIndex
 from octavo.kv_cache.spec import KVGroup
 from octavo.observe.stats import MissReason
-from octavo.step import TableDelta
+from octavo.step import Int32, TableDelta
 
 
 @dataclass(slots=True)
@@ -55,7 +57,7 @@ class PrefixHit:
     """The next block is being computed by a running sequence: wait instead of computing it."""
     miss_reason: MissReason | None
     """Why the next block is missing; None if all full blocks were found."""
-    blocks: tuple[list[int], ...] = ()
+    blocks: tuple[Int32, ...] = ()
     """The cached blocks of every group, holes where its window no longer sees."""
     num_reused: int = 0
     """Those that nobody references yet: taking them leaves as many fewer free."""
@@ -97,9 +99,9 @@ class KVCacheManager:
         computed at most `step_tokens` at a step."""
         return blocks_of_sequence(self._groups, num_tokens, self.block_size, step_tokens)
 
-    def fits(self, hit: PrefixHit, num_needed: int) -> bool:
-        """Whether `num_needed` blocks are free beside those that `hit` would take into use."""
-        return num_needed <= self.pool.num_free - hit.num_reused
+    def room(self, hit: PrefixHit) -> int:
+        """Returns the blocks that are free beside those that `hit` would take into use."""
+        return self.pool.num_free - hit.num_reused
 
     # -- prefix ------------------------------------------------------------------------------
 
@@ -113,39 +115,32 @@ class KVCacheManager:
         if limit == 0:
             return PrefixHit(0, False, "too_short")
         self._digester.extend(kv.digests, kv.root, token_ids, self.block_size)
-        found = self._num_leading(kv.digests, limit)
+        digests = kv.digests[:limit]
+        found = [self.index.find_all(group, digests) for group in range(len(self.tables))]
+        count = self._num_leading(found)
         reason, is_computing = None, False
-        if found < limit:
-            missing = kv.digests[found]
-            reason = self.index.miss_reason(missing, self._content(token_ids, found), kv.root)
+        if count < limit:
+            missing = digests[count]
+            reason = self.index.miss_reason(missing, self._content(token_ids, count), kv.root)
             is_computing = missing in self._computing
-        blocks = tuple(self._cached_blocks(g, kv, found) for g in range(len(self.tables)))
+        blocks = tuple(self._visible(group, one[:count]) for group, one in enumerate(found))
         num_reused = sum(map(self.pool.num_unreferenced, blocks))
-        return PrefixHit(found, is_computing, reason, blocks, num_reused)
+        return PrefixHit(count, is_computing, reason, blocks, num_reused)
 
-    def _num_leading(self, digests: list[bytes], limit: int) -> int:
-        """Returns the longest cached prefix in blocks that every group can go on from."""
-        for group, window in enumerate(self._windows):
+    def _num_leading(self, found: list[Int32]) -> int:
+        """Returns the longest cached prefix in blocks that every group can go on from; `found` has
+        each group's blocks, the null block where none is known."""
+        limit = len(found[0])
+        for blocks, window in zip(found, self._windows, strict=True):
             if window is None:
-                limit = self.index.num_leading(group, digests, limit)
+                limit = _num_known(blocks[:limit])
         best = limit
-        for group, window in enumerate(self._windows):
+        for blocks, window in zip(found, self._windows, strict=True):
             if window is not None:
-                best = min(best, self._num_leading_windowed(group, window, digests, best))
+                needed = -(-(window - 1) // self.block_size)
+                best = _num_windowed(blocks[:best], needed)
         if best < limit and len(self._windows) > 1:
-            return self._num_leading(digests, best)
-        return best
-
-    def _num_leading_windowed(
-        self, group: int, window: int, digests: list[bytes], limit: int
-    ) -> int:
-        """As above for one windowed group: only blocks the next token still sees must be there."""
-        needed = -(-(window - 1) // self.block_size)
-        best = run = 0
-        for i in range(limit):
-            run = run + 1 if self.index.find(group, digests[i]) is not None else 0
-            if run >= min(needed, i + 1):
-                best = i + 1
+            return self._num_leading([blocks[:best] for blocks in found])
         return best
 
     def _content(self, token_ids: array[int], block: int) -> int:
@@ -160,7 +155,7 @@ class KVCacheManager:
         Returns False, with nothing changed, if the pool has too few blocks.
         """
         wanted = -(-num_tokens // self.block_size) - hit.num_blocks
-        if not self.fits(hit, wanted * len(self.tables)):
+        if wanted * len(self.tables) > self.room(hit):
             return False
         kv.row = row
         for table, blocks in zip(self.tables, hit.blocks, strict=False):
@@ -171,13 +166,12 @@ class KVCacheManager:
         self._announce(kv)
         return True
 
-    def _cached_blocks(self, group: int, kv: SequenceKV, count: int) -> list[int]:
-        """Returns the cached blocks of one group, holes where its window no longer sees."""
-        first = min(self._first_visible(group, count * self.block_size), count)
-        found = self.index.find_all(group, kv.digests[first:count])
-        blocks = [block for block in found if block is not None]
-        assert len(blocks) == count - first, "a hit names a block that the index lost"
-        return [NULL_BLOCK] * first + blocks
+    def _visible(self, group: int, cached: Int32) -> Int32:
+        """Makes holes of leading blocks that a token behind them no longer sees."""
+        first = min(self._first_visible(group, len(cached) * self.block_size), len(cached))
+        cached[:first] = NULL_BLOCK
+        assert (cached[first:] != NULL_BLOCK).all(), "a hit names a block that nobody knows"
+        return cached
 
     def _first_visible(self, group: int, position: int) -> int:
         """Returns the first column that a token at `position` or later can still see."""
@@ -193,7 +187,7 @@ class KVCacheManager:
         for group, table in enumerate(self.tables):
             first = self._first_visible(group, num_computed)
             if first:
-                self._release(reversed(table.forget(kv.row, 0, first)))
+                self._release(table.forget(kv.row, 0, first)[::-1])
         wanted = -(-num_tokens // self.block_size) - self.tables[0].lengths[kv.row]
         if wanted * len(self.tables) > self.pool.num_free:
             return False
@@ -229,7 +223,7 @@ class KVCacheManager:
         full, tail = divmod(num_tokens, self.block_size)
         if self.pool.num_free < len(self.tables):
             return False
-        rows = [table.row(parent.row)[: full + (tail > 0)].tolist() for table in self.tables]
+        rows = [table.row(parent.row)[: full + (tail > 0)] for table in self.tables]
         for group, blocks in enumerate(rows):
             if NULL_BLOCK in blocks[self._first_visible(group, num_tokens) :]:
                 return False
@@ -238,8 +232,8 @@ class KVCacheManager:
             self.pool.acquire(blocks[:full])
             own = self._take(1)
             if tail:
-                self._copies.append((blocks[full], own[0]))
-            table.append(row, blocks[:full] + own)
+                self._copies.append((int(blocks[full]), own[0]))
+            table.append(row, np.append(blocks[:full], own))
         child.capacity = (full + 1) * self.block_size
         child.digests = parent.digests[:full]
         child.num_published = min(parent.num_published, full)
@@ -285,12 +279,12 @@ class KVCacheManager:
         if kv.row is None:
             return
         for table in self.tables:
-            self._release(reversed(table.clear(kv.row)))
+            self._release(table.clear(kv.row)[::-1])
         kv.row = None
         kv.num_published = 0
         kv.capacity = 0
 
-    def _release(self, blocks: Iterable[int]) -> None:
+    def _release(self, blocks: Int32) -> None:
         emptied = self.pool.release(blocks)
         if self._poison:
             self._emptied.extend(emptied)
@@ -343,3 +337,17 @@ class KVCacheManager:
             key = self.pool.key(block)
             assert key is None or published.get(key) == block, f"block {block} lost its key"
         assert all(self.pool.key(block) == key for key, block in published.items())
+
+
+def _num_known(blocks: Int32) -> int:
+    """Returns how many come before the first null block."""
+    unknown = np.flatnonzero(blocks == NULL_BLOCK)
+    return int(unknown[0]) if len(unknown) else len(blocks)
+
+
+def _num_windowed(blocks: Int32, needed: int) -> int:
+    """Returns the longest prefix whose last `needed` blocks, or all, are known."""
+    columns = np.arange(len(blocks))
+    unknown = np.maximum.accumulate(np.where(blocks == NULL_BLOCK, columns, -1))
+    ends = np.flatnonzero(columns - unknown >= np.minimum(needed, columns + 1))
+    return int(ends[-1]) + 1 if len(ends) else 0

@@ -11,10 +11,15 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from bisect import bisect_left
 from collections import OrderedDict
+from itertools import repeat
 
-from octavo.kv_cache.block_pool import BlockKey
+import numpy as np
+
+from octavo.kv_cache.block_pool import NULL_BLOCK, BlockKey
 from octavo.observe.stats import MissReason
+from octavo.step import Int32
 
 _PIECE_BLOCKS, _PIECES_REMEMBERED = 64, 512
 _EVICTED_REMEMBERED = 65_536
@@ -35,11 +40,14 @@ class Digester:
     """Digests of token ids, those of the latest pieces remembered.
 
     Requests on one long prefix ask for the same thousands of digests; a piece is found again by its
-    parent and its very tokens, so that nothing rests on a shorter hash.
+    parent and its last block, and taken if its very tokens are the same: nothing rests on a shorter
+    hash, and only a block is hashed to find it.
     """
 
     def __init__(self) -> None:
-        self._pieces: OrderedDict[tuple[bytes, bytes], tuple[bytes, ...]] = OrderedDict()
+        self._pieces: OrderedDict[tuple[bytes, bytes], tuple[bytes, tuple[bytes, ...]]] = (
+            OrderedDict()
+        )
 
     def extend(self, digests: list[bytes], root: bytes, token_ids: array[int], block: int) -> None:
         """Appends the digests of all full blocks of `token_ids` (int32) not yet in `digests`."""
@@ -51,11 +59,12 @@ class Digester:
         parent = digests[-1] if digests else root
         for start in range(0, len(data), size * _PIECE_BLOCKS):
             piece = data[start : start + size * _PIECE_BLOCKS]
-            found = self._pieces.get((parent, piece))
-            if found is None:
+            key = (parent, piece[-size:])
+            known, found = self._pieces.get(key, (b"", ()))
+            if known != piece:
                 found = _chain(parent, piece, size)
                 if len(found) == _PIECE_BLOCKS:
-                    _remember(self._pieces, (parent, piece), found, _PIECES_REMEMBERED)
+                    _remember(self._pieces, key, (piece, found), _PIECES_REMEMBERED)
             digests += found
             parent = found[-1]
 
@@ -74,24 +83,25 @@ class PrefixIndex:
 
     def __init__(self, num_groups: int) -> None:
         self._blocks: tuple[dict[bytes, int], ...] = tuple({} for _ in range(num_groups))
+        self._latest: dict[int, tuple[list[bytes], Int32]] = {}
+        """What was asked for last and found, by group, while it is true: many requests on one long
+        prefix often come at once."""
         self._evicted: OrderedDict[bytes, None] = OrderedDict()
         self._contents: OrderedDict[int, bytes] = OrderedDict()
 
     def __len__(self) -> int:
         return sum(len(blocks) for blocks in self._blocks)
 
-    def find(self, group: int, digest: bytes) -> int | None:
-        """Returns the block that holds `digest` for `group`."""
-        return self._blocks[group].get(digest)
-
-    def find_all(self, group: int, digests: list[bytes]) -> list[int | None]:
-        """Returns `find` of each digest."""
-        return list(map(self._blocks[group].get, digests))
-
-    def num_leading(self, group: int, digests: list[bytes], limit: int) -> int:
-        """Returns how many of the first `limit` digests are known without a gap."""
-        found = self.find_all(group, digests[:limit])
-        return found.index(None) if None in found else len(found)
+    def find_all(self, group: int, digests: list[bytes]) -> Int32:
+        """Returns the block of each digest in a chain, the null block where none holds it."""
+        known, blocks = self._latest.get(group, ([], np.zeros(0, np.int32)))
+        both = range(min(len(known), len(digests)))
+        # A digest stands for all before it: those of two chains are equal up to some place.
+        same = bisect_left(both, True, key=lambda place: known[place] != digests[place])
+        rest = list(map(self._blocks[group].get, digests[same:], repeat(NULL_BLOCK)))
+        found = np.concatenate((blocks[:same], np.array(rest, np.int32)))
+        self._latest[group] = digests, found
+        return found.copy()
 
     def insert(self, key: BlockKey, block: int, content: int, root: bytes) -> bool:
         """Publishes a block; False if another block already holds this key.
@@ -101,6 +111,7 @@ class PrefixIndex:
         """
         if key.digest in self._blocks[key.group]:
             return False
+        self._latest.clear()
         self._blocks[key.group][key.digest] = block
         self._evicted.pop(key.digest, None)
         _remember(self._contents, content, root, _CONTENTS_REMEMBERED)
@@ -108,10 +119,12 @@ class PrefixIndex:
 
     def remove(self, key: BlockKey) -> None:
         """Forgets an evicted block."""
+        self._latest.clear()
         del self._blocks[key.group][key.digest]
         _remember(self._evicted, key.digest, None, _EVICTED_REMEMBERED)
 
     def clear(self) -> None:
+        self._latest.clear()
         for blocks in self._blocks:
             for digest in blocks:
                 _remember(self._evicted, digest, None, _EVICTED_REMEMBERED)

@@ -33,7 +33,7 @@ from octavo.runner.device_sampler import DeviceSampler
 from octavo.runner.graphs import StepGraphs, StepShape, decode_size, mixed_size
 from octavo.runner.input_batch import InputBatch, StepInputs
 from octavo.runner.model_runner import prompt_logprobs_of
-from octavo.runner.shared_prefix import MIN_SAVED_BYTES, plan_prefix
+from octavo.runner.shared_prefix import MIN_SAVED_BYTES, PrefixPlanner
 from octavo.runner.split import split_plan
 from octavo.runner.transfer import Download, make_transfer
 from octavo.step import RowStart, StepPlan, StepResult, TokenLogprobs
@@ -87,11 +87,16 @@ class DeviceRunner:
         self.decoder = decoder
         self.storage = storage
         self._sampler = sampler
-        self._min_saved_bytes = min_saved_bytes
+        self._prefixes = PrefixPlanner(
+            storage.groups,
+            [_tiling(decoder, group, device) for group in storage.groups],
+            block_size=storage.block_size,
+            min_saved_bytes=min_saved_bytes,
+            max_slots=max_num_seqs * split_slots(max_model_len),
+        )
         self._poison_freed_blocks = poison_freed_blocks
         self._device = device
         self._max_model_len = max_model_len
-        self._max_num_seqs = max_num_seqs
         self._kv_tokens = kv_tokens
         self._transfer = make_transfer(device)
         host = InputBatch(
@@ -185,6 +190,8 @@ class DeviceRunner:
             self._sampler.free_row(row)
         if self._poison_freed_blocks:
             self.storage.poison(plan.freed_blocks)
+        if plan.row_starts:
+            self._prefixes.forget()
         for start in plan.row_starts:
             self._batch.host.start(start)
             self._sampler.start_row(start)
@@ -231,26 +238,29 @@ class DeviceRunner:
 
     def _forward(self, plan: StepPlan, inputs: StepInputs) -> Tensor:
         """Returns the hidden states of the plan's tokens; rows beyond them are padding."""
-        prefixes = self._prefixes(plan, inputs)
-        shape = self._shape(plan, prefixes)
-        if shape is not None:
-            prefixes = [prefix and prefix.padded(shape.num_rows) for prefix in prefixes]
+        prefixes = self._prefixes.plan(
+            self._batch.host.tables, plan.rows, inputs.seq_lens_S, plan.query_lens
+        )
+        found = self._padded(plan, prefixes)
+        if found is not None:
+            shape, padded = found
             max_slots = max_total_slots(shape.num_rows, self._max_model_len, self._kv_tokens)
-            if all(prefixes):
+            if all(padded):
                 max_slots = 1 << 30  # the shared path keeps its own room
-            if self._batch.fill_padded(plan, inputs, prefixes, shape, max_slots):
+            if self._batch.fill_padded(plan, inputs, padded, shape, max_slots):
                 return self._graphs.run(
-                    shape, lambda: self._forward_padded(prefixes, shape, max_slots)
+                    shape, lambda: self._forward_padded(padded, shape, max_slots)
                 )
         device_inputs = self._batch.inputs(plan, inputs, prefixes)
         return self.decoder.forward(
             device_inputs.token_ids_T, device_inputs.batches, self.storage, self._counts_LE
         )
 
-    def _shape(
+    def _padded(
         self, plan: StepPlan, prefixes: Sequence[SharedPrefixPlan | None]
-    ) -> StepShape | None:
-        """Returns what a small step is padded to; large ones keep the device busy by themselves."""
+    ) -> tuple[StepShape, list[SharedPrefixPlan | None]] | None:
+        """Returns what a small step is padded to, and its prefixes; large ones keep the device busy
+        by themselves."""
         num_rows, num_tokens = plan.num_rows, plan.num_tokens
         is_decode = num_rows == num_tokens
         if is_decode:
@@ -260,10 +270,12 @@ class DeviceRunner:
             rows = mixed_size(num_rows + 1)  # one at least to own the padding
         else:
             return None
-        bounds = tuple(prefix and prefix.padded(rows).bounds for prefix in prefixes)
-        return StepShape(
+        padded = [prefix and prefix.padded(rows) for prefix in prefixes]
+        bounds = tuple(prefix and prefix.bounds for prefix in padded)
+        shape = StepShape(
             num_rows=rows, num_tokens=tokens, is_decode=is_decode, prefix_bounds=bounds
         )
+        return shape, padded
 
     def _forward_padded(
         self, prefixes: Sequence[SharedPrefixPlan | None], shape: StepShape, max_slots: int
@@ -272,31 +284,6 @@ class DeviceRunner:
         return self.decoder.forward(
             inputs.token_ids_T, inputs.batches, self.storage, self._counts_LE, inputs.num_live
         )
-
-    def _prefixes(self, plan: StepPlan, inputs: StepInputs) -> list[SharedPrefixPlan | None]:
-        """Returns what rows share, by KV group."""
-        groups, host = self.storage.groups, self._batch.host
-        if self._min_saved_bytes is None:
-            return [None] * len(groups)
-        num_columns = -(-int(inputs.seq_lens_S.max()) // host.block_size)
-        return [
-            plan_prefix(
-                group,
-                table[plan.rows, :num_columns],
-                inputs.seq_lens_S,
-                plan.query_lens,
-                self._tiling(group),
-                block_size=host.block_size,
-                min_saved_bytes=self._min_saved_bytes,
-                max_slots=self._max_num_seqs * split_slots(self._max_model_len),
-            )
-            for group, table in zip(groups, host.tables, strict=True)
-        ]
-
-    def _tiling(self, group: KVGroup) -> Tiling:
-        """Returns how attention cuts queries in a group's layers, whose heads are the first's."""
-        layer = self.decoder.spec.layers[group.layers[0]].attention
-        return tiling(layer.num_heads, layer.num_kv_heads, num_processors(self._device))
 
     def _last_tokens(self, hidden_TM: Tensor, inputs: StepInputs) -> Tensor:
         count = len(inputs.last_tokens)
@@ -351,3 +338,10 @@ def _allocated(device: torch.device) -> int:
 
 def _peak(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _tiling(decoder: Decoder, group: KVGroup, device: torch.device) -> Tiling:
+    """Returns how attention cuts queries in a group's layers, which are alike in heads."""
+    layers = [decoder.layers[index].attention for index in group.layers]
+    (heads,) = {(layer.num_heads, layer.num_kv_heads) for layer in layers}
+    return tiling(*heads, num_processors(device))

@@ -42,8 +42,8 @@ class DeviceSampler:
         self._on_host = Sampler(vocab_size, max_num_seqs)
         self._is_on_host = np.zeros(max_num_seqs, dtype=np.bool_)
         self._num_logprobs = np.full(max_num_seqs, -1)
-        self._params = np.zeros(max_num_seqs, dtype=ROW_PARAMS)
-        self._params["slot"] = -1
+        self._free_params = _row_params(SamplingParams(temperature=0.0), vocab_size)
+        self._params = np.full(max_num_seqs, self._free_params)
         self._device_params: Tensor | None = None
         """None when rows have changed."""
         self._penalties = _PenaltyTable(vocab_size, max_num_seqs, device)
@@ -73,7 +73,7 @@ class DeviceSampler:
             self._penalties.free(int(self._params[row]["slot"]))
         self._is_on_host[row] = False
         self._num_logprobs[row] = -1
-        self._params[row] = _row_params(SamplingParams(temperature=0.0), self._vocab_size)
+        self._params[row] = self._free_params
 
     def sample(self, logits_SV: Tensor, rows: Int32, output_indices: Int32) -> SampledTokens:
         """Returns one token per row of `logits_SV` (float32, on the device; may be changed), as

@@ -301,9 +301,9 @@ class Scheduler:
         cached = hit.num_blocks * manager.block_size
         needed = manager.blocks_for(sequence.num_tokens, budget)
         needed -= hit.num_blocks * len(manager.tables)
+        room = manager.room(hit) - needed
         # Alone it may take all there is: it fits by its limit.
-        more = forecast.peak_with(self._growing(sequence)) if self.running else 0
-        if not manager.fits(hit, needed + more):
+        if room < 0 or (self.running and not forecast.fits(self._growing(sequence), room)):
             return None
         count = min(sequence.num_tokens - cached, budget)
         if not manager.admit(sequence.kv, self._free_rows[-1], hit, cached + count):

@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from octavo.kv_cache.block_pool import BlockKey, BlockPool
+from octavo.kv_cache.block_pool import NULL_BLOCK, BlockKey, BlockPool
 
 NUM_BLOCKS = 12
 
@@ -19,6 +19,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = BlockPool(NUM_BLOCKS)
         self.held: list[int] = []
         self.keys: dict[BlockKey, int] = {}
+        self.cached: list[int] = []
+        """Keyed and held by nobody, oldest first."""
         self.next_key = 0
 
     @rule(count=st.integers(0, 5), after=st.integers(0, NUM_BLOCKS - 1))
@@ -28,18 +30,22 @@ class PoolMachine(RuleBasedStateMachine):
         blocks, evicted = self.pool.allocate(count, after)
         assert len(set(blocks)) == count
         assert not set(blocks) & set(self.held), "a held block was handed out"
-        for key in evicted:
-            assert self.keys.pop(key) in blocks
+        taken = [self.keys.pop(key) for key in evicted]
+        assert taken == self.cached[: len(taken)], "evicted out of order"
+        assert blocks[count - len(taken) :] == taken
+        del self.cached[: len(taken)]
         self.held += blocks
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        block = data.draw(st.sampled_from(self.held))
-        self.held.remove(block)
-        emptied = self.pool.release([block])
-        is_empty = block not in self.held and block not in self.keys.values()
-        assert emptied == ([block] if is_empty else [])
+        blocks = data.draw(st.lists(st.sampled_from(self.held), min_size=1, unique=True))
+        for block in blocks:
+            self.held.remove(block)
+        freed = [block for block in blocks if block not in self.held]
+        self.cached += [block for block in freed if block in self.keys.values()]
+        empty = [block for block in freed if block not in self.keys.values()]
+        assert self.pool.release(blocks) == empty
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
@@ -54,15 +60,17 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.keys)
     @rule(data=st.data())
     def acquire(self, data: st.DataObject) -> None:
-        block = data.draw(st.sampled_from(sorted(self.keys.values())))
-        self.pool.acquire([block])
-        self.held.append(block)
+        keyed = st.sampled_from(sorted(self.keys.values()))
+        blocks = data.draw(st.lists(keyed, min_size=1, unique=True))
+        self.pool.acquire([NULL_BLOCK, *blocks])
+        self.cached = [block for block in self.cached if block not in blocks]
+        self.held += blocks
 
     @rule()
     def forget_keys(self) -> None:
-        cached = set(self.keys.values()) - set(self.held)
-        assert set(self.pool.forget_keys()) == cached
+        assert self.pool.forget_keys() == self.cached
         self.keys.clear()
+        self.cached.clear()
 
     @invariant()
     def counts_agree(self) -> None:
@@ -70,7 +78,8 @@ class PoolMachine(RuleBasedStateMachine):
         for block in range(1, NUM_BLOCKS):
             assert self.pool.ref_count(block) == self.held.count(block)
         assert self.pool.num_referenced == len(set(self.held))
-        assert self.pool.num_cached == len(set(self.keys.values()) - set(self.held))
+        assert set(self.cached) == set(self.keys.values()) - set(self.held)
+        assert self.pool.num_cached == len(self.cached)
 
 
 TestPool = PoolMachine.TestCase
@@ -105,3 +114,18 @@ def test_a_growing_sequence_gets_the_block_behind_its_last_one_when_it_is_free()
     pool.allocate(9)
     pool.release([3, 7, 8, 4])
     assert pool.allocate(2, after=6)[0] == [7, 8]
+
+
+def test_thousands_of_hits_leave_the_order_of_eviction_and_no_more_entries_than_blocks() -> None:
+    pool = BlockPool(100)
+    blocks, _ = pool.allocate(99)
+    for block in blocks:
+        pool.set_key(block, BlockKey(0, bytes([block])))
+    pool.release(blocks)
+    for turn in range(1000):
+        some = [blocks[(turn + 7 * i) % 99] for i in range(10)]
+        pool.acquire(some)
+        pool.release(some)
+        blocks = [block for block in blocks if block not in some] + some
+    _, evicted = pool.allocate(99)
+    assert [key.digest[0] for key in evicted] == blocks

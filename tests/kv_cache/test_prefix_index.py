@@ -7,7 +7,7 @@ from array import array
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octavo.kv_cache.block_pool import BlockKey
+from octavo.kv_cache.block_pool import NULL_BLOCK, BlockKey
 from octavo.kv_cache.prefix_index import Digester, PrefixIndex, prefix_root
 
 TOKENS = st.lists(st.integers(0, 3), max_size=40)
@@ -53,7 +53,7 @@ def test_each_miss_has_its_reason() -> None:
     assert not index.insert(key, 4, 7, b"root"), "the first holder of a key keeps it"
     assert index.miss_reason(b"other", 7, b"another root") == "other_tenant"
     index.remove(key)
-    assert index.find(0, b"digest") is None
+    assert index.find_all(0, [b"digest"]).tolist() == [NULL_BLOCK]
     assert index.miss_reason(b"digest", 7, b"root") == "evicted"
 
 
@@ -68,3 +68,24 @@ def test_remembered_pieces_give_the_digests_of_new_ones(turns: list[tuple[int, i
         Digester().extend(expected, bytes([root]), token_ids, 4)
         assert found == expected
         assert len(set(found)) == length // 4
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), TOKENS), max_size=12))
+def test_chains_asked_for_one_after_the_other_are_found_as_alone(
+    turns: list[tuple[int, int, list[int]]],
+) -> None:
+    index, held = PrefixIndex(2), dict[BlockKey, int]()
+    for turn, (what, place, token_ids) in enumerate(turns, start=1):
+        chain = digests(token_ids)
+        key = BlockKey(turn % 2, chain[place]) if place < len(chain) else None
+        if what == 1 and key is not None and index.insert(key, turn, 0, b"root"):
+            held[key] = turn
+        elif what == 2 and key in held:
+            index.remove(key)
+            del held[key]
+        elif what == 3:
+            index.clear()
+            held.clear()
+        for group in range(2):
+            found = index.find_all(group, chain).tolist()
+            assert found == [held.get(BlockKey(group, one), NULL_BLOCK) for one in chain]

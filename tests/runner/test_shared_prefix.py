@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +16,7 @@ from tests.kernels.triton_interpreter import DEVICE
 
 from octavo.kernels.triton.shared_prefix import MIN_BLOCKS  # isort: skip
 from octavo.kernels.triton.splits import tiling  # isort: skip
-from octavo.runner.shared_prefix import plan_prefix  # isort: skip
+from octavo.runner.shared_prefix import PrefixPlanner, plan_prefix  # isort: skip
 
 BLOCK = 16
 
@@ -47,7 +48,6 @@ def plan(
     options: dict[str, Any] = {
         "block_size": BLOCK,
         "min_saved_bytes": 0,
-        "max_slots": 10**6,
         **more,
     }
     found = plan_prefix(
@@ -108,3 +108,57 @@ def test_the_saved_reads_must_reach_the_threshold() -> None:
     saved = 2 * 100 * BLOCK * (2 * 8 * 4) * 2
     assert plan(blocks, min_saved_bytes=saved) is not None
     assert plan(blocks, min_saved_bytes=saved + 1) is None
+
+
+def planner(max_slots: int = 10**6) -> PrefixPlanner:
+    tilings = [tiling(1, 1, 132)]
+    return PrefixPlanner(
+        [group()], tilings, block_size=BLOCK, min_saved_bytes=0, max_slots=max_slots
+    )
+
+
+def test_rows_that_go_on_share_what_they_shared_until_one_starts_or_goes() -> None:
+    rng = random.Random(7)
+    ones = np.ones(6, np.int32)
+    for _ in range(50):
+        blocks = table(*((rng.randint(1, 2), rng.randint(0, 130)) for _ in range(6)))
+        lens = np.array([rng.randint(131 * BLOCK, 140 * BLOCK) for _ in range(6)], np.int32)
+        running, rows = planner(), np.arange(6, dtype=np.int32)
+        for step in range(4):
+            (found,) = running.plan(blocks[None], rows, lens + 97 * step, ones)
+            (fresh,) = planner().plan(blocks[None], rows, lens + 97 * step, ones)
+            assert (found is None) == (fresh is None)
+            if found is not None and fresh is not None:
+                assert found.bounds == fresh.bounds
+                for one, other in zip(found.arrays, fresh.arrays, strict=True):
+                    np.testing.assert_array_equal(one, other)
+        some, (left,) = rows[1:], running.plan(blocks[None], rows[1:], lens[1:], ones[1:])
+        (fresh,) = planner().plan(blocks[None], some, lens[1:], ones[1:])
+        assert (left is None) == (fresh is None)
+
+
+def test_a_row_that_starts_anew_is_looked_at_again() -> None:
+    blocks, rows, ones = (
+        table((1, 100), (1, 100)),
+        np.arange(2, dtype=np.int32),
+        np.ones(2, np.int32),
+    )
+    lens, running = np.array([2000, 2000], np.int32), planner()
+    assert running.plan(blocks[None], rows, lens, ones) != [None]
+    blocks[1] += 5000
+    running.forget()
+    assert running.plan(blocks[None], rows, lens, ones) == [None]
+
+
+def test_more_partial_results_than_there_is_room_for_are_not_planned() -> None:
+    blocks, rows, ones = (
+        table((1, 100), (1, 100)),
+        np.arange(2, dtype=np.int32),
+        np.ones(2, np.int32),
+    )
+    short, long = np.array([1700, 1700], np.int32), np.array([1700, 60000], np.int32)
+    (plan,) = planner().plan(blocks[None], rows, short, ones)
+    assert plan is not None
+    running = planner(max_slots=2 * plan.max_slots)
+    assert running.plan(blocks[None], rows, short, ones) != [None]
+    assert running.plan(blocks[None], rows, long, ones) == [None]

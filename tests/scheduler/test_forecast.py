@@ -50,7 +50,9 @@ def test_the_peak_is_that_of_counting(
     held = sum(one.num_held for one in running)
     forecast.share(held * num_tables - num_shared, held)
     both = [*running, candidate]
-    assert forecast.peak_with(candidate) == counted(both, horizon, size, num_tables, num_shared)
+    peak = counted(both, horizon, size, num_tables, num_shared)
+    assert [forecast.fits(candidate, peak + more) for more in (-1, 0, 1)] == [False, True, True]
+    assert forecast.peak_with(candidate) == peak
     forecast.add((candidate,))
     three = [*both, candidate]
     assert forecast.peak_with(candidate) == counted(three, horizon, size, num_tables, num_shared)

@@ -9,7 +9,7 @@ The bits of a row then depend on who shares with it: a deterministic engine leav
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -95,17 +95,21 @@ class SharedPrefixPlan:
         """Returns the plan as tensors on `device`."""
         return self.on_device([torch.from_numpy(part).to(device) for part in self.arrays])
 
+    def grown(self, seq_lens: np.ndarray, query_lens: np.ndarray) -> SharedPrefixPlan:
+        """Returns the plan of the same sequences after some steps, which share what they shared."""
+        max_tail = _max_tail(seq_lens, query_lens, self.shared_tokens)
+        return replace(self, max_tail=max_tail)
+
     def padded(self, num_sequences: int) -> SharedPrefixPlan:
         """Returns a plan of the same groups with room for `num_sequences`, and bounds that many
         plans share, so that one captured graph serves them all."""
         num_groups = next_power_of_2(len(self.split_sizes))
-        more_groups = num_groups - len(self.split_sizes)
         return SharedPrefixPlan(
-            members=np.pad(self.members, (0, num_sequences - len(self.members))),
-            group_starts=np.pad(self.group_starts, (0, more_groups), mode="edge"),
-            shared_tokens=np.pad(self.shared_tokens, (0, num_sequences - len(self.shared_tokens))),
-            split_sizes=np.pad(self.split_sizes, (0, more_groups), constant_values=1),
-            piece_starts=np.pad(self.piece_starts, (0, more_groups), mode="edge"),
+            members=_padded(self.members, num_sequences),
+            group_starts=_padded(self.group_starts, num_groups + 1, len(self.members)),
+            shared_tokens=_padded(self.shared_tokens, num_sequences),
+            split_sizes=_padded(self.split_sizes, num_groups, 1),
+            piece_starts=_padded(self.piece_starts, num_groups + 1, int(self.piece_starts[-1])),
             max_members=num_sequences,
             max_splits=next_power_of_2(self.max_splits),
             max_tail=max(256, next_power_of_2(self.max_tail)),
@@ -118,8 +122,9 @@ class SharedPrefixPlan:
 
     @property
     def max_slots(self) -> int:
-        """Partial results of a row at most."""
-        return self.max_splits + split_slots(self.max_tail)
+        """Partial results of a row at most, when padded."""
+        tail = max(256, next_power_of_2(self.max_tail))
+        return next_power_of_2(self.max_splits) + split_slots(tail)
 
 
 def plan_shared_prefix(
@@ -150,7 +155,6 @@ def plan_shared_prefix(
     size = split_size(work, tiles, most=MAX_SPLITS, shortest=SPLIT_STEP)
     pieces = [cdiv(count, tiles.queries) * cdiv(tokens, size) for tokens, count in work]
     starts = np.cumsum([0, *(len(members) for members, _ in chosen)])
-    single = query_lens == 1
     return SharedPrefixPlan(
         members=np.array([s for members, _ in chosen for s in members], np.int32),
         group_starts=starts.astype(np.int32),
@@ -159,8 +163,19 @@ def plan_shared_prefix(
         piece_starts=np.cumsum([0, *pieces]).astype(np.int32),
         max_members=max(len(members) for members, _ in chosen),
         max_splits=max(cdiv(tokens, size) for tokens, _ in work),
-        max_tail=max(1, int((seq_lens - shared)[single].max())),
+        max_tail=_max_tail(seq_lens, query_lens, shared),
     )
+
+
+def _max_tail(seq_lens: np.ndarray, query_lens: np.ndarray, shared: np.ndarray) -> int:
+    return max(1, int((seq_lens - shared)[query_lens == 1].max()))
+
+
+def _padded(array: np.ndarray, size: int, value: int = 0) -> np.ndarray:
+    """Returns the array with `value` behind it. np.pad takes some 15 us for that."""
+    padded = np.full(size, value, array.dtype)
+    padded[: len(array)] = array
+    return padded
 
 
 Group = tuple[list[int], int]
