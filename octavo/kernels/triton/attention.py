@@ -190,7 +190,7 @@ def _short_split(length, SPLITS: tl.constexpr, SHORTEST: tl.constexpr):
 
 
 @launchable
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "first_token"])
 def _prefill_kernel(
     q,
     key,
@@ -285,7 +285,7 @@ def _prefill_kernel(
 
 
 @launchable
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "first_token"])
 def _merge_short_kernel(
     out,
     partial_out,
