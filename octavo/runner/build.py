@@ -7,6 +7,7 @@ options have decided.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,9 +34,8 @@ if TYPE_CHECKING:  # it needs triton
 
 logger = logging.getLogger(__name__)
 
-WARM_ROWS = (1, 8, 32, 128)
-"""Batch sizes of decodes, beside the largest, whose kernels are built before the first request."""
-
+MAX_BUILDERS = 32
+"""Threads that build kernels; more than there are builds of any length."""
 
 Planner = Callable[[int | None], MemoryPlan]
 """Plans with what a step was seen to take, or with what it should take."""
@@ -73,7 +73,7 @@ def build_runner(
     )
     decoder = load_decoder(spec, family, placement, ops, plan.max_model_len, collectives)
     if ops.name == "triton":
-        runner = _device_runner(config, plan, decoder, needs.device)
+        runner = _device_runner(config, plan, decoder, needs)
         step_bytes = -collectives.least([-runner.step_bytes])[0]
         if step_bytes > plan.activation_bytes:
             logger.warning(
@@ -96,11 +96,12 @@ def build_runner(
 
 
 def _device_runner(
-    config: EngineConfig, plan: MemoryPlan, decoder: Decoder, device: torch.device
+    config: EngineConfig, plan: MemoryPlan, decoder: Decoder, needs: Needs
 ) -> DeviceRunner:
     from octavo.runner.device_runner import MIN_SAVED_BYTES, DeviceRunner
     from octavo.runner.device_sampler import DeviceSampler
 
+    device = needs.device
     runner = DeviceRunner(
         decoder=decoder,
         # What a warm-up needs; the rest comes when it has shown what a step takes.
@@ -115,8 +116,23 @@ def _device_runner(
         poison_freed_blocks=config.poison_freed_blocks,
     )
     if device.type == "cuda":
-        tokens = min(plan.max_num_batched_tokens, plan.max_model_len)
-        runner.warm_up(1, tokens)
-        for num_rows in {min(rows, config.max_num_seqs) for rows in (*WARM_ROWS, 1 << 30)}:
-            runner.warm_up(num_rows, 1)
+        warm_up(runner, config, plan, needs.num_threads)
     return runner
+
+
+def warm_up(runner: DeviceRunner, config: EngineConfig, plan: MemoryPlan, num_threads: int) -> None:
+    """Has the kernels built that steps will want, side by side, and runs some steps."""
+    from octavo.kernels.triton.launch import building, can_build
+    from octavo.runner.warm_up import steps_to_build, steps_to_run
+
+    vocab_size = runner.decoder.spec.vocab_size
+    tokens = min(plan.max_num_batched_tokens, plan.max_model_len)
+    sizes = config.max_num_seqs, tokens
+    if can_build():
+        began = time.perf_counter()
+        with building(min(num_threads, MAX_BUILDERS)):
+            for step in steps_to_build(*sizes, plan.max_model_len, vocab_size):
+                runner.warm_up(step)
+        logger.info("kernels are there after %.1f s", time.perf_counter() - began)
+    for step in steps_to_run(*sizes, vocab_size):
+        runner.warm_up(step)

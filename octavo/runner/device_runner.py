@@ -21,13 +21,12 @@ from torch import Tensor
 
 from octavo.errors import OutOfMemoryError
 from octavo.kernels.triton.attention_decode import max_total_slots, split_slots
-from octavo.kernels.triton.launch import num_processors
+from octavo.kernels.triton.launch import is_building, num_processors
 from octavo.kernels.triton.shared_prefix import SharedPrefixPlan
 from octavo.kernels.triton.splits import Tiling, tiling
 from octavo.kv_cache.spec import KVGroup
 from octavo.kv_cache.storage import KVStorage
 from octavo.models.decoder import Decoder
-from octavo.request import SamplingParams
 from octavo.runner.device_batch import DeviceBatch
 from octavo.runner.device_sampler import DeviceSampler
 from octavo.runner.graphs import StepGraphs, StepShape, decode_size, mixed_size
@@ -36,7 +35,7 @@ from octavo.runner.model_runner import prompt_logprobs_of
 from octavo.runner.shared_prefix import MIN_SAVED_BYTES, PrefixPlanner
 from octavo.runner.split import split_plan
 from octavo.runner.transfer import Download, make_transfer
-from octavo.step import RowStart, StepPlan, StepResult, TokenLogprobs
+from octavo.step import StepPlan, StepResult, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
@@ -145,44 +144,22 @@ class DeviceRunner:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def warm_up(self, num_rows: int, query_len: int) -> None:
-        """Runs a step of `num_rows` sequences with `query_len` tokens each, and waits for it.
+    def warm_up(self, plan: StepPlan) -> None:
+        """Runs a step of `octavo.runner.warm_up` and waits for it.
 
-        Builds the kernels of that shape and shows what such a step takes (`step_bytes`). Lives in
-        block 0, which nobody reads; the rows must be free, and are again afterwards.
+        Shows what such a step takes (`step_bytes`). The plan's rows must be free, and are again
+        afterwards.
         """
         before = _allocated(self._device)
-        rows = np.arange(num_rows, dtype=np.int32)
-        vocab_size = self.decoder.spec.vocab_size
-        starts = tuple(
-            RowStart(
-                row=row,
-                params=SamplingParams(temperature=1.0),
-                seed=row,
-                stop_token_ids=(),
-                prompt_len=query_len,
-                token_ids=np.zeros(query_len, np.int32),
-            )
-            for row in rows.tolist()
-        )
-        plan = StepPlan(
-            step_id=1,
-            rows=rows,
-            starts=np.zeros_like(rows),
-            query_lens=np.full_like(rows, query_len),
-            token_ids=np.arange(num_rows * query_len, dtype=np.int32) * 7919 % vocab_size,
-            from_device=np.zeros(num_rows, np.bool_),
-            samples=np.ones(num_rows, np.bool_),
-            row_starts=starts,
-        )
         self.collect(self.launch(plan))
         with self._transfer.step():
-            for row in rows.tolist():
+            for row in plan.rows.tolist():
                 self._batch.host.free(row)
                 self._sampler.free_row(row)
             self._counts_LE.zero_()
         self._reported_LE = np.zeros_like(self._reported_LE)
-        self.step_bytes = max(self.step_bytes, _peak(self._device) - before)
+        if not is_building():
+            self.step_bytes = max(self.step_bytes, _peak(self._device) - before)
 
     def _update_rows(self, plan: StepPlan) -> None:
         for row in plan.freed_rows:
@@ -248,9 +225,8 @@ class DeviceRunner:
             if all(padded):
                 max_slots = 1 << 30  # the shared path keeps its own room
             if self._batch.fill_padded(plan, inputs, padded, shape, max_slots):
-                return self._graphs.run(
-                    shape, lambda: self._forward_padded(padded, shape, max_slots)
-                )
+                body = lambda: self._forward_padded(padded, shape, max_slots)
+                return body() if is_building() else self._graphs.run(shape, body)
         device_inputs = self._batch.inputs(plan, inputs, prefixes)
         return self.decoder.forward(
             device_inputs.token_ids_T, device_inputs.batches, self.storage, self._counts_LE

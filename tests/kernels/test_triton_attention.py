@@ -193,9 +193,7 @@ def test_a_row_has_the_same_bits_in_any_long_chunk(rng: np.random.Generator) -> 
 def test_a_decoded_row_has_the_same_bits_in_any_batch(rng: np.random.Generator) -> None:
     paged = make_paged(rng, EDGES, (2, 16))
     q = floats(rng, len(EDGES), 6, 16)
-    together = _attend(
-        q, paged, paged.batch(EDGES, [1] * len(EDGES)), None, is_deterministic=True
-    )
+    together = _attend(q, paged, paged.batch(EDGES, [1] * len(EDGES)), None, is_deterministic=True)
     for s in (4, 7):
         alone = [int(i == s) for i in range(len(EDGES))]
         batch = paged.batch(EDGES, alone)

@@ -144,3 +144,42 @@ def test_no_more_maps_are_kept_than_the_bound(
         kernel[(1,)](_rows(512, [16, 64]), _rows(address, [16, 64]), 3, BLOCK=32)
     # The first launch is Triton's own; the map of the fourth drops those before it.
     assert [address for address, _ in encoded] == [512, 1024, 1536, 2048, 512]
+
+
+class Buildable(Function):
+    """Notes how it was asked for a binary alone."""
+
+    def run(self, *arguments: Any, grid: tuple[int, ...], warmup: bool, **constants: Any) -> None:
+        assert warmup, "it would be launched"
+        self.num_asked += 1
+
+
+def test_within_building_each_binary_is_asked_for_once_and_nothing_runs(
+    encoded: list[tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "can_build", lambda: True)
+    function, other = Buildable(), Buildable()
+    kernel = launch.launchable(function)
+    x = _rows(512, [16, 64])
+    for _ in range(2):
+        kernel[(1,)](x, x, 5, BLOCK=32)  # known, and still not to be run below
+    assert (function.num_asked, len(function.launches)) == (1, 1)
+    with launch.building(2):
+        assert launch.is_building()
+        for count in (3, 5, 16, 32, 1):
+            kernel[(7,)](x, x, count, BLOCK=32)
+        launch.launchable(other)[(7,)](x, x, 3, BLOCK=32)
+    assert not launch.is_building()
+    assert (function.num_asked, other.num_asked) == (1 + 3, 1)
+    assert len(function.launches) == 1
+    kernel[(1,)](x, x, 5, BLOCK=32)
+    assert len(function.launches) == 2
+
+
+def test_building_ends_with_the_error_of_who_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "can_build", lambda: True)
+    with pytest.raises(ValueError, match="shape"), launch.building(1):
+        raise ValueError("a shape that does not fit")
+    assert not launch.is_building()
+    with launch.building(1):
+        pass

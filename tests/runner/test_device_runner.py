@@ -24,8 +24,10 @@ from octavo.step import Int32, RowStart, StepPlan, TokenLogprobs
 from tests.runner.device_driver import DeviceDriver
 from tests.runner.driver import GREEDY, Tracked
 
+from octavo.runner import device_runner  # isort: skip
 from octavo.runner.device_runner import COUNTS_PERIOD  # isort: skip
-from octavo.runner.graphs import decode_size, mixed_size  # isort: skip
+from octavo.runner.graphs import StepGraphs, decode_size, mixed_size  # isort: skip
+from octavo.runner.warm_up import make_step  # isort: skip
 
 VOCAB = 97
 NUM_EXPERTS = 3
@@ -344,10 +346,28 @@ def test_expert_counts_are_what_was_new_since_the_last_report() -> None:
         )
 
 
+def test_a_step_that_only_builds_its_kernels_is_not_met_by_graphs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the first step that runs would be captured, before its kernels were ever loaded."""
+    met = StepGraphs.run
+    monkeypatch.setattr(StepGraphs, "run", lambda *_: pytest.fail("a graph was asked for"))
+    monkeypatch.setattr(device_runner, "is_building", lambda: True)
+    with FakeDriver() as driver:
+        driver.runner.warm_up(make_step(5, 1, VOCAB))
+        assert driver.runner.step_bytes == 0
+        monkeypatch.setattr(device_runner, "is_building", lambda: False)
+        monkeypatch.setattr(StepGraphs, "run", met)
+        sequence = driver.add(prompt(20))
+        driver.step([(sequence, 20)])
+        driver.decode([sequence], 3)
+        check(sequence)
+
+
 def test_a_warm_up_leaves_no_trace() -> None:
     with FakeDriver() as driver:
-        driver.runner.warm_up(5, 1)
-        driver.runner.warm_up(2, 30)
+        for step in (make_step(5, 1, VOCAB), make_step(2, 30, VOCAB)):
+            driver.runner.warm_up(step)
         sequence = driver.add(prompt(20))
         counts = driver.step([(sequence, 20)]).expert_counts  # step 0 reports
         assert counts is not None

@@ -182,7 +182,7 @@ def attend_range(
 
 
 @launchable
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "first_token"])
 def _prefill_kernel(
     q,
     key,

@@ -149,7 +149,7 @@ def merge_kv_head(
 
 
 @launchable
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def _decode_kernel(
     out,
     partial_out,

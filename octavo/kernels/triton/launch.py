@@ -4,13 +4,20 @@ Every kernel that the host launches is marked `@launchable`. Triton binds, speci
 some thirty arguments anew for every launch, in Python; a step of eager launches then waits for the
 host. What decides which binary runs is only: the constants, and of every argument its type and what
 Triton specialises on (pointers aligned to 16 bytes; integers that are 1, or multiples of 16; of a
-tensor descriptor its block and layout).
+tensor descriptor its block and layout). Arguments that change from step to step are marked
+`do_not_specialize` at their kernels, so that one binary serves every value: Triton's front end is
+asked once for each class of them, and builds nothing.
+
+`building` has kernels built side by side, none of them run.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
@@ -28,6 +35,8 @@ KNOWN_TRITON = "3.6."
 """How a binary is launched, and Gluon, are Triton's own affair: another version may differ, and is
 asked for every launch."""
 MAX_TENSOR_MAPS = 1024
+_asked: ContextVar[set[tuple[Any, ...]] | None] = ContextVar("asked", default=None)
+"""Within `building`: what was asked for already."""
 _INT32_MAX = 2**31 - 1
 
 
@@ -119,6 +128,11 @@ class Launchable:
                 key.append(kind)
                 values.append(argument)
         key.append(device)
+        if (asked := _asked.get()) is not None:
+            if (wanted := (self, *key)) not in asked:
+                asked.add(wanted)
+                self._function.run(*arguments, grid=grid, warmup=True, **constants)
+            return
         built = self._built.get(found := tuple(key))
         if built is None:
             kernel = self._function[grid](*arguments, **constants)
@@ -151,6 +165,37 @@ def _runner(run: Any, has_maps: bool) -> Callable[..., None] | None:
         return TensorMaps(run).run
     except (AttributeError, KeyError):
         return None
+
+
+def can_build() -> bool:
+    """Whether `building` is possible here: the interpreter builds nothing, and another Triton may
+    do it in another way."""
+    return triton.__version__.startswith(KNOWN_TRITON) and not triton.knobs.runtime.interpret
+
+
+@contextmanager
+def building(num_threads: int) -> Iterator[None]:
+    """Has launches made inside build their kernels, on `num_threads` threads, and run none: what
+    they would have written stays as it was. Ends when all are built.
+
+    Most of a build is not Python, so that threads suffice. What cannot be built is asked for again
+    by the launch that needs it, which then raises.
+    """
+    assert can_build()
+    token = _asked.set(set())
+    try:
+        with (
+            ThreadPoolExecutor(num_threads) as pool,
+            triton.AsyncCompileMode(pool, ignore_errors=True),
+        ):
+            yield
+    finally:
+        _asked.reset(token)
+
+
+def is_building() -> bool:
+    """Whether this is within `building`."""
+    return _asked.get() is not None
 
 
 def launchable(function: Any) -> Launchable:

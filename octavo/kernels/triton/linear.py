@@ -18,7 +18,7 @@ from octavo.kernels.triton.overlap import launch_options, wait_turn
 
 
 @launchable
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def product_kernel(
     x_TM,
     weight_NM,

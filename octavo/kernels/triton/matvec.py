@@ -76,7 +76,7 @@ def matvec_kernel(
 
 
 @launchable
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def gate_up_of_pair_kernel(
     x_TM,
     gate_EFM,

@@ -111,7 +111,7 @@ def gate_up_rows(
 
 
 @launchable
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def gate_up_kernel(
     x_TM,
     gate_EFM,
@@ -222,7 +222,7 @@ def down_rows(
 
 
 @launchable
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def down_kernel(
     hidden_PF,
     half_PF,

@@ -91,7 +91,7 @@ def route_rows(
 
 
 @launchable
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def route_kernel(
     logits_TE,
     weights_TK,
@@ -152,18 +152,20 @@ def route(
 
 
 @launchable
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def count_kernel(
     ids_P,
     counts_CE,
-    num_pairs,
+    num_tokens,
     size,
+    TOP_K: tl.constexpr,
     TILE: tl.constexpr,
     EXPERTS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """counts[c, e] = pairs of chunk c (`size` of them) that chose expert e."""
     wait_turn(OVERLAP)
+    num_pairs = num_tokens * TOP_K  # known to be a multiple of TOP_K: loads stay wide
     chunk = tl.program_id(0)
     expert = tl.arange(0, EXPERTS)
     hits = tl.zeros([TILE, EXPERTS], tl.int32)
@@ -175,17 +177,18 @@ def count_kernel(
 
 
 @launchable
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_chunks", "num_blocks"])
 def order_kernel(
     ids_P,
     counts_CE,
     order_P,
     blocks_3B,
-    num_pairs,
+    num_tokens,
     num_experts,
     num_chunks,
     num_blocks,
     size,
+    TOP_K: tl.constexpr,
     BLOCK_P: tl.constexpr,
     TILE: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -202,6 +205,7 @@ def order_kernel(
     every program counts itself; or 0, and counts_CE has the chunks' counts.
     """
     wait_turn(OVERLAP)
+    num_pairs = num_tokens * TOP_K  # as above
     chunk = tl.program_id(0)
     expert = tl.arange(0, EXPERTS)
     if PAIRS:
@@ -270,7 +274,8 @@ def max_blocks(num_pairs: int, num_experts: int, block_p: int) -> int:
 
 def sort_pairs(topk_ids: Tensor, num_experts: int, block_p: int) -> SortedPairs:
     """Sorts the pairs of `topk_ids` int32 [T, K] by expert; one or two launches, no sync."""
-    num_pairs = topk_ids.numel()
+    num_tokens, top_k = topk_ids.shape
+    num_pairs = num_tokens * top_k
     assert num_pairs > 0
     assert topk_ids.is_contiguous()
     assert topk_ids.dtype is torch.int32
@@ -290,8 +295,9 @@ def sort_pairs(topk_ids: Tensor, num_experts: int, block_p: int) -> SortedPairs:
         count_kernel[(num_chunks,)](
             topk_ids,
             counts,
-            num_pairs,
+            num_tokens,
             size,
+            TOP_K=top_k,
             TILE=tile,
             EXPERTS=experts,
             num_warps=SORT_WARPS,
@@ -302,11 +308,12 @@ def sort_pairs(topk_ids: Tensor, num_experts: int, block_p: int) -> SortedPairs:
         counts,
         order,
         blocks,
-        num_pairs,
+        num_tokens,
         num_experts,
         num_chunks,
         num_blocks,
         size,
+        TOP_K=top_k,
         BLOCK_P=block_p,
         TILE=tile,
         EXPERTS=experts,

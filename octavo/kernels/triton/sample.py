@@ -437,7 +437,9 @@ def choose(
     """
     num_rows, vocab_size = logits_SV.shape
     num_chunks = cdiv(vocab_size, CHUNK)
-    tops, scores = logits_SV.new_empty((2, num_rows, num_chunks))
+    # Not halves of one tensor: the second would lie at no multiple of 16 bytes.
+    tops = logits_SV.new_empty((num_rows, num_chunks))
+    scores = torch.empty_like(tops)
     ids = batch_S2.new_empty((num_rows, num_chunks))
     token_ids = batch_S2.new_empty(num_rows)
     choose_kernel[(num_rows, num_chunks)](

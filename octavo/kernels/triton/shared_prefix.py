@@ -214,7 +214,7 @@ def _children(rows: Sequence[np.ndarray], order: list[int], at: int) -> Iterator
 
 
 @launchable
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def _shared_kernel(
     q,
     key,

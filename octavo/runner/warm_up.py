@@ -1,0 +1,82 @@
+"""Steps of nobody, before the first request: they build kernels and show what a step takes.
+
+Made for the builder, run by the device runner. They live in block 0, which nobody reads, and leave
+nothing behind but kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from octavo.request import SamplingParams
+from octavo.runner.graphs import SIZES, mixed_size
+from octavo.step import RowStart, StepPlan
+
+RUN_ROWS = (1, 8, 32, 128)
+"""Batch sizes of decodes, beside the largest, that are run before the first request."""
+SHARING_ROWS = 32
+DRAWN = SamplingParams(temperature=1.0)
+EVERYTHING = SamplingParams(temperature=1.0, top_k=2, repetition_penalty=1.1)
+"""What else the sampler has kernels for."""
+
+
+def steps_to_run(max_num_seqs: int, max_num_tokens: int, vocab_size: int) -> Iterator[StepPlan]:
+    """Yields the largest step, and decodes."""
+    yield make_step(1, max_num_tokens, vocab_size)
+    for num_rows in sorted({min(rows, max_num_seqs) for rows in (*RUN_ROWS, max_num_seqs)}):
+        yield make_step(num_rows, 1, vocab_size)
+
+
+def steps_to_build(
+    max_num_seqs: int, max_num_tokens: int, max_model_len: int, vocab_size: int
+) -> Iterator[StepPlan]:
+    """Yields a step of every shape whose launches may differ: chunks of all sizes, decodes of all
+    sizes, a shared prefix, sampling with all its filters. Those with most new kernels come first.
+    """
+    yield from steps_to_run(max_num_seqs, max_num_tokens, vocab_size)
+    yield make_step(1, 1, vocab_size, params=EVERYTHING)
+    sharing = min(SHARING_ROWS, max_num_seqs)
+    yield make_step(sharing, 1, vocab_size, num_computed=max_model_len - 1)
+    num_tokens = mixed_size(1)
+    while num_tokens < max_num_tokens:
+        yield make_step(1, num_tokens, vocab_size)
+        num_tokens *= 2
+    for num_rows in SIZES:
+        if num_rows < max_num_seqs:
+            yield make_step(num_rows, 1, vocab_size)
+
+
+def make_step(
+    num_rows: int,
+    query_len: int,
+    vocab_size: int,
+    *,
+    num_computed: int = 0,
+    params: SamplingParams = DRAWN,
+) -> StepPlan:
+    """Returns a step of `num_rows` sequences with `query_len` tokens each, after `num_computed`."""
+    rows = np.arange(num_rows, dtype=np.int32)
+    prompt_len = num_computed + query_len
+    starts = tuple(
+        RowStart(
+            row=row,
+            params=params,
+            seed=row,
+            stop_token_ids=(),
+            prompt_len=prompt_len,
+            token_ids=np.zeros(prompt_len, np.int32),
+        )
+        for row in rows.tolist()
+    )
+    return StepPlan(
+        step_id=1,
+        rows=rows,
+        starts=np.full_like(rows, num_computed),
+        query_lens=np.full_like(rows, query_len),
+        token_ids=np.arange(num_rows * query_len, dtype=np.int32) * 7919 % vocab_size,
+        from_device=np.zeros(num_rows, np.bool_),
+        samples=np.ones(num_rows, np.bool_),
+        row_starts=starts,
+    )

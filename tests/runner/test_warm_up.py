@@ -1,0 +1,32 @@
+"""What is built before the engine says that it is ready is all that its steps want."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.kernels.triton_interpreter import triton
+
+assert triton
+
+MOST = {"qwen3-30b-a3b": 60, "qwen1.5-moe-a2.7b": 66}
+"""Each is half a second of some core at the first start; a variant more is a decision."""
+
+
+@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="knows Triton 3.6's inside")
+@pytest.mark.parametrize("shape", MOST)
+def test_no_step_waits_for_a_kernel_to_be_built(shape: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.runner.binaries", shape],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    wanted = run.stdout.splitlines()
+    assert 30 < len(wanted) <= MOST[shape]
+    assert [line for line in wanted if not line.startswith("warm-up ")] == []
