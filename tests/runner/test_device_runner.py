@@ -59,6 +59,7 @@ class FakeDecoder:
             max_experts=NUM_EXPERTS,
             kv_specs=lambda kv: (self.kv_spec(kv),),
         )
+        self.layers = self.spec.layers
         self.ops = self
         self.max_tokens = 10**6
         self.sizes: list[tuple[int, int | None]] = []

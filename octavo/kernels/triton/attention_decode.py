@@ -67,6 +67,19 @@ def _split_size(visible):
 
 
 @triton.jit
+def _splits_of(low, length, FIXED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Returns where the first split of [low, length) begins, their size and how many they are.
+    FIXED: whatever the grid; else no more than there are programs."""
+    size = _split_size(length - low)
+    origin = low // size * size
+    if not FIXED:
+        origin = low // BLOCK_N * BLOCK_N
+        even = tl.cdiv(length - origin, tl.num_programs(2))
+        size = tl.maximum(size, tl.cdiv(even, BLOCK_N) * BLOCK_N)
+    return origin, size, tl.cdiv(length - origin, size)
+
+
+@triton.jit
 def slots_of(row, starts, num_slots, heads, H: tl.constexpr, PACKED: tl.constexpr):
     """Returns the first slot of each of `heads` of a row: see `Partials`."""
     first = row.to(tl.int64) * num_slots
@@ -200,8 +213,7 @@ def _decode_kernel(
     out = softmax(scale q k^T) v over [low, len), for each split on its own (online over tiles of
     BLOCK_N): a row with one split writes `out` [T, H, D]; more write `partial_out` (normalised)
     and `partial_lse` (base 2), where `slots_of` the row are (its sequence's where PACKED), and the
-    last of their programs merges them, MERGE_M >= H // K heads at once. FIXED: splits of
-    `_split_size`; else at least that long, and no more than programs.
+    last of their programs merges them, MERGE_M >= H // K heads at once. FIXED: see `_splits_of`.
     Program 1 names a token (BY_TOKEN: any query) or a sequence, skipped unless it has one query.
     HAS_SHARED: the first shared_tokens[s] tokens are done elsewhere, in shared_slots[s] slots.
     HALF: q is qkv [T, (H + 2 K) D] before norm and RoPE, whose k and v are written on the way.
@@ -226,17 +238,10 @@ def _decode_kernel(
     if HAS_SHARED:
         low = tl.maximum(low, tl.load(shared_tokens + sequence))
         before = tl.load(shared_slots + sequence)
-    size = _split_size(length - low)
-    origin = low // size * size
-    if not FIXED:
-        origin = low // BLOCK_N * BLOCK_N
-        even = tl.cdiv(length - origin, tl.num_programs(2))
-        size = tl.maximum(size, tl.cdiv(even, BLOCK_N) * BLOCK_N)
-    count = tl.cdiv(length - origin, size)
+    origin, size, count = _splits_of(low, length, FIXED, BLOCK_N)
     kv_head = tl.program_id(0)
     rows = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
-    offs_n = tl.arange(0, BLOCK_N)
     row_mask = (rows < GROUP)[:, None] & (offs_d < D)[None, :]
     heads = t * H + kv_head * GROUP + rows
     out_at = out + heads[:, None] * D + offs_d[None, :]
@@ -269,7 +274,7 @@ def _decode_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for tile in tl.range(start, end, BLOCK_N):
-        n = tile + offs_n
+        n = tile + tl.arange(0, BLOCK_N)
         live = (n < end) & (n >= low)
         page = tl.load(table_row + n // P, mask=live, other=0).to(tl.int64)
         at = (page * stride_block + (n % P) * (K * D))[:, None] + offs_d[None, :]
