@@ -6,9 +6,9 @@ the ops one by one.
         [--profile]
 
 us a layer: a graph of embedding, LAYERS layers with weights of their own and the final norm, over
-the layers. Floor: bytes of weights, of experts hit and of KV over 3.0 TB/s (measured on an
-H100). "token" is that for all layers of the model plus the LM head. Profiled kernels that overlap
-also count the time they wait.
+the layers; the median of ROUNDS rounds over all modes, since a GPU's speed drifts. Floor: bytes of
+weights, of experts hit and of KV over 3.0 TB/s (measured on an H100). "token" is that for all
+layers of the model plus the LM head. Profiled kernels that overlap also count the time they wait.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from statistics import median
 from types import SimpleNamespace as Namespace
 from typing import Any
 from unittest.mock import patch
@@ -52,7 +53,7 @@ from octavo.models.decoder import Decoder, Layer
 
 BYTES_PER_US = 3.0e6
 BLOCK, MAX_SEQ_LEN = 16, 40_960
-LAYERS, REPLAYS = 8, 50
+LAYERS, REPLAYS, ROUNDS = 8, 50, 21
 MODES = {"serial": {}, "overlap": {}}
 ONE_BY_ONE = "one by one"
 TRIALS: dict[str, dict[str, RowsPlan]] = {
@@ -207,6 +208,20 @@ def capture(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     return graph, out
 
 
+def layers_us(graphs: dict[str, tuple[torch.cuda.CUDAGraph, Tensor]]) -> dict[str, float]:
+    """Returns the median microseconds of a layer of each graph, replayed in turn."""
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(ROUNDS):
+        for name, (graph, _) in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end) * 1e3 / LAYERS)
+    return {name: median(found) for name, found in times.items()}
+
+
 def profile(graph: torch.cuda.CUDAGraph) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
         graph.replay()
@@ -226,13 +241,13 @@ def measure(shape: Namespace, model: Decoder, step: Step, is_profiled: bool) -> 
         step.model = replace(model, ops=ops(1, is_deterministic=False))
         with mode(name):
             graph, hidden = graphs[name] = capture(step.run)
-            layer_us = replay_us([step.run]) / LAYERS
-            head_us = replay_us([lambda hidden=hidden: model.ops.logits(hidden, model.lm_head)])
-        token_ms = (shape.layers * layer_us + head_us) / 1e3
-        cells.append(f"\n    {name:16} {layer_us:8.1f} us a layer {token_ms:6.2f} ms a token")
         if is_profiled:
             print(f"  {name}")
             profile(graph)
+    head_us = replay_us([lambda: model.ops.logits(hidden, model.lm_head)])
+    for name, layer_us in layers_us(graphs).items():
+        token_ms = (shape.layers * layer_us + head_us) / 1e3
+        cells.append(f"\n    {name:16} {layer_us:8.1f} us a layer {token_ms:6.2f} ms a token")
     for replay in range(REPLAYS):
         step.renew(rng)
         for graph, _ in graphs.values():

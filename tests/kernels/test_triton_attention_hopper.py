@@ -76,7 +76,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
-from octavo.kernels.triton.attention_hopper import UNSPECIALISED, _hopper_kernel
+from octavo.kernels.triton.attention_hopper import LONG, SHARED, SHORT, UNSPECIALISED
+from octavo.kernels.triton.attention_hopper import _hopper_kernel, _ring
 
 kernel = _hopper_kernel._function
 
@@ -88,10 +89,11 @@ types |= dict.fromkeys(("starts", "lengths", "members", "query_starts", "sizes")
 types["piece_starts"] = "*i32"
 types |= {"block_table": "*i32"} | dict.fromkeys(UNSPECIALISED, "i32")
 constants = {"H": 8, "GROUP": 4, "STACK": 4, "D": 128, "MOST": 64}
-constants |= {"BLOCK_N": 128, "STAGES": 2, "OVERLAP": 1}
+constants |= {"OVERLAP": 1}
 signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-for form in range(3):
-    values = constants | {"FORM": form}
+for form, num_tokens in ((LONG, 4096), (SHORT, 4096), (SHORT, 64), (SHARED, 32)):
+    block_n, stages = _ring(form, num_tokens, 16)
+    values = constants | {"FORM": form.value, "BLOCK_N": block_n, "STAGES": stages}
     at = {(kernel.arg_names.index(name),): value for name, value in values.items()}
     source = GluonASTSource(kernel, signature, at)
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from tests.kernels.triton_interpreter import DEVICE
 from octavo.kernels.triton import linear, matvec, moe, route  # isort: skip
 from octavo.kernels.triton.moe import Launch, MoePlan, plan_moe
 from octavo.kernels.triton.ops import TritonOps, stacked_view
+from octavo.kernels.triton.tickets import make_tickets
 
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 if DEVICE == "cpu":
@@ -290,6 +292,27 @@ def test_every_plan_of_a_dense_product_is_right(rng: np.random.Generator, tokens
         out = torch.full((tokens, 300), math.nan, dtype=torch.float16, device=DEVICE)
         linear.product(x, weight, None, out, linear.plan_product(tokens, 300, can_tma=tma))
         assert_near(out, x.double() @ weight.double().T, 2e-3)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4, 16])
+def test_a_sum_in_parts_is_right(rng: np.random.Generator, splits: int) -> None:
+    weight = (floats(rng, 70, 530) / 12).to(DEVICE, torch.float16)
+    x, bias = floats(rng, 20, 530).to(DEVICE, torch.float16), floats(rng, 70).to(DEVICE)
+    plan = replace(linear.plan_product(20, 70, can_tma=False), block_k=64, splits=splits)
+    tickets = make_tickets(x.device)
+    for _ in range(2):  # the tickets of the first are free again
+        out = torch.full((20, 70), math.nan, dtype=torch.float16, device=DEVICE)
+        linear.product(x, weight, bias, out, plan, tickets)
+        assert_near(out, x.double() @ weight.double().T + bias.double(), 2e-3)
+    assert not tickets.any()
+
+
+def test_only_without_determinism_sums_are_in_parts(rng: np.random.Generator) -> None:
+    (weight,) = make_stack(rng, 1, 60, 700, torch.bfloat16)
+    x = floats(rng, 70, 700).to(DEVICE, torch.bfloat16)
+    ops = make_ops(is_deterministic=True)
+    assert linear.plan_product(20, 60, can_tma=False).splits > 1
+    assert torch.equal(ops.linear(x[:20], (weight,)), ops.linear(x, (weight,))[:20])
 
 
 @pytest.mark.parametrize("plan", [(1, 64, 1), (4, 256, 4), (16, 32, 2)])

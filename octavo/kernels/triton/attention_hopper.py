@@ -27,8 +27,8 @@ from octavo.kernels.triton.overlap import is_hopper, launch_options
 from octavo.kernels.triton.short_chunks import ShortPlan
 from octavo.kernels.triton.splits import TILE_ROWS, tiling
 
-BLOCK_N = 128
-STAGES = 2
+FEW_TOKENS = 128
+"""Of short chunks: up to here they wait for keys."""
 HALF = 64
 """Columns of the 128-byte rows that TMA swizzles and that wgmma reads."""
 PAGE_LAYOUT = gl.NVMMASharedLayout(128, 16, 3)
@@ -297,6 +297,14 @@ def shared_prefixes(
     _launch(SHARED, q_THD, layer, batch, scale, q_THD, work, partials)
 
 
+def _ring(form: gl.constexpr, num_tokens: int, block_size: int) -> tuple[int, int]:
+    """Returns how many keys a tile has, and how many tiles are on their way: the best on an H100
+    (benchmarks/triton_splits.py). Shared prefixes leave room for one more."""
+    if form is SHORT and num_tokens <= FEW_TOKENS and block_size <= HALF:
+        return 64, 4
+    return 128, 3 if form is SHARED else 2
+
+
 def _launch(
     form: gl.constexpr,
     q_THD: Tensor,
@@ -316,6 +324,7 @@ def _launch(
     num_owners = len(work.starts) - 1
     num_tiles = cdiv(work.num_queries, tiles.queries) + num_owners - 1
     most_pieces = tiles.head_groups * num_tiles * work.most_splits
+    block_n, stages = _ring(form, work.num_queries, block_size)
     page = [1, block_size, HALF]
     _hopper_kernel[(min(most_pieces, tiles.processors),)](
         q_THD,
@@ -342,8 +351,8 @@ def _launch(
         D=head_size,
         FORM=form.value,
         MOST=short,
-        BLOCK_N=BLOCK_N,
-        STAGES=STAGES,
+        BLOCK_N=block_n,
+        STAGES=stages,
         num_warps=4,
         **launch_options(q_THD.device),
     )

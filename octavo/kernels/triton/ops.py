@@ -131,11 +131,19 @@ class TritonOps(Composed):
         if num_tokens == 1 and not self._is_deterministic:
             matvec(x_TM, matrix_NM, bias, out, self._plans.rows(x_TM, matrix_NM))
         elif not is_same or self._is_deterministic or is_odd or num_tokens <= SKINNY_TOKENS:
-            product(x_TM, matrix_NM, bias, out, self._plans.product(x_TM, matrix_NM))
+            self._triton_product(x_TM, matrix_NM, bias, out)
         elif bias is None:
             torch.mm(x_TM, matrix_NM.T, out=out)
         else:
             torch.addmm(bias.to(x_TM.dtype), x_TM, matrix_NM.T, out=out)
+
+    def _triton_product(
+        self, x_TM: Tensor, matrix_NM: Tensor, bias: Tensor | None, out: Tensor
+    ) -> None:
+        plan = self._plans.product(x_TM, matrix_NM)
+        if self._is_deterministic:
+            plan = plan.in_one_order()
+        product(x_TM, matrix_NM, bias, out, plan, self._tickets_on(out.device))
 
     def gated_mlp(
         self, x_TM: Tensor, gate: Weight, up: Weight, down: Weight, activation: Activation
@@ -149,7 +157,7 @@ class TritonOps(Composed):
         if len(x_SM) == 1 and not self._is_deterministic:
             matvec(x_SM, matrix, None, out, self._plans.rows(x_SM, matrix))
         else:
-            product(x_SM, matrix, None, out, self._plans.product(x_SM, matrix))
+            self._triton_product(x_SM, matrix, None, out)
         return out
 
     def route(

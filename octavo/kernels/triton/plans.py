@@ -34,7 +34,7 @@ Plan = MoePlan | PairsPlan | ProductPlan | RowsPlan
 KINDS = {"moe": MoePlan, "pairs": PairsPlan, "product": ProductPlan, "rows": RowsPlan}
 Key = tuple[str | int, ...]
 """Kind, dtype, tokens and sizes. The tokens are the power of two at or above their number."""
-VERSION = 1
+VERSION = 2
 """Raise it when a kernel changes so that what was measured before is worth nothing."""
 
 

@@ -23,6 +23,7 @@ from octavo.kernels.triton.linear import product
 from octavo.kernels.triton.matvec import RowsPlan, matvec, moe_of_pairs
 from octavo.kernels.triton.moe import StackedExperts, run_moe
 from octavo.kernels.triton.plans import Key, Plan, Plans, key_of
+from octavo.kernels.triton.tickets import make_tickets
 
 ROTATED_BYTES, MAX_SETS = 160_000_000, 256
 MEASURED_MS = 4.0
@@ -98,6 +99,7 @@ class Tuner:
         self._is_deterministic = is_deterministic
         self._measure = measure or graph_us
         self._num_threads = num_threads
+        self._tickets = make_tickets(self.device)
         self._random = torch.Generator(device).manual_seed(0)
 
     def dense(self, num_tokens: int, rows: int, columns: int) -> Case:
@@ -107,14 +109,21 @@ class Tuner:
 
         def run(weight: Tensor, plan: Plan) -> Tensor:
             out = x.new_empty(num_tokens, rows)
-            (matvec if isinstance(plan, RowsPlan) else product)(x, weight, None, out, plan)
+            if isinstance(plan, RowsPlan):
+                matvec(x, weight, None, out, plan)
+            else:
+                product(x, weight, None, out, plan, self._tickets)
             return out
 
+        plan: Plan = Plans().product(x, weights[0])
         is_single = num_tokens == 1 and not self._is_deterministic
-        kind = "rows" if is_single else "product"
+        if is_single:
+            plan = Plans().rows(x, weights[0])
+        elif self._is_deterministic:
+            plan = plan.in_one_order()
         return Case(
-            key=key_of(kind, x.dtype, num_tokens, rows, columns),
-            plan=(Plans().rows if is_single else Plans().product)(x, weights[0]),
+            key=key_of("rows" if is_single else "product", x.dtype, num_tokens, rows, columns),
+            plan=plan,
             runs=[partial(run, weight) for weight in weights],
         )
 
