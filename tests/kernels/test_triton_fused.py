@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -172,6 +173,21 @@ def stacked(layer: KVLayer) -> Tensor:
     return torch.stack((layer.key, layer.value))
 
 
+def padded_rows(batch: AttentionBatch, lengths: list[int]) -> AttentionBatch:
+    """Returns a batch of single queries; sequences without tokens become a graph's padding."""
+    live = torch.tensor([n > 0 for n in lengths], device=DEVICE)
+    positions = torch.zeros(len(lengths), dtype=torch.int32, device=DEVICE)
+    slots = torch.full((len(lengths),), -1, dtype=batch.slot_mapping_T.dtype, device=DEVICE)
+    positions[live], slots[live] = batch.positions_T, batch.slot_mapping_T
+    return replace(
+        batch,
+        positions_T=positions,
+        slot_mapping_T=slots,
+        query_starts=torch.arange(len(lengths) + 1, dtype=torch.int32, device=DEVICE),
+        max_query_len=1,
+    )
+
+
 @pytest.mark.parametrize("window", [None, 70])
 @pytest.mark.parametrize("norm", ["none", "head", "whole"])
 @pytest.mark.parametrize(
@@ -192,16 +208,18 @@ def test_rope_within_attention_is_rope_before_it(
     wide = (heads, kv_heads) if norm == "whole" else (1, 1)
     query, key = (floats(rng, n * size).to(DEVICE) for n in wide)
     qk_norm = QKNorm(query=query, key=key, eps=1e-6, per_head=norm == "head")
-    for length in (1, 16, 64, 65, 200, 1030):
-        paged = make_paged(rng, [length], (kv_heads, size))
-        layer, batch = _there(paged, paged.batch([length], [1]))
+    for lengths in ([1], [16], [64], [65], [200], [1030], [130, 0, 1, 700, 65, 64]):
+        paged = make_paged(rng, lengths, (kv_heads, size))
+        layer, batch = _there(paged, paged.batch(lengths, [int(n > 0) for n in lengths]))
+        batch = padded_rows(batch, lengths)
         one, other = (
             KVLayer(key=arena[0], value=arena[1]) for arena in (stacked(layer), stacked(layer))
         )
-        at = divmod(int(batch.slot_mapping_T[0]), 16)
+        slots = batch.slot_mapping_T[batch.slot_mapping_T >= 0]
+        at = slots // 16, slots % 16
         for layer in (one, other):
             layer.key[at] = layer.value[at] = math.nan
-        qkv = floats(rng, 1, (heads + 2 * kv_heads) * size).to(DEVICE)
+        qkv = floats(rng, len(lengths), (heads + 2 * kv_heads) * size).to(DEVICE)
         with poisoned_memory():
             found, expected = (
                 each.rope_attention(

@@ -256,15 +256,20 @@ class TritonOps(Composed):
         scale: float,
         window: int | None,
     ) -> Tensor:
-        is_lone = len(qkv_TN) == len(batch.seq_lens_S) == 1 and not self._is_deterministic
-        if not is_lone or not (qk_norm is None or qk_norm.per_head) or batch.prefix is not None:
+        num_tokens, head_size = len(qkv_TN), layer.key.shape[3]
+        is_decode = num_tokens == len(batch.seq_lens_S) and 1 in (num_tokens, batch.max_query_len)
+        if (
+            not is_decode
+            or self._is_deterministic
+            or not (qk_norm is None or qk_norm.per_head)
+            or batch.prefix is not None
+        ):
             return super().rope_attention(
                 qkv_TN, num_heads, rope, qk_norm, layer, batch, scale, window
             )
-        head_size = layer.key.shape[3]
-        out = qkv_TN.new_empty((1, num_heads, head_size))
+        out = qkv_TN.new_empty((num_tokens, num_heads, head_size))
         decode_attention(
-            qkv_TN.view(1, -1, head_size),
+            qkv_TN.view(num_tokens, -1, head_size),
             layer,
             batch,
             scale,
