@@ -20,7 +20,8 @@ from triton_moe import BYTES_PER_US, replay_us
 from octavo.kernels.triton import matvec, moe, route
 from octavo.kernels.triton.linear import ProductPlan, plan_product, product
 from octavo.kernels.triton.matvec import RowsPlan
-from octavo.kernels.triton.moe import Launch, StackedExperts, plan_moe
+from octavo.kernels.triton.moe import StackedExperts
+from octavo.kernels.triton.moe_plan import Launch, plan_moe
 
 DENSE = {
     "qwen3 qkv": (5120, 2048),

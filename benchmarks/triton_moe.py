@@ -14,7 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from octavo.kernels.triton.moe import StackedExperts, combine, plan_moe, run_moe
+from octavo.kernels.triton.moe import StackedExperts, combine, run_moe
+from octavo.kernels.triton.moe_plan import plan_moe
 from octavo.kernels.triton.route import route, sort_pairs
 
 SHAPES = {

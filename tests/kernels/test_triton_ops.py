@@ -17,7 +17,7 @@ from tests.kernels.cases import floats, make_weight
 from tests.kernels.triton_interpreter import DEVICE
 
 from octavo.kernels.triton import linear, matvec, moe, route  # isort: skip
-from octavo.kernels.triton.moe import Launch, MoePlan, plan_moe
+from octavo.kernels.triton.moe_plan import Launch, MoePlan, plan_moe
 from octavo.kernels.triton.ops import TritonOps, stacked_view
 from octavo.kernels.triton.tickets import make_tickets
 

@@ -17,7 +17,7 @@ from octavo.kernels.triton.linear import plan_product  # isort: skip
 from octavo.formats import WEIGHT_FORMATS
 from octavo.kernels.ops import Weight
 from octavo.kernels.triton.matvec import plan_matvec, plan_pairs
-from octavo.kernels.triton.moe import MoePlan, plan_moe
+from octavo.kernels.triton.moe_plan import MoePlan, plan_moe
 from octavo.kernels.triton.ops import TritonOps
 from octavo.kernels.triton.plans import Plans, key_of, plans_path, read_plans, save_plan
 from octavo.kernels.triton.tune import Tuner, neighbours, parts_of

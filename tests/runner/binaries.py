@@ -76,7 +76,6 @@ def pretend(log: Log) -> None:
     )
     JITFunction._do_compile = lambda self, *arguments: log.build(self, *arguments)
     attention_hopper._has_wgmma = lambda device: True
-    attention_hopper._num_processors = lambda device: 132
     torch.mm = lambda x, y, out: out  # type: ignore[assignment]
     logits = TritonOps.logits
     TritonOps.logits = lambda self, x, w: logits(self, x, w).zero_()  # type: ignore[method-assign]

@@ -25,7 +25,8 @@ from torch import Tensor
 from octavo.kernels.triton.launch import next_power_of_2
 from octavo.kernels.triton.linear import ProductPlan, plan_product
 from octavo.kernels.triton.matvec import PairsPlan, RowsPlan, plan_matvec, plan_pairs
-from octavo.kernels.triton.moe import MoePlan, StackedExperts, plan_moe
+from octavo.kernels.triton.moe import StackedExperts
+from octavo.kernels.triton.moe_plan import MoePlan, plan_moe
 from octavo.kernels.triton.overlap import is_hopper
 
 logger = logging.getLogger(__name__)

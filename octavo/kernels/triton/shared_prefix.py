@@ -18,13 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.ops import AttentionBatch, KVLayer, SharedPrefix
-from octavo.kernels.triton.attention import (
-    attend_range,
-    fits_hopper,
-    hopper,
-    tiles_attention,
-    value_delta,
-)
+from octavo.kernels.triton.attention import fits_hopper, hopper, tiles_attention
 from octavo.kernels.triton.attention_decode import (
     LOG2_E,
     Partials,
@@ -34,6 +28,7 @@ from octavo.kernels.triton.attention_decode import (
     make_partials,
     split_slots,
 )
+from octavo.kernels.triton.attention_tiles import attend_range, value_delta
 from octavo.kernels.triton.launch import cdiv, launchable, next_power_of_2
 from octavo.kernels.triton.overlap import launch_options, wait_turn
 from octavo.kernels.triton.short_chunks import ShortPlans
