@@ -62,9 +62,10 @@ class TritonOps(Composed):
     def __init__(
         self, num_threads: int, *, is_deterministic: bool, plans: Plans | None = None
     ) -> None:
-        """With `is_deterministic` all dense products are Triton's, so that a row has the same bits
-        in every batch by construction; else the vendor's library multiplies for many tokens, and
-        `matvec.py` for one."""
+        """With `is_deterministic` all dense products are Triton's and split no sum, and attention
+        splits keys by a row's own length, so that a row has the same bits in every batch by
+        construction; else the vendor's library multiplies for many tokens, and `matvec.py` for
+        one."""
         self.torch_threads = num_threads
         self._is_deterministic = is_deterministic
         self._plans = plans or Plans()
