@@ -15,6 +15,7 @@ from torch import Tensor
 from octavo.kernels.ops import AttentionBatch, KVLayer, QKNorm, RopeTable
 from octavo.kernels.reference import ReferenceOps
 from tests.kernels.cases import PagedKV, assert_close, exact_attention, floats, make_paged
+from tests.kernels.triton_cases import there
 from tests.kernels.triton_interpreter import DEVICE
 
 from octavo.kernels.triton import attention as tiles  # isort: skip
@@ -34,22 +35,6 @@ TILES = tiling(6, 2, 132)
 EDGES = [1, 15, 16, 17, 63, 64, 65, 200, 1030]
 
 
-def _there(paged: PagedKV, batch: AttentionBatch) -> tuple[KVLayer, AttentionBatch]:
-    if DEVICE == "cpu":
-        return paged.layer, batch
-    key = paged.layer.key
-    arena = torch.stack((key, paged.layer.value), 1).to(DEVICE)
-    moved = replace(
-        batch,
-        positions_T=batch.positions_T.to(DEVICE),
-        slot_mapping_T=batch.slot_mapping_T.to(DEVICE),
-        query_starts=batch.query_starts.to(DEVICE),
-        seq_lens_S=batch.seq_lens_S.to(DEVICE),
-        block_table=batch.block_table.to(DEVICE),
-    )
-    return KVLayer(key=arena[:, 0], value=arena[:, 1]), moved
-
-
 def _attend(
     q: Tensor,
     paged: PagedKV,
@@ -58,7 +43,7 @@ def _attend(
     *,
     is_deterministic: bool = False,
 ) -> Tensor:
-    layer, moved = _there(paged, batch)
+    layer, moved = there(paged, batch)
     found = tiles.attention(
         q.to(DEVICE), layer, moved, 0.25, window, is_deterministic=is_deterministic
     )
@@ -273,7 +258,7 @@ def test_shared_prefixes_are_read_once_and_merged(
     assert plan is not None
     assert plan.shared_tokens.tolist() == [320, 320, 320, 32, 32, 0, 0]
     q = floats(rng, sum(query_lens), 6, 16)
-    layer, moved = _there(paged, batch)
+    layer, moved = there(paged, batch)
     found = shared_prefix_attention(
         q.to(DEVICE), layer, moved, 0.25, window, plan.to_device(torch.device(DEVICE))
     )
@@ -319,7 +304,7 @@ def test_rope_and_cache_matches_the_reference(
     weights = [floats(rng, n * size) for n in wide]
     qk_norm = QKNorm(query=weights[0], key=weights[1], eps=1e-6, per_head=per_head)
     chosen = None if norm == "none" else qk_norm
-    layer, moved = _there(paged, batch)
+    layer, moved = there(paged, batch)
     layer = KVLayer(key=layer.key, value=layer.value)
     on_device = None
     if chosen is not None:
@@ -343,7 +328,7 @@ def test_a_negative_slot_is_written_nowhere(rng: np.random.Generator) -> None:
     paged = make_paged(rng, [5], (2, 16))
     batch = paged.batch([5], [1])
     batch.slot_mapping_T.fill_(-1)
-    layer, moved = _there(paged, batch)
+    layer, moved = there(paged, batch)
     before = layer.key.clone()
     table = RopeTable(
         cos=torch.ones(8, 8, device=DEVICE), sin=torch.zeros(8, 8, device=DEVICE), rotary_dim=16

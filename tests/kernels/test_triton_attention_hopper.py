@@ -24,6 +24,7 @@ from tests.kernels.cases import (
     make_paged,
     split_table,
 )
+from tests.kernels.triton_cases import there
 from tests.kernels.triton_interpreter import DEVICE
 
 from octavo.kernels.triton import attention as tiles  # isort: skip
@@ -110,22 +111,10 @@ def test_it_compiles_for_hopper_without_one() -> None:
     assert run.returncode == 0, run.stderr[-2000:]
 
 
-def _there(paged: PagedKV, batch: AttentionBatch) -> tuple[KVLayer, AttentionBatch]:
-    arena = torch.stack((paged.layer.key, paged.layer.value), 1).cuda()
-    there = AttentionBatch(
-        positions_T=batch.positions_T.cuda(),
-        slot_mapping_T=batch.slot_mapping_T.cuda(),
-        query_starts=batch.query_starts.cuda(),
-        seq_lens_S=batch.seq_lens_S.cuda(),
-        block_table=batch.block_table.cuda(),
-    )
-    return KVLayer(key=arena[:, 0], value=arena[:, 1]), there
-
-
 def _attend(q: Tensor, paged: PagedKV, batch: AttentionBatch) -> Tensor:
-    layer, there = _there(paged, batch)
+    layer, moved = there(paged, batch)
     assert hopper.fits(q.cuda(), layer, None)
-    return tiles.attention(q.cuda(), layer, there, 0.1, None).float().cpu()
+    return tiles.attention(q.cuda(), layer, moved, 0.1, None).float().cpu()
 
 
 class _Pointer:
@@ -307,8 +296,8 @@ def test_shared_prefixes_are_right(
     )
     assert plan is not None
     q = floats(rng, sum(query_lens), heads, size).bfloat16()
-    layer, there = _there(paged, batch)
+    layer, moved = there(paged, batch)
     device = torch.device("cuda")
-    found = shared_prefix_attention(q.cuda(), layer, there, 0.1, None, plan.to_device(device))
+    found = shared_prefix_attention(q.cuda(), layer, moved, 0.1, None, plan.to_device(device))
     expected = exact_attention(q, paged, batch, 0.1, None)
     assert_close(found.float().cpu(), expected, tolerance=2e-2)

@@ -24,8 +24,7 @@ from octavo.kernels.ops import (
     Weight,
 )
 from tests.kernels.cases import floats, make_paged
-from tests.kernels.test_triton_attention import _there
-from tests.kernels.test_triton_ops import (
+from tests.kernels.triton_cases import (
     NAMES,
     TOLERANCES,
     assert_near,
@@ -34,6 +33,7 @@ from tests.kernels.test_triton_ops import (
     make_experts,
     make_ops,
     routed,
+    there,
 )
 from tests.kernels.triton_interpreter import DEVICE
 
@@ -210,7 +210,7 @@ def test_rope_within_attention_is_rope_before_it(
     qk_norm = QKNorm(query=query, key=key, eps=1e-6, per_head=norm == "head")
     for lengths in ([1], [16], [64], [65], [200], [1030], [130, 0, 1, 700, 65, 64]):
         paged = make_paged(rng, lengths, (kv_heads, size))
-        layer, batch = _there(paged, paged.batch(lengths, [int(n > 0) for n in lengths]))
+        layer, batch = there(paged, paged.batch(lengths, [int(n > 0) for n in lengths]))
         batch = padded_rows(batch, lengths)
         one, other = (
             KVLayer(key=arena[0], value=arena[1]) for arena in (stacked(layer), stacked(layer))

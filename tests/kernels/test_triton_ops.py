@@ -14,77 +14,23 @@ from octavo.errors import UnsupportedModelError
 from octavo.formats import WEIGHT_FORMATS
 from octavo.kernels.ops import ExpertWeights, Weight
 from tests.kernels.cases import floats, make_weight
+from tests.kernels.triton_cases import (
+    NAMES,
+    TOLERANCES,
+    assert_near,
+    exact_mlp,
+    exact_moe,
+    make_experts,
+    make_ops,
+    make_stack,
+    routed,
+)
 from tests.kernels.triton_interpreter import DEVICE
 
 from octavo.kernels.triton import linear, matvec, moe, route  # isort: skip
 from octavo.kernels.triton.moe_plan import Launch, MoePlan, plan_moe
-from octavo.kernels.triton.ops import TritonOps, stacked_view
+from octavo.kernels.triton.ops import stacked_view
 from octavo.kernels.triton.tickets import make_tickets
-
-TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
-if DEVICE == "cpu":
-    del TOLERANCES[torch.bfloat16]  # Triton 3.6's interpreter multiplies the bits of bf16.
-NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
-
-
-def make_ops(*, is_deterministic: bool = True) -> TritonOps:
-    return TritonOps(1, is_deterministic=is_deterministic)
-
-
-def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    """By norm: |found - expected| <= tolerance * |expected|; NaN never passes."""
-    assert found.shape == expected.shape
-    error = (found.double().cpu() - expected.double().cpu()).norm() / expected.double().norm().cpu()
-    assert error <= tolerance, error
-
-
-def make_stack(
-    rng: np.random.Generator, count: int, rows: int, cols: int, dtype: torch.dtype
-) -> tuple[Weight, ...]:
-    """Returns `count` matrices as views of one poisoned stack with a gap after each."""
-    stack = torch.full((count, rows + 1, cols), math.nan, dtype=dtype, device=DEVICE)
-    stack[:, :rows] = (floats(rng, count, rows, cols) / math.sqrt(cols)).to(DEVICE, dtype)
-    form = WEIGHT_FORMATS[NAMES[dtype]]
-    return tuple(
-        Weight(data=stack[e, :rows], format=form, rows=rows, cols=cols) for e in range(count)
-    )
-
-
-def make_experts(
-    rng: np.random.Generator, count: int, hidden: int, inner: int, dtype: torch.dtype
-) -> ExpertWeights:
-    return ExpertWeights(
-        gate=make_stack(rng, count, inner, hidden, dtype),
-        up=make_stack(rng, count, inner, hidden, dtype),
-        down=make_stack(rng, count, hidden, inner, dtype),
-    )
-
-
-def exact_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
-    inner = x.double() @ gate.double().T
-    if activation == "silu":
-        inner = torch.nn.functional.silu(inner)
-    else:
-        inner = torch.nn.functional.gelu(inner, approximate="tanh")
-    return (inner * (x.double() @ up.double().T)) @ down.double().T
-
-
-def exact_moe(
-    x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights, activation: str = "silu"
-) -> Tensor:
-    out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
-    for t in range(len(x)):
-        for weight, e in zip(weights[t].double(), ids[t].tolist(), strict=True):
-            if 0 <= e < len(experts.gate):
-                chosen = (experts.gate[e].data, experts.up[e].data, experts.down[e].data)
-                out[t] += weight * exact_mlp(x[t : t + 1], *chosen, activation)[0]
-    return out
-
-
-def routed(rng: np.random.Generator, tokens: int, count: int, top_k: int) -> tuple[Tensor, Tensor]:
-    ids = np.stack([rng.permutation(count)[:top_k] for _ in range(tokens)])
-    weights = floats(rng, tokens, top_k).abs().to(DEVICE)
-    return weights, torch.from_numpy(ids).to(DEVICE, torch.int32)
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
