@@ -102,7 +102,7 @@ def router_weights(s: Namespace) -> tuple[Weight, ...]:
 
 
 class OneByOne(TritonOps):
-    """What TritonOps fuses for one token, one by one."""
+    """What TritonOps fuses for decodes, one by one."""
 
     norm_linear, norm_route = Composed.norm_linear, Composed.norm_route
     rope_attention = Composed.rope_attention

@@ -1,4 +1,4 @@
-"""What the Triton ops fuse for one token, against the same ops one by one and float64."""
+"""What the Triton ops fuse for decodes, against the same ops one by one and float64."""
 
 from __future__ import annotations
 
