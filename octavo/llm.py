@@ -26,7 +26,7 @@ from octavo.errors import ConfigError, OverloadedError, RequestError
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.models.spec import ModelSpec
 from octavo.observe.stats import EngineStats
-from octavo.request import RequestOutput, SamplingParams
+from octavo.request import Request, RequestOutput, SamplingParams
 
 __all__ = ["LLM", "AsyncLLM"]
 
@@ -94,7 +94,8 @@ class LLM:
         priority: Sequence[int] | None = None,
         cache_salt: str = "",
     ) -> list[RequestOutput]:
-        """Returns one output per prompt, in order; all run together.
+        """Returns one output per prompt, in order; all run together, those that may take longest
+        first.
 
         `use_tqdm` shows progress on a terminal. Raises RequestError naming what is wrong, before
         anything runs.
@@ -151,9 +152,9 @@ class LLM:
             )
         return list(given)
 
-    def _run(self, requests: Sequence[Any], use_tqdm: bool) -> list[RequestOutput]:
+    def _run(self, requests: Sequence[Request], use_tqdm: bool) -> list[RequestOutput]:
         """Feeds the core as its queue takes it, and steps until all are finished."""
-        todo = list(reversed(requests))
+        todo = sorted(requests, key=_turn)[::-1]
         finished: dict[str, RequestOutput] = {}
         with _progress(len(requests)) if use_tqdm else nullcontext() as tell:
             try:
@@ -170,7 +171,7 @@ class LLM:
                 raise
         return [finished[request.request_id] for request in requests]
 
-    def _feed(self, todo: list[Any]) -> None:
+    def _feed(self, todo: list[Request]) -> None:
         while todo:
             try:
                 self._core.add(todo[-1])
@@ -196,6 +197,14 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=total)
         yield lambda completed: progress.update(task, completed=completed)
+
+
+def _turn(request: Request) -> tuple[int, int]:
+    """Nobody has a part of the outputs before all are there, so what lasts longest begins first:
+    the last steps, which read as many weights as others, then have fuller batches. Limits are all
+    that is known of lengths; where they say nothing the order is as good as another.
+    """
+    return request.priority, -(request.params.max_tokens or 0)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -224,6 +224,19 @@ def test_preemption_changes_no_token(tiny: TinyModel, backend: str) -> None:
         assert llm.stats().num_preemptions > 0
 
 
+def test_the_longest_begins_first_and_outputs_come_in_the_order_given(
+    tiny: TinyModel, backend: str
+) -> None:
+    prompts = prompts_of((5, 9, 7, 6, 8))
+    params = [greedy(count) for count in (2, 9, 4, 9, 20)]
+    with engine(tiny, backend, max_num_seqs=1) as llm:
+        expected = [tokens(llm.generate(p, q)) for p, q in zip(prompts, params, strict=True)]
+        found = llm.generate(prompts, params, priority=[0, 0, 0, 0, 1])
+        assert [[one] for one in tokens(found)] == expected
+        ended = [output.metrics.finished_time for output in found if output.metrics is not None]
+        assert sorted(range(5), key=lambda index: ended[index] or 0.0) == [1, 3, 2, 0, 4]
+
+
 def test_a_seed_draws_the_same_tokens_in_any_company(mixtral: TinyModel, backend: str) -> None:
     prompts = prompts_of((30, 12, 50), seed=3)
     params = [
