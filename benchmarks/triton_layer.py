@@ -40,7 +40,7 @@ from octavo.kernels.ops import (
     SharedExpert,
     Weight,
 )
-from octavo.kernels.triton import overlap
+from octavo.kernels.triton import ops, overlap
 from octavo.kernels.triton.attention_decode import max_total_slots, slot_counts
 from octavo.kernels.triton.ops import TritonOps
 from octavo.layers.attention import Attention
@@ -116,7 +116,15 @@ class RopeByItself(TritonOps):
     rope_attention = Composed.rope_attention
 
 
-OPS = {"one by one": OneByOne, "rope by itself": RopeByItself}
+class Sorted(TritonOps):
+    """The pairs of few tokens are sorted, and their shared expert runs by itself."""
+
+    def moe(self, x_TM, weights, ids, experts, activation, shared=None, gate_T1=None):  # type: ignore[override]
+        with patch.object(ops, "is_few", lambda ids: False):
+            return super().moe(x_TM, weights, ids, experts, activation, shared, gate_T1)
+
+
+OPS = {"sorted": Sorted, "one by one": OneByOne, "rope by itself": RopeByItself}
 
 
 class Step:

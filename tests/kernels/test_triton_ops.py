@@ -28,6 +28,7 @@ from tests.kernels.triton_cases import (
 from tests.kernels.triton_interpreter import DEVICE
 
 from octavo.kernels.triton import linear, matvec, moe, route  # isort: skip
+from octavo.kernels.triton.moe_few import is_few, moe_of_few
 from octavo.kernels.triton.moe_plan import Launch, MoePlan, plan_moe
 from octavo.kernels.triton.ops import stacked_view
 from octavo.kernels.triton.tickets import make_tickets
@@ -159,6 +160,8 @@ def test_every_plan_of_a_moe_layer_is_right(rng: np.random.Generator, plan: MoeP
     stacked = moe.StackedExperts(gate_EFM=stacks[0], up_EFM=stacks[1], down_EMF=stacks[2])
     found = moe.run_moe(x, weights, ids, stacked, "silu", plan)
     assert_near(found, exact_moe(x, weights, ids, experts), 2e-3)
+    if is_few(ids):
+        assert torch.equal(found, moe_of_few(x, weights, ids, stacked, "silu", plan))
 
 
 def test_experts_that_live_elsewhere_add_nothing(rng: np.random.Generator) -> None:

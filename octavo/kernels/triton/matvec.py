@@ -20,7 +20,7 @@ from torch import Tensor
 from octavo.kernels.ops import Activation
 from octavo.kernels.triton.activation import activated
 from octavo.kernels.triton.launch import cdiv, launchable, next_power_of_2
-from octavo.kernels.triton.moe import StackedExperts
+from octavo.kernels.triton.moe import SharedParts, StackedExperts
 from octavo.kernels.triton.overlap import launch_options, wait_turn
 
 
@@ -206,18 +206,6 @@ def down_and_combine_kernel(
     tl.store(at, out.to(out_TM.dtype.element_ty), mask=is_column)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SharedParts:
-    """A shared expert as `count` experts more: gate and up [count * F, M], down [M, count * F]."""
-
-    gate_NM: Tensor
-    up_NM: Tensor
-    down_MN: Tensor
-    logit: Tensor | None
-    """Of the gate that scales it."""
-    count: int
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowsPlan:
     """The launch shape of one kernel: rows of the weight a program, and a step along them."""
@@ -355,7 +343,7 @@ def down_and_combine(
     num_experts, hidden_size, inner_size = experts.down_EMF.shape
     num_tokens, top_k = topk_ids.shape
     parts = 0 if shared is None else shared.count
-    logit = None if shared is None else shared.logit
+    logit = None if shared is None else shared.gate_T1
     out = hidden_PF.new_empty((num_tokens, hidden_size))
     down_and_combine_kernel[(cdiv(hidden_size, plan.block_n), num_tokens)](
         hidden_PF,

@@ -1,7 +1,7 @@
 """The experts of a MoE layer: grouped products with gate, up and activation in one, then combine.
 
-Called by `ops.py`. Few tokens: a program per pair and column block, nothing sorted. Else: pairs
-sorted by expert (`route.py`). Never waits for the device, never adds floats atomically.
+Called by `ops.py` for pairs sorted by expert (`route.py`); `moe_few.py` multiplies the same tiles
+without. Never waits for the device, never adds floats atomically.
 
 Shape legend: T tokens, P pairs (token, slot), E experts, M hidden, F expert hidden.
 """
@@ -41,12 +41,18 @@ def tile_of_program(num_rows, num_columns, GROUP: tl.constexpr):
 
 
 @triton.jit
-def places_of(row_block, order_P, blocks_3B, num_blocks, DIRECT: tl.constexpr):
+def places_of(row_block, blocks_3B, num_blocks):
     """The expert, the first place and the end place of a row block: see `gate_up_kernel`."""
-    if DIRECT:
-        return tl.load(order_P + row_block), row_block, row_block + 1
     at = blocks_3B + row_block
     return tl.load(at), tl.load(at + num_blocks), tl.load(at + 2 * num_blocks)
+
+
+@triton.jit
+def pairs_at(order_P, first, end, ROWS: tl.constexpr):
+    """The places first .. first + ROWS, which of them are below end, and the pairs there."""
+    place = first + tl.arange(0, ROWS)
+    is_row = place < end
+    return place, is_row, tl.load(order_P + place, mask=is_row, other=0)
 
 
 @triton.jit
@@ -55,40 +61,33 @@ def gate_up_rows(
     gate_FM,
     up_FM,
     hidden_PF,
-    order_P,
     hidden_size,
     inner_size,
-    top_k,
     expert,
     first_column,
-    first,
-    end,
-    ROWS: tl.constexpr,
+    token,
+    place,
+    is_row,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    DIRECT: tl.constexpr,
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """`gate_up_kernel` at the places [first, end), at most ROWS, of one expert, BLOCK_N columns."""
-    place = first + tl.arange(0, ROWS)
-    is_row = place < end
-    pair = place
-    if not DIRECT:
-        pair = tl.load(order_P + place, mask=is_row, other=0)
-    token = tl.where(is_row, pair // top_k, 0).to(tl.int64)
+    """hidden[place] = act(x[token] @ gate.T) * (x[token] @ up.T) in BLOCK_N columns of one expert,
+    for the rows that are some; TMA: gate and up are descriptors of all experts."""
     column = first_column + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    x_at = x_TM + token[:, None] * hidden_size + k[None, :]
+    safe_token = tl.where(is_row, token, 0).to(tl.int64)
+    x_at = x_TM + safe_token[:, None] * hidden_size + k[None, :]
     if not TMA:
         safe = tl.where(column < inner_size, column, 0).to(tl.int64)
         w_at = safe[None, :] * hidden_size + k[:, None]
         gate_at = gate_FM + w_at
         up_at = up_FM + w_at
-    gate = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    up = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    gate = tl.zeros([token.shape[0], BLOCK_N], tl.float32)
+    up = tl.zeros([token.shape[0], BLOCK_N], tl.float32)
     for start in range(0, hidden_size, BLOCK_K):
         left = hidden_size - start
         is_in = is_row[:, None] if EVEN_K else is_row[:, None] & (k < left)[None, :]
@@ -131,7 +130,6 @@ def gate_up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
-    DIRECT: tl.constexpr,
     HALVES: tl.constexpr,
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -142,13 +140,13 @@ def gate_up_kernel(
     """hidden[i] = act(x[t] @ gate[e].T) * (x[t] @ up[e].T) for the pair (t, slot) at place i.
 
     x_TM [T, M]; gate and up [E, F, M] with stride_E given; hidden_PF [P, F] in the order of
-    order_P. DIRECT: the place is the pair, order_P holds the pairs' experts, no blocks.
-    TMA: gate and up are tensor descriptors of blocks [1, BLOCK_N, BLOCK_K]. EVEN_K: BLOCK_K
-    divides the length of the sum. HALVES: blocks that are at most half full run at half height.
+    order_P. TMA: gate and up are tensor descriptors of blocks [1, BLOCK_N, BLOCK_K]. EVEN_K:
+    BLOCK_K divides the length of the sum. HALVES: blocks that are at most half full run at half
+    height.
     """
     wait_turn(OVERLAP)
     row_block, column_block = tile_of_program(num_blocks, tl.cdiv(inner_size, BLOCK_N), GROUP)
-    expert, first, end = places_of(row_block, order_P, blocks_3B, num_blocks, DIRECT)
+    expert, first, end = places_of(row_block, blocks_3B, num_blocks)
     if (expert < 0) | (expert >= num_experts):
         return
     column = column_block * BLOCK_N
@@ -156,16 +154,26 @@ def gate_up_kernel(
         gate_EFM += expert.to(tl.int64) * gate_stride
         up_EFM += expert.to(tl.int64) * up_stride
     if HALVES and end - first <= BLOCK_P // 2:
+        half_place, is_half, half_pair = pairs_at(order_P, first, end, BLOCK_P // 2)
         gate_up_rows(
-            *(x_TM, gate_EFM, up_EFM, hidden_PF, order_P, hidden_size, inner_size, top_k),
-            *(expert, column, first, end),
-            *(BLOCK_P // 2, BLOCK_N, BLOCK_K, DIRECT, TMA, EVEN_K, ACTIVATION, COMPUTE),
+            *(x_TM, gate_EFM, up_EFM, hidden_PF, hidden_size, inner_size, expert, column),
+            *(
+                half_pair // top_k,
+                half_place,
+                is_half,
+                BLOCK_N,
+                BLOCK_K,
+                TMA,
+                EVEN_K,
+                ACTIVATION,
+                COMPUTE,
+            ),
         )
     else:
+        place, is_row, pair = pairs_at(order_P, first, end, BLOCK_P)
         gate_up_rows(
-            *(x_TM, gate_EFM, up_EFM, hidden_PF, order_P, hidden_size, inner_size, top_k),
-            *(expert, column, first, end),
-            *(BLOCK_P, BLOCK_N, BLOCK_K, DIRECT, TMA, EVEN_K, ACTIVATION, COMPUTE),
+            *(x_TM, gate_EFM, up_EFM, hidden_PF, hidden_size, inner_size, expert, column),
+            *(pair // top_k, place, is_row, BLOCK_N, BLOCK_K, TMA, EVEN_K, ACTIVATION, COMPUTE),
         )
 
 
@@ -174,35 +182,33 @@ def down_rows(
     hidden_PF,
     down_MF,
     parts_PM,
-    weights_P,
-    order_P,
     hidden_size,
     inner_size,
+    down_stride,
     expert,
     first_column,
     first,
-    end,
-    ROWS: tl.constexpr,
+    place,
+    part,
+    weight,
+    is_row,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    DIRECT: tl.constexpr,
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """The places [first, end), at most ROWS, of one expert and BLOCK_N columns: `down_kernel`."""
-    place = first + tl.arange(0, ROWS)
-    is_row = place < end
-    pair = place
-    if not DIRECT:
-        pair = tl.load(order_P + place, mask=is_row, other=0)
+    """parts[part] = weight * hidden[place] @ down.T in BLOCK_N columns of one expert, whose rows
+    are down_stride apart, for the rows that are some; TMA: hidden and down are descriptors, and
+    places follow each other from first on."""
     column = first_column + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     if not TMA:
         safe = tl.where(column < hidden_size, column, 0).to(tl.int64)
-        hidden_at = hidden_PF + place.to(tl.int64)[:, None] * inner_size + k[None, :]
-        down_at = down_MF + safe[None, :] * inner_size + k[:, None]
-    part = tl.zeros([ROWS, BLOCK_N], tl.float32)
+        safe_place = tl.where(is_row, place, 0).to(tl.int64)
+        hidden_at = hidden_PF + safe_place[:, None] * inner_size + k[None, :]
+        down_at = down_MF + safe[None, :] * down_stride + k[:, None]
+    total = tl.zeros([place.shape[0], BLOCK_N], tl.float32)
     for start in range(0, inner_size, BLOCK_K):
         left = inner_size - start
         if TMA:
@@ -215,11 +221,11 @@ def down_rows(
             is_in = is_row[:, None] & (k < left)[None, :]
             h = tl.load(hidden_at + start, mask=is_in, other=0.0)
             w = tl.load(down_at + start, mask=(k < left)[:, None], other=0.0)
-        part = tl.dot(h.to(COMPUTE), w.to(COMPUTE), part, input_precision="ieee")
-    part *= tl.load(weights_P + pair, mask=is_row, other=0.0)[:, None]
-    out = parts_PM + pair.to(tl.int64)[:, None] * hidden_size + column[None, :]
+        total = tl.dot(h.to(COMPUTE), w.to(COMPUTE), total, input_precision="ieee")
+    total *= weight[:, None]
+    out = parts_PM + part.to(tl.int64)[:, None] * hidden_size + column[None, :]
     is_out = is_row[:, None] & (column < hidden_size)[None, :]
-    tl.store(out, part.to(parts_PM.dtype.element_ty), mask=is_out)
+    tl.store(out, total.to(parts_PM.dtype.element_ty), mask=is_out)
 
 
 @launchable
@@ -241,7 +247,6 @@ def down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
-    DIRECT: tl.constexpr,
     HALVES: tl.constexpr,
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -256,23 +261,36 @@ def down_kernel(
     """
     wait_turn(OVERLAP)
     row_block, column_block = tile_of_program(num_blocks, tl.cdiv(hidden_size, BLOCK_N), GROUP)
-    expert, first, end = places_of(row_block, order_P, blocks_3B, num_blocks, DIRECT)
+    expert, first, end = places_of(row_block, blocks_3B, num_blocks)
     if (expert < 0) | (expert >= num_experts):
         return
     column = column_block * BLOCK_N
     if not TMA:
         down_EMF += expert.to(tl.int64) * down_stride
     if HALVES and end - first <= BLOCK_P // 2:
+        half_place, is_half, half_pair = pairs_at(order_P, first, end, BLOCK_P // 2)
+        half_weight = tl.load(weights_P + half_pair, mask=is_half, other=0.0)
         down_rows(
-            *(half_PF, down_EMF, parts_PM, weights_P, order_P, hidden_size, inner_size),
-            *(expert, column, first, end),
-            *(BLOCK_P // 2, BLOCK_N, BLOCK_K, DIRECT, TMA, EVEN_K, COMPUTE),
+            *(half_PF, down_EMF, parts_PM, hidden_size, inner_size, inner_size, expert, column),
+            *(
+                first,
+                half_place,
+                half_pair,
+                half_weight,
+                is_half,
+                BLOCK_N,
+                BLOCK_K,
+                TMA,
+                EVEN_K,
+                COMPUTE,
+            ),
         )
     else:
+        place, is_row, pair = pairs_at(order_P, first, end, BLOCK_P)
+        weight = tl.load(weights_P + pair, mask=is_row, other=0.0)
         down_rows(
-            *(hidden_PF, down_EMF, parts_PM, weights_P, order_P, hidden_size, inner_size),
-            *(expert, column, first, end),
-            *(BLOCK_P, BLOCK_N, BLOCK_K, DIRECT, TMA, EVEN_K, COMPUTE),
+            *(hidden_PF, down_EMF, parts_PM, hidden_size, inner_size, inner_size, expert, column),
+            *(first, place, pair, weight, is_row, BLOCK_N, BLOCK_K, TMA, EVEN_K, COMPUTE),
         )
 
 
@@ -285,20 +303,24 @@ def combine_kernel(
     hidden_size,
     num_experts,
     TOP_K: tl.constexpr,
+    SHARED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """out[t] = sum of parts[t * TOP_K + slot] in the order of slots; ids outside [0, E) add 0."""
+    """out[t] = sum of parts[t * (TOP_K + SHARED) + slot] in the order of slots.
+
+    Those of ids outside [0, E) add 0; the SHARED last ones have no ids."""
     wait_turn(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_in = column < hidden_size
     total = tl.zeros([BLOCK_N], tl.float32)
-    for slot in tl.static_range(TOP_K):
-        pair = token * TOP_K + slot
-        expert = tl.load(ids_P + pair)
-        is_here = is_in & (expert >= 0) & (expert < num_experts)
-        at = parts_PM + pair * hidden_size + column
+    for slot in tl.static_range(TOP_K + SHARED):
+        is_here = is_in
+        if slot < TOP_K:
+            expert = tl.load(ids_P + token * TOP_K + slot)
+            is_here = is_in & (expert >= 0) & (expert < num_experts)
+        at = parts_PM + (token * (TOP_K + SHARED) + slot) * hidden_size + column
         total += tl.load(at, mask=is_here, other=0.0).to(tl.float32)
     tl.store(out_TM + token * hidden_size + column, total.to(out_TM.dtype.element_ty), mask=is_in)
 
@@ -310,6 +332,18 @@ class StackedExperts:
     gate_EFM: Tensor
     up_EFM: Tensor
     down_EMF: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SharedParts:
+    """A shared expert as `count` experts more: gate and up [count * F, M], down [M, count * F]."""
+
+    gate_NM: Tensor
+    up_NM: Tensor
+    down_MN: Tensor
+    gate_T1: Tensor | None
+    """Logits of the gate that scales it."""
+    count: int
 
 
 def run_moe(
@@ -329,7 +363,7 @@ def run_moe(
     if not len(x_TM):
         return torch.empty_like(x_TM)
     num_experts = len(experts.gate_EFM)
-    pairs = None if plan.is_direct else sort_pairs(topk_ids, num_experts, plan.block_p)
+    pairs = sort_pairs(topk_ids, num_experts, plan.block_p)
     hidden = gate_up(x_TM, topk_ids, pairs, experts, activation, plan)
     parts = down(hidden, topk_weights, topk_ids, pairs, experts, plan)
     return combine(parts, topk_ids, num_experts)
@@ -338,23 +372,23 @@ def run_moe(
 def gate_up(
     x_TM: Tensor,
     topk_ids: Tensor,
-    pairs: SortedPairs | None,
+    pairs: SortedPairs,
     experts: StackedExperts,
     activation: Activation,
     plan: MoePlan,
 ) -> Tensor:
-    """Returns hidden [P, F] in the order of `pairs`, or of the pairs' numbers without them."""
+    """Returns hidden [P, F] in the order of `pairs`."""
     num_experts, inner_size, hidden_size = experts.gate_EFM.shape
     hidden = x_TM.new_empty((topk_ids.numel(), inner_size))
     launch = plan.gate_up
-    num_blocks = topk_ids.numel() if pairs is None else pairs.blocks_3B.shape[1]
+    num_blocks = pairs.blocks_3B.shape[1]
     gate_up_kernel[(num_blocks * cdiv(inner_size, launch.block_n),)](
         x_TM,
         _stack(experts.gate_EFM, launch),
         _stack(experts.up_EFM, launch),
         hidden,
-        topk_ids if pairs is None else pairs.order_P,
-        topk_ids if pairs is None else pairs.blocks_3B,
+        pairs.order_P,
+        pairs.blocks_3B,
         hidden_size,
         inner_size,
         experts.gate_EFM.stride(0),
@@ -366,12 +400,11 @@ def gate_up(
         BLOCK_N=launch.block_n,
         BLOCK_K=launch.block_k,
         GROUP=launch.group,
-        DIRECT=pairs is None,
         HALVES=plan.block_p >= 128,
         TMA=launch.tma,
         EVEN_K=hidden_size % launch.block_k == 0,
         ACTIVATION=activation,
-        COMPUTE=_compute(x_TM, experts),
+        COMPUTE=compute_of(x_TM, experts),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         **launch_options(topk_ids.device),
@@ -383,7 +416,7 @@ def down(
     hidden_PF: Tensor,
     topk_weights: Tensor,
     topk_ids: Tensor,
-    pairs: SortedPairs | None,
+    pairs: SortedPairs,
     experts: StackedExperts,
     plan: MoePlan,
 ) -> Tensor:
@@ -391,7 +424,7 @@ def down(
     num_experts, hidden_size, inner_size = experts.down_EMF.shape
     parts = hidden_PF.new_empty((topk_ids.numel(), hidden_size))
     launch = plan.down
-    num_blocks = topk_ids.numel() if pairs is None else pairs.blocks_3B.shape[1]
+    num_blocks = pairs.blocks_3B.shape[1]
     rows = half = hidden_PF
     if launch.tma:
         rows = TensorDescriptor.from_tensor(hidden_PF, [plan.block_p, launch.block_k])
@@ -402,8 +435,8 @@ def down(
         _stack(experts.down_EMF, launch),
         parts,
         topk_weights,
-        topk_ids if pairs is None else pairs.order_P,
-        topk_ids if pairs is None else pairs.blocks_3B,
+        pairs.order_P,
+        pairs.blocks_3B,
         hidden_size,
         inner_size,
         experts.down_EMF.stride(0),
@@ -413,11 +446,10 @@ def down(
         BLOCK_N=launch.block_n,
         BLOCK_K=launch.block_k,
         GROUP=launch.group,
-        DIRECT=pairs is None,
         HALVES=plan.block_p >= 128,
         TMA=launch.tma,
         EVEN_K=inner_size % launch.block_k == 0,
-        COMPUTE=_compute(hidden_PF, experts),
+        COMPUTE=compute_of(hidden_PF, experts),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         **launch_options(topk_ids.device),
@@ -425,8 +457,9 @@ def down(
     return parts
 
 
-def combine(parts_PM: Tensor, topk_ids: Tensor, num_experts: int) -> Tensor:
-    """Returns [T, M], every token's parts summed in the order of its slots."""
+def combine(parts_PM: Tensor, topk_ids: Tensor, num_experts: int, shared: int = 0) -> Tensor:
+    """Returns [T, M], every token's parts summed in the order of its slots, after which it has
+    `shared` parts of a shared expert."""
     num_tokens, top_k = topk_ids.shape
     hidden_size = parts_PM.shape[1]
     out = parts_PM.new_empty((num_tokens, hidden_size))
@@ -438,13 +471,14 @@ def combine(parts_PM: Tensor, topk_ids: Tensor, num_experts: int) -> Tensor:
         hidden_size,
         num_experts,
         TOP_K=top_k,
+        SHARED=shared,
         BLOCK_N=columns,
         **launch_options(topk_ids.device),
     )
     return out
 
 
-def _compute(x: Tensor, experts: StackedExperts) -> tl.dtype:
+def compute_of(x: Tensor, experts: StackedExperts) -> tl.dtype:
     """What the factors of a product become: themselves if alike, else float32."""
     is_same = x.dtype == experts.gate_EFM.dtype == experts.down_EMF.dtype
     return TL_DTYPES[x.dtype] if is_same else tl.float32

@@ -35,8 +35,9 @@ from octavo.kernels.triton import route as routes
 from octavo.kernels.triton.attention import attention
 from octavo.kernels.triton.attention_decode import QueryRope, decode_attention, seq_len_bound
 from octavo.kernels.triton.linear import product
-from octavo.kernels.triton.matvec import SharedParts, matvec, moe_of_pairs
-from octavo.kernels.triton.moe import StackedExperts, run_moe
+from octavo.kernels.triton.matvec import matvec, moe_of_pairs
+from octavo.kernels.triton.moe import SharedParts, StackedExperts, run_moe
+from octavo.kernels.triton.moe_few import SHARED_TOKENS, is_few, moe_of_few
 from octavo.kernels.triton.norm_matvec import (
     MAX_COLUMNS,
     norm_matvec,
@@ -203,17 +204,22 @@ class TritonOps(Composed):
                 down_EMF=stacked_view(experts.down),
             )
             self._stacks[experts] = stacked
-        top_k = topk_ids.shape[1]
+        top_k, inner_size = topk_ids.shape[1], stacked.gate_EFM.shape[1]
         plan = self._plans.moe(x_TM, top_k, stacked)
-        if plan.is_direct and not self._is_deterministic:
+        is_of_pairs = plan.is_direct and not self._is_deterministic
+        most = 1 if is_of_pairs else SHARED_TOKENS if is_few(topk_ids) else 0
+        parts = None
+        if len(x_TM) <= most and not self._is_deterministic:
+            parts = shared_parts(shared, gate_T1, inner_size)
+        if is_of_pairs:
             pairs = self._plans.pairs(x_TM, top_k, stacked)
-            parts = None
-            if len(x_TM) == 1:
-                parts = shared_parts(shared, gate_T1, stacked.gate_EFM.shape[1])
             out = moe_of_pairs(x_TM, topk_weights, topk_ids, stacked, activation, pairs, parts)
-            shared = shared if parts is None else None
+        elif is_few(topk_ids):
+            out = moe_of_few(x_TM, topk_weights, topk_ids, stacked, activation, plan, parts)
         else:
             out = run_moe(x_TM, topk_weights, topk_ids, stacked, activation, plan)
+        if parts is not None:
+            return out
         return self.add_shared(out, x_TM, shared, gate_T1, activation)
 
     def rope_and_cache(
@@ -304,7 +310,7 @@ def shared_parts(
     assert up.is_contiguous()
     assert down.is_contiguous()
     count = len(gate) // inner_size
-    return SharedParts(gate_NM=gate, up_NM=up, down_MN=down, logit=gate_T1, count=count)
+    return SharedParts(gate_NM=gate, up_NM=up, down_MN=down, gate_T1=gate_T1, count=count)
 
 
 def stacked_view(weights: Sequence[Weight]) -> Tensor:

@@ -35,7 +35,7 @@ Plan = MoePlan | PairsPlan | ProductPlan | RowsPlan
 KINDS = {"moe": MoePlan, "pairs": PairsPlan, "product": ProductPlan, "rows": RowsPlan}
 Key = tuple[str | int, ...]
 """Kind, dtype, tokens and sizes. The tokens are the power of two at or above their number."""
-VERSION = 2
+VERSION = 3
 """Raise it when a kernel changes so that what was measured before is worth nothing."""
 
 

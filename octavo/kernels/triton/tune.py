@@ -22,6 +22,7 @@ from triton.errors import TritonError
 from octavo.kernels.triton.linear import product
 from octavo.kernels.triton.matvec import RowsPlan, matvec, moe_of_pairs
 from octavo.kernels.triton.moe import StackedExperts, run_moe
+from octavo.kernels.triton.moe_few import is_few, moe_of_few
 from octavo.kernels.triton.plans import Key, Plan, Plans, key_of
 from octavo.kernels.triton.tickets import make_tickets
 
@@ -142,7 +143,8 @@ class Tuner:
         is_of_pairs = plan.is_direct and not self._is_deterministic
 
         def run(experts: StackedExperts, ids: Tensor, plan: Plan) -> Tensor:
-            layer = moe_of_pairs if is_of_pairs else run_moe
+            sorted_or_not = moe_of_few if is_few(ids) else run_moe
+            layer = moe_of_pairs if is_of_pairs else sorted_or_not
             return layer(x, weights, ids, experts, "silu", plan)
 
         return Case(
