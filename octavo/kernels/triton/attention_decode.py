@@ -20,7 +20,7 @@ from torch import Tensor
 
 from octavo.kernels.ops import AttentionBatch, KVLayer, QKNorm, RopeTable
 from octavo.kernels.triton.launch import launchable, next_power_of_2
-from octavo.kernels.triton.overlap import launch_options, wait_turn
+from octavo.kernels.triton.overlap import announce, launch_options, wait_turn
 from octavo.kernels.triton.rope import kv_strides, rope_of_kv_head
 from octavo.kernels.triton.tickets import is_last, make_tickets
 
@@ -222,6 +222,7 @@ def _decode_kernel(
     """
     GROUP: tl.constexpr = H // K
     wait_turn(OVERLAP)
+    announce(OVERLAP)
     if BY_TOKEN:
         t = tl.program_id(1).to(tl.int64)
         sequence = tl.load(token_sequences + t).to(tl.int64)

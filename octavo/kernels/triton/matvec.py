@@ -21,7 +21,7 @@ from octavo.kernels.ops import Activation
 from octavo.kernels.triton.activation import activated
 from octavo.kernels.triton.launch import cdiv, launchable, next_power_of_2
 from octavo.kernels.triton.moe import SharedParts, StackedExperts
-from octavo.kernels.triton.overlap import launch_options, wait_turn
+from octavo.kernels.triton.overlap import announce, launch_options, wait_turn
 
 
 @triton.jit
@@ -105,6 +105,7 @@ def gate_up_of_pair_kernel(
     shared expert, its rows i F .. (i + 1) F.
     """
     wait_turn(OVERLAP)
+    announce(OVERLAP)
     pair = tl.program_id(1)
     is_routed = pair < num_pairs
     expert = tl.load(ids_P + pair, mask=is_routed, other=0)
@@ -168,7 +169,6 @@ def down_and_combine_kernel(
     holds TOP_K + PARTS. All slots advance together; ids outside [0, E) add nothing. The PARTS of a
     shared expert (one token; see above) follow the pairs, with weight sigmoid(shared_gate) or 1.
     """
-    wait_turn(OVERLAP)
     token = tl.program_id(1)
     slot = tl.arange(0, SLOTS)
     pair = token * TOP_K + slot
@@ -195,12 +195,16 @@ def down_and_combine_kernel(
     down_at += k[None, None, :]
     hidden_at = hidden_PF + pair.to(tl.int64)[:, None] * inner_size + k[None, :]
     total = tl.zeros([BLOCK_N, SLOTS, BLOCK_K // 8], tl.float32)
+    is_first = is_here[:, None] & (k < inner_size)[None, :]
+    w = tl.load(down_at, mask=is_first[None, :, :], other=0.0)
+    wait_turn(OVERLAP)
+    announce(OVERLAP)
     for start in range(0, inner_size, BLOCK_K):
         is_in = is_here[:, None] & (k < inner_size - start)[None, :]
-        mask = is_in[None, :, :]
-        w = tl.load(down_at + start, mask=mask, other=0.0)
         h = tl.load(hidden_at + start, mask=is_in, other=0.0)
         total += folded(w, h[None, :, :])
+        is_next = is_here[:, None] & (k < inner_size - start - BLOCK_K)[None, :]
+        w = tl.load(down_at + start + BLOCK_K, mask=is_next[None, :, :], other=0.0)
     out = tl.sum(tl.sum(total, 2) * weight[None, :], 1)
     at = out_TM + token.to(tl.int64) * hidden_size + column
     tl.store(at, out.to(out_TM.dtype.element_ty), mask=is_column)

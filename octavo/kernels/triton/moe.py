@@ -20,7 +20,7 @@ from octavo.kernels.ops import Activation
 from octavo.kernels.triton.activation import activated
 from octavo.kernels.triton.launch import cdiv, launchable, next_power_of_2
 from octavo.kernels.triton.moe_plan import Launch, MoePlan
-from octavo.kernels.triton.overlap import launch_options, wait_turn
+from octavo.kernels.triton.overlap import announce, launch_options, wait_turn
 from octavo.kernels.triton.route import SortedPairs, sort_pairs
 
 TL_DTYPES = {
@@ -311,6 +311,7 @@ def combine_kernel(
 
     Those of ids outside [0, E) add 0; the SHARED last ones have no ids."""
     wait_turn(OVERLAP)
+    announce(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_in = column < hidden_size

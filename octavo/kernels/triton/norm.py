@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.triton.launch import launchable, next_power_of_2
-from octavo.kernels.triton.overlap import launch_options, wait_turn
+from octavo.kernels.triton.overlap import announce, launch_options, wait_turn
 
 MAX_COLUMNS = 16384
 """A row must fit the registers of one program."""
@@ -41,6 +41,7 @@ def rms_norm_kernel(
     is_in = column < hidden_size
     weight = tl.load(weight_M + column, mask=is_in, other=0.0).to(tl.float32)
     wait_turn(OVERLAP)
+    announce(OVERLAP)
     y = tl.load(x_TM + token * x_stride + column, mask=is_in, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         at = residual_TM + token * residual_stride + column

@@ -16,7 +16,7 @@ from torch import Tensor
 from octavo.kernels.ops import NormInput, Routed, Router
 from octavo.kernels.triton.launch import cdiv, launchable, next_power_of_2
 from octavo.kernels.triton.matvec import RowsPlan, folded
-from octavo.kernels.triton.overlap import launch_options, wait_turn
+from octavo.kernels.triton.overlap import announce, launch_options, wait_turn
 from octavo.kernels.triton.route import ROUTE_ROWS, route_rows
 from octavo.kernels.triton.tickets import is_last
 
@@ -121,6 +121,7 @@ def norm_route_kernel(
     w = tl.load(weight_at, mask=is_in, other=0.0)
     norm = tl.load(weight_M + k, mask=is_in, other=0.0)
     wait_turn(OVERLAP)
+    announce(OVERLAP)
     x = normed_row(x_M, residual_M, sum_M, norm, hidden_size, eps, HAS_X)
     tl.store(normed_M + k, x, mask=is_in & (row == 0))
     logit = tl.sum(folded(w[None, :], x[None, :]), 1)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.triton.launch import cdiv, launchable, next_power_of_2
-from octavo.kernels.triton.overlap import launch_options, wait_turn
+from octavo.kernels.triton.overlap import announce, launch_options, wait_turn
 
 ROUTE_ROWS = 4
 """Tokens of a program; fixed, so that a row's sum has one order whatever the batch."""
@@ -111,6 +111,7 @@ def route_kernel(
 ):
     """`route_rows` for ROWS tokens."""
     wait_turn(OVERLAP)
+    announce(OVERLAP)
     route_rows(
         tl.program_id(0) * ROWS,
         *(logits_TE, weights_TK, ids_TK, counts_E, num_live, num_tokens, num_experts, row_stride),
