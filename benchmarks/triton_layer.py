@@ -107,7 +107,7 @@ class OneByOne(TritonOps):
     norm_linear, norm_route = Composed.norm_linear, Composed.norm_route
     rope_attention = Composed.rope_attention
 
-    def moe(self, x_TM, weights, ids, experts, activation, shared=None, gate_T1=None):  # type: ignore[override]
+    def moe(self, x_TM, weights, ids, experts, activation, shared=None, gate_T1=None, **more):  # type: ignore[override]
         out = super().moe(x_TM, weights, ids, experts, activation)
         return self.add_shared(out, x_TM, shared, gate_T1, activation)
 
@@ -119,12 +119,24 @@ class RopeByItself(TritonOps):
 class Sorted(TritonOps):
     """The pairs of few tokens are sorted, and their shared expert runs by itself."""
 
-    def moe(self, x_TM, weights, ids, experts, activation, shared=None, gate_T1=None):  # type: ignore[override]
+    def moe(self, x_TM, weights, ids, experts, activation, shared=None, gate_T1=None, **more):  # type: ignore[override]
         with patch.object(ops, "is_few", lambda ids: False):
-            return super().moe(x_TM, weights, ids, experts, activation, shared, gate_T1)
+            return super().moe(x_TM, weights, ids, experts, activation, shared, gate_T1, **more)
 
 
-OPS = {"sorted": Sorted, "one by one": OneByOne, "rope by itself": RopeByItself}
+class Combined(TritonOps):
+    """Experts' parts are added by a kernel of their own, not by the next norm."""
+
+    def moe(self, *arguments, in_parts=False):  # type: ignore[override]
+        return super().moe(*arguments)
+
+
+OPS = {
+    "combined": Combined,
+    "sorted": Sorted,
+    "one by one": OneByOne,
+    "rope by itself": RopeByItself,
+}
 
 
 class Step:

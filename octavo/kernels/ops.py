@@ -73,7 +73,7 @@ class NormInput:
     """Rows before their RMSNorm, so that whoever multiplies them may norm them on the way."""
 
     x_TM: Tensor | None
-    """What is added to the residual first."""
+    """What is added to the residual first: [T, M], or parts [T, S, M] of it (see `Ops.moe`)."""
     residual_TM: Tensor
     """Given away: the op that takes the rows returns residual + x, perhaps in this tensor."""
     weight_M: Tensor
@@ -197,7 +197,8 @@ class Ops(Protocol):
     def add_rms_norm(
         self, x_TM: Tensor, residual_TM: Tensor, weight_M: Tensor, eps: float
     ) -> Tensor:
-        """residual += x in place; returns rms_norm(residual)."""
+        """residual += x in place; returns rms_norm(residual). x may be parts, if this back end's
+        `moe` makes some."""
         ...
 
     def linear(
@@ -254,10 +255,15 @@ class Ops(Protocol):
         activation: Activation,
         shared: SharedExpert | None = None,
         gate_T1: Tensor | None = None,
+        *,
+        in_parts: bool = False,
     ) -> Tensor:
         """Returns [T, M]: sum over the chosen experts, in the order of topk_ids, of weight times
         the expert's gated MLP. Every expert runs once, over the tokens gathered for it. An id of
-        -1 adds nothing. Plus the shared expert's MLP, times sigmoid(gate) where there is one."""
+        -1 adds nothing. Plus the shared expert's MLP, times sigmoid(gate) where there is one.
+
+        With in_parts the result may also be parts [T, S, M], for `add_rms_norm` to add in order and
+        round as if they had been here; rows with ids of -1 then hold anything."""
         ...
 
     def add_gated(self, out_TM: Tensor, x_TM: Tensor, gate_T1: Tensor | None) -> None:

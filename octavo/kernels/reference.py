@@ -122,6 +122,8 @@ class ReferenceOps(Composed):
         activation: Activation,
         shared: SharedExpert | None = None,
         gate_T1: Tensor | None = None,
+        *,
+        in_parts: bool = False,
     ) -> Tensor:
         top_k = topk_ids.shape[1]
         chosen = topk_ids.reshape(-1)

@@ -23,10 +23,16 @@ class MoE:
     activation: Activation
 
     def run(
-        self, rows: NormInput, ops: Ops, counts_E: Tensor, num_live: Tensor | None = None
+        self,
+        rows: NormInput,
+        ops: Ops,
+        counts_E: Tensor,
+        num_live: Tensor | None = None,
+        *,
+        in_parts: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Returns [T, M] and the residual; adds the number of tokens sent to each expert to
-        counts_E. Tokens from num_live on are padding (see `Ops.route`)."""
+        """Returns [T, M], or parts (see `Ops.moe`), and the residual; adds the number of tokens
+        sent to each expert to counts_E. Tokens from num_live on are padding (see `Ops.route`)."""
         routed = ops.norm_route(rows, self.router, counts_E, num_live)
         out_TM = ops.moe(
             routed.x_TM,
@@ -36,5 +42,6 @@ class MoE:
             self.activation,
             self.shared,
             routed.gate_T1,
+            in_parts=in_parts,
         )
         return out_TM, routed.residual_TM

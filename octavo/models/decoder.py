@@ -83,7 +83,9 @@ class Decoder:
             rows = layer.mlp_norm.of(all_reduce(x_TM), residual_TM)
             if isinstance(layer.mlp, MoE):
                 counts_E = expert_counts_LE[num_moe]
-                x_TM, residual_TM = layer.mlp.run(rows, ops, counts_E, num_live)
+                x_TM, residual_TM = layer.mlp.run(
+                    rows, ops, counts_E, num_live, in_parts=self.collectives.size == 1
+                )
                 num_moe += 1
             else:
                 x_TM, residual_TM = layer.mlp.run(rows, ops)

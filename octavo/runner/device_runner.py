@@ -201,7 +201,9 @@ class DeviceRunner:
         logprobs: dict[int, TokenLogprobs] = {}
         if len(inputs.sampling_rows):
             logits_NV = self.decoder.logits(self._last_tokens(hidden_TM, inputs))
-            sampled = self._sampler.sample(logits_NV, inputs.sampling_rows, inputs.output_indices)
+            sampled = self._sampler.sample(
+                logits_NV, inputs.sampling_rows, inputs.output_indices, self._transfer.upload
+            )
             token_ids, logprobs = sampled.token_ids, sampled.logprobs
         return _Part(
             plan=plan,

@@ -12,6 +12,7 @@ Shape legend: S sampled rows, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -75,11 +76,18 @@ class DeviceSampler:
         self._num_logprobs[row] = -1
         self._params[row] = self._free_params
 
-    def sample(self, logits_SV: Tensor, rows: Int32, output_indices: Int32) -> SampledTokens:
+    def sample(
+        self,
+        logits_SV: Tensor,
+        rows: Int32,
+        output_indices: Int32,
+        upload: Callable[[Int32], Tensor] | None = None,
+    ) -> SampledTokens:
         """Returns one token per row of `logits_SV` (float32, on the device; may be changed), as
         int32 [S] on the device, and writes `last_sampled` at `rows`.
 
-        `output_indices[i]` counts the outputs the sequence in `rows[i]` has so far. A row whose
+        `output_indices[i]` counts the outputs the sequence in `rows[i]` has so far. `upload` is
+        that of the step, where there is one (`octavo.runner.transfer`). A row whose
         logits hold a NaN or nothing finite gets NO_TOKEN, and its neighbours their tokens.
         """
         check_shape(logits_SV, len(rows), self._vocab_size)
@@ -89,7 +97,11 @@ class DeviceSampler:
         # Taken before penalties change them.
         raw_NV = logits_SV[_to_device(needed, self._device)] if len(needed) else None
         batch_S2 = np.stack((rows, output_indices), axis=1).astype(np.int32)
-        token_ids = self.enqueue(logits_SV, _to_device(batch_S2, self._device), rows)
+        if upload is None:
+            there = _to_device(batch_S2, self._device)
+        else:
+            there = upload(batch_S2.reshape(-1)).view(-1, 2)
+        token_ids = self.enqueue(logits_SV, there, rows)
         logprobs: dict[int, TokenLogprobs] = {}
         if raw_NV is not None:
             raw_NV = raw_NV.cpu()  # sync: these rows need what only the host knows or computes

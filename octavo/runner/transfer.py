@@ -1,8 +1,8 @@
 """Moves a step's small arrays between host and device without stopping either.
 
-Owned by the device runner. One stream computes, one copies: inputs of the next step go up and
-results of the last one come down while the device computes. On a CPU (tests through Triton's
-interpreter) the same face copies memory.
+Owned by the device runner. One stream computes, one brings the next step's inputs, one takes
+results to the host: inputs do not wait for the results of the step before. On a CPU (tests through
+Triton's interpreter) the same face copies memory.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from octavo.step import Int32
 
-RING_SLOTS = 8
-"""Uploads under way at once: two steps of up to three each, and room."""
+RING_SLOTS = 12
+"""Uploads under way at once: two steps of up to four each, and room."""
 _SMALLEST = 1 << 14
 
 
@@ -92,12 +92,13 @@ class _UnderWay:
 
 
 class CUDATransfer:
-    """Transfer over pinned memory and two streams."""
+    """Transfer over pinned memory and three streams."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._compute = torch.cuda.Stream(device)
-        self._copies = torch.cuda.Stream(device)
+        self._uploads = torch.cuda.Stream(device)
+        self._downloads = torch.cuda.Stream(device)
         self._slots = [self._make_slot(_SMALLEST) for _ in range(RING_SLOTS)]
         self._next = 0
         self._used: list[_Slot] = []
@@ -131,10 +132,10 @@ class CUDATransfer:
         self._next = (self._next + 1) % RING_SLOTS
         slot.pinned.numpy()[: len(packed)] = packed
         there = slot.device[: len(packed)]
-        self._copies.wait_event(slot.read)
-        with torch.cuda.stream(self._copies):
+        self._uploads.wait_event(slot.read)
+        with torch.cuda.stream(self._uploads):
             there.copy_(slot.pinned[: len(packed)], non_blocking=True)
-            slot.uploaded.record(self._copies)
+            slot.uploaded.record(self._uploads)
         self._compute.wait_event(slot.uploaded)
         self._used.append(slot)
         return there
@@ -142,13 +143,13 @@ class CUDATransfer:
     def download(self, tensors: Sequence[Tensor]) -> Download:
         computed = torch.cuda.Event()
         computed.record(self._compute)
-        self._copies.wait_event(computed)
+        self._downloads.wait_event(computed)
         hosts = [torch.empty_like(t, device="cpu", pin_memory=True) for t in tensors]
-        with torch.cuda.stream(self._copies):
+        with torch.cuda.stream(self._downloads):
             for host, tensor in zip(hosts, tensors, strict=True):
                 host.copy_(tensor, non_blocking=True)
             arrived = torch.cuda.Event()
-            arrived.record(self._copies)
+            arrived.record(self._downloads)
         return _UnderWay(hosts, list(tensors), arrived)
 
 

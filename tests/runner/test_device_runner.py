@@ -127,7 +127,9 @@ class GreedySampler:
     def free_row(self, row: int) -> None:
         self.started.pop(row, None)
 
-    def sample(self, logits_SV: Tensor, rows: Int32, output_indices: Int32) -> SampledTokens:
+    def sample(
+        self, logits_SV: Tensor, rows: Int32, output_indices: Int32, upload: object
+    ) -> SampledTokens:
         for row, index in zip(rows.tolist(), output_indices.tolist(), strict=True):
             start = self.started[row]
             assert index >= len(start.token_ids) - start.prompt_len

@@ -25,7 +25,7 @@ def test_uploads_and_downloads_under_way_do_not_mix() -> None:
     transfer = make_transfer(DEVICE)
     downloads = []
     rng = np.random.default_rng(0)
-    sent = [rng.integers(0, 1000, 5 + 3001 * (i % 13)).astype(np.int32) for i in range(40)]
+    sent = [rng.integers(0, 1000, 5 + 3001 * (i % 13)).astype(np.int32) for i in range(60)]
     assert len(sent) > 4 * RING_SLOTS
     for array in sent:
         with transfer.step():

@@ -370,6 +370,8 @@ class NativeOps(Composed):
         activation: Activation,
         shared: SharedExpert | None = None,
         gate_T1: Tensor | None = None,
+        *,
+        in_parts: bool = False,
     ) -> Tensor:
         x, weights = _floats(x_TM), _floats(topk_weights)
         ids = topk_ids.to(torch.int32).contiguous()

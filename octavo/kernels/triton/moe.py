@@ -354,8 +354,11 @@ def run_moe(
     experts: StackedExperts,
     activation: Activation,
     plan: MoePlan,
+    *,
+    in_parts: bool = False,
 ) -> Tensor:
-    """Returns [T, M]: the weighted sum of the chosen experts' gated MLPs, in the order of slots."""
+    """Returns [T, M]: the weighted sum of the chosen experts' gated MLPs, in the order of slots; or
+    what is to be added, [T, K, M], where rows of experts that are not here hold anything."""
     assert x_TM.is_contiguous()
     assert topk_ids.is_contiguous()
     assert topk_weights.is_contiguous()
@@ -367,6 +370,8 @@ def run_moe(
     pairs = sort_pairs(topk_ids, num_experts, plan.block_p)
     hidden = gate_up(x_TM, topk_ids, pairs, experts, activation, plan)
     parts = down(hidden, topk_weights, topk_ids, pairs, experts, plan)
+    if in_parts:
+        return parts.view(*topk_ids.shape, -1)
     return combine(parts, topk_ids, num_experts)
 
 

@@ -202,17 +202,22 @@ def moe_of_few(
     activation: Activation,
     plan: MoePlan,
     shared: SharedParts | None = None,
+    *,
+    in_parts: bool = False,
 ) -> Tensor:
     """Returns what `moe.run_moe` does, bit by bit; plus the shared expert (SHARED_TOKENS)."""
     assert x_TM.is_contiguous()
     assert topk_ids.is_contiguous()
     assert topk_weights.is_contiguous()
     assert is_few(topk_ids), topk_ids.shape
-    if not len(x_TM):
+    num_tokens, hidden_size = x_TM.shape
+    if not num_tokens:
         return torch.empty_like(x_TM)
     assert shared is None or len(x_TM) <= SHARED_TOKENS, len(x_TM)
     hidden = gate_up_of_few(x_TM, topk_ids, experts, activation, plan, shared)
     parts = down_of_few(hidden, topk_weights, topk_ids, experts, plan, shared)
+    if in_parts:
+        return parts.view(num_tokens, -1, hidden_size)
     return combine(parts, topk_ids, len(experts.gate_EFM), 0 if shared is None else shared.count)
 
 

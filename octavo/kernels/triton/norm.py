@@ -29,12 +29,14 @@ def rms_norm_kernel(
     residual_stride,
     eps,
     HAS_RESIDUAL: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """out = y / sqrt(mean(y^2) + eps) * weight; y = x, or residual = residual + x in place.
 
-    All [T, M], rows strided; float32 inside; y is the rounded residual that is stored.
+    All [T, M], rows strided; float32 inside; y is the rounded residual that is stored. PARTS > 1:
+    x [T, PARTS, M], contiguous but for rows, is added up in order and rounded first.
     """
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -42,7 +44,12 @@ def rms_norm_kernel(
     weight = tl.load(weight_M + column, mask=is_in, other=0.0).to(tl.float32)
     wait_turn(OVERLAP)
     announce(OVERLAP)
-    y = tl.load(x_TM + token * x_stride + column, mask=is_in, other=0.0).to(tl.float32)
+    x_at = x_TM + token * x_stride + column
+    y = tl.load(x_at, mask=is_in, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        y += tl.load(x_at + part * hidden_size, mask=is_in, other=0.0).to(tl.float32)
+    if PARTS > 1:
+        y = y.to(x_TM.dtype.element_ty).to(tl.float32)
     if HAS_RESIDUAL:
         at = residual_TM + token * residual_stride + column
         y += tl.load(at, mask=is_in, other=0.0).to(tl.float32)
@@ -55,13 +62,15 @@ def rms_norm_kernel(
 
 
 def rms_norm(x_TM: Tensor, residual_TM: Tensor | None, weight_M: Tensor, eps: float) -> Tensor:
-    """Returns the norm of x, or of residual += x (in place), in the dtype of x."""
-    num_tokens, hidden_size = x_TM.shape
+    """Returns the norm of x, or of residual += x (in place), in the dtype of x, which may be parts
+    [T, S, M] that are added up."""
+    num_tokens, hidden_size = len(x_TM), x_TM.shape[-1]
     assert weight_M.shape == (hidden_size,)
     assert hidden_size <= MAX_COLUMNS, (hidden_size, MAX_COLUMNS)
-    assert num_tokens == 0 or hidden_size == 1 or x_TM.stride(1) == 1
+    assert num_tokens == 0 or hidden_size == 1 or x_TM.stride(-1) == 1
+    assert x_TM.ndim == 2 or x_TM.is_contiguous()
     residual = x_TM if residual_TM is None else residual_TM
-    assert residual.shape == x_TM.shape
+    assert residual.shape == (num_tokens, hidden_size)
     assert num_tokens == 0 or hidden_size == 1 or residual.stride(1) == 1
     out = torch.empty((num_tokens, hidden_size), dtype=x_TM.dtype, device=x_TM.device)
     if num_tokens:
@@ -76,6 +85,7 @@ def rms_norm(x_TM: Tensor, residual_TM: Tensor | None, weight_M: Tensor, eps: fl
             residual.stride(0),
             eps,
             HAS_RESIDUAL=residual_TM is not None,
+            PARTS=x_TM.shape[1] if x_TM.ndim > 2 else 1,
             BLOCK=block,
             num_warps=max(1, min(16, block // 512)),
             **launch_options(x_TM.device),

@@ -195,6 +195,8 @@ class TritonOps(Composed):
         activation: Activation,
         shared: SharedExpert | None = None,
         gate_T1: Tensor | None = None,
+        *,
+        in_parts: bool = False,
     ) -> Tensor:
         stacked = self._stacks.get(experts)
         if stacked is None:
@@ -211,14 +213,17 @@ class TritonOps(Composed):
         parts = None
         if len(x_TM) <= most and not self._is_deterministic:
             parts = shared_parts(shared, gate_T1, inner_size)
+        is_whole = shared is None or parts is not None
+        in_parts = in_parts and is_whole
+        chosen = (x_TM, topk_weights, topk_ids, stacked, activation)
         if is_of_pairs:
             pairs = self._plans.pairs(x_TM, top_k, stacked)
-            out = moe_of_pairs(x_TM, topk_weights, topk_ids, stacked, activation, pairs, parts)
+            out = moe_of_pairs(*chosen, pairs, parts)
         elif is_few(topk_ids):
-            out = moe_of_few(x_TM, topk_weights, topk_ids, stacked, activation, plan, parts)
+            out = moe_of_few(*chosen, plan, parts, in_parts=in_parts)
         else:
-            out = run_moe(x_TM, topk_weights, topk_ids, stacked, activation, plan)
-        if parts is not None:
+            out = run_moe(*chosen, plan, in_parts=in_parts)
+        if is_whole:
             return out
         return self.add_shared(out, x_TM, shared, gate_T1, activation)
 
