@@ -17,10 +17,11 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton_moe import BYTES_PER_US, replay_us
 
-from octavo.kernels.triton import matvec, moe, route
+from octavo.kernels.triton import matvec, route
 from octavo.kernels.triton.linear import ProductPlan, plan_product, product
 from octavo.kernels.triton.matvec import RowsPlan
 from octavo.kernels.triton.moe import StackedExperts
+from octavo.kernels.triton.moe_few import down_of_few, gate_up_of_few
 from octavo.kernels.triton.moe_plan import Launch, plan_moe
 
 DENSE = {
@@ -162,12 +163,9 @@ def time_experts_of_one(pool: Tensor, name: str) -> None:
     ids = torch.randperm(count, dtype=torch.int32)[: sets * top_k].view(sets, 1, top_k)
     weights = torch.rand(1, top_k)
     x = torch.randn(1, hidden_size).bfloat16()
-    plan = plan_moe(1, top_k, count, inner, can_tma=False)
-    hidden = moe.gate_up(x, ids[0], None, experts, "silu", plan)
-    runs: dict[str, Run] = {
-        "tl.dot": lambda at: moe.gate_up(x, ids[at], None, experts, "silu", plan)
-    }
     planned = matvec.plan_pairs(hidden_size, inner, top_k)
+    hidden = matvec.gate_up_of_pairs(x, ids[0], experts, "silu", planned.gate_up)
+    runs: dict[str, Run] = {}
     for sizes in GATE_UP:
         each = RowsPlan(block_n=sizes[0], block_k=sizes[1], num_warps=sizes[2])
         note = "rows (planned)" if each == planned.gate_up else "rows"
@@ -177,11 +175,7 @@ def time_experts_of_one(pool: Tensor, name: str) -> None:
     exact = exact_hidden(x, ids[0], experts)
     size = 2.0 * top_k * hidden_size * inner
     compare(f"{name} gate_up 1", runs, sets, exact, 2 * size)
-    runs = {
-        "tl.dot and combine": lambda at: moe.combine(
-            moe.down(hidden, weights, ids[at], None, experts, plan), ids[at], count
-        )
-    }
+    runs = {}
     down = (planned.down.block_n, planned.down.block_k, planned.down.num_warps)
     for sizes in dict.fromkeys((*DOWN, down)):
         each = RowsPlan(block_n=sizes[0], block_k=sizes[1], num_warps=sizes[2])
@@ -204,34 +198,30 @@ def time_experts_of_many(pool: Tensor, name: str, num_tokens: int) -> None:
         weights.append(found[0])
         all_ids.append(found[1])
     plan = plan_moe(num_tokens, top_k, count, inner, can_tma=True)
-    pairs = [route.sort_pairs(ids, count, plan.block_p) for ids in all_ids]
     size = 2.0 * hidden_size * inner * sum(len(ids.unique()) for ids in all_ids) / len(all_ids)
 
     def gate_up(at: int, launch: Launch) -> Tensor:
         each = replace(plan, gate_up=launch)
-        return moe.gate_up(x, all_ids[at], pairs[at], experts, "silu", each)
+        return gate_up_of_few(x, all_ids[at], experts, "silu", each, None)
 
     hidden = gate_up(0, plan.gate_up)
 
     def down(at: int, launch: Launch) -> Tensor:
         each = replace(plan, down=launch)
-        return moe.down(hidden, weights[at], all_ids[at], pairs[at], experts, each)
+        return down_of_few(hidden, weights[at], all_ids[at], experts, each, None)
 
-    order = pairs[0].order_P.long()
-    in_pairs = torch.empty_like(hidden)
-    in_pairs[order] = hidden
-    exact = exact_hidden(x, all_ids[0], experts)[order]
+    exact = exact_hidden(x, all_ids[0], experts)
     runs: dict[str, Run] = {"as planned": lambda at: gate_up(at, plan.gate_up)}
     for sizes in MANY_GATE_UP:
         launch = replace(plan.gate_up, **of_sizes(sizes))
         runs[label("tl.dot", sizes)] = lambda at, launch=launch: gate_up(at, launch)
-    compare(f"{name} gate_up {num_tokens}", runs, len(pairs), exact, 2 * size)
-    exact = exact_parts(in_pairs, weights[0], all_ids[0], experts)
+    compare(f"{name} gate_up {num_tokens}", runs, len(all_ids), exact, 2 * size)
+    exact = exact_parts(hidden, weights[0], all_ids[0], experts)
     runs = {"as planned": lambda at: down(at, plan.down)}
     for sizes in MANY_DOWN:
         launch = replace(plan.down, **of_sizes(sizes))
         runs[label("tl.dot", sizes)] = lambda at, launch=launch: down(at, launch)
-    compare(f"{name} down {num_tokens}", runs, len(pairs), exact, size)
+    compare(f"{name} down {num_tokens}", runs, len(all_ids), exact, size)
 
 
 def time_sort(num_tokens: int, count: int, top_k: int) -> None:

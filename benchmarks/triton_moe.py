@@ -14,7 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from octavo.kernels.triton.matvec import moe_of_pairs, plan_pairs
 from octavo.kernels.triton.moe import StackedExperts, combine, run_moe
+from octavo.kernels.triton.moe_few import is_few, moe_of_few
 from octavo.kernels.triton.moe_plan import plan_moe
 from octavo.kernels.triton.route import route, sort_pairs
 
@@ -73,14 +75,19 @@ def time_layer(shape: str, num_tokens: int, experts: StackedExperts) -> str:
     flops = num_tokens * top_k * 6 * hidden * inner
     floor = max(distinct * 6 * hidden * inner / BYTES_PER_US, flops / FLOPS_PER_US)
     plan = plan_moe(num_tokens, top_k, count, inner, can_tma=True)
-    found = replay_us([lambda c=c: run_moe(*c, experts, "silu", plan) for c in cases])
+    run = moe_of_few if is_few(cases[0][2]) else run_moe
+    if plan.is_direct:
+        run, plan = moe_of_pairs, plan_pairs(hidden, inner, top_k)
+    found = replay_us([lambda c=c: run(*c, experts, "silu", plan) for c in cases])
     parts = torch.randn(num_tokens * top_k, hidden, device="cuda").bfloat16()
-    sort = replay_us([lambda c=c: sort_pairs(c[2], count, plan.block_p) for c in cases] * 4)
+    sort = 0.0
+    if run is run_moe:
+        sort = replay_us([lambda c=c: sort_pairs(c[2], count, plan.block_p) for c in cases] * 4)
     merge = replay_us([lambda c=c: combine(parts, c[2], count) for c in cases] * 4)
     return (
-        f"{shape:8} {num_tokens:5} {'direct' if plan.is_direct else plan.block_p:>6} "
+        f"{shape:8} {num_tokens:5} {run.__name__:>13} "
         f"{floor:9.1f} {found:9.1f} {found / floor:6.3f} {flops / found / 1e6:7.0f} "
-        f"{0.0 if plan.is_direct else sort:6.1f} {merge:6.1f}"
+        f"{sort:6.1f} {merge:6.1f}"
     )
 
 
@@ -91,7 +98,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, bf16")
-    print("shape   tokens  block  floor us  found us  ratio  TFLOP/s  sort  combine")
+    print("shape   tokens           with  floor us  found us  ratio  TFLOP/s  sort  combine")
     for shape in arguments.shapes.split(","):
         experts = make_experts(shape)
         for num_tokens in map(int, arguments.tokens.split(",")):

@@ -164,6 +164,24 @@ def test_every_plan_of_a_moe_layer_is_right(rng: np.random.Generator, plan: MoeP
         assert torch.equal(found, moe_of_few(x, weights, ids, stacked, "silu", plan))
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+def test_parts_that_the_next_norm_adds_give_the_bits_of_the_sum(
+    rng: np.random.Generator, dtype: torch.dtype
+) -> None:
+    experts, ops = make_experts(rng, 4, 72, 40, dtype), make_ops()
+    for tokens in (1, 2, 40, 80):
+        x, residual = (floats(rng, tokens, 72).to(DEVICE, dtype) for _ in range(2))
+        weights, ids = routed(rng, tokens, 4, 2)
+        norm = floats(rng, 72).to(DEVICE, dtype)
+        both = []
+        for in_parts in (False, True):
+            out = ops.moe(x, weights, ids, experts, "silu", in_parts=in_parts)
+            assert out.shape == ((tokens, 2, 72) if in_parts else (tokens, 72))
+            added = residual.clone()
+            both.append(torch.stack((ops.add_rms_norm(out, added, norm, 1e-6), added)))
+        assert torch.equal(*both)
+
+
 def test_experts_that_live_elsewhere_add_nothing(rng: np.random.Generator) -> None:
     experts = make_experts(rng, 3, 64, 32, torch.float32)
     for tokens in (1, 30):

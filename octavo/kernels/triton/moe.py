@@ -272,18 +272,8 @@ def down_kernel(
         half_weight = tl.load(weights_P + half_pair, mask=is_half, other=0.0)
         down_rows(
             *(half_PF, down_EMF, parts_PM, hidden_size, inner_size, inner_size, expert, column),
-            *(
-                first,
-                half_place,
-                half_pair,
-                half_weight,
-                is_half,
-                BLOCK_N,
-                BLOCK_K,
-                TMA,
-                EVEN_K,
-                COMPUTE,
-            ),
+            *(first, half_place, half_pair, half_weight, is_half),
+            *(BLOCK_N, BLOCK_K, TMA, EVEN_K, COMPUTE),
         )
     else:
         place, is_row, pair = pairs_at(order_P, first, end, BLOCK_P)
