@@ -269,8 +269,7 @@ def _decode_kernel(
     else:
         q_tile = tl.load(q + heads[:, None] * D + offs_d[None, :], mask=row_mask, other=0.0)
     table_row = block_table + sequence * stride_table
-    key += kv_head * D
-    value += kv_head * D
+    key, value = key + kv_head * D, value + kv_head * D
     start = tl.maximum(origin + begin * size, low // BLOCK_N * BLOCK_N)
     end = tl.minimum(origin + stop * size, length)
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
