@@ -2,7 +2,8 @@
 
 `python -m tests.runner.binaries SHAPE` prints a line "PHASE KERNEL" for every binary in the order
 in which it is first wanted. Kernels are specialised for a Hopper by Triton's own front end, but
-neither built nor run: a GPU is not needed, nor time.
+neither built nor run: a GPU is not needed, nor time. With `--build` those of the warm-up are
+compiled for a Hopper, which needs no GPU either.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,6 +47,7 @@ from octavo.weights.placement import DevicePlacement  # noqa: E402
 SMALLER = {"num_hidden_layers": 2, "vocab_size": 9000}
 MAX_SEQS, MAX_TOKENS, MAX_LEN, NUM_BLOCKS = 256, 4096, 8192, 8192
 CPU = torch.device("cpu")
+HOPPER = GPUTarget("cuda", 90, 32)
 
 
 class Log:
@@ -52,8 +55,14 @@ class Log:
 
     phase = "warm-up"
 
-    def build(self, function: Any, key: Any, signature: Any, device: int, *rest: Any) -> Any:
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+
+    def build(
+        self, function: Any, key: Any, signature: Any, device: int, *rest: Any, **more: Any
+    ) -> Any:
         print(self.phase, function.__name__)
+        self.asked.append((function, signature, *rest[:3]))
         nothing = SimpleNamespace(
             run=lambda *arguments: None,
             launch_metadata=lambda *arguments: None,
@@ -64,12 +73,20 @@ class Log:
         return nothing
 
 
+def compile_for_hopper(
+    function: Any, signature: Any, constants: Any, options: Any, attributes: Any
+) -> None:
+    """Raises what Triton or ptxas says, or AssertionError: more shared memory than there is."""
+    source = function.ASTSource(function, signature, constants, attributes)
+    built = function.compile(source, target=HOPPER, options=options.__dict__)
+    assert built.metadata.shared <= 227 << 10, (function.__name__, built.metadata.shared)
+
+
 def pretend(log: Log) -> None:
     """Puts a Hopper where Triton looks for a GPU; what computes on the host is left out."""
-    target = GPUTarget("cuda", 90, 32)
     driver.set_active(
         SimpleNamespace(
-            get_current_target=lambda: target,
+            get_current_target=lambda: HOPPER,
             get_current_device=lambda: 0,
             get_current_stream=lambda device: 0,
         )
@@ -220,16 +237,20 @@ def walk(engine: Engine, log: Log) -> None:
     run("greedy", [Request(9, 3, SamplingParams(temperature=0.0))])
 
 
-def main(shape: str) -> None:
+def main(shape: str, *, is_built: bool) -> None:
     log = Log()
     pretend(log)
     runner = make_runner(shape)
     config = EngineConfig(model="none", max_num_seqs=MAX_SEQS).resolve()
     plan: Any = SimpleNamespace(max_num_batched_tokens=MAX_TOKENS, max_model_len=MAX_LEN)
     build.warm_up(runner, config, plan, 2)
-    walk(Engine(runner), log)
+    if is_built:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda asked: compile_for_hopper(*asked), log.asked))
+    else:
+        walk(Engine(runner), log)
 
 
 assert not triton.knobs.runtime.interpret
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], is_built="--build" in sys.argv)
