@@ -250,7 +250,7 @@ def gate_up_of_few(
         num_tokens,
         TOP_K=top_k,
         SHARED=count,
-        SHARED_ROWS=_shared_rows(num_tokens),
+        SHARED_ROWS=_shared_rows(num_tokens, count),
         ROWS=plan.block_p,
         BLOCK_N=launch.block_n,
         BLOCK_K=launch.block_k,
@@ -295,7 +295,7 @@ def down_of_few(
         num_tokens,
         TOP_K=top_k,
         SHARED=count,
-        SHARED_ROWS=_shared_rows(num_tokens),
+        SHARED_ROWS=_shared_rows(num_tokens, count),
         HAS_GATE=gate_T1 is not None,
         ROWS=plan.block_p,
         BLOCK_N=launch.block_n,
@@ -310,5 +310,7 @@ def down_of_few(
     return parts
 
 
-def _shared_rows(num_tokens: int) -> int:
-    return 16 if num_tokens <= 16 else SHARED_TOKENS
+def _shared_rows(num_tokens: int, count: int) -> int:
+    """Returns what holds all tokens; without parts of a shared expert one value, since nobody reads
+    it and every value is a binary."""
+    return SHARED_TOKENS if count and num_tokens > 16 else 16
