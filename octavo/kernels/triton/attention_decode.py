@@ -75,7 +75,8 @@ def _splits_of(low, length, FIXED: tl.constexpr, BLOCK_N: tl.constexpr):
     if not FIXED:
         origin = low // BLOCK_N * BLOCK_N
         even = tl.cdiv(length - origin, tl.num_programs(2))
-        # Where rows fill the device alone, a short one is not worth a merge.
+        # Where rows fill the device alone, a short one is not worth a merge (32 of 96: 9.4 us by
+        # four programs, 8.8 by three).
         size = tl.maximum(size, tl.where(tl.num_programs(2) < 8, 256, BLOCK_N))
         size = tl.maximum(size, tl.cdiv(even, BLOCK_N) * BLOCK_N)
     return origin, size, tl.cdiv(length - origin, size)

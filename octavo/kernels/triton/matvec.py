@@ -343,7 +343,10 @@ def down_and_combine(
     plan: RowsPlan,
     shared: SharedParts | None = None,
 ) -> Tensor:
-    """Returns [T, M], the weighted sum over each token's experts; no parts are stored."""
+    """Returns [T, M], the weighted sum over each token's experts; no parts are stored.
+
+    The launch before may still be writing hidden, but what it was given must be there: ids, weights
+    and the logit of the shared expert's gate are read before its end (`overlap.py`)."""
     num_experts, hidden_size, inner_size = experts.down_EMF.shape
     num_tokens, top_k = topk_ids.shape
     parts = 0 if shared is None else shared.count

@@ -157,17 +157,8 @@ def gate_up_kernel(
         half_place, is_half, half_pair = pairs_at(order_P, first, end, BLOCK_P // 2)
         gate_up_rows(
             *(x_TM, gate_EFM, up_EFM, hidden_PF, hidden_size, inner_size, expert, column),
-            *(
-                half_pair // top_k,
-                half_place,
-                is_half,
-                BLOCK_N,
-                BLOCK_K,
-                TMA,
-                EVEN_K,
-                ACTIVATION,
-                COMPUTE,
-            ),
+            *(half_pair // top_k, half_place, is_half),
+            *(BLOCK_N, BLOCK_K, TMA, EVEN_K, ACTIVATION, COMPUTE),
         )
     else:
         place, is_row, pair = pairs_at(order_P, first, end, BLOCK_P)

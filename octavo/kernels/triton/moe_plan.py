@@ -25,6 +25,7 @@ class MoePlan:
     """How one MoE layer runs: pure arithmetic on its shape."""
 
     is_direct: bool
+    """Pairs go one by one (`matvec.moe_of_pairs`), where no batch invariance is promised."""
     block_p: int
     gate_up: Launch
     down: Launch
@@ -43,7 +44,7 @@ def plan_moe(
     """Returns the launch shapes: measured on an H100 (benchmarks/triton_moe.py).
 
     Reading experts is what costs below some 64 tokens an expert, so blocks are low there; a pair
-    goes its own way while two tokens seldom share an expert. Bits do not depend on the plan.
+    goes its own way while two tokens seldom share an expert. Bits depend on `is_direct` alone.
     """
     mean = num_tokens * top_k / num_experts
     is_long = inner_size >= 4096

@@ -209,9 +209,9 @@ class TritonOps(Composed):
         top_k, inner_size = topk_ids.shape[1], stacked.gate_EFM.shape[1]
         plan = self._plans.moe(x_TM, top_k, stacked)
         is_of_pairs = plan.is_direct and not self._is_deterministic
-        most = 1 if is_of_pairs else SHARED_TOKENS if is_few(topk_ids) else 0
+        most = 1 if is_of_pairs else SHARED_TOKENS
         parts = None
-        if len(x_TM) <= most and not self._is_deterministic:
+        if len(x_TM) <= most and is_few(topk_ids) and not self._is_deterministic:
             parts = shared_parts(shared, gate_T1, inner_size)
         is_whole = shared is None or parts is not None
         in_parts = in_parts and is_whole

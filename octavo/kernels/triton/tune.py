@@ -143,8 +143,9 @@ class Tuner:
         is_of_pairs = plan.is_direct and not self._is_deterministic
 
         def run(experts: StackedExperts, ids: Tensor, plan: Plan) -> Tensor:
-            sorted_or_not = moe_of_few if is_few(ids) else run_moe
-            layer = moe_of_pairs if is_of_pairs else sorted_or_not
+            layer = moe_of_few if is_few(ids) else run_moe
+            if is_of_pairs:
+                layer = moe_of_pairs
             return layer(x, weights, ids, experts, "silu", plan)
 
         return Case(
