@@ -21,6 +21,7 @@ from octavo.engine.chat_template import ChatOptions, Message
 from octavo.engine.core import EngineCore
 from octavo.engine.front_end import FrontEnd
 from octavo.engine.load import load_core
+from octavo.engine.messages import read_messages
 from octavo.engine.tokenizer import Tokenizer
 from octavo.errors import ConfigError, OverloadedError, RequestError
 from octavo.kv_cache.planner import MemoryPlan
@@ -135,7 +136,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """As `generate`, for one conversation or several, through the model's chat template."""
         chats = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        prompts = [self.tokenizer.encode_chat(chat, options).token_ids for chat in chats]  # type: ignore[arg-type]
+        encode = self.tokenizer.encode_chat
+        prompts = [encode(read_messages(chat), options).token_ids for chat in chats]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def _params_for(

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from octavo.engine.messages import is_unicode
 from octavo.errors import RequestError
 from octavo.request import PrefixCaching, SamplingParams
 
@@ -48,15 +49,6 @@ REFUSED: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "thinking_token_budget": ("reasoning is not separated from the text", ()),
 }
 """Known elsewhere, not here: what to do instead, and the values that ask for nothing."""
-
-
-def is_unicode(text: str) -> bool:
-    """Whether `text` has no lone surrogates: JSON can spell them, tokenizers cannot take them."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _check_unicode(text: str) -> str:

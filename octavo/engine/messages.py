@@ -1,0 +1,80 @@
+"""Owns how messages of a chat are read: roles, text parts, fields that hold nothing.
+
+Called by the server and by LLM, which so take the same messages and refuse the same ones. Never
+renders them: that is the chat template's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from octavo.errors import RequestError
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""What a message may call its role, and what a template knows it as."""
+_MESSAGE_FIELDS = {"role", "content", "name"}
+_EMPTY_FIELDS = {"refusal", "annotations", "audio", "function_call", "tool_calls", "tool_call_id"}
+"""Fields that answers of the API carry; they may be sent back as long as they hold nothing."""
+
+
+def read_messages(messages: object) -> list[dict[str, str]]:
+    """Returns the messages as text. Raises RequestError naming the message and the field."""
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+        reason = f"messages must be a list of messages, got {type(messages).__name__}"
+        raise RequestError(reason, param="messages")
+    return [_as_text(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def is_unicode(text: str) -> bool:
+    """Whether `text` has no lone surrogates: JSON can spell them, tokenizers cannot take them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _as_text(message: object, where: str) -> dict[str, str]:
+    if not isinstance(message, Mapping):
+        reason = f"{where} must be a mapping with role and content, got {type(message).__name__}"
+        raise RequestError(reason, param=where)
+    for name, value in message.items():
+        if name in _EMPTY_FIELDS and value not in (None, [], ""):
+            reason = f"{where}.{name} is not supported: tools and audio are not"
+            raise RequestError(reason, param=f"{where}.{name}", code="unsupported_field")
+        if name not in _MESSAGE_FIELDS | _EMPTY_FIELDS:
+            reason = f"{where}.{name} is an unknown field; use role, content, name"
+            raise RequestError(reason, param=f"{where}.{name}", code="unknown_field")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        reason = f"{where}.role must be one of {', '.join(ROLES)}, got {role!r}"
+        raise RequestError(reason, param=f"{where}.role")
+    result = {"role": ROLES[role], "content": _content(message, f"{where}.content", role)}
+    name = message.get("name")
+    if name is not None:
+        result["name"] = _checked_text(name, f"{where}.name", "a string")
+    return result
+
+
+def _content(message: Mapping[Any, Any], where: str, role: str) -> str:
+    content = message.get("content")
+    if content is None and role == "assistant":
+        return ""
+    if not isinstance(content, list | tuple):
+        return _checked_text(content, where, "a string or a list of text parts")
+    return "".join(_part_text(part, f"{where}[{i}]") for i, part in enumerate(content))
+
+
+def _part_text(part: object, where: str) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if not isinstance(part, Mapping) or kind != "text":
+        reason = f"{where}: a content part of type {kind!r} is not supported; only 'text' is"
+        raise RequestError(reason, param=where, code="unsupported_content_part")
+    return _checked_text(part.get("text"), f"{where}.text", "a string")
+
+
+def _checked_text(value: object, where: str, wanted: str) -> str:
+    if not isinstance(value, str) or not is_unicode(value):
+        raise RequestError(f"{where} must be {wanted} of valid Unicode", param=where)
+    return value
