@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from octavo.async_llm import AsyncLLM
     from octavo.config import AttentionConfig, EngineConfig
     from octavo.errors import (
         CapacityError,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         WeightsError,
     )
-    from octavo.llm import LLM, AsyncLLM
+    from octavo.llm import LLM
     from octavo.request import CompletionOutput, RequestOutput, SamplingParams
 
 __version__ = "0.1.0"
@@ -55,7 +56,7 @@ __all__ = [
 
 _HOMES = {
     "LLM": "octavo.llm",
-    "AsyncLLM": "octavo.llm",
+    "AsyncLLM": "octavo.async_llm",
     "AttentionConfig": "octavo.config",
     "EngineConfig": "octavo.config",
     "CompletionOutput": "octavo.request",

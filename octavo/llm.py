@@ -1,4 +1,4 @@
-"""The Python faces: LLM (offline, in this process) and AsyncLLM (its core in another process).
+"""LLM: the offline Python face, with the engine's core in this process.
 
 Names and arguments follow vLLM's, so that `from octavo import LLM, SamplingParams` replaces an
 import.
@@ -15,7 +15,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from octavo.async_llm import AsyncLLM
 from octavo.config import EngineConfig
 from octavo.engine.chat_template import ChatOptions, Message
 from octavo.engine.core import EngineCore
@@ -28,8 +27,6 @@ from octavo.kv_cache.planner import MemoryPlan
 from octavo.models.spec import ModelSpec
 from octavo.observe.stats import EngineStats
 from octavo.request import Request, RequestOutput, SamplingParams
-
-__all__ = ["LLM", "AsyncLLM"]
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or {"prompt": text} or {"prompt_token_ids": ids} as in vLLM."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ MAX_FUNCTION_LINES = 80
 MAX_TRITON_FUNCTION_LINES = 150
 
 TORCH_FREE = (
+    "async_llm.py",
     "cli",
     "config.py",
     "device.py",
@@ -27,7 +29,19 @@ TORCH_FREE = (
     "observe",
     "request.py",
     "scheduler",
+    "server",
     "step.py",
+    "engine/chat_template.py",
+    "engine/client.py",
+    "engine/core.py",
+    "engine/detokenizer.py",
+    "engine/front_end.py",
+    "engine/input_processor.py",
+    "engine/ipc.py",
+    "engine/memory.py",
+    "engine/output_processor.py",
+    "engine/tokenizer.py",
+    "layers/rope_spec.py",
     "models/family.py",
     "models/hf_config.py",
     "models/llama.py",
@@ -36,6 +50,14 @@ TORCH_FREE = (
     "models/qwen.py",
     "models/registry.py",
     "models/spec.py",
+    "weights/checkpoint.py",
+    "weights/demo.py",
+    "weights/gguf_config.py",
+    "weights/gguf_file.py",
+    "weights/gguf_tokenizer.py",
+    "weights/hub.py",
+    "weights/names.py",
+    "weights/split.py",
 )
 WITH_TORCH = {"kv_cache/storage.py", "cli/bench/peer.py", "cli/bench/device_profile.py"}
 """The storage holds the tensors; benchmarks load a peer, and torch's profiler, when asked to."""
@@ -100,6 +122,35 @@ def test_importing_the_host_side_loads_no_torch():
     ]
     code = f"import sys, importlib\nfor n in {names!r}: importlib.import_module(n)\n"
     assert run_python(code + "print('torch' in sys.modules)").strip() == "False"
+
+
+def test_the_front_process_loads_no_torch():
+    for name in ("octavo.AsyncLLM", "octavo.server.app", "octavo.server.serve", "octavo.cli.plan"):
+        module, _, last = name.rpartition(".")
+        code = f"import sys\nfrom {module} import {last}\nprint('torch' in sys.modules)"
+        assert run_python(code).strip() == "False", name
+
+
+def test_octavo_plan_loads_neither_torch_nor_http(tmp_path: Path):
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code = (
+        "import sys\nfrom octavo.cli import main\n"
+        f"assert main(['plan', {str(tmp_path)!r}, '--memory', '8GiB', '--device', 'cpu']) == 0\n"
+        "heavy = 'torch transformers fastapi uvicorn jinja2 zmq'.split()\n"
+        "print([n for n in heavy if n in sys.modules])"
+    )
+    assert run_python(code).splitlines()[-1] == "[]"
 
 
 def test_help_loads_nothing_heavy():

@@ -53,7 +53,7 @@ async def _serve(
     ready: concurrent.futures.Future[Server],
 ) -> None:
     """Answers `ready` once, with a server that is about to listen or with the reason why not."""
-    from octavo.llm import AsyncLLM
+    from octavo.async_llm import AsyncLLM
     from octavo.observe.logs import configure_logging
     from octavo.server.serve import Server
 

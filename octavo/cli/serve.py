@@ -24,7 +24,7 @@ from octavo.config import EngineConfig, ServerConfig
 if TYPE_CHECKING:
     import socket
 
-    from octavo.llm import AsyncLLM
+    from octavo.async_llm import AsyncLLM
 
 HELP = "serve a model over HTTP with the OpenAI API"
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _serve(server: ServerConfig, config: EngineConfig, bound: socket.socket) -> None:
-    from octavo.llm import AsyncLLM
+    from octavo.async_llm import AsyncLLM
     from octavo.observe.logs import configure_logging
     from octavo.server.serve import serve, url_of
 

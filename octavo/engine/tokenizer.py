@@ -32,12 +32,12 @@ from octavo.errors import (
     RequestError,
     UnsupportedModelError,
 )
+from octavo.weights.checkpoint import read_json
 from octavo.weights.gguf_tokenizer import (
     byte_spelling,
     ends_template,
     tokenizer_files_from_gguf,
 )
-from octavo.weights.hub import read_json
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "eot_token")
 _SLOW_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tiktoken.model")

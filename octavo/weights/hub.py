@@ -17,11 +17,11 @@ from typing import Any, Literal
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError
 
-from octavo.errors import ModelError, ModelNotFoundError, UnsupportedModelError
+from octavo.errors import ModelNotFoundError, UnsupportedModelError
+from octavo.weights.checkpoint import read_json, weight_files
 from octavo.weights.demo import DEMO_NAMES, demo_path
 from octavo.weights.gguf_config import config_of, generation_config_of
 from octavo.weights.gguf_file import read_gguf
-from octavo.weights.safetensors_source import weight_files
 
 ModelKind = Literal["safetensors", "gguf", "config"]
 
@@ -129,19 +129,6 @@ def _from_gguf(model: str, path: Path) -> ModelFiles:
         generation_config=generation_config_of(file),
         identity=_digest((json.dumps(config, sort_keys=True), *_stamps(file.paths))),
     )
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Returns the object in a JSON file, None if there is no file. Raises ModelError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} is no valid JSON: {error}; download it again") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
 
 
 def _stamps(paths: Iterable[Path]) -> list[str]:

@@ -15,10 +15,10 @@ from typing import Any
 
 from octavo.errors import WeightsError
 from octavo.formats import WEIGHT_FORMATS
+from octavo.weights.checkpoint import weight_files
 from octavo.weights.names import ExpertNames, expert_names
 from octavo.weights.source import MappedFile, MappedSource, StoredTensor
 
-INDEX_FILE = "model.safetensors.index.json"
 _DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _MAX_HEADER_BYTES = 100_000_000
 _FUSED = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
@@ -40,28 +40,6 @@ def open_safetensors(folder: Path, model_type: str) -> MappedSource:
                     raise WeightsError(f"{one_name} is both in {first} and in {path.name}")
                 tensors[one_name] = one
     return MappedSource(tensors)
-
-
-def weight_files(folder: Path) -> tuple[Path, ...]:
-    """Returns the weight files that the index names, or all without one. Raises WeightsError."""
-    index = folder / INDEX_FILE
-    if not index.exists():
-        # Mistral's own checkpoints hold the same weights again, under other names.
-        found = [p for p in folder.glob("*.safetensors") if not p.name.startswith("consolidated")]
-        return tuple(sorted(found))
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-        names: dict[str, str] = content["weight_map"]
-        shards = sorted(set(names.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{index} is no index of weights: {error!r}") from error
-    missing = [shard for shard in shards if not (folder / shard).exists()]
-    if missing:
-        raise WeightsError(
-            f"{folder} lacks {len(missing)} of {len(shards)} weight files, first {missing[0]}; "
-            "download the model again"
-        )
-    return tuple(folder / shard for shard in shards)
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
