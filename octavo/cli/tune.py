@@ -74,8 +74,8 @@ def run(args: argparse.Namespace, measure: Measure | None = None) -> int:
     """Tunes the model's shapes, most valuable first. Without `measure`, raises ConfigError where
     there is no GPU."""
     began = time.monotonic()
-    given = {"quantization": None, **config_values(args, EngineConfig)}
     with TemporaryDirectory() as folder:
+        given = config_values(args, EngineConfig)
         values = engine_values(args.model, given, Path(folder), None)
         config = EngineConfig(**values).resolve()
         device = select_device(config.device)

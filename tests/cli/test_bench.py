@@ -18,7 +18,7 @@ from octavo.cli.bench.floors import CEILINGS, Floors, Work
 from octavo.cli.bench.prefix import measure_lookup, measure_scheduler, measure_waste
 from octavo.cli.bench.report import percentiles
 from octavo.cli.bench.serve import Served, figures_of
-from octavo.cli.bench.shapes import FULL, MODELS, QUICK, engine_values, mixed_requests
+from octavo.cli.bench.shapes import FULL, MODELS, NOT_YET, QUICK, engine_values, mixed_requests
 from octavo.cli.bench.workload import (
     Lengths,
     PromptSource,
@@ -355,3 +355,28 @@ def test_a_named_shape_is_written_as_a_model_with_random_weights(tmp_path: Path)
     assert (values["load_format"], values["max_model_len"]) == ("dummy", 2048)
     spec, _ = read_spec(json.loads((tmp_path / "config.json").read_text()))
     assert (len(spec.layers), spec.max_experts) == (2, 128)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_every_shape_that_is_offered_runs_with_one_layer_on_a_cpu(name: str, tmp_path: Path):
+    output = tmp_path / "out.jsonl"
+    engine = ["--device=cpu", "--kv-cache-memory=16MiB", "--max-model-len=128"]
+    sizes = ["--layers=1", "--quick", "--only=D1,Ha", f"--output={output}"]
+    assert main(["bench", "workloads", name, *engine, *sizes]) == 0
+    lines = {line["name"]: line["figures"] for line in lines_of(output)}
+    assert lines["D1"]["median"] > 0
+    assert lines["Ha"]["median"] > 0
+
+
+@pytest.mark.parametrize("name", NOT_YET)
+def test_a_shape_that_cannot_run_is_refused_with_its_reason(
+    name: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["bench", "workloads", name]) == 2
+    said = capsys.readouterr().err
+    assert NOT_YET[name] in said
+    assert all(offered in said for offered in MODELS)
+    with pytest.raises(SystemExit):
+        main(["bench", "workloads", "--help"])
+    assert name not in capsys.readouterr().out
