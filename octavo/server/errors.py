@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -95,7 +94,6 @@ def error_response(error: Exception) -> Response:
 def install(app: FastAPI) -> None:
     """Makes every expected error of `app` an OpenAI error object."""
     app.add_exception_handler(OctavoError, _on_error)
-    app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
 
 
@@ -112,29 +110,3 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         413: (error.detail, "body_too_large"),
     }.get(error.status_code, (error.detail, None))
     return error_response(ApiError(error.status_code, message, code=code, headers=error.headers))
-
-
-async def _on_validation_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    message, param, code = _explain(error.errors())
-    if code == "not_an_object" and "json" not in request.headers.get("content-type", ""):
-        message = "the body was not read as JSON; send Content-Type: application/json"
-    return error_response(ApiError(400, message, code=code, param=param))
-
-
-def _explain(errors: Sequence[Any]) -> tuple[str, str | None, str]:
-    """Returns message, field and code of the first field that is wrong."""
-    first = errors[0]
-    location = first["loc"]
-    if first["type"] == "json_invalid":
-        position = f"at character {location[1]}" if len(location) > 1 else ""
-        return f"the body is not valid JSON: {first['ctx']['error']} {position}", None, "bad_json"
-    if len(location) < 2:
-        return "the body must be a JSON object", None, "not_an_object"
-    field = str(location[1])
-    if first["type"] == "missing":
-        return f"{field} is missing", field, "missing_field"
-    # A field that may have several types has one error for each; the client is told all of them.
-    same = [e for e in errors if len(e["loc"]) > 1 and e["loc"][1] == location[1]]
-    wanted = dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in same)
-    return f"{field} must be {' or '.join(wanted)}", field, "invalid_value"

@@ -48,7 +48,7 @@ def error_of(response: httpx.Response, status: int = 400) -> dict[str, Any]:
         ({"stop": [1, 2]}, "stop"),
         ({"stop": [""]}, "stop"),
         ({"stop": "\ud800"}, "stop"),
-        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
         ({"allowed_token_ids": []}, "allowed_token_ids"),
         ({"bad_words": "one"}, "bad_words"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
@@ -64,7 +64,7 @@ def error_of(response: httpx.Response, status: int = 400) -> dict[str, Any]:
         ({"request_id": "a b"}, "request_id"),
         ({"cache_salt": 7}, "cache_salt"),
         ({"cache_salt": "\ud800"}, "cache_salt"),
-        ({"bad_words": ["\ud800"]}, "bad_words"),
+        ({"bad_words": ["\ud800"]}, "bad_words[0]"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
         ({"best_of": 4}, "best_of"),
@@ -88,7 +88,8 @@ def test_a_number_that_is_none_is_refused(http: httpx.Client, number: str) -> No
     body = f'{{"prompt": "Hello", "temperature": {number}}}'
     headers = {"content-type": "application/json"}
     error = error_of(http.post(TEXT, content=body, headers=headers))
-    assert error["param"] == "temperature"
+    assert error["code"] == "bad_json"
+    assert f"{number} is no JSON number" in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_a_number_that_is_none_is_refused(http: httpx.Client, number: str) -> No
         ({}, "messages"),
         ({"messages": []}, "messages"),
         ({"messages": "Hello"}, "messages"),
-        ({"messages": ["Hello"]}, "messages"),
+        ({"messages": ["Hello"]}, "messages[0]"),
         ({"messages": [{"content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "boss", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role"),
@@ -168,10 +169,20 @@ def test_a_misspelt_field_is_told_its_nearest_name(http: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"{", b"", b"[1", b"\xff\xfe{}", b'{"prompt": "a"} x', b"[" * 99999]
+    "body",
+    [
+        *(b"{", b"", b"[1", b"\xff\xfe{}", b'{"prompt": "a"} x', b"[" * 99999),
+        *(b'\xef\xbb\xbf{"prompt": "a"}', '{"prompt": "a"}'.encode("utf-16")),
+        *(b'{"prompt": "\xff"}', b'{"prompt": "a\x01b"}', b"{'prompt': 'a'}", b'{"prompt": 01}'),
+        *(b'{"prompt": "a", "prompt": "b"}', b'{"prompt": "a", "metadata": {"x": 1, "x": 1}}'),
+        b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
+        b'{"prompt": "a", "metadata": ' + b"[" * 65 + b"]" * 65 + b"}",
+        b'{"prompt": "a", "metadata": ' + b'{"a":' * 900 + b"1" + b"}" * 900 + b"}",
+    ],
 )
 def test_broken_json_is_refused(http: httpx.Client, body: bytes) -> None:
-    error_of(http.post(TEXT, content=body, headers={"content-type": "application/json"}))
+    headers = {"content-type": "application/json"}
+    assert error_of(http.post(TEXT, content=body, headers=headers))["code"] == "bad_json"
 
 
 @pytest.mark.parametrize("body", [b"[]", b"5", b"null", b'"prompt"'])
@@ -191,8 +202,19 @@ def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:
         client.models.retrieve("other")
 
 
-def test_an_unknown_model_may_have_a_name_that_is_no_unicode(http: httpx.Client) -> None:
-    error_of(_post_ascii(http, TEXT, {"prompt": "x", "model": "\ud800"}), 404)
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"model": "\ud800"}, "model"),
+        ({"prompt": ["a", "\udfff"]}, "prompt[1]"),
+        ({"metadata": {"a": [{"b": "\ud800"}]}}, "metadata.a[0].b"),
+        ({"\ud800": 1}, None),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused_wherever_it_is(
+    http: httpx.Client, fields: dict[str, Any], param: str | None
+) -> None:
+    assert error_of(_post_ascii(http, TEXT, {"prompt": "x", **fields}))["param"] == param
 
 
 def test_an_unknown_route_is_not_found(http: httpx.Client) -> None:
@@ -207,7 +229,8 @@ def test_a_wrong_method_is_not_allowed(http: httpx.Client) -> None:
 
 @pytest.mark.parametrize("tokens", [[2**31], [-1], ["a"], "abc", None])
 def test_bad_tokens_are_not_detokenised(http: httpx.Client, tokens: object) -> None:
-    assert error_of(http.post("/detokenize", json={"tokens": tokens}))["param"] == "tokens"
+    param = error_of(http.post("/detokenize", json={"tokens": tokens}))["param"]
+    assert param.removesuffix("[0]") == "tokens"
 
 
 @pytest.mark.parametrize("body", [{}, {"prompt": 5}, {"messages": 5}, {"prompt": "a", "x": 1}])

@@ -1,6 +1,6 @@
 """The body of POST /v1/chat/completions, and of all that goes through the chat template.
 
-Parsed by FastAPI for `routes.chat` and `routes.tokens`; never touches the engine.
+Parsed for `routes.chat` and `routes.tokens`; never touches the engine.
 """
 
 from __future__ import annotations
@@ -13,14 +13,10 @@ from pydantic import Field
 from octavo.engine.messages import read_messages
 from octavo.errors import RequestError
 from octavo.request import SamplingParams
-from octavo.server.protocol.sampling import (
-    IGNORED,
-    REFUSED,
-    RequestModel,
-    SamplingFields,
-)
+from octavo.server.protocol.sampling import IGNORED, REFUSED, SamplingFields
+from octavo.server.protocol.strict import Int, RequestModel
 
-Messages = Annotated[list[dict[str, Any]], Field(min_length=1)]
+Messages = Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True)]
 
 
 class TemplateFields(RequestModel):
@@ -57,7 +53,7 @@ class ChatRequest(SamplingFields, TemplateFields):
 
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Int | None = None
 
     def to_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """Returns how to sample. Raises RequestError."""

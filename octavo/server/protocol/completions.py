@@ -1,25 +1,63 @@
 """The body of POST /v1/completions.
 
-Parsed by FastAPI for `routes.completions`; never touches the engine.
+Parsed for `routes.completions`; never touches the engine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, cast
+
+from pydantic import PlainValidator
 
 from octavo.errors import RequestError
 from octavo.request import SamplingParams
-from octavo.server.protocol.sampling import SamplingFields, Text, TokenId
+from octavo.server.protocol.sampling import SamplingFields
+from octavo.server.protocol.strict import MAX_TOKEN_ID, Int, Texts, TokenIds
 
-Prompt = Text | list[Text] | list[TokenId] | list[list[TokenId]]
+
+def check_prompt(prompt: object) -> object:
+    """Returns `prompt` if it is a text, ids, or a list of one of them. Raises RequestError.
+
+    Its first element says what all must be, and ids are read at C's speed: pydantic would try all
+    four kinds on each of 100,000 ids. Whether the vocabulary has them is the engine's to say.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if not isinstance(prompt, list):
+        raise RequestError(f"prompt must be {_KINDS}", param="prompt")
+    if prompt and isinstance(prompt[0], list):
+        for index, ids in enumerate(prompt):
+            _check_ids(ids, f"prompt[{index}]")
+    elif prompt and isinstance(prompt[0], str):
+        if set(map(type, prompt)) != {str}:
+            raise RequestError("prompt holds texts and other things; send one kind", param="prompt")
+    else:
+        _check_ids(prompt, "prompt")
+    return prompt
+
+
+def _check_ids(ids: object, where: str) -> None:
+    if not isinstance(ids, list) or set(map(type, ids)) - {int}:
+        raise RequestError(f"{where} must be a list of token ids; {_KINDS}", param="prompt")
+    if ids and not 0 <= min(ids) <= max(ids) <= MAX_TOKEN_ID:
+        wrong = min(ids) if min(ids) < 0 else max(ids)
+        message = f"{where} has token id {wrong}; ids lie in 0..{MAX_TOKEN_ID}"
+        raise RequestError(message, param="prompt")
+
+
+_KINDS = "a text, a list of texts, a list of token ids or a list of such lists"
+Prompt = Annotated[
+    str | list[str] | list[int] | list[list[int]],
+    PlainValidator(check_prompt, json_schema_input_type=str | Texts | TokenIds | list[TokenIds]),
+]
 
 
 class CompletionRequest(SamplingFields):
     """OpenAI's completion request with vLLM's additions."""
 
     prompt: Prompt
-    logprobs: int | None = None
+    logprobs: Int | None = None
     add_special_tokens: bool = True
 
     @property
@@ -34,9 +72,7 @@ class CompletionRequest(SamplingFields):
             raise RequestError("prompt is empty; send at least one token", param="prompt")
         if isinstance(prompt, str):
             return [prompt]
-        if isinstance(prompt[0], int):
-            return [[token for token in prompt if isinstance(token, int)]]
-        return [one for one in prompt if not isinstance(one, int)]
+        return cast("list[str | list[int]]", [prompt] if isinstance(prompt[0], int) else prompt)
 
     def to_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """Returns how to sample. Raises RequestError."""

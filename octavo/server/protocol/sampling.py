@@ -6,16 +6,21 @@ refused by name: a misspelt option is never silently dropped.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
-from octavo.engine.messages import is_unicode
 from octavo.errors import RequestError
 from octavo.request import PrefixCaching, SamplingParams
+from octavo.server.protocol.strict import (
+    Int,
+    Refused,
+    RequestModel,
+    StrictModel,
+    Texts,
+    TokenIds,
+)
 
 IGNORED = frozenset(
     {
@@ -26,7 +31,7 @@ IGNORED = frozenset(
 )
 """OpenAI's fields that change nothing here."""
 
-REFUSED: Mapping[str, tuple[str, tuple[Any, ...]]] = {
+REFUSED: Refused = {
     "best_of": ("ask for n samples and choose", (1,)),
     "use_beam_search": ("beam search is not supported", (False,)),
     "length_penalty": ("beam search is not supported", (1, 1.0)),
@@ -51,55 +56,6 @@ REFUSED: Mapping[str, tuple[str, tuple[Any, ...]]] = {
 """Known elsewhere, not here: what to do instead, and the values that ask for nothing."""
 
 
-def _check_unicode(text: str) -> str:
-    if not is_unicode(text):
-        raise PydanticCustomError("unicode", "valid Unicode")
-    return text
-
-
-Text = Annotated[str, AfterValidator(_check_unicode)]
-TokenId = Annotated[int, Field(ge=0)]
-
-
-class StrictModel(BaseModel):
-    """Exact types; ignored fields dropped, refused and unknown ones refused by name."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, protected_namespaces=())
-
-    ignored_fields: ClassVar[frozenset[str]] = frozenset()
-    refused_fields: ClassVar[Mapping[str, tuple[str, tuple[Any, ...]]]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _sift_fields(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        kept = {}
-        for name, value in data.items():
-            if name in cls.model_fields:
-                kept[name] = value
-            elif name in cls.refused_fields:
-                reason, neutral = cls.refused_fields[name]
-                if value is not None and value not in neutral:
-                    message = f"{name} is not supported here: {reason}"
-                    raise RequestError(message, param=name, code="unsupported_field")
-            elif name not in cls.ignored_fields:
-                raise _unknown_field(name, {*cls.model_fields, *cls.ignored_fields})
-        return kept
-
-
-def _unknown_field(name: str, known: set[str]) -> RequestError:
-    near = difflib.get_close_matches(name, sorted(known), n=1)
-    hint = f"did you mean {near[0]}?" if near else "see GET /docs for the known ones"
-    return RequestError(f"{name!r} is an unknown field; {hint}", param=name, code="unknown_field")
-
-
-class RequestModel(StrictModel):
-    """Base of all request bodies."""
-
-    model: str | None = None
-
-
 class StreamOptions(StrictModel):
     """When a stream tells the usage."""
 
@@ -115,38 +71,38 @@ class SamplingFields(RequestModel):
     ignored_fields = IGNORED
     refused_fields = REFUSED
 
-    n: int | None = None
+    n: Int | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Int | None = None
     min_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    seed: int | None = None
-    stop: Text | list[Text] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    seed: Int | None = None
+    stop: str | Texts | None = None
+    stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
-    prompt_logprobs: int | None = None
+    max_tokens: Int | None = None
+    min_tokens: Int | None = None
+    prompt_logprobs: Int | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[TokenId] | None = None
-    bad_words: list[Text] | None = None
+    allowed_token_ids: TokenIds | None = None
+    bad_words: Texts | None = None
     prefix_caching: PrefixCaching | None = None
     skip_reading_prefix_cache: bool | None = None
 
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     echo: bool | None = False
-    priority: int = 0
+    priority: Int = 0
     request_id: Annotated[str, Field(pattern=r"^[!-~]{1,128}$")] | None = None
-    cache_salt: Annotated[Text, Field(max_length=1024)] = ""
+    cache_salt: Annotated[str, Field(max_length=1024)] = ""
     return_token_ids: bool | None = False
-    truncate_prompt_tokens: int | None = None
+    truncate_prompt_tokens: Int | None = None
     """Keep this many of the last prompt tokens; -1 as many as leave room for the answer."""
 
     @property

@@ -1,43 +1,39 @@
 """The bodies of POST /tokenize and POST /detokenize.
 
-Parsed by FastAPI for `routes.tokens`; never touches the engine.
+Parsed for `routes.tokens`; never touches the engine.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Discriminator, Tag
+from collections.abc import Mapping
+from typing import Any
 
 from octavo.server.protocol.chat import TemplateFields
-from octavo.server.protocol.sampling import RequestModel, Text, TokenId
+from octavo.server.protocol.strict import RequestModel, TokenIds
 
 
-class TokenizeTextRequest(RequestModel):
+class TokenizeRequest(RequestModel):
+    """What both kinds of POST /tokenize have; a body with `messages` is a chat."""
+
+    return_token_strs: bool | None = False
+
+    @classmethod
+    def variant(cls, data: Mapping[str, Any]) -> type[TokenizeRequest]:
+        return TokenizeChatRequest if "messages" in data else TokenizeTextRequest
+
+
+class TokenizeTextRequest(TokenizeRequest):
     """Plain text to token ids."""
 
-    prompt: Text
+    prompt: str
     add_special_tokens: bool = True
-    return_token_strs: bool | None = False
 
 
-class TokenizeChatRequest(TemplateFields):
+class TokenizeChatRequest(TokenizeRequest, TemplateFields):
     """Messages to the token ids that a chat completion would start from."""
-
-    return_token_strs: bool | None = False
-
-
-def _kind(body: object) -> str:
-    return "chat" if isinstance(body, dict) and "messages" in body else "text"
-
-
-TokenizeRequest = Annotated[
-    Annotated[TokenizeTextRequest, Tag("text")] | Annotated[TokenizeChatRequest, Tag("chat")],
-    Discriminator(_kind),
-]
 
 
 class DetokenizeRequest(RequestModel):
     """Token ids to text."""
 
-    tokens: list[TokenId]
+    tokens: TokenIds

@@ -15,7 +15,9 @@ from starlette.responses import Response
 
 from octavo.request import CompletionOutput, RequestOutput
 from octavo.server.answers import ChunkFrame, Cursor, chat_logprobs, prompt_logprobs_of, usage_of
+from octavo.server.body import read_body
 from octavo.server.generation import Call, encode_chat, final_outputs, new_call, run_call
+from octavo.server.openapi import body_of
 from octavo.server.protocol.chat import ChatRequest
 from octavo.server.state import ServerState, server_state
 from octavo.server.streaming import json_response, run_attached, stream_response
@@ -23,9 +25,10 @@ from octavo.server.streaming import json_response, run_attached, stream_response
 router = APIRouter(tags=["OpenAI"])
 
 
-@router.post("/v1/chat/completions", response_model=None)
-async def create_chat_completion(request: Request, body: ChatRequest) -> Response:
+@router.post("/v1/chat/completions", response_model=None, openapi_extra=body_of(ChatRequest))
+async def create_chat_completion(request: Request) -> Response:
     """Answers messages. Streams server-sent events if `stream` is true."""
+    body = await read_body(request, ChatRequest)
     state = server_state(request)
     state.check_model(body.model)
     params = body.to_params(state.engine.default_sampling_params)

@@ -22,9 +22,11 @@ from octavo.server.answers import (
     prompt_logprobs_of,
     usage_of,
 )
+from octavo.server.body import read_body
 from octavo.server.engine_client import Engine
 from octavo.server.errors import ApiError
 from octavo.server.generation import Call, encode_text, final_outputs, new_call, run_call
+from octavo.server.openapi import body_of
 from octavo.server.protocol.completions import CompletionRequest
 from octavo.server.state import ServerState, server_state
 from octavo.server.streaming import json_response, run_attached, stream_response
@@ -35,9 +37,10 @@ MAX_PROMPTS = 1024
 """Prompts in one call."""
 
 
-@router.post("/v1/completions", response_model=None)
-async def create_completion(request: Request, body: CompletionRequest) -> Response:
+@router.post("/v1/completions", response_model=None, openapi_extra=body_of(CompletionRequest))
+async def create_completion(request: Request) -> Response:
     """Continues text or token ids. Streams server-sent events if `stream` is true."""
+    body = await read_body(request, CompletionRequest)
     state = server_state(request)
     state.check_model(body.model)
     params = body.to_params(state.engine.default_sampling_params)

@@ -10,11 +10,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.errors import RequestError
+from octavo.server.body import read_body
 from octavo.server.generation import encode_chat, encode_text
+from octavo.server.openapi import body_of
 from octavo.server.protocol.tokens import (
     DetokenizeRequest,
     TokenizeChatRequest,
     TokenizeRequest,
+    TokenizeTextRequest,
 )
 from octavo.server.state import server_state
 from octavo.server.streaming import json_response
@@ -22,14 +25,16 @@ from octavo.server.streaming import json_response
 router = APIRouter(tags=["Tokens"])
 
 
-@router.post("/tokenize", response_model=None)
-async def tokenize(request: Request, body: TokenizeRequest) -> Response:
+@router.post("/tokenize", response_model=None, openapi_extra=body_of(TokenizeRequest))
+async def tokenize(request: Request) -> Response:
     """Returns the token ids of `prompt`, or of `messages` in the chat template."""
+    body = await read_body(request, TokenizeRequest)
     state = server_state(request)
     state.check_model(body.model)
     if isinstance(body, TokenizeChatRequest):
         ids = await encode_chat(state, body)
     else:
+        assert isinstance(body, TokenizeTextRequest)
         ids = await encode_text(state, body.prompt, body.add_special_tokens)
     answer = {"count": len(ids), "max_model_len": state.engine.max_model_len, "tokens": ids}
     if body.return_token_strs:
@@ -37,9 +42,10 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     return json_response(answer)
 
 
-@router.post("/detokenize", response_model=None)
-async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
+@router.post("/detokenize", response_model=None, openapi_extra=body_of(DetokenizeRequest))
+async def detokenize(request: Request) -> Response:
     """Returns the text of token ids, special tokens included."""
+    body = await read_body(request, DetokenizeRequest)
     state = server_state(request)
     state.check_model(body.model)
     limit = state.engine.vocab_size
