@@ -128,6 +128,9 @@ class ServerConfig:
         "info", "least severe log line", choices=("debug", "info", "warning", "error")
     )
     shutdown_timeout: float = option(30.0, "seconds that running requests get at shutdown")
+    debug_loop_holds: bool = option(
+        False, "debug mode: measure how long one callback holds the event loop, log and export it"
+    )
 
     def resolve(self) -> ServerConfig:
         """Returns a copy with the environment's key added. Raises ConfigError."""

@@ -21,7 +21,7 @@ ENGINE_OPTIONS = """
 
 SERVER_OPTIONS = """
 --host --port --api-key --served-model-name --max-body-bytes --allowed-origins --log-format
---log-level --shutdown-timeout
+--log-level --shutdown-timeout --debug-loop-holds
 """.split()
 
 

@@ -50,10 +50,11 @@ def run(args: argparse.Namespace) -> int:
     # The port first: a model takes long to load, only to find that nobody can reach it.
     import asyncio
 
+    from octavo.server.http_protocol import new_event_loop
     from octavo.server.serve import bind
 
-    with bind(server) as bound:
-        asyncio.run(_serve(server, engine, bound))
+    with bind(server) as bound, asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(_serve(server, engine, bound))
     return 0
 
 

@@ -10,13 +10,14 @@ import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from octavo.errors import OctavoError
 from octavo.observe.engine_families import engine_families, own_families, vllm_aliases
+from octavo.observe.loop_holds import LoopHoldMonitor
 from octavo.observe.stats import EngineStats, FinishedRequest
 from octavo.request import RequestOutput, SamplingParams
 
@@ -103,6 +104,15 @@ class Metrics:
             registry=self._registry,
             buckets=FIRST_TOKEN_BUCKETS,
         )
+
+    def watch_loop(self, monitor: LoopHoldMonitor) -> None:
+        """Exports the longest hold of the event loop from now on."""
+        gauge = Gauge(
+            "octavo:event_loop_longest_hold_seconds",
+            "CPU time of the callback that held the event loop longest",
+            registry=self._registry,
+        )
+        gauge.set_function(lambda: monitor.longest_seconds)
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
         family = Histogram(name, text, LABELS, registry=self._shared, buckets=buckets)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 import threading
@@ -20,8 +21,10 @@ import uvicorn
 
 from octavo.config import ServerConfig
 from octavo.errors import ConfigError
+from octavo.observe.loop_holds import LoopHoldMonitor
 from octavo.server.app import create_app
 from octavo.server.engine_client import Engine
+from octavo.server.http_protocol import ConnectionLimits, protocol_factory
 from octavo.server.state import Drain
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -62,14 +65,24 @@ def url_of(bound: socket.socket) -> str:
 class Server(uvicorn.Server):
     """Uvicorn with our end: readiness first, and an error instead of a cut line at the last."""
 
-    def __init__(self, engine: Engine, config: ServerConfig) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        config: ServerConfig,
+        limits: ConnectionLimits | None = None,
+    ) -> None:
         app = create_app(engine, config)
         self.drain: Drain = app.state.server.drain
         self._loop: asyncio.AbstractEventLoop | None = None
         self._shutdown_timeout = config.shutdown_timeout
+        self._monitor = LoopHoldMonitor() if config.debug_loop_holds else None
+        if self._monitor is not None:
+            app.state.server.metrics.watch_loop(self._monitor)
         super().__init__(
             uvicorn.Config(
                 app,
+                http=protocol_factory(limits or ConnectionLimits(), self._monitor),  # type: ignore[arg-type]
+                ws="none",
                 log_config=None,
                 access_log=False,
                 lifespan="off",
@@ -81,6 +94,8 @@ class Server(uvicorn.Server):
     async def run_on(self, bound: socket.socket) -> None:
         """Serves on `bound` until a signal or `stop`."""
         self._loop = asyncio.get_running_loop()
+        if self._monitor is not None:
+            self._monitor.install(self._loop)
         try:
             await self.serve(sockets=[bound])
         finally:
@@ -123,4 +138,7 @@ class Server(uvicorn.Server):
 
 async def serve(engine: Engine, config: ServerConfig, bound: socket.socket) -> None:
     """Serves `engine` on the socket from `bind` until a signal; the engine stays open."""
+    # What lives now lives as long as the process: no collection looks through it again.
+    gc.collect()
+    gc.freeze()
     await Server(engine, config).run_on(bound)
