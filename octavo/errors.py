@@ -86,3 +86,16 @@ class OutOfMemoryError(OctavoError):
 
 class EngineDeadError(OctavoError):
     """The engine process has ended; the message carries its last error."""
+
+
+_MAX_SHOWN = 200
+
+
+def shown(value: object) -> str:
+    """Returns what an error's message repeats of a refused value: its beginning, where it is
+    long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "an integer of thousands of digits"
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."

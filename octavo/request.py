@@ -6,7 +6,6 @@ afterwards belongs to the scheduler's Sequence or to the detokeniser.
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +14,24 @@ from typing import Any, Literal
 
 import msgspec
 
-from octavo.errors import RequestError
+from octavo.errors import RequestError, shown
 
 PrefixCaching = Literal["auto", "on", "off"]
 MAX_LOGPROBS = 100
 MAX_PARALLEL_SAMPLES = 64
+MAX_INT = 2**31 - 1
+"""The largest token id, count and priority: they travel and are kept in 32 bits."""
+SAMPLING_RANGES: Mapping[str, tuple[float, float]] = {
+    "temperature": (0.0, 100.0),
+    "top_p": (1e-37, 1.0),
+    "min_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (0.01, 100.0),
+    "logit_bias": (-100.0, 100.0),
+}
+"""Lowest and highest value of each real sampling number. Logits are float32, whose normal numbers
+begin at 1.2e-38 and end at 3.4e38: inside these ranges no logit of a sound model leaves them."""
 
 
 class FinishReason(StrEnum):
@@ -31,13 +43,14 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
-def _is_int(value: Any, low: float, high: float = math.inf) -> bool:
+def _is_int(value: Any, low: int, high: int = MAX_INT) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def _is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
+def _is_number(value: Any, low: float, high: float) -> bool:
+    """NaN is in no range; an integer is compared exactly, however large."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and low <= value <= high
+    return is_number and low <= value <= high
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +63,7 @@ class SamplingParams:
     n: int = 1
     """Parallel samples of one prompt; the prompt is computed once."""
     temperature: float = 1.0
-    """0 is greedy."""
+    """0 is greedy, and so is what is below 1e-5."""
     top_p: float = 1.0
     top_k: int = 0
     """0 or -1 keeps all."""
@@ -72,8 +85,8 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
-    spaces_between_special_tokens: bool = True
     logit_bias: Mapping[int, float] | None = None
+    """Added to the logits of these ids."""
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[str, ...] = ()
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
@@ -107,29 +120,24 @@ class SamplingParams:
 
     def _check(self, name: str, is_valid: bool, limit: str) -> None:
         if not is_valid:
-            raise RequestError(f"{name} must be {limit}, got {getattr(self, name)!r}", param=name)
+            message = f"{name} must be {limit}, got {shown(getattr(self, name))}"
+            raise RequestError(message, param=name)
 
     def _check_numbers(self) -> None:
         most = MAX_PARALLEL_SAMPLES
         self._check("n", _is_int(self.n, 1, most), f"an integer in 1..{most}")
-        for name, low, high in (
-            ("temperature", 0.0, 100.0),
-            ("min_p", 0.0, 1.0),
-            ("presence_penalty", -2.0, 2.0),
-            ("frequency_penalty", -2.0, 2.0),
-        ):
-            is_valid = _is_number(getattr(self, name), low, high)
-            self._check(name, is_valid, f"a number in {low:g}..{high:g}")
-        for name, high in (("top_p", 1), ("repetition_penalty", 100)):
-            value = getattr(self, name)
-            is_valid = _is_number(value, 0, high) and value > 0
-            self._check(name, is_valid, f"a number above 0 and at most {high}")
-        self._check("top_k", _is_int(self.top_k, 0), "an integer >= -1")
-        is_valid = self.seed is None or _is_int(self.seed, -(2**63), 2**63 - 1)
-        self._check("seed", is_valid, "a 64-bit integer")
+        for name, (low, high) in SAMPLING_RANGES.items():
+            if name != "logit_bias":
+                is_valid = _is_number(getattr(self, name), low, high)
+                self._check(name, is_valid, f"a number in {low:g}..{high:g}")
+        self._check("top_k", _is_int(self.top_k, 0), f"an integer in -1..{MAX_INT}")
+        low, high = -(2**63), 2**63 - 1
+        is_valid = self.seed is None or _is_int(self.seed, low, high)
+        self._check("seed", is_valid, f"null or an integer in {low}..{high}")
         most = self.max_tokens
-        self._check("max_tokens", most is None or _is_int(most, 1), "an integer of at least 1")
-        self._check("min_tokens", _is_int(self.min_tokens, 0), "an integer of at least 0")
+        is_valid = most is None or _is_int(most, 1)
+        self._check("max_tokens", is_valid, f"null or an integer in 1..{MAX_INT}")
+        self._check("min_tokens", _is_int(self.min_tokens, 0), f"an integer in 0..{MAX_INT}")
         is_valid = most is None or self.min_tokens <= most
         self._check("min_tokens", is_valid, f"at most max_tokens ({most})")
         for name in ("logprobs", "prompt_logprobs"):
@@ -147,12 +155,16 @@ class SamplingParams:
             is_valid = value is None or (
                 isinstance(value, tuple) and all(_is_int(t, 0) for t in value)
             )
-            self._check(name, is_valid, "a list of token ids")
+            self._check(name, is_valid, f"a list of token ids, integers in 0..{MAX_INT}")
         is_valid = self.allowed_token_ids != ()
         self._check("allowed_token_ids", is_valid, "null or a non-empty list")
+        low, high = SAMPLING_RANGES["logit_bias"]
         bias = self.logit_bias or {}
-        is_valid = all(_is_int(t, 0) and _is_number(b) for t, b in bias.items())
-        self._check("logit_bias", is_valid, "a map from token id to a finite number")
+        is_valid = isinstance(bias, Mapping) and all(
+            _is_int(t, 0) and _is_number(b, low, high) for t, b in bias.items()
+        )
+        limit = f"a map from token ids in 0..{MAX_INT} to numbers in {low:g}..{high:g}"
+        self._check("logit_bias", is_valid, limit)
         is_valid = self.prefix_caching in (None, "auto", "on", "off")
         self._check("prefix_caching", is_valid, "one of auto, on, off")
 
@@ -200,7 +212,10 @@ class PackedPrompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request(PackedPrompt):
-    """What enters the engine. Owns `params.n` sequences."""
+    """What enters the engine. Owns `params.n` sequences.
+
+    Raises RequestError for a priority out of range.
+    """
 
     request_id: str
     packed_prompt: bytes
@@ -212,6 +227,12 @@ class Request(PackedPrompt):
     """Lower runs first, as in vLLM; equal ones first come first served."""
     cache_salt: str = ""
     """Separates prefix caches of tenants; bound by the server to the key."""
+
+    def __post_init__(self) -> None:
+        if not _is_int(self.priority, -MAX_INT):
+            limit = f"an integer in {-MAX_INT}..{MAX_INT}"
+            message = f"priority must be {limit}, got {shown(self.priority)}"
+            raise RequestError(message, param="priority")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from octavo.engine.tokenizer import Tokenizer
-from octavo.errors import ContextLengthError, RequestError
+from octavo.errors import ContextLengthError, RequestError, shown
 from octavo.request import Request, SamplingParams, pack_ids
 
 
@@ -83,7 +83,7 @@ class InputProcessor:
         for place, token_id in enumerate(token_ids):
             if isinstance(token_id, bool) or not isinstance(token_id, int):
                 raise RequestError(
-                    f"token ids must be integers, got {token_id!r} at position {place}",
+                    f"token ids must be integers, got {shown(token_id)} at position {place}",
                     param="prompt",
                 )
             self._check_id(token_id, "prompt", f" at position {place}")
@@ -130,7 +130,7 @@ class InputProcessor:
     def _check_id(self, token_id: int, param: str, where: str = "") -> None:
         if not 0 <= token_id < self.vocab_size:
             raise RequestError(
-                f"{param} has token id {token_id}{where}, but the vocabulary has "
+                f"{param} has token id {shown(token_id)}{where}, but the vocabulary has "
                 f"{self.vocab_size} tokens: 0..{self.vocab_size - 1}",
                 param=param,
             )

@@ -6,7 +6,8 @@ or text, and never lets one row's result depend on another row of the batch.
 
 Order, as in vLLM: allowed ids, logit bias, min_tokens and bad words, penalties; then greedy takes
 the best, others go through temperature, min_p, top_k, top_p and one draw. Reported
-log-probabilities are those of the raw logits. Equal logits: the lowest token id wins.
+log-probabilities are those of the raw logits. Equal logits: the lowest token id wins. Logits are
+looked at after all that changes them: where they hold a NaN or nothing finite then, no token.
 
 Rows are worked on one by one, so that no reduction can see the neighbours. On one row NumPy's
 partition, sort and argmax are 4 to 12 times faster than torch's, torch's exp and cumsum 2 to 4
@@ -56,7 +57,7 @@ class Sampler:
 
     def start_row(self, start: RowStart) -> None:
         """Gives `start.row` to a sequence, whatever the row held; outputs known are replayed."""
-        row = _Row.from_start(start)
+        row = _Row.from_start(start, self._vocab_size)
         self._rows[start.row] = row
         self._is_plain[start.row] = row.is_plain
 
@@ -88,9 +89,10 @@ class Sampler:
             state = self._rows[rows[i]]
             assert state is not None, f"row {rows[i]} was sampled but never started"
             token = _choose(logits[i], state, int(output_indices[i]))
-            token_ids[i] = token
-            if token == NO_TOKEN:
+            if not 0 <= token < self._vocab_size:
+                token_ids[i] = NO_TOKEN
                 continue
+            token_ids[i] = token
             state.append(token)
             if state.params.logprobs is not None:
                 logprobs[int(i)] = token_logprobs(logits[i], token, state.params.logprobs)
@@ -108,8 +110,12 @@ def prompt_logprobs(
     )
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def token_logprobs(logits_V: Float32, token: int, num_logprobs: int) -> TokenLogprobs:
-    """Returns log_softmax at `token` and at the `num_logprobs` likeliest ids, with its rank."""
+    """Returns log_softmax at `token` and at the `num_logprobs` likeliest ids, with its rank.
+
+    Broken logits (a NaN, nothing finite) give NaN for some or all, and never raise.
+    """
     best = logits_V.max()
     normaliser = best + np.log(np.exp(logits_V - best).sum(dtype=np.float64))
     value = logits_V[token]
@@ -147,7 +153,6 @@ class _Row:
     allowed_ids: Ids | None
     bias_ids: Ids
     bias: Float32
-    """Clipped to -100..100, as the OpenAI API has it."""
     bad_ids: Ids
     """Bad words of one token."""
     bad_sequences: tuple[tuple[int, ...], ...]
@@ -157,7 +162,7 @@ class _Row:
     """Kept only for bad words of several tokens."""
 
     @staticmethod
-    def from_start(start: RowStart) -> _Row:
+    def from_start(start: RowStart, vocab_size: int) -> _Row:
         params = start.params
         bias = params.logit_bias or {}
         allowed = params.allowed_token_ids
@@ -171,12 +176,11 @@ class _Row:
             params=params,
             seed=start.seed,
             is_plain=params.is_greedy and not has_changes and params.logprobs is None,
-            stop_ids=_ids(start.stop_token_ids),
+            # A tokenizer may know more ids than the model: they are never drawn anyway.
+            stop_ids=_ids([token for token in start.stop_token_ids if token < vocab_size]),
             allowed_ids=None if allowed is None else _ids(allowed),
             bias_ids=_ids(tuple(bias)),
-            bias=np.clip(np.array(list(bias.values()), dtype=np.float64), -100, 100).astype(
-                np.float32
-            ),
+            bias=np.array(list(bias.values()), dtype=np.float32),
             bad_ids=_ids([word[0] for word in bad if len(word) == 1]),
             bad_sequences=tuple(word for word in bad if len(word) > 1),
             counts=counts,
@@ -238,16 +242,24 @@ class _Counts:
 
 def _choose(logits_V: Float32, state: _Row, output_index: int) -> int:
     """Returns the next token of one row, NO_TOKEN if its logits are broken."""
-    best = int(logits_V.argmax())
+    best = int(logits_V.argmax())  # which stops at a NaN
     if not np.isfinite(logits_V[best]):
         return NO_TOKEN
-    params = state.params
-    x_V = _changed(logits_V, state, output_index)
-    if params.is_greedy:
-        return int(x_V.argmax())
-    scaled_V = torch.from_numpy(x_V / np.float32(params.temperature))
-    weights_V = scaled_V.sub_(float(x_V.max() / np.float32(params.temperature))).exp_().numpy()
-    kept = _kept(weights_V, params)
+    with np.errstate(over="ignore", invalid="ignore"):
+        x_V = _changed(logits_V, state, output_index)
+        best = int(x_V.argmax())
+        if not np.isfinite(x_V[best]):
+            return NO_TOKEN
+        if state.params.is_greedy:
+            return best
+        # The difference first: a quotient of a huge logit would be infinite.
+        scaled_V = (x_V - x_V[best]) / np.float32(state.params.temperature)
+    return _draw(torch.from_numpy(scaled_V).exp_().numpy(), state, output_index)
+
+
+def _draw(weights_V: Float32, state: _Row, output_index: int) -> int:
+    """Returns an id drawn from the weights that the filters leave; the largest weight is 1."""
+    kept = _kept(weights_V, state.params)
     cumulative = _cumulative(weights_V if kept is None else weights_V[kept])
     drawn = uniform(state.seed, output_index) * cumulative[-1]
     # The first whose cumulative weight exceeds the drawn one, hence never one of weight 0.
@@ -302,8 +314,8 @@ def _top_p(weights_V: Float32, count: int, top_p: float) -> Float32:
     """Returns the fewest largest weights that hold `top_p` of the `count` largest, descending."""
     size = len(weights_V)
     total = weights_V.sum(dtype=np.float64) if count == size else None
-    guess = min(count, _TOP_P_GUESS)
-    while True:
+    # So many are nearly always enough; all that count are for certain.
+    for guess in (min(count, _TOP_P_GUESS), min(count, 16 * _TOP_P_GUESS), count):
         head = weights_V if guess == size else np.partition(weights_V, size - guess)[size - guess :]
         head = -np.sort(-head)
         cumulative = _cumulative(head)
@@ -311,7 +323,7 @@ def _top_p(weights_V: Float32, count: int, top_p: float) -> Float32:
             total = cumulative[-1]
         if total is not None and cumulative[-1] >= top_p * total:
             return head[: int(cumulative.searchsorted(top_p * total)) + 1]
-        guess = min(count, guess * 16)
+    raise AssertionError(f"weights that are not sound: {weights_V}")
 
 
 def _cumulative(weights: Float32) -> NDArray[np.float64]:

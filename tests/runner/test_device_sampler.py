@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import Tensor
 
 from octavo.errors import OctavoError
@@ -14,6 +15,7 @@ from octavo.request import SamplingParams
 from octavo.runner.sampler import Sampler, prompt_logprobs
 from octavo.step import NO_TOKEN, Int32, RowStart
 from tests.kernels.triton_interpreter import DEVICE
+from tests.runner.odd_sampling import OddRow, check_odd_rows, odd_rows
 
 from octavo.runner.device_sampler import DeviceSampler  # isort: skip
 
@@ -195,3 +197,11 @@ def test_a_wrong_vocabulary_is_an_error_with_both_shapes():
     sampler.start_row(start())
     with pytest.raises(OctavoError, match=rf"\(1, 10\).*\(1, {V}\)"):
         sampler.sample(torch.zeros(1, 10, device=DEVICE), int32(0), int32(0))
+
+
+@settings(max_examples=40, deadline=None)
+@given(odd_rows(size=40))
+def test_extreme_legal_numbers_on_odd_logits_draw_an_id_or_nothing_and_harm_no_neighbour(
+    odd: list[OddRow],
+):
+    check_odd_rows(odd, make)

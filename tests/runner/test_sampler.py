@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
 
 from octavo.errors import OctavoError
 from octavo.request import SamplingParams
@@ -14,6 +15,7 @@ from octavo.runner import sampler as sampler_module
 from octavo.runner.random import philox, uniform
 from octavo.runner.sampler import Sampler, _changed, _kept, _Row, prompt_logprobs
 from octavo.step import NO_TOKEN, RowStart
+from tests.runner.odd_sampling import OddRow, check_odd_rows, odd_rows
 
 V = 5000
 
@@ -233,7 +235,7 @@ def test_penalties_follow_their_formulas_over_prompt_and_outputs():
         wanted[token] = value / 1.7 if value > 0 else value * 1.7
         times = outputs.count(token)
         wanted[token] -= 0.3 * times + 0.5 * (times > 0)
-    state = _Row.from_start(start(prompt=prompt, outputs=outputs[:2], **params))
+    state = _Row.from_start(start(prompt=prompt, outputs=outputs[:2], **params), 50)
     for token in outputs[2:]:
         state.append(token)
     np.testing.assert_allclose(_changed(logits[0].numpy(), state, 4), wanted, rtol=1e-6)
@@ -286,8 +288,8 @@ def test_allowed_ids_and_bias_shape_what_is_drawn():
     logits = logits_of(8, size=20)
     assert drawn_ids(torch.zeros(1, 20), allowed_token_ids=[2, 9, 11]) == {2, 9, 11}
     assert drawn_ids(logits, logit_bias={7: 100.0}) == {7}
-    assert draw(logits, start(temperature=0.0, logit_bias={7: 1e300})) == 7
-    assert 7 not in drawn_ids(torch.zeros(1, 20), logit_bias={7: -1e300})
+    assert draw(logits, start(temperature=0.0, logit_bias={7: 100.0})) == 7
+    assert 7 not in drawn_ids(torch.zeros(1, 20), logit_bias={7: -100.0})
 
 
 def test_reported_logprobs_are_those_of_the_raw_logits_with_rank():
@@ -338,3 +340,40 @@ def test_a_wrong_vocabulary_is_an_error_with_both_shapes():
     sampler.start_row(start())
     with pytest.raises(OctavoError, match=r"\(1, 10\).*\(1, 12\)"):
         sampler.sample(torch.zeros(1, 10), int32(0), int32(0))
+
+
+def test_a_stop_id_that_only_the_tokenizer_knows_harms_nothing():
+    logits = torch.zeros(1, 10)
+    assert draw(logits, start(temperature=0.0, min_tokens=2, stop=(4, 12))) == 0
+
+
+@settings(max_examples=300, deadline=None)
+@given(odd_rows(size=40))
+def test_extreme_legal_numbers_on_odd_logits_draw_an_id_or_nothing_and_harm_no_neighbour(
+    odd: list[OddRow],
+):
+    check_odd_rows(odd, lambda num_rows, size: Sampler(size, num_rows))
+
+
+def test_a_huge_logit_is_drawn_at_the_lowest_temperature():
+    logits = torch.tensor([[1e38, 3e38, -3e38, 2e38]])
+    assert drawn_ids(logits, times=20, temperature=1e-5) == {1}
+
+
+def test_logits_that_penalties_blow_up_give_no_token():
+    logits = torch.tensor([[3e38, 1.0, 2.0]])
+    wanted = {0.0: NO_TOKEN, 1.0: NO_TOKEN}
+    for temperature, token in wanted.items():
+        params: dict[str, Any] = {"temperature": temperature, "repetition_penalty": 0.01}
+        assert draw(logits, start(prompt=(0,), **params)) == token
+        assert draw(logits, start(prompt=(0,), top_p=0.5, min_p=0.1, **params)) == token
+
+
+@pytest.mark.parametrize("value", [-np.inf, np.inf, np.nan, np.finfo(np.float32).max])
+def test_log_probabilities_of_odd_logits_never_raise(value: float):
+    logits = torch.full((3, 6), value)
+    logits[1, 2] = 0.0
+    logits[2, :3] = -np.inf
+    for found in prompt_logprobs(logits, int32(3, 2, 0), 4):
+        assert found.token_ids[0] in (3, 2, 0)
+        assert found.rank >= 1

@@ -84,7 +84,6 @@ def test_all_fields_reach_the_engine(start_server: Any) -> None:
         "min_tokens": 2,
         "prompt_logprobs": 1,
         "skip_special_tokens": False,
-        "spaces_between_special_tokens": False,
         "prefix_caching": "on",
     }
     converted = {

@@ -361,7 +361,7 @@ def merge_kernel(
     CHUNKS: tl.constexpr,
 ):
     """The winner over a row's chunks, of equal ones the first; -1 where the best of all logits is
-    not finite. Writes it to the row, and counts it where the row has a slot."""
+    not finite, or it is no id. Writes it to the row, and counts it where the row has a slot."""
     i = tl.program_id(0)
     row = tl.load(batch_S2 + 2 * i)
     params = params_RF + row * FIELDS
@@ -375,7 +375,7 @@ def merge_kernel(
     scale = tl.where(inv_temperature > 0, inv_temperature, 1.0)  # greedy scores are 0
     _, best = tl.max((tops - _finite(top)) * scale + scores, 0, return_indices=True)
     token = tl.sum(tl.where(chunk == best, ids, 0), 0)
-    is_broken = (top == float("inf")) | (top == -float("inf"))
+    is_broken = (top == float("inf")) | (top == -float("inf")) | (token >= vocab_size)
     tl.store(token_ids_S + i, tl.where(is_broken, -1, token))
     tl.store(last_sampled_R + row, tl.where(is_broken, 0, token))
     slot = tl.load(params + SLOT).to(tl.int64)
