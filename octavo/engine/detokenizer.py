@@ -27,6 +27,28 @@ class TextDelta(NamedTuple):
     """How many of the ids belong to the sequence: fewer than given if a stop string ended it."""
 
 
+class Pieces(Protocol):
+    """What incremental decoding needs of a tokenizer."""
+
+    @property
+    def is_byte_level(self) -> bool:
+        """Whether a token's bytes do not depend on its neighbours."""
+        ...
+
+    @property
+    def special_ids(self) -> frozenset[int]: ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Returns what one id adds to the text, as bytes: part of a character, even."""
+        ...
+
+    def is_special(self, token_id: int) -> bool: ...
+
+    def is_token(self, token_id: int) -> bool: ...
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+
+
 class TokenStream(Protocol):
     """Incremental decoding: the texts of all pushes and the flush are the text of all ids."""
 
@@ -38,7 +60,7 @@ class TokenStream(Protocol):
 class ByteStream:
     """For byte-level vocabularies, where a token is bytes and text is their UTF-8."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Pieces, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -60,7 +82,7 @@ class WindowStream:
     whole character.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Pieces, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._ids: list[int] = []
@@ -92,6 +114,12 @@ class WindowStream:
         return new
 
 
+def token_stream(tokenizer: Pieces, skip_special_tokens: bool) -> TokenStream:
+    """Returns the way of incremental decoding that fits a vocabulary."""
+    kind = ByteStream if tokenizer.is_byte_level else WindowStream
+    return kind(tokenizer, skip_special_tokens)
+
+
 # Byte tokens of one UTF-8 character; what does not end after so many is no UTF-8.
 _LONGEST_CHARACTER = 4
 
@@ -100,8 +128,7 @@ class Detokenizer:
     """Text and stop strings of one sequence."""
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
-        kind = ByteStream if tokenizer.is_byte_level else WindowStream
-        self._stream: TokenStream = kind(tokenizer, params.skip_special_tokens)
+        self._stream = token_stream(tokenizer, params.skip_special_tokens)
         self._stops = params.stop
         self._includes_stop = params.include_stop_str_in_output
         self._num_unstoppable = params.min_tokens

@@ -9,18 +9,17 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
+from octavo.engine.detokenizer import Pieces
 from octavo.observe.stats import EngineStats
 from octavo.request import RequestOutput, SamplingParams
 
 
-class ServerTokenizer(Protocol):
+class ServerTokenizer(Pieces, Protocol):
     """Text to ids and back. Safe to call from a worker thread."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Returns ids. Raises RequestError."""
         ...
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """Returns the vocabulary's spelling of each id."""

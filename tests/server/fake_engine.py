@@ -26,6 +26,9 @@ BOS = 1
 class FakeTokenizer:
     """One id a character, and BOS before texts."""
 
+    is_byte_level = True
+    special_ids = frozenset({BOS})
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         text.encode()
         return [BOS] * add_special_tokens + [ord(c) for c in text]
@@ -34,6 +37,15 @@ class FakeTokenizer:
         return "".join(
             "<s>" if i == BOS else chr(i) for i in ids if i != BOS or not skip_special_tokens
         )
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.decode([token_id], False).encode("utf-8", "replace")
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self.special_ids
+
+    def is_token(self, token_id: int) -> bool:
+        return token_id < FakeEngine.vocab_size
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         return [self.decode([i], False) for i in ids]

@@ -1,0 +1,136 @@
+"""How log-probabilities are written in answers: tokens, their bytes, their places in the text.
+
+Called by the routes of chat and completions; never decides which positions are reported.
+
+A token is told apart by its id, never by its text: one that is not whole characters is written as
+its bytes (`bytes:\\xf0\\x9f`, as OpenAI does), and of several with equal text in one position only
+the first (the token itself, else the likeliest) by its text, the others as `token_id:123`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from octavo.engine.detokenizer import token_stream
+from octavo.request import Logprob, PositionLogprobs
+from octavo.server.engine_client import ServerTokenizer
+
+LEAST_LOGPROB = -9999.0
+"""OpenAI's number for a token that is all but impossible; JSON has no infinity."""
+
+Positions = Sequence[PositionLogprobs | None]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSpelling:
+    """How one answer writes tokens."""
+
+    tokenizer: ServerTokenizer
+    as_ids: bool = False
+    """`token_id:123` for every token, as vLLM's `return_tokens_as_token_ids` wants it."""
+
+    def __call__(self, token_id: int) -> str:
+        if self.as_ids:
+            return f"token_id:{token_id}"
+        raw = self.tokenizer.token_bytes(token_id)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def chat_logprobs(
+    positions: Sequence[PositionLogprobs], num_top: int, spelling: TokenSpelling
+) -> dict[str, Any]:
+    """Returns the `logprobs` of a chat choice."""
+
+    def entry(one: Logprob) -> dict[str, Any]:
+        return {
+            "token": spelling(one.token_id),
+            "logprob": _finite(one.logprob),
+            "bytes": list(spelling.tokenizer.token_bytes(one.token_id)),
+        }
+
+    return {
+        "content": [
+            {**entry(drawn), "top_logprobs": [entry(one) for one in top[:num_top]]}
+            for drawn, *top in positions
+        ]
+    }
+
+
+class CompletionLogprobs:
+    """Writes the `logprobs` of one sequence of a completion, piece by piece.
+
+    `text_offset` counts characters of the returned text: a token that goes on with a character
+    has the place of that character, one that is not shown the place where it would stand.
+    """
+
+    def __init__(self, spelling: TokenSpelling, num_top: int, skip_special_tokens: bool) -> None:
+        self._spelling = spelling
+        self._num_top = num_top
+        self._stream = token_stream(spelling.tokenizer, skip_special_tokens)
+        self._offset = 0
+        self._echoed: list[tuple[int, PositionLogprobs | None, int]] = []
+
+    def echo(self, text: str, token_ids: Sequence[int], positions: Positions) -> None:
+        """Puts the prompt, of which `text` is returned, before what is written next."""
+        tokenizer = self._spelling.tokenizer
+        stream = token_stream(tokenizer, skip_special_tokens=True)
+        for token_id, position in zip(token_ids, positions, strict=True):
+            self._echoed.append((token_id, position, min(self._offset, len(text))))
+            new = stream.push(token_id)
+            if tokenizer.is_special(token_id):
+                # One that the client wrote is part of the text, one that was put before is not.
+                piece = tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+                new = piece if text.startswith(piece, self._offset) else ""
+            self._offset += len(new)
+        self._offset = len(text)
+
+    def write(self, positions: Sequence[PositionLogprobs]) -> dict[str, Any]:
+        """Returns the `logprobs` of the next tokens, after those of an echoed prompt."""
+        rows, self._echoed = self._echoed, []
+        for position in positions:
+            rows.append((position[0].token_id, position, self._offset))
+            self._offset += len(self._stream.push(position[0].token_id))
+        return {
+            "tokens": [self._spelling(token_id) for token_id, _, _ in rows],
+            "token_logprobs": [p and _finite(p[0].logprob) for _, p, _ in rows],
+            "top_logprobs": [p and self._tops(p) for _, p, _ in rows],
+            "text_offset": [offset for _, _, offset in rows],
+        }
+
+    def _tops(self, position: PositionLogprobs) -> dict[str, float]:
+        """Returns the chances by token: the drawn one first, then the most likely ones."""
+        found: dict[str, float] = {}
+        seen: set[int] = set()
+        for one in position[: 1 + self._num_top]:
+            if one.token_id not in seen:
+                seen.add(one.token_id)
+                name = self._spelling(one.token_id)
+                key = f"token_id:{one.token_id}" if name in found else name
+                found[key] = _finite(one.logprob)
+        return found
+
+
+def prompt_logprobs(
+    positions: Positions | None, num_top: int, tokenizer: ServerTokenizer
+) -> list[dict[str, Any] | None] | None:
+    """Returns vLLM's `prompt_logprobs`: per prompt token a map from token id, or None."""
+    if positions is None:
+        return None
+
+    def entry(one: Logprob) -> dict[str, Any]:
+        text = tokenizer.token_bytes(one.token_id).decode("utf-8", "replace")
+        return {"logprob": _finite(one.logprob), "rank": one.rank, "decoded_token": text}
+
+    return [
+        None if p is None else {str(one.token_id): entry(one) for one in p[: 1 + num_top]}
+        for p in positions
+    ]
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LEAST_LOGPROB)
