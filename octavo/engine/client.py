@@ -8,11 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import shutil
-import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import msgspec
 import zmq
@@ -20,6 +17,7 @@ import zmq.asyncio
 
 from octavo import errors
 from octavo.config import EngineConfig
+from octavo.engine.child import EngineProcess, SocketFolder, describe_end
 from octavo.engine.ipc import (
     AbortSequence,
     AddRequest,
@@ -35,6 +33,7 @@ from octavo.engine.ipc import (
     decode_from_engine,
     encode,
 )
+from octavo.engine.vitals import Vitals
 from octavo.errors import EngineDeadError, OctavoError
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.observe.stats import EngineStats
@@ -59,10 +58,12 @@ class EngineClient:
         self._calls: dict[int, asyncio.Future[EngineStats | bool]] = {}
         self._call_ids = itertools.count()
         self._error: EngineDeadError | None = None
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: EngineProcess | None = None
+        self._vitals: Vitals | None = None
         self._reader: asyncio.Task[None] | None = None
         self._ready: asyncio.Future[MemoryPlan] | None = None
-        self._folder: str | None = None
+        self._is_loaded = False
+        self._folder: SocketFolder | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
 
     async def start(
@@ -72,39 +73,44 @@ class EngineClient:
 
         Raises the OctavoError that ended it, or EngineDeadError.
         """
-        self._folder = tempfile.mkdtemp(prefix="octavo-")
-        folder = Path(self._folder)
+        try:
+            return await self._start(config, files, log_format, log_level)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _start(
+        self, config: EngineConfig, files: ModelFiles, log_format: str, log_level: str
+    ) -> MemoryPlan:
+        self._folder = folder = SocketFolder()
         self._context = context = zmq.Context()
         # Sending never waits: the queue in between is as long as it must be.
         self._outbox = context.socket(zmq.PUSH)
         self._outbox.set_hwm(0)
         self._inbox = zmq.asyncio.Context.shadow(context).socket(zmq.PULL)
         self._inbox.set_hwm(0)
-        addresses = [f"ipc://{folder / name}" for name in ("in", "out")]
-        self._outbox.bind(addresses[0])
-        self._inbox.bind(addresses[1])
+        self._outbox.bind(folder.address("in"))
+        self._inbox.bind(folder.address("out"))
+        addresses = folder.share("in", "out")
         arguments = {
             "config": config,
             "files": files,
             "log_format": log_format,
             "log_level": log_level,
         }
-        (folder / "arguments").write_bytes(msgspec.msgpack.encode(arguments, enc_hook=str))
         self._ready = asyncio.get_running_loop().create_future()
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "octavo.engine.process",
-            str(folder / "arguments"),
-            *addresses,
-            stdin=asyncio.subprocess.DEVNULL,
-        )
+        self._vitals = Vitals.create()
+        with tempfile.TemporaryFile() as file:
+            file.write(msgspec.msgpack.encode(arguments, enc_hook=str))
+            file.seek(0)
+            descriptors = (file.fileno(), *self._vitals.descriptors)
+            self._process = EngineProcess(
+                *map(str, descriptors),
+                *addresses,
+                descriptors=(*descriptors, *folder.descriptors),
+            )
         self._reader = asyncio.create_task(self._read())
-        try:
-            return await self._ready
-        except BaseException:
-            await self.close()
-            raise
+        return await self._ready
 
     async def _read(self) -> None:
         """Delivers messages until the process ends."""
@@ -119,7 +125,7 @@ class EngineClient:
                 message.cancel()
         while await self._inbox.poll(0):
             self._deliver(await self._inbox.recv())
-        self._die(EngineDeadError(f"the engine process ended with code {ended.result()}"))
+        self._die(EngineDeadError(f"the engine process {describe_end(ended.result())}"))
 
     def _deliver(self, data: bytes) -> None:
         message = decode_from_engine(data)
@@ -133,6 +139,7 @@ class EngineClient:
                 if call is not None and not call.done():
                     call.set_result(value)
             case Ready(plan):
+                self._is_loaded = True
                 if self._ready is not None and not self._ready.done():
                     self._ready.set_result(plan)
             case Died(kind, text):
@@ -205,8 +212,25 @@ class EngineClient:
     async def close(self) -> None:
         """Ends the process, by force after SHUTDOWN_SECONDS. May be called twice."""
         process, self._process = self._process, None
-        if process is None:
-            return
+        if process is not None:
+            await self._end(process)
+        if self._reader is not None:
+            await self._reader
+        if self._context is not None:
+            # By hand: the context does not know its shadow's socket, and would wait for it.
+            self._outbox.close(linger=0)
+            self._inbox.close(linger=0)
+            self._context.term()
+            self._context = None
+        if self._folder is not None:
+            self._folder.close()
+        vitals, self._vitals = self._vitals, None
+        if vitals is not None:
+            vitals.close()
+
+    async def _end(self, process: EngineProcess) -> None:
+        if not self._is_loaded:
+            process.kill()  # it has nothing to finish
         if process.returncode is None:
             with contextlib.suppress(zmq.Again):  # it is gone, or ends by itself
                 self._outbox.send(encode(Shutdown()), zmq.NOBLOCK)
@@ -215,12 +239,3 @@ class EngineClient:
             except TimeoutError:
                 process.kill()
                 await process.wait()
-        if self._reader is not None:
-            await self._reader
-        if self._context is not None:
-            # By hand: the context does not know its shadow's socket, and would wait for it.
-            self._outbox.close(linger=0)
-            self._inbox.close(linger=0)
-            self._context.term()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)

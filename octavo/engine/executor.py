@@ -13,9 +13,9 @@ It never restarts anything: a rank that fails or dies ends the engine.
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import subprocess
-import sys
 from collections.abc import Callable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -30,6 +30,7 @@ import torch
 from octavo import errors
 from octavo.config import EngineConfig
 from octavo.device import select_device
+from octavo.engine.child import start_child
 from octavo.errors import EngineDeadError, OctavoError
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.parallel import Collectives, TorchCollectives
@@ -95,8 +96,9 @@ class Executor:
         self._arrivals: SimpleQueue[None] = SimpleQueue()
         folder = Path(self._folder.name)
         started = [_start(RankArguments(config, files, rank, folder)) for rank in range(1, size)]
-        self._processes = [process for process, _ in started]
-        self._connections = [connection for _, connection in started]
+        self._processes = [process for process, *_ in started]
+        self._lifelines = [lifeline for _, lifeline, _ in started]
+        self._connections = [connection for *_, connection in started]
         self._watcher = Thread(target=self._watch, name="octavo-ranks", daemon=True)
         self._watcher.start()
 
@@ -148,8 +150,9 @@ class Executor:
                 process.wait(SHUTDOWN_SECONDS)
         self._kill()
         self._watcher.join()
-        for connection in self._connections:
+        for connection, lifeline in zip(self._connections, self._lifelines, strict=True):
             connection.close()
+            os.close(lifeline)
         if self._collectives is not None:
             self._collectives.abort()
         self._folder.cleanup()
@@ -212,15 +215,14 @@ class Executor:
             process.wait()
 
 
-def _start(arguments: RankArguments) -> tuple[subprocess.Popen[bytes], Connection]:
+def _start(arguments: RankArguments) -> tuple[subprocess.Popen[bytes], int, Connection]:
     """Not through multiprocessing, which would run the user's main module again."""
     ours, theirs = Pipe()
     with theirs:
         number = theirs.fileno()
-        command = [sys.executable, "-m", "octavo.engine.rank", str(number)]
-        process = subprocess.Popen(command, pass_fds=(number,), stdin=subprocess.DEVNULL)
+        started = start_child("octavo.engine.rank", str(number), descriptors=(number,))
     ours.send(arguments)
-    return process, ours
+    return *started, ours
 
 
 def _failure(rank: int, failure: RankFailure) -> OctavoError:

@@ -18,6 +18,7 @@ from octavo.errors import CapacityError
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.models.family import ignorable_names, weight_shapes
 from octavo.models.registry import read_spec
+from octavo.observe.progress import UNWATCHED, Progress
 from octavo.parallel import ALONE, Collectives
 from octavo.runner.build import build_runner
 from octavo.step import Runner
@@ -25,19 +26,25 @@ from octavo.weights.hub import ModelFiles
 from octavo.weights.loader import check_names, open_source
 
 
-def load_core(config: EngineConfig, files: ModelFiles) -> EngineCore:
+def load_core(
+    config: EngineConfig, files: ModelFiles, progress: Progress = UNWATCHED
+) -> EngineCore:
     """Returns an engine core that is ready to step. Raises ModelError, CapacityError."""
     if config.tensor_parallel_size == 1:
-        runner, plan = load_runner(config, files, ALONE)
+        runner, plan = load_runner(config, files, ALONE, progress)
     else:
         read_spec(files.config)[0].of_rank(config.tensor_parallel_size)  # refused before it starts
-        runner, plan = start_ranks(config, files, partial(load_runner, config, files))
+        load = partial(load_runner, config, files, progress=progress)
+        runner, plan = start_ranks(config, files, load)
     identity = f"{files.identity}|{config.dtype}|{config.seed}"
     return EngineCore(config, plan, runner, identity)
 
 
 def load_runner(
-    config: EngineConfig, files: ModelFiles, collectives: Collectives
+    config: EngineConfig,
+    files: ModelFiles,
+    collectives: Collectives,
+    progress: Progress = UNWATCHED,
 ) -> tuple[Runner, MemoryPlan]:
     """Returns one rank's runner and the plan that all ranks hold themselves to."""
     spec, family = read_spec(files.config)
@@ -62,7 +69,7 @@ def load_runner(
             raise with_others(error, device) from error
         return _agreed(plan, collectives)
 
-    return build_runner(config, spec, family, source, plan_with, collectives)
+    return build_runner(config, spec, family, source, plan_with, collectives, progress)
 
 
 def _agreed(plan: MemoryPlan, collectives: Collectives) -> MemoryPlan:

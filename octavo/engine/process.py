@@ -1,19 +1,14 @@
-"""The engine in a process of its own: `python -m octavo.engine.process CONFIG IN OUT`.
+"""The engine in a process of its own: `main` is run by `engine.parent`.
 
 Started by `engine.client`. Reads requests from one socket, steps, writes deltas to the other, so
-that HTTP never waits for a step. Ends when told to, when its parent is gone, or with a Died
-message that carries the reason.
+that HTTP never waits for a step. Ends when told to or with a Died message that carries the reason;
+`engine.parent` ends it when its parent is gone.
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
-import os
-import signal
-import sys
-from pathlib import Path
 
 import msgspec
 import zmq
@@ -35,16 +30,16 @@ from octavo.engine.ipc import (
     encode,
 )
 from octavo.engine.load import load_core
+from octavo.engine.vitals import Vitals
 from octavo.errors import OctavoError, OverloadedError
 from octavo.observe.logs import configure_logging
 from octavo.weights.hub import ModelFiles
 
 IDLE_POLL_MILLISECONDS = 1000
-_PR_SET_PDEATHSIG = 1
 
 
 class EngineArguments(msgspec.Struct, frozen=True, kw_only=True):
-    """What the parent hands over at start, as a file."""
+    """What the parent hands over at start, in a file without a name."""
 
     config: EngineConfig
     files: ModelFiles
@@ -55,15 +50,22 @@ class EngineArguments(msgspec.Struct, frozen=True, kw_only=True):
 class _Loop:
     """Alternates between the inbox and a step until it is told to stop."""
 
-    def __init__(self, core: EngineCore, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]):
+    def __init__(
+        self,
+        core: EngineCore,
+        inbox: zmq.Socket[bytes],
+        outbox: zmq.Socket[bytes],
+        vitals: Vitals,
+    ) -> None:
         self._core = core
         self._inbox = inbox
         self._outbox = outbox
+        self._vitals = vitals
         self._is_running = True
-        self._parent = os.getppid()
 
     def run(self) -> None:
-        while self._is_running and os.getppid() == self._parent:
+        while self._is_running:
+            self._vitals.beat()
             if not self._core.has_work and not self._inbox.poll(IDLE_POLL_MILLISECONDS):
                 continue
             self._read_inbox()
@@ -100,23 +102,17 @@ class _Loop:
             self._outbox.send(encode(reply))
 
 
-def _die_with_parent() -> None:
-    """Asks Linux to end this process when its parent ends, however that happens."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def main(arguments_path: str, inbox_address: str, outbox_address: str) -> int:
-    """Runs until told to stop; returns the exit code."""
-    _die_with_parent()
-    # Ctrl-C reaches the whole group; the parent decides when the engine may go.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    arguments = msgspec.msgpack.decode(
-        Path(arguments_path).read_bytes(),
-        type=EngineArguments,
-        dec_hook=lambda kind, value: kind(value),  # pathlib.Path travels as text
-    )
-    configure_logging(arguments.log_format, arguments.log_level)  # type: ignore[arg-type]
+def main(arguments: str, beats: str, stacks: str, inbox_address: str, outbox_address: str) -> int:
+    """Runs until told to stop; returns the exit code. The first three are descriptors."""
+    vitals = Vitals(int(beats), int(stacks))
+    vitals.catch_stacks()
+    with open(int(arguments), "rb") as file:
+        given = msgspec.msgpack.decode(
+            file.read(),
+            type=EngineArguments,
+            dec_hook=lambda kind, value: kind(value),  # pathlib.Path travels as text
+        )
+    configure_logging(given.log_format, given.log_level)  # type: ignore[arg-type]
     context = zmq.Context()
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     inbox.set_hwm(0)
@@ -124,12 +120,12 @@ def main(arguments_path: str, inbox_address: str, outbox_address: str) -> int:
     inbox.connect(inbox_address)
     outbox.connect(outbox_address)
     try:
-        core = load_core(arguments.config, arguments.files)
+        core = load_core(given.config, given.files, vitals)
         # What is loaded lives as long as the process: the collector need not look at it again.
         gc.collect()
         gc.freeze()
         outbox.send(encode(Ready(core.plan)))
-        _Loop(core, inbox, outbox).run()
+        _Loop(core, inbox, outbox, vitals).run()
         core.close()
     except Exception as error:  # the edge of the process
         kind = type(error).__name__ if isinstance(error, OctavoError) else ""
@@ -140,7 +136,3 @@ def main(arguments_path: str, inbox_address: str, outbox_address: str) -> int:
     finally:
         context.destroy(linger=2000)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))

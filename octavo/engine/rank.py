@@ -1,7 +1,8 @@
-"""A tensor parallel rank in a process of its own: `python -m octavo.engine.rank CONNECTION`.
+"""A tensor parallel rank in a process of its own: `main` is run by `engine.parent`.
 
 Started by `engine.executor`, whose calls it repeats: it launches the plans that it is sent and
-collects them when told to. Ends when told to, when its parent is gone, or with a RankFailure.
+collects them when told to. Ends when told to or with a RankFailure; `engine.parent` ends it when
+its parent is gone.
 """
 
 from __future__ import annotations
@@ -9,14 +10,13 @@ from __future__ import annotations
 import gc
 import os
 import pickle
-import signal
 import sys
-import time
 import traceback
 from collections import deque
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from threading import Thread
+from typing import NoReturn
 
 import torch
 
@@ -25,9 +25,6 @@ from octavo.engine.executor import ARRIVED, COLLECT, END, RankFailure
 from octavo.engine.load import load_runner
 from octavo.errors import OctavoError
 from octavo.parallel import TorchCollectives
-
-GRACE_SECONDS = 5.0
-"""What a rank gets to end by itself when its parent is gone."""
 
 
 def run(connection: Connection) -> None:
@@ -54,31 +51,23 @@ def run(connection: Connection) -> None:
 
 
 def _read(connection: Connection, inbox: SimpleQueue[bytes]) -> None:
-    """Reads at once, so that the parent never waits, and sees its end while a step runs."""
+    """Reads at once, so that the parent never waits."""
     while True:
         try:
             inbox.put(connection.recv_bytes())
         except (EOFError, OSError):
-            inbox.put(END)
-            time.sleep(GRACE_SECONDS)
-            os._exit(1)
+            return inbox.put(END)
 
 
-def main(number: str) -> int:
-    """Returns the exit code."""
-    # Ctrl-C reaches the whole group; the parent decides when a rank may go.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def main(number: str) -> NoReturn:
+    """Leaves at once at the end: what is left are destructors that wait for other ranks."""
     connection = Connection(int(number))
+    code = 0
     try:
         run(connection)
     except Exception as error:  # the edge of the process
         kind = type(error).__name__ if isinstance(error, OctavoError) else ""
         connection.send(RankFailure(kind, str(error) if kind else traceback.format_exc()))
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    code = main(sys.argv[1])
+        code = 1
     sys.stderr.flush()
-    os._exit(code)  # what is left are destructors that wait for other ranks
+    os._exit(code)

@@ -29,6 +29,7 @@ from octavo.layers.norm import RMSNorm
 from octavo.layers.rope import build_rope_table
 from octavo.models.family import Family
 from octavo.models.spec import AttentionSpec, MLPSpec, ModelSpec, MoESpec, Parameter
+from octavo.observe.progress import UNWATCHED, Progress
 from octavo.parallel import ALONE, Collectives
 from octavo.weights.placement import Placement
 from octavo.weights.split import Split
@@ -55,6 +56,7 @@ class Decoder:
     final_norm: RMSNorm
     lm_head: Weight
     collectives: Collectives = ALONE
+    progress: Progress = UNWATCHED
 
     def forward(
         self,
@@ -77,6 +79,7 @@ class Decoder:
         x_TM, residual_TM = None, ops.embedding(token_ids_T, self.embedding)
         num_moe = 0
         for index, layer in enumerate(self.layers):
+            self.progress.beat()
             batch = batches[storage.group_of(index)]
             rows = layer.attention_norm.of(x_TM, residual_TM)
             x_TM, residual_TM = layer.attention.run(rows, storage.layer(index), batch, ops)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from octavo.kv_cache.storage import KVStorage
 from octavo.models.decoder import Decoder, load_decoder
 from octavo.models.family import Family
 from octavo.models.spec import ModelSpec
+from octavo.observe.progress import UNWATCHED, Progress
 from octavo.parallel import ALONE, Collectives
 from octavo.runner.model_runner import ModelRunner
 from octavo.runner.sampler import Sampler
@@ -48,6 +50,7 @@ def build_runner(
     source: TensorSource,
     planner: Planner,
     collectives: Collectives = ALONE,
+    progress: Progress = UNWATCHED,
 ) -> tuple[Runner, MemoryPlan]:
     """Returns a rank's runner with weights loaded, and the plan that it holds itself to.
 
@@ -72,6 +75,7 @@ def build_runner(
         HostPlacement(source) if is_mapped else DevicePlacement(source, needs.device, rank, size)
     )
     decoder = load_decoder(spec, family, placement, ops, plan.max_model_len, collectives)
+    decoder = replace(decoder, progress=progress)
     if ops.name == "triton":
         runner = _device_runner(config, plan, decoder, needs)
         step_bytes = -collectives.least([-runner.step_bytes])[0]
