@@ -145,12 +145,14 @@ def _show(pieces: Generator[str, None, None], markdown: bool) -> str:
 
 
 def client_options(url: str, key: str | None) -> dict[str, Any]:
-    """Returns what httpx's clients need to speak to the server at `url`."""
+    """Returns what httpx's clients need to speak to the server at `url`, which may be the address
+    that OpenAI's clients take: with /v1 at its end."""
     import httpx
 
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     timeout = httpx.Timeout(600, connect=10)
-    return {"base_url": url.rstrip("/"), "headers": headers, "timeout": timeout}
+    base_url = url.rstrip("/").removesuffix("/v1").rstrip("/")
+    return {"base_url": base_url, "headers": headers, "timeout": timeout}
 
 
 def first_model(client: httpx.Client) -> str:

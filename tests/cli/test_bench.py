@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octavo import LLM
-from octavo.cli import main
+from octavo.cli import build_parser, main
+from octavo.cli.bench.client import Served
 from octavo.cli.bench.device_profile import Activity, profile_decode, summarize
 from octavo.cli.bench.floors import CEILINGS, Floors, Work
 from octavo.cli.bench.prefix import measure_lookup, measure_scheduler, measure_waste
-from octavo.cli.bench.report import percentiles
-from octavo.cli.bench.serve import Served, figures_of
+from octavo.cli.bench.report import Report, percentiles
+from octavo.cli.bench.serve import figures_of, loads_of
 from octavo.cli.bench.shapes import FULL, MODELS, NOT_YET, QUICK, engine_values, mixed_requests
 from octavo.cli.bench.workload import (
     Lengths,
@@ -95,8 +97,12 @@ def test_percentiles_are_values_that_occurred():
 
 
 def test_goodput_counts_the_requests_within_all_goals():
-    fast = Served(started=0.0, token_times=[0.1, 0.2], finished=0.2, num_output_tokens=2)
-    slow = Served(started=0.0, token_times=[0.9, 1.0], finished=1.0, num_output_tokens=2)
+    fast = Served(
+        started=0.0, token_times=array("d", [0.1, 0.2]), finished=0.2, num_output_tokens=2
+    )
+    slow = Served(
+        started=0.0, token_times=array("d", [0.9, 1.0]), finished=1.0, num_output_tokens=2
+    )
     figures = figures_of([fast, slow], 4, 2.0, [("ttft", 0.5), ("e2e", 0.5)])
     assert figures["goodput_share"] == 0.25
     assert figures["num_failed"] == 2
@@ -124,13 +130,105 @@ def test_serve_measures_every_request_and_writes_one_line(fake_server: FakeServe
     assert line["settings"]["input_len"] == "4:9"
 
 
-def test_serve_sends_equal_load_for_equal_seeds(fake_server: FakeServer, tmp_path: Path):
-    argv = ["bench", "serve", "--url", fake_server.url, "--num-prompts", "2"]
+def bodies_of_two_runs(fake: FakeServer, options: list[str]) -> list[list[dict[str, Any]]]:
+    runs = []
     for _ in range(2):
-        assert main([*argv, "--input-len", "8", "--output", str(tmp_path / "o")]) == 0
-    first, second = fake_server.bodies[:2], fake_server.bodies[2:]
-    assert sorted(b["prompt"] for b in first) == sorted(b["prompt"] for b in second)
+        fake.bodies.clear()
+        assert main(["bench", "serve", "--url", fake.url, "--num-prompts", "3", *options]) == 0
+        runs.append(list(fake.bodies))
+    return runs
+
+
+def prompts_of(run: list[dict[str, Any]]) -> list[list[int]]:
+    return sorted(body["prompt"] for body in run)
+
+
+def test_serve_sends_new_prompts_of_equal_lengths_in_every_run(fake_server: FakeServer):
+    sizes = ["--input-len", "8:90", "--output-len", "2:9"]
+    first, second = bodies_of_two_runs(fake_server, sizes)
+    assert all(one not in prompts_of(second) for one in prompts_of(first))
+    for length in (lambda body: len(body["prompt"]), lambda body: body["max_tokens"]):
+        assert sorted(map(length, first)) == sorted(map(length, second))
     assert all(body["ignore_eos"] for body in first)
+
+
+def test_serve_sends_the_same_prompts_for_a_seed(fake_server: FakeServer):
+    first, second = bodies_of_two_runs(fake_server, ["--workload-seed", "7", "--input-len", "8"])
+    assert prompts_of(first) == prompts_of(second)
+
+
+def test_serve_says_when_prompts_were_cached(
+    fake_server: FakeServer, capsys: pytest.CaptureFixture[str]
+):
+    argv = ["bench", "serve", "--url", fake_server.url, "--num-prompts", "2"]
+    assert main([*argv, "--input-len", "3"]) == 0
+    assert "2 of 6 prompt tokens in its prefix cache" in capsys.readouterr().err
+    assert main([*argv, "--input-len", "30"]) == 0
+    assert "prefix cache" not in capsys.readouterr().err
+
+
+def test_serve_sends_a_stream_its_next_prompt_when_its_answer_ended(
+    fake_server: FakeServer, tmp_path: Path
+):
+    output = tmp_path / "out.jsonl"
+    argv = ["bench", "serve", "--url", fake_server.url + "/v1/", "--output", str(output)]
+    assert main([*argv, "--concurrency", "2", "--waves", "3", "--output-len", "5"]) == 0
+    (line,) = lines_of(output)
+    figures = line["figures"]
+    assert figures["num_succeeded"] == len(fake_server.bodies) == 6
+    assert set(fake_server.paths) == {"/v1/models", "/v1/completions"}
+    assert fake_server.most_open <= 2
+    assert figures["output_events"] == 6 * 5
+    assert figures["ttft_after_first_wave_p99_over_p50"] >= 1
+    assert figures["itl_p99_ms"] >= figures["itl_p50_ms"]
+    assert figures["client_cpu_share"] > 0
+
+
+def test_serve_merges_what_several_client_processes_saw(fake_server: FakeServer, tmp_path: Path):
+    output = tmp_path / "out.jsonl"
+    argv = ["bench", "serve", "--url", fake_server.url, "--model", "m", "--output", str(output)]
+    assert main([*argv, "--clients", "2", "--concurrency", "3", "--waves", "2"]) == 0
+    (line,) = lines_of(output)
+    assert line["figures"]["num_succeeded"] == 6
+    assert line["figures"]["output_tokens"] == 6 * 128
+    assert {body["model"] for body in fake_server.bodies} == {"m"}
+    assert len({tuple(body["prompt"]) for body in fake_server.bodies}) == 6
+
+
+def test_every_client_process_has_whole_waves(fake_server: FakeServer):
+    argv = ["bench", "serve", "--url", fake_server.url, "--clients=3", "--concurrency=64"]
+    loads = loads_of(build_parser().parse_args([*argv, "--waves", "2"]), seed=0)
+    assert [load.num_streams for load in loads] == [22, 21, 21]
+    assert [len(load.shots) for load in loads] == [44, 42, 42]
+
+
+def test_serve_refuses_more_clients_than_streams(
+    fake_server: FakeServer, capsys: pytest.CaptureFixture[str]
+):
+    argv = ["bench", "serve", "--url", fake_server.url, "--clients", "3", "--concurrency", "2"]
+    assert main(argv) == 2
+    assert "use at most 2" in capsys.readouterr().err
+
+
+def test_serve_counts_requests_whose_connection_is_lost(
+    fake_server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    fake_server.cut_after = 2
+    assert main(["bench", "serve", "--url", fake_server.url, "--num-prompts", "2"]) == 2
+    assert "the connection was lost" in capsys.readouterr().err
+
+
+def test_json_goes_to_a_pipe_and_a_terminal_sees_the_table_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    report = Report(bench="b", settings={})
+    report.add("one", {"x": 1})
+    assert json.loads(capsys.readouterr().out)["figures"] == {"x": 1}
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    report.add("one", {"x": 1})
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "b: one" in shown.err
 
 
 def test_serve_keys_are_not_written_down(fake_server: FakeServer, tmp_path: Path):

@@ -51,13 +51,18 @@ def run(args: argparse.Namespace) -> int:
     return vars(importlib.import_module(module))[name](args)
 
 
-def _new(benches: Subparsers, name: str, help: str) -> Parser:
+def _new(
+    benches: Subparsers,
+    name: str,
+    help: str,
+    *,
+    seed: int | None = 0,
+    seed_help: str = "of prompts and lengths (default: 0)",
+) -> Parser:
     parser = benches.add_parser(name, help=help, description=help)
     parser.set_defaults(run=run, parser=parser)
     parser.add_argument("--output", metavar="FILE", help="append JSON lines here, not to stdout")
-    parser.add_argument(
-        "--workload-seed", type=int, default=0, metavar="INT", help="of prompts and lengths"
-    )
+    parser.add_argument("--workload-seed", type=int, default=seed, metavar="INT", help=seed_help)
     return parser
 
 
@@ -115,15 +120,38 @@ def _add_throughput(benches: Subparsers) -> None:
 
 
 def _add_serve(benches: Subparsers) -> None:
-    parser = _new(benches, "serve", "load on a running server, through its OpenAI API")
+    help = "load on a running server, through its OpenAI API"
+    seed_help = "same prompts in every run (default: new prompts of the same lengths in each)"
+    parser = _new(benches, "serve", help, seed=None, seed_help=seed_help)
     add = parser.add_argument
     add("--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)")
     add("--api-key", metavar="TEXT", help="key that the server wants")
-    add("--served-model", metavar="TEXT", help="model name; the server's first if not given")
-    add("--num-prompts", type=positive, default=64, metavar="INT", help="requests (default: 64)")
+    add(
+        "--served-model",
+        "--model",
+        dest="served_model",
+        metavar="TEXT",
+        help="model name; the server's first if not given",
+    )
+    for flags, what in (
+        (("--num-prompts",), "requests (default: 64, or waves x concurrency)"),
+        (
+            ("--concurrency", "--max-concurrency"),
+            "requests that are open at once; the next one comes when one ends",
+        ),
+    ):
+        add(*flags, dest=flags[0][2:].replace("-", "_"), type=positive, metavar="INT", help=what)
+    add("--waves", type=positive, default=4, metavar="INT", help="requests a stream (default: 4)")
+    add("--clients", type=positive, default=1, metavar="INT", help="client processes (default: 1)")
     add("--request-rate", type=float, metavar="FLOAT", help="requests per second; all at once if 0")
-    add("--max-concurrency", type=positive, metavar="INT", help="requests that are open at once")
     add("--vocab-size", type=positive, default=8192, metavar="INT", help="ids drawn (default 8192)")
+    add("--temperature", type=float, default=0.0, metavar="FLOAT", help="of sampling (default: 0)")
+    add(
+        "--ignore-eos",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="make every answer as long as --output-len (default: on)",
+    )
     add(
         "--goodput",
         type=parse_goodput,

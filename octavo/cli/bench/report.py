@@ -1,7 +1,7 @@
 """What a benchmark writes: one JSON line a result, and for the person a progress bar and a table.
 
-Called by every benchmark. The line goes to stdout or a file, everything else to stderr, so that
-a pipe sees JSON alone. Never measures anything itself.
+Called by every benchmark. The line goes to a file, or to stdout unless that is a terminal, and
+everything else to stderr, so that a pipe sees JSON alone. Never measures anything itself.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,8 @@ class Report:
             }
         )
         if self.output is None:
-            print(line, flush=True)
+            if not sys.stdout.isatty():  # a person reads the table
+                print(line, flush=True)
         else:
             try:
                 with open(self.output, "a", encoding="utf-8") as file:

@@ -1,66 +1,113 @@
 """`octavo bench serve`: load on a running OpenAI-compatible server, measured from the client.
 
 Called by the command line. Speaks HTTP only, so any server with /v1/completions can be measured;
-never imports the engine.
+never imports the engine. The clients themselves are `bench.client`, one process or several.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import random
-import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+import secrets
+from collections.abc import Sequence
+from typing import Any
 
+from octavo.cli.bench.client import Load, Served, Shot, Target
+from octavo.cli.bench.client_process import run_clients
 from octavo.cli.bench.report import Report, Value, percentiles, progress, settings_of
-from octavo.cli.bench.workload import PromptSource
-from octavo.cli.chat import client_options, event_of, first_model
-from octavo.errors import OctavoError
-
-if TYPE_CHECKING:
-    import httpx
+from octavo.cli.bench.workload import Lengths, PromptSource
+from octavo.cli.chat import client_options, first_model
+from octavo.cli.options import say
+from octavo.errors import ConfigError, OctavoError
 
 POINTS = (50, 90, 99)
-
-
-@dataclass(slots=True, kw_only=True)
-class Served:
-    """What the client saw of one request."""
-
-    started: float
-    token_times: list[float] = field(default_factory=list)
-    """One for each chunk with text."""
-    finished: float = 0.0
-    num_prompt_tokens: int = 0
-    num_output_tokens: int = 0
-    num_cached_tokens: int = 0
-    error: str | None = None
-
-    @property
-    def ttft(self) -> float:
-        return self.token_times[0] - self.started
-
-    @property
-    def tpot(self) -> float:
-        """Time after the first token over the tokens after the first."""
-        return (self.finished - self.token_times[0]) / max(self.num_output_tokens - 1, 1)
-
-    @property
-    def gaps(self) -> list[float]:
-        return [b - a for a, b in zip(self.token_times, self.token_times[1:], strict=False)]
+NUM_PROMPTS = 64
+BUSY_CLIENT = 0.8
+"""Of a core: a client that needs more is part of what it measures."""
 
 
 def run_serve(args: argparse.Namespace) -> int:
     """Sends all requests at the wanted rate and reports what came back."""
-    report = Report(bench="serve", settings=settings_of(args), output=args.output)
-    served, seconds = asyncio.run(_drive(args))
+    seed = secrets.randbits(48) if args.workload_seed is None else args.workload_seed
+    loads = loads_of(args, seed)
+    settings = settings_of(args) | {"prompt_seed": seed}
+    report = Report(bench="serve", settings=settings, output=args.output)
+    with progress("serve", sum(len(load.shots) for load in loads)) as done:
+        results, start = run_clients(loads, done)
+    served = [one for result in results for one in result.served]
     good = [one for one in served if one.error is None]
     if not good:
         reason = served[0].error
         raise OctavoError(f"all {len(served)} requests failed; the first one: {reason}")
-    report.add(f"{len(served)} requests", figures_of(good, len(served), seconds, args.goodput))
-    return 0 if len(good) == len(served) else 1
+    seconds = max(one.finished for one in served) - start
+    busiest = max(result.cpu_share for result in results)
+    figures = figures_of(good, len(served), seconds, args.goodput) | {"client_cpu_share": busiest}
+    report.add(f"{len(served)} requests", figures)
+    _warn(figures, busiest)
+    failed = [one.error for one in served if one.error is not None]
+    if failed:
+        say(f"{len(failed)} of {len(served)} requests failed; the first one: {failed[0]}")
+    return 1 if failed else 0
+
+
+def _warn(figures: dict[str, Any], busiest: float) -> None:
+    """Says what makes the figures other than they seem."""
+    cached, prompts = figures["cached_prompt_tokens"], figures["prompt_tokens"]
+    if cached > prompts // 4:
+        say(
+            f"note: the server had {cached:,} of {prompts:,} prompt tokens in its prefix cache, so "
+            "first tokens came early; without --workload-seed every run has new prompts"
+        )
+    if busiest > BUSY_CLIENT:
+        say(f"note: a client used {busiest:.0%} of a core and is measured too; use more --clients")
+
+
+def loads_of(args: argparse.Namespace, seed: int) -> list[Load]:
+    """Returns what each client process sends. Raises ConfigError for options that do not fit."""
+    count = args.num_prompts or (args.concurrency or 0) * args.waves or NUM_PROMPTS
+    streams = min(args.concurrency or count, count)
+    if args.clients > streams:
+        raise ConfigError(
+            f"--clients {args.clients} is more than the {streams} requests that are open at once; "
+            f"use at most {streams}",
+            field="clients",
+        )
+    # Lengths and arrivals are those of every run, so that two runs have the same load.
+    rng = random.Random(args.workload_seed or 0)
+    source = PromptSource(vocab_size=args.vocab_size, seed=seed)
+    at, shots = 0.0, []
+    for index in range(count):
+        length = args.input_len.draw(rng)
+        (prompt,) = source.draw(1, Lengths(low=length, high=length), index)
+        shots.append(Shot(prompt=prompt, max_tokens=args.output_len.draw(rng), at=at))
+        at += rng.expovariate(args.request_rate) if args.request_rate else 0.0
+    target = _target(args)
+    return [
+        Load(
+            target=target,
+            # By streams, so that those of all processes get equally many.
+            shots=[shot for i, shot in enumerate(shots) if i % streams % args.clients == index],
+            num_streams=streams // args.clients + (index < streams % args.clients),
+        )
+        for index in range(args.clients)
+    ]
+
+
+def _target(args: argparse.Namespace) -> Target:
+    import httpx
+
+    options = client_options(args.url, args.api_key)
+    with httpx.Client(**options) as client:
+        model = args.served_model or first_model(client)
+    body: dict[str, Any] = {
+        "model": model,
+        "temperature": args.temperature,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if args.ignore_eos:
+        body["ignore_eos"] = True
+    return Target(url=options["base_url"] + "/v1/completions", api_key=args.api_key, body=body)
 
 
 def figures_of(
@@ -68,6 +115,7 @@ def figures_of(
 ) -> dict[str, Value]:
     """Returns rates, and percentiles of the times, over the requests that succeeded."""
     outputs = sum(one.num_output_tokens for one in good)
+    later = [one.ttft for one in good if not one.is_first_of_stream]
     figures: dict[str, Value] = {
         "seconds": seconds,
         "num_succeeded": len(good),
@@ -77,10 +125,12 @@ def figures_of(
         "prompt_tokens": sum(one.num_prompt_tokens for one in good),
         "cached_prompt_tokens": sum(one.num_cached_tokens for one in good),
         "output_tokens": outputs,
-        **percentiles("ttft", [one.ttft for one in good], POINTS),
-        **percentiles("tpot", [one.tpot for one in good if one.num_output_tokens > 1], POINTS),
-        **percentiles("itl", [gap for one in good for gap in one.gaps], POINTS),
-        **percentiles("e2e", [one.finished - one.started for one in good], POINTS),
+        "output_events": sum(len(one.token_times) for one in good),
+        **_times("ttft", [one.ttft for one in good]),
+        **_times("ttft_after_first_wave", later),
+        **_times("tpot", [one.tpot for one in good if one.num_output_tokens > 1]),
+        **_times("itl", [gap for one in good for gap in one.gaps]),
+        **_times("e2e", [one.finished - one.started for one in good]),
     }
     if goals:
         met = sum(all(_time(one, name) <= limit for name, limit in goals) for one in good)
@@ -89,80 +139,13 @@ def figures_of(
     return figures
 
 
+def _times(name: str, seconds: Sequence[float]) -> dict[str, Value]:
+    """Returns percentiles, and how far the slowest are from the middle."""
+    figures: dict[str, Any] = dict(percentiles(name, seconds, POINTS))
+    if figures and figures[f"{name}_p50_ms"]:
+        figures[f"{name}_p99_over_p50"] = figures[f"{name}_p99_ms"] / figures[f"{name}_p50_ms"]
+    return figures
+
+
 def _time(one: Served, name: str) -> float:
     return {"ttft": one.ttft, "tpot": one.tpot, "e2e": one.finished - one.started}[name]
-
-
-async def _drive(args: argparse.Namespace) -> tuple[list[Served], float]:
-    import httpx
-
-    rng = random.Random(args.workload_seed)
-    source = PromptSource(vocab_size=args.vocab_size, seed=args.workload_seed)
-    prompts = source.draw(args.num_prompts, args.input_len)
-    options = client_options(args.url, args.api_key)
-    with httpx.Client(**options) as client:
-        model = args.served_model or first_model(client)
-    limits = httpx.Limits(max_connections=None)
-    options["timeout"] = httpx.Timeout(600)  # a loaded server may be slow to take a connection
-    async with httpx.AsyncClient(**options, limits=limits) as client:
-        gate = asyncio.Semaphore(args.max_concurrency or len(prompts))
-        tasks: list[asyncio.Task[Served]] = []
-        with progress("serve", len(prompts)) as done:
-            began = time.perf_counter()
-            for prompt in prompts:
-                body = _body(model, prompt, args.output_len.draw(rng))
-                task = asyncio.create_task(_one(client, gate, body))
-                task.add_done_callback(lambda _: done(1))
-                tasks.append(task)
-                if args.request_rate:
-                    await asyncio.sleep(rng.expovariate(args.request_rate))
-            served = await asyncio.gather(*tasks)
-            return served, time.perf_counter() - began
-
-
-def _body(model: str, prompt: list[int], num_outputs: int) -> dict[str, Any]:
-    return {
-        "model": model,
-        "prompt": prompt,
-        "max_tokens": num_outputs,
-        "temperature": 0.0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-
-
-async def _one(client: httpx.AsyncClient, gate: asyncio.Semaphore, body: dict[str, Any]) -> Served:
-    """Sends one request and notes when its pieces arrive."""
-    import httpx
-
-    async with gate:
-        served = Served(started=time.perf_counter())
-        try:
-            async with client.stream("POST", "/v1/completions", json=body) as answer:
-                if answer.status_code != 200:
-                    text = (await answer.aread()).decode(errors="replace")
-                    served.error = f"HTTP {answer.status_code}: {text[:300]}"
-                    return served
-                async for line in answer.aiter_lines():
-                    _read_event(served, line)
-        except (httpx.HTTPError, ValueError) as error:
-            served.error = f"{type(error).__name__}: {error}"
-        served.finished = time.perf_counter()
-        if served.error is None and not served.token_times:
-            served.error = "the stream ended without a token"
-        return served
-
-
-def _read_event(served: Served, line: str) -> None:
-    event = event_of(line)
-    if "error" in event:
-        served.error = str(event["error"])
-    if event.get("choices"):
-        served.token_times.append(time.perf_counter())
-    usage = event.get("usage")
-    if usage:
-        served.num_prompt_tokens = usage["prompt_tokens"]
-        served.num_output_tokens = usage["completion_tokens"]
-        details = usage.get("prompt_tokens_details") or {}
-        served.num_cached_tokens = details.get("cached_tokens") or 0
