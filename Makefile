@@ -44,9 +44,10 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	OCTAVO=$(BIN)/octavo benchmarks/figures.sh bench.jsonl
 
-# docs/cli.md from the options; a test fails when it is out of date.
+# docs/cli.md from the options, tables of figures from docs/figures; tests fail when they are old.
 docs: $(VENV)/.installed
 	$(BIN)/python -m docs.make_cli
+	$(BIN)/python -m docs.make_figures
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

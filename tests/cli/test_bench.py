@@ -29,9 +29,11 @@ from octavo.cli.bench.workload import (
     read_text_ids,
 )
 from octavo.cli.bench.workloads import Workloads
+from octavo.engine.core import EngineCore
 from octavo.errors import ConfigError, OctavoError
 from octavo.formats import kv_format
 from octavo.models.registry import read_spec
+from octavo.request import Request
 
 from .conftest import FakeServer
 
@@ -404,7 +406,7 @@ def test_decoding_is_profiled_in_full_steps_and_leaves_the_engine_idle(tiny_mode
     llm.close()
 
 
-WORKLOADS = ["start", "warm-up", "D1", "D32", "P 511", "Ha", "Hb", "T"]
+WORKLOADS = ["start", "warm-up", "D1", "D32", "P 511", "Ha", "Hb", "T", "T in the order given"]
 
 
 def test_all_workloads_run_on_a_small_model(tiny_options: list[str], tmp_path: Path):
@@ -419,6 +421,26 @@ def test_all_workloads_run_on_a_small_model(tiny_options: list[str], tmp_path: P
     assert lines["Ha"]["cached_tokens"] == [prefix, prefix]
     assert lines["Hb"]["cached_tokens"] == [8 * prefix] * 2
     assert lines["P 511"]["cached_tokens"] == [0]
+
+
+def test_mixed_lengths_run_longest_first_and_in_the_order_given(
+    tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    begun: list[int] = []
+    add = EngineCore.add
+
+    def noted(self: EngineCore, request: Request) -> None:
+        begun.append(request.params.max_tokens or 0)
+        add(self, request)
+
+    monkeypatch.setattr(EngineCore, "add", noted)
+    assert main(["bench", "workloads", *tiny_options, "--quick", "--only", "T"]) == 0
+    lines = {line["name"]: line["figures"] for line in lines_of(tmp_path / "out.jsonl")}
+    _, outputs = mixed_requests(512, QUICK.mixed, QUICK.mixed_low, 0)
+    assert begun[-16:] == outputs
+    assert begun[-32:-16] == sorted(outputs, reverse=True)
+    assert lines["T"]["order"] == "longest first"
+    assert lines["T in the order given"]["order"] == "as given"
 
 
 def test_what_a_workload_cannot_do_is_said(

@@ -89,15 +89,28 @@ def load(args: argparse.Namespace) -> tuple[LLM, PromptSource]:
 
 
 def measure(
-    llm: LLM, prompts: list[list[int]], num_outputs: list[int], temperature: float = 0.0
+    llm: LLM,
+    prompts: list[list[int]],
+    num_outputs: list[int],
+    temperature: float = 0.0,
+    *,
+    in_order: bool = False,
 ) -> Measured:
-    """Runs a batch to its end. Raises OctavoError if a request did not get all its tokens."""
+    """Runs a batch to its end: longest first, as `LLM.generate` does, or in the order given.
+
+    Raises OctavoError if a request did not get all its tokens.
+    """
     params = [
         SamplingParams(temperature=temperature, max_tokens=n, ignore_eos=True, detokenize=False)
         for n in num_outputs
     ]
     began = time.perf_counter()
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    outputs = llm.generate(
+        [{"prompt_token_ids": ids} for ids in prompts],
+        params,
+        use_tqdm=False,
+        priority=range(len(prompts)) if in_order else None,
+    )
     seconds = time.perf_counter() - began
     for output, wanted in zip(outputs, num_outputs, strict=True):
         if len(output.outputs[0].token_ids) != wanted:

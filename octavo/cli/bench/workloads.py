@@ -237,21 +237,26 @@ class Workloads:
         )
 
     def mixed(self) -> None:
-        """Output rate of many requests of mixed lengths that are there at once."""
+        """Output rate of many requests of mixed lengths that are there at once, in both orders."""
+        for name, in_order in (("T", False), ("T in the order given", True)):
+            self._mixed(name, in_order)
+
+    def _mixed(self, name: str, in_order: bool) -> None:
         batch = self._sizes.mixed
         prompts, outputs = self._mixed_requests(batch, 0)
         seconds: list[float] = []
         before = self._llm.stats().num_preemptions
         for _ in range(batch.repeats):
             self._llm.reset_prefix_cache()
-            seconds.append(self._generate(prompts, outputs).seconds)
+            seconds.append(self._generate(prompts, outputs, in_order=in_order).seconds)
         self._add(
-            "T",
+            name,
             "tok/s",
             seconds,
             count=sum(outputs),
             floor=self._seconds(self._floors.mixed([len(ids) for ids in prompts], outputs)),
             more={
+                "order": "as given" if in_order else "longest first",
                 "requests": batch.requests,
                 "input_tokens": sum(map(len, prompts)),
                 "output_tokens": sum(outputs),
@@ -299,9 +304,11 @@ class Workloads:
             "used_beside_plan_share": used / planned - 1,
         }
 
-    def _generate(self, prompts: list[list[int]], outputs: int | list[int]) -> Measured:
+    def _generate(
+        self, prompts: list[list[int]], outputs: int | list[int], *, in_order: bool = False
+    ) -> Measured:
         counts = [outputs] * len(prompts) if isinstance(outputs, int) else outputs
-        return measure(self._llm, prompts, counts, temperature=1.0)
+        return measure(self._llm, prompts, counts, temperature=1.0, in_order=in_order)
 
     def _after_prefix(self, count: int, outputs: int, tail: int = 0) -> Measured:
         """Runs `count` requests of H: its prefix, then the tails from number `tail` on."""
