@@ -132,7 +132,7 @@ class Detokenizer:
         self._stops = params.stop
         self._includes_stop = params.include_stop_str_in_output
         self._num_unstoppable = params.min_tokens
-        """Tokens still to come whose text is not searched for stop strings."""
+        """Tokens still to come in whose text no stop string may end."""
         self._held = ""
         """Text that could be the beginning of a stop string."""
 
@@ -142,10 +142,9 @@ class Detokenizer:
         for place, token_id in enumerate(token_ids):
             text = self._stream.push(token_id)
             stop = None
-            if self._num_unstoppable > 0:
-                self._num_unstoppable -= 1
-            elif self._stops:
-                text, stop = self._search(text)
+            if self._stops:
+                text, stop = self._search(text, may_stop=self._num_unstoppable <= 0)
+            self._num_unstoppable -= 1
             texts.append(text)
             if stop is not None:
                 return TextDelta("".join(texts), stop, place + 1)
@@ -156,15 +155,17 @@ class Detokenizer:
         text, self._held = self._held + self._stream.flush(), ""
         return text
 
-    def _search(self, new: str) -> tuple[str, str | None]:
-        """Returns the text that may go out, and the stop string that ends first, if any."""
+    def _search(self, new: str, *, may_stop: bool) -> tuple[str, str | None]:
+        """Returns the text that may go out, and the stop string that ends first within `new`, if
+        any and if one may. Where it begins does not matter."""
         if not new:
             return "", None
+        num_held = len(self._held)
         text, self._held = self._held + new, ""
         ends = [
             (start + len(stop), start, stop)
             for stop in self._stops
-            if (start := text.find(stop)) >= 0
+            if may_stop and (start := text.find(stop, max(0, num_held - len(stop) + 1))) >= 0
         ]
         if ends:
             end, start, stop = min(ends)

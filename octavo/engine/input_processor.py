@@ -136,13 +136,19 @@ class InputProcessor:
             )
 
     def _bad_words(self, params: SamplingParams) -> list[tuple[int, ...]]:
-        """Returns the ids of each bad word, at the start of a text and after a space."""
+        """Returns the ids of each bad word as it stands at the start of a text, after a space and
+        within one."""
         found: dict[tuple[int, ...], None] = {}
         for word in params.bad_words:
             tokenizer = self._needed_tokenizer("bad_words", "bad_words")
-            for text in (word.lstrip(), " " + word.lstrip()):
-                found[tuple(tokenizer.encode(text, add_special_tokens=False))] = None
-        found.pop((), None)
+            spellings = _spellings(tokenizer, word)
+            if not spellings:
+                raise RequestError(
+                    f"bad_words has {shown(word)}, which the model's tokenizer cannot write; "
+                    "leave it out",
+                    param="bad_words",
+                )
+            found |= dict.fromkeys(spellings)
         return list(found)
 
     def _needed_tokenizer(self, what: str, param: str) -> Tokenizer:
@@ -153,3 +159,32 @@ class InputProcessor:
                 param=param,
             )
         return self.tokenizer
+
+
+_ANCHOR = "\x01"
+"""Text that no token of more than this character contains."""
+
+
+def _spellings(tokenizer: Tokenizer, word: str) -> list[tuple[int, ...]]:
+    """Returns the ids that write `word`, or one with a space before it.
+
+    SentencePiece puts a space before the first word of a text; within one the word stands without.
+    """
+    stem = word if word.isspace() else word.lstrip(" ")
+    at_start, after_space, anchor, within = (
+        tuple(tokenizer.encode(text, add_special_tokens=False))
+        for text in (stem, " " + stem, _ANCHOR, _ANCHOR + stem)
+    )
+    found = [at_start, after_space]
+    if within[: len(anchor)] == anchor:
+        found.append(within[len(anchor) :])
+    return [ids for ids in dict.fromkeys(found) if ids and _writes(tokenizer, ids, stem)]
+
+
+def _writes(tokenizer: Tokenizer, ids: tuple[int, ...], word: str) -> bool:
+    """Whether ids are the word's and not what a tokenizer puts in its place: nothing but a space,
+    or a sign for the unknown. Some tokenizers change letters (case, composed characters)."""
+    text = b"".join(map(tokenizer.token_bytes, ids)).decode("utf-8", "replace")
+    is_exact = word in text
+    has_special = any(map(tokenizer.is_special, ids))
+    return is_exact or not (word.isspace() or has_special or text.isspace())

@@ -96,10 +96,11 @@ def test_a_window_does_not_grow_with_the_text(kind, request):
             assert len(stream._ids) <= 8
 
 
-def specified(texts: list[str], stops: tuple[str, ...], includes: bool) -> tuple[str, str | None]:
-    """Character by character: the first place where any stop string is complete."""
-    text = "".join(texts)
-    for end in range(1, len(text) + 1):
+def specified(
+    text: str, stops: tuple[str, ...], includes: bool, first: int
+) -> tuple[str, str | None]:
+    """Character by character: the first place after `first` where any stop string is complete."""
+    for end in range(first + 1, len(text) + 1):
         found = [stop for stop in stops if text[:end].endswith(stop)]
         if found:
             stop = max(found, key=len)
@@ -113,13 +114,16 @@ def specified(texts: list[str], stops: tuple[str, ...], includes: bool) -> tuple
     stops=st.lists(st.text("abc\n", min_size=1, max_size=4), max_size=3).map(tuple),
     sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4),
     includes=st.booleans(),
+    min_tokens=st.just(0) | st.integers(0, 8),
 )
 def test_stop_strings_cut_exactly_and_nothing_of_them_is_shown_before(
-    byte_tokenizer, text, stops, sizes, includes
+    byte_tokenizer, text, stops, sizes, includes, min_tokens
 ):
     ids = byte_tokenizer.encode(text)
-    wanted, stop = specified([text], stops, includes)
-    deltas = run(byte_tokenizer, ids, sizes, stop=stops, include_stop_str_in_output=includes)
+    first = len(byte_tokenizer.decode(ids[:min_tokens]))
+    wanted, stop = specified(text, stops, includes, first)
+    params = {"include_stop_str_in_output": includes, "min_tokens": min_tokens}
+    deltas = run(byte_tokenizer, ids, sizes, stop=stops, **params)
     assert "".join(deltas) == wanted
     if stop is None:
         # What was shown before the end cannot have been the start of a stop string.
@@ -137,6 +141,16 @@ def test_a_stop_string_says_how_many_ids_belong_to_the_sequence(byte_tokenizer):
     through = byte_tokenizer.decode(ids[: delta.num_tokens])
     assert "here" not in before
     assert "here" in through
+
+
+def test_a_stop_string_that_ends_after_min_tokens_counts_wherever_it_begins(byte_tokenizer):
+    ids = byte_tokenizer.encode("xyz xy")
+    text = byte_tokenizer.decode(ids)
+    assert len(ids) >= 5
+    for min_tokens in range(len(ids)):
+        deltas = run(byte_tokenizer, ids, [1], stop=["z xy"], min_tokens=min_tokens)
+        assert "".join(deltas) == "xy"
+    assert "".join(run(byte_tokenizer, ids, [1], stop=["z xy"], min_tokens=len(ids))) == text
 
 
 def test_stop_strings_in_the_first_min_tokens_do_not_count(byte_tokenizer):

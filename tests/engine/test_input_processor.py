@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
 
 from octavo.engine.input_processor import InputProcessor
+from octavo.engine.tokenizer import Tokenizer
 from octavo.errors import ContextLengthError, RequestError
 from octavo.request import SamplingParams
 
@@ -87,9 +90,39 @@ def test_bad_words_are_banned_with_and_without_a_space(processor, byte_tokenizer
     assert params.bad_words_token_ids == ((7,), *map(tuple, spellings))
 
 
-def test_a_sentencepiece_bad_word_is_listed_once(spm_tokenizer):
-    processor = InputProcessor(spm_tokenizer, max_model_len=32, vocab_size=5000)
-    assert len(process(processor, [1], bad_words=["quick"]).params.bad_words_token_ids) == 1
+def spelled(tokenizer: Tokenizer, words: list[str]) -> list[str]:
+    """What the ids write that are banned for `words`."""
+    processor = InputProcessor(tokenizer, max_model_len=32, vocab_size=5000)
+    banned = process(processor, [1], bad_words=words).params.bad_words_token_ids
+    return [b"".join(map(tokenizer.token_bytes, ids)).decode() for ids in banned]
+
+
+@pytest.mark.parametrize("kind", ["byte_tokenizer", "spm_tokenizer"])
+@pytest.mark.parametrize(
+    "word", ["quick", " quick", "\n", "\n\n", "\t", " ", "  ", " \n", "\nfox", "x ", "\u2003"]
+)
+def test_what_is_banned_writes_the_bad_word_and_nothing_but_spaces_before_it(kind, word, request):
+    texts = spelled(request.getfixturevalue(kind), [word])
+    stem = word if word.isspace() else word.lstrip(" ")
+    assert stem in texts
+    assert all(text.endswith(stem) and not text.removesuffix(stem).strip() for text in texts)
+
+
+def test_a_sentencepiece_bad_word_is_banned_within_a_text_too(spm_tokenizer):
+    assert sorted(set(spelled(spm_tokenizer, ["quick"]))) == [" quick", "quick"]
+    assert "\n" in spelled(spm_tokenizer, ["\n"])
+
+
+def test_a_bad_word_that_the_tokenizer_cannot_write_is_refused():
+    core = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "fox": 1}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.add_special_tokens(["[UNK]"])
+    tokenizer = Tokenizer(core.to_str())
+    assert spelled(tokenizer, ["fox"]) == ["fox"]
+    for word in ("\n", " ", "dog"):
+        with pytest.raises(RequestError, match="cannot write") as caught:
+            spelled(tokenizer, [word])
+        assert caught.value.param == "bad_words"
 
 
 def test_without_a_tokenizer_ids_go_in_and_text_is_refused():
