@@ -39,8 +39,18 @@ def own_options(parser: argparse.ArgumentParser) -> str:
         if action.dest in shared | {"help", "model"} and action.dest != "api_key":
             continue
         help = (action.help or "").replace("%(default)s", str(action.default))
-        rows.append(f"| `{name}` | {help} |")
-    return "\n".join(["| option | meaning |", "| --- | --- |", *rows]) if rows else ""
+        rows.append(f"| `{name}` | {_value(action)} | {help} |".replace("|  |", "| |"))
+    return "\n".join(["| option | value | meaning |", "| --- | --- | --- |", *rows]) if rows else ""
+
+
+def _value(action: argparse.Action) -> str:
+    """Returns what is written after an option; nothing for a switch and an argument by place."""
+    if not action.option_strings or action.nargs == 0:
+        return ""
+    if action.choices is not None:
+        return ", ".join(map(str, action.choices))
+    shown = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
+    return shown.replace("|", " or ")
 
 
 def _sentence(text: str | None) -> str:

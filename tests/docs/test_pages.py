@@ -1,0 +1,45 @@
+"""What the pages promise: tables with their columns, links that lead somewhere."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import pytest
+
+from docs.make_cli import commands
+from octavo.cli import build_parser
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+def leaves(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    inner = commands(parser)
+    return [leaf for one in inner.values() for leaf in leaves(one)] if inner else [parser]
+
+
+def test_every_option_is_in_cli_md_and_says_there_whether_it_takes_a_value():
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(--[\w-]+)[^`]*` \|([^|]*)\|", text, re.MULTILINE)
+    for parser in leaves(build_parser()):
+        for action in parser._actions:
+            if not action.option_strings or action.dest == "help":
+                continue
+            values = {
+                bool(value.strip()) for flag, value in rows if flag == action.option_strings[0]
+            }
+            assert values <= {action.nargs != 0}, action.option_strings
+            assert values or any(f"`{flag}`" in text for flag in action.option_strings)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_a_page_lead_somewhere(page: Path):
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8"))
+    for target, anchor in links:
+        path = (page.parent / target) if target else page
+        assert path.exists(), f"{page.name}: {target}"
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in heads}
