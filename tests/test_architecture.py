@@ -42,6 +42,7 @@ TORCH_FREE = (
     "engine/output_processor.py",
     "engine/tokenizer.py",
     "layers/rope_spec.py",
+    "models/config_classes.py",
     "models/family.py",
     "models/hf_config.py",
     "models/llama.py",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from octavo.models.config_classes import ConfigClass
 from octavo.models.hf_config import HFConfig
 from octavo.models.spec import ModelSpec, Parameter, Shape
 from octavo.weights.names import expert_names
@@ -43,6 +44,8 @@ def moe_names(model_type: str) -> dict[str, str]:
 class Family:
     """One Hugging Face architecture."""
 
+    config_class: ConfigClass
+    """What its config.json may leave out or have null."""
     read: Callable[[HFConfig], ModelSpec]
     """Makes the spec from a config; raises UnsupportedModelError on what it does not know."""
     names: Mapping[str, str]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from octavo.models import config_classes
 from octavo.models.family import DENSE_NAMES, Family
 from octavo.models.hf_config import HFConfig, read_attention, read_decoder, read_mlp
 from octavo.models.spec import LayerSpec, ModelSpec
@@ -14,7 +15,7 @@ from octavo.models.spec import LayerSpec, ModelSpec
 
 def read_llama(config: HFConfig) -> ModelSpec:
     config.must_be_off("mlp_bias")
-    bias = config.boolean("attention_bias", False)
+    bias = config.boolean("attention_bias")
     attention = read_attention(config, qkv_bias=bias, o_bias=bias)
     layer = LayerSpec(attention=attention, mlp=read_mlp(config))
     return read_decoder(config, lambda _: layer)
@@ -26,5 +27,5 @@ def read_mistral(config: HFConfig) -> ModelSpec:
     return read_decoder(config, lambda _: layer)
 
 
-LLAMA = Family(read=read_llama, names=DENSE_NAMES)
-MISTRAL = Family(read=read_mistral, names=DENSE_NAMES)
+LLAMA = Family(config_class=config_classes.LLAMA, read=read_llama, names=DENSE_NAMES)
+MISTRAL = Family(config_class=config_classes.MISTRAL, read=read_mistral, names=DENSE_NAMES)

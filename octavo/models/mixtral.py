@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from octavo.models import config_classes
 from octavo.models.family import Family, moe_names
 from octavo.models.hf_config import HFConfig, read_attention, read_decoder, read_moe
 from octavo.models.spec import LayerSpec, ModelSpec
@@ -14,9 +15,14 @@ from octavo.models.spec import LayerSpec, ModelSpec
 
 def read_mixtral(config: HFConfig) -> ModelSpec:
     attention = replace(read_attention(config), window=config.optional_integer("sliding_window"))
-    moe = read_moe(config, size_field="intermediate_size", renormalize=True)
+    moe = read_moe(
+        config,
+        size_field="intermediate_size",
+        count_field="num_local_experts",
+        renormalize=True,
+    )
     layer = LayerSpec(attention=attention, mlp=moe)
-    return read_decoder(config, lambda _: layer, default_theta=1_000_000.0)
+    return read_decoder(config, lambda _: layer)
 
 
-MIXTRAL = Family(read=read_mixtral, names=moe_names("mixtral"))
+MIXTRAL = Family(config_class=config_classes.MIXTRAL, read=read_mixtral, names=moe_names("mixtral"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from octavo.models import config_classes
 from octavo.models.family import DENSE_NAMES, Family, moe_names
 from octavo.models.hf_config import (
     HFConfig,
@@ -28,13 +29,13 @@ QWEN2_MOE_NAMES = {
 
 
 def _window(config: HFConfig) -> int | None:
-    """The default of sliding_window is transformers'; it is in force only where asked for."""
-    asked = config.boolean("use_sliding_window", False)
-    return config.integer("sliding_window", 4096) if asked else None
+    """A window is in force only where it is asked for; null is none."""
+    asked = config.boolean("use_sliding_window")
+    return config.optional_integer("sliding_window") if asked else None
 
 
 def _read_dense(config: HFConfig, attention: AttentionSpec) -> ModelSpec:
-    first = config.integer("max_window_layers", 28, least=0)
+    first = config.integer("max_window_layers", least=0)
     windows = read_windows(config, lambda layer: layer >= first, _window(config))
     mlp = read_mlp(config)
     return read_decoder(
@@ -47,29 +48,34 @@ def read_qwen2(config: HFConfig) -> ModelSpec:
 
 
 def read_qwen3(config: HFConfig) -> ModelSpec:
-    return _read_dense(config, _qwen3_attention(config, head_size=128))
+    return _read_dense(config, _qwen3_attention(config))
 
 
-def _qwen3_attention(config: HFConfig, head_size: int | None = None) -> AttentionSpec:
-    bias = config.boolean("attention_bias", False)
-    attention = read_attention(config, qkv_bias=bias, o_bias=bias, head_size=head_size)
+def _qwen3_attention(config: HFConfig) -> AttentionSpec:
+    bias = config.boolean("attention_bias")
+    attention = read_attention(config, qkv_bias=bias, o_bias=bias)
     return replace(attention, qk_norm="head")
 
 
 def read_qwen2_moe(config: HFConfig) -> ModelSpec:
-    attention = read_attention(config, qkv_bias=config.boolean("qkv_bias", True))
+    attention = read_attention(config, qkv_bias=config.boolean("qkv_bias"))
     # unlike the dense Qwen2, windows are on every second of the *first* max_window_layers
-    last = config.integer("max_window_layers", 28, least=0)
-    windows = read_windows(config, lambda i: i % 2 == 0 and i < last, _window(config))
-    renormalize = config.boolean("norm_topk_prob", False)
+    last = config.integer("max_window_layers", least=0)
+    window = _window(config)
+    windows = read_windows(config, lambda i: i % 2 == 0 and i < last, window)
+    if window is None and config.boolean("use_sliding_window"):
+        config.refuse("sliding_window", "a window, since use_sliding_window is true")
+    renormalize = config.boolean("norm_topk_prob")
     moe = replace(
         read_moe(config, size_field="moe_intermediate_size", renormalize=renormalize),
         shared_size=config.integer("shared_expert_intermediate_size"),
         shared_gate=True,
     )
 
+    dense = read_mlp(config)
+
     def layer(index: int) -> LayerSpec:
-        mlp = moe if is_sparse_layer(config, index) else read_mlp(config)
+        mlp = moe if is_sparse_layer(config, index) else dense
         return LayerSpec(attention=replace(attention, window=windows[index]), mlp=mlp)
 
     return read_decoder(config, layer)
@@ -77,17 +83,23 @@ def read_qwen2_moe(config: HFConfig) -> ModelSpec:
 
 def read_qwen3_moe(config: HFConfig) -> ModelSpec:
     attention = replace(_qwen3_attention(config), window=_window(config))
-    renormalize = config.boolean("norm_topk_prob", False)
+    renormalize = config.boolean("norm_topk_prob")
     moe = read_moe(config, size_field="moe_intermediate_size", renormalize=renormalize)
 
+    dense = read_mlp(config)
+
     def layer(index: int) -> LayerSpec:
-        mlp = moe if is_sparse_layer(config, index) else read_mlp(config)
+        mlp = moe if is_sparse_layer(config, index) else dense
         return LayerSpec(attention=attention, mlp=mlp)
 
     return read_decoder(config, layer)
 
 
-QWEN2 = Family(read=read_qwen2, names=DENSE_NAMES)
-QWEN3 = Family(read=read_qwen3, names=DENSE_NAMES)
-QWEN2_MOE = Family(read=read_qwen2_moe, names=QWEN2_MOE_NAMES)
-QWEN3_MOE = Family(read=read_qwen3_moe, names=moe_names("qwen3_moe"))
+QWEN2 = Family(config_class=config_classes.QWEN2, read=read_qwen2, names=DENSE_NAMES)
+QWEN3 = Family(config_class=config_classes.QWEN3, read=read_qwen3, names=DENSE_NAMES)
+QWEN2_MOE = Family(
+    config_class=config_classes.QWEN2_MOE, read=read_qwen2_moe, names=QWEN2_MOE_NAMES
+)
+QWEN3_MOE = Family(
+    config_class=config_classes.QWEN3_MOE, read=read_qwen3_moe, names=moe_names("qwen3_moe")
+)

@@ -47,4 +47,4 @@ def find_family(config: Mapping[str, Any]) -> Family:
 def read_spec(config: Mapping[str, Any]) -> tuple[ModelSpec, Family]:
     """Returns spec and family of a parsed config.json. Raises UnsupportedModelError."""
     family = find_family(config)
-    return family.read(HFConfig(config)), family
+    return family.read(HFConfig(config, config_class=family.config_class)), family

@@ -67,7 +67,6 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         "architectures": [architecture.class_name],
         "model_type": architecture.model_type,
         "hidden_size": hidden_size,
-        "intermediate_size": reader.integer("feed_forward_length", 0),
         "num_hidden_layers": reader.integer("block_count"),
         "num_attention_heads": num_heads,
         "num_key_value_heads": reader.integer("attention.head_count_kv", num_heads),
@@ -82,6 +81,9 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         **generation_config_of(file),
     }
+    # MoE files may leave it out: the experts' own size comes from their tensors.
+    if reader.value("feed_forward_length") is not None or not reader.integer("expert_count", 0):
+        config["intermediate_size"] = reader.integer("feed_forward_length")
     _refuse_partial_heads(reader, config["head_dim"])
     config["rope_scaling"] = _rope_scaling(reader, config)
     window = reader.integer("attention.sliding_window", 0)

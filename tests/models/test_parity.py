@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from octavo.kernels.ops import Ops
 from octavo.models.decoder import Decoder
@@ -106,6 +110,37 @@ def test_a_dynamic_rope_stretched_to_the_context_equals_transformers(
         sequence = driver.add(prompts(decoder.spec.vocab_size, (length,))[0])
         driver.step([(sequence, length)])
     check(tiny, decoder, sequence)
+
+
+@pytest.mark.parametrize(
+    ("case", "change"),
+    [
+        ("mistral-window", {}),  # absent: 4,096
+        ("mistral-window", {"sliding_window": None}),
+        ("qwen2-window", {"sliding_window": None, "layer_types": None}),
+        ("qwen3-moe-sparse", {"sliding_window": None}),
+        ("qwen3-moe-sparse", {"use_sliding_window": True}),
+    ],
+)
+def test_a_window_that_is_null_or_absent_equals_transformers_beyond_its_default(
+    case: str, change: dict[str, Any], tmp_path: Path
+) -> None:
+    tiny = reread(save_tiny(case, tmp_path), "sliding_window", change)
+    length = 4_150
+    decoder = load(tiny, ops_or_skip("native"), length)
+    with drive(decoder, max_model_len=length, num_blocks=600) as driver:
+        sequence = driver.add(prompts(decoder.spec.vocab_size, (length,))[0])
+        driver.step([(sequence, length)])
+    check(tiny, decoder, sequence)
+
+
+def reread(tiny: TinyModel, removed: str, change: dict[str, Any]) -> TinyModel:
+    """The same weights under a config.json without a field, or with another value."""
+    kept = {key: value for key, value in tiny.config.items() if key != removed}
+    config = {**kept, **change, "max_position_embeddings": 8192}
+    (tiny.folder / "config.json").write_text(json.dumps(config))
+    reference = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float32).eval()
+    return TinyModel(reference=reference, folder=tiny.folder, config=config)
 
 
 @pytest.mark.skipif(HAS_GPU, reason="all families run on the GPU")

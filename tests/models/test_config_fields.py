@@ -1,0 +1,312 @@
+"""Every field that a family reads, absent, null and with other values: what transformers makes of
+it is what the spec says, and what transformers cannot use is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers.activations import ACT2FN
+
+from octavo.errors import UnsupportedModelError
+from octavo.layers.rope import inverse_frequencies
+from octavo.models.family import weight_shapes
+from octavo.models.hf_config import HFConfig
+from octavo.models.registry import FAMILIES, find_family, read_spec
+from octavo.models.spec import MLPSpec, ModelSpec, MoESpec
+from octavo.weights.names import expert_names
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+}
+SIZES: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
+EXPERTS: dict[str, Any] = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+BASES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 16},
+    "qwen3_moe": EXPERTS,
+    "olmoe": {"num_experts": 5, "num_experts_per_tok": 2},
+}
+OTHERS: dict[str, tuple[Any, ...]] = {
+    "vocab_size": (97,),
+    "hidden_size": (16,),
+    "intermediate_size": (28,),
+    "num_hidden_layers": (3,),
+    "num_attention_heads": (6,),
+    "num_key_value_heads": (1, 4),
+    "head_dim": (8,),
+    "max_position_embeddings": (128,),
+    "rms_norm_eps": (1e-3,),
+    "tie_word_embeddings": (True,),
+    "attention_bias": (True, False),
+    "qkv_bias": (True, False),
+    "mlp_bias": (False,),
+    "hidden_act": ("silu", "gelu_pytorch_tanh", "gelu_new"),
+    "use_sliding_window": (False, True),
+    "sliding_window": (6,),
+    "max_window_layers": (0, 2),
+    "layer_types": (["full_attention"] * 4, ["attention"] * 4),
+    "num_experts": (3,),
+    "num_local_experts": (3,),
+    "num_experts_per_tok": (1, 3),
+    "moe_intermediate_size": (8,),
+    "shared_expert_intermediate_size": (8,),
+    "decoder_sparse_step": (1, 2),
+    "mlp_only_layers": ([], [1]),
+    "norm_topk_prob": (True, False),
+    "clip_qkv": (0.5,),
+    "rope_theta": (500.0,),
+    "rope_scaling": ({}, {"rope_type": "linear", "factor": 2.0}, {"type": "default"}),
+    "rope_parameters": ({}, {"rope_type": "linear", "factor": 3.0, "rope_theta": 77.0}),
+    "partial_rotary_factor": (1.0,),
+}
+"""Values that transformers can use, by field."""
+WIDE = {
+    "hidden_size": 128,
+    "num_attention_heads": 32,
+    "num_experts": 16,
+    "num_local_experts": 16,
+}
+"""Sizes that the defaults of the others fit."""
+WINDOWED = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def base(model_type: str) -> dict[str, Any]:
+    return {
+        "architectures": [ARCHITECTURES[model_type]],
+        "model_type": model_type,
+        **SIZES,
+        **BASES.get(model_type, {}),
+    }
+
+
+def fields_read(model_type: str) -> list[str]:
+    """The fields that the family asks for, with windows, biases and all."""
+
+    class Recorder(dict[str, Any]):
+        asked: set[str]
+
+        def __contains__(self, key: object) -> bool:
+            self.asked.add(str(key))
+            return super().__contains__(key)
+
+    config = Recorder({**base(model_type), "use_sliding_window": True, "mlp_only_layers": [1]})
+    config.asked = set()
+    family = find_family(config)
+    family.read(HFConfig(config, config_class=family.config_class))
+    return sorted(config.asked)
+
+
+FIELDS = [(kind, name) for kind in ARCHITECTURES for name in fields_read(kind)]
+
+
+def reference_of(config: Mapping[str, Any], *, runs: bool) -> PreTrainedModel | Exception:
+    """The model that transformers makes of a config.json, or why it makes none. `runs`: it must
+    also compute something; else its tensors have shapes alone, for sizes that are large."""
+    try:
+        made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+        with torch.device("cpu" if runs else "meta"):
+            model = AutoModelForCausalLM.from_config(made)
+        if runs:
+            model(torch.tensor([list(range(9))]))
+    except Exception as error:
+        return error
+    return model
+
+
+def shapes_of(model: PreTrainedModel, model_type: str) -> dict[str, tuple[int, ...]]:
+    """Shapes by checkpoint name, stacked experts one by one."""
+    names, shapes = expert_names(model_type), {}
+    for name, tensor in model.state_dict().items():
+        shape = tuple(tensor.shape)
+        layer = name.split(".")[2] if name.startswith("model.layers.") else ""
+        if name.endswith("mlp.experts.gate_up_proj"):
+            for expert in range(shape[0]):
+                for part in ("gate", "up"):
+                    shapes[names.expert(layer, expert, part)] = (shape[1] // 2, shape[2])
+        elif name.endswith("mlp.experts.down_proj"):
+            for expert in range(shape[0]):
+                shapes[names.expert(layer, expert, "down")] = shape[1:]
+        elif name.endswith("mlp.gate.weight"):
+            shapes[names.router(layer)] = shape
+        else:
+            shapes[name] = shape
+    if model.config.tie_word_embeddings:
+        shapes.pop("lm_head.weight", None)
+    return shapes
+
+
+def windows_of(model: PreTrainedModel) -> list[int | None]:
+    """Each layer's window as the forward pass of its class applies it."""
+    config = model.config
+    if config.model_type in ("qwen2", "qwen3", "qwen2_moe"):
+        return [
+            config.sliding_window if kind == "sliding_attention" else None
+            for kind in config.layer_types
+        ]
+    has_window = config.model_type in ("mistral", "mixtral", "qwen3_moe")
+    return [config.sliding_window if has_window else None] * config.num_hidden_layers
+
+
+def assert_same(spec: ModelSpec, model: PreTrainedModel, config: Mapping[str, Any]) -> None:
+    kind, theirs = config["model_type"], model.config
+    assert weight_shapes(spec, find_family(config)) == shapes_of(model, kind)
+    assert spec.max_position_embeddings == theirs.max_position_embeddings
+    assert spec.norm_eps == theirs.rms_norm_eps
+    assert spec.tie_embeddings == theirs.tie_word_embeddings
+    assert [layer.attention.window for layer in spec.layers] == windows_of(model)
+    rope = type(model.model.rotary_emb)(theirs)  # on the CPU, wherever the model is
+    ours = inverse_frequencies(spec.rope, theirs.max_position_embeddings)
+    torch.testing.assert_close(ours, rope.inv_freq)
+    assert spec.rope.attention_factor == pytest.approx(rope.attention_scaling)
+    for layer, module in zip(spec.layers, model.model.layers, strict=True):
+        attention = layer.attention
+        assert (attention.num_heads, attention.head_size) == (
+            theirs.num_attention_heads,
+            module.self_attn.head_dim,
+        )
+        assert attention.scale == pytest.approx(module.self_attn.scaling)
+        assert attention.clip_qkv == (theirs.clip_qkv if kind == "olmoe" else None)
+        assert (layer.mlp.activation == "silu") == (ACT2FN[theirs.hidden_act](torch.ones(1)) < 0.8)
+        if isinstance(layer.mlp, MoESpec):
+            assert layer.mlp.top_k == theirs.num_experts_per_tok
+            assert layer.mlp.renormalize == (kind == "mixtral" or theirs.norm_topk_prob)
+        else:
+            assert isinstance(layer.mlp, MLPSpec)
+
+
+def compare(config: Mapping[str, Any], *, runs: bool = True) -> None:
+    """Both make the same of a config, or neither makes anything."""
+    reference = reference_of(config, runs=runs)
+    if isinstance(reference, Exception):
+        with pytest.raises(UnsupportedModelError):
+            read_spec(config)
+        return
+    assert_same(read_spec(config)[0], reference, config)
+
+
+def without(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != name}
+
+
+def test_every_family_is_compared() -> None:
+    assert set(ARCHITECTURES.values()) == set(FAMILIES)
+    assert {name for _, name in FIELDS} <= {*OTHERS, "quantization_config"}
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_the_defaults_are_those_of_transformers_config_class(model_type: str) -> None:
+    cls = CONFIG_MAPPING[model_type]
+    theirs: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(cls)}
+    theirs["rope_theta"] = cls.default_theta
+    family = find_family(base(model_type))
+    for name, value in family.config_class.defaults.items():
+        assert theirs.get(name) == value, name
+    # A field of theirs that a family reads has its default in our table.
+    assert set(fields_read(model_type)) & theirs.keys() <= family.config_class.defaults.keys()
+
+
+@pytest.mark.parametrize(("model_type", "name"), FIELDS)
+def test_an_absent_field_means_what_it_means_to_transformers(model_type: str, name: str) -> None:
+    compare(without({**base(model_type), **WIDE}, name), runs=False)
+    compare(without({**base(model_type), **WIDE, "use_sliding_window": True}, name), runs=False)
+
+
+@pytest.mark.parametrize(("model_type", "name"), FIELDS)
+def test_a_null_field_means_what_it_means_to_transformers(model_type: str, name: str) -> None:
+    compare({**base(model_type), name: None})
+    if model_type != "olmoe":  # which has no windows
+        compare({**base(model_type), **WINDOWED, name: None})
+
+
+OTHER_VALUES = [
+    pytest.param(model_type, name, value, id=f"{model_type}-{name}-{value}")
+    for model_type, name in FIELDS
+    for value in OTHERS.get(name, ())
+    # transformers' OLMoE norms the size of the hidden state, and has no windows
+    if (model_type, name) not in (("olmoe", "head_dim"), ("olmoe", "sliding_window"))
+]
+
+
+@pytest.mark.parametrize(("model_type", "name", "value"), OTHER_VALUES)
+def test_another_value_means_what_it_means_to_transformers(
+    model_type: str, name: str, value: Any
+) -> None:
+    compare({**base(model_type), name: value})
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen2_moe"])
+def test_layer_types_rule_over_the_windows_of_the_family(model_type: str) -> None:
+    types = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    compare({**base(model_type), **WINDOWED, "layer_types": types})
+
+
+@pytest.mark.parametrize("both", [(3, 5), (5, 3)])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "olmoe"])
+def test_of_two_names_of_a_field_the_same_one_wins_as_in_transformers(
+    model_type: str, both: tuple[int, int]
+) -> None:
+    compare({**base(model_type), "num_experts": both[0], "num_local_experts": both[1]})
+
+
+ROPE_CHANGES: list[dict[str, Any]] = [
+    {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 5.0}},
+    {"rope_scaling": None, "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+    {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5.0}},
+    {"rope_theta": 7.0, "rope_parameters": {"rope_type": "default", "rope_theta": 5.0}},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": None}},
+    {"rope_parameters": {"rope_type": None}},
+    {"rope_scaling": {"type": None}},
+    {"rope_scaling": {"type": "linear", "rope_type": "default"}},
+    {"rope_scaling": {"type": "linear", "factor": None}},
+    {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    {"rope_scaling": YARN, "original_max_position_embeddings": 8},
+    {"rope_scaling": YARN, "original_max_position_embeddings": None},
+    *({"rope_scaling": {**YARN, name: None}} for name in YARN),
+    *(
+        {"rope_scaling": {**YARN, name: value}}
+        for name in ("mscale", "mscale_all_dim", "beta_fast", "beta_slow")
+        for value in (None, 0)
+    ),
+    {"rope_scaling": {**YARN, "mscale": 0.5, "mscale_all_dim": 1.5}},
+    {"rope_scaling": {**YARN, "attention_factor": None}},
+    {"rope_scaling": {**YARN, "attention_factor": 1.5}},
+    *({"rope_scaling": {**YARN, "truncate": value}} for value in (None, True, False)),
+    {"rope_scaling": without(YARN, "original_max_position_embeddings")},
+    *({"rope_scaling": {**LLAMA3, name: None}} for name in LLAMA3),
+    *({"rope_scaling": without(LLAMA3, name)} for name in LLAMA3 if name != "rope_type"),
+    {"rope_scaling": {**LLAMA3, "rope_theta": 99.0}},
+]
+
+
+@pytest.mark.parametrize("change", ROPE_CHANGES, ids=str)
+def test_rope_fields_mean_what_they_mean_to_transformers(change: dict[str, Any]) -> None:
+    compare({**base("llama"), "head_dim": 16, **change})
