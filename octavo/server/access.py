@@ -1,14 +1,19 @@
 """Around every HTTP exchange: its id, its metrics and one log line.
 
-The outermost middleware of the app. Never logs bodies, headers or query strings.
+The outermost middleware of the app. Never logs bodies, headers or query strings; of an error it
+logs what the client is told.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import time
 import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,9 +23,64 @@ from octavo.server.errors import error_response
 
 logger = logging.getLogger(__name__)
 
+CLIENT_CLOSED = 499
+"""Status in log and metrics of an answer that broke off because its client left."""
+PROBES = frozenset({"/health", "/ready", "/ping", "/metrics"})
+"""Asked every few seconds by machines: logged at debug level."""
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 _METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
-_QUIET = frozenset({"/health", "/ready", "/metrics"})
+_MAX_ERROR_BYTES = 16384
+_MAX_REASON_CHARS = 300
+
+
+@dataclass(slots=True)
+class Exchange:
+    """What the log line tells of one exchange; tokens are those of all prompts and sequences.
+
+    Routes find it as `request.state.exchange` and fill in what they know.
+    """
+
+    request_id: str
+    num_prompt_tokens: int | None = None
+    """Known once a generation has begun."""
+    num_cached_tokens: int = 0
+    num_output_tokens: int = 0
+    first_token_seconds: float | None = None
+    """From the start of the exchange."""
+    reason: str = ""
+    """Why it failed, if its answer had begun by then; else the answer itself tells."""
+    started: float = field(default_factory=time.monotonic)
+
+    def note_first_token(self) -> None:
+        """To be called at every token, or at the first."""
+        if self.first_token_seconds is None:
+            self.first_token_seconds = time.monotonic() - self.started
+
+
+@dataclass(slots=True)
+class _Answer:
+    """What went to the client."""
+
+    status: int = 0
+    is_complete: bool = False
+    error: bytes = b""
+    """Body of an error."""
+
+    def note(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        elif message["type"] == "http.response.body":
+            self.is_complete = not message.get("more_body", False)
+            if self.status >= 400 and len(self.error) < _MAX_ERROR_BYTES:
+                self.error += message.get("body", b"")
+
+    def reason(self) -> str:
+        """Returns the message of the error object; empty if the answer is none."""
+        try:
+            told = json.loads(self.error)["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            return ""
+        return str(told)
 
 
 class AccessMiddleware:
@@ -39,13 +99,12 @@ class AccessMiddleware:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
-        started, status = time.monotonic(), 0
+        exchange, answer = Exchange(request_id), _Answer()
+        scope.setdefault("state", {}).update(request_id=request_id, exchange=exchange)
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            answer.note(message)
             if message["type"] == "http.response.start":
-                status = message["status"]
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
@@ -54,26 +113,61 @@ class AccessMiddleware:
         except Exception as error:
             # The edge of the process: what no handler expected is logged and told as a 500.
             logger.error("%s %r failed", scope["method"], scope["path"], exc_info=error)
-            if status:
+            if answer.status:
+                exchange.reason = "an internal error broke it off"
                 raise
             await error_response(error)(scope, receive, send_with_id)
         finally:
-            self._record(scope, request_id, status, time.monotonic() - started)
+            self._record(scope, exchange, answer)
 
-    def _record(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
+    def _record(self, scope: Scope, exchange: Exchange, answer: _Answer) -> None:
         # Templates and known methods only: a label must not grow with what clients invent.
         route = scope.get("route")
         handler = "none" if route is None else route.path
         method = scope["method"] if scope["method"] in _METHODS else "other"
+        status = answer.status if answer.is_complete else CLIENT_CLOSED
+        seconds = time.monotonic() - exchange.started
         self._metrics.observe_http(handler, method, status, seconds)
-        level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO
-        if logger.isEnabledFor(level):
-            extra = {
-                "request_id": request_id,
-                "method": method,
-                "path": scope["path"],
-                "status": status,
-                "seconds": round(seconds, 6),
-            }
-            line = (method, scope["path"], status, seconds)
-            logger.log(level, "%s %r %d in %.3f s", *line, extra=extra)
+        level = logging.DEBUG if scope["path"] in PROBES else logging.INFO
+        if not logger.isEnabledFor(level):
+            return
+        host, port = scope.get("client") or ("unknown", 0)
+        extra = {
+            "request_id": exchange.request_id,
+            "client": f"{host}:{port}",
+            "method": method,
+            "path": scope["path"],
+            "status": status,
+            "seconds": round(seconds, 6),
+            **dict(_details(exchange, answer)),
+        }
+        words = "".join(_in_words(extra))
+        line = (extra["client"], method, scope["path"], status, seconds, words)
+        logger.log(level, "%s %s %r %d in %.3f s%s", *line, extra=extra)
+
+
+def _details(exchange: Exchange, answer: _Answer) -> Iterator[tuple[str, Any]]:
+    """Yields what is known beyond the status, under its name in JSON lines."""
+    reason = exchange.reason or answer.reason()
+    if not answer.is_complete:
+        reason = reason or "the client left before the end"
+    if reason:
+        yield "reason", reason[:_MAX_REASON_CHARS]
+    if exchange.num_prompt_tokens is not None:
+        yield "prompt_tokens", exchange.num_prompt_tokens
+        yield "cached_tokens", exchange.num_cached_tokens
+        yield "output_tokens", exchange.num_output_tokens
+    if exchange.first_token_seconds is not None:
+        yield "first_token_seconds", round(exchange.first_token_seconds, 6)
+
+
+def _in_words(extra: dict[str, Any]) -> Iterator[str]:
+    """Yields the same for people."""
+    if "prompt_tokens" in extra:
+        yield f", prompt {extra['prompt_tokens']} tokens ({extra['cached_tokens']} cached)"
+        yield f", output {extra['output_tokens']}"
+    if "first_token_seconds" in extra:
+        yield f", first after {extra['first_token_seconds']:.3f} s"
+    if "reason" in extra:
+        # A client's words may be in it: one line, whatever they are.
+        yield ": " + extra["reason"].encode("unicode_escape").decode()

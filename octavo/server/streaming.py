@@ -80,7 +80,9 @@ class EventStream(Response):
             # The status line is out: whatever it is, the client can only be told in the stream.
             if not isinstance(error, OctavoError):
                 logger.error("a stream failed", exc_info=error)
-            await _send_event(send, _encode(error_body(error)))
+            told = error_body(error)
+            scope["state"]["exchange"].reason = told["error"]["message"]
+            await _send_event(send, _encode(told))
         finally:
             await self._rest.aclose()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
