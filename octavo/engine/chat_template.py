@@ -20,6 +20,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -68,18 +69,25 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda pattern: now().strftime(pattern)
         try:
             self._template = environment.from_string(source)
+            names = jinja2.meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateSyntaxError as error:
             raise ChatTemplateError(
                 f"the chat template is malformed at line {error.lineno}: {error.message}; give "
                 "another one with chat_template",
                 param="chat_template",
             ) from error
+        self._reads_documents = "documents" in names
 
     def render(self, messages: Sequence[Message], options: ChatOptions | None = None) -> str:
         """Returns the prompt text. Raises ChatTemplateError with the template's own message."""
         options = options or ChatOptions()
         if not messages:
             raise ChatTemplateError("messages is empty; give at least one", param="messages")
+        if options.documents and not self._reads_documents:
+            raise ChatTemplateError(
+                "the chat template does not read documents; put their text into a message",
+                param="documents",
+            )
         if options.continue_final_message:
             if options.add_generation_prompt:
                 raise ChatTemplateError(

@@ -9,13 +9,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from octavo.errors import RequestError
+from octavo.errors import RequestError, shown
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 """What a message may call its role, and what a template knows it as."""
 _MESSAGE_FIELDS = {"role", "content", "name"}
+_REASONING_FIELDS = {"reasoning", "reasoning_content"}
+"""Of an assistant's message: handed to the template, which may drop it."""
 _EMPTY_FIELDS = {"refusal", "annotations", "audio", "function_call", "tool_calls", "tool_call_id"}
 """Fields that answers of the API carry; they may be sent back as long as they hold nothing."""
+_IGNORED_FIELDS = {
+    *("id", "object", "type", "created", "model", "index", "status", "timestamp", "metadata"),
+    *("finish_reason", "stop_reason", "logprobs", "token_ids", "usage", "cache_control"),
+    *("reasoning_details", "thinking_blocks", "provider_specific_fields"),
+}
+"""Fields that answers of this and other servers carry; they say nothing to the model."""
+_LONGEST_NAME = 64
+_TEXT_PARTS = {"text", "input_text", "output_text"}
 
 
 def read_messages(messages: object) -> list[dict[str, str]]:
@@ -39,22 +49,42 @@ def _as_text(message: object, where: str) -> dict[str, str]:
     if not isinstance(message, Mapping):
         reason = f"{where} must be a mapping with role and content, got {type(message).__name__}"
         raise RequestError(reason, param=where)
-    for name, value in message.items():
-        if name in _EMPTY_FIELDS and value not in (None, [], ""):
-            reason = f"{where}.{name} is not supported: tools and audio are not"
-            raise RequestError(reason, param=f"{where}.{name}", code="unsupported_field")
-        if name not in _MESSAGE_FIELDS | _EMPTY_FIELDS:
-            reason = f"{where}.{name} is an unknown field; use role, content, name"
-            raise RequestError(reason, param=f"{where}.{name}", code="unknown_field")
+    _check_fields(message, where)
     role = message.get("role")
+    if role == "tool":
+        reason = f"{where}.role 'tool' is not supported: tool calls are planned"
+        raise RequestError(reason, param=f"{where}.role", code="unsupported_field")
     if not isinstance(role, str) or role not in ROLES:
-        reason = f"{where}.role must be one of {', '.join(ROLES)}, got {role!r}"
+        reason = f"{where}.role must be one of {', '.join(ROLES)}, got {shown(role)}"
         raise RequestError(reason, param=f"{where}.role")
     result = {"role": ROLES[role], "content": _content(message, f"{where}.content", role)}
     name = message.get("name")
     if name is not None:
         result["name"] = _checked_text(name, f"{where}.name", "a string")
+    if role == "assistant" and (reasoning := _reasoning(message, where)):
+        # Templates know it by either name.
+        result |= dict.fromkeys(sorted(_REASONING_FIELDS), reasoning)
     return result
+
+
+def _check_fields(message: Mapping[Any, Any], where: str) -> None:
+    for name, value in message.items():
+        if value is None or name in _MESSAGE_FIELDS | _REASONING_FIELDS | _IGNORED_FIELDS:
+            continue
+        place = f"{where}.{str(name)[:_LONGEST_NAME]}"
+        if name not in _EMPTY_FIELDS:
+            reason = f"{place} is an unknown field; use role, content, name"
+            raise RequestError(reason, param=place, code="unknown_field")
+        if value not in ([], ""):
+            reason = f"{place} is not supported: tool calls are planned, audio is not read"
+            raise RequestError(reason, param=place, code="unsupported_field")
+
+
+def _reasoning(message: Mapping[Any, Any], where: str) -> str:
+    for name in sorted(_REASONING_FIELDS):
+        if message.get(name) is not None:
+            return _checked_text(message[name], f"{where}.{name}", "a string")
+    return ""
 
 
 def _content(message: Mapping[Any, Any], where: str, role: str) -> str:
@@ -68,13 +98,15 @@ def _content(message: Mapping[Any, Any], where: str, role: str) -> str:
 
 def _part_text(part: object, where: str) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if not isinstance(part, Mapping) or kind != "text":
-        reason = f"{where}: a content part of type {kind!r} is not supported; only 'text' is"
+    if not isinstance(part, Mapping) or not isinstance(kind, str) or kind not in _TEXT_PARTS:
+        reason = f"{where}: a content part of type {shown(kind)} is not supported; only 'text' is"
         raise RequestError(reason, param=where, code="unsupported_content_part")
     return _checked_text(part.get("text"), f"{where}.text", "a string")
 
 
 def _checked_text(value: object, where: str, wanted: str) -> str:
-    if not isinstance(value, str) or not is_unicode(value):
-        raise RequestError(f"{where} must be {wanted} of valid Unicode", param=where)
+    if not isinstance(value, str):
+        raise RequestError(f"{where} must be {wanted}", param=where)
+    if not is_unicode(value):
+        raise RequestError(f"{where} has half a surrogate pair; send valid Unicode", param=where)
     return value

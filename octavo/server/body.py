@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 from starlette.requests import Request
 
 from octavo.engine.messages import is_unicode
+from octavo.errors import shown
 from octavo.server.errors import ApiError
 from octavo.server.protocol.parsing import parse
 from octavo.server.protocol.strict import StrictModel
@@ -63,9 +64,9 @@ def decode(content: bytes) -> object:
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!a} stands twice in one object")
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"{shown(twice)} stands twice in one object")
     return found
 
 

@@ -98,6 +98,10 @@ def install(app: FastAPI) -> None:
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
+    body = request.scope["state"].get("body")
+    if isinstance(error, RequestError) and error.param is not None and body is not None:
+        # The engine speaks of its own parameters; the client knows the fields that it sent.
+        error.param = body.field_name(error.param)
     return error_response(error)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 
 from octavo.config import ServerConfig
+from octavo.errors import shown
 from octavo.observe.metrics import Metrics
 from octavo.server.engine_client import Engine
 from octavo.server.errors import ApiError
@@ -39,7 +40,7 @@ class ServerState:
     def check_model(self, model: str | None) -> None:
         """Raises a 404 ApiError if the client asks for a model that is not served here."""
         if model is not None and model != self.model_name:
-            message = f"model {model!r} does not exist here; {self.model_name!r} is served"
+            message = f"model {shown(model)} does not exist here; {self.model_name!r} is served"
             raise ApiError(404, message, code="model_not_found", param="model")
 
 

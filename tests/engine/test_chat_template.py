@@ -116,3 +116,12 @@ def test_a_shield_hides_whole_tokens_and_their_beginnings_at_the_end():
         assert ("<|en" in safe["role"]) is False
         assert shield.show(safe["role"]) == text
     assert shield.hide([1, None, ("<s>",)])[2] != ["<s>"]
+
+
+def test_documents_that_the_template_would_drop_are_refused():
+    options = ChatOptions(documents=[{"text": "x"}])
+    reads = ChatTemplate("{% macro d() %}{{ documents[0].text }}{% endmacro %}{{ d() }}")
+    assert reads.render(MESSAGES, options) == "x"
+    with pytest.raises(ChatTemplateError) as refused:
+        ChatTemplate("{{ messages[0].content }}").render(MESSAGES, options)
+    assert refused.value.param == "documents"

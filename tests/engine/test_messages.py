@@ -26,6 +26,18 @@ def test_an_answer_of_the_api_can_be_sent_back():
     assert read_messages([USER, answer])[1] == {"role": "assistant", "content": ""}
 
 
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_the_reasoning_of_an_answer_is_handed_to_the_template(name: str):
+    answer = {"role": "assistant", "content": "x", name: "Because.", "id": "msg_1"}
+    assert read_messages([USER, answer])[1] == {
+        "role": "assistant",
+        "content": "x",
+        "reasoning": "Because.",
+        "reasoning_content": "Because.",
+    }
+    assert read_messages([{**USER, name: "Because."}]) == [USER]
+
+
 @pytest.mark.parametrize(
     ("message", "param"),
     [
@@ -42,6 +54,7 @@ def test_an_answer_of_the_api_can_be_sent_back():
         ({**USER, "mood": 1}, "messages[1].mood"),
         ({**USER, "tool_calls": [{}]}, "messages[1].tool_calls"),
         ({**USER, "name": 5}, "messages[1].name"),
+        ({"role": "assistant", "content": "x", "reasoning": 5}, "messages[1].reasoning"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_place(message: Any, param: str):

@@ -61,6 +61,8 @@ class FakeTokenizer:
     ) -> list[int]:
         if messages[-1]["role"] == "system":
             raise ChatTemplateError("the last message may not be of the system", param="messages")
+        if documents:
+            raise ChatTemplateError("the template does not read documents", param="documents")
         text = "".join(f"{m['role']}:{m['content']}\n" for m in messages)
         return self.encode(text + "assistant:" * add_generation_prompt)
 

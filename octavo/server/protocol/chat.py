@@ -6,17 +6,45 @@ Parsed for `routes.chat` and `routes.tokens`; never touches the engine.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from octavo.engine.messages import read_messages
+from octavo.engine.messages import ROLES, read_messages
 from octavo.errors import RequestError
 from octavo.request import SamplingParams
-from octavo.server.protocol.sampling import IGNORED, REFUSED, SamplingFields
-from octavo.server.protocol.strict import Int, RequestModel
+from octavo.server.protocol.known_fields import IGNORED, REFUSED
+from octavo.server.protocol.sampling import SamplingFields
+from octavo.server.protocol.strict import RequestModel, integer
 
 Messages = Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True)]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+MAX_TOP_LOGPROBS = 20
+"""OpenAI's limit."""
+
+_TEXT_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+MESSAGE_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "role": {"enum": [*ROLES]},
+        "content": {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": _TEXT_PART},
+                {"type": "null"},
+            ]
+        },
+        "name": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "reasoning": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "reasoning_content": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+    },
+    "required": ["role"],
+}
+"""What `read_messages` takes, for the description of the API."""
 
 
 class TemplateFields(RequestModel):
@@ -25,13 +53,33 @@ class TemplateFields(RequestModel):
     ignored_fields = IGNORED
     refused_fields = REFUSED
 
-    messages: Messages
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-    add_special_tokens: bool = False
-    documents: list[dict[str, Any]] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    reasoning_effort: str | None = None
+    messages: Messages = Field(
+        description="Objects with role (system, developer, user, assistant), content (a text or a "
+        "list of text parts), optionally name, and the reasoning of an assistant's message.",
+        json_schema_extra={"items": MESSAGE_SCHEMA},
+    )
+    add_generation_prompt: bool = Field(True, description="End with the answer's header.")
+    continue_final_message: bool = Field(
+        False, description="Go on with the last message; needs add_generation_prompt: false."
+    )
+    add_special_tokens: bool = Field(
+        False, description="Must be false: the template adds what the model needs."
+    )
+    documents: list[dict[str, Any]] | None = Field(
+        None, description="For templates that read documents; refused by those that do not."
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None,
+        description="Variables of the template, such as enable_thinking; those that it does not "
+        "read change nothing.",
+    )
+    reasoning_effort: ReasoningEffort | None = Field(
+        None, description="A variable of the template; changes nothing where it is not read."
+    )
+
+    def field_name(self, param: str) -> str:
+        """Returns the field of this body that the engine's `param` was read from."""
+        return "messages" if param == "prompt" else param
 
     def template_messages(self) -> list[dict[str, str]]:
         """Returns the messages as text. Raises RequestError naming the message and the field."""
@@ -51,9 +99,17 @@ class TemplateFields(RequestModel):
 class ChatRequest(SamplingFields, TemplateFields):
     """OpenAI's chat completion request with vLLM's additions."""
 
-    logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    max_completion_tokens: Int | None = None
+    logprobs: bool = Field(False, description="Tell log-probabilities of the answer's tokens.")
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
+        None, description="Tell those of so many of the likeliest tokens; needs logprobs: true."
+    )
+    max_completion_tokens: int | None = integer("The same as max_tokens, and before it.", 1)
+
+    def field_name(self, param: str) -> str:
+        """Returns the field of this body that the engine's `param` was read from."""
+        if param == "max_tokens" and self.max_completion_tokens is not None:
+            return "max_completion_tokens"
+        return super().field_name(param)
 
     def to_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """Returns how to sample. Raises RequestError."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, cast
 
-from pydantic import PlainValidator
+from pydantic import Field, PlainValidator
 
-from octavo.errors import RequestError
-from octavo.request import SamplingParams
+from octavo.errors import RequestError, shown
+from octavo.request import MAX_INT, MAX_LOGPROBS, SamplingParams
 from octavo.server.protocol.sampling import SamplingFields
-from octavo.server.protocol.strict import MAX_TOKEN_ID, Int, Texts, TokenIds
+from octavo.server.protocol.strict import TokenId, integer
 
 
 def check_prompt(prompt: object) -> object:
@@ -40,30 +40,36 @@ def check_prompt(prompt: object) -> object:
 def _check_ids(ids: object, where: str) -> None:
     if not isinstance(ids, list) or set(map(type, ids)) - {int}:
         raise RequestError(f"{where} must be a list of token ids; {_KINDS}", param="prompt")
-    if ids and not 0 <= min(ids) <= max(ids) <= MAX_TOKEN_ID:
+    if ids and not (min(ids) >= 0 and max(ids) <= MAX_INT):
         wrong = min(ids) if min(ids) < 0 else max(ids)
-        message = f"{where} has token id {wrong}; ids lie in 0..{MAX_TOKEN_ID}"
+        message = f"{where} has token id {shown(wrong)}; ids lie in 0..{MAX_INT}"
         raise RequestError(message, param="prompt")
 
 
 _KINDS = "a text, a list of texts, a list of token ids or a list of such lists"
+_Ids = Annotated[list[TokenId], Field(min_length=1)]
+_Many = Annotated[list[str] | list[_Ids], Field(min_length=1)]
 Prompt = Annotated[
     str | list[str] | list[int] | list[list[int]],
-    PlainValidator(check_prompt, json_schema_input_type=str | Texts | TokenIds | list[TokenIds]),
+    PlainValidator(check_prompt, json_schema_input_type=str | _Ids | _Many),
 ]
 
 
 class CompletionRequest(SamplingFields):
     """OpenAI's completion request with vLLM's additions."""
 
-    prompt: Prompt
-    logprobs: Int | None = None
-    add_special_tokens: bool = True
+    prompt: Prompt = Field(description="A text, token ids, or a list of one of them.")
+    logprobs: int | None = integer(
+        "Tell log-probabilities of the tokens and of so many of the likeliest.", 0, MAX_LOGPROBS
+    )
+    add_special_tokens: bool = Field(
+        True, description="Put before a text what the model wants before texts."
+    )
 
     @property
     def is_prompt_only(self) -> bool:
         """Whether the prompt is echoed and nothing is generated (`max_tokens` 0)."""
-        return bool(self.echo) and self.max_tokens == 0
+        return self.echo and self.max_tokens == 0
 
     def prompts(self) -> list[str | list[int]]:
         """Returns one text or list of token ids for each prompt. Raises RequestError if empty."""
@@ -80,6 +86,6 @@ class CompletionRequest(SamplingFields):
         overrides: dict[str, Any] = {"logprobs": self.logprobs}
         if self.is_prompt_only:
             overrides["max_tokens"] = 1
-        if self.echo and self.logprobs is not None and self.prompt_logprobs is None:
-            overrides["prompt_logprobs"] = self.logprobs
+        if self.echo and self.logprobs is not None:
+            overrides["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
         return self.sampling_params(defaults, overrides)

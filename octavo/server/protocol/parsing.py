@@ -16,6 +16,7 @@ from octavo.server.protocol.strict import StrictModel
 
 Model = TypeVar("Model", bound=StrictModel)
 
+_LONGEST_NAME = 64
 _WANTED = {
     "int_type": "an integer",
     "int_from_float": "an integer",
@@ -23,11 +24,11 @@ _WANTED = {
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "string_type": "a string",
+    "string_too_short": "a text of at least {min_length} character",
     "string_too_long": "a string of at most {max_length} characters",
     "string_pattern_mismatch": "a string that fits {pattern}",
     "list_type": "a list",
-    "too_short": "a list of at least {min_length}",
-    "too_long": "a list of at most {max_length}",
+    "too_short": "a list of at least {min_length} element",
     "dict_type": "an object",
     "model_type": "an object",
     "greater_than_equal": "at least {ge}",
@@ -55,9 +56,11 @@ def _explained(errors: Sequence[ErrorDetails]) -> RequestError:
         where = _place(first["loc"])
         return RequestError(f"{where} is missing", param=where, code="missing_field")
     same = [error for error in errors if error["loc"][0] == field]
-    # A field that may have several types has one error for each; the client is told all of them.
+    # A field that may have several types has one error for each; the client is told all of them,
+    # unless it sent a list: then an element is wrong.
+    same = [error for error in same if any(isinstance(p, int) for p in error["loc"])] or same
     wanted = dict.fromkeys(_wanted(error) for error in same)
-    where = field if len(same) > 1 else _place(first["loc"])
+    where = field if len(same) > 1 else _place(same[0]["loc"])
     return RequestError(f"{where} must be {' or '.join(wanted)}", param=where, code="invalid_value")
 
 
@@ -74,6 +77,6 @@ def _place(location: Sequence[int | str]) -> str:
     for part in location:
         if isinstance(part, int):
             place += f"[{part}]"
-        elif part.isidentifier() or not place:
-            place += f".{part}" if place else part
+        elif part.isidentifier() or part.isdigit() or not place:
+            place += f".{part[:_LONGEST_NAME]}" if place else part
     return place

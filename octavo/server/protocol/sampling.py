@@ -11,115 +11,145 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from octavo.errors import RequestError
-from octavo.request import PrefixCaching, SamplingParams
+from octavo.errors import RequestError, shown
+from octavo.request import (
+    MAX_INT,
+    MAX_LOGPROBS,
+    MAX_PARALLEL_SAMPLES,
+    SAMPLING_RANGES,
+    PrefixCaching,
+    SamplingParams,
+)
+from octavo.server.protocol.known_fields import IGNORED, REFUSED
 from octavo.server.protocol.strict import (
-    Int,
-    Refused,
+    Priority,
     RequestModel,
     StrictModel,
+    Text,
     Texts,
     TokenIds,
+    integer,
 )
 
-IGNORED = frozenset(
-    {
-        *("user", "metadata", "store", "service_tier", "parallel_tool_calls", "prediction"),
-        *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "verbosity"),
-        "safety_identifier",
-    }
-)
-"""OpenAI's fields that change nothing here."""
 
-REFUSED: Refused = {
-    "best_of": ("ask for n samples and choose", (1,)),
-    "use_beam_search": ("beam search is not supported", (False,)),
-    "length_penalty": ("beam search is not supported", (1, 1.0)),
-    "response_format": ("only plain text is supported", ({"type": "text"},)),
-    "structured_outputs": ("only plain text is supported", ({},)),
-    "tools": ("tools are not supported", ([],)),
-    "tool_choice": ("tools are not supported", ("none", "auto")),
-    "functions": ("tools are not supported", ([],)),
-    "function_call": ("tools are not supported", ("none", "auto")),
-    "modalities": ("only text is supported", (["text"],)),
-    "audio": ("only text is supported", ()),
-    "web_search_options": ("web search is not supported", ()),
-    "moderation": ("moderation is not supported", ()),
-    "suffix": ("insertion is not supported", ("",)),
-    "prompt_embeds": ("send token ids or text", ()),
-    "chat_template": ("a client may not bring a template; start the server with one", ()),
-    "truncation_side": ("only the left side is cut", ("left",)),
-    "logprob_token_ids": ("use logprobs", ([],)),
-    "return_tokens_as_token_ids": ("use return_token_ids", (False,)),
-    "thinking_token_budget": ("reasoning is not separated from the text", ()),
-}
-"""Known elsewhere, not here: what to do instead, and the values that ask for nothing."""
+def _number(name: str, description: str) -> Any:
+    """Returns a field for a real number; SamplingParams checks it against the same range."""
+    low, high = SAMPLING_RANGES[name]
+    limits: dict[str, Any] = {"minimum": low, "maximum": high}
+    return Field(None, description=description, json_schema_extra=limits)
 
 
 class StreamOptions(StrictModel):
     """When a stream tells the usage."""
 
+    place = "stream_options."
     ignored_fields = frozenset({"include_obfuscation"})
 
-    include_usage: bool | None = False
-    continuous_usage_stats: bool | None = False
+    include_usage: bool = Field(False, description="Tell the usage in a last chunk.")
+    continuous_usage_stats: bool = Field(
+        False, description="With include_usage: tell the usage so far in every chunk."
+    )
 
 
 class SamplingFields(RequestModel):
-    """What chat and completions share. None: the model's default, else OpenAI's."""
+    """What chat and completions share. Null or absent: the model's default, else OpenAI's."""
 
     ignored_fields = IGNORED
     refused_fields = REFUSED
 
-    n: Int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: Int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    seed: Int | None = None
-    stop: str | Texts | None = None
-    stop_token_ids: TokenIds | None = None
-    include_stop_str_in_output: bool | None = None
-    ignore_eos: bool | None = None
-    max_tokens: Int | None = None
-    min_tokens: Int | None = None
-    prompt_logprobs: Int | None = None
-    skip_special_tokens: bool | None = None
-    spaces_between_special_tokens: bool | None = None
-    logit_bias: dict[str, float] | None = None
-    allowed_token_ids: TokenIds | None = None
-    bad_words: Texts | None = None
-    prefix_caching: PrefixCaching | None = None
-    skip_reading_prefix_cache: bool | None = None
+    n: int | None = integer("Samples of each prompt.", 1, MAX_PARALLEL_SAMPLES)
+    temperature: float | None = _number("temperature", "Randomness; 0 takes the likeliest token.")
+    top_p: float | None = _number(
+        "top_p", "Keep the likeliest tokens that together have this probability."
+    )
+    top_k: int | None = integer("Keep so many of the likeliest tokens; 0 or -1 keeps all.", -1)
+    min_p: float | None = _number(
+        "min_p", "Keep tokens at least this share as likely as the likeliest."
+    )
+    presence_penalty: float | None = _number(
+        "presence_penalty", "Taken from the logits of tokens that the answer has already."
+    )
+    frequency_penalty: float | None = _number(
+        "frequency_penalty", "Taken from the logits of tokens for each time the answer has them."
+    )
+    repetition_penalty: float | None = _number(
+        "repetition_penalty", "Above 1: tokens of prompt and answer become less likely."
+    )
+    seed: int | None = integer("Same seed, same tokens.", -(2**63), 2**63 - 1)
+    stop: Text | Texts | None = Field(None, description="Texts that end the answer.")
+    stop_token_ids: TokenIds | None = Field(None, description="Tokens that end the answer.")
+    include_stop_str_in_output: bool | None = Field(
+        None, description="Leave the text or token that ended the answer in it."
+    )
+    ignore_eos: bool | None = Field(None, description="Go on after the model's end token.")
+    max_tokens: int | None = integer("Tokens of the answer at most; 0 echoes only.", 0)
+    min_tokens: int | None = integer("Tokens before anything may end the answer.", 0)
+    prompt_logprobs: int | None = integer(
+        "Tell log-probabilities of the prompt's tokens and of so many others.", 0, MAX_LOGPROBS
+    )
+    skip_special_tokens: bool | None = Field(
+        None, description="Leave special tokens out of the text."
+    )
+    logit_bias: dict[str, float] | None = Field(
+        None,
+        description="Numbers added to logits, by token id.",
+        json_schema_extra={
+            "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+            "additionalProperties": {
+                "type": "number",
+                "minimum": SAMPLING_RANGES["logit_bias"][0],
+                "maximum": SAMPLING_RANGES["logit_bias"][1],
+            },
+        },
+    )
+    allowed_token_ids: TokenIds | None = Field(None, description="The only tokens to draw from.")
+    bad_words: Texts | None = Field(None, description="Words that may not come up.")
+    prefix_caching: PrefixCaching | None = Field(
+        None, description='Share computed prefixes; "off" neither reads nor writes the cache.'
+    )
+    skip_reading_prefix_cache: bool | None = Field(
+        None, description='The same as prefix_caching "off".'
+    )
 
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    echo: bool | None = False
-    priority: Int = 0
-    request_id: Annotated[str, Field(pattern=r"^[!-~]{1,128}$")] | None = None
-    cache_salt: Annotated[str, Field(max_length=1024)] = ""
-    return_token_ids: bool | None = False
-    truncate_prompt_tokens: Int | None = None
-    """Keep this many of the last prompt tokens; -1 as many as leave room for the answer."""
+    stream: bool = Field(False, description="Answer in server-sent events, as tokens come.")
+    stream_options: StreamOptions | None = Field(None, description="Needs stream: true.")
+    echo: bool = Field(
+        False,
+        description="Put the prompt before the answer; in a chat, the assistant's own last "
+        "message, if the messages end with one.",
+    )
+    priority: Priority = Field(
+        0, description="Lower runs first; what is allowed besides 0 is the operator's choice."
+    )
+    request_id: Annotated[str, Field(pattern=r"^[!-~]{1,128}$")] | None = Field(
+        None, description="Becomes part of the answer's id, before the header X-Request-Id."
+    )
+    cache_salt: Annotated[str, Field(max_length=1024)] = Field(
+        "", description="Requests share computed prefixes only with those of the same salt."
+    )
+    return_token_ids: bool = Field(False, description="Tell the ids of prompt and answer.")
+    return_tokens_as_token_ids: bool = Field(
+        False, description="Write tokens in log-probabilities as token_id:123."
+    )
+    truncate_prompt_tokens: int | None = integer(
+        "Keep so many of the last prompt tokens; -1 as many as leave room for the answer.", -1
+    )
 
     @property
     def includes_usage(self) -> bool:
         options = self.stream_options
-        return options is not None and bool(options.include_usage)
+        return options is not None and options.include_usage
 
     @property
     def has_continuous_usage(self) -> bool:
         options = self.stream_options
-        return self.includes_usage and options is not None and bool(options.continuous_usage_stats)
+        return self.includes_usage and options is not None and options.continuous_usage_stats
 
     def check_options(self) -> None:
         """Raises RequestError where options contradict each other or make no sense."""
         limit = self.truncate_prompt_tokens
-        if limit is not None and limit != -1 and limit < 1:
-            message = f"truncate_prompt_tokens must be -1 or at least 1, got {limit}"
+        if limit is not None and limit != -1 and not 1 <= limit <= MAX_INT:
+            message = f"truncate_prompt_tokens must be -1 or in 1..{MAX_INT}, got {shown(limit)}"
             raise RequestError(message, param="truncate_prompt_tokens")
         if self.stream_options is not None and not self.stream:
             message = "stream_options is only allowed with stream: true"
@@ -148,11 +178,14 @@ class SamplingFields(RequestModel):
 _PARAM_NAMES = tuple(
     name for name in SamplingFields.model_fields if name in SamplingParams.__dataclass_fields__
 )
+_MAX_ID_DIGITS = len(str(MAX_INT))
 
 
 def _token_ids_as_keys(bias: Mapping[str, float]) -> dict[int, float]:
     for key in bias:
-        if not (key.isascii() and key.isdigit()):
-            message = f"logit_bias: {key!r} is not a token id; keys must be integers of at least 0"
+        if not (key.isascii() and key.isdigit() and len(key) <= _MAX_ID_DIGITS):
+            message = (
+                f"logit_bias: {shown(key)} is not a token id; keys are integers in 0..{MAX_INT}"
+            )
             raise RequestError(message, param="logit_bias")
     return {int(key): value for key, value in bias.items()}

@@ -1,4 +1,4 @@
-"""The base of all bodies: exact types, no field unknown, and what any field may hold at most.
+"""The base of all bodies: exact types, no field unknown, null where nothing is asked.
 
 Subclassed by the families' models, called through `parse`; never touches the engine.
 """
@@ -9,31 +9,46 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
-from octavo.errors import RequestError
+from octavo.errors import RequestError, shown
+from octavo.request import MAX_INT
 
-MAX_INT = 2**63 - 1
-"""Engine and scheduler keep integers in 64 bits."""
-MAX_TOKEN_ID = 2**31 - 1
-
-Int = Annotated[int, Field(ge=-MAX_INT - 1, le=MAX_INT)]
-TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+Priority = Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
+Text = Annotated[str, Field(min_length=1)]
 # The first wrong element tells enough: a list of a million would make a million errors.
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
-Texts = Annotated[list[str], Field(fail_fast=True)]
+Texts = Annotated[list[Text], Field(fail_fast=True)]
 
 Refused = Mapping[str, tuple[str, tuple[Any, ...]]]
 """By field: what to do instead, and the values that ask for nothing."""
 
+_LONGEST_NAME = 64
+"""Of a field that is compared with the known ones; comparing takes the square of the length."""
+
+
+def integer(description: str, low: int, high: int = MAX_INT) -> Any:
+    """Returns an optional field for an integer, whose range is said in the schema alone: who takes
+    the value checks it, and says more than pydantic would."""
+    limits: dict[str, Any] = {"minimum": low, "maximum": high}
+    return Field(None, description=description, json_schema_extra=limits)
+
 
 class StrictModel(BaseModel):
-    """Exact types; ignored fields dropped, refused and unknown ones refused by name."""
+    """Exact types; ignored fields dropped, refused and unknown ones refused by name.
+
+    Null is the same as absent, for every field: clients that write all their fields send it.
+    """
 
     model_config = ConfigDict(
         strict=True, extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
     )
 
+    place: ClassVar[str] = ""
+    """Where the model stands in a body, before the names of its fields."""
     ignored_fields: ClassVar[frozenset[str]] = frozenset()
     refused_fields: ClassVar[Refused] = {}
 
@@ -50,24 +65,69 @@ class StrictModel(BaseModel):
         kept = {}
         for name, value in data.items():
             if name in cls.model_fields:
-                kept[name] = value
+                if value is not None:
+                    kept[name] = value
             elif name in cls.refused_fields:
-                reason, neutral = cls.refused_fields[name]
-                if value is not None and value not in neutral:
-                    message = f"{name} is not supported here: {reason}"
-                    raise RequestError(message, param=name, code="unsupported_field")
+                cls._refuse(name, value)
             elif name not in cls.ignored_fields:
-                raise _unknown_field(name, {*cls.model_fields, *cls.ignored_fields})
+                raise cls._unknown_field(name)
         return kept
 
+    @classmethod
+    def _refuse(cls, name: str, value: object) -> None:
+        reason, neutral = cls.refused_fields[name]
+        # With their types: True equals 1.
+        asks_nothing = any(type(value) is type(one) and value == one for one in neutral)
+        if value is not None and not asks_nothing:
+            message = f"{cls.place}{name} is not supported: {reason}"
+            raise RequestError(message, param=f"{cls.place}{name}", code="unsupported_field")
 
-def _unknown_field(name: str, known: set[str]) -> RequestError:
-    near = difflib.get_close_matches(name, sorted(known), n=1)
-    hint = f"did you mean {near[0]}?" if near else "see GET /docs for the known ones"
-    return RequestError(f"{name!r} is an unknown field; {hint}", param=name, code="unknown_field")
+    @classmethod
+    def _unknown_field(cls, name: str) -> RequestError:
+        near: list[str] = []
+        if len(name) <= _LONGEST_NAME:
+            known = sorted({*cls.model_fields, *cls.ignored_fields})
+            near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {cls.place}{near[0]}?" if near else "see GET /docs for the known ones"
+        param = cls.place + name[:_LONGEST_NAME]
+        message = f"{shown(cls.place + name)} is an unknown field; {hint}"
+        return RequestError(message, param=param, code="unknown_field")
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Returns pydantic's schema, in which null is allowed wherever a field is optional."""
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        schema.pop("description", None)
+        required = schema.get("required", ())
+        for name, field in schema.get("properties", {}).items():
+            field.pop("title", None)
+            if field.get("default", 0) is None:
+                del field["default"]
+            if name not in required and not _takes_null(field):
+                _allow_null(field)
+        ignored = {"description": "Changes nothing here."}
+        schema["properties"] |= dict.fromkeys(sorted(cls.ignored_fields), ignored)
+        return schema
+
+
+def _takes_null(field: dict[str, Any]) -> bool:
+    return any(one.get("type") == "null" for one in field.get("anyOf", ()))
+
+
+def _allow_null(field: dict[str, Any]) -> None:
+    kept = {name: field.pop(name) for name in ("description", "default") if name in field}
+    inner = dict(field)
+    field.clear()
+    field.update({"anyOf": [inner, {"type": "null"}], **kept})
 
 
 class RequestModel(StrictModel):
     """Base of all request bodies."""
 
-    model: str | None = None
+    model: str | None = Field(None, description="The served model's name; may be left out.")
+
+    def field_name(self, param: str) -> str:
+        """Returns the field of this body that the engine's `param` was read from."""
+        return param

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import Field
+
 from octavo.server.protocol.chat import TemplateFields
 from octavo.server.protocol.strict import RequestModel, TokenIds
 
@@ -15,7 +17,9 @@ from octavo.server.protocol.strict import RequestModel, TokenIds
 class TokenizeRequest(RequestModel):
     """What both kinds of POST /tokenize have; a body with `messages` is a chat."""
 
-    return_token_strs: bool | None = False
+    return_token_strs: bool = Field(
+        False, description="Tell how the vocabulary spells each token, too."
+    )
 
     @classmethod
     def variant(cls, data: Mapping[str, Any]) -> type[TokenizeRequest]:
@@ -25,8 +29,10 @@ class TokenizeRequest(RequestModel):
 class TokenizeTextRequest(TokenizeRequest):
     """Plain text to token ids."""
 
-    prompt: str
-    add_special_tokens: bool = True
+    prompt: str = Field(description="A text.")
+    add_special_tokens: bool = Field(
+        True, description="Put before the text what the model wants before texts."
+    )
 
 
 class TokenizeChatRequest(TokenizeRequest, TemplateFields):
@@ -36,4 +42,4 @@ class TokenizeChatRequest(TokenizeRequest, TemplateFields):
 class DetokenizeRequest(RequestModel):
     """Token ids to text."""
 
-    tokens: TokenIds
+    tokens: TokenIds = Field(description="Token ids.")

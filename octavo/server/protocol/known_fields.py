@@ -1,0 +1,79 @@
+"""Fields that clients of other servers send: what is ignored here on purpose, what is refused.
+
+Read by the models of bodies, so that no field is dropped in silence. Owns no code.
+"""
+
+from __future__ import annotations
+
+from octavo.server.protocol.strict import Refused
+
+IGNORED = frozenset(
+    {
+        *("user", "metadata", "store", "service_tier", "parallel_tool_calls", "prediction"),
+        *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "verbosity"),
+        "safety_identifier",
+    }
+)
+"""OpenAI's fields that change nothing here."""
+
+_NO_TOOLS = "tool calls are planned; until then describe tools in a message and read the text"
+_NO_SCHEMA = "structured output is planned; until then ask for the form in a message"
+_NO_BEAMS = "there is no beam search; ask for n samples and choose"
+_TEXT_ONLY = "the model reads and writes text only"
+_ONE_DEVICE_GROUP = "the cache of this engine is not shared with others"
+_NO_PLUGINS = "code of clients does not run here"
+
+REFUSED: Refused = {
+    # OpenAI's.
+    "best_of": ("ask for n samples and choose", (1,)),
+    "suffix": ("text is only continued, not filled in", ("",)),
+    "response_format": (_NO_SCHEMA, ({"type": "text"},)),
+    "tools": (_NO_TOOLS, ([],)),
+    "tool_choice": (_NO_TOOLS, ("none", "auto")),
+    "functions": (_NO_TOOLS, ([],)),
+    "function_call": (_NO_TOOLS, ("none", "auto")),
+    "modalities": (_TEXT_ONLY, (["text"],)),
+    "audio": (_TEXT_ONLY, ()),
+    "web_search_options": ("the model cannot search the web", ()),
+    "moderation": ("the server does not judge texts", ()),
+    # vLLM's.
+    "use_beam_search": (_NO_BEAMS, (False,)),
+    "length_penalty": (_NO_BEAMS, (1, 1.0)),
+    "early_stopping": (_NO_BEAMS, (False,)),
+    "structured_outputs": (_NO_SCHEMA, ({},)),
+    "guided_json": (_NO_SCHEMA, ()),
+    "guided_regex": (_NO_SCHEMA, ()),
+    "guided_choice": (_NO_SCHEMA, ()),
+    "guided_grammar": (_NO_SCHEMA, ()),
+    "guided_decoding_backend": (_NO_SCHEMA, ()),
+    "guided_whitespace_pattern": (_NO_SCHEMA, ()),
+    "structural_tag": (_NO_SCHEMA, ()),
+    "include_reasoning": ("reasoning is not separated from the text", (True,)),
+    "thinking_token_budget": ("reasoning is not separated from the text", ()),
+    "repetition_detection": ("use frequency_penalty or repetition_penalty", ()),
+    "spaces_between_special_tokens": (
+        "tokens are written as the tokenizer writes them, special ones among them",
+        (True,),
+    ),
+    "prompt_embeds": ("send token ids or text", ()),
+    "chat_template": ("a client may not bring a template; start the server with one", ()),
+    "truncation_side": ("only the left side is cut", ("left",)),
+    "logprob_token_ids": ("use logprobs", ([],)),
+    "logits_processors": (_NO_PLUGINS, ([],)),
+    "vllm_xargs": (_NO_PLUGINS, ({},)),
+    "mm_processor_kwargs": (_TEXT_ONLY, ({},)),
+    "media_io_kwargs": (_TEXT_ONLY, ({},)),
+    "kv_transfer_params": (_ONE_DEVICE_GROUP, ({},)),
+    "data_parallel_rank": (_ONE_DEVICE_GROUP, (0,)),
+    # SGLang's and llama.cpp's.
+    "regex": (_NO_SCHEMA, ()),
+    "ebnf": (_NO_SCHEMA, ()),
+    "json_schema": (_NO_SCHEMA, ()),
+    "grammar": (_NO_SCHEMA, ("",)),
+    "separate_reasoning": ("reasoning is not separated from the text", (False,)),
+    "lora_path": ("there are no adapters", ()),
+    "mirostat": ("use temperature, top_p, top_k and min_p", (0,)),
+    "typical_p": ("use temperature, top_p, top_k and min_p", (1, 1.0)),
+    "num_ctx": ("the operator sets the context length", ()),
+}
+"""Known elsewhere, not here: what to do instead, and the values that ask for nothing."""
