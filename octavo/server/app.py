@@ -23,6 +23,7 @@ from octavo.server.engine_client import Engine
 from octavo.server.limits import BodyLimitMiddleware
 from octavo.server.routes import admin, chat, completions, tokens
 from octavo.server.state import ServerState
+from octavo.server.tokenising import Tokenising
 
 
 def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
@@ -52,6 +53,7 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
         metrics=metrics,
         model_name=model_name,
         started_at=int(time.time()),
+        tokenising=Tokenising(engine),
     )
     errors.install(app)
     for family in (chat, completions, tokens, admin):
