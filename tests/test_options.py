@@ -20,7 +20,8 @@ ENGINE_OPTIONS = """
 """.split()
 
 SERVER_OPTIONS = """
---host --port --api-key --served-model-name --max-body-bytes --allowed-origins --log-format
+--host --port --api-key --api-key-file --operator-key --operator-key-file --public-metrics
+--allow-priority --served-model-name --max-body-bytes --allowed-origins --log-format
 --log-level --shutdown-timeout --debug-loop-holds
 """.split()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
 import sys
 import typing
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,8 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **kwargs)
+        # Also `-10..10` is a value and not an option.
+        self._negative_number_matcher = re.compile(r"-\d+(\.\d+|\.\.-?\d+)?$")
 
     def parse_checked(self, argv: Sequence[str]) -> argparse.Namespace:
         """Returns the parsed options; exits with code 2 and a suggestion if one is unknown."""
@@ -116,6 +119,8 @@ def add_options(parser: Parser, config: ConfigClass, only: tuple[str, ...] = ())
         flags = [option.flag]
         if option.field == "kv_cache_memory_bytes":
             flags.append("--kv-cache-memory")
+        if option.field == "allow_priority":
+            common |= {"nargs": "?", "const": "all"}
         if option.kind == "list":
             common["action"] = "append"
             common["help"] += " (repeat for several)"

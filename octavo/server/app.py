@@ -21,7 +21,7 @@ from octavo.server.access import AccessMiddleware
 from octavo.server.auth import AuthMiddleware
 from octavo.server.engine_client import Engine
 from octavo.server.limits import BodyLimitMiddleware
-from octavo.server.routes import admin, chat, completions, tokens
+from octavo.server.routes import chat, completions, health, operation, tokens
 from octavo.server.state import ServerState
 from octavo.server.tokenising import Tokenising
 
@@ -32,7 +32,7 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
     metrics = Metrics(model_name, engine.max_model_len)
     middleware = [
         Middleware(AccessMiddleware, metrics=metrics),
-        Middleware(AuthMiddleware, keys=config.api_key),
+        Middleware(AuthMiddleware, config=config),
         Middleware(BodyLimitMiddleware, max_bytes=config.max_body_bytes),
     ]
     if config.allowed_origins:
@@ -56,6 +56,6 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
         tokenising=Tokenising(engine),
     )
     errors.install(app)
-    for family in (chat, completions, tokens, admin):
+    for family in (chat, completions, tokens, operation, health):
         app.include_router(family.router)
     return app

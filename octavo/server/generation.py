@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from starlette.requests import Request
 
 from octavo.request import FinishReason, RequestOutput, SamplingParams
-from octavo.server.auth import tenant_salt
+from octavo.server.auth import check_priority, tenant_salt
 from octavo.server.errors import ApiError
 from octavo.server.protocol.sampling import SamplingFields
 from octavo.server.state import ServerState, server_state
@@ -46,6 +46,7 @@ def new_call(
     prompts: Sequence[Sequence[int]],
 ) -> Call:
     """Returns the call that `body` asks for; `kind` is the prefix of its id."""
+    check_priority(request, body.priority, server_state(request).config.priority_range)
     call_id = f"{kind}-{body.request_id or request.state.request_id}"
     limit = body.truncate_prompt_tokens
     if limit == -1:
