@@ -36,7 +36,9 @@ def own_options(parser: argparse.ArgumentParser) -> str:
     rows = []
     for action in parser._actions:
         name = ", ".join(action.option_strings) or str(action.metavar)
-        if action.dest in shared | {"help", "model"} and action.dest != "api_key":
+        if action.help == argparse.SUPPRESS or (
+            action.dest in shared | {"help", "model"} and action.dest != "api_key"
+        ):
             continue
         help = (action.help or "").replace("%(default)s", str(action.default))
         rows.append(f"| `{name}` | {_value(action)} | {help} |".replace("|  |", "| |"))

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import os
 import re
+import typing
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from octavo.errors import ConfigError
 from octavo.formats import KV_FORMATS
-from octavo.request import MAX_INT, PrefixCaching
+from octavo.option_values import kind_of, read_value
+from octavo.request import PrefixCaching
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPE_ALIASES = {"half": "float16", "float": "float32"}
+"""vLLM's other words for the same formats."""
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 ATTENTION_BACKENDS = ("auto", "triton", "native", "reference")
 ATTENTION_ALIASES = {"PagedAttention": "auto"}
@@ -41,23 +45,33 @@ class EngineConfig:
     tokenizer: str | None = option(None, "where the tokenizer comes from, if not from the model")
     revision: str | None = option(None, "branch, tag or commit of a Hugging Face id")
     download_dir: str | None = option(None, "where downloaded models are kept")
-    dtype: str = option("auto", "number format of the weights", choices=DTYPES)
+    dtype: str = option(
+        "auto", "number format of the weights", choices=DTYPES, aliases=DTYPE_ALIASES
+    )
     load_format: str = option("auto", "format of the weights files", choices=LOAD_FORMATS)
-    quantization: str | None = option(None, "quantise weights at load (none are known yet)")
-    max_model_len: int | None = option(None, "context length; fitted to the memory if not given")
+    quantization: str | None = option(
+        None, "quantise weights at load (none are known yet)", also=("-q",)
+    )
+    max_model_len: int | None = option(
+        None, "context length, like 4096 or 4K; fitted to the memory if auto", unit="tokens"
+    )
     max_num_seqs: int = option(256, "sequences that run at once")
     max_num_batched_tokens: int | None = option(
-        None, "tokens computed in one step; 512 on a CPU, 8192 on a GPU with the memory for it"
+        None,
+        "tokens computed in one step; 512 on a CPU, 8192 on a GPU with the memory for it",
+        unit="tokens",
     )
     max_num_queued_requests: int = option(4096, "requests that may wait before 503 is answered")
     block_size: int = option(16, "tokens in a block", choices=(16,))
     gpu_memory_utilization: float = option(0.9, "share of the device's memory that may be used")
-    kv_cache_memory_bytes: int | None = option(None, "absolute size of the KV cache in bytes")
+    kv_cache_memory_bytes: int | None = option(
+        None, "absolute size of the KV cache in bytes", also=("--kv-cache-memory",)
+    )
     kv_cache_dtype: str = option("auto", "format of keys and values", choices=("auto", *KV_FORMATS))
     prefix_caching: PrefixCaching = option(
         "auto", "share computed prefixes between requests", choices=("auto", "on", "off")
     )
-    tensor_parallel_size: int = option(1, "devices that share every layer")
+    tensor_parallel_size: int = option(1, "devices that share every layer", also=("-tp",))
     attention_backend: str | AttentionConfig = option("auto", "kernel that computes attention")
     enforce_eager: bool = option(False, "never capture device graphs")
     deterministic: bool = option(
@@ -67,18 +81,28 @@ class EngineConfig:
     num_threads: int | None = option(None, "CPU threads; all cores if not given")
     seed: int = option(0, "of requests that bring none, and of dummy weights")
     chat_template: str | None = option(None, "Jinja file or text instead of the model's template")
+    generation_config: str = option(
+        "auto",
+        "defaults of sampling: auto takes the model's, vllm only those of the API",
+        choices=("auto", "vllm"),
+    )
     skip_tokenizer_init: bool = option(False, "token ids in, token ids out")
-    poison_freed_blocks: bool = option(False, "test mode: fill freed blocks with NaN")
+    poison_freed_blocks: bool = option(
+        False, "test mode: fill freed blocks with NaN", is_hidden=True
+    )
 
     def resolve(self) -> EngineConfig:
-        """Returns self after checking every field. Raises ConfigError naming the field."""
+        """Returns a copy whose values have their own types and make sense, each and together.
+
+        Sizes may be given as text, "4GiB". Raises ConfigError naming the field.
+        """
+        read = replace(self, **_values_of(self))
+        read._check()
+        return read
+
+    def _check(self) -> None:
         if not self.model:
             raise ConfigError("model is empty; give a folder, a .gguf file or an id", field="model")
-        for one in fields(self):
-            value, choices = getattr(self, one.name), one.metadata.get("choices")
-            if choices is not None and value not in choices:
-                known = ", ".join(str(choice) for choice in choices)
-                raise ConfigError(f"{one.name} {value!r} is unknown; use {known}", field=one.name)
         for name in ("max_num_seqs", "max_num_queued_requests", "tensor_parallel_size"):
             _positive(name, getattr(self, name))
         for name in ("max_model_len", "max_num_batched_tokens", "num_threads"):
@@ -98,7 +122,6 @@ class EngineConfig:
                 field="quantization",
             )
         self.resolved_attention_backend()
-        return self
 
     def resolved_attention_backend(self) -> str:
         """Returns one of ATTENTION_BACKENDS. Raises ConfigError with the list of valid names."""
@@ -121,18 +144,17 @@ class ServerConfig:
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on; 0 takes a free one")
     api_key: tuple[str, ...] = option((), "keys that are let in (also OCTAVO_API_KEY)")
-    api_key_file: str | None = option(None, "file of keys that are let in, one a line")
-    operator_key: tuple[str, ...] = option(
-        (), "keys that may also read metrics and reset the cache (also OCTAVO_OPERATOR_KEY)"
-    )
-    operator_key_file: str | None = option(None, "file of operator keys, one a line")
-    public_metrics: bool = option(False, "answer /metrics and /version without a key")
-    allow_priority: str = option(
-        "0..0", "priorities that clients may ask for, like -10..10, or all; operators may always"
-    )
-    served_model_name: str | None = option(None, "name of the model in the API")
+    served_model_name: tuple[str, ...] = option((), "names of the model in the API")
     max_body_bytes: int = option(16 * 2**20, "largest request body")
     allowed_origins: tuple[str, ...] = option((), "origins that browsers may call from")
+    ssl_certfile: str | None = option(None, "certificate (PEM, with its chain): serve HTTPS")
+    ssl_keyfile: str | None = option(None, "key of the certificate, if not in the same file")
+    enable_ssl_refresh: bool = option(
+        False, "read the certificate again when its file changes; new connections get it"
+    )
+    disable_access_log_for_endpoints: tuple[str, ...] = option(
+        (), "paths whose requests are not logged, like /health,/metrics", separator=","
+    )
     log_format: Literal["text", "json"] = option("text", "log lines", choices=("text", "json"))
     log_level: str = option(
         "info", "least severe log line", choices=("debug", "info", "warning", "error")
@@ -143,34 +165,37 @@ class ServerConfig:
     )
 
     def resolve(self) -> ServerConfig:
-        """Returns a copy with the keys of files and environment added. Raises ConfigError."""
+        """Returns a copy in its own types, with the environment's key added. Raises ConfigError."""
+        return replace(self, **_values_of(self))._resolved()
+
+    def _resolved(self) -> ServerConfig:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be in 0..65535, got {self.port}", field="port")
+        self._check_texts()
+        if self.ssl_certfile is None and (self.ssl_keyfile or self.enable_ssl_refresh):
+            field = "ssl_keyfile" if self.ssl_keyfile else "enable_ssl_refresh"
+            raise ConfigError(f"{field} needs ssl_certfile, the certificate", field=field)
         _positive("max_body_bytes", self.max_body_bytes)
-        _ = self.priority_range
-        keys = {
-            name: _all_keys(name, getattr(self, name), getattr(self, f"{name}_file"))
-            for name in ("api_key", "operator_key")
-        }
-        if both := set(keys["api_key"]) & set(keys["operator_key"]):
-            message = f"{len(both)} of the api_key are operator_key, too; a key has one role"
-            raise ConfigError(message, field="operator_key")
-        return replace(self, **keys, api_key_file=None, operator_key_file=None)
+        keys = tuple(k for k in (*self.api_key, os.environ.get("OCTAVO_API_KEY", "")) if k)
+        return replace(self, api_key=keys)
 
-    @property
-    def priority_range(self) -> tuple[int, int]:
-        """Lowest and highest priority that clients may ask for. Raises ConfigError."""
-        if self.allow_priority == "all":
-            return -MAX_INT, MAX_INT
-        found = re.fullmatch(r"(-?[0-9]{1,10})\.\.(-?[0-9]{1,10})", self.allow_priority)
-        low, high = (int(found[1]), int(found[2])) if found else (1, 0)
-        if not -MAX_INT <= low <= 0 <= high <= MAX_INT:
-            raise ConfigError(
-                "allow_priority must be all or a range that holds 0, like -10..10, got "
-                f"{self.allow_priority!r}",
-                field="allow_priority",
-            )
-        return low, high
+    def _check_texts(self) -> None:
+        for name, pattern, wanted in _TEXT_CHECKS:
+            for text in getattr(self, name):
+                if not re.fullmatch(pattern, text):
+                    raise ConfigError(f"{name} must be {wanted}, got {text!r}", field=name)
+
+
+_TEXT_CHECKS = (
+    (
+        "allowed_origins",
+        r"\*|null|[a-zA-Z][a-zA-Z0-9+.-]*://[^/\s]+",
+        "* or origins like https://app.example.com, without a path",
+    ),
+    ("disable_access_log_for_endpoints", r"/\S*", "paths that begin with /"),
+    ("served_model_name", r"(?s).*\S.*", "names that are not empty"),
+)
+"""Fields that hold texts, the pattern of each text, and its description."""
 
 
 def cache_dir() -> str:
@@ -184,36 +209,18 @@ def tuned_dir() -> str:
     return os.path.join(cache_dir(), "tuned")
 
 
-def _all_keys(name: str, given: tuple[str, ...], path: str | None) -> tuple[str, ...]:
-    """Returns the keys of an option, of its file and of its environment variable, each once.
-
-    Raises ConfigError for a key that no client could send; its message never shows a key.
-    """
-    keys = [*given]
-    if path is not None:
-        keys += _keys_of_file(f"{name}_file", path)
-    # An empty variable is how shells and Compose files spell an unset one.
-    keys += [key for key in (os.environ.get(f"OCTAVO_{name.upper()}"),) if key]
-    for key in keys:
-        if not key.strip():
-            message = f"{name} is empty; leave the option out to serve without keys"
-            raise ConfigError(message, field=name)
-        if key != key.strip() or not key.isprintable():
-            message = f"a key in {name} has spaces around it or characters that cannot be sent"
-            raise ConfigError(message, field=name)
-    return tuple(dict.fromkeys(keys))
-
-
-def _keys_of_file(name: str, path: str) -> list[str]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            keys = [line.strip() for line in file.read().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{name} {path!r} cannot be read: {error}", field=name) from error
-    if not keys:
-        # Taken for no keys at all, it would open the server to everyone.
-        raise ConfigError(f"{name} {path!r} holds no key", field=name)
-    return keys
+def _values_of(config: Any) -> dict[str, Any]:
+    """Returns the fields of a config, each read by its kind. Raises ConfigError."""
+    hints = typing.get_type_hints(type(config))
+    return {
+        one.name: read_value(
+            one.name,
+            kind_of(one.name, hints[one.name], one.metadata),
+            one.metadata,
+            getattr(config, one.name),
+        )
+        for one in fields(config)
+    }
 
 
 def _positive(name: str, value: int) -> None:

@@ -6,7 +6,6 @@ import.
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,18 +14,18 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from octavo.config import EngineConfig
 from octavo.engine.chat_template import ChatOptions, Message
 from octavo.engine.core import EngineCore
 from octavo.engine.front_end import FrontEnd
 from octavo.engine.load import load_core
 from octavo.engine.messages import read_messages
 from octavo.engine.tokenizer import Tokenizer
-from octavo.errors import ConfigError, OverloadedError, RequestError
+from octavo.errors import OverloadedError, RequestError
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.models.spec import ModelSpec
 from octavo.observe.stats import EngineStats
 from octavo.request import Request, RequestOutput, SamplingParams
+from octavo.vllm_options import log_verdicts, read_options
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or {"prompt": text} or {"prompt_token_ids": ids} as in vLLM."""
@@ -36,13 +35,10 @@ class LLM:
     """A model in this process, for batches of prompts. Not thread-safe."""
 
     def __init__(self, model: str, **options: Any) -> None:
-        """`options` are the fields of EngineConfig. Raises ConfigError, ModelError."""
-        for name in options:
-            if name not in EngineConfig.__dataclass_fields__:
-                near = difflib.get_close_matches(name, EngineConfig.__dataclass_fields__, 1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise ConfigError(f"there is no option {name!r}{hint}", field=name)
-        self.config = EngineConfig(model=model, **options)
+        """`options` are the fields of EngineConfig, and those of vLLM's that ask for what is so
+        anyway. Raises ConfigError, ModelError."""
+        self.config, verdicts = read_options(model, options)
+        log_verdicts(verdicts)
         self._front_end = FrontEnd(self.config)
         self._core = load_core(self.config, self._front_end.files)
         self._input, self._output = self._front_end.processors(self._core.plan.max_model_len)

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from octavo.cli.options import options_of
 from octavo.config import EngineConfig, ServerConfig
+from octavo.vllm_table import _TABLE, VLLM_OPTIONS
 
+CONFIGS = (EngineConfig, ServerConfig)
 ROOT = Path(__file__).resolve().parents[1]
 
 ENGINE_OPTIONS = """
@@ -16,12 +18,12 @@ ENGINE_OPTIONS = """
 --max-num-seqs --max-num-batched-tokens --max-num-queued-requests --block-size
 --gpu-memory-utilization --kv-cache-memory-bytes --kv-cache-dtype --prefix-caching
 --tensor-parallel-size --attention-backend --enforce-eager --deterministic --device --num-threads
---seed --chat-template --skip-tokenizer-init --poison-freed-blocks
+--seed --chat-template --generation-config --skip-tokenizer-init --poison-freed-blocks
 """.split()
 
 SERVER_OPTIONS = """
---host --port --api-key --api-key-file --operator-key --operator-key-file --public-metrics
---allow-priority --served-model-name --max-body-bytes --allowed-origins --log-format
+--host --port --api-key --served-model-name --max-body-bytes --allowed-origins
+--ssl-certfile --ssl-keyfile --enable-ssl-refresh --disable-access-log-for-endpoints --log-format
 --log-level --shutdown-timeout --debug-loop-holds
 """.split()
 
@@ -38,6 +40,21 @@ def test_every_option_says_what_it_does():
     for config in (EngineConfig, ServerConfig):
         for option in options_of(config):
             assert len(option.help) > 8, option.flag
+
+
+def test_options_of_vllm_are_fields_or_in_the_table_and_never_both():
+    flags = {flag for config in CONFIGS for option in options_of(config) for flag in option.flags}
+    spellings = [flag for option in VLLM_OPTIONS.values() for flag in (option.flag, *option.short)]
+    assert len(spellings) == len(set(spellings))
+    assert not flags & set(spellings)
+    assert len(VLLM_OPTIONS) == len(_TABLE)
+
+
+def test_options_of_vllm_give_a_reason_and_say_what_is_so():
+    for option in VLLM_OPTIONS.values():
+        assert len(option.reason) > 10, option.name
+        if option.is_flag and True in option.neutral:
+            assert option.note, option.name
 
 
 def test_the_docs_show_the_options_as_they_are():

@@ -12,7 +12,7 @@ from typing import cast
 
 from octavo import __version__
 from octavo.cli import bench, chat, demo, plan, serve, tune
-from octavo.cli.options import Parser, Subparsers, say
+from octavo.cli.options import Parser, Subparsers, say, say_verdicts
 from octavo.errors import OctavoError
 
 COMMANDS = (serve, chat, bench, plan, tune, demo)
@@ -20,14 +20,21 @@ DESCRIPTION = """Serve mixture-of-experts language models from paged memory.
 
 MODEL is a Hugging Face id, a local folder, a .gguf file, or a demo model: demo, demo-moe."""
 
+EXAMPLES = """examples:
+  octavo serve demo-moe                        a server on http://127.0.0.1:8000
+  octavo chat                                  talk to it
+  octavo plan MODEL --device cuda --memory 80GiB
+  octavo COMMAND --help"""
+
 
 def build_parser() -> Parser:
     """Returns the parser with all commands; each sets `run` to its function."""
-    parser = Parser(prog="octavo", description=DESCRIPTION)
-    parser.add_argument("--version", action="version", version=f"octavo {__version__}")
+    parser = Parser(prog="octavo", description=DESCRIPTION, epilog=EXAMPLES)
+    parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(
-        title="commands", metavar="COMMAND", dest="command", required=True, parser_class=Parser
+        title="commands", metavar="COMMAND", dest="command", parser_class=Parser
     )
+    parser.set_defaults(run=lambda _: parser.print_help() or 0)
     for command in COMMANDS:
         command.add_parser(cast(Subparsers, subparsers))
     return parser
@@ -36,6 +43,8 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for an error of the user, 130 for Ctrl-C."""
     args = build_parser().parse_checked(sys.argv[1:] if argv is None else argv)
+    if args.command != "serve":  # whose stderr may be a log
+        say_verdicts(args.verdicts)
     try:
         return args.run(args)
     except OctavoError as error:

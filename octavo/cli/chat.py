@@ -22,12 +22,16 @@ if TYPE_CHECKING:
     import httpx
 
 HELP = "talk to a model in the terminal"
+EXAMPLES = """examples:
+  octavo chat                                  with the server on this machine
+  octavo chat --url http://host:8000 --api-key KEY
+  octavo chat demo-moe --system 'Be brief.'    with a model of its own"""
 COMMANDS = "/exit ends, /reset forgets the conversation, /system TEXT sets the system prompt"
 
 
 def add_parser(subparsers: Subparsers) -> None:
     """Adds `chat`."""
-    parser = subparsers.add_parser("chat", help=HELP, description=HELP)
+    parser = subparsers.add_parser("chat", help=HELP, description=HELP, epilog=EXAMPLES)
     parser.add_argument("model", metavar="MODEL", nargs="?", help="load this model for the chat")
     _add_talk_options(parser)
     add_options(parser, EngineConfig)

@@ -11,10 +11,14 @@ from octavo.cli.options import Subparsers, say
 
 HELP = "get the demo models: a small dense one, and a MoE model made of it"
 
+EXAMPLES = """examples:
+  octavo demo                                  get both
+  octavo serve "$(octavo demo --moe --path-only)\""""
+
 
 def add_parser(subparsers: Subparsers) -> None:
     """Adds `demo`."""
-    parser = subparsers.add_parser("demo", help=HELP, description=HELP)
+    parser = subparsers.add_parser("demo", help=HELP, description=HELP, epilog=EXAMPLES)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--dense", action="store_true", help="only the dense model, demo")
     which.add_argument("--moe", action="store_true", help="only the MoE model, demo-moe")

@@ -8,55 +8,127 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
-import re
 import sys
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
-from octavo.config import AttentionConfig, EngineConfig, ServerConfig
+from octavo.config import EngineConfig, ServerConfig
 from octavo.errors import ConfigError
+from octavo.option_values import kind_of, read_count, read_size, read_value
+from octavo.vllm_options import Verdict, judge, nearest
+from octavo.vllm_table import VLLM_OPTIONS, Face
 
 ConfigClass = type[EngineConfig] | type[ServerConfig]
-SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class Subparsers(Protocol):
     """What `add_subparsers` returns, which argparse keeps private."""
 
-    def add_parser(self, name: str, *, help: str, description: str) -> Parser: ...
+    def add_parser(self, name: str, *, help: str, description: str, epilog: str) -> Parser: ...
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses abbreviations, and answers a misspelt option with the nearest known one."""
+    """Refuses abbreviations, and says of all arguments that cannot be used why, at once."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **kwargs)
-        # Also `-10..10` is a value and not an option.
-        self._negative_number_matcher = re.compile(r"-\d+(\.\d+|\.\.-?\d+)?$")
 
     def parse_checked(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Returns the parsed options; exits with code 2 and a suggestion if one is unknown."""
+        """Returns the parsed options, with what is to be said of them as `verdicts`.
+
+        Exits with code 2 if some are unknown or not supported, naming all of them.
+        """
         args, unknown = self.parse_known_args(argv)
-        if unknown:
-            # The chosen command's parser knows its own options; the top one knows only --help.
-            parser = typing.cast("Parser", vars(args).get("parser", self))
-            parser.error(parser.explain_unknown(unknown[0]))
+        # The chosen command's parser knows its own options; the top one knows only --help.
+        parser = typing.cast("Parser", vars(args).get("parser", self))
+        problems = list(parser.explain_unknown(unknown))
+        args.verdicts = []
+        for option in vars(args).pop("vllm_options", ()):
+            verdict = judge(*option)
+            assert verdict is not None
+            if verdict.is_refused:
+                problems.append(verdict.text)
+            elif verdict.text:
+                args.verdicts.append(verdict)
+        if problems:
+            parser.error(_list(problems))
         return args
 
     def error(self, message: str) -> NoReturn:
-        """Says what is wrong in one line: the usage of all options would hide it."""
+        """Says what is wrong without the usage of all options, which would hide it."""
+        if "required: MODEL" in message:
+            message += "; give it first, since --api-key and the like take all that follows"
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
-    def explain_unknown(self, given: str) -> str:
-        """Returns the message for an argument that nothing takes."""
-        name = given.split("=")[0].replace("_", "-")
-        known = [text for text in self._option_string_actions if text.startswith("--")]
-        near = difflib.get_close_matches(name, known, n=1)
-        return f"unknown argument {given!r}" + (f"; did you mean {near[0]}?" if near else "")
+    def explain_unknown(self, unknown: Sequence[str]) -> Iterator[str]:
+        """Yields a message for each argument that nothing takes, with a hint if one is sure."""
+        known = [
+            text
+            for text, action in self._option_string_actions.items()
+            if text.startswith("--") and action.help != argparse.SUPPRESS
+        ]
+        follows = False
+        for given in unknown:
+            is_option = given.startswith("-")
+            if given.split("=")[0] == "--model":
+                yield "MODEL is given without --model, as the first argument"
+            elif is_option or not follows:  # else the value of the one before
+                near = nearest(given.split("=")[0], known) if is_option else None
+                yield f"unknown argument {given!r}" + (f"; did you mean {near}?" if near else "")
+            follows = is_option and "=" not in given
+
+
+def _list(problems: Sequence[str]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    lines = [f"{len(problems)} arguments cannot be used:", *(f"  {text}" for text in problems)]
+    return "\n".join([*lines, ""])
+
+
+class _VllmAction(argparse.Action):
+    """Notes an option of vLLM that has no field here, for `parse_checked` to judge."""
+
+    def __init__(self, *args: Any, name: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._name = name
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        flag = option_string or ""
+        shown = flag
+        if self.nargs == 0:
+            values = not flag.startswith("--no-")
+        else:
+            shown += " " + (values if isinstance(values, str) else " ".join(values))
+        vars(namespace).setdefault("vllm_options", []).append((self._name, values, shown))
+
+
+def _add_vllm_options(parser: Parser, face: Face) -> None:
+    """Lets the parser take vLLM's options that have no field, without showing them."""
+    for option in VLLM_OPTIONS.values():
+        if option.face != face:
+            continue
+        flags = [option.flag, *option.short]
+        if option.is_flag:
+            flags.append("--no-" + option.flag[2:])
+        nargs = 0 if option.is_flag else "+" if option.is_list else None
+        parser.add_argument(
+            *flags,
+            action=_VllmAction,
+            name=option.name,
+            nargs=nargs,
+            dest="vllm_options",
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,10 +138,16 @@ class Option:
     field: str
     flag: str
     kind: str
-    """str, int, float, bool, size or list."""
+    """str, int, float, bool, size, count or list."""
     default: Any
     choices: tuple[str, ...] | None
     help: str
+    metadata: Mapping[str, Any]
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """All spellings of the flag."""
+        return (self.flag, *self.metadata.get("also", ()))
 
     @property
     def shown_default(self) -> str:
@@ -83,7 +161,8 @@ class Option:
         """What may stand after the flag."""
         if self.choices:
             return "{" + ",".join(self.choices) + "}"
-        return {"bool": "", "list": "TEXT", "str": "TEXT"}.get(self.kind, self.kind.upper())
+        shown = {"bool": "", "list": "TEXT", "str": "TEXT", "count": "INT"}
+        return shown.get(self.kind, self.kind.upper())
 
 
 def options_of(config: ConfigClass) -> Iterator[Option]:
@@ -96,39 +175,42 @@ def options_of(config: ConfigClass) -> Iterator[Option]:
         yield Option(
             field=field.name,
             flag="--" + field.name.replace("_", "-"),
-            kind=_kind(field.name, hints[field.name]),
+            kind=kind_of(field.name, hints[field.name], field.metadata),
             default=field.default,
             choices=None if choices is None else tuple(str(c) for c in choices),
             help=field.metadata["help"],
+            metadata=field.metadata,
         )
 
 
 def add_options(parser: Parser, config: ConfigClass, only: tuple[str, ...] = ()) -> None:
     """Adds a flag for each field of `config` (or for those in `only`)."""
-    title = "engine" if config is EngineConfig else "server"
+    title: Face = "engine" if config is EngineConfig else "server"
     group = parser.add_argument_group(f"{title} options")
     for option in options_of(config):
         if only and option.field not in only:
             continue
         default = option.shown_default
-        shown = {"help": option.help + (f" (default: {default})" if default else "")}
-        common: dict[str, Any] = {**shown, "dest": option.field, "default": argparse.SUPPRESS}
+        help = option.help + (f" (default: {default})" if default else "")
+        if option.metadata.get("is_hidden"):
+            help = argparse.SUPPRESS
+        common: dict[str, Any] = {
+            "help": help,
+            "dest": option.field,
+            "default": argparse.SUPPRESS,
+        }
         if option.kind == "bool":
             group.add_argument(option.flag, action=argparse.BooleanOptionalAction, **common)
             continue
-        flags = [option.flag]
-        if option.field == "kv_cache_memory_bytes":
-            flags.append("--kv-cache-memory")
-        if option.field == "allow_priority":
-            common |= {"nargs": "?", "const": "all"}
         if option.kind == "list":
-            common["action"] = "append"
-            common["help"] += " (repeat for several)"
+            common |= {"action": "extend", "nargs": "+"}
         else:
             common["type"] = _PARSERS[option.kind]
-        group.add_argument(*flags, metavar=option.shown_value, **common)
+        group.add_argument(*option.flags, metavar=option.shown_value, **common)
         if option.field == "prefix_caching":
             _add_prefix_caching_alias(group)
+    if not only:
+        _add_vllm_options(parser, title)
 
 
 def config_values(args: argparse.Namespace, config: ConfigClass) -> dict[str, Any]:
@@ -138,13 +220,11 @@ def config_values(args: argparse.Namespace, config: ConfigClass) -> dict[str, An
     for option in options_of(config):
         if option.field not in given:
             continue
-        value = given[option.field]
-        if option.choices is not None and str(value) not in option.choices:
-            known = ", ".join(option.choices)
-            raise ConfigError(
-                f"{option.flag} {value!r} is unknown; use {known}", field=option.field
-            )
-        values[option.field] = tuple(value) if option.kind == "list" else value
+        try:
+            value = read_value(option.flag, option.kind, option.metadata, given[option.field])
+        except ConfigError as error:
+            raise ConfigError(str(error), field=option.field) from error
+        values[option.field] = value
     return values
 
 
@@ -160,15 +240,17 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
 
 def parse_size(text: str) -> int:
     """Returns bytes from text like 4096, 512MiB, 80GiB or 1.5G (all units are powers of 1024)."""
-    plain = text.strip().upper().removesuffix("B").removesuffix("I")
-    number, unit = (plain[:-1], plain[-1]) if plain and plain[-1].isalpha() else (plain, "")
     try:
-        size = int(float(number) * SIZE_UNITS[unit])
-    except (KeyError, ValueError, OverflowError):
-        size = -1
-    if size < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it like 4096, 512MiB or 4GiB")
-    return size
+        return read_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {error}") from error
+
+
+def _parse_count(text: str) -> int | None:
+    try:
+        return read_count(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {error}") from error
 
 
 def say(text: str) -> None:
@@ -176,20 +258,13 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-_PARSERS = {"str": str, "int": int, "float": float, "size": parse_size}
+def say_verdicts(verdicts: Sequence[Verdict]) -> None:
+    """Says of each option what is so anyway, or that it has no effect."""
+    for verdict in verdicts:
+        say(f"{'warning' if verdict.is_warning else 'note'}: {verdict.text}")
 
 
-def _kind(name: str, hint: Any) -> str:
-    """Returns the kind of a field from its annotation, or fails: no field is guessed."""
-    if name.endswith("_bytes"):
-        return "size"
-    members = set(typing.get_args(hint)) - {type(None), AttentionConfig}
-    if typing.get_origin(hint) is tuple:
-        return "list"
-    if typing.get_origin(hint) is typing.Literal:
-        return "str"
-    (plain,) = members or {hint}
-    return {str: "str", int: "int", float: "float", bool: "bool"}[plain]
+_PARSERS = {"str": str, "int": int, "float": float, "size": parse_size, "count": _parse_count}
 
 
 def _add_prefix_caching_alias(group: argparse._ArgumentGroup) -> None:

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from octavo.weights.hub import ModelFiles
 
 HELP = "show weights, KV cache and what fits, from the config alone"
+EXAMPLES = """examples:
+  octavo plan demo-moe                                     on this machine
+  octavo plan MODEL --device cuda --memory 80GiB           on a GPU of 80 GiB, here or not
+  octavo plan MODEL --device cuda --memory 80GiB --tensor-parallel-size 2"""
 LENGTHS = (1024, 4096, 16384, 65536, 131072)
 PART_NAMES: tuple[str, ...] = (
     "embeddings",
@@ -47,7 +51,7 @@ _GGUF_PARTS = (
 
 def add_parser(subparsers: Subparsers) -> None:
     """Adds `plan`."""
-    parser = subparsers.add_parser("plan", help=HELP, description=HELP)
+    parser = subparsers.add_parser("plan", help=HELP, description=HELP, epilog=EXAMPLES)
     add_model(parser)
     add = parser.add_argument
     add(

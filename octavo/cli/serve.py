@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from octavo.cli.options import (
@@ -20,6 +21,7 @@ from octavo.cli.options import (
     server_config,
 )
 from octavo.config import EngineConfig, ServerConfig
+from octavo.vllm_options import Verdict, log_verdicts
 
 if TYPE_CHECKING:
     import socket
@@ -27,11 +29,15 @@ if TYPE_CHECKING:
     from octavo.async_llm import AsyncLLM
 
 HELP = "serve a model over HTTP with the OpenAI API"
+EXAMPLES = """examples:
+  octavo serve demo-moe                        on http://127.0.0.1:8000
+  octavo serve MODEL --host 0.0.0.0 --port 80 --api-key KEY
+  octavo serve MODEL --tensor-parallel-size 2 --max-model-len 32K --served-model-name chat"""
 
 
 def add_parser(subparsers: Subparsers) -> None:
     """Adds `serve` with all options of engine and server."""
-    parser = subparsers.add_parser("serve", help=HELP, description=HELP)
+    parser = subparsers.add_parser("serve", help=HELP, description=HELP, epilog=EXAMPLES)
     add_model(parser)
     add_options(parser, ServerConfig)
     add_options(parser, EngineConfig)
@@ -54,21 +60,27 @@ def run(args: argparse.Namespace) -> int:
     from octavo.server.serve import bind
 
     with bind(server) as bound, asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(_serve(server, engine, bound))
+        runner.run(_serve(server, engine, bound, args.verdicts))
     return 0
 
 
-async def _serve(server: ServerConfig, config: EngineConfig, bound: socket.socket) -> None:
+async def _serve(
+    server: ServerConfig,
+    config: EngineConfig,
+    bound: socket.socket,
+    verdicts: Sequence[Verdict],
+) -> None:
     from octavo.async_llm import AsyncLLM
     from octavo.observe.logs import configure_logging
     from octavo.server.serve import serve, url_of
 
     configure_logging(server.log_format, server.log_level)
+    log_verdicts(verdicts)
     engine = AsyncLLM(config, log_format=server.log_format, log_level=server.log_level)
     say(f"loading {config.model} ...")
     try:
         await engine.start()
-        announce(engine, server, url_of(bound))
+        announce(engine, server, url_of(bound, "https" if server.ssl_certfile else "http"))
         await serve(engine, server, bound)
     finally:
         await engine.close()
@@ -76,13 +88,14 @@ async def _serve(server: ServerConfig, config: EngineConfig, bound: socket.socke
 
 def announce(engine: AsyncLLM, server: ServerConfig, url: str) -> None:
     """Prints the memory plan, the URL, and a request to copy."""
-    name = server.served_model_name or engine.model_name
+    name = (server.served_model_name or (engine.model_name,))[0]
     body = {
         "model": name,
         "messages": [{"role": "user", "content": "Why is the sky blue?"}],
         "max_tokens": 100,
     }
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if server.api_key or server.operator_key else ""
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if server.api_key else ""
+    key += " --cacert CERTIFICATE" if server.ssl_certfile else ""
     say(engine.plan.describe())
     say(f"\n{name} is served on {url}  (Ctrl-C ends it). Try:\n")
     say(

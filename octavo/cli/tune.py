@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # they import torch
     from octavo.kernels.triton.tune import Found, Measure
 
 HELP = "measure launch shapes on this GPU and keep those that beat the built-in ones"
+EXAMPLES = """examples:
+  octavo tune MODEL                            measure, and keep what is fastest"""
 OPTIONS = (
     *("revision", "download_dir", "dtype", "load_format", "tensor_parallel_size"),
     *("deterministic", "device"),
@@ -55,7 +57,7 @@ class Shape(NamedTuple):
 
 def add_parser(subparsers: Subparsers) -> None:
     """Adds `tune`."""
-    parser = subparsers.add_parser("tune", help=HELP, description=HELP)
+    parser = subparsers.add_parser("tune", help=HELP, description=HELP, epilog=EXAMPLES)
     known = ", ".join(MODELS)
     what = f"any model, of which only the config is read, or {known}"
     parser.add_argument("model", metavar="MODEL", help=what)

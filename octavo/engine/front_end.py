@@ -38,7 +38,8 @@ class FrontEnd:
         self.default_sampling_params: Mapping[str, Any] = {
             name: self.files.generation_config[name]
             for name in _SAMPLING_DEFAULTS
-            if self.files.generation_config.get(name) is not None
+            if self.config.generation_config == "auto"
+            and self.files.generation_config.get(name) is not None
         }
 
     @property

@@ -290,15 +290,12 @@ class KVCacheManager:
             self._emptied.extend(emptied)
 
     def reset_prefix_cache(self) -> bool:
-        """Forgets every cached prefix; returns False, forgetting none, while a sequence holds
-        blocks."""
-        if self.pool.num_referenced:
-            return False
+        """Forgets every cached prefix; returns whether no running sequence still holds blocks."""
         self.index.clear()
         emptied = self.pool.forget_keys()
         if self._poison:
             self._emptied.extend(emptied)
-        return True
+        return self.pool.num_referenced == 0
 
     # -- for the next step plan --------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,9 +89,11 @@ class AccessMiddleware:
     The id is in `request.state.request_id` and in the response's headers.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, silent: Collection[str] = ()) -> None:
+        """`silent` are paths whose exchanges are not logged."""
         self._app = app
         self._metrics = metrics
+        self._silent = frozenset(silent)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -129,7 +131,7 @@ class AccessMiddleware:
         seconds = time.monotonic() - exchange.started
         self._metrics.observe_http(handler, method, status, seconds)
         level = logging.DEBUG if scope["path"] in PROBES else logging.INFO
-        if not logger.isEnabledFor(level):
+        if scope["path"] in self._silent or not logger.isEnabledFor(level):
             return
         host, port = scope.get("client") or ("unknown", 0)
         extra = {

@@ -21,18 +21,19 @@ from octavo.server.access import AccessMiddleware
 from octavo.server.auth import AuthMiddleware
 from octavo.server.engine_client import Engine
 from octavo.server.limits import BodyLimitMiddleware
-from octavo.server.routes import chat, completions, health, operation, tokens
+from octavo.server.routes import admin, chat, completions, tokens
 from octavo.server.state import ServerState
-from octavo.server.tokenising import Tokenising
 
 
 def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
     """Returns the application that serves `engine`; its ServerState is `app.state.server`."""
-    model_name = config.served_model_name or engine.model_name
-    metrics = Metrics(model_name, engine.max_model_len)
+    names = config.served_model_name or (engine.model_name,)
+    metrics = Metrics(names[0], engine.max_model_len)
     middleware = [
-        Middleware(AccessMiddleware, metrics=metrics),
-        Middleware(AuthMiddleware, config=config),
+        Middleware(
+            AccessMiddleware, metrics=metrics, silent=config.disable_access_log_for_endpoints
+        ),
+        Middleware(AuthMiddleware, keys=config.api_key),
         Middleware(BodyLimitMiddleware, max_bytes=config.max_body_bytes),
     ]
     if config.allowed_origins:
@@ -51,11 +52,10 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
         engine=engine,
         config=config,
         metrics=metrics,
-        model_name=model_name,
+        model_names=names,
         started_at=int(time.time()),
-        tokenising=Tokenising(engine),
     )
     errors.install(app)
-    for family in (chat, completions, tokens, operation, health):
+    for family in (chat, completions, tokens, admin):
         app.include_router(family.router)
     return app

@@ -26,6 +26,7 @@ from octavo.server.app import create_app
 from octavo.server.engine_client import Engine
 from octavo.server.http_protocol import ConnectionLimits, protocol_factory
 from octavo.server.state import Drain
+from octavo.server.tls import check_certificate, keep_fresh
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _CUT_OFF_SECONDS = 5
@@ -33,7 +34,8 @@ _CUT_OFF_SECONDS = 5
 
 
 def bind(config: ServerConfig) -> socket.socket:
-    """Returns a bound socket. Raises ConfigError if host or port cannot be used."""
+    """Returns a bound socket. Raises ConfigError if host, port or certificate cannot be used."""
+    check_certificate(config)
     where = f"{config.host}:{config.port}"
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -56,10 +58,10 @@ def bind(config: ServerConfig) -> socket.socket:
     return bound
 
 
-def url_of(bound: socket.socket) -> str:
+def url_of(bound: socket.socket, scheme: str = "http") -> str:
     """Returns the address of a bound socket as a URL."""
     host, port = bound.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 class Server(uvicorn.Server):
@@ -75,6 +77,7 @@ class Server(uvicorn.Server):
         self.drain: Drain = app.state.server.drain
         self._loop: asyncio.AbstractEventLoop | None = None
         self._shutdown_timeout = config.shutdown_timeout
+        self._options = config
         self._monitor = LoopHoldMonitor() if config.debug_loop_holds else None
         if self._monitor is not None:
             app.state.server.metrics.watch_loop(self._monitor)
@@ -88,6 +91,8 @@ class Server(uvicorn.Server):
                 lifespan="off",
                 server_header=False,
                 timeout_graceful_shutdown=round(config.shutdown_timeout) + _CUT_OFF_SECONDS,
+                ssl_certfile=config.ssl_certfile,
+                ssl_keyfile=config.ssl_keyfile,
             )
         )
 
@@ -96,10 +101,16 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         if self._monitor is not None:
             self._monitor.install(self._loop)
+        self.config.load()
+        refresh = None
+        if self._options.enable_ssl_refresh and self.config.ssl is not None:
+            refresh = asyncio.create_task(keep_fresh(self.config.ssl, self._options))
         try:
             await self.serve(sockets=[bound])
         finally:
             self._loop = None
+            if refresh is not None:
+                refresh.cancel()
 
     def stop(self) -> None:
         """Begins the end; called again, ends at once. Safe in signal handlers and threads."""

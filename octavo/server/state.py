@@ -15,7 +15,6 @@ from octavo.errors import shown
 from octavo.observe.metrics import Metrics
 from octavo.server.engine_client import Engine
 from octavo.server.errors import ApiError
-from octavo.server.tokenising import Tokenising
 
 
 @dataclass(slots=True)
@@ -28,21 +27,26 @@ class Drain:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerState:
-    """One server. `model_name` is the name in the API."""
+    """One server."""
 
     engine: Engine
     config: ServerConfig
     metrics: Metrics
-    model_name: str
+    model_names: tuple[str, ...]
+    """All names in the API; answers carry the first."""
     started_at: int
     """Unix seconds, `created` of the model."""
-    tokenising: Tokenising
     drain: Drain = field(default_factory=Drain)
+
+    @property
+    def model_name(self) -> str:
+        return self.model_names[0]
 
     def check_model(self, model: str | None) -> None:
         """Raises a 404 ApiError if the client asks for a model that is not served here."""
-        if model is not None and model != self.model_name:
-            message = f"model {shown(model)} does not exist here; {self.model_name!r} is served"
+        if model is not None and model not in self.model_names:
+            served = ", ".join(map(repr, self.model_names))
+            message = f"model {shown(model)} does not exist here; {served} is served"
             raise ApiError(404, message, code="model_not_found", param="model")
 
 

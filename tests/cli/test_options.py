@@ -71,8 +71,68 @@ def test_the_cache_size_has_a_short_name_and_units():
     assert engine("--kv-cache-memory", "1.5GiB").kv_cache_memory_bytes == 3 * 2**29
 
 
-def test_repeated_options_make_a_tuple():
-    assert server("--api-key", "a", "--api-key", "b").api_key[:2] == ("a", "b")
+def test_lists_are_given_at_once_or_one_by_one():
+    assert server("--api-key", "a", "b", "--api-key", "c").api_key[:3] == ("a", "b", "c")
+    assert server("--served-model-name", "org/m", "m").served_model_name == ("org/m", "m")
+
+
+def test_a_list_may_be_json_as_vllm_spells_it():
+    assert server("--allowed-origins", '["*"]').allowed_origins == ("*",)
+    given = '["https://a.example", "http://b.example:8080"]'
+    found = server("--allowed-origins", given).allowed_origins
+    assert found == ("https://a.example", "http://b.example:8080")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--allowed-origins", "[*]"),
+        ("--allowed-origins", "[1]"),
+        ("--allowed-origins", "app.example.com"),
+        ("--allowed-origins", "https://app.example.com/"),
+        ("--allowed-origins", ""),
+        ("--disable-access-log-for-endpoints", "health"),
+        ("--served-model-name", " "),
+    ],
+)
+def test_texts_that_could_never_match_are_refused(flag: str, value: str):
+    with pytest.raises(ConfigError, match=flag[2:].replace("-", ".")):
+        server(flag, value)
+
+
+def test_endpoints_are_separated_by_commas():
+    found = server("--disable-access-log-for-endpoints", "/health,/metrics, /ping")
+    assert found.disable_access_log_for_endpoints == ("/health", "/metrics", "/ping")
+
+
+@pytest.mark.parametrize(
+    ("text", "length"), [("4k", 4000), ("4K", 4096), ("99", 99), ("25.6k", 25600), ("auto", None)]
+)
+def test_lengths_have_vllms_units(text: str, length: int | None):
+    assert engine("--max-model-len", text).max_model_len == length
+
+
+@pytest.mark.parametrize("text", ["", "4x", "-5", "k", "nan", "1e999"])
+def test_what_is_no_length_is_refused(text: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        engine("--max-model-len", text)
+    assert "is not a number of tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("word", "dtype"), [("half", "float16"), ("float", "float32")])
+def test_dtypes_have_vllms_words_too(word: str, dtype: str):
+    assert engine("--dtype", word).dtype == dtype
+
+
+def test_tensor_parallelism_has_vllms_short_name():
+    assert engine("-tp", "2").tensor_parallel_size == 2
+
+
+def test_a_test_mode_is_taken_but_not_shown():
+    parser = Parser()
+    add_options(parser, EngineConfig)
+    assert "poison" not in parser.format_help()
+    assert engine("--poison-freed-blocks").poison_freed_blocks
 
 
 def test_a_numeric_choice_is_checked():
@@ -101,5 +161,5 @@ def test_sizes_have_units(text: str, size: int):
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1", "1X", "1 2", "nan", "inf", "1e999"])
 def test_what_is_no_size_is_refused(text: str):
-    with pytest.raises(argparse.ArgumentTypeError, match="is no size"):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a size"):
         parse_size(text)

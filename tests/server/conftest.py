@@ -81,7 +81,7 @@ def base_url(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
     """The URL of a server without keys whose context is 512 tokens."""
-    config = ServerConfig(port=0, served_model_name="tiny")
+    config = ServerConfig(port=0, served_model_name=("tiny",))
     if request.param == "fake":
         server = ServerThread(FakeEngine(), config)
     else:

@@ -107,3 +107,15 @@ def test_an_error_within_a_stream_is_told(
     [line] = lines(caplog)
     assert " 200 in " in line
     assert "internal error" in line
+
+
+def test_endpoints_that_shall_not_be_logged_are_not(
+    start_server: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, ACCESS)
+    server = start_server(disable_access_log_for_endpoints=("/health", "/v1/models"))
+    for path in ("/health", "/v1/models", "/version"):
+        assert httpx.get(f"{server.url}{path}").status_code == 200
+    server.end()
+    [line] = lines(caplog)
+    assert "'/version'" in line

@@ -23,18 +23,36 @@ _HOMES = {
     "workloads": ("octavo.cli.bench.workloads", "run_workloads"),
 }
 
+EXAMPLES = """examples:
+  octavo bench latency demo-moe
+  octavo bench serve --concurrency 64"""
+_EXAMPLES = {
+    "latency": """examples:
+  octavo bench latency demo-moe --batch-size 4 --output figures.jsonl
+  octavo bench latency demo --peer transformers""",
+    "throughput": """example:
+  octavo bench throughput demo-moe --num-prompts 64 --input-len 100:1000""",
+    "serve": """examples:
+  octavo bench serve --concurrency 64 --waves 4 --clients 4 --input-len 512
+  octavo bench serve --url http://host:8000 --request-rate 5 --goodput ttft:500""",
+    "prefix": """example:
+  octavo bench prefix demo-moe --prefix-len 1024""",
+    "workloads": """example:
+  octavo bench workloads qwen3-30b-a3b --only D1,D32""",
+}
+
 
 def add_parser(subparsers: Subparsers) -> None:
     """Adds `bench` with its benchmarks."""
     help = "measure throughput, latency, a server, prefix caching, or named workloads"
-    parser = subparsers.add_parser("bench", help=help, description=help)
+    parser = subparsers.add_parser("bench", help=help, description=help, epilog=EXAMPLES)
+    parser.set_defaults(run=lambda _: parser.print_help() or 0)
     benches = cast(
         Subparsers,
         parser.add_subparsers(
             title="benchmarks",
             metavar="BENCHMARK",
             dest="bench",
-            required=True,
             parser_class=Parser,
         ),
     )
@@ -59,7 +77,7 @@ def _new(
     seed: int | None = 0,
     seed_help: str = "of prompts and lengths (default: 0)",
 ) -> Parser:
-    parser = benches.add_parser(name, help=help, description=help)
+    parser = benches.add_parser(name, help=help, description=help, epilog=_EXAMPLES[name])
     parser.set_defaults(run=run, parser=parser)
     parser.add_argument("--output", metavar="FILE", help="append JSON lines here, not to stdout")
     parser.add_argument("--workload-seed", type=int, default=seed, metavar="INT", help=seed_help)
