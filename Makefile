@@ -44,10 +44,12 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	OCTAVO=$(BIN)/octavo benchmarks/figures.sh bench.jsonl
 
-# docs/cli.md from the options, tables of figures from docs/figures; tests fail when they are old.
+# What docs/*.md and README.md say of options, routes, fields, metrics and figures, from the code and
+# docs/figures; tests fail when it is old.
 docs: $(VENV)/.installed
 	$(BIN)/python -m docs.make_cli
 	$(BIN)/python -m docs.make_figures
+	$(BIN)/python -m docs.make_reference
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

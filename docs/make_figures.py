@@ -7,13 +7,15 @@ the order of the file names; it never rounds, adds or leaves out a number.
 from __future__ import annotations
 
 import json
-import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+from docs.blocks import filled
+from docs.blocks import table as table_of
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "docs" / "figures"
@@ -123,13 +125,6 @@ def shown(value: Number) -> str:
     return f"{value:,}"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(
-        "".join(f"| {cell} " if cell else "| " for cell in line) + "|" for line in lines
-    )
-
-
 def _ours(one: Figure) -> str:
     runs = f" ({' and '.join(f'{run:,}' for run in one.runs)})" if one.runs else ""
     return shown(one.ours) + (f", {one.qualifier}" if one.qualifier else "") + runs
@@ -152,7 +147,7 @@ def as_rows(table: Table, figures: Sequence[Figure]) -> str:
         "remark": [one.note for one in figures],
     }
     filled = {name: cells for name, cells in columns.items() if any(cells)}
-    return _table(list(filled), zip(*filled.values(), strict=True))
+    return table_of(list(filled), zip(*filled.values(), strict=True))
 
 
 def as_grid(figures: Sequence[Figure]) -> str:
@@ -168,7 +163,7 @@ def as_grid(figures: Sequence[Figure]) -> str:
     rows = ([name, *(row.get(model, "") for model in models)] for name, row in cells.items())
     head = units.pop() if len(units) == 1 else "measured"
     head += " / floor" if any(one.floor is not None for one in figures) else ""
-    return _table([head, *models], rows)
+    return table_of([head, *models], rows)
 
 
 def section(table: Table, figures: Sequence[Figure]) -> str:
@@ -198,7 +193,7 @@ def readme_table(figures: Sequence[Figure]) -> str:
         text = shown(one.ours) + (f", {one.qualifier}" if one.qualifier else "")
         cells.setdefault(one.readme, {})[one.model] = text + (f" ({beside})" if beside else "")
     rows = ([name, *(row.get(model, "") for model in models)] for name, row in cells.items())
-    return _table(["", *models], rows)
+    return table_of(["", *models], rows)
 
 
 PERFORMANCE = """# Performance
@@ -209,27 +204,19 @@ the command that repeats it. What the workloads are, and what a floor is:
 brought: [experiments.md](experiments.md).
 """
 
-_BLOCK = re.compile(r"(<!-- figures (.+?) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
-
 
 def render() -> dict[Path, str]:
     """Returns the pages with their tables: path -> text."""
     files = {path.stem: read(path) for path in sorted(FIGURES.glob("*.jsonl"))}
     readme, kernels = ROOT / "README.md", ROOT / "docs" / "kernels.md"
+    sections = lambda names: "\n\n".join(section(*files[name]) for name in names)
+    short = lambda names: readme_table([one for name in names for one in files[name][1]])
     user = [section(*file) for file in files.values() if file[0].page == "performance"]
-
-    def filled(path: Path, make: Callable[[list[str]], str]) -> str:
-        return _BLOCK.sub(
-            lambda found: f"{found[1]}{make(found[2].split())}\n{found[3]}",
-            path.read_text(encoding="utf-8"),
-        )
 
     return {
         ROOT / "docs" / "performance.md": "\n".join([PERFORMANCE, "\n\n".join(user), ""]),
-        kernels: filled(kernels, lambda names: "\n\n".join(section(*files[n]) for n in names)),
-        readme: filled(
-            readme, lambda names: readme_table([one for n in names for one in files[n][1]])
-        ),
+        kernels: filled(kernels.read_text(encoding="utf-8"), {"figures": sections}),
+        readme: filled(readme.read_text(encoding="utf-8"), {"figures": short}),
     }
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from octavo.errors import ConfigError
 from octavo.formats import KV_FORMATS
 from octavo.option_values import kind_of, read_value
-from octavo.request import PrefixCaching
+from octavo.request import MAX_INT, PrefixCaching
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
@@ -143,10 +143,25 @@ class ServerConfig:
 
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on; 0 takes a free one")
-    api_key: tuple[str, ...] = option((), "keys that are let in (also OCTAVO_API_KEY)")
+    api_key: tuple[str, ...] = option(
+        (), "keys that are let in (also OCTAVO_API_KEY)", is_secret=True
+    )
+    api_key_file: str | None = option(None, "file of keys that are let in, one a line")
+    operator_key: tuple[str, ...] = option(
+        (),
+        "keys that may also read metrics and reset the cache (also OCTAVO_OPERATOR_KEY)",
+        is_secret=True,
+    )
+    operator_key_file: str | None = option(None, "file of operator keys, one a line")
+    public_metrics: bool = option(False, "answer /metrics and /version without a key")
+    allow_priority: str = option(
+        "0..0", "priorities that clients may ask for, like -10..10, or all; operators may always"
+    )
     served_model_name: tuple[str, ...] = option((), "names of the model in the API")
     max_body_bytes: int = option(16 * 2**20, "largest request body")
-    allowed_origins: tuple[str, ...] = option((), "origins that browsers may call from")
+    allowed_origins: tuple[str, ...] = option(
+        (), "origins that browsers may call from, or a JSON list of them", is_json=True
+    )
     ssl_certfile: str | None = option(None, "certificate (PEM, with its chain): serve HTTPS")
     ssl_keyfile: str | None = option(None, "key of the certificate, if not in the same file")
     enable_ssl_refresh: bool = option(
@@ -165,7 +180,10 @@ class ServerConfig:
     )
 
     def resolve(self) -> ServerConfig:
-        """Returns a copy in its own types, with the environment's key added. Raises ConfigError."""
+        """Returns a copy in its own types, with the keys of files and environment added.
+
+        Raises ConfigError.
+        """
         return replace(self, **_values_of(self))._resolved()
 
     def _resolved(self) -> ServerConfig:
@@ -176,8 +194,30 @@ class ServerConfig:
             field = "ssl_keyfile" if self.ssl_keyfile else "enable_ssl_refresh"
             raise ConfigError(f"{field} needs ssl_certfile, the certificate", field=field)
         _positive("max_body_bytes", self.max_body_bytes)
-        keys = tuple(k for k in (*self.api_key, os.environ.get("OCTAVO_API_KEY", "")) if k)
-        return replace(self, api_key=keys)
+        _ = self.priority_range
+        keys = {
+            name: _all_keys(name, getattr(self, name), getattr(self, f"{name}_file"))
+            for name in ("api_key", "operator_key")
+        }
+        if both := set(keys["api_key"]) & set(keys["operator_key"]):
+            message = f"{len(both)} of the api_key are operator_key, too; a key has one role"
+            raise ConfigError(message, field="operator_key")
+        return replace(self, **keys, api_key_file=None, operator_key_file=None)
+
+    @property
+    def priority_range(self) -> tuple[int, int]:
+        """Lowest and highest priority that clients may ask for. Raises ConfigError."""
+        if self.allow_priority == "all":
+            return -MAX_INT, MAX_INT
+        found = re.fullmatch(r"(-?[0-9]{1,10})\.\.(-?[0-9]{1,10})", self.allow_priority)
+        low, high = (int(found[1]), int(found[2])) if found else (1, 0)
+        if not -MAX_INT <= low <= 0 <= high <= MAX_INT:
+            raise ConfigError(
+                "allow_priority must be all or a range that holds 0, like -10..10, got "
+                f"{self.allow_priority!r}",
+                field="allow_priority",
+            )
+        return low, high
 
     def _check_texts(self) -> None:
         for name, pattern, wanted in _TEXT_CHECKS:
@@ -207,6 +247,38 @@ def cache_dir() -> str:
 def tuned_dir() -> str:
     """Where `octavo tune` leaves launch shapes and the engine looks for them."""
     return os.path.join(cache_dir(), "tuned")
+
+
+def _all_keys(name: str, given: tuple[str, ...], path: str | None) -> tuple[str, ...]:
+    """Returns the keys of an option, of its file and of its environment variable, each once.
+
+    Raises ConfigError for a key that no client could send; its message never shows a key.
+    """
+    keys = [*given]
+    if path is not None:
+        keys += _keys_of_file(f"{name}_file", path)
+    # An empty variable is how shells and Compose files spell an unset one.
+    keys += [key for key in (os.environ.get(f"OCTAVO_{name.upper()}"),) if key]
+    for key in keys:
+        if not key.strip():
+            message = f"{name} is empty; leave the option out to serve without keys"
+            raise ConfigError(message, field=name)
+        if key != key.strip() or not key.isprintable():
+            message = f"a key in {name} has spaces around it or characters that cannot be sent"
+            raise ConfigError(message, field=name)
+    return tuple(dict.fromkeys(keys))
+
+
+def _keys_of_file(name: str, path: str) -> list[str]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            keys = [line.strip() for line in file.read().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{name} {path!r} cannot be read: {error}", field=name) from error
+    if not keys:
+        # Taken for no keys at all, it would open the server to everyone.
+        raise ConfigError(f"{name} {path!r} holds no key", field=name)
+    return keys
 
 
 def _values_of(config: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import math
 import operator
 import os
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from octavo.errors import ConfigError
@@ -50,11 +50,10 @@ def read_value(name: str, kind: str, metadata: Mapping[str, Any], value: Any) ->
     if choices is not None:
         return _choice(name, choices, value)
     try:
-        read = _READERS[kind](value)
-        separator = metadata.get("separator")
-        return read if separator is None else tuple(_split(read, separator))
+        return read_list(value, metadata) if kind == "list" else _READERS[kind](value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"{name} must be {error}, got {value!r}", field=name) from error
+        got = "" if metadata.get("is_secret") else f", got {value!r}"
+        raise ConfigError(f"{name} must be {error}{got}", field=name) from error
 
 
 def read_size(value: Any) -> int:
@@ -77,20 +76,24 @@ def read_count(value: Any) -> int | None:
     return _scaled(number, COUNT_UNITS.get(unit), wanted)
 
 
-def read_list(value: Any) -> tuple[str, ...]:
-    """Returns texts from one, from several, or from JSON's spelling of several: '["a", "b"]'."""
+def read_list(value: Any, metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns texts from one or from several; where the metadata says so also from JSON's spelling
+    of several, '["a", "b"]', or from one text with separators."""
     given = [value] if isinstance(value, str) else value
     if not isinstance(given, Sequence) or not all(isinstance(one, str) for one in given):
         raise ValueError("a list of texts")
+    separator = metadata.get("separator")
     found: list[str] = []
     for one in given:
-        found += _json_list(one) if one.lstrip().startswith("[") else [one]
+        if metadata.get("is_json") and one.lstrip().startswith("["):
+            found += _json_list(one)
+        else:
+            found += [one] if separator is None else _split(one, separator)
     return tuple(found)
 
 
-def _split(texts: Sequence[str], separator: str) -> Iterator[str]:
-    for text in texts:
-        yield from (part.strip() for part in text.split(separator) if part.strip())
+def _split(text: str, separator: str) -> list[str]:
+    return [part.strip() for part in text.split(separator) if part.strip()]
 
 
 def _json_list(text: str) -> list[str]:
@@ -169,5 +172,4 @@ _READERS = {
     "bool": _boolean,
     "size": read_size,
     "count": read_count,
-    "list": read_list,
 }

@@ -22,7 +22,8 @@ ENGINE_OPTIONS = """
 """.split()
 
 SERVER_OPTIONS = """
---host --port --api-key --served-model-name --max-body-bytes --allowed-origins
+--host --port --api-key --api-key-file --operator-key --operator-key-file --public-metrics
+--allow-priority --served-model-name --max-body-bytes --allowed-origins
 --ssl-certfile --ssl-keyfile --enable-ssl-refresh --disable-access-log-for-endpoints --log-format
 --log-level --shutdown-timeout --debug-loop-holds
 """.split()

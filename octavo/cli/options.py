@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +36,8 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **kwargs)
+        # Also `-10..10` is a value and not an option.
+        self._negative_number_matcher = re.compile(r"-\d+(\.\d+|\.\.-?\d+)?$")
 
     def parse_checked(self, argv: Sequence[str]) -> argparse.Namespace:
         """Returns the parsed options, with what is to be said of them as `verdicts`.
@@ -202,6 +205,8 @@ def add_options(parser: Parser, config: ConfigClass, only: tuple[str, ...] = ())
         if option.kind == "bool":
             group.add_argument(option.flag, action=argparse.BooleanOptionalAction, **common)
             continue
+        if option.field == "allow_priority":
+            common |= {"nargs": "?", "const": "all"}
         if option.kind == "list":
             common |= {"action": "extend", "nargs": "+"}
         else:

@@ -94,7 +94,7 @@ def announce(engine: AsyncLLM, server: ServerConfig, url: str) -> None:
         "messages": [{"role": "user", "content": "Why is the sky blue?"}],
         "max_tokens": 100,
     }
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if server.api_key else ""
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if server.api_key or server.operator_key else ""
     key += " --cacert CERTIFICATE" if server.ssl_certfile else ""
     say(engine.plan.describe())
     say(f"\n{name} is served on {url}  (Ctrl-C ends it). Try:\n")

@@ -13,8 +13,8 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -113,22 +113,72 @@ class ChatTemplate:
         return _up_to_mark(text) if options.continue_final_message else text
 
 
-class Shield:
+class ChatRenderer:
+    """A template, and the special tokens that only it may write. Can be sent to a process."""
+
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str], special_texts: Sequence[str]
+    ) -> None:
+        """`special_texts` are those of all special tokens. Raises ChatTemplateError."""
+        self._arguments = (source, special_tokens, special_texts)
+        self._template = ChatTemplate(source, special_tokens)
+        self._pattern = longest_first(special_texts)
+        self._prefixes = {text[:n] for text in special_texts for n in range(1, len(text))}
+        self._longest = max((len(text) for text in special_texts), default=0)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ChatRenderer, self._arguments
+
+    def render(
+        self, messages: Sequence[Message], options: ChatOptions | None = None
+    ) -> RenderedChat:
+        """Returns the prompt's text, what users wrote apart. Raises ChatTemplateError."""
+        options = options or ChatOptions()
+        shield = _Shield(self._pattern, self._prefixes, self._longest)
+        safe_messages = shield.hide(list(messages))
+        safe_options = replace(
+            options,
+            tools=shield.hide(options.tools),
+            documents=shield.hide(options.documents),
+            template_kwargs=shield.hide(dict(options.template_kwargs)),
+        )
+        text = self._template.render(safe_messages, safe_options)
+        return RenderedChat(text=text, literals=tuple(shield.literals), nonce=shield.nonce)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenderedChat:
+    """A prompt's text, in which marks stand for special tokens' characters that users wrote."""
+
+    text: str
+    literals: tuple[str, ...] = ()
+    nonce: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The text without marks."""
+        return self.show(self.text) if self.literals else self.text
+
+    def show(self, text: str) -> str:
+        """Returns `text` with what was hidden back in its place."""
+        mark = re.compile(f"\U000f2000{self.nonce}([0-9]+)\U000f2001")
+        return mark.sub(lambda found: self.literals[int(found[1])], text)
+
+
+class _Shield:
     """Hides special tokens in what the user wrote, for the time of rendering.
 
     Also the beginning of one at the end of a string: the template may put two strings together.
     The marks hold a nonce, so that no text can contain them.
     """
 
-    def __init__(self, specials: Mapping[str, int]) -> None:
-        self._pattern = longest_first(specials)
-        self._prefixes = {text[:n] for text in specials for n in range(1, len(text))}
-        self._longest = max((len(text) for text in specials), default=0)
-        self._nonce = secrets.token_hex(8)
-        self._mark = re.compile(f"\U000f2000{self._nonce}([0-9]+)\U000f2001")
-        self._literals: list[str] = []
-        self.hidden = False
-        """Whether any string held a whole special token, or could become part of one."""
+    def __init__(self, pattern: re.Pattern[str] | None, prefixes: set[str], longest: int) -> None:
+        self._pattern = pattern
+        self._prefixes = prefixes
+        self._longest = longest
+        self.nonce = secrets.token_hex(8)
+        self.literals: list[str] = []
+        """What was hidden: whole special tokens, or what could become part of one."""
 
     def hide(self, value: Any) -> Any:
         """Returns `value` with every string in it shielded."""
@@ -140,10 +190,6 @@ class Shield:
             return [self.hide(item) for item in value]
         return value
 
-    def show(self, text: str) -> str:
-        """Returns `text` with what was hidden back in its place."""
-        return self._mark.sub(lambda found: self._literals[int(found[1])], text)
-
     def _hide_text(self, text: str) -> str:
         assert self._pattern is not None
         text = self._pattern.sub(lambda found: self._put(found[0]), text)
@@ -154,12 +200,11 @@ class Shield:
         return text
 
     def _put(self, literal: str) -> str:
-        self.hidden = True
-        self._literals.append(literal)
-        return f"\U000f2000{self._nonce}{len(self._literals) - 1}\U000f2001"
+        self.literals.append(literal)
+        return f"\U000f2000{self.nonce}{len(self.literals) - 1}\U000f2001"
 
 
-def longest_first(texts: Mapping[str, int]) -> re.Pattern[str] | None:
+def longest_first(texts: Iterable[str]) -> re.Pattern[str] | None:
     """Returns a pattern that finds the longest of `texts` at each place, as tokenizers does."""
     ordered = sorted(texts, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, ordered))) if ordered else None

@@ -11,7 +11,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from tokenizers import decoders
 
 from octavo.engine.chat_template import (
     ChatOptions,
-    ChatTemplate,
+    ChatRenderer,
     Message,
-    Shield,
+    RenderedChat,
     longest_first,
 )
 from octavo.errors import (
@@ -42,6 +42,8 @@ from octavo.weights.gguf_tokenizer import (
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "eot_token")
 _SLOW_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tiktoken.model")
 _BYTE_OF = {char: byte for byte, char in enumerate(byte_spelling())}
+_KEEPING_NORMALIZERS = frozenset({"Replace", "Prepend", "NFC", "Lowercase", "ByteLevel"})
+"""Normalizers after which a text is about as long as before; `Replace` is used for spaces."""
 _BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
@@ -81,7 +83,7 @@ class Tokenizer:
         self.is_byte_level = isinstance(self._core.decoder, decoders.ByteLevel)
         """Whether a token's bytes do not depend on its neighbours."""
         self._bytes: dict[int, bytes] = {}
-        self._template: ChatTemplate | None = None
+        self._renderer: ChatRenderer | None = None
         self._guard: _Guard | None = None
 
     @staticmethod
@@ -115,11 +117,12 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Returns ids; `add_special_tokens` puts BOS before where the model wants it."""
-        return self._core.encode(_sound(text), add_special_tokens=add_special_tokens).ids
+        return _encode(self._core, text, add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Returns the text of ids; ids that do not exist are left out."""
-        return self._core.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        # A batch, for which the library gives the GIL back; for one alone it keeps it.
+        return self._core.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)[0]
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """Returns each id's piece as the vocabulary spells it ("" where there is none)."""
@@ -146,6 +149,25 @@ class Tokenizer:
         """Returns a tokenizer that differs in its chat template only."""
         return Tokenizer(self._core.to_str(), {**self._config, "chat_template": source})
 
+    @property
+    def longest_spelling(self) -> int | None:
+        """Characters of a text that one token stands for at most; None: any number. Slow."""
+        return _longest_spelling(self._core)
+
+    @property
+    def chat_renderer(self) -> ChatRenderer:
+        """From messages to their text; small beside the tokenizer. Raises ChatTemplateError."""
+        if self._renderer is None:
+            if self.chat_template is None:
+                raise ChatTemplateError(
+                    "the model has no chat template; give one with chat_template, or use "
+                    "completions",
+                    param="messages",
+                )
+            specials = tuple(self._special_strings())
+            self._renderer = ChatRenderer(self.chat_template, self.special_tokens, specials)
+        return self._renderer
+
     def encode_chat(
         self, messages: Sequence[Message], options: ChatOptions | None = None
     ) -> ChatPrompt:
@@ -156,23 +178,16 @@ class Tokenizer:
         tokenising the rendered text. What a template builds from a role ("<|" + role + "|>") is
         the template's; the server admits known roles only. Raises ChatTemplateError.
         """
-        options = options or ChatOptions()
-        template = self._compiled_template()
-        shield = Shield(self._special_strings())
-        safe_messages = shield.hide(list(messages))
-        safe_options = replace(
-            options,
-            tools=shield.hide(options.tools),
-            documents=shield.hide(options.documents),
-            template_kwargs=shield.hide(dict(options.template_kwargs)),
-        )
-        text = template.render(safe_messages, safe_options)
-        if not shield.hidden:
-            return ChatPrompt(text=text, token_ids=self.encode(text, add_special_tokens=False))
+        rendered = self.chat_renderer.render(messages, options)
+        return ChatPrompt(text=rendered.shown, token_ids=self.encode_rendered(rendered))
+
+    def encode_rendered(self, rendered: RenderedChat) -> list[int]:
+        """Returns the ids of what `chat_renderer` made of messages."""
+        if not rendered.literals:
+            return self.encode(rendered.text, add_special_tokens=False)
         if self._guard is None:
             self._guard = _Guard(self._core, self._special_strings())
-        ids = self._guard.encode(text, shield.show)
-        return ChatPrompt(text=shield.show(text), token_ids=ids)
+        return self._guard.encode(rendered.text, rendered.show)
 
     def apply_chat_template(
         self,
@@ -195,17 +210,6 @@ class Tokenizer:
         )
         chosen = self if chat_template is None else self.with_chat_template(chat_template)
         return chosen.encode_chat(messages, options).token_ids
-
-    def _compiled_template(self) -> ChatTemplate:
-        if self._template is None:
-            if self.chat_template is None:
-                raise ChatTemplateError(
-                    "the model has no chat template; give one with chat_template, or use "
-                    "completions",
-                    param="messages",
-                )
-            self._template = ChatTemplate(self.chat_template, self.special_tokens)
-        return self._template
 
     def _spell(self, token_id: int) -> bytes:
         piece = self._core.id_to_token(token_id) or ""
@@ -273,7 +277,36 @@ class _Guard:
         """Returns the ids of `text`, in which `show` restores what the user wrote."""
         assert self._pattern is not None
         named = self._pattern.sub(lambda found: self._names[found[0]], text)
-        return self._core.encode(_sound(show(named)), add_special_tokens=False).ids
+        return _encode(self._core, show(named), add_special_tokens=False)
+
+
+def _encode(core: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    # A batch, for which the library gives the GIL back; for one text alone it keeps it. The fast
+    # one leaves out where tokens lie in the text, which nobody asks.
+    batch = core.encode_batch_fast([_sound(text)], add_special_tokens=add_special_tokens)
+    return batch[0].ids
+
+
+def _longest_spelling(core: tokenizers.Tokenizer) -> int | None:
+    """Returns how many characters of a text one token stands for at most, None if any number.
+
+    Where normalising may drop characters, or unknown ones become one token together, no length
+    of a text says that its tokens are too many.
+    """
+    data = json.loads(core.to_str())
+    normalizer, model = data["normalizer"], data["model"]
+    steps = [normalizer] if normalizer is not None else []
+    while any(step["type"] == "Sequence" for step in steps):
+        steps = [
+            inner
+            for step in steps
+            for inner in (step["normalizers"] if step["type"] == "Sequence" else [step])
+        ]
+    keeps_length = all(step["type"] in _KEEPING_NORMALIZERS for step in steps)
+    has_unknown = model.get("unk_token") or model.get("unk_id") is not None
+    if not keeps_length or (has_unknown and not model.get("byte_fallback")):
+        return None
+    return max(map(len, core.get_vocab(with_added_tokens=True)), default=1)
 
 
 def _rename_in_model(model: dict[str, Any], names: Mapping[str, str]) -> None:

@@ -290,12 +290,15 @@ class KVCacheManager:
             self._emptied.extend(emptied)
 
     def reset_prefix_cache(self) -> bool:
-        """Forgets every cached prefix; returns whether no running sequence still holds blocks."""
+        """Forgets every cached prefix; returns False, forgetting none, while a sequence holds
+        blocks."""
+        if self.pool.num_referenced:
+            return False
         self.index.clear()
         emptied = self.pool.forget_keys()
         if self._poison:
             self._emptied.extend(emptied)
-        return self.pool.num_referenced == 0
+        return True
 
     # -- for the next step plan --------------------------------------------------------------
 

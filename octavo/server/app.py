@@ -21,8 +21,9 @@ from octavo.server.access import AccessMiddleware
 from octavo.server.auth import AuthMiddleware
 from octavo.server.engine_client import Engine
 from octavo.server.limits import BodyLimitMiddleware
-from octavo.server.routes import admin, chat, completions, tokens
+from octavo.server.routes import chat, completions, health, operation, tokens
 from octavo.server.state import ServerState
+from octavo.server.tokenising import Tokenising
 
 
 def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
@@ -33,7 +34,7 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
         Middleware(
             AccessMiddleware, metrics=metrics, silent=config.disable_access_log_for_endpoints
         ),
-        Middleware(AuthMiddleware, keys=config.api_key),
+        Middleware(AuthMiddleware, config=config),
         Middleware(BodyLimitMiddleware, max_bytes=config.max_body_bytes),
     ]
     if config.allowed_origins:
@@ -54,8 +55,9 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
         metrics=metrics,
         model_names=names,
         started_at=int(time.time()),
+        tokenising=Tokenising(engine),
     )
     errors.install(app)
-    for family in (chat, completions, tokens, admin):
+    for family in (chat, completions, tokens, operation, health):
         app.include_router(family.router)
     return app

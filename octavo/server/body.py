@@ -25,13 +25,21 @@ Body = TypeVar("Body", bound=StrictModel)
 
 async def read_body(request: Request, model: type[Body]) -> Body:
     """Returns the request's body as a `model`. Raises ApiError and RequestError, 4xx all."""
+    require_json(request)
+    body = parse(model, decode(await request.body()))
+    request.state.body = body  # Errors ask it for the names of its fields.
+    return body
+
+
+def require_json(request: Request) -> None:
+    """Raises ApiError (400) unless the request says that its body is JSON.
+
+    A form of another site, which a browser sends without asking, cannot say so.
+    """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json" and not content_type.endswith("+json"):
         message = "the body was not read as JSON; send Content-Type: application/json"
         raise ApiError(400, message, code="not_json")
-    body = parse(model, decode(await request.body()))
-    request.state.body = body  # Errors ask it for the names of its fields.
-    return body
 
 
 def decode(content: bytes) -> object:

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
+from octavo.engine.chat_template import ChatRenderer, RenderedChat
 from octavo.engine.detokenizer import Pieces
 from octavo.observe.stats import EngineStats
 from octavo.request import RequestOutput, SamplingParams
 
 
 class ServerTokenizer(Pieces, Protocol):
-    """Text to ids and back. Safe to call from a worker thread."""
+    """Text to ids and back. Safe to call from worker threads, in which encoding and decoding give
+    the GIL back."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Returns ids. Raises RequestError."""
@@ -25,16 +27,18 @@ class ServerTokenizer(Pieces, Protocol):
         """Returns the vocabulary's spelling of each id."""
         ...
 
-    def apply_chat_template(
-        self,
-        messages: list[dict[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        documents: list[dict[str, Any]] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """Returns the ids of the rendered messages. Raises ChatTemplateError."""
+    @property
+    def longest_spelling(self) -> int | None:
+        """Characters of a text that one token stands for at most; None: any number."""
+        ...
+
+    @property
+    def chat_renderer(self) -> ChatRenderer:
+        """From messages to their text. Raises ChatTemplateError if the model has no template."""
+        ...
+
+    def encode_rendered(self, rendered: RenderedChat) -> list[int]:
+        """Returns the ids of what `chat_renderer` made of messages."""
         ...
 
 

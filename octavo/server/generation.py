@@ -8,23 +8,19 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
 from starlette.requests import Request
 
 from octavo.request import FinishReason, RequestOutput, SamplingParams
-from octavo.server.auth import tenant_salt
+from octavo.server.auth import check_priority, tenant_salt
 from octavo.server.errors import ApiError
-from octavo.server.protocol.chat import TemplateFields
 from octavo.server.protocol.sampling import SamplingFields
 from octavo.server.state import ServerState, server_state
 
 Outputs = AsyncGenerator[tuple[int, RequestOutput], None]
-
-LONG_TEXT_CHARS = 16384
-"""Longer texts are tokenised in a thread, so that other streams do not wait for them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +35,7 @@ class Call:
     params: SamplingParams
     priority: int
     cache_salt: str
-    prompts: tuple[list[int], ...]
+    prompts: tuple[Sequence[int], ...]
 
 
 def new_call(
@@ -47,9 +43,10 @@ def new_call(
     body: SamplingFields,
     kind: str,
     params: SamplingParams,
-    prompts: Sequence[list[int]],
+    prompts: Sequence[Sequence[int]],
 ) -> Call:
     """Returns the call that `body` asks for; `kind` is the prefix of its id."""
+    check_priority(request, body.priority, server_state(request).config.priority_range)
     call_id = f"{kind}-{body.request_id or request.state.request_id}"
     limit = body.truncate_prompt_tokens
     if limit == -1:
@@ -63,36 +60,6 @@ def new_call(
         cache_salt=tenant_salt(request.state.api_key, body.cache_salt),
         prompts=tuple(prompts if limit is None else (ids[-limit:] for ids in prompts)),
     )
-
-
-async def encode_text(state: ServerState, text: str, add_special_tokens: bool) -> list[int]:
-    """Returns the token ids of `text`. Raises RequestError."""
-    encode = state.engine.tokenizer.encode
-    return await _tokenised(lambda: encode(text, add_special_tokens), len(text))
-
-
-async def encode_chat(state: ServerState, body: TemplateFields) -> list[int]:
-    """Returns the token ids of the messages in the model's chat template.
-
-    Raises RequestError, ChatTemplateError among them.
-    """
-    messages = body.template_messages()
-    apply = state.engine.tokenizer.apply_chat_template
-
-    def render() -> list[int]:
-        return apply(
-            [dict(message) for message in messages],
-            add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=body.continue_final_message,
-            documents=body.documents,
-            template_kwargs=body.template_kwargs(),
-        )
-
-    return await _tokenised(render, sum(len(m["content"]) for m in messages))
-
-
-async def _tokenised(work: Callable[[], list[int]], num_chars: int) -> list[int]:
-    return await asyncio.to_thread(work) if num_chars > LONG_TEXT_CHARS else work()
 
 
 async def run_call(state: ServerState, call: Call) -> Outputs:

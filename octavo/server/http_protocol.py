@@ -84,7 +84,7 @@ def protocol_factory(
         protocol = BoundedHttpProtocol(limits, config, server_state, app_state, _loop)
         if monitor is not None:
             measured = functools.partial(monitor.measure, protocol.data_received)
-            protocol.data_received = measured
+            protocol.data_received = measured  # type: ignore[method-assign]
         return protocol
 
     return make

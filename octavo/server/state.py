@@ -15,6 +15,7 @@ from octavo.errors import shown
 from octavo.observe.metrics import Metrics
 from octavo.server.engine_client import Engine
 from octavo.server.errors import ApiError
+from octavo.server.tokenising import Tokenising
 
 
 @dataclass(slots=True)
@@ -36,6 +37,7 @@ class ServerState:
     """All names in the API; answers carry the first."""
     started_at: int
     """Unix seconds, `created` of the model."""
+    tokenising: Tokenising
     drain: Drain = field(default_factory=Drain)
 
     @property

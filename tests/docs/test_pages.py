@@ -43,3 +43,24 @@ def test_links_of_a_page_lead_somewhere(page: Path):
         if anchor:
             heads = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in heads}
+
+
+def test_what_the_map_calls_next_is_what_readme_calls_not_yet():
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"^\| not yet \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    missing = re.sub(r" \([^)]*\)", "", row).split(", ")
+    marked = set(re.findall(r"\*\(next: ([^).]*)\)\*", text))
+    assert marked
+    assert marked <= set(missing)
+    assert (
+        text.count("next:") == len(re.findall(r"\*\(next: [\w ]+\)\*", text)) + 1
+    )  # how it is said
+
+
+def test_the_map_does_not_promise_what_the_options_do_not_have():
+    """A word of what is next stands only where it is marked."""
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    for paragraph in re.split(r"\n(?=\d\. |\n|\||#)", text):
+        for word in ("int4", "fp8", "host tier", "disk tier", "LoRA", "expert slots", "MLA"):
+            if word in paragraph:
+                assert "*(next: " in paragraph, paragraph

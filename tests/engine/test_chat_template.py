@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from datetime import datetime
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from octavo.engine.chat_template import ChatOptions, ChatTemplate, Shield
+from octavo.engine.chat_template import ChatOptions, ChatRenderer, ChatTemplate
 from octavo.errors import ChatTemplateError
 
 MESSAGES = [
@@ -107,15 +108,24 @@ def test_special_tokens_and_the_clock_are_arguments():
     assert template.render(MESSAGES) == "<s>22 Nov 2026"
 
 
-def test_a_shield_hides_whole_tokens_and_their_beginnings_at_the_end():
-    shield = Shield({"<|end|>": 1, "<s>": 2})
+def test_what_users_wrote_of_special_tokens_is_hidden_while_a_template_renders():
+    source = "{% for m in messages %}<s>{{ m.content }}{% endfor %}"
+    renderer = ChatRenderer(source, {}, ("<|end|>", "<s>"))
     for text, is_hidden in [("a < b", False), ("a <|end|> b", True), ("tail <|en", True)]:
-        shield.hidden = False
-        safe = shield.hide({"role": text})
-        assert shield.hidden is is_hidden
-        assert ("<|en" in safe["role"]) is False
-        assert shield.show(safe["role"]) == text
-    assert shield.hide([1, None, ("<s>",)])[2] != ["<s>"]
+        rendered = renderer.render([{"role": "user", "content": text}])
+        assert bool(rendered.literals) is is_hidden
+        assert ("<|en" in rendered.text) is False
+        assert rendered.shown == "<s>" + text
+    rendered = renderer.render([{"role": "user", "content": [1, None, ("<s>",)]}])
+    assert rendered.text.count("<s>") == 1
+    assert rendered.literals == ("<s>",)
+
+
+def test_a_renderer_and_what_it_made_can_be_sent_to_another_process():
+    renderer = ChatRenderer("{{ bos }}{{ messages[0].content }}", {"bos": "<s>"}, ("<s>",))
+    copy = pickle.loads(pickle.dumps(renderer))
+    rendered = copy.render([{"role": "user", "content": "a <s>"}])
+    assert pickle.loads(pickle.dumps(rendered)).shown == "<s>a <s>"
 
 
 def test_documents_that_the_template_would_drop_are_refused():

@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
+import tokenizers
 import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import models
 
 from octavo.config import cache_dir
 from octavo.engine.chat_template import ChatOptions
@@ -349,3 +352,33 @@ def test_files_from_gguf_load_in_transformers_with_the_same_ids(spm_gguf, spm_to
         assert spm_tokenizer.encode(text) == theirs.encode(text), f"seed 7: {text!r}"
     wanted = theirs.apply_chat_template(chat("hello"), return_dict=False)
     assert spm_tokenizer.apply_chat_template(chat("hello")) == wanted
+
+
+def test_the_longest_spelling_bounds_every_text(byte_tokenizer, spm_tokenizer):
+    for tokenizer in (byte_tokenizer, spm_tokenizer):
+        longest = tokenizer.longest_spelling
+        assert 3 < longest < 40
+        for text in ("hello world " * 20, "\u3044\u308d\u306f" * 30, " " * 100):
+            assert len(text) <= longest * len(tokenizer.encode(text, False))
+
+
+def test_no_spelling_is_longest_where_unknown_words_become_one_token():
+    core = tokenizers.Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(core.to_str())
+    assert tokenizer.encode("x" * 1000) == [0]
+    assert tokenizer.longest_spelling is None
+
+
+def test_encoding_and_decoding_let_other_threads_run(byte_tokenizer):
+    text = "The quick brown fox jumps over the lazy dog. " * 8000
+    for work in (
+        lambda: byte_tokenizer.encode(text),
+        lambda: byte_tokenizer.decode([300] * 1_000_000),
+    ):
+        thread, turns = threading.Thread(target=work), 0
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.001)
+            turns += 1
+        # Not one turn only, at the end, as a call that keeps the GIL gives.
+        assert turns > 5

@@ -266,17 +266,20 @@ def test_a_request_without_prefix_caching_neither_reads_nor_writes() -> None:
     assert engine.scheduler.counters.prefix_hit_tokens == 0
 
 
-def test_reset_forgets_every_prefix_and_says_whether_blocks_are_in_use() -> None:
+def test_reset_forgets_every_prefix_or_none_while_blocks_are_in_use() -> None:
     engine = Engine()
     engine.add("a", list(range(24)), 1)
     engine.run()
     assert engine.manager.reset_prefix_cache()
     engine.add("b", list(range(24)), 8)
     engine.step()
+    assert engine.scheduler.counters.prefix_hit_tokens == 0
     assert not engine.manager.reset_prefix_cache()
     engine.run()
+    engine.add("c", list(range(24)), 1)
+    engine.run()
     engine.check_tokens()
-    assert engine.scheduler.counters.prefix_hit_tokens == 0
+    assert engine.scheduler.counters.prefix_hit_tokens == 20
 
 
 def test_a_lower_priority_number_runs_first() -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-from octavo.errors import ChatTemplateError, ContextLengthError, EngineDeadError, RequestError
+from octavo.engine.chat_template import ChatRenderer, RenderedChat
+from octavo.errors import ContextLengthError, EngineDeadError, RequestError
 from octavo.observe.stats import EngineStats
 from octavo.request import (
     CompletionOutput,
@@ -21,6 +22,11 @@ from octavo.request import (
 
 NATURAL_LENGTH = 20
 BOS = 1
+TEMPLATE = (
+    "{% if messages[-1].role == 'system' %}{{ raise_exception('not the system last') }}{% endif %}"
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 
 
 class FakeTokenizer:
@@ -50,21 +56,11 @@ class FakeTokenizer:
     def tokens(self, ids: Sequence[int]) -> list[str]:
         return [self.decode([i], False) for i in ids]
 
-    def apply_chat_template(
-        self,
-        messages: list[dict[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        documents: list[dict[str, Any]] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        if messages[-1]["role"] == "system":
-            raise ChatTemplateError("the last message may not be of the system", param="messages")
-        if documents:
-            raise ChatTemplateError("the template does not read documents", param="documents")
-        text = "".join(f"{m['role']}:{m['content']}\n" for m in messages)
-        return self.encode(text + "assistant:" * add_generation_prompt)
+    longest_spelling = 1
+    chat_renderer = ChatRenderer(TEMPLATE, {}, ())
+
+    def encode_rendered(self, rendered: RenderedChat) -> list[int]:
+        return self.encode(rendered.shown)
 
 
 class FakeEngine:

@@ -11,6 +11,19 @@ from starlette.routing import Route
 from octavo.server.auth import tenant_salt
 
 KEYS = ("first-key", "second-key")
+OPERATOR = "third-key"
+OPERATIONS = [("GET", "/metrics"), ("POST", "/reset_prefix_cache")]
+USER = [{"role": "user", "content": "x"}]
+JSON = {"Content-Type": "application/json"}
+
+
+def bearer(key: str | bytes) -> dict[str, str | bytes]:
+    raw = key.encode() if isinstance(key, str) else key
+    return {**JSON, "Authorization": b"Bearer " + raw}
+
+
+def ask(server: Any, method: str, path: str, **headers: Any) -> httpx.Response:
+    return httpx.request(method, server.url + path, headers=headers)
 
 
 def routes_of(server: Any) -> list[tuple[str, str]]:
@@ -32,7 +45,7 @@ def test_every_route_but_health_asks_for_a_key(start_server: Any) -> None:
     with httpx.Client(base_url=server.url) as http:
         for method, path in [*routes, ("GET", "/unknown"), ("POST", "/v1/unknown")]:
             response = http.request(method, path)
-            if path in ("/health", "/ready"):
+            if path in ("/health", "/ready", "/ping"):
                 assert response.status_code == 200
             else:
                 assert response.status_code == 401, path
@@ -108,3 +121,101 @@ def test_a_browser_is_not_let_in_by_default(start_server: Any) -> None:
     server = start_server()
     response = httpx.get(f"{server.url}/v1/models", headers={"Origin": "http://ui.example"})
     assert "access-control-allow-origin" not in response.headers
+
+
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+def test_what_tells_of_other_tenants_is_the_operators(
+    start_server: Any, method: str, path: str
+) -> None:
+    server = start_server(api_key=KEYS, operator_key=(OPERATOR,))
+    assert ask(server, method, path, **JSON).status_code == 401
+    assert ask(server, method, path, **bearer(OPERATOR)).status_code == 200
+    refused = ask(server, method, path, **bearer(KEYS[0]))
+    assert refused.status_code == 403
+    assert refused.json()["error"]["code"] == "operator_only"
+    assert "--operator-key" in refused.json()["error"]["message"]
+    assert ask(server, "GET", "/v1/models", **bearer(OPERATOR)).status_code == 200
+
+
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+def test_without_an_operators_key_nobody_is_the_operator_but_without_any_everyone(
+    start_server: Any, method: str, path: str
+) -> None:
+    assert ask(start_server(api_key=KEYS), method, path, **bearer(KEYS[0])).status_code == 403
+    assert ask(start_server(), method, path, **JSON).status_code == 200
+
+
+def test_an_operators_key_alone_closes_the_server_to_all_others(start_server: Any) -> None:
+    server = start_server(operator_key=(OPERATOR,))
+    assert ask(server, "GET", "/v1/models").status_code == 401
+    assert ask(server, "GET", "/v1/models", **bearer(OPERATOR)).status_code == 200
+
+
+def test_scrapers_may_be_let_in_without_a_key(start_server: Any) -> None:
+    server = start_server(api_key=KEYS, public_metrics=True)
+    for path in ("/metrics", "/version", "/health", "/ready"):
+        assert ask(server, "GET", path).status_code == 200, path
+    assert ask(server, "GET", "/v1/models").status_code == 401
+    assert ask(server, "POST", "/reset_prefix_cache", **JSON).status_code == 401
+
+
+@pytest.mark.parametrize("spelling", ["utf-8", "latin-1"])
+def test_a_key_outside_ascii_is_one_tenant_however_it_is_sent(
+    start_server: Any, spelling: str
+) -> None:
+    key = "cl\u00e9-secr\u00e8te"
+    server = start_server(api_key=(key,))
+    assert ask(server, "GET", "/v1/models", **bearer(key.encode(spelling))).status_code == 200
+    assert ask(server, "GET", "/v1/models", **bearer("cl-secrte")).status_code == 401
+    httpx.post(
+        f"{server.url}/v1/completions",
+        content='{"prompt": "x"}',
+        headers=bearer(key.encode(spelling)),
+    )
+    assert [salt for *_, salt in server.engine.requests] == [tenant_salt(key, "")]
+
+
+def test_a_key_of_signs_that_latin_1_has_not_works(start_server: Any) -> None:
+    key = "\u9375-\U0001f511"
+    server = start_server(api_key=(key,))
+    assert ask(server, "GET", "/v1/models", **bearer(key)).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_who_may_pass_others_by_is_the_operators_choice(start_server: Any, path: str) -> None:
+    def status(server: Any, priority: int, **headers: Any) -> int:
+        body: dict[str, Any] = {"priority": priority, "max_tokens": 1}
+        body |= {"prompt": "x"} if path == "/v1/completions" else {"messages": USER}
+        response = httpx.post(server.url + path, json=body, headers=headers)
+        if response.status_code != 200:
+            error = response.json()["error"]
+            assert (error["param"], error["code"]) == ("priority", "priority_not_allowed")
+            assert "--allow-priority" in error["message"]
+        return response.status_code
+
+    closed = start_server(api_key=KEYS, operator_key=(OPERATOR,))
+    assert [status(closed, p, **bearer(KEYS[0])) for p in (0, 1, -1)] == [200, 400, 400]
+    assert [status(closed, p, **bearer(OPERATOR)) for p in (0, 1, -1)] == [200, 200, 200]
+    assert [status(start_server(), p) for p in (0, 1, -1)] == [200, 400, 400]
+    ranged = start_server(allow_priority="-2..10")
+    assert [status(ranged, p) for p in (-3, -2, 10, 11)] == [400, 200, 200, 400]
+    assert status(start_server(allow_priority="all"), 2**31 - 1) == 200
+
+
+def test_no_form_of_another_site_can_reset_the_cache(start_server: Any) -> None:
+    server = start_server()
+    for content_type in ("text/plain", "application/x-www-form-urlencoded", ""):
+        headers = {"Content-Type": content_type} if content_type else {}
+        assert ask(server, "POST", "/reset_prefix_cache", **headers).status_code == 400
+
+
+def test_keys_are_never_logged(start_server: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    server = start_server(api_key=KEYS, operator_key=(OPERATOR,))
+    for key in (*KEYS, OPERATOR, "wrong-key"):
+        for method, path in (*OPERATIONS, ("GET", "/v1/models"), ("POST", "/v1/completions")):
+            ask(server, method, path, **bearer(key))
+    # Not what the test's own client logs.
+    text = "".join(str(vars(one)) for one in caplog.records if not one.name.startswith("http"))
+    assert "/v1/models" in text
+    assert not any(key in text for key in (*KEYS, OPERATOR, "wrong-key"))

@@ -48,11 +48,23 @@ def test_the_version_and_the_root_are_told(http: httpx.Client) -> None:
 
 def test_the_prefix_cache_is_reset_unless_it_is_in_use(start_server: Any) -> None:
     server = start_server()
-    assert httpx.post(f"{server.url}/reset_prefix_cache").status_code == 200
+    url = f"{server.url}/reset_prefix_cache"
+    assert httpx.post(url, json={}).status_code == 200
     server.engine.has_used_blocks = True
-    refused = httpx.post(f"{server.url}/reset_prefix_cache")
+    refused = httpx.post(url, headers={"Content-Type": "application/json"})
     assert refused.status_code == 409
     assert refused.json()["error"]["code"] == "prefix_cache_in_use"
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/ping"])
+def test_load_balancers_may_probe_by_head(start_server: Any, path: str) -> None:
+    server = start_server()
+    for method in ("GET", "HEAD"):
+        response = httpx.request(method, server.url + path)
+        assert response.status_code == 200
+        assert bool(response.content) == (method == "GET")
+    server.engine.is_dead = True
+    assert httpx.head(server.url + path).status_code == 503
 
 
 def test_a_request_id_is_honoured_or_made(start_server: Any) -> None:
@@ -71,7 +83,7 @@ def test_a_request_id_is_honoured_or_made(start_server: Any) -> None:
 
 
 def test_all_fields_reach_the_engine(start_server: Any) -> None:
-    server = start_server()
+    server = start_server(allow_priority="all")
     fields = {
         "n": 2,
         "temperature": 0.5,

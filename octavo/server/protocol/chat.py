@@ -6,10 +6,11 @@ Parsed for `routes.chat` and `routes.tokens`; never touches the engine.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
+from octavo.engine.chat_template import ChatOptions, ChatRenderer, RenderedChat
 from octavo.engine.messages import ROLES, read_messages
 from octavo.errors import RequestError
 from octavo.request import SamplingParams
@@ -76,6 +77,7 @@ class TemplateFields(RequestModel):
     reasoning_effort: ReasoningEffort | None = Field(
         None, description="A variable of the template; changes nothing where it is not read."
     )
+    _rendered: RenderedChat | None = PrivateAttr(None)
 
     def field_name(self, param: str) -> str:
         """Returns the field of this body that the engine's `param` was read from."""
@@ -87,6 +89,28 @@ class TemplateFields(RequestModel):
             message = "add_special_tokens has no meaning in chat: the template adds what it needs"
             raise RequestError(message, param="add_special_tokens")
         return read_messages(self.messages)
+
+    @property
+    def rendered(self) -> RenderedChat | None:
+        """The text of the chat, if it was rendered where it was parsed."""
+        return self._rendered
+
+    def render(self, renderer: ChatRenderer) -> RenderedChat:
+        """Returns the text of the chat. Raises RequestError, ChatTemplateError among them."""
+        options = ChatOptions(
+            add_generation_prompt=self.add_generation_prompt,
+            continue_final_message=self.continue_final_message,
+            documents=self.documents,
+            template_kwargs=self.template_kwargs(),
+        )
+        return renderer.render(self.template_messages(), options)
+
+    def with_rendered(self, renderer: ChatRenderer) -> Self:
+        """Returns a copy that has the text of the chat, and of its messages only the last."""
+        less = {"messages": self.messages[-1:], "documents": None, "chat_template_kwargs": None}
+        copy = self.model_copy(update=less)
+        copy._rendered = self.render(renderer)
+        return copy
 
     def template_kwargs(self) -> dict[str, Any]:
         """Returns the variables that the template gets beside the messages."""

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from octavo.request import CompletionOutput, RequestOutput
 from octavo.server.answers import ChunkFrame, Cursor, chat_logprobs, prompt_logprobs_of, usage_of
 from octavo.server.body import read_body
-from octavo.server.generation import Call, encode_chat, final_outputs, new_call, run_call
+from octavo.server.generation import Call, final_outputs, new_call, run_call
 from octavo.server.openapi import body_of
 from octavo.server.protocol.chat import ChatRequest
 from octavo.server.state import ServerState, server_state
@@ -32,7 +32,7 @@ async def create_chat_completion(request: Request) -> Response:
     state = server_state(request)
     state.check_model(body.model)
     params = body.to_params(state.engine.default_sampling_params)
-    prompt = await encode_chat(state, body)
+    prompt = await state.tokenising.encode_chat(body)
     call = new_call(request, body, "chatcmpl", params, [prompt])
     if body.stream:
         return await stream_response(_chunks(state, body, call), request.receive, state.drain)

@@ -5,7 +5,7 @@ Parses, asks the engine through `generation`, formats. Never holds state between
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -25,7 +25,7 @@ from octavo.server.answers import (
 from octavo.server.body import read_body
 from octavo.server.engine_client import Engine
 from octavo.server.errors import ApiError
-from octavo.server.generation import Call, encode_text, final_outputs, new_call, run_call
+from octavo.server.generation import Call, final_outputs, new_call, run_call
 from octavo.server.openapi import body_of
 from octavo.server.protocol.completions import CompletionRequest
 from octavo.server.state import ServerState, server_state
@@ -48,10 +48,10 @@ async def create_completion(request: Request) -> Response:
     if len(given) > MAX_PROMPTS:
         message = f"prompt holds {len(given)} prompts; at most {MAX_PROMPTS} fit in one call"
         raise ApiError(400, message, param="prompt")
-    prompts = [
-        await encode_text(state, one, body.add_special_tokens) if isinstance(one, str) else one
-        for one in given
-    ]
+    texts = [one for one in given if isinstance(one, str)]
+    ids = [one for one in given if not isinstance(one, str)]
+    # All are of one kind: texts, or ids already.
+    prompts = await state.tokenising.encode(texts, body.add_special_tokens) if texts else ids
     call = new_call(request, body, "cmpl", params, prompts)
     if body.stream:
         return await stream_response(_chunks(state, body, call), request.receive, state.drain)
@@ -120,7 +120,7 @@ class _ChoiceWriter:
         body: CompletionRequest,
         engine: Engine,
         index: int,
-        prompt: str | list[int],
+        prompt: str | Sequence[int],
     ) -> None:
         self._body = body
         self._engine = engine

@@ -11,7 +11,6 @@ from starlette.responses import Response
 
 from octavo.errors import RequestError
 from octavo.server.body import read_body
-from octavo.server.generation import encode_chat, encode_text
 from octavo.server.openapi import body_of
 from octavo.server.protocol.tokens import (
     DetokenizeRequest,
@@ -32,13 +31,13 @@ async def tokenize(request: Request) -> Response:
     state = server_state(request)
     state.check_model(body.model)
     if isinstance(body, TokenizeChatRequest):
-        ids = await encode_chat(state, body)
+        ids = await state.tokenising.encode_chat(body)
     else:
         assert isinstance(body, TokenizeTextRequest)
-        ids = await encode_text(state, body.prompt, body.add_special_tokens)
-    answer = {"count": len(ids), "max_model_len": state.engine.max_model_len, "tokens": ids}
+        [ids] = await state.tokenising.encode([body.prompt], body.add_special_tokens)
+    answer = {"count": len(ids), "max_model_len": state.engine.max_model_len, "tokens": list(ids)}
     if body.return_token_strs:
-        answer["token_strs"] = state.engine.tokenizer.tokens(ids)
+        answer["token_strs"] = await state.tokenising.tokens(ids)
     return json_response(answer)
 
 
@@ -53,5 +52,5 @@ async def detokenize(request: Request) -> Response:
         if token >= limit:
             message = f"tokens[{index}] is {token}; the vocabulary ends at {limit - 1}"
             raise RequestError(message, param="tokens")
-    text = state.engine.tokenizer.decode(body.tokens, skip_special_tokens=False)
+    text = await state.tokenising.decode(body.tokens, skip_special_tokens=False)
     return json_response({"prompt": text})

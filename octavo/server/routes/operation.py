@@ -1,20 +1,19 @@
-"""What operators ask: models, health, readiness, version, metrics, the prefix cache.
+"""What is asked about the server: models, version, the prefix cache.
 
-Never generates.
+The cache is the operator's: it is shared by all tenants. Never generates.
 """
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from fastapi import APIRouter
-from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from octavo import __version__
-from octavo.errors import EngineDeadError
+from octavo.server.auth import require_operator
+from octavo.server.body import require_json
 from octavo.server.errors import ApiError
 from octavo.server.state import ServerState, server_state
 from octavo.server.streaming import json_response
@@ -49,49 +48,22 @@ def _card(state: ServerState, name: str) -> dict[str, Any]:
     }
 
 
-@router.get("/health", tags=["Operation"], response_model=None)
-async def health(request: Request) -> Response:
-    """200 while the engine lives, else 503. Needs no key."""
-    await server_state(request).engine.check_health()
-    return json_response({"status": "ok"})
-
-
-@router.get("/ready", tags=["Operation"], response_model=None)
-async def ready(request: Request) -> Response:
-    """200 while requests are taken: the model is loaded, the server does not shut down."""
-    state = server_state(request)
-    if state.drain.is_draining:
-        raise ApiError(503, "the server is shutting down", code="shutting_down")
-    if not state.engine.is_ready:
-        raise ApiError(503, "the model is not loaded yet", code="not_ready")
-    await state.engine.check_health()
-    return json_response({"status": "ready"})
-
-
 @router.get("/version", tags=["Operation"], response_model=None)
 async def version() -> Response:
     """Tells the version of Octavo."""
     return json_response({"version": __version__})
 
 
-@router.get("/metrics", tags=["Operation"], response_model=None)
-async def metrics(request: Request) -> Response:
-    """Tells all numbers in Prometheus' text format."""
-    state = server_state(request)
-    try:
-        stats = await state.engine.stats()
-    except EngineDeadError:
-        stats = None  # The last numbers stay: they tell how it was when the engine died.
-    # In a thread: thousands of expert series must not hold up the streams.
-    text = await asyncio.to_thread(state.metrics.render, stats)
-    return Response(text, media_type=CONTENT_TYPE_LATEST)
-
-
 @router.post("/reset_prefix_cache", tags=["Operation"], response_model=None)
 async def reset_prefix_cache(request: Request) -> Response:
-    """Forgets all cached prefixes; 409 while running requests hold some."""
+    """Forgets all cached prefixes, or none (409) while requests hold some; for the operator."""
+    require_operator(request)
+    require_json(request)
     if not await server_state(request).engine.reset_prefix_cache():
-        message = "running requests hold cached blocks; try again when they are finished"
+        message = (
+            "running requests hold cached blocks, so nothing was forgotten; try again when they "
+            "are finished"
+        )
         raise ApiError(409, message, code="prefix_cache_in_use")
     return json_response({"status": "reset"})
 

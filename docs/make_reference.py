@@ -1,0 +1,214 @@
+"""Writes into docs/http.md and docs/operating.md what the code knows: routes, fields, metrics.
+
+Run by `make docs`, checked by a test.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+from typing import Any
+
+from fastapi.routing import APIRoute
+
+from docs.blocks import filled, table
+from octavo.observe.metrics import Metrics
+from octavo.observe.stats import EngineStats
+from octavo.request import MAX_INT, MAX_PARALLEL_SAMPLES, SamplingParams
+from octavo.server import routes
+from octavo.server.body import MAX_DEPTH
+from octavo.server.http_protocol import MAX_PIPELINED, ConnectionLimits
+from octavo.server.protocol.chat import ChatRequest
+from octavo.server.protocol.completions import CompletionRequest
+from octavo.server.protocol.known_fields import IGNORED, REFUSED
+from octavo.server.protocol.sampling import StreamOptions
+from octavo.server.protocol.strict import StrictModel
+from octavo.server.protocol.tokens import (
+    DetokenizeRequest,
+    TokenizeChatRequest,
+    TokenizeTextRequest,
+)
+from octavo.server.routes.completions import MAX_PROMPTS
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS: dict[str, tuple[type[StrictModel], ...]] = {
+    "chat": (ChatRequest,),
+    "completions": (CompletionRequest,),
+    "stream_options": (StreamOptions,),
+    "tokenize": (TokenizeTextRequest, TokenizeChatRequest),
+    "detokenize": (DetokenizeRequest,),
+}
+"""The bodies, as a block's argument calls them."""
+
+
+def all_routes() -> list[APIRoute]:
+    """Returns the routes that the API describes, in the order of the modules' names."""
+    modules = [
+        importlib.import_module(f"{routes.__name__}.{found.name}")
+        for found in pkgutil.iter_modules(routes.__path__)
+    ]
+    found = [route for module in modules for route in module.router.routes]
+    return [route for route in found if isinstance(route, APIRoute) and route.include_in_schema]
+
+
+def routes_table() -> str:
+    """Returns a row a route: what it does, in its own words."""
+    rows = []
+    for route in all_routes():
+        methods = sorted(route.methods - {"HEAD"}) or sorted(route.methods)
+        path = re.sub(r":\w+}", "}", route.path)
+        said = " ".join((inspect.getdoc(route.endpoint) or "").split("\n\n")[0].split())
+        rows.append((f"`{' '.join(methods)} {path}`", said))
+    return table(["route", "what it does"], rows)
+
+
+def fields_table(arguments: list[str]) -> str:
+    """Returns a row a field. Arguments: bodies with commas, a colon, the names of fields."""
+    bodies = arguments[0].rstrip(":").split(",")
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for name in arguments[1:]:
+        having = [body for body in bodies for row in _rows_of(body, name) if row]
+        for body in having:
+            for row in _rows_of(body, name):
+                where = rows.setdefault((name, *row), [])
+                if body not in where:
+                    where.append(body)
+        if not having:
+            raise ValueError(f"no body of {', '.join(bodies)} has a field {name!r}")
+    cells = []
+    for (name, *row), where in rows.items():
+        of = "" if len(where) == len(bodies) else f" ({', '.join(where)})"
+        cells.append([f"`{name}`{of}", *row])
+    return table(["field", "value", "default", "meaning"], cells)
+
+
+def _rows_of(body: str, name: str) -> list[tuple[str, str, str]]:
+    found = []
+    for model in MODELS[body]:
+        schema = model.model_json_schema()
+        if name in model.model_fields:
+            field = schema["properties"][name]
+            default = (
+                "must be sent" if name in schema.get("required", ()) else _default(name, field)
+            )
+            found.append((value_of(field), default, field.get("description", "")))
+    return list(dict.fromkeys(found))
+
+
+def _default(name: str, field: dict[str, Any]) -> str:
+    if "default" in field:
+        value = field["default"]
+        return (
+            str(value).lower() if isinstance(value, bool) else f"{value}" if value != "" else '""'
+        )
+    param = SamplingParams.__dataclass_fields__.get(name)
+    if param is None or param.default in (None, ()):
+        return ""
+    return str(param.default).lower()
+
+
+def value_of(field: dict[str, Any]) -> str:
+    """Returns what a field may hold, in words: `1..64`, `string or list of strings`."""
+    limits = {key: field[key] for key in ("minimum", "maximum") if key in field}
+    kinds = [limits | one for one in field.get("anyOf", [field]) if one.get("type") != "null"]
+    return " or ".join(dict.fromkeys(_kind(kind) for kind in kinds))
+
+
+def _kind(kind: dict[str, Any]) -> str:
+    if "anyOf" in kind:
+        return value_of(kind)
+    if "enum" in kind:
+        return ", ".join(f'`"{one}"`' for one in kind["enum"])
+    if "$ref" in kind:
+        return "object"
+    if kind.get("type") in ("integer", "number"):
+        low, high = kind.get("minimum"), kind.get("maximum")
+        if low is None or high is None:
+            return kind["type"]
+        if high == 2**63 - 1:
+            return "integer of 64 bits"
+        return f"{_limit(low)}..{_limit(high)}"
+    if kind.get("type") == "array":
+        return "list of " + _several(kind["items"])
+    if kind.get("type") == "string" and "maxLength" in kind:
+        return f"string of at most {kind['maxLength']:,}"
+    if "pattern" in kind:
+        return f"string like `{kind['pattern']}`"
+    return {"object": "object", "string": "string", "boolean": "boolean"}[kind["type"]]
+
+
+def _limit(number: float) -> str:
+    if abs(number) == MAX_INT:
+        return "2^31-1" if number > 0 else "-2^31+1"
+    return f"{number:g}"
+
+
+def _several(items: dict[str, Any]) -> str:
+    if items.get("type") == "integer" and items.get("maximum") == MAX_INT:
+        return "token ids"
+    if items.get("type") == "array":
+        return "lists of " + _several(items["items"])
+    return {"string": "strings", "object": "objects"}[items["type"]]
+
+
+def refused_table() -> str:
+    """Returns a row a reason: the fields that are refused for it."""
+    reasons: dict[str, list[str]] = {}
+    for name, (reason, _) in REFUSED.items():
+        reasons.setdefault(reason, []).append(f"`{name}`")
+    return table(
+        ["field", "why, and what instead"], [(", ".join(n), r) for r, n in reasons.items()]
+    )
+
+
+def limits_table() -> str:
+    """Returns a row a limit that no option moves."""
+    connection = ConnectionLimits()
+    rows = [
+        ("prompts in one call to completions", f"{MAX_PROMPTS:,}"),
+        ("`n`", f"{MAX_PARALLEL_SAMPLES}"),
+        ("levels of lists and objects in a body", f"{MAX_DEPTH}"),
+        ("line and headers of a request", f"{connection.max_header_bytes:,} bytes"),
+        ("headers of a request", f"{connection.max_headers}"),
+        ("time for the headers to come", f"{connection.header_seconds:g} s"),
+        ("time for the body to come", f"{connection.body_seconds:g} s"),
+        ("time that an idle connection is kept", f"{connection.idle_seconds:g} s"),
+        ("connections", f"{connection.max_connections:,}"),
+        ("requests that wait on one connection (pipelined)", f"{MAX_PIPELINED}"),
+    ]
+    return table(["limit", "value"], rows)
+
+
+def metrics_table() -> str:
+    """Returns a row a family of metrics, without its prefix."""
+    text = Metrics("model", 1024).render(EngineStats()).decode()
+    kinds = dict(re.findall(r"^# TYPE (\S+) (\w+)$", text, re.MULTILINE))
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for name, said in re.findall(r"^# HELP (\S+) (.*)$", text, re.MULTILINE):
+        prefix, _, bare = name.rpartition(":")
+        if not bare.endswith("_created"):
+            rows.setdefault((bare, kinds[name], said), []).append(f"`{prefix}:`" if prefix else "")
+    cells = [(f"`{bare}`", kind, ", ".join(p), said) for (bare, kind, said), p in rows.items()]
+    return table(["metric", "kind", "prefix", "meaning"], cells)
+
+
+def render() -> dict[Path, str]:
+    """Returns the pages: path -> text."""
+    makers = {
+        "routes": lambda _: routes_table(),
+        "fields": fields_table,
+        "ignored": lambda _: ", ".join(f"`{name}`" for name in sorted(IGNORED)) + ".",
+        "refused": lambda _: refused_table(),
+        "limits": lambda _: limits_table(),
+        "metrics": lambda _: metrics_table(),
+    }
+    pages = [ROOT / "docs" / name for name in ("http.md", "operating.md")]
+    return {page: filled(page.read_text(encoding="utf-8"), makers) for page in pages}
+
+
+if __name__ == "__main__":
+    for path, text in render().items():
+        path.write_text(text, encoding="utf-8")

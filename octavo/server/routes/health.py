@@ -1,0 +1,58 @@
+"""What probes and scrapers ask: health, readiness, metrics.
+
+Metrics are the operator's: they tell of all tenants. Never generates.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import Response
+
+from octavo.errors import EngineDeadError
+from octavo.server.auth import require_operator
+from octavo.server.errors import ApiError
+from octavo.server.state import server_state
+from octavo.server.streaming import json_response
+
+router = APIRouter(tags=["Operation"])
+
+
+@router.head("/ping", include_in_schema=False, response_model=None)
+@router.head("/health", include_in_schema=False, response_model=None)
+@router.get("/ping", response_model=None)
+@router.get("/health", response_model=None)
+async def health(request: Request) -> Response:
+    """200 while the engine lives, else 503 with the reason. Needs no key."""
+    await server_state(request).engine.check_health()
+    return json_response({"status": "ok"})
+
+
+@router.head("/ready", include_in_schema=False, response_model=None)
+@router.get("/ready", response_model=None)
+async def ready(request: Request) -> Response:
+    """200 while requests are taken: the model is loaded, the server does not shut down."""
+    state = server_state(request)
+    if state.drain.is_draining:
+        raise ApiError(503, "the server is shutting down", code="shutting_down")
+    if not state.engine.is_ready:
+        raise ApiError(503, "the model is not loaded yet", code="not_ready")
+    await state.engine.check_health()
+    return json_response({"status": "ready"})
+
+
+@router.get("/metrics", response_model=None)
+async def metrics(request: Request) -> Response:
+    """Tells all numbers in Prometheus' text format; for the operator."""
+    require_operator(request)
+    state = server_state(request)
+    try:
+        stats = await state.engine.stats()
+    except EngineDeadError:
+        stats = None  # The last numbers stay: they tell how it was when the engine died.
+    # In a thread: thousands of expert series must not hold up the streams.
+    text = await asyncio.to_thread(state.metrics.render, stats)
+    return Response(text, media_type=CONTENT_TYPE_LATEST)

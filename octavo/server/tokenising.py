@@ -1,0 +1,124 @@
+"""Texts and chats to token ids and back, without holding the event loop.
+
+Called by the routes. Short texts are tokenised at once, longer ones in threads, where the tokenizer
+gives the GIL back; what cannot fit the context is refused by its length before that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from octavo.engine.chat_template import RenderedChat
+from octavo.errors import ContextLengthError, OverloadedError, RequestError
+from octavo.server.engine_client import Engine, ServerTokenizer
+from octavo.server.protocol.chat import TemplateFields
+
+SHORT_CHARS = 4096
+"""Tokenised in about a millisecond; longer texts go to a thread."""
+LONG_CHARS = 256 * 1024
+"""Longer ones have half of the threads at most: others do not wait for them."""
+NUM_THREADS = 4
+MAX_WAITING_CHARS = 64 * 2**20
+"""Of all texts in threads and before them."""
+
+T = TypeVar("T")
+
+
+class Tokenising:
+    """The way of one server's texts to ids. Use it from one event loop."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenise")
+        self._long_turn = asyncio.Semaphore(NUM_THREADS // 2)
+        self._num_waiting_chars = 0
+        self._max_chars = _max_chars(engine)
+
+    @property
+    def _tokenizer(self) -> ServerTokenizer:
+        return self._engine.tokenizer
+
+    def check_length(self, num_chars: int, param: str) -> None:
+        """Raises ContextLengthError if no text of so many characters fits the context."""
+        limit = self._max_chars
+        if limit is not None and num_chars > limit:
+            raise ContextLengthError(
+                f"{param} has {num_chars} characters, but the {self._engine.max_model_len} tokens "
+                f"of the context spell at most {limit}; shorten the text",
+                param=param,
+            )
+
+    async def encode(
+        self, texts: Sequence[str], add_special_tokens: bool = True
+    ) -> list[Sequence[int]]:
+        """Returns the ids of each text, packed in arrays. Raises RequestError, OverloadedError."""
+        tokenizer = self._tokenizer
+        for text in texts:
+            self.check_length(len(text), "prompt")
+
+        def work() -> list[Sequence[int]]:
+            return [array("I", tokenizer.encode(text, add_special_tokens)) for text in texts]
+
+        return await self._run(work, sum(map(len, texts)))
+
+    async def encode_chat(self, body: TemplateFields) -> Sequence[int]:
+        """Returns the ids of the messages in the model's chat template.
+
+        Raises RequestError, ChatTemplateError among them, and OverloadedError.
+        """
+        tokenizer = self._tokenizer
+        rendered = body.rendered or render(tokenizer, body)
+        self.check_length(len(rendered.text), "messages")
+
+        def work() -> Sequence[int]:
+            return array("I", tokenizer.encode_rendered(rendered))
+
+        # What holds special tokens needs a second vocabulary, which is slow to make.
+        is_short = len(rendered.text) <= SHORT_CHARS and not rendered.literals
+        return work() if is_short else await self._in_thread(work, len(rendered.text))
+
+    async def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Returns the text of `ids`. Raises RequestError, OverloadedError."""
+        decode = self._tokenizer.decode
+        return await self._run(lambda: decode(ids, skip_special_tokens), len(ids))
+
+    async def tokens(self, ids: Sequence[int]) -> list[str]:
+        """Returns the vocabulary's spelling of each id. Raises RequestError, OverloadedError."""
+        tokens = self._tokenizer.tokens
+        return await self._run(lambda: tokens(ids), len(ids))
+
+    async def _run(self, work: Callable[[], T], size: int) -> T:
+        return work() if size <= SHORT_CHARS else await self._in_thread(work, size)
+
+    async def _in_thread(self, work: Callable[[], T], size: int) -> T:
+        if self._num_waiting_chars + size > MAX_WAITING_CHARS:
+            raise OverloadedError(
+                f"texts of {self._num_waiting_chars} characters wait for their tokens already; "
+                "try again later"
+            )
+        self._num_waiting_chars += size
+        try:
+            loop = asyncio.get_running_loop()
+            if size <= LONG_CHARS:
+                return await loop.run_in_executor(self._threads, work)
+            async with self._long_turn:
+                return await loop.run_in_executor(self._threads, work)
+        finally:
+            self._num_waiting_chars -= size
+
+
+def render(tokenizer: ServerTokenizer, body: TemplateFields) -> RenderedChat:
+    """Returns the text of a chat. Raises RequestError, ChatTemplateError among them."""
+    return body.render(tokenizer.chat_renderer)
+
+
+def _max_chars(engine: Engine) -> int | None:
+    try:
+        longest = engine.tokenizer.longest_spelling
+    except RequestError:  # there is no tokenizer: texts are refused anyway
+        return None
+    return None if longest is None else longest * engine.max_model_len
