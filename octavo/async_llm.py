@@ -49,6 +49,10 @@ class AsyncLLM:
         self._plan = await self._client.start(self.config, front_end.files, *self._log)
         self._input, self._output = front_end.processors(self._plan.max_model_len)
 
+    def kill(self) -> None:
+        """Ends the engine process at once; `close` is still to be called."""
+        self._client.kill()
+
     async def close(self) -> None:
         """Ends the engine process; open requests get EngineDeadError."""
         self._input = None
@@ -151,8 +155,12 @@ class AsyncLLM:
         return await self._client.reset_prefix_cache()
 
     async def check_health(self) -> None:
-        """Raises EngineDeadError if the engine process has ended."""
+        """Raises EngineDeadError if the engine process has ended. Never waits for its answer."""
         self._client.check_alive()
+
+    def begin_drain(self) -> None:
+        """From now on a step without progress is not waited for as long."""
+        self._client.begin_drain()
 
     async def stats(self) -> EngineStats:
         """Returns a snapshot of the engine's counters. Raises EngineDeadError."""

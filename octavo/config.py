@@ -22,6 +22,8 @@ DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 """vLLM's other words for the same formats."""
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 ATTENTION_BACKENDS = ("auto", "triton", "native", "reference")
+MAX_SECONDS = 86400
+"""The longest that an option may ask to wait."""
 ATTENTION_ALIASES = {"PagedAttention": "auto"}
 
 
@@ -79,6 +81,11 @@ class EngineConfig:
     )
     device: str = option("auto", "device that computes", choices=("auto", "cuda", "cpu"))
     num_threads: int | None = option(None, "CPU threads; all cores if not given")
+    watchdog_timeout: float = option(
+        60.0,
+        "seconds without progress of a step after which the engine is ended; 10 times as long "
+        "while it builds a kernel; 0 waits for ever",
+    )
     seed: int = option(0, "of requests that bring none, and of dummy weights")
     chat_template: str | None = option(None, "Jinja file or text instead of the model's template")
     generation_config: str = option(
@@ -109,6 +116,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None:
                 _positive(name, value)
+        _seconds("watchdog_timeout", self.watchdog_timeout)
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"gpu_memory_utilization must be above 0 and at most 1, got "
@@ -194,6 +202,7 @@ class ServerConfig:
             field = "ssl_keyfile" if self.ssl_keyfile else "enable_ssl_refresh"
             raise ConfigError(f"{field} needs ssl_certfile, the certificate", field=field)
         _positive("max_body_bytes", self.max_body_bytes)
+        _seconds("shutdown_timeout", self.shutdown_timeout)
         _ = self.priority_range
         keys = {
             name: _all_keys(name, getattr(self, name), getattr(self, f"{name}_file"))
@@ -298,3 +307,9 @@ def _values_of(config: Any) -> dict[str, Any]:
 def _positive(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}", field=name)
+
+
+def _seconds(name: str, value: float) -> None:
+    if not 0 <= value <= MAX_SECONDS:
+        message = f"{name} must be from 0 to {MAX_SECONDS} seconds, got {value!r}"
+        raise ConfigError(message, field=name)

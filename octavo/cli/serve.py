@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -21,18 +22,22 @@ from octavo.cli.options import (
     server_config,
 )
 from octavo.config import EngineConfig, ServerConfig
+from octavo.errors import EngineDeadError
 from octavo.vllm_options import Verdict, log_verdicts
 
 if TYPE_CHECKING:
     import socket
 
     from octavo.async_llm import AsyncLLM
+    from octavo.server.signals import StopSignals
 
 HELP = "serve a model over HTTP with the OpenAI API"
 EXAMPLES = """examples:
   octavo serve demo-moe                        on http://127.0.0.1:8000
   octavo serve MODEL --host 0.0.0.0 --port 80 --api-key KEY
   octavo serve MODEL --tensor-parallel-size 2 --max-model-len 32K --served-model-name chat"""
+LEAVE_SECONDS = 2.0
+"""What the process gets to end when all has ended that anybody waits for."""
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -51,7 +56,11 @@ def add_model(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serves until Ctrl-C; returns 0 after a clean end."""
+    """Serves until a signal; returns 0 after a clean end, 1 if the engine died."""
+    from octavo.server.signals import StopSignals
+
+    signals = StopSignals()
+    signals.install()
     server, engine = server_config(args), engine_config(args)
     # The port first: a model takes long to load, only to find that nobody can reach it.
     import asyncio
@@ -60,16 +69,27 @@ def run(args: argparse.Namespace) -> int:
     from octavo.server.serve import bind
 
     with bind(server) as bound, asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(_serve(server, engine, bound, args.verdicts))
-    return 0
+        code = runner.run(_serve(server, engine, bound, signals, args.verdicts))
+        _leave_soon(code)
+    return code
+
+
+def _leave_soon(code: int) -> None:
+    """Ends the process even if a thread is still busy with what nobody waits for any more."""
+    import threading
+
+    timer = threading.Timer(LEAVE_SECONDS, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
 
 
 async def _serve(
     server: ServerConfig,
     config: EngineConfig,
     bound: socket.socket,
+    signals: StopSignals,
     verdicts: Sequence[Verdict],
-) -> None:
+) -> int:
     from octavo.async_llm import AsyncLLM
     from octavo.observe.logs import configure_logging
     from octavo.server.serve import serve, url_of
@@ -79,11 +99,38 @@ async def _serve(
     engine = AsyncLLM(config, log_format=server.log_format, log_level=server.log_level)
     say(f"loading {config.model} ...")
     try:
-        await engine.start()
+        if not await _start(engine, signals):
+            return signals.exit_code
         announce(engine, server, url_of(bound, "https" if server.ssl_certfile else "http"))
-        await serve(engine, server, bound)
+        try:
+            await serve(engine, server, bound, signals)
+        except EngineDeadError:
+            return 1  # which the log has told
+        return 0
     finally:
+        # Whoever has lost patience, or does so now, does not wait for the engine.
+        signals.listen(engine.kill)
+        if signals.num_received > 1:
+            engine.kill()
         await engine.close()
+
+
+async def _start(engine: AsyncLLM, signals: StopSignals) -> bool:
+    """Returns whether the engine is started, or False at once when a signal comes first."""
+    import asyncio
+
+    loop, stopped = asyncio.get_running_loop(), asyncio.Event()
+    signals.listen(lambda: loop.call_soon_threadsafe(stopped.set))
+    starting = asyncio.ensure_future(engine.start())
+    stopping = asyncio.ensure_future(stopped.wait())
+    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if stopped.is_set():
+        starting.cancel()
+        await asyncio.wait({starting})
+        return False
+    stopping.cancel()
+    starting.result()
+    return True
 
 
 def announce(engine: AsyncLLM, server: ServerConfig, url: str) -> None:

@@ -60,13 +60,16 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+ENGINE_MODULE = "octavo.engine.process"
+
+
 class EngineProcess:
     """One engine process of an event loop; the thread of the loop is its keeper."""
 
     def __init__(self, *arguments: str, descriptors: Sequence[int]) -> None:
         loop = asyncio.get_running_loop()
         self._process, self._lifeline = start_child(
-            "octavo.engine.process", *arguments, descriptors=descriptors, keeper="thread"
+            ENGINE_MODULE, *arguments, descriptors=descriptors, keeper="thread"
         )
         self._ended: asyncio.Future[int] = loop.create_future()
         threading.Thread(target=self._wait, args=(loop,), name="engine", daemon=True).start()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import tempfile
 from collections.abc import Callable
 
@@ -34,11 +35,14 @@ from octavo.engine.ipc import (
     encode,
 )
 from octavo.engine.vitals import Vitals
+from octavo.engine.watchdog import Watchdog, await_silence, end_hung
 from octavo.errors import EngineDeadError, OctavoError
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.observe.stats import EngineStats
 from octavo.request import Request
 from octavo.weights.hub import ModelFiles
+
+logger = logging.getLogger(__name__)
 
 SHUTDOWN_SECONDS = 10.0
 
@@ -60,9 +64,12 @@ class EngineClient:
         self._error: EngineDeadError | None = None
         self._process: EngineProcess | None = None
         self._vitals: Vitals | None = None
+        self._watchdog: Watchdog | None = None
+        self._guard: asyncio.Task[None] | None = None
         self._reader: asyncio.Task[None] | None = None
         self._ready: asyncio.Future[MemoryPlan] | None = None
         self._is_loaded = False
+        self._is_closing = False
         self._folder: SocketFolder | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
 
@@ -100,6 +107,7 @@ class EngineClient:
         }
         self._ready = asyncio.get_running_loop().create_future()
         self._vitals = Vitals.create()
+        self._watchdog = Watchdog(config.watchdog_timeout)
         with tempfile.TemporaryFile() as file:
             file.write(msgspec.msgpack.encode(arguments, enc_hook=str))
             file.seek(0)
@@ -140,11 +148,27 @@ class EngineClient:
                     call.set_result(value)
             case Ready(plan):
                 self._is_loaded = True
+                self._guard = asyncio.create_task(self._end_if_hung())
                 if self._ready is not None and not self._ready.done():
                     self._ready.set_result(plan)
             case Died(kind, text):
                 self._fail_start(kind, text)
                 self._die(EngineDeadError(f"the engine process ended: {text}"))
+
+    async def _end_if_hung(self) -> None:
+        """Answers open requests before it looks further: they have waited long enough."""
+        assert self._watchdog is not None
+        assert self._vitals is not None
+        assert self._process is not None
+        process = self._process
+        silent = await await_silence(self._watchdog, self._vitals)
+        self._die(EngineDeadError(f"the engine made no progress for {silent:.0f} s"))
+        await end_hung(process, self._vitals)
+
+    def begin_drain(self) -> None:
+        """From now on a step without progress is not waited for as long."""
+        if self._watchdog is not None:
+            self._watchdog.is_draining = True
 
     def _fail_start(self, kind: str, text: str) -> None:
         """Before it is ready, the process ends with the error that the user should see."""
@@ -157,6 +181,9 @@ class EngineClient:
         if self._error is not None:
             return
         self._error = error
+        if self._is_loaded and not self._is_closing:
+            stacks = "" if self._vitals is None else self._vitals.stacks()
+            logger.error("%s%s", error, stacks and f"\n{stacks}")
         for call in self._calls.values():
             if not call.done():
                 call.set_exception(error)
@@ -206,16 +233,27 @@ class EngineClient:
     async def _call(self, call_id: int, message: ToEngine) -> EngineStats | bool:
         future: asyncio.Future[EngineStats | bool] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = future
-        self._send(message)
-        return await future
+        try:
+            self._send(message)
+            return await future
+        finally:
+            self._calls.pop(call_id, None)
+
+    def kill(self) -> None:
+        """Ends the process at once; `close` is still to be called."""
+        self._is_closing = True
+        if self._process is not None:
+            self._process.kill()
 
     async def close(self) -> None:
         """Ends the process, by force after SHUTDOWN_SECONDS. May be called twice."""
-        process, self._process = self._process, None
-        if process is not None:
-            await self._end(process)
-        if self._reader is not None:
-            await self._reader
+        self._is_closing = True
+        if self._process is not None:
+            await self._end(self._process)
+            self._process = None
+        for task in (self._reader, self._guard):
+            if task is not None:
+                await asyncio.wait({task})
         if self._context is not None:
             # By hand: the context does not know its shadow's socket, and would wait for it.
             self._outbox.close(linger=0)
@@ -239,3 +277,5 @@ class EngineClient:
             except TimeoutError:
                 process.kill()
                 await process.wait()
+        if self._guard is not None:
+            self._guard.cancel()

@@ -79,6 +79,7 @@ class _Loop:
                 data = self._inbox.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
+            self._vitals.beat()
             self._handle(data)
 
     def _handle(self, data: bytes) -> None:

@@ -19,14 +19,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.observe.metrics import Metrics
+from octavo.server.drain import PROBES
 from octavo.server.errors import error_response
 
 logger = logging.getLogger(__name__)
 
 CLIENT_CLOSED = 499
 """Status in log and metrics of an answer that broke off because its client left."""
-PROBES = frozenset({"/health", "/ready", "/ping", "/metrics"})
-"""Asked every few seconds by machines: logged at debug level."""
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 _METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
 _MAX_ERROR_BYTES = 16384

@@ -2,7 +2,8 @@
 
 Made by `serve` and by tests with `create_app`; never binds a port.
 
-A request passes, from the outside: access (id, metrics, log), CORS, keys, body limit, routes.
+A request passes, from the outside: access (id, metrics, log), CORS, drain, keys, body limit,
+routes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from octavo.observe.metrics import Metrics
 from octavo.server import errors
 from octavo.server.access import AccessMiddleware
 from octavo.server.auth import AuthMiddleware
+from octavo.server.drain import Drain, DrainMiddleware
 from octavo.server.engine_client import Engine
 from octavo.server.limits import BodyLimitMiddleware
 from octavo.server.routes import chat, completions, health, operation, tokens
@@ -30,10 +32,12 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
     """Returns the application that serves `engine`; its ServerState is `app.state.server`."""
     names = config.served_model_name or (engine.model_name,)
     metrics = Metrics(names[0], engine.max_model_len)
+    drain = Drain()
     middleware = [
         Middleware(
             AccessMiddleware, metrics=metrics, silent=config.disable_access_log_for_endpoints
         ),
+        Middleware(DrainMiddleware, drain=drain),
         Middleware(AuthMiddleware, config=config),
         Middleware(BodyLimitMiddleware, max_bytes=config.max_body_bytes),
     ]
@@ -55,6 +59,7 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
         metrics=metrics,
         model_names=names,
         started_at=int(time.time()),
+        drain=drain,
         tokenising=Tokenising(engine),
     )
     errors.install(app)

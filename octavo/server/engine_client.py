@@ -90,7 +90,11 @@ class Engine(Protocol):
         ...
 
     async def check_health(self) -> None:
-        """Raises EngineDeadError if the engine has ended."""
+        """Raises EngineDeadError if the engine has ended. Never waits for its answer."""
+        ...
+
+    def begin_drain(self) -> None:
+        """The server ends: from now on a step without progress is not waited for as long."""
         ...
 
     async def stats(self) -> EngineStats:

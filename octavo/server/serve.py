@@ -2,8 +2,10 @@
 
 Called by the `serve` command: `bind` before anything is loaded, `serve` once the engine is up.
 
-The end, at the first Ctrl-C or SIGTERM: not ready any more; no new connections; running requests
-get `shutdown_timeout` seconds; what is left is cut off with an error. A second one does so at once.
+The end, at the first Ctrl-C or SIGTERM: not ready any more; new requests are refused, probes are
+answered; running requests get `shutdown_timeout` seconds; what is left is cut off with an error.
+A second one does so at once. When the engine has died: its requests have their error already, and
+the server ends by itself, so that a supervisor starts it again.
 """
 
 from __future__ import annotations
@@ -11,26 +13,34 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import logging
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 import uvicorn
 
 from octavo.config import ServerConfig
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, EngineDeadError
 from octavo.observe.loop_holds import LoopHoldMonitor
 from octavo.server.app import create_app
+from octavo.server.drain import Drain
 from octavo.server.engine_client import Engine
 from octavo.server.http_protocol import ConnectionLimits, protocol_factory
-from octavo.server.state import Drain
+from octavo.server.signals import SIGNALS, StopSignals
 from octavo.server.tls import check_certificate, keep_fresh
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_CUT_OFF_SECONDS = 5
+logger = logging.getLogger(__name__)
+
+_CUT_OFF_SECONDS = 5.0
 """What requests get to say that they were cut off, before their tasks are cancelled."""
+_CLOSE_SECONDS = 1
+"""What connections get to close when nothing is open any more."""
+_DEAD_SECONDS = 2.0
+"""How long a server whose engine has died tells so whoever asks."""
 
 
 def bind(config: ServerConfig) -> socket.socket:
@@ -72,10 +82,18 @@ class Server(uvicorn.Server):
         engine: Engine,
         config: ServerConfig,
         limits: ConnectionLimits | None = None,
+        signals: StopSignals | None = None,
     ) -> None:
+        """Listens to `signals`, or to those of the process while it serves."""
         app = create_app(engine, config)
         self.drain: Drain = app.state.server.drain
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.error: EngineDeadError | None = None
+        """Why the server ends by itself."""
+        self._engine = engine
+        self._signals = signals
+        self._end_began: float | None = None
+        self._cut_off_began: float | None = None
         self._shutdown_timeout = config.shutdown_timeout
         self._options = config
         self._monitor = LoopHoldMonitor() if config.debug_loop_holds else None
@@ -90,7 +108,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 lifespan="off",
                 server_header=False,
-                timeout_graceful_shutdown=round(config.shutdown_timeout) + _CUT_OFF_SECONDS,
+                timeout_graceful_shutdown=_CLOSE_SECONDS,
                 ssl_certfile=config.ssl_certfile,
                 ssl_keyfile=config.ssl_keyfile,
             )
@@ -99,6 +117,8 @@ class Server(uvicorn.Server):
     async def run_on(self, bound: socket.socket) -> None:
         """Serves on `bound` until a signal or `stop`."""
         self._loop = asyncio.get_running_loop()
+        if self._signals is not None:
+            self._signals.listen(self.stop)
         if self._monitor is not None:
             self._monitor.install(self._loop)
         self.config.load()
@@ -116,10 +136,41 @@ class Server(uvicorn.Server):
         """Begins the end; called again, ends at once. Safe in signal handlers and threads."""
         if self.drain.expired.is_set():
             self.force_exit = True  # Not even clients that read too slowly are waited for.
-        elif self.should_exit and self._loop is not None:
+        elif self.drain.is_draining and self._loop is not None:
             self._loop.call_soon_threadsafe(self.drain.expired.set)
         self.drain.is_draining = True
-        self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second; returns whether it is over."""
+        if self.error is None:
+            try:
+                await self._engine.check_health()
+            except EngineDeadError as error:
+                self.error = error
+                logger.error("the server ends, for the engine has: %s", error)
+        is_ending = self.drain.is_draining or self.error is not None
+        if is_ending and self._is_over(time.monotonic()):
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    def _is_over(self, now: float) -> bool:
+        """Goes through the end: wait for what is open, cut it off, give it up."""
+        drain = self.drain
+        if self._end_began is None:
+            self._end_began = now
+            self._engine.begin_drain()
+            if self.error is None:
+                open_for = (drain.num_open, self._shutdown_timeout)
+                logger.info("the server ends; %d open requests get up to %g s", *open_for)
+        seconds = now - self._end_began
+        if seconds >= (self._shutdown_timeout if self.error is None else _DEAD_SECONDS):
+            drain.expired.set()
+        if drain.expired.is_set() and self._cut_off_began is None:
+            self._cut_off_began = now
+        if drain.num_open:
+            cut_off = self._cut_off_began
+            return self.force_exit or (cut_off is not None and now - cut_off >= _CUT_OFF_SECONDS)
+        return self.error is None or seconds >= _DEAD_SECONDS
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.stop()
@@ -127,29 +178,31 @@ class Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Uvicorn's raises the signals again at the end, which would skip closing the engine."""
-        if threading.current_thread() is not threading.main_thread():
+        if self._signals is not None or threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {sig: signal.signal(sig, self.handle_exit) for sig in _SIGNALS}
+        before = {sig: signal.signal(sig, self.handle_exit) for sig in SIGNALS}
         try:
             yield
         finally:
             for sig, handler in before.items():
                 signal.signal(sig, handler)
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        timer = asyncio.get_running_loop().call_later(
-            self._shutdown_timeout, self.drain.expired.set
-        )
-        try:
-            await super().shutdown(sockets)
-        finally:
-            timer.cancel()
 
+async def serve(
+    engine: Engine,
+    config: ServerConfig,
+    bound: socket.socket,
+    signals: StopSignals | None = None,
+) -> None:
+    """Serves `engine` on the socket from `bind` until a signal; the engine stays open.
 
-async def serve(engine: Engine, config: ServerConfig, bound: socket.socket) -> None:
-    """Serves `engine` on the socket from `bind` until a signal; the engine stays open."""
+    Raises EngineDeadError after the end of a server whose engine has died.
+    """
     # What lives now lives as long as the process: no collection looks through it again.
     gc.collect()
     gc.freeze()
-    await Server(engine, config).run_on(bound)
+    server = Server(engine, config, signals=signals)
+    await server.run_on(bound)
+    if server.error is not None:
+        raise server.error

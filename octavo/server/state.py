@@ -5,7 +5,6 @@ Made by `create_app`, found by the routes through `server_state`; changed only b
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
@@ -13,17 +12,10 @@ from starlette.requests import Request
 from octavo.config import ServerConfig
 from octavo.errors import shown
 from octavo.observe.metrics import Metrics
+from octavo.server.drain import Drain
 from octavo.server.engine_client import Engine
 from octavo.server.errors import ApiError
 from octavo.server.tokenising import Tokenising
-
-
-@dataclass(slots=True)
-class Drain:
-    """The end of a server: first it is not ready any more, later running requests are cut off."""
-
-    is_draining: bool = False
-    expired: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

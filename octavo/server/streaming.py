@@ -15,8 +15,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from octavo.errors import OctavoError
-from octavo.server.errors import ApiError, ClientDisconnectedError, error_body
-from octavo.server.state import Drain
+from octavo.server.drain import Drain, shutting_down
+from octavo.server.errors import ClientDisconnectedError, error_body
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ async def run_attached(work: Coroutine[Any, Any, T], receive: Receive, drain: Dr
             return task.result()
         if gone.done():
             raise ClientDisconnectedError("the client closed the connection")
-        raise ApiError(503, "the server is shutting down", code="shutting_down")
+        raise shutting_down()
     finally:
         for wait in waits:
             wait.cancel()

@@ -89,6 +89,8 @@ class FakeEngine:
         self.num_running = 0
         self.is_dead = False
         self.has_used_blocks = False
+        self.is_hung = False
+        """Answers nothing, and dies only when it is told of a drain."""
 
     async def generate(
         self,
@@ -184,8 +186,13 @@ class FakeEngine:
         if self.is_dead:
             raise EngineDeadError("the engine process ended with code 9")
 
+    def begin_drain(self) -> None:
+        self.is_dead |= self.is_hung
+
     async def stats(self) -> EngineStats:
         await self.check_health()
+        if self.is_hung:
+            await asyncio.Event().wait()
         return EngineStats(num_running=self.num_running, num_blocks=8, num_used_blocks=2)
 
 

@@ -1,6 +1,7 @@
 """What probes and scrapers ask: health, readiness, metrics.
 
-Metrics are the operator's: they tell of all tenants. Never generates.
+Metrics are the operator's: they tell of all tenants. Never waits for the engine
+longer than a moment: these are asked most when it does not answer.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ from starlette.responses import Response
 
 from octavo.errors import EngineDeadError
 from octavo.server.auth import require_operator
+from octavo.server.drain import shutting_down
 from octavo.server.errors import ApiError
 from octavo.server.state import server_state
 from octavo.server.streaming import json_response
 
 router = APIRouter(tags=["Operation"])
+
+STATS_SECONDS = 0.5
+"""How long a scrape waits for new numbers of the engine before it shows the last ones."""
 
 
 @router.head("/ping", include_in_schema=False, response_model=None)
@@ -36,11 +41,11 @@ async def health(request: Request) -> Response:
 async def ready(request: Request) -> Response:
     """200 while requests are taken: the model is loaded, the server does not shut down."""
     state = server_state(request)
+    await state.engine.check_health()
     if state.drain.is_draining:
-        raise ApiError(503, "the server is shutting down", code="shutting_down")
+        raise shutting_down()
     if not state.engine.is_ready:
         raise ApiError(503, "the model is not loaded yet", code="not_ready")
-    await state.engine.check_health()
     return json_response({"status": "ready"})
 
 
@@ -50,9 +55,9 @@ async def metrics(request: Request) -> Response:
     require_operator(request)
     state = server_state(request)
     try:
-        stats = await state.engine.stats()
-    except EngineDeadError:
-        stats = None  # The last numbers stay: they tell how it was when the engine died.
+        stats = await asyncio.wait_for(state.engine.stats(), STATS_SECONDS)
+    except (EngineDeadError, TimeoutError):
+        stats = None  # The last numbers stay: they tell how it was when the engine fell silent.
     # In a thread: thousands of expert series must not hold up the streams.
     text = await asyncio.to_thread(state.metrics.render, stats)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
