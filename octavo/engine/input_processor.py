@@ -175,7 +175,9 @@ def _spellings(tokenizer: Tokenizer, word: str) -> list[tuple[int, ...]]:
         tuple(tokenizer.encode(text, add_special_tokens=False))
         for text in (stem, " " + stem, _ANCHOR, _ANCHOR + stem)
     )
-    found = [at_start, after_space]
+    # What puts a space before every text by itself has both in one.
+    has_prefix = tokenizer.token_bytes(at_start[0])[:1] == b" " if at_start else False
+    found = [at_start] if has_prefix and not stem.isspace() else [at_start, after_space]
     if within[: len(anchor)] == anchor:
         found.append(within[len(anchor) :])
     return [ids for ids in dict.fromkeys(found) if ids and _writes(tokenizer, ids, stem)]

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,15 @@ from octavo.engine.chat_template import (
     ChatRenderer,
     Message,
     RenderedChat,
-    longest_first,
 )
+from octavo.engine.token_guard import TokenGuard, encode_ids
 from octavo.errors import (
     ChatTemplateError,
     ModelError,
     ModelNotFoundError,
-    RequestError,
     UnsupportedModelError,
 )
-from octavo.weights.checkpoint import read_json
+from octavo.weights.checkpoint import read_json, read_text
 from octavo.weights.gguf_tokenizer import (
     byte_spelling,
     ends_template,
@@ -58,8 +56,18 @@ class ChatPrompt:
 class Tokenizer:
     """A fast tokenizer with the facts of its config. Immutable, but for a lazily built guard."""
 
-    def __init__(self, tokenizer_json: str, config: Mapping[str, Any] | None = None) -> None:
-        """`config` is tokenizer_config.json, with the special tokens' map merged in."""
+    def __init__(
+        self,
+        tokenizer_json: str,
+        config: Mapping[str, Any] | None = None,
+        *,
+        has_dummy_prefix: bool = False,
+    ) -> None:
+        """`config` is tokenizer_config.json, with the special tokens' map merged in.
+
+        `has_dummy_prefix`: as in SentencePiece a space comes before every text, also before one
+        that begins with a space, where the tokenizer.json alone would leave it out.
+        """
         config = dict(config or {})
         try:
             self._core = tokenizers.Tokenizer.from_str(tokenizer_json)
@@ -68,6 +76,7 @@ class Tokenizer:
         self._core.no_truncation()
         self._core.no_padding()
         self._config = config
+        self._has_dummy_prefix = has_dummy_prefix
         self.special_tokens: dict[str, str] = _special_tokens(config)
         """By role: bos_token, eos_token, ... as templates know them."""
         _add_missing_tokens(self._core, config)
@@ -84,7 +93,7 @@ class Tokenizer:
         """Whether a token's bytes do not depend on its neighbours."""
         self._bytes: dict[int, bytes] = {}
         self._renderer: ChatRenderer | None = None
-        self._guard: _Guard | None = None
+        self._guard: TokenGuard | None = None
 
     @staticmethod
     def from_folder(path: str | Path) -> Tokenizer:
@@ -102,22 +111,27 @@ class Tokenizer:
             **(read_json(folder / "special_tokens_map.json") or {}),
             **(read_json(folder / "tokenizer_config.json") or {}),
         }
+        # As in transformers, tokenizer.json alone says whether BOS and EOS are added.
+        ends = False if _drops_post_processor(folder, config) else None
+        config |= {"add_bos_token": ends, "add_eos_token": ends}
         template = folder / "chat_template.jinja"
         if template.is_file():
-            config["chat_template"] = template.read_text(encoding="utf-8")
+            config["chat_template"] = read_text(template)
         elif (old := read_json(folder / "chat_template.json")) and "chat_template" not in config:
             config["chat_template"] = old.get("chat_template")
-        return Tokenizer((folder / "tokenizer.json").read_text(encoding="utf-8"), config)
+        return Tokenizer(read_text(folder / "tokenizer.json"), config)
 
     @staticmethod
     def from_gguf(path: str | Path) -> Tokenizer:
         """Builds the tokenizer that a GGUF file describes."""
         files = tokenizer_files_from_gguf(path)
-        return Tokenizer(files["tokenizer.json"], json.loads(files["tokenizer_config.json"]))
+        config = json.loads(files["tokenizer_config.json"])
+        has_dummy_prefix: bool = config["add_prefix_space"]
+        return Tokenizer(files["tokenizer.json"], config, has_dummy_prefix=has_dummy_prefix)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Returns ids; `add_special_tokens` puts BOS before where the model wants it."""
-        return _encode(self._core, text, add_special_tokens)
+        return encode_ids(self._core, self._prefixed(text), add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Returns the text of ids; ids that do not exist are left out."""
@@ -147,7 +161,8 @@ class Tokenizer:
 
     def with_chat_template(self, source: str) -> Tokenizer:
         """Returns a tokenizer that differs in its chat template only."""
-        return Tokenizer(self._core.to_str(), {**self._config, "chat_template": source})
+        config = {**self._config, "chat_template": source}
+        return Tokenizer(self._core.to_str(), config, has_dummy_prefix=self._has_dummy_prefix)
 
     @property
     def longest_spelling(self) -> int | None:
@@ -186,8 +201,8 @@ class Tokenizer:
         if not rendered.literals:
             return self.encode(rendered.text, add_special_tokens=False)
         if self._guard is None:
-            self._guard = _Guard(self._core, self._special_strings())
-        return self._guard.encode(rendered.text, rendered.show)
+            self._guard = TokenGuard(self._core, self._special_strings())
+        return self._guard.encode(rendered.text, lambda named: self._prefixed(rendered.show(named)))
 
     def apply_chat_template(
         self,
@@ -211,6 +226,11 @@ class Tokenizer:
         chosen = self if chat_template is None else self.with_chat_template(chat_template)
         return chosen.encode_chat(messages, options).token_ids
 
+    def _prefixed(self, text: str) -> str:
+        """Returns `text` so that the tokenizer.json puts the dummy prefix before it: it takes a
+        space at the beginning for the prefix itself."""
+        return " " + text if self._has_dummy_prefix and text[:1] in (" ", "\u2581") else text
+
     def _spell(self, token_id: int) -> bytes:
         piece = self._core.id_to_token(token_id) or ""
         if self.is_byte_level:
@@ -231,6 +251,15 @@ class Tokenizer:
         return None if token is None else self._core.token_to_id(token)
 
 
+def _drops_post_processor(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether the tokenizer's class in transformers makes its own post-processor, of no tokens."""
+    name = config.get("tokenizer_class")
+    if name is None and (folder / "config.json").is_file():
+        is_olmoe = (read_json(folder / "config.json") or {}).get("model_type") == "olmoe"
+        name = "GPTNeoXTokenizer" if is_olmoe else None
+    return str(name).removesuffix("Fast") == "GPTNeoXTokenizer"
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Returns the tokenizer of a folder or of a .gguf file."""
     found = Path(path)
@@ -244,47 +273,18 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def eos_token_ids(
     generation_config: Mapping[str, Any] | None, tokenizer: Tokenizer | None
 ) -> tuple[int, ...]:
-    """Returns every id that ends a sequence: generation_config's (an int or a list) first."""
+    """Returns every id that ends a sequence: generation_config's (an int or a list) first.
+
+    Raises ModelError if it is anything else.
+    """
     given = (generation_config or {}).get("eos_token_id")
-    ids: list[int] = [given] if isinstance(given, int) else list(given or ())
+    ids: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
+    ids = [] if given is None else ids
+    if not all(type(token_id) is int and token_id >= 0 for token_id in ids):
+        raise ModelError(f"eos_token_id is {given!r}; it must be a token id, or a list of them")
     if tokenizer is not None:
         ids += [i for i in (tokenizer.eos_token_id, tokenizer.eot_token_id) if i is not None]
     return tuple(dict.fromkeys(ids))
-
-
-class _Guard:
-    """The same tokenizer with its special tokens renamed to strings nobody can guess.
-
-    One encoding of the whole text then takes the template's special tokens (renamed) for what they
-    are and the user's (not renamed) for text, with all other ids as ever. Built when first needed:
-    it costs a second copy of the vocabulary.
-    """
-
-    def __init__(self, core: tokenizers.Tokenizer, specials: Mapping[str, int]) -> None:
-        nonce = secrets.token_hex(8)
-        self._pattern = longest_first(specials)
-        self._names = {text: f"\U000f3000{nonce}{i}\U000f3001" for text, i in specials.items()}
-        data = json.loads(core.to_str())
-        for added in data["added_tokens"]:
-            added["content"] = self._names.get(added["content"], added["content"])
-        _rename_in_model(data["model"], self._names)
-        data["post_processor"] = None
-        self._core = tokenizers.Tokenizer.from_str(json.dumps(data))
-        for text, i in specials.items():
-            assert self._core.token_to_id(self._names[text]) == i, f"added token {i} has moved"
-
-    def encode(self, text: str, show: Callable[[str], str]) -> list[int]:
-        """Returns the ids of `text`, in which `show` restores what the user wrote."""
-        assert self._pattern is not None
-        named = self._pattern.sub(lambda found: self._names[found[0]], text)
-        return _encode(self._core, show(named), add_special_tokens=False)
-
-
-def _encode(core: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
-    # A batch, for which the library gives the GIL back; for one text alone it keeps it. The fast
-    # one leaves out where tokens lie in the text, which nobody asks.
-    batch = core.encode_batch_fast([_sound(text)], add_special_tokens=add_special_tokens)
-    return batch[0].ids
 
 
 def _longest_spelling(core: tokenizers.Tokenizer) -> int | None:
@@ -307,36 +307,6 @@ def _longest_spelling(core: tokenizers.Tokenizer) -> int | None:
     if not keeps_length or (has_unknown and not model.get("byte_fallback")):
         return None
     return max(map(len, core.get_vocab(with_added_tokens=True)), default=1)
-
-
-def _rename_in_model(model: dict[str, Any], names: Mapping[str, str]) -> None:
-    """Renames tokens in a model's vocabulary and drops merges that would build one of them."""
-    vocab = model.get("vocab")
-    if isinstance(vocab, dict):
-        model["vocab"] = {names.get(token, token): i for token, i in vocab.items()}
-    elif isinstance(vocab, list):  # Unigram: pairs of piece and score
-        model["vocab"] = [[names.get(token, token), score] for token, score in vocab]
-    if "merges" in model:
-        pairs = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
-        model["merges"] = [
-            [left, right]
-            for left, right in pairs
-            if left not in names and right not in names and left + right not in names
-        ]
-    if model.get("unk_token") is not None:
-        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
-
-
-def _sound(text: str) -> str:
-    """Refuses text that is no Unicode (JSON can smuggle in half a surrogate pair)."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            f"the text has half a surrogate pair at character {error.start}; send valid Unicode",
-            param="prompt",
-        ) from error
-    return text
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
@@ -370,14 +340,18 @@ def _add_missing_tokens(core: tokenizers.Tokenizer, config: Mapping[str, Any]) -
 def _apply_bos_eos(
     core: tokenizers.Tokenizer, config: Mapping[str, Any], special: Mapping[str, str]
 ) -> None:
-    """Lets add_bos_token and add_eos_token, where they are given, rule over tokenizer.json."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
+    """Lets add_bos_token and add_eos_token rule over tokenizer.json, each where it is given: absent
+    and null leave what tokenizer.json does."""
+    given = {role: config.get(f"add_{role}_token") for role in ("bos", "eos")}
+    if given == {"bos": None, "eos": None}:
         return
-    bos, eos = (
-        special.get(role) if config.get(f"add_{role}") else None
-        for role in ("bos_token", "eos_token")
-    )
-    core.post_processor = ends_template(bos, eos, core.token_to_id)
+    added = core.encode("a", add_special_tokens=True).special_tokens_mask
+    is_added = {"bos": added[:1] == [1], "eos": added[-1:] == [1]}
+    tokens: dict[str, str | None] = {}
+    for role, flag in given.items():
+        wanted = is_added[role] if flag is None else bool(flag)
+        tokens[role] = special.get(f"{role}_token") if wanted else None
+    core.post_processor = ends_template(tokens["bos"], tokens["eos"], core.token_to_id)
 
 
 def _chat_template(config: Mapping[str, Any]) -> str | None:

@@ -15,6 +15,14 @@ from octavo.errors import ModelError, WeightsError
 INDEX_FILE = "model.safetensors.index.json"
 
 
+def read_text(path: Path) -> str:
+    """Returns the text of a UTF-8 file. Raises ModelError naming it."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} cannot be read as UTF-8 text: {error}") from error
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """Returns the object in a JSON file, None if there is no file. Raises ModelError."""
     try:

@@ -13,6 +13,7 @@ from typing import Any
 
 from octavo.errors import UnsupportedModelError, WeightsError
 from octavo.weights.gguf_file import GGUFFile
+from octavo.weights.gguf_specials import end_ids, special_ids
 
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -86,9 +87,8 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         config["intermediate_size"] = reader.integer("feed_forward_length")
     _refuse_partial_heads(reader, config["head_dim"])
     config["rope_scaling"] = _rope_scaling(reader, config)
-    window = reader.integer("attention.sliding_window", 0)
-    if window:
-        config["sliding_window"] = window
+    if architecture in (_MISTRAL, _MIXTRAL):
+        config["sliding_window"] = reader.integer("attention.sliding_window", 0) or None
     if reader.integer("expert_count", 0):
         config.update(_experts(reader, architecture))
     return config
@@ -97,16 +97,14 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
 def generation_config_of(file: GGUFFile) -> dict[str, Any]:
     """Returns the ids that begin and end a text, as far as the file has them.
 
-    A chat model's turn may end with another id than its text: both end a sequence.
+    A chat model's turn may end with another id than its text: all of them end a sequence.
     """
-    metadata = file.metadata
-    ends = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
-    eos = list(dict.fromkeys(end for end in ends if end is not None))
     found: dict[str, Any] = {}
-    if "tokenizer.ggml.bos_token_id" in metadata:
-        found["bos_token_id"] = metadata["tokenizer.ggml.bos_token_id"]
-    if eos:
-        found["eos_token_id"] = eos[0] if len(eos) == 1 else eos
+    bos, ends = special_ids(file.metadata).get("bos_token"), end_ids(file.metadata)
+    if bos is not None:
+        found["bos_token_id"] = bos
+    if ends:
+        found["eos_token_id"] = ends[0] if len(ends) == 1 else ends
     return found
 
 
@@ -155,13 +153,15 @@ def _refuse_partial_heads(reader: _Reader, head_dim: int) -> None:
 
 
 def _rope_scaling(reader: _Reader, config: dict[str, Any]) -> dict[str, Any] | None:
-    kind = reader.value("rope.scaling.type")
-    factor = reader.number("rope.scaling.factor", 1.0)
-    if kind == "linear":
+    # A factor without a type is linear; files of 2023 have it under its old name.
+    kind = reader.value("rope.scaling.type") or "linear"
+    factor = reader.number("rope.scaling.factor", reader.number("rope.scale_linear", 0.0)) or 1.0
+    if kind == "linear" and factor != 1.0:
         return {"rope_type": "linear", "factor": factor}
     if kind == "yarn":
-        if reader.number("rope.scaling.attn_factor", 1.0) != 1.0:
-            raise reader.refuse("rope.scaling.attn_factor", "1.0")
+        for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
+            if reader.number(f"rope.scaling.{key}", 1.0) != 1.0:
+                raise reader.refuse(f"rope.scaling.{key}", "1.0")
         original = reader.integer(
             "rope.scaling.original_context_length", config["max_position_embeddings"]
         )
@@ -172,7 +172,7 @@ def _rope_scaling(reader: _Reader, config: dict[str, Any]) -> dict[str, Any] | N
             "beta_fast": reader.number("rope.scaling.yarn_beta_fast", 32.0),
             "beta_slow": reader.number("rope.scaling.yarn_beta_slow", 1.0),
         }
-    if kind not in (None, "none"):
+    if kind not in ("linear", "none"):
         raise reader.refuse("rope.scaling.type", "none, linear, yarn")
     if ROPE_FACTORS in reader.file.tensors:
         return _llama3_scaling(reader.file, config["rope_theta"], config["head_dim"])
@@ -214,6 +214,8 @@ def _experts(reader: _Reader, architecture: Architecture) -> dict[str, Any]:
     """Returns the keys of a MoE model; the sizes come from the tensors, which always hold them."""
     if reader.integer("expert_gating_func", 1) != 1:
         raise reader.refuse("expert_gating_func", "1 (softmax)")
+    if reader.number("expert_weights_scale", 1.0) not in (0.0, 1.0):
+        raise reader.refuse("expert_weights_scale", "1.0")
     tensors = reader.file.tensors
     num_layers = reader.integer("block_count")
     dense = [n for n in range(num_layers) if f"blk.{n}.ffn_gate_inp.weight" not in tensors]
@@ -230,7 +232,7 @@ def _experts(reader: _Reader, architecture: Architecture) -> dict[str, Any]:
         return {
             **config,
             "intermediate_size": size,
-            "clip_qkv": reader.value("attention.clamp_kqv"),
+            "clip_qkv": reader.number("attention.clamp_kqv", 0.0) or None,
         }
     config.update(moe_intermediate_size=size, decoder_sparse_step=1, mlp_only_layers=dense)
     if architecture.model_type == "qwen2_moe":

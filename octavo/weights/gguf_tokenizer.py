@@ -14,11 +14,12 @@ from typing import Any
 
 from tokenizers import processors
 
-from octavo.errors import UnsupportedModelError
+from octavo.errors import UnsupportedModelError, WeightsError
 from octavo.weights.gguf_file import read_gguf
+from octavo.weights.gguf_specials import end_ids, special_ids
 
 # Token types of ggml.
-UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 
 _GPT2_SPLIT = None
 _LLAMA3_SPLIT = (
@@ -82,13 +83,13 @@ def tokenizer_files_from_gguf(path: str | Path) -> dict[str, str]:
             f"{path}: tokenizer.ggml.model is {kind!r}; known are gpt2 (byte-level BPE) and llama "
             "(SentencePiece); give a folder with tokenizer.json as the tokenizer instead"
         )
-    tokens: list[str] = meta["tokenizer.ggml.tokens"]
-    types: Sequence[int] = meta.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    tokens = _list_of(path, meta, "tokens", str, None)
+    types = _token_types(_list_of(path, meta, "token_type", int, [NORMAL] * len(tokens)), meta)
     if kind == "gpt2":
         parts, add_bos = _byte_level_bpe(path, meta, tokens, types)
     else:
-        parts, add_bos = _sentencepiece(meta, tokens, types), True
-    special = _special_tokens(meta, tokens)
+        parts, add_bos = _sentencepiece(path, meta, tokens, types), True
+    special = {role: tokens[index] for role, index in special_ids(meta).items()}
     add_bos = bool(meta.get("tokenizer.ggml.add_bos_token", add_bos)) and "bos_token" in special
     add_eos = bool(meta.get("tokenizer.ggml.add_eos_token", False)) and "eos_token" in special
     bos, eos = special["bos_token"] if add_bos else None, special["eos_token"] if add_eos else None
@@ -101,13 +102,14 @@ def tokenizer_files_from_gguf(path: str | Path) -> dict[str, str]:
         "add_bos_token": add_bos,
         "add_eos_token": add_eos,
         "clean_up_tokenization_spaces": False,
+        "add_prefix_space": kind == "llama" and _has_dummy_prefix(meta),
         **special,
         **_chat_template(meta),
     }
     config["model_max_length"] = meta.get(
         f"{meta.get('general.architecture')}.context_length", 10**30
     )
-    named = {key: text for key, text in special.items() if key != "eot_token"}
+    named = {key: text for key, text in special.items() if key[:3] not in ("eot", "eom")}
     return {
         "tokenizer.json": json.dumps({**head, **parts, "post_processor": ends}, ensure_ascii=False),
         "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2),
@@ -142,7 +144,7 @@ def _byte_level_bpe(
         steps.append({"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False})
     bytes_step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
     steps.append({**bytes_step, "use_regex": pre.split is None})
-    merges = [merge.split(" ", 1) for merge in meta.get("tokenizer.ggml.merges", ())]
+    merges = [merge.split(" ", 1) for merge in _list_of(path, meta, "merges", str, None)]
     parts = {
         "normalizer": {"type": "NFC"} if pre.nfc else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
@@ -153,7 +155,7 @@ def _byte_level_bpe(
 
 
 def _sentencepiece(
-    meta: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]
+    path: str | Path, meta: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]
 ) -> dict[str, Any]:
     """Returns the parts of tokenizer.json for a SentencePiece BPE vocabulary with scores.
 
@@ -163,7 +165,8 @@ def _sentencepiece(
     vocab: dict[str, int] = {}
     for index, token in enumerate(tokens):
         vocab.setdefault(token, index)
-    prefix = bool(meta.get("tokenizer.ggml.add_space_prefix", True))
+    prefix = _has_dummy_prefix(meta)
+    unknown = special_ids(meta).get("unk_token")
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     return {
         "normalizer": None,
@@ -184,10 +187,10 @@ def _sentencepiece(
         },
         "model": _bpe(
             vocab,
-            _merges_by_score(vocab, meta["tokenizer.ggml.scores"], types),
+            _merges_by_score(vocab, _list_of(path, meta, "scores", (int, float), None), types),
             fuse_unk=True,
             byte_fallback=True,
-            unk_token=tokens[meta.get("tokenizer.ggml.unknown_token_id", 0)],
+            unk_token=None if unknown is None else tokens[unknown],
         ),
     }
 
@@ -214,19 +217,39 @@ def _bpe(vocab: dict[str, int], merges: list[list[str]], **options: Any) -> dict
     return {"type": "BPE", **defaults, **options, "vocab": vocab, "merges": merges}
 
 
-def _special_tokens(meta: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for role, key in (
-        ("bos_token", "bos"),
-        ("eos_token", "eos"),
-        ("unk_token", "unknown"),
-        ("pad_token", "padding"),
-        ("eot_token", "eot"),
-    ):
-        index: int | None = meta.get(f"tokenizer.ggml.{key}_token_id")
-        if index is not None and 0 <= index < len(tokens):
-            found[role] = tokens[index]
-    return found
+def _has_dummy_prefix(meta: Mapping[str, Any]) -> bool:
+    """Whether SentencePiece puts a space before every text, whatever that begins with."""
+    return bool(meta.get("tokenizer.ggml.add_space_prefix", True))
+
+
+def _list_of(
+    path: str | Path, meta: Mapping[str, Any], key: str, kind: Any, default: list[Any] | None
+) -> list[Any]:
+    """Returns a list of the vocabulary; `default` where the file may leave it out."""
+    name = f"tokenizer.ggml.{key}"
+    value = meta.get(name, default)
+    if value is None:
+        raise WeightsError(
+            f"{path}: {name} is missing; convert the model again, or give a folder with "
+            "tokenizer.json as the tokenizer"
+        )
+    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+        raise WeightsError(f"{path}: {name} must be a list of {kind}, got {str(value)[:50]}")
+    if key != "merges" and len(value) != len(meta["tokenizer.ggml.tokens"]):
+        raise WeightsError(
+            f"{path}: {name} has {len(value)} entries for "
+            f"{len(meta['tokenizer.ggml.tokens'])} tokens"
+        )
+    return value
+
+
+def _token_types(types: Sequence[int], meta: Mapping[str, Any]) -> list[int]:
+    """Returns the types, in which what ends a turn is a control token even if the file says
+    otherwise: some converters forget it."""
+    fixed = list(types)
+    for index in end_ids(meta):
+        fixed[index] = CONTROL
+    return fixed
 
 
 def _added_tokens(

@@ -111,9 +111,22 @@ def _from_folder(model: str, folder: Path, load_format: str) -> ModelFiles:
         kind="safetensors",
         path=folder,
         config=config,
-        generation_config=read_json(folder / "generation_config.json") or {},
+        generation_config=_generation_config(folder, config),
         identity=_digest((json.dumps(config, sort_keys=True), *_stamps(weights))),
     )
+
+
+def _generation_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Returns generation_config.json; the ids that end a sequence are from config.json (or what of
+    it is the language model's) where that file does not name them."""
+    found = read_json(folder / "generation_config.json") or {}
+    if "eos_token_id" in found:
+        return found
+    text_config = config.get("text_config")
+    for fields in (config, text_config if isinstance(text_config, dict) else {}):
+        if fields.get("eos_token_id") is not None:
+            return found | {"eos_token_id": fields["eos_token_id"]}
+    return found
 
 
 def _from_gguf(model: str, path: Path) -> ModelFiles:

@@ -15,7 +15,7 @@ import tokenizers
 import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import models
+from tokenizers import models, processors
 
 from octavo.config import cache_dir
 from octavo.engine.chat_template import ChatOptions
@@ -26,6 +26,7 @@ from octavo.errors import (
     ModelNotFoundError,
     RequestError,
     UnsupportedModelError,
+    WeightsError,
 )
 from octavo.weights.gguf_file import read_gguf
 from octavo.weights.gguf_tokenizer import (
@@ -75,11 +76,17 @@ def test_ids_of_a_folder_equal_those_of_transformers(byte_folder, byte_tokenizer
     assert byte_tokenizer.bos_token_id == 1
 
 
+def with_prefix(text: str) -> str:
+    """SentencePiece puts its dummy space before every text; a tokenizer.json takes a space that is
+    there for it, so it needs one more."""
+    return " " + text if text[:1] in (" ", "\u2581") else text
+
+
 def test_ids_of_a_sentencepiece_gguf_equal_those_of_transformers(spm_gguf, spm_tokenizer):
     theirs = transformers.AutoTokenizer.from_pretrained(spm_gguf.parent, gguf_file=spm_gguf.name)
     for text in random_texts(500, seed=2):
         ids = spm_tokenizer.encode(text)
-        assert ids == theirs.encode(text), f"seed 2: {text!r}"
+        assert ids == theirs.encode(with_prefix(text)), f"seed 2: {text!r}"
         assert ids[0] == spm_tokenizer.bos_token_id
         assert spm_tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
@@ -87,7 +94,8 @@ def test_ids_of_a_sentencepiece_gguf_equal_those_of_transformers(spm_gguf, spm_t
 def test_sentencepiece_joins_the_neighbours_whose_union_scores_best(spm_gguf, spm_tokenizer):
     meta = read_gguf(spm_gguf).metadata
     scores = dict(zip(meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.scores"], strict=True))
-    for text in ("the quick brown fox", "jumps over gro\xdfe", "Sylter Deich user"):
+    texts = ("the quick brown fox", "jumps over gro\xdfe", "Sylter Deich user")
+    for text in (*texts, " the", "   lazy dog", "\u2581fox", " "):
         pieces = list("\u2581" + text.replace(" ", "\u2581"))
         while True:
             joins = [
@@ -101,6 +109,7 @@ def test_sentencepiece_joins_the_neighbours_whose_union_scores_best(spm_gguf, sp
             pieces[place : place + 2] = [pieces[place] + pieces[place + 1]]
         ids = spm_tokenizer.encode(text, add_special_tokens=False)
         assert spm_tokenizer.tokens(ids) == pieces
+        assert spm_tokenizer.decode(ids) == text.replace("\u2581", " ")
 
 
 @pytest.mark.demo
@@ -165,6 +174,71 @@ def test_unknown_gguf_tokenizers_are_refused_with_what_is_known(tmp_path, values
         tokenizer_files_from_gguf(write_gguf(tmp_path / "m.gguf", **values))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": None}, r"tokenizer\.ggml\.tokens is missing"),
+        ({"scores": None}, r"tokenizer\.ggml\.scores is missing"),
+        ({"scores": [0.0]}, r"scores has 1 entries for 6 tokens"),
+        ({"token_type": [1, 1]}, r"token_type has 2 entries for 6 tokens"),
+        ({"tokens": [1, 2, 3, 4, 5, 6]}, r"tokens must be a list"),
+        ({"model": "gpt2", "merges": None}, r"tokenizer\.ggml\.merges is missing"),
+    ],
+)
+def test_a_vocabulary_with_a_part_missing_is_refused_by_its_key(tmp_path, change, message):
+    path = write_vocabulary(tmp_path / "m.gguf", **change)
+    with pytest.raises(WeightsError, match=message):
+        load_tokenizer(path)
+
+
+def test_what_a_sentencepiece_gguf_leaves_out_is_as_llama_cpp_takes_it(tmp_path):
+    tokenizer = load_tokenizer(write_vocabulary(tmp_path / "m.gguf", token_type=None))
+    assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "?"}
+    assert tokenizer.encode("a") == [1, 3]
+    assert tokenizer.special_ids == {0, 1, 2}
+
+
+@pytest.mark.parametrize("key", ["bos", "eos", "unknown"])
+def test_an_id_beyond_the_vocabulary_counts_as_absent(tmp_path, key):
+    path = write_vocabulary(tmp_path / "m.gguf", **{f"{key}_token_id": 2**32 - 1})
+    assert load_tokenizer(path).encode("a") == [1, 3]
+
+
+def write_vocabulary(path: Path, **changes: Any) -> Path:
+    """Writes the least SentencePiece vocabulary, changed (None leaves a key out)."""
+    values: dict[str, Any] = {
+        "model": "llama",
+        "tokens": ["?", "<s>", "</s>", "\u2581a", "\u2581", "a"],
+        "scores": [0.0, 0.0, 0.0, -1.0, -2.0, -3.0],
+        "token_type": [2, 3, 3, 1, 1, 1],
+        "add_space_prefix": True,
+        **changes,
+    }
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in values.items():
+        name = f"tokenizer.ggml.{key}"
+        if isinstance(value, list):
+            writer.add_array(name, value)
+        elif isinstance(value, bool):
+            writer.add_bool(name, value)
+        elif isinstance(value, int):
+            writer.add_uint32(name, value)
+        elif value is not None:
+            writer.add_string(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def test_a_turn_ends_with_a_control_token_even_if_the_file_has_it_as_text(tmp_path):
+    tokens = ["?", "<s>", "</s>", "\u2581a", "\u2581", "a", "<|im_end|>"]
+    changes = {"tokens": tokens, "scores": [0.0] * 7, "token_type": [2, 3, 3, 1, 1, 1, 1]}
+    tokenizer = load_tokenizer(write_vocabulary(tmp_path / "m.gguf", **changes))
+    assert tokenizer.is_special(6)
+    assert tokenizer.encode("a<|im_end|>") == [1, 3, 6]
+
+
 def test_a_truncated_gguf_is_a_clear_error_wherever_it_ends(tmp_path):
     whole = write_gguf(tmp_path / "m.gguf").read_bytes()
     for length in (0, 3, 20, 100, len(whole) // 2):
@@ -225,11 +299,70 @@ def test_half_a_surrogate_pair_is_refused(byte_tokenizer):
         byte_tokenizer.encode("ab\ud800")
 
 
+FLAGS: list[dict[str, Any]] = [
+    {},
+    {"add_eos_token": False},
+    {"add_eos_token": True},
+    {"add_bos_token": None},
+    {"add_bos_token": False},
+    {"add_bos_token": True},
+    {"add_bos_token": None, "add_eos_token": None},
+]
+CLASSES = ["PreTrainedTokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast", "Qwen2Tokenizer"]
+CLASSES += ["GPT2Tokenizer", "GemmaTokenizer", "GPTNeoXTokenizer", None]
+
+
+@pytest.mark.parametrize("model_type", [None, "llama", "olmoe"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_bos_and_eos_are_added_where_transformers_adds_them(tmp_path, name, model_type):
+    for number, (ends, flags) in enumerate(itertools.product(("", "b", "be"), FLAGS)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write_letters(folder, ends)
+        config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **flags}
+        if name is not None:
+            config["tokenizer_class"] = name
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        if model_type is not None:
+            (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+        right = transformers.AutoTokenizer.from_pretrained(folder)("Hi")["input_ids"]
+        found = load_tokenizer(folder).encode("Hi")
+        assert (found[0] == 0, found[-1] == 1) == (right[0] == 0, right[-1] == 1), (ends, flags)
+
+
+def write_letters(folder: Path, ends: str) -> None:
+    """A vocabulary of two letters whose tokenizer.json adds BOS (b) and EOS (e)."""
+    vocab = {"<s>": 0, "</s>": 1, "H": 2, "i": 3, "Hi": 4, "<unk>": 5, "\u2581": 6}
+    core = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[("H", "i")], unk_token="<unk>"))
+    core.add_special_tokens(["<s>", "</s>", "<unk>"])
+    if ends:
+        single = f"{'<s> ' if 'b' in ends else ''}$A{' </s>' if 'e' in ends else ''}"
+        special = [("<s>", 0), ("</s>", 1)]
+        core.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    core.save(str(folder / "tokenizer.json"))
+
+
+def test_one_flag_that_is_given_leaves_the_other_end_as_it_is(tmp_path):
+    write_letters(tmp_path, "be")
+    text = (tmp_path / "tokenizer.json").read_text()
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    for flags, wanted in (
+        ({"add_eos_token": False}, [0, 4]),
+        ({"add_bos_token": False}, [4, 1]),
+        ({"add_bos_token": None, "add_eos_token": None}, [0, 4, 1]),
+        ({"add_bos_token": True, "add_eos_token": None}, [0, 4, 1]),
+    ):
+        assert Tokenizer(text, names | flags).encode("Hi") == wanted
+
+
 def test_eos_ids_come_from_the_generation_config_and_the_tokenizer(byte_tokenizer):
     assert eos_token_ids({"eos_token_id": [7, 2]}, byte_tokenizer) == (7, 2)
     assert eos_token_ids({"eos_token_id": 0}, byte_tokenizer) == (0, 2)
     assert eos_token_ids(None, byte_tokenizer) == (2,)
     assert eos_token_ids({}, None) == ()
+    for wrong in ("2", [2, None], True, -1, 1.5, {"a": 1}):
+        with pytest.raises(ModelError, match="eos_token_id is"):
+            eos_token_ids({"eos_token_id": wrong}, byte_tokenizer)
 
 
 # -- chat --------------------------------------------------------------------------------------
@@ -349,7 +482,7 @@ def test_files_from_gguf_load_in_transformers_with_the_same_ids(spm_gguf, spm_to
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in random_texts(200, seed=7):
-        assert spm_tokenizer.encode(text) == theirs.encode(text), f"seed 7: {text!r}"
+        assert spm_tokenizer.encode(text) == theirs.encode(with_prefix(text)), f"seed 7: {text!r}"
     wanted = theirs.apply_chat_template(chat("hello"), return_dict=False)
     assert spm_tokenizer.apply_chat_template(chat("hello")) == wanted
 

@@ -13,7 +13,8 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from octavo.errors import UnsupportedModelError
-from octavo.weights.gguf_config import config_of
+from octavo.models.registry import read_spec
+from octavo.weights.gguf_config import config_of, generation_config_of
 from octavo.weights.gguf_file import read_gguf
 from tests.models.tiny import save_tiny
 from tests.weights.tiny_gguf import add_value, finish, write_tiny_gguf
@@ -112,6 +113,59 @@ def test_the_end_of_text_and_the_end_of_turn_both_end_a_text(tmp_path: Path):
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, [2, 5])
 
 
+@pytest.mark.parametrize(
+    ("tokens", "ids", "ends"),
+    [
+        (["a", "b", "c"], {"eos": 2}, 2),
+        (["a", "b", "c"], {"eos": 2, "eot": 1, "eom": 0}, [2, 1, 0]),
+        (["<|im_end|>", "b", "</s>"], {"eos": 2}, [2, 0]),
+        (["<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"], {"eos": 1}, [1, 0, 2]),
+        (["<end_of_turn>", "<eos>", "c"], {"eos": 1}, [1, 0]),
+        (["<|im_end|>", "b", "c"], {}, 0),
+        (["<|end|>", "<|return|>", "<|call|>"], {"eos": 1}, [1, 2]),
+        (["a", "b", "c"], {"eos": 7}, None),
+    ],
+)
+def test_a_turn_ends_with_the_tokens_of_the_keys_and_with_those_known_by_their_text(
+    tokens: list[str], ids: dict[str, int], ends: object, tmp_path: Path
+):
+    keys = {f"tokenizer.ggml.{kind}_token_id": number for kind, number in ids.items()}
+    values = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": tokens, **keys}
+    file = read_gguf(write_values(tmp_path / "m.gguf", "llama", values, {}))
+    assert generation_config_of(file).get("eos_token_id") == ends
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_only_a_sentencepiece_vocabulary_has_ids_without_keys(model: str, tmp_path: Path):
+    values = {"tokenizer.ggml.model": model, "tokenizer.ggml.tokens": ["a", "b", "c"]}
+    file = read_gguf(write_values(tmp_path / "m.gguf", "llama", values, {}))
+    wanted = {"bos_token_id": 1, "eos_token_id": 2} if model == "llama" else {}
+    assert generation_config_of(file) == wanted
+
+
+@pytest.mark.parametrize(
+    ("values", "scaling"),
+    [
+        ({"rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"rope.scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+        ({"rope.scaling.type": "linear"}, None),
+        ({"rope.scaling.factor": 0.0}, None),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+    ],
+)
+def test_a_factor_without_a_type_is_linear_as_for_llama_cpp(
+    values: dict[str, Any], scaling: object, tmp_path: Path
+):
+    path = write_values(tmp_path / "m.gguf", "qwen2", values, {})
+    assert config_of(read_gguf(path))["rope_scaling"] == scaling
+
+
+def test_a_window_of_zero_is_none_and_not_the_default_of_mistral(tmp_path: Path):
+    path = write_values(tmp_path / "m.gguf", "llama", {"attention.sliding_window": 0}, {})
+    config = config_of(read_gguf(path))
+    assert [layer.attention.window for layer in read_spec(config)[0].layers] == [None]
+
+
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama3_scaling_is_recovered_from_the_factors_that_the_file_keeps(
     factor: float, tmp_path: Path
@@ -157,6 +211,9 @@ def test_linear_and_yarn_scaling_are_read(tmp_path: Path):
     [
         ({"rope.scaling.type": "longrope"}, r"longrope'; known is none, linear, yarn"),
         ({"attention.head_count": [4]}, r"head_count is \[4\]; known is one number"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.yarn_ext_factor": 0.5}, r"ext_factor is 0.5"),
+        ({"expert_count": 2, "expert_weights_scale": 2.5}, r"expert_weights_scale is 2.5"),
+        ({"feed_forward_length": None}, r"llama\.feed_forward_length is missing"),
         ({"attention.value_length": 8}, r"value_length is 8; known is the head size, 16"),
         ({"block_count": None}, r"llama\.block_count is missing"),
         ({"expert_count": 2, "expert_gating_func": 2}, r"gating_func is 2; known is 1 \(softmax\)"),

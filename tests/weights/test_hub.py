@@ -43,6 +43,33 @@ def test_a_folder_is_found_with_its_configs(tmp_path: Path):
     assert files.generation_config == {"eos_token_id": 7}
 
 
+@pytest.mark.parametrize(
+    ("generation", "config", "wanted"),
+    [
+        (None, {"eos_token_id": 3}, 3),
+        (None, {"eos_token_id": [3, 4]}, [3, 4]),
+        (None, {"text_config": {"eos_token_id": 5}}, 5),
+        (None, {"eos_token_id": None, "text_config": {"eos_token_id": 5}}, 5),
+        (None, {"eos_token_id": 3, "text_config": {"eos_token_id": 5}}, 3),
+        (None, {"text_config": None}, None),
+        ({}, {"eos_token_id": 3}, 3),
+        ({"temperature": 0.5}, {"eos_token_id": 3}, 3),
+        ({"eos_token_id": [7]}, {"eos_token_id": 3}, [7]),
+        ({"eos_token_id": 0}, {"eos_token_id": 3}, 0),
+        ({"eos_token_id": None}, {"eos_token_id": 3}, None),
+    ],
+)
+def test_what_ends_a_sequence_comes_from_whichever_file_names_it(
+    tmp_path: Path, generation: dict[str, Any] | None, config: dict[str, Any], wanted: object
+):
+    write_folder(tmp_path, {"model_type": "llama", **config})
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    found = resolve_model(str(tmp_path)).generation_config
+    assert found.get("eos_token_id") == wanted
+    assert found.get("temperature") == (generation or {}).get("temperature")
+
+
 def test_a_gguf_file_is_found_alone_and_in_a_folder_without_config(
     saved: TinyModel, tmp_path: Path
 ):
