@@ -24,7 +24,8 @@ def table(config: type[EngineConfig] | type[ServerConfig]) -> str:
     rows = ["| option | value | default | meaning |", "| --- | --- | --- | --- |"]
     for option in options_of(config):
         value = option.shown_value.strip("{}").replace(",", ", ")
-        rows.append(f"| `{option.flag}` | {value} | {option.shown_default} | {option.help} |")
+        cells = f"| `{option.flag}` | {value} | {option.shown_default} | {option.help} |"
+        rows.append(cells.replace("|  |", "| |").replace("|  |", "| |"))
     return "\n".join(rows)
 
 

@@ -1,12 +1,14 @@
-"""Writes into docs/http.md and docs/operating.md what the code knows: routes, fields, metrics.
+"""Writes into the pages of PAGES what the code knows: routes, fields, limits, metrics.
 
 Run by `make docs`, checked by a test.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
+import json
 import pkgutil
 import re
 from pathlib import Path
@@ -32,8 +34,10 @@ from octavo.server.protocol.tokens import (
     TokenizeTextRequest,
 )
 from octavo.server.routes.completions import MAX_PROMPTS
+from octavo.vllm_table import VLLM_OPTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("http.md", "operating.md", "python.md", "from_vllm.md")
 MODELS: dict[str, tuple[type[StrictModel], ...]] = {
     "chat": (ChatRequest,),
     "completions": (CompletionRequest,),
@@ -112,14 +116,19 @@ def _default(name: str, field: dict[str, Any]) -> str:
 
 def value_of(field: dict[str, Any]) -> str:
     """Returns what a field may hold, in words: `1..64`, `string or list of strings`."""
-    limits = {key: field[key] for key in ("minimum", "maximum") if key in field}
-    kinds = [limits | one for one in field.get("anyOf", [field]) if one.get("type") != "null"]
+    limits = {
+        key: field[key] for key in ("minimum", "maximum", "additionalProperties") if key in field
+    }
+    kinds = [one | limits for one in field.get("anyOf", [field]) if one.get("type") != "null"]
     return " or ".join(dict.fromkeys(_kind(kind) for kind in kinds))
 
 
 def _kind(kind: dict[str, Any]) -> str:
     if "anyOf" in kind:
         return value_of(kind)
+    inner = kind.get("additionalProperties")
+    if kind.get("type") == "object" and isinstance(inner, dict) and "minimum" in inner:
+        return f"object: token id to {_kind(inner)}"
     if "enum" in kind:
         return ", ".join(f'`"{one}"`' for one in kind["enum"])
     if "$ref" in kind:
@@ -164,6 +173,43 @@ def refused_table() -> str:
     )
 
 
+PYTHON_ALONE = {
+    "detokenize": ("boolean", "Make text; false: token ids alone."),
+    "max_tokens": (
+        "1..2^31-1 or None",
+        "Tokens of the answer at most; None: what the context has.",
+    ),
+    "stop": ("string or sequence of strings", "Texts that end the answer."),
+}
+"""Fields of SamplingParams that HTTP has not, or has otherwise: value and meaning."""
+
+
+def params_table() -> str:
+    """Returns a row a field of SamplingParams, in the words of the HTTP API."""
+    schema = CompletionRequest.model_json_schema()["properties"]
+    rows = []
+    for field in dataclasses.fields(SamplingParams):
+        if field.name == "bad_words_token_ids":  # filled in by the tokenizer
+            continue
+        value, said = PYTHON_ALONE.get(field.name) or (
+            value_of(schema[field.name]),
+            schema[field.name]["description"],
+        )
+        default = "()" if field.default is dataclasses.MISSING else repr(field.default)
+        rows.append((f"`{field.name}`", value, f"`{default}`", said))
+    return table(["field", "value", "default", "meaning"], rows)
+
+
+def vllm_table() -> str:
+    """Returns a row a reason: vLLM's options, and which values of theirs are taken."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for option in VLLM_OPTIONS.values():
+        taken = ", ".join(f"`{json.dumps(value)}`" for value in option.neutral)
+        reasons.setdefault((taken, option.reason), []).append(f"`{option.flag}`")
+    rows = ((", ".join(flags), taken, reason) for (taken, reason), flags in reasons.items())
+    return table(["option", "taken values", "else refused, because"], rows)
+
+
 def limits_table() -> str:
     """Returns a row a limit that no option moves."""
     connection = ConnectionLimits()
@@ -202,10 +248,12 @@ def render() -> dict[Path, str]:
         "fields": fields_table,
         "ignored": lambda _: ", ".join(f"`{name}`" for name in sorted(IGNORED)) + ".",
         "refused": lambda _: refused_table(),
+        "params": lambda _: params_table(),
+        "vllm": lambda _: vllm_table(),
         "limits": lambda _: limits_table(),
         "metrics": lambda _: metrics_table(),
     }
-    pages = [ROOT / "docs" / name for name in ("http.md", "operating.md")]
+    pages = [ROOT / "docs" / name for name in PAGES]
     return {page: filled(page.read_text(encoding="utf-8"), makers) for page in pages}
 
 

@@ -48,9 +48,11 @@ def test_python_of_a_page_runs_in_its_order(page: Path, server_url: ServerUrl, t
     names: dict[str, object] = {"__name__": "page"}
     for block in blocks_of(page):
         if block.language == "python":
-            code = block.text.replace(f'LLM("{PAGE_MODEL}"', f'LLM("{tiny_folder}"')
+            code = block.text
             if PAGE_URL in code:
                 code = code.replace(PAGE_URL, server_url(block.server))
+            else:
+                code = code.replace(f'"{PAGE_MODEL}"', repr(str(tiny_folder)))
             # Lines of the page in tracebacks.
             exec(compile("\n" * block.line + code, str(page), "exec"), names)
 

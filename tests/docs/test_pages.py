@@ -25,7 +25,9 @@ def test_every_option_is_in_cli_md_and_says_there_whether_it_takes_a_value():
     rows = re.findall(r"^\| `(--[\w-]+)[^`]*` \|([^|]*)\|", text, re.MULTILINE)
     for parser in leaves(build_parser()):
         for action in parser._actions:
-            if not action.option_strings or action.dest == "help":
+            if not action.option_strings or action.help == argparse.SUPPRESS:
+                continue
+            if action.dest == "help":
                 continue
             values = {
                 bool(value.strip()) for flag, value in rows if flag == action.option_strings[0]

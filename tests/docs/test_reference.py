@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 
-from docs.make_reference import MODELS, ROOT, all_routes, fields_table, render, value_of
+import octavo
+from docs.make_reference import MODELS, PAGES, ROOT, all_routes, fields_table, render, value_of
 from octavo.config import ServerConfig
 
 HTTP = (ROOT / "docs" / "http.md").read_text(encoding="utf-8")
 OPERATING = (ROOT / "docs" / "operating.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["http.md", "operating.md"])
+@pytest.mark.parametrize("name", PAGES)
 def test_what_is_made_of_the_code_is_up_to_date(name: str):
     path = ROOT / "docs" / name
     assert render()[path] == path.read_text(encoding="utf-8"), f"run `make docs`: {name} is old"
@@ -49,6 +50,12 @@ def test_every_option_of_the_server_is_in_operating_md():
         assert f"--{field.name.replace('_', '-')}" in OPERATING, field.name
 
 
+def test_every_public_name_is_in_python_md():
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    for name in octavo.__all__:
+        assert re.search(rf"\b{name}\b", text), name
+
+
 def test_a_block_with_a_field_that_no_body_has_is_refused():
     with pytest.raises(ValueError, match="no body of chat has a field 'speed'"):
         fields_table(["chat:", "n", "speed"])
@@ -60,6 +67,13 @@ def test_a_block_with_a_field_that_no_body_has_is_refused():
         ({"anyOf": [{"type": "integer"}, {"type": "null"}], "minimum": 1, "maximum": 64}, "1..64"),
         ({"type": "number", "minimum": 0.0, "maximum": 2.0}, "0..2"),
         ({"type": "integer", "minimum": 0, "maximum": 2**31 - 1}, "0..2^31-1"),
+        (
+            {
+                "anyOf": [{"type": "object", "additionalProperties": {"type": "number"}}],
+                "additionalProperties": {"type": "number", "minimum": -1.0, "maximum": 1.0},
+            },
+            "object: token id to -1..1",
+        ),
         (
             {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
             "string or list of strings",
