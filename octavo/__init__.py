@@ -27,7 +27,8 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from octavo.llm import LLM
-    from octavo.request import CompletionOutput, RequestOutput, SamplingParams
+    from octavo.outputs import CompletionOutput, RequestOutput
+    from octavo.request import SamplingParams
 
 __version__ = "0.1.0"
 
@@ -59,8 +60,8 @@ _HOMES = {
     "AsyncLLM": "octavo.async_llm",
     "AttentionConfig": "octavo.config",
     "EngineConfig": "octavo.config",
-    "CompletionOutput": "octavo.request",
-    "RequestOutput": "octavo.request",
+    "CompletionOutput": "octavo.outputs",
+    "RequestOutput": "octavo.outputs",
     "SamplingParams": "octavo.request",
 }
 

@@ -6,8 +6,10 @@ Used by the HTTP server and by async programs. Text is handled here, while the c
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from octavo.config import EngineConfig
@@ -15,14 +17,14 @@ from octavo.engine.client import EngineClient
 from octavo.engine.front_end import FrontEnd
 from octavo.engine.input_processor import InputProcessor
 from octavo.engine.ipc import Deltas, Refused
+from octavo.engine.mailbox import Inbox, Mailbox
 from octavo.engine.output_processor import OutputProcessor
 from octavo.engine.tokenizer import Tokenizer
-from octavo.errors import EngineDeadError, OctavoError, OverloadedError, RequestError
+from octavo.errors import EngineDeadError, OverloadedError, RequestError
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.observe.stats import EngineStats
-from octavo.request import RequestOutput, SamplingParams
-
-_News = RequestOutput | OctavoError
+from octavo.outputs import OutputDelta, Receiver, RequestOutput, with_texts
+from octavo.request import Request, SamplingParams
 
 
 class AsyncLLM:
@@ -34,7 +36,9 @@ class AsyncLLM:
         self.config = config
         self._log = (log_format, log_level)
         self._client = EngineClient(self._on_deltas, self._on_refused, self._on_death)
-        self._queues: dict[str, asyncio.Queue[_News]] = {}
+        self._ids = itertools.count()
+        self._labels: dict[str, str] = {}
+        """Ids that users of `generate` chose, to ours, while they are open."""
         self._front_end: FrontEnd | None = None
         self._plan: MemoryPlan | None = None
         self._input: InputProcessor | None = None
@@ -81,6 +85,10 @@ class AsyncLLM:
         return self.plan.max_model_len
 
     @property
+    def max_num_seqs(self) -> int:
+        return self.config.max_num_seqs
+
+    @property
     def vocab_size(self) -> int:
         return self.front_end.spec.vocab_size
 
@@ -99,6 +107,50 @@ class AsyncLLM:
 
     # -- requests ----------------------------------------------------------------------------
 
+    def prepare(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> Request:
+        """Returns the request of a prompt, under an id that no other request ever has.
+
+        Raises RequestError, or EngineDeadError if nothing can be taken.
+        """
+        self._client.check_alive()
+        if self._input is None:
+            raise EngineDeadError("the engine is not started; call start() first")
+        return self._input.process(
+            self._client.prefix + str(next(self._ids)),
+            prompt,
+            params,
+            priority=priority,
+            cache_salt=cache_salt,
+            arrival_time=time.monotonic(),
+        )
+
+    def submit(self, request: Request, receiver: Receiver) -> None:
+        """Hands a request to the engine; `receiver` is told of its progress in the event loop.
+
+        Raises OverloadedError if as many sequences are open as may run and wait, EngineDeadError.
+        """
+        assert self._output is not None, "a request is prepared by a started engine"
+        limit = self.config.max_num_seqs + self.config.max_num_queued_requests
+        if self._output.num_sequences + request.params.n > limit:
+            raise OverloadedError(
+                f"{self._output.num_sequences} sequences run and wait already (limit {limit}); "
+                "try again later"
+            )
+        self._client.add(request)
+        self._output.open(request, receiver)
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a submitted request without a word to its receiver; a late call is harmless."""
+        if self._output is not None and self._output.close(request_id):
+            self._client.abort(request_id)
+
     async def generate(
         self,
         prompt: str | Sequence[int],
@@ -110,45 +162,42 @@ class AsyncLLM:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yields cumulative outputs, the last one `finished`; closing it aborts the request.
 
+        `request_id` is open until the generator has ended, and free again at once.
         Raises RequestError or OverloadedError before the first output, EngineDeadError any time.
         """
-        self._client.check_alive()
-        if self._input is None or self._output is None:
-            raise EngineDeadError("the engine is not started; call start() first")
-        if request_id in self._queues:
+        if request_id in self._labels:
             raise RequestError(f"request_id {request_id!r} is in use already", param="request_id")
-        queue: asyncio.Queue[_News] = asyncio.Queue()
-        self._queues[request_id] = queue
-        is_finished = False
+        self._labels[request_id] = ""
+        request: Request | None = None
         try:
-            # Long prompts take milliseconds to tokenise: the loop serves others meanwhile.
-            request = await asyncio.to_thread(
-                self._input.process,
-                request_id,
-                prompt,
-                params,
-                priority=priority,
-                cache_salt=cache_salt,
-                arrival_time=time.monotonic(),
-            )
-            self._output.add_request(request, prompt if isinstance(prompt, str) else None)
-            self._client.add(request)
-            while not is_finished:
-                news = await queue.get()
-                if isinstance(news, OctavoError):
-                    is_finished = True
-                    raise news
-                is_finished = news.finished
-                yield news
+            # Long texts take milliseconds to tokenise: the loop serves others meanwhile.
+            if isinstance(prompt, str):
+                ids = await asyncio.to_thread(self.tokenizer.encode, prompt)
+            else:
+                ids = prompt
+            request = self.prepare(ids, params, priority=priority, cache_salt=cache_salt)
+            self._labels[request_id] = request.request_id
+            mailbox = Mailbox(max_waiting_tokens=None)
+            self.submit(request, Inbox(mailbox))
+            text = prompt if isinstance(prompt, str) else None
+            output = RequestOutput.empty(request, request_id, text)
+            while not output.finished:
+                news = await mailbox.take()
+                deltas = [self._with_texts(delta) for _, delta, _ in news]
+                for delta in deltas:
+                    output.add(delta)
+                # The sequences themselves go on growing: a copy would cost their history.
+                yield replace(output, deltas=deltas)
         finally:
-            del self._queues[request_id]
-            self._output.abort(request_id)
-            if not is_finished:
-                self._client.abort(request_id)
+            del self._labels[request_id]
+            if request is not None:
+                self.cancel(request.request_id)
 
     async def abort(self, request_id: str) -> None:
         """Ends a request; its generator yields what there is with finish reason abort."""
-        self._client.abort(request_id)
+        internal = self._labels.get(request_id)
+        if internal:
+            self._client.abort(internal)
 
     async def reset_prefix_cache(self) -> bool:
         """Forgets all cached prefixes; returns False if running requests still hold blocks."""
@@ -166,24 +215,21 @@ class AsyncLLM:
         """Returns a snapshot of the engine's counters. Raises EngineDeadError."""
         return await self._client.stats()
 
+    def _with_texts(self, delta: OutputDelta) -> OutputDelta:
+        tokenizer = self.front_end.optional_tokenizer
+        return delta if tokenizer is None else with_texts(delta, tokenizer.token_text)
+
     # -- news from the engine process ----------------------------------------------------------
 
     def _on_deltas(self, message: Deltas) -> None:
         assert self._output is not None
-        processed = self._output.process(message.deltas, time.monotonic())
-        for request_id, index in processed.aborts:
+        for request_id, index in self._output.process(message.deltas, time.monotonic()):
             self._client.abort(request_id, index)
-        for output in processed.outputs:
-            self._tell(output.request_id, output)
 
     def _on_refused(self, message: Refused) -> None:
-        self._tell(message.request_id, OverloadedError(message.message))
+        if self._output is not None:
+            self._output.fail(message.request_id, OverloadedError(message.message))
 
     def _on_death(self, error: EngineDeadError) -> None:
-        for request_id in list(self._queues):
-            self._tell(request_id, error)
-
-    def _tell(self, request_id: str, news: _News) -> None:
-        queue = self._queues.get(request_id)
-        if queue is not None:
-            queue.put_nowait(news)
+        if self._output is not None:
+            self._output.fail_all(error)

@@ -13,6 +13,7 @@ Raised everywhere, caught at the faces (`server`, `cli`, `llm`); never carries a
     |   |-- ContextLengthError    prompt (and max_tokens) longer than the context
     |   `-- ChatTemplateError     the template refused the messages
     |-- OverloadedError           no room in the queue: HTTP 503 with Retry-After
+    |-- SlowReaderError           a client that does not read its stream: the stream ends
     |-- OutOfMemoryError          no room on the device for a step: the engine computes it again
     `-- EngineDeadError           the engine process ended: HTTP 503, health fails
 """
@@ -78,6 +79,10 @@ class OverloadedError(OctavoError):
     def __init__(self, message: str, *, retry_after_seconds: int = 1) -> None:
         super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
+
+
+class SlowReaderError(OctavoError):
+    """Whoever asked is too far behind with reading; nothing more is kept for it."""
 
 
 class OutOfMemoryError(OctavoError):

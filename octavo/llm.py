@@ -20,11 +20,12 @@ from octavo.engine.front_end import FrontEnd
 from octavo.engine.load import load_core
 from octavo.engine.messages import read_messages
 from octavo.engine.tokenizer import Tokenizer
-from octavo.errors import OverloadedError, RequestError
+from octavo.errors import OctavoError, OverloadedError, RequestError
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.models.spec import ModelSpec
 from octavo.observe.stats import EngineStats
-from octavo.request import Request, RequestOutput, SamplingParams
+from octavo.outputs import OutputDelta, RequestOutput, with_texts
+from octavo.request import Request, SamplingParams
 from octavo.vllm_options import log_verdicts, read_options
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -115,9 +116,11 @@ class LLM:
             )
             self._num_requests += 1
             requests.append((request, prompt if isinstance(prompt, str) else None))
-        for request, text in requests:
-            self._output.add_request(request, text)
-        return self._run([request for request, _ in requests], use_tqdm)
+        collectors = [_Collector(request, text, self._token_text) for request, text in requests]
+        for (request, _), collector in zip(requests, collectors, strict=True):
+            self._output.open(request, collector)
+        self._run([request for request, _ in requests], collectors, use_tqdm)
+        return [collector.output for collector in collectors]
 
     def chat(
         self,
@@ -147,24 +150,25 @@ class LLM:
             )
         return list(given)
 
-    def _run(self, requests: Sequence[Request], use_tqdm: bool) -> list[RequestOutput]:
+    def _run(
+        self, requests: Sequence[Request], collectors: Sequence[_Collector], use_tqdm: bool
+    ) -> None:
         """Feeds the core as its queue takes it, and steps until all are finished."""
         todo = sorted(requests, key=_turn)[::-1]
-        finished: dict[str, RequestOutput] = {}
+        num_running = len(requests)
         with _progress(len(requests)) if use_tqdm else nullcontext() as tell:
             try:
-                while len(finished) < len(requests):
+                while num_running:
                     self._feed(todo)
-                    done = self._step()
-                    finished.update((output.request_id, output) for output in done)
+                    self._step()
+                    num_running = self._output.num_requests
                     if tell is not None:
-                        tell(len(finished))
+                        tell(len(requests) - num_running)
             except BaseException:
                 for request in requests:
                     self._core.abort(request.request_id)
-                    self._output.abort(request.request_id)
+                    self._output.close(request.request_id)
                 raise
-        return [finished[request.request_id] for request in requests]
 
     def _feed(self, todo: list[Request]) -> None:
         while todo:
@@ -174,15 +178,33 @@ class LLM:
                 return  # the rest waits here instead of in the queue
             todo.pop()
 
-    def _step(self) -> list[RequestOutput]:
-        processed = self._output.process(self._core.step(), time.monotonic())
-        for request_id, index in processed.aborts:
+    def _step(self) -> None:
+        for request_id, index in self._output.process(self._core.step(), time.monotonic()):
             self._core.abort(request_id, index)
-        return [output for output in processed.outputs if output.finished]
+
+    def _token_text(self, token_id: int) -> str | None:
+        tokenizer = self._front_end.optional_tokenizer
+        return None if tokenizer is None else tokenizer.token_text(token_id)
 
     def close(self) -> None:
         """Lets the runner's thread go."""
         self._core.close()
+
+
+class _Collector:
+    """The receiver that adds up one request's output."""
+
+    def __init__(
+        self, request: Request, prompt: str | None, token_text: Callable[[int], str | None]
+    ) -> None:
+        self.output = RequestOutput.empty(request, request.request_id, prompt)
+        self._token_text = token_text
+
+    def receive(self, delta: OutputDelta, finished: bool) -> None:
+        self.output.add(with_texts(delta, self._token_text))
+
+    def fail(self, error: OctavoError) -> None:
+        raise error
 
 
 @contextmanager

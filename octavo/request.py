@@ -1,4 +1,4 @@
-"""What a user asks for and what comes back: SamplingParams, Request, outputs. No torch.
+"""What a user asks for, and what the engine says of it: SamplingParams, Request, TokenDelta.
 
 Shared by every layer. A Request is frozen when it enters the engine; everything that changes
 afterwards belongs to the scheduler's Sequence or to the detokeniser.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -249,7 +249,7 @@ PositionLogprobs = tuple[Logprob, ...]
 """The token itself first, then the most likely ones, best first."""
 
 
-class TokenDelta(msgspec.Struct, frozen=True, kw_only=True):
+class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """What the engine core says of one sequence after a step (crosses processes).
 
     A Struct and not a dataclass, which would take ten times as long to make: a step of 256
@@ -271,42 +271,3 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt tokens that came from the prefix cache."""
     scheduled_time: float | None = None
     """When the request first entered a step, with its first token; seconds of `monotonic`."""
-
-
-@dataclass(slots=True, kw_only=True)
-class CompletionOutput:
-    """One sequence as the user sees it."""
-
-    index: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    cumulative_logprob: float | None = None
-    logprobs: list[PositionLogprobs] | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-
-
-@dataclass(slots=True, kw_only=True)
-class RequestMetrics:
-    """Times of one request, seconds of the engine's monotonic clock."""
-
-    arrival_time: float = 0.0
-    scheduled_time: float | None = None
-    first_token_time: float | None = None
-    finished_time: float | None = None
-
-
-@dataclass(slots=True, kw_only=True)
-class RequestOutput(PackedPrompt):
-    """One request as the user sees it: cumulative, with this round's additions beside it."""
-
-    request_id: str
-    prompt: str | None
-    packed_prompt: bytes
-    outputs: list[CompletionOutput]
-    finished: bool
-    prompt_logprobs: list[PositionLogprobs | None] | None = None
-    num_cached_tokens: int = 0
-    metrics: RequestMetrics | None = None
-    deltas: list[CompletionOutput] = field(default_factory=list)
-    """What this round added, sequence by sequence: parts, not cumulative."""

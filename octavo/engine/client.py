@@ -14,7 +14,6 @@ from collections.abc import Callable
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from octavo import errors
 from octavo.config import EngineConfig
@@ -66,7 +65,9 @@ class EngineClient:
         self._vitals: Vitals | None = None
         self._watchdog: Watchdog | None = None
         self._guard: asyncio.Task[None] | None = None
-        self._reader: asyncio.Task[None] | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self.prefix = ""
+        """Of the ids of this front end's requests, so that two fronts of one engine differ."""
         self._ready: asyncio.Future[MemoryPlan] | None = None
         self._is_loaded = False
         self._is_closing = False
@@ -94,7 +95,7 @@ class EngineClient:
         # Sending never waits: the queue in between is as long as it must be.
         self._outbox = context.socket(zmq.PUSH)
         self._outbox.set_hwm(0)
-        self._inbox = zmq.asyncio.Context.shadow(context).socket(zmq.PULL)
+        self._inbox = context.socket(zmq.PULL)
         self._inbox.set_hwm(0)
         self._outbox.bind(folder.address("in"))
         self._inbox.bind(folder.address("out"))
@@ -117,23 +118,25 @@ class EngineClient:
                 *addresses,
                 descriptors=(*descriptors, *folder.descriptors),
             )
-        self._reader = asyncio.create_task(self._read())
+        asyncio.get_running_loop().add_reader(self._inbox.FD, self._receive)
+        self._watcher = asyncio.create_task(self._watch())
         return await self._ready
 
-    async def _read(self) -> None:
-        """Delivers messages until the process ends."""
+    def _receive(self) -> None:
+        """Delivers all messages that are there: the descriptor tells of the first one alone."""
+        while True:
+            try:
+                data = self._inbox.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._deliver(data)
+
+    async def _watch(self) -> None:
+        """Waits for the end of the process, delivers its last words, and tells everybody."""
         assert self._process is not None
-        ended = asyncio.create_task(self._process.wait())
-        while not ended.done():
-            message = asyncio.ensure_future(self._inbox.recv())
-            await asyncio.wait({ended, message}, return_when=asyncio.FIRST_COMPLETED)
-            if message.done():
-                self._deliver(message.result())
-            else:
-                message.cancel()
-        while await self._inbox.poll(0):
-            self._deliver(await self._inbox.recv())
-        self._die(EngineDeadError(f"the engine process {describe_end(ended.result())}"))
+        code = await self._process.wait()
+        self._receive()
+        self._die(EngineDeadError(f"the engine process {describe_end(code)}"))
 
     def _deliver(self, data: bytes) -> None:
         message = decode_from_engine(data)
@@ -251,11 +254,11 @@ class EngineClient:
         if self._process is not None:
             await self._end(self._process)
             self._process = None
-        for task in (self._reader, self._guard):
+        for task in (self._watcher, self._guard):
             if task is not None:
                 await asyncio.wait({task})
         if self._context is not None:
-            # By hand: the context does not know its shadow's socket, and would wait for it.
+            asyncio.get_running_loop().remove_reader(self._inbox.FD)
             self._outbox.close(linger=0)
             self._inbox.close(linger=0)
             self._context.term()

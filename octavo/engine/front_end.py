@@ -43,6 +43,11 @@ class FrontEnd:
         }
 
     @property
+    def optional_tokenizer(self) -> Tokenizer | None:
+        """None if the engine runs on token ids alone."""
+        return self._tokenizer
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """Raises RequestError if the engine runs on token ids alone."""
         if self._tokenizer is None:

@@ -7,19 +7,21 @@ No global registry, so that two engines in one process do not mix.
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from types import TracebackType
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.metrics_core import Metric
+from prometheus_client.metrics_core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
+from prometheus_client.utils import floatToGoString
 
-from octavo.errors import OctavoError
 from octavo.observe.engine_families import engine_families, own_families, vllm_aliases
 from octavo.observe.loop_holds import LoopHoldMonitor
 from octavo.observe.stats import EngineStats, FinishedRequest
-from octavo.request import RequestOutput, SamplingParams
+from octavo.outputs import OutputDelta
+from octavo.request import Request
 
 PREFIXES = ("vllm:", "octavo:")
 LABELS = ("model_name", "engine")
@@ -40,7 +42,6 @@ SAMPLES_BUCKETS = (1, 2, 5, 10, 20)
 
 SECONDS_HISTOGRAMS = {
     "time_to_first_token_seconds": ("Arrival to first token", FIRST_TOKEN_BUCKETS),
-    "inter_token_latency_seconds": ("Time between outputs of a request", TOKEN_GAP_BUCKETS),
     "request_time_per_output_token_seconds": ("Mean time per token", TOKEN_GAP_BUCKETS),
     "e2e_request_latency_seconds": ("Arrival to last token", REQUEST_BUCKETS),
     "request_queue_time_seconds": ("Arrival to first step", REQUEST_BUCKETS),
@@ -77,6 +78,13 @@ class Metrics:
             name: self._histogram(name, text, buckets)
             for name, (text, buckets) in SECONDS_HISTOGRAMS.items()
         }
+        self._gaps = FastHistogram(
+            "inter_token_latency_seconds",
+            "Time between outputs of a request",
+            TOKEN_GAP_BUCKETS,
+            dict(zip(LABELS, self._labels, strict=True)),
+        )
+        self._shared.register(self._gaps)
         for name, text in TOKEN_HISTOGRAMS.items():
             self._histograms[name] = self._histogram(name, text, tokens)
         self._histograms["request_params_n"] = self._histogram(
@@ -118,9 +126,9 @@ class Metrics:
         family = Histogram(name, text, LABELS, registry=self._shared, buckets=buckets)
         return family.labels(*self._labels)
 
-    def track(self, params: SamplingParams, num_prompt_tokens: int) -> RequestTrack:
-        """Returns a context that times one request from now on."""
-        return RequestTrack(self, params, num_prompt_tokens)
+    def track(self, request: Request) -> RequestTrack:
+        """Returns what times one request."""
+        return RequestTrack(self, self._gaps, request)
 
     def observe(self, name: str, value: float) -> None:
         """Adds `value` to the histogram `name` (without a prefix)."""
@@ -160,63 +168,95 @@ class Metrics:
 
 
 class RequestTrack:
-    """Times one request; entering is its arrival, leaving makes its FinishedRequest."""
+    """Times one request from its arrival to `end`, which makes its FinishedRequest."""
 
-    def __init__(self, metrics: Metrics, params: SamplingParams, num_prompt_tokens: int) -> None:
+    __slots__ = (
+        "_first",
+        "_gaps",
+        "_last",
+        "_metrics",
+        "_request",
+        "_scheduled",
+        "num_cached_tokens",
+        "num_tokens",
+    )
+
+    def __init__(self, metrics: Metrics, gaps: FastHistogram, request: Request) -> None:
         self._metrics = metrics
-        self._params = params
-        self._num_prompt_tokens = num_prompt_tokens
-        self._num_tokens = 0
-        self._arrival = 0.0
+        self._gaps = gaps
+        self._request = request
+        self.num_tokens = 0
+        """Generated so far, by all sequences."""
+        self.num_cached_tokens = 0
+        self._scheduled: float | None = None
         self._first: float | None = None
         self._last = 0.0
-        self._output: RequestOutput | None = None
 
-    def __enter__(self) -> RequestTrack:
-        self._arrival = time.monotonic()
-        return self
+    @property
+    def first_token_seconds(self) -> float | None:
+        """From arrival to the first token."""
+        return None if self._first is None else self._first - self._request.arrival_time
 
-    def observe(self, output: RequestOutput) -> None:
-        """Notes a new cumulative output."""
-        self._output = output
-        num_tokens = sum(len(sequence.token_ids) for sequence in output.outputs)
-        if num_tokens == self._num_tokens:
+    def observe(self, delta: OutputDelta) -> None:
+        """Notes what was added to one of the sequences."""
+        if not delta.token_ids:
             return
-        now = time.monotonic()
+        self.num_tokens += len(delta.token_ids)
+        now = delta.time
         if self._first is None:
-            self._first = now
-            self._metrics.observe("time_to_first_token_seconds", now - self._arrival)
-        else:
-            self._metrics.observe("inter_token_latency_seconds", now - self._last)
-        self._last, self._num_tokens = now, num_tokens
+            self._first, self._scheduled = now, delta.scheduled_time
+            self.num_cached_tokens = delta.num_cached_tokens
+            self._metrics.observe("time_to_first_token_seconds", now - self._request.arrival_time)
+        elif now > self._last:  # sequences of one request come together
+            self._gaps.observe(now - self._last)
+        self._last = now
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        output = self._output
-        if output is None and isinstance(error, OctavoError):
-            return  # Refused before it began; the HTTP counters have it.
-        if output is not None and output.finished and output.outputs:
-            reason = output.outputs[0].finish_reason or "stop"
-        else:
-            reason = "error" if isinstance(error, Exception) else "abort"
-        times = None if output is None else output.metrics
+    def end(self, reason: str) -> None:
+        """Counts the request as finished."""
+        request = self._request
         self._metrics.observe_finished(
             FinishedRequest(
                 finish_reason=reason,
-                num_prompt_tokens=self._num_prompt_tokens,
-                num_generation_tokens=self._num_tokens,
-                n=self._params.n,
-                max_tokens=self._params.max_tokens,
-                arrival_time=self._arrival,
+                num_prompt_tokens=request.prompt_len,
+                num_generation_tokens=self.num_tokens,
+                n=request.params.n,
+                max_tokens=request.params.max_tokens,
+                arrival_time=request.arrival_time,
                 finished_time=time.monotonic(),
-                scheduled_time=None if times is None else times.scheduled_time,
+                scheduled_time=self._scheduled,
                 first_token_time=self._first,
             )
         )
+
+
+class FastHistogram(Collector):
+    """One histogram for what is observed at every token: a search and two additions."""
+
+    def __init__(
+        self, name: str, text: str, buckets: Sequence[float], labels: dict[str, str]
+    ) -> None:
+        self._name = name
+        self._text = text
+        self._bounds = list(buckets)
+        self._labels = labels
+        self._counts = [0] * (len(buckets) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def collect(self) -> Iterable[Metric]:
+        family = HistogramMetricFamily(self._name, self._text, labels=list(self._labels))
+        bounds = [*map(floatToGoString, self._bounds), "+Inf"]
+        cumulative = accumulate(self._counts)
+        family.add_metric(
+            list(self._labels.values()), list(zip(bounds, cumulative, strict=True)), self._sum
+        )
+        yield family
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
 
 
 class _Exporter(Collector):

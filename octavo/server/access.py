@@ -45,15 +45,10 @@ class Exchange:
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
     first_token_seconds: float | None = None
-    """From the start of the exchange."""
+    """From the arrival of the first of its prompts that got one."""
     reason: str = ""
     """Why it failed, if its answer had begun by then; else the answer itself tells."""
     started: float = field(default_factory=time.monotonic)
-
-    def note_first_token(self) -> None:
-        """To be called at every token, or at the first."""
-        if self.first_token_seconds is None:
-            self.first_token_seconds = time.monotonic() - self.started
 
 
 @dataclass(slots=True)

@@ -6,13 +6,14 @@ speaks to the engine through these methods alone.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from octavo.engine.chat_template import ChatRenderer, RenderedChat
 from octavo.engine.detokenizer import Pieces
 from octavo.observe.stats import EngineStats
-from octavo.request import RequestOutput, SamplingParams
+from octavo.outputs import Receiver
+from octavo.request import Request, SamplingParams
 
 
 class ServerTokenizer(Pieces, Protocol):
@@ -52,6 +53,11 @@ class Engine(Protocol):
     def max_model_len(self) -> int: ...
 
     @property
+    def max_num_seqs(self) -> int:
+        """Sequences that run at once."""
+        ...
+
+    @property
     def vocab_size(self) -> int: ...
 
     @property
@@ -67,23 +73,27 @@ class Engine(Protocol):
         """Values of the model's generation config, named as in SamplingParams."""
         ...
 
-    def generate(
+    def prepare(
         self,
         prompt: str | Sequence[int],
         params: SamplingParams,
         *,
-        request_id: str,
         priority: int = 0,
         cache_salt: str = "",
-    ) -> AsyncGenerator[RequestOutput, None]:
-        """Yields cumulative outputs, the last one `finished`; closing it aborts the request.
+    ) -> Request:
+        """Returns a request under an id of its own. Raises RequestError, EngineDeadError."""
+        ...
 
-        Raises RequestError, OverloadedError or EngineDeadError before the first output,
-        EngineDeadError at any time.
+    def submit(self, request: Request, receiver: Receiver) -> None:
+        """Hands a request over; `receiver` is told of its progress in the event loop.
+
+        Raises OverloadedError, EngineDeadError.
         """
         ...
 
-    async def abort(self, request_id: str) -> None: ...
+    def cancel(self, request_id: str) -> None:
+        """Ends a request without a word to its receiver; a late call is harmless."""
+        ...
 
     async def reset_prefix_cache(self) -> bool:
         """Forgets all cached prefixes. Returns False if running requests still hold blocks."""

@@ -1,4 +1,4 @@
-"""From a parsed body to the engine's outputs: ids, salts, prompts to tokens, several prompts.
+"""From a parsed body to the engine's news: ids, salts, prompts to tokens, several prompts.
 
 Called by the routes of chat and completions. Never formats an answer.
 """
@@ -7,135 +7,210 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 
-from octavo.request import FinishReason, RequestOutput, SamplingParams
+from octavo.engine.mailbox import Mailbox, News
+from octavo.errors import OctavoError, OverloadedError
+from octavo.observe.metrics import RequestTrack
+from octavo.outputs import DeltaSum, OutputDelta
+from octavo.request import FinishReason, Request, SamplingParams
+from octavo.server.access import Exchange
 from octavo.server.auth import check_priority, tenant_salt
 from octavo.server.errors import ApiError
 from octavo.server.protocol.sampling import SamplingFields
 from octavo.server.state import ServerState, server_state
 
-Outputs = AsyncGenerator[tuple[int, RequestOutput], None]
+PREPARED_AT_ONCE = 16
+"""Prompts of one call that are checked before others have their turn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One call of the API; every prompt in it becomes one request of the engine."""
+    """One call of the API; every prompt in it is one request of the engine."""
 
     id: str
     """What the client sees."""
-    engine_id: str
-    """Unique, even if two clients choose the same id."""
     created: int
     params: SamplingParams
-    priority: int
-    cache_salt: str
-    prompts: tuple[Sequence[int], ...]
+    requests: tuple[Request, ...]
+    exchange: Exchange
+    """Where the access log finds what the call came to."""
 
 
-def new_call(
-    request: Request,
+async def new_call(
+    request: HttpRequest,
     body: SamplingFields,
     kind: str,
     params: SamplingParams,
     prompts: Sequence[Sequence[int]],
 ) -> Call:
-    """Returns the call that `body` asks for; `kind` is the prefix of its id."""
+    """Returns the call that `body` asks for; `kind` is the prefix of its id.
+
+    Raises RequestError if one of the prompts cannot be served, before any of them runs.
+    """
     check_priority(request, body.priority, server_state(request).config.priority_range)
-    call_id = f"{kind}-{body.request_id or request.state.request_id}"
+    engine = server_state(request).engine
     limit = body.truncate_prompt_tokens
     if limit == -1:
-        limit = max(1, server_state(request).engine.max_model_len - (params.max_tokens or 1))
+        limit = max(1, engine.max_model_len - (params.max_tokens or 1))
+    salt = tenant_salt(request.state.api_key, body.cache_salt)
+    requests = []
+    for place, ids in enumerate(prompts):
+        if place % PREPARED_AT_ONCE == PREPARED_AT_ONCE - 1:
+            await asyncio.sleep(0)
+        ids = ids if limit is None else ids[-limit:]
+        requests.append(engine.prepare(ids, params, priority=body.priority, cache_salt=salt))
+    exchange: Exchange = request.state.exchange
+    exchange.num_prompt_tokens = sum(one.prompt_len for one in requests)
     return Call(
-        id=call_id,
-        engine_id=f"{call_id}-{uuid.uuid4().hex[:12]}",
+        id=f"{kind}-{body.request_id or request.state.request_id}",
         created=int(time.time()),
         params=params,
-        priority=body.priority,
-        cache_salt=tenant_salt(request.state.api_key, body.cache_salt),
-        prompts=tuple(prompts if limit is None else (ids[-limit:] for ids in prompts)),
+        requests=tuple(requests),
+        exchange=exchange,
     )
 
 
-async def run_call(state: ServerState, call: Call) -> Outputs:
-    """Yields (prompt index, cumulative output) until all prompts are finished.
+async def stream_call(state: ServerState, call: Call) -> AsyncGenerator[list[News], None]:
+    """Yields what the requests of `call` have gained since the last round; a news' tag is the
+    place of its prompt.
 
-    Closing it aborts what still runs. Raises what the engine raises, and ApiError for a sequence
+    Closing it ends what still runs. Raises what the engine raises, and ApiError for a sequence
     that ended by an error or was aborted from elsewhere.
     """
-    if len(call.prompts) == 1:
-        async with aclosing(_run_prompt(state, call, 0)) as outputs:
-            async for output in outputs:
-                yield 0, output
-        return
-    newest: dict[int, RequestOutput] = {}
-    wake = asyncio.Event()
+    mailbox = Mailbox()
 
-    async def pump(index: int) -> None:
-        async with aclosing(_run_prompt(state, call, index)) as outputs:
-            async for output in outputs:
-                # Outputs are cumulative: a slow client gets fewer and larger ones.
-                newest[index] = output
-                wake.set()
+    def deliver(tag: int, delta: OutputDelta, finished: bool) -> None:
+        if not mailbox.put(tag, delta, finished):
+            running.cancel(FinishReason.ABORT)  # at once: whoever is slow may never read again
 
-    tasks = [asyncio.ensure_future(pump(index)) for index in range(len(call.prompts))]
-    for task in tasks:
-        task.add_done_callback(lambda _: wake.set())
-    try:
-        is_done = False
-        while not is_done:
-            await wake.wait()
-            wake.clear()
-            # Read before `newest`: what a task left there before it ended is still yielded.
-            is_done = all(task.done() for task in tasks)
-            for task in tasks:
-                if task.done():
-                    task.result()
-            ready = list(newest.items())
-            newest.clear()
-            for index, output in ready:
-                yield index, output
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    with _Running(state, call, deliver, mailbox.fail) as running:
+        while running.num_unfinished or mailbox.has_news:
+            yield await mailbox.take()
 
 
-async def final_outputs(state: ServerState, call: Call) -> list[RequestOutput]:
-    """Returns the finished output of each prompt. Raises as `run_call` does."""
-    async with aclosing(run_call(state, call)) as outputs:
-        newest = {index: output async for index, output in outputs}
-    return [newest[index] for index in range(len(call.prompts))]
+async def whole_call(state: ServerState, call: Call) -> list[list[OutputDelta]]:
+    """Returns all that the sequences of each prompt came to, by index. Raises as `stream_call`."""
+    end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    sums: list[dict[int, DeltaSum]] = [{} for _ in call.requests]
+
+    def deliver(tag: int, delta: OutputDelta, finished: bool) -> None:
+        earlier = sums[tag].get(delta.index)
+        if earlier is None:
+            sums[tag][delta.index] = DeltaSum(delta)
+        else:
+            earlier.add(delta)
+        if finished and running.num_unfinished == 0 and not end.done():
+            end.set_result(None)
+
+    def fail(error: OctavoError) -> None:
+        if not end.done():
+            end.set_exception(error)
+
+    with _Running(state, call, deliver, fail) as running:
+        await end
+    return [[found[index].total() for index in sorted(found)] for found in sums]
 
 
-async def _run_prompt(
-    state: ServerState, call: Call, index: int
-) -> AsyncGenerator[RequestOutput, None]:
-    engine_id = call.engine_id if len(call.prompts) == 1 else f"{call.engine_id}-{index}"
-    outputs = state.engine.generate(
-        call.prompts[index],
-        call.params,
-        request_id=engine_id,
-        priority=call.priority,
-        cache_salt=call.cache_salt,
-    )
-    with state.metrics.track(call.params, len(call.prompts[index])) as track:
-        async with aclosing(outputs):
-            async for output in outputs:
-                track.observe(output)
-                _check_sequences(output)
-                yield output
+class _Running:
+    """A call's requests on their way through the engine, at most as many sequences at once as a
+    step holds: the rest of a large call waits here, behind what others have sent since."""
+
+    def __init__(
+        self,
+        state: ServerState,
+        call: Call,
+        deliver: Callable[[int, OutputDelta, bool], None],
+        fail: Callable[[OctavoError], None],
+    ) -> None:
+        self.num_unfinished = len(call.requests)
+        self.deliver = deliver
+        self.fail = fail
+        self._engine = state.engine
+        self._metrics = state.metrics
+        self._exchange = call.exchange
+        self._most = max(1, state.engine.max_num_seqs // call.params.n)
+        self._todo = deque(enumerate(call.requests))
+        self._open: dict[int, _Progress] = {}
+
+    def __enter__(self) -> _Running:
+        self._submit()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        """Ends what runs: the client has left, or one of the requests has failed."""
+        is_failure = kind is not None and issubclass(kind, Exception)
+        self.cancel(FinishReason.ERROR if is_failure else FinishReason.ABORT)
+
+    def cancel(self, reason: FinishReason) -> None:
+        """Ends all that runs, and what would have followed."""
+        self._todo.clear()
+        open_now, self._open = self._open, {}
+        for progress in open_now.values():
+            self._engine.cancel(progress.request.request_id)
+            self._end(progress.track, reason)
+
+    def ended(self, tag: int, reason: str) -> None:
+        """Takes leave of one request, and lets the next begin."""
+        progress = self._open.pop(tag, None)
+        if progress is None:
+            return
+        self._end(progress.track, reason)
+        self.num_unfinished -= 1
+        try:
+            self._submit()
+        except OctavoError as error:
+            self.fail(error)
+
+    def _end(self, track: RequestTrack, reason: str) -> None:
+        track.end(reason)
+        exchange = self._exchange
+        exchange.num_output_tokens += track.num_tokens
+        exchange.num_cached_tokens += track.num_cached_tokens
+        if exchange.first_token_seconds is None:
+            exchange.first_token_seconds = track.first_token_seconds
+
+    def _submit(self) -> None:
+        while self._todo and len(self._open) < self._most:
+            tag, request = self._todo[0]
+            progress = _Progress(self, tag, request, self._metrics.track(request))
+            self._open[tag] = progress
+            try:
+                self._engine.submit(request, progress)
+            except OctavoError as error:
+                del self._open[tag]
+                if self._open and isinstance(error, OverloadedError):
+                    return  # others fill the queue: the next try is when one of ours has ended
+                raise
+            self._todo.popleft()
 
 
-def _check_sequences(output: RequestOutput) -> None:
-    for sequence in output.outputs:
-        if sequence.finish_reason == FinishReason.ERROR:
-            message = f"the engine could not finish this request: {sequence.stop_reason}"
-            raise ApiError(500, message, code="engine_error")
-        if sequence.finish_reason == FinishReason.ABORT:
-            raise ApiError(503, "the request was aborted", code="aborted")
+class _Progress:
+    """The receiver of one request of a call."""
+
+    __slots__ = ("_running", "_tag", "request", "track")
+
+    def __init__(self, running: _Running, tag: int, request: Request, track: RequestTrack) -> None:
+        self._running = running
+        self._tag = tag
+        self.request = request
+        self.track = track
+
+    def receive(self, delta: OutputDelta, finished: bool) -> None:
+        self.track.observe(delta)
+        reason = delta.finish_reason
+        if reason == FinishReason.ERROR:
+            message = f"the engine could not finish this request: {delta.stop_reason}"
+            self._running.fail(ApiError(500, message, code="engine_error"))
+        elif reason == FinishReason.ABORT:
+            self._running.fail(ApiError(503, "the request was aborted", code="aborted"))
+        if finished:
+            self._running.ended(self._tag, reason or FinishReason.STOP)
+        self._running.deliver(self._tag, delta, finished)
+
+    def fail(self, error: OctavoError) -> None:
+        self._running.fail(error)

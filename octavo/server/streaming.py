@@ -21,7 +21,8 @@ from octavo.server.errors import ClientDisconnectedError, error_body
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Events = AsyncGenerator[dict[str, Any], None]
+Events = AsyncGenerator[bytes, None]
+"""Server-sent events, one or several in each piece."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -29,6 +30,11 @@ _encode = msgspec.json.Encoder().encode
 def json_response(body: dict[str, Any]) -> Response:
     """Returns `body` as JSON."""
     return Response(_encode(body), media_type="application/json")
+
+
+def event(data: Any) -> bytes:
+    """Returns `data` as one server-sent event."""
+    return b"data: " + _encode(data) + b"\n\n"
 
 
 async def run_attached(work: Coroutine[Any, Any, T], receive: Receive, drain: Drain) -> T:
@@ -61,7 +67,7 @@ async def _disconnected(receive: Receive) -> None:
 class EventStream(Response):
     """Server-sent events: `first`, then all of `rest`, then [DONE]; an error is an event too."""
 
-    def __init__(self, first: dict[str, Any], rest: Events, drain: Drain) -> None:
+    def __init__(self, first: bytes, rest: Events, drain: Drain) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(headers=headers, media_type="text/event-stream")
         del self.headers["content-length"]
@@ -82,20 +88,19 @@ class EventStream(Response):
                 logger.error("a stream failed", exc_info=error)
             told = error_body(error)
             scope["state"]["exchange"].reason = told["error"]["message"]
-            await _send_event(send, _encode(told))
+            await _send(send, event(told))
         finally:
             await self._rest.aclose()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_all(self, send: Send) -> None:
-        await _send_event(send, _encode(self._first))
-        async for chunk in self._rest:
-            await _send_event(send, _encode(chunk))
-        await _send_event(send, b"[DONE]")
+        await _send(send, self._first)
+        async for events in self._rest:
+            await _send(send, events)
+        await _send(send, b"data: [DONE]\n\n")
 
 
-async def _send_event(send: Send, data: bytes) -> None:
-    body = b"data: " + data + b"\n\n"
+async def _send(send: Send, body: bytes) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
@@ -109,5 +114,5 @@ async def stream_response(events: Events, receive: Receive, drain: Drain) -> Res
     return EventStream(first, events, drain)
 
 
-async def _next(events: Events) -> dict[str, Any]:
+async def _next(events: Events) -> bytes:
     return await anext(events)

@@ -10,7 +10,7 @@ import pytest
 
 from octavo import AsyncLLM, EngineConfig, SamplingParams
 from octavo.errors import EngineDeadError, ModelError, OverloadedError, RequestError
-from octavo.request import RequestOutput
+from octavo.outputs import RequestOutput
 from tests.models.tiny import save_tiny
 
 PROMPT = list(range(40))
@@ -93,6 +93,26 @@ async def test_a_request_id_in_use_is_refused(engine: AsyncLLM) -> None:
     with pytest.raises(RequestError, match="in use"):
         await anext(engine.generate(PROMPT, greedy(1), request_id="same"))
     await stream.aclose()
+
+
+async def test_an_id_that_was_left_early_can_be_used_again_at_once(engine: AsyncLLM) -> None:
+    right = (await collect(engine, "reference", 12))[-1].outputs[0].token_ids
+    for i in range(10):
+        stream = engine.generate([5] * 40, greedy(12), request_id="same")
+        for _ in range(1 + i % 3):
+            await anext(stream, None)
+        await stream.aclose()
+        again = (await collect(engine, "same", 12))[-1].outputs[0]
+        assert (again.token_ids, again.finish_reason) == (right, "length")
+
+
+async def test_late_aborts_and_cancels_are_harmless(engine: AsyncLLM) -> None:
+    await collect(engine, "a", 3)
+    await engine.abort("a")
+    await engine.abort("never there")
+    request = engine.prepare(PROMPT, greedy(3))
+    engine.cancel(request.request_id)
+    assert len((await collect(engine, "a", 3))[-1].outputs[0].token_ids) == 3
 
 
 async def test_a_full_queue_says_so(model: str) -> None:

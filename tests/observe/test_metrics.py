@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from octavo.errors import RequestError
 from octavo.observe.metrics import Metrics, token_buckets
 from octavo.observe.stats import STEP_TOKEN_BUCKETS, EngineStats, FinishedRequest
-from octavo.request import CompletionOutput, RequestOutput, SamplingParams, pack_ids
+from octavo.outputs import OutputDelta
+from octavo.request import Request, SamplingParams, pack_ids
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -152,25 +150,44 @@ def test_the_times_of_a_request_are_split_at_its_first_step_and_token(metrics: M
 
 
 def test_a_tracked_request_counts_once_whatever_its_end(metrics: Metrics) -> None:
-    params = SamplingParams(n=1, max_tokens=4)
-    with metrics.track(params, 5) as track:
-        track.observe(_output(1))
-        track.observe(_output(1))
-        track.observe(_output(2, reason="length"))
-    with contextlib.suppress(ValueError), metrics.track(params, 5) as track:
-        track.observe(_output(1))
-        raise ValueError
-    with contextlib.suppress(GeneratorExit), metrics.track(params, 5):
-        raise GeneratorExit
-    with contextlib.suppress(RequestError), metrics.track(params, 5):
-        raise RequestError("refused before it began")
+    request = Request(
+        request_id="r",
+        packed_prompt=pack_ids([1] * 5),
+        params=SamplingParams(max_tokens=4),
+        arrival_time=10.0,
+    )
+    track = metrics.track(request)
+    track.observe(OutputDelta(index=0, token_ids=(7,), time=10.5, scheduled_time=10.25))
+    track.observe(OutputDelta(index=0, time=10.6))
+    track.observe(OutputDelta(index=0, token_ids=(7,), time=10.52, finish_reason="length"))
+    assert (track.num_tokens, track.first_token_seconds) == (2, 0.5)
+    track.end("length")
+    broken = metrics.track(request)
+    broken.observe(OutputDelta(index=0, token_ids=(7,), time=11.0))
+    broken.end("error")
+    metrics.track(request).end("abort")
     found = series(metrics)
     for reason in ("length", "error", "abort"):
         assert value(found, "octavo:request_success_total", finished_reason=reason) == 1
     assert value(found, "vllm:e2e_request_latency_seconds_count") == 3
     assert value(found, "vllm:time_to_first_token_seconds_count") == 2
-    assert value(found, "vllm:inter_token_latency_seconds_count") == 1
+    assert value(found, "vllm:time_to_first_token_seconds_sum") == 1.5
     assert value(found, "vllm:request_generation_tokens_sum") == 3
+    assert value(found, "vllm:request_queue_time_seconds_sum") == 0.25
+    gaps = "vllm:inter_token_latency_seconds"
+    assert value(found, f"{gaps}_count") == 1
+    assert value(found, f"{gaps}_sum") == pytest.approx(0.02)
+    buckets = [value(found, f"{gaps}_bucket", le=le) for le in ("0.01", "0.025", "+Inf")]
+    assert buckets == [0, 1, 1]
+
+
+def test_sequences_of_one_request_that_come_together_are_no_gap(metrics: Metrics) -> None:
+    request = Request(request_id="r", packed_prompt=pack_ids([1]), params=SamplingParams(n=2))
+    track = metrics.track(request)
+    for time in (1.0, 2.0):
+        for index in range(2):
+            track.observe(OutputDelta(index=index, token_ids=(7,), time=time))
+    assert value(series(metrics), "vllm:inter_token_latency_seconds_count") == 1
 
 
 def test_token_buckets_follow_one_two_five() -> None:
@@ -184,14 +201,3 @@ def test_two_engines_do_not_mix(metrics: Metrics) -> None:
     labels = frozenset({"handler": "/x", "method": "GET", "status": "2xx"}.items())
     assert ("http_requests_total", labels) in series(other)
     assert ("http_requests_total", labels) not in series(metrics)
-
-
-def _output(num_tokens: int, reason: str | None = None) -> RequestOutput:
-    sequence = CompletionOutput(index=0, token_ids=[7] * num_tokens, finish_reason=reason)
-    return RequestOutput(
-        request_id="r",
-        prompt=None,
-        packed_prompt=pack_ids([1] * 5),
-        outputs=[sequence],
-        finished=reason is not None,
-    )

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
-from collections.abc import AsyncGenerator, Sequence
+import time
+from collections.abc import Sequence
 from typing import Any
 
 from octavo.engine.chat_template import ChatRenderer, RenderedChat
 from octavo.errors import ContextLengthError, EngineDeadError, RequestError
 from octavo.observe.stats import EngineStats
-from octavo.request import (
-    CompletionOutput,
-    Logprob,
-    PositionLogprobs,
-    RequestMetrics,
-    RequestOutput,
-    SamplingParams,
-    pack_ids,
-)
+from octavo.outputs import OutputDelta, Receiver
+from octavo.request import Logprob, PositionLogprobs, Request, SamplingParams, pack_ids
 
 NATURAL_LENGTH = 20
 BOS = 1
@@ -68,6 +63,7 @@ class FakeEngine:
 
     model_name = "fake"
     max_model_len = 512
+    max_num_seqs = 256
     vocab_size = 0x110000
     is_ready = True
 
@@ -91,42 +87,92 @@ class FakeEngine:
         self.has_used_blocks = False
         self.is_hung = False
         """Answers nothing, and dies only when it is told of a drain."""
+        self._ids = itertools.count()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    async def generate(
+    def prepare(
         self,
         prompt: str | Sequence[int],
         params: SamplingParams,
         *,
-        request_id: str,
         priority: int = 0,
         cache_salt: str = "",
-    ) -> AsyncGenerator[RequestOutput, None]:
+    ) -> Request:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        self.requests.append((request_id, params, priority, cache_salt))
         self._check(ids)
+        return Request(
+            request_id=f"fake-{next(self._ids)}",
+            packed_prompt=pack_ids(ids),
+            params=params,
+            priority=priority,
+            cache_salt=cache_salt,
+            arrival_time=time.monotonic(),
+        )
+
+    def submit(self, request: Request, receiver: Receiver) -> None:
+        self.requests.append(
+            (request.request_id, request.params, request.priority, request.cache_salt)
+        )
+        if self.error is not None:
+            raise self.error
         self.num_running += 1
+        task = asyncio.get_running_loop().create_task(self._generate(request, receiver))
+        self._tasks[request.request_id] = task
         self.begun.set()
-        is_complete = False
+
+    def cancel(self, request_id: str) -> None:
+        task = self._tasks.pop(request_id, None)
+        if task is not None:
+            task.cancel()
+            self.num_running -= 1
+            self.aborted.set()
+
+    async def _generate(self, request: Request, receiver: Receiver) -> None:
+        if self.is_silent:
+            await asyncio.Event().wait()
         try:
-            if self.is_silent:
-                await asyncio.Event().wait()
             for step in range(1, 10**9):
                 if self.error_after is not None and step > self.error_after[0]:
                     raise self.error_after[1]
-                output = self._output(request_id, ids, params, step)
-                is_complete = output.finished
-                yield output
-                if is_complete:
-                    return
+                if self._told(request, receiver, step):
+                    break
                 await asyncio.sleep(0)
-        finally:
-            self.num_running -= 1
-            if not is_complete:
-                self.aborted.set()
+        except Exception as error:
+            self._end(request)
+            receiver.fail(error)  # type: ignore[arg-type]  # what a bug raises, too
+
+    def _end(self, request: Request) -> None:
+        del self._tasks[request.request_id]
+        self.num_running -= 1
+
+    def _told(self, request: Request, receiver: Receiver, step: int) -> bool:
+        """Tells each sequence's token of a step; returns whether it was the last."""
+        ids, params = request.prompt_token_ids, request.params
+        limit = params.max_tokens or self.max_model_len - len(ids)
+        end = limit if params.ignore_eos else min(limit, NATURAL_LENGTH)
+        finished = step >= end and not self.is_endless
+        reason = ("length" if end == limit else "stop") if finished else None
+        if finished:
+            self._end(request)
+        for index in range(params.n):
+            token = 97 + (sum(ids) + index + step - 1) % 26
+            prompt_logprobs = None
+            if params.prompt_logprobs is not None and step == 1 and index == 0:
+                prompt_logprobs = [None, *(_position(t, params.prompt_logprobs) for t in ids[1:])]
+            delta = OutputDelta(
+                index=index,
+                text=self.tokenizer.decode([token]),
+                token_ids=(token,),
+                logprobs=() if params.logprobs is None else [_position(token, params.logprobs)],
+                prompt_logprobs=prompt_logprobs,
+                finish_reason=self.finish_reason if finished and self.finish_reason else reason,
+                num_cached_tokens=min(16, len(ids) - 1),
+                time=time.monotonic(),
+            )
+            receiver.receive(delta, finished and index == params.n - 1)
+        return finished
 
     def _check(self, ids: list[int]) -> None:
-        if self.error is not None:
-            raise self.error
         if not ids:
             raise RequestError("prompt is empty", param="prompt")
         if len(ids) >= self.max_model_len:
@@ -134,50 +180,11 @@ class FakeEngine:
         if max(ids) >= self.vocab_size:
             raise RequestError(f"token id {max(ids)} is out of range", param="prompt")
 
-    def _output(
-        self, request_id: str, ids: list[int], params: SamplingParams, step: int
-    ) -> RequestOutput:
-        limit = params.max_tokens or self.max_model_len - len(ids)
-        end = limit if params.ignore_eos else min(limit, NATURAL_LENGTH)
-        finished = step >= end and not self.is_endless
-        reason = ("length" if end == limit else "stop") if finished else None
-        outputs = []
-        for index in range(params.n):
-            tokens = [97 + (sum(ids) + index + i) % 26 for i in range(step)]
-            logprobs = None
-            if params.logprobs is not None:
-                logprobs = [_position(token, params.logprobs) for token in tokens]
-            outputs.append(
-                CompletionOutput(
-                    index=index,
-                    text=self.tokenizer.decode(tokens),
-                    token_ids=tokens,
-                    logprobs=logprobs,
-                    finish_reason=self.finish_reason if finished and self.finish_reason else reason,
-                )
-            )
-        prompt_logprobs: list[PositionLogprobs | None] | None = None
-        if params.prompt_logprobs is not None:
-            prompt_logprobs = [None, *(_position(t, params.prompt_logprobs) for t in ids[1:])]
-        return RequestOutput(
-            request_id=request_id,
-            prompt=None,
-            packed_prompt=pack_ids(ids),
-            outputs=outputs,
-            finished=finished,
-            prompt_logprobs=prompt_logprobs,
-            num_cached_tokens=min(16, len(ids) - 1),
-            metrics=RequestMetrics(),
-        )
-
     async def start(self) -> None:
         """Nothing to load."""
 
     async def close(self) -> None:
         """Nothing to end."""
-
-    async def abort(self, request_id: str) -> None:
-        raise AssertionError("the server closes the iterator instead")
 
     async def reset_prefix_cache(self) -> bool:
         return not self.has_used_blocks

@@ -20,7 +20,8 @@ from octavo.cli.options import config_values
 from octavo.config import EngineConfig
 from octavo.device import CPUDevice
 from octavo.errors import OctavoError
-from octavo.request import RequestOutput, SamplingParams
+from octavo.outputs import RequestOutput
+from octavo.request import SamplingParams
 
 if TYPE_CHECKING:
     from octavo.llm import LLM

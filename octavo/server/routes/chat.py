@@ -5,7 +5,7 @@ Parses, asks the engine through `generation`, formats. Never holds state between
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -13,14 +13,15 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from octavo.request import CompletionOutput, RequestOutput
-from octavo.server.answers import ChunkFrame, Cursor, chat_logprobs, prompt_logprobs_of, usage_of
+from octavo.outputs import OutputDelta
+from octavo.server.answers import ChunkFrame, PlainChunks, Usage, marked
 from octavo.server.body import read_body
-from octavo.server.generation import Call, final_outputs, new_call, run_call
+from octavo.server.generation import Call, new_call, stream_call, whole_call
+from octavo.server.logprobs import TokenSpelling, chat_logprobs, prompt_logprobs
 from octavo.server.openapi import body_of
 from octavo.server.protocol.chat import ChatRequest
 from octavo.server.state import ServerState, server_state
-from octavo.server.streaming import json_response, run_attached, stream_response
+from octavo.server.streaming import Events, json_response, run_attached, stream_response
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -33,37 +34,39 @@ async def create_chat_completion(request: Request) -> Response:
     state.check_model(body.model)
     params = body.to_params(state.engine.default_sampling_params)
     prompt = await state.tokenising.encode_chat(body)
-    call = new_call(request, body, "chatcmpl", params, [prompt])
+    call = await new_call(request, body, "chatcmpl", params, [prompt])
     if body.stream:
-        return await stream_response(_chunks(state, body, call), request.receive, state.drain)
-    work = final_outputs(state, call)
-    [output] = await run_attached(work, request.receive, state.drain)
-    return json_response(_answer(state, body, call, output))
+        return await stream_response(_events(state, body, call), request.receive, state.drain)
+    work = whole_call(state, call)
+    [sequences] = await run_attached(work, request.receive, state.drain)
+    return json_response(_answer(state, body, call, sequences))
 
 
 def _answer(
-    state: ServerState, body: ChatRequest, call: Call, output: RequestOutput
+    state: ServerState, body: ChatRequest, call: Call, sequences: list[OutputDelta]
 ) -> dict[str, Any]:
+    usage = Usage.of(call)
+    for sequence in sequences:
+        usage.add(sequence, is_first=sequence.index == 0)
     answer = {
         "id": call.id,
         "object": "chat.completion",
         "created": call.created,
         "model": state.model_name,
-        "choices": [_choice(state, body, sequence) for sequence in output.outputs],
-        "usage": usage_of([output]),
+        "choices": [_choice(state, body, sequence) for sequence in sequences],
+        "usage": usage.body(),
     }
     if body.prompt_logprobs is not None:
-        answer["prompt_logprobs"] = prompt_logprobs_of(output, state.engine.tokenizer)
+        positions = sequences[0].prompt_logprobs
+        answer["prompt_logprobs"] = prompt_logprobs(
+            positions, body.prompt_logprobs, state.engine.tokenizer
+        )
     if body.return_token_ids:
-        answer["prompt_token_ids"] = output.prompt_token_ids
+        answer["prompt_token_ids"] = call.requests[0].prompt_token_ids
     return answer
 
 
-def _choice(state: ServerState, body: ChatRequest, sequence: CompletionOutput) -> dict[str, Any]:
-    logprobs = None
-    if body.logprobs:
-        positions, num_top = sequence.logprobs or [], body.top_logprobs or 0
-        logprobs = chat_logprobs(positions, num_top, state.engine.tokenizer)
+def _choice(state: ServerState, body: ChatRequest, sequence: OutputDelta) -> dict[str, Any]:
     choice = {
         "index": sequence.index,
         "message": {
@@ -71,7 +74,7 @@ def _choice(state: ServerState, body: ChatRequest, sequence: CompletionOutput) -
             "content": body.echoed_text() + sequence.text,
             "refusal": None,
         },
-        "logprobs": logprobs,
+        "logprobs": _logprobs(state, body, sequence),
         "finish_reason": sequence.finish_reason,
         "stop_reason": sequence.stop_reason,
     }
@@ -80,48 +83,64 @@ def _choice(state: ServerState, body: ChatRequest, sequence: CompletionOutput) -
     return choice
 
 
-async def _chunks(
-    state: ServerState, body: ChatRequest, call: Call
-) -> AsyncGenerator[dict[str, Any], None]:
-    frame = ChunkFrame(call, body, kind="chat.completion.chunk", model=state.model_name)
-    cursors = [Cursor() for _ in range(call.params.n)]
-    newest: list[RequestOutput] = []
-    async with aclosing(run_call(state, call)) as outputs:
-        async for _, output in outputs:
-            is_first, newest = not newest, [output]
-            if is_first:
-                for index in range(call.params.n):
-                    delta = {"role": "assistant", "content": body.echoed_text()}
-                    chunk = frame.chunk(_stream_choice(index, delta), newest)
-                    if body.return_token_ids:
-                        chunk["prompt_token_ids"] = output.prompt_token_ids
-                    yield chunk
-            for sequence in output.outputs:
-                for choice in _new_choices(state, body, cursors[sequence.index], sequence):
-                    yield frame.chunk(choice, newest)
+def _logprobs(
+    state: ServerState, body: ChatRequest, sequence: OutputDelta
+) -> dict[str, Any] | None:
+    if not body.logprobs:
+        return None
+    spelling = TokenSpelling(state.engine.tokenizer)
+    return chat_logprobs(sequence.logprobs, body.top_logprobs or 0, spelling)
+
+
+async def _events(state: ServerState, body: ChatRequest, call: Call) -> Events:
+    usage, n = Usage.of(call), call.params.n
+    frame = ChunkFrame(call, body, usage, kind="chat.completion.chunk", model=state.model_name)
+    plain = None
+    if not (body.logprobs or body.return_token_ids or frame.has_continuous_usage):
+        plain = PlainChunks(frame, (_stream_choice(i, {"content": marked()}) for i in range(n)))
+    has_begun = [False] * n
+    async with aclosing(stream_call(state, call)) as rounds:
+        async for news in rounds:
+            events: list[bytes] = []
+            if not any(has_begun):
+                events += _first_events(body, call, frame)
+            for _, delta, _ in news:
+                is_first, has_begun[delta.index] = not has_begun[delta.index], True
+                usage.add(delta, is_first and delta.index == 0)
+                if plain is not None and delta.finish_reason is None:
+                    if delta.text:
+                        events.append(plain.event(delta.index, delta.text))
+                else:
+                    events += map(frame.event, _new_choices(state, body, delta))
+            if events:
+                yield b"".join(events)
     if body.includes_usage:
-        yield frame.usage_chunk(newest)
+        yield frame.usage_event()
+
+
+def _first_events(body: ChatRequest, call: Call, frame: ChunkFrame) -> Iterator[bytes]:
+    """Yields what opens the message of each sequence."""
+    more: dict[str, Any] = {}
+    if body.return_token_ids:
+        more["prompt_token_ids"] = call.requests[0].prompt_token_ids
+    for index in range(call.params.n):
+        delta = {"role": "assistant", "content": body.echoed_text()}
+        yield frame.event(_stream_choice(index, delta), **more)
 
 
 def _new_choices(
-    state: ServerState, body: ChatRequest, cursor: Cursor, sequence: CompletionOutput
+    state: ServerState, body: ChatRequest, new: OutputDelta
 ) -> Iterator[dict[str, Any]]:
     """Yields a choice for what is new, and one for the end."""
-    if cursor.is_finished:
-        return
-    new = cursor.advance(sequence)
     if new.text or new.logprobs or (new.token_ids and body.return_token_ids):
-        choice = _stream_choice(sequence.index, {"content": new.text})
-        if body.logprobs:
-            num_top = body.top_logprobs or 0
-            choice["logprobs"] = chat_logprobs(new.logprobs, num_top, state.engine.tokenizer)
+        choice = _stream_choice(new.index, {"content": new.text})
+        choice["logprobs"] = _logprobs(state, body, new)
         if body.return_token_ids:
             choice["token_ids"] = new.token_ids
         yield choice
-    if sequence.finish_reason is not None:
-        cursor.is_finished = True
-        end = {"finish_reason": sequence.finish_reason, "stop_reason": sequence.stop_reason}
-        yield {**_stream_choice(sequence.index, {}), **end}
+    if new.finish_reason is not None:
+        end = {"finish_reason": new.finish_reason, "stop_reason": new.stop_reason}
+        yield {**_stream_choice(new.index, {}), **end}
 
 
 def _stream_choice(index: int, delta: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Parses, asks the engine through `generation`, formats. Never holds state between
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -13,23 +13,22 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from octavo.request import CompletionOutput, PositionLogprobs, RequestOutput
+from octavo.outputs import OutputDelta
+from octavo.request import PositionLogprobs
 from octavo.server.answers import (
     ChunkFrame,
-    Cursor,
-    Delta,
-    completion_logprobs,
-    prompt_logprobs_of,
-    usage_of,
+    PlainChunks,
+    Usage,
+    marked,
 )
 from octavo.server.body import read_body
-from octavo.server.engine_client import Engine
 from octavo.server.errors import ApiError
-from octavo.server.generation import Call, final_outputs, new_call, run_call
+from octavo.server.generation import Call, new_call, stream_call, whole_call
+from octavo.server.logprobs import CompletionLogprobs, TokenSpelling, prompt_logprobs
 from octavo.server.openapi import body_of
 from octavo.server.protocol.completions import CompletionRequest
 from octavo.server.state import ServerState, server_state
-from octavo.server.streaming import json_response, run_attached, stream_response
+from octavo.server.streaming import Events, json_response, run_attached, stream_response
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -52,135 +51,134 @@ async def create_completion(request: Request) -> Response:
     ids = [one for one in given if not isinstance(one, str)]
     # All are of one kind: texts, or ids already.
     prompts = await state.tokenising.encode(texts, body.add_special_tokens) if texts else ids
-    call = new_call(request, body, "cmpl", params, prompts)
+    call = await new_call(request, body, "cmpl", params, prompts)
     if body.stream:
-        return await stream_response(_chunks(state, body, call), request.receive, state.drain)
-    work = final_outputs(state, call)
-    outputs = await run_attached(work, request.receive, state.drain)
-    return json_response(_answer(state, body, call, outputs))
+        return await stream_response(_events(state, body, call), request.receive, state.drain)
+    work = whole_call(state, call)
+    sequences = await run_attached(work, request.receive, state.drain)
+    return json_response(_answer(state, body, call, sequences))
 
 
 def _answer(
-    state: ServerState, body: CompletionRequest, call: Call, outputs: list[RequestOutput]
+    state: ServerState, body: CompletionRequest, call: Call, prompts: list[list[OutputDelta]]
 ) -> dict[str, Any]:
-    writers = _writers(state, body, call)
-    choices = [
-        writers[i][sequence.index].choice(output, sequence)
-        for i, output in enumerate(outputs)
-        for sequence in output.outputs
-    ]
+    usage, writer = Usage.of(call, body.is_prompt_only), _ChoiceWriter(state, body, call)
+    choices = []
+    for place, sequences in enumerate(prompts):
+        for sequence in sequences:
+            usage.add(sequence, is_first=sequence.index == 0)
+            choices.append(writer.choice(place, sequence))
     return {
         "id": call.id,
         "object": "text_completion",
         "created": call.created,
         "model": state.model_name,
         "choices": choices,
-        "usage": usage_of(outputs, body.is_prompt_only),
+        "usage": usage.body(),
     }
 
 
-async def _chunks(
-    state: ServerState, body: CompletionRequest, call: Call
-) -> AsyncGenerator[dict[str, Any], None]:
-    frame = ChunkFrame(
-        call,
-        body,
-        kind="text_completion",
-        model=state.model_name,
-        is_prompt_only=body.is_prompt_only,
-    )
-    writers = _writers(state, body, call)
-    newest: dict[int, RequestOutput] = {}
-    async with aclosing(run_call(state, call)) as outputs:
-        async for i, output in outputs:
-            newest[i] = output
-            for sequence in output.outputs:
-                writer = writers[i][sequence.index]
-                if writer.has_news(sequence):
-                    yield frame.chunk(writer.choice(output, sequence), newest.values())
-    if body.includes_usage:
-        yield frame.usage_chunk(newest.values())
-
-
-def _writers(state: ServerState, body: CompletionRequest, call: Call) -> list[list[_ChoiceWriter]]:
-    """Returns one writer for each sequence of each prompt."""
+async def _events(state: ServerState, body: CompletionRequest, call: Call) -> Events:
+    usage, writer = Usage.of(call, body.is_prompt_only), _ChoiceWriter(state, body, call)
+    frame = ChunkFrame(call, body, usage, kind="text_completion", model=state.model_name)
     n = call.params.n
-    given = body.prompts() if body.truncate_prompt_tokens is None else call.prompts
-    return [
-        [_ChoiceWriter(body, state.engine, i * n + j, prompt) for j in range(n)]
-        for i, prompt in enumerate(given)
-    ]
+    plain = None
+    if body.logprobs is None and not (body.return_token_ids or frame.has_continuous_usage):
+        indices = range(n * len(call.requests))
+        plain = PlainChunks(frame, (_stream_choice(index, marked()) for index in indices))
+    has_begun = [False] * (n * len(call.requests))
+    async with aclosing(stream_call(state, call)) as rounds:
+        async for news in rounds:
+            events: list[bytes] = []
+            for place, delta, _ in news:
+                index = place * n + delta.index
+                is_first, has_begun[index] = not has_begun[index], True
+                usage.add(delta, is_first and delta.index == 0)
+                if plain is not None and not is_first and delta.finish_reason is None:
+                    if delta.text:
+                        events.append(plain.event(index, delta.text))
+                elif writer.has_news(place, delta):
+                    events.append(frame.event(writer.choice(place, delta)))
+            if events:
+                yield b"".join(events)
+    if body.includes_usage:
+        yield frame.usage_event()
+
+
+def _stream_choice(index: int, text: str) -> dict[str, Any]:
+    return {
+        "index": index,
+        "text": text,
+        "logprobs": None,
+        "finish_reason": None,
+        "stop_reason": None,
+    }
 
 
 class _ChoiceWriter:
-    """Makes the choices of one sequence, each with what is new since the one before."""
+    """Makes the choices of one call's sequences, each with what is new since the one before."""
 
-    def __init__(
-        self,
-        body: CompletionRequest,
-        engine: Engine,
-        index: int,
-        prompt: str | Sequence[int],
-    ) -> None:
+    def __init__(self, state: ServerState, body: CompletionRequest, call: Call) -> None:
+        self._engine = state.engine
         self._body = body
-        self._engine = engine
-        self._index = index
-        self._prompt = prompt
-        self._cursor = Cursor()
-        self._has_begun = False
-        self._offset = 0
+        self._requests = call.requests
+        self._n = call.params.n
+        # What is echoed is what was sent, where all of it was used.
+        self._given = body.prompts() if body.truncate_prompt_tokens is None else None
+        self._begun: set[int] = set()
+        self._logprobs_of: dict[int, CompletionLogprobs] = {}
+        self._skips_special_tokens = call.params.skip_special_tokens
+        self._prompt_logprobs: dict[int, Sequence[PositionLogprobs | None]] = {}
 
-    def has_news(self, sequence: CompletionOutput) -> bool:
+    def has_news(self, place: int, new: OutputDelta) -> bool:
         """Whether a choice would say anything."""
-        cursor = self._cursor
-        if cursor.is_finished:
-            return False
-        is_longer = len(sequence.text) > cursor.num_chars
-        has_tokens = len(sequence.token_ids) > cursor.num_tokens
         asked = self._body.return_token_ids or self._body.logprobs is not None
-        begins = bool(self._body.echo) and not self._has_begun
-        return is_longer or begins or (has_tokens and asked) or sequence.finish_reason is not None
+        begins = bool(self._body.echo) and place * self._n + new.index not in self._begun
+        has_tokens = bool(new.token_ids and asked)
+        return bool(new.text) or begins or has_tokens or new.finish_reason is not None
 
-    def choice(self, output: RequestOutput, sequence: CompletionOutput) -> dict[str, Any]:
-        """Returns what is new in `sequence`, after the prompt if that is echoed."""
-        body, is_first = self._body, not self._has_begun
-        self._has_begun = True
-        new = self._cursor.advance(sequence)
-        self._cursor.is_finished = sequence.finish_reason is not None
+    def choice(self, place: int, new: OutputDelta) -> dict[str, Any]:
+        """Returns what is new, after the prompt if that is echoed and this is the first choice."""
+        body, index = self._body, place * self._n + new.index
+        is_first = index not in self._begun
+        self._begun.add(index)
+        if new.prompt_logprobs is not None:
+            self._prompt_logprobs[place] = new.prompt_logprobs
+        text, token_ids, positions = new.text, new.token_ids, new.logprobs
         if body.is_prompt_only:
-            new = Delta("", [], [])
-        text = new.text
-        positions: list[PositionLogprobs | None] = [*new.logprobs]
+            text, token_ids, positions = "", (), ()
         if is_first and body.echo:
-            text = self._prompt_text() + text
-            positions = [*(output.prompt_logprobs or ()), *positions]
-        choice = {
-            "index": self._index,
-            "text": text,
-            "logprobs": None,
-            "finish_reason": sequence.finish_reason,
-            "stop_reason": sequence.stop_reason,
-        }
+            prompt = self._prompt_text(place)
+            text = prompt + text
+            if body.logprobs is not None:
+                ids, echoed = self._requests[place].prompt_token_ids, self._prompt_logprobs[place]
+                self._logprobs(index).echo(prompt, ids, echoed)
+        choice = _stream_choice(index, text)
+        choice["finish_reason"], choice["stop_reason"] = new.finish_reason, new.stop_reason
         if body.logprobs is not None:
-            choice["logprobs"] = self._logprobs(positions, output)
+            choice["logprobs"] = self._logprobs(index).write(positions)
         if body.return_token_ids:
-            choice["token_ids"] = new.token_ids
+            choice["token_ids"] = token_ids
             if is_first:
-                choice["prompt_token_ids"] = output.prompt_token_ids
+                choice["prompt_token_ids"] = self._requests[place].prompt_token_ids
         if is_first and body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = prompt_logprobs_of(output, self._engine.tokenizer)
+            found = self._prompt_logprobs.get(place)
+            choice["prompt_logprobs"] = prompt_logprobs(
+                found, body.prompt_logprobs, self._engine.tokenizer
+            )
         return choice
 
-    def _prompt_text(self) -> str:
-        prompt = self._prompt
-        return prompt if isinstance(prompt, str) else self._engine.tokenizer.decode(prompt)
+    def _prompt_text(self, place: int) -> str:
+        prompt = None if self._given is None else self._given[place]
+        if isinstance(prompt, str):
+            return prompt
+        return self._engine.tokenizer.decode(self._requests[place].prompt_token_ids)
 
-    def _logprobs(
-        self, positions: list[PositionLogprobs | None], output: RequestOutput
-    ) -> dict[str, Any]:
-        result = completion_logprobs(
-            positions, output.prompt_token_ids, self._offset, self._engine.tokenizer
-        )
-        if positions:
-            self._offset = result["text_offset"][-1] + len(result["tokens"][-1])
-        return result
+    def _logprobs(self, index: int) -> CompletionLogprobs:
+        """Returns the writer of one sequence's log-probabilities, the same for all its choices."""
+        found = self._logprobs_of.get(index)
+        if found is None:
+            num_top, skips = self._body.logprobs or 0, self._skips_special_tokens
+            found = CompletionLogprobs(TokenSpelling(self._engine.tokenizer), num_top, skips)
+            self._logprobs_of[index] = found
+        return found
