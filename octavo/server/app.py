@@ -17,9 +17,10 @@ from starlette.middleware.cors import CORSMiddleware
 from octavo import __version__
 from octavo.config import ServerConfig
 from octavo.observe.metrics import Metrics
-from octavo.server import errors
+from octavo.server import errors, openapi
 from octavo.server.access import AccessMiddleware
 from octavo.server.auth import AuthMiddleware
+from octavo.server.docs_page import docs_response
 from octavo.server.drain import Drain, DrainMiddleware
 from octavo.server.engine_client import Engine
 from octavo.server.limits import BodyLimitMiddleware
@@ -51,7 +52,12 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
         )
         middleware.insert(1, cors)
     app = FastAPI(
-        title="Octavo", version=__version__, middleware=middleware, redirect_slashes=False
+        title="Octavo",
+        version=__version__,
+        middleware=middleware,
+        redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.server = ServerState(
         engine=engine,
@@ -65,4 +71,7 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
     errors.install(app)
     for family in (chat, completions, tokens, operation, health):
         app.include_router(family.router)
+    openapi.install(app, app.state.server)
+    page = docs_response(app.openapi())
+    app.add_route("/docs", lambda _: page, include_in_schema=False)
     return app

@@ -25,6 +25,8 @@ from octavo.server.errors import ApiError, error_response
 OPEN_PATHS = frozenset({"/health", "/ready", "/ping"})
 METRICS_PATHS = frozenset({"/metrics", "/version"})
 """Open as well with `public_metrics`."""
+OPERATOR_PATHS = frozenset({"/metrics", "/reset_prefix_cache"})
+"""Whose routes call `require_operator`."""
 
 
 class Role(StrEnum):

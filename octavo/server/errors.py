@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.errors import EngineDeadError, OctavoError, OverloadedError, RequestError
+from octavo.server.wrong_paths import explain
 
 logger = logging.getLogger(__name__)
 
@@ -107,10 +108,15 @@ async def _on_error(request: Request, error: Exception) -> Response:
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    where = f"{request.method} {request.url.path}"
-    message, code = {
-        404: (f"there is no route for {where}; GET /docs lists all", "unknown_route"),
-        405: (f"{where} is not allowed; see the Allow header", "method_not_allowed"),
-        413: (error.detail, "body_too_large"),
-    }.get(error.status_code, (error.detail, None))
+    method, path = request.method, request.url.path
+    message, code = error.detail, None
+    if error.status_code == 404:
+        message, code = explain(method, path, request.app.openapi()["paths"])
+    elif error.status_code == 405:
+        message, code = (
+            f"{method} {path} is not allowed; see the Allow header",
+            "method_not_allowed",
+        )
+    elif error.status_code == 413:
+        code = "body_too_large"
     return error_response(ApiError(error.status_code, message, code=code, headers=error.headers))

@@ -1,16 +1,137 @@
-"""What the description of the API says of bodies, made from the protocol's models.
+"""The description of the API, GET /openapi.json: bodies, answers, errors.
 
-Called by the routes, which read their bodies themselves; never reads a request.
+Routes say with `described` what they take and give, since they read their bodies themselves;
+`install` makes the whole. Never reads a request.
 """
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from octavo.request import MAX_INT
+from octavo.server.answer_schemas import ANSWERS
+from octavo.server.auth import METRICS_PATHS, OPEN_PATHS, OPERATOR_PATHS
 from octavo.server.protocol.strict import StrictModel
+from octavo.server.state import ServerState
+
+Schema = dict[str, Any]
+
+STATUSES = {
+    400: "The request makes no sense; the error names the field.",
+    401: "A key is missing or wrong.",
+    403: "For the operator alone.",
+    404: "There is no such model.",
+    408: "The body did not come in time.",
+    409: "Requests hold cached blocks; nothing was forgotten.",
+    413: "The body is too large.",
+    500: "An internal error.",
+    503: "No room, not ready, or ending; Retry-After says when to come back.",
+}
+_READS = (400, 404, 408, 413, 503)
+"""What a route that reads a body can answer, besides what every route can."""
+_SCHEMAS = "#/components/schemas/"
 
 
-def body_of(model: type[StrictModel]) -> dict[str, Any]:
-    """Returns a route's `openapi_extra` that says its body is a `model`."""
-    content = {"application/json": {"schema": model.model_json_schema()}}
-    return {"requestBody": {"required": True, "content": content}}
+def described(
+    answer: str,
+    body: type[StrictModel] | None = None,
+    *,
+    streams: bool = False,
+    statuses: tuple[int, ...] = (),
+) -> dict[str, Any]:
+    """Returns the arguments of a route's decorator: its body, its answer (a name in ANSWERS), what
+    else it can answer, and whether it streams."""
+    content: Schema = {"application/json": {"schema": _ref(answer)}}
+    if streams:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    responses: dict[int | str, Schema] = {200: {"description": "The answer.", "content": content}}
+    for status in sorted({*statuses, *(_READS if body is not None else ()), 500}):
+        responses[status] = _error(status)
+    extra: Schema = {}
+    if body is not None:
+        taken = {"application/json": {"schema": _body_schema(body)}}
+        extra["requestBody"] = {"required": True, "content": taken}
+    return {"response_model": None, "responses": responses, "openapi_extra": extra}
+
+
+def install(app: FastAPI, state: ServerState) -> None:
+    """Makes the description once, as `app.openapi()`, with the limits of this very server."""
+    config = state.config
+    made = get_openapi(
+        title=app.title,
+        version=app.version,
+        description="OpenAI's completions and chat with vLLM's additions. Null is the same as "
+        "leaving a field out; unknown fields are refused. Errors are OpenAI's error objects.",
+        routes=app.routes,
+    )
+    document = deepcopy(made)  # It shares parts with the routes, which other apps have, too.
+    schemas = deepcopy(ANSWERS)
+    document["components"] = {"schemas": schemas}
+    has_keys = bool(config.api_key or config.operator_key)
+    if has_keys:
+        bearer = {"type": "http", "scheme": "bearer", "description": "An API key."}
+        document["components"]["securitySchemes"] = {"key": bearer}
+    is_open = OPEN_PATHS | (METRICS_PATHS if config.public_metrics else frozenset())
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            # FastAPI's own, for what it would have parsed.
+            operation["responses"].pop("422", None)
+            for kind in operation.get("requestBody", {"content": {}})["content"].values():
+                schemas |= kind["schema"].pop("$defs")
+            if has_keys and path not in is_open:
+                operation["security"] = [{"key": []}]
+                operation["responses"]["401"] = _error(401)
+                if path in OPERATOR_PATHS:
+                    operation["responses"]["403"] = _error(403)
+    for schema in schemas.values():
+        _narrow(schema, state)
+    app.openapi = lambda: document  # FastAPI's documented way
+
+
+def _narrow(schema: Schema, state: ServerState) -> None:
+    """Puts this server's limits into a body's schema: model, vocabulary, priorities."""
+    low, high = state.config.priority_range
+    fields: Schema = schema.get("properties", {})
+    if "messages" in fields or "prompt" in fields or "tokens" in fields:
+        fields.get("model", {})["anyOf"] = [{"enum": [state.model_name]}, {"type": "null"}]
+    if "priority" in fields:
+        limits = {"type": "integer", "minimum": low, "maximum": high}
+        fields["priority"]["anyOf"] = [limits, {"type": "null"}]
+    for field in fields.values():
+        _narrow_ids(field, state.engine.vocab_size)
+
+
+def _narrow_ids(schema: Schema, vocab_size: int) -> None:
+    if schema.get("type") == "array":
+        items = schema["items"]
+        if items.get("maximum") == MAX_INT:
+            schema["items"] = {**items, "maximum": vocab_size - 1}
+        _narrow_ids(items, vocab_size)
+    for inner in schema.get("anyOf", ()):
+        _narrow_ids(inner, vocab_size)
+
+
+def _body_schema(model: type[StrictModel]) -> Schema:
+    """Returns a reference to a model, with the schemas it needs beside it."""
+    found: dict[str, Schema] = {}
+    variants = model.variants()
+    for variant in variants:
+        schema = variant.model_json_schema(ref_template=_SCHEMAS + "{model}")
+        found |= schema.pop("$defs", {})
+        found[variant.__name__] = schema
+    if variants != (model,):
+        found[model.__name__] = {"anyOf": [_ref(variant.__name__) for variant in variants]}
+    return {**_ref(model.__name__), "$defs": found}
+
+
+def _ref(name: str) -> Schema:
+    return {"$ref": _SCHEMAS + name}
+
+
+def _error(status: int) -> Schema:
+    content = {"application/json": {"schema": _ref("Error")}}
+    return {"description": STATUSES[status], "content": content}

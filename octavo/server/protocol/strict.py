@@ -57,6 +57,15 @@ class StrictModel(BaseModel):
         """Returns the class, this one or one below it, that reads `data`."""
         return cls
 
+    @classmethod
+    def variants(cls) -> tuple[type[StrictModel], ...]:
+        """Returns all classes that `variant` may return."""
+        return (cls,)
+
+    def field_name(self, param: str) -> str:
+        """Returns the field of this body that the engine's `param` was read from."""
+        return param
+
     @model_validator(mode="before")
     @classmethod
     def _sift_fields(cls, data: Any) -> Any:
@@ -127,7 +136,3 @@ class RequestModel(StrictModel):
     """Base of all request bodies."""
 
     model: str | None = Field(None, description="The served model's name; may be left out.")
-
-    def field_name(self, param: str) -> str:
-        """Returns the field of this body that the engine's `param` was read from."""
-        return param

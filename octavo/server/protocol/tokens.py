@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from octavo.server.protocol.chat import TemplateFields
-from octavo.server.protocol.strict import RequestModel, TokenIds
+from octavo.server.protocol.strict import RequestModel, StrictModel, TokenIds
 
 
 class TokenizeRequest(RequestModel):
@@ -24,6 +24,10 @@ class TokenizeRequest(RequestModel):
     @classmethod
     def variant(cls, data: Mapping[str, Any]) -> type[TokenizeRequest]:
         return TokenizeChatRequest if "messages" in data else TokenizeTextRequest
+
+    @classmethod
+    def variants(cls) -> tuple[type[StrictModel], ...]:
+        return (TokenizeTextRequest, TokenizeChatRequest)
 
 
 class TokenizeTextRequest(TokenizeRequest):

@@ -18,7 +18,7 @@ from octavo.server.answers import ChunkFrame, PlainChunks, Usage, marked
 from octavo.server.body import read_body
 from octavo.server.generation import Call, new_call, stream_call, whole_call
 from octavo.server.logprobs import TokenSpelling, chat_logprobs, prompt_logprobs
-from octavo.server.openapi import body_of
+from octavo.server.openapi import described
 from octavo.server.protocol.chat import ChatRequest
 from octavo.server.state import ServerState, server_state
 from octavo.server.streaming import Events, json_response, run_attached, stream_response
@@ -26,7 +26,7 @@ from octavo.server.streaming import Events, json_response, run_attached, stream_
 router = APIRouter(tags=["OpenAI"])
 
 
-@router.post("/v1/chat/completions", response_model=None, openapi_extra=body_of(ChatRequest))
+@router.post("/v1/chat/completions", **described("ChatCompletion", ChatRequest, streams=True))
 async def create_chat_completion(request: Request) -> Response:
     """Answers messages. Streams server-sent events if `stream` is true."""
     body = await read_body(request, ChatRequest)

@@ -25,7 +25,7 @@ from octavo.server.body import read_body
 from octavo.server.errors import ApiError
 from octavo.server.generation import Call, new_call, stream_call, whole_call
 from octavo.server.logprobs import CompletionLogprobs, TokenSpelling, prompt_logprobs
-from octavo.server.openapi import body_of
+from octavo.server.openapi import described
 from octavo.server.protocol.completions import CompletionRequest
 from octavo.server.state import ServerState, server_state
 from octavo.server.streaming import Events, json_response, run_attached, stream_response
@@ -36,7 +36,7 @@ MAX_PROMPTS = 1024
 """Prompts in one call."""
 
 
-@router.post("/v1/completions", response_model=None, openapi_extra=body_of(CompletionRequest))
+@router.post("/v1/completions", **described("Completion", CompletionRequest, streams=True))
 async def create_completion(request: Request) -> Response:
     """Continues text or token ids. Streams server-sent events if `stream` is true."""
     body = await read_body(request, CompletionRequest)

@@ -11,12 +11,13 @@ import asyncio
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from octavo.errors import EngineDeadError
 from octavo.server.auth import require_operator
 from octavo.server.drain import shutting_down
 from octavo.server.errors import ApiError
+from octavo.server.openapi import described
 from octavo.server.state import server_state
 from octavo.server.streaming import json_response
 
@@ -28,8 +29,8 @@ STATS_SECONDS = 0.5
 
 @router.head("/ping", include_in_schema=False, response_model=None)
 @router.head("/health", include_in_schema=False, response_model=None)
-@router.get("/ping", response_model=None)
-@router.get("/health", response_model=None)
+@router.get("/ping", **described("Status", statuses=(503,)))
+@router.get("/health", **described("Status", statuses=(503,)))
 async def health(request: Request) -> Response:
     """200 while the engine lives, else 503 with the reason. Needs no key."""
     await server_state(request).engine.check_health()
@@ -37,7 +38,7 @@ async def health(request: Request) -> Response:
 
 
 @router.head("/ready", include_in_schema=False, response_model=None)
-@router.get("/ready", response_model=None)
+@router.get("/ready", **described("Status", statuses=(503,)))
 async def ready(request: Request) -> Response:
     """200 while requests are taken: the model is loaded, the server does not shut down."""
     state = server_state(request)
@@ -49,7 +50,7 @@ async def ready(request: Request) -> Response:
     return json_response({"status": "ready"})
 
 
-@router.get("/metrics", response_model=None)
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Tells all numbers in Prometheus' text format; for the operator."""
     require_operator(request)

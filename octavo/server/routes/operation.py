@@ -13,15 +13,21 @@ from starlette.responses import RedirectResponse, Response
 
 from octavo import __version__
 from octavo.server.auth import require_operator
-from octavo.server.body import require_json
+from octavo.server.body import read_body, require_json
 from octavo.server.errors import ApiError
+from octavo.server.openapi import described
+from octavo.server.protocol.strict import StrictModel
 from octavo.server.state import ServerState, server_state
 from octavo.server.streaming import json_response
 
 router = APIRouter()
 
 
-@router.get("/v1/models", tags=["OpenAI"], response_model=None)
+class ResetRequest(StrictModel):
+    """Nothing: `{}`, or no body at all."""
+
+
+@router.get("/v1/models", tags=["OpenAI"], **described("Models"))
 async def list_models(request: Request) -> Response:
     """Lists the one model that is served, under each of its names."""
     state = server_state(request)
@@ -29,7 +35,7 @@ async def list_models(request: Request) -> Response:
     return json_response({"object": "list", "data": cards})
 
 
-@router.get("/v1/models/{model_id:path}", tags=["OpenAI"], response_model=None)
+@router.get("/v1/models/{model_id:path}", tags=["OpenAI"], **described("Model", statuses=(404,)))
 async def retrieve_model(request: Request, model_id: str) -> Response:
     """Describes one model."""
     state = server_state(request)
@@ -48,17 +54,24 @@ def _card(state: ServerState, name: str) -> dict[str, Any]:
     }
 
 
-@router.get("/version", tags=["Operation"], response_model=None)
+@router.get("/version", tags=["Operation"], **described("Version"))
 async def version() -> Response:
     """Tells the version of Octavo."""
     return json_response({"version": __version__})
 
 
-@router.post("/reset_prefix_cache", tags=["Operation"], response_model=None)
+@router.post(
+    "/reset_prefix_cache",
+    tags=["Operation"],
+    **described("Status", ResetRequest, statuses=(409,)),
+)
 async def reset_prefix_cache(request: Request) -> Response:
     """Forgets all cached prefixes, or none (409) while requests hold some; for the operator."""
     require_operator(request)
     require_json(request)
+    is_chunked = "transfer-encoding" in request.headers
+    if is_chunked or request.headers.get("content-length", "0") != "0":
+        await read_body(request, ResetRequest)
     if not await server_state(request).engine.reset_prefix_cache():
         message = (
             "running requests hold cached blocks, so nothing was forgotten; try again when they "

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from octavo.errors import RequestError
 from octavo.server.body import read_body
-from octavo.server.openapi import body_of
+from octavo.server.openapi import described
 from octavo.server.protocol.tokens import (
     DetokenizeRequest,
     TokenizeChatRequest,
@@ -24,7 +24,7 @@ from octavo.server.streaming import json_response
 router = APIRouter(tags=["Tokens"])
 
 
-@router.post("/tokenize", response_model=None, openapi_extra=body_of(TokenizeRequest))
+@router.post("/tokenize", **described("Tokens", TokenizeRequest))
 async def tokenize(request: Request) -> Response:
     """Returns the token ids of `prompt`, or of `messages` in the chat template."""
     body = await read_body(request, TokenizeRequest)
@@ -41,7 +41,7 @@ async def tokenize(request: Request) -> Response:
     return json_response(answer)
 
 
-@router.post("/detokenize", response_model=None, openapi_extra=body_of(DetokenizeRequest))
+@router.post("/detokenize", **described("Detokenized", DetokenizeRequest))
 async def detokenize(request: Request) -> Response:
     """Returns the text of token ids, special tokens included."""
     body = await read_body(request, DetokenizeRequest)

@@ -1,0 +1,145 @@
+"""What answers look like, for the description of the API alone: JSON schemas by name.
+
+Read by `openapi`; answers are made by the routes as plain dicts, and a test holds them to these.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Schema = dict[str, Any]
+
+_TEXT: Schema = {"type": "string"}
+_INT: Schema = {"type": "integer"}
+_NUMBER: Schema = {"type": "number"}
+_IDS: Schema = {"type": "array", "items": _INT}
+
+
+def _or_null(schema: Schema) -> Schema:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+def _list(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
+
+
+def _object(fields: Schema, optional: Schema | None = None) -> Schema:
+    """Returns the schema of an object that has all of `fields` and may have `optional` ones."""
+    properties = {**fields, **(optional or {})}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": [*fields],
+        "additionalProperties": False,
+    }
+
+
+_USAGE = _object(
+    {
+        "prompt_tokens": _INT,
+        "completion_tokens": _INT,
+        "total_tokens": _INT,
+        "prompt_tokens_details": _object({"cached_tokens": _INT}),
+    }
+)
+_END: Schema = {
+    "finish_reason": {"enum": ["stop", "length", None]},
+    "stop_reason": {
+        "description": "The stop text or token that ended it.",
+        "anyOf": [_TEXT, _INT, {"type": "null"}],
+    },
+}
+_CHANCE: Schema = {"token": _TEXT, "logprob": _NUMBER, "bytes": _list(_INT)}
+_CHAT_LOGPROBS = _object(
+    {"content": _list(_object({**_CHANCE, "top_logprobs": _list(_object(_CHANCE))}))}
+)
+_PROMPT_LOGPROBS = _list(
+    _or_null(
+        {
+            "description": "By token id.",
+            "type": "object",
+            "additionalProperties": _object(
+                {"logprob": _NUMBER, "rank": _or_null(_INT), "decoded_token": _or_null(_TEXT)}
+            ),
+        }
+    )
+)
+_COMPLETION_LOGPROBS = _object(
+    {
+        "tokens": _list(_TEXT),
+        "token_logprobs": _list(_or_null(_NUMBER)),
+        "top_logprobs": _list(_or_null({"type": "object", "additionalProperties": _NUMBER})),
+        "text_offset": _list(_INT),
+    }
+)
+_CHAT_CHOICE = _object(
+    {
+        "index": _INT,
+        "message": _object(
+            {"role": {"const": "assistant"}, "content": _TEXT, "refusal": {"type": "null"}}
+        ),
+        "logprobs": _or_null(_CHAT_LOGPROBS),
+        **_END,
+    },
+    {"token_ids": _IDS},
+)
+_TEXT_CHOICE = _object(
+    {"index": _INT, "text": _TEXT, "logprobs": _or_null(_COMPLETION_LOGPROBS), **_END},
+    {
+        "token_ids": _IDS,
+        "prompt_token_ids": _IDS,
+        "prompt_logprobs": _or_null(_PROMPT_LOGPROBS),
+    },
+)
+_MODEL = _object(
+    {
+        "id": _TEXT,
+        "object": {"const": "model"},
+        "created": _INT,
+        "owned_by": _TEXT,
+        "root": _TEXT,
+        "max_model_len": _INT,
+    }
+)
+
+
+def _answer(kind: str, choice: Schema, optional: Schema | None = None) -> Schema:
+    fields = {
+        "id": _TEXT,
+        "object": {"const": kind},
+        "created": _INT,
+        "model": _TEXT,
+        "choices": _list(choice),
+        "usage": _USAGE,
+    }
+    return _object(fields, optional)
+
+
+ANSWERS: dict[str, Schema] = {
+    "ChatCompletion": _answer(
+        "chat.completion",
+        _CHAT_CHOICE,
+        {"prompt_logprobs": _or_null(_PROMPT_LOGPROBS), "prompt_token_ids": _IDS},
+    ),
+    "Completion": _answer("text_completion", _TEXT_CHOICE),
+    "Tokens": _object(
+        {"count": _INT, "max_model_len": _INT, "tokens": _IDS}, {"token_strs": _list(_TEXT)}
+    ),
+    "Detokenized": _object({"prompt": _TEXT}),
+    "Model": _MODEL,
+    "Models": _object({"object": {"const": "list"}, "data": _list(_MODEL)}),
+    "Status": _object({"status": _TEXT}),
+    "Version": _object({"version": _TEXT}),
+    "Error": _object(
+        {
+            "error": _object(
+                {
+                    "message": _TEXT,
+                    "type": {"enum": ["invalid_request_error", "server_error"]},
+                    "param": {**_or_null(_TEXT), "description": "The field that is wrong."},
+                    "code": _or_null(_TEXT),
+                }
+            )
+        }
+    ),
+}

@@ -1,0 +1,88 @@
+"""What a client is told that asks for a path which is not there: the mistakes and hopes we know.
+
+Called by the handler of 404s; never redirects.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+_LONGEST = 128
+"""Of a path that is compared with the known ones, or repeated."""
+
+_RESPONSES = "the Responses API is planned; use POST /v1/chat/completions"
+_MESSAGES = "Anthropic's API is planned; use POST /v1/chat/completions"
+_VECTORS = "embeddings, scores and classes are planned; only generation is served"
+_BATCHES = "batches of files are planned; send requests one by one, they are batched anyway"
+_ADAPTERS = "there are no adapters"
+_SLEEP = "the engine does not sleep"
+_MEDIA = "only text is served"
+_OLLAMA = "this is no Ollama server; OpenAI's API is served, under /v1"
+
+UNSUPPORTED = {
+    "/v1/responses": _RESPONSES,
+    "/v1/messages": _MESSAGES,
+    "/v1/messages/count_tokens": _MESSAGES,
+    **dict.fromkeys(
+        ("/v1/embeddings", "/pooling", "/classify", "/score", "/v1/score", "/rerank"), _VECTORS
+    ),
+    **dict.fromkeys(("/v1/rerank", "/v2/rerank", "/v2/embed", "/embed", "/embeddings"), _VECTORS),
+    "/v1/batches": _BATCHES,
+    "/v1/files": _BATCHES,
+    **dict.fromkeys(("/v1/load_lora_adapter", "/v1/unload_lora_adapter"), _ADAPTERS),
+    **dict.fromkeys(("/sleep", "/wake_up", "/is_sleeping"), _SLEEP),
+    **dict.fromkeys(("/v1/images", "/v1/audio", "/v1/videos", "/v1/realtime"), _MEDIA),
+    "/v1/moderations": "the server does not judge texts",
+    "/v1/assistants": "assistants are not served; use POST /v1/chat/completions",
+    "/v1/threads": "threads are not served; use POST /v1/chat/completions",
+    "/v1/fine_tuning": "the engine does not train",
+    "/invocations": "SageMaker's route is not served; use POST /v1/chat/completions",
+    "/generate": "use POST /v1/completions",
+    "/load": "GET /metrics has num_requests_running and num_requests_waiting",
+    "/server_info": "GET /version and GET /v1/models tell what is served",
+    "/api/chat": _OLLAMA,
+    "/api/generate": _OLLAMA,
+    "/api/tags": _OLLAMA,
+}
+"""Routes of other servers, with those below them."""
+
+
+def explain(method: str, path: str, routes: Iterable[str]) -> tuple[str, str]:
+    """Returns message and code for a path that none of `routes` serves."""
+    where = f"{method} {path[:_LONGEST]}"
+    known = [route for route in routes if "{" not in route]
+    if (meant := _meant(path, known)) is not None:
+        hint = f"did you mean {meant}?"
+        if meant == path.rstrip("/"):
+            hint = f"did you mean {meant}, without the slash at its end?"
+        elif meant.startswith("/v1/"):
+            hint += " A client's base_url should end with /v1, without a slash behind it"
+        return f"there is no route for {where}; {hint}", "unknown_route"
+    for route in (path, _tidied(path), "/v1" + _tidied(path)):
+        for unsupported, reason in UNSUPPORTED.items():
+            if route == unsupported or route.startswith(unsupported + "/"):
+                return f"{where} is not supported: {reason}", "unsupported_route"
+    near = difflib.get_close_matches(path, known, n=1, cutoff=0.8) if len(path) <= _LONGEST else []
+    hint = f"did you mean {near[0]}?" if near else "GET /docs lists all"
+    return f"there is no route for {where}; {hint}", "unknown_route"
+
+
+def _tidied(path: str) -> str:
+    """Returns `path` without empty parts, and without all that stands before its last /v1."""
+    tidy = "/" + "/".join(part for part in path[: 4 * _LONGEST].split("/") if part)
+    before, v1, rest = tidy.rpartition("/v1/")
+    return v1 + rest if before or v1 else tidy
+
+
+def _meant(path: str, known: list[str]) -> str | None:
+    tidy = _tidied(path)
+    for candidate in (tidy, "/v1" + tidy, tidy.removeprefix("/v1"), "/v1" + _last_two(tidy)):
+        if candidate in known and candidate != path:
+            return candidate
+    return None
+
+
+def _last_two(path: str) -> str:
+    """Returns `/chat/completions` of `/any/thing/chat/completions`."""
+    return "/" + "/".join(path.split("/")[-2:])
