@@ -97,7 +97,7 @@ def _narrow(schema: Schema, state: ServerState) -> None:
     low, high = state.config.priority_range
     fields: Schema = schema.get("properties", {})
     if "messages" in fields or "prompt" in fields or "tokens" in fields:
-        fields.get("model", {})["anyOf"] = [{"enum": [state.model_name]}, {"type": "null"}]
+        fields.get("model", {})["anyOf"] = [{"enum": [*state.model_names]}, {"type": "null"}]
     if "priority" in fields:
         limits = {"type": "integer", "minimum": low, "maximum": high}
         fields["priority"]["anyOf"] = [limits, {"type": "null"}]

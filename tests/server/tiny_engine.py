@@ -55,7 +55,7 @@ def write_model(folder: Path) -> Path:
     return folder
 
 
-def tiny_engine(folder: Path) -> AsyncLLM:
+def tiny_engine(folder: Path, max_model_len: int = 512) -> AsyncLLM:
     """Returns an engine, not started yet."""
     return AsyncLLM(
         EngineConfig(
@@ -63,7 +63,7 @@ def tiny_engine(folder: Path) -> AsyncLLM:
             load_format="dummy",
             dtype="float32",
             device="cpu",
-            max_model_len=512,
+            max_model_len=max_model_len,
             kv_cache_memory_bytes=64 * 2**20,
             num_threads=1,
         ),
