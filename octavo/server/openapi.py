@@ -31,7 +31,7 @@ STATUSES = {
     500: "An internal error.",
     503: "No room, not ready, or ending; Retry-After says when to come back.",
 }
-_READS = (400, 404, 408, 413, 503)
+_READS = (400, 404, 408, 413)
 """What a route that reads a body can answer, besides what every route can."""
 _SCHEMAS = "#/components/schemas/"
 
@@ -49,7 +49,7 @@ def described(
     if streams:
         content["text/event-stream"] = {"schema": {"type": "string"}}
     responses: dict[int | str, Schema] = {200: {"description": "The answer.", "content": content}}
-    for status in sorted({*statuses, *(_READS if body is not None else ()), 500}):
+    for status in sorted({*statuses, *(_READS if body is not None else ()), 500, 503}):
         responses[status] = _error(status)
     extra: Schema = {}
     if body is not None:

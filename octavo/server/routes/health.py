@@ -29,8 +29,8 @@ STATS_SECONDS = 0.5
 
 @router.head("/ping", include_in_schema=False, response_model=None)
 @router.head("/health", include_in_schema=False, response_model=None)
-@router.get("/ping", **described("Status", statuses=(503,)))
-@router.get("/health", **described("Status", statuses=(503,)))
+@router.get("/ping", **described("Status"))
+@router.get("/health", **described("Status"))
 async def health(request: Request) -> Response:
     """200 while the engine lives, else 503 with the reason. Needs no key."""
     await server_state(request).engine.check_health()
@@ -38,7 +38,7 @@ async def health(request: Request) -> Response:
 
 
 @router.head("/ready", include_in_schema=False, response_model=None)
-@router.get("/ready", **described("Status", statuses=(503,)))
+@router.get("/ready", **described("Status"))
 async def ready(request: Request) -> Response:
     """200 while requests are taken: the model is loaded, the server does not shut down."""
     state = server_state(request)
