@@ -182,6 +182,7 @@ class ServerConfig:
     log_level: str = option(
         "info", "least severe log line", choices=("debug", "info", "warning", "error")
     )
+    disable_log_stats: bool = option(False, "no line on throughput every ten seconds under load")
     shutdown_timeout: float = option(30.0, "seconds that running requests get at shutdown")
     debug_loop_holds: bool = option(
         False, "debug mode: measure how long one callback holds the event loop, log and export it"

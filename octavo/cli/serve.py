@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
     from octavo.async_llm import AsyncLLM
     from octavo.server.signals import StopSignals
+
+logger = logging.getLogger(__name__)
 
 HELP = "serve a model over HTTP with the OpenAI API"
 EXAMPLES = """examples:
@@ -61,7 +64,10 @@ def run(args: argparse.Namespace) -> int:
 
     signals = StopSignals()
     signals.install()
+    from octavo.observe.logs import configure_logging
+
     server, engine = server_config(args), engine_config(args)
+    configure_logging(server.log_format, server.log_level, owns_stderr=True)
     # The port first: a model takes long to load, only to find that nobody can reach it.
     import asyncio
 
@@ -91,10 +97,8 @@ async def _serve(
     verdicts: Sequence[Verdict],
 ) -> int:
     from octavo.async_llm import AsyncLLM
-    from octavo.observe.logs import configure_logging
     from octavo.server.serve import serve, url_of
 
-    configure_logging(server.log_format, server.log_level)
     log_verdicts(verdicts)
     engine = AsyncLLM(config, log_format=server.log_format, log_level=server.log_level)
     say(f"loading {config.model} ...")
@@ -134,7 +138,7 @@ async def _start(engine: AsyncLLM, signals: StopSignals) -> bool:
 
 
 def announce(engine: AsyncLLM, server: ServerConfig, url: str) -> None:
-    """Prints the memory plan, the URL, and a request to copy."""
+    """Prints the memory plan, the URL, and a request to copy; all in one line if lines are JSON."""
     name = (server.served_model_name or (engine.model_name,))[0]
     body = {
         "model": name,
@@ -143,6 +147,10 @@ def announce(engine: AsyncLLM, server: ServerConfig, url: str) -> None:
     }
     key = " -H 'Authorization: Bearer YOUR_KEY'" if server.api_key or server.operator_key else ""
     key += " --cacert CERTIFICATE" if server.ssl_certfile else ""
+    if server.log_format == "json":
+        facts = {"url": url, "model": name, "memory_plan": engine.plan.describe()}
+        logger.info("%s is served on %s", name, url, extra=facts)
+        return
     say(engine.plan.describe())
     say(f"\n{name} is served on {url}  (Ctrl-C ends it). Try:\n")
     say(

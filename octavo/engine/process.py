@@ -32,7 +32,7 @@ from octavo.engine.ipc import (
 from octavo.engine.load import load_core
 from octavo.engine.vitals import Vitals
 from octavo.errors import OctavoError, OverloadedError
-from octavo.observe.logs import configure_logging
+from octavo.observe.logs import LogFormat, configure_logging
 from octavo.weights.hub import ModelFiles
 
 IDLE_POLL_MILLISECONDS = 1000
@@ -43,7 +43,7 @@ class EngineArguments(msgspec.Struct, frozen=True, kw_only=True):
 
     config: EngineConfig
     files: ModelFiles
-    log_format: str
+    log_format: LogFormat
     log_level: str
 
 
@@ -113,7 +113,7 @@ def main(arguments: str, beats: str, stacks: str, inbox_address: str, outbox_add
             type=EngineArguments,
             dec_hook=lambda kind, value: kind(value),  # pathlib.Path travels as text
         )
-    configure_logging(given.log_format, given.log_level)  # type: ignore[arg-type]
+    configure_logging(given.log_format, given.log_level, owns_stderr=True)
     context = zmq.Context()
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     inbox.set_hwm(0)

@@ -18,6 +18,7 @@ from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 
 from octavo.observe.engine_families import engine_families, own_families, vllm_aliases
+from octavo.observe.logs import num_dropped_lines
 from octavo.observe.loop_holds import LoopHoldMonitor
 from octavo.observe.stats import EngineStats, FinishedRequest
 from octavo.outputs import OutputDelta
@@ -112,6 +113,13 @@ class Metrics:
             registry=self._registry,
             buckets=FIRST_TOKEN_BUCKETS,
         )
+
+        dropped = Gauge(
+            "octavo:dropped_log_lines",
+            "Log lines of the server process that nobody read in time",
+            registry=self._registry,
+        )
+        dropped.set_function(num_dropped_lines)
 
     def watch_loop(self, monitor: LoopHoldMonitor) -> None:
         """Exports the longest hold of the event loop from now on."""

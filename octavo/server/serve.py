@@ -26,6 +26,8 @@ import uvicorn
 from octavo.config import ServerConfig
 from octavo.errors import ConfigError, EngineDeadError
 from octavo.observe.loop_holds import LoopHoldMonitor
+from octavo.observe.stats import EngineStats
+from octavo.observe.throughput import Throughput, in_words
 from octavo.server.app import create_app
 from octavo.server.drain import Drain
 from octavo.server.engine_client import Engine
@@ -39,6 +41,7 @@ _CUT_OFF_SECONDS = 5.0
 """What requests get to say that they were cut off, before their tasks are cancelled."""
 _CLOSE_SECONDS = 1
 """What connections get to close when nothing is open any more."""
+_STATS_PERIOD_SECONDS = 10.0
 _DEAD_SECONDS = 2.0
 """How long a server whose engine has died tells so whoever asks."""
 
@@ -125,12 +128,29 @@ class Server(uvicorn.Server):
         refresh = None
         if self._options.enable_ssl_refresh and self.config.ssl is not None:
             refresh = asyncio.create_task(keep_fresh(self.config.ssl, self._options))
+        stats = asyncio.create_task(self._log_stats())
         try:
             await self.serve(sockets=[bound])
         finally:
             self._loop = None
+            stats.cancel()
             if refresh is not None:
                 refresh.cancel()
+
+    async def _log_stats(self) -> None:
+        """Logs a line of throughput now and then while there is load."""
+        if self._options.disable_log_stats:
+            return
+        throughput = Throughput(EngineStats(), time.monotonic())
+        while True:
+            await asyncio.sleep(_STATS_PERIOD_SECONDS)
+            try:
+                stats = await asyncio.wait_for(self._engine.stats(), _STATS_PERIOD_SECONDS)
+            except (EngineDeadError, TimeoutError):
+                continue  # others tell
+            numbers = throughput.advance(stats, time.monotonic())
+            if numbers is not None:
+                logger.info("%s", in_words(numbers), extra=numbers)
 
     def stop(self) -> None:
         """Begins the end; called again, ends at once. Safe in signal handlers and threads."""

@@ -1,0 +1,83 @@
+"""Lines to a descriptor without ever waiting for whoever reads it.
+
+Made by `observe.logs`. A thread writes what a queue holds; when nobody reads, the queue fills, and
+further lines are dropped and counted. Never formats a line of its own but the one that tells so.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+
+MAX_LINES = 10_000
+"""What may wait; a line more is dropped."""
+_BATCH_BYTES = 4096
+"""Written at once: what a pipe takes whole, so that two processes do not mix within a line."""
+
+
+class LogWriter:
+    """Safe in any thread and in signal handlers."""
+
+    def __init__(self, descriptor: int, tell_dropped: Callable[[int], str]) -> None:
+        """`tell_dropped` makes a text of the number of lines that were lost."""
+        self._descriptor = descriptor
+        self._tell_dropped = tell_dropped
+        self._queue: SimpleQueue[str | threading.Event | None] = SimpleQueue()
+        self.num_dropped = 0
+        self._num_told = 0
+        self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
+        self._thread.start()
+
+    def put(self, text: str) -> None:
+        """Has `text` written, line end included, or drops it."""
+        if self._queue.qsize() >= MAX_LINES:
+            self.num_dropped += 1
+        else:
+            self._queue.put(text)
+
+    def flush(self, seconds: float) -> None:
+        """Waits until all that was put is written, but no longer."""
+        reached = threading.Event()
+        self._queue.put(reached)
+        reached.wait(seconds)
+
+    def close(self, seconds: float) -> None:
+        """Flushes, and lets the thread end."""
+        self.flush(seconds)
+        self._queue.put(None)
+
+    def _run(self) -> None:
+        batch = b""
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, str):
+                data = item.encode("utf-8", "backslashreplace")
+                if batch and len(batch) + len(data) > _BATCH_BYTES:
+                    self._write(batch)
+                    batch = b""
+                batch += data
+            if isinstance(item, threading.Event) or self._queue.empty():
+                self._write(batch)
+                batch = b""
+                self._tell()
+            if isinstance(item, threading.Event):
+                item.set()
+
+    def _tell(self) -> None:
+        """Says how many lines are missing, where they are missing."""
+        if (lost := self.num_dropped - self._num_told) > 0:
+            self._num_told += lost
+            self._write(self._tell_dropped(lost).encode())
+
+    def _write(self, data: bytes) -> None:
+        while data:
+            try:
+                data = data[os.write(self._descriptor, data) :]
+            except BlockingIOError:
+                select.select([], [self._descriptor], [])
+            except OSError:  # nobody will ever read it
+                self.num_dropped += 1
+                self._num_told += 1
+                return
