@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,24 @@ def test_the_map_does_not_promise_what_the_options_do_not_have():
         for word in ("int4", "fp8", "host tier", "disk tier", "LoRA", "expert slots", "MLA"):
             if word in paragraph:
                 assert "*(next: " in paragraph, paragraph
+
+
+def test_the_map_names_every_package_and_only_files_that_exist():
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    octavo = ROOT / "octavo"
+    for one in octavo.iterdir():
+        if one.is_dir() and (one / "__init__.py").exists():
+            assert f"|-- {one.name}/" in text or f"{one.name}/ " in text, one.name
+            assert f"\n| {one.name}/ |" in text, one.name
+        elif one.suffix == ".py" and one.name != "__init__.py":
+            assert one.name in text, one.name
+    names = {path.name for path in octavo.rglob("*.py")}
+    for found in re.findall(r"\b([\w/]+\.py)\b", text):
+        assert (octavo / found).exists() or found in names or (ROOT / found).exists(), found
+
+
+def test_the_map_draws_the_arrows_that_are_checked():
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    layers = config["tool"]["importlinter"]["contracts"][0]["layers"]
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    assert " > ".join(layers) in " ".join(text.split())
