@@ -129,7 +129,10 @@ class Runner(Protocol):
     def collect(self, ticket: object) -> StepResult:
         """Waits for the step of `ticket`; tickets are collected in launch order.
 
-        Raises OutOfMemoryError if the step can be computed when there is more memory.
+        Raises OutOfMemoryError if the step can be computed when there is more memory,
+        EngineDeadError if the device can be used no more. Whatever a step raises, nothing of its
+        plan may be relied on, nor of the plans launched until then: they raise too, or hold
+        rubbish. Plans whose sequences all start anew can be computed.
         """
         ...
 

@@ -94,7 +94,10 @@ class EngineCore:
         return bool(self._launched or self._aborted) or self.scheduler.has_unfinished
 
     def step(self) -> list[TokenDelta]:
-        """Launches the next step, then waits for the one before it; returns its tokens."""
+        """Launches the next step, then waits for the one before it; returns its tokens.
+
+        Raises EngineDeadError if the device, or a rank, can be used no more.
+        """
         plan = self.scheduler.schedule()
         if plan is not None:
             self._launched.append((plan, self._runner.launch(plan)))
@@ -107,13 +110,15 @@ class EngineCore:
         try:
             result = self._runner.collect(ticket)
         except EngineDeadError:
+            logger.exception("step %d ended the engine", plan.step_id)
             self._launched.clear()
             raise
         except OutOfMemoryError as error:
             logger.warning("step %d found no memory: %s", plan.step_id, error)
             return self.scheduler.lose(plan, f"{type(error).__name__}: {error}")
         except Exception as error:  # the edge: a broken step must not end the engine
-            logger.exception("step %d failed", plan.step_id)
+            if not self.scheduler.is_lost(plan):
+                logger.exception("step %d of %d sequences failed", plan.step_id, plan.num_rows)
             return self.scheduler.fail(plan, f"{type(error).__name__}: {error}")
         if result.expert_counts is not None:
             if self._expert_counts is None:

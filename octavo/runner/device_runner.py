@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from octavo.errors import OutOfMemoryError
+from octavo.errors import EngineDeadError, OutOfMemoryError
 from octavo.kernels.triton.attention_decode import max_total_slots, split_slots
 from octavo.kernels.triton.launch import is_building, num_processors
 from octavo.kernels.triton.shared_prefix import SharedPrefixPlan
@@ -29,6 +30,7 @@ from octavo.kv_cache.storage import KVStorage
 from octavo.models.decoder import Decoder
 from octavo.runner.device_batch import DeviceBatch
 from octavo.runner.device_sampler import DeviceSampler
+from octavo.runner.fence import Fence
 from octavo.runner.graphs import StepGraphs, StepShape, decode_size, mixed_size
 from octavo.runner.input_batch import InputBatch, StepInputs
 from octavo.runner.model_runner import prompt_logprobs_of
@@ -58,8 +60,9 @@ class _Part:
 @dataclass(frozen=True, slots=True)
 class _Ticket:
     plan: StepPlan
-    parts: Sequence[_Part]
-    counts: Download | None
+    generation: int
+    parts: Sequence[_Part] = ()
+    counts: Download | None = None
     error: Exception | None = None
 
 
@@ -105,6 +108,7 @@ class DeviceRunner:
             num_groups=len(storage.groups),
         )
         self._batch = DeviceBatch(host, sampler.last_sampled, device, self._transfer)
+        self._fence = Fence()
         self._graphs = StepGraphs(is_on=use_graphs and device.type == "cuda")
         spec = decoder.spec
         shape = (len(spec.moe_layers), spec.max_experts)
@@ -115,22 +119,36 @@ class DeviceRunner:
         """The most that a warm-up step took of the device, beyond what lay there before."""
 
     def launch(self, plan: StepPlan) -> object:
-        """Enqueues the step; what it raises, `collect` raises."""
+        """Enqueues the step; what it raises, `collect` raises, also of those launched behind it
+        before that: they do nothing."""
         self._num_under_way += 1
+        generation = self._fence.generation
         try:
-            with torch.inference_mode(), self._transfer.step():
+            with self._fence.guard(generation), torch.inference_mode(), self._transfer.step():
                 self._update_rows(plan)
-                return _Ticket(plan, self._launch(plan), self._read_counts(plan))
+                parts, counts = self._launch(plan), self._read_counts(plan)
+                return _Ticket(plan, generation, parts, counts)
         except torch.OutOfMemoryError as error:
             # Not the error itself: its traceback would keep the step's tensors.
-            return _Ticket(plan, (), None, OutOfMemoryError(str(error)))
+            return _Ticket(plan, generation, error=OutOfMemoryError(str(error)))
         except Exception as error:
-            return _Ticket(plan, (), None, error)
+            return _Ticket(plan, generation, error=error)
 
     def collect(self, ticket: object) -> StepResult:
-        """Returns the result of a launched step; raises what the step raised."""
+        """Returns the result of a launched step; raises what the step raised, EngineDeadError if
+        the device can be used no more since."""
         assert isinstance(ticket, _Ticket), ticket
         self._num_under_way -= 1
+        try:
+            return self._result(ticket)
+        except Exception as error:
+            self._fence.collect(ticket.generation)
+            if isinstance(error, OutOfMemoryError) or is_usable(self._device):
+                raise
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise EngineDeadError(f"the device can be used no more: {reason}") from error
+
+    def _result(self, ticket: _Ticket) -> StepResult:
         if ticket.error is not None:
             raise ticket.error
         result, counts = _joined(ticket.plan, ticket.parts), ticket.counts
@@ -304,6 +322,21 @@ def _joined(plan: StepPlan, parts: Sequence[_Part]) -> StepResult:
         prompt_logprobs=prompts,
         num_splits=len(parts) - 1,
     )
+
+
+def is_usable(device: torch.device) -> bool:
+    """Returns whether a device still works after an error; waits for what it has to do.
+
+    Some errors of a kernel (an illegal address, a failed assertion) end the process's context for
+    good: everything raises from then on.
+    """
+    if device.type != "cuda":
+        return True
+    for _ in range(2):  # the first may only repeat what has been raised
+        with suppress(RuntimeError):
+            torch.cuda.synchronize(device)
+            return True
+    return False
 
 
 def _allocated(device: torch.device) -> int:

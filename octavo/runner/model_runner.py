@@ -3,20 +3,22 @@
 Called by the engine's executor. It never schedules and never touches text; what a row's sequence
 is, which blocks it has and what it computes come from the plan.
 
-    launch(plan)  caller's thread: enqueue          collect(ticket)  caller's thread: wait
-    _step(plan)   worker thread, side effects in this order: rows freed, blocks poisoned, rows
-                  started, blocks copied, tables updated, KV written, sampled tokens kept
+    launch(plan)    caller's thread: enqueue          collect(ticket)  caller's thread: wait
+    _step(plan)     worker thread, side effects in this order: rows freed, blocks poisoned, rows
+                    started, blocks copied, tables updated, KV written, sampled tokens kept
 """
 
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from octavo.kv_cache.storage import KVStorage
 from octavo.models.decoder import Decoder
+from octavo.runner.fence import Fence
 from octavo.runner.input_batch import InputBatch, PromptTargets, StepInputs
 from octavo.runner.sampler import SampledTokens, Sampler, prompt_logprobs
 from octavo.step import StepPlan, StepResult, TokenLogprobs
@@ -25,11 +27,16 @@ PROMPT_TILE = 64
 """Prompt positions whose logits exist at once: [T, V] of a long prompt would be gigabytes."""
 
 
-class ModelRunner:
-    """Owns the persistent rows and the worker thread. A ticket is the Future of a StepResult.
+class _Ticket(NamedTuple):
+    generation: int
+    result: Future[StepResult]
 
-    A step that fails raises its exception from `collect`; what the plan says of rows, blocks and
-    tables has been done by then, unless the plan itself was wrong.
+
+class ModelRunner:
+    """Owns the persistent rows and the worker thread.
+
+    A step that fails raises its exception from `collect`, and so do those launched behind it before
+    that: they do nothing.
     """
 
     def __init__(
@@ -52,22 +59,31 @@ class ModelRunner:
             block_size=storage.block_size,
             num_groups=len(storage.groups),
         )
+        self._fence = Fence()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="octavo-runner")
 
-    def launch(self, plan: StepPlan) -> Future[StepResult]:
+    def launch(self, plan: StepPlan) -> object:
         """Enqueues the step and returns at once."""
-        return self._worker.submit(self._step, plan)
+        generation = self._fence.generation
+        return _Ticket(generation, self._worker.submit(self._run, plan, generation))
 
     def collect(self, ticket: object) -> StepResult:
         """Returns the result of a launched step; raises what the step raised."""
-        assert isinstance(ticket, Future), ticket
-        return ticket.result()
+        assert isinstance(ticket, _Ticket), ticket
+        try:
+            return ticket.result.result()
+        except Exception:
+            self._fence.collect(ticket.generation)
+            raise
 
     def close(self) -> None:
         """Drops steps that have not begun and ends the worker after the one that has."""
         self._worker.shutdown(wait=True, cancel_futures=True)
 
-    @torch.inference_mode()
+    def _run(self, plan: StepPlan, generation: int) -> StepResult:
+        with self._fence.guard(generation), torch.inference_mode():
+            return self._step(plan)
+
     def _step(self, plan: StepPlan) -> StepResult:
         self._update_rows(plan)
         inputs = self._batch.prepare(plan)

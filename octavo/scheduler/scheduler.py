@@ -7,7 +7,8 @@ device only.
 Order: first come first served inside a priority. Running sequences first; decodes are sure of
 their token, prefill chunks share what the token budget leaves. A sequence whose next block another
 one is computing waits for it. When memory runs out, the youngest running sequence gives up its
-blocks and comes back first; the oldest always proceeds, so nothing starves.
+blocks and comes back first; the oldest always proceeds, so nothing starves. A step that raised
+counts for nothing: its sequences are computed again apart, and who raises alone ends.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from octavo.scheduler.finish import finish_reason, stop_reason, token_delta
 from octavo.scheduler.forecast import Forecast, Growing
 from octavo.scheduler.plan_builder import PlanBuilder
 from octavo.scheduler.sequence import Sequence
+from octavo.scheduler.suspects import Suspects
 from octavo.step import NO_TOKEN, StepPlan, StepResult, TokenLogprobs
 
 MAX_LOSSES = 3
-"""Times that a sequence is computed again, without a new token, because a step found no memory."""
+"""Times that a sequence is computed again, without a new token, because a step of it alone found no
+memory."""
 BROKEN_LOGITS = "the logits hold a NaN or nothing finite: the weights, or this KV, are broken"
 
 
@@ -61,6 +64,11 @@ class _Launched:
     is_lost: bool = False
     """It, or one that it may build on, did not run: its sequences are computed again, or ended."""
 
+    def unfinished(self) -> dict[Sequence, int]:
+        """Returns its sequences that have not ended since, and the tokens it computed of each."""
+        pairs = zip(self.sequences, self.computed, strict=True)
+        return {sequence: count for sequence, count in pairs if not sequence.is_finished}
+
 
 class Scheduler:
     """Queues of sequences; `waiting` and `running` are kept in order of priority and arrival."""
@@ -75,6 +83,7 @@ class Scheduler:
         self._free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self._freed_rows: list[int] = []
         self._launched: dict[int, _Launched] = {}
+        self._suspects = Suspects()
         self._has_prefills = False
         """Whether a running sequence may have more than one token to compute."""
         self._next_order = 0
@@ -139,8 +148,11 @@ class Scheduler:
         """Returns the next step, or None if nothing can be computed before a commit."""
         began = time.perf_counter()
         builder = PlanBuilder()
-        was_preempted = self._schedule_running(builder)
-        if not was_preempted and self.waiting:
+        if self._suspects:
+            if self._launched:
+                return None  # whose fault it is, the step under way will tell
+            self._schedule_suspects(builder)
+        elif not self._schedule_running(builder) and self.waiting:
             self._schedule_waiting(builder)
         if builder.is_empty:
             return None
@@ -219,12 +231,11 @@ class Scheduler:
 
     def _schedule_waiting(self, builder: PlanBuilder) -> None:
         """Admits waiting sequences in order while rows, budget and blocks last."""
-        limit = min(self.limits.max_num_seqs, self.limits.max_num_batched_tokens)
         forecast = self._forecast()
         position = 0
         while position < len(self.waiting):
-            budget = self.limits.max_num_batched_tokens - builder.num_tokens
-            if budget <= 0 or not self._free_rows or len(self.running) >= limit:
+            budget = self._admission_budget(builder)
+            if not budget:
                 return
             sequence = self.waiting[position]
             if self._must_wait(sequence, builder):
@@ -237,11 +248,42 @@ class Scheduler:
                 position += 1
                 continue
             del self.waiting[position]
-            insort(self.running, sequence, key=_order)
-            forecast.add((self._growing(sequence),))
-            self._has_prefills = True
-            builder.start_row(sequence)
-            builder.add(sequence, count)
+            self._join(sequence, count, builder, forecast)
+
+    def _admission_budget(self, builder: PlanBuilder) -> int:
+        """Returns the tokens that a sequence may begin with in this step, 0 if none may."""
+        most = min(self.limits.max_num_seqs, self.limits.max_num_batched_tokens)
+        if not self._free_rows or len(self.running) >= most:
+            return 0
+        return max(0, self.limits.max_num_batched_tokens - builder.num_tokens)
+
+    def _join(
+        self, sequence: Sequence, count: int, builder: PlanBuilder, forecast: Forecast
+    ) -> None:
+        """An admitted sequence runs from this step on, which computes `count` tokens of it."""
+        insort(self.running, sequence, key=_order)
+        forecast.add((self._growing(sequence),))
+        self._has_prefills = True
+        builder.start_row(sequence)
+        builder.add(sequence, count)
+
+    def _schedule_suspects(self, builder: PlanBuilder) -> None:
+        """Computes suspects with nobody beside them. The others give up their blocks, so that there
+        is room for suspects, and what they announced, so that no suspect waits for them."""
+        group = self._suspects.group
+        for sequence in [s for s in self.running if s not in group]:
+            self._preempt(sequence)
+        if self._schedule_running(builder):
+            return
+        forecast = self._forecast()
+        for sequence in [s for s in self.waiting if s in group]:
+            budget = self._admission_budget(builder)
+            count = self._admit(sequence, budget, forecast) if budget else None
+            if count is None:
+                return
+            if count:
+                self.waiting.remove(sequence)
+                self._join(sequence, count, builder, forecast)
 
     def _forecast(self) -> Forecast:
         """Returns what the running sequences will need, the rest of their prompts included."""
@@ -363,6 +405,9 @@ class Scheduler:
                 self.manager.publish(sequence.kv, sequence.token_ids, step.computed[i])
             if is_sampling:
                 deltas.append(self._tell(sequence, result.logprobs.get(sample - 1)))
+        if self._suspects:
+            for sequence, computed in zip(step.sequences, step.computed, strict=True):
+                self._suspects.clear(sequence, computed)
         return deltas
 
     def _keep_prompt_logprobs(
@@ -401,24 +446,33 @@ class Scheduler:
             self.counters.num_prompt_tokens += sequence.prompt_len
             self.counters.num_cached_prompt_tokens += sequence.num_cached_tokens
 
+    def is_lost(self, plan: StepPlan) -> bool:
+        """Whether a launched step counts for nothing any more, since one before it raised."""
+        return self._launched[plan.step_id].is_lost
+
     def fail(self, plan: StepPlan, message: str) -> list[TokenDelta]:
-        """A step raised: its sequences end with an error, all others go on."""
-        step = self._drop(plan)
-        return [self._fail(s, message) for s in step.sequences if not s.is_finished]
+        """A step raised: a sequence that was alone in it ends with an error; several are computed
+        again apart."""
+        return self._blame(self._drop(plan), message, patience=0)
 
     def lose(self, plan: StepPlan, message: str) -> list[TokenDelta]:
-        """A step found no memory: its sequences give up their blocks and are computed again, those
-        that did MAX_LOSSES times without a new token end with an error."""
+        """A step found no memory: as `fail`, but a sequence alone ends only after MAX_LOSSES times
+        without a new token."""
         step = self._drop(plan)
         self.counters.num_lost_steps += bool(step.sequences)
-        unfinished = [s for s in step.sequences if not s.is_finished]
-        for sequence in unfinished:
-            sequence.lost_at.append(len(sequence.token_ids))
-        return [
-            self._fail(sequence, message)
-            for sequence in unfinished
-            if sequence.lost_at.count(len(sequence.token_ids)) > MAX_LOSSES
-        ]
+        return self._blame(step, message, patience=MAX_LOSSES)
+
+    def _blame(self, step: _Launched, message: str, patience: int) -> list[TokenDelta]:
+        unfinished = step.unfinished()
+        if len(step.sequences) == 1:
+            for sequence in unfinished:
+                length = len(sequence.token_ids)
+                sequence.lost_at.append(length)
+                if sequence.lost_at.count(length) > patience:
+                    return [self._fail(sequence, message)]
+        if unfinished:
+            self._suspects.accuse(unfinished)
+        return []
 
     def _drop(self, plan: StepPlan) -> _Launched:
         """Takes back a step that wrote nothing to rely on; returns it, without sequences if an
@@ -447,6 +501,7 @@ class Scheduler:
         if sequence.is_finished:
             return
         sequence.is_finished = True
+        self._suspects.forget(sequence)
         queue = self.waiting if sequence.row is None else self.running
         queue.remove(sequence)
         self._release(sequence)

@@ -68,7 +68,7 @@ class Sequence:
         self.num_recomputed = 0
         """Tokens computed once more after preemptions."""
         self.lost_at: list[int] = []
-        """Tokens known at each time that a step of it found no memory."""
+        """Tokens known at each time that a step of it alone raised."""
         self.prompt_logprobs: list[TokenLogprobs] | None = (
             None if params.prompt_logprobs is None or index else []
         )

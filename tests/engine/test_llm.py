@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from octavo import LLM, ConfigError, RequestError, RequestOutput, SamplingParams
-from octavo.errors import CapacityError, OutOfMemoryError
+from octavo.errors import CapacityError, EngineDeadError, OutOfMemoryError
 from octavo.kernels.registry import Needs, select_ops
+from octavo.runner import sampler
 from octavo.step import StepResult
 from tests.models.tiny import TinyModel, save_tiny
 
@@ -190,11 +191,11 @@ def test_steps_without_memory_change_no_token(
         expected = llm.generate(prompts, params, use_tqdm=False)
         first = llm.stats().num_steps
         assert llm.reset_prefix_cache()
-        fail_steps(llm, monkeypatch, {first + step for step in (0, 2, 3, 6, 13)})
+        fail_steps(llm, monkeypatch, {first + step for step in (0, 1, 3, 6, 13)})
         found = llm.generate(prompts, params, use_tqdm=False)
         for one, other in zip(found, expected, strict=True):
             assert [c.token_ids for c in one.outputs] == [c.token_ids for c in other.outputs]
-        assert llm.stats().num_lost_steps == 4  # step 3 was lost with step 2
+        assert llm.stats().num_lost_steps == 4  # step 1 was lost with step 0
         assert llm.stats().num_preemptions >= 4
 
 
@@ -210,6 +211,48 @@ def test_memory_that_never_comes_ends_requests_with_the_error_and_the_engine_liv
         monkeypatch.undo()
         output = llm.generate(prompt, greedy(9), use_tqdm=False)
         assert tokens(output) == [reference_greedy(mixtral, prompt, 9)]
+
+
+def test_only_the_request_whose_sampling_raises_ends_with_the_error(
+    mixtral: TinyModel, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose = sampler._choose
+
+    def raise_for_the_guilty(logits: Any, state: Any, output_index: int) -> int:
+        if state.params.seed == 7 and output_index == 3:
+            raise ValueError("a fault of this row")
+        return choose(logits, state, output_index)
+
+    prompts = prompts_of((30, 12, 50, 21, 5), seed=6)
+    params = [
+        # A row of the host's sampler on every back end.
+        SamplingParams(seed=seed, max_tokens=12, ignore_eos=True, min_tokens=1)
+        for seed in (5, 6, 7, 8, 9)
+    ]
+    with engine(mixtral, backend) as llm:
+        expected = tokens(llm.generate(prompts, params, use_tqdm=False))
+        assert llm.reset_prefix_cache()
+        monkeypatch.setattr(sampler, "_choose", raise_for_the_guilty)
+        found = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
+        assert [one.finish_reason for one in found] == ["length"] * 2 + ["error"] + ["length"] * 2
+        assert "a fault of this row" in str(found[2].stop_reason)
+        assert found[2].token_ids == expected.pop(2)[:3]
+        del found[2]
+        assert [one.token_ids for one in found] == expected
+        llm._core.check()
+
+
+def test_a_lost_device_ends_the_engine(
+    mixtral: TinyModel, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with engine(mixtral, backend) as llm:
+
+        def lose(ticket: object) -> StepResult:
+            raise EngineDeadError("the device can be used no more")
+
+        monkeypatch.setattr(llm._core._runner, "collect", lose)
+        with pytest.raises(EngineDeadError, match="used no more"):
+            llm.generate(prompts_of((5, 6)), greedy(4), use_tqdm=False)
 
 
 def test_preemption_changes_no_token(tiny: TinyModel, backend: str) -> None:

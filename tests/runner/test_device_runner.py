@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.errors import OutOfMemoryError
+from octavo.errors import EngineDeadError, OctavoError, OutOfMemoryError
 from octavo.formats import KVFormat
 from octavo.kernels.ops import AttentionBatch
 from octavo.kv_cache.spec import KVSpec
@@ -284,17 +284,31 @@ def test_a_step_that_cannot_be_split_raises_when_collected_and_the_next_one_runs
         check(sequence, other)
 
 
-def test_an_error_in_a_step_is_raised_by_its_own_collect() -> None:
+def test_an_error_in_a_step_is_raised_by_its_own_collect_and_drops_the_step_behind() -> None:
     with FakeDriver() as driver:
         sound = driver.add(prompt(12))
         first = driver.launch([(sound, 12)])
         broken = driver.runner.launch(bad_plan(step_id=70))
-        later = driver.launch([(sound, 1)])
+        _, behind = driver.launch([(sound, 1)])
         driver.collect(first)
         with pytest.raises(IndexError):
             driver.runner.collect(broken)
-        driver.collect(later)
+        with pytest.raises(OctavoError, match="dropped"):
+            driver.runner.collect(behind)
+        sound.num_computed, sound.num_pending = 12, 0
+        driver.decode([sound], 3)
         check(sound)
+
+
+def test_an_error_after_which_the_device_is_lost_ends_the_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with FakeDriver() as driver:
+        broken = driver.runner.launch(bad_plan(step_id=70))
+        monkeypatch.setattr(device_runner, "is_usable", lambda device: False)
+        with pytest.raises(EngineDeadError, match="used no more: IndexError") as caught:
+            driver.runner.collect(broken)
+        assert isinstance(caught.value.__cause__, IndexError)
 
 
 def bad_plan(step_id: int) -> StepPlan:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from octavo.errors import OctavoError
 from octavo.kernels.ops import Ops
 from octavo.kernels.reference import ReferenceOps
 from octavo.models.decoder import Decoder
@@ -192,6 +193,27 @@ def test_a_failed_step_raises_at_collect_and_the_next_one_works(tiny: TinyModel)
         sequence.num_computed = sequence.num_pending = 0
         driver.step([(sequence, 12)])
         driver.decode([sequence], 2)
+    assert_parity(tiny, sequence)
+
+
+def test_a_step_launched_behind_one_that_raised_does_nothing(tiny: TinyModel) -> None:
+    broken = BrokenOps(1)
+    decoder = load(tiny, broken, 256)
+    with Driver(decoder) as driver:
+        sequence, other = driver.add(prompt(decoder, 12)), driver.add(prompt(decoder, 5))
+        broken.broken = True
+        _, first = driver.launch([(sequence, 12)])
+        _, behind = driver.launch([(sequence, 1), (other, 5)])
+        with pytest.raises(MemoryError):
+            driver.runner.collect(first)
+        broken.broken = False
+        with pytest.raises(OctavoError, match="dropped"):
+            driver.runner.collect(behind)
+        for one in (sequence, other):
+            one.num_computed = one.num_pending = 0
+            one.started = False
+        driver.step([(sequence, 12), (other, 5)])
+        driver.decode([sequence, other], 2)
     assert_parity(tiny, sequence)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Container, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -32,10 +33,26 @@ def expected_tokens(prompt: Sequence[int], seed: int, count: int, window: int | 
     return ids[len(prompt) :]
 
 
-class PagedMachine:
-    """Implements step.Runner. `visible` is the narrowest group: it decides the next token.
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A sequence whose step raises whenever it computes the token at `position`."""
 
-    Steps whose ids are in `failing` find no memory: they write nothing.
+    prompt: tuple[int, ...]
+    seed: int
+    position: int
+    is_early: bool
+    """Before anything is done, even to rows and tables; else after all KV is written."""
+
+
+class StepError(Exception):
+    """What a step with a Fault raises."""
+
+
+class PagedMachine:
+    """Implements step.Runner. All groups must see the same tokens; the narrowest one's decide.
+
+    Steps whose ids are in `failing` find no memory: they write nothing. Those that compute a token
+    of `faults` raise.
     """
 
     def __init__(
@@ -44,44 +61,75 @@ class PagedMachine:
         num_blocks: int,
         block_size: int,
         failing: Container[int] = (),
+        faults: Sequence[Fault] = (),
     ) -> None:
         self.failing = failing
+        self.faults = {(fault.prompt, fault.seed): fault for fault in faults}
+        self.last_raised = -1
+        """The newest step that raised or found no memory."""
+        self._unknown: Exception | None = None
+        """A step raised early and nobody knows yet: rows and tables are not those of the plans."""
         self.windows = [group.spec.window for group in groups]
         self.block_size = block_size
-        self.memory = [
-            [[None] * block_size for _ in range(num_blocks)] for _ in groups
-        ]  # memory[group][block][offset]; one block belongs to one group at a time
+        self.memory: list[list[tuple[int, int] | None]] = [
+            [None] * block_size for _ in range(num_blocks)
+        ]
+        """memory[block][offset]: the group that wrote there last, and its token."""
         self.tables: list[dict[int, dict[int, int]]] = [{} for _ in groups]
         self.rows: dict[int, RowStart] = {}
         self.last: dict[int, int] = {}
         self.num_computed = 0
 
-    def launch(self, plan: StepPlan) -> StepResult | OutOfMemoryError:
+    def launch(self, plan: StepPlan) -> StepResult | Exception:
+        if self._unknown is not None:
+            return StepError("dropped")
+        fault = self._fault(plan)
+        if fault is not None and fault.is_early:
+            self._unknown = self._raised(plan)
+            return self._unknown
+        self._update_rows(plan)
+        if plan.step_id in self.failing:
+            self.last_raised = plan.step_id
+            return OutOfMemoryError("no memory")
+        try:
+            result = self._forward(plan)
+        except (AssertionError, KeyError):
+            if plan.step_id - 1 != self.last_raised:
+                raise
+            # It reads what the lost step has not written: rubbish, which nobody may believe.
+            result = self._result(plan, [VOCAB - 1] * int(plan.samples.sum()))
+        return result if fault is None else self._raised(plan)
+
+    def _fault(self, plan: StepPlan) -> Fault | None:
+        starts = {start.row: start for start in (*self.rows.values(), *plan.row_starts)}
+        for row, first, length in zip(plan.rows, plan.starts, plan.query_lens, strict=True):
+            start = starts.get(row)
+            assert start is not None, f"row {row} was never started"
+            prompt = tuple(start.token_ids[: start.prompt_len].tolist())
+            fault = self.faults.get((prompt, start.seed))
+            if fault is not None and first <= fault.position < first + length:
+                return fault
+        return None
+
+    def _raised(self, plan: StepPlan) -> StepError:
+        self.last_raised = plan.step_id
+        return StepError(f"step {plan.step_id} raised")
+
+    def _update_rows(self, plan: StepPlan) -> None:
         for row in plan.freed_rows:
             self.rows.pop(row, None)
             for table in self.tables:
                 table.pop(row, None)
         for block in plan.freed_blocks:
-            for memory in self.memory:
-                memory[block] = [None] * self.block_size
+            self.memory[block] = [None] * self.block_size
         for start in plan.row_starts:
             self.rows[start.row] = start
         for source, target in plan.copies:
-            for memory in self.memory:
-                memory[target] = list(memory[source])
+            self.memory[target] = list(self.memory[source])
         for delta in plan.table_deltas:
             columns = self.tables[delta.group].setdefault(delta.row, {})
             for i, block in enumerate(delta.block_ids.tolist()):
                 columns[delta.column + i] = block
-        if plan.step_id in self.failing:
-            return OutOfMemoryError("no memory")
-        try:
-            return self._forward(plan)
-        except (AssertionError, KeyError):
-            if plan.step_id - 1 not in self.failing:
-                raise
-            # It reads what the lost step has not written: rubbish, which nobody may believe.
-            return self._result(plan, [VOCAB - 1] * int(plan.samples.sum()))
 
     def _forward(self, plan: StepPlan) -> StepResult:
         sampled, at = [], 0
@@ -99,6 +147,9 @@ class PagedMachine:
             pending.append((row, start + length))
         for i, (row, end) in enumerate(pending):
             contexts = [self._read(group, row, end) for group in range(len(self.windows))]
+            widest = max(contexts, key=len)
+            for context in contexts:
+                assert context == widest[len(widest) - len(context) :], "groups disagree"
             if plan.samples[i]:
                 narrowest = min(contexts, key=len)
                 token = next_token(narrowest, self.rows[row].seed)
@@ -114,14 +165,16 @@ class PagedMachine:
             prompt_logprobs={},
         )
 
-    def _slot(self, group: int, row: int, position: int) -> tuple[list[int | None], int]:
+    def _slot(
+        self, group: int, row: int, position: int
+    ) -> tuple[list[tuple[int, int] | None], int]:
         block = self.tables[group][row][position // self.block_size]
         assert block != 0, f"row {row} uses the null block at position {position}"
-        return self.memory[group][block], position % self.block_size  # type: ignore[return-value]
+        return self.memory[block], position % self.block_size
 
     def _write(self, group: int, row: int, position: int, token: int) -> None:
         slots, offset = self._slot(group, row, position)
-        slots[offset] = token
+        slots[offset] = (group, token)
 
     def _read(self, group: int, row: int, end: int) -> list[int]:
         window = self.windows[group]
@@ -129,13 +182,16 @@ class PagedMachine:
         context = []
         for position in range(first, end):
             slots, offset = self._slot(group, row, position)
-            token = slots[offset]
-            assert token is not None, f"row {row} reads poison at position {position}"
-            context.append(token)
+            found = slots[offset]
+            assert found is not None, f"row {row} reads poison at position {position}"
+            assert found[0] == group, f"row {row} reads what group {found[0]} wrote"
+            context.append(found[1])
         return context
 
     def collect(self, ticket: object) -> StepResult:
-        if isinstance(ticket, OutOfMemoryError):
+        if isinstance(ticket, Exception):
+            if ticket is self._unknown:
+                self._unknown = None
             raise ticket
         assert isinstance(ticket, StepResult)
         return ticket

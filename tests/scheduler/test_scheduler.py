@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Container
+from collections.abc import Container, Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -18,7 +18,7 @@ from octavo.request import FinishReason, Request, SamplingParams, TokenDelta, pa
 from octavo.scheduler import Scheduler, SchedulerLimits
 from octavo.scheduler.scheduler import MAX_LOSSES
 from octavo.step import NO_TOKEN, StepPlan, StepResult
-from tests.scheduler.paged_machine import PagedMachine, expected_tokens
+from tests.scheduler.paged_machine import Fault, PagedMachine, StepError, expected_tokens
 
 BLOCK = 4
 
@@ -37,9 +37,9 @@ class Engine:
         max_num_queued_requests: int = 4096,
         headroom: int = 0,
         failing: Container[int] = (),
-        breaking: Container[int] = (),
+        faults: Sequence[Fault] = (),
     ) -> None:
-        """Steps in `failing` find no memory, those in `breaking` raise something else."""
+        """Steps in `failing` find no memory, those that compute a token of `faults` raise."""
         specs = tuple(
             KVSpec(num_kv_heads=1, head_size=8, format=kv_format("float32"), window=window)
             for window in windows
@@ -64,8 +64,7 @@ class Engine:
                 headroom_tokens=headroom,
             ),
         )
-        self.machine = PagedMachine(groups, num_blocks, BLOCK, failing or breaking)
-        self.breaking = breaking
+        self.machine = PagedMachine(groups, num_blocks, BLOCK, failing, faults)
         self.launched: deque[tuple[StepPlan, object]] = deque()
         self.tokens: dict[tuple[str, int], list[int]] = defaultdict(list)
         self.reasons: dict[tuple[str, int], FinishReason] = {}
@@ -104,9 +103,9 @@ class Engine:
     def collect(self, plan: StepPlan, ticket: object) -> list[TokenDelta]:
         try:
             result = self.machine.collect(ticket)
+        except StepError as error:
+            return self.scheduler.fail(plan, str(error))
         except OutOfMemoryError as error:
-            if plan.step_id in self.breaking:
-                return self.scheduler.fail(plan, str(error))
             return self.scheduler.lose(plan, str(error))
         return self.scheduler.commit(plan, result)
 
@@ -351,14 +350,14 @@ def test_recomputing_after_preemption_is_counted_apart_from_hits() -> None:
 
 
 def test_sequences_of_steps_without_memory_are_computed_again() -> None:
-    engine = Engine(failing={0, 3, 4, 7})
+    engine = Engine(failing={0, 1, 3, 7})
     for i in range(3):
         engine.add(f"r{i}", [i] * 9, 6)
     engine.run()
     engine.check_tokens()
     assert set(engine.reasons.values()) == {FinishReason.LENGTH}
     counters = engine.scheduler.counters
-    assert counters.num_lost_steps == 3  # step 4 was lost with step 3
+    assert counters.num_lost_steps == 3  # step 1 was lost with step 0
     assert counters.num_preemptions > 0
 
 
@@ -371,12 +370,60 @@ def test_samples_forked_from_a_prompt_that_found_no_memory_wait_for_it_again() -
 
 
 def test_samples_forked_from_a_prompt_whose_step_broke_compute_it_themselves() -> None:
-    engine = Engine(breaking={0})
+    engine = Engine(faults=[Fault(tuple(range(10)), seed=0, position=3, is_early=False)])
     engine.add("a", list(range(10)), 6, n=3)
     engine.run()
     engine.check_tokens()
     reasons = [engine.reasons["a", index] for index in range(3)]
     assert reasons == [FinishReason.ERROR, FinishReason.LENGTH, FinishReason.LENGTH]
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+@pytest.mark.parametrize("position", [2, 6, 9])
+def test_only_the_sequence_that_makes_its_step_raise_ends_with_an_error(
+    position: int, is_early: bool
+) -> None:
+    guilty = Fault((5, 5, 5, 5, 5), seed=0, position=position, is_early=is_early)
+    engine = Engine(num_blocks=128, max_num_seqs=16, budget=64, faults=[guilty])
+    for i in range(11):
+        engine.add(f"r{i}", [i] * 5, 12)
+    engine.run()
+    engine.check_tokens()
+    reasons = {name: reason for (name, _), reason in engine.reasons.items()}
+    assert reasons.pop("r5") is FinishReason.ERROR
+    assert set(reasons.values()) == {FinishReason.LENGTH}
+    assert len(engine.tokens["r5", 0]) == max(0, position - 4)
+    # Halves of 11 sequences and their last steps: few more than without a fault.
+    assert len(engine.step_sizes) < 12 + 3 * 5
+
+
+def test_a_fault_of_company_ends_nobody() -> None:
+    engine = Engine(num_blocks=128, budget=64)
+    for i in range(8):
+        engine.add(f"r{i}", [i] * 5, 12)
+    launch = engine.machine.launch
+
+    def raise_for_many(plan: StepPlan) -> StepResult | Exception:
+        result = launch(plan)
+        is_bad = plan.num_rows > 4 and plan.step_id % 5 == 0
+        return engine.machine._raised(plan) if is_bad else result
+
+    engine.machine.launch = raise_for_many  # type: ignore[method-assign]
+    engine.run()
+    engine.check_tokens()
+    assert set(engine.reasons.values()) == {FinishReason.LENGTH}
+
+
+def test_who_left_during_a_step_that_raised_leaves_the_blame_to_nobody() -> None:
+    guilty = Fault((7, 7), seed=0, position=1, is_early=False)
+    engine = Engine(faults=[guilty])
+    engine.add("guilty", [7, 7], 4)
+    engine.add("other", [8, 8], 4)
+    engine.step()
+    engine.hear(engine.scheduler.abort("guilty"))
+    engine.run()
+    engine.check_tokens()
+    assert engine.reasons["other", 0] is FinishReason.LENGTH
 
 
 def test_memory_that_never_comes_ends_a_sequence_with_the_error_and_the_next_one_lives() -> None:
@@ -414,6 +461,8 @@ REQUEST = st.fixed_dictionaries(
         "caching": st.sampled_from([True, True, True, False]),
         "wait": st.integers(0, 4),
         "abort_after": st.one_of(st.none(), st.none(), st.none(), st.integers(0, 12)),
+        "fault": st.one_of(st.none(), st.none(), st.integers(0, 50)),
+        "is_early": st.booleans(),
     }
 )
 
@@ -429,7 +478,7 @@ REQUEST = st.fixed_dictionaries(
     reset_at=st.one_of(st.none(), st.integers(1, 20)),
     failing=st.one_of(st.just(frozenset()), st.frozensets(st.integers(0, 30), max_size=12)),
 )
-def test_random_arrivals_forks_cancels_and_preemptions_change_no_token(
+def test_random_arrivals_forks_cancels_preemptions_and_faults_change_no_token(
     requests: list[dict[str, int]],
     num_blocks: int,
     windows: tuple[int | None, ...],
@@ -439,6 +488,15 @@ def test_random_arrivals_forks_cancels_and_preemptions_change_no_token(
     reset_at: int | None,
     failing: frozenset[int],
 ) -> None:
+    prompts = [
+        [*range(r["shared"]), *((i * 7 + j) % 50 for j in range(r["own"]))]
+        for i, r in enumerate(requests)
+    ]
+    faults = [
+        Fault(tuple(prompt), i % r["n"], r["fault"], bool(r["is_early"]))
+        for i, (r, prompt) in enumerate(zip(requests, prompts, strict=True))
+        if r["fault"] is not None
+    ]
     engine = Engine(
         num_blocks=num_blocks,
         windows=windows,
@@ -447,11 +505,11 @@ def test_random_arrivals_forks_cancels_and_preemptions_change_no_token(
         max_model_len=60,
         headroom=headroom,
         failing=failing,
+        faults=faults,
     )
     aborts: dict[int, list[str]] = defaultdict(list)
     step = 0
-    for i, r in enumerate(requests):
-        prompt = [*range(r["shared"]), *((i * 7 + j) % 50 for j in range(r["own"]))]
+    for i, (r, prompt) in enumerate(zip(requests, prompts, strict=True)):
         engine.add(
             f"r{i}",
             prompt,
@@ -476,5 +534,15 @@ def test_random_arrivals_forks_cancels_and_preemptions_change_no_token(
     finished = {name for name, _ in engine.reasons}
     assert finished == set(engine.requests)
     assert len(engine.reasons) == sum(r["n"] for r in requests)
-    if len(failing) <= MAX_LOSSES:
-        assert FinishReason.ERROR not in engine.reasons.values()
+    for (name, index), reason in engine.reasons.items():
+        request = engine.requests[name]
+        fault = engine.machine.faults.get((tuple(request.prompt_token_ids), index))
+        # The last token that is computed is the one before the last that is drawn.
+        length = min(request.prompt_len + (request.params.max_tokens or 0), 60)
+        is_guilty = fault is not None and fault.position < length - 1
+        if is_guilty:
+            # Somebody else may have computed this token of the prompt.
+            is_cacheable = fault is not None and fault.position < request.prompt_len
+            assert is_cacheable or reason is not FinishReason.LENGTH
+        elif len(failing) <= MAX_LOSSES:
+            assert reason is not FinishReason.ERROR
