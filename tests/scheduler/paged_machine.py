@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from octavo.errors import OutOfMemoryError
+from octavo.errors import OctavoError, OutOfMemoryError
 from octavo.kv_cache.spec import KVGroup
+from octavo.runner.fence import Fence
 from octavo.step import RowStart, StepPlan, StepResult
 
 VOCAB = 50
@@ -48,6 +50,11 @@ class StepError(Exception):
     """What a step with a Fault raises."""
 
 
+class Ticket(NamedTuple):
+    generation: int
+    result: StepResult | Exception
+
+
 class PagedMachine:
     """Implements step.Runner. All groups must see the same tokens; the narrowest one's decide.
 
@@ -67,8 +74,7 @@ class PagedMachine:
         self.faults = {(fault.prompt, fault.seed): fault for fault in faults}
         self.last_raised = -1
         """The newest step that raised or found no memory."""
-        self._unknown: Exception | None = None
-        """A step raised early and nobody knows yet: rows and tables are not those of the plans."""
+        self._fence = Fence()
         self.windows = [group.spec.window for group in groups]
         self.block_size = block_size
         self.memory: list[list[tuple[int, int] | None]] = [
@@ -80,13 +86,19 @@ class PagedMachine:
         self.last: dict[int, int] = {}
         self.num_computed = 0
 
-    def launch(self, plan: StepPlan) -> StepResult | Exception:
-        if self._unknown is not None:
-            return StepError("dropped")
+    def launch(self, plan: StepPlan) -> Ticket:
+        generation = self._fence.generation
+        try:
+            with self._fence.guard(generation):
+                return Ticket(generation, self._step(plan))
+        except (OctavoError, StepError) as error:
+            return Ticket(generation, error)
+
+    def _step(self, plan: StepPlan) -> StepResult | Exception:
+        """Returns what `collect` raises; raises what leaves the plan's rows and tables unheeded."""
         fault = self._fault(plan)
         if fault is not None and fault.is_early:
-            self._unknown = self._raised(plan)
-            return self._unknown
+            raise self.fail(plan)
         self._update_rows(plan)
         if plan.step_id in self.failing:
             self.last_raised = plan.step_id
@@ -98,7 +110,7 @@ class PagedMachine:
                 raise
             # It reads what the lost step has not written: rubbish, which nobody may believe.
             result = self._result(plan, [VOCAB - 1] * int(plan.samples.sum()))
-        return result if fault is None else self._raised(plan)
+        return result if fault is None else self.fail(plan)
 
     def _fault(self, plan: StepPlan) -> Fault | None:
         starts = {start.row: start for start in (*self.rows.values(), *plan.row_starts)}
@@ -111,7 +123,8 @@ class PagedMachine:
                 return fault
         return None
 
-    def _raised(self, plan: StepPlan) -> StepError:
+    def fail(self, plan: StepPlan) -> StepError:
+        """Returns what a step raises."""
         self.last_raised = plan.step_id
         return StepError(f"step {plan.step_id} raised")
 
@@ -189,12 +202,11 @@ class PagedMachine:
         return context
 
     def collect(self, ticket: object) -> StepResult:
-        if isinstance(ticket, Exception):
-            if ticket is self._unknown:
-                self._unknown = None
-            raise ticket
-        assert isinstance(ticket, StepResult)
-        return ticket
+        assert isinstance(ticket, Ticket)
+        if isinstance(ticket.result, Exception):
+            self._fence.collect(ticket.generation)
+            raise ticket.result
+        return ticket.result
 
     def close(self) -> None:
         pass

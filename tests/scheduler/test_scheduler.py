@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.errors import OutOfMemoryError, OverloadedError
+from octavo.errors import OctavoError, OutOfMemoryError, OverloadedError
 from octavo.formats import kv_format
 from octavo.kv_cache.manager import KVCacheManager
 from octavo.kv_cache.prefix_index import prefix_root
@@ -17,8 +17,14 @@ from octavo.kv_cache.spec import KVSpec, group_layers
 from octavo.request import FinishReason, Request, SamplingParams, TokenDelta, pack_ids
 from octavo.scheduler import Scheduler, SchedulerLimits
 from octavo.scheduler.scheduler import MAX_LOSSES
-from octavo.step import NO_TOKEN, StepPlan, StepResult
-from tests.scheduler.paged_machine import Fault, PagedMachine, StepError, expected_tokens
+from octavo.step import NO_TOKEN, StepPlan
+from tests.scheduler.paged_machine import (
+    Fault,
+    PagedMachine,
+    StepError,
+    Ticket,
+    expected_tokens,
+)
 
 BLOCK = 4
 
@@ -103,10 +109,10 @@ class Engine:
     def collect(self, plan: StepPlan, ticket: object) -> list[TokenDelta]:
         try:
             result = self.machine.collect(ticket)
-        except StepError as error:
-            return self.scheduler.fail(plan, str(error))
         except OutOfMemoryError as error:
             return self.scheduler.lose(plan, str(error))
+        except (StepError, OctavoError) as error:
+            return self.scheduler.fail(plan, str(error))
         return self.scheduler.commit(plan, result)
 
     def hear(self, deltas: list[TokenDelta]) -> None:
@@ -326,8 +332,7 @@ def test_broken_logits_end_their_sequence_alone_and_publish_nothing() -> None:
     engine.add("sound", [40, 41, 42], 6)
     plan = engine.scheduler.schedule()
     assert plan is not None
-    result = engine.machine.launch(plan)
-    assert isinstance(result, StepResult)
+    result = engine.machine.collect(engine.machine.launch(plan))
     result.token_ids[0] = NO_TOKEN
     engine.hear(engine.scheduler.commit(plan, result))
     engine.scheduler.check()
@@ -403,10 +408,10 @@ def test_a_fault_of_company_ends_nobody() -> None:
         engine.add(f"r{i}", [i] * 5, 12)
     launch = engine.machine.launch
 
-    def raise_for_many(plan: StepPlan) -> StepResult | Exception:
-        result = launch(plan)
+    def raise_for_many(plan: StepPlan) -> Ticket:
+        ticket = launch(plan)
         is_bad = plan.num_rows > 4 and plan.step_id % 5 == 0
-        return engine.machine._raised(plan) if is_bad else result
+        return ticket._replace(result=engine.machine.fail(plan)) if is_bad else ticket
 
     engine.machine.launch = raise_for_many  # type: ignore[method-assign]
     engine.run()
