@@ -211,7 +211,8 @@ def render() -> dict[Path, str]:
     readme, kernels = ROOT / "README.md", ROOT / "docs" / "kernels.md"
     sections = lambda names: "\n\n".join(section(*files[name]) for name in names)
     short = lambda names: readme_table([one for name in names for one in files[name][1]])
-    user = [section(*file) for file in files.values() if file[0].page == "performance"]
+    shown_files = [file for file in files.values() if file[1]]  # a title may wait for its figures
+    user = [section(*file) for file in shown_files if file[0].page == "performance"]
 
     return {
         ROOT / "docs" / "performance.md": "\n".join([PERFORMANCE, "\n\n".join(user), ""]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -20,6 +21,7 @@ from docs.make_figures import (
     section,
 )
 from octavo.cli.bench.shapes import MARKS, NAMES
+from tests.docs.examples import blocks_of
 
 LINE: dict[str, Any] = {
     "figure": "output",
@@ -62,7 +64,8 @@ def test_a_page_has_no_table_of_measured_figures_outside_its_blocks(name: str):
 def test_every_file_of_figures_is_shown_somewhere():
     pages = "\n".join(render().values())
     for path in FIGURES.glob("*.jsonl"):
-        assert f"## {read(path)[0].title}\n" in pages
+        table, figures = read(path)
+        assert (f"## {table.title}\n" in pages) == bool(figures)
 
 
 def test_a_new_line_becomes_a_row_with_every_number_as_it_is(tmp_path: Path):
@@ -141,3 +144,11 @@ def test_the_bench_holds_workloads_against_the_peer_that_the_page_shows():
         )
         for mark in MARKS[name].values():
             assert mark.peer is None or str(mark.peer) in shown
+
+
+def test_the_page_that_says_how_to_add_a_figure_has_one_that_is_valid(tmp_path: Path):
+    page = ROOT / "docs" / "benchmarks.md"
+    (block,) = [one for one in blocks_of(page) if one.language == "json"]
+    assert read(written(tmp_path, json.loads(block.text)))[1]
+    keys = {field.name for field in dataclasses.fields(Figure)}
+    assert {key for key in keys if f"`{key}`" not in page.read_text(encoding="utf-8")} == set()
