@@ -128,7 +128,7 @@ def main() -> int:
     args, options = parser.parse_known_args()
     job = Job(
         options=options,
-        **{n: getattr(args, n) for n in Job.__dataclass_fields__ if n != "options"},
+        **{n: v for n, v in vars(args).items() if n in Job.__dataclass_fields__},
     )
     settings = {n: v for n, v in vars(args).items() if n not in ("output", "cases")}
     settings |= {"options": " ".join(options)}
