@@ -7,7 +7,7 @@ afterwards belongs to the scheduler's Sequence or to the detokeniser.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
@@ -19,6 +19,11 @@ from octavo.errors import RequestError, shown
 PrefixCaching = Literal["auto", "on", "off"]
 MAX_LOGPROBS = 100
 MAX_PARALLEL_SAMPLES = 64
+MAX_LISTED = 65536
+"""Token ids in one field: every request's are looked through, and cross processes."""
+MAX_TEXTS = 1024
+MAX_TEXTS_CHARS = 65536
+"""Stop strings are looked for after every token, bad words are tokenised: how many, how long."""
 MAX_INT = 2**31 - 1
 """The largest token id, count and priority: they travel and are kept in 32 bits."""
 SAMPLING_RANGES: Mapping[str, tuple[float, float]] = {
@@ -45,6 +50,14 @@ class FinishReason(StrEnum):
 
 def _is_int(value: Any, low: int, high: int = MAX_INT) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _are_ids(values: Collection[Any]) -> bool:
+    """Whether all are token ids; at C's speed, since 65,536 may be."""
+    if not values:
+        return True
+    is_right = len(values) <= MAX_LISTED and set(map(type, values)) == {int}
+    return is_right and min(values) >= 0 and max(values) <= MAX_INT
 
 
 def _is_number(value: Any, low: float, high: float) -> bool:
@@ -150,20 +163,32 @@ class SamplingParams:
             value = getattr(self, name)
             is_valid = isinstance(value, tuple) and all(isinstance(s, str) and s for s in value)
             self._check(name, is_valid, "a list of non-empty strings")
+            num, num_chars = len(value), sum(map(len, value))
+            if num > MAX_TEXTS or num_chars > MAX_TEXTS_CHARS:
+                message = (
+                    f"{name} has {num} texts of together {num_chars} characters; at most "
+                    f"{MAX_TEXTS} texts of {MAX_TEXTS_CHARS} characters are taken"
+                )
+                raise RequestError(message, param=name)
         for name in ("stop_token_ids", "allowed_token_ids"):
             value = getattr(self, name)
-            is_valid = value is None or (
-                isinstance(value, tuple) and all(_is_int(t, 0) for t in value)
-            )
-            self._check(name, is_valid, f"a list of token ids, integers in 0..{MAX_INT}")
+            is_valid = value is None or (isinstance(value, tuple) and _are_ids(value))
+            limit = f"a list of at most {MAX_LISTED} token ids, integers in 0..{MAX_INT}"
+            self._check(name, is_valid, limit)
         is_valid = self.allowed_token_ids != ()
         self._check("allowed_token_ids", is_valid, "null or a non-empty list")
         low, high = SAMPLING_RANGES["logit_bias"]
         bias = self.logit_bias or {}
-        is_valid = isinstance(bias, Mapping) and all(
-            _is_int(t, 0) and _is_number(b, low, high) for t, b in bias.items()
+        is_valid = (
+            isinstance(bias, Mapping)
+            and _are_ids(bias)
+            and set(map(type, bias.values())) <= {int, float}
+            and all(low <= b <= high for b in bias.values())
         )
-        limit = f"a map from token ids in 0..{MAX_INT} to numbers in {low:g}..{high:g}"
+        limit = (
+            f"a map from at most {MAX_LISTED} token ids in 0..{MAX_INT} to numbers in "
+            f"{low:g}..{high:g}"
+        )
         self._check("logit_bias", is_valid, limit)
         is_valid = self.prefix_caching in (None, "auto", "on", "off")
         self._check("prefix_caching", is_valid, "one of auto, on, off")
@@ -187,6 +212,8 @@ _ID_BYTES = array("i").itemsize
 def pack_ids(token_ids: Iterable[int]) -> bytes:
     """Returns ids of 32 bits in the machine's order. Raises TypeError or OverflowError for others,
     negative ones among them."""
+    if isinstance(token_ids, array) and token_ids.typecode == "I":
+        return token_ids.tobytes()
     # Lists and tuples are read at once; bytes would be taken for packed ids already.
     ids = token_ids if isinstance(token_ids, list | tuple) else list(token_ids)
     # Unsigned ones take a third of the time, since Python checks signed ones through a format.

@@ -6,6 +6,7 @@ the engine could not serve; never changes what was asked for without saying so.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -75,8 +76,9 @@ class InputProcessor:
         with suppress(TypeError, OverflowError):
             packed = pack_ids(token_ids)
             ids = np.frombuffer(packed, np.uint32)
-            # Only 0 and 1 can be booleans.
-            small = np.flatnonzero(ids <= 1).tolist()
+            # Only 0 and 1 can be booleans, and not in an array.
+            is_array = isinstance(token_ids, array)
+            small = [] if is_array else np.flatnonzero(ids <= 1).tolist()
             is_plain = not any(isinstance(token_ids[place], bool) for place in small)
             if is_plain and ids.max() < self.vocab_size:
                 return packed
@@ -108,8 +110,9 @@ class InputProcessor:
 
     def _check_params(self, params: SamplingParams) -> None:
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-            for token_id in getattr(params, name) or ():
-                self._check_id(token_id, name)
+            token_ids = getattr(params, name)
+            if token_ids:
+                self._check_id(max(token_ids), name)
         for word in params.bad_words_token_ids:
             if not word:
                 raise RequestError(

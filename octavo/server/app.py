@@ -2,8 +2,7 @@
 
 Made by `serve` and by tests with `create_app`; never binds a port.
 
-A request passes, from the outside: access (id, metrics, log), CORS, drain, keys, body limit,
-routes.
+A request passes, from the outside: access (id, metrics, log), CORS, drain, keys, routes.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ from starlette.middleware.cors import CORSMiddleware
 
 from octavo import __version__
 from octavo.config import ServerConfig
+from octavo.engine.chat_template import ChatRenderer
+from octavo.errors import RequestError
 from octavo.observe.metrics import Metrics
 from octavo.server import errors, openapi
 from octavo.server.access import AccessMiddleware
@@ -23,7 +24,8 @@ from octavo.server.auth import AuthMiddleware
 from octavo.server.docs_page import docs_response
 from octavo.server.drain import Drain, DrainMiddleware
 from octavo.server.engine_client import Engine
-from octavo.server.limits import BodyLimitMiddleware
+from octavo.server.limits import BodyRoom, default_body_bytes
+from octavo.server.parser import ParserProcess
 from octavo.server.routes import chat, completions, health, operation, tokens
 from octavo.server.state import ServerState
 from octavo.server.tokenising import Tokenising
@@ -40,7 +42,6 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
         ),
         Middleware(DrainMiddleware, drain=drain),
         Middleware(AuthMiddleware, config=config),
-        Middleware(BodyLimitMiddleware, max_bytes=config.max_body_bytes),
     ]
     if config.allowed_origins:
         cors = Middleware(
@@ -67,6 +68,8 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
         started_at=int(time.time()),
         drain=drain,
         tokenising=Tokenising(engine),
+        body_room=BodyRoom(config.max_body_bytes or default_body_bytes(engine.max_model_len)),
+        parser=ParserProcess(lambda: _renderer(engine)),
     )
     errors.install(app)
     for family in (chat, completions, tokens, operation, health):
@@ -75,3 +78,11 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
     page = docs_response(app.openapi())
     app.add_route("/docs", lambda _: page, include_in_schema=False)
     return app
+
+
+def _renderer(engine: Engine) -> ChatRenderer | None:
+    """Returns what renders chats, if the model has a tokenizer and a template."""
+    try:
+        return engine.tokenizer.chat_renderer
+    except RequestError:
+        return None

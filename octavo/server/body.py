@@ -1,32 +1,36 @@
-"""A request's body: read, decoded as JSON, and parsed into its model.
+"""A request's body: received within bounds, and parsed into its model.
 
 Called by the routes that take a body. Never interprets a field: that is `protocol`'s.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from typing import Any, NoReturn, TypeVar
+import contextlib
+from collections.abc import AsyncGenerator
+from typing import TypeVar
 
 from starlette.requests import Request
 
-from octavo.engine.messages import is_unicode
-from octavo.errors import shown
-from octavo.server.errors import ApiError
+from octavo.server.errors import ApiError, ClientDisconnectedError
+from octavo.server.limits import BodyRoom
+from octavo.server.protocol.decoding import decode
 from octavo.server.protocol.parsing import parse
 from octavo.server.protocol.strict import StrictModel
-
-MAX_DEPTH = 64
-"""Lists and objects within each other; what reads them afterwards may recurse."""
+from octavo.server.state import server_state
 
 Body = TypeVar("Body", bound=StrictModel)
 
 
 async def read_body(request: Request, model: type[Body]) -> Body:
-    """Returns the request's body as a `model`. Raises ApiError and RequestError, 4xx all."""
+    """Returns the request's body as a `model`. Raises ApiError, RequestError, OverloadedError, and
+    ClientDisconnectedError."""
     require_json(request)
-    body = parse(model, decode(await request.body()))
+    state = server_state(request)
+    async with received(request, state.body_room) as content:
+        if is_quick(content, model):
+            body = parse(model, decode(content))
+        else:
+            body = await state.parser.parse(model, content)
     request.state.body = body  # Errors ask it for the names of its fields.
     return body
 
@@ -42,78 +46,36 @@ def require_json(request: Request) -> None:
         raise ApiError(400, message, code="not_json")
 
 
-def decode(content: bytes) -> object:
-    """Returns the JSON value that `content` spells in UTF-8.
-
-    Raises ApiError (400) for what is no JSON (NaN, a name twice in one object, half a surrogate
-    pair, a byte order mark among it) and for more than MAX_DEPTH levels.
-    """
+@contextlib.asynccontextmanager
+async def received(request: Request, room: BodyRoom) -> AsyncGenerator[bytes, None]:
+    """The bytes of a body, which take their room until the context ends."""
+    length = request.headers.get("content-length", "")
+    if length.isdecimal():
+        room.check(int(length[:20]))
+    content = bytearray()
     try:
-        text = content.decode("utf-8")
-        data = _DECODER.decode(text)
-    except UnicodeDecodeError as error:
-        raise _bad_json(f"byte {error.start} is no UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise _bad_json(f"{error.msg} at character {error.pos}") from error
-    except ValueError as error:
-        raise _bad_json(str(error)) from error
-    except RecursionError as error:
-        raise _too_deep() from error
-    # Counting is quick, and what opens few lists and objects cannot be deep.
-    if text.count("[") + text.count("{") > MAX_DEPTH and isinstance(data, list | dict):
-        _check_depth(data)
-    if "\\ud" in text or "\\uD" in text:
-        for place in _broken_texts(data, ""):
-            message = f"{place or 'the body'} has half a surrogate pair; send valid Unicode"
-            raise ApiError(400, message, code="bad_json", param=place or None)
-    return data
+        more = True
+        while more:
+            message = await request.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnectedError("the client left before its request was complete")
+            piece = message.get("body", b"")
+            room.check(len(content) + len(piece))
+            room.take(len(piece))
+            content += piece
+            more = message.get("more_body", False)
+        yield bytes(content)
+    finally:
+        room.give_back(len(content))
 
 
-def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"{shown(twice)} stands twice in one object")
-    return found
+def is_quick(content: bytes, model: type[StrictModel]) -> bool:
+    """Whether parsing `content` holds the event loop for a few milliseconds at most.
 
-
-def _no_number(literal: str) -> NoReturn:
-    raise ValueError(f"{literal} is no JSON number")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_no_number)
-
-
-def _bad_json(reason: str) -> ApiError:
-    return ApiError(400, f"the body is not valid JSON: {reason}", code="bad_json")
-
-
-def _too_deep() -> ApiError:
-    message = f"the body is nested more than {MAX_DEPTH} levels deep; send less"
-    return ApiError(400, message, code="bad_json")
-
-
-def _check_depth(data: list[Any] | dict[str, Any]) -> None:
-    level: list[Any] = [data]
-    for _ in range(MAX_DEPTH):
-        inner = (one.values() if isinstance(one, dict) else one for one in level)
-        level = [one for values in inner for one in values if isinstance(one, list | dict)]
-        if not level:
-            return
-    raise _too_deep()
-
-
-def _broken_texts(value: object, place: str) -> Iterator[str]:
-    """Yields where a text (a name among them) has half a surrogate pair."""
-    if isinstance(value, str):
-        if not is_unicode(value):
-            yield place
-    elif isinstance(value, list):
-        for index, one in enumerate(value):
-            yield from _broken_texts(one, f"{place}[{index}]")
-    elif isinstance(value, dict):
-        for name, one in value.items():
-            if not is_unicode(name):
-                yield place
-            yield from _broken_texts(one, f"{place}.{name}" if place else name)
+    A text costs next to nothing for its length, each value of a list or an object about a
+    microsecond: there are at most as many as commas and opening brackets.
+    """
+    if len(content) > model.max_quick_bytes:
+        return False
+    num_values = content.count(b",") + content.count(b"[") + content.count(b"{")
+    return num_values <= model.max_quick_values

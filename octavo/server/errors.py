@@ -48,15 +48,6 @@ class ClientDisconnectedError(OctavoError):
     """The client has gone; nobody will read the answer."""
 
 
-class BodyTooLargeError(HTTPException):
-    """The body has more than `limit` bytes. An HTTPException, since FastAPI lets only these pass
-    while it reads a body."""
-
-    def __init__(self, limit: int) -> None:
-        message = f"the request body has more than {limit} bytes; send less or raise max_body_bytes"
-        super().__init__(413, message, headers={"Connection": "close"})
-
-
 def _describe(error: Exception) -> ApiError:
     """Returns what the client is told about `error`."""
     if isinstance(error, ApiError):
@@ -117,6 +108,4 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
             f"{method} {path} is not allowed; see the Allow header",
             "method_not_allowed",
         )
-    elif error.status_code == 413:
-        code = "body_too_large"
     return error_response(ApiError(error.status_code, message, code=code, headers=error.headers))

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 FEED_BYTES = 32 * 1024
 """Bytes parsed in one callback: a megabyte of chunks of one byte each would hold the loop."""
 MAX_PIPELINED = 16
-MAX_DISCARDED_BYTES = 8 * 2**20
+MAX_DISCARDED_BYTES = 64 * 2**20
 RETRY_AFTER_SECONDS = 1
 
 TRANSPORT = "octavo.transport"

@@ -1,43 +1,55 @@
-"""The largest request body, checked before and while it is read.
+"""How much may come in: one request's body, and all that are being received together.
 
-A middleware around the app; never keeps a body.
+Made with the app, asked by `server.body` while it reads. Never keeps a body.
 """
 
 from __future__ import annotations
 
-from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from octavo.errors import OverloadedError
+from octavo.server.errors import ApiError
 
-from octavo.server.errors import ApiError, BodyTooLargeError, error_response
+MAX_DEFAULT_BODY_BYTES = 4 * 2**20
+_BODY_BYTES_A_TOKEN = 32
+"""An id with comma and space has 8; a token of 5 characters, each written as \\u00e4, has 30."""
+_BODY_BYTES_BESIDES = 2**20
+"""For what stands beside one full context: names, settings, further prompts."""
+TOTAL_BODIES = 16
+"""Bodies of the largest size that may be received and parsed at once."""
 
 
-class BodyLimitMiddleware:
-    """Answers 413 to bodies over `max_bytes`, whether they say their length or not."""
+def default_body_bytes(max_model_len: int) -> int:
+    """Returns the largest body that a model of this context has use for, at most 4 MiB."""
+    wanted = _BODY_BYTES_BESIDES + _BODY_BYTES_A_TOKEN * max_model_len
+    return min(wanted, MAX_DEFAULT_BODY_BYTES)
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app = app
-        self._max_bytes = max_bytes
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        length = Headers(scope=scope).get("content-length", "")
-        if length.isdigit() and int(length) > self._max_bytes:
-            too_large = BodyTooLargeError(self._max_bytes)
-            headers = too_large.headers
-            error = ApiError(413, too_large.detail, code="body_too_large", headers=headers)
-            await error_response(error)(scope, receive, send)
-            return
-        num_bytes = 0
+class BodyRoom:
+    """Counts the bytes of bodies that are here but not parsed yet. One event loop's."""
 
-        async def receive_counted() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            if message["type"] == "http.request":
-                num_bytes += len(message.get("body", b""))
-                if num_bytes > self._max_bytes:
-                    raise BodyTooLargeError(self._max_bytes)
-            return message
+    def __init__(self, max_body_bytes: int) -> None:
+        self.max_body_bytes = max_body_bytes
+        self.max_total_bytes = TOTAL_BODIES * max_body_bytes
+        self.num_bytes = 0
 
-        await self._app(scope, receive_counted, send)
+    def check(self, num_bytes: int) -> None:
+        """Raises ApiError (413) if a body of so many bytes is too large."""
+        if num_bytes > self.max_body_bytes:
+            limit = self.max_body_bytes
+            message = (
+                f"the request body has more than {limit} bytes; send less, or start the server "
+                "with a larger --max-body-bytes"
+            )
+            raise ApiError(413, message, code="body_too_large")
+
+    def take(self, num_bytes: int) -> None:
+        """Makes room for more bytes of a body. Raises OverloadedError."""
+        if self.num_bytes + num_bytes > self.max_total_bytes:
+            raise OverloadedError(
+                f"request bodies of {self.num_bytes} bytes are being received already (limit "
+                f"{self.max_total_bytes}); try again later"
+            )
+        self.num_bytes += num_bytes
+
+    def give_back(self, num_bytes: int) -> None:
+        """The bytes have been parsed, or dropped."""
+        self.num_bytes -= num_bytes

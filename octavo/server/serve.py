@@ -33,6 +33,7 @@ from octavo.server.drain import Drain
 from octavo.server.engine_client import Engine
 from octavo.server.http_protocol import ConnectionLimits, protocol_factory
 from octavo.server.signals import SIGNALS, StopSignals
+from octavo.server.state import ServerState
 from octavo.server.tls import check_certificate, keep_fresh
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,8 @@ class Server(uvicorn.Server):
     ) -> None:
         """Listens to `signals`, or to those of the process while it serves."""
         app = create_app(engine, config)
-        self.drain: Drain = app.state.server.drain
+        self._state: ServerState = app.state.server
+        self.drain: Drain = self._state.drain
         self._loop: asyncio.AbstractEventLoop | None = None
         self.error: EngineDeadError | None = None
         """Why the server ends by itself."""
@@ -101,7 +103,7 @@ class Server(uvicorn.Server):
         self._options = config
         self._monitor = LoopHoldMonitor() if config.debug_loop_holds else None
         if self._monitor is not None:
-            app.state.server.metrics.watch_loop(self._monitor)
+            self._state.metrics.watch_loop(self._monitor)
         super().__init__(
             uvicorn.Config(
                 app,
@@ -132,6 +134,7 @@ class Server(uvicorn.Server):
         try:
             await self.serve(sockets=[bound])
         finally:
+            await self._state.parser.close()
             self._loop = None
             stats.cancel()
             if refresh is not None:

@@ -15,6 +15,8 @@ from octavo.observe.metrics import Metrics
 from octavo.server.drain import Drain
 from octavo.server.engine_client import Engine
 from octavo.server.errors import ApiError
+from octavo.server.limits import BodyRoom
+from octavo.server.parser import ParserProcess
 from octavo.server.tokenising import Tokenising
 
 
@@ -30,6 +32,8 @@ class ServerState:
     started_at: int
     """Unix seconds, `created` of the model."""
     tokenising: Tokenising
+    body_room: BodyRoom
+    parser: ParserProcess
     drain: Drain = field(default_factory=Drain)
 
     @property

@@ -51,6 +51,9 @@ MESSAGE_SCHEMA: dict[str, Any] = {
 class TemplateFields(RequestModel):
     """What becomes a prompt through the chat template."""
 
+    # Special tokens are looked for in the text, and messages are read and rendered in Python.
+    max_quick_bytes = 64 * 1024
+    max_quick_values = 1024
     ignored_fields = IGNORED
     refused_fields = REFUSED
 
@@ -107,9 +110,14 @@ class TemplateFields(RequestModel):
 
     def with_rendered(self, renderer: ChatRenderer) -> Self:
         """Returns a copy that has the text of the chat, and of its messages only the last."""
-        less = {"messages": self.messages[-1:], "documents": None, "chat_template_kwargs": None}
+        rendered = self.render(renderer)
+        less = {
+            "messages": read_messages(self.messages[-1:]),
+            "documents": None,
+            "chat_template_kwargs": None,
+        }
         copy = self.model_copy(update=less)
-        copy._rendered = self.render(renderer)
+        copy._rendered = rendered
         return copy
 
     def template_kwargs(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ _WANTED = {
     "string_pattern_mismatch": "a string that fits {pattern}",
     "list_type": "a list",
     "too_short": "a list of at least {min_length} element",
+    "too_long": "a list or an object of at most {max_length} elements",
     "dict_type": "an object",
     "model_type": "an object",
     "greater_than_equal": "at least {ge}",

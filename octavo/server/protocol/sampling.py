@@ -14,6 +14,7 @@ from pydantic import Field
 from octavo.errors import RequestError, shown
 from octavo.request import (
     MAX_INT,
+    MAX_LISTED,
     MAX_LOGPROBS,
     MAX_PARALLEL_SAMPLES,
     SAMPLING_RANGES,
@@ -92,6 +93,7 @@ class SamplingFields(RequestModel):
     )
     logit_bias: dict[str, float] | None = Field(
         None,
+        max_length=MAX_LISTED,
         description="Numbers added to logits, by token id.",
         json_schema_extra={
             "propertyNames": {"pattern": "^[0-9]{1,10}$"},

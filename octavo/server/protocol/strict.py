@@ -6,6 +6,7 @@ Subclassed by the families' models, called through `parse`; never touches the en
 from __future__ import annotations
 
 import difflib
+from array import array
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -14,14 +15,30 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from octavo.errors import RequestError, shown
-from octavo.request import MAX_INT
+from octavo.request import MAX_INT, MAX_LISTED, MAX_TEXTS
 
 Priority = Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 Text = Annotated[str, Field(min_length=1)]
 # The first wrong element tells enough: a list of a million would make a million errors.
-TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
-Texts = Annotated[list[Text], Field(fail_fast=True)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_LISTED)]
+Texts = Annotated[list[Text], Field(fail_fast=True, max_length=MAX_TEXTS)]
+
+PackedIds = array
+"""Token ids of 32 bits: a million of them are one object."""
+
+
+def packed_ids(ids: object, where: str, param: str) -> PackedIds:
+    """Returns a list of token ids, packed at C's speed. Raises RequestError."""
+    if not isinstance(ids, list) or set(map(type, ids)) - {int}:
+        raise RequestError(f"{where} must be a list of token ids, integers", param=param)
+    try:
+        return array("I", ids)
+    except OverflowError:
+        wrong = min(ids) if min(ids) < 0 else max(ids)
+        message = f"{where} has token id {shown(wrong)}; no vocabulary has such an id"
+        raise RequestError(message, param=param) from None
+
 
 Refused = Mapping[str, tuple[str, tuple[Any, ...]]]
 """By field: what to do instead, and the values that ask for nothing."""
@@ -51,6 +68,10 @@ class StrictModel(BaseModel):
     """Where the model stands in a body, before the names of its fields."""
     ignored_fields: ClassVar[frozenset[str]] = frozenset()
     refused_fields: ClassVar[Refused] = {}
+    max_quick_bytes: ClassVar[int] = 2**20
+    """Longer bodies are parsed in a process of their own."""
+    max_quick_values: ClassVar[int] = 4096
+    """So are those that may hold more values."""
 
     @classmethod
     def variant(cls, data: Mapping[str, Any]) -> type[StrictModel]:

@@ -6,16 +6,25 @@ Parsed for `routes.tokens`; never touches the engine.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, PlainValidator
 
 from octavo.server.protocol.chat import TemplateFields
-from octavo.server.protocol.strict import RequestModel, StrictModel, TokenIds
+from octavo.server.protocol.strict import (
+    PackedIds,
+    RequestModel,
+    StrictModel,
+    TokenId,
+    packed_ids,
+)
 
 
 class TokenizeRequest(RequestModel):
     """What both kinds of POST /tokenize have; a body with `messages` is a chat."""
+
+    max_quick_bytes = TemplateFields.max_quick_bytes
+    max_quick_values = TemplateFields.max_quick_values
 
     return_token_strs: bool = Field(
         False, description="Tell how the vocabulary spells each token, too."
@@ -46,4 +55,11 @@ class TokenizeChatRequest(TokenizeRequest, TemplateFields):
 class DetokenizeRequest(RequestModel):
     """Token ids to text."""
 
-    tokens: TokenIds = Field(description="Token ids.")
+    max_quick_values = 32 * 1024
+
+    tokens: Annotated[
+        PackedIds,
+        PlainValidator(
+            lambda ids: packed_ids(ids, "tokens", "tokens"), json_schema_input_type=list[TokenId]
+        ),
+    ] = Field(description="Token ids.")

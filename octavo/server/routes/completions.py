@@ -22,7 +22,6 @@ from octavo.server.answers import (
     marked,
 )
 from octavo.server.body import read_body
-from octavo.server.errors import ApiError
 from octavo.server.generation import Call, new_call, stream_call, whole_call
 from octavo.server.logprobs import CompletionLogprobs, TokenSpelling, prompt_logprobs
 from octavo.server.openapi import described
@@ -31,9 +30,6 @@ from octavo.server.state import ServerState, server_state
 from octavo.server.streaming import Events, json_response, run_attached, stream_response
 
 router = APIRouter(tags=["OpenAI"])
-
-MAX_PROMPTS = 1024
-"""Prompts in one call."""
 
 
 @router.post("/v1/completions", **described("Completion", CompletionRequest, streams=True))
@@ -44,9 +40,6 @@ async def create_completion(request: Request) -> Response:
     state.check_model(body.model)
     params = body.to_params(state.engine.default_sampling_params)
     given = body.prompts()
-    if len(given) > MAX_PROMPTS:
-        message = f"prompt holds {len(given)} prompts; at most {MAX_PROMPTS} fit in one call"
-        raise ApiError(400, message, param="prompt")
     texts = [one for one in given if isinstance(one, str)]
     ids = [one for one in given if not isinstance(one, str)]
     # All are of one kind: texts, or ids already.

@@ -5,13 +5,16 @@ Asks the tokenizer alone; never reaches the engine.
 
 from __future__ import annotations
 
+import numpy as np
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from octavo.errors import RequestError
+from octavo.errors import ContextLengthError, RequestError
 from octavo.server.body import read_body
+from octavo.server.engine_client import Engine
 from octavo.server.openapi import described
+from octavo.server.protocol.strict import PackedIds
 from octavo.server.protocol.tokens import (
     DetokenizeRequest,
     TokenizeChatRequest,
@@ -47,10 +50,19 @@ async def detokenize(request: Request) -> Response:
     body = await read_body(request, DetokenizeRequest)
     state = server_state(request)
     state.check_model(body.model)
-    limit = state.engine.vocab_size
-    for index, token in enumerate(body.tokens):
-        if token >= limit:
-            message = f"tokens[{index}] is {token}; the vocabulary ends at {limit - 1}"
-            raise RequestError(message, param="tokens")
+    _check_ids(body.tokens, state.engine)
     text = await state.tokenising.decode(body.tokens, skip_special_tokens=False)
     return json_response({"prompt": text})
+
+
+def _check_ids(token_ids: PackedIds, engine: Engine) -> None:
+    """Raises RequestError for more ids than the context holds, and for one that does not exist."""
+    most, limit = engine.max_model_len, engine.vocab_size
+    if len(token_ids) > most:
+        message = f"tokens has {len(token_ids)} ids, but the context holds {most}; send fewer"
+        raise ContextLengthError(message, param="tokens")
+    ids = np.frombuffer(token_ids, np.uint32)
+    if ids.size and ids.max() >= limit:
+        index = int(np.argmax(ids >= limit))
+        message = f"tokens[{index}] is {ids[index]}; the vocabulary ends at {limit - 1}"
+        raise RequestError(message, param="tokens")

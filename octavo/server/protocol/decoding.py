@@ -1,0 +1,112 @@
+"""From the bytes of a body to a model of the protocol: JSON, its limits, its fields.
+
+Called by `server.body` in the event loop for what is quick, by `server.parser` in a process of its
+own for all else. Never imports the HTTP stack: that process would load it, too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, NoReturn, TypeVar
+
+from octavo.engine.chat_template import ChatRenderer
+from octavo.engine.messages import is_unicode
+from octavo.errors import RequestError, shown
+from octavo.server.protocol.chat import TemplateFields
+from octavo.server.protocol.parsing import parse
+from octavo.server.protocol.strict import StrictModel
+
+MAX_DEPTH = 64
+"""Lists and objects within each other; what reads them afterwards may recurse."""
+
+Body = TypeVar("Body", bound=StrictModel)
+
+
+def parse_body(model: type[Body], content: bytes, renderer: ChatRenderer | None) -> Body:
+    """Returns a body as a `model`, of a chat the text in place of its messages.
+
+    For long bodies: what is returned has few objects, however many `content` has. Raises
+    RequestError, ChatTemplateError among them.
+    """
+    body = parse(model, decode(content))
+    if isinstance(body, TemplateFields) and renderer is not None:
+        return body.with_rendered(renderer)
+    return body
+
+
+def decode(content: bytes) -> object:
+    """Returns the JSON value that `content` spells in UTF-8.
+
+    Raises RequestError for what is no JSON (NaN, a name twice in one object, half a surrogate
+    pair, a byte order mark among it) and for more than MAX_DEPTH levels.
+    """
+    try:
+        text = content.decode("utf-8")
+        data = _DECODER.decode(text)
+    except UnicodeDecodeError as error:
+        raise _bad_json(f"byte {error.start} is no UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise _bad_json(f"{error.msg} at character {error.pos}") from error
+    except ValueError as error:
+        raise _bad_json(str(error)) from error
+    except RecursionError as error:
+        raise _too_deep() from error
+    # Counting is quick, and what opens few lists and objects cannot be deep.
+    if text.count("[") + text.count("{") > MAX_DEPTH and isinstance(data, list | dict):
+        _check_depth(data)
+    if "\\ud" in text or "\\uD" in text:
+        for place in _broken_texts(data, ""):
+            message = f"{place or 'the body'} has half a surrogate pair; send valid Unicode"
+            raise RequestError(message, code="bad_json", param=place or None)
+    return data
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"{shown(twice)} stands twice in one object")
+    return found
+
+
+def _no_number(literal: str) -> NoReturn:
+    raise ValueError(f"{literal} is no JSON number")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_no_number)
+
+
+def _bad_json(reason: str) -> RequestError:
+    return RequestError(f"the body is not valid JSON: {reason}", code="bad_json")
+
+
+def _too_deep() -> RequestError:
+    message = f"the body is nested more than {MAX_DEPTH} levels deep; send less"
+    return RequestError(message, code="bad_json")
+
+
+def _check_depth(data: list[Any] | dict[str, Any]) -> None:
+    level: list[Any] = [data]
+    for _ in range(MAX_DEPTH):
+        inner = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [one for values in inner for one in values if isinstance(one, list | dict)]
+        if not level:
+            return
+    raise _too_deep()
+
+
+def _broken_texts(value: object, place: str) -> Iterator[str]:
+    """Yields where a text (a name among them) has half a surrogate pair."""
+    if isinstance(value, str):
+        if not is_unicode(value):
+            yield place
+    elif isinstance(value, list):
+        for index, one in enumerate(value):
+            yield from _broken_texts(one, f"{place}[{index}]")
+    elif isinstance(value, dict):
+        for name, one in value.items():
+            if not is_unicode(name):
+                yield place
+            yield from _broken_texts(one, f"{place}.{name}" if place else name)
