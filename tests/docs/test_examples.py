@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ WITH_PYTHON = [page for page in PAGES if any(b.language == "python" for b in blo
 named = {"ids": lambda page: page.name}
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize("page", WITH_CURL, **named)
 def test_requests_of_a_page_are_answered_as_it_shows(page: Path, server_url: ServerUrl):
     blocks = blocks_of(page)
