@@ -17,14 +17,23 @@ from typing import Any
 from fastapi.routing import APIRoute
 
 from docs.blocks import filled, table
+from octavo.engine.mailbox import MAX_WAITING_TOKENS
 from octavo.observe.metrics import Metrics
 from octavo.observe.stats import EngineStats
-from octavo.request import MAX_INT, MAX_PARALLEL_SAMPLES, SamplingParams
+from octavo.request import (
+    MAX_INT,
+    MAX_LISTED,
+    MAX_PARALLEL_SAMPLES,
+    MAX_TEXTS,
+    MAX_TEXTS_CHARS,
+    SamplingParams,
+)
 from octavo.server import routes
-from octavo.server.body import MAX_DEPTH
 from octavo.server.http_protocol import MAX_PIPELINED, ConnectionLimits
+from octavo.server.limits import MAX_DEFAULT_BODY_BYTES, TOTAL_BODIES, default_body_bytes
 from octavo.server.protocol.chat import ChatRequest
-from octavo.server.protocol.completions import CompletionRequest
+from octavo.server.protocol.completions import MAX_PROMPTS, CompletionRequest
+from octavo.server.protocol.decoding import MAX_DEPTH
 from octavo.server.protocol.known_fields import IGNORED, REFUSED
 from octavo.server.protocol.sampling import StreamOptions
 from octavo.server.protocol.strict import StrictModel
@@ -33,7 +42,6 @@ from octavo.server.protocol.tokens import (
     TokenizeChatRequest,
     TokenizeTextRequest,
 )
-from octavo.server.routes.completions import MAX_PROMPTS
 from octavo.vllm_table import VLLM_OPTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -211,11 +219,23 @@ def vllm_table() -> str:
 
 
 def limits_table() -> str:
-    """Returns a row a limit that no option moves."""
+    """Returns a row a limit of one request or connection."""
     connection = ConnectionLimits()
+    usual = (
+        f"{default_body_bytes(0):,} bytes and {default_body_bytes(1) - default_body_bytes(0)} a "
+        f"token of the context, {MAX_DEFAULT_BODY_BYTES:,} at most; `--max-body-bytes`"
+    )
     rows = [
+        ("body of a request", usual),
+        ("bodies that are being received, together", f"{TOTAL_BODIES} times that, then 503"),
         ("prompts in one call to completions", f"{MAX_PROMPTS:,}"),
         ("`n`", f"{MAX_PARALLEL_SAMPLES}"),
+        ("ids in `logit_bias`, `allowed_token_ids`, `stop_token_ids`", f"{MAX_LISTED:,}"),
+        (
+            "texts in `stop`, `bad_words`",
+            f"{MAX_TEXTS:,}, of {MAX_TEXTS_CHARS:,} characters in all",
+        ),
+        ("tokens that a reader may be behind its stream", f"{MAX_WAITING_TOKENS:,}"),
         ("levels of lists and objects in a body", f"{MAX_DEPTH}"),
         ("line and headers of a request", f"{connection.max_header_bytes:,} bytes"),
         ("headers of a request", f"{connection.max_headers}"),
