@@ -18,13 +18,24 @@ Made by `make docs` from `octavo/config.py` and the commands; do not edit by han
 | --- | --- |
 """
 
+ENGINE_HEAD = """
+## Engine options
+
+Of `serve`, `chat MODEL`, `plan` and the offline benchmarks; with underscores also of `LLM(...)` and
+`AsyncLLM(...)`. A SIZE is like 4096, 512MiB or 4GiB; counts of tokens are like 4096 or 4K.
+`--enable-prefix-caching` and `--no-enable-prefix-caching` are `--prefix-caching on` and `off`.
+Options of vLLM that are known besides: [from_vllm.md](from_vllm.md).
+
+"""
+
 
 def table(config: type[EngineConfig] | type[ServerConfig]) -> str:
     """Returns a Markdown table of a config's options."""
     rows = ["| option | value | default | meaning |", "| --- | --- | --- | --- |"]
     for option in options_of(config):
         value = option.shown_value.strip("{}").replace(",", ", ")
-        cells = f"| `{option.flag}` | {value} | {option.shown_default} | {option.help} |"
+        flags = ", ".join(f"`{flag}`" for flag in option.flags)
+        cells = f"| {flags} | {value} | {option.shown_default} | {option.help} |"
         rows.append(cells.replace("|  |", "| |").replace("|  |", "| |"))
     return "\n".join(rows)
 
@@ -82,16 +93,8 @@ def render() -> str:
             options = own_options(page) if title != "serve" else ""
             if options:
                 text += f"\n## octavo {title}\n\n{_sentence(page.description)}.\n\n{options}\n"
-    text += (
-        "\n## Engine options\n\nOf `serve`, `chat MODEL`, `plan` and the offline benchmarks; also"
-    )
-    text += " the fields of `LLM(...)`.\n`--enable-prefix-caching` and `--no-enable-prefix-caching`"
-    text += " are `--prefix-caching on` and `off`;\n`--kv-cache-memory` is"
-    text += " `--kv-cache-memory-bytes`. A SIZE is like 4096, 512MiB or 4GiB.\n\n"
-    return (
-        text
-        + f"{table(EngineConfig)}\n\n## Server options\n\nOf `serve`.\n\n{table(ServerConfig)}\n"
-    )
+    text += ENGINE_HEAD + table(EngineConfig)
+    return f"{text}\n\n## Server options\n\nOf `serve`.\n\n{table(ServerConfig)}\n"
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def leaves(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
 
 def test_every_option_is_in_cli_md_and_says_there_whether_it_takes_a_value():
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(--[\w-]+)[^`]*` \|([^|]*)\|", text, re.MULTILINE)
+    rows = re.findall(r"^\| `(--[\w-]+)[^|]* \|([^|]*)\|", text, re.MULTILINE)
     for parser in leaves(build_parser()):
         for action in parser._actions:
             if not action.option_strings or action.help == argparse.SUPPRESS:
