@@ -282,7 +282,7 @@ def small_kv_bytes(config: EngineConfig) -> int:
     spec, _ = read_spec(files.config)
     name = "float32" if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     token_bytes = sum(kv.token_bytes for kv in spec.kv_specs(kv_format(name)))
-    length = config.max_model_len or spec.max_position_embeddings
+    length = config.max_model_len or spec.default_len
     return (KV_SEQUENCES * length + 2 * config.block_size) * token_bytes
 
 

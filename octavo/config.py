@@ -57,6 +57,9 @@ class EngineConfig:
     max_model_len: int | None = option(
         None, "context length, like 4096 or 4K; fitted to the memory if auto", unit="tokens"
     )
+    allow_longer_than_trained: bool = option(
+        False, "let max_model_len exceed what the model was trained for"
+    )
     max_num_seqs: int = option(256, "sequences that run at once")
     max_num_batched_tokens: int | None = option(
         None,

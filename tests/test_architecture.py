@@ -42,6 +42,7 @@ TORCH_FREE = (
     "engine/output_processor.py",
     "engine/token_guard.py",
     "engine/tokenizer.py",
+    "kernels/limits.py",
     "layers/rope_spec.py",
     "models/config_classes.py",
     "models/family.py",

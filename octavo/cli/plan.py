@@ -24,6 +24,7 @@ from octavo.errors import CapacityError
 if TYPE_CHECKING:
     from octavo.kv_cache.planner import MemoryPlan
     from octavo.models.spec import ModelSpec
+    from octavo.weights.gguf_file import GGUFFile
     from octavo.weights.hub import ModelFiles
 
 HELP = "show weights, KV cache and what fits, from the config alone"
@@ -124,13 +125,14 @@ class _Planner:
         self._hf_config = hf_config
         self._device = device
         self._memory = memory
+        self._file = _read_gguf(path) if path.suffix == ".gguf" else None
 
     def parts(self, config: EngineConfig) -> dict[str, int]:
         """Returns the bytes of the weights by part of the model."""
         from octavo.engine.memory import weights_dtype
 
-        if config.dtype == "auto" and self._path.suffix == ".gguf":
-            return gguf_parts(self._path)
+        if config.dtype == "auto" and self._file is not None:
+            return gguf_parts(self._file)
         return spec_parts(
             self._spec, 4 if weights_dtype(config, self._hf_config) == "float32" else 2
         )
@@ -138,6 +140,7 @@ class _Planner:
     def plan(self, config: EngineConfig) -> MemoryPlan:
         from octavo.engine.memory import plan_model, weights_dtype
 
+        self._check_formats(config)
         return plan_model(
             self._spec,
             weights_bytes=sum(self.parts(config).values()),
@@ -146,6 +149,17 @@ class _Planner:
             device=self._device,
             memory=self._memory,
         )
+
+    def _check_formats(self, config: EngineConfig) -> None:
+        """Refuses what the loader would: weights that stay in a file's blocks, where they have to
+        be copied. Raises UnsupportedModelError."""
+        from octavo.kernels.limits import check_copied_format
+
+        is_copied = self._device == "cuda" or config.tensor_parallel_size > 1
+        if self._file is not None and config.dtype == "auto" and is_copied:
+            for name, tensor in self._file.tensors.items():
+                if len(tensor.shape) > 1:
+                    check_copied_format(name, tensor.format, self._device)
 
     def changes(self, config: EngineConfig, plan: MemoryPlan) -> dict[str, MemoryPlan | str]:
         """Returns for each option that changes the plan the other plan, or why there is none."""
@@ -190,12 +204,16 @@ def spec_parts(spec: ModelSpec, element_bytes: int) -> dict[str, int]:
     return parts
 
 
-def gguf_parts(path: Path) -> dict[str, int]:
-    """Returns the bytes of every part as a GGUF file stores it, from its header."""
+def _read_gguf(path: Path) -> GGUFFile:
     from octavo.weights.gguf_file import read_gguf
 
+    return read_gguf(path)
+
+
+def gguf_parts(file: GGUFFile) -> dict[str, int]:
+    """Returns the bytes of every part as a GGUF file stores it, from its header."""
     parts = dict.fromkeys(PART_NAMES, 0)
-    for name, tensor in read_gguf(path).tensors.items():
+    for name, tensor in file.tensors.items():
         part = next((part for pattern, part in _GGUF_PARTS if re.match(pattern, name)), "rest")
         *rows, cols = tensor.shape
         parts[part] += math.prod(rows) * tensor.format.row_bytes(cols)

@@ -70,6 +70,11 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
             names = jinja2.meta.find_undeclared_variables(environment.parse(source))
+        except RecursionError as error:
+            raise ChatTemplateError(
+                "the chat template is nested too deeply; give another one with chat_template",
+                param="chat_template",
+            ) from error
         except jinja2.TemplateSyntaxError as error:
             raise ChatTemplateError(
                 f"the chat template is malformed at line {error.lineno}: {error.message}; give "

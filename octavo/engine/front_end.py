@@ -11,9 +11,10 @@ from typing import Any
 
 from octavo.config import EngineConfig
 from octavo.engine.input_processor import InputProcessor
+from octavo.engine.memory import check_context
 from octavo.engine.output_processor import OutputProcessor
 from octavo.engine.tokenizer import Tokenizer, eos_token_ids, load_tokenizer
-from octavo.errors import RequestError
+from octavo.errors import ChatTemplateError, ConfigError, ModelError, RequestError
 from octavo.models.registry import read_spec
 from octavo.weights.hub import ModelFiles, resolve_model
 
@@ -34,7 +35,10 @@ class FrontEnd:
             seed=config.seed,
         )
         self.spec, _ = read_spec(self.files.config)
+        check_context(self.config, self.spec)
         self._tokenizer = _load_tokenizer(config, self.files)
+        if self._tokenizer is not None:
+            _check_special_ids(self._tokenizer, self.spec.vocab_size)
         self.default_sampling_params: Mapping[str, Any] = {
             name: self.files.generation_config[name]
             for name in _SAMPLING_DEFAULTS
@@ -71,13 +75,51 @@ class FrontEnd:
         )
 
 
+def _check_special_ids(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises ModelError if the tokenizer's own ends are ids that the model does not have."""
+    ids = {"bos_token": tokenizer.bos_token_id, "eos_token": tokenizer.eos_token_id}
+    for role, token_id in ids.items():
+        if token_id is not None and token_id >= vocab_size:
+            raise ModelError(
+                f"the tokenizer's {role} {tokenizer.special_tokens[role]!r} has the id {token_id}, "
+                f"and the model's vocabulary has {vocab_size} tokens: the two do not belong "
+                "together; give the model's own with --tokenizer"
+            )
+
+
 def _load_tokenizer(config: EngineConfig, files: ModelFiles) -> Tokenizer | None:
     if config.skip_tokenizer_init:
         return None
     tokenizer = load_tokenizer(config.tokenizer or files.path)
     if config.chat_template is None:
         return tokenizer
-    path = Path(config.chat_template)
-    is_file = "{" not in config.chat_template and path.is_file()
-    source = path.read_text(encoding="utf-8") if is_file else config.chat_template
-    return tokenizer.with_chat_template(source)
+    return _with_given_template(tokenizer, config.chat_template)
+
+
+def _with_given_template(tokenizer: Tokenizer, given: str) -> Tokenizer:
+    """Returns the tokenizer with the operator's template, a file or text. Raises ConfigError on
+    what would otherwise become the prompt, or the refusal, of every chat."""
+    # Text of a template has a brace, and names of files hardly ever do.
+    is_text = "{" in given and not (
+        "\n" not in given and len(given) < 256 and Path(given).is_file()
+    )
+    where = "chat_template" if is_text else f"chat_template {given!r}"
+    try:
+        source = given if is_text else Path(given).expanduser().read_text(encoding="utf-8")
+        if "{" not in source:
+            raise ConfigError(
+                f"{where} has no {{{{ ... }}}} or {{% ... %}}, so it would be the prompt of every "
+                "chat; give a Jinja template",
+                field="chat_template",
+            )
+        found = tokenizer.with_chat_template(source)
+        found.chat_renderer  # noqa: B018 - compiled now, so that a mistake shows now
+    except ChatTemplateError as error:
+        raise ConfigError(f"{where}: {error}", field="chat_template") from error
+    except (OSError, ValueError) as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
+        raise ConfigError(
+            f"{where} cannot be read: {reason}; give a file in UTF-8, or a template's text",
+            field="chat_template",
+        ) from error
+    return found

@@ -11,8 +11,9 @@ from typing import Any
 
 from octavo.config import EngineConfig
 from octavo.device import Device, DeviceMemory
-from octavo.errors import CapacityError
+from octavo.errors import CapacityError, ConfigError
 from octavo.formats import KVFormat, kv_format
+from octavo.kernels.limits import check_backend
 from octavo.kv_cache.planner import (
     ActivationShape,
     MemoryPlan,
@@ -52,6 +53,22 @@ def resolve_kv_format(config: EngineConfig, device: str, dtype: str) -> KVFormat
     return kv_format(dtype if device == "cuda" else "float32")
 
 
+def check_context(config: EngineConfig, spec: ModelSpec) -> None:
+    """Raises ConfigError if the context asked for is longer than the model can read."""
+    wanted, trained = config.max_model_len, spec.trained_len
+    if wanted is None or wanted <= trained or config.allow_longer_than_trained:
+        return
+    stretched = f", which {spec.rope.type} RoPE stretches to {trained}"
+    raise ConfigError(
+        f"max_model_len {wanted} is more than the {trained} tokens that the model was trained for "
+        f"(max_position_embeddings {spec.max_position_embeddings}"
+        f"{stretched if trained > spec.max_position_embeddings else ''}): beyond them its answers "
+        f"are wrong; use at most {trained}, or allow_longer_than_trained "
+        "(--allow-longer-than-trained) if you know better",
+        field="max_model_len",
+    )
+
+
 def plan_model(
     spec: ModelSpec,
     *,
@@ -66,8 +83,12 @@ def plan_model(
 
     `weights_bytes` are those of the whole model, and `dtype` is that of the weights
     (`weights_dtype`); `activation_bytes` replaces the bound by what was measured. Raises
-    CapacityError saying what would fit, and ConfigError if the ranks cannot share the model.
+    CapacityError saying what would fit, and ConfigError if the ranks cannot share the model, its
+    context is too long or the device cannot compute it.
     """
+    check_context(config, spec)
+    head_sizes = frozenset(layer.attention.head_size for layer in spec.layers)
+    check_backend(config.resolved_attention_backend(), device, head_sizes)
     num_ranks = config.tensor_parallel_size
     if num_ranks > 1:
         whole, spec = spec, spec.of_rank(num_ranks)
@@ -89,7 +110,7 @@ def plan_model(
         weights_bytes=weights_bytes,
         activation_bytes=step_bytes if activation_bytes is None else lambda _: activation_bytes,
         config=config,
-        max_position_embeddings=spec.max_position_embeddings,
+        max_position_embeddings=spec.default_len,
         budget=budget,
     )
 
@@ -125,7 +146,7 @@ def _gpu_step(
     input are there all the time, and what a phase leaves is the next one's room.
     `kv_tokens` is at least what one KV group can hold.
     """
-    longest = min(config.max_model_len or spec.max_position_embeddings, kv_tokens)
+    longest = min(config.max_model_len or spec.default_len, kv_tokens)
     tables = 4 * longest * spec.rope.rotary_dim
 
     def step_bytes(num_tokens: int) -> int:

@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 
 from octavo.errors import ConfigError
+from octavo.kernels.limits import TRITON_HEAD_SIZE
 from octavo.kernels.ops import Ops
-
-TRITON_HEAD_SIZE = 256
 
 
 class UnfitError(Exception):

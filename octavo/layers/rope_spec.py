@@ -29,3 +29,13 @@ class RopeSpec:
     beta_slow: float = 1.0
     truncate: bool = True
     """yarn: round the bounds of the ramp to whole dimensions."""
+
+    def stretched_len(self, max_position_embeddings: int) -> int:
+        """Returns the longest text that the embedding is made for: `max_position_embeddings`, or
+        what the factor stretches it to. llama3 counts its factor in already."""
+        if self.type in ("linear", "dynamic"):
+            return int(max_position_embeddings * max(self.factor, 1.0))
+        if self.type == "yarn":
+            stretched = int(self.original_max_position_embeddings * self.factor)
+            return max(max_position_embeddings, stretched)
+        return max_position_embeddings

@@ -139,6 +139,17 @@ class ModelSpec:
     lm_head_rows: int | None = None
     """Where ranks share the head: each one's rows. None: all have all."""
 
+    @property
+    def trained_len(self) -> int:
+        """Tokens of the longest text that the model was trained for, or its RoPE stretched to."""
+        return self.rope.stretched_len(self.max_position_embeddings)
+
+    @property
+    def default_len(self) -> int:
+        """Context length where none is asked for. What linear and dynamic RoPE add on top has to be
+        asked for: dynamic changes what short texts give, linear is often counted in already."""
+        return self.trained_len if self.rope.type == "yarn" else self.max_position_embeddings
+
     def of_rank(self, size: int) -> ModelSpec:
         """Returns what each of `size` tensor parallel ranks holds and computes: its heads, its part
         of every MLP, and of the vocabulary's logits if they can be shared. Embeddings, routers and

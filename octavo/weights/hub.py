@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError
 
 from octavo.errors import ModelNotFoundError, UnsupportedModelError
 from octavo.weights.checkpoint import read_json, weight_files
@@ -30,9 +29,6 @@ _WEIGHTS = "*.safetensors"
 _DUPLICATES = ("consolidated*", "*/*")
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*(/[\w-][\w.-]*)?)")
 _HUB_FILE = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)/(?P<file>.+\.gguf)")
-_HUB_ERRORS: tuple[type[BaseException], ...] = (OSError, ValueError, *HfHubHTTPError.__bases__)
-"""The hub's errors, and those of its HTTP library, which has changed twice: HfHubHTTPError derives
-from the base class of the one that is used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +150,14 @@ def _digest(parts: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def _hub_errors() -> tuple[type[BaseException], ...]:
+    """Returns the hub's errors, and those of its HTTP library, which has changed twice:
+    HfHubHTTPError derives from the base class of the one that is used."""
+    from huggingface_hub.errors import HfHubHTTPError  # brings that library along
+
+    return (OSError, ValueError, *HfHubHTTPError.__bases__)
+
+
 def _download(model: str, revision: str | None, cache: str | None, load_format: str) -> Path:
     """Returns the folder, or the GGUF file, of a Hugging Face id after fetching what is missing."""
     one_file = _HUB_FILE.fullmatch(model)
@@ -178,7 +182,7 @@ def _download(model: str, revision: str | None, cache: str | None, load_format: 
                 raise FileNotFoundError(f"{repo} has no file {one_file and one_file['file']}")
             return found
         names = huggingface_hub.HfApi().list_repo_files(repo, revision=revision)
-    except _HUB_ERRORS as error:
+    except _hub_errors() as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelNotFoundError(
             f"model {model!r} was not found: there is no such folder or file here, the demo models "

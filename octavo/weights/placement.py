@@ -15,6 +15,7 @@ from torch import Tensor
 
 from octavo.errors import UnsupportedModelError
 from octavo.formats import WeightFormat
+from octavo.kernels.limits import check_copied_format
 from octavo.kernels.ops import Weight
 from octavo.weights.source import NUMBER_DTYPES, Staging, TensorSource
 from octavo.weights.split import Split
@@ -144,11 +145,7 @@ class DevicePlacement:
                     f"{first} is in {found.name} but {name} in {self._source.format(name).name}, "
                     f"and {self.device} multiplies both at once; choose one with --dtype bfloat16"
                 )
-        if found.is_block:
-            raise UnsupportedModelError(
-                f"{first} is in the block format {found.name}, which {self.device} cannot multiply "
-                "by yet; convert with --dtype bfloat16, or run it with --device cpu"
-            )
+        check_copied_format(first, found, str(self.device))
         return found
 
     def _range(self, name: str, axis: Literal["rows", "cols"], split: Split | None) -> range:

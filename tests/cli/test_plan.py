@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 
 from octavo.cli import main
@@ -86,3 +89,43 @@ def test_a_card_that_is_not_here_can_be_planned_for(
     host = plan([tiny_model, "--device", "cpu", "--memory", "80GiB"], capsys)
     assert host["max_num_batched_tokens"] == 512
     assert host["graph_bytes"] == host["other_bytes"] == 0
+
+
+def test_a_plan_refuses_what_the_loader_refuses(
+    tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    quantised = str(write_quantised_gguf(tmp_path / "m.gguf"))
+    on_card = ["--device", "cuda", "--gpu-memory", "24GiB"]
+    for argv, words in (
+        ([tiny_model, "--max-model-len", "513"], "more than the 512 tokens"),
+        ([quantised, *on_card], "is in the block format q8_0, which cuda cannot multiply"),
+        ([quantised, "--device", "cpu", "--tensor-parallel-size", "2"], "block format q8_0"),
+        ([tiny_model, *on_card, "--attention-backend", "native"], "computes on the CPU"),
+    ):
+        assert main(["plan", *argv]) != 0
+        assert words in capsys.readouterr().err
+    for argv in (
+        [tiny_model, "--max-model-len", "513", "--allow-longer-than-trained"],
+        [quantised, *on_card, "--dtype", "bfloat16"],
+        [quantised, "--device", "cpu"],
+    ):
+        assert plan(argv, capsys)["num_blocks"] > 0
+
+
+def write_quantised_gguf(path: Path) -> Path:
+    """Writes a header that says Llama, and matrices of zeros in Q8_0."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    blocks = np.zeros((64, 34), np.uint8)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    writer.add_tensor("token_embd.weight", blocks, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -23,6 +23,7 @@ from octavo.step import StepResult
 from tests.models.tiny import TinyModel, save_tiny
 
 VOCAB = 211
+LONG = {"max_model_len": 4096, "allow_longer_than_trained": True}
 HAS_GPU = torch.cuda.is_available()
 FAMILIES = ("llama", "mistral-window", "qwen3-mixed", "mixtral", "qwen2-moe", "qwen3-moe", "olmoe")
 
@@ -395,7 +396,8 @@ def test_every_token_of_a_moe_layer_is_counted_for_its_experts(
             ConfigError,
             "valid are auto, triton, native, refer.*, Page",
         ),
-        ({"max_model_len": 4096, "kv_cache_memory_bytes": 2**20}, CapacityError, "max_model_len"),
+        ({"max_model_len": 4096}, ConfigError, "max_model_len 4096 is more than the 256 tokens"),
+        ({**LONG, "kv_cache_memory_bytes": 2**20}, CapacityError, "max_model_len"),
         ({"gpu_memory_utilization": 0.0}, ConfigError, "gpu_memory_utilization must be above 0"),
         ({"dtype": "int3"}, ConfigError, "use auto, float32"),
     ],

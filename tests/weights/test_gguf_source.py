@@ -19,7 +19,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from octavo.errors import OctavoError, UnsupportedModelError, WeightsError
 from octavo.formats import WEIGHT_FORMATS
 from octavo.weights.cast import CastSource
-from octavo.weights.gguf_file import read_gguf
+from octavo.weights.gguf_file import TENSOR_TYPES, read_gguf
 from octavo.weights.gguf_source import open_gguf
 from tests.models.tiny import save_tiny
 from tests.weights.reading import anonymous_bytes, read
@@ -225,3 +225,8 @@ def test_random_damage_to_the_header_never_raises_anything_unexpected(
         source = open_gguf(path)
         for name in source.names():
             read(source, name)
+
+
+def test_the_numbers_of_tensor_types_are_those_of_ggml():
+    kinds = {kind.name.lower(): kind.value for kind in gguf.GGMLQuantizationType}
+    assert {name: kinds[name] for name in WEIGHT_FORMATS} == TENSOR_TYPES
