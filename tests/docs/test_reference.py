@@ -45,6 +45,18 @@ def test_every_error_code_is_in_http_md():
     assert {code for code in codes if f"`{code}`" not in HTTP} == set()
 
 
+def test_error_codes_have_in_http_md_the_status_that_the_code_gives_them():
+    raised = re.compile(r'ApiError\(\s*(\d{3}),[^()]*(?:\([^()]*\)[^()]*)*?code="(\w+)"')
+    found = {
+        pair
+        for path in ROOT.glob("octavo/server/**/*.py")
+        for pair in raised.findall(path.read_text(encoding="utf-8"))
+    }
+    assert len(found) > 10
+    for status, code in found:
+        assert re.search(rf"^\| {status} \|[^|]*`{code}`", HTTP, re.MULTILINE), (status, code)
+
+
 def test_every_option_of_the_server_is_in_operating_md():
     for field in dataclasses.fields(ServerConfig):
         assert f"--{field.name.replace('_', '-')}" in OPERATING, field.name
