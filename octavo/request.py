@@ -6,15 +6,17 @@ afterwards belongs to the scheduler's Sequence or to the detokeniser.
 
 from __future__ import annotations
 
+import difflib
 from array import array
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from octavo.errors import RequestError, shown
+from octavo.request_fields import REFUSED_PARAMS, refuse_field
 
 PrefixCaching = Literal["auto", "on", "off"]
 MAX_LOGPROBS = 100
@@ -66,11 +68,37 @@ def _is_number(value: Any, low: float, high: float) -> bool:
     return is_number and low <= value <= high
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
+class _Sifting(type):
+    """Takes from the arguments of SamplingParams(...) what asks for nothing, and refuses by name
+    and reason what is not known; a dataclass alone would raise a bare TypeError."""
+
+    if not TYPE_CHECKING:
+
+        def __call__(cls, *args: Any, **values: Any) -> Any:
+            fields = cls.__dataclass_fields__
+            if not values.keys() <= fields.keys():
+                values = {k: v for k, v in values.items() if k in fields or _is_needed(k, v)}
+            return super().__call__(*args, **values)
+
+
+def _is_needed(name: str, value: Any) -> Literal[False]:
+    """Returns False for a field of vLLM's that asks for nothing. Raises RequestError for others."""
+    if name not in REFUSED_PARAMS:
+        near = difflib.get_close_matches(name, SamplingParams.__dataclass_fields__, 1, 0.75)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        message = f"SamplingParams has no field {name!r}{hint}"
+        raise RequestError(message, param=name, code="unknown_field")
+    refuse_field(name, value, REFUSED_PARAMS)
+    return False
+
+
+@dataclass(slots=True, kw_only=True)
+class SamplingParams(metaclass=_Sifting):
     """How tokens are drawn and when a sequence ends. Names and defaults are vLLM's.
 
-    Raises RequestError (naming the field, the value and the limit) on values that make no sense.
+    Fields may be changed; whoever uses the parameters takes a `clone` of them, which checks them
+    again. Raises RequestError (naming the field, the value and the limit) on values that make no
+    sense.
     """
 
     n: int = 1
@@ -116,20 +144,18 @@ class SamplingParams:
         """Lists and single strings are welcome at the face; inside, everything is a tuple."""
         stop: object = self.stop
         if stop is None:
-            object.__setattr__(self, "stop", ())
+            self.stop = ()
         elif isinstance(stop, str):
-            object.__setattr__(self, "stop", (stop,))
+            self.stop = (stop,)
         for name in ("stop", "stop_token_ids", "allowed_token_ids", "bad_words"):
             value = getattr(self, name)
             if value is None and name != "allowed_token_ids":
-                object.__setattr__(self, name, ())
+                setattr(self, name, ())
             elif isinstance(value, Sequence) and not isinstance(value, (str, tuple)):
-                object.__setattr__(self, name, tuple(value))
-        object.__setattr__(
-            self, "bad_words_token_ids", tuple(tuple(ids) for ids in self.bad_words_token_ids)
-        )
+                setattr(self, name, tuple(value))
+        self.bad_words_token_ids = tuple(tuple(ids) for ids in self.bad_words_token_ids)
         if self.top_k == -1:
-            object.__setattr__(self, "top_k", 0)
+            self.top_k = 0
 
     def _check(self, name: str, is_valid: bool, limit: str) -> None:
         if not is_valid:
@@ -192,6 +218,10 @@ class SamplingParams:
         self._check("logit_bias", is_valid, limit)
         is_valid = self.prefix_caching in (None, "auto", "on", "off")
         self._check("prefix_caching", is_valid, "one of auto, on, off")
+
+    def clone(self) -> SamplingParams:
+        """Returns a copy, checked as a new one is."""
+        return replace(self)
 
     @property
     def is_greedy(self) -> bool:

@@ -14,7 +14,7 @@ from octavo.engine.chat_template import ChatOptions, ChatRenderer, RenderedChat
 from octavo.engine.messages import ROLES, read_messages
 from octavo.errors import RequestError
 from octavo.request import SamplingParams
-from octavo.server.protocol.known_fields import IGNORED, REFUSED
+from octavo.request_fields import IGNORED, REFUSED
 from octavo.server.protocol.sampling import SamplingFields
 from octavo.server.protocol.strict import RequestModel, integer
 

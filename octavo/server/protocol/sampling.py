@@ -21,7 +21,7 @@ from octavo.request import (
     PrefixCaching,
     SamplingParams,
 )
-from octavo.server.protocol.known_fields import IGNORED, REFUSED
+from octavo.request_fields import IGNORED, REFUSED
 from octavo.server.protocol.strict import (
     Priority,
     RequestModel,

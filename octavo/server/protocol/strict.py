@@ -16,6 +16,7 @@ from pydantic_core import CoreSchema
 
 from octavo.errors import RequestError, shown
 from octavo.request import MAX_INT, MAX_LISTED, MAX_TEXTS
+from octavo.request_fields import Refused, refuse_field
 
 Priority = Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
@@ -39,9 +40,6 @@ def packed_ids(ids: object, where: str, param: str) -> PackedIds:
         message = f"{where} has token id {shown(wrong)}; no vocabulary has such an id"
         raise RequestError(message, param=param) from None
 
-
-Refused = Mapping[str, tuple[str, tuple[Any, ...]]]
-"""By field: what to do instead, and the values that ask for nothing."""
 
 _LONGEST_NAME = 64
 """Of a field that is compared with the known ones; comparing takes the square of the length."""
@@ -98,19 +96,10 @@ class StrictModel(BaseModel):
                 if value is not None:
                     kept[name] = value
             elif name in cls.refused_fields:
-                cls._refuse(name, value)
+                refuse_field(name, value, cls.refused_fields, cls.place)
             elif name not in cls.ignored_fields:
                 raise cls._unknown_field(name)
         return kept
-
-    @classmethod
-    def _refuse(cls, name: str, value: object) -> None:
-        reason, neutral = cls.refused_fields[name]
-        # With their types: True equals 1.
-        asks_nothing = any(type(value) is type(one) and value == one for one in neutral)
-        if value is not None and not asks_nothing:
-            message = f"{cls.place}{name} is not supported: {reason}"
-            raise RequestError(message, param=f"{cls.place}{name}", code="unsupported_field")
 
     @classmethod
     def _unknown_field(cls, name: str) -> RequestError:

@@ -1,11 +1,18 @@
-"""Fields that clients of other servers send: what is ignored here on purpose, what is refused.
+"""Fields of requests that others know: what is ignored here on purpose, what is refused and why.
 
-Read by the models of bodies, so that no field is dropped in silence. Owns no code.
+Read by the server's models of bodies and by SamplingParams, so that both refuse the same in the
+same words and drop nothing in silence.
 """
 
 from __future__ import annotations
 
-from octavo.server.protocol.strict import Refused
+from collections.abc import Mapping
+from typing import Any
+
+from octavo.errors import RequestError
+
+Refused = Mapping[str, tuple[str, tuple[Any, ...]]]
+"""By field: what to do instead, and the values that ask for nothing."""
 
 IGNORED = frozenset(
     {
@@ -77,3 +84,24 @@ REFUSED: Refused = {
     "num_ctx": ("the operator sets the context length", ()),
 }
 """Known elsewhere, not here: what to do instead, and the values that ask for nothing."""
+
+REFUSED_PARAMS: Refused = {
+    **REFUSED,
+    "guided_decoding": (_NO_SCHEMA, ()),
+    "truncate_prompt_tokens": ("cut the prompt's ids yourself", ()),
+    "output_kind": ("an output is cumulative, and has what a step added as `deltas`", ()),
+    "extra_args": (_NO_PLUGINS, ({},)),
+    "flat_logprobs": ("log-probabilities come as one dict a position", (False,)),
+    "skip_clone": ("parameters are always copied when they are used", (False,)),
+}
+"""The same for SamplingParams, with what only Python knows."""
+
+
+def refuse_field(name: str, value: object, refused: Refused, place: str = "") -> None:
+    """Raises RequestError for a field of `refused`, unless its value asks for nothing."""
+    reason, neutral = refused[name]
+    # With their types: True equals 1.
+    asks_nothing = any(type(value) is type(one) and value == one for one in neutral)
+    if value is not None and not asks_nothing:
+        message = f"{place}{name} is not supported: {reason}"
+        raise RequestError(message, param=f"{place}{name}", code="unsupported_field")
