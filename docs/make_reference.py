@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi.routing import APIRoute
+from octavo.server.protocol.known_fields import IGNORED, REFUSED
 
 from docs.blocks import filled, table
 from octavo.engine.mailbox import MAX_WAITING_TOKENS
@@ -28,13 +29,13 @@ from octavo.request import (
     MAX_TEXTS_CHARS,
     SamplingParams,
 )
+from octavo.request_fields import IGNORED, REFUSED
 from octavo.server import routes
 from octavo.server.http_protocol import MAX_PIPELINED, ConnectionLimits
 from octavo.server.limits import MAX_DEFAULT_BODY_BYTES, TOTAL_BODIES, default_body_bytes
 from octavo.server.protocol.chat import ChatRequest
 from octavo.server.protocol.completions import MAX_PROMPTS, CompletionRequest
 from octavo.server.protocol.decoding import MAX_DEPTH
-from octavo.server.protocol.known_fields import IGNORED, REFUSED
 from octavo.server.protocol.sampling import StreamOptions
 from octavo.server.protocol.strict import StrictModel
 from octavo.server.protocol.tokens import (

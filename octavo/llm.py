@@ -7,7 +7,7 @@ import.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -19,6 +19,7 @@ from octavo.engine.core import EngineCore
 from octavo.engine.front_end import FrontEnd
 from octavo.engine.load import load_core
 from octavo.engine.messages import read_messages
+from octavo.engine.prompts import Prompt, read_prompts
 from octavo.engine.tokenizer import Tokenizer
 from octavo.errors import OctavoError, OverloadedError, RequestError
 from octavo.kv_cache.planner import MemoryPlan
@@ -26,10 +27,21 @@ from octavo.models.spec import ModelSpec
 from octavo.observe.stats import EngineStats
 from octavo.outputs import OutputDelta, RequestOutput, with_texts
 from octavo.request import Request, SamplingParams
+from octavo.request_fields import REFUSED, Refused, refuse_field
 from octavo.vllm_options import log_verdicts, read_options
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, or {"prompt": text} or {"prompt_token_ids": ids} as in vLLM."""
+_REFUSED: Refused = {
+    **dict.fromkeys(
+        ("lora_request", "prompt_adapter_request"), ("LoRA adapters are not built yet", ())
+    ),
+    "tools": REFUSED["tools"],
+    "mm_processor_kwargs": REFUSED["mm_processor_kwargs"],
+    "guided_options_request": REFUSED["structured_outputs"],
+    "tokenization_kwargs": ("give token ids", ({},)),
+    "prompt_token_ids": ("give the ids as prompts", ()),
+    "chat_template_content_format": ("templates get the text of a message", ("auto", "string")),
+}
+"""Arguments of vLLM's methods that are known, not supported."""
 
 
 class LLM:
@@ -82,20 +94,22 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
         priority: Sequence[int] | None = None,
         cache_salt: str = "",
+        **unsupported: Any,
     ) -> list[RequestOutput]:
         """Returns one output per prompt, in order; all run together, those that may take longest
         first.
 
-        `use_tqdm` shows progress on a terminal. Raises RequestError naming what is wrong, before
-        anything runs.
+        `use_tqdm` shows progress on a terminal; of vLLM's other arguments those are taken that ask
+        for nothing. Raises RequestError naming what is wrong, before anything runs.
         """
-        items = _as_list(prompts)
+        _check_arguments("generate", unsupported)
+        items = read_prompts(prompts)
         params = self._params_for(items, sampling_params)
         priorities = [0] * len(items) if priority is None else list(priority)
         if len(priorities) != len(items):
@@ -105,13 +119,13 @@ class LLM:
             )
         requests = []
         for item, param, order in zip(items, params, priorities, strict=True):
-            prompt = _text_or_ids(item)
+            prompt = item.content
             request = self._input.process(
                 f"llm-{self._num_requests}",
                 prompt,
                 param,
                 priority=order,
-                cache_salt=cache_salt,
+                cache_salt=cache_salt if item.cache_salt is None else item.cache_salt,
                 arrival_time=time.monotonic(),
             )
             self._num_requests += 1
@@ -124,31 +138,62 @@ class LLM:
 
     def chat(
         self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        messages: Iterable[Message] | Iterable[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
         use_tqdm: bool = True,
-        options: ChatOptions | None = None,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        priority: Sequence[int] | None = None,
+        cache_salt: str = "",
+        **unsupported: Any,
     ) -> list[RequestOutput]:
-        """As `generate`, for one conversation or several, through the model's chat template."""
-        chats = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        encode = self.tokenizer.encode_chat
-        prompts = [encode(read_messages(chat), options).token_ids for chat in chats]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        """As `generate`, for one conversation or several, through the model's chat template.
+
+        Messages are those that the server takes. `chat_template` is the text of another template,
+        `chat_template_kwargs` are its variables. Raises RequestError.
+        """
+        _check_arguments("chat", unsupported)
+        options = ChatOptions(
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            documents=documents,
+            template_kwargs=chat_template_kwargs or {},
+        )
+        tokenizer = self.tokenizer
+        if chat_template is not None:
+            tokenizer = tokenizer.with_chat_template(chat_template)
+        chats = _conversations(messages)
+        read = [read_messages(chat, place) for place, chat in chats]
+        prompts = [tokenizer.encode_chat(chat, options).token_ids for chat in read]
+        return self.generate(
+            prompts, sampling_params, use_tqdm=use_tqdm, priority=priority, cache_salt=cache_salt
+        )
 
     def _params_for(
-        self, items: Sequence[Prompt], given: SamplingParams | Sequence[SamplingParams] | None
+        self, items: Sequence[object], given: SamplingParams | Iterable[SamplingParams] | None
     ) -> list[SamplingParams]:
+        """Returns checked copies, one for each prompt: the user may change his later."""
         if given is None:
             given = self.get_default_sampling_params()
         if isinstance(given, SamplingParams):
-            return [given] * len(items)
-        if len(given) != len(items):
+            return [given.clone()] * len(items)
+        each = list(given) if isinstance(given, Iterable) else [given]
+        for one in each:
+            if not isinstance(one, SamplingParams):
+                raise RequestError(
+                    f"sampling_params must be SamplingParams, got {type(one).__name__}",
+                    param="sampling_params",
+                )
+        if len(each) != len(items):
             raise RequestError(
-                f"{len(items)} prompts and {len(given)} sampling_params; give one, or one each",
+                f"{len(items)} prompts and {len(each)} sampling_params; give one, or one each",
                 param="sampling_params",
             )
-        return list(given)
+        return [one.clone() for one in each]
 
     def _run(
         self, requests: Sequence[Request], collectors: Sequence[_Collector], use_tqdm: bool
@@ -224,23 +269,19 @@ def _turn(request: Request) -> tuple[int, int]:
     return request.priority, -(request.params.max_tokens or 0)
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Returns the prompts one by one; a flat list of ids is one prompt."""
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    token_ids = [item for item in prompts if isinstance(item, int)]
-    if token_ids and len(token_ids) == len(prompts):
-        return [token_ids]
-    return [item for item in prompts if not isinstance(item, int)]
+def _check_arguments(method: str, given: Mapping[str, Any]) -> None:
+    """Raises RequestError for arguments that are not supported or not known."""
+    for name, value in given.items():
+        if name not in _REFUSED:
+            raise RequestError(f"LLM.{method} has no argument {name!r}", param=name)
+        refuse_field(name, value, _REFUSED)
 
 
-def _text_or_ids(prompt: Prompt) -> str | Sequence[int]:
-    if not isinstance(prompt, Mapping):
-        return prompt
-    for name in ("prompt_token_ids", "prompt"):
-        if name in prompt:
-            return prompt[name]
-    raise RequestError(
-        f"a prompt must have prompt or prompt_token_ids, got {', '.join(prompt) or 'nothing'}",
-        param="prompt",
-    )
+def _conversations(messages: Any) -> list[tuple[str, Any]]:
+    """Returns each conversation and where it stands in what was given."""
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Iterable):
+        return [("messages", messages)]
+    listed = list(messages)
+    if not listed or isinstance(listed[0], Mapping):
+        return [("messages", listed)]
+    return [(f"messages[{place}]", chat) for place, chat in enumerate(listed)]

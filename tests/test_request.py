@@ -77,3 +77,57 @@ def test_a_priority_out_of_range_is_refused(priority: Any):
             priority=priority,
         )
     assert caught.value.param == "priority"
+
+
+# -- as vLLM's users write them ------------------------------------------------------------------
+
+
+def test_parameters_can_be_changed_and_copies_are_apart():
+    params = SamplingParams(max_tokens=7)
+    copy = params.clone()
+    params.max_tokens, params.stop = 5, ("x",)
+    assert (params.max_tokens, copy.max_tokens, copy.stop) == (5, 7, ())
+
+
+def test_a_changed_parameter_is_read_and_checked_when_it_is_used():
+    params = SamplingParams()
+    changed: Any = "end"
+    params.stop, params.top_k = changed, -1
+    assert (params.clone().stop, params.clone().top_k) == (("end",), 0)
+    params.temperature = -1.0
+    with pytest.raises(RequestError, match="temperature must be a number in 0..100, got -1.0"):
+        params.clone()
+    with pytest.raises(AttributeError):
+        params.max_tokns = 5  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("best_of", 1),
+        ("structured_outputs", None),
+        ("use_beam_search", False),
+        ("spaces_between_special_tokens", True),
+        ("truncate_prompt_tokens", None),
+        ("extra_args", {}),
+    ],
+)
+def test_fields_of_vllms_that_ask_for_nothing_are_taken(name: str, value: Any):
+    assert SamplingParams(**{name: value}) == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("best_of", 2, "best_of is not supported: ask for n samples and choose"),
+        ("structured_outputs", {"json": {}}, "structured output is planned"),
+        ("output_kind", 2, "output_kind is not supported"),
+        ("truncate_prompt_tokens", 5, "cut the prompt's ids yourself"),
+        ("temprature", 1, "no field 'temprature'; did you mean temperature?"),
+        ("mood", 1, "no field 'mood'$"),
+    ],
+)
+def test_others_are_refused_by_name_and_reason(name: str, value: Any, words: str):
+    with pytest.raises(RequestError, match=words) as refused:
+        SamplingParams(**{name: value})
+    assert refused.value.param == name

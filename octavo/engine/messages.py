@@ -28,12 +28,12 @@ _LONGEST_NAME = 64
 _TEXT_PARTS = {"text", "input_text", "output_text"}
 
 
-def read_messages(messages: object) -> list[dict[str, str]]:
+def read_messages(messages: object, where: str = "messages") -> list[dict[str, str]]:
     """Returns the messages as text. Raises RequestError naming the message and the field."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
-        reason = f"messages must be a list of messages, got {type(messages).__name__}"
-        raise RequestError(reason, param="messages")
-    return [_as_text(message, f"messages[{i}]") for i, message in enumerate(messages)]
+        reason = f"{where} must be a list of messages, got {type(messages).__name__}"
+        raise RequestError(reason, param=where)
+    return [_as_text(message, f"{where}[{i}]") for i, message in enumerate(messages)]
 
 
 def is_unicode(text: str) -> bool:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import tokenizers
 from tokenizers import decoders
@@ -43,6 +43,12 @@ _BYTE_OF = {char: byte for byte, char in enumerate(byte_spelling())}
 _KEEPING_NORMALIZERS = frozenset({"Replace", "Prepend", "NFC", "Lowercase", "ByteLevel"})
 """Normalizers after which a text is about as long as before; `Replace` is used for spaces."""
 _BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+_TENSOR_OPTIONS = {
+    *("padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
+"""What transformers can make of the ids besides a list."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,27 +210,47 @@ class Tokenizer:
             self._guard = TokenGuard(self._core, self._special_strings())
         return self._guard.encode(rendered.text, lambda named: self._prefixed(rendered.show(named)))
 
+    @overload
+    def apply_chat_template(
+        self, messages: Sequence[Message], *, tokenize: Literal[True] = True, **options: Any
+    ) -> list[int]: ...
+
+    @overload
+    def apply_chat_template(
+        self, messages: Sequence[Message], *, tokenize: Literal[False], **options: Any
+    ) -> str: ...
+
     def apply_chat_template(
         self,
         messages: Sequence[Message],
         *,
+        tokenize: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template: str | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """Returns the ids of `encode_chat`, called as transformers' users know it."""
+        **more: Any,
+    ) -> list[int] | str:
+        """Returns the ids of `encode_chat`, or its text, called as transformers' users know it.
+
+        `more` are variables of the template, such as enable_thinking. Raises RequestError.
+        """
+        for name in _TENSOR_OPTIONS & more.keys():
+            if more.pop(name) not in (None, False):
+                message = f"{name} is not supported: ids come as one list"
+                raise RequestError(message, param=name)
         options = ChatOptions(
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             tools=tools,
             documents=documents,
-            template_kwargs=template_kwargs or {},
+            template_kwargs={**(template_kwargs or {}), **more},
         )
         chosen = self if chat_template is None else self.with_chat_template(chat_template)
-        return chosen.encode_chat(messages, options).token_ids
+        prompt = chosen.encode_chat(messages, options)
+        return prompt.token_ids if tokenize else prompt.text
 
     def _prefixed(self, text: str) -> str:
         """Returns `text` so that the tokenizer.json puts the dummy prefix before it: it takes a

@@ -8,11 +8,9 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 
 @dataclass
@@ -117,52 +115,3 @@ def fake_server() -> Iterator[FakeServer]:
     server.shutdown()
     server.server_close()
     thread.join()
-
-
-TINY_CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "dtype": "float32",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-    "eos_token_id": 1,
-}
-
-
-@pytest.fixture
-def tiny_config() -> dict[str, Any]:
-    return dict(TINY_CONFIG)
-
-
-@pytest.fixture
-def tiny_model(tmp_path: Path) -> str:
-    """A folder with nothing but a config: enough for plans and for dummy weights."""
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(TINY_CONFIG))
-    return str(folder)
-
-
-@pytest.fixture
-def tiny_chat_model(tiny_model: str) -> str:
-    """The same with a tokenizer, one token a byte, and a chat template."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {"<s>": 0, "</s>": 1} | {byte: 2 + i for i, byte in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    folder = Path(tiny_model)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    template = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
-    settings = {"eos_token": "</s>", "chat_template": template}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return tiny_model

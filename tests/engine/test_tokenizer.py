@@ -466,6 +466,19 @@ def test_apply_chat_template_equals_that_of_transformers(byte_folder, byte_token
         )
         found = byte_tokenizer.apply_chat_template(messages, add_generation_prompt=wants_prompt)
         assert found == wanted, f"seed 6: {text!r}"
+    as_text = {"tokenize": False, "add_generation_prompt": True}
+    wanted = theirs.apply_chat_template(chat("x"), **as_text)
+    assert byte_tokenizer.apply_chat_template(chat("x"), **as_text) == wanted
+
+
+def test_apply_chat_template_passes_variables_on_and_refuses_tensors(byte_tokenizer):
+    tokenizer = byte_tokenizer.with_chat_template("{{ messages[0].content }}/{{ enable_thinking }}")
+    text = tokenizer.apply_chat_template(
+        chat("x"), tokenize=False, enable_thinking=False, return_dict=False, return_tensors=None
+    )
+    assert text == "x/False"
+    with pytest.raises(RequestError, match="return_tensors is not supported"):
+        tokenizer.apply_chat_template(chat("x"), return_tensors="pt")
 
 
 def test_a_model_without_template_and_a_malformed_template_are_clear_errors(byte_folder):
