@@ -9,9 +9,9 @@ import httpx
 import openai
 import pytest
 
+from octavo.request_fields import REFUSED
 from octavo.server.protocol.chat import ChatRequest
 from octavo.server.protocol.completions import CompletionRequest
-from octavo.server.protocol.known_fields import REFUSED
 from octavo.server.protocol.tokens import TokenizeTextRequest
 
 USER = [{"role": "user", "content": "Hello"}]
