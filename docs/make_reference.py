@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from fastapi.routing import APIRoute
-from octavo.server.protocol.known_fields import IGNORED, REFUSED
 
 from docs.blocks import filled, table
 from octavo.engine.mailbox import MAX_WAITING_TOKENS

@@ -28,6 +28,7 @@ from octavo.errors import (
     ChatTemplateError,
     ModelError,
     ModelNotFoundError,
+    RequestError,
     UnsupportedModelError,
 )
 from octavo.weights.checkpoint import read_json, read_text
