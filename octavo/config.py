@@ -165,6 +165,9 @@ class ServerConfig:
     )
     operator_key_file: str | None = option(None, "file of operator keys, one a line")
     public_metrics: bool = option(False, "answer /metrics and /version without a key")
+    metrics_port: int | None = option(
+        None, "second port that answers /metrics, /health and /ready alone, in plain HTTP, no key"
+    )
     allow_priority: str = option(
         "0..0", "priorities that clients may ask for, like -10..10, or all; operators may always"
     )
@@ -203,6 +206,12 @@ class ServerConfig:
     def _resolved(self) -> ServerConfig:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be in 0..65535, got {self.port}", field="port")
+        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
+            message = f"metrics_port must be in 0..65535, got {self.metrics_port}"
+            raise ConfigError(message, field="metrics_port")
+        if self.metrics_port and self.metrics_port == self.port:
+            message = f"metrics_port is port, {self.port}; give the metrics another one"
+            raise ConfigError(message, field="metrics_port")
         self._check_texts()
         if self.ssl_certfile is None and (self.ssl_keyfile or self.enable_ssl_refresh):
             field = "ssl_keyfile" if self.ssl_keyfile else "enable_ssl_refresh"

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from octavo.cli.options import (
     Parser,
@@ -41,6 +41,13 @@ EXAMPLES = """examples:
   octavo serve MODEL --tensor-parallel-size 2 --max-model-len 32K --served-model-name chat"""
 LEAVE_SECONDS = 2.0
 """What the process gets to end when all has ended that anybody waits for."""
+
+
+class Sockets(NamedTuple):
+    """The ports that are taken before the model is loaded."""
+
+    api: socket.socket
+    metrics: socket.socket | None
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -72,10 +79,15 @@ def run(args: argparse.Namespace) -> int:
     import asyncio
 
     from octavo.server.http_protocol import new_event_loop
-    from octavo.server.serve import bind
+    from octavo.server.serve import bind, bind_metrics
 
-    with bind(server) as bound, asyncio.Runner(loop_factory=new_event_loop) as runner:
-        code = runner.run(_serve(server, engine, bound, signals, args.verdicts))
+    with (
+        bind(server) as bound,
+        bind_metrics(server) as metrics_bound,
+        asyncio.Runner(loop_factory=new_event_loop) as runner,
+    ):
+        sockets = Sockets(bound, metrics_bound)
+        code = runner.run(_serve(server, engine, sockets, signals, args.verdicts))
         _leave_soon(code)
     return code
 
@@ -92,7 +104,7 @@ def _leave_soon(code: int) -> None:
 async def _serve(
     server: ServerConfig,
     config: EngineConfig,
-    bound: socket.socket,
+    sockets: Sockets,
     signals: StopSignals,
     verdicts: Sequence[Verdict],
 ) -> int:
@@ -105,9 +117,9 @@ async def _serve(
     try:
         if not await _start(engine, signals):
             return signals.exit_code
-        announce(engine, server, url_of(bound, "https" if server.ssl_certfile else "http"))
+        announce(engine, server, url_of(sockets.api, "https" if server.ssl_certfile else "http"))
         try:
-            await serve(engine, server, bound, signals)
+            await serve(engine, server, sockets.api, signals, sockets.metrics)
         except EngineDeadError:
             return 1  # which the log has told
         return 0

@@ -19,6 +19,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from types import FrameType
 
 import uvicorn
@@ -32,6 +33,7 @@ from octavo.server.app import create_app
 from octavo.server.drain import Drain
 from octavo.server.engine_client import Engine
 from octavo.server.http_protocol import ConnectionLimits, protocol_factory
+from octavo.server.metrics_port import metrics_port
 from octavo.server.signals import SIGNALS, StopSignals
 from octavo.server.state import ServerState
 from octavo.server.tls import check_certificate, keep_fresh
@@ -50,10 +52,24 @@ _DEAD_SECONDS = 2.0
 def bind(config: ServerConfig) -> socket.socket:
     """Returns a bound socket. Raises ConfigError if host, port or certificate cannot be used."""
     check_certificate(config)
-    where = f"{config.host}:{config.port}"
+    return _listen(config, "port", config.port)
+
+
+def bind_metrics(config: ServerConfig) -> AbstractContextManager[socket.socket | None]:
+    """Returns a bound socket for the metrics alone, or None if they have no port of their own.
+
+    Raises ConfigError if the port cannot be used.
+    """
+    if config.metrics_port is None:
+        return contextlib.nullcontext()
+    return _listen(config, "metrics_port", config.metrics_port)
+
+
+def _listen(config: ServerConfig, field: str, port: int) -> socket.socket:
+    where = f"{config.host}:{port}"
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
-            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            config.host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except OSError as error:
         message = f"host {config.host!r} is unknown ({error.strerror}); use 127.0.0.1 or 0.0.0.0"
@@ -66,8 +82,8 @@ def bind(config: ServerConfig) -> socket.socket:
         bound.listen(2048)
     except OSError as error:
         bound.close()
-        message = f"cannot listen on {where} ({error.strerror}); choose another port, 0 for any"
-        raise ConfigError(message, field="port") from error
+        message = f"cannot listen on {where} ({error.strerror}); choose another {field}, 0 for any"
+        raise ConfigError(message, field=field) from error
     bound.setblocking(False)
     return bound
 
@@ -119,8 +135,10 @@ class Server(uvicorn.Server):
             )
         )
 
-    async def run_on(self, bound: socket.socket) -> None:
-        """Serves on `bound` until a signal or `stop`."""
+    async def run_on(
+        self, bound: socket.socket, metrics_bound: socket.socket | None = None
+    ) -> None:
+        """Serves on `bound`, and the metrics on `metrics_bound`, until a signal or `stop`."""
         self._loop = asyncio.get_running_loop()
         if self._signals is not None:
             self._signals.listen(self.stop)
@@ -132,7 +150,8 @@ class Server(uvicorn.Server):
             refresh = asyncio.create_task(keep_fresh(self.config.ssl, self._options))
         stats = asyncio.create_task(self._log_stats())
         try:
-            await self.serve(sockets=[bound])
+            async with metrics_port(self._state, metrics_bound):
+                await self.serve(sockets=[bound])
         finally:
             await self._state.parser.close()
             self._loop = None
@@ -217,8 +236,10 @@ async def serve(
     config: ServerConfig,
     bound: socket.socket,
     signals: StopSignals | None = None,
+    metrics_bound: socket.socket | None = None,
 ) -> None:
-    """Serves `engine` on the socket from `bind` until a signal; the engine stays open.
+    """Serves `engine` on the sockets from `bind` and `bind_metrics` until a signal; the engine
+    stays open.
 
     Raises EngineDeadError after the end of a server whose engine has died.
     """
@@ -226,6 +247,6 @@ async def serve(
     gc.collect()
     gc.freeze()
     server = Server(engine, config, signals=signals)
-    await server.run_on(bound)
+    await server.run_on(bound, metrics_bound)
     if server.error is not None:
         raise server.error

@@ -11,6 +11,9 @@ from collections.abc import Iterable
 _LONGEST = 128
 """Of a path that is compared with the known ones, or repeated."""
 
+_FEW = 5
+"""Routes that are named outright: those of the metrics' port."""
+
 _RESPONSES = "the Responses API is planned; use POST /v1/chat/completions"
 _MESSAGES = "Anthropic's API is planned; use POST /v1/chat/completions"
 _VECTORS = "embeddings, scores and classes are planned; only generation is served"
@@ -64,7 +67,8 @@ def explain(method: str, path: str, routes: Iterable[str]) -> tuple[str, str]:
             if route == unsupported or route.startswith(unsupported + "/"):
                 return f"{where} is not supported: {reason}", "unsupported_route"
     near = difflib.get_close_matches(path, known, n=1, cutoff=0.8) if len(path) <= _LONGEST else []
-    hint = f"did you mean {near[0]}?" if near else "GET /docs lists all"
+    listed = "GET /docs lists all" if len(known) > _FEW else f"here are {', '.join(known)}"
+    hint = f"did you mean {near[0]}?" if near else listed
     return f"there is no route for {where}; {hint}", "unknown_route"
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from octavo.async_llm import AsyncLLM
 from octavo.config import ServerConfig
-from octavo.server.serve import Server, bind, url_of
+from octavo.server.serve import Server, bind, bind_metrics, url_of
 from tests.server.fake_engine import FakeEngine
 from tests.server.tiny_engine import tiny_engine
 
@@ -33,6 +33,7 @@ class ServerThread(Generic[AnyEngine]):
         self._config = config
         self._socket = bind(config)
         self.url = url_of(self._socket)
+        self._metrics_socket = bind_metrics(config).__enter__()
         self._started: concurrent.futures.Future[Server] = concurrent.futures.Future()
         self.thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
         self.thread.start()
@@ -43,13 +44,18 @@ class ServerThread(Generic[AnyEngine]):
             await self.engine.start()
             server = Server(self.engine, self._config)
             self._started.set_result(server)
-            await server.run_on(self._socket)
+            await server.run_on(self._socket, self._metrics_socket)
         except BaseException as error:
             if self._started.done():
                 raise
             self._started.set_exception(error)
         finally:
             await self.engine.close()
+
+    @property
+    def metrics_url(self) -> str:
+        assert self._metrics_socket is not None
+        return url_of(self._metrics_socket)
 
     def end(self) -> None:
         self.server.stop()

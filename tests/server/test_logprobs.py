@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+import httpx
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -173,3 +174,40 @@ def test_prompt_tokens_are_keyed_by_their_ids(byte_tokenizer: Tokenizer) -> None
     assert found[1] is not None
     assert list(found[1]) == [str(a), str(b)]
     assert found[1][str(a)] == {"logprob": -0.5, "rank": None, "decoded_token": "a"}
+
+
+def test_tokens_keep_their_identity_over_http(http: httpx.Client) -> None:
+    body = {"prompt": f"a {ASTRONAUT}b", "max_tokens": 3, "logprobs": 3, "echo": True}
+    found = http.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]
+    rows = zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True)
+    for token, own, top in list(rows)[1:]:
+        assert top[token] == own
+        assert len(top) >= 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_are_told_as_ids_over_http(http: httpx.Client, stream: bool) -> None:
+    body = {"max_tokens": 3, "ignore_eos": True, "return_token_ids": True, "stream": stream}
+    body |= {"return_tokens_as_token_ids": True}
+    chat = {"messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 1}
+    for path, more in (
+        ("/v1/completions", {"prompt": "x", "logprobs": 1}),
+        ("/v1/chat/completions", chat),
+    ):
+        text = http.post(path, json={**body, **more}).text
+        events = [line.removeprefix("data: ") for line in text.splitlines() if line]
+        choices = [
+            choice
+            for event in events
+            if event != "[DONE]"
+            for choice in json.loads(event)["choices"]
+        ]
+        ids = [token_id for choice in choices for token_id in choice.get("token_ids") or ()]
+        told = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+        tokens = [
+            token
+            for one in told
+            for token in one.get("tokens") or [entry["token"] for entry in one["content"]]
+        ]
+        assert tokens == [f"token_id:{token_id}" for token_id in ids]
+        assert len(tokens) == 3

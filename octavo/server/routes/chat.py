@@ -88,7 +88,7 @@ def _logprobs(
 ) -> dict[str, Any] | None:
     if not body.logprobs:
         return None
-    spelling = TokenSpelling(state.engine.tokenizer)
+    spelling = TokenSpelling(state.engine.tokenizer, body.return_tokens_as_token_ids)
     return chat_logprobs(sequence.logprobs, body.top_logprobs or 0, spelling)
 
 

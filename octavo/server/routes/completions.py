@@ -172,6 +172,8 @@ class _ChoiceWriter:
         found = self._logprobs_of.get(index)
         if found is None:
             num_top, skips = self._body.logprobs or 0, self._skips_special_tokens
-            found = CompletionLogprobs(TokenSpelling(self._engine.tokenizer), num_top, skips)
+            as_ids = self._body.return_tokens_as_token_ids
+            spelling = TokenSpelling(self._engine.tokenizer, as_ids)
+            found = CompletionLogprobs(spelling, num_top, skips)
             self._logprobs_of[index] = found
         return found
