@@ -33,9 +33,9 @@ from typing import Any
 
 from process_figures import PeakMemory, children_of, cpu_seconds
 
-from octavo.cli import build_parser
 from octavo.cli.bench.report import Report
 from octavo.cli.bench.workload import Lengths, PromptSource, positive
+from octavo.cli.commands import build_parser
 from octavo.cli.options import config_values, say
 from octavo.config import EngineConfig
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from octavo.cli import build_parser
+from octavo.cli.commands import build_parser
 from octavo.cli.options import options_of
 from octavo.config import EngineConfig, ServerConfig
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from octavo import LLM
-from octavo.cli import build_parser, main
+from octavo.cli import main
+from octavo.cli.commands import build_parser
 from octavo.errors import ConfigError
 from octavo.vllm_options import log_verdicts, nearest, read_options
 

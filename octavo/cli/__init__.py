@@ -1,54 +1,36 @@
-"""The command `octavo`: reads the command line and runs one of its commands.
+"""The command `octavo`.
 
-Called by the console script. Turns every OctavoError into one line and exit code 2. Neither this
-module nor a command imports torch, FastAPI or transformers before a command runs.
+`main` is called by the console script. Imports nothing heavy, so that it is in charge of Ctrl-C
+before anything else is imported; the commands are in `commands`.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Sequence
-from typing import cast
-
-from octavo import __version__
-from octavo.cli import bench, chat, demo, plan, serve, tune
-from octavo.cli.options import Parser, Subparsers, say, say_verdicts
-from octavo.errors import OctavoError
-
-COMMANDS = (serve, chat, bench, plan, tune, demo)
-DESCRIPTION = """Serve mixture-of-experts language models from paged memory.
-
-MODEL is a Hugging Face id, a local folder, a .gguf file, or a demo model: demo, demo-moe."""
-
-EXAMPLES = """examples:
-  octavo serve demo-moe                        a server on http://127.0.0.1:8000
-  octavo chat                                  talk to it
-  octavo plan MODEL --device cuda --memory 80GiB
-  octavo COMMAND --help"""
-
-
-def build_parser() -> Parser:
-    """Returns the parser with all commands; each sets `run` to its function."""
-    parser = Parser(prog="octavo", description=DESCRIPTION, epilog=EXAMPLES)
-    parser.add_argument("--version", action="version", version=__version__)
-    subparsers = parser.add_subparsers(
-        title="commands", metavar="COMMAND", dest="command", parser_class=Parser
-    )
-    parser.set_defaults(run=lambda _: parser.print_help() or 0)
-    for command in COMMANDS:
-        command.add_parser(cast(Subparsers, subparsers))
-    return parser
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for an error of the user, 130 for Ctrl-C."""
-    args = build_parser().parse_checked(sys.argv[1:] if argv is None else argv)
-    if args.command != "serve":  # whose stderr may be a log
-        say_verdicts(args.verdicts)
+    with _quiet_interrupts():
+        from octavo.cli.commands import parse, run
+
+        args = parse(sys.argv[1:] if argv is None else argv)
+    return run(args)
+
+
+@contextmanager
+def _quiet_interrupts() -> Iterator[None]:
+    """While the commands are imported there is nothing to end well: Ctrl-C ends the process
+    without a traceback."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        return args.run(args)
-    except OctavoError as error:
-        say(f"octavo {args.command}: error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        return 130
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

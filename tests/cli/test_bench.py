@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octavo import LLM
-from octavo.cli import build_parser, main
+from octavo.cli import main
 from octavo.cli.bench.client import Served
 from octavo.cli.bench.device_profile import Activity, profile_decode, summarize
 from octavo.cli.bench.floors import CEILINGS, Floors, Work
@@ -29,6 +29,7 @@ from octavo.cli.bench.workload import (
     read_text_ids,
 )
 from octavo.cli.bench.workloads import Workloads
+from octavo.cli.commands import build_parser
 from octavo.engine.core import EngineCore
 from octavo.errors import ConfigError, OctavoError
 from octavo.formats import kv_format

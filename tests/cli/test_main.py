@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from octavo.cli import COMMANDS, main
+from octavo.cli import main
+from octavo.cli.commands import COMMANDS
 
 
 @pytest.mark.parametrize("command", ["serve", "chat", "bench", "plan", "tune", "demo"])

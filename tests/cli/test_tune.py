@@ -12,7 +12,8 @@ import torch
 
 from tests.kernels.triton_interpreter import DEVICE
 
-from octavo.cli import build_parser, main, tune  # isort: skip
+from octavo.cli import main, tune  # isort: skip
+from octavo.cli.commands import build_parser  # isort: skip
 from octavo.cli.bench.shapes import MODELS
 from octavo.kernels.registry import Needs, select_ops
 from octavo.kernels.triton import plans

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from octavo.cli import build_parser
+from octavo.cli.commands import build_parser
 from tests.docs.conftest import ServerUrl
 from tests.docs.examples import (
     PAGE_MODEL,

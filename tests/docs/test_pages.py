@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from docs.make_cli import commands
-from octavo.cli import build_parser
+from octavo.cli.commands import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
