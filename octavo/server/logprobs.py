@@ -80,27 +80,42 @@ class CompletionLogprobs:
         tokenizer = self._spelling.tokenizer
         stream = token_stream(tokenizer, skip_special_tokens=True)
         for token_id, position in zip(token_ids, positions, strict=True):
-            self._echoed.append((token_id, position, min(self._offset, len(text))))
-            new = stream.push(token_id)
+            new, own = stream.push(token_id), self._text(token_id)
             if tokenizer.is_special(token_id):
                 # One that the client wrote is part of the text, one that was put before is not.
-                piece = tokenizer.token_bytes(token_id).decode("utf-8", "replace")
-                new = piece if text.startswith(piece, self._offset) else ""
-            self._offset += len(new)
+                new = own if text.startswith(own, self._offset) else ""
+            self._echoed.append((token_id, position, min(self._advance(new, own), len(text))))
         self._offset = len(text)
 
     def write(self, positions: Sequence[PositionLogprobs]) -> dict[str, Any]:
         """Returns the `logprobs` of the next tokens, after those of an echoed prompt."""
         rows, self._echoed = self._echoed, []
         for position in positions:
-            rows.append((position[0].token_id, position, self._offset))
-            self._offset += len(self._stream.push(position[0].token_id))
+            token_id = position[0].token_id
+            place = self._advance(self._stream.push(token_id), self._text(token_id))
+            rows.append((token_id, position, place))
         return {
             "tokens": [self._spelling(token_id) for token_id, _, _ in rows],
             "token_logprobs": [p and _finite(p[0].logprob) for _, p, _ in rows],
             "top_logprobs": [p and self._tops(p) for _, p, _ in rows],
             "text_offset": [offset for _, _, offset in rows],
         }
+
+    def _text(self, token_id: int) -> str:
+        """Returns a token as text; empty if it is not whole characters."""
+        try:
+            return self._spelling.tokenizer.token_bytes(token_id).decode()
+        except UnicodeDecodeError:
+            return ""
+
+    def _advance(self, new: str, own: str) -> int:
+        """Takes a token's text `own`, by which the text gains `new`; returns the token's place."""
+        place = self._offset
+        self._offset += len(new)
+        if own and new.endswith(own):
+            # What comes before it is a character that nothing went on with: the last token's.
+            place = self._offset - len(own)
+        return place
 
     def _tops(self, position: PositionLogprobs) -> dict[str, float]:
         """Returns the chances by token: the drawn one first, then the most likely ones."""
