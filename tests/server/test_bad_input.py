@@ -132,6 +132,14 @@ def test_a_number_that_is_none_is_refused(http: httpx.Client, number: str) -> No
         ({"messages": USER, "tool_choice": "required"}, "tool_choice"),
         ({"messages": USER, "chat_template": "{{ x }}"}, "chat_template"),
         ({"messages": USER, "audio": {"voice": "x"}}, "audio"),
+        (
+            {"messages": USER, "chat_template_kwargs": {"documents": [{"text": "x"}]}},
+            "chat_template_kwargs.documents",
+        ),
+        (
+            {"messages": USER, "chat_template_kwargs": {"add_generation_prompt": False}},
+            "chat_template_kwargs.add_generation_prompt",
+        ),
         ({"messages": USER, "add_special_tokens": True}, "add_special_tokens"),
         ({"messages": USER, "prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
     ],

@@ -20,6 +20,10 @@ from octavo.server.protocol.strict import RequestModel, integer
 
 Messages = Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True)]
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+_OWN_FIELDS = {
+    *("messages", "documents", "tools", "add_generation_prompt", "continue_final_message"),
+    "chat_template",
+}
 MAX_TOP_LOGPROBS = 20
 """OpenAI's limit."""
 
@@ -121,8 +125,13 @@ class TemplateFields(RequestModel):
         return copy
 
     def template_kwargs(self) -> dict[str, Any]:
-        """Returns the variables that the template gets beside the messages."""
+        """Returns the variables that the template gets beside the messages. Raises RequestError
+        for those that have a field of their own, which would win."""
         kwargs = dict(self.chat_template_kwargs or {})
+        for name in _OWN_FIELDS & kwargs.keys():
+            if kwargs.pop(name) is not None:
+                message = f"chat_template_kwargs has {name}; send it as a field of the body"
+                raise RequestError(message, param=f"chat_template_kwargs.{name}")
         if self.reasoning_effort is not None:
             kwargs.setdefault("reasoning_effort", self.reasoning_effort)
         return kwargs
