@@ -28,8 +28,9 @@ ATTENTION_ALIASES = {"PagedAttention": "auto"}
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
-    """A dataclass field whose help text the CLI and the docs show."""
-    return field(default=default, metadata={"help": help, **more})
+    """A dataclass field whose help text the CLI and the docs show; no repr shows a secret."""
+    is_shown = not more.get("is_secret", False)
+    return field(default=default, repr=is_shown, metadata={"help": help, **more})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

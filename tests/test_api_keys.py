@@ -83,3 +83,8 @@ def test_a_key_of_broken_unicode_is_refused_or_kept_as_its_bytes() -> None:
     key = os.fsdecode(b"cl\xe9")
     with pytest.raises(ConfigError):
         ServerConfig(api_key=(key,)).resolve()
+
+
+def test_no_text_of_the_options_shows_a_key() -> None:
+    config = ServerConfig(api_key=("secret",), operator_key=("secrets",)).resolve()
+    assert "secret" not in f"{config} {config!r}"
