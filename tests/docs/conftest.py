@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -22,11 +23,11 @@ ServerUrl = Callable[[tuple[str, ...]], str]
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with weights, tokenizer and chat template; its context is 512 tokens."""
+    """A model with weights, tokenizer and chat template, whose context is that of the demo."""
     folder = write_model(tmp_path_factory.mktemp("tiny"))
-    config = (folder / "config.json").read_text()
-    MixtralForCausalLM(MixtralConfig(**CONFIG)).float().save_pretrained(folder)
-    (folder / "config.json").write_text(config)
+    config = CONFIG | {"max_position_embeddings": 8192}
+    MixtralForCausalLM(MixtralConfig(**config)).float().save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
