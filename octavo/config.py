@@ -22,6 +22,7 @@ DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 """vLLM's other words for the same formats."""
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 ATTENTION_BACKENDS = ("auto", "triton", "native", "reference")
+MIN_STRETCH, MAX_STRETCH = 1.1, 1000.0
 MAX_SECONDS = 86400
 """The longest that an option may ask to wait."""
 ATTENTION_ALIASES = {"PagedAttention": "auto"}
@@ -66,6 +67,12 @@ class EngineConfig:
         None,
         "tokens computed in one step; 512 on a CPU, 8192 on a GPU with the memory for it",
         unit="tokens",
+    )
+    step_stretch: float | None = option(
+        None,
+        "a step that computes prompts takes at most so many times what its decodes alone take, "
+        "1.1 or more, so that streams keep their pace; 0: as long as it likes; auto is 2.2, and 0 "
+        "for LLM, where throughput alone counts",
     )
     max_num_queued_requests: int = option(4096, "requests that may wait before 503 is answered")
     block_size: int = option(16, "tokens in a block", choices=(16,))
@@ -121,6 +128,12 @@ class EngineConfig:
             if value is not None:
                 _positive(name, value)
         _seconds("watchdog_timeout", self.watchdog_timeout)
+        stretch = self.step_stretch
+        if stretch is not None and stretch != 0 and not MIN_STRETCH <= stretch <= MAX_STRETCH:
+            raise ConfigError(
+                f"step_stretch must be 0 or in {MIN_STRETCH}..{MAX_STRETCH}, got {stretch}",
+                field="step_stretch",
+            )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"gpu_memory_utilization must be above 0 and at most 1, got "

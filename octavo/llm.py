@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -50,8 +51,10 @@ class LLM:
     def __init__(self, model: str, **options: Any) -> None:
         """`options` are the fields of EngineConfig, and those of vLLM's that ask for what is so
         anyway. Raises ConfigError, ModelError."""
-        self.config, verdicts = read_options(model, options)
+        config, verdicts = read_options(model, options)
         log_verdicts(verdicts)
+        # Nobody watches single tokens come.
+        self.config = replace(config, step_stretch=config.step_stretch or 0.0)
         self._front_end = FrontEnd(self.config)
         self._core = load_core(self.config, self._front_end.files)
         self._input, self._output = self._front_end.processors(self._core.plan.max_model_len)

@@ -15,8 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 ENGINE_OPTIONS = """
 --tokenizer --revision --download-dir --dtype --load-format --quantization --max-model-len
---allow-longer-than-trained --max-num-seqs --max-num-batched-tokens --max-num-queued-requests
---block-size --gpu-memory-utilization --kv-cache-memory-bytes --kv-cache-dtype --prefix-caching
+--allow-longer-than-trained --max-num-seqs --max-num-batched-tokens --step-stretch
+--max-num-queued-requests --block-size --gpu-memory-utilization --kv-cache-memory-bytes
+--kv-cache-dtype --prefix-caching
 --tensor-parallel-size --attention-backend --enforce-eager --deterministic --device --num-threads
 --watchdog-timeout --seed --chat-template --generation-config --skip-tokenizer-init
 --poison-freed-blocks

@@ -22,6 +22,7 @@ from octavo.kv_cache.prefix_index import prefix_root
 from octavo.observe.stats import EngineStats
 from octavo.request import Request, TokenDelta
 from octavo.scheduler import Scheduler, SchedulerLimits
+from octavo.scheduler.pace import STRETCH, Pace
 from octavo.step import Runner, StepPlan
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,8 @@ class EngineCore:
                 f"one sequence of {plan.max_model_len} tokens needs {needed} blocks, "
                 f"{plan.num_blocks - RESERVED_BLOCKS} are there; lower max_model_len"
             )
+        stretch = STRETCH if config.step_stretch is None else config.step_stretch
+        self._pace = Pace(stretch) if stretch else None
         self.scheduler = Scheduler(
             self._manager,
             SchedulerLimits(
@@ -61,6 +64,7 @@ class EngineCore:
                 max_num_queued_requests=config.max_num_queued_requests,
                 headroom_tokens=_headroom(plan.num_tokens // config.max_num_seqs, plan.block_size),
             ),
+            self._pace,
         )
         self._launched: deque[tuple[StepPlan, object]] = deque()
         self._aborted: list[TokenDelta] = []
@@ -100,6 +104,8 @@ class EngineCore:
         """
         plan = self.scheduler.schedule()
         if plan is not None:
+            if self._pace is not None:
+                self._pace.launched(plan)
             self._launched.append((plan, self._runner.launch(plan)))
         deltas, self._aborted = self._aborted, []
         if self._launched and (plan is None or len(self._launched) > 1):
@@ -115,16 +121,24 @@ class EngineCore:
             raise
         except OutOfMemoryError as error:
             logger.warning("step %d found no memory: %s", plan.step_id, error)
+            self._forget_time(plan)
             return self.scheduler.lose(plan, f"{type(error).__name__}: {error}")
         except Exception as error:  # the edge: a broken step must not end the engine
             if not self.scheduler.is_lost(plan):
                 logger.exception("step %d of %d sequences failed", plan.step_id, plan.num_rows)
+            self._forget_time(plan)
             return self.scheduler.fail(plan, f"{type(error).__name__}: {error}")
+        if self._pace is not None:
+            self._pace.collected(plan)
         if result.expert_counts is not None:
             if self._expert_counts is None:
                 self._expert_counts = np.zeros_like(result.expert_counts)
             self._expert_counts += result.expert_counts
         return self.scheduler.commit(plan, result)
+
+    def _forget_time(self, plan: StepPlan) -> None:
+        if self._pace is not None:
+            self._pace.lost(plan)
 
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached prefixes; returns False if running requests still hold blocks."""

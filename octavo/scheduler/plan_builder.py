@@ -14,7 +14,8 @@ from octavo.step import RowStart, StepPlan
 class PlanBuilder:
     """Filled by the scheduler while it walks its queues, then built once."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
         self.sequences: list[Sequence] = []
         self.samples: list[bool] = []
         self.prefilling: set[Sequence] = set()
@@ -80,6 +81,11 @@ class PlanBuilder:
     @property
     def num_tokens(self) -> int:
         return len(self._token_ids)
+
+    @property
+    def room(self) -> int:
+        """Tokens that the step may still take."""
+        return max(0, self.max_tokens - len(self._token_ids))
 
     @property
     def is_empty(self) -> bool:

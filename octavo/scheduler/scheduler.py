@@ -5,10 +5,11 @@ of the device: between schedule(n + 1) and commit(n) a sequence's newest token i
 device only.
 
 Order: first come first served inside a priority. Running sequences first; decodes are sure of
-their token, prefill chunks share what the token budget leaves. A sequence whose next block another
-one is computing waits for it. When memory runs out, the youngest running sequence gives up its
-blocks and comes back first; the oldest always proceeds, so nothing starves. A step that raised
-counts for nothing: its sequences are computed again apart, and who raises alone ends.
+their token, prefill chunks share what the token budget leaves, or what keeps the decodes' pace. A
+sequence whose next block another one is computing waits for it. When memory runs out, the youngest
+running sequence gives up its blocks and comes back first; the oldest always proceeds, so nothing
+starves. A step that raised counts for nothing: its sequences are computed again apart, and who
+raises alone ends.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from octavo.request import FinishReason, Request, TokenDelta
 from octavo.scheduler.counters import SchedulerCounters
 from octavo.scheduler.finish import finish_reason, stop_reason, token_delta
 from octavo.scheduler.forecast import Forecast, Growing
+from octavo.scheduler.pace import Pace
 from octavo.scheduler.plan_builder import PlanBuilder
 from octavo.scheduler.sequence import Sequence
 from octavo.scheduler.suspects import Suspects
@@ -73,8 +75,12 @@ class _Launched:
 class Scheduler:
     """Queues of sequences; `waiting` and `running` are kept in order of priority and arrival."""
 
-    def __init__(self, manager: KVCacheManager, limits: SchedulerLimits) -> None:
+    def __init__(
+        self, manager: KVCacheManager, limits: SchedulerLimits, pace: Pace | None = None
+    ) -> None:
+        """`pace` bounds the prompt tokens of a step; None: only `limits` does."""
         self.manager = manager
+        self._pace = pace
         self.limits = limits
         self.counters = SchedulerCounters()
         self.waiting: list[Sequence] = []
@@ -147,7 +153,7 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """Returns the next step, or None if nothing can be computed before a commit."""
         began = time.perf_counter()
-        builder = PlanBuilder()
+        builder = PlanBuilder(self._max_step_tokens())
         if self._suspects:
             if self._launched:
                 return None  # whose fault it is, the step under way will tell
@@ -169,10 +175,21 @@ class Scheduler:
         self.counters.count_step(plan.num_tokens, time.perf_counter() - began)
         return plan
 
+    def _max_step_tokens(self) -> int:
+        """Returns how many tokens the next step may compute, its decodes always among them."""
+        most = self.limits.max_num_batched_tokens
+        has_prefills = self._has_prefills or self.waiting
+        if self._pace is None or not has_prefills or self._suspects:
+            return most
+        num_decodes = self._num_decodes()
+        num_prompts = len(self.running) - num_decodes + len(self.waiting)
+        budget = self._pace.prefill_budget(num_decodes, num_prompts)
+        return most if budget is None else min(most, num_decodes + budget)
+
     def _schedule_running(self, builder: PlanBuilder) -> bool:
         """Gives every running sequence its tokens; returns whether one was preempted for it."""
         running = self.running
-        prefill_budget = self.limits.max_num_batched_tokens - self._num_decodes()
+        prefill_budget = builder.max_tokens - self._num_decodes()
         self._has_prefills = was_preempted = False
         position = 0
         # The list shrinks from its end while it is walked: victims are the youngest.
@@ -255,7 +272,7 @@ class Scheduler:
         most = min(self.limits.max_num_seqs, self.limits.max_num_batched_tokens)
         if not self._free_rows or len(self.running) >= most:
             return 0
-        return max(0, self.limits.max_num_batched_tokens - builder.num_tokens)
+        return builder.room
 
     def _join(
         self, sequence: Sequence, count: int, builder: PlanBuilder, forecast: Forecast
