@@ -40,6 +40,7 @@ TORCH_FREE = (
     "engine/ipc.py",
     "engine/memory.py",
     "engine/output_processor.py",
+    "engine/template_sandbox.py",
     "engine/token_guard.py",
     "engine/tokenizer.py",
     "kernels/limits.py",

@@ -25,6 +25,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from octavo.engine.template_sandbox import MAX_DEPTH, BoundedSandbox, counted_range, joined
 from octavo.errors import ChatTemplateError
 
 Message = Mapping[str, Any]
@@ -32,6 +33,20 @@ Message = Mapping[str, Any]
 # Put behind the message to continue, to find its end in the rendered text. A template that trims
 # its messages drops the space at the end, and with it tells that it would trim the message too.
 _CONTINUE_MARK = "\U000f1000octavo-continue\U000f1001"
+
+
+_LEAST_LIMIT, _MOST_COPIES = 1 << 20, 16
+"""Characters that any template may write, and for each that it gets."""
+# A template is a foreign program: what it raises says that it cannot do with these messages.
+_FAILURES = (
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    RuntimeError,
+    MemoryError,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +74,8 @@ class ChatTemplate:
     ) -> None:
         """`special_tokens` are variables such as bos_token. Raises ChatTemplateError."""
         self._special_tokens = dict(special_tokens or {})
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        self._source_len = len(source)
+        environment = BoundedSandbox(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_GenerationTag, jinja2.ext.loopcontrols],
@@ -83,8 +99,17 @@ class ChatTemplate:
             ) from error
         self._reads_documents = "documents" in names
 
-    def render(self, messages: Sequence[Message], options: ChatOptions | None = None) -> str:
-        """Returns the prompt text. Raises ChatTemplateError with the template's own message."""
+    def render(
+        self,
+        messages: Sequence[Message],
+        options: ChatOptions | None = None,
+        *,
+        num_characters: int = 0,
+    ) -> str:
+        """Returns the prompt text. Raises ChatTemplateError with the template's own message.
+
+        `num_characters` are those of all that the template gets: what it may write follows.
+        """
         options = options or ChatOptions()
         if not messages:
             raise ChatTemplateError("messages is empty; give at least one", param="messages")
@@ -104,13 +129,15 @@ class ChatTemplate:
         variables = {**self._special_tokens, **options.template_kwargs}
         variables |= {"messages": messages, "tools": options.tools, "documents": options.documents}
         variables["add_generation_prompt"] = options.add_generation_prompt
+        variables["range"] = counted_range()
+        limit = _LEAST_LIMIT + _MOST_COPIES * (num_characters + self._source_len)
         try:
-            text = self._template.render(variables)
+            text = joined(self._template.generate(variables), limit)
         except jinja2.TemplateError as error:
             raise ChatTemplateError(
                 f"the chat template refused the messages: {error}", param="messages"
             ) from error
-        except (TypeError, ValueError, KeyError, ArithmeticError, RecursionError) as error:
+        except _FAILURES as error:
             raise ChatTemplateError(
                 f"the chat template failed on the messages: {type(error).__name__}: {error}",
                 param="messages",
@@ -140,14 +167,16 @@ class ChatRenderer:
         """Returns the prompt's text, what users wrote apart. Raises ChatTemplateError."""
         options = options or ChatOptions()
         shield = _Shield(self._pattern, self._prefixes, self._longest)
-        safe_messages = shield.hide(list(messages))
+        safe_messages = shield.hide(list(messages), "messages")
         safe_options = replace(
             options,
-            tools=shield.hide(options.tools),
-            documents=shield.hide(options.documents),
-            template_kwargs=shield.hide(dict(options.template_kwargs)),
+            tools=shield.hide(options.tools, "tools"),
+            documents=shield.hide(options.documents, "documents"),
+            template_kwargs=shield.hide(dict(options.template_kwargs), "chat_template_kwargs"),
         )
-        text = self._template.render(safe_messages, safe_options)
+        text = self._template.render(
+            safe_messages, safe_options, num_characters=shield.num_characters
+        )
         return RenderedChat(text=text, literals=tuple(shield.literals), nonce=shield.nonce)
 
 
@@ -184,16 +213,30 @@ class _Shield:
         self.nonce = secrets.token_hex(8)
         self.literals: list[str] = []
         """What was hidden: whole special tokens, or what could become part of one."""
+        self.num_characters = 0
+        """Of all strings that were shielded."""
 
-    def hide(self, value: Any) -> Any:
-        """Returns `value` with every string in it shielded."""
+    def hide(self, value: Any, param: str, depth: int = 0) -> Any:
+        """Returns `value`, a part of the request's `param`, with every string in it shielded.
+
+        Raises ChatTemplateError where it is nested too deeply for templates, which recurse.
+        """
         if isinstance(value, str):
+            self.num_characters += len(value)
             return self._hide_text(value) if self._pattern else value
+        if not isinstance(value, (Mapping, Sequence)):
+            return value
+        if depth == MAX_DEPTH:
+            raise ChatTemplateError(
+                f"{param} is nested more than {MAX_DEPTH} levels deep; make it flatter",
+                param=param,
+            )
         if isinstance(value, Mapping):
-            return {self.hide(key): self.hide(item) for key, item in value.items()}
-        if isinstance(value, Sequence):
-            return [self.hide(item) for item in value]
-        return value
+            return {
+                self.hide(key, param, depth + 1): self.hide(item, param, depth + 1)
+                for key, item in value.items()
+            }
+        return [self.hide(item, param, depth + 1) for item in value]
 
     def _hide_text(self, text: str) -> str:
         assert self._pattern is not None

@@ -135,3 +135,79 @@ def test_documents_that_the_template_would_drop_are_refused():
     with pytest.raises(ChatTemplateError) as refused:
         ChatTemplate("{{ messages[0].content }}").render(MESSAGES, options)
     assert refused.value.param == "documents"
+
+
+def nested(depth: int, leaf: object = "x") -> object:
+    value = leaf
+    for level in range(depth):
+        value = [value] if level % 2 else {"a": value}
+    return value
+
+
+@pytest.mark.parametrize("depth", [101, 5_000, 100_000])
+@pytest.mark.parametrize("field", ["messages", "tools", "documents", "chat_template_kwargs"])
+def test_what_is_nested_too_deeply_is_refused_by_its_field(field: str, depth: int):
+    renderer = ChatRenderer("{{ messages | tojson }}{{ tools }}{{ documents }}", {}, ["<s>"])
+    deep = nested(depth)
+    messages = [{"role": "user", "content": deep if field == "messages" else "x"}]
+    options = ChatOptions(
+        tools=[{"t": deep}] if field == "tools" else None,
+        documents=[{"d": deep}] if field == "documents" else None,
+        template_kwargs={"k": deep} if field == "chat_template_kwargs" else {},
+    )
+    with pytest.raises(
+        ChatTemplateError, match=f"{field} is nested more than 100 levels"
+    ) as caught:
+        renderer.render(messages, options)
+    assert caught.value.param == field
+    while isinstance(deep, (dict, list)):  # freed level by level, not by recursion
+        deep = deep.pop() if isinstance(deep, list) else deep.popitem()[1]
+
+
+def test_what_refers_to_itself_is_refused_as_nested():
+    message: dict[str, object] = {"role": "user"}
+    message["content"] = [message]
+    with pytest.raises(ChatTemplateError, match="nested"):
+        ChatRenderer("{{ messages }}", {}, []).render([message])
+
+
+def test_what_is_nested_less_is_rendered():
+    renderer = ChatRenderer("{{ messages[0].content | tojson }}", {}, ["<s>"])
+    assert renderer.render([{"role": "user", "content": nested(90)}]).text.count("x") == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' * n }}",
+        "{{ n * 'a' }}",
+        "{{ [1] * n }}",
+        "{{ 2 ** n }}",
+        "{{ n ** n }}",
+        "{{ 'a'.ljust(n) }}",
+        "{{ 'a'.center(width=n) }}",
+        "{{ 'a'.zfill(n) }}",
+        "{{ '%99999999999d' % n }}",
+        "{{ '%*d' % (n, 1) }}",
+        "{% for i in range(n) %}x{% endfor %}",
+        "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
+        "{% set b = 'a' * 9999999 %}{{ b.replace('a', b) }}",
+        "{% set b = 'a' * 9999999 %}{{ b }}",
+        "{% for i in range(99999) %}{{ messages[0].content }}aaaaaaaaaaaaaaaa{% endfor %}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ [][5] + 1 }}",
+        "{{ messages[0].content.index('zzz') }}",
+        "{{ messages.pop() }}",
+    ],
+)
+def test_a_template_that_takes_too_much_or_fails_is_the_requests_error(source: str):
+    options = ChatOptions(template_kwargs={"n": 10**12})
+    with pytest.raises(ChatTemplateError) as caught:
+        ChatRenderer(source, {}, []).render([{"role": "user", "content": "hi"}], options)
+    assert caught.value.param == "messages"
+
+
+def test_long_messages_may_be_repeated_by_a_template():
+    source = "{% for i in range(3) %}{{ messages[0].content }}{{ '-' * 40 }}{% endfor %}"
+    text = ChatRenderer(source, {}, []).render([{"role": "user", "content": "x" * 10**6}]).text
+    assert text.count("x") == 3 * 10**6
