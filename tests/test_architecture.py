@@ -24,6 +24,7 @@ TORCH_FREE = (
     "config.py",
     "device.py",
     "errors.py",
+    "folders.py",
     "formats.py",
     "kv_cache",
     "observe",

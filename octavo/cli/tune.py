@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from octavo.cli.bench.shapes import MODELS, engine_values
@@ -21,6 +20,7 @@ from octavo.cli.plan import read_model
 from octavo.config import EngineConfig, tuned_dir
 from octavo.device import select_device
 from octavo.errors import ConfigError
+from octavo.folders import CACHE_WAY_OUT, check_writable, temporary_folder
 from octavo.models.spec import LayerSpec, MLPSpec, ModelSpec, MoESpec
 
 if TYPE_CHECKING:  # they import torch
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace, measure: Measure | None = None) -> int:
     """Tunes the model's shapes, most valuable first. Without `measure`, raises ConfigError where
     there is no GPU."""
     began = time.monotonic()
-    with TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         given = config_values(args, EngineConfig)
         values = engine_values(args.model, given, Path(folder), None)
         config = EngineConfig(**values).resolve()
@@ -100,6 +100,7 @@ def run(args: argparse.Namespace, measure: Measure | None = None) -> int:
         num_threads=1 if device.name == "cpu" else min(device.num_cores(), BUILDERS),
     )
     path = plans_path(Path(tuned_dir()), tuner.device)
+    check_writable(path.parent, CACHE_WAY_OUT)  # before minutes of measuring
     shapes = shapes_of(spec.of_rank(config.tensor_parallel_size), config.deterministic)
     print(f"{'shape':<44}{'tried':>6}{'heuristic us':>13}{'best us':>10}{'gain':>8}", flush=True)
     num_kept = num_done = 0

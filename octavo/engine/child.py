@@ -13,13 +13,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Literal
 
 from octavo.engine.parent import ORPHANED, SIGNALS
+from octavo.folders import new_temporary_folder
 
 
 def start_child(
@@ -117,7 +116,7 @@ class SocketFolder:
     """A folder of one user's for the sockets of one engine, gone as soon as that is possible."""
 
     def __init__(self) -> None:
-        self._path = Path(tempfile.mkdtemp(prefix="octavo-"))
+        self._path = new_temporary_folder()
         self._descriptors: list[int] = []
 
     def address(self, name: str) -> str:

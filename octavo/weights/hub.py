@@ -6,6 +6,7 @@ Called by the engine and by `octavo plan`. Never reads weights; what it returns 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import huggingface_hub
+from huggingface_hub import constants
 
-from octavo.errors import ModelNotFoundError, UnsupportedModelError
+from octavo.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
 from octavo.weights.checkpoint import read_json, weight_files
 from octavo.weights.demo import DEMO_NAMES, demo_path
 from octavo.weights.gguf_config import config_of, generation_config_of
@@ -27,6 +29,7 @@ ModelKind = Literal["safetensors", "gguf", "config"]
 _SMALL_FILES = ("*.json", "*.jinja", "*.model", "tokenizer*", "*.txt")
 _WEIGHTS = "*.safetensors"
 _DUPLICATES = ("consolidated*", "*/*")
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.ENOENT)
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*(/[\w-][\w.-]*)?)")
 _HUB_FILE = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)/(?P<file>.+\.gguf)")
 
@@ -183,6 +186,13 @@ def _download(model: str, revision: str | None, cache: str | None, load_format: 
             return found
         names = huggingface_hub.HfApi().list_repo_files(repo, revision=revision)
     except _hub_errors() as error:
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            folder = cache or constants.HF_HUB_CACHE
+            raise ConfigError(
+                f"the download folder {folder} cannot be written: {error.strerror}; choose another "
+                "with --download-dir, or set HF_HOME",
+                field="download_dir",
+            ) from error
         reason = " ".join(str(error).split())[:300]
         raise ModelNotFoundError(
             f"model {model!r} was not found: there is no such folder or file here, the demo models "

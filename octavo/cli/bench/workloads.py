@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from octavo.cli.options import config_values, say
 from octavo.config import EngineConfig
 from octavo.device import Device, select_device
 from octavo.errors import ConfigError, OctavoError
+from octavo.folders import temporary_folder
 
 if TYPE_CHECKING:
     from octavo.cli.bench.device_profile import DeviceProfile
@@ -43,7 +43,7 @@ SHOWN_KERNELS = 15
 
 def run_workloads(args: argparse.Namespace) -> int:
     """Loads the model and runs the workloads; 1 if one failed, the others are reported."""
-    with tempfile.TemporaryDirectory(prefix="octavo-bench-") as folder:
+    with temporary_folder() as folder:
         given = config_values(args, EngineConfig)
         values = engine_values(args.model, given, Path(folder), args.layers)
         device = select_device(EngineConfig(**values).resolve().device)

@@ -22,6 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
+from octavo.folders import CACHE_WAY_OUT, writing
 from octavo.kernels.triton.launch import next_power_of_2
 from octavo.kernels.triton.linear import ProductPlan, plan_product
 from octavo.kernels.triton.matvec import PairsPlan, RowsPlan, plan_matvec, plan_pairs
@@ -112,10 +113,10 @@ def save_plan(path: Path, key: Key, plan: Plan | None) -> None:
     entries.pop(text, None)
     if plan is not None:
         entries[text] = dataclasses.asdict(plan)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(entries, file, indent=1)
-    os.replace(file.name, path)
+    with writing(path.parent, CACHE_WAY_OUT):
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(entries, file, indent=1)
+        os.replace(file.name, path)
 
 
 def _read(path: Path) -> dict[str, object]:
