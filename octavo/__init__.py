@@ -7,9 +7,11 @@ Owns the public surface: the names below, loaded when first used, so that `impor
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # which spares the import of typing: this comes before all else
 if TYPE_CHECKING:
+    from typing import Any
+
     from octavo.async_llm import AsyncLLM
     from octavo.config import AttentionConfig, EngineConfig
     from octavo.errors import (
