@@ -117,7 +117,8 @@ async def _serve(
     try:
         if not await _start(engine, signals):
             return signals.exit_code
-        announce(engine, server, url_of(sockets.api, "https" if server.ssl_certfile else "http"))
+        url = url_of(sockets.api, "https" if server.ssl_certfile else "http")
+        announce(engine, server, url, sockets.metrics and url_of(sockets.metrics))
         try:
             await serve(engine, server, sockets.api, signals, sockets.metrics)
         except EngineDeadError:
@@ -149,8 +150,10 @@ async def _start(engine: AsyncLLM, signals: StopSignals) -> bool:
     return True
 
 
-def announce(engine: AsyncLLM, server: ServerConfig, url: str) -> None:
-    """Prints the memory plan, the URL, and a request to copy; all in one line if lines are JSON."""
+def announce(
+    engine: AsyncLLM, server: ServerConfig, url: str, metrics_url: str | None = None
+) -> None:
+    """Prints the memory plan, the URLs and a request to copy; one line if lines are JSON."""
     name = (server.served_model_name or (engine.model_name,))[0]
     body = {
         "model": name,
@@ -161,6 +164,8 @@ def announce(engine: AsyncLLM, server: ServerConfig, url: str) -> None:
     key += " --cacert CERTIFICATE" if server.ssl_certfile else ""
     if server.log_format == "json":
         facts = {"url": url, "model": name, "memory_plan": engine.plan.describe()}
+        if metrics_url is not None:
+            facts["metrics_url"] = f"{metrics_url}/metrics"
         logger.info("%s is served on %s", name, url, extra=facts)
         return
     say(engine.plan.describe())
@@ -169,3 +174,5 @@ def announce(engine: AsyncLLM, server: ServerConfig, url: str) -> None:
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n"
         f"    -d '{json.dumps(body)}'\n"
     )
+    if metrics_url is not None:
+        say(f"Metrics and probes without a key: {metrics_url}/metrics\n")

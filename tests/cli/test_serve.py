@@ -26,6 +26,7 @@ def serve(tiny_chat_model: str) -> Iterator[subprocess.Popen[str]]:
         "--port=0",
         "--served-model-name=tiny",
         "--api-key=k",
+        "--metrics-port=0",
     ]
     more = ["--load-format=dummy", "--device=cpu", "--num-threads=1"]
     process = subprocess.Popen(
@@ -51,7 +52,10 @@ def read_until(process: subprocess.Popen[str], words: str) -> str:
 
 
 def test_it_prints_plan_url_and_example_serves_and_ends_cleanly(serve: subprocess.Popen[str]):
-    shown = read_until(serve, "-d '")
+    shown = read_until(serve, "/metrics")
+    metrics_url = shown.split()[-1]
+    with urllib.request.urlopen(metrics_url, timeout=60) as metrics:
+        assert b"octavo:num_requests_running" in metrics.read()
     assert "memory plan" in shown
     assert "KV cache" in shown
     assert "curl http://127.0.0.1:" in shown
