@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,21 +20,30 @@ from octavo.engine.input_processor import InputProcessor
 from octavo.engine.ipc import Deltas, Refused
 from octavo.engine.mailbox import Inbox, Mailbox
 from octavo.engine.output_processor import OutputProcessor
+from octavo.engine.prompts import Prompt, read_prompt
 from octavo.engine.tokenizer import Tokenizer
-from octavo.errors import EngineDeadError, OverloadedError, RequestError
+from octavo.errors import ConfigError, EngineDeadError, OverloadedError, RequestError
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.observe.stats import EngineStats
 from octavo.outputs import OutputDelta, Receiver, RequestOutput, with_texts
 from octavo.request import Request, SamplingParams
+from octavo.vllm_options import log_verdicts, read_options
 
 
 class AsyncLLM:
-    """One engine process and its requests. Use it from one event loop: start, generate, close."""
+    """One engine process and its requests. Use it from one event loop: start, generate, close;
+    `async with AsyncLLM(...)` starts and closes it."""
 
     def __init__(
-        self, config: EngineConfig, *, log_format: str = "text", log_level: str = "info"
+        self,
+        model: str | EngineConfig,
+        *,
+        log_format: str = "text",
+        log_level: str = "info",
+        **options: Any,
     ) -> None:
-        self.config = config
+        """`options` are those of LLM, for a model given by its name. Raises ConfigError."""
+        self.config = _config_of(model, options)
         self._log = (log_format, log_level)
         self._client = EngineClient(self._on_deltas, self._on_refused, self._on_death)
         self._ids = itertools.count()
@@ -43,6 +53,17 @@ class AsyncLLM:
         self._plan: MemoryPlan | None = None
         self._input: InputProcessor | None = None
         self._output: OutputProcessor | None = None
+
+    async def __aenter__(self) -> AsyncLLM:
+        try:
+            await self.start()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
     async def start(self) -> None:
         """Finds and loads the model; returns when requests can be taken.
@@ -153,18 +174,27 @@ class AsyncLLM:
 
     async def generate(
         self,
-        prompt: str | Sequence[int],
-        params: SamplingParams,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
         *,
-        request_id: str,
         priority: int = 0,
         cache_salt: str = "",
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yields cumulative outputs, the last one `finished`; closing it aborts the request.
 
-        `request_id` is open until the generator has ended, and free again at once.
+        Without `sampling_params` those of the model apply. `request_id` is open until the
+        generator has ended, and free again at once; without one the request gets a new one.
         Raises RequestError or OverloadedError before the first output, EngineDeadError any time.
         """
+        given = read_prompt(prompt)
+        prompt = given.content
+        cache_salt = cache_salt if given.cache_salt is None else given.cache_salt
+        if sampling_params is None:
+            sampling_params = SamplingParams(**self.default_sampling_params)
+        params = sampling_params.clone()  # the user may change his later
+        if request_id is None:
+            request_id = uuid.uuid4().hex
         if request_id in self._labels:
             raise RequestError(f"request_id {request_id!r} is in use already", param="request_id")
         self._labels[request_id] = ""
@@ -233,3 +263,17 @@ class AsyncLLM:
     def _on_death(self, error: EngineDeadError) -> None:
         if self._output is not None:
             self._output.fail_all(error)
+
+
+def _config_of(model: str | EngineConfig, options: Mapping[str, Any]) -> EngineConfig:
+    if isinstance(model, EngineConfig):
+        if options:
+            raise ConfigError(
+                f"{', '.join(options)}: give options either in EngineConfig or beside the model's "
+                "name",
+                field=next(iter(options)),
+            )
+        return model.resolve()
+    config, verdicts = read_options(model, options)
+    log_verdicts(verdicts)
+    return config

@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from octavo import AsyncLLM, EngineConfig, SamplingParams
-from octavo.errors import EngineDeadError, ModelError, OverloadedError, RequestError
+from octavo.errors import ConfigError, EngineDeadError, ModelError, OverloadedError, RequestError
 from octavo.outputs import RequestOutput
 from tests.models.tiny import save_tiny
 
@@ -158,3 +159,26 @@ async def test_a_model_that_cannot_load_raises_its_own_error(model: str, tmp_pat
     with pytest.raises(ModelError, match="safetensors"):
         await llm.start()
     await llm.close()
+
+
+async def test_it_has_the_form_of_llm(model: str) -> None:
+    options = {"device": "cpu", "skip_tokenizer_init": True, "num_threads": 1, "swap_space": 0}
+    async with AsyncLLM(model, kv_cache_memory_bytes="4MiB", **options) as llm:
+        params = greedy(3)
+        streams = [llm.generate(np.array(PROMPT), sampling_params=params) for _ in range(2)]
+        first = [await anext(stream) for stream in streams]
+        params.max_tokens = 50  # changes nothing of what runs
+        assert first[0].request_id != first[1].request_id
+        last = [output async for output in streams[0]][-1]
+        assert len(last.outputs[0].token_ids) == 3
+        assert last.prompt_token_ids == PROMPT
+        params.top_p = 7.0
+        with pytest.raises(RequestError, match="top_p must be"):
+            await anext(llm.generate(PROMPT, params, "bad"))
+
+
+def test_options_are_refused_as_those_of_llm_are(model: str) -> None:
+    with pytest.raises(ConfigError, match="did you mean max_model_len"):
+        AsyncLLM(model, max_modl_len=5)
+    with pytest.raises(ConfigError, match="max_model_len: give options either in EngineConfig or"):
+        AsyncLLM(config(model), max_model_len=5)
