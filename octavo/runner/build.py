@@ -77,6 +77,9 @@ def build_runner(
     decoder = load_decoder(spec, family, placement, ops, plan.max_model_len, collectives)
     decoder = replace(decoder, progress=progress)
     if ops.name == "triton":
+        from octavo.kernels.triton.launch import tell_builds
+
+        tell_builds(progress)
         runner = _device_runner(config, plan, decoder, needs)
         step_bytes = -collectives.least([-runner.step_bytes])[0]
         if step_bytes > plan.activation_bytes:

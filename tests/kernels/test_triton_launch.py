@@ -5,6 +5,9 @@ The compiled kernel is a fake, the wrapper around its launcher Triton's own.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import copy_context
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +21,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as LaidOutD
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.kernels.triton import launch
+from octavo.observe.progress import Progress
 
 assert triton
 
@@ -116,6 +120,26 @@ def test_what_decides_the_binary_is_asked_anew(encoded: list[tuple[int, str]]) -
     assert function.num_asked == 5
     assert len(function.launches) == 5
     assert len(encoded) == 10
+
+
+def test_whoever_watches_is_told_of_launches_that_may_build(encoded: list[tuple[int, str]]) -> None:
+    told: list[str] = []
+
+    class Told(Progress):
+        @contextmanager
+        def building(self) -> Iterator[None]:
+            told.append("begins")
+            yield
+            told.append("ends")
+
+    function = Function()
+    kernel = launch.launchable(function)
+    context = copy_context()  # what is told here is told to nobody else
+    context.run(launch.tell_builds, Told())
+    for _ in range(3):
+        context.run(lambda: kernel[(1,)](_rows(512, [16, 64]), _rows(64, [16, 64]), 3, BLOCK=32))
+    assert function.num_asked == 1
+    assert told == ["begins", "ends"]
 
 
 @pytest.mark.parametrize("change", ["version", "launcher"])

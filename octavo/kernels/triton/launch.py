@@ -26,6 +26,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from octavo.observe.progress import UNWATCHED, Progress
+
 try:  # Gluon is experimental: another Triton may not have it there.
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as LaidOutDescriptor
 except ImportError:
@@ -37,6 +39,7 @@ asked for every launch."""
 MAX_TENSOR_MAPS = 1024
 _asked: ContextVar[set[tuple[Any, ...]] | None] = ContextVar("asked", default=None)
 """Within `building`: what was asked for already."""
+_progress: ContextVar[Progress] = ContextVar("progress", default=UNWATCHED)
 _INT32_MAX = 2**31 - 1
 
 
@@ -135,7 +138,8 @@ class Launchable:
             return
         built = self._built.get(found := tuple(key))
         if built is None:
-            kernel = self._function[grid](*arguments, **constants)
+            with _progress.get().building():
+                kernel = self._function[grid](*arguments, **constants)
             # The interpreter builds nothing.
             run = None if kernel is None or device < 0 else _runner(kernel.run, has_maps)
             if run is not None:
@@ -196,6 +200,11 @@ def building(num_threads: int) -> Iterator[None]:
 def is_building() -> bool:
     """Whether this is within `building`."""
     return _asked.get() is not None
+
+
+def tell_builds(progress: Progress) -> None:
+    """From now on `progress` is told of launches in this thread that may have to build first."""
+    _progress.set(progress)
 
 
 def launchable(function: Any) -> Launchable:
