@@ -15,7 +15,7 @@ from octavo.engine.detokenizer import Detokenizer
 from octavo.engine.tokenizer import Tokenizer
 from octavo.errors import OctavoError
 from octavo.outputs import OutputDelta, Receiver
-from octavo.request import FinishReason, Request, TokenDelta
+from octavo.request import FinishReason, PromptLogprobs, Request, TokenDelta
 
 
 class OutputProcessor:
@@ -109,7 +109,7 @@ def _advance(sequence: _Sequence, delta: TokenDelta, now: float) -> OutputDelta:
         text=text,
         token_ids=token_ids,
         logprobs=delta.logprobs[: len(token_ids)] if delta.logprobs else (),
-        prompt_logprobs=delta.prompt_logprobs,
+        prompt_logprobs=delta.prompt_logprobs and PromptLogprobs(delta.prompt_logprobs),
         finish_reason=None if reason is None else reason.value,
         stop_reason=stop_reason,
         num_cached_tokens=delta.num_cached_tokens,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from octavo.request import FinishReason, Logprob, PositionLogprobs, TokenDelta
+from collections.abc import Sequence as PySequence
+
+import numpy as np
+
+from octavo.request import FinishReason, Logprob, PackedLogprobs, PositionLogprobs, TokenDelta
 from octavo.scheduler.sequence import Sequence
 from octavo.step import TokenLogprobs
 
@@ -35,7 +39,7 @@ def token_delta(
     """Returns what the front end is told of `sequence` after a step."""
     prompt_logprobs = None
     if sequence.prompt_logprobs is not None and sequence.num_outputs == 1 and token_ids:
-        prompt_logprobs = (None, *map(position_logprobs, sequence.prompt_logprobs))
+        prompt_logprobs = packed_logprobs(sequence.prompt_logprobs)
     return TokenDelta(
         request_id=sequence.request.request_id,
         index=sequence.index,
@@ -46,6 +50,17 @@ def token_delta(
         stop_reason=stop,
         num_cached_tokens=sequence.num_cached_tokens,
         scheduled_time=sequence.scheduled_time,
+    )
+
+
+def packed_logprobs(positions: PySequence[TokenLogprobs]) -> PackedLogprobs:
+    """Returns the message form of a prompt's positions, which all report as many tokens."""
+    if not positions:
+        return PackedLogprobs(b"", b"", b"")
+    return PackedLogprobs(
+        np.stack([one.token_ids for one in positions]).astype(np.int32, copy=False).tobytes(),
+        np.stack([one.logprobs for one in positions]).astype(np.float32, copy=False).tobytes(),
+        np.array([one.rank for one in positions], np.int32).tobytes(),
     )
 
 

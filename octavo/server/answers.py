@@ -5,7 +5,7 @@ Called by the routes. Plain dicts and bytes, since every streamed token passes h
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import msgspec
 from octavo.outputs import OutputDelta
 from octavo.server.generation import Call
 from octavo.server.protocol.sampling import SamplingFields
-from octavo.server.streaming import event
+from octavo.server.streaming import event, event_pieces
 
 _encode = msgspec.json.Encoder().encode
 _TEXT_MARK = "\x00text\x00"
@@ -63,12 +63,16 @@ class ChunkFrame:
 
     def event(self, choice: dict[str, Any], **more: Any) -> bytes:
         """Returns a chunk with one choice, and the usage so far if the client wants it."""
+        return b"".join(self.event_pieces(choice, **more))
+
+    def event_pieces(self, choice: dict[str, Any], **more: Any) -> Iterator[bytes]:
+        """Returns the same in pieces, if the choice has lazy lists."""
         chunk = {**self._common, "choices": [choice], **more}
         if self.has_continuous_usage:
             chunk["usage"] = self._usage.body()
         elif self._includes_usage:
             chunk["usage"] = None
-        return event(chunk)
+        return event_pieces(chunk)
 
     def usage_event(self) -> bytes:
         """Returns the last chunk: no choice, but the usage."""

@@ -9,18 +9,21 @@ the first (the token itself, else the likeliest) by its text, the others as `tok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from octavo.engine.detokenizer import token_stream
 from octavo.request import Logprob, PositionLogprobs
 from octavo.server.engine_client import ServerTokenizer
+from octavo.server.pieces import Lazy
 
 LEAST_LOGPROB = -9999.0
 """OpenAI's number for a token that is all but impossible; JSON has no infinity."""
 
 Positions = Sequence[PositionLogprobs | None]
+_Row = tuple[int, PositionLogprobs | None, int]
+"""A token, its log-probabilities, and its place in the text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +56,11 @@ def chat_logprobs(
             "bytes": list(spelling.tokenizer.token_bytes(one.token_id)),
         }
 
-    return {
-        "content": [
-            {**entry(drawn), "top_logprobs": [entry(one) for one in top[:num_top]]}
-            for drawn, *top in positions
-        ]
-    }
+    content = (
+        {**entry(drawn), "top_logprobs": [entry(one) for one in top[:num_top]]}
+        for drawn, *top in positions
+    )
+    return {"content": Lazy(content, batch=8)}
 
 
 class CompletionLogprobs:
@@ -73,10 +75,41 @@ class CompletionLogprobs:
         self._num_top = num_top
         self._stream = token_stream(spelling.tokenizer, skip_special_tokens)
         self._offset = 0
-        self._echoed: list[tuple[int, PositionLogprobs | None, int]] = []
+        self._echoed: tuple[str, Sequence[int], Positions] = ("", (), ())
 
     def echo(self, text: str, token_ids: Sequence[int], positions: Positions) -> None:
         """Puts the prompt, of which `text` is returned, before what is written next."""
+        self._echoed = (text, token_ids, positions)
+
+    def write(self, positions: Sequence[PositionLogprobs]) -> dict[str, Any]:
+        """Returns the `logprobs` of the next tokens, after those of an echoed prompt.
+
+        Its lists are lazy; they must be written in their order, and before the next call.
+        """
+        rows: list[_Row] = []
+
+        def tokens() -> Iterator[str]:
+            for row in self._rows(positions):
+                rows.append(row)
+                yield self._spelling(row[0])
+
+        return {
+            "tokens": Lazy(tokens(), batch=64),
+            "token_logprobs": Lazy((p and _finite(p[0].logprob) for _, p, _ in rows), batch=64),
+            "top_logprobs": Lazy((p and self._tops(p) for _, p, _ in rows), batch=8),
+            "text_offset": Lazy((offset for _, _, offset in rows), batch=1024),
+        }
+
+    def _rows(self, positions: Sequence[PositionLogprobs]) -> Iterator[_Row]:
+        yield from self._echoed_rows()
+        for position in positions:
+            token_id = position[0].token_id
+            place = self._advance(self._stream.push(token_id), self._text(token_id))
+            yield token_id, position, place
+
+    def _echoed_rows(self) -> Iterator[_Row]:
+        text, token_ids, positions = self._echoed
+        self._echoed = ("", (), ())
         tokenizer = self._spelling.tokenizer
         stream = token_stream(tokenizer, skip_special_tokens=True)
         for token_id, position in zip(token_ids, positions, strict=True):
@@ -84,22 +117,9 @@ class CompletionLogprobs:
             if tokenizer.is_special(token_id):
                 # One that the client wrote is part of the text, one that was put before is not.
                 new = own if text.startswith(own, self._offset) else ""
-            self._echoed.append((token_id, position, min(self._advance(new, own), len(text))))
-        self._offset = len(text)
-
-    def write(self, positions: Sequence[PositionLogprobs]) -> dict[str, Any]:
-        """Returns the `logprobs` of the next tokens, after those of an echoed prompt."""
-        rows, self._echoed = self._echoed, []
-        for position in positions:
-            token_id = position[0].token_id
-            place = self._advance(self._stream.push(token_id), self._text(token_id))
-            rows.append((token_id, position, place))
-        return {
-            "tokens": [self._spelling(token_id) for token_id, _, _ in rows],
-            "token_logprobs": [p and _finite(p[0].logprob) for _, p, _ in rows],
-            "top_logprobs": [p and self._tops(p) for _, p, _ in rows],
-            "text_offset": [offset for _, _, offset in rows],
-        }
+            yield token_id, position, min(self._advance(new, own), len(text))
+        if token_ids:
+            self._offset = len(text)
 
     def _text(self, token_id: int) -> str:
         """Returns a token as text; empty if it is not whole characters."""
@@ -132,7 +152,7 @@ class CompletionLogprobs:
 
 def prompt_logprobs(
     positions: Positions | None, num_top: int, tokenizer: ServerTokenizer
-) -> list[dict[str, Any] | None] | None:
+) -> Lazy | None:
     """Returns vLLM's `prompt_logprobs`: per prompt token a map from token id, or None."""
     if positions is None:
         return None
@@ -141,10 +161,11 @@ def prompt_logprobs(
         text = tokenizer.token_bytes(one.token_id).decode("utf-8", "replace")
         return {"logprob": _finite(one.logprob), "rank": one.rank, "decoded_token": text}
 
-    return [
+    maps = (
         None if p is None else {str(one.token_id): entry(one) for one in p[: 1 + num_top]}
         for p in positions
-    ]
+    )
+    return Lazy(maps, batch=8)
 
 
 def _finite(logprob: float) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import msgspec
@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from octavo.errors import OctavoError
 from octavo.server.drain import Drain, shutting_down
 from octavo.server.errors import ClientDisconnectedError, error_body
+from octavo.server.pieces import pieces_of, sliced
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +29,57 @@ _encode = msgspec.json.Encoder().encode
 
 
 def json_response(body: dict[str, Any]) -> Response:
-    """Returns `body` as JSON."""
+    """Returns `body`, which has no lazy lists, as JSON."""
     return Response(_encode(body), media_type="application/json")
+
+
+async def long_response(body: dict[str, Any], drain: Drain) -> Response:
+    """Returns `body`, which may have lazy lists, as JSON that is sent while it is written."""
+    pieces = sliced(pieces_of(body))
+    first = await anext(pieces)
+    try:
+        second = await anext(pieces)
+    except StopAsyncIteration:
+        return Response(first, media_type="application/json")
+    return PiecesResponse(first + second, pieces, drain)
+
+
+class PiecesResponse(Response):
+    """An answer of unknown length: `first`, then all of `rest`."""
+
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], drain: Drain) -> None:
+        super().__init__(media_type="application/json")
+        del self.headers["content-length"]
+        self._first = first
+        self._rest = rest
+        self._drain = drain
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            await run_attached(self._send_all(send), receive, self._drain)
+        except ClientDisconnectedError:
+            return
+        finally:
+            await self._rest.aclose()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_all(self, send: Send) -> None:
+        await _send(send, self._first)
+        async for piece in self._rest:
+            await _send(send, piece)
 
 
 def event(data: Any) -> bytes:
     """Returns `data` as one server-sent event."""
-    return b"data: " + _encode(data) + b"\n\n"
+    return b"".join(event_pieces(data))
+
+
+def event_pieces(data: Any) -> Iterator[bytes]:
+    """Yields `data`, which may have lazy lists, as one server-sent event."""
+    yield b"data: "
+    yield from pieces_of(data)
+    yield b"\n\n"
 
 
 async def run_attached(work: Coroutine[Any, Any, T], receive: Receive, drain: Drain) -> T:

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 
 from octavo.engine.output_processor import OutputProcessor
 from octavo.errors import EngineDeadError, OctavoError
 from octavo.outputs import OutputDelta, RequestOutput, with_texts
-from octavo.request import FinishReason, Logprob, Request, SamplingParams, TokenDelta, pack_ids
+from octavo.request import (
+    FinishReason,
+    Logprob,
+    PackedLogprobs,
+    PromptLogprobs,
+    Request,
+    SamplingParams,
+    TokenDelta,
+    pack_ids,
+)
+from octavo.scheduler.finish import packed_logprobs, position_logprobs
+from octavo.step import TokenLogprobs
 
 
 def delta(ids: list[int] | tuple[int, ...] = (), index: int = 0, **more: Any) -> TokenDelta:
@@ -137,6 +150,27 @@ def test_a_request_ends_when_its_last_sequence_does(byte_tokenizer):
     assert recorder.output.outputs[2].stop_reason == "out of memory"
 
 
+def token_logprobs(token_ids: list[int], logprobs: list[float], rank: int) -> TokenLogprobs:
+    ids, values = np.array(token_ids, np.int32), np.array(logprobs, np.float32)
+    return TokenLogprobs(token_ids=ids, logprobs=values, rank=rank)
+
+
+def test_positions_of_a_prompt_cross_processes_packed_and_come_out_as_they_were():
+    found = [
+        token_logprobs([7, 8, 7], [-2.5, -0.25, -2.5], rank=2),
+        token_logprobs([0, 1, 2], [-1e30, -0.5, -1.0], rank=300),
+    ]
+    packed = msgspec.msgpack.decode(
+        msgspec.msgpack.encode(packed_logprobs(found)), type=PackedLogprobs
+    )
+    positions = PromptLogprobs(packed)
+    assert len(positions) == 3
+    assert list(positions) == [None, *map(position_logprobs, found)]
+    assert positions[-1] == position_logprobs(found[1])
+    assert positions[1:] == [*map(position_logprobs, found)]
+    assert list(PromptLogprobs(packed_logprobs([]))) == [None]
+
+
 def test_logprobs_are_found_by_id_carry_their_texts_and_sum_up(byte_tokenizer):
     ids = byte_tokenizer.encode("the fox jumps")[:3]
     positions = tuple(
@@ -144,7 +178,7 @@ def test_logprobs_are_found_by_id_carry_their_texts_and_sum_up(byte_tokenizer):
         for i in ids
     )
     processor, recorder = opened(byte_tokenizer, logprobs=1, prompt_logprobs=1)
-    prompts = (None, positions[0])
+    prompts = packed_logprobs([token_logprobs([ids[0], 999 - ids[0]], [-0.5, -2.0], rank=1)])
     processor.process([delta(ids[:1], logprobs=positions[:1], prompt_logprobs=prompts)])
     processor.process([delta(ids[1:], logprobs=positions[1:])])
     sequence = recorder.output.outputs[0]

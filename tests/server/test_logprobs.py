@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import httpx
 import pytest
@@ -21,6 +22,7 @@ from octavo.server.logprobs import (
     chat_logprobs,
     prompt_logprobs,
 )
+from octavo.server.pieces import pieces_of
 from tests.server.tiny_engine import write_model
 
 ASTRONAUT = "\U0001f600"
@@ -53,11 +55,16 @@ def position(*token_ids: int) -> PositionLogprobs:
     return tuple(Logprob(token_id=t, logprob=-0.5 - i) for i, t in enumerate(token_ids))
 
 
+def plain(value: object) -> Any:
+    """Returns what a client reads of `value`."""
+    return json.loads(b"".join(pieces_of(value)))
+
+
 def written(
     tokenizer: Tokenizer, positions: Sequence[PositionLogprobs], num_top: int = 5
 ) -> dict[str, list]:
     writer = CompletionLogprobs(TokenSpelling(tokenizer), num_top, True)
-    return writer.write(positions)
+    return plain(writer.write(positions))
 
 
 def byte_ids(tokenizer: Tokenizer, raw: bytes) -> list[int]:
@@ -101,17 +108,18 @@ def test_what_is_impossible_is_a_number(byte_tokenizer: Tokenizer) -> None:
 
 def test_tokens_are_written_as_ids_on_request(byte_tokenizer: Tokenizer) -> None:
     spelling = TokenSpelling(byte_tokenizer, as_ids=True)
-    found = CompletionLogprobs(spelling, 1, True).write([position(7, 8)])
+    found = plain(CompletionLogprobs(spelling, 1, True).write([position(7, 8)]))
     assert found["tokens"] == ["token_id:7"]
     assert found["top_logprobs"] == [{"token_id:7": -0.5, "token_id:8": -1.5}]
-    [entry] = chat_logprobs([position(7, 8)], 1, spelling)["content"]
+    [entry] = plain(chat_logprobs([position(7, 8)], 1, spelling))["content"]
     assert entry["token"] == "token_id:7"
     assert bytes(entry["bytes"]) == byte_tokenizer.token_bytes(7)
 
 
 def test_the_bytes_of_a_chat_make_up_its_text(byte_tokenizer: Tokenizer) -> None:
     ids = byte_ids(byte_tokenizer, ASTRONAUT.encode())
-    content = chat_logprobs([position(i) for i in ids], 0, TokenSpelling(byte_tokenizer))["content"]
+    spelling = TokenSpelling(byte_tokenizer)
+    content = plain(chat_logprobs([position(i) for i in ids], 0, spelling))["content"]
     assert b"".join(bytes(entry["bytes"]) for entry in content).decode() == ASTRONAUT
     assert content[0]["token"] == "bytes:\\xf0"
 
@@ -140,7 +148,7 @@ def test_places_are_those_of_the_text_that_is_returned(
     places = [
         place
         for part in (ids[:cut], ids[cut:])
-        for place in writer.write([position(i) for i in part])["text_offset"]
+        for place in plain(writer.write([position(i) for i in part]))["text_offset"]
     ]
     detokenizer, text = Detokenizer(tokenizer, SamplingParams(skip_special_tokens=skip)), ""
     for token_id, place in zip(ids, places, strict=True):
@@ -163,7 +171,7 @@ def test_an_echoed_prompt_has_its_places_before_the_answers(
     writer = CompletionLogprobs(TokenSpelling(byte_tokenizer), 0, True)
     writer.echo(prompt, ids, [None, *(position(i) for i in ids[1:])])
     [answer] = byte_ids(byte_tokenizer, b"x")
-    found = writer.write([position(answer)])
+    found = plain(writer.write([position(answer)]))
     assert found["tokens"][0] == "<|endoftext|>"
     assert found["token_logprobs"][0] is None
     assert found["top_logprobs"][0] is None
@@ -171,13 +179,13 @@ def test_an_echoed_prompt_has_its_places_before_the_answers(
     assert found["text_offset"][-1] == len(prompt)
     for token, place in zip(found["tokens"][1:-1], found["text_offset"][1:-1], strict=True):
         assert token.startswith("bytes:") or prompt.startswith(token, place)
-    assert writer.write([position(answer)])["text_offset"] == [len(prompt) + 1]
+    assert plain(writer.write([position(answer)]))["text_offset"] == [len(prompt) + 1]
 
 
 def test_prompt_tokens_are_keyed_by_their_ids(byte_tokenizer: Tokenizer) -> None:
     [a, b, c] = byte_ids(byte_tokenizer, b"ab\xff")
     assert prompt_logprobs(None, 1, byte_tokenizer) is None
-    found = prompt_logprobs([None, position(a, b, c)], 1, byte_tokenizer)
+    found = plain(prompt_logprobs([None, position(a, b, c)], 1, byte_tokenizer))
     assert found is not None
     assert found[0] is None
     assert found[1] is not None

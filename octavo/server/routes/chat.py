@@ -19,9 +19,10 @@ from octavo.server.body import read_body
 from octavo.server.generation import Call, new_call, stream_call, whole_call
 from octavo.server.logprobs import TokenSpelling, chat_logprobs, prompt_logprobs
 from octavo.server.openapi import described
+from octavo.server.pieces import Lazy
 from octavo.server.protocol.chat import ChatRequest
 from octavo.server.state import ServerState, server_state
-from octavo.server.streaming import Events, json_response, run_attached, stream_response
+from octavo.server.streaming import Events, long_response, run_attached, stream_response
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -39,7 +40,7 @@ async def create_chat_completion(request: Request) -> Response:
         return await stream_response(_events(state, body, call), request.receive, state.drain)
     work = whole_call(state, call)
     [sequences] = await run_attached(work, request.receive, state.drain)
-    return json_response(_answer(state, body, call, sequences))
+    return await long_response(_answer(state, body, call, sequences), state.drain)
 
 
 def _answer(
@@ -53,7 +54,7 @@ def _answer(
         "object": "chat.completion",
         "created": call.created,
         "model": state.model_name,
-        "choices": [_choice(state, body, sequence) for sequence in sequences],
+        "choices": Lazy(_choice(state, body, sequence) for sequence in sequences),
         "usage": usage.body(),
     }
     if body.prompt_logprobs is not None:

@@ -5,7 +5,7 @@ Parses, asks the engine through `generation`, formats. Never holds state between
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -25,9 +25,10 @@ from octavo.server.body import read_body
 from octavo.server.generation import Call, new_call, stream_call, whole_call
 from octavo.server.logprobs import CompletionLogprobs, TokenSpelling, prompt_logprobs
 from octavo.server.openapi import described
+from octavo.server.pieces import Later, Lazy, sliced
 from octavo.server.protocol.completions import CompletionRequest
 from octavo.server.state import ServerState, server_state
-from octavo.server.streaming import Events, json_response, run_attached, stream_response
+from octavo.server.streaming import Events, long_response, run_attached, stream_response
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -45,34 +46,53 @@ async def create_completion(request: Request) -> Response:
     # All are of one kind: texts, or ids already.
     prompts = await state.tokenising.encode(texts, body.add_special_tokens) if texts else ids
     call = await new_call(request, body, "cmpl", params, prompts)
+    echoed = await _echoed_texts(state, body, call)
     if body.stream:
-        return await stream_response(_events(state, body, call), request.receive, state.drain)
+        events = _events(state, body, call, echoed)
+        return await stream_response(events, request.receive, state.drain)
     work = whole_call(state, call)
     sequences = await run_attached(work, request.receive, state.drain)
-    return json_response(_answer(state, body, call, sequences))
+    return await long_response(_answer(state, body, call, sequences, echoed), state.drain)
+
+
+async def _echoed_texts(state: ServerState, body: CompletionRequest, call: Call) -> list[str]:
+    """Returns the text of each prompt if they are echoed: as it was sent, where all was used."""
+    if not body.echo:
+        return []
+    if body.truncate_prompt_tokens is None and isinstance(body.prompts()[0], str):
+        return [text for text in body.prompts() if isinstance(text, str)]
+    return [await state.tokenising.decode(one.prompt_token_ids) for one in call.requests]
 
 
 def _answer(
-    state: ServerState, body: CompletionRequest, call: Call, prompts: list[list[OutputDelta]]
+    state: ServerState,
+    body: CompletionRequest,
+    call: Call,
+    prompts: list[list[OutputDelta]],
+    echoed: list[str],
 ) -> dict[str, Any]:
-    usage, writer = Usage.of(call, body.is_prompt_only), _ChoiceWriter(state, body, call)
-    choices = []
-    for place, sequences in enumerate(prompts):
-        for sequence in sequences:
-            usage.add(sequence, is_first=sequence.index == 0)
-            choices.append(writer.choice(place, sequence))
+    usage, writer = Usage.of(call, body.is_prompt_only), _ChoiceWriter(state, body, call, echoed)
+
+    def choices() -> Iterator[dict[str, Any]]:
+        for place, sequences in enumerate(prompts):
+            for sequence in sequences:
+                usage.add(sequence, is_first=sequence.index == 0)
+                yield writer.choice(place, sequence)
+
     return {
         "id": call.id,
         "object": "text_completion",
         "created": call.created,
         "model": state.model_name,
-        "choices": choices,
-        "usage": usage.body(),
+        "choices": Lazy(choices()),
+        "usage": Later(usage.body),
     }
 
 
-async def _events(state: ServerState, body: CompletionRequest, call: Call) -> Events:
-    usage, writer = Usage.of(call, body.is_prompt_only), _ChoiceWriter(state, body, call)
+async def _events(
+    state: ServerState, body: CompletionRequest, call: Call, echoed: list[str]
+) -> Events:
+    usage, writer = Usage.of(call, body.is_prompt_only), _ChoiceWriter(state, body, call, echoed)
     frame = ChunkFrame(call, body, usage, kind="text_completion", model=state.model_name)
     n = call.params.n
     plain = None
@@ -91,7 +111,15 @@ async def _events(state: ServerState, body: CompletionRequest, call: Call) -> Ev
                     if delta.text:
                         events.append(plain.event(index, delta.text))
                 elif writer.has_news(place, delta):
-                    events.append(frame.event(writer.choice(place, delta)))
+                    pieces = frame.event_pieces(writer.choice(place, delta))
+                    if is_first and body.echo and body.logprobs is not None:
+                        # With those of the whole prompt: others have their turn in between.
+                        yield b"".join(events)
+                        events.clear()
+                        async for piece in sliced(pieces):
+                            yield piece
+                    else:
+                        events += pieces
             if events:
                 yield b"".join(events)
     if body.includes_usage:
@@ -111,13 +139,14 @@ def _stream_choice(index: int, text: str) -> dict[str, Any]:
 class _ChoiceWriter:
     """Makes the choices of one call's sequences, each with what is new since the one before."""
 
-    def __init__(self, state: ServerState, body: CompletionRequest, call: Call) -> None:
+    def __init__(
+        self, state: ServerState, body: CompletionRequest, call: Call, echoed: list[str]
+    ) -> None:
         self._engine = state.engine
         self._body = body
         self._requests = call.requests
         self._n = call.params.n
-        # What is echoed is what was sent, where all of it was used.
-        self._given = body.prompts() if body.truncate_prompt_tokens is None else None
+        self._echoed = echoed
         self._begun: set[int] = set()
         self._logprobs_of: dict[int, CompletionLogprobs] = {}
         self._skips_special_tokens = call.params.skip_special_tokens
@@ -141,7 +170,7 @@ class _ChoiceWriter:
         if body.is_prompt_only:
             text, token_ids, positions = "", (), ()
         if is_first and body.echo:
-            prompt = self._prompt_text(place)
+            prompt = self._echoed[place]
             text = prompt + text
             if body.logprobs is not None:
                 ids, echoed = self._requests[place].prompt_token_ids, self._prompt_logprobs[place]
@@ -160,12 +189,6 @@ class _ChoiceWriter:
                 found, body.prompt_logprobs, self._engine.tokenizer
             )
         return choice
-
-    def _prompt_text(self, place: int) -> str:
-        prompt = None if self._given is None else self._given[place]
-        if isinstance(prompt, str):
-            return prompt
-        return self._engine.tokenizer.decode(self._requests[place].prompt_token_ids)
 
     def _logprobs(self, index: int) -> CompletionLogprobs:
         """Returns the writer of one sequence's log-probabilities, the same for all its choices."""

@@ -14,6 +14,7 @@ from octavo.errors import ContextLengthError, RequestError
 from octavo.server.body import read_body
 from octavo.server.engine_client import Engine
 from octavo.server.openapi import described
+from octavo.server.pieces import Lazy
 from octavo.server.protocol.strict import PackedIds
 from octavo.server.protocol.tokens import (
     DetokenizeRequest,
@@ -22,7 +23,7 @@ from octavo.server.protocol.tokens import (
     TokenizeTextRequest,
 )
 from octavo.server.state import server_state
-from octavo.server.streaming import json_response
+from octavo.server.streaming import json_response, long_response
 
 router = APIRouter(tags=["Tokens"])
 
@@ -38,10 +39,14 @@ async def tokenize(request: Request) -> Response:
     else:
         assert isinstance(body, TokenizeTextRequest)
         [ids] = await state.tokenising.encode([body.prompt], body.add_special_tokens)
-    answer = {"count": len(ids), "max_model_len": state.engine.max_model_len, "tokens": list(ids)}
+    answer = {
+        "count": len(ids),
+        "max_model_len": state.engine.max_model_len,
+        "tokens": Lazy(ids, batch=4096),
+    }
     if body.return_token_strs:
-        answer["token_strs"] = await state.tokenising.tokens(ids)
-    return json_response(answer)
+        answer["token_strs"] = Lazy(await state.tokenising.tokens(ids), batch=1024)
+    return await long_response(answer, state.drain)
 
 
 @router.post("/detokenize", **described("Detokenized", DetokenizeRequest))
