@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from types import AsyncGeneratorType, CoroutineType
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -70,16 +71,29 @@ class LoopHoldMonitor:
             self.longest_seconds, self.longest_callback = seconds, _name(callback)
 
 
-def _name(callback: Callable[..., Any]) -> str:
+def _name(callback: Any) -> str:
     """Returns who runs in `callback`; of a task, also where its step ended."""
-    task = getattr(callback, "__self__", None)
+    try:
+        task = callback.__self__
+    except AttributeError:
+        task = None
     if not isinstance(task, asyncio.Task):
-        return str(getattr(callback, "__qualname__", callback.__class__.__qualname__))
+        return _qualified_name(callback)
     names: list[str] = []
     awaited: Any = task.get_coro()
     while awaited is not None:
-        name = getattr(awaited, "__qualname__", None)
-        if name is not None:
-            names.append(name)
-        awaited = getattr(awaited, "cr_await", None) or getattr(awaited, "ag_await", None)
+        names.append(_qualified_name(awaited))
+        if isinstance(awaited, CoroutineType):
+            awaited = awaited.cr_await
+        elif isinstance(awaited, AsyncGeneratorType):
+            awaited = awaited.ag_await
+        else:
+            awaited = None
     return "step of " + " > ".join(names)
+
+
+def _qualified_name(value: Any) -> str:
+    try:
+        return str(value.__qualname__)
+    except AttributeError:
+        return value.__class__.__qualname__
