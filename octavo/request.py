@@ -15,7 +15,6 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import msgspec
-import numpy as np
 
 from octavo.errors import RequestError, shown
 from octavo.request_fields import REFUSED_PARAMS, refuse_field
@@ -326,6 +325,8 @@ class PromptLogprobs(Sequence[PositionLogprobs | None]):
     __slots__ = ("_ids", "_logprobs", "_ranks")
 
     def __init__(self, packed: PackedLogprobs) -> None:
+        import numpy as np  # Here, for `--help` and `plan` are quick without it.
+
         self._ranks = np.frombuffer(packed.ranks, np.int32)
         shape = (len(self._ranks), -1) if len(self._ranks) else (0, 0)
         self._ids = np.frombuffer(packed.token_ids, np.int32).reshape(shape)
