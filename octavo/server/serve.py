@@ -202,8 +202,8 @@ class Server(uvicorn.Server):
             self._end_began = now
             self._engine.begin_drain()
             if self.error is None:
-                open_for = (drain.num_open, self._shutdown_timeout)
-                logger.info("the server ends; %d open requests get up to %g s", *open_for)
+                waits = f"; {drain.num_open} open requests get up to {self._shutdown_timeout:g} s"
+                logger.info("the server ends%s", waits if drain.num_open else "")
         seconds = now - self._end_began
         if seconds >= (self._shutdown_timeout if self.error is None else _DEAD_SECONDS):
             drain.expired.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import socket
 import subprocess
@@ -141,6 +142,65 @@ def test_a_dead_engine_fails_health_but_not_metrics(start_server: Any) -> None:
         assert http.get("/health").status_code == 503
         assert http.get("/ready").status_code == 503
         assert http.get("/metrics").status_code == 200
+
+
+def test_metrics_do_not_wait_for_a_silent_engine(start_server: Any) -> None:
+    server = start_server()
+    server.engine.is_hung = True
+    answer = httpx.get(f"{server.url}/metrics", timeout=20)
+    assert answer.status_code == 200
+    assert "vllm:kv_cache_usage_perc" in answer.text
+
+
+def test_a_server_whose_engine_died_says_why_and_ends_by_itself(
+    start_server: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = start_server()
+    server.engine.is_dead = True
+    for path in ("/health", "/ping", "/ready"):
+        assert "ended with code 9" in httpx.get(f"{server.url}{path}").text
+    server.thread.join(20)
+    assert not server.thread.is_alive()
+    assert isinstance(server.server.error, EngineDeadError)
+    errors = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert any("ended with code 9" in record.getMessage() for record in errors)
+
+
+def test_a_server_that_ends_answers_probes_and_refuses_work(start_server: Any) -> None:
+    server = start_server(shutdown_timeout=30.0)
+    server.engine.is_silent = True
+    body = {"prompt": "x"}
+    asking = threading.Thread(
+        target=lambda: httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    )
+    asking.start()
+    assert server.engine.begun.wait(10)
+    server.server.stop()
+    for path, status in (("/health", 200), ("/ping", 200), ("/metrics", 200), ("/ready", 503)):
+        assert httpx.get(f"{server.url}{path}").status_code == status
+    late = httpx.post(f"{server.url}/v1/completions", json=body)
+    assert late.status_code == 503
+    assert late.headers["connection"] == "close"
+    assert late.json()["error"]["code"] == "shutting_down"
+    server.server.stop()
+    asking.join(20)
+    server.thread.join(20)
+    assert not server.thread.is_alive()
+
+
+def test_a_hung_engine_is_given_up_in_a_drain(start_server: Any) -> None:
+    server = start_server(shutdown_timeout=3600.0)
+    server.engine.is_silent = server.engine.is_hung = True
+    body = {"prompt": "x"}
+    asking = threading.Thread(
+        target=lambda: httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    )
+    asking.start()
+    assert server.engine.begun.wait(10)
+    server.server.stop()
+    asking.join(20)
+    server.thread.join(20)
+    assert not server.thread.is_alive()
 
 
 def test_a_server_is_not_ready_before_its_model_is(start_server: Any) -> None:
