@@ -26,6 +26,9 @@ Bool = NDArray[np.bool_]
 Float32 = NDArray[np.float32]
 
 
+MAX_PADDED_TOKENS = 2048
+"""A step of at most so many tokens is padded and replayed as a graph on a GPU; one of a few more
+takes as long as the host needs to launch it, twice as long and more."""
 NO_TOKEN = -1
 """Sampled where a row's logits hold a NaN or nothing finite: the sequence ends with an error."""
 

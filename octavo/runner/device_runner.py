@@ -37,12 +37,10 @@ from octavo.runner.model_runner import prompt_logprobs_of
 from octavo.runner.shared_prefix import MIN_SAVED_BYTES, PrefixPlanner
 from octavo.runner.split import split_plan
 from octavo.runner.transfer import Download, make_transfer
-from octavo.step import StepPlan, StepResult, TokenLogprobs
+from octavo.step import MAX_PADDED_TOKENS, StepPlan, StepResult, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
-MAX_PADDED_TOKENS = 2048
-"""Steps of more tokens take the device longer than the host takes to launch them."""
 COUNTS_PERIOD = 64
 """Steps between two readings of how many tokens went to each expert; so is the last of a run."""
 

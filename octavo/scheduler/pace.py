@@ -4,11 +4,11 @@ Asked by the scheduler before each step, told by the engine core when steps are 
 collected. It knows times and counts only, and decides nothing but a number of tokens: results never
 depend on it.
 
-    seconds of a step = decodes alone (by their number) + seconds a prompt token * prompt tokens
+    seconds of a step = decodes alone (by their number) + prompt tokens (by theirs)
 
-Both terms are medians of what was seen last, so that a captured graph, a kernel that is built or a
-process that had to wait count for nothing. What decodes cost is seen in steps without prompt
-tokens: where prompts never cease, every PROBE_STEPS-th step is made one.
+Both are curves through medians of what was seen last, so that a captured graph, a kernel that is
+built or a process that had to wait count for nothing. What decodes cost is seen in steps without
+prompt tokens: where prompts never cease, every PROBE_STEPS-th step is made one.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from collections.abc import Callable
 from statistics import median
 
 import numpy as np
+from numpy.typing import NDArray
 
-from octavo.step import StepPlan
+from octavo.step import MAX_PADDED_TOKENS, StepPlan
 
 STRETCH = 2.2
 """A step takes at most so many times what its decodes alone would take."""
@@ -39,6 +40,10 @@ PROBE_STEPS, FIRST_PROBE_STEPS = 64, 8
 not."""
 _MIN_SAMPLE_TOKENS = 16
 """Steps with fewer prompt tokens say nothing of what one costs."""
+_KEPT, _TRUSTED = 5, 3
+"""Steps of about one size that are remembered, and that make a median."""
+_FRESH = 1000
+"""Steps after which a size that was not seen again is forgotten: contexts have grown since."""
 
 
 class Pace:
@@ -50,9 +55,9 @@ class Pace:
         """`clock` gives seconds."""
         self._clock = clock
         self._stretch = stretch
-        self._decodes: dict[int, _Decodes] = {}
-        """By `_size` of their number."""
-        self._token_seconds: deque[float] = deque(maxlen=9)
+        self._decodes = _Curve()
+        self._prefills = _Curve()
+        """What prompt tokens add."""
         self._lately: deque[float] = deque(maxlen=LATELY_STEPS)
         """Seconds of the last steps with decodes."""
         self._launch_times: dict[int, float] = {}
@@ -73,11 +78,13 @@ class Pace:
         if num_decodes and self._must_probe(num_decodes):
             self._num_mixed = 0
             return 0
-        if not self._decodes or not self._token_seconds:
+        if not self._decodes or not self._prefills:
             return FIRST_PREFILL_TOKENS
-        decode_seconds = self._alone(num_decodes)
-        tokens = (self._target(decode_seconds) - decode_seconds) / self._token()
-        return max(int(tokens), MIN_PREFILL_TOKENS)
+        alone = self._decodes.seconds(num_decodes)
+        tokens = self._prefills.count(self._target(alone) - alone)
+        if num_decodes <= MAX_PADDED_TOKENS // 2:
+            tokens = min(tokens, MAX_PADDED_TOKENS - num_decodes)
+        return max(tokens, MIN_PREFILL_TOKENS)
 
     def _target(self, decode_seconds: float) -> float:
         """Returns the seconds that a step may take."""
@@ -88,21 +95,8 @@ class Pace:
 
     def _must_probe(self, num_decodes: int) -> bool:
         """Whether the next step must be of decodes alone, so that it is known what they cost."""
-        is_known = _size(num_decodes) in self._decodes
+        is_known = self._decodes.knows(num_decodes)
         return self._num_mixed > (PROBE_STEPS if is_known else FIRST_PROBE_STEPS)
-
-    def _token(self) -> float:
-        """Returns the seconds that a prompt token costs."""
-        return max(median(self._token_seconds), 1e-9)
-
-    def _alone(self, num_decodes: int) -> float:
-        """Returns the seconds of a step of so many decodes, between the numbers that were seen; 0
-        if none was."""
-        if not self._decodes:
-            return 0.0
-        seen = sorted((one.count, median(one.seconds)) for one in self._decodes.values())
-        counts, seconds = zip(*seen, strict=True)
-        return float(np.interp(num_decodes, counts, seconds))
 
     # -- what steps took ---------------------------------------------------------------------
 
@@ -127,26 +121,64 @@ class Pace:
         if num_decodes:
             self._lately.append(seconds)
         if not num_prefill_tokens:
-            self._decodes.setdefault(_size(num_decodes), _Decodes()).add(num_decodes, seconds)
+            self._decodes.add(num_decodes, seconds)
             self._num_mixed = 0
         elif num_prefill_tokens >= _MIN_SAMPLE_TOKENS:
-            rest = seconds - self._alone(num_decodes)
-            self._token_seconds.append(max(rest, 0.0) / num_prefill_tokens)
+            rest = seconds - self._decodes.seconds(num_decodes)
+            self._prefills.add(num_prefill_tokens, max(rest, 0.0))
 
 
-class _Decodes:
-    """What steps of about so many decodes alone took."""
-
-    __slots__ = ("count", "seconds")
+class _Curve:
+    """Seconds by a count, as seen lately. More never take less: what says so was an accident."""
 
     def __init__(self) -> None:
-        self.count = 0
-        """Of the last one."""
-        self.seconds: deque[float] = deque(maxlen=5)
+        self._seen: dict[int, deque[tuple[int, float, int]]] = {}
+        """By `_size` of the count, the one that was seen last at the end."""
+        self._num_added = 0
+        self._points: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
+        """Counts, ascending, and their seconds; None when something was added."""
+
+    def __bool__(self) -> bool:
+        return bool(self._seen)
 
     def add(self, count: int, seconds: float) -> None:
-        self.count = count
-        self.seconds.append(seconds)
+        self._num_added += 1
+        size = _size(count)
+        seen = self._seen.pop(size, None) or deque(maxlen=_KEPT)
+        seen.append((count, seconds, self._num_added))
+        self._seen[size] = seen
+        oldest = next(iter(self._seen))
+        if self._seen[oldest][-1][-1] < self._num_added - _FRESH:
+            del self._seen[oldest]
+        self._points = None
+
+    def knows(self, count: int) -> bool:
+        """Whether about so many were seen often enough."""
+        return len(self._seen.get(_size(count), ())) >= _TRUSTED
+
+    def seconds(self, count: int) -> float:
+        """Returns what so many take, between those that were seen; 0 if none was."""
+        return float(np.interp(count, *self._curve())) if self._seen else 0.0
+
+    def count(self, seconds: float) -> int:
+        """Returns how many take so long, at least one having been seen."""
+        counts, times = self._curve()
+        if seconds >= times[-1] > 0:
+            return int(counts[-1] * seconds / times[-1])
+        return int(np.interp(seconds, np.append(0.0, times), np.append(0.0, counts)))
+
+    def _curve(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        if self._points is None:
+            often = [seen for seen in self._seen.values() if len(seen) >= _TRUSTED]
+            points = np.array(
+                sorted(
+                    (median(one[0] for one in seen), median(one[1] for one in seen))
+                    for seen in often or self._seen.values()
+                )
+            )
+            times = np.minimum.accumulate(points[::-1, 1])[::-1]
+            self._points = points[:, 0], times
+        return self._points
 
 
 def _size(count: int) -> int:

@@ -27,7 +27,7 @@ from octavo.scheduler.pace import (
     STRETCH,
     Pace,
 )
-from octavo.step import StepPlan, StepResult
+from octavo.step import MAX_PADDED_TOKENS, StepPlan, StepResult
 
 
 def olmoe_seconds(num_decodes: int, num_prefill_tokens: int) -> float:
@@ -272,13 +272,16 @@ def test_where_prompts_never_cease_a_step_without_them_tells_what_decodes_cost()
 
 
 def test_steps_that_are_all_alike_grow_up_to_a_limit():
-    steps = Steps()
+    def slow(num_decodes: int, num_prefill_tokens: int) -> float:
+        return olmoe_seconds(num_decodes, 4 * num_prefill_tokens)
+
+    steps = Steps(slow)
     for _ in range(20 * LATELY_STEPS):
         budget = steps.pace.prefill_budget(8, 50)
         assert budget is not None
         steps.run(8, budget)
     # Towards the limit, and not beyond it.
-    seconds = olmoe_seconds(8, steps.pace.prefill_budget(8, 50) or 0)
+    seconds = slow(8, steps.pace.prefill_budget(8, 50) or 0)
     assert MAX_GROWN_SECONDS / GROWTH <= seconds <= 1.02 * MAX_GROWN_SECONDS
 
 
@@ -304,3 +307,42 @@ def test_a_step_that_raised_teaches_nothing():
         steps.pace.lost(plan)
     steps.run(64)
     assert steps.pace.prefill_budget(64, 5) == before
+
+
+def test_a_step_with_prompts_stays_within_what_is_replayed_as_a_graph():
+    # Beyond, a step takes as long as the host needs to launch it.
+    cliff = lambda decodes, prompts: 7e-3 + 3e-6 * prompts + 0.01 * (decodes + prompts > 2048)
+    steps = Steps(cliff)
+    for _ in range(9):
+        steps.run(64)
+        steps.run(64, 500)
+    assert steps.pace.prefill_budget(64, 5) == MAX_PADDED_TOKENS - 64
+
+
+def test_what_was_seen_once_or_makes_more_prompts_cheaper_is_not_believed():
+    steps = Steps()
+    for _ in range(9):
+        steps.run(64)
+        steps.run(64, 300)
+        steps.run(64, 600)
+    steps.run(64, 500, extra=0.03)
+    steps.run(64, 500, extra=0.03)
+    wanted = (STRETCH - 1) * 7e-3 / 11e-6
+    assert steps.pace.prefill_budget(64, 5) == pytest.approx(wanted, rel=0.02)
+    steps.run(64, 500, extra=0.03)
+    assert steps.pace.prefill_budget(64, 5) == pytest.approx(wanted, rel=0.02)
+
+
+def test_costs_of_long_ago_are_forgotten():
+    steps = Steps(lambda decodes, prompts: 2e-3 + 2e-6 * prompts)
+    for _ in range(9):
+        steps.run(128)
+        steps.run(64)
+        steps.run(64, 500)
+        steps.run(64, 1000)
+    steps.seconds = lambda decodes, prompts: 20e-3 + 40e-6 * prompts
+    for _ in range(1100):
+        steps.run(64)
+        steps.run(64, 500)
+    wanted = (STRETCH - 1) * 20e-3 / 40e-6
+    assert steps.pace.prefill_budget(64, 5) == pytest.approx(wanted, rel=0.02)
