@@ -74,8 +74,10 @@ class ChunkFrame:
             chunk["usage"] = None
         return event_pieces(chunk)
 
-    def usage_event(self) -> bytes:
-        """Returns the last chunk: no choice, but the usage."""
+    def end(self) -> bytes:
+        """Returns the last chunk, without a choice but with the usage, if the client wants it."""
+        if not self._includes_usage:
+            return b""
         return event({**self._common, "choices": [], "usage": self._usage.body()})
 
 

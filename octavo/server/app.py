@@ -21,6 +21,7 @@ from octavo.observe.metrics import Metrics
 from octavo.server import errors, openapi
 from octavo.server.access import AccessMiddleware
 from octavo.server.auth import AuthMiddleware
+from octavo.server.direct_routes import DirectRoutes
 from octavo.server.docs_page import docs_response
 from octavo.server.drain import Drain, DrainMiddleware
 from octavo.server.engine_client import Engine
@@ -42,6 +43,7 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
         ),
         Middleware(DrainMiddleware, drain=drain),
         Middleware(AuthMiddleware, config=config),
+        Middleware(DirectRoutes, routers=(chat.router, completions.router)),
     ]
     if config.allowed_origins:
         cors = Middleware(

@@ -7,6 +7,7 @@ socket stays open meanwhile, so that probes and scrapers are answered to the end
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -17,12 +18,33 @@ PROBES = frozenset({"/health", "/ready", "/ping", "/metrics"})
 """Asked every few seconds by machines: answered to the end, and logged at debug level alone."""
 
 
+class Expiry(asyncio.Event):
+    """The end of patience. Watchers are called when it comes, or at once if it has come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watchers: set[Callable[[], None]] = set()
+
+    def set(self) -> None:
+        super().set()
+        for watcher in tuple(self._watchers):
+            watcher()
+
+    def watch(self, watcher: Callable[[], None]) -> None:
+        self._watchers.add(watcher)
+        if self.is_set():
+            watcher()
+
+    def unwatch(self, watcher: Callable[[], None]) -> None:
+        self._watchers.discard(watcher)
+
+
 @dataclass(slots=True)
 class Drain:
     """First a server is not ready any more, later running requests are cut off."""
 
     is_draining: bool = False
-    expired: asyncio.Event = field(default_factory=asyncio.Event)
+    expired: Expiry = field(default_factory=Expiry)
     num_open: int = 0
     """Exchanges other than probes that are not answered to the end."""
 

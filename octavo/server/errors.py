@@ -85,11 +85,12 @@ def error_response(error: Exception) -> Response:
 
 def install(app: FastAPI) -> None:
     """Makes every expected error of `app` an OpenAI error object."""
-    app.add_exception_handler(OctavoError, _on_error)
+    app.add_exception_handler(OctavoError, on_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
 
 
-async def _on_error(request: Request, error: Exception) -> Response:
+async def on_error(request: Request, error: Exception) -> Response:
+    """Returns the answer to an error of a handler; it names the fields that the client sent."""
     body = request.scope["state"].get("body")
     if isinstance(error, RequestError) and error.param is not None and body is not None:
         # The engine speaks of its own parameters; the client knows the fields that it sent.

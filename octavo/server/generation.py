@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from starlette.requests import Request as HttpRequest
@@ -75,22 +75,37 @@ async def new_call(
     )
 
 
-async def stream_call(state: ServerState, call: Call) -> AsyncGenerator[list[News], None]:
-    """Yields what the requests of `call` have gained since the last round; a news' tag is the
-    place of its prompt.
+class StreamedCall:
+    """The news of a call's requests, for one reader; a news' tag is the place of its prompt.
 
-    Closing it ends what still runs. Raises what the engine raises, and ApiError for a sequence
-    that ended by an error or was aborted from elsewhere.
+    `take` raises what the engine raises, and ApiError for a sequence that ended by an error or was
+    aborted from elsewhere. See `streaming.Rounds`.
     """
-    mailbox = Mailbox()
 
-    def deliver(tag: int, delta: OutputDelta, finished: bool) -> None:
-        if not mailbox.put(tag, delta, finished):
-            running.cancel(FinishReason.ABORT)  # at once: whoever is slow may never read again
+    __slots__ = ("_mailbox", "_running")
 
-    with _Running(state, call, deliver, mailbox.fail) as running:
-        while running.num_unfinished or mailbox.has_news:
-            yield await mailbox.take()
+    def __init__(self, state: ServerState, call: Call) -> None:
+        self._mailbox = Mailbox()
+        self._running = _Running(state, call, self._deliver, self._mailbox.fail)
+
+    def begin(self) -> None:
+        self._running.__enter__()
+
+    @property
+    def is_over(self) -> bool:
+        return not (self._running.num_unfinished or self._mailbox.has_news)
+
+    async def take(self) -> list[News]:
+        return await self._mailbox.take()
+
+    def close(self, error: BaseException | None) -> None:
+        is_failure = isinstance(error, Exception)
+        self._running.cancel(FinishReason.ERROR if is_failure else FinishReason.ABORT)
+
+    def _deliver(self, tag: int, delta: OutputDelta, finished: bool) -> None:
+        if not self._mailbox.put(tag, delta, finished):
+            # At once: whoever is slow may never read again.
+            self._running.cancel(FinishReason.ABORT)
 
 
 async def whole_call(state: ServerState, call: Call) -> list[list[OutputDelta]]:

@@ -31,6 +31,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from octavo.observe.loop_holds import LoopHoldMonitor
+from octavo.server.answer_wire import WIRE, AnswerWire
 from octavo.server.errors import ApiError, error_body, error_response
 
 logger = logging.getLogger(__name__)
@@ -261,6 +262,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answering = cycle
+        cycle.scope["extensions"][WIRE] = AnswerWire(cycle)  # type: ignore[typeddict-item, index]
         super()._start_asgi_task(cycle, _surplus if self._is_surplus else app)
 
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Coroutine, Iterator
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from octavo.engine.mailbox import News
 from octavo.errors import OctavoError
+from octavo.server.answer_wire import WIRE, AnswerWire
 from octavo.server.drain import Drain, shutting_down
 from octavo.server.errors import ClientDisconnectedError, error_body
 from octavo.server.pieces import pieces_of, sliced
@@ -22,10 +25,42 @@ from octavo.server.pieces import pieces_of, sliced
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Events = AsyncGenerator[bytes, None]
-"""Server-sent events, one or several in each piece."""
 
 _encode = msgspec.json.Encoder().encode
+_DONE = b"data: [DONE]\n\n"
+
+
+class Rounds(Protocol):
+    """What a call gains, round by round."""
+
+    def begin(self) -> None:
+        """Hands the call to the engine; raises what the engine raises."""
+        ...
+
+    @property
+    def is_over(self) -> bool:
+        """Whether `take` would wait for ever."""
+        ...
+
+    async def take(self) -> list[News]:
+        """Waits for news. Raises what ended the call."""
+        ...
+
+    def close(self, error: BaseException | None) -> None:
+        """Ends what still runs, because of `error` if there is one."""
+        ...
+
+
+class EventWriter(Protocol):
+    """Makes server-sent events of what a call gains."""
+
+    def events(self, news: list[News]) -> bytes | Iterator[bytes]:
+        """Returns the events of one round, which may be none; in pieces if they may be long."""
+        ...
+
+    def end(self) -> bytes:
+        """Returns what follows the last round."""
+        ...
 
 
 def json_response(body: dict[str, Any]) -> Response:
@@ -82,26 +117,74 @@ def event_pieces(data: Any) -> Iterator[bytes]:
     yield b"\n\n"
 
 
+class Attachment:
+    """Ties work to its client: what runs inside `with` is cancelled when the client leaves or the
+    drain expires, and ClientDisconnectedError or ApiError (503) is raised in its place.
+
+    May be entered several times, by one task at a time. `end` lets the client go.
+    """
+
+    def __init__(self, receive: Receive, drain: Drain) -> None:
+        self._expired = drain.expired
+        self._task: asyncio.Task[Any] | None = None
+        self._num_cancelling = 0
+        self._error: Exception | None = None
+        self._gone = asyncio.ensure_future(_disconnected(receive))
+        self._gone.add_done_callback(self._on_gone)
+        self._expired.watch(self._on_expired)
+
+    def end(self) -> None:
+        self._gone.cancel()
+        self._expired.unwatch(self._on_expired)
+
+    def __enter__(self) -> Attachment:
+        if self._error is not None:
+            raise self._error
+        self._task = task = asyncio.current_task()
+        assert task is not None, "work is attached inside a task"
+        self._num_cancelling = task.cancelling()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        task, self._task = self._task, None
+        assert task is not None
+        if self._error is None:
+            return
+        is_ours = task.uncancel() <= self._num_cancelling
+        if is_ours and isinstance(error, asyncio.CancelledError):
+            raise self._error from error
+
+    def _on_gone(self, gone: asyncio.Future[None]) -> None:
+        if not gone.cancelled():
+            self._stop(ClientDisconnectedError("the client closed the connection"))
+
+    def _on_expired(self) -> None:
+        self._stop(shutting_down())
+
+    def _stop(self, error: Exception) -> None:
+        if self._error is None:
+            self._error = error
+            if self._task is not None:
+                self._task.cancel()
+
+
 async def run_attached(work: Coroutine[Any, Any, T], receive: Receive, drain: Drain) -> T:
     """Returns what `work` returns; cancels it when the client leaves or the drain expires.
 
     Raises ClientDisconnectedError, or ApiError (503) when the server ends first.
     """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(receive))
-    expired = asyncio.ensure_future(drain.expired.wait())
-    waits: list[asyncio.Future[Any]] = [task, gone, expired]
+    attachment = Attachment(receive, drain)
     try:
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        if gone.done():
-            raise ClientDisconnectedError("the client closed the connection")
-        raise shutting_down()
+        with attachment:
+            return await work
     finally:
-        for wait in waits:
-            wait.cancel()
-        await asyncio.gather(*waits, return_exceptions=True)
+        attachment.end()
+        work.close()  # It may not have begun.
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -110,54 +193,97 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events: `first`, then all of `rest`, then [DONE]; an error is an event too."""
+    """Server-sent events: `first`, those of all later rounds, the writer's end, and [DONE]; an
+    error is an event too.
 
-    def __init__(self, first: bytes, rest: Events, drain: Drain) -> None:
+    A round is one write of the socket, and the last one holds the end of the answer as well.
+    """
+
+    def __init__(
+        self,
+        first: bytes | Iterator[bytes],
+        rounds: Rounds,
+        writer: EventWriter,
+        attachment: Attachment,
+    ) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(headers=headers, media_type="text/event-stream")
         del self.headers["content-length"]
         self._first = first
-        self._rest = rest
-        self._drain = drain
+        self._rounds = rounds
+        self._writer = writer
+        self._attachment = attachment
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        wire: AnswerWire | None = scope.get("extensions", {}).get(WIRE)
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        failure: Exception | None = None
         try:
+            if wire is not None:
+                wire.hold_head()
             await send(start)
-            await run_attached(self._send_all(send), receive, self._drain)
+            with self._attachment:
+                last = await self._send_all(send, wire)
         except ClientDisconnectedError:
             return
         except Exception as error:
+            failure = error
             # The status line is out: whatever it is, the client can only be told in the stream.
             if not isinstance(error, OctavoError):
                 logger.error("a stream failed", exc_info=error)
             told = error_body(error)
             scope["state"]["exchange"].reason = told["error"]["message"]
-            await _send(send, event(told))
+            last = event(told)
         finally:
-            await self._rest.aclose()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            self._rounds.close(failure)
+            self._attachment.end()
+        await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    async def _send_all(self, send: Send) -> None:
-        await _send(send, self._first)
-        async for events in self._rest:
-            await _send(send, events)
-        await _send(send, b"data: [DONE]\n\n")
+    async def _send_all(self, send: Send, wire: AnswerWire | None) -> bytes:
+        """Returns the last piece, which is still to be sent."""
+        rounds, events = self._rounds, self._writer.events
+        if wire is not None and not wire.is_open:
+            wire = None
+        piece = self._first
+        while True:
+            if not isinstance(piece, bytes):
+                async for part in sliced(piece):
+                    await _put(part, send, wire)
+                piece = b""
+            if rounds.is_over:
+                return piece + self._writer.end() + _DONE
+            await _put(piece, send, wire)
+            piece = events(await rounds.take())
+
+
+async def _put(piece: bytes, send: Send, wire: AnswerWire | None) -> None:
+    if not piece:
+        return
+    if wire is None:
+        await _send(send, piece)
+        return
+    if wire.is_paused:
+        await wire.drained()
+    wire.write(piece)
 
 
 async def _send(send: Send, body: bytes) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
-async def stream_response(events: Events, receive: Receive, drain: Drain) -> Response:
+async def stream_response(
+    rounds: Rounds, writer: EventWriter, receive: Receive, drain: Drain
+) -> Response:
     """Returns the stream once its first event is there, so that early errors keep their status."""
+    attachment = Attachment(receive, drain)
     try:
-        first = await run_attached(_next(events), receive, drain)
-    except BaseException:
-        await events.aclose()
+        with attachment:
+            rounds.begin()
+            first: bytes | Iterator[bytes] = b""
+            while not first and not rounds.is_over:
+                first = writer.events(await rounds.take())
+    except BaseException as error:
+        rounds.close(error)
+        attachment.end()
         raise
-    return EventStream(first, events, drain)
-
-
-async def _next(events: Events) -> bytes:
-    return await anext(events)
+    return EventStream(first, rounds, writer, attachment)

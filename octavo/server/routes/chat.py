@@ -6,23 +6,23 @@ Parses, asks the engine through `generation`, formats. Never holds state between
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from octavo.engine.mailbox import News
 from octavo.outputs import OutputDelta
 from octavo.server.answers import ChunkFrame, PlainChunks, Usage, marked
 from octavo.server.body import read_body
-from octavo.server.generation import Call, new_call, stream_call, whole_call
+from octavo.server.generation import Call, StreamedCall, new_call, whole_call
 from octavo.server.logprobs import TokenSpelling, chat_logprobs, prompt_logprobs
 from octavo.server.openapi import described
 from octavo.server.pieces import Lazy
 from octavo.server.protocol.chat import ChatRequest
 from octavo.server.state import ServerState, server_state
-from octavo.server.streaming import Events, long_response, run_attached, stream_response
+from octavo.server.streaming import long_response, run_attached, stream_response
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -37,7 +37,8 @@ async def create_chat_completion(request: Request) -> Response:
     prompt = await state.tokenising.encode_chat(body)
     call = await new_call(request, body, "chatcmpl", params, [prompt])
     if body.stream:
-        return await stream_response(_events(state, body, call), request.receive, state.drain)
+        rounds, writer = StreamedCall(state, call), _Events(state, body, call)
+        return await stream_response(rounds, writer, request.receive, state.drain)
     work = whole_call(state, call)
     [sequences] = await run_attached(work, request.receive, state.drain)
     return await long_response(_answer(state, body, call, sequences), state.drain)
@@ -93,30 +94,42 @@ def _logprobs(
     return chat_logprobs(sequence.logprobs, body.top_logprobs or 0, spelling)
 
 
-async def _events(state: ServerState, body: ChatRequest, call: Call) -> Events:
-    usage, n = Usage.of(call), call.params.n
-    frame = ChunkFrame(call, body, usage, kind="chat.completion.chunk", model=state.model_name)
-    plain = None
-    if not (body.logprobs or body.return_token_ids or frame.has_continuous_usage):
-        plain = PlainChunks(frame, (_stream_choice(i, {"content": marked()}) for i in range(n)))
-    has_begun = [False] * n
-    async with aclosing(stream_call(state, call)) as rounds:
-        async for news in rounds:
-            events: list[bytes] = []
-            if not any(has_begun):
-                events += _first_events(body, call, frame)
-            for _, delta, _ in news:
-                is_first, has_begun[delta.index] = not has_begun[delta.index], True
-                usage.add(delta, is_first and delta.index == 0)
-                if plain is not None and delta.finish_reason is None:
-                    if delta.text:
-                        events.append(plain.event(delta.index, delta.text))
-                else:
-                    events += map(frame.event, _new_choices(state, body, delta))
-            if events:
-                yield b"".join(events)
-    if body.includes_usage:
-        yield frame.usage_event()
+class _Events:
+    """Writes the events of one streamed call."""
+
+    def __init__(self, state: ServerState, body: ChatRequest, call: Call) -> None:
+        self._state, self._body, self._call = state, body, call
+        self._usage = usage = Usage.of(call)
+        self._frame = frame = ChunkFrame(
+            call, body, usage, kind="chat.completion.chunk", model=state.model_name
+        )
+        n = call.params.n
+        self._plain = None
+        if not (body.logprobs or body.return_token_ids or frame.has_continuous_usage):
+            choices = (_stream_choice(i, {"content": marked()}) for i in range(n))
+            self._plain = PlainChunks(frame, choices)
+        self._has_begun = [False] * n
+        self._is_first_round = True
+
+    def events(self, news: list[News]) -> bytes:
+        """Returns the events of one round, before the first those that open the messages."""
+        has_begun, plain, events = self._has_begun, self._plain, list[bytes]()
+        if self._is_first_round:
+            self._is_first_round = False
+            events += _first_events(self._body, self._call, self._frame)
+        for _, delta, _ in news:
+            is_first, has_begun[delta.index] = not has_begun[delta.index], True
+            self._usage.add(delta, is_first and delta.index == 0)
+            if plain is not None and delta.finish_reason is None:
+                if delta.text:
+                    events.append(plain.event(delta.index, delta.text))
+            else:
+                choices = _new_choices(self._state, self._body, delta)
+                events += map(self._frame.event, choices)
+        return events[0] if len(events) == 1 else b"".join(events)
+
+    def end(self) -> bytes:
+        return self._frame.end()
 
 
 def _first_events(body: ChatRequest, call: Call, frame: ChunkFrame) -> Iterator[bytes]:

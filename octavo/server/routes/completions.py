@@ -6,13 +6,13 @@ Parses, asks the engine through `generation`, formats. Never holds state between
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from octavo.engine.mailbox import News
 from octavo.outputs import OutputDelta
 from octavo.request import PositionLogprobs
 from octavo.server.answers import (
@@ -22,13 +22,13 @@ from octavo.server.answers import (
     marked,
 )
 from octavo.server.body import read_body
-from octavo.server.generation import Call, new_call, stream_call, whole_call
+from octavo.server.generation import Call, StreamedCall, new_call, whole_call
 from octavo.server.logprobs import CompletionLogprobs, TokenSpelling, prompt_logprobs
 from octavo.server.openapi import described
-from octavo.server.pieces import Later, Lazy, sliced
+from octavo.server.pieces import Later, Lazy
 from octavo.server.protocol.completions import CompletionRequest
 from octavo.server.state import ServerState, server_state
-from octavo.server.streaming import Events, long_response, run_attached, stream_response
+from octavo.server.streaming import long_response, run_attached, stream_response
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -48,8 +48,8 @@ async def create_completion(request: Request) -> Response:
     call = await new_call(request, body, "cmpl", params, prompts)
     echoed = await _echoed_texts(state, body, call)
     if body.stream:
-        events = _events(state, body, call, echoed)
-        return await stream_response(events, request.receive, state.drain)
+        rounds, writer = StreamedCall(state, call), _Events(state, body, call, echoed)
+        return await stream_response(rounds, writer, request.receive, state.drain)
     work = whole_call(state, call)
     sequences = await run_attached(work, request.receive, state.drain)
     return await long_response(_answer(state, body, call, sequences, echoed), state.drain)
@@ -89,41 +89,46 @@ def _answer(
     }
 
 
-async def _events(
-    state: ServerState, body: CompletionRequest, call: Call, echoed: list[str]
-) -> Events:
-    usage, writer = Usage.of(call, body.is_prompt_only), _ChoiceWriter(state, body, call, echoed)
-    frame = ChunkFrame(call, body, usage, kind="text_completion", model=state.model_name)
-    n = call.params.n
-    plain = None
-    if body.logprobs is None and not (body.return_token_ids or frame.has_continuous_usage):
-        indices = range(n * len(call.requests))
-        plain = PlainChunks(frame, (_stream_choice(index, marked()) for index in indices))
-    has_begun = [False] * (n * len(call.requests))
-    async with aclosing(stream_call(state, call)) as rounds:
-        async for news in rounds:
-            events: list[bytes] = []
-            for place, delta, _ in news:
-                index = place * n + delta.index
-                is_first, has_begun[index] = not has_begun[index], True
-                usage.add(delta, is_first and delta.index == 0)
-                if plain is not None and not is_first and delta.finish_reason is None:
-                    if delta.text:
-                        events.append(plain.event(index, delta.text))
-                elif writer.has_news(place, delta):
-                    pieces = frame.event_pieces(writer.choice(place, delta))
-                    if is_first and body.echo and body.logprobs is not None:
-                        # With those of the whole prompt: others have their turn in between.
-                        yield b"".join(events)
-                        events.clear()
-                        async for piece in sliced(pieces):
-                            yield piece
-                    else:
-                        events += pieces
-            if events:
-                yield b"".join(events)
-    if body.includes_usage:
-        yield frame.usage_event()
+class _Events:
+    """Writes the events of one streamed call."""
+
+    def __init__(
+        self, state: ServerState, body: CompletionRequest, call: Call, echoed: list[str]
+    ) -> None:
+        self._usage = usage = Usage.of(call, body.is_prompt_only)
+        self._frame = frame = ChunkFrame(
+            call, body, usage, kind="text_completion", model=state.model_name
+        )
+        self._writer = _ChoiceWriter(state, body, call, echoed)
+        self._n = n = call.params.n
+        self._may_be_long = bool(body.echo) and body.logprobs is not None
+        """Since it holds those of a whole prompt."""
+        num_sequences = n * len(call.requests)
+        self._plain = None
+        if body.logprobs is None and not (body.return_token_ids or frame.has_continuous_usage):
+            choices = (_stream_choice(index, marked()) for index in range(num_sequences))
+            self._plain = PlainChunks(frame, choices)
+        self._has_begun = [False] * num_sequences
+
+    def events(self, news: list[News]) -> bytes | Iterator[bytes]:
+        """Returns the events of one round, in pieces if they may be long."""
+        pieces = self._pieces(news)
+        return pieces if self._may_be_long else b"".join(pieces)
+
+    def _pieces(self, news: list[News]) -> Iterator[bytes]:
+        has_begun, plain = self._has_begun, self._plain
+        for place, delta, _ in news:
+            index = place * self._n + delta.index
+            is_first, has_begun[index] = not has_begun[index], True
+            self._usage.add(delta, is_first and delta.index == 0)
+            if plain is not None and not is_first and delta.finish_reason is None:
+                if delta.text:
+                    yield plain.event(index, delta.text)
+            elif self._writer.has_news(place, delta):
+                yield from self._frame.event_pieces(self._writer.choice(place, delta))
+
+    def end(self) -> bytes:
+        return self._frame.end()
 
 
 def _stream_choice(index: int, text: str) -> dict[str, Any]:

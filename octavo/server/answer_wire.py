@@ -1,0 +1,68 @@
+"""The short way of a streamed answer's pieces: from the route to its connection.
+
+Made by `http_protocol` for each request, used by `streaming`. The layers around the app see the
+head and the end of the answer; of what is between they have nothing to say. Never waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+WIRE = "octavo.wire"
+"""The key in a scope's `extensions` of its AnswerWire."""
+
+
+class AnswerWire:
+    """Writes pieces of one answer's body, as `send` would, once its head has passed `send`."""
+
+    __slots__ = ("_cycle",)
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    @property
+    def is_open(self) -> bool:
+        """Whether pieces may be written: the answer has begun and has no length of its own."""
+        cycle = self._cycle
+        return cycle.response_started and cycle.chunked_encoding is True
+
+    def hold_head(self) -> None:
+        """Lets the head wait for the piece that follows at once: both are then one write."""
+        self._cycle.transport = _HeldHead(self._cycle)  # type: ignore[assignment]
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether the client reads too slowly; `drained` waits until it does not."""
+        return self._cycle.flow.write_paused and not self._cycle.disconnected
+
+    async def drained(self) -> None:
+        await self._cycle.flow.drain()
+
+    def write(self, piece: bytes) -> None:
+        """Writes one piece that is not empty; nothing if the client is gone."""
+        cycle = self._cycle
+        if not cycle.disconnected:
+            cycle.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+
+
+class _HeldHead:
+    """Stands in for a transport until its second write, which takes the first one along."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._transport: asyncio.Transport = cycle.transport
+        self._head = b""
+
+    def write(self, data: bytes) -> None:
+        if self._head:
+            self._cycle.transport = self._transport
+            self._transport.write(self._head + data)
+        else:
+            self._head = data
+
+    def close(self) -> None:
+        self._cycle.transport = self._transport
+        self._transport.write(self._head)
+        self._transport.close()
