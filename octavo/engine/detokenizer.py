@@ -68,7 +68,10 @@ class ByteStream:
     def push(self, token_id: int) -> str:
         if token_id in self._skipped:
             return ""
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        new = self._tokenizer.token_bytes(token_id)
+        if new.isascii() and not self._decoder.buffer:
+            return new.decode()  # at C's speed, as the decoder would
+        return self._decoder.decode(new)
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
@@ -138,12 +141,16 @@ class Detokenizer:
 
     def update(self, token_ids: Sequence[int]) -> TextDelta:
         """Returns what the next ids add; after a stop string was found, call no more."""
+        if not self._stops:
+            self._num_unstoppable -= len(token_ids)
+            push = self._stream.push
+            if len(token_ids) == 1:
+                return TextDelta(push(token_ids[0]), None, 1)
+            return TextDelta("".join(map(push, token_ids)), None, len(token_ids))
         texts: list[str] = []
         for place, token_id in enumerate(token_ids):
-            text = self._stream.push(token_id)
-            stop = None
-            if self._stops:
-                text, stop = self._search(text, may_stop=self._num_unstoppable <= 0)
+            new = self._stream.push(token_id)
+            text, stop = self._search(new, may_stop=self._num_unstoppable <= 0)
             self._num_unstoppable -= 1
             texts.append(text)
             if stop is not None:

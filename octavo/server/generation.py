@@ -82,11 +82,12 @@ class StreamedCall:
     aborted from elsewhere. See `streaming.Rounds`.
     """
 
-    __slots__ = ("_mailbox", "_running")
+    __slots__ = ("_mailbox", "_running", "take")
 
     def __init__(self, state: ServerState, call: Call) -> None:
         self._mailbox = Mailbox()
         self._running = _Running(state, call, self._deliver, self._mailbox.fail)
+        self.take = self._mailbox.take
 
     def begin(self) -> None:
         self._running.__enter__()
@@ -94,9 +95,6 @@ class StreamedCall:
     @property
     def is_over(self) -> bool:
         return not (self._running.num_unfinished or self._mailbox.has_news)
-
-    async def take(self) -> list[News]:
-        return await self._mailbox.take()
 
     def close(self, error: BaseException | None) -> None:
         is_failure = isinstance(error, Exception)
@@ -218,7 +216,9 @@ class _Progress:
     def receive(self, delta: OutputDelta, finished: bool) -> None:
         self.track.observe(delta)
         reason = delta.finish_reason
-        if reason == FinishReason.ERROR:
+        if reason is None:
+            pass  # nearly always
+        elif reason == FinishReason.ERROR:
             message = f"the engine could not finish this request: {delta.stop_reason}"
             self._running.fail(ApiError(500, message, code="engine_error"))
         elif reason == FinishReason.ABORT:

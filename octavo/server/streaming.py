@@ -223,7 +223,8 @@ class EventStream(Response):
                 wire.hold_head()
             await send(start)
             with self._attachment:
-                last = await self._send_all(send, wire)
+                # A task of its own: every token would else wake it through all layers of the app.
+                last = await asyncio.ensure_future(self._send_all(send, wire))
         except ClientDisconnectedError:
             return
         except Exception as error:
