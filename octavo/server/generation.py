@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from starlette.requests import Request as HttpRequest
 
-from octavo.engine.mailbox import Mailbox, News
+from octavo.engine.mailbox import Mailbox
 from octavo.errors import OctavoError, OverloadedError
 from octavo.observe.metrics import RequestTrack
 from octavo.outputs import DeltaSum, OutputDelta
