@@ -24,9 +24,9 @@ MAX_LOGPROBS = 100
 MAX_PARALLEL_SAMPLES = 64
 MAX_LISTED = 65536
 """Token ids in one field: every request's are looked through, and cross processes."""
-MAX_TEXTS = 1024
-MAX_TEXTS_CHARS = 65536
-"""Stop strings are looked for after every token, bad words are tokenised: how many, how long."""
+MAX_TEXTS: Mapping[str, tuple[int, int]] = {"stop": (1024, 65536), "bad_words": (128, 2048)}
+"""Stop strings are looked for after every token, bad words are tokenised in several spellings: how
+many, and how many characters they may have together."""
 MAX_INT = 2**31 - 1
 """The largest token id, count and priority: they travel and are kept in 32 bits."""
 SAMPLING_RANGES: Mapping[str, tuple[float, float]] = {
@@ -191,10 +191,11 @@ class SamplingParams(metaclass=_Sifting):
             is_valid = isinstance(value, tuple) and all(isinstance(s, str) and s for s in value)
             self._check(name, is_valid, "a list of non-empty strings")
             num, num_chars = len(value), sum(map(len, value))
-            if num > MAX_TEXTS or num_chars > MAX_TEXTS_CHARS:
+            most, most_chars = MAX_TEXTS[name]
+            if num > most or num_chars > most_chars:
                 message = (
                     f"{name} has {num} texts of together {num_chars} characters; at most "
-                    f"{MAX_TEXTS} texts of {MAX_TEXTS_CHARS} characters are taken"
+                    f"{most} texts of {most_chars} characters are taken"
                 )
                 raise RequestError(message, param=name)
         for name in ("stop_token_ids", "allowed_token_ids"):

@@ -19,7 +19,7 @@ from octavo.request import Request, SamplingParams, pack_ids
 
 
 class InputProcessor:
-    """Makes requests for one model. Keeps no state."""
+    """Makes requests for one model. Keeps no state but the newest bad words' spellings."""
 
     def __init__(
         self,
@@ -33,6 +33,7 @@ class InputProcessor:
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
         self.eos_token_ids = tuple(eos_token_ids)
+        self._newest_bad_words: tuple[tuple[str, ...], list[tuple[int, ...]]] = ((), [])
 
     def process(
         self,
@@ -141,6 +142,13 @@ class InputProcessor:
     def _bad_words(self, params: SamplingParams) -> list[tuple[int, ...]]:
         """Returns the ids of each bad word as it stands at the start of a text, after a space and
         within one."""
+        words, found = self._newest_bad_words
+        if words is not params.bad_words:  # a call of 1,000 prompts has the same ones
+            found = self._spelt(params)
+            self._newest_bad_words = (params.bad_words, found)
+        return found
+
+    def _spelt(self, params: SamplingParams) -> list[tuple[int, ...]]:
         found: dict[tuple[int, ...], None] = {}
         for word in params.bad_words:
             tokenizer = self._needed_tokenizer("bad_words", "bad_words")

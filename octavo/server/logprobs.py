@@ -9,6 +9,7 @@ the first (the token itself, else the likeliest) by its text, the others as `tok
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +23,8 @@ LEAST_LOGPROB = -9999.0
 """OpenAI's number for a token that is all but impossible; JSON has no infinity."""
 
 Positions = Sequence[PositionLogprobs | None]
-_Row = tuple[int, PositionLogprobs | None, int]
-"""A token, its log-probabilities, and its place in the text."""
+_Row = tuple[int, float | None, int]
+"""A token, its log-probability, and its place in the text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def chat_logprobs(
         {**entry(drawn), "top_logprobs": [entry(one) for one in top[:num_top]]}
         for drawn, *top in positions
     )
-    return {"content": Lazy(content, batch=8)}
+    return {"content": Lazy(content, batch=4)}
 
 
 class CompletionLogprobs:
@@ -86,17 +87,20 @@ class CompletionLogprobs:
 
         Its lists are lazy; they must be written in their order, and before the next call.
         """
+        # Rows without the positions, of which a long prompt's would be 100,000s of objects.
         rows: list[_Row] = []
+        echoed = self._echoed[2]
 
         def tokens() -> Iterator[str]:
             for row in self._rows(positions):
                 rows.append(row)
                 yield self._spelling(row[0])
 
+        tops = (p and self._tops(p) for p in itertools.chain(echoed, positions))
         return {
-            "tokens": Lazy(tokens(), batch=64),
-            "token_logprobs": Lazy((p and _finite(p[0].logprob) for _, p, _ in rows), batch=64),
-            "top_logprobs": Lazy((p and self._tops(p) for _, p, _ in rows), batch=8),
+            "tokens": Lazy(tokens(), batch=16),
+            "token_logprobs": Lazy((logprob for _, logprob, _ in rows), batch=1024),
+            "top_logprobs": Lazy(tops, batch=4),
             "text_offset": Lazy((offset for _, _, offset in rows), batch=1024),
         }
 
@@ -105,7 +109,7 @@ class CompletionLogprobs:
         for position in positions:
             token_id = position[0].token_id
             place = self._advance(self._stream.push(token_id), self._text(token_id))
-            yield token_id, position, place
+            yield token_id, _finite(position[0].logprob), place
 
     def _echoed_rows(self) -> Iterator[_Row]:
         text, token_ids, positions = self._echoed
@@ -117,7 +121,9 @@ class CompletionLogprobs:
             if tokenizer.is_special(token_id):
                 # One that the client wrote is part of the text, one that was put before is not.
                 new = own if text.startswith(own, self._offset) else ""
-            yield token_id, position, min(self._advance(new, own), len(text))
+            place = min(self._advance(new, own), len(text))
+            logprob = None if position is None else _finite(position[0].logprob)
+            yield token_id, logprob, place
         if token_ids:
             self._offset = len(text)
 
@@ -165,7 +171,7 @@ def prompt_logprobs(
         None if p is None else {str(one.token_id): entry(one) for one in p[: 1 + num_top]}
         for p in positions
     )
-    return Lazy(maps, batch=8)
+    return Lazy(maps, batch=4)
 
 
 def _finite(logprob: float) -> float:

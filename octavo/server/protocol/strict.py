@@ -23,7 +23,7 @@ TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 Text = Annotated[str, Field(min_length=1)]
 # The first wrong element tells enough: a list of a million would make a million errors.
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_LISTED)]
-Texts = Annotated[list[Text], Field(fail_fast=True, max_length=MAX_TEXTS)]
+Texts = Annotated[list[Text], Field(fail_fast=True, max_length=MAX_TEXTS["stop"][0])]
 
 PackedIds = array
 """Token ids of 32 bits: a million of them are one object."""
