@@ -24,7 +24,7 @@ from octavo.server.errors import ApiError
 from octavo.server.protocol.sampling import SamplingFields
 from octavo.server.state import ServerState, server_state
 
-PREPARED_AT_ONCE = 16
+PREPARED_AT_ONCE = 4
 """Prompts of one call that are checked before others have their turn."""
 
 
