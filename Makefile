@@ -19,12 +19,23 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # On Linux PyPI's torch brings CUDA along; the CPU's is a tenth of the size, where this is reachable:
 # make serve TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
-PIP_INSTALL := $(PIP) install -c constraints.txt $(addprefix --extra-index-url ,$(TORCH_INDEX))
+PIP_INSTALL := $(PIP) install -q -c constraints.txt $(addprefix --extra-index-url ,$(TORCH_INDEX))
 
-.PHONY: serve test test-gpu lint bench docs clean
+.PHONY: help serve test test-gpu lint bench docs clean
 
+# Without a target: serve, which is the first one.
 serve: $(VENV)/.installed
 	$(BIN)/octavo serve $(MODEL) $(ARGS)
+
+help:
+	@echo 'make serve     the demo model on http://127.0.0.1:8000 (MODEL=..., ARGS="--port 80")'
+	@echo 'make test      the whole test suite, with all set-up'
+	@echo 'make test-gpu  what a GPU changes, on a machine that has one'
+	@echo 'make lint      style, types, layers'
+	@echo 'make bench     the figures of README.md, as JSON lines in bench.jsonl'
+	@echo 'make docs      the pages that are made of the code and of figures'
+	@echo 'make clean     remove .venv and all that was built'
+	@echo 'The command is .venv/bin/octavo; PYTHON=... and TORCH_INDEX=... choose Python and torch.'
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 $(ARGS)
@@ -62,9 +73,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(INPUTS) | $(BIN)/python
-	$(PIP_INSTALL) -e .
+	@echo "installing octavo into $(VENV) (once; minutes if torch must be fetched) ..."
+	@$(PIP_INSTALL) -e .
+	@echo "installed: $(BIN)/octavo"
 	@touch $@
 
 $(VENV)/.installed-dev: $(INPUTS) | $(BIN)/python
-	$(PIP_INSTALL) -e '.[dev]'
+	@echo "installing octavo and its tests' packages into $(VENV) (once) ..."
+	@$(PIP_INSTALL) -e '.[dev]'
 	@touch $@ $(VENV)/.installed

@@ -89,17 +89,22 @@ def run(args: argparse.Namespace) -> int:
             url, key = stack.enter_context(background_server(engine_config(args)))
         client = stack.enter_context(httpx.Client(**client_options(url, key)))
         model = args.served_model or first_model(client)
-        talk(client, Conversation(model=model, sampling=sampling, system=args.system), args)
-    return 0
+        conversation = Conversation(model=model, sampling=sampling, system=args.system)
+        has_failed = talk(client, conversation, args)
+    return 1 if has_failed and not sys.stdin.isatty() else 0
 
 
-def talk(client: httpx.Client, conversation: Conversation, args: argparse.Namespace) -> None:
-    """Reads lines and prints answers; an error ends one answer, never the chat."""
+def talk(client: httpx.Client, conversation: Conversation, args: argparse.Namespace) -> bool:
+    """Reads lines and prints answers; an error ends one answer, never the chat.
+
+    Returns whether there was one.
+    """
     say(f"{conversation.model}: {COMMANDS}")
+    has_failed = False
     while True:
         line = _read_line()
         if line is None or line == "/exit":
-            return
+            return has_failed
         if line == "/reset":
             conversation.messages.clear()
         elif line.startswith("/system"):
@@ -112,6 +117,7 @@ def talk(client: httpx.Client, conversation: Conversation, args: argparse.Namesp
                 text = _show(_stream(client, conversation.body()), not args.no_markdown)
                 conversation.messages.append({"role": "assistant", "content": text})
             except OctavoError as error:
+                has_failed = True
                 conversation.messages.pop()
                 say(f"error: {error}")
 
@@ -203,6 +209,8 @@ def _stream(client: httpx.Client, body: dict[str, Any]) -> Generator[str, None, 
 
 def _message(answer: httpx.Response) -> str:
     """Returns the text of an OpenAI error object, or of whatever came."""
+    if answer.status_code == 401:
+        return "HTTP 401: the server wants a key; give it with --api-key KEY"
     try:
         return f"HTTP {answer.status_code}: {answer.json()['error']['message']}"
     except (ValueError, KeyError, TypeError):

@@ -80,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
     """Prints the plan. Raises CapacityError, after what is known, if the model does not fit."""
     config = engine_config(args)
     spec, files = read_model(config)
-    planner = _Planner(spec, files.path, files.config, *_device(config.device, args.memory))
+    device, memory = _device(config.device, args.memory)
+    planner = _Planner(spec, files.path, files.config, device, memory)
     parts = planner.parts(config)
     if not args.json:
         print(_parts_text(config.model, spec, parts))
@@ -89,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(_as_json(spec, parts, plan, changes, args.lengths)))
     else:
+        print(_device_text(device, args.memory))
         print(_plan_text(plan, args.lengths))
         print(_changes_text(changes))
     return 0
@@ -196,6 +198,17 @@ def _device(name: str, size: int | None) -> tuple[str, DeviceMemory]:
     return name, DeviceMemory(total_bytes=size, available_bytes=size)
 
 
+def _device_text(device: str, size: int | None) -> str:
+    """Says which device is planned for, and how to plan for another."""
+    here = "this machine's" if size is None else f"one with {_size(size)} of memory"
+    other = "" if device != "cpu" else f"; --device cuda --memory {_other_size(size)} plans a GPU"
+    return f"device: {device}, {here}{other}"
+
+
+def _other_size(size: int | None) -> str:
+    return "80GiB" if size is None else f"{size / 2**30:g}GiB"
+
+
 def spec_parts(spec: ModelSpec, element_bytes: int) -> dict[str, int]:
     """Returns the bytes of every part when each number takes `element_bytes`."""
     parts = dict.fromkeys(PART_NAMES, 0)
@@ -267,7 +280,8 @@ def _plan_text(plan: MemoryPlan, lengths: tuple[int, ...]) -> str:
         lines.append(f"  {len(group.layers)} layers that see {sees}: {size / 1024:.1f} KiB/token")
     fitting = [n for n in lengths if n <= plan.max_model_len]
     if fitting:
-        lines.append("requests that fit side by side, sharing nothing:")
+        limit = f"--max-num-seqs {plan.max_num_seqs:,} lets no more run"
+        lines.append(f"requests that run side by side, sharing nothing ({limit}):")
         lines += [f"  {n:>9,} tokens  {plan.num_requests(n):>9,}" for n in fitting]
     return "\n".join(lines)
 

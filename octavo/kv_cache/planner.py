@@ -118,6 +118,11 @@ class MemoryPlan:
     max_model_len: int
     max_num_batched_tokens: int
     max_position_embeddings: int
+    max_num_seqs: int
+    num_devices: int = 1
+    """That share every layer; all sizes are those of each."""
+    is_default_kv: bool = False
+    """Whether the KV cache could be larger, but nobody asked for it."""
 
     @property
     def kv_token_bytes(self) -> int:
@@ -138,9 +143,10 @@ class MemoryPlan:
         return self.weights_bytes + self.activation_bytes + self.graph_bytes + self.kv_bytes
 
     def num_requests(self, length: int) -> int:
-        """Sequences of `length` tokens that fit side by side when nothing is shared."""
+        """Sequences of `length` tokens that run side by side when nothing is shared: as many as
+        fit, and no more than `max_num_seqs`."""
         needed = blocks_of_sequence(self.groups, length, self.block_size, 1)
-        return (self.num_blocks - RESERVED_BLOCKS) // needed
+        return min((self.num_blocks - RESERVED_BLOCKS) // needed, self.max_num_seqs)
 
     def describe(self) -> str:
         """Returns the plan as a readable table of several lines."""
@@ -149,7 +155,9 @@ class MemoryPlan:
         fits = ", ".join(f"{self.num_requests(n):,} of {n:,} tokens" for n in lengths)
         whole = " (the model's)" if self.max_model_len == self.max_position_embeddings else ""
         graphs = [("graphs", self.graph_bytes, "")] if self.graph_bytes else []
-        rest = [("left", self.usable_bytes - self.total_bytes, "")]
+        note = "on a CPU the KV cache takes 4 GiB unless --kv-cache-memory says otherwise"
+        note = note if self.is_default_kv else ""
+        rest = [("left", self.usable_bytes - self.total_bytes, note)]
         if self.other_bytes:
             rest = [
                 ("others", self.other_bytes, "in use by others on the GPU"),
@@ -167,7 +175,9 @@ class MemoryPlan:
             ),
             *rest,
         )
-        head = f"memory plan: {gib(self.usable_bytes)} of {gib(self.available_bytes)} free memory"
+        each = f" of each of {self.num_devices} devices" if self.num_devices > 1 else ""
+        sizes = f"{gib(self.usable_bytes)} of {gib(self.available_bytes)} free memory"
+        head = f"memory plan{each}: {sizes}"
         body = [f"  {name:<12}{gib(size):>12}  {note}".rstrip() for name, size, note in rows]
         tail = [
             f"  {'context':<12}{self.max_model_len:>12,}  tokens{whole}",
@@ -231,6 +241,10 @@ def plan_memory(
         max_model_len=fitted,
         max_num_batched_tokens=chunk,
         max_position_embeddings=max_position_embeddings,
+        max_num_seqs=config.max_num_seqs,
+        num_devices=config.tensor_parallel_size,
+        is_default_kv=config.kv_cache_memory_bytes is None
+        and kv_bytes == budget.max_default_kv_bytes,
     )
 
 

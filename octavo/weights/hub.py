@@ -161,6 +161,25 @@ def _hub_errors() -> tuple[type[BaseException], ...]:
     return (OSError, ValueError, *HfHubHTTPError.__bases__)
 
 
+def _is_unreachable(error: BaseException | None) -> bool:
+    """Whether no answer came: the hub wraps the connection's error, if anything, in one of its own
+    that says the files are not in its cache either."""
+    names = []
+    while error is not None:
+        names.append(type(error).__name__)
+        error = error.__cause__ or error.__context__
+    return any(name in _NO_ANSWER for name in names)
+
+
+_NO_ANSWER = frozenset(
+    {
+        *("ConnectError", "ConnectTimeout", "ConnectionError", "OfflineModeIsEnabled"),
+        *("ProxyError", "ReadTimeout", "gaierror"),
+    }
+)
+"""Errors of the two HTTP libraries that the hub has used, by name: only one of them is here."""
+
+
 def _download(model: str, revision: str | None, cache: str | None, load_format: str) -> Path:
     """Returns the folder, or the GGUF file, of a Hugging Face id after fetching what is missing."""
     one_file = _HUB_FILE.fullmatch(model)
@@ -192,6 +211,11 @@ def _download(model: str, revision: str | None, cache: str | None, load_format: 
                 f"the download folder {folder} cannot be written: {error.strerror}; choose another "
                 "with --download-dir, or set HF_HOME",
                 field="download_dir",
+            ) from error
+        if _is_unreachable(error):
+            raise ModelNotFoundError(
+                f"model {model!r} was not found here, and Hugging Face cannot be reached; give a "
+                f"folder, a .gguf file or a demo model ({', '.join(DEMO_NAMES)})"
             ) from error
         reason = " ".join(str(error).split())[:300]
         raise ModelNotFoundError(

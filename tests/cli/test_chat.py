@@ -12,10 +12,10 @@ from .conftest import FakeServer
 
 
 def chat(
-    fake: FakeServer, lines: str, monkeypatch: pytest.MonkeyPatch, *more: str
+    fake: FakeServer, lines: str, monkeypatch: pytest.MonkeyPatch, *more: str, code: int = 0
 ) -> list[dict[str, object]]:
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-    assert main(["chat", "--url", fake.url, *more]) == 0
+    assert main(["chat", "--url", fake.url, *more]) == code
     return fake.bodies
 
 
@@ -64,7 +64,7 @@ def test_a_refused_message_is_shown_and_forgotten(
     capsys: pytest.CaptureFixture[str],
 ):
     fake_server.refuse = "too long"
-    bodies = chat(fake_server, "one\ntwo\n", monkeypatch)
+    bodies = chat(fake_server, "one\ntwo\n", monkeypatch, code=1)
     assert "error: HTTP 400: too long" in capsys.readouterr().err
     assert bodies[1]["messages"] == [{"role": "user", "content": "two"}]
 
@@ -74,7 +74,7 @@ def test_a_wrong_key_is_said_before_the_chat_begins(
 ):
     fake_server.key = "secret"
     assert main(["chat", "--url", fake_server.url, "--api-key", "other"]) == 2
-    assert "the API key is wrong" in capsys.readouterr().err
+    assert "give it with --api-key KEY" in capsys.readouterr().err
 
 
 def test_no_server_is_an_error_with_a_way_out(capsys: pytest.CaptureFixture[str]):

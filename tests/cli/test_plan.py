@@ -45,6 +45,47 @@ def test_the_text_names_what_goes_where_and_what_would_change(
         assert words in text
 
 
+def text_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["plan", *argv]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_text_says_which_device_is_planned_and_how_another_is(
+    tiny_model: str, capsys: pytest.CaptureFixture[str]
+):
+    text = text_of([tiny_model, "--device=cpu", "--memory=80GiB"], capsys)
+    assert "device: cpu, one with 80.00 GiB of memory; --device cuda --memory 80GiB" in text
+    text = text_of([tiny_model, "--device=cpu"], capsys)
+    assert "device: cpu, this machine's; --device cuda --memory 80GiB plans a GPU" in text
+    text = text_of([tiny_model, "--device=cuda", "--memory=24GiB"], capsys)
+    assert "device: cuda, one with 24.00 GiB of memory\n" in text
+
+
+def test_the_text_says_where_the_kv_caches_size_comes_from(
+    tiny_model: str, capsys: pytest.CaptureFixture[str]
+):
+    words = "on a CPU the KV cache takes 4 GiB unless --kv-cache-memory says otherwise"
+    many = [tiny_model, "--memory=1000GiB", "--max-num-seqs=100000"]
+    assert words in text_of([*many, "--device=cpu"], capsys)
+    assert words not in text_of([*many, "--device=cpu", "--kv-cache-memory=2GiB"], capsys)
+    assert words not in text_of([*many, "--device=cuda"], capsys)
+
+
+def test_no_more_requests_are_promised_than_may_run(
+    tiny_model: str, capsys: pytest.CaptureFixture[str]
+):
+    argv = [tiny_model, "--memory=8GiB", "--lengths=16", "--max-num-seqs"]
+    assert plan([*argv, "3"], capsys)["num_requests"] == {"16": 3}
+    assert plan([*argv, "300"], capsys)["num_requests"] == {"16": 300}
+
+
+def test_sizes_are_said_to_be_those_of_each_device(
+    tiny_model: str, capsys: pytest.CaptureFixture[str]
+):
+    argv = [tiny_model, "--device=cuda", "--memory=24GiB", "--tensor-parallel-size=2"]
+    assert "memory plan of each of 2 devices: " in text_of(argv, capsys)
+
+
 def test_a_smaller_kv_format_halves_what_a_token_costs(
     tiny_model: str, capsys: pytest.CaptureFixture[str]
 ):

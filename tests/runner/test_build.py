@@ -41,6 +41,7 @@ def build(folder: Path, backend: str, dtype: str = "float32") -> ModelRunner:
         max_model_len=48,
         max_num_batched_tokens=64,
         max_position_embeddings=spec.max_position_embeddings,
+        max_num_seqs=2,
     )
     source = DummySource(weight_shapes(spec, family), dtype, 0)
     runner, kept = build_runner(config, spec, family, source, lambda step_bytes: plan)

@@ -196,7 +196,6 @@ def test_an_id_with_gguf_files_only_says_which_to_choose(
     [
         LocalEntryNotFoundError("cannot find the appropriate snapshot"),
         HfHubHTTPError.__bases__[0]("no route to host"),
-        ConnectionError("offline"),
         ValueError("bad id"),
     ],
     ids=lambda error: type(error).__name__,
@@ -214,3 +213,18 @@ def test_an_unknown_id_says_everything_that_was_tried(
     assert "'org/unknown' was not found: there is no such folder" in message
     assert "demo-moe" in message
     assert str(error) in message
+
+
+def test_a_hub_that_cannot_be_reached_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch):
+    def fail(**_: Any) -> str:
+        try:
+            raise ConnectionError("a long story of sockets")
+        except ConnectionError as error:
+            raise LocalEntryNotFoundError("cannot find the appropriate snapshot") from error
+
+    play_hub(monkeypatch, fail)
+    with pytest.raises(ModelNotFoundError) as caught:
+        resolve_model("org/unknown")
+    message = str(caught.value)
+    assert "was not found here, and Hugging Face cannot be reached" in message
+    assert "story" not in message

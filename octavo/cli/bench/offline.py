@@ -81,8 +81,14 @@ def run_throughput(args: argparse.Namespace) -> int:
 
 
 def load(args: argparse.Namespace) -> tuple[LLM, PromptSource]:
-    """Returns the engine and where its prompts come from."""
+    """Returns the engine and where its prompts come from. Raises ConfigError, also for a peer
+    that is not there, before anything is measured."""
     from octavo.llm import LLM
+
+    if vars(args).get("peer"):
+        from octavo.cli.bench.peer import check_peer
+
+        check_peer()
 
     llm = LLM(args.model, **config_values(args, EngineConfig))
     text_ids = read_text_ids(args.text, lambda text: llm.tokenizer.encode(text))

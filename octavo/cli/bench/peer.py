@@ -6,6 +6,7 @@ measures loading; the optional dependency is imported when used.
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,21 @@ from typing import Any
 from octavo.errors import ConfigError
 
 
+def check_peer() -> None:
+    """Raises ConfigError if the peer is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        raise ConfigError(
+            "--peer transformers needs the package transformers; install octavo[dev]", field="peer"
+        )
+
+
 class TransformersPeer:
     """A loaded transformers model; one call of `generate` is one measured batch."""
 
     def __init__(self, model_path: Path, num_threads: int | None) -> None:
-        try:
-            import torch
-            from transformers import AutoModelForCausalLM
-        except ImportError as error:
-            raise ConfigError(
-                "--peer transformers needs the package transformers; install octavo[dev]",
-                field="peer",
-            ) from error
+        import torch
+        from transformers import AutoModelForCausalLM
+
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         self._torch = torch
