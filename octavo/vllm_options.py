@@ -75,6 +75,9 @@ def read_options(model: str, options: Mapping[str, Any]) -> tuple[EngineConfig, 
     for name, value in options.items():
         if name in known:
             values[name] = value
+        elif name in _SERVERS_ALONE:
+            if value is not None:
+                said.append(Verdict(text=f"{name}={value!r}: {_SERVERS_ALONE[name]}"))
         elif name in ALIASES:
             field, meanings = ALIASES[name]
             values[field] = next((means for one, means in meanings if one is value), value)
@@ -127,6 +130,9 @@ ALIASES: Mapping[str, tuple[str, tuple[tuple[Any, str], ...]]] = {
     "kv_cache_memory": ("kv_cache_memory_bytes", ()),
 }
 """Other names of fields of EngineConfig, and what their values mean."""
+
+_SERVERS_ALONE = {"disable_log_stats": "only octavo serve writes lines on throughput"}
+"""Options of the server that vLLM's users give to an engine, too."""
 
 SYNONYMS = {
     "tp": "tensor_parallel_size",

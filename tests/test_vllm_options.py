@@ -169,6 +169,11 @@ def test_prefix_caching_has_vllms_word_in_python_too(value: bool | None, meaning
     assert read_options("m", {"enable_prefix_caching": value})[0].prefix_caching == meaning
 
 
+def test_an_engine_of_its_own_writes_no_lines_on_throughput():
+    _, (verdict,) = read_options("m", {"disable_log_stats": True})
+    assert verdict.text.endswith("only octavo serve writes lines on throughput")
+
+
 def test_python_names_all_that_cannot_be_used():
     options = {"enable_lora": True, "max_modl_len": 5, "port": 1, "swap_space": 4}
     with pytest.raises(ConfigError) as refused:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from octavo import __version__
 from octavo.cli import main
 from octavo.cli.commands import COMMANDS
 
@@ -75,3 +76,30 @@ def test_our_own_errors_are_one_line_and_code_two(
     assert error.startswith(f"octavo {argv[0]}: error: ")
     assert words in error
     assert "Traceback" not in error
+
+
+def test_the_bare_command_shows_its_help(capsys: pytest.CaptureFixture[str]):
+    for argv in ([], ["bench"]):
+        assert main(argv) == 0
+        assert "examples:" in capsys.readouterr().out
+
+
+def test_every_help_ends_with_examples(capsys: pytest.CaptureFixture[str]):
+    for command in ("serve", "chat", "plan", "tune", "demo"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert "example" in capsys.readouterr().out.split("options:")[-1]
+
+
+def test_the_version_is_printed_alone_as_vllms_is(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.strip() == __version__
+
+
+def test_a_peer_that_is_not_there_is_said_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["bench", "latency", "/no/such/model", "--peer", "transformers"]) == 2
+    assert "needs the package transformers" in capsys.readouterr().err
