@@ -25,7 +25,6 @@ from octavo.request import (
     MAX_LISTED,
     MAX_PARALLEL_SAMPLES,
     MAX_TEXTS,
-    MAX_TEXTS_CHARS,
     SamplingParams,
 )
 from octavo.request_fields import IGNORED, REFUSED
@@ -231,9 +230,9 @@ def limits_table() -> str:
         ("prompts in one call to completions", f"{MAX_PROMPTS:,}"),
         ("`n`", f"{MAX_PARALLEL_SAMPLES}"),
         ("ids in `logit_bias`, `allowed_token_ids`, `stop_token_ids`", f"{MAX_LISTED:,}"),
-        (
-            "texts in `stop`, `bad_words`",
-            f"{MAX_TEXTS:,}, of {MAX_TEXTS_CHARS:,} characters in all",
+        *(
+            (f"texts in `{name}`", f"{most:,}, of {chars:,} characters in all")
+            for name, (most, chars) in MAX_TEXTS.items()
         ),
         ("tokens that a reader may be behind its stream", f"{MAX_WAITING_TOKENS:,}"),
         ("levels of lists and objects in a body", f"{MAX_DEPTH}"),
