@@ -9,15 +9,16 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from octavo.config import EngineConfig
-from octavo.engine.client import EngineClient
+from octavo.engine.client import Client, EngineClient
 from octavo.engine.front_end import FrontEnd
 from octavo.engine.input_processor import InputProcessor
 from octavo.engine.ipc import Deltas, Refused
+from octavo.engine.link import LinkOwner
 from octavo.engine.mailbox import Inbox, Mailbox
 from octavo.engine.output_processor import OutputProcessor
 from octavo.engine.prompts import Prompt, read_prompt
@@ -40,12 +41,14 @@ class AsyncLLM:
         *,
         log_format: str = "text",
         log_level: str = "info",
+        connect: Callable[[LinkOwner], Client] = EngineClient,
         **options: Any,
     ) -> None:
-        """`options` are those of LLM, for a model given by its name. Raises ConfigError."""
+        """`options` are those of LLM, for a model given by its name; `connect` says whose the
+        engine process is: one of its own if not given. Raises ConfigError."""
         self.config = _config_of(model, options)
         self._log = (log_format, log_level)
-        self._client = EngineClient(self._on_deltas, self._on_refused, self._on_death)
+        self._client = connect(self)
         self._ids = itertools.count()
         self._labels: dict[str, str] = {}
         """Ids that users of `generate` chose, to ours, while they are open."""
@@ -124,7 +127,7 @@ class AsyncLLM:
 
     @property
     def is_ready(self) -> bool:
-        return self._input is not None and not self._client.is_dead
+        return self._input is not None and self._client.link.error is None
 
     # -- requests ----------------------------------------------------------------------------
 
@@ -140,11 +143,11 @@ class AsyncLLM:
 
         Raises RequestError, or EngineDeadError if nothing can be taken.
         """
-        self._client.check_alive()
+        self._check_alive()
         if self._input is None:
             raise EngineDeadError("the engine is not started; call start() first")
         return self._input.process(
-            self._client.prefix + str(next(self._ids)),
+            self._client.link.prefix + str(next(self._ids)),
             prompt,
             params,
             priority=priority,
@@ -164,13 +167,13 @@ class AsyncLLM:
                 f"{self._output.num_sequences} sequences run and wait already (limit {limit}); "
                 "try again later"
             )
-        self._client.add(request)
+        self._client.link.add(request)
         self._output.open(request, receiver)
 
     def cancel(self, request_id: str) -> None:
         """Ends a submitted request without a word to its receiver; a late call is harmless."""
         if self._output is not None and self._output.close(request_id):
-            self._client.abort(request_id)
+            self._client.link.abort(request_id)
 
     async def generate(
         self,
@@ -227,15 +230,15 @@ class AsyncLLM:
         """Ends a request; its generator yields what there is with finish reason abort."""
         internal = self._labels.get(request_id)
         if internal:
-            self._client.abort(internal)
+            self._client.link.abort(internal)
 
     async def reset_prefix_cache(self) -> bool:
         """Forgets all cached prefixes; returns False if running requests still hold blocks."""
-        return await self._client.reset_prefix_cache()
+        return await self._client.link.reset_prefix_cache()
 
     async def check_health(self) -> None:
         """Raises EngineDeadError if the engine process has ended. Never waits for its answer."""
-        self._client.check_alive()
+        self._check_alive()
 
     def begin_drain(self) -> None:
         """From now on a step without progress is not waited for as long."""
@@ -243,7 +246,14 @@ class AsyncLLM:
 
     async def stats(self) -> EngineStats:
         """Returns a snapshot of the engine's counters. Raises EngineDeadError."""
-        return await self._client.stats()
+        return await self._client.link.stats()
+
+    def _check_alive(self) -> None:
+        error = self._client.link.error
+        if error is not None:
+            raise error
+        if self._plan is None:
+            raise EngineDeadError("the engine is not started; call start() first")
 
     def _with_texts(self, delta: OutputDelta) -> OutputDelta:
         tokenizer = self.front_end.optional_tokenizer
@@ -251,16 +261,16 @@ class AsyncLLM:
 
     # -- news from the engine process ----------------------------------------------------------
 
-    def _on_deltas(self, message: Deltas) -> None:
+    def on_deltas(self, message: Deltas) -> None:
         assert self._output is not None
         for request_id, index in self._output.process(message.deltas, time.monotonic()):
-            self._client.abort(request_id, index)
+            self._client.link.abort(request_id, index)
 
-    def _on_refused(self, message: Refused) -> None:
+    def on_refused(self, message: Refused) -> None:
         if self._output is not None:
             self._output.fail(message.request_id, OverloadedError(message.message))
 
-    def _on_death(self, error: EngineDeadError) -> None:
+    def on_death(self, error: EngineDeadError) -> None:
         if self._output is not None:
             self._output.fail_all(error)
 

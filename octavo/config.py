@@ -186,6 +186,9 @@ class ServerConfig:
         "0..0", "priorities that clients may ask for, like -10..10, or all; operators may always"
     )
     served_model_name: tuple[str, ...] = option((), "names of the model in the API")
+    api_processes: int = option(
+        1, "processes that speak HTTP, over one engine: for more tokens than one core can send"
+    )
     max_body_bytes: int | None = option(
         None, "largest request body; as the context needs if not given, at most 4 MiB"
     )
@@ -230,6 +233,7 @@ class ServerConfig:
         if self.ssl_certfile is None and (self.ssl_keyfile or self.enable_ssl_refresh):
             field = "ssl_keyfile" if self.ssl_keyfile else "enable_ssl_refresh"
             raise ConfigError(f"{field} needs ssl_certfile, the certificate", field=field)
+        _positive("api_processes", self.api_processes)
         if self.max_body_bytes is not None:
             _positive("max_body_bytes", self.max_body_bytes)
         _seconds("shutdown_timeout", self.shutdown_timeout)

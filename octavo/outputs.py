@@ -14,8 +14,17 @@ import msgspec
 from octavo.errors import OctavoError
 from octavo.request import Logprob, PackedPrompt, PositionLogprobs, Request
 
-Position = dict[int, Logprob]
-"""Log-probabilities of one position by token id, as in vLLM: the drawn (or prompt) token first."""
+
+class Position(dict[int, Logprob]):
+    """Log-probabilities of one position by token id, as in vLLM: the drawn (or prompt) token first.
+
+    Positions were tuples once: 0, where no token has that id, still finds the token itself.
+    """
+
+    def __missing__(self, token_id: int) -> Logprob:
+        if token_id == 0 and self:
+            return next(iter(self.values()))
+        raise KeyError(token_id)
 
 
 class OutputDelta(msgspec.Struct, kw_only=True):
@@ -167,7 +176,7 @@ def _shown(output: CompletionOutput) -> dict[str, Any]:
 def by_token_id(position: PositionLogprobs) -> Position:
     """Returns a position's entries by token id, the drawn token first; entries of one id are one,
     and the first of them, which has the true rank, stays."""
-    found: Position = {}
+    found = Position()
     for entry in position:
         found.setdefault(entry.token_id, entry)
     return found

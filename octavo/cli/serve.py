@@ -109,10 +109,18 @@ async def _serve(
     verdicts: Sequence[Verdict],
 ) -> int:
     from octavo.async_llm import AsyncLLM
+    from octavo.engine.client import EngineClient
+    from octavo.server.fleet import Fleet
     from octavo.server.serve import serve, url_of
 
     log_verdicts(verdicts)
-    engine = AsyncLLM(config, log_format=server.log_format, log_level=server.log_level)
+    fleet = Fleet(server, config, sockets.metrics) if server.api_processes > 1 else None
+    engine = AsyncLLM(
+        config,
+        log_format=server.log_format,
+        log_level=server.log_level,
+        connect=EngineClient if fleet is None else fleet.connect,
+    )
     say(f"loading {config.model} ...")
     try:
         if not await _start(engine, signals):
@@ -120,7 +128,10 @@ async def _serve(
         url = url_of(sockets.api, "https" if server.ssl_certfile else "http")
         announce(engine, server, url, sockets.metrics and url_of(sockets.metrics))
         try:
-            await serve(engine, server, sockets.api, signals, sockets.metrics)
+            if fleet is None:
+                await serve(engine, server, sockets.api, signals, sockets.metrics)
+            else:
+                await fleet.serve(engine, sockets.api, signals)
         except EngineDeadError:
             return 1  # which the log has told
         return 0
@@ -130,6 +141,8 @@ async def _serve(
         if signals.num_received > 1:
             engine.kill()
         await engine.close()
+        if fleet is not None:
+            await fleet.close()
 
 
 async def _start(engine: AsyncLLM, signals: StopSignals) -> bool:

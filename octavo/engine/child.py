@@ -62,16 +62,16 @@ def _signals_blocked() -> Iterator[None]:
 ENGINE_MODULE = "octavo.engine.process"
 
 
-class EngineProcess:
-    """One engine process of an event loop; the thread of the loop is its keeper."""
+class ChildProcess:
+    """One child of an event loop; the thread of the loop is its keeper."""
 
-    def __init__(self, *arguments: str, descriptors: Sequence[int]) -> None:
+    def __init__(self, module: str, *arguments: str, descriptors: Sequence[int]) -> None:
         loop = asyncio.get_running_loop()
         self._process, self._lifeline = start_child(
-            ENGINE_MODULE, *arguments, descriptors=descriptors, keeper="thread"
+            module, *arguments, descriptors=descriptors, keeper="thread"
         )
         self._ended: asyncio.Future[int] = loop.create_future()
-        threading.Thread(target=self._wait, args=(loop,), name="engine", daemon=True).start()
+        threading.Thread(target=self._wait, args=(loop,), name=module, daemon=True).start()
 
     def _wait(self, loop: asyncio.AbstractEventLoop) -> None:
         code = self._process.wait()
@@ -99,6 +99,13 @@ class EngineProcess:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+class EngineProcess(ChildProcess):
+    """One engine process."""
+
+    def __init__(self, *arguments: str, descriptors: Sequence[int]) -> None:
+        super().__init__(ENGINE_MODULE, *arguments, descriptors=descriptors)
 
 
 def describe_end(code: int) -> str:

@@ -23,10 +23,13 @@ class AbortSequence(msgspec.Struct, frozen=True, tag=True):
 
 class GetStats(msgspec.Struct, frozen=True, tag=True):
     call_id: int
+    front: int = 0
+    """Whom to answer."""
 
 
 class ResetPrefixCache(msgspec.Struct, frozen=True, tag=True):
     call_id: int
+    front: int = 0
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True):

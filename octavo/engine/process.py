@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Sequence
 
 import msgspec
 import zmq
@@ -21,6 +22,7 @@ from octavo.engine.ipc import (
     Answer,
     Deltas,
     Died,
+    FromEngine,
     GetStats,
     Ready,
     Refused,
@@ -33,6 +35,7 @@ from octavo.engine.load import load_core
 from octavo.engine.vitals import Vitals
 from octavo.errors import OctavoError, OverloadedError
 from octavo.observe.logs import LogFormat, configure_logging
+from octavo.request import TokenDelta
 from octavo.weights.hub import ModelFiles
 
 IDLE_POLL_MILLISECONDS = 1000
@@ -54,12 +57,12 @@ class _Loop:
         self,
         core: EngineCore,
         inbox: zmq.Socket[bytes],
-        outbox: zmq.Socket[bytes],
+        fronts: Fronts,
         vitals: Vitals,
     ) -> None:
         self._core = core
         self._inbox = inbox
-        self._outbox = outbox
+        self._fronts = fronts
         self._vitals = vitals
         self._is_running = True
 
@@ -71,7 +74,7 @@ class _Loop:
             self._read_inbox()
             deltas = self._core.step()
             if deltas:
-                self._outbox.send(encode(Deltas(deltas)))
+                self._fronts.tell(deltas)
 
     def _read_inbox(self) -> None:
         while True:
@@ -83,28 +86,59 @@ class _Loop:
             self._handle(data)
 
     def _handle(self, data: bytes) -> None:
-        core, reply = self._core, None
+        core, fronts = self._core, self._fronts
         message = decode_to_engine(data)
         match message:
             case AddRequest(request):
                 try:
                     core.add(request)
                 except OverloadedError as error:
-                    reply = Refused(request.request_id, str(error))
+                    refused = Refused(request.request_id, str(error))
+                    fronts.send(front_of(request.request_id), refused)
             case AbortSequence(request_id, index):
                 core.abort(request_id, index)
-            case GetStats(call_id):
-                reply = Answer(call_id, core.stats())
-            case ResetPrefixCache(call_id):
-                reply = Answer(call_id, core.reset_prefix_cache())
+            case GetStats(call_id, front):
+                fronts.send(front, Answer(call_id, core.stats()))
+            case ResetPrefixCache(call_id, front):
+                fronts.send(front, Answer(call_id, core.reset_prefix_cache()))
             case Shutdown():
                 self._is_running = False
-        if reply is not None:
-            self._outbox.send(encode(reply))
 
 
-def main(arguments: str, beats: str, stacks: str, inbox_address: str, outbox_address: str) -> int:
-    """Runs until told to stop; returns the exit code. The first three are descriptors."""
+def front_of(request_id: str) -> int:
+    """Returns the number of the front end whose request it is: `EngineLink.prefix` says it."""
+    return int(request_id.partition("-")[0])
+
+
+class Fronts:
+    """The sockets to the front ends, by number."""
+
+    def __init__(self, sockets: Sequence[zmq.Socket[bytes]]) -> None:
+        self._sockets = sockets
+
+    def send(self, front: int, message: FromEngine) -> None:
+        self._sockets[front].send(encode(message))
+
+    def send_all(self, message: FromEngine) -> None:
+        data = encode(message)
+        for socket in self._sockets:
+            socket.send(data)
+
+    def tell(self, deltas: list[TokenDelta]) -> None:
+        """Tells every front end of its own requests."""
+        if len(self._sockets) == 1:
+            self.send(0, Deltas(deltas))
+            return
+        parts: dict[int, list[TokenDelta]] = {}
+        for delta in deltas:
+            parts.setdefault(front_of(delta.request_id), []).append(delta)
+        for front, part in parts.items():
+            self.send(front, Deltas(part))
+
+
+def main(arguments: str, beats: str, stacks: str, *addresses: str) -> int:
+    """Runs until told to stop; returns the exit code. The first three are descriptors; then come
+    two addresses for each front end, of what is read and of what is written."""
     vitals = Vitals(int(beats), int(stacks))
     vitals.catch_stacks()
     with open(int(arguments), "rb") as file:
@@ -115,25 +149,32 @@ def main(arguments: str, beats: str, stacks: str, inbox_address: str, outbox_add
         )
     configure_logging(given.log_format, given.log_level, owns_stderr=True)
     context = zmq.Context()
-    inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    inbox = context.socket(zmq.PULL)
     inbox.set_hwm(0)
-    outbox.set_hwm(0)
-    inbox.connect(inbox_address)
-    outbox.connect(outbox_address)
+    for address in addresses[::2]:
+        inbox.connect(address)
+    fronts = Fronts([_connected(context, address) for address in addresses[1::2]])
     try:
         core = load_core(given.config, given.files, vitals)
         # What is loaded lives as long as the process: the collector need not look at it again.
         gc.collect()
         gc.freeze()
-        outbox.send(encode(Ready(core.plan)))
-        _Loop(core, inbox, outbox, vitals).run()
+        fronts.send_all(Ready(core.plan))
+        _Loop(core, inbox, fronts, vitals).run()
         core.close()
     except Exception as error:  # the edge of the process
         kind = type(error).__name__ if isinstance(error, OctavoError) else ""
         if not kind:
             logging.getLogger(__name__).exception("the engine process ends")
-        outbox.send(encode(Died(kind, str(error) if kind else f"{type(error).__name__}: {error}")))
+        fronts.send_all(Died(kind, str(error) if kind else f"{type(error).__name__}: {error}"))
         return 1
     finally:
         context.destroy(linger=2000)
     return 0
+
+
+def _connected(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[bytes]:
+    socket = context.socket(zmq.PUSH)
+    socket.set_hwm(0)
+    socket.connect(address)
+    return socket

@@ -20,6 +20,7 @@ from prometheus_client.utils import floatToGoString
 from octavo.observe.engine_families import engine_families, own_families, vllm_aliases
 from octavo.observe.logs import num_dropped_lines
 from octavo.observe.loop_holds import LoopHoldMonitor
+from octavo.observe.snapshot import pack, total
 from octavo.observe.stats import EngineStats, FinishedRequest
 from octavo.outputs import OutputDelta
 from octavo.request import Request
@@ -97,27 +98,26 @@ class Metrics:
             (*LABELS, "finished_reason"),
             registry=self._shared,
         )
-        self._exporter = _Exporter(self._shared, dict(zip(LABELS, self._labels, strict=True)))
-        self._registry = CollectorRegistry()
-        self._registry.register(self._exporter)
+        self._stats = EngineStats()
+        self._http = CollectorRegistry()
         self._http_requests = Counter(
             "http_requests",
             "HTTP exchanges by route, method and class of status",
             ("handler", "method", "status"),
-            registry=self._registry,
+            registry=self._http,
         )
         self._http_seconds = Histogram(
             "http_request_duration_seconds",
             "Duration of HTTP exchanges, streams to their end",
             ("handler", "method"),
-            registry=self._registry,
+            registry=self._http,
             buckets=FIRST_TOKEN_BUCKETS,
         )
 
         dropped = Gauge(
             "octavo:dropped_log_lines",
             "Log lines of the server process that nobody read in time",
-            registry=self._registry,
+            registry=self._http,
         )
         dropped.set_function(num_dropped_lines)
 
@@ -126,7 +126,7 @@ class Metrics:
         gauge = Gauge(
             "octavo:event_loop_longest_hold_seconds",
             "CPU time of the callback that held the event loop longest",
-            registry=self._registry,
+            registry=self._http,
         )
         gauge.set_function(lambda: monitor.longest_seconds)
 
@@ -168,11 +168,34 @@ class Metrics:
             if gaps > 0:
                 self.observe("request_time_per_output_token_seconds", (end - first) / gaps)
 
-    def render(self, stats: EngineStats | None) -> bytes:
-        """Returns the exposition text. None keeps the engine's last numbers (it has died)."""
+    def snapshot(self) -> bytes:
+        """Returns what this process has observed, for `render` in another."""
+        return pack([*self._shared.collect(), *self._http.collect()])
+
+    def render(self, stats: EngineStats | None, siblings: Sequence[bytes] = ()) -> bytes:
+        """Returns the exposition text. None keeps the engine's last numbers (it has died);
+        `siblings` are snapshots of the other front processes, which are added."""
         if stats is not None:
-            self._exporter.stats = stats
-        return generate_latest(self._registry)
+            self._stats = stats
+        shared, http = list(self._shared.collect()), list(self._http.collect())
+        if siblings:
+            names = {family.name for family in http}
+            families = total([*shared, *http], siblings)
+            shared = [family for family in families if family.name not in names]
+            http = [family for family in families if family.name in names]
+        return generate_latest(_Page([*self._prefixed(shared), *http]))  # type: ignore[arg-type]
+
+    def _prefixed(self, shared: Sequence[Metric]) -> Iterable[Metric]:
+        """Yields the shared families under every prefix, and the engine's own."""
+        labels: dict[str, str] = dict(zip(LABELS, self._labels, strict=True))
+        both = [*shared, *engine_families(self._stats, labels)]
+        for prefix in PREFIXES:
+            for family in both:
+                yield _prefixed(family, prefix)
+        for family in vllm_aliases(self._stats, labels):
+            yield _prefixed(family, "vllm:")
+        for family in own_families(self._stats, labels):
+            yield _prefixed(family, "octavo:")
 
 
 class RequestTrack:
@@ -267,27 +290,14 @@ class FastHistogram(Collector):
         return ()
 
 
-class _Exporter(Collector):
-    """Yields the shared families under every prefix, and the engine's own."""
+class _Page:
+    """Families as `generate_latest` wants them."""
 
-    def __init__(self, shared: CollectorRegistry, labels: dict[str, str]) -> None:
-        self._shared = shared
-        self._labels = labels
-        self.stats = EngineStats()
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
 
     def collect(self) -> Iterable[Metric]:
-        stats = self.stats
-        shared = [*self._shared.collect(), *engine_families(stats, self._labels)]
-        for prefix in PREFIXES:
-            for family in shared:
-                yield _prefixed(family, prefix)
-        for family in vllm_aliases(stats, self._labels):
-            yield _prefixed(family, "vllm:")
-        for family in own_families(stats, self._labels):
-            yield _prefixed(family, "octavo:")
-
-    def describe(self) -> Iterable[Metric]:
-        return ()
+        return self._families
 
 
 def _prefixed(family: Metric, prefix: str) -> Metric:

@@ -28,11 +28,11 @@ from octavo.server.engine_client import Engine
 from octavo.server.limits import BodyRoom, default_body_bytes
 from octavo.server.parser import ParserProcess
 from octavo.server.routes import chat, completions, health, operation, tokens
-from octavo.server.state import ServerState
+from octavo.server.state import ServerState, Siblings, no_siblings
 from octavo.server.tokenising import Tokenising
 
 
-def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
+def create_app(engine: Engine, config: ServerConfig, siblings: Siblings | None = None) -> FastAPI:
     """Returns the application that serves `engine`; its ServerState is `app.state.server`."""
     names = config.served_model_name or (engine.model_name,)
     metrics = Metrics(names[0], engine.max_model_len)
@@ -69,6 +69,7 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
         model_names=names,
         started_at=int(time.time()),
         drain=drain,
+        siblings=siblings or no_siblings,
         tokenising=Tokenising(engine),
         body_room=BodyRoom(config.max_body_bytes or default_body_bytes(engine.max_model_len)),
         parser=ParserProcess(lambda: _renderer(engine)),

@@ -21,12 +21,14 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
 from octavo.config import ServerConfig
 from octavo.errors import ConfigError, EngineDeadError
 from octavo.observe.loop_holds import LoopHoldMonitor
+from octavo.observe.metrics import Metrics
 from octavo.observe.stats import EngineStats
 from octavo.observe.throughput import Throughput, in_words
 from octavo.server.app import create_app
@@ -35,7 +37,7 @@ from octavo.server.engine_client import Engine
 from octavo.server.http_protocol import ConnectionLimits, protocol_factory
 from octavo.server.metrics_port import metrics_port
 from octavo.server.signals import SIGNALS, StopSignals
-from octavo.server.state import ServerState
+from octavo.server.state import ServerState, Siblings
 from octavo.server.tls import check_certificate, keep_fresh
 
 logger = logging.getLogger(__name__)
@@ -103,11 +105,13 @@ class Server(uvicorn.Server):
         config: ServerConfig,
         limits: ConnectionLimits | None = None,
         signals: StopSignals | None = None,
+        siblings: Siblings | None = None,
     ) -> None:
         """Listens to `signals`, or to those of the process while it serves."""
-        app = create_app(engine, config)
+        app = create_app(engine, config, siblings)
         self._state: ServerState = app.state.server
         self.drain: Drain = self._state.drain
+        self.metrics: Metrics = self._state.metrics
         self._loop: asyncio.AbstractEventLoop | None = None
         self.error: EngineDeadError | None = None
         """Why the server ends by itself."""
@@ -116,10 +120,11 @@ class Server(uvicorn.Server):
         self._end_began: float | None = None
         self._cut_off_began: float | None = None
         self._shutdown_timeout = config.shutdown_timeout
+        self._handshakes: set[asyncio.Future[Any]] = set()
         self._options = config
         self._monitor = LoopHoldMonitor() if config.debug_loop_holds else None
         if self._monitor is not None:
-            self._state.metrics.watch_loop(self._monitor)
+            self.metrics.watch_loop(self._monitor)
         super().__init__(
             uvicorn.Config(
                 app,
@@ -136,9 +141,10 @@ class Server(uvicorn.Server):
         )
 
     async def run_on(
-        self, bound: socket.socket, metrics_bound: socket.socket | None = None
+        self, bound: socket.socket | None, metrics_bound: socket.socket | None = None
     ) -> None:
-        """Serves on `bound`, and the metrics on `metrics_bound`, until a signal or `stop`."""
+        """Serves on `bound` (None: the connections of `take` alone), and the metrics on
+        `metrics_bound`, until a signal or `stop`."""
         self._loop = asyncio.get_running_loop()
         if self._signals is not None:
             self._signals.listen(self.stop)
@@ -151,13 +157,33 @@ class Server(uvicorn.Server):
         stats = asyncio.create_task(self._log_stats())
         try:
             async with metrics_port(self._state, metrics_bound):
-                await self.serve(sockets=[bound])
+                await self.serve(sockets=[] if bound is None else [bound])
         finally:
             await self._state.parser.close()
             self._loop = None
             stats.cancel()
             if refresh is not None:
                 refresh.cancel()
+
+    def take(self, connection: socket.socket) -> None:
+        """Serves a connection that was accepted elsewhere."""
+        task = asyncio.ensure_future(
+            asyncio.get_running_loop().connect_accepted_socket(
+                self._new_protocol, connection, ssl=self.config.ssl
+            )
+        )
+        self._handshakes.add(task)
+        task.add_done_callback(self._taken)
+
+    def _new_protocol(self) -> asyncio.Protocol:
+        state, app_state = self.server_state, self.lifespan.state
+        kind: Any = self.config.http_protocol_class
+        return kind(config=self.config, server_state=state, app_state=app_state)
+
+    def _taken(self, task: asyncio.Future[Any]) -> None:
+        self._handshakes.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.debug("a connection was not taken: %s", task.exception())
 
     async def _log_stats(self) -> None:
         """Logs a line of throughput now and then while there is load."""

@@ -5,6 +5,7 @@ Made by `create_app`, found by the routes through `server_state`; changed only b
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
@@ -18,6 +19,14 @@ from octavo.server.errors import ApiError
 from octavo.server.limits import BodyRoom
 from octavo.server.parser import ParserProcess
 from octavo.server.tokenising import Tokenising
+
+Siblings = Callable[[], Awaitable[Sequence[bytes]]]
+"""Asks the other front processes of this server for snapshots of their metrics."""
+
+
+async def no_siblings() -> Sequence[bytes]:
+    """For a server of one process."""
+    return ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +44,7 @@ class ServerState:
     body_room: BodyRoom
     parser: ParserProcess
     drain: Drain = field(default_factory=Drain)
+    siblings: Siblings = no_siblings
 
     @property
     def model_name(self) -> str:

@@ -59,6 +59,7 @@ async def metrics(request: Request) -> Response:
         stats = await asyncio.wait_for(state.engine.stats(), STATS_SECONDS)
     except (EngineDeadError, TimeoutError):
         stats = None  # The last numbers stay: they tell how it was when the engine fell silent.
+    siblings = await state.siblings()
     # In a thread: thousands of expert series must not hold up the streams.
-    text = await asyncio.to_thread(state.metrics.render, stats)
+    text = await asyncio.to_thread(state.metrics.render, stats, siblings)
     return Response(text, media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,151 @@
+"""One front end's side of the conversation with an engine process: messages out and in.
+
+Owned by a client (`client` starts the process, `attached` joins one), in whose event loop it lives.
+Never sees text, and never starts or ends a process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from typing import Protocol
+
+import zmq
+
+from octavo.engine.ipc import (
+    AbortSequence,
+    AddRequest,
+    Answer,
+    Deltas,
+    FromEngine,
+    GetStats,
+    Refused,
+    ResetPrefixCache,
+    ToEngine,
+    decode_from_engine,
+    encode,
+)
+from octavo.errors import EngineDeadError
+from octavo.observe.stats import EngineStats
+from octavo.request import Request
+
+
+class LinkOwner(Protocol):
+    """Who is told of the engine's news, in the event loop."""
+
+    def on_deltas(self, message: Deltas) -> None: ...
+
+    def on_refused(self, message: Refused) -> None: ...
+
+    def on_death(self, error: EngineDeadError) -> None: ...
+
+
+class EngineLink:
+    """The sockets of one front end, number `front` of those that the engine has."""
+
+    def __init__(
+        self, owner: LinkOwner, front: int, on_other: Callable[[FromEngine], None]
+    ) -> None:
+        """`on_other` is told what speaks of the engine process itself."""
+        self.front = front
+        self.prefix = f"{front}-"
+        """Of the ids of this front end's requests, by which the engine finds whom to tell."""
+        self.error: EngineDeadError | None = None
+        self._owner = owner
+        self._on_other = on_other
+        self._calls: dict[int, asyncio.Future[EngineStats | bool]] = {}
+        self._call_ids = itertools.count()
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+
+    def bind(self, inbox_of_engine: str, outbox_of_engine: str) -> None:
+        """Binds the two sockets, named as the engine sees them, and listens."""
+        self._context = context = zmq.Context()
+        # Sending never waits: the queue in between is as long as it must be.
+        self._outbox = context.socket(zmq.PUSH)
+        self._outbox.set_hwm(0)
+        self._inbox = context.socket(zmq.PULL)
+        self._inbox.set_hwm(0)
+        self._outbox.bind(inbox_of_engine)
+        self._inbox.bind(outbox_of_engine)
+        asyncio.get_running_loop().add_reader(self._inbox.FD, self.receive)
+
+    def receive(self) -> None:
+        """Delivers all messages that are there: the descriptor tells of the first one alone."""
+        while self._context is not None:
+            try:
+                data = self._inbox.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            message = decode_from_engine(data)
+            match message:
+                case Deltas():
+                    self._owner.on_deltas(message)
+                case Refused():
+                    self._owner.on_refused(message)
+                case Answer(call_id, value):
+                    call = self._calls.pop(call_id, None)
+                    if call is not None and not call.done():
+                        call.set_result(value)
+                case _:
+                    self._on_other(message)
+
+    def die(self, error: EngineDeadError) -> None:
+        """Fails all that waits, once; from now on nothing can be sent."""
+        if self.error is not None:
+            return
+        self.error = error
+        for call in self._calls.values():
+            if not call.done():
+                call.set_exception(error)
+        self._calls.clear()
+        self._owner.on_death(error)
+
+    def send(self, message: ToEngine) -> None:
+        """Hands a message over. Raises EngineDeadError."""
+        if self.error is not None:
+            raise self.error
+        if self._context is None:
+            raise EngineDeadError("the engine is not started")
+        try:
+            self._outbox.send(encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            # The queue has no end, so this means that nobody is there: waiting would hold the
+            # event loop for ever, and with it the news of the death.
+            raise EngineDeadError("the engine process has ended") from None
+
+    def add(self, request: Request) -> None:
+        self.send(AddRequest(request))
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Nothing to do if the engine is dead: its sequences are gone."""
+        if self.error is None:
+            self.send(AbortSequence(request_id, index))
+
+    async def stats(self) -> EngineStats:
+        call_id = next(self._call_ids)
+        value = await self._call(call_id, GetStats(call_id, self.front))
+        assert isinstance(value, EngineStats)
+        return value
+
+    async def reset_prefix_cache(self) -> bool:
+        call_id = next(self._call_ids)
+        return bool(await self._call(call_id, ResetPrefixCache(call_id, self.front)))
+
+    async def _call(self, call_id: int, message: ToEngine) -> EngineStats | bool:
+        future: asyncio.Future[EngineStats | bool] = asyncio.get_running_loop().create_future()
+        self._calls[call_id] = future
+        try:
+            self.send(message)
+            return await future
+        finally:
+            self._calls.pop(call_id, None)
+
+    def close(self) -> None:
+        """Lets the sockets go. May be called twice."""
+        if self._context is not None:
+            asyncio.get_running_loop().remove_reader(self._inbox.FD)
+            self._outbox.close(linger=0)
+            self._inbox.close(linger=0)
+            self._context.term()
+            self._context = None

@@ -1,0 +1,250 @@
+"""Several front processes over one engine: `octavo serve --api-processes N`, the parent's side.
+
+Called by the `serve` command in place of `serve.serve`. Accepts connections and deals them out in
+turn, passes on signals, the engine's end and questions about numbers; never reads a request.
+
+    start   each front binds its sockets to the engine; then the engine process is started
+    serve   connections are dealt out until a signal comes, the engine dies or a front does
+    end     the fronts drain, each as `serve.Server` does; whoever stays too long is killed
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import tempfile
+import time
+from dataclasses import replace
+
+import msgspec
+
+from octavo.config import EngineConfig, ServerConfig
+from octavo.engine.child import ChildProcess, SocketFolder, describe_end
+from octavo.engine.client import EngineClient, socket_names
+from octavo.engine.link import LinkOwner
+from octavo.errors import EngineDeadError
+from octavo.server.channel import (
+    AskNumbers,
+    AskSiblings,
+    Bound,
+    Channel,
+    Connection,
+    Drained,
+    EngineDied,
+    Leave,
+    Numbers,
+    Serving,
+    Stop,
+    ToFront,
+    channel_pair,
+    decode_to_parent,
+)
+from octavo.server.engine_client import Engine
+from octavo.server.front_process import FrontArguments
+from octavo.server.signals import StopSignals
+
+logger = logging.getLogger(__name__)
+
+FRONT_MODULE = "octavo.server.front_process"
+ACCEPTED_AT_ONCE = 64
+TICK_SECONDS = 0.1
+GRACE_SECONDS = 8.0
+"""What fronts get beyond `shutdown_timeout` to cut off what is left."""
+
+
+class _Front:
+    """One front process, as its parent sees it."""
+
+    def __init__(self, fleet: Fleet, number: int, folder: SocketFolder) -> None:
+        self.number = number
+        self.is_bound = asyncio.Event()
+        self.is_serving = asyncio.Event()
+        self.is_drained = False
+        self._fleet = fleet
+        server = fleet.config
+        if number > 1:
+            server = replace(server, disable_log_stats=True)  # one line for all is enough
+        metrics_bound = fleet.metrics_bound if number == 1 else None
+        inherited = [] if metrics_bound is None else [metrics_bound.fileno()]
+        inbox, outbox = map(folder.address, socket_names(number))
+        arguments = FrontArguments(
+            front=number,
+            num_fronts=fleet.config.api_processes,
+            addresses=(inbox, outbox),
+            server=server,
+            engine=fleet.engine_config,
+            metrics_socket=inherited[0] if inherited else None,
+        )
+        ours, theirs = channel_pair()
+        with tempfile.TemporaryFile() as file, theirs:
+            file.write(msgspec.msgpack.encode(arguments))
+            file.seek(0)
+            descriptors = (file.fileno(), theirs.fileno())
+            self.process = ChildProcess(
+                FRONT_MODULE, *map(str, descriptors), descriptors=(*descriptors, *inherited)
+            )
+        self.channel = Channel(ours, self._on_message, lambda: None)
+
+    @property
+    def is_running(self) -> bool:
+        return self.process.returncode is None
+
+    def _on_message(self, data: bytes, descriptor: int | None) -> None:
+        message = decode_to_parent(data)
+        match message:
+            case Bound():
+                self.is_bound.set()
+            case Serving():
+                self.is_serving.set()
+            case Drained():
+                self.is_drained = True
+            case AskSiblings(call_id):
+                self._fleet.send_others(self.number, AskNumbers(self.number, call_id))
+            case Numbers(asker):
+                self._fleet.send(asker, message)
+
+
+class Fleet:
+    """The front processes of one server."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        engine_config: EngineConfig,
+        metrics_bound: socket.socket | None = None,
+    ) -> None:
+        """`metrics_bound` is served by the first front, which tells of all."""
+        self.config = config
+        self.metrics_bound = metrics_bound
+        self.engine_config = engine_config
+        self._fronts: list[_Front] = []
+        self._turn = 0
+        self._num_stops = 0
+
+    def connect(self, owner: LinkOwner) -> EngineClient:
+        """Returns the client of an engine process that all fronts share."""
+        return EngineClient(owner, 1 + self.config.api_processes, self._start)
+
+    async def _start(self, folder: SocketFolder) -> None:
+        numbers = range(1, 1 + self.config.api_processes)
+        self._fronts = [_Front(self, number, folder) for number in numbers]
+        await self._all(*(front.is_bound for front in self._fronts))
+
+    async def _all(self, *events: asyncio.Event) -> None:
+        """Waits for all events. Raises EngineDeadError if a front ends before."""
+
+        async def wait() -> None:
+            for event in events:
+                await event.wait()
+
+        reached = asyncio.ensure_future(wait())
+        ends = [asyncio.ensure_future(front.process.wait()) for front in self._fronts]
+        try:
+            await asyncio.wait({reached, *ends}, return_when=asyncio.FIRST_COMPLETED)
+            for front, end in zip(self._fronts, ends, strict=True):
+                if end.done() and not reached.done():
+                    how = describe_end(end.result())
+                    raise EngineDeadError(f"front process {front.number} {how} before it served")
+        finally:
+            for waiting in (reached, *ends):
+                waiting.cancel()
+
+    def send(self, number: int, message: ToFront) -> None:
+        """Sends a message to one front."""
+        self._fronts[number - 1].channel.send(message)
+
+    def send_others(self, number: int, message: ToFront) -> None:
+        """Sends a message to all fronts but one; number 0 leaves out none."""
+        for front in self._fronts:
+            if front.number != number:
+                front.channel.send(message)
+
+    async def serve(self, engine: Engine, bound: socket.socket, signals: StopSignals) -> None:
+        """Serves until the end. Raises EngineDeadError if the engine or a front has died."""
+        loop = asyncio.get_running_loop()
+        try:
+            await self._all(*(front.is_serving for front in self._fronts))
+        except EngineDeadError as error:
+            logger.error("the server ends: %s", error)
+            raise
+        signals.listen(lambda: loop.call_soon_threadsafe(self._stop, engine))
+        loop.add_reader(bound.fileno(), self._accept, bound)
+        try:
+            error = await self._until_drained(engine)
+        finally:
+            loop.remove_reader(bound.fileno())
+        self.send_others(0, Leave())
+        _, late = await asyncio.wait(
+            [asyncio.ensure_future(front.process.wait()) for front in self._fronts],
+            timeout=GRACE_SECONDS,
+        )
+        if late:
+            self.kill()
+        if error is not None:
+            raise error
+
+    async def _until_drained(self, engine: Engine) -> EngineDeadError | None:
+        """Returns why it ended, if not by a signal."""
+        error: EngineDeadError | None = None
+        began: float | None = None
+        while any(front.is_running and not front.is_drained for front in self._fronts):
+            await asyncio.sleep(TICK_SECONDS)
+            if error is None:
+                error = await self._death(engine)
+                if error is not None:
+                    # Whatever has died: the requests of all have their error, and all end.
+                    logger.error("the server ends: %s", error)
+                    self.send_others(0, EngineDied(str(error)))
+            if error is None and not self._num_stops:
+                continue
+            began = began or time.monotonic()
+            if time.monotonic() - began > self.config.shutdown_timeout + GRACE_SECONDS:
+                self.kill()
+        return error
+
+    async def _death(self, engine: Engine) -> EngineDeadError | None:
+        try:
+            await engine.check_health()
+        except EngineDeadError as error:
+            return error
+        for front in self._fronts:
+            code = front.process.returncode
+            if code is not None and (code or not self._num_stops):
+                return EngineDeadError(f"front process {front.number} {describe_end(code)}")
+        return None
+
+    def _stop(self, engine: Engine) -> None:
+        if not self._num_stops:
+            engine.begin_drain()
+        self._num_stops += 1
+        self.send_others(0, Stop())
+
+    def _accept(self, bound: socket.socket) -> None:
+        """Deals out what waits: in turn, so that no process gets more than another."""
+        for _ in range(ACCEPTED_AT_ONCE):
+            try:
+                connection, _ = bound.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:  # too many open files, or a client that has left already
+                logger.warning("a connection was not accepted: %s", error)
+                return
+            running = [front for front in self._fronts if front.is_running]
+            if not running:
+                connection.close()
+                continue
+            self._turn += 1
+            running[self._turn % len(running)].channel.send(Connection(), connection)
+
+    def kill(self) -> None:
+        """Ends all fronts at once."""
+        for front in self._fronts:
+            front.process.kill()
+
+    async def close(self) -> None:
+        """Ends what still runs; to be called whatever has happened."""
+        self.kill()
+        for front in self._fronts:
+            await front.process.wait()
+            front.channel.close()

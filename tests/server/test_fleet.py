@@ -1,0 +1,143 @@
+"""`octavo serve --api-processes`: one port, one engine, one set of metrics; every end is clean."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.server.tiny_engine import write_model
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = [sys.executable, "-c", "import sys; from octavo.cli import main; sys.exit(main())"]
+OPTIONS = "--load-format=dummy --dtype=float32 --num-threads=1 --kv-cache-memory=16MiB --port=0"
+NUM_FRONTS = 3
+
+
+class Fleet:
+    """A server of several front processes, from its command line to its end."""
+
+    def __init__(self, model: Path, log: Path) -> None:
+        self.log = log
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                [*COMMAND, "serve", str(model), *OPTIONS.split(), f"--api-processes={NUM_FRONTS}"],
+                cwd=ROOT,
+                stderr=file,
+            )
+        self.url = self._url()
+
+    def _url(self) -> str:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and self.process.poll() is None:
+            found = re.search(r"is served on (\S+)", self.log.read_text())
+            if found:
+                return found[1]
+            time.sleep(0.1)
+        raise AssertionError(self.log.read_text())
+
+    def children(self, module: str) -> list[int]:
+        """Process ids of the children that run a module."""
+        found = []
+        for folder in Path("/proc").iterdir():
+            if folder.name.isdigit():
+                try:
+                    command = (folder / "cmdline").read_bytes().split(b"\0")
+                    parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+                except OSError:
+                    continue
+                if parent == str(self.process.pid) and module.encode() in command:
+                    found.append(int(folder.name))
+        return found
+
+    def end(self) -> int:
+        """Waits for the end; returns the exit code, and asserts that nobody is left."""
+        code = self.process.wait(timeout=60)
+        modules = ("octavo.server.front_process", "octavo.engine.process")
+        assert not [pid for module in modules for pid in self.children(module)]
+        assert "Traceback" not in self.log.read_text()
+        return code
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
+    (tmp_path / "model").mkdir()
+    started = Fleet(write_model(tmp_path / "model"), tmp_path / "log")
+    yield started
+    started.process.kill()
+    started.process.wait()
+
+
+def ask(url: str) -> tuple[int, str]:
+    """Streams one answer over a connection of its own."""
+    body = {"prompt": "Once upon", "max_tokens": 20, "ignore_eos": True, "stream": True}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+    return answer.status_code, answer.text
+
+
+def metric(url: str, name: str) -> float:
+    lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+def test_connections_are_dealt_out_numbers_are_added_and_the_end_is_clean(fleet: Fleet):
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(ask, [fleet.url] * 12))
+    assert all(status == 200 and text.endswith("[DONE]\n\n") for status, text in answers)
+    # Whichever process is asked, it tells of all.
+    for _ in range(NUM_FRONTS):
+        assert metric(fleet.url, "vllm:request_success_total{") == 12
+        assert metric(fleet.url, "vllm:inter_token_latency_seconds_count") > 12
+    assert metric(fleet.url, "vllm:generation_tokens_total") == 12 * 20
+    assert len(fleet.children("octavo.server.front_process")) == NUM_FRONTS
+    fleet.process.send_signal(signal.SIGTERM)
+    assert fleet.end() == 0
+
+
+@pytest.mark.parametrize("module", ["octavo.server.front_process", "octavo.engine.process"])
+def test_the_death_of_a_part_is_the_end_of_the_whole(fleet: Fleet, module: str):
+    os.kill(fleet.children(module)[0], signal.SIGKILL)
+    assert fleet.end() == 1
+    assert "SIGKILL" in fleet.log.read_text()
+
+
+def test_a_drain_lets_a_stream_on_another_process_end(fleet: Fleet):
+    body = {"prompt": "Once upon", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{fleet.url}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        fleet.process.send_signal(signal.SIGTERM)
+        # Probes are answered until the end, whichever process they meet.
+        assert httpx.get(f"{fleet.url}/health", timeout=10).status_code == 200
+        assert list(lines)[-2:] == ["data: [DONE]", ""]
+    assert fleet.end() == 0
+
+
+def test_the_death_of_the_parent_leaves_nobody(fleet: Fleet):
+    pids = [
+        *fleet.children("octavo.server.front_process"),
+        *fleet.children("octavo.engine.process"),
+    ]
+    assert len(pids) == NUM_FRONTS + 1
+    fleet.process.kill()
+    fleet.process.wait()
+    deadline = time.monotonic() + 20
+    while any(_is_alive(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
