@@ -70,6 +70,8 @@ class _Answer:
 
     def reason(self) -> str:
         """Returns the message of the error object; empty if the answer is none."""
+        if not self.error:
+            return ""  # nearly always: not even tried, for an exception costs
         try:
             told = json.loads(self.error)["error"]["message"]
         except (ValueError, KeyError, TypeError):
