@@ -158,32 +158,34 @@ class SamplingParams(metaclass=_Sifting):
         if self.top_k == -1:
             self.top_k = 0
 
-    def _check(self, name: str, is_valid: bool, limit: str) -> None:
+    def _check(self, name: str, is_valid: bool, limit: str, *numbers: float | None) -> None:
+        """`limit` is filled with its numbers when it is said: nearly all values are valid."""
         if not is_valid:
-            message = f"{name} must be {limit}, got {shown(getattr(self, name))}"
+            wanted = limit.format(*numbers)
+            message = f"{name} must be {wanted}, got {shown(getattr(self, name))}"
             raise RequestError(message, param=name)
 
     def _check_numbers(self) -> None:
         most = MAX_PARALLEL_SAMPLES
-        self._check("n", _is_int(self.n, 1, most), f"an integer in 1..{most}")
+        self._check("n", _is_int(self.n, 1, most), "an integer in 1..{}", most)
         for name, (low, high) in SAMPLING_RANGES.items():
             if name != "logit_bias":
                 is_valid = _is_number(getattr(self, name), low, high)
-                self._check(name, is_valid, f"a number in {low:g}..{high:g}")
-        self._check("top_k", _is_int(self.top_k, 0), f"an integer in -1..{MAX_INT}")
+                self._check(name, is_valid, "a number in {:g}..{:g}", low, high)
+        self._check("top_k", _is_int(self.top_k, 0), "an integer in -1..{}", MAX_INT)
         low, high = -(2**63), 2**63 - 1
         is_valid = self.seed is None or _is_int(self.seed, low, high)
-        self._check("seed", is_valid, f"null or an integer in {low}..{high}")
+        self._check("seed", is_valid, "null or an integer in {}..{}", low, high)
         most = self.max_tokens
         is_valid = most is None or _is_int(most, 1)
-        self._check("max_tokens", is_valid, f"null or an integer in 1..{MAX_INT}")
-        self._check("min_tokens", _is_int(self.min_tokens, 0), f"an integer in 0..{MAX_INT}")
+        self._check("max_tokens", is_valid, "null or an integer in 1..{}", MAX_INT)
+        self._check("min_tokens", _is_int(self.min_tokens, 0), "an integer in 0..{}", MAX_INT)
         is_valid = most is None or self.min_tokens <= most
-        self._check("min_tokens", is_valid, f"at most max_tokens ({most})")
+        self._check("min_tokens", is_valid, "at most max_tokens ({})", most)
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             is_valid = value is None or _is_int(value, 0, MAX_LOGPROBS)
-            self._check(name, is_valid, f"an integer in 0..{MAX_LOGPROBS}")
+            self._check(name, is_valid, "an integer in 0..{}", MAX_LOGPROBS)
 
     def _check_lists(self) -> None:
         for name in ("stop", "bad_words"):
@@ -201,8 +203,8 @@ class SamplingParams(metaclass=_Sifting):
         for name in ("stop_token_ids", "allowed_token_ids"):
             value = getattr(self, name)
             is_valid = value is None or (isinstance(value, tuple) and _are_ids(value))
-            limit = f"a list of at most {MAX_LISTED} token ids, integers in 0..{MAX_INT}"
-            self._check(name, is_valid, limit)
+            limit = "a list of at most {} token ids, integers in 0..{}"
+            self._check(name, is_valid, limit, MAX_LISTED, MAX_INT)
         is_valid = self.allowed_token_ids != ()
         self._check("allowed_token_ids", is_valid, "null or a non-empty list")
         low, high = SAMPLING_RANGES["logit_bias"]
@@ -213,11 +215,8 @@ class SamplingParams(metaclass=_Sifting):
             and set(map(type, bias.values())) <= {int, float}
             and all(low <= b <= high for b in bias.values())
         )
-        limit = (
-            f"a map from at most {MAX_LISTED} token ids in 0..{MAX_INT} to numbers in "
-            f"{low:g}..{high:g}"
-        )
-        self._check("logit_bias", is_valid, limit)
+        limit = "a map from at most {} token ids in 0..{} to numbers in {:g}..{:g}"
+        self._check("logit_bias", is_valid, limit, MAX_LISTED, MAX_INT, low, high)
         is_valid = self.prefix_caching in (None, "auto", "on", "off")
         self._check("prefix_caching", is_valid, "one of auto, on, off")
 
