@@ -46,6 +46,11 @@ class AnswerWire:
         if not cycle.disconnected:
             cycle.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
 
+    def hang_up(self) -> None:
+        """Ends the connection at once, whatever of the answer is still to be sent: a client that
+        does not read would never take it."""
+        self._cycle.transport.abort()
+
 
 class _HeldHead:
     """Stands in for a transport until its second write, which takes the first one along."""
@@ -61,6 +66,9 @@ class _HeldHead:
             self._transport.write(self._head + data)
         else:
             self._head = data
+
+    def abort(self) -> None:
+        self._transport.abort()
 
     def close(self) -> None:
         self._cycle.transport = self._transport

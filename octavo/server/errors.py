@@ -16,7 +16,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from octavo.errors import EngineDeadError, OctavoError, OverloadedError, RequestError
+from octavo.errors import (
+    EngineDeadError,
+    OctavoError,
+    OverloadedError,
+    RequestError,
+    SlowReaderError,
+)
 from octavo.server.wrong_paths import explain
 
 logger = logging.getLogger(__name__)
@@ -59,6 +65,8 @@ def _describe(error: Exception) -> ApiError:
         return ApiError(503, str(error), code="overloaded", headers=headers)
     if isinstance(error, EngineDeadError):
         return ApiError(503, str(error) or "the engine has ended", code="engine_dead")
+    if isinstance(error, SlowReaderError):
+        return ApiError(408, str(error), code="slow_reader")
     if isinstance(error, ClientDisconnectedError):
         return ApiError(499, "the client closed the connection", code="client_disconnected")
     logger.error("a request ended with an internal error", exc_info=error)

@@ -82,12 +82,13 @@ class StreamedCall:
     aborted from elsewhere. See `streaming.Rounds`.
     """
 
-    __slots__ = ("_mailbox", "_running", "take")
+    __slots__ = ("_mailbox", "_running", "hang_up", "take")
 
     def __init__(self, state: ServerState, call: Call) -> None:
         self._mailbox = Mailbox()
         self._running = _Running(state, call, self._deliver, self._mailbox.fail)
         self.take = self._mailbox.take
+        self.hang_up: Callable[[], None] | None = None
 
     def begin(self) -> None:
         self._running.__enter__()
@@ -104,6 +105,8 @@ class StreamedCall:
         if not self._mailbox.put(tag, delta, finished):
             # At once: whoever is slow may never read again.
             self._running.cancel(FinishReason.ABORT)
+            if self.hang_up is not None:
+                self.hang_up()
 
 
 async def whole_call(state: ServerState, call: Call) -> list[list[OutputDelta]]:

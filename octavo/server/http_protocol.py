@@ -42,10 +42,6 @@ MAX_PIPELINED = 16
 MAX_DISCARDED_BYTES = 64 * 2**20
 RETRY_AFTER_SECONDS = 1
 
-TRANSPORT = "octavo.transport"
-"""The key in a scope's `extensions` of the connection's `uvicorn` FlowControl, whose
-`write_paused` tells whether the client reads too slowly."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionLimits:
@@ -235,7 +231,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._reads, self._has_moved = "headers", True
         self._num_named_bytes = 0
         super().on_message_begin()
-        self.scope["extensions"] = {TRANSPORT: self.flow}  # type: ignore[typeddict-item]
+        self.scope["extensions"] = {}
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._num_named_bytes += len(name) + len(value)

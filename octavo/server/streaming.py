@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -32,6 +32,9 @@ _DONE = b"data: [DONE]\n\n"
 
 class Rounds(Protocol):
     """What a call gains, round by round."""
+
+    hang_up: Callable[[], None] | None
+    """Called when the reader is given up: ends its connection."""
 
     def begin(self) -> None:
         """Hands the call to the engine; raises what the engine raises."""
@@ -221,6 +224,7 @@ class EventStream(Response):
         try:
             if wire is not None:
                 wire.hold_head()
+                self._rounds.hang_up = wire.hang_up
             await send(start)
             with self._attachment:
                 # A task of its own: every token would else wake it through all layers of the app.
