@@ -241,6 +241,7 @@ def limits_table() -> str:
         ("time for the headers to come", f"{connection.header_seconds:g} s"),
         ("time for the body to come", f"{connection.body_seconds:g} s"),
         ("time that an idle connection is kept", f"{connection.idle_seconds:g} s"),
+        ("time that a client may read nothing of its answer", f"{connection.unread_seconds:g} s"),
         ("connections", f"{connection.max_connections:,}"),
         ("requests that wait on one connection (pipelined)", f"{MAX_PIPELINED}"),
     ]

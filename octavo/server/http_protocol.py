@@ -8,6 +8,7 @@ What a client may do to one connection, and what it is told (an error object, th
     nothing, or headers that do not end      408 after `header_seconds`
     a body that does not end                 408 after `body_seconds`
     nothing after an answer                  closed after `idle_seconds`
+    an answer that is not read at all        cut off after `unread_seconds`
     more header than fits                    431
     a connection too many                    503 with Retry-After
     requests before their turn (pipelined)   MAX_PIPELINED of them, then 400
@@ -23,6 +24,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+if sys.platform == "linux":
+    import fcntl
+    import termios
 
 import httptools
 import msgspec
@@ -53,6 +58,8 @@ class ConnectionLimits:
     """From the headers to the end of the body: 4 MiB at 70 KB/s."""
     idle_seconds: float = 65.0
     """Between requests. Longer than the 60 seconds of common proxies, which then close first."""
+    unread_seconds: float = 60.0
+    """In which a client that has an answer waiting must have taken some of it."""
     max_header_bytes: int = 64 * 1024
     max_headers: int = 128
     max_connections: int = 8192
@@ -88,7 +95,8 @@ def protocol_factory(
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """One connection. At most one deadline runs at a time, none while a request is answered."""
+    """One connection. At most one deadline for what it sends runs at a time, none while a request
+    is answered, and one for what it reads while something waits to be read."""
 
     def __init__(
         self,
@@ -102,6 +110,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.timeout_keep_alive = limits.idle_seconds
         self._limits = limits
         self._deadline: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
+        self._num_unread = 0  # bytes that waited to be read when `_unread` was armed
         self._reads = "headers"  # or "body", or "nothing" until the next request begins
         self._has_moved = False  # whether `_reads` was set since the deadline was armed
         self._num_header_bytes = 0  # as they came, until the headers are complete
@@ -124,6 +134,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._reads = "nothing"
         self._arm_deadline()
+        if self._unread is not None:
+            self._unread.cancel()
         self._backlog.clear()
         super().connection_lost(exc)
         # Uvicorn tells the newest request only; with pipelining, it is an older one that runs.
@@ -167,6 +179,55 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if is_free and not self.pipeline:
             self.transport.write(_raw_response(error))
         self.transport.close()
+        self._watch_unread()
+
+    # -- what goes out -----------------------------------------------------------------------
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_unread()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch_unread()
+
+    def _watch_unread(self) -> None:
+        """Begins the time in which the client must read some of what waits: even a transport
+        that is closed waits for that."""
+        if self._unread is not None:
+            self._num_unread = sys.maxsize  # More has been written since: it was read before.
+        elif self.transport.get_write_buffer_size():
+            self._arm_unread()
+
+    def _arm_unread(self) -> None:
+        self._num_unread = self._num_unread_bytes()
+        self._unread = self.loop.call_later(self._limits.unread_seconds, self._on_unread)
+
+    def _on_unread(self) -> None:
+        self._unread = None
+        if not self.transport.get_write_buffer_size():
+            return
+        if self._num_unread_bytes() < self._num_unread or self._is_writing():
+            self._arm_unread()
+            return
+        logger.info("a connection ends: the client does not read its answer")
+        self.transport.abort()
+
+    def _is_writing(self) -> bool:
+        """Whether an answer is under way that the client takes as fast as it comes."""
+        cycle = self._answering
+        is_over = cycle is None or cycle.response_complete or self.transport.is_closing()
+        return not is_over and not self.flow.write_paused
+
+    def _num_unread_bytes(self) -> int:
+        """Returns what waits here and in the kernel, which takes more in large steps only: of a
+        slow reader's progress, its own buffer alone would tell nothing for minutes."""
+        num_bytes = self.transport.get_write_buffer_size()
+        if sys.platform == "linux":
+            sock = self.transport.get_extra_info("socket")
+            in_kernel = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
+            num_bytes += int.from_bytes(in_kernel, sys.byteorder)
+        return num_bytes
 
     # -- what comes in -----------------------------------------------------------------------
 

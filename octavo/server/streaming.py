@@ -6,6 +6,7 @@ Called by the routes. Owns the rule that work stops when its client leaves or th
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from types import TracebackType
@@ -276,6 +277,14 @@ async def _send(send: Send, body: bytes) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
+def _begun(events: bytes | Iterator[bytes]) -> bytes | Iterator[bytes]:
+    """Returns the events of a round; b"" if there are none."""
+    if isinstance(events, bytes):
+        return events
+    piece = next(events, b"")
+    return itertools.chain((piece,), events) if piece else b""
+
+
 async def stream_response(
     rounds: Rounds, writer: EventWriter, receive: Receive, drain: Drain
 ) -> Response:
@@ -286,7 +295,7 @@ async def stream_response(
             rounds.begin()
             first: bytes | Iterator[bytes] = b""
             while not first and not rounds.is_over:
-                first = writer.events(await rounds.take())
+                first = _begun(writer.events(await rounds.take()))
     except BaseException as error:
         rounds.close(error)
         attachment.end()

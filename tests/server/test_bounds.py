@@ -194,6 +194,53 @@ def test_no_request_holds_the_loop_longer_than_promised(url: str) -> None:
     assert gap < 10
 
 
+SLOWLY_READ: dict[str, tuple[str, dict[str, Any]]] = {
+    "log-probabilities of choices": (TEXT, {"prompt": "x", "n": 32, "logprobs": 100}),
+    "log-probabilities of a chat": (
+        CHAT,
+        {"messages": [user("x")], "n": 32, "logprobs": True, "top_logprobs": 20},
+    ),
+    "log-probabilities of the prompt, then choices": (
+        TEXT,
+        {"prompt": [7] * 3_500, "n": 32, "prompt_logprobs": 100},
+    ),
+}
+
+
+@pytest.mark.parametrize(("path", "body"), SLOWLY_READ.values(), ids=SLOWLY_READ)
+def test_what_a_slow_reader_of_a_stream_has_missed_does_not_hold_the_loop(
+    url: str, path: str, body: dict[str, Any]
+) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    whole = {**body, "max_tokens": 120, "ignore_eos": True, "stream": True}
+    content = json.dumps(whole).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += f"Connection: close\r\nContent-Length: {len(content)}\r\n\r\n"
+    with socket.socket() as reader:
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        reader.settimeout(60)
+        reader.connect((host, int(port)))
+        reader.sendall(head.encode() + content)
+        answer = reader.recv(1024)
+        wait_until_idle(url)
+        while data := reader.recv(2**20):
+            answer += data
+    assert answer.count(b"data: [DONE]") == 1
+    assert b'"error"' not in answer
+    assert longest_hold(url) < ROOM * PROMISED_SECONDS
+
+
+def wait_until_idle(url: str) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        lines = httpx.get(f"{url}/metrics", timeout=30).text.splitlines()
+        [line] = [one for one in lines if one.startswith("octavo:num_requests_running{")]
+        if float(line.split()[-1]) == 0:
+            return
+        time.sleep(0.2)
+    raise AssertionError("requests still run")
+
+
 def test_what_does_not_fit_says_both_numbers(url: str) -> None:
     for path, body in (
         (TEXT, {"prompt": "x" * 900_000}),

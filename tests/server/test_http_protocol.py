@@ -23,11 +23,13 @@ LIMITS = ConnectionLimits(
     header_seconds=0.5,
     body_seconds=0.5,
     idle_seconds=0.5,
+    unread_seconds=0.5,
     max_header_bytes=4096,
     max_headers=20,
     max_connections=4,
 )
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+NUM_LARGE = 12
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 
 
@@ -138,6 +140,42 @@ def test_a_stream_lasts_longer_than_any_deadline(server: Served) -> None:
                 assert one.recv(65536)
     finally:
         server.engine.is_endless = False
+
+
+def unread(port: int, request: bytes) -> socket.socket:
+    """Returns a connection that has asked and hardly has room for an answer."""
+    one = socket.socket()
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
+    one.settimeout(10)
+    one.connect(("127.0.0.1", port))
+    one.sendall(request)
+    return one
+
+
+def large_answers() -> bytes:
+    """Returns requests on one connection whose answers are more than a kernel keeps."""
+    fields = {"prompt": ["x" * 500] * 32, "n": 8, "max_tokens": 0, "echo": True}
+    body = json.dumps({**fields, "return_token_ids": True}).encode()
+    return (POST + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)) * NUM_LARGE
+
+
+def test_an_answer_that_is_not_read_is_cut_off(port: int) -> None:
+    """Else such connections stay for ever, and after some thousand of them nobody gets in."""
+    with unread(port, large_answers()) as one:
+        time.sleep(6 * LIMITS.unread_seconds)
+        answers = all_of(one)
+    assert answers.startswith(b"HTTP/1.1 200")
+    assert answers.count(b'"usage"') < NUM_LARGE
+
+
+def test_answers_that_are_read_slowly_come_whole(port: int) -> None:
+    answers, began = b"", time.monotonic()
+    with unread(port, large_answers()) as one:
+        while time.monotonic() - began < 6 * LIMITS.unread_seconds:
+            answers += one.recv(32768)
+            time.sleep(0.05)
+        answers += all_of(one)
+    assert answers.count(b'"usage"') == NUM_LARGE
 
 
 @pytest.mark.parametrize(

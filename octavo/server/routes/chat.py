@@ -111,22 +111,26 @@ class _Events:
         self._has_begun = [False] * n
         self._is_first_round = True
 
-    def events(self, news: list[News]) -> bytes:
-        """Returns the events of one round, before the first those that open the messages."""
-        has_begun, plain, events = self._has_begun, self._plain, list[bytes]()
+    def events(self, news: list[News]) -> bytes | Iterator[bytes]:
+        """Returns the events of one round, before the first those that open the messages; in
+        pieces if they tell of each token, since a slow reader may have missed thousands."""
+        pieces = self._pieces(news)
+        return pieces if self._plain is None else b"".join(pieces)
+
+    def _pieces(self, news: list[News]) -> Iterator[bytes]:
+        has_begun, plain = self._has_begun, self._plain
         if self._is_first_round:
             self._is_first_round = False
-            events += _first_events(self._body, self._call, self._frame)
+            yield from _first_events(self._body, self._call, self._frame)
         for _, delta, _ in news:
             is_first, has_begun[delta.index] = not has_begun[delta.index], True
             self._usage.add(delta, is_first and delta.index == 0)
             if plain is not None and delta.finish_reason is None:
                 if delta.text:
-                    events.append(plain.event(delta.index, delta.text))
+                    yield plain.event(delta.index, delta.text)
             else:
-                choices = _new_choices(self._state, self._body, delta)
-                events += map(self._frame.event, choices)
-        return events[0] if len(events) == 1 else b"".join(events)
+                for choice in _new_choices(self._state, self._body, delta):
+                    yield from self._frame.event_pieces(choice)
 
     def end(self) -> bytes:
         return self._frame.end()

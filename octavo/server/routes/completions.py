@@ -101,19 +101,19 @@ class _Events:
         )
         self._writer = _ChoiceWriter(state, body, call, echoed)
         self._n = n = call.params.n
-        self._may_be_long = bool(body.echo) and body.logprobs is not None
-        """Since it holds those of a whole prompt."""
         num_sequences = n * len(call.requests)
         self._plain = None
-        if body.logprobs is None and not (body.return_token_ids or frame.has_continuous_usage):
+        tells_tokens = body.return_token_ids or body.prompt_logprobs is not None
+        if body.logprobs is None and not (tells_tokens or frame.has_continuous_usage):
             choices = (_stream_choice(index, marked()) for index in range(num_sequences))
             self._plain = PlainChunks(frame, choices)
         self._has_begun = [False] * num_sequences
 
     def events(self, news: list[News]) -> bytes | Iterator[bytes]:
-        """Returns the events of one round, in pieces if they may be long."""
+        """Returns the events of one round; in pieces if they tell of each token, since a round
+        may hold a whole prompt, or all that a slow reader has missed."""
         pieces = self._pieces(news)
-        return pieces if self._may_be_long else b"".join(pieces)
+        return pieces if self._plain is None else b"".join(pieces)
 
     def _pieces(self, news: list[News]) -> Iterator[bytes]:
         has_begun, plain = self._has_begun, self._plain
