@@ -80,13 +80,8 @@ class Metrics:
             name: self._histogram(name, text, buckets)
             for name, (text, buckets) in SECONDS_HISTOGRAMS.items()
         }
-        self._gaps = FastHistogram(
-            "inter_token_latency_seconds",
-            "Time between outputs of a request",
-            TOKEN_GAP_BUCKETS,
-            dict(zip(LABELS, self._labels, strict=True)),
-        )
-        self._shared.register(self._gaps)
+        gaps = "Time between outputs of a request"
+        self._gaps = self._histogram("inter_token_latency_seconds", gaps, TOKEN_GAP_BUCKETS)
         for name, text in TOKEN_HISTOGRAMS.items():
             self._histograms[name] = self._histogram(name, text, tokens)
         self._histograms["request_params_n"] = self._histogram(
@@ -98,6 +93,8 @@ class Metrics:
             (*LABELS, "finished_reason"),
             registry=self._shared,
         )
+        self._reasons: dict[str, Counter] = {}
+        self._exchanges: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self._stats = EngineStats()
         self._http = CollectorRegistry()
         self._http_requests = Counter(
@@ -130,9 +127,10 @@ class Metrics:
         )
         gauge.set_function(lambda: monitor.longest_seconds)
 
-    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
-        family = Histogram(name, text, LABELS, registry=self._shared, buckets=buckets)
-        return family.labels(*self._labels)
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> FastHistogram:
+        family = FastHistogram(name, text, buckets, dict(zip(LABELS, self._labels, strict=True)))
+        self._shared.register(family)
+        return family
 
     def track(self, request: Request) -> RequestTrack:
         """Returns what times one request."""
@@ -144,12 +142,24 @@ class Metrics:
 
     def observe_http(self, handler: str, method: str, status: int, seconds: float) -> None:
         """Counts one HTTP exchange. `handler` is a route's template, never a raw path."""
-        self._http_requests.labels(handler, method, f"{status // 100}xx").inc()
-        self._http_seconds.labels(handler, method).observe(seconds)
+        key = (handler, method, status // 100)
+        found = self._exchanges.get(key)
+        if found is None:
+            # Few: a handler is a route's template and a method one of those that are known.
+            found = self._exchanges[key] = (
+                self._http_requests.labels(handler, method, f"{status // 100}xx"),
+                self._http_seconds.labels(handler, method),
+            )
+        found[0].inc()
+        found[1].observe(seconds)
 
     def observe_finished(self, request: FinishedRequest) -> None:
         """Adds a request that has ended, whatever its reason."""
-        self._finished.labels(*self._labels, request.finish_reason).inc()
+        reason = request.finish_reason
+        finished = self._reasons.get(reason)
+        if finished is None:
+            finished = self._reasons[reason] = self._finished.labels(*self._labels, reason)
+        finished.inc()
         self.observe("request_prompt_tokens", request.num_prompt_tokens)
         self.observe("request_generation_tokens", request.num_generation_tokens)
         self.observe("request_params_n", request.n)

@@ -33,7 +33,7 @@ def contents(prompts: Any) -> list[str | Sequence[int]]:
         (one for one in (1, 2, 3)),
         {"prompt_token_ids": np.array([1, 2, 3])},
     ],
-    ids=repr,
+    ids=lambda ids: type(ids).__name__,
 )
 def test_flat_ids_of_any_type_are_one_prompt(ids: Any):
     (content,) = contents(ids)
