@@ -11,6 +11,7 @@ import inspect
 import json
 import pkgutil
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,20 +104,22 @@ def _rows_of(body: str, name: str) -> list[tuple[str, str, str]]:
         if name in model.model_fields:
             field = schema["properties"][name]
             default = (
-                "must be sent" if name in schema.get("required", ()) else _default(name, field)
+                "must be sent"
+                if name in schema.get("required", ())
+                else _default(name, field, getattr(model, "param_defaults", {}))
             )
             found.append((value_of(field), default, field.get("description", "")))
     return list(dict.fromkeys(found))
 
 
-def _default(name: str, field: dict[str, Any]) -> str:
+def _default(name: str, field: dict[str, Any], others: Mapping[str, Any]) -> str:
     if "default" in field:
         value = field["default"]
         return (
             str(value).lower() if isinstance(value, bool) else f"{value}" if value != "" else '""'
         )
     param = SamplingParams.__dataclass_fields__.get(name)
-    if param is None or param.default in (None, ()):
+    if param is None or others.get(name, param.default) in (None, ()):
         return ""
     return str(param.default).lower()
 

@@ -27,7 +27,8 @@ from octavo.errors import ConfigError, EngineDeadError, OverloadedError, Request
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.observe.stats import EngineStats
 from octavo.outputs import OutputDelta, Receiver, RequestOutput, with_texts
-from octavo.request import Request, SamplingParams
+from octavo.request import Request, SamplingParams, checked_copy
+from octavo.request_fields import refuse_arguments
 from octavo.vllm_options import log_verdicts, read_options
 
 
@@ -120,6 +121,14 @@ class AsyncLLM:
     def tokenizer(self) -> Tokenizer:
         return self.front_end.tokenizer
 
+    def get_tokenizer(self) -> Tokenizer:
+        """As LLM's."""
+        return self.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """As LLM's."""
+        return SamplingParams(**self.default_sampling_params)
+
     @property
     def default_sampling_params(self) -> Mapping[str, Any]:
         """What the model's generation config says, named as in SamplingParams."""
@@ -183,19 +192,22 @@ class AsyncLLM:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        **unsupported: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yields cumulative outputs, the last one `finished`; closing it aborts the request.
 
         Without `sampling_params` those of the model apply. `request_id` is open until the
         generator has ended, and free again at once; without one the request gets a new one.
+        Of vLLM's other arguments those are taken that ask for nothing.
         Raises RequestError or OverloadedError before the first output, EngineDeadError any time.
         """
+        refuse_arguments("AsyncLLM.generate", unsupported)
         given = read_prompt(prompt)
         prompt = given.content
         cache_salt = cache_salt if given.cache_salt is None else given.cache_salt
         if sampling_params is None:
-            sampling_params = SamplingParams(**self.default_sampling_params)
-        params = sampling_params.clone()  # the user may change his later
+            sampling_params = self.get_default_sampling_params()
+        params = checked_copy(sampling_params)
         if request_id is None:
             request_id = uuid.uuid4().hex
         if request_id in self._labels:

@@ -27,22 +27,9 @@ from octavo.kv_cache.planner import MemoryPlan
 from octavo.models.spec import ModelSpec
 from octavo.observe.stats import EngineStats
 from octavo.outputs import OutputDelta, RequestOutput, with_texts
-from octavo.request import Request, SamplingParams
-from octavo.request_fields import REFUSED, Refused, refuse_field
+from octavo.request import Request, SamplingParams, checked_copy
+from octavo.request_fields import refuse_arguments
 from octavo.vllm_options import log_verdicts, read_options
-
-_REFUSED: Refused = {
-    **dict.fromkeys(
-        ("lora_request", "prompt_adapter_request"), ("LoRA adapters are not built yet", ())
-    ),
-    "tools": REFUSED["tools"],
-    "mm_processor_kwargs": REFUSED["mm_processor_kwargs"],
-    "guided_options_request": REFUSED["structured_outputs"],
-    "tokenization_kwargs": ("give token ids", ({},)),
-    "prompt_token_ids": ("give the ids as prompts", ()),
-    "chat_template_content_format": ("templates get the text of a message", ("auto", "string")),
-}
-"""Arguments of vLLM's methods that are known, not supported."""
 
 
 class LLM:
@@ -111,7 +98,7 @@ class LLM:
         `use_tqdm` shows progress on a terminal; of vLLM's other arguments those are taken that ask
         for nothing. Raises RequestError naming what is wrong, before anything runs.
         """
-        _check_arguments("generate", unsupported)
+        refuse_arguments("LLM.generate", unsupported)
         items = read_prompts(prompts)
         params = self._params_for(items, sampling_params)
         priorities = [0] * len(items) if priority is None else list(priority)
@@ -159,7 +146,7 @@ class LLM:
         Messages are those that the server takes. `chat_template` is the text of another template,
         `chat_template_kwargs` are its variables. Raises RequestError.
         """
-        _check_arguments("chat", unsupported)
+        refuse_arguments("LLM.chat", unsupported)
         options = ChatOptions(
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
@@ -182,21 +169,15 @@ class LLM:
         """Returns checked copies, one for each prompt: the user may change his later."""
         if given is None:
             given = self.get_default_sampling_params()
-        if isinstance(given, SamplingParams):
-            return [given.clone()] * len(items)
-        each = list(given) if isinstance(given, Iterable) else [given]
-        for one in each:
-            if not isinstance(one, SamplingParams):
-                raise RequestError(
-                    f"sampling_params must be SamplingParams, got {type(one).__name__}",
-                    param="sampling_params",
-                )
+        if isinstance(given, Mapping) or not isinstance(given, Iterable):
+            return [checked_copy(given)] * len(items)
+        each = [checked_copy(one) for one in given]
         if len(each) != len(items):
             raise RequestError(
                 f"{len(items)} prompts and {len(each)} sampling_params; give one, or one each",
                 param="sampling_params",
             )
-        return [one.clone() for one in each]
+        return each
 
     def _run(
         self, requests: Sequence[Request], collectors: Sequence[_Collector], use_tqdm: bool
@@ -270,14 +251,6 @@ def _turn(request: Request) -> tuple[int, int]:
     that is known of lengths; where they say nothing the order is as good as another.
     """
     return request.priority, -(request.params.max_tokens or 0)
-
-
-def _check_arguments(method: str, given: Mapping[str, Any]) -> None:
-    """Raises RequestError for arguments that are not supported or not known."""
-    for name, value in given.items():
-        if name not in _REFUSED:
-            raise RequestError(f"LLM.{method} has no argument {name!r}", param=name)
-        refuse_field(name, value, _REFUSED)
 
 
 def _conversations(messages: Any) -> list[tuple[str, Any]]:

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, overload, runtime_checkable
 
 import msgspec
 
@@ -69,6 +69,16 @@ def _is_number(value: Any, low: float, high: float) -> bool:
     return is_number and low <= value <= high
 
 
+@runtime_checkable
+class Array(Protocol):
+    """What arrays and tensors of all libraries have."""
+
+    @property
+    def ndim(self) -> int: ...
+
+    def tolist(self) -> Any: ...
+
+
 class _Sifting(type):
     """Takes from the arguments of SamplingParams(...) what asks for nothing, and refuses by name
     and reason what is not known; a dataclass alone would raise a bare TypeError."""
@@ -91,6 +101,9 @@ def _is_needed(name: str, value: Any) -> Literal[False]:
         raise RequestError(message, param=name, code="unknown_field")
     refuse_field(name, value, REFUSED_PARAMS)
     return False
+
+
+_PLAIN = frozenset({int, float, bool, str, type(None), tuple, list, dict})
 
 
 @dataclass(slots=True, kw_only=True)
@@ -142,7 +155,12 @@ class SamplingParams(metaclass=_Sifting):
         self._check_lists()
 
     def _normalise_sequences(self) -> None:
-        """Lists and single strings are welcome at the face; inside, everything is a tuple."""
+        """Lists, single strings and what NumPy and torch have are welcome at the face; inside,
+        there are plain numbers and tuples."""
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if type(value) not in _PLAIN and isinstance(value, Array):
+                setattr(self, name, value.tolist())
         stop: object = self.stop
         if stop is None:
             self.stop = ()
@@ -235,6 +253,14 @@ class SamplingParams(metaclass=_Sifting):
             or self.frequency_penalty != 0.0
             or self.repetition_penalty != 1.0
         )
+
+
+def checked_copy(given: object) -> SamplingParams:
+    """Returns a checked copy of what a user gave, who may change his later. Raises RequestError."""
+    if isinstance(given, SamplingParams):
+        return given.clone()
+    message = f"sampling_params must be SamplingParams, got {type(given).__name__}"
+    raise RequestError(message, param="sampling_params")
 
 
 _ID_BYTES = array("i").itemsize

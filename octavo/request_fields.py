@@ -97,6 +97,30 @@ REFUSED_PARAMS: Refused = {
 """The same for SamplingParams, with what only Python knows."""
 
 
+REFUSED_ARGUMENTS: Refused = {
+    **dict.fromkeys(
+        ("lora_request", "prompt_adapter_request"), ("LoRA adapters are not built yet", ())
+    ),
+    "tools": REFUSED["tools"],
+    "mm_processor_kwargs": REFUSED["mm_processor_kwargs"],
+    "guided_options_request": REFUSED["structured_outputs"],
+    "data_parallel_rank": REFUSED["data_parallel_rank"],
+    "tokenization_kwargs": ("give token ids", ({},)),
+    "prompt_token_ids": ("give the ids as prompts", ()),
+    "chat_template_content_format": ("templates get the text of a message", ("auto", "string")),
+    "trace_headers": ("traces are not built yet", ({},)),
+}
+"""The same for the methods of LLM and AsyncLLM."""
+
+
+def refuse_arguments(method: str, given: Mapping[str, Any]) -> None:
+    """Raises RequestError for arguments of a method that are not supported or not known."""
+    for name, value in given.items():
+        if name not in REFUSED_ARGUMENTS:
+            raise RequestError(f"{method} has no argument {name!r}", param=name)
+        refuse_field(name, value, REFUSED_ARGUMENTS)
+
+
 def refuse_field(name: str, value: object, refused: Refused, place: str = "") -> None:
     """Raises RequestError for a field of `refused`, unless its value asks for nothing."""
     reason, neutral = refused[name]

@@ -248,7 +248,11 @@ _TABLE: list[VllmOption] = [
         face="server",
     ),
     *_flags("GET /metrics has the load", "enable_server_load_tracking", face="server"),
-    *_flags("clients ask for it: return_token_ids", "return_tokens_as_token_ids", face="server"),
+    *_flags(
+        "clients ask for it: return_tokens_as_token_ids",
+        "return_tokens_as_token_ids",
+        face="server",
+    ),
     *_flags("use --chat-template", "trust_request_chat_template", face="server"),
     *_flags("POST /tokenize is all there is", "enable_tokenizer_info_endpoint", face="server"),
     *_flags("keys guard it", "disable_fastapi_docs", face="server"),

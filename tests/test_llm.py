@@ -49,7 +49,7 @@ def test_arrays_generators_and_neutral_arguments_are_taken(llm: LLM):
     with pytest.raises(RequestError, match=r"LLM.generate has no argument 'lora'"):
         llm.generate("x", SHORT, lora=None)
     wrong: Any = {"temperature": 0}
-    with pytest.raises(RequestError, match="sampling_params must be SamplingParams, got str"):
+    with pytest.raises(RequestError, match="sampling_params must be SamplingParams, got dict"):
         llm.generate("x", wrong)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from octavo.errors import RequestError
@@ -99,6 +100,19 @@ def test_a_changed_parameter_is_read_and_checked_when_it_is_used():
         params.clone()
     with pytest.raises(AttributeError):
         params.max_tokns = 5  # type: ignore[attr-defined]
+
+
+def test_numbers_and_lists_of_numpy_are_taken_as_plain_ones():
+    computed: dict[str, Any] = {
+        "temperature": np.float32(0.5),
+        "max_tokens": np.int64(5),
+        "stop_token_ids": np.array([5, 6]),
+    }
+    params = SamplingParams(**computed)
+    assert (params.temperature, params.max_tokens, params.stop_token_ids) == (0.5, 5, (5, 6))
+    assert (type(params.temperature), type(params.max_tokens)) == (float, int)
+    with pytest.raises(RequestError, match=r"temperature must be a number in 0\.\.100"):
+        SamplingParams(temperature=np.array([0.5, 0.7]))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,21 @@ def test_the_arguments_of_kserves_stock_command_are_taken():
     assert args.served_model_name == ["NAME", "publishers/ns/models/NAME"]
 
 
+@pytest.mark.parametrize("value", ["false", "False"])
+def test_flags_take_the_words_true_and_false(value: str):
+    given = ["--enable-ssl-refresh=true", f"--trust-remote-code={value}", "--public-metrics", value]
+    args = build_parser().parse_checked(["serve", *given, "m", "--enforce-eager", "true"])
+    assert (args.model, args.enable_ssl_refresh, args.public_metrics) == ("m", True, False)
+    assert args.enforce_eager is True
+    with pytest.raises(SystemExit):
+        build_parser().parse_checked(["serve", "m", f"--enable-chunked-prefill={value}"])
+
+
+def test_a_reason_names_the_field_that_clients_have(capsys: pytest.CaptureFixture[str]):
+    error = refusal(["serve", "m", "--return-tokens-as-token-ids"], capsys)
+    assert "clients ask for it: return_tokens_as_token_ids" in error
+
+
 def test_all_that_cannot_be_used_is_named_at_once(capsys: pytest.CaptureFixture[str]):
     given = ["--foo", "1", "--enable-lora", "--max-modl-len", "5", "--port", "0", "stray"]
     error = refusal(["serve", "m", *given], capsys)

@@ -7,6 +7,8 @@ module nor a command imports torch, FastAPI or transformers before a command run
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 from typing import cast
 
@@ -50,9 +52,15 @@ def run(args: argparse.Namespace) -> int:
     if args.command != "serve":  # whose stderr may be a log
         say_verdicts(args.verdicts)
     try:
-        return args.run(args)
+        code = args.run(args)
+        print(end="", flush=True)
+        return code
     except OctavoError as error:
         say(f"octavo {args.command}: error: {error}")
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # Whoever read the output has seen enough, `| head` say; nor may Python's exit write to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

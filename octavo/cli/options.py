@@ -39,6 +39,31 @@ class Parser(argparse.ArgumentParser):
         # Also `-10..10` is a value and not an option.
         self._negative_number_matcher = re.compile(r"-\d+(\.\d+|\.\.-?\d+)?$")
 
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        """Takes `--flag=false` and `--flag false` for `--no-flag`, as charts and scripts write it,
+        and so with true."""
+        return super().parse_known_args(
+            None if args is None else self._plain_flags(args), namespace
+        )
+
+    def _plain_flags(self, args: Sequence[str]) -> list[str]:
+        known = self._option_string_actions
+        plain: list[str] = []
+        for given in args:
+            flag, is_joined, value = given.partition("=")
+            if not is_joined and plain:
+                flag, value = plain[-1], given
+            negative = f"--no-{flag[2:]}"
+            if value.lower() in ("true", "false") and {flag, negative} <= known.keys():
+                if not is_joined:
+                    plain.pop()
+                plain.append(flag if value.lower() == "true" else negative)
+            else:
+                plain.append(given)
+        return plain
+
     def parse_checked(self, argv: Sequence[str]) -> argparse.Namespace:
         """Returns the parsed options, with what is to be said of them as `verdicts`.
 

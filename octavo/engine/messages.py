@@ -16,8 +16,13 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 _MESSAGE_FIELDS = {"role", "content", "name"}
 _REASONING_FIELDS = {"reasoning", "reasoning_content"}
 """Of an assistant's message: handed to the template, which may drop it."""
-_EMPTY_FIELDS = {"refusal", "annotations", "audio", "function_call", "tool_calls", "tool_call_id"}
-"""Fields that answers of the API carry; they may be sent back as long as they hold nothing."""
+_EMPTY_FIELDS = {
+    **dict.fromkeys(("function_call", "tool_calls", "tool_call_id"), "tool calls are planned"),
+    **dict.fromkeys(("refusal", "annotations"), "leave it out"),
+    "audio": "the model reads and writes text only",
+}
+"""Fields that answers of the API carry; they may be sent back as long as they hold nothing. Why not
+else."""
 _IGNORED_FIELDS = {
     *("id", "object", "type", "created", "model", "index", "status", "timestamp", "metadata"),
     *("finish_reason", "stop_reason", "logprobs", "token_ids", "usage", "cache_control"),
@@ -76,7 +81,7 @@ def _check_fields(message: Mapping[Any, Any], where: str) -> None:
             reason = f"{place} is an unknown field; use role, content, name"
             raise RequestError(reason, param=place, code="unknown_field")
         if value not in ([], ""):
-            reason = f"{place} is not supported: tool calls are planned, audio is not read"
+            reason = f"{place} is not supported: {_EMPTY_FIELDS[name]}"
             raise RequestError(reason, param=place, code="unsupported_field")
 
 

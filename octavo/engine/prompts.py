@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from octavo.errors import RequestError, shown
+from octavo.request import Array
 from octavo.request_fields import Refused, refuse_field
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -33,16 +34,6 @@ class GivenPrompt:
 
     content: str | Sequence[int]
     cache_salt: str | None = None
-
-
-@runtime_checkable
-class Array(Protocol):
-    """What arrays and tensors of all libraries have."""
-
-    @property
-    def ndim(self) -> int: ...
-
-    def tolist(self) -> Any: ...
 
 
 def read_prompts(prompts: Any) -> list[GivenPrompt]:

@@ -42,6 +42,7 @@ UNSUPPORTED = {
     "/v1/fine_tuning": "the engine does not train",
     "/invocations": "SageMaker's route is not served; use POST /v1/chat/completions",
     "/generate": "use POST /v1/completions",
+    "/abort_requests": "close the connection of a request, which ends it",
     "/load": "GET /metrics has num_requests_running and num_requests_waiting",
     "/server_info": "GET /version and GET /v1/models tell what is served",
     "/api/chat": _OLLAMA,
@@ -66,6 +67,9 @@ def explain(method: str, path: str, routes: Iterable[str]) -> tuple[str, str]:
         for unsupported, reason in UNSUPPORTED.items():
             if route == unsupported or route.startswith(unsupported + "/"):
                 return f"{where} is not supported: {reason}", "unsupported_route"
+    if _tidied(path) == "/v1":
+        hint = "that is the base_url of clients; GET /v1/models lists what is served"
+        return f"there is no route for {where}; {hint}", "unknown_route"
     near = difflib.get_close_matches(path, known, n=1, cutoff=0.8) if len(path) <= _LONGEST else []
     listed = "GET /docs lists all" if len(known) > _FEW else f"here are {', '.join(known)}"
     hint = f"did you mean {near[0]}?" if near else listed

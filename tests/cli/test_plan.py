@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,15 @@ def test_a_config_is_enough(tiny_model: str, capsys: pytest.CaptureFixture[str])
     assert made["weights_bytes"] == 4 * made["num_parameters"]
     assert made["available_bytes"] == 2**30
     assert made["max_model_len"] == 512
+
+
+def test_a_reader_that_has_seen_enough_is_no_traceback(tiny_model: str):
+    reader, writer = os.pipe()
+    os.close(reader)
+    argv = [sys.executable, "-c", "from octavo.cli import main; main()", "plan", tiny_model]
+    done = subprocess.run(argv, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert done.stderr == ""
 
 
 def test_the_parts_add_up_to_the_weights(tiny_model: str, capsys: pytest.CaptureFixture[str]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -175,6 +176,16 @@ async def test_it_has_the_form_of_llm(model: str) -> None:
         params.top_p = 7.0
         with pytest.raises(RequestError, match="top_p must be"):
             await anext(llm.generate(PROMPT, params, "bad"))
+        wrong: Any = {"max_tokens": 3}
+        with pytest.raises(RequestError, match="sampling_params must be SamplingParams, got dict"):
+            await anext(llm.generate(PROMPT, wrong))
+        with pytest.raises(RequestError, match=r"AsyncLLM.generate has no argument 'params'"):
+            await anext(llm.generate(PROMPT, params=greedy(1)))
+        neutral: dict[str, Any] = {"lora_request": None, "trace_headers": None}
+        assert (await anext(llm.generate(PROMPT, greedy(1), **neutral))).finished
+        assert llm.get_default_sampling_params() == SamplingParams()
+        with pytest.raises(RequestError, match="skip_tokenizer_init"):
+            llm.get_tokenizer()
 
 
 def test_options_are_refused_as_those_of_llm_are(model: str) -> None:

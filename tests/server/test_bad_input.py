@@ -176,6 +176,23 @@ def test_one_bad_prompt_of_several_refuses_the_call(http: httpx.Client) -> None:
     error_of(http.post(TEXT, json={"prompt": [[5], [5] * 600, [6]]}))
 
 
+@pytest.mark.parametrize(
+    ("path", "name", "hint"),
+    [
+        (TEXT, "max_completion_tokens", "did you mean max_tokens?"),
+        (TEXT, "messages", "did you mean prompt?"),
+        (CHAT, "prompt", "did you mean messages?"),
+        (CHAT, "max_new_tokens", "did you mean max_tokens?"),
+        (CHAT, "extra_body", "put what it holds into the body itself"),
+        (CHAT, "chat_id", "see GET /docs for the known ones"),
+    ],
+)
+def test_a_hint_is_right_or_there_is_none(
+    http: httpx.Client, path: str, name: str, hint: str
+) -> None:
+    assert error_of(http.post(path, json={**least_body(path), name: 1}))["message"].endswith(hint)
+
+
 def test_a_misspelt_field_is_told_its_nearest_name(http: httpx.Client) -> None:
     error = error_of(http.post(TEXT, json={"prompt": "x", "temperatur": 1}))
     assert error["param"] == "temperatur"
@@ -233,6 +250,9 @@ def test_half_a_surrogate_pair_is_refused_wherever_it_is(
 
 def test_an_unknown_route_is_not_found(http: httpx.Client) -> None:
     assert error_of(http.get("/v1/nothing"), 404)["code"] == "unknown_route"
+    assert "GET /v1/models lists" in error_of(http.get("/v1"), 404)["message"]
+    assert "did you mean /v1/models, without" in error_of(http.get("/v1/models/"), 404)["message"]
+    assert "close the connection" in error_of(http.post("/abort_requests"), 404)["message"]
 
 
 def test_a_wrong_method_is_not_allowed(http: httpx.Client) -> None:

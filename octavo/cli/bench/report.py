@@ -62,7 +62,7 @@ class Report:
 
 def settings_of(args: argparse.Namespace) -> dict[str, Value]:
     """Returns what was asked for, as far as it is not secret or a function."""
-    hidden = {"run", "parser", "command", "bench", "output", "api_key"}
+    hidden = {"run", "parser", "command", "bench", "output", "api_key", "verdicts"}
     return {
         name: value if isinstance(value, (int, float, bool)) or value is None else str(value)
         for name, value in vars(args).items()

@@ -6,7 +6,7 @@ Parsed for `routes.chat` and `routes.tokens`; never touches the engine.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PrivateAttr
 
@@ -140,9 +140,15 @@ class TemplateFields(RequestModel):
 class ChatRequest(SamplingFields, TemplateFields):
     """OpenAI's chat completion request with vLLM's additions."""
 
+    param_defaults: ClassVar[Mapping[str, Any]] = {"max_tokens": None}
+    """Where they are not those of SamplingParams."""
+
     logprobs: bool = Field(False, description="Tell log-probabilities of the answer's tokens.")
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
         None, description="Tell those of so many of the likeliest tokens; needs logprobs: true."
+    )
+    max_tokens: int | None = integer(
+        "Tokens of the answer at most; if left out, what the context has left.", 1
     )
     max_completion_tokens: int | None = integer("The same as max_tokens, and before it.", 1)
 
@@ -164,7 +170,7 @@ class ChatRequest(SamplingFields, TemplateFields):
             overrides["logprobs"] = self.top_logprobs or 0
         if self.max_completion_tokens is not None:
             overrides["max_tokens"] = self.max_completion_tokens
-        return self.sampling_params({"max_tokens": None, **defaults}, overrides)
+        return self.sampling_params({**self.param_defaults, **defaults}, overrides)
 
     def echoed_text(self) -> str:
         """Returns what `echo` puts before the answer: a final message of the assistant."""

@@ -42,6 +42,14 @@ def packed_ids(ids: object, where: str, param: str) -> PackedIds:
 
 
 _LONGEST_NAME = 64
+_MEANT = {
+    **dict.fromkeys(("max_completion_tokens", "max_new_tokens", "n_predict"), ("max_tokens",)),
+    **dict.fromkeys(("stop_sequences", "stop_strings"), ("stop",)),
+    **dict.fromkeys(("prompt", "input", "inputs", "text"), ("messages", "prompt")),
+    "messages": ("prompt",),
+    "text_tokens": ("tokens",),
+}
+"""Names that others have for fields, or that this field has on another route."""
 """Of a field that is compared with the known ones; comparing takes the square of the length."""
 
 
@@ -103,11 +111,16 @@ class StrictModel(BaseModel):
 
     @classmethod
     def _unknown_field(cls, name: str) -> RequestError:
-        near: list[str] = []
-        if len(name) <= _LONGEST_NAME:
+        hint = "see GET /docs for the known ones"
+        near = [one for one in _MEANT.get(name, ()) if one in cls.model_fields]
+        if not near and len(name) <= _LONGEST_NAME:
+            # No hint is better than a wrong one.
             known = sorted({*cls.model_fields, *cls.ignored_fields})
-            near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {cls.place}{near[0]}?" if near else "see GET /docs for the known ones"
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+        if near:
+            hint = f"did you mean {cls.place}{near[0]}?"
+        elif name == "extra_body":
+            hint = "that is an argument of OpenAI's client; put what it holds into the body itself"
         param = cls.place + name[:_LONGEST_NAME]
         message = f"{shown(cls.place + name)} is an unknown field; {hint}"
         return RequestError(message, param=param, code="unknown_field")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
@@ -38,6 +39,10 @@ async def list_models(request: Request) -> Response:
 @router.get("/v1/models/{model_id:path}", tags=["OpenAI"], **described("Model", statuses=(404,)))
 async def retrieve_model(request: Request, model_id: str) -> Response:
     """Describes one model."""
+    if (
+        not model_id
+    ):  # the list's path with a slash behind it, which is explained as wrong paths are
+        raise HTTPException(404)
     state = server_state(request)
     state.check_model(model_id)
     return json_response(_card(state, model_id))
