@@ -46,7 +46,9 @@ class EngineConfig:
     """All options of one engine. `resolve()` checks them against each other."""
 
     model: str = option("", "Hugging Face id, local folder, .gguf file, demo or demo-moe")
-    tokenizer: str | None = option(None, "where the tokenizer comes from, if not from the model")
+    tokenizer: str | None = option(
+        None, "folder, .gguf file or Hugging Face id of the tokenizer, if not the model's own"
+    )
     revision: str | None = option(None, "branch, tag or commit of a Hugging Face id")
     download_dir: str | None = option(None, "where downloaded models are kept")
     dtype: str = option(

@@ -78,6 +78,18 @@ def resolve_model(
     return files
 
 
+def resolve_tokenizer(tokenizer: str, download_dir: str | None = None) -> Path:
+    """Returns the folder or file that a tokenizer is read from: given as models are, without their
+    weights. Raises ModelNotFoundError."""
+    path = demo_path(tokenizer) if tokenizer in DEMO_NAMES else Path(tokenizer).expanduser()
+    if path.exists():
+        return path
+    try:
+        return _download(tokenizer, None, download_dir, "dummy", needed="tokenizer.json")
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(f"tokenizer: {error}") from error
+
+
 def _from_folder(model: str, folder: Path, load_format: str) -> ModelFiles:
     ggufs = sorted(folder.glob("*.gguf"))
     if load_format == "gguf" or (ggufs and not (folder / "config.json").exists()):
@@ -180,7 +192,13 @@ _NO_ANSWER = frozenset(
 """Errors of the two HTTP libraries that the hub has used, by name: only one of them is here."""
 
 
-def _download(model: str, revision: str | None, cache: str | None, load_format: str) -> Path:
+def _download(
+    model: str,
+    revision: str | None,
+    cache: str | None,
+    load_format: str,
+    needed: str = "config.json",
+) -> Path:
     """Returns the folder, or the GGUF file, of a Hugging Face id after fetching what is missing."""
     one_file = _HUB_FILE.fullmatch(model)
     match = one_file or _HUB_ID.fullmatch(model)
@@ -199,7 +217,7 @@ def _download(model: str, revision: str | None, cache: str | None, load_format: 
             ignore_patterns=None if one_file else list(_DUPLICATES),
         )
         found = Path(str(folder), one_file["file"]) if one_file else Path(str(folder))
-        if one_file or (found / "config.json").exists():
+        if one_file or (found / needed).exists():
             if not found.exists():
                 raise FileNotFoundError(f"{repo} has no file {one_file and one_file['file']}")
             return found
@@ -225,6 +243,6 @@ def _download(model: str, revision: str | None, cache: str | None, load_format: 
         ) from error
     ggufs = [name for name in names if name.endswith(".gguf")]
     if not ggufs:
-        raise ModelNotFoundError(f"{repo} has neither config.json nor GGUF files")
+        raise ModelNotFoundError(f"{repo} has neither {needed} nor GGUF files")
     choices = ", ".join(f"{repo}/{name}" for name in ggufs)
     raise ModelNotFoundError(f"{repo} has GGUF files only; choose one: {choices}")

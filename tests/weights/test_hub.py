@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from octavo.errors import ModelError, ModelNotFoundError, OctavoError, UnsupportedModelError
 from octavo.weights import hub
-from octavo.weights.hub import resolve_model
+from octavo.weights.hub import resolve_model, resolve_tokenizer
 from tests.models.tiny import TinyModel, save_tiny
 from tests.weights.tiny_gguf import write_tiny_gguf
 
@@ -228,3 +228,15 @@ def test_a_hub_that_cannot_be_reached_is_said_in_one_sentence(monkeypatch: pytes
     message = str(caught.value)
     assert "was not found here, and Hugging Face cannot be reached" in message
     assert "story" not in message
+
+
+def test_a_tokenizer_is_given_as_models_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    calls = play_hub(monkeypatch, lambda **_: str(tmp_path))
+    assert resolve_tokenizer(str(tmp_path)) == tmp_path
+    assert not calls
+    assert resolve_tokenizer("org/model", "/somewhere") == tmp_path
+    assert (calls[0]["repo"], calls[0]["cache_dir"]) == ("org/model", "/somewhere")
+    assert "*.safetensors" not in calls[0]["allow_patterns"]
+    with pytest.raises(ModelNotFoundError, match=r"^tokenizer: there is no folder or file \./no$"):
+        resolve_tokenizer("./no")
