@@ -88,7 +88,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Says what is wrong without the usage of all options, which would hide it."""
         if "required: MODEL" in message:
-            message += "; give it first, since --api-key and the like take all that follows"
+            message = (
+                "MODEL is missing: a Hugging Face id, a folder, a .gguf file, demo or demo-moe; "
+                "give it first, since --api-key and the like take all that follows"
+            )
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
     def explain_unknown(self, unknown: Sequence[str]) -> Iterator[str]:

@@ -54,7 +54,8 @@ def test_an_unknown_command_lists_the_known(capsys: pytest.CaptureFixture[str]):
 
 
 def test_a_missing_model_is_named(capsys: pytest.CaptureFixture[str]):
-    assert "MODEL" in fail(["serve"], capsys)
+    assert "MODEL is missing: a Hugging Face id, a folder" in fail(["serve"], capsys)
+    assert "give it first" in fail(["serve", "--api-key", "key", "demo"], capsys)
 
 
 @pytest.mark.parametrize(
