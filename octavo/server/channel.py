@@ -40,6 +40,14 @@ class Leave(msgspec.Struct, frozen=True, tag=True):
     """All fronts are drained, and no more connections come."""
 
 
+class AskAlive(msgspec.Struct, frozen=True, tag=True):
+    """The parent wants to know whether a front's event loop goes round."""
+
+
+class Alive(msgspec.Struct, frozen=True, tag=True):
+    """It does."""
+
+
 class EngineDied(msgspec.Struct, frozen=True, tag=True):
     message: str
 
@@ -65,8 +73,8 @@ class Numbers(msgspec.Struct, frozen=True, tag=True):
     snapshot: bytes
 
 
-ToFront = Connection | Stop | Leave | EngineDied | AskNumbers | Numbers
-ToParent = Bound | Serving | Drained | AskSiblings | Numbers
+ToFront = Connection | Stop | Leave | AskAlive | EngineDied | AskNumbers | Numbers
+ToParent = Bound | Serving | Drained | Alive | AskSiblings | Numbers
 
 _encode = msgspec.msgpack.Encoder().encode
 decode_to_front = msgspec.msgpack.Decoder(ToFront).decode

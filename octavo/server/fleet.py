@@ -4,7 +4,8 @@ Called by the `serve` command in place of `serve.serve`. Accepts connections and
 turn, passes on signals, the engine's end and questions about numbers; never reads a request.
 
     start   each front binds its sockets to the engine; then the engine process is started
-    serve   connections are dealt out until a signal comes, the engine dies or a front does
+    serve   connections are dealt out until a signal comes, the engine dies or a front does;
+            one that hangs gets none, and is ended after the watchdog's time
     end     the fronts drain, each as `serve.Server` does; whoever stays too long is killed
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 import tempfile
 import time
@@ -25,6 +27,8 @@ from octavo.engine.client import EngineClient, socket_names
 from octavo.engine.link import LinkOwner
 from octavo.errors import EngineDeadError
 from octavo.server.channel import (
+    Alive,
+    AskAlive,
     AskNumbers,
     AskSiblings,
     Bound,
@@ -49,6 +53,10 @@ logger = logging.getLogger(__name__)
 FRONT_MODULE = "octavo.server.front_process"
 ACCEPTED_AT_ONCE = 64
 TICK_SECONDS = 0.1
+LOOK_SECONDS = 1.0
+"""Between two looks whether the fronts still move."""
+SKIPPED_SECONDS = 3.0
+"""After so long a silence a front gets no more connections."""
 GRACE_SECONDS = 8.0
 """What fronts get beyond `shutdown_timeout` to cut off what is left."""
 
@@ -61,6 +69,9 @@ class _Front:
         self.is_bound = asyncio.Event()
         self.is_serving = asyncio.Event()
         self.is_drained = False
+        self.silent_seconds = 0.0
+        """How long it has owed an answer."""
+        self._is_asked = False
         self._fleet = fleet
         server = fleet.config
         if number > 1:
@@ -90,6 +101,15 @@ class _Front:
     def is_running(self) -> bool:
         return self.process.returncode is None
 
+    def look(self) -> None:
+        """Asks whether it still moves; to be called every `LOOK_SECONDS`, which are counted, not
+        measured: a parent that was suspended itself would blame its fronts."""
+        if self._is_asked:
+            self.silent_seconds += LOOK_SECONDS
+        else:
+            self._is_asked = True
+            self.channel.send(AskAlive())
+
     def _on_message(self, data: bytes, descriptor: int | None) -> None:
         message = decode_to_parent(data)
         match message:
@@ -99,6 +119,8 @@ class _Front:
                 self.is_serving.set()
             case Drained():
                 self.is_drained = True
+            case Alive():
+                self._is_asked, self.silent_seconds = False, 0.0
             case AskSiblings(call_id):
                 self._fleet.send_others(self.number, AskNumbers(self.number, call_id))
             case Numbers(asker):
@@ -163,16 +185,17 @@ class Fleet:
     async def serve(self, engine: Engine, bound: socket.socket, signals: StopSignals) -> None:
         """Serves until the end. Raises EngineDeadError if the engine or a front has died."""
         loop = asyncio.get_running_loop()
-        try:
-            await self._all(*(front.is_serving for front in self._fronts))
-        except EngineDeadError as error:
-            logger.error("the server ends: %s", error)
-            raise
+        # Signals and hung fronts count from here on, not only once all fronts serve.
         signals.listen(lambda: loop.call_soon_threadsafe(self._stop, engine))
-        loop.add_reader(bound.fileno(), self._accept, bound)
+        tasks = [
+            asyncio.ensure_future(self._watch()),
+            asyncio.ensure_future(self._accept_when_serving(bound)),
+        ]
         try:
             error = await self._until_drained(engine)
         finally:
+            for task in tasks:
+                task.cancel()
             loop.remove_reader(bound.fileno())
         self.send_others(0, Leave())
         _, late = await asyncio.wait(
@@ -183,6 +206,23 @@ class Fleet:
             self.kill()
         if error is not None:
             raise error
+
+    async def _accept_when_serving(self, bound: socket.socket) -> None:
+        for front in self._fronts:
+            await front.is_serving.wait()
+        asyncio.get_running_loop().add_reader(bound.fileno(), self._accept, bound)
+
+    async def _watch(self) -> None:
+        """Kills fronts that hang; `_death` tells of it."""
+        limit = self.engine_config.watchdog_timeout or math.inf
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            for front in self._fronts:
+                front.look()
+                if front.is_running and front.silent_seconds >= limit:
+                    message = "front process %d made no progress for %g s and is killed"
+                    logger.error(message, front.number, limit)
+                    front.process.kill()
 
     async def _until_drained(self, engine: Engine) -> EngineDeadError | None:
         """Returns why it ended, if not by a signal."""
@@ -234,6 +274,8 @@ class Fleet:
             if not running:
                 connection.close()
                 continue
+            moving = [front for front in running if front.silent_seconds < SKIPPED_SECONDS]
+            running = moving or running
             self._turn += 1
             running[self._turn % len(running)].channel.send(Connection(), connection)
 

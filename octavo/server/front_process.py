@@ -23,6 +23,8 @@ from octavo.engine.link import LinkOwner
 from octavo.errors import EngineDeadError
 from octavo.observe.logs import configure_logging
 from octavo.server.channel import (
+    Alive,
+    AskAlive,
     AskNumbers,
     AskSiblings,
     Bound,
@@ -144,6 +146,8 @@ class _Front:
             case Leave():
                 if self._server is not None:
                     self._server.may_leave = True
+            case AskAlive():
+                self._channel.send(Alive())
             case EngineDied(text):
                 self._client.die(EngineDeadError(text))
             case AskNumbers(asker, call_id):

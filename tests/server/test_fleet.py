@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from octavo.server.fleet import LOOK_SECONDS, SKIPPED_SECONDS
 from tests.server.tiny_engine import write_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,11 +27,11 @@ NUM_FRONTS = 3
 class Fleet:
     """A server of several front processes, from its command line to its end."""
 
-    def __init__(self, model: Path, log: Path) -> None:
+    def __init__(self, model: Path, log: Path, *options: str) -> None:
         self.log = log
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                [*COMMAND, "serve", str(model), *OPTIONS.split(), f"--api-processes={NUM_FRONTS}"],
+                [*COMMAND, "serve", str(model), *OPTIONS.split(), *options],
                 cwd=ROOT,
                 stderr=file,
             )
@@ -71,7 +72,8 @@ class Fleet:
 @pytest.fixture
 def fleet(tmp_path: Path) -> Iterator[Fleet]:
     (tmp_path / "model").mkdir()
-    started = Fleet(write_model(tmp_path / "model"), tmp_path / "log")
+    options = (f"--api-processes={NUM_FRONTS}", "--watchdog-timeout=12", "--shutdown-timeout=5")
+    started = Fleet(write_model(tmp_path / "model"), tmp_path / "log", *options)
     yield started
     started.process.kill()
     started.process.wait()
@@ -108,6 +110,36 @@ def test_the_death_of_a_part_is_the_end_of_the_whole(fleet: Fleet, module: str):
     os.kill(fleet.children(module)[0], signal.SIGKILL)
     assert fleet.end() == 1
     assert "SIGKILL" in fleet.log.read_text()
+
+
+def test_a_front_that_hangs_gets_no_connections_and_then_ends_the_server(fleet: Fleet):
+    stopped = fleet.children("octavo.server.front_process")[0]
+    assert ask(fleet.url)[0] == 200
+    os.kill(stopped, signal.SIGSTOP)
+    time.sleep(SKIPPED_SECONDS + 3 * LOOK_SECONDS)
+    for _ in range(2 * NUM_FRONTS):
+        assert httpx.get(f"{fleet.url}/health", timeout=10).status_code == 200, (
+            fleet.log.read_text()
+        )
+    assert fleet.end() == 1
+    assert re.search(r"front process \d made no progress for 12 s", fleet.log.read_text())
+
+
+def test_a_front_that_hangs_before_it_serves_keeps_nobody_from_ending(fleet: Fleet):
+    os.kill(fleet.children("octavo.server.front_process")[0], signal.SIGSTOP)
+    fleet.process.send_signal(signal.SIGTERM)
+    assert fleet.end() in (0, 1)
+
+
+def test_a_front_that_hung_for_a_moment_is_forgiven(fleet: Fleet):
+    stopped = fleet.children("octavo.server.front_process")[0]
+    os.kill(stopped, signal.SIGSTOP)
+    time.sleep(SKIPPED_SECONDS + 2 * LOOK_SECONDS)
+    os.kill(stopped, signal.SIGCONT)
+    time.sleep(3 * LOOK_SECONDS)
+    assert all(ask(fleet.url)[0] == 200 for _ in range(2 * NUM_FRONTS))
+    fleet.process.send_signal(signal.SIGTERM)
+    assert fleet.end() == 0
 
 
 def test_a_drain_lets_a_stream_on_another_process_end(fleet: Fleet):
