@@ -486,7 +486,9 @@ def test_every_shape_that_is_offered_runs_with_one_layer_on_a_cpu(name: str, tmp
     sizes = ["--layers=1", "--quick", "--only=D1,Ha", f"--output={output}"]
     assert main(["bench", "workloads", name, *engine, *sizes]) == 0
     lines = {line["name"]: line["figures"] for line in lines_of(output)}
-    assert lines["D1"]["median"] > 0
+    # A difference of two runs, and so below 0 where others use the machine.
+    assert lines["D1"]["median"] == pytest.approx(lines["D1"]["best"])
+    assert lines["D1"]["full_seconds"] > 0
     assert lines["Ha"]["median"] > 0
 
 
