@@ -186,7 +186,7 @@ class Fleet:
         """Serves until the end. Raises EngineDeadError if the engine or a front has died."""
         loop = asyncio.get_running_loop()
         # Signals and hung fronts count from here on, not only once all fronts serve.
-        signals.listen(lambda: loop.call_soon_threadsafe(self._stop, engine))
+        signals.take_over(lambda: loop.call_soon_threadsafe(self._stop, engine))
         tasks = [
             asyncio.ensure_future(self._watch()),
             asyncio.ensure_future(self._accept_when_serving(bound)),

@@ -147,7 +147,7 @@ class Server(uvicorn.Server):
         `metrics_bound`, until a signal or `stop`."""
         self._loop = asyncio.get_running_loop()
         if self._signals is not None:
-            self._signals.listen(self.stop)
+            self._signals.take_over(self.stop)
         if self._monitor is not None:
             self._monitor.install(self._loop)
         self.config.load()

@@ -35,6 +35,13 @@ class StopSignals:
         """From now on `listener` is called in the main thread for every signal."""
         self._listener = listener
 
+    def take_over(self, listener: Callable[[], object]) -> None:
+        """As `listen`, and calls `listener` for those that have come already: whoever listened
+        before may have had no more use for them."""
+        self._listener = listener
+        for _ in range(self.num_received):
+            listener()
+
     @property
     def exit_code(self) -> int:
         """Of a server that was stopped before it served: a supervisor that sent SIGTERM has what it

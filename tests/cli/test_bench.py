@@ -488,7 +488,7 @@ def test_every_shape_that_is_offered_runs_with_one_layer_on_a_cpu(name: str, tmp
     lines = {line["name"]: line["figures"] for line in lines_of(output)}
     # A difference of two runs, and so below 0 where others use the machine.
     assert lines["D1"]["median"] == pytest.approx(lines["D1"]["best"])
-    assert lines["D1"]["full_seconds"] > 0
+    assert min(lines["D1"]["full_seconds"]) > 0
     assert lines["Ha"]["median"] > 0
 
 

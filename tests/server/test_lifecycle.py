@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import signal
@@ -19,7 +20,9 @@ import pytest
 
 from octavo.config import ServerConfig
 from octavo.errors import ConfigError, EngineDeadError, OverloadedError, RequestError
-from octavo.server.serve import bind, url_of
+from octavo.server.serve import Server, bind, url_of
+from octavo.server.signals import StopSignals
+from tests.server.fake_engine import FakeEngine
 
 PATHS: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
@@ -303,3 +306,16 @@ def test_an_unknown_host_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         bind(ServerConfig(host="no such host", port=0))
     assert caught.value.field == "host"
+
+
+async def test_a_signal_that_came_before_the_server_listened_ends_it() -> None:
+    signals, config = StopSignals(), ServerConfig(port=0)
+    loading: list[bool] = []
+    signals.listen(lambda: loading.append(True))
+    # As it comes while the app is made, after the loading and before the serving.
+    signals._handle(signal.SIGINT, None)
+    assert loading == [True]
+    with bind(config) as bound:
+        server = Server(FakeEngine(), config, signals=signals)
+        await asyncio.wait_for(server.run_on(bound), 30)
+    assert server.error is None
