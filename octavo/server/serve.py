@@ -115,6 +115,7 @@ class Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self.error: EngineDeadError | None = None
         """Why the server ends by itself."""
+        self._died_at = 0.0
         self._engine = engine
         self._signals = signals
         self._end_began: float | None = None
@@ -215,6 +216,7 @@ class Server(uvicorn.Server):
                 await self._engine.check_health()
             except EngineDeadError as error:
                 self.error = error
+                self._died_at = time.monotonic()
                 logger.error("the server ends, for the engine has: %s", error)
         is_ending = self.drain.is_draining or self.error is not None
         if is_ending and self._is_over(time.monotonic()):
@@ -231,14 +233,16 @@ class Server(uvicorn.Server):
                 waits = f"; {drain.num_open} open requests get up to {self._shutdown_timeout:g} s"
                 logger.info("the server ends%s", waits if drain.num_open else "")
         seconds = now - self._end_began
-        if seconds >= (self._shutdown_timeout if self.error is None else _DEAD_SECONDS):
+        # Of a dead engine from its death on: its requests first get the reason, also in a drain.
+        is_told = self.error is None or now - self._died_at >= _DEAD_SECONDS
+        if is_told and (self.error is not None or seconds >= self._shutdown_timeout):
             drain.expired.set()
         if drain.expired.is_set() and self._cut_off_began is None:
             self._cut_off_began = now
         if drain.num_open:
             cut_off = self._cut_off_began
             return self.force_exit or (cut_off is not None and now - cut_off >= _CUT_OFF_SECONDS)
-        return self.error is None or seconds >= _DEAD_SECONDS
+        return is_told
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.stop()
