@@ -5,14 +5,16 @@ Made by the output processor and the faces (LLM, AsyncLLM, server). No torch, no
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import msgspec
+import numpy as np
 
 from octavo.errors import OctavoError
-from octavo.request import Logprob, PackedPrompt, PositionLogprobs, Request
+from octavo.request import Logprob, PackedLogprobs, PackedPrompt, PositionLogprobs, Request
 
 
 class Position(dict[int, Logprob]):
@@ -25,6 +27,38 @@ class Position(dict[int, Logprob]):
         if token_id == 0 and self:
             return next(iter(self.values()))
         raise KeyError(token_id)
+
+
+class PromptLogprobs(Sequence[PositionLogprobs | None]):
+    """The positions of a prompt, None first, each made when it is looked at."""
+
+    __slots__ = ("_ids", "_logprobs", "_ranks")
+
+    def __init__(self, packed: PackedLogprobs) -> None:
+        self._ranks = np.frombuffer(packed.ranks, np.int32)
+        shape = (len(self._ranks), -1) if len(self._ranks) else (0, 0)
+        self._ids = np.frombuffer(packed.token_ids, np.int32).reshape(shape)
+        self._logprobs = np.frombuffer(packed.logprobs, np.float32).reshape(shape)
+
+    def __len__(self) -> int:
+        return 1 + len(self._ranks)
+
+    @overload
+    def __getitem__(self, place: int) -> PositionLogprobs | None: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[PositionLogprobs | None]: ...
+    def __getitem__(
+        self, place: int | slice
+    ) -> PositionLogprobs | list[PositionLogprobs | None] | None:
+        if isinstance(place, slice):
+            return [self[one] for one in range(*place.indices(len(self)))]
+        place = range(len(self))[place]
+        if place == 0:
+            return None
+        row = place - 1
+        ranks = itertools.chain((int(self._ranks[row]),), itertools.count(1))
+        entries = zip(self._ids[row].tolist(), self._logprobs[row].tolist(), ranks, strict=False)
+        return tuple(Logprob(token_id=i, logprob=value, rank=rank) for i, value, rank in entries)
 
 
 class OutputDelta(msgspec.Struct, kw_only=True):

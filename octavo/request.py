@@ -7,12 +7,11 @@ afterwards belongs to the scheduler's Sequence or to the detokeniser.
 from __future__ import annotations
 
 import difflib
-import itertools
 from array import array
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Literal, Protocol, overload, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import msgspec
 
@@ -343,40 +342,6 @@ class PackedLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """float32 [positions, width]"""
     ranks: bytes
     """int32 [positions], of the tokens themselves"""
-
-
-class PromptLogprobs(Sequence[PositionLogprobs | None]):
-    """The positions of a prompt, None first, each made when it is looked at."""
-
-    __slots__ = ("_ids", "_logprobs", "_ranks")
-
-    def __init__(self, packed: PackedLogprobs) -> None:
-        import numpy as np  # Here, for `--help` and `plan` are quick without it.
-
-        self._ranks = np.frombuffer(packed.ranks, np.int32)
-        shape = (len(self._ranks), -1) if len(self._ranks) else (0, 0)
-        self._ids = np.frombuffer(packed.token_ids, np.int32).reshape(shape)
-        self._logprobs = np.frombuffer(packed.logprobs, np.float32).reshape(shape)
-
-    def __len__(self) -> int:
-        return 1 + len(self._ranks)
-
-    @overload
-    def __getitem__(self, place: int) -> PositionLogprobs | None: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[PositionLogprobs | None]: ...
-    def __getitem__(
-        self, place: int | slice
-    ) -> PositionLogprobs | list[PositionLogprobs | None] | None:
-        if isinstance(place, slice):
-            return [self[one] for one in range(*place.indices(len(self)))]
-        place = range(len(self))[place]
-        if place == 0:
-            return None
-        row = place - 1
-        ranks = itertools.chain((int(self._ranks[row]),), itertools.count(1))
-        entries = zip(self._ids[row].tolist(), self._logprobs[row].tolist(), ranks, strict=False)
-        return tuple(Logprob(token_id=i, logprob=value, rank=rank) for i, value, rank in entries)
 
 
 class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from octavo.engine.detokenizer import Detokenizer
 from octavo.engine.tokenizer import Tokenizer
 from octavo.errors import OctavoError
-from octavo.outputs import OutputDelta, Receiver
-from octavo.request import FinishReason, PromptLogprobs, Request, TokenDelta
+from octavo.outputs import OutputDelta, PromptLogprobs, Receiver
+from octavo.request import FinishReason, Request, TokenDelta
 
 
 class OutputProcessor:

@@ -144,12 +144,6 @@ def num_dropped_lines() -> int:
     return sum(one.writer.num_dropped for one in handlers if isinstance(one, QueuedHandler))
 
 
-def flush_logs() -> None:
-    """Waits a moment for what is still to be written; for ends that skip the interpreter's own."""
-    for handler in logging.getLogger().handlers:
-        handler.flush()
-
-
 def _stderr_handler() -> logging.Handler:
     try:
         return QueuedHandler(sys.stderr.fileno())

@@ -10,12 +10,11 @@ import pytest
 
 from octavo.engine.output_processor import OutputProcessor
 from octavo.errors import EngineDeadError, OctavoError
-from octavo.outputs import OutputDelta, RequestOutput, with_texts
+from octavo.outputs import OutputDelta, PromptLogprobs, RequestOutput, with_texts
 from octavo.request import (
     FinishReason,
     Logprob,
     PackedLogprobs,
-    PromptLogprobs,
     Request,
     SamplingParams,
     TokenDelta,
