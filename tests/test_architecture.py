@@ -33,6 +33,7 @@ TORCH_FREE = (
     "scheduler",
     "server",
     "step.py",
+    "visibility.py",
     "engine/attached.py",
     "engine/chat_template.py",
     "engine/client.py",
