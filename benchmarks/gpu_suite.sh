@@ -13,5 +13,5 @@ PYTHON=${PYTHON:-python3}
 workers=()
 if "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 4 --dist worksteal); fi
 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m pytest -q -p no:benchmark "${workers[@]}" --durations=10 \
-  tests/kernels/test_triton_*.py tests/runner tests/models tests/engine/test_llm.py tests/engine/test_gpu_memory.py \
+  tests/kernels/triton tests/runner tests/models tests/engine/test_llm.py tests/engine/test_gpu_memory.py \
   -k "not native] and not [native and not reference] and not [reference" "$@"

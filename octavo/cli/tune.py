@@ -1,6 +1,6 @@
 """`octavo tune`: measures launch shapes for a model on this GPU and keeps those that are faster.
 
-Called by the command line. Reads the config, never a weight; measuring is `kernels.triton.tune`.
+Called by the command line. Reads the config, never a weight; measuring is `kernels.triton.tuning`.
 The engine finds what is kept by itself, and needs none of it.
 """
 
@@ -24,8 +24,8 @@ from octavo.folders import CACHE_WAY_OUT, check_writable, temporary_folder
 from octavo.models.spec import LayerSpec, MLPSpec, ModelSpec, MoESpec
 
 if TYPE_CHECKING:  # they import torch
-    from octavo.kernels.triton.plans import Plan
-    from octavo.kernels.triton.tune import Found, Measure
+    from octavo.kernels.triton.tuning.plans import Plan
+    from octavo.kernels.triton.tuning.tune import Found, Measure
 
 HELP = "measure launch shapes on this GPU and keep those that beat the built-in ones"
 EXAMPLES = """examples:
@@ -89,8 +89,8 @@ def run(args: argparse.Namespace, measure: Measure | None = None) -> int:
             )
         spec, files = read_model(config)
     from octavo.engine.memory import weights_dtype
-    from octavo.kernels.triton.plans import plans_path, save_plan
-    from octavo.kernels.triton.tune import Tuner
+    from octavo.kernels.triton.tuning.plans import plans_path, save_plan
+    from octavo.kernels.triton.tuning.tune import Tuner
 
     tuner = Tuner(
         device.torch_name,

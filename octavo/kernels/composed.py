@@ -9,19 +9,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from octavo.kernels.ops import (
-    Activation,
-    AttentionBatch,
-    KVLayer,
-    NormInput,
-    Ops,
-    QKNorm,
-    RopeTable,
-    Routed,
-    Router,
-    SharedExpert,
-    Weight,
-)
+from octavo.kernels.inputs import AttentionBatch, KVLayer, NormInput, QKNorm, RopeTable, Routed
+from octavo.kernels.ops import Ops
+from octavo.kernels.weights import Activation, Router, SharedExpert, Weight
 
 
 class Composed:

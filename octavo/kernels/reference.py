@@ -16,17 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from octavo.kernels.composed import Composed
-from octavo.kernels.ops import (
-    Activation,
-    AttentionBatch,
-    ExpertWeights,
-    KVLayer,
-    QKNorm,
-    RopeTable,
-    RouterScoring,
-    SharedExpert,
-    Weight,
-)
+from octavo.kernels.inputs import AttentionBatch, KVLayer, QKNorm, RopeTable
+from octavo.kernels.weights import Activation, ExpertWeights, RouterScoring, SharedExpert, Weight
 
 PANEL_ELEMENTS = 1 << 22
 """Weights converted to float32 at a time (16 MiB)."""

@@ -44,8 +44,8 @@ def _triton(needs: Needs) -> Ops:
     largest = max(needs.head_sizes, default=0)
     if largest > TRITON_HEAD_SIZE:
         raise UnfitError(f"heads of {largest} are larger than {TRITON_HEAD_SIZE}")
-    from octavo.kernels.triton.ops import TritonOps
-    from octavo.kernels.triton.plans import Plans, plans_path, read_plans
+    from octavo.kernels.triton.backend import TritonOps
+    from octavo.kernels.triton.tuning.plans import Plans, plans_path, read_plans
 
     plans = Plans()
     if needs.tuned_folder is not None:

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 import torch
 
-from octavo.kernels.ops import KVLayer, torch_dtype
+from octavo.kernels.inputs import KVLayer
+from octavo.kernels.weights import torch_dtype
 from octavo.kv_cache.spec import KVGroup
 
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from octavo.kernels.ops import AttentionBatch, KVLayer, NormInput, Ops, QKNorm, RopeTable, Weight
+from octavo.kernels.inputs import AttentionBatch, KVLayer, NormInput, QKNorm, RopeTable
+from octavo.kernels.ops import Ops
+from octavo.kernels.weights import Weight
 from octavo.parallel import ALONE, Collectives
 
 

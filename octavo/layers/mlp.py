@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from octavo.kernels.ops import Activation, NormInput, Ops, Weight
+from octavo.kernels.inputs import NormInput
+from octavo.kernels.ops import Ops
+from octavo.kernels.weights import Activation, Weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from octavo.kernels.ops import Activation, ExpertWeights, NormInput, Ops, Router, SharedExpert
+from octavo.kernels.inputs import NormInput
+from octavo.kernels.ops import Ops
+from octavo.kernels.weights import Activation, ExpertWeights, Router, SharedExpert
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

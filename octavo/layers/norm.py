@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from octavo.kernels.ops import NormInput
+from octavo.kernels.inputs import NormInput
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from octavo.kernels.ops import RopeTable
+from octavo.kernels.inputs import RopeTable
 from octavo.layers.rope_spec import RopeSpec
 
 

@@ -11,16 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from octavo.kernels.ops import (
-    AttentionBatch,
-    ExpertWeights,
-    Ops,
-    QKNorm,
-    RopeTable,
-    Router,
-    SharedExpert,
-    Weight,
-)
+from octavo.kernels.inputs import AttentionBatch, QKNorm, RopeTable
+from octavo.kernels.ops import Ops
+from octavo.kernels.weights import ExpertWeights, Router, SharedExpert, Weight
 from octavo.kv_cache.storage import KVStorage
 from octavo.layers.attention import Attention
 from octavo.layers.mlp import GatedMLP

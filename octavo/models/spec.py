@@ -17,7 +17,7 @@ from octavo.layers.rope_spec import RopeSpec
 from octavo.weights.split import Split
 
 if TYPE_CHECKING:  # the planner runs without torch
-    from octavo.kernels.ops import Activation, RouterScoring
+    from octavo.kernels.weights import Activation, RouterScoring
 
 Shape = tuple[int, ...]
 

@@ -77,7 +77,7 @@ def build_runner(
     decoder = load_decoder(spec, family, placement, ops, plan.max_model_len, collectives)
     decoder = replace(decoder, progress=progress)
     if ops.name == "triton":
-        from octavo.kernels.triton.launch import tell_builds
+        from octavo.kernels.triton.launching.building import tell_builds
 
         tell_builds(progress)
         runner = _device_runner(config, plan, decoder, needs)
@@ -129,7 +129,7 @@ def _device_runner(
 
 def warm_up(runner: DeviceRunner, config: EngineConfig, plan: MemoryPlan, num_threads: int) -> None:
     """Has the kernels built that steps will want, side by side, and runs some steps."""
-    from octavo.kernels.triton.launch import building, can_build
+    from octavo.kernels.triton.launching.building import building, can_build
     from octavo.runner.warm_up import steps_to_build, steps_to_run
 
     vocab_size = runner.decoder.spec.vocab_size

@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from octavo.kernels.ops import AttentionBatch
-from octavo.kernels.triton.attention import SHORT_QUERIES
-from octavo.kernels.triton.attention_decode import slot_counts
-from octavo.kernels.triton.shared_prefix import SharedPrefixPlan
+from octavo.kernels.inputs import AttentionBatch
+from octavo.kernels.triton.attention.choose import SHORT_QUERIES
+from octavo.kernels.triton.attention.decode import slot_counts
+from octavo.kernels.triton.attention.shared import SharedPrefixPlan
 from octavo.runner.graphs import StepShape
 from octavo.runner.input_batch import InputBatch, StepInputs
 from octavo.runner.transfer import Transfer, pack

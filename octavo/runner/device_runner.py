@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo.errors import EngineDeadError, OutOfMemoryError
-from octavo.kernels.triton.attention_decode import max_total_slots, split_slots
-from octavo.kernels.triton.launch import is_building, num_processors
-from octavo.kernels.triton.shared_prefix import SharedPrefixPlan
-from octavo.kernels.triton.splits import Tiling, tiling
+from octavo.kernels.triton.attention.decode import max_total_slots, split_slots
+from octavo.kernels.triton.attention.shared import SharedPrefixPlan
+from octavo.kernels.triton.attention.splits import Tiling, tiling
+from octavo.kernels.triton.launching.building import is_building
+from octavo.kernels.triton.launching.chip import num_processors
 from octavo.kv_cache.spec import KVGroup
 from octavo.kv_cache.storage import KVStorage
 from octavo.models.decoder import Decoder

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.kernels.ops import AttentionBatch
+from octavo.kernels.inputs import AttentionBatch
 from octavo.step import Int32, RowStart, StepPlan, TableDelta
 
 

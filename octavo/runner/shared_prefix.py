@@ -10,12 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from octavo.kernels.triton.shared_prefix import (
-    MIN_BLOCKS,
-    SharedPrefixPlan,
-    plan_shared_prefix,
-)
-from octavo.kernels.triton.splits import Tiling
+from octavo.kernels.triton.attention.shared import MIN_BLOCKS, SharedPrefixPlan, plan_shared_prefix
+from octavo.kernels.triton.attention.splits import Tiling
 from octavo.kv_cache.spec import KVGroup
 from octavo.step import Int32
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from octavo.errors import WeightsError
 from octavo.formats import WEIGHT_FORMATS, WeightFormat
-from octavo.kernels.ops import Weight
+from octavo.kernels.weights import Weight
 from octavo.weights.source import DTYPE_FORMATS, NUMBER_DTYPES, Staging, part_of
 
 _BOUND = 1e-3

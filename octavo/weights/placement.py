@@ -16,7 +16,7 @@ from torch import Tensor
 from octavo.errors import UnsupportedModelError
 from octavo.formats import WeightFormat
 from octavo.kernels.limits import check_copied_format
-from octavo.kernels.ops import Weight
+from octavo.kernels.weights import Weight
 from octavo.weights.source import NUMBER_DTYPES, Staging, TensorSource
 from octavo.weights.split import Split
 

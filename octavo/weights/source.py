@@ -20,7 +20,7 @@ from torch import Tensor
 
 from octavo.errors import UnsupportedModelError, WeightsError
 from octavo.formats import WEIGHT_FORMATS, WeightFormat
-from octavo.kernels.ops import Weight
+from octavo.kernels.weights import Weight
 
 NUMBER_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 """Torch dtypes of the formats that are no blocks."""

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.kernels.triton_interpreter import DEVICE
+from tests.kernels.triton.interpreter import DEVICE
 
 from octavo.cli import main, tune  # isort: skip
 from octavo.cli.commands import build_parser  # isort: skip
 from octavo.cli.bench.shapes import MODELS
 from octavo.kernels.registry import Needs, select_ops
-from octavo.kernels.triton import plans
-from octavo.kernels.triton.plans import plans_path, read_plans
+from octavo.kernels.triton.tuning import plans
+from octavo.kernels.triton.tuning.plans import plans_path, read_plans
 from octavo.models.registry import read_spec
 
 TINY_MOE = {
@@ -51,7 +51,7 @@ def tiny_moe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     warps = {"num_warps": (2, 8)}  # the interpreter is slow
     few = {"block_n": (16, 64), **warps}
     for name, value in (("MAX_SETS", 2), ("LIMITS", few), ("ROWS_LIMITS", warps)):
-        monkeypatch.setattr(f"octavo.kernels.triton.tune.{name}", value)
+        monkeypatch.setattr(f"octavo.kernels.triton.tuning.tune.{name}", value)
     for name, tokens in (("DECODES", (1, 4)), ("PREFILLS", ()), ("REST", ())):
         monkeypatch.setattr(tune, name, tokens)
     folder = tmp_path / "tiny"

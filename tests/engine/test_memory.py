@@ -96,7 +96,7 @@ def test_activations_are_bound_by_the_widest_moment_of_a_step() -> None:
 
 
 def test_partial_results_are_counted_as_the_kernels_make_them() -> None:
-    attention = pytest.importorskip("octavo.kernels.triton.attention")
+    attention = pytest.importorskip("octavo.kernels.triton.attention.choose")
     assert (memory.SHORT_ROWS, memory.SHORT_SPLITS) == (
         attention.PARTIAL_TOKENS,
         attention.SHORT_SPLITS,

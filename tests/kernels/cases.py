@@ -13,7 +13,8 @@ from gguf.quants import dequantize, quantize
 from torch import Tensor
 
 from octavo.formats import WEIGHT_FORMATS
-from octavo.kernels.ops import AttentionBatch, KVLayer, Weight
+from octavo.kernels.inputs import AttentionBatch, KVLayer
+from octavo.kernels.weights import Weight
 
 NUMBER_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 SCALE_OFFSETS = {"q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,)}
@@ -136,8 +137,8 @@ def exact_attention(
 
 
 def split_table(query_lens: list[int], lengths: list[int], size: int, queries: int) -> list[int]:
-    """Returns `ShortPlan.table` (kernels/triton/short_chunks.py) for splits of `size` tokens, tiles
-    of so many queries, no window, and chunks of up to 64 queries."""
+    """Returns `ShortPlan.table` (kernels/triton/attention/short_chunks.py) for splits of `size`
+    tokens, tiles of so many queries, no window, and chunks of up to 64 queries."""
     parts = [
         -(-length // size) if 2 <= count <= 64 else 0
         for count, length in zip(query_lens, lengths, strict=True)

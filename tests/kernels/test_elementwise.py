@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from octavo.kernels.ops import AttentionBatch, KVLayer, Ops, QKNorm, RopeTable
+from octavo.kernels.inputs import AttentionBatch, KVLayer, QKNorm, RopeTable
+from octavo.kernels.ops import Ops
 from tests.kernels.cases import assert_close, floats
 
 

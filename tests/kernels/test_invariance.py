@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from octavo.formats import WEIGHT_FORMATS
-from octavo.kernels.ops import KVLayer, Ops
+from octavo.kernels.inputs import KVLayer
+from octavo.kernels.ops import Ops
 from octavo.kernels.registry import Needs, select_ops
 from tests.kernels.cases import floats, make_paged, make_weight
 from tests.kernels.test_linear import make_experts

@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional
 
 from octavo.formats import WEIGHT_FORMATS
-from octavo.kernels.ops import Activation, ExpertWeights, Ops, Weight
+from octavo.kernels.ops import Ops
+from octavo.kernels.weights import Activation, ExpertWeights, Weight
 from tests.kernels.cases import assert_close, exact, floats, make_weight
 
 FORMATS = list(WEIGHT_FORMATS)

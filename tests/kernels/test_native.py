@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from octavo.kernels.cpu.native import NativeOps
-from octavo.kernels.ops import Ops, Weight
+from octavo.kernels.ops import Ops
+from octavo.kernels.weights import Weight
 from tests.kernels.cases import floats, make_weight
 
 

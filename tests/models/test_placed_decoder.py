@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from octavo.errors import ConfigError
-from octavo.kernels.ops import Weight
 from octavo.kernels.reference import ReferenceOps
+from octavo.kernels.weights import Weight
 from octavo.layers.mlp import GatedMLP
 from octavo.layers.moe import MoE
 from octavo.models.decoder import Decoder, load_decoder
@@ -65,7 +65,9 @@ def test_a_decoder_on_a_device_has_the_weights_of_one_on_the_host(case: str, tmp
 
 
 def test_what_is_multiplied_at_once_is_one_stack(tmp_path: Path):
-    triton_ops = pytest.importorskip("octavo.kernels.triton.ops", reason="triton is not installed")
+    triton_ops = pytest.importorskip(
+        "octavo.kernels.triton.backend", reason="triton is not installed"
+    )
 
     def is_one(*weights: Weight) -> bool:
         return len(triton_ops._merged([weight.data for weight in weights])) == 1

@@ -22,15 +22,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from octavo.kernels.triton import overlap
+from octavo.kernels.triton.launching import chip
 
-overlap.is_hopper = lambda device: True  # before the kernels' modules ask it
+chip.is_hopper = lambda device: True  # before the kernels' modules ask it
 
 from octavo.cli.bench.shapes import MODELS  # noqa: E402
 from octavo.config import EngineConfig  # noqa: E402
 from octavo.formats import kv_format  # noqa: E402
-from octavo.kernels.triton import attention_hopper  # noqa: E402
-from octavo.kernels.triton.ops import TritonOps  # noqa: E402
+from octavo.kernels.triton.attention.hopper import kernel as attention_hopper  # noqa: E402
+from octavo.kernels.triton.backend import TritonOps  # noqa: E402
 from octavo.kv_cache.spec import group_layers  # noqa: E402
 from octavo.kv_cache.storage import KVStorage  # noqa: E402
 from octavo.models.decoder import load_decoder  # noqa: E402

@@ -11,7 +11,7 @@ from octavo.kv_cache.storage import KVStorage
 from octavo.models.decoder import Decoder
 from octavo.runner.input_batch import StepInputs
 from octavo.step import StepPlan, StepResult
-from tests.kernels.triton_interpreter import DEVICE
+from tests.kernels.triton.interpreter import DEVICE
 from tests.runner.driver import Driver
 
 from octavo.runner.device_runner import DeviceRunner  # isort: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from octavo.errors import EngineDeadError, OctavoError, OutOfMemoryError
 from octavo.formats import KVFormat
-from octavo.kernels.ops import AttentionBatch
+from octavo.kernels.inputs import AttentionBatch
 from octavo.kv_cache.spec import KVSpec
 from octavo.kv_cache.storage import KVStorage
 from octavo.parallel import ALONE

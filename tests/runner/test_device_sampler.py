@@ -14,7 +14,7 @@ from octavo.errors import OctavoError
 from octavo.request import SamplingParams
 from octavo.runner.sampler import Sampler, prompt_logprobs
 from octavo.step import NO_TOKEN, Int32, RowStart
-from tests.kernels.triton_interpreter import DEVICE
+from tests.kernels.triton.interpreter import DEVICE
 from tests.runner.odd_sampling import OddRow, check_odd_rows, odd_rows
 
 from octavo.runner.device_sampler import DeviceSampler  # isort: skip

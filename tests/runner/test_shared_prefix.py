@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from octavo.formats import kv_format
-from octavo.kernels.ops import SharedPrefix
+from octavo.kernels.inputs import SharedPrefix
 from octavo.kv_cache.spec import KVGroup, KVSpec, group_layers
-from tests.kernels.triton_interpreter import DEVICE
+from tests.kernels.triton.interpreter import DEVICE
 
-from octavo.kernels.triton.shared_prefix import MIN_BLOCKS  # isort: skip
-from octavo.kernels.triton.splits import tiling  # isort: skip
+from octavo.kernels.triton.attention.shared import MIN_BLOCKS  # isort: skip
+from octavo.kernels.triton.attention.splits import tiling  # isort: skip
 from octavo.runner.shared_prefix import PrefixPlanner, plan_prefix  # isort: skip
 
 BLOCK = 16

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.kernels.triton_interpreter import triton
+from tests.kernels.triton.interpreter import triton
 
 assert triton
 

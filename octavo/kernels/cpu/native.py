@@ -19,17 +19,8 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.composed import Composed
-from octavo.kernels.ops import (
-    Activation,
-    AttentionBatch,
-    ExpertWeights,
-    KVLayer,
-    QKNorm,
-    RopeTable,
-    RouterScoring,
-    SharedExpert,
-    Weight,
-)
+from octavo.kernels.inputs import AttentionBatch, KVLayer, QKNorm, RopeTable
+from octavo.kernels.weights import Activation, ExpertWeights, RouterScoring, SharedExpert, Weight
 
 _FORMATS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
 FORMAT_CODES = {name: code for code, name in enumerate(_FORMATS)}

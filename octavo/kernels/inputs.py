@@ -1,0 +1,125 @@
+"""What ops work on beside weights: rows, routes, the KV cache and a step's batch.
+
+Made by the layers and the runner. Shapes as in `ops.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from octavo.kernels.ops import Ops
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class NormInput:
+    """Rows before their RMSNorm, so that whoever multiplies them may norm them on the way."""
+
+    x_TM: Tensor | None
+    """What is added to the residual first: [T, M], or parts [T, S, M] of it (see `Ops.moe`)."""
+    residual_TM: Tensor
+    """Given away: the op that takes the rows returns residual + x, perhaps in this tensor."""
+    weight_M: Tensor
+    eps: float
+
+    def normed(self, ops: Ops) -> Tensor:
+        """Adds x to the residual in place and returns the normed residual."""
+        if self.x_TM is None:
+            return ops.rms_norm(self.residual_TM, self.weight_M, self.eps)
+        return ops.add_rms_norm(self.x_TM, self.residual_TM, self.weight_M, self.eps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Routed:
+    """Normed rows and where they go."""
+
+    x_TM: Tensor
+    residual_TM: Tensor
+    topk_weights: Tensor
+    topk_ids: Tensor
+    gate_T1: Tensor | None
+    """Logits of the shared expert's gate."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
+class KVLayer:
+    """One layer's part of the arena: strided views [B, P, K, D]; [P, K, D] is contiguous."""
+
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SharedPrefix:
+    """Groups of sequences with equal leading blocks, all int32 tensors on the device."""
+
+    members: Tensor
+    """Sequence indices, group after group."""
+    group_starts: Tensor
+    """[groups + 1]: where each group's members begin."""
+    shared_tokens_S: Tensor
+    """Tokens of each sequence that its group reads for it; 0 outside groups."""
+    shared_slots_S: Tensor
+    """Partial results that those leave for each sequence."""
+    split_sizes: Tensor
+    """[groups] tokens of one partial result."""
+    piece_starts: Tensor
+    """[groups + 1] prefix sums of their pieces of work: tiles of members times partial results."""
+    num_groups: int
+    max_members: int
+    max_splits: int
+    max_tail: int
+    """Tokens of the longest private tail, or of the longest sequence outside groups."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
+class AttentionBatch:
+    """Where one step's queries and KV lie, for one KV group. Planned once a step."""
+
+    positions_T: Tensor
+    """int32 absolute position of every token."""
+    slot_mapping_T: Tensor
+    """int64 block * P + offset where each token's K and V go."""
+    query_starts: Tensor
+    """int32 [S + 1] prefix sums of query lengths."""
+    seq_lens_S: Tensor
+    """int32 tokens visible to each sequence's last query (this step's included)."""
+    block_table: Tensor
+    """int32 [S, max blocks]; column j holds tokens [j * P, (j + 1) * P). Columns wholly behind
+    the window may hold 0 and are not read."""
+    max_query_len: int | None = None
+    """Bound of the query lengths that the host knows; it saves launches and changes no bit."""
+    max_seq_len: int | None = None
+    """Bound of seq_lens_S, likewise."""
+    num_short_tokens: int | None = None
+    """Sequences of few queries lie among the first so many tokens, likewise."""
+    slot_starts_S: Tensor | None = None
+    """int32 [S + 1] prefix sums of `slot_counts` (kernels/triton/attention/decode.py): where the
+    partial results of each single query lie. It saves memory and changes no bit."""
+    max_slots: int | None = None
+    """Bound of the last of slot_starts_S; goes with it. 0: nobody has a single query."""
+    prefix: SharedPrefix | None = None
+    """What single-query sequences share, where reading it once pays."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
+class RopeTable:
+    """cos and sin [max positions, rotary_dim // 2] float32, attention scaling multiplied in."""
+
+    cos: Tensor
+    sin: Tensor
+    rotary_dim: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
+class QKNorm:
+    """RMSNorm of queries and keys before RoPE, over each head or over the whole projection."""
+
+    query: Tensor
+    key: Tensor
+    eps: float
+    per_head: bool
+    """True: weights [D] (Qwen3). False: weights [H * D] and [K * D] (OLMoE)."""

@@ -1,0 +1,1 @@
+"""Paged attention: the keys' and values' way into the cache, and every way to attend them."""

@@ -1,0 +1,208 @@
+"""Causal paged attention of a mixed step: which kernel attends which rows.
+
+Called by the Triton back end once a layer. Never asks the device anything: grids are upper bounds,
+and programs without work leave at once.
+
+It depends on how many queries a row's sequence has in this step: one (decode.py), up to
+SHORT_QUERIES (tiles, keys split so that all processors have work), or more (tiles, keys in one
+run); hopper/ attends tiles where it fits, else tiles.py. Rows of the last
+have the same bits in any batch and however a prompt is cut; splits of the others depend on who else
+is there. `is_deterministic` sends every row the first way, in splits of its own, so that any chunk,
+decode and recompute agree.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from octavo.kernels.inputs import AttentionBatch, KVLayer
+from octavo.kernels.triton.attention.decode import decode_attention, make_partials, seq_len_bound
+from octavo.kernels.triton.attention.short_chunks import Limits, ShortPlans, merge_short_chunks
+from octavo.kernels.triton.attention.splits import tiling
+from octavo.kernels.triton.attention.tiles import attend_in_tiles
+from octavo.kernels.triton.launching.chip import KNOWN_TRITON, num_processors
+
+if triton.__version__.startswith(KNOWN_TRITON):
+    from octavo.kernels.triton.attention.hopper import kernel as hopper
+else:  # Gluon is experimental: what another Triton has may not be what this kernel knows.
+    hopper = None
+
+SHORT_QUERIES = 64
+"""Sequences with 2 to this many queries split their KV, to fill the chip."""
+SHORT_SPLITS = 16
+SHORTEST_SPLIT = 512
+PARTIAL_TOKENS = 512
+"""The buffer of partial results holds SHORT_SPLITS of so many tokens, or fewer of more."""
+
+DETERMINISTIC_TOKENS = 256
+"""Prompt tokens that share one buffer of partial results in the deterministic mode."""
+
+
+def fits_hopper(q_THD: Tensor, layer: KVLayer, window: int | None) -> bool:
+    """Whether hopper/ is of use here and can take a layer."""
+    return hopper is not None and hopper.fits(q_THD, layer, window)
+
+
+def prefill_attention(
+    q_THD: Tensor,
+    layer: KVLayer,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None,
+    out: Tensor,
+    *,
+    shape: tuple[int, int, int, int] | None = None,
+) -> None:
+    """Writes the rows of `out` [T, H * D] whose sequences have more than SHORT_QUERIES queries."""
+    if len(q_THD):
+        none = make_partials(q_THD[:0], 1)
+        attend_in_tiles(
+            q_THD,
+            layer,
+            batch,
+            scale,
+            window,
+            out,
+            none,
+            None,
+            len(q_THD),
+            short=SHORT_QUERIES,
+            shape=shape,
+        )
+
+
+def short_limits(num_tokens: int) -> Limits:
+    """Returns what a plan of short chunks among `num_tokens` must keep to."""
+    return Limits(
+        queries=SHORT_QUERIES,
+        splits=SHORT_SPLITS,
+        shortest=SHORTEST_SPLIT,
+        slots=min(num_tokens, PARTIAL_TOKENS) * SHORT_SPLITS,
+    )
+
+
+def short_attention(
+    q_THD: Tensor,
+    layer: KVLayer,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None,
+    out: Tensor,
+    num_tokens: int,
+    *,
+    is_hopper: bool = False,
+    plans: ShortPlans | None = None,
+) -> None:
+    """Writes the rows of `out` whose sequences have 2 to SHORT_QUERIES queries among the first
+    `num_tokens`. `plans` remembers what the batch's other layers have planned."""
+    limit = min(num_tokens, len(q_THD))
+    partials = make_partials(q_THD[: min(PARTIAL_TOKENS, limit)], SHORT_SPLITS)
+    tiles = tiling(q_THD.shape[1], layer.key.shape[2], num_processors(q_THD.device))
+    plan = (plans or ShortPlans()).of(batch, tiles, window, short_limits(limit))
+    if is_hopper:
+        hopper.short_chunks(q_THD, layer, batch, scale, out, partials, plan, limit)
+    else:
+        short = plan.limits.queries
+        attend_in_tiles(q_THD, layer, batch, scale, window, out, partials, plan, limit, short=short)
+    merge_short_chunks(out, batch, window, plan, partials, limit)
+
+
+def attention(
+    q_THD: Tensor,
+    layer: KVLayer,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None,
+    *,
+    is_deterministic: bool = False,
+    tickets: Tensor | None = None,
+    plans: ShortPlans | None = None,
+) -> Tensor:
+    """Returns [T, H * D] in the dtype of q; see `Ops.attention`.
+
+    A sequence of length 0 with one query (padding of a captured graph) gets zeros.
+    """
+    out = torch.empty_like(q_THD)
+    bound = seq_len_bound(layer, batch)
+    if is_deterministic and batch.max_query_len != 1:
+        _every_row_as_decode(q_THD, layer, batch, scale, window, out, bound, tickets)
+        return out.flatten(1)
+    if batch.max_slots != 0:
+        decode_attention(
+            q_THD,
+            layer,
+            batch,
+            scale,
+            window,
+            out,
+            max_seq_len=bound,
+            tickets=tickets,
+            is_invariant=is_deterministic,
+        )
+    tiles_attention(q_THD, layer, batch, scale, window, out, plans=plans)
+    return out.flatten(1)
+
+
+def tiles_attention(
+    q_THD: Tensor,
+    layer: KVLayer,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None,
+    out: Tensor,
+    *,
+    plans: ShortPlans | None = None,
+) -> None:
+    """Writes the rows of `out` whose sequences have more than one query."""
+    num_tokens = len(q_THD)
+    longest = num_tokens if batch.max_query_len is None else batch.max_query_len
+    short = num_tokens if batch.num_short_tokens is None else batch.num_short_tokens
+    is_hopper = fits_hopper(q_THD, layer, window)
+    if longest > 1 and short > 1:
+        short_attention(
+            q_THD, layer, batch, scale, window, out, short, is_hopper=is_hopper, plans=plans
+        )
+    if longest <= SHORT_QUERIES:
+        return
+    if is_hopper:
+        hopper.long_chunks(q_THD, layer, batch, scale, out, SHORT_QUERIES)
+    else:
+        prefill_attention(q_THD, layer, batch, scale, window, out)
+
+
+def _every_row_as_decode(
+    q_THD: Tensor,
+    layer: KVLayer,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None,
+    out: Tensor,
+    max_seq_len: int,
+    tickets: Tensor | None,
+) -> None:
+    num_tokens = len(q_THD)
+    tokens = torch.arange(num_tokens, dtype=torch.int32, device=q_THD.device)
+    sequences = torch.searchsorted(batch.query_starts[1:], tokens, right=True, out_int32=True)
+    for start in range(0, num_tokens, DETERMINISTIC_TOKENS):
+        rows = slice(start, start + DETERMINISTIC_TOKENS)
+        part = AttentionBatch(
+            positions_T=batch.positions_T[rows],
+            slot_mapping_T=batch.slot_mapping_T[rows],
+            query_starts=batch.query_starts,
+            seq_lens_S=batch.seq_lens_S,
+            block_table=batch.block_table,
+        )
+        decode_attention(
+            q_THD[rows],
+            layer,
+            part,
+            scale,
+            window,
+            out[rows],
+            max_seq_len=max_seq_len,
+            token_sequences=sequences[rows],
+            tickets=tickets,
+            is_invariant=True,
+        )

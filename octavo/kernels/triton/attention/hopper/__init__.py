@@ -1,0 +1,1 @@
+"""Attention on Hopper: tensor memory engine and warp-group products, in Gluon."""

@@ -1,0 +1,386 @@
+"""Attention of decoding sequences that share leading blocks: each shared block is read once.
+
+The plan (NumPy, once a step) groups sequences by equal leading columns of their block tables; the
+kernel stacks the group's queries into one matrix product over the shared part, the split kernel
+does the private tails, and log-sum-exp merges both. Sequences outside any group decode as ever.
+The bits of a row then depend on who shares with it: a deterministic engine leaves the plan out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.kernels.inputs import AttentionBatch, KVLayer, SharedPrefix
+from octavo.kernels.triton.attention.choose import fits_hopper, hopper, tiles_attention
+from octavo.kernels.triton.attention.decode import (
+    LOG2_E,
+    Partials,
+    check_query,
+    compute_dtype,
+    decode_attention,
+    make_partials,
+    split_slots,
+)
+from octavo.kernels.triton.attention.short_chunks import ShortPlans
+from octavo.kernels.triton.attention.splits import SPLIT_STEP, Tiling, split_size
+from octavo.kernels.triton.attention.tiles import attend_range, value_delta
+from octavo.kernels.triton.launching.chip import cdiv, next_power_of_2
+from octavo.kernels.triton.launching.launchable import launchable
+from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
+
+MAX_SPLITS = 16
+"""More leave too much to merge."""
+MIN_BLOCKS = 64
+"""Fewer shared blocks than this come from the L2 cache anyway, and merging costs time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SharedPrefixPlan:
+    """Groups of sequences and what they share, on the host."""
+
+    members: np.ndarray
+    """int32: sequence indices, group after group."""
+    group_starts: np.ndarray
+    """int32 [groups + 1]: where each group's members begin."""
+    shared_tokens: np.ndarray
+    """int32 [S]: tokens of each sequence that its group reads for it; 0 outside groups."""
+    split_sizes: np.ndarray
+    """int32 [groups]."""
+    piece_starts: np.ndarray
+    """int32 [groups + 1]: where each group's pieces of work begin, heads not counted."""
+    max_members: int
+    max_splits: int
+    max_tail: int
+    """Tokens of the longest private tail, or of the longest sequence outside groups."""
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """What a device needs of it, int32, in the order that `on_device` takes."""
+        slots = np.zeros_like(self.shared_tokens)
+        for group, size in enumerate(self.split_sizes):
+            own = self.members[self.group_starts[group] : self.group_starts[group + 1]]
+            slots[own] = -(-self.shared_tokens[own] // size)
+        groups = self.group_starts, self.shared_tokens, slots, self.split_sizes
+        return self.members, *groups, self.piece_starts
+
+    def on_device(self, tensors: Sequence[Tensor]) -> SharedPrefix:
+        """Returns the plan over the tensors that `arrays` have become."""
+        members, group_starts, shared_tokens_S, shared_slots_S, *rest = tensors
+        split_sizes, piece_starts = rest
+        return SharedPrefix(
+            members=members,
+            group_starts=group_starts,
+            shared_tokens_S=shared_tokens_S,
+            shared_slots_S=shared_slots_S,
+            split_sizes=split_sizes,
+            piece_starts=piece_starts,
+            num_groups=len(split_sizes),
+            max_members=self.max_members,
+            max_splits=self.max_splits,
+            max_tail=self.max_tail,
+        )
+
+    def to_device(self, device: torch.device) -> SharedPrefix:
+        """Returns the plan as tensors on `device`."""
+        return self.on_device([torch.from_numpy(part).to(device) for part in self.arrays])
+
+    def grown(self, seq_lens: np.ndarray, query_lens: np.ndarray) -> SharedPrefixPlan:
+        """Returns the plan of the same sequences after some steps, which share what they shared."""
+        max_tail = _max_tail(seq_lens, query_lens, self.shared_tokens)
+        return replace(self, max_tail=max_tail)
+
+    def padded(self, num_sequences: int) -> SharedPrefixPlan:
+        """Returns a plan of the same groups with room for `num_sequences`, and bounds that many
+        plans share, so that one captured graph serves them all."""
+        num_groups = next_power_of_2(len(self.split_sizes))
+        return SharedPrefixPlan(
+            members=_padded(self.members, num_sequences),
+            group_starts=_padded(self.group_starts, num_groups + 1, len(self.members)),
+            shared_tokens=_padded(self.shared_tokens, num_sequences),
+            split_sizes=_padded(self.split_sizes, num_groups, 1),
+            piece_starts=_padded(self.piece_starts, num_groups + 1, int(self.piece_starts[-1])),
+            max_members=num_sequences,
+            max_splits=next_power_of_2(self.max_splits),
+            max_tail=max(256, next_power_of_2(self.max_tail)),
+        )
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """What the launches of a captured graph depend on."""
+        return len(self.split_sizes), self.max_members, self.max_splits, self.max_tail
+
+    @property
+    def max_slots(self) -> int:
+        """Partial results of a row at most, when padded."""
+        tail = max(256, next_power_of_2(self.max_tail))
+        return next_power_of_2(self.max_splits) + split_slots(tail)
+
+
+def plan_shared_prefix(
+    block_table: np.ndarray,
+    seq_lens: np.ndarray,
+    query_lens: np.ndarray,
+    tiles: Tiling,
+    *,
+    block_size: int = 16,
+    min_blocks: int = MIN_BLOCKS,
+) -> SharedPrefixPlan | None:
+    """Returns the groups whose reads save most, or None where none saves `min_blocks` a member.
+    `tiles` says how many pieces the layers' kernel makes of them.
+
+    Every sequence with one query counts, by its full blocks alone. Of nested prefixes (a tree) the
+    level with the fewest blocks read is taken, for every subtree on its own.
+    """
+    full = np.where(query_lens == 1, seq_lens // block_size, 0)
+    rows = [block_table[s, : full[s]] for s in range(len(full))]
+    order = sorted(np.flatnonzero(full >= min_blocks).tolist(), key=lambda s: rows[s].tobytes())
+    chosen = [found for found in _best_groups(rows, order, 0)[1] if found[1] >= min_blocks]
+    if not chosen:
+        return None
+    shared = np.zeros(len(full), np.int32)
+    for members, blocks in chosen:
+        shared[members] = blocks * block_size
+    work = tuple((blocks * block_size, len(members)) for members, blocks in chosen)
+    size = split_size(work, tiles, most=MAX_SPLITS, shortest=SPLIT_STEP)
+    pieces = [cdiv(count, tiles.queries) * cdiv(tokens, size) for tokens, count in work]
+    starts = np.cumsum([0, *(len(members) for members, _ in chosen)])
+    return SharedPrefixPlan(
+        members=np.array([s for members, _ in chosen for s in members], np.int32),
+        group_starts=starts.astype(np.int32),
+        shared_tokens=shared,
+        split_sizes=np.full(len(chosen), size, np.int32),
+        piece_starts=np.cumsum([0, *pieces]).astype(np.int32),
+        max_members=max(len(members) for members, _ in chosen),
+        max_splits=max(cdiv(tokens, size) for tokens, _ in work),
+        max_tail=_max_tail(seq_lens, query_lens, shared),
+    )
+
+
+def _max_tail(seq_lens: np.ndarray, query_lens: np.ndarray, shared: np.ndarray) -> int:
+    return max(1, int((seq_lens - shared)[query_lens == 1].max()))
+
+
+def _padded(array: np.ndarray, size: int, value: int = 0) -> np.ndarray:
+    """Returns the array with `value` behind it. np.pad takes some 15 us for that."""
+    padded = np.full(size, value, array.dtype)
+    padded[: len(array)] = array
+    return padded
+
+
+Group = tuple[list[int], int]
+
+
+def _best_groups(
+    rows: Sequence[np.ndarray], order: list[int], depth: int
+) -> tuple[int, list[Group]]:
+    """Returns (block reads saved, groups) for sequences `order`, sorted and equal up to `depth`."""
+    if len(order) < 2:
+        return 0, []
+    first, last = rows[order[0]], rows[order[-1]]
+    length = min(len(first), len(last))
+    differs = np.flatnonzero(first[depth:length] != last[depth:length])
+    common = depth + int(differs[0]) if len(differs) else length
+    saved, groups = (len(order) - 1) * common, [(order, common)]
+    inner = [_best_groups(rows, part, common) for part in _children(rows, order, common)]
+    inner_saved = sum(part[0] for part in inner)
+    if inner_saved > saved:
+        return inner_saved, [group for _, found in inner for group in found]
+    return saved, groups if common else []
+
+
+def _children(rows: Sequence[np.ndarray], order: list[int], at: int) -> Iterator[list[int]]:
+    """Yields runs of sequences with the same block at column `at`; those that end there, never."""
+    part: list[int] = []
+    for s in order:
+        if len(rows[s]) <= at:
+            continue
+        if part and rows[part[-1]][at] != rows[s][at]:
+            yield part
+            part = []
+        part.append(s)
+    if part:
+        yield part
+
+
+@launchable
+@triton.jit(do_not_specialize=["num_slots"])
+def _shared_kernel(
+    q,
+    key,
+    value,
+    partial_out,
+    partial_lse,
+    query_starts,
+    seq_lens,
+    block_table,
+    members,
+    group_starts,
+    shared_tokens,
+    split_sizes,
+    num_slots,
+    stride_block,
+    stride_table,
+    scale_log2,
+    window,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    DELTA: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    TILES: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One split of what a group shares, for BLOCK_M // PADDED_GROUP of its members at once.
+
+    partial_out[t, h, split] = softmax(scale q k^T) v over the split, partial_lse its log2-sum-exp2.
+    Program 0: split; 1: group * TILES + tile of members; 2: kv head. Row r is member
+    r // PADDED_GROUP, head r % PADDED_GROUP; every shared key is visible to every member, but for
+    a window. q [T, H, D]; key, value [B, P, K, D]; partial_out [T, H, slots, D].
+    """
+    GROUP: tl.constexpr = H // K
+    MEMBERS: tl.constexpr = BLOCK_M // PADDED_GROUP
+    wait_turn(OVERLAP)
+    group = tl.program_id(1) // TILES
+    first = tl.load(group_starts + group)
+    count = tl.load(group_starts + group + 1) - first
+    first_member = (tl.program_id(1) % TILES) * MEMBERS
+    if first_member >= count:
+        return
+    leader = tl.load(members + first).to(tl.int64)
+    shared = tl.load(shared_tokens + leader)
+    size = tl.load(split_sizes + group)
+    start = tl.program_id(0) * size
+    if start >= shared:
+        return
+    end = tl.minimum(start + size, shared)
+    kv_head = tl.program_id(2)
+    rows = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    member = first_member + rows // PADDED_GROUP
+    live = (member < count) & (rows % PADDED_GROUP < GROUP)
+    sequence = tl.load(members + first + member, mask=live, other=0)
+    t = tl.load(query_starts + sequence, mask=live, other=0).to(tl.int64)
+    # Rows that stand for nobody stay within the group's visible part: no NaN, nothing stored.
+    position = tl.load(seq_lens + sequence, mask=live, other=2**30) - 1
+    heads = t * H + kv_head * GROUP + rows % PADDED_GROUP
+    mask = live[:, None] & (offs_d < D)[None, :]
+    q_tile = tl.load(q + heads[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+    mean, lse = attend_range(
+        q_tile, position, key + kv_head * D, value + kv_head * D,
+        block_table + leader * stride_table, start, end // BLOCK_N * BLOCK_N, end,
+        stride_block, K * D, scale_log2, window, D, P, DELTA, HAS_WINDOW, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    slot = heads * num_slots + tl.program_id(0)
+    to = partial_out + slot[:, None] * D + offs_d[None, :]
+    tl.store(to, mean, mask=mask)
+    tl.store(partial_lse + slot, lse, mask=live)
+
+
+def shared_shape(rows: int, head_size: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """Returns (BLOCK_M, BLOCK_N, num_warps, num_stages) for up to `rows` stacked query rows."""
+    if dtype == torch.float32:
+        return 32, 32, 4, 1
+    if head_size > 128:
+        return 64, 64, 4, 2
+    return (128, 64, 4, 3) if rows > 64 else (64, 64, 4, 3)
+
+
+def shared_prefix_attention(
+    q_THD: Tensor,
+    layer: KVLayer,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None,
+    plan: SharedPrefix,
+    tickets: Tensor | None = None,
+    plans: ShortPlans | None = None,
+) -> Tensor:
+    """Returns what `attention` returns, [T, H * D], reading the plan's shared blocks once.
+
+    `plan` must be of this very batch. Sequences with several queries are not grouped.
+    """
+    out = torch.empty_like(q_THD)
+    partials = make_partials(q_THD, plan.max_splits + split_slots(plan.max_tail))
+    _attend_shared(q_THD, layer, batch, scale, window, plan, partials)
+    decode_attention(
+        q_THD,
+        layer,
+        batch,
+        scale,
+        window,
+        out,
+        max_seq_len=plan.max_tail,
+        shared=(plan.shared_tokens_S, plan.shared_slots_S),
+        partials=partials,
+        tickets=tickets,
+    )
+    tiles_attention(q_THD, layer, batch, scale, window, out, plans=plans)
+    return out.flatten(1)
+
+
+def _attend_shared(
+    q_THD: Tensor,
+    layer: KVLayer,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None,
+    plan: SharedPrefix,
+    partials: Partials,
+) -> None:
+    if fits_hopper(q_THD, layer, window):
+        hopper.shared_prefixes(q_THD, layer, batch, scale, plan, partials)
+        return
+    stride_block = check_query(q_THD, layer, batch)
+    num_heads, head_size = q_THD.shape[1:]
+    block_size, num_kv_heads = layer.key.shape[1:3]
+    dtype = compute_dtype(q_THD, layer)
+    padded_group = next_power_of_2(num_heads // num_kv_heads)
+    rows = plan.max_members * padded_group
+    block_m, block_n, num_warps, num_stages = shared_shape(rows, head_size, dtype)
+    block_m = max(block_m, padded_group)
+    tiles = next_power_of_2(cdiv(rows, block_m))
+    _shared_kernel[(plan.max_splits, plan.num_groups * tiles, num_kv_heads)](
+        q_THD.to(dtype),
+        layer.key,
+        layer.value,
+        partials.out,
+        partials.lse,
+        batch.query_starts,
+        batch.seq_lens_S,
+        batch.block_table,
+        plan.members,
+        plan.group_starts,
+        plan.shared_tokens_S,
+        plan.split_sizes,
+        partials.num_slots,
+        stride_block,
+        batch.block_table.stride(0),
+        scale * LOG2_E,
+        0 if window is None else window,
+        H=num_heads,
+        K=num_kv_heads,
+        D=head_size,
+        P=block_size,
+        DELTA=value_delta(layer),
+        HAS_WINDOW=window is not None,
+        TILES=tiles,
+        PADDED_GROUP=padded_group,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_D=max(16, next_power_of_2(head_size)),
+        num_warps=num_warps,
+        num_stages=num_stages,
+        **launch_options(q_THD.device),
+    )

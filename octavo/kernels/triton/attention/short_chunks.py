@@ -1,0 +1,335 @@
+"""What chunks of a few queries share out: splits of their keys, planned and merged on the device.
+
+Called by attention.py. The plan is made once a step from lengths that only the device may know (a
+captured graph is replayed with others), and read by the kernels that attend and by the one that
+merges. Never attends.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.kernels.inputs import AttentionBatch
+from octavo.kernels.triton.attention.decode import Partials, merge_heads
+from octavo.kernels.triton.attention.splits import (
+    PARTIALS_A_TOKEN,
+    PIECE_TOKENS,
+    SPLIT_STEP,
+    Tiling,
+)
+from octavo.kernels.triton.launching.chip import cdiv, next_power_of_2, num_processors
+from octavo.kernels.triton.launching.launchable import launchable
+from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
+
+PLAN_SEQUENCES = 512
+"""Steps of up to so many sequences share one binary of the planning kernel."""
+MERGE_HEADS, MERGE_SLOTS, MERGE_WARPS = 2, 8, 2
+"""Heads of a row and partial results of each that a program of the merge takes at a time."""
+MERGE_PROGRAMS = 16
+"""Of a processor."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Which chunks are short, and how they may be split."""
+
+    queries: int
+    """Sequences with 2 to this many queries are short."""
+    splits: int
+    """Of a sequence, at most."""
+    shortest: int
+    """Tokens of a split, at least; a multiple of SPLIT_STEP."""
+    slots: int
+    """Partial results of all rows (each of all heads) together, at most."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ShortPlan:
+    """How the short chunks of a step are split, on the device.
+
+    `table` int32 [3 * (S + 1) + 1]: prefix sums over sequences of their pieces of work (a tile of
+    queries and a split; heads not counted), of their slots in the buffer of partial results, and of
+    their rows to merge; then the tokens of a split, which are the same for all. A split is a range
+    of positions, begins at a multiple of them, and counts from the first that a query sees.
+    Query i of a sequence of n > 1 splits has slots [i n, (i + 1) n) of its own.
+    """
+
+    table: Tensor
+    limits: Limits
+
+
+class ShortPlans:
+    """The plans of the steps under way, each made when its first layer asks."""
+
+    def __init__(self) -> None:
+        self._plans: weakref.WeakKeyDictionary[AttentionBatch, dict[object, ShortPlan]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def of(
+        self, batch: AttentionBatch, tiles: Tiling, window: int | None, limits: Limits
+    ) -> ShortPlan:
+        """Returns `plan_short_chunks` of the same; a batch must not change afterwards."""
+        known = self._plans.setdefault(batch, {})
+        key = tiles, window, limits
+        if key not in known:
+            known[key] = plan_short_chunks(batch, tiles, window, limits)
+        return known[key]
+
+
+@triton.jit
+def sequence_of(starts, num_sequences, index, DIVISOR: tl.constexpr):
+    """Returns the last s with starts[s] // DIVISOR + s <= index, or, DIVISOR 0, starts[s] <= index
+    (so that a sequence without queries is never found before the one behind it)."""
+    sequence = index * 0
+    beyond = sequence + num_sequences
+    while beyond - sequence > 1:
+        middle = (sequence + beyond) // 2
+        first = tl.load(starts + middle)
+        if DIVISOR > 0:
+            first = first // DIVISOR + middle
+        if first <= index:
+            sequence = middle
+        else:
+            beyond = middle
+    return sequence
+
+
+@triton.jit
+def split_of(table, num_sequences):
+    """Returns the tokens of a split: see `ShortPlan`."""
+    return tl.load(table + 3 * (num_sequences + 1))
+
+
+@triton.jit
+def first_split(length, num_queries, size, window, HAS_WINDOW: tl.constexpr):
+    """Returns the split of the first position that a query of the sequence sees."""
+    first = length * 0
+    if HAS_WINDOW:
+        first = tl.maximum(length - num_queries + 1 - window, 0) // size
+    return first
+
+
+@triton.jit
+def _parts(size, length, num_queries, window, HAS_WINDOW: tl.constexpr):
+    return tl.cdiv(length, size) - first_split(length, num_queries, size, window, HAS_WINDOW)
+
+
+@triton.jit
+def _cost(
+    size,
+    longest,
+    tokens,
+    parts,
+    num_queries,
+    processors,
+    QUERIES: tl.constexpr,
+    HEAD_GROUPS: tl.constexpr,
+    H: tl.constexpr,
+    PIECE: tl.constexpr,
+    PARTIALS: tl.constexpr,
+):
+    """Returns (`splits.cost`, slots) of sequences that attend `tokens` in so many parts."""
+    tasks = tl.cdiv(num_queries, QUERIES) * HEAD_GROUPS
+    pieces = tl.sum(tasks * parts)
+    total = tl.sum(tasks.to(tl.float32) * tokens)
+    slots = tl.sum(tl.where(parts > 1, num_queries * parts, 0))
+    each = (tl.minimum(size, longest) + PIECE).to(tl.float32)
+    waves = tl.cdiv(pieces, processors) * each
+    even = (total + pieces.to(tl.float32) * PIECE) / processors + each
+    return tl.minimum(waves, even) + slots.to(tl.float32) * (H / PARTIALS), slots
+
+
+@launchable
+@triton.jit(do_not_specialize=["num_sequences", "max_slots", "processors", "window"])
+def _plan_kernel(
+    table,
+    query_starts,
+    seq_lens,
+    num_sequences,
+    max_slots,
+    processors,
+    window,
+    H: tl.constexpr,
+    HEAD_GROUPS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    SHORT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SHORTEST: tl.constexpr,
+    STEP: tl.constexpr,
+    PIECE: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """table = `ShortPlan.table` of the sequences with 2 to SHORT queries: of 1 to SPLITS splits of
+    the longest that need no more than `max_slots` slots, those that cost least. One program."""
+    wait_turn(OVERLAP)
+    s = tl.arange(0, BLOCK_S)
+    live = s < num_sequences
+    start = tl.load(query_starts + s, mask=live, other=0)
+    num_queries = tl.load(query_starts + s + 1, mask=live, other=0) - start
+    length = tl.load(seq_lens + s, mask=live, other=0)
+    # Padding of a captured graph has queries, but no tokens.
+    is_short = (num_queries > 1) & (num_queries <= SHORT) & (length > 0)
+    num_queries = tl.where(is_short, num_queries, 0)
+    length = tl.where(is_short, length, 0)
+    tokens = length
+    if HAS_WINDOW:
+        tokens = tl.minimum(length, num_queries - 1 + window)
+    longest = tl.max(tokens)
+    # One split of the whole always fits: it leaves no partial results.
+    size = tl.maximum(tl.cdiv(tl.max(length), STEP) * STEP, SHORTEST)
+    parts = _parts(size, length, num_queries, window, HAS_WINDOW)
+    lowest, _ = _cost(
+        size, longest, tokens, parts, num_queries, processors,
+        QUERIES, HEAD_GROUPS, H, PIECE, PARTIALS,
+    )  # fmt: skip
+    most: tl.constexpr = SPLITS - 1 if HAS_WINDOW else SPLITS  # A window may begin within one.
+    for count in range(2, most + 1):
+        other = tl.maximum(tl.cdiv(longest, count * STEP) * STEP, SHORTEST)
+        parts = _parts(other, length, num_queries, window, HAS_WINDOW)
+        found, slots = _cost(
+            other, longest, tokens, parts, num_queries, processors,
+            QUERIES, HEAD_GROUPS, H, PIECE, PARTIALS,
+        )  # fmt: skip
+        is_better = (found < lowest) & (slots <= max_slots)
+        size = tl.where(is_better, other, size)
+        lowest = tl.where(is_better, found, lowest)
+    parts = _parts(size, length, num_queries, window, HAS_WINDOW)
+    is_split = parts > 1
+    row = num_sequences + 1
+    tl.store(table + s * row, 0, mask=s < 3)
+    at = table + 1 + s
+    tl.store(at, tl.cumsum(tl.cdiv(num_queries, QUERIES) * parts, 0), mask=live)
+    slots = tl.where(is_split, num_queries * parts, 0)
+    tl.store(at + row, tl.cumsum(slots, 0), mask=live)
+    tl.store(at + 2 * row, tl.cumsum(tl.where(is_split, num_queries, 0), 0), mask=live)
+    tl.store(table + 3 * row + s, size, mask=s < 1)
+
+
+@launchable
+@triton.jit(do_not_specialize=["num_sequences", "window"])
+def _merge_kernel(
+    out,
+    partial_out,
+    partial_lse,
+    table,
+    query_starts,
+    seq_lens,
+    num_sequences,
+    window,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HEADS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """out[t, h] = the row's splits weighted by 2^lse, for the rows that the plan counts to merge.
+    Programs take HEADS heads of a row in turn."""
+    BLOCKS: tl.constexpr = (H + HEADS - 1) // HEADS
+    wait_turn(OVERLAP)
+    slot_starts = table + num_sequences + 1
+    merge_starts = slot_starts + num_sequences + 1
+    size = split_of(table, num_sequences)
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    for index in tl.range(
+        tl.program_id(0), tl.load(merge_starts + num_sequences) * BLOCKS, tl.num_programs(0)
+    ):
+        row = index // BLOCKS
+        head = index % BLOCKS * HEADS + tl.arange(0, HEADS)
+        sequence = sequence_of(merge_starts, num_sequences, row, 0)
+        query = row - tl.load(merge_starts + sequence)
+        first_row = tl.load(query_starts + sequence)
+        num_queries = tl.load(query_starts + sequence + 1) - first_row
+        length = tl.load(seq_lens + sequence)
+        position = length - num_queries + query
+        low = position * 0
+        if HAS_WINDOW:
+            low = tl.maximum(position - window + 1, 0)
+        parts = _parts(size, length, num_queries, window, HAS_WINDOW)
+        first = low // size - first_split(length, num_queries, size, window, HAS_WINDOW)
+        slots = tl.load(slot_starts + sequence).to(tl.int64) * H
+        slots = slots + (query * H + head) * parts + first
+        count = position // size + 1 - low // size
+        mean = merge_heads(
+            partial_out, partial_lse, slots, count, head < H, D, HEADS * SLOTS, BLOCK_D
+        )
+        at = ((first_row + query).to(tl.int64) * H + head)[:, None] * D + offs_d
+        mask = (head < H)[:, None] & (offs_d < D)
+        tl.store(out + at, mean.to(out.dtype.element_ty), mask=mask)
+
+
+def plan_short_chunks(
+    batch: AttentionBatch, tiles: Tiling, window: int | None, limits: Limits
+) -> ShortPlan:
+    """Returns the plan of a batch for one tiling and one window."""
+    num_sequences = len(batch.seq_lens_S)
+    assert limits.shortest % SPLIT_STEP == 0, limits
+    table = torch.empty(
+        3 * (num_sequences + 1) + 1, dtype=torch.int32, device=batch.seq_lens_S.device
+    )
+    _plan_kernel[(1,)](
+        table,
+        batch.query_starts,
+        batch.seq_lens_S,
+        num_sequences,
+        limits.slots,
+        tiles.processors,
+        0 if window is None else window,
+        H=tiles.num_heads,
+        HEAD_GROUPS=tiles.head_groups,
+        QUERIES=tiles.queries,
+        HAS_WINDOW=window is not None,
+        SHORT=limits.queries,
+        SPLITS=limits.splits,
+        SHORTEST=limits.shortest,
+        STEP=SPLIT_STEP,
+        PIECE=PIECE_TOKENS,
+        PARTIALS=PARTIALS_A_TOKEN,
+        BLOCK_S=max(PLAN_SEQUENCES, next_power_of_2(num_sequences)),
+        num_warps=4,
+        **launch_options(table.device),
+    )
+    return ShortPlan(table=table, limits=limits)
+
+
+def merge_short_chunks(
+    out: Tensor,
+    batch: AttentionBatch,
+    window: int | None,
+    plan: ShortPlan,
+    partials: Partials,
+    num_tokens: int,
+) -> None:
+    """Merges what lies in `partials` into the rows of `out` [T, H, D], all of them among the first
+    `num_tokens`."""
+    num_heads, head_size = out.shape[1:]
+    programs = num_tokens * cdiv(num_heads, MERGE_HEADS)
+    _merge_kernel[(min(programs, MERGE_PROGRAMS * num_processors(out.device)),)](
+        out,
+        partials.out,
+        partials.lse,
+        plan.table,
+        batch.query_starts,
+        batch.seq_lens_S,
+        len(batch.seq_lens_S),
+        0 if window is None else window,
+        H=num_heads,
+        D=head_size,
+        HAS_WINDOW=window is not None,
+        HEADS=MERGE_HEADS,
+        SLOTS=MERGE_SLOTS,
+        BLOCK_D=max(16, next_power_of_2(head_size)),
+        num_warps=MERGE_WARPS,
+        **launch_options(out.device),
+    )

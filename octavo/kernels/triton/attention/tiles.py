@@ -1,0 +1,311 @@
+"""Causal attention in tiles of queries, portable: one tile meets the keys that it sees, or a split.
+
+Called by choose.py for sequences with several queries; shared.py stacks its own tiles
+over `attend_range`. Neither reads slots no query may see nor asks the device anything.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.kernels.inputs import AttentionBatch, KVLayer
+from octavo.kernels.triton.attention.decode import LOG2_E, Partials, check_query, compute_dtype
+from octavo.kernels.triton.attention.short_chunks import (
+    ShortPlan,
+    first_split,
+    sequence_of,
+    split_of,
+)
+from octavo.kernels.triton.launching.chip import next_power_of_2
+from octavo.kernels.triton.launching.launchable import launchable
+from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
+
+
+@triton.jit
+def attend_tiles(
+    acc,
+    m,
+    total,
+    q,
+    position,
+    key,
+    value,
+    table_row,
+    low,
+    start,
+    end,
+    stride_block,
+    stride_token,
+    scale_log2,
+    window,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    DELTA: tl.constexpr,
+    MASKED: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Adds positions [start, end) to the running softmax of q [BLOCK_M, BLOCK_D].
+
+    Without MASKED every row sees the whole range, a multiple of BLOCK_N. Masked or not, the same
+    operations run in the same order, and a tile a row sees nothing of leaves its bits alone.
+    DELTA: elements from a key to its value, where one address can serve both (0: it cannot).
+    """
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    if DELTA > 0:
+        value = key + DELTA
+    for tile in tl.range(start, end, BLOCK_N):
+        n = tile + offs_n
+        if MASKED:
+            live = (n < end) & (n >= low)
+            page = tl.load(table_row + n // P, mask=live, other=0).to(tl.int64)
+        else:
+            page = tl.load(table_row + n // P).to(tl.int64)
+        at = (page * stride_block + (n % P) * stride_token)[:, None] + offs_d[None, :]
+        if MASKED and D != BLOCK_D:
+            mask = live[:, None] & (offs_d < D)[None, :]
+            k = tl.load(key + at, mask=mask, other=0.0)
+            v = tl.load(value + at, mask=mask, other=0.0)
+        elif MASKED:
+            k = tl.load(key + at, mask=live[:, None], other=0.0)
+            v = tl.load(value + at, mask=live[:, None], other=0.0)
+        elif D != BLOCK_D:
+            k = tl.load(key + at, mask=(offs_d < D)[None, :], other=0.0)
+            v = tl.load(value + at, mask=(offs_d < D)[None, :], other=0.0)
+        else:
+            k = tl.load(key + at)
+            v = tl.load(value + at)
+        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+        if MASKED:
+            seen = live[None, :] & (n[None, :] <= position[:, None])
+            if HAS_WINDOW:
+                seen = seen & (n[None, :] > position[:, None] - window)
+            s = tl.where(seen, s, -float("inf"))
+        higher = tl.maximum(m, tl.max(s, 1) * scale_log2)
+        floor = tl.where(higher == -float("inf"), 0.0, higher)
+        p = tl.exp2(s * scale_log2 - floor[:, None])
+        shrink = tl.exp2(m - floor)
+        total = total * shrink + tl.sum(p, 1)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc, input_precision="ieee")
+        m = higher
+    return acc, m, total
+
+
+@triton.jit
+def attend_range(
+    q,
+    position,
+    key,
+    value,
+    table_row,
+    start,
+    middle,
+    end,
+    stride_block,
+    stride_token,
+    scale_log2,
+    window,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    DELTA: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Returns softmax(scale q k^T) v over positions [start, end) as [BLOCK_M, BLOCK_D] and its
+    log2-sum-exp2: 0 and -inf where a row sees none. Every row sees all of [start, middle), but for
+    a window; both are multiples of BLOCK_N."""
+    m = tl.full([q.shape[0]], -float("inf"), tl.float32)
+    total = tl.zeros([q.shape[0]], tl.float32)
+    acc = tl.zeros([q.shape[0], BLOCK_D], tl.float32)
+    low = start * 0
+    if HAS_WINDOW:
+        low = tl.maximum(tl.min(position, 0) - window + 1, 0)
+        middle = tl.maximum(start, low // BLOCK_N * BLOCK_N)
+    else:
+        acc, m, total = attend_tiles(
+            acc, m, total, q, position, key, value, table_row, low, start, middle,
+            stride_block, stride_token, scale_log2, window,
+            D, P, DELTA, False, HAS_WINDOW, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    acc, m, total = attend_tiles(
+        acc, m, total, q, position, key, value, table_row, low, middle, end,
+        stride_block, stride_token, scale_log2, window,
+        D, P, DELTA, True, HAS_WINDOW, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    total = tl.where(total > 0, total, 1.0)
+    return acc / total[:, None], m + tl.log2(total)
+
+
+@launchable
+@triton.jit(do_not_specialize=["num_sequences"])
+def _prefill_kernel(
+    q,
+    key,
+    value,
+    out,
+    partial_out,
+    partial_lse,
+    query_starts,
+    seq_lens,
+    block_table,
+    table,
+    num_sequences,
+    stride_block,
+    stride_table,
+    scale_log2,
+    window,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    DELTA: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    SHORT: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """out = softmax(scale q k^T + causal and window mask) v for one tile of queries.
+
+    A tile is BLOCK_M // PADDED_GROUP queries of one sequence times the GROUP = H // K heads of kv
+    head `program 0`: row r is query r // PADDED_GROUP, head r % PADDED_GROUP. q, out [T, H, D];
+    key, value [B, P, K, D] with `stride_block`. Program 1 counts tiles from the last (the longest)
+    to the first; sequence s owns those from query_starts[s] // queries + s on.
+    Sequences with more than SHORT queries; IS_SPLIT: those with 2 to SHORT, and of their keys the
+    `program 2`-th split of a plan (`ShortPlan.table`), to partial_out unless it is the only one.
+    """
+    GROUP: tl.constexpr = H // K
+    QUERIES: tl.constexpr = BLOCK_M // PADDED_GROUP
+    wait_turn(OVERLAP)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    sequence = sequence_of(query_starts, num_sequences, tile, QUERIES)
+    first_row = tl.load(query_starts + sequence)
+    num_queries = tl.load(query_starts + sequence + 1) - first_row
+    first_query = (tile - (first_row // QUERIES + sequence)) * QUERIES
+    length = tl.load(seq_lens + sequence)
+    is_short = num_queries <= SHORT
+    if (first_query >= num_queries) | (num_queries < 2) | (is_short != IS_SPLIT):
+        return
+    computed = length - num_queries
+    kv_head = tl.program_id(0)
+    rows = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    query = first_query + rows // PADDED_GROUP
+    head = kv_head * GROUP + rows % PADDED_GROUP
+    live = (query < num_queries) & (rows % PADDED_GROUP < GROUP)
+    last_query = tl.minimum(first_query + QUERIES, num_queries) - 1
+    position = computed + tl.minimum(query, last_query)
+    start = first_query * 0
+    end = computed + last_query + 1
+    if IS_SPLIT:
+        size = split_of(table, num_sequences)
+        first = first_split(length, num_queries, size, window, HAS_WINDOW)
+        start = (first + tl.program_id(2)) * size
+        end = tl.minimum(end, start + size)
+        if start >= end:
+            return
+    at = ((first_row + query).to(tl.int64) * H + head)[:, None] * D + offs_d[None, :]
+    mask = live[:, None] & (offs_d < D)[None, :]
+    q_tile = tl.load(q + at, mask=mask, other=0.0)
+    middle = tl.minimum(tl.maximum(computed + first_query + 1, start), end) // BLOCK_N * BLOCK_N
+    mean, lse = attend_range(
+        q_tile, position, key + kv_head * D, value + kv_head * D,
+        block_table + sequence.to(tl.int64) * stride_table, start, middle, end,
+        stride_block, K * D, scale_log2, window, D, P, DELTA, HAS_WINDOW, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    if IS_SPLIT:
+        parts = tl.cdiv(length, size) - first
+        is_partial = parts > 1
+        slot = tl.load(table + num_sequences + 1 + sequence).to(tl.int64) * H
+        slot = slot + (query * H + head) * parts + tl.program_id(2)
+        to = partial_out + slot[:, None] * D + offs_d[None, :]
+        tl.store(to, mean, mask=mask & is_partial)
+        tl.store(partial_lse + slot, lse, mask=live & is_partial)
+        mask = mask & (parts < 2)
+    tl.store(out + at, mean.to(out.dtype.element_ty), mask=mask)
+
+
+def prefill_shape(head_size: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """Returns (BLOCK_M, BLOCK_N, num_warps, num_stages) of the tile kernel."""
+    if dtype == torch.float32:
+        return (32, 32, 4, 1) if head_size > 128 else (64, 32, 4, 2)
+    if head_size <= 128:
+        return 128, 64, 4, 3
+    return 64, 64, 4, 2
+
+
+def value_delta(layer: KVLayer) -> int:
+    """Returns the elements from a key to its value where they are neighbours in the arena's page
+    (the values' alignment is then the keys'), else 0."""
+    page = layer.key[0].numel()
+    apart = layer.value.data_ptr() - layer.key.data_ptr()
+    return page if apart == page * layer.key.element_size() and page % 8 == 0 else 0
+
+
+def attend_in_tiles(
+    q_THD: Tensor,
+    layer: KVLayer,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None,
+    out: Tensor,
+    partials: Partials,
+    plan: ShortPlan | None,
+    num_tokens: int,
+    *,
+    short: int,
+    shape: tuple[int, int, int, int] | None = None,
+) -> None:
+    """Attends sequences among the first `num_tokens`: those with 2 to `short` queries by their plan
+    (to `out` what is in one split, else to `partials`), or, without one, those with more."""
+    stride_block = check_query(q_THD, layer, batch)
+    num_heads, head_size = q_THD.shape[1:]
+    block_size, num_kv_heads = layer.key.shape[1:3]
+    num_sequences = len(batch.seq_lens_S)
+    dtype = compute_dtype(q_THD, layer)
+    block_m, block_n, num_warps, num_stages = shape or prefill_shape(head_size, dtype)
+    padded_group = next_power_of_2(num_heads // num_kv_heads)
+    block_m = max(block_m, padded_group)
+    tiles = num_tokens // (block_m // padded_group) + num_sequences
+    _prefill_kernel[(num_kv_heads, tiles, 1 if plan is None else plan.limits.splits)](
+        q_THD.to(dtype),
+        layer.key,
+        layer.value,
+        out,
+        partials.out,
+        partials.lse,
+        batch.query_starts,
+        batch.seq_lens_S,
+        batch.block_table,
+        batch.seq_lens_S if plan is None else plan.table,
+        num_sequences,
+        stride_block,
+        batch.block_table.stride(0),
+        scale * LOG2_E,
+        0 if window is None else window,
+        H=num_heads,
+        K=num_kv_heads,
+        D=head_size,
+        P=block_size,
+        DELTA=value_delta(layer),
+        HAS_WINDOW=window is not None,
+        IS_SPLIT=plan is not None,
+        SHORT=short,
+        PADDED_GROUP=padded_group,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_D=max(16, next_power_of_2(head_size)),
+        num_warps=num_warps,
+        num_stages=num_stages,
+        **launch_options(q_THD.device),
+    )

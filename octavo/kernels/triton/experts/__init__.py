@@ -1,0 +1,1 @@
+"""The experts of MoE layers: routing, sorting, the grouped products, and their sum."""

@@ -1,0 +1,1 @@
+"""Kernels of one pass over rows: norms, the embedding, activations."""

@@ -1,0 +1,1 @@
+"""Device functions that launch nothing: the pieces of which kernels are made."""

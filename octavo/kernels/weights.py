@@ -1,0 +1,65 @@
+"""The parameters that ops multiply with: matrices in their storage formats, and what they make up.
+
+Made by the loader, held by the layers. Shapes as in `ops.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from octavo.formats import WeightFormat
+
+Activation = Literal["silu", "gelu_tanh"]
+RouterScoring = Literal["softmax"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
+class Weight:
+    """A matrix [rows, cols] in its storage format: y = x @ W.T has `rows` columns.
+
+    `data` is [rows, cols] in the number's torch dtype, or for block formats uint8
+    [rows, row_bytes]; rows are contiguous, and the tensor may be a view of a mapped file.
+    """
+
+    data: Tensor
+    format: WeightFormat
+    rows: int
+    cols: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
+class ExpertWeights:
+    """The gated MLPs of a MoE layer: act(x @ gate.T) * (x @ up.T) @ down.T, each of length E."""
+
+    gate: tuple[Weight, ...]
+    up: tuple[Weight, ...]
+    down: tuple[Weight, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
+class SharedExpert:
+    """The gated MLP of a MoE layer that every token goes through."""
+
+    gate: Weight
+    up: Weight
+    down: Weight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Router:
+    """What chooses a token's experts: the top_k best scores of x @ weights[0].T."""
+
+    weights: tuple[Weight, ...]
+    """[E, M], and the gate of the shared expert [1, M] where there is one."""
+    top_k: int
+    scoring: RouterScoring
+    renormalize: bool
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Returns the torch dtype called float32, float16 or bfloat16."""
+    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]

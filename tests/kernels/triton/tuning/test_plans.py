@@ -1,0 +1,128 @@
+"""Tuned launch shapes: where they are kept, when they count, and that bits stay."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.kernels.triton.interpreter import DEVICE
+
+from octavo.kernels.triton.product.linear import plan_product  # isort: skip
+from octavo.formats import WEIGHT_FORMATS
+from octavo.kernels.triton.backend import TritonOps
+from octavo.kernels.triton.experts.moe_plan import MoePlan, plan_moe
+from octavo.kernels.triton.product.matvec import plan_matvec, plan_pairs
+from octavo.kernels.triton.tuning.plans import Plans, key_of, plans_path, read_plans, save_plan
+from octavo.kernels.triton.tuning.tune import Tuner, neighbours, parts_of
+from octavo.kernels.weights import Weight
+
+HALF = torch.float16
+MOE = replace(plan_moe(32, 8, 128, 768, can_tma=False), block_p=32)
+PLANS = {
+    key_of("moe", HALF, 32, 8, 128, 768, 2048): MOE,
+    key_of("pairs", HALF, 1, 8, 128, 768, 2048): plan_pairs(2048, 768, 8),
+    key_of("product", HALF, 32, 48, 64): replace(
+        plan_product(32, 48, can_tma=False), block_n=32, num_warps=2
+    ),
+    key_of("rows", HALF, 1, 48, 64): replace(plan_matvec(48, 64), block_n=2),
+}
+
+
+def test_plans_are_read_as_they_were_saved_and_added_to_what_is_there(tmp_path: Path) -> None:
+    path = plans_path(tmp_path / "new", torch.device(DEVICE))
+    assert read_plans(path) == Plans()
+    for key, plan in PLANS.items():
+        save_plan(path, key, plan)
+    assert read_plans(path).tuned == PLANS
+    save_plan(path, next(iter(PLANS)), None)
+    assert read_plans(path).tuned == dict(list(PLANS.items())[1:])
+    assert [found.name for found in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"moe torch.float16 32 8 128 768 2048": {"block_p": 16}},
+        {"rows torch.float16 1 48 64": {"block_n": "x", "block_k": 8, "num_warps": 4}},
+        {"rows torch.float16 1 48 64": {"block_n": 3, "block_k": 8, "num_warps": 4}},
+        {"rows torch.float16 1 48 64": {"block_n": 0, "block_k": 8, "num_warps": 4}},
+        {"rows torch.float16 1 48 sixty": {"block_n": 1, "block_k": 8, "num_warps": 4}},
+        {"attention torch.float16 1": {}},
+        {"": None},
+    ],
+)
+def test_an_alien_entry_is_left_out_and_said_for_debugging_only(
+    tmp_path: Path, entry: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    key = key_of("rows", HALF, 1, 8, 8)
+    path = tmp_path / "plans.json"
+    save_plan(path, key, plan_matvec(8, 8))
+    path.write_text(json.dumps(json.loads(path.read_text()) | entry))
+    with caplog.at_level(logging.DEBUG):
+        assert set(read_plans(path).tuned) == {key}
+    assert [r.levelname for r in caplog.records if "ignored" in r.message] == ["DEBUG"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\0"])
+def test_a_broken_file_is_no_file(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "plans.json"
+    path.write_text(text)
+    assert read_plans(path) == Plans()
+    save_plan(path, *next(iter(PLANS.items())))
+    assert len(read_plans(path).tuned) == 1
+
+
+def test_a_plan_serves_the_tokens_from_the_last_power_of_two_to_its_own() -> None:
+    plans, weight = Plans(tuned=PLANS), torch.empty(48, 64, dtype=HALF)
+    tuned = PLANS[key_of("product", HALF, 32, 48, 64)]
+    for num_tokens in (17, 24, 32):
+        assert plans.product(torch.empty(num_tokens, 64, dtype=HALF), weight) is tuned
+    for num_tokens in (16, 33):
+        heuristic = plan_product(num_tokens, 48, can_tma=False)
+        assert plans.product(torch.empty(num_tokens, 64, dtype=HALF), weight) == heuristic
+    floats = plans.product(torch.empty(32, 64), weight.float())
+    assert floats == plan_product(32, 48, can_tma=False).of_floats()
+
+
+def test_ops_multiply_as_tuned_with_the_same_bits(rng: np.random.Generator) -> None:
+    data = torch.from_numpy(rng.standard_normal((48, 64))).to(DEVICE, HALF)
+    weight = Weight(data=data, format=WEIGHT_FORMATS["f16"], rows=48, cols=64)
+    x = torch.from_numpy(rng.standard_normal((20, 64))).to(DEVICE, HALF)
+    plain, tuned = (
+        TritonOps(1, is_deterministic=False, plans=p) for p in (None, Plans(tuned=PLANS))
+    )
+    assert torch.equal(plain.linear(x, (weight,)), tuned.linear(x, (weight,)))
+    torch.testing.assert_close(plain.linear(x[:1], (weight,)), tuned.linear(x[:1], (weight,)))
+
+
+def test_neighbours_differ_in_one_number_and_keep_to_the_limits() -> None:
+    plan = plan_moe(32, 8, 128, 768, can_tma=True)
+    assert parts_of(plan) == ["gate_up", "down", ""]
+    found = [other for part in parts_of(plan) for other in neighbours(plan, part)]
+    assert len(set(found)) == len(found)
+    for other in found:
+        assert isinstance(other, MoePlan)
+        parts = [(getattr(plan, p), getattr(other, p)) for p in ("block_p", "gate_up", "down")]
+        assert sum(a != b for a, b in parts) == 1
+        assert other.block_p >= 16
+
+
+def test_a_candidate_with_other_bits_is_never_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner = Tuner(DEVICE, "float16", is_deterministic=True, measure=lambda run: 1.0, num_threads=1)
+    monkeypatch.setattr("octavo.kernels.triton.tuning.tune.MAX_SETS", 1)
+    case = tuner.dense(4, 16, 64)
+    monkeypatch.setattr(tuner, "dense", lambda *sizes: replace(case, runs=[one_off]))
+    calls = iter(range(1000))
+
+    def one_off(plan: object) -> torch.Tensor:
+        return torch.full((4, 16), float(next(calls)))
+
+    found = tuner.tune(("dense", 4, (16, 64)), lambda: False)
+    assert found.fates == {"have other bits": len(list(neighbours(case.plan, "")))}
+    assert found.plan is None
