@@ -33,6 +33,7 @@ TORCH_FREE = (
     "scheduler",
     "server",
     "step.py",
+    "tools",
     "visibility.py",
     "engine/attached.py",
     "engine/chat_template.py",
