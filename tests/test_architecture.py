@@ -50,6 +50,7 @@ TORCH_FREE = (
     "engine/template_sandbox.py",
     "engine/token_guard.py",
     "engine/tokenizer.py",
+    "kernels/facts.py",
     "kernels/limits.py",
     "layers/rope_spec.py",
     "models/config_classes.py",

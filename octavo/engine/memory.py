@@ -13,6 +13,7 @@ from octavo.config import EngineConfig
 from octavo.device import Device, DeviceMemory
 from octavo.errors import CapacityError, ConfigError
 from octavo.formats import KVFormat, kv_format
+from octavo.kernels.facts import DETERMINISTIC_TOKENS, SHORT_SPLITS, SHORT_TOKENS
 from octavo.kernels.limits import check_backend
 from octavo.kv_cache.planner import (
     ActivationShape,
@@ -31,10 +32,6 @@ GRAPH_CAPTURES, GRAPH_BYTES, FIRST_GRAPH_BYTES = 32, 8 * MIB, 64 * MIB
 """Captures of a decode step, one for each bucket of batch sizes, and what each of them holds."""
 ALLOCATOR_SLACK = 1.05
 """What torch's caching allocator reserves for a byte that is asked for."""
-SHORT_ROWS, SHORT_SPLITS = 512, 16
-"""Rows of short chunks that share a buffer of partial results, and the splits of each."""
-DETERMINISTIC_ROWS = 256
-"""The same for every row in the deterministic mode, where each has the splits of a decode."""
 
 
 def weights_dtype(config: EngineConfig, hf_config: Mapping[str, Any]) -> str:
@@ -174,9 +171,9 @@ def _partials(layer: LayerSpec, config: EngineConfig, num_tokens: int, longest: 
     visible = longest if spec.window is None else min(longest, spec.window)
     rows = config.max_num_seqs
     if config.deterministic:
-        rows = max(rows, DETERMINISTIC_ROWS)
+        rows = max(rows, DETERMINISTIC_TOKENS)
     decode = partial_bytes(min(rows, num_tokens), visible, spec.num_heads, spec.head_size)
-    short = min(num_tokens, SHORT_ROWS) * SHORT_SPLITS * 4 * spec.num_heads * (spec.head_size + 1)
+    short = min(num_tokens, SHORT_TOKENS) * SHORT_SPLITS * 4 * spec.num_heads * (spec.head_size + 1)
     return max(decode, short)
 
 

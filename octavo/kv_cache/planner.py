@@ -14,6 +14,7 @@ from octavo.config import EngineConfig
 from octavo.device import DeviceMemory
 from octavo.errors import CapacityError
 from octavo.formats import KV_FORMATS
+from octavo.kernels.facts import split_slots
 from octavo.kv_cache.spec import KVGroup, KVSpec, group_layers
 
 GIB = 2**30
@@ -21,9 +22,6 @@ MAX_DEFAULT_KV_BYTES = 4 * GIB
 """What the KV cache takes of a CPU's memory if nobody says more: the machine does other work."""
 RESERVED_BLOCKS = 1
 """Block 0 stands in the columns that no layer can see and is never handed out."""
-SPLIT_CLASSES = ((1024, 64), (4096, 128), (16384, 256))
-"""(visible tokens at most, tokens of a split) of the Triton attention's decodes."""
-LARGEST_SPLIT = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,14 +290,11 @@ def longest_sequence(
 def partial_bytes(num_rows: int, max_visible: int, num_heads: int, head_size: int) -> int:
     """Returns the most bytes of partial results that decoding rows have in the Triton back end.
 
-    A row sees at most `max_visible` tokens and has one slot more than it has splits, as the first
-    may begin between two edges; a slot is float32 [heads, head size] and a log-sum-exp a head.
+    A row sees at most `max_visible` tokens; each is float32 [heads, head size] and a log-sum-exp
+    a head.
     What the cache holds is no bound: rows that share blocks see more than that together.
     """
-    edges = [min(max_visible, limit) for limit, _ in SPLIT_CLASSES] + [max_visible]
-    sizes = [size for _, size in SPLIT_CLASSES] + [LARGEST_SPLIT]
-    row = 1 + max(-(-seen // size) for seen, size in zip(edges, sizes, strict=True))
-    return num_rows * row * 4 * num_heads * (head_size + 1)
+    return num_rows * split_slots(max_visible) * 4 * num_heads * (head_size + 1)
 
 
 def gib(size: int) -> str:

@@ -9,7 +9,6 @@ import pytest
 
 from octavo.config import EngineConfig
 from octavo.device import CPUDevice, CUDADevice, DeviceMemory
-from octavo.engine import memory
 from octavo.engine.memory import plan_model, resolve_kv_format, weights_dtype, with_others
 from octavo.errors import CapacityError, ConfigError
 from octavo.kv_cache.planner import GIB, MemoryPlan
@@ -93,15 +92,6 @@ def test_activations_are_bound_by_the_widest_moment_of_a_step() -> None:
     # A step of one block: the logits and their scratch.
     assert 16 * 151936 * 8 / 2**20 < mib(max_num_seqs=256, max_num_batched_tokens=16) < 64
     assert mib(measured=2**20) == 1
-
-
-def test_partial_results_are_counted_as_the_kernels_make_them() -> None:
-    attention = pytest.importorskip("octavo.kernels.triton.attention.choose")
-    assert (memory.SHORT_ROWS, memory.SHORT_SPLITS) == (
-        attention.PARTIAL_TOKENS,
-        attention.SHORT_SPLITS,
-    )
-    assert memory.DETERMINISTIC_ROWS == attention.DETERMINISTIC_TOKENS
 
 
 def test_a_rank_has_its_part_of_weights_and_keys() -> None:

@@ -17,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
+from octavo.kernels.facts import DETERMINISTIC_TOKENS, SHORT_SPLITS, SHORT_TOKENS
 from octavo.kernels.inputs import AttentionBatch, KVLayer
 from octavo.kernels.triton.attention.decode import decode_attention, make_partials, seq_len_bound
 from octavo.kernels.triton.attention.short_chunks import Limits, ShortPlans, merge_short_chunks
@@ -31,13 +32,7 @@ else:  # Gluon is experimental: what another Triton has may not be what this ker
 
 SHORT_QUERIES = 64
 """Sequences with 2 to this many queries split their KV, to fill the chip."""
-SHORT_SPLITS = 16
 SHORTEST_SPLIT = 512
-PARTIAL_TOKENS = 512
-"""The buffer of partial results holds SHORT_SPLITS of so many tokens, or fewer of more."""
-
-DETERMINISTIC_TOKENS = 256
-"""Prompt tokens that share one buffer of partial results in the deterministic mode."""
 
 
 def fits_hopper(q_THD: Tensor, layer: KVLayer, window: int | None) -> bool:
@@ -79,7 +74,7 @@ def short_limits(num_tokens: int) -> Limits:
         queries=SHORT_QUERIES,
         splits=SHORT_SPLITS,
         shortest=SHORTEST_SPLIT,
-        slots=min(num_tokens, PARTIAL_TOKENS) * SHORT_SPLITS,
+        slots=min(num_tokens, SHORT_TOKENS) * SHORT_SPLITS,
     )
 
 
@@ -98,7 +93,7 @@ def short_attention(
     """Writes the rows of `out` whose sequences have 2 to SHORT_QUERIES queries among the first
     `num_tokens`. `plans` remembers what the batch's other layers have planned."""
     limit = min(num_tokens, len(q_THD))
-    partials = make_partials(q_THD[: min(PARTIAL_TOKENS, limit)], SHORT_SPLITS)
+    partials = make_partials(q_THD[: min(SHORT_TOKENS, limit)], SHORT_SPLITS)
     tiles = tiling(q_THD.shape[1], layer.key.shape[2], num_processors(q_THD.device))
     plan = (plans or ShortPlans()).of(batch, tiles, window, short_limits(limit))
     if is_hopper:

@@ -10,7 +10,6 @@ program of a row takes one even split: fewer partial results to write and to mer
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.facts import LARGEST_SPLIT, SPLIT_CLASSES, split_slots
 from octavo.kernels.inputs import AttentionBatch, KVLayer, QKNorm, RopeTable
 from octavo.kernels.triton.attention.write import kv_strides, rope_of_kv_head
 from octavo.kernels.triton.launching.chip import next_power_of_2
@@ -26,9 +26,6 @@ from octavo.kernels.triton.launching.overlap import announce, launch_options, wa
 from octavo.kernels.triton.launching.tickets import is_last, make_tickets
 
 LOG2_E = 1.4426950408889634
-SPLIT_CLASSES = ((1024, 64), (4096, 128), (16384, 256))
-"""(visible tokens at most, split size); `_split_size` is the same table on the device."""
-LARGEST_SPLIT = 512
 TARGET_PROGRAMS = 528
 """Programs that an H100 runs at once, in one wave; those of a row share its splits."""
 MAX_REGISTERS = 128
@@ -63,6 +60,7 @@ class Partials:
 
 @triton.jit
 def _split_size(visible):
+    """SPLIT_CLASSES on the device."""
     size = tl.where(visible <= 4096, 128, tl.where(visible <= 16384, 256, 512))
     return tl.where(visible <= 1024, 64, size)
 
@@ -337,12 +335,6 @@ def slot_counts(seq_lens: np.ndarray, window: int | None) -> np.ndarray:
     for limit, size in SPLIT_CLASSES:
         counts = np.maximum(counts, -(-np.minimum(visible, limit) // size))
     return counts + 1  # The first split of a window may begin within.
-
-
-@lru_cache
-def split_slots(max_visible: int) -> int:
-    """Returns how many slots a row with up to `max_visible` tokens may need."""
-    return int(slot_counts(np.array(max_visible), None))
 
 
 def max_total_slots(max_seqs: int, max_seq_len: int, kv_tokens: int) -> int:

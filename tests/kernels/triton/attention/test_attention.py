@@ -20,7 +20,7 @@ from tests.kernels.triton.interpreter import DEVICE
 
 from octavo.kernels.triton.attention import choose as tiles  # isort: skip
 from octavo.kernels.triton.attention import decode  # isort: skip
-from octavo.kernels.triton.attention.decode import max_total_slots, slot_counts  # isort: skip
+from octavo.kernels.triton.attention.decode import max_total_slots, slot_counts, split_slots  # isort: skip
 from octavo.kernels.triton.attention.write import rope_and_cache  # isort: skip
 from octavo.kernels.triton.attention.shared import plan_shared_prefix, shared_prefix_attention  # isort: skip
 from octavo.kernels.triton.attention.splits import tiling  # isort: skip
@@ -53,7 +53,7 @@ def _small_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "SHORT_QUERIES", 16)
     monkeypatch.setattr(tiles, "SHORT_SPLITS", 4)
     monkeypatch.setattr(tiles, "SHORTEST_SPLIT", 128)
-    monkeypatch.setattr(tiles, "PARTIAL_TOKENS", 32)
+    monkeypatch.setattr(tiles, "SHORT_TOKENS", 32)
 
 
 @pytest.mark.parametrize("window", [None, 1, 64, 300])
@@ -107,7 +107,9 @@ def test_slots_are_enough_and_bounded(rng: np.random.Generator) -> None:
         size = np.select([visible <= n for n in (1024, 4096, 16384)], [64, 128, 256], 512)
         assert (-(-lengths // size) - low // size <= slot_counts(lengths, window)).all()
         assert (slot_counts(lengths, window) <= slot_counts(lengths, None)).all()
-    assert (np.diff(slot_counts(lengths, None)) >= 0).all()
+    counts = slot_counts(lengths, None)
+    assert (np.diff(counts) >= 0).all()
+    assert counts[::97].tolist() == [split_slots(int(length)) for length in lengths[::97]]
     for longest in (100, 3000, 40_000):
         lens = rng.integers(1, longest + 1, 50)
         for total in (slot_counts(lens, None), slot_counts(lens * 0 + longest, None)):

@@ -1,0 +1,29 @@
+"""Numbers of the GPU's kernels that decide how much memory a step takes. No torch.
+
+Used by the kernels themselves and by those who plan without loading one, so that both count alike.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+SPLIT_CLASSES = ((1024, 64), (4096, 128), (16384, 256))
+"""(visible tokens at most, tokens of a split) of decodes; longer ones have LARGEST_SPLIT."""
+LARGEST_SPLIT = 512
+
+SHORT_SPLITS = 16
+"""The most splits of a short chunk's keys."""
+SHORT_TOKENS = 512
+"""The buffer of partial results holds SHORT_SPLITS of so many tokens, or fewer of more."""
+DETERMINISTIC_TOKENS = 256
+"""Prompt tokens that share one buffer of partial results in the deterministic mode, where each has
+the splits of a decode."""
+
+
+@lru_cache
+def split_slots(max_visible: int) -> int:
+    """Returns how many partial results a row with up to `max_visible` tokens may need: one more
+    than it has splits, as the first may begin between two edges."""
+    edges = [min(max_visible, limit) for limit, _ in SPLIT_CLASSES] + [max_visible]
+    sizes = [size for _, size in SPLIT_CLASSES] + [LARGEST_SPLIT]
+    return 1 + max(-(-seen // size) for seen, size in zip(edges, sizes, strict=True))
