@@ -17,7 +17,7 @@ from experts import BYTES_PER_US, replay_us
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from octavo.kernels.triton.experts import route
+from octavo.kernels.triton.experts import route, sort
 from octavo.kernels.triton.experts.moe import StackedExperts
 from octavo.kernels.triton.experts.moe_few import down_of_few, gate_up_of_few
 from octavo.kernels.triton.experts.moe_plan import Launch, plan_moe
@@ -229,14 +229,14 @@ def time_sort(num_tokens: int, count: int, top_k: int) -> None:
     scores = torch.rand(32, num_tokens, count)
     ids = scores.topk(top_k).indices.to(torch.int32).contiguous()
     expected = torch.argsort(ids[0].flatten(), stable=True)
-    limit = route.UNCOUNTED_PAIRS
+    limit = sort.UNCOUNTED_PAIRS
     for name, uncounted in (("one launch", limit), ("two launches", 0)):
-        route.UNCOUNTED_PAIRS = uncounted
-        is_right = torch.equal(route.sort_pairs(ids[0], count, 16).order_P.long(), expected)
-        us = replay_us([lambda at=at: route.sort_pairs(ids[at], count, 16) for at in range(32)])
+        sort.UNCOUNTED_PAIRS = uncounted
+        is_right = torch.equal(sort.sort_pairs(ids[0], count, 16).order_P.long(), expected)
+        us = replay_us([lambda at=at: sort.sort_pairs(ids[at], count, 16) for at in range(32)])
         title = f"sort {num_tokens} tokens of {count}"
         print(f"{title:30} {name:26} {us:8.2f} {'' if is_right else 'WRONG'}", flush=True)
-    route.UNCOUNTED_PAIRS = limit
+    sort.UNCOUNTED_PAIRS = limit
 
 
 def main() -> None:

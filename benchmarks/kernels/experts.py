@@ -17,7 +17,8 @@ from torch import Tensor
 from octavo.kernels.triton.experts.moe import StackedExperts, combine, run_moe
 from octavo.kernels.triton.experts.moe_few import is_few, moe_of_few
 from octavo.kernels.triton.experts.moe_plan import plan_moe
-from octavo.kernels.triton.experts.route import route, sort_pairs
+from octavo.kernels.triton.experts.route import route
+from octavo.kernels.triton.experts.sort import sort_pairs
 from octavo.kernels.triton.product.matvec import moe_of_pairs, plan_pairs
 
 SHAPES = {

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.kernels.triton.experts.moe_plan import Launch, MoePlan
-from octavo.kernels.triton.experts.route import SortedPairs, sort_pairs
+from octavo.kernels.triton.experts.sort import SortedPairs, sort_pairs
 from octavo.kernels.triton.launching.chip import cdiv, next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import announce, launch_options, wait_turn

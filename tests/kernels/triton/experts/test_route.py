@@ -1,0 +1,53 @@
+"""Routing on the device: the best experts, equal ones, NaN and padding."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tests.kernels.cases import floats
+from tests.kernels.triton.cases import assert_near, make_ops
+from tests.kernels.triton.interpreter import DEVICE
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize(("count", "top_k"), [(1, 1), (3, 3), (8, 2), (60, 4), (128, 8)])
+def test_route_takes_the_best_experts(
+    rng: np.random.Generator, count: int, top_k: int, renormalize: bool
+) -> None:
+    logits = floats(rng, 33, count).to(DEVICE) * 2
+    counts = torch.ones(count + 1, dtype=torch.int32, device=DEVICE)
+    weights, ids = make_ops().route(logits, top_k, "softmax", renormalize, counts)
+    assert torch.equal(counts - 1, torch.bincount(ids.flatten(), minlength=count + 1))
+    expected, chosen = logits.double().softmax(-1).topk(top_k, -1)
+    if renormalize:
+        expected = expected / expected.sum(-1, keepdim=True)
+    assert ids.dtype is torch.int32
+    assert torch.equal(ids.long(), chosen)
+    assert_near(weights, expected, 1e-6)
+    for row in range(3):
+        one, _ = make_ops().route(logits[row : row + 1], top_k, "softmax", renormalize, counts)
+        assert torch.equal(one[0], weights[row])
+
+
+def test_padding_is_routed_nowhere_and_not_counted(rng: np.random.Generator) -> None:
+    logits, counts = floats(rng, 9, 5).to(DEVICE), torch.zeros(5, dtype=torch.int32, device=DEVICE)
+    live = torch.tensor([6], dtype=torch.int32, device=DEVICE)
+    _, ids = make_ops().route(logits, 2, "softmax", True, counts, live)
+    assert (ids[6:] == -1).all()
+    assert (ids[:6] >= 0).all()
+    assert int(counts.sum()) == 12
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # The interpreter's NumPy.
+def test_route_takes_the_lower_of_equal_experts_and_knows_nan() -> None:
+    logits = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0], [math.nan] * 5], device=DEVICE)
+    weights, ids = make_ops().route(
+        logits, 4, "softmax", True, torch.zeros(5, dtype=torch.int32, device=DEVICE)
+    )
+    assert ids.tolist() == [[1, 3, 0, 2], [0, 1, 2, 3]]
+    assert weights[0, 0] == weights[0, 1]
+    assert weights[1].isnan().all()
