@@ -66,7 +66,7 @@ def _split_size(visible):
 
 
 @triton.jit
-def _splits_of(low, length, FIXED: tl.constexpr, BLOCK_N: tl.constexpr):
+def splits_of(low, length, FIXED: tl.constexpr, BLOCK_N: tl.constexpr):
     """Returns where the first split of [low, length) begins, their size and how many they are.
     FIXED: whatever the grid; else no more than there are programs."""
     size = _split_size(length - low)
@@ -215,7 +215,7 @@ def _decode_kernel(
     out = softmax(scale q k^T) v over [low, len), for each split on its own (online over tiles of
     BLOCK_N): a row with one split writes `out` [T, H, D]; more write `partial_out` (normalised)
     and `partial_lse` (base 2), where `slots_of` the row are (its sequence's where PACKED), and the
-    last of their programs merges them, MERGE_M >= H // K heads at once. FIXED: see `_splits_of`.
+    last of their programs merges them, MERGE_M >= H // K heads at once. FIXED: see `splits_of`.
     Program 1 names a token (BY_TOKEN: any query) or a sequence, skipped unless it has one query.
     HAS_SHARED: the first shared_tokens[s] tokens are done elsewhere, in shared_slots[s] slots.
     HALF: q is qkv [T, (H + 2 K) D] before norm and RoPE, whose k and v are written on the way.
@@ -241,7 +241,7 @@ def _decode_kernel(
     if HAS_SHARED:
         low = tl.maximum(low, tl.load(shared_tokens + sequence))
         before = tl.load(shared_slots + sequence)
-    origin, size, count = _splits_of(low, length, FIXED, BLOCK_N)
+    origin, size, count = splits_of(low, length, FIXED, BLOCK_N)
     kv_head = tl.program_id(0)
     rows = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)

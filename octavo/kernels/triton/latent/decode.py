@@ -1,0 +1,248 @@
+"""Latent attention of single queries in absorbed form: all heads read one latent vector a token.
+
+Queries are multiplied by the key's up-projection before, results by the value's after (DeepSeek-V2,
+arXiv 2405.04434, section 2.1). Splits, partial results and their merge are those of
+attention/decode.py; a page is read once for the scores and the sum.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.kernels.inputs import AttentionBatch
+from octavo.kernels.triton.attention.decode import (
+    LOG2_E,
+    MERGE_ROWS,
+    Partials,
+    make_partials,
+    merge_kv_head,
+    slots_of,
+    split_slots,
+    splits_of,
+)
+from octavo.kernels.triton.latent.pages import block_stride, load_pages
+from octavo.kernels.triton.launching.chip import next_power_of_2
+from octavo.kernels.triton.launching.launchable import launchable
+from octavo.kernels.triton.launching.overlap import announce, launch_options, wait_turn
+from octavo.kernels.triton.launching.tickets import is_last, make_tickets
+from octavo.kernels.triton.tiles.softmax import softmax_step
+
+TARGET_PROGRAMS = 132
+"""Programs that an H100 runs at once: sums and pages in flight fill a multiprocessor."""
+MOST_HEADS = 16
+"""Of one program: more would leave the sums of a program no registers."""
+
+
+@launchable
+@triton.jit(do_not_specialize=["num_slots"])
+def _latent_decode_kernel(
+    out,
+    partial_out,
+    partial_lse,
+    query_starts,
+    seq_lens,
+    positions,
+    shared_tokens,
+    shared_slots,
+    slot_starts,
+    num_slots,
+    tickets,
+    q,
+    pages,
+    token_sequences,
+    block_table,
+    stride_block,
+    stride_table,
+    scale_log2,
+    H: tl.constexpr,
+    GROUPS: tl.constexpr,
+    RANK: tl.constexpr,
+    ROPE: tl.constexpr,
+    P: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+    HAS_SHARED: tl.constexpr,
+    PACKED: tl.constexpr,
+    FIXED: tl.constexpr,
+    MERGE_M: tl.constexpr,
+    MERGE_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """H // GROUPS heads (`program 0`) of one token, a run of splits by `program 2`.
+
+    out [T, H, RANK] = softmax(scale q (c, r)^T) c over [low, len), c the first RANK columns of a
+    token's page row, r the next ROPE; q [T, H, RANK + ROPE]. Partial results, PACKED, FIXED,
+    BY_TOKEN and HAS_SHARED as in attention/decode.py.
+    """
+    GROUP: tl.constexpr = H // GROUPS
+    wait_turn(OVERLAP)
+    announce(OVERLAP)
+    if BY_TOKEN:
+        t = tl.program_id(1).to(tl.int64)
+        sequence = tl.load(token_sequences + t).to(tl.int64)
+        length = tl.load(positions + t) + 1
+    else:
+        sequence = tl.program_id(1).to(tl.int64)
+        t = tl.load(query_starts + sequence).to(tl.int64)
+        beyond = tl.load(query_starts + sequence + 1)
+        length = tl.load(seq_lens + sequence)
+        if beyond - t != 1:
+            return
+    low = length * 0
+    before = length * 0
+    if HAS_SHARED:
+        low = tl.load(shared_tokens + sequence)
+        before = tl.load(shared_slots + sequence)
+    origin, size, count = splits_of(low, length, FIXED, BLOCK_N)
+    group = tl.program_id(0)
+    rows = tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, BLOCK_R)
+    offs_e = tl.arange(0, BLOCK_E)
+    is_head = rows < GROUP
+    row_mask = is_head[:, None] & (offs_r < RANK)[None, :]
+    heads = t * H + group * GROUP + rows
+    out_at = out + heads[:, None] * RANK + offs_r[None, :]
+    if (count <= 0) & (before == 0) & (tl.program_id(2) == 0):
+        tl.store(out_at, tl.zeros([BLOCK_M, BLOCK_R], out.dtype.element_ty), mask=row_mask)
+    share = tl.maximum(tl.cdiv(count, tl.num_programs(2)), 1)
+    num_busy = tl.maximum(tl.cdiv(count, share), 1)
+    if tl.program_id(2) >= num_busy:
+        return
+    begin = tl.program_id(2) * share
+    stop = tl.minimum(begin + share, count)
+    row = sequence if PACKED else t
+    slots = slots_of(row, slot_starts, num_slots, group * GROUP + rows, H, PACKED)
+    q_at = q + heads[:, None] * (RANK + ROPE)
+    q_rank = tl.load(q_at + offs_r[None, :], mask=row_mask, other=0.0)
+    mask_e = is_head[:, None] & (offs_e < ROPE)[None, :]
+    q_rope = tl.load(q_at + RANK + offs_e[None, :], mask=mask_e, other=0.0)
+    table_row = block_table + sequence * stride_table
+    start = tl.maximum(origin + begin * size, low // BLOCK_N * BLOCK_N)
+    end = tl.minimum(origin + stop * size, length)
+    m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for tile in tl.range(start, end, BLOCK_N):
+        n = tile + tl.arange(0, BLOCK_N)
+        live = (n < end) & (n >= low)
+        c, r = load_pages(pages, table_row, n, live, stride_block, RANK, ROPE, P, BLOCK_R, BLOCK_E)
+        s = tl.dot(q_rank, tl.trans(c.to(q_rank.dtype)), input_precision="ieee")
+        s = tl.dot(q_rope, tl.trans(r.to(q_rope.dtype)), s, input_precision="ieee")
+        s = tl.where(live[None, :], s, -float("inf"))
+        p, m, total, acc = softmax_step(s, m, total, acc, scale_log2)
+        acc = tl.dot(p.to(q_rank.dtype), c.to(q_rank.dtype), acc, input_precision="ieee")
+        done = tile + BLOCK_N >= end
+        if FIXED:
+            done = done | (((tile + BLOCK_N) & (size - 1)) == 0)
+        if done:
+            mean = acc / total[:, None]
+            if (count == 1) & (before == 0):
+                tl.store(out_at, mean.to(out.dtype.element_ty), mask=row_mask)
+            else:
+                to = slots + before + (tile - origin) // size
+                tl.store(partial_out + to[:, None] * RANK + offs_r[None, :], mean, mask=row_mask)
+                tl.store(partial_lse + to, m + tl.log2(total), mask=is_head)
+        m = tl.where(done, -float("inf"), m)
+        total = tl.where(done, 0.0, total)
+        acc = tl.where(done, 0.0, acc)
+    if (count < 2) & (before == 0):
+        return
+    if is_last(tickets + tl.program_id(1) * GROUPS + group, num_busy):
+        merge_kv_head(
+            *(out, partial_out, partial_lse, row, t, group, slot_starts, num_slots),
+            *(before + count, H, GROUPS, RANK, PACKED, MERGE_M, MERGE_ROWS, BLOCK_R),
+        )
+
+
+def latent_decode_shape(dtype: torch.dtype) -> tuple[int, int, int]:
+    """Returns (BLOCK_N, num_warps, num_stages) of the split kernel."""
+    return (16, 4, 1) if dtype == torch.float32 else (64, 8, 2)
+
+
+def latent_decode(
+    q_THC: Tensor,
+    pages_BPC: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    rank: int,
+    out_THR: Tensor,
+    *,
+    max_seq_len: int,
+    token_sequences: Tensor | None = None,
+    shared: tuple[Tensor, Tensor] | None = None,
+    partials: Partials | None = None,
+    tickets: Tensor | None = None,
+    is_invariant: bool = False,
+    shape: tuple[int, int, int] | None = None,
+) -> None:
+    """Writes the rows of `out` [T, H, rank] that belong to sequences with one query: the weighted
+    sums of their latent vectors.
+
+    q [T, H, C] are absorbed queries, then rotated ones; pages [B, P, C], C = rank + rotated
+    columns. All else as `decode_attention` takes it.
+    """
+    stride_block = block_stride(pages_BPC)
+    num_tokens, num_heads, columns = q_THC.shape
+    assert q_THC.is_contiguous()
+    assert out_THR.shape == (num_tokens, num_heads, rank)
+    assert columns == pages_BPC.shape[2], (columns, pages_BPC.shape)
+    rows = len(batch.seq_lens_S) if token_sequences is None else num_tokens
+    if rows == 0 or num_tokens == 0:
+        return
+    unused = batch.seq_lens_S
+    slots = split_slots(max_seq_len)
+    if partials is None:
+        partials = make_partials(out_THR, slots, batch.slot_starts_S, batch.max_slots)
+    if tickets is None:
+        tickets = make_tickets(q_THC.device)
+    dtype = q_THC.dtype if q_THC.dtype == pages_BPC.dtype else torch.float32
+    groups = -(-num_heads // MOST_HEADS)
+    while num_heads % groups:
+        groups += 1
+    group = num_heads // groups
+    assert rows * groups <= len(tickets), (rows, groups)
+    block_n, num_warps, num_stages = shape or latent_decode_shape(dtype)
+    programs = min(slots, max(1, TARGET_PROGRAMS // (rows * groups)))
+    _latent_decode_kernel[(groups, rows, programs)](
+        out_THR,
+        partials.out,
+        partials.lse,
+        batch.query_starts,
+        batch.seq_lens_S,
+        batch.positions_T,
+        *(shared or (unused, unused)),
+        unused if partials.starts is None else partials.starts,
+        partials.num_slots,
+        tickets,
+        q_THC.to(dtype),
+        pages_BPC,
+        unused if token_sequences is None else token_sequences,
+        batch.block_table,
+        stride_block,
+        batch.block_table.stride(0),
+        scale * LOG2_E,
+        H=num_heads,
+        GROUPS=groups,
+        RANK=rank,
+        ROPE=columns - rank,
+        P=pages_BPC.shape[1],
+        BY_TOKEN=token_sequences is not None,
+        HAS_SHARED=shared is not None,
+        PACKED=partials.starts is not None,
+        FIXED=is_invariant,
+        MERGE_M=next_power_of_2(group),
+        MERGE_ROWS=MERGE_ROWS,
+        BLOCK_M=max(16, next_power_of_2(group)),
+        BLOCK_N=block_n,
+        BLOCK_R=max(16, next_power_of_2(rank)),
+        BLOCK_E=max(16, next_power_of_2(columns - rank)),
+        num_warps=num_warps,
+        num_stages=num_stages,
+        **launch_options(q_THC.device),
+    )

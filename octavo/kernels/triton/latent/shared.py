@@ -1,0 +1,140 @@
+"""Latent attention over what decoding sequences share: each shared page is read once for all.
+
+Absorbed: the heads of all members are rows of one product, so that a few members fill a tile. The
+private tails are latent/decode.py's, which merges both.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.kernels.inputs import AttentionBatch, SharedPrefix
+from octavo.kernels.triton.attention.decode import LOG2_E, Partials
+from octavo.kernels.triton.latent.pages import block_stride
+from octavo.kernels.triton.latent.tiles import (
+    absorbed_shape,
+    attend_latent,
+    page_constants,
+    stack_of,
+)
+from octavo.kernels.triton.launching.chip import cdiv, next_power_of_2
+from octavo.kernels.triton.launching.launchable import launchable
+from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
+
+
+@launchable
+@triton.jit(do_not_specialize=["num_slots"])
+def _latent_shared_kernel(
+    q,
+    pages,
+    partial_out,
+    partial_lse,
+    query_starts,
+    block_table,
+    members,
+    group_starts,
+    shared_tokens,
+    split_sizes,
+    num_slots,
+    stride_block,
+    stride_table,
+    scale_log2,
+    H: tl.constexpr,
+    STACK: tl.constexpr,
+    RANK: tl.constexpr,
+    ROPE: tl.constexpr,
+    P: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One split of what a group of decoding sequences shares, absorbed, for BLOCK_M // STACK of
+    its members at once: as `_shared_kernel` of attention/shared.py; program 2: STACK heads."""
+    MEMBERS: tl.constexpr = BLOCK_M // STACK
+    wait_turn(OVERLAP)
+    group = tl.program_id(1) // TILES
+    first = tl.load(group_starts + group)
+    count = tl.load(group_starts + group + 1) - first
+    first_member = (tl.program_id(1) % TILES) * MEMBERS
+    if first_member >= count:
+        return
+    leader = tl.load(members + first).to(tl.int64)
+    shared = tl.load(shared_tokens + leader)
+    size = tl.load(split_sizes + group)
+    start = tl.program_id(0) * size
+    if start >= shared:
+        return
+    end = tl.minimum(start + size, shared)
+    rows = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_e = tl.arange(0, BLOCK_E)
+    member = first_member + rows // STACK
+    live = member < count
+    sequence = tl.load(members + first + member, mask=live, other=0)
+    t = tl.load(query_starts + sequence, mask=live, other=0).to(tl.int64)
+    heads = t * H + tl.program_id(2) * STACK + rows % STACK
+    q_at = q + heads[:, None] * (RANK + ROPE)
+    mask = live[:, None] & (offs_d < RANK)[None, :]
+    q_tile = tl.load(q_at + offs_d[None, :], mask=mask, other=0.0)
+    mask_e = live[:, None] & (offs_e < ROPE)[None, :]
+    q_rope = tl.load(q_at + RANK + offs_e[None, :], mask=mask_e, other=0.0)
+    table_row = block_table + leader * stride_table
+    middle = end // BLOCK_N * BLOCK_N  # Splits begin at multiples of BLOCK_N.
+    position = rows * 0 + end
+    m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    acc, m, total = attend_latent(
+        acc, m, total, q_tile, q_rope, position, pages, table_row, pages, pages, start, middle,
+        stride_block, 0, 0, scale_log2, RANK, ROPE, RANK, RANK, P, True, False,
+        BLOCK_N, BLOCK_D, BLOCK_D, BLOCK_E,
+    )  # fmt: skip
+    acc, m, total = attend_latent(
+        acc, m, total, q_tile, q_rope, position, pages, table_row, pages, pages, middle, end,
+        stride_block, 0, 0, scale_log2, RANK, ROPE, RANK, RANK, P, True, True,
+        BLOCK_N, BLOCK_D, BLOCK_D, BLOCK_E,
+    )  # fmt: skip
+    slot = heads * num_slots + tl.program_id(0)
+    to = partial_out + slot[:, None] * RANK + offs_d[None, :]
+    tl.store(to, acc / total[:, None], mask=mask)
+    tl.store(partial_lse + slot, m + tl.log2(total), mask=live)
+
+
+def shared_latents(
+    q_THC: Tensor,
+    pages_BPC: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    rank: int,
+    plan: SharedPrefix,
+    partials: Partials,
+) -> None:
+    """Writes to `partials` [T, H, slots, rank] what the members of groups see of shared tokens."""
+    num_heads = q_THC.shape[1]
+    dtype = q_THC.dtype if q_THC.dtype == pages_BPC.dtype else torch.float32
+    block_m, block_n, num_warps, num_stages = absorbed_shape(dtype)
+    stack = stack_of(num_heads, block_m)
+    tiles = next_power_of_2(cdiv(plan.max_members * stack, block_m))
+    _latent_shared_kernel[(plan.max_splits, plan.num_groups * tiles, num_heads // stack)](
+        q_THC.to(dtype),
+        *(pages_BPC, partials.out, partials.lse, batch.query_starts, batch.block_table),
+        *(plan.members, plan.group_starts, plan.shared_tokens_S, plan.split_sizes),
+        *(partials.num_slots, block_stride(pages_BPC), batch.block_table.stride(0)),
+        scale * LOG2_E,
+        H=num_heads,
+        STACK=stack,
+        TILES=tiles,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_D=max(16, next_power_of_2(rank)),
+        **page_constants(q_THC, pages_BPC, rank),
+        num_warps=num_warps,
+        num_stages=num_stages,
+        **launch_options(q_THC.device),
+    )

@@ -1,0 +1,336 @@
+"""Latent attention in tiles of queries: absorbed for chunks of few queries, expanded for prompts.
+
+Absorbed, a query meets latent vectors as they lie in the pages: `RANK` columns a score and a sum,
+all heads of a token in one tile. Expanded, every head has keys and values of its own, multiplied
+out once a step, of a fraction of the columns: cheaper where many queries meet each key. The rotated
+columns come from the pages in both. Sums are those of attention/tiles.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.kernels.inputs import AttentionBatch
+from octavo.kernels.triton.attention.decode import LOG2_E, Partials
+from octavo.kernels.triton.attention.short_chunks import ShortPlan, sequence_of, split_of
+from octavo.kernels.triton.latent.pages import block_stride, load_pages
+from octavo.kernels.triton.launching.chip import next_power_of_2
+from octavo.kernels.triton.launching.launchable import launchable
+from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
+from octavo.kernels.triton.tiles.softmax import softmax_step
+
+
+@triton.jit
+def attend_latent(
+    acc,
+    m,
+    total,
+    q,
+    q_rope,
+    position,
+    pages,
+    table_row,
+    keys,
+    values,
+    start,
+    end,
+    stride_block,
+    stride_keys,
+    stride_values,
+    scale_log2,
+    RANK: tl.constexpr,
+    ROPE: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    P: tl.constexpr,
+    ABSORBED: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Adds positions [start, end) to the running softmax of q [BLOCK_M, BLOCK_D] and q_rope.
+
+    ABSORBED: D = V = RANK, keys and values are the pages' latent vectors; else position n has keys
+    at keys + n * stride_keys [D] and values + n *
+    stride_values [V]. Without MASKED every row sees the whole range.
+    """
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_v = tl.arange(0, BLOCK_V)
+    offs_e = tl.arange(0, BLOCK_E)
+    for tile in tl.range(start, end, BLOCK_N):
+        n = tile + offs_n
+        live = n < end
+        if ABSORBED:
+            k, r = load_pages(
+                pages, table_row, n, live, stride_block, RANK, ROPE, P, BLOCK_D, BLOCK_E
+            )
+            v = k
+        else:
+            page = tl.load(table_row + n // P, mask=live, other=0).to(tl.int64)
+            at = page * stride_block + (n % P) * (RANK + ROPE) + RANK
+            mask_e = live[:, None] & (offs_e < ROPE)[None, :]
+            r = tl.load(pages + at[:, None] + offs_e[None, :], mask=mask_e, other=0.0)
+            dense = n.to(tl.int64)[:, None]
+            mask_d = live[:, None] & (offs_d < D)[None, :]
+            mask_v = live[:, None] & (offs_v < V)[None, :]
+            k = tl.load(keys + dense * stride_keys + offs_d[None, :], mask=mask_d, other=0.0)
+            v = tl.load(values + dense * stride_values + offs_v[None, :], mask=mask_v, other=0.0)
+        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+        s = tl.dot(q_rope, tl.trans(r.to(q.dtype)), s, input_precision="ieee")
+        if MASKED:
+            seen = live[None, :] & (n[None, :] <= position[:, None])
+            s = tl.where(seen, s, -float("inf"))
+        p, m, total, acc = softmax_step(s, m, total, acc, scale_log2)
+        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc, input_precision="ieee")
+    return acc, m, total
+
+
+@launchable
+@triton.jit(do_not_specialize=["num_sequences", "first_position", "last_position"])
+def _latent_chunk_kernel(
+    q,
+    pages,
+    keys,
+    values,
+    dense_starts,
+    out,
+    partial_out,
+    partial_lse,
+    query_starts,
+    seq_lens,
+    block_table,
+    table,
+    num_sequences,
+    first_position,
+    last_position,
+    stride_block,
+    stride_table,
+    scale_log2,
+    H: tl.constexpr,
+    STACK: tl.constexpr,
+    RANK: tl.constexpr,
+    ROPE: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    P: tl.constexpr,
+    ABSORBED: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    SHORT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One tile: BLOCK_M // STACK queries of a sequence times STACK heads (group `program 0`).
+
+    q [T, H, D + ROPE], out [T, H, V]; tiles are counted as in attention/tiles.py, and so are splits
+    (IS_SPLIT: chunks of 2 to SHORT queries, by a plan). Else chunks of more than SHORT queries,
+    keys in [first_position, last_position) alone, and partial_lse [T, H] is told their
+    log2-sum-exp2. Not ABSORBED: sequence s has position first_position's keys and values at row
+    dense_starts[s] of keys [N, H, D] and values [N, H, V].
+    """
+    QUERIES: tl.constexpr = BLOCK_M // STACK
+    wait_turn(OVERLAP)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    sequence = sequence_of(query_starts, num_sequences, tile, QUERIES)
+    first_row = tl.load(query_starts + sequence)
+    num_queries = tl.load(query_starts + sequence + 1) - first_row
+    first_query = (tile - (first_row // QUERIES + sequence)) * QUERIES
+    length = tl.load(seq_lens + sequence)
+    is_short = num_queries <= SHORT
+    if (first_query >= num_queries) | (num_queries < 2) | (is_short != IS_SPLIT):
+        return
+    computed = length - num_queries
+    group = tl.program_id(0)
+    rows = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_v = tl.arange(0, BLOCK_V)
+    offs_e = tl.arange(0, BLOCK_E)
+    query = first_query + rows // STACK
+    head = group * STACK + rows % STACK
+    live = query < num_queries
+    last_query = tl.minimum(first_query + QUERIES, num_queries) - 1
+    position = computed + tl.minimum(query, last_query)
+    end = computed + last_query + 1
+    start = first_query * 0
+    if IS_SPLIT:
+        size = split_of(table, num_sequences)
+        start = tl.program_id(2) * size
+        end = tl.minimum(end, start + size)
+        if start >= end:
+            return
+    else:
+        start = start + first_position
+        end = tl.maximum(tl.minimum(end, last_position), start)
+    row = ((first_row + query).to(tl.int64) * H + head)[:, None]
+    mask_d = live[:, None] & (offs_d < D)[None, :]
+    q_tile = tl.load(q + row * (D + ROPE) + offs_d[None, :], mask=mask_d, other=0.0)
+    mask_e = live[:, None] & (offs_e < ROPE)[None, :]
+    q_rope = tl.load(q + row * (D + ROPE) + D + offs_e[None, :], mask=mask_e, other=0.0)
+    if not ABSORBED:
+        shift = tl.load(dense_starts + sequence).to(tl.int64) - first_position
+        keys += (shift * H + group * STACK) * D
+        values += (shift * H + group * STACK) * V
+    table_row = block_table + sequence.to(tl.int64) * stride_table
+    middle = tl.minimum(tl.maximum(computed + first_query + 1, start), end)
+    middle = start + (middle - start) // BLOCK_N * BLOCK_N
+    m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    acc, m, total = attend_latent(
+        acc, m, total, q_tile, q_rope, position, pages, table_row, keys, values, start, middle,
+        stride_block, H * D, H * V, scale_log2, RANK, ROPE, D, V, P, ABSORBED, False,
+        BLOCK_N, BLOCK_D, BLOCK_V, BLOCK_E,
+    )  # fmt: skip
+    acc, m, total = attend_latent(
+        acc, m, total, q_tile, q_rope, position, pages, table_row, keys, values, middle, end,
+        stride_block, H * D, H * V, scale_log2, RANK, ROPE, D, V, P, ABSORBED, True,
+        BLOCK_N, BLOCK_D, BLOCK_V, BLOCK_E,
+    )  # fmt: skip
+    total = tl.where(total > 0, total, 1.0)
+    mean, lse = acc / total[:, None], m + tl.log2(total)
+    at = row * V + offs_v[None, :]
+    mask = live[:, None] & (offs_v < V)[None, :]
+    if IS_SPLIT:
+        parts = tl.cdiv(length, size)
+        is_partial = parts > 1
+        slot = tl.load(table + num_sequences + 1 + sequence).to(tl.int64) * H
+        slot = slot + (query * H + head) * parts + tl.program_id(2)
+        tl.store(partial_out + slot[:, None] * V + offs_v[None, :], mean, mask=mask & is_partial)
+        tl.store(partial_lse + slot, lse, mask=live & is_partial)
+        mask = mask & (parts < 2)
+    else:
+        tl.store(partial_lse + (first_row + query).to(tl.int64) * H + head, lse, mask=live)
+    tl.store(out + at, mean.to(out.dtype.element_ty), mask=mask)
+
+
+def absorbed_shape(dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """Returns (BLOCK_M, BLOCK_N, num_warps, num_stages) of tiles over latent vectors."""
+    return (16, 16, 4, 1) if dtype == torch.float32 else (64, 64, 8, 2)
+
+
+def expanded_shape(dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """Returns (BLOCK_M, BLOCK_N, num_warps, num_stages) of tiles over heads' own keys."""
+    return (32, 32, 4, 1) if dtype == torch.float32 else (128, 64, 8, 3)
+
+
+def stack_of(num_heads: int, block_m: int) -> int:
+    """Returns the heads that are rows of one tile: the largest power of two that divides them and
+    fits."""
+    return min(num_heads & -num_heads, block_m)
+
+
+def page_constants(q_THC: Tensor, pages_BPC: Tensor, rank: int) -> dict[str, int]:
+    """Returns the constants of RANK and ROPE, after checking that queries are contiguous."""
+    assert q_THC.is_contiguous()
+    rope = pages_BPC.shape[2] - rank
+    return {
+        "RANK": rank,
+        "ROPE": rope,
+        "P": pages_BPC.shape[1],
+        "BLOCK_E": max(16, next_power_of_2(rope)),
+    }
+
+
+def absorbed_chunks(
+    q_THC: Tensor,
+    pages_BPC: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    rank: int,
+    out_THR: Tensor,
+    partials: Partials,
+    plan: ShortPlan,
+    num_tokens: int,
+) -> None:
+    """Attends the short chunks of a plan, all among the first `num_tokens`: to `out` [T, H, rank]
+    what is in one split, else to `partials`. Shapes as `latent_decode` takes them."""
+    num_heads, num_sequences = q_THC.shape[1], len(batch.seq_lens_S)
+    dtype = q_THC.dtype if q_THC.dtype == pages_BPC.dtype else torch.float32
+    block_m, block_n, num_warps, num_stages = absorbed_shape(dtype)
+    stack = stack_of(num_heads, block_m)
+    tiles = num_tokens // (block_m // stack) + num_sequences
+    block_d = max(16, next_power_of_2(rank))
+    _latent_chunk_kernel[(num_heads // stack, tiles, plan.limits.splits)](
+        q_THC.to(dtype),
+        *(pages_BPC, pages_BPC, pages_BPC, batch.seq_lens_S),
+        *(out_THR, partials.out, partials.lse),
+        *(batch.query_starts, batch.seq_lens_S, batch.block_table, plan.table),
+        *(num_sequences, 0, 0),
+        *(block_stride(pages_BPC), batch.block_table.stride(0), scale * LOG2_E),
+        H=num_heads,
+        STACK=stack,
+        D=rank,
+        V=rank,
+        ABSORBED=True,
+        IS_SPLIT=True,
+        SHORT=plan.limits.queries,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        BLOCK_V=block_d,
+        **page_constants(q_THC, pages_BPC, rank),
+        num_warps=num_warps,
+        num_stages=num_stages,
+        **launch_options(q_THC.device),
+    )
+
+
+def expanded_chunks(
+    q_THD: Tensor,
+    pages_BPC: Tensor,
+    keys_NHD: Tensor,
+    values_NHV: Tensor,
+    dense_starts_S: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    rank: int,
+    out_THV: Tensor,
+    lse_TH: Tensor,
+    positions: tuple[int, int],
+    *,
+    short: int,
+) -> None:
+    """Attends chunks of more than `short` queries over keys at positions [first, beyond) alone.
+
+    q [T, H, D + rotated columns]; sequence s has its key of position `first` at row
+    dense_starts_S[s] of keys and values. Writes means to `out` and log2-sum-exp2 to `lse` float32.
+    """
+    num_heads, num_sequences = q_THD.shape[1], len(batch.seq_lens_S)
+    head_size, value_size = keys_NHD.shape[2], values_NHV.shape[2]
+    assert keys_NHD.is_contiguous()
+    assert values_NHV.is_contiguous()
+    dtype = keys_NHD.dtype
+    block_m, block_n, num_warps, num_stages = expanded_shape(dtype)
+    tiles = len(q_THD) // block_m + num_sequences
+    _latent_chunk_kernel[(num_heads, tiles, 1)](
+        q_THD.to(dtype),
+        *(pages_BPC, keys_NHD, values_NHV, dense_starts_S),
+        *(out_THV, lse_TH, lse_TH),
+        *(batch.query_starts, batch.seq_lens_S, batch.block_table, batch.seq_lens_S),
+        *(num_sequences, *positions),
+        *(block_stride(pages_BPC), batch.block_table.stride(0), scale * LOG2_E),
+        H=num_heads,
+        STACK=1,
+        D=head_size,
+        V=value_size,
+        ABSORBED=False,
+        IS_SPLIT=False,
+        SHORT=short,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_D=max(16, next_power_of_2(head_size)),
+        BLOCK_V=max(16, next_power_of_2(value_size)),
+        **page_constants(q_THD, pages_BPC, rank),
+        num_warps=num_warps,
+        num_stages=num_stages,
+        **launch_options(q_THD.device),
+    )

@@ -1,0 +1,31 @@
+"""The running softmax of attention's tiles, and how sums of parts become one.
+
+Device functions of every attention kernel but Hopper's own; they launch nothing.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def softmax_step(s, m, total, acc, scale_log2):
+    """Returns p [M, N], and m, total and acc made ready for its sums: online softmax in base 2.
+
+    Scores s count times scale_log2; -inf are not seen. m is the highest scaled score so far, total
+    the sum of 2^(score - m), acc the weighted sum [M, D] that p's products are added to. A tile of
+    which a row sees nothing leaves the row's bits alone.
+    """
+    higher = tl.maximum(m, tl.max(s, 1) * scale_log2)
+    floor = tl.where(higher == -float("inf"), 0.0, higher)
+    p = tl.exp2(s * scale_log2 - floor[:, None])
+    shrink = tl.exp2(m - floor)
+    return p, higher, total * shrink + tl.sum(p, 1), acc * shrink[:, None]
+
+
+@triton.jit
+def with_sink(mean, lse, sink_log2):
+    """Returns the mean [M, D] where a sink takes its part of the weights: a score in base 2 that
+    has no value (gpt-oss). lse [M]: log2-sum-exp2 of a row's other scores; -inf: the mean is 0."""
+    return mean * (1.0 / (1.0 + tl.exp2(sink_log2 - lse)))[:, None]

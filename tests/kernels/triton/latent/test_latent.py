@@ -1,0 +1,273 @@
+"""Latent attention's kernels against float64: absorbed and expanded, split, shared and packed.
+
+Runs on a GPU, else through Triton's interpreter at small shapes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from octavo.kernels.inputs import AttentionBatch, RopeTable
+from tests.kernels.cases import floats
+from tests.kernels.triton.cases import TOLERANCES, assert_near
+from tests.kernels.triton.interpreter import DEVICE
+
+from octavo.kernels.triton.attention.decode import make_partials, split_slots  # isort: skip
+from octavo.kernels.triton.latent.decode import latent_decode  # isort: skip
+from octavo.kernels.triton.latent.shared import shared_latents  # isort: skip
+from octavo.kernels.triton.latent.tiles import absorbed_chunks, expanded_chunks  # isort: skip
+from octavo.kernels.triton.latent.write import head_product, write_latents  # isort: skip
+from octavo.kernels.triton.attention.shared import plan_shared_prefix  # isort: skip
+from octavo.kernels.triton.attention.short_chunks import (  # isort: skip
+    Limits,
+    merge_short_chunks,
+    plan_short_chunks,
+)
+from octavo.kernels.triton.attention.splits import Tiling  # isort: skip
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+P = 16
+
+
+@dataclass(kw_only=True)
+class PagedLatents:
+    """Sequences in a scattered arena of two layers; everything that no token owns is NaN."""
+
+    pages_BPC: Tensor
+    tokens: list[Tensor]
+    table: Tensor
+
+    def batch(self, seq_lens: Sequence[int], query_lens: Sequence[int]) -> AttentionBatch:
+        spans = list(zip(seq_lens, query_lens, strict=True))
+        positions = [torch.arange(n - q, n) for n, q in spans]
+        return AttentionBatch(
+            positions_T=torch.cat(positions).to(DEVICE, torch.int32),
+            slot_mapping_T=torch.zeros(sum(query_lens), dtype=torch.int64, device=DEVICE),
+            query_starts=torch.tensor([0, *query_lens]).cumsum(0).to(DEVICE, torch.int32),
+            seq_lens_S=torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE),
+            block_table=self.table.to(DEVICE),
+        )
+
+
+def make_latents(
+    rng: np.random.Generator,
+    lengths: Sequence[int],
+    columns: int,
+    dtype: torch.dtype = torch.float32,
+    shared: int = 0,
+) -> PagedLatents:
+    """Returns sequences of `lengths`; the first `shared` tokens of all lie in the same blocks."""
+    assert shared % P == 0
+    own = [-(-n // P) - shared // P for n in lengths]
+    num_blocks = sum(own) + shared // P + 3
+    arena = torch.full((num_blocks, 2, P, columns), math.nan, dtype=dtype, device=DEVICE)
+    pages = arena[:, 1]
+    free = rng.permutation(num_blocks).astype(np.int32)
+    common, free = free[: shared // P], free[shared // P :]
+    table = np.full((len(lengths), max(own) + shared // P + 2), 2**30, np.int32)
+    prefix = floats(rng, shared, columns).to(dtype)
+    tokens = []
+    for s, (length, count) in enumerate(zip(lengths, own, strict=True)):
+        blocks, free = np.concatenate((common, free[:count])), free[count:]
+        table[s, : len(blocks)] = blocks
+        rows = torch.cat((prefix, floats(rng, length - shared, columns).to(dtype)))
+        at = np.arange(length)
+        pages[torch.from_numpy(blocks[at // P]).long(), torch.from_numpy(at % P)] = rows.to(DEVICE)
+        tokens.append(rows)
+    return PagedLatents(pages_BPC=pages, tokens=tokens, table=torch.from_numpy(table))
+
+
+def exact(
+    q: Tensor, latents: PagedLatents, batch: AttentionBatch, scale: float, rank: int
+) -> Tensor:
+    """Returns [T, H, rank] in float64."""
+    parts = []
+    for s, tokens in enumerate(latents.tokens):
+        rows = slice(int(batch.query_starts[s]), int(batch.query_starts[s + 1]))
+        seen = tokens[: int(batch.seq_lens_S[s])].double()
+        scores = torch.einsum("qhc,kc->hqk", q[rows].double().cpu(), seen) * scale
+        hidden = torch.arange(len(seen)) > batch.positions_T[rows].cpu().unsqueeze(1)
+        weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
+        parts.append(torch.einsum("hqk,kr->qhr", weights, seen[:, :rank]))
+    return torch.cat(parts)
+
+
+DTYPES = list(TOLERANCES)
+SHAPES = [(4, 32, 16), (6, 24, 8), (16, 32, 16)]
+"""Heads, rank, rotated columns."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "rank", "rope"), SHAPES)
+@pytest.mark.parametrize("is_invariant", [False, True])
+def test_decode(
+    rng: np.random.Generator,
+    heads: int,
+    rank: int,
+    rope: int,
+    dtype: torch.dtype,
+    is_invariant: bool,
+) -> None:
+    lengths = [1, 15, 16, 65, 200, 700]
+    latents = make_latents(rng, lengths, rank + rope, dtype)
+    batch = latents.batch(lengths, [1] * len(lengths))
+    q = floats(rng, len(lengths), heads, rank + rope).to(DEVICE, dtype)
+    out = torch.full((len(lengths), heads, rank), math.nan, dtype=dtype, device=DEVICE)
+    latent_decode(
+        *(q, latents.pages_BPC, batch, 0.2, rank, out),
+        max_seq_len=max(lengths),
+        is_invariant=is_invariant,
+    )
+    assert_near(out, exact(q, latents, batch, 0.2, rank), TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "rank", "rope"), SHAPES)
+def test_short_chunks_in_splits(
+    rng: np.random.Generator, heads: int, rank: int, rope: int, dtype: torch.dtype
+) -> None:
+    lengths, query_lens = [40, 300, 17, 520], [2, 9, 17, 5]
+    latents = make_latents(rng, lengths, rank + rope, dtype)
+    batch = latents.batch(lengths, query_lens)
+    total = sum(query_lens)
+    q = floats(rng, total, heads, rank + rope).to(DEVICE, dtype)
+    limits = Limits(queries=64, splits=4, shortest=128, slots=total * 4)
+    plan = plan_short_chunks(batch, Tiling(heads, min(heads & -heads, 64), 132), None, limits)
+    out = torch.full((total, heads, rank), math.nan, dtype=dtype, device=DEVICE)
+    partials = make_partials(out, 4)
+    absorbed_chunks(q, latents.pages_BPC, batch, 0.2, rank, out, partials, plan, total)
+    merge_short_chunks(out, batch, None, plan, partials, total)
+    assert_near(out, exact(q, latents, batch, 0.2, rank), TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_shared_prefix_is_what_each_sees_alone(
+    rng: np.random.Generator, dtype: torch.dtype
+) -> None:
+    lengths, heads, rank, rope = [300, 257, 256, 300, 280], 4, 32, 16
+    latents = make_latents(rng, lengths, rank + rope, dtype, shared=256)
+    batch = latents.batch(lengths, [1] * len(lengths))
+    q = floats(rng, len(lengths), heads, rank + rope).to(DEVICE, dtype)
+    plan = plan_shared_prefix(
+        latents.table.numpy(),
+        np.array(lengths, np.int32),
+        np.ones(len(lengths), np.int32),
+        Tiling(heads, 4, 132),
+        min_blocks=4,
+    )
+    assert plan is not None
+    prefix = plan.to_device(torch.device(DEVICE))
+    out = torch.full((len(lengths), heads, rank), math.nan, dtype=dtype, device=DEVICE)
+    partials = make_partials(out, prefix.max_splits + split_slots(prefix.max_tail))
+    shared_latents(q, latents.pages_BPC, batch, 0.2, rank, prefix, partials)
+    latent_decode(
+        *(q, latents.pages_BPC, batch, 0.2, rank, out),
+        max_seq_len=prefix.max_tail,
+        shared=(prefix.shared_tokens_S, prefix.shared_slots_S),
+        partials=partials,
+    )
+    assert_near(out, exact(q, latents, batch, 0.2, rank), TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("nope", "value"), [(16, 16), (24, 40)])
+@pytest.mark.parametrize("edges", [(0, 160), (0, 64, 128, 160)])
+def test_expanded_chunks_over_ranges_of_keys(
+    rng: np.random.Generator, nope: int, value: int, edges: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    lengths, query_lens, heads, rank, rope = [90, 160, 3], [70, 100, 3], 4, 32, 16
+    latents = make_latents(rng, lengths, rank + rope, dtype)
+    batch = latents.batch(lengths, query_lens)
+    total = sum(query_lens)
+    q = floats(rng, total, heads, nope + rope).to(DEVICE, dtype)
+    up, down = floats(rng, heads, nope, rank).to(dtype), floats(rng, heads, value, rank).to(dtype)
+    means, lses = [], []
+    for first, beyond in pairwise(edges):
+        dense = [tokens[first:beyond, :rank].float() for tokens in latents.tokens]
+        starts = torch.tensor([0, *map(len, dense)]).cumsum(0)[:-1].to(DEVICE, torch.int32)
+        keys = torch.einsum("nr,hdr->nhd", torch.cat(dense), up.float()).to(DEVICE, dtype)
+        values = torch.einsum("nr,hvr->nhv", torch.cat(dense), down.float()).to(DEVICE, dtype)
+        out = torch.zeros(total, heads, value, dtype=dtype, device=DEVICE)
+        lse = torch.zeros(total, heads, device=DEVICE)
+        expanded_chunks(
+            *(q, latents.pages_BPC, keys.contiguous(), values.contiguous(), starts, batch),
+            *(0.2, rank, out, lse, (first, beyond)),
+            short=64,
+        )
+        means.append(out.double())
+        lses.append(lse.double())
+    weights = torch.stack(lses).mul(math.log(2)).softmax(0)
+    found = (torch.stack(means) * weights[..., None]).sum(0)[:170]
+    absorbed = torch.einsum("thd,hdr->thr", q[..., :nope].double().cpu(), up.double())
+    whole = torch.cat((absorbed, q[..., nope:].double().cpu()), -1)
+    expected = torch.einsum("thr,hvr->thv", exact(whole, latents, batch, 0.2, rank), down.double())
+    assert_near(found, expected[:170], TOLERANCES[dtype] * 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_interleaved", [False, True])
+@pytest.mark.parametrize(("heads", "nope", "rank", "rope"), [(4, 16, 32, 16), (20, 24, 24, 8)])
+def test_pages_and_queries_are_normed_rotated_and_written(
+    rng: np.random.Generator,
+    heads: int,
+    nope: int,
+    rank: int,
+    rope: int,
+    is_interleaved: bool,
+    dtype: torch.dtype,
+) -> None:
+    count, half = 5, rope // 2
+    q = floats(rng, count, heads, nope + rope).to(DEVICE, dtype)
+    wide = floats(rng, count, rank + rope + 8).to(DEVICE, dtype)
+    latent, norm = wide[:, : rank + rope], floats(rng, rank).to(DEVICE)
+    angles = floats(rng, 64, half).to(DEVICE)
+    table = RopeTable(cos=angles.cos(), sin=angles.sin(), rotary_dim=rope)
+    positions = torch.tensor([3, 60, 0, 7, 9], dtype=torch.int32, device=DEVICE)
+    slots = torch.tensor([17, 40, -1, 3, 63], dtype=torch.int64, device=DEVICE)
+    pages = torch.full((4, 2, P, rank + rope), math.nan, dtype=dtype, device=DEVICE)[:, 1]
+    q_out = torch.full((count, heads, rank + rope), math.nan, dtype=dtype, device=DEVICE)
+    write_latents(
+        *(q, latent, pages, norm, 1e-6, table, positions, slots, q_out),
+        is_interleaved=is_interleaved,
+    )
+
+    def rotated(x: Tensor) -> Tensor:
+        x = x.double()
+        a, b = (x[..., ::2], x[..., 1::2]) if is_interleaved else (x[..., :half], x[..., half:])
+        cos, sin = (part[positions.long()].double() for part in (table.cos, table.sin))
+        if x.dim() == 3:
+            cos, sin = cos[:, None], sin[:, None]
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+    assert q_out[..., :rank].isnan().all()
+    assert_near(q_out[..., rank:], rotated(q[..., nope:]), TOLERANCES[dtype])
+    c = latent[:, :rank].double()
+    c = c * torch.rsqrt(c.square().mean(-1, keepdim=True) + 1e-6) * norm.double()
+    expected = torch.cat((c, rotated(latent[:, rank:])), -1)
+    flat = pages.reshape(-1, rank + rope)
+    live = slots >= 0
+    assert_near(flat[slots[live]], expected[live], TOLERANCES[dtype])
+    assert int(flat.isnan().all(1).sum()) == len(flat) - int(live.sum())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [1, 17, 80])
+def test_products_of_heads_in_rows_of_wider_tensors(
+    rng: np.random.Generator, count: int, dtype: torch.dtype
+) -> None:
+    x = floats(rng, count, 3, 40).to(DEVICE, dtype)[..., :24]
+    weight = floats(rng, 3, 24, 72).to(DEVICE, dtype)
+    expected = torch.einsum("thk,hkn->thn", x.double(), weight.double())
+    for is_invariant in (False, True):
+        out = torch.full((count, 3, 80), math.nan, dtype=dtype, device=DEVICE)
+        head_product(x, weight, out[..., :72], is_invariant=is_invariant)
+        assert_near(out[..., :72], expected, TOLERANCES[dtype])
+        assert out[..., 72:].isnan().all()
