@@ -37,7 +37,7 @@ VOCAB_SIZE = 211
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Greedy tokens and log-probabilities of every family")
+    parser = argparse.ArgumentParser(description="Greedy tokens and log-probabilities")
     parser.add_argument("output", type=Path)
     parser.add_argument("--compare", type=Path, metavar="FILE", help="what must be equal")
     parser.add_argument("--device", choices=BACKENDS, default="cpu")

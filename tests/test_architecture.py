@@ -52,6 +52,7 @@ TORCH_FREE = (
     "engine/tokenizer.py",
     "kernels/facts.py",
     "kernels/limits.py",
+    "kernels/routing.py",
     "layers/rope_spec.py",
     "models/config_classes.py",
     "models/family.py",

@@ -22,9 +22,11 @@ from octavo.formats import WEIGHT_FORMATS
 from octavo.kernels.inputs import AttentionBatch, KVLayer
 from octavo.kernels.ops import Ops
 from octavo.kernels.registry import Needs, select_ops
-from octavo.kernels.weights import ExpertWeights, Weight
+from octavo.kernels.routing import RoutingRule
+from octavo.kernels.weights import ExpertWeights, Router, Weight
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_SIZE, VOCABULARY = 576, 1536, 9, 3, 64, 49152
+ROUTER = Router(weights=(), rule=RoutingRule(top_k=2, renormalize=True))
 TOKENS = (1, 4, 16, 128, 1024)
 ROTATED_BYTES = 128 << 20
 NUMBER_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -137,9 +139,7 @@ def mlp_cases(ops: Ops, name: str, tokens: int) -> Iterator[Case]:
         )
         for layer in layers
     ]
-    weights, ids = ops.route(
-        torch.randn(tokens, 4), 2, "softmax", True, torch.zeros(4, dtype=torch.int64)
-    )
+    weights, ids = ops.route(torch.randn(tokens, 4), ROUTER, torch.zeros(4, dtype=torch.int64))
     yield Case(
         op="moe 4 experts top 2",
         shape=f"{HIDDEN}x{INNER}",
@@ -202,7 +202,7 @@ def small_cases(ops: Ops, tokens: int) -> Iterator[Case]:
     logits, counts = torch.randn(tokens, 4), torch.zeros(4, dtype=torch.int64)
     runs: dict[str, Callable[[int], object]] = {
         "add_rms_norm": lambda _: ops.add_rms_norm(x, y, weight, 1e-5),
-        "route": lambda _: ops.route(logits, 2, "softmax", True, counts),
+        "route": lambda _: ops.route(logits, ROUTER, counts),
     }
     for op, run in runs.items():
         bytes_read = 0 if tokens < 128 else 2 * x.nbytes

@@ -31,6 +31,7 @@ from torch import Tensor
 from octavo.formats import WEIGHT_FORMATS
 from octavo.kernels.composed import Composed
 from octavo.kernels.inputs import AttentionBatch, KVLayer, QKNorm, RopeTable
+from octavo.kernels.routing import RoutingRule
 from octavo.kernels.triton import backend as ops
 from octavo.kernels.triton.attention.decode import max_total_slots, slot_counts
 from octavo.kernels.triton.backend import TritonOps
@@ -77,7 +78,7 @@ def make_layer(s: Namespace, rope: RopeTable) -> Layer:
     )
     router = Router(
         weights=router_weights(s),
-        **{"top_k": s.top_k, "scoring": "softmax", "renormalize": not s.shared},
+        rule=RoutingRule(top_k=s.top_k, renormalize=not s.shared),
     )
     moe = MoE(
         router=router,

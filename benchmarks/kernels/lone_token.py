@@ -25,6 +25,7 @@ from torch import Tensor
 from octavo.formats import WEIGHT_FORMATS
 from octavo.kernels.composed import Composed
 from octavo.kernels.inputs import NormInput, QKNorm, RopeTable
+from octavo.kernels.routing import RoutingRule
 from octavo.kernels.triton.attention.choose import attention
 from octavo.kernels.triton.backend import TritonOps, shared_parts
 from octavo.kernels.triton.experts import route
@@ -96,7 +97,7 @@ def time_router(pool: Tensor, name: str) -> None:
     weights, row = rotated(pool, count + gates, HIDDEN)[:256], make_row()
     form = WEIGHT_FORMATS["bf16"]
     one = Weight(data=weights[0][:count], format=form, rows=count, cols=HIDDEN)
-    router = Router(weights=(one,), top_k=top_k, scoring="softmax", renormalize=True)
+    router = Router(weights=(one,), rule=RoutingRule(top_k=top_k, renormalize=True))
     counts, tickets = torch.zeros(count, dtype=torch.int32), make_tickets(torch.device("cuda"))
     logits = torch.empty(1, count + gates, dtype=torch.bfloat16)
     plan, kept = matvec.plan_matvec(count + gates, HIDDEN), row.residual_TM.clone()

@@ -33,22 +33,14 @@ class Composed:
         num_live: Tensor | None = None,
     ) -> Routed:
         x_TM = rows.normed(self)
-        logits_TN = self.linear(x_TM, router.weights)
-        num_experts = router.weights[0].rows
-        weights, ids = self.route(
-            logits_TN[:, :num_experts],
-            router.top_k,
-            router.scoring,
-            router.renormalize,
-            counts_E,
-            num_live,
-        )
+        logits_TE, gate_T1 = router_logits(self, x_TM, router)
+        weights, ids = self.route(logits_TE, router, counts_E, num_live)
         return Routed(
             x_TM=x_TM,
             residual_TM=rows.residual_TM,
             topk_weights=weights,
             topk_ids=ids,
-            gate_T1=logits_TN[:, num_experts:] if len(router.weights) > 1 else None,
+            gate_T1=gate_T1,
         )
 
     def rope_attention(
@@ -82,3 +74,16 @@ class Composed:
     def copy_blocks(self, arena: Tensor, copies: Sequence[tuple[int, int]]) -> None:
         for source, target in copies:
             arena[target].copy_(arena[source])
+
+
+def router_logits(ops: Ops, x_TM: Tensor, router: Router) -> tuple[Tensor, Tensor | None]:
+    """Returns the logits of the experts [T, E], and of the shared expert's gate [T, 1] if any."""
+    first, *others = router.weights
+    if not router.rule.float32_logits and router.bias_E is None:
+        logits_TN = ops.linear(x_TM, router.weights)
+        return logits_TN[:, : first.rows], logits_TN[:, first.rows :] if others else None
+    gate_T1 = ops.linear(x_TM, others) if others else None
+    if not router.rule.float32_logits:
+        return ops.linear(x_TM, (first,), router.bias_E), gate_T1
+    logits_TE = ops.logits(x_TM, first)
+    return logits_TE if router.bias_E is None else logits_TE.add_(router.bias_E), gate_T1

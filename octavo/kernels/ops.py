@@ -30,7 +30,6 @@ from octavo.kernels.weights import (
     Activation,
     ExpertWeights,
     Router,
-    RouterScoring,
     SharedExpert,
     Weight,
 )
@@ -83,15 +82,13 @@ class Ops(Protocol):
     def route(
         self,
         logits_TE: Tensor,
-        top_k: int,
-        scoring: RouterScoring,
-        renormalize: bool,
+        router: Router,
         counts_E: Tensor,
         num_live: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Returns topk_weights float32 [T, top_k] and topk_ids int32 [T, top_k], best first;
-        equal scores: the lower expert first. Adds the tokens of each expert to counts_E (integers,
-        at least E).
+        """Returns topk_weights float32 [T, top_k] and topk_ids int32 [T, top_k], best first, as
+        the router's rule has it. A row of NaN takes experts 0, 1, ... Adds the tokens of each
+        expert to counts_E (integers, at least E).
 
         Tokens from num_live (int32 [1]) on pad a captured graph: their ids are -1, nobody counts
         them."""

@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from octavo.kernels.composed import Composed
 from octavo.kernels.inputs import AttentionBatch, KVLayer, QKNorm, RopeTable
-from octavo.kernels.weights import Activation, ExpertWeights, RouterScoring, SharedExpert, Weight
+from octavo.kernels.routing import RoutingRule, Score
+from octavo.kernels.weights import Activation, ExpertWeights, Router, SharedExpert, Weight
 
 PANEL_ELEMENTS = 1 << 22
 """Weights converted to float32 at a time (16 MiB)."""
@@ -40,6 +41,53 @@ def activate(gate: Tensor, activation: Activation) -> Tensor:
     if activation == "silu":
         return functional.silu(gate)
     return functional.gelu(gate, approximate="tanh")
+
+
+def choose_experts(logits_TE: Tensor, router: Router) -> tuple[Tensor, Tensor]:
+    """Returns weights float32 and ids int32, both [T, top_k]; see `RoutingRule`."""
+    rule = router.rule
+    scores = expert_scores(logits_TE, rule.score)
+    choice = scores if router.correction_E is None else scores + router.correction_E
+    if rule.num_groups > 1:
+        choice = _within_groups(choice, rule)
+    order = torch.sort(choice, dim=-1, descending=True, stable=True)
+    chosen = order.indices[:, : rule.top_k]
+    weights = scores.gather(1, chosen)
+    if rule.weighting == "softmax":
+        weights = torch.softmax(logits_TE.gather(1, chosen), -1)
+    elif rule.weighting == "sigmoid":
+        weights = torch.sigmoid(logits_TE.gather(1, chosen))
+    if rule.renormalize:
+        total = weights.sum(-1, keepdim=True)
+        if rule.sum_epsilon:
+            total += rule.sum_epsilon
+        weights /= total.clamp_(min=rule.least_sum) if rule.least_sum else total
+    if rule.scale != 1.0:
+        weights *= rule.scale
+    if router.scale_E is not None:
+        weights *= router.scale_E[chosen]
+    return weights, chosen.to(torch.int32)
+
+
+def expert_scores(logits_TE: Tensor, score: Score) -> Tensor:
+    """Returns the scores of all experts [T, E]."""
+    if score == "softmax":
+        return torch.softmax(logits_TE, -1)
+    if score == "sigmoid":
+        return torch.sigmoid(logits_TE)
+    if score == "sqrt_softplus":
+        return functional.softplus(logits_TE).sqrt_()
+    return logits_TE
+
+
+def _within_groups(choice_TE: Tensor, rule: RoutingRule) -> Tensor:
+    """Returns the scores with -inf in all but the best groups."""
+    groups = choice_TE.view(len(choice_TE), rule.num_groups, -1)
+    count = 2 if rule.group_score == "best_two" else 1
+    best = groups.topk(count, dim=-1).values.sum(-1)
+    order = torch.sort(best, dim=-1, descending=True, stable=True).indices
+    is_out = torch.ones_like(best, dtype=torch.bool).scatter_(1, order[:, : rule.top_groups], False)
+    return groups.masked_fill(is_out.unsqueeze(-1), -torch.inf).flatten(1)
 
 
 class ReferenceOps(Composed):
@@ -86,18 +134,11 @@ class ReferenceOps(Composed):
     def route(
         self,
         logits_TE: Tensor,
-        top_k: int,
-        scoring: RouterScoring,
-        renormalize: bool,
+        router: Router,
         counts_E: Tensor,
         num_live: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        assert scoring == "softmax", scoring
-        order = torch.sort(torch.softmax(logits_TE, -1), dim=-1, descending=True, stable=True)
-        weights = order.values[:, :top_k].contiguous()
-        if renormalize:
-            weights /= weights.sum(-1, keepdim=True)
-        ids = order.indices[:, :top_k].to(torch.int32)
+        weights, ids = choose_experts(logits_TE.float(), router)
         if num_live is not None:
             ids[int(num_live) :] = -1
         live = ids[: None if num_live is None else int(num_live)]

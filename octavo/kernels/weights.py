@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from octavo.formats import WeightFormat
+from octavo.kernels.routing import RoutingRule
 
 Activation = Literal["silu", "gelu_tanh"]
-RouterScoring = Literal["softmax"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
@@ -51,13 +51,22 @@ class SharedExpert:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Router:
-    """What chooses a token's experts: the top_k best scores of x @ weights[0].T."""
+    """What chooses a token's experts: a rule over the logits x @ weights[0].T + bias."""
 
     weights: tuple[Weight, ...]
     """[E, M], and the gate of the shared expert [1, M] where there is one."""
-    top_k: int
-    scoring: RouterScoring
-    renormalize: bool
+    rule: RoutingRule
+    bias_E: Tensor | None = None
+    correction_E: Tensor | None = None
+    """float32, added to the scores for the choice alone."""
+    scale_E: Tensor | None = None
+    """float32, multiplies the weights of the chosen experts."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether rule and tensors are what back ends fuse with the products around them."""
+        tensors = self.bias_E, self.correction_E, self.scale_E
+        return self.rule.is_plain and all(tensor is None for tensor in tensors)
 
 
 def torch_dtype(name: str) -> torch.dtype:

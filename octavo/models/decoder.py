@@ -238,9 +238,7 @@ class _Loader:
         names = ("router", "shared_router") if spec.shared_gate else ("router",)
         router = Router(
             weights=self.matrices({Parameter(name, layer): None for name in names}),
-            top_k=spec.top_k,
-            scoring=spec.scoring,
-            renormalize=spec.renormalize,
+            rule=spec.rule,
         )
         shared = None
         if spec.shared is not None:

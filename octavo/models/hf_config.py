@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from octavo.errors import UnsupportedModelError
+from octavo.kernels.routing import RoutingRule
 from octavo.layers.rope_spec import RopeSpec, RopeType
 from octavo.models.config_classes import ConfigClass
 from octavo.models.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, MoESpec
@@ -199,10 +200,9 @@ def read_moe(
         config.refuse("num_experts_per_tok", f"at most {count_field} ({num_experts})")
     return MoESpec(
         num_experts=num_experts,
-        top_k=top_k,
         expert_size=config.integer(size_field),
         activation=read_activation(config),
-        renormalize=renormalize,
+        rule=RoutingRule(top_k=top_k, renormalize=renormalize),
     )
 
 

@@ -17,7 +17,8 @@ from octavo.layers.rope_spec import RopeSpec
 from octavo.weights.split import Split
 
 if TYPE_CHECKING:  # the planner runs without torch
-    from octavo.kernels.weights import Activation, RouterScoring
+    from octavo.kernels.routing import RoutingRule
+    from octavo.kernels.weights import Activation
 
 Shape = tuple[int, ...]
 
@@ -87,16 +88,18 @@ class MoESpec:
     """Experts that are gated MLPs of equal size, and perhaps one that every token goes to."""
 
     num_experts: int
-    top_k: int
     expert_size: int
     activation: Activation
-    scoring: RouterScoring = "softmax"
-    renormalize: bool
-    """The weights of the chosen experts are scaled to sum to 1."""
+    rule: RoutingRule
     shared_size: int = 0
     """Hidden size of the shared expert; 0: there is none."""
     shared_gate: bool = False
     """The shared expert's output is multiplied by a sigmoid gate of the token."""
+
+    @property
+    def top_k(self) -> int:
+        """Experts that a token goes to."""
+        return self.rule.top_k
 
     @property
     def split(self) -> Split:

@@ -14,11 +14,17 @@ from torch import Tensor
 
 from octavo.formats import WEIGHT_FORMATS
 from octavo.kernels.inputs import AttentionBatch, KVLayer
-from octavo.kernels.weights import Weight
+from octavo.kernels.routing import RoutingRule
+from octavo.kernels.weights import Router, Weight
 
 NUMBER_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 SCALE_OFFSETS = {"q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,)}
 """Where the float16 scales of the formats that gguf cannot quantise to lie in a block."""
+
+
+def plain_router(top_k: int, renormalize: bool = True) -> Router:
+    """Returns the rule that softmax and top k are, for logits that are there already."""
+    return Router(weights=(), rule=RoutingRule(top_k=top_k, renormalize=renormalize))
 
 
 def make_weight(name: str, rows: int, cols: int, rng: np.random.Generator) -> Weight:

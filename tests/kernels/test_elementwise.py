@@ -10,7 +10,7 @@ import torch
 
 from octavo.kernels.inputs import AttentionBatch, KVLayer, QKNorm, RopeTable
 from octavo.kernels.ops import Ops
-from tests.kernels.cases import assert_close, floats
+from tests.kernels.cases import assert_close, floats, plain_router
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -45,7 +45,7 @@ def test_route_takes_the_best_experts(
 ) -> None:
     logits = floats(rng, 33, experts) * 2
     counts = torch.ones(experts + 1, dtype=torch.int64)
-    weights, ids = ops.route(logits, top_k, "softmax", renormalize, counts)
+    weights, ids = ops.route(logits, plain_router(top_k, renormalize), counts)
     assert torch.equal(counts - 1, torch.bincount(ids.flatten(), minlength=experts + 1))
     expected, chosen = logits.double().softmax(-1).topk(top_k, -1)
     if renormalize:
@@ -57,14 +57,14 @@ def test_route_takes_the_best_experts(
 
 def test_route_takes_the_lower_of_equal_experts(ops: Ops) -> None:
     logits = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0]])
-    weights, ids = ops.route(logits, 4, "softmax", True, torch.zeros(5, dtype=torch.int64))
+    weights, ids = ops.route(logits, plain_router(4), torch.zeros(5, dtype=torch.int64))
     assert ids.tolist() == [[1, 3, 0, 2]]
     assert weights[0, 0] == weights[0, 1]
 
 
 def test_route_of_nan_still_names_experts_that_exist(native: Ops) -> None:
     counts = torch.zeros(5, dtype=torch.int64)
-    _, ids = native.route(torch.full((2, 5), math.nan), 3, "softmax", True, counts)
+    _, ids = native.route(torch.full((2, 5), math.nan), plain_router(3), counts)
     assert ids.tolist() == [[0, 1, 2], [0, 1, 2]]
 
 

@@ -11,7 +11,7 @@ from octavo.formats import WEIGHT_FORMATS
 from octavo.kernels.inputs import KVLayer
 from octavo.kernels.ops import Ops
 from octavo.kernels.registry import Needs, select_ops
-from tests.kernels.cases import floats, make_paged, make_weight
+from tests.kernels.cases import floats, make_paged, make_weight, plain_router
 from tests.kernels.test_linear import make_experts
 
 CUTS = ([1] * 9, [2, 7], [3, 1, 5], [4, 5], [9])
@@ -120,8 +120,8 @@ def test_norms_and_routes_do_not_depend_on_the_batch(native: Ops, rng: np.random
     whole = native.rms_norm(x, weight, 1e-5)
     assert torch.equal(torch.cat([native.rms_norm(r, weight, 1e-5) for r in x.split(1)]), whole)
     counts = torch.zeros(x.shape[1], dtype=torch.int64)
-    routed, ids = native.route(x, 6, "softmax", True, counts)
+    routed, ids = native.route(x, plain_router(6), counts)
     for t in range(40):
-        one, one_ids = native.route(x[t : t + 1], 6, "softmax", True, counts)
+        one, one_ids = native.route(x[t : t + 1], plain_router(6), counts)
         assert torch.equal(one[0], routed[t])
         assert torch.equal(one_ids[0], ids[t])

@@ -198,7 +198,7 @@ def assert_same(spec: ModelSpec, model: PreTrainedModel, config: Mapping[str, An
         assert (layer.mlp.activation == "silu") == (ACT2FN[theirs.hidden_act](torch.ones(1)) < 0.8)
         if isinstance(layer.mlp, MoESpec):
             assert layer.mlp.top_k == theirs.num_experts_per_tok
-            assert layer.mlp.renormalize == (kind == "mixtral" or theirs.norm_topk_prob)
+            assert layer.mlp.rule.renormalize == (kind == "mixtral" or theirs.norm_topk_prob)
         else:
             assert isinstance(layer.mlp, MLPSpec)
 

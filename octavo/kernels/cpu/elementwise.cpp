@@ -1,4 +1,4 @@
-// Ops on single tokens: norms, routing, rotary embedding with the write to the cache.
+// Ops on single tokens: norms, rotary embedding with the write to the cache.
 #include "pool.h"
 
 #include <algorithm>
@@ -66,36 +66,6 @@ void store_as(int64_t format, const float* x, int64_t size, uint8_t* to) {
   }
 }
 
-// Softmax of one token's logits, then the best top_k, equal ones in order of expert.
-void route_row(const float* logits, int64_t experts, int64_t top_k, bool renormalize,
-               float* scores, float* weights, int32_t* ids) {
-  float highest = logits[0];
-  for (int64_t e = 1; e < experts; ++e) highest = std::max(highest, logits[e]);
-  Lanes lanes = zeros();
-  for (int64_t e = 0; e < experts; e += 8) {
-    const int64_t count = std::min<int64_t>(8, experts - e);
-    const Lanes x = count == 8 ? load(logits + e) : load_some(logits + e, count);
-    Lanes v = exp(_mm256_sub_ps(x, broadcast(highest)));
-    if (count < 8) v = _mm256_and_ps(v, _mm256_castsi256_ps(first_lanes(count)));
-    store(scores + e, v);
-    lanes = _mm256_add_ps(lanes, v);
-  }
-  const float total = sum(lanes);
-  for (int64_t e = 0; e < experts; ++e) scores[e] /= total;
-  float chosen = 0.0f;
-  for (int64_t j = 0; j < top_k; ++j) {
-    int64_t best = -1;
-    for (int64_t e = 0; e < experts; ++e) {
-      const bool taken = std::find(ids, ids + j, static_cast<int32_t>(e)) != ids + j;
-      if (!taken && (best < 0 || scores[e] > scores[best])) best = e;
-    }
-    ids[j] = static_cast<int32_t>(best);
-    weights[j] = scores[best];
-    chosen += scores[best];
-  }
-  for (int64_t j = 0; renormalize && j < top_k; ++j) weights[j] /= chosen;
-}
-
 }  // namespace
 
 OCTAVO_API int64_t octavo_rms_norm(Pool* pool, const float* x, int64_t tokens, int64_t size,
@@ -115,17 +85,6 @@ OCTAVO_API int64_t octavo_add_rms_norm(Pool* pool, const float* x, float* residu
     float* row = residual + t * size;
     for (int64_t i = 0; i < size; ++i) row[i] += from[i];
     norm_row(row, weight, size, eps, out + t * size);
-  });
-  return OK;
-}
-
-OCTAVO_API int64_t octavo_route(Pool* pool, const float* logits, int64_t tokens, int64_t experts,
-                                int64_t top_k, int64_t renormalize, float* weights, int32_t* ids) {
-  std::lock_guard<std::mutex> lock(pool->op_mutex());
-  pool->run(tokens, kTokenGrain, [&](int64_t t, Scratch& scratch) {
-    float* scores = scratch.floats(0, experts + 8);
-    route_row(logits + t * experts, experts, top_k, renormalize != 0, scores, weights + t * top_k,
-              ids + t * top_k);
   });
   return OK;
 }

@@ -20,13 +20,18 @@ from torch import Tensor
 
 from octavo.kernels.composed import Composed
 from octavo.kernels.inputs import AttentionBatch, KVLayer, QKNorm, RopeTable
-from octavo.kernels.weights import Activation, ExpertWeights, RouterScoring, SharedExpert, Weight
+from octavo.kernels.routing import ExpertWeighting, RoutingRule, Score
+from octavo.kernels.weights import Activation, ExpertWeights, Router, SharedExpert, Weight
 
 _FORMATS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
 FORMAT_CODES = {name: code for code, name in enumerate(_FORMATS)}
 """The order is that of `enum Format` in native.h."""
 KV_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ACTIVATION_CODES: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1}
+SCORE_CODES: dict[Score, int] = {"softmax": 0, "sigmoid": 1, "sqrt_softplus": 2, "logit": 3}
+WEIGHTING_CODES: dict[ExpertWeighting, int] = {"score": 0, "softmax": 1, "sigmoid": 2}
+_SIGMOID_RULE = RoutingRule(top_k=2, renormalize=False)
+"""softmax([g, 0])[0] is sigmoid(g)."""
 
 
 def _fields(*names: str) -> list[tuple[str, Any]]:
@@ -67,6 +72,15 @@ class _MoeArgs(ctypes.Structure):
     )
 
 
+class _Route(ctypes.Structure):
+    _fields_ = [
+        *_fields("logits*", "correction*", "scales*", "weights*", "ids*"),
+        *_fields("tokens", "experts", "top_k", "score", "groups", "top_groups", "group_best"),
+        *_fields("weighting", "renormalize"),
+        *(("sum_epsilon", c_double), ("least_sum", c_double), ("scale", c_double)),
+    ]
+
+
 _SIGNATURES: dict[str, list[Any]] = {
     "linear": [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p],
     "gated_mlp": [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p],
@@ -74,7 +88,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "embedding": [c_void_p, c_int64, c_void_p, c_void_p],
     "rms_norm": [c_void_p, c_int64, c_int64, c_void_p, c_double, c_void_p],
     "add_rms_norm": [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_double, c_void_p],
-    "route": [c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p],
+    "route": [POINTER(_Route)],
     "rope_and_cache": [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p],
     "attention": [c_void_p, c_int64, c_void_p, c_void_p, c_double, c_int64, c_void_p],
 }
@@ -318,38 +332,49 @@ class NativeOps(Composed):
     def route(
         self,
         logits_TE: Tensor,
-        top_k: int,
-        scoring: RouterScoring,
-        renormalize: bool,
+        router: Router,
         counts_E: Tensor,
         num_live: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        assert scoring == "softmax", scoring
         assert num_live is None, "nothing pads a step on the CPU"
-        weights, ids = self._top_k(logits_TE, top_k, renormalize)
+        weights, ids = self._choose(logits_TE, router.rule, router.correction_E, router.scale_E)
         counts_E += torch.bincount(ids.flatten(), minlength=len(counts_E))
         return weights, ids
 
-    def _top_k(self, logits_TE: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    def _choose(
+        self,
+        logits_TE: Tensor,
+        rule: RoutingRule,
+        correction_E: Tensor | None = None,
+        scale_E: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         logits = _floats(logits_TE)
         tokens, experts = logits.shape
-        assert 1 <= top_k <= experts
-        weights = torch.empty(tokens, top_k)
-        ids = torch.empty(tokens, top_k, dtype=torch.int32)
-        pointers = weights.data_ptr(), ids.data_ptr()
-        self._library.octavo_route(
-            self._pool, logits.data_ptr(), tokens, experts, top_k, int(renormalize), *pointers
+        assert 1 <= rule.top_k <= experts // rule.num_groups * rule.top_groups
+        weights = torch.empty(tokens, rule.top_k)
+        ids = torch.empty(tokens, rule.top_k, dtype=torch.int32)
+        tensors = (
+            None if tensor is None else _address(tensor, torch.float32)
+            for tensor in (correction_E, scale_E)
         )
+        args = _Route(
+            *(logits.data_ptr(), *tensors, weights.data_ptr(), ids.data_ptr()),
+            *(tokens, experts, rule.top_k, SCORE_CODES[rule.score], rule.num_groups),
+            *(rule.top_groups, 2 if rule.group_score == "best_two" else 1),
+            *(WEIGHTING_CODES[rule.weighting], int(rule.renormalize)),
+            *(rule.sum_epsilon, rule.least_sum, rule.scale),
+        )
+        self._library.octavo_route(self._pool, args)
         return weights, ids
 
     def add_gated(self, out_TM: Tensor, x_TM: Tensor, gate_T1: Tensor | None) -> None:
-        """sigmoid(g) = softmax([g, 0])[0]: torch.sigmoid takes its vectors in another way than what
-        is left over at the end, so that a token's last bit would depend on its place in the
-        batch."""
+        """torch.sigmoid takes its vectors in another way than what is left over at the end, so that
+        a token's last bit would depend on its place in the batch."""
         if gate_T1 is None:
             out_TM += x_TM
             return
-        weights, ids = self._top_k(torch.cat((gate_T1, torch.zeros_like(gate_T1)), dim=1), 2, False)
+        logits = torch.cat((gate_T1, torch.zeros_like(gate_T1)), dim=1)
+        weights, ids = self._choose(logits, _SIGMOID_RULE)
         out_TM += x_TM * torch.where(ids[:, :1] == 0, weights[:, :1], weights[:, 1:])
 
     def moe(

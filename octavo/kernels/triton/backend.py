@@ -23,6 +23,7 @@ from octavo.kernels.triton.attention.write import rope_and_cache
 from octavo.kernels.triton.experts import route as routes
 from octavo.kernels.triton.experts.moe import SharedParts, StackedExperts, run_moe
 from octavo.kernels.triton.experts.moe_few import SHARED_TOKENS, is_few, moe_of_few
+from octavo.kernels.triton.experts.route_by_rule import route_by_rule
 from octavo.kernels.triton.launching.tickets import make_tickets
 from octavo.kernels.triton.product.linear import product
 from octavo.kernels.triton.product.matvec import matvec, moe_of_pairs
@@ -40,7 +41,6 @@ from octavo.kernels.weights import (
     Activation,
     ExpertWeights,
     Router,
-    RouterScoring,
     SharedExpert,
     Weight,
 )
@@ -160,20 +160,21 @@ class TritonOps(Composed):
     def route(
         self,
         logits_TE: Tensor,
-        top_k: int,
-        scoring: RouterScoring,
-        renormalize: bool,
+        router: Router,
         counts_E: Tensor,
         num_live: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        assert scoring == "softmax", scoring
-        return routes.route(logits_TE, top_k, renormalize, counts_E, num_live)
+        if router.is_plain:
+            rule = router.rule
+            return routes.route(logits_TE, rule.top_k, rule.renormalize, counts_E, num_live)
+        return route_by_rule(logits_TE, router, counts_E, num_live)
 
     def norm_route(
         self, rows: NormInput, router: Router, counts_E: Tensor, num_live: Tensor | None = None
     ) -> Routed:
         matrices = self._matrices_of(router.weights)
-        if not self._is_lone(rows.residual_TM) or len(matrices) > 1:
+        is_fused = router.is_plain and len(matrices) == 1
+        if not is_fused or not self._is_lone(rows.residual_TM):
             return super().norm_route(rows, router, counts_E, num_live)
         tickets = self._tickets_on(counts_E.device)
         return norm_route(rows, router, matrices[0], counts_E, num_live, tickets)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from octavo.formats import WEIGHT_FORMATS
 from octavo.kernels.inputs import AttentionBatch, KVLayer, NormInput, QKNorm, RopeTable
+from octavo.kernels.routing import RoutingRule
 from octavo.kernels.weights import Router, SharedExpert, Weight
 from tests.kernels.cases import floats, make_paged
 from tests.kernels.triton.cases import (
@@ -114,7 +115,7 @@ def test_routes_within_the_routers_product_are_those_after_it(
     for step in range(3):
         rows = make_rows(rng, 72, dtype, has_x=step > 0)
         weights = make_matrices(rng, [count, 1] if has_gate else [count], 72, dtype)
-        router = Router(weights=weights, top_k=top_k, scoring="softmax", renormalize=step > 1)
+        router = Router(weights=weights, rule=RoutingRule(top_k=top_k, renormalize=step > 1))
         live = torch.tensor([step], dtype=torch.int32, device=DEVICE)
         counts = torch.zeros(2, count, dtype=torch.int32, device=DEVICE)
         expected = make_ops().norm_route(copied(rows), router, counts[0], live)

@@ -72,12 +72,35 @@ def route_rows(
         total += weight
     if RENORMALIZE:
         kept = kept / total[:, None]
+    store_routes(
+        *(row, kept, ids, weights_TK, ids_TK, counts_E, num_live, num_tokens),
+        *(TOP_K, HAS_PADDING, ROWS, SLOTS),
+    )
+
+
+@triton.jit
+def store_routes(
+    row,
+    weights,
+    ids,
+    weights_TK,
+    ids_TK,
+    counts_E,
+    num_live,
+    num_tokens,
+    TOP_K: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Stores what ROWS tokens chose, [ROWS, SLOTS], and counts it; see `route_rows`."""
+    slots = tl.arange(0, SLOTS)
     out = row.to(tl.int64)[:, None] * TOP_K + slots[None, :]
-    is_out = is_row[:, None] & (slots < TOP_K)[None, :]
+    is_out = (row < num_tokens)[:, None] & (slots < TOP_K)[None, :]
     is_live = is_out
     if HAS_PADDING:
         is_live = is_out & (row < tl.load(num_live))[:, None]
-    tl.store(weights_TK + out, kept, mask=is_out)
+    tl.store(weights_TK + out, weights, mask=is_out)
     tl.store(ids_TK + out, tl.where(is_live, ids, -1), mask=is_out)
     # Integers: the order of the additions does not show.
     one = tl.full([ROWS, SLOTS], 1, counts_E.dtype.element_ty)

@@ -187,14 +187,14 @@ def norm_route(
     """Returns where one row goes; `weight_NM` are the router's weights as one matrix."""
     num_rows, hidden_size = weight_NM.shape
     num_experts = router.weights[0].rows
-    assert 0 < router.top_k <= num_experts <= len(counts_E)
+    assert 0 < router.rule.top_k <= num_experts <= len(counts_E)
     _check(rows, hidden_size)
     residual = rows.residual_TM
     x = residual if rows.x_TM is None else rows.x_TM
     added = residual if rows.x_TM is None else torch.empty_like(residual)
     normed, logits = torch.empty_like(residual), residual.new_empty((1, num_rows))
-    weights = residual.new_empty((1, router.top_k), dtype=torch.float32)
-    ids = residual.new_empty((1, router.top_k), dtype=torch.int32)
+    weights = residual.new_empty((1, router.rule.top_k), dtype=torch.float32)
+    ids = residual.new_empty((1, router.rule.top_k), dtype=torch.int32)
     norm_route_kernel[(num_rows,)](
         x,
         residual,
@@ -214,12 +214,12 @@ def norm_route(
         rows.eps,
         HAS_X=rows.x_TM is not None,
         BLOCK_K=max(8, next_power_of_2(hidden_size)),
-        TOP_K=router.top_k,
-        RENORMALIZE=router.renormalize,
+        TOP_K=router.rule.top_k,
+        RENORMALIZE=router.rule.renormalize,
         HAS_PADDING=num_live is not None,
         ROWS=ROUTE_ROWS,
         EXPERTS=next_power_of_2(num_experts),
-        SLOTS=next_power_of_2(router.top_k),
+        SLOTS=next_power_of_2(router.rule.top_k),
         num_warps=num_warps,
         **launch_options(residual.device),
     )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels.cases import floats
+from tests.kernels.cases import floats, plain_router
 from tests.kernels.triton.cases import assert_near, make_ops
 from tests.kernels.triton.interpreter import DEVICE
 
@@ -20,7 +20,7 @@ def test_route_takes_the_best_experts(
 ) -> None:
     logits = floats(rng, 33, count).to(DEVICE) * 2
     counts = torch.ones(count + 1, dtype=torch.int32, device=DEVICE)
-    weights, ids = make_ops().route(logits, top_k, "softmax", renormalize, counts)
+    weights, ids = make_ops().route(logits, plain_router(top_k, renormalize), counts)
     assert torch.equal(counts - 1, torch.bincount(ids.flatten(), minlength=count + 1))
     expected, chosen = logits.double().softmax(-1).topk(top_k, -1)
     if renormalize:
@@ -29,14 +29,14 @@ def test_route_takes_the_best_experts(
     assert torch.equal(ids.long(), chosen)
     assert_near(weights, expected, 1e-6)
     for row in range(3):
-        one, _ = make_ops().route(logits[row : row + 1], top_k, "softmax", renormalize, counts)
+        one, _ = make_ops().route(logits[row : row + 1], plain_router(top_k, renormalize), counts)
         assert torch.equal(one[0], weights[row])
 
 
 def test_padding_is_routed_nowhere_and_not_counted(rng: np.random.Generator) -> None:
     logits, counts = floats(rng, 9, 5).to(DEVICE), torch.zeros(5, dtype=torch.int32, device=DEVICE)
     live = torch.tensor([6], dtype=torch.int32, device=DEVICE)
-    _, ids = make_ops().route(logits, 2, "softmax", True, counts, live)
+    _, ids = make_ops().route(logits, plain_router(2), counts, live)
     assert (ids[6:] == -1).all()
     assert (ids[:6] >= 0).all()
     assert int(counts.sum()) == 12
@@ -46,7 +46,7 @@ def test_padding_is_routed_nowhere_and_not_counted(rng: np.random.Generator) -> 
 def test_route_takes_the_lower_of_equal_experts_and_knows_nan() -> None:
     logits = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0], [math.nan] * 5], device=DEVICE)
     weights, ids = make_ops().route(
-        logits, 4, "softmax", True, torch.zeros(5, dtype=torch.int32, device=DEVICE)
+        logits, plain_router(4), torch.zeros(5, dtype=torch.int32, device=DEVICE)
     )
     assert ids.tolist() == [[1, 3, 0, 2], [0, 1, 2, 3]]
     assert weights[0, 0] == weights[0, 1]
