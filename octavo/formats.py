@@ -53,17 +53,34 @@ WEIGHT_FORMATS: dict[str, WeightFormat] = _table(
 )
 
 
+WHOLE_HEAD = 0
+"""As `KVFormat.scale_elements`: one scale for a whole vector of a token and head."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVFormat:
-    """How one element of keys and values is stored."""
+    """How keys, or values, are stored: the numbers, and what scales they need beside them."""
 
     name: str
-    element_bytes: int
+    """Of one number: float32, float16, bfloat16, fp8 (e4m3), int8, int4."""
+    bits: int
+    scale_elements: int | None = None
+    """Numbers of a head's vector that share a float16 scale; WHOLE_HEAD; None: there are none."""
+
+    def __post_init__(self) -> None:
+        if self.name.startswith("int") and self.scale_elements is None:
+            raise ValueError(f"{self.name} numbers mean nothing without scales")
+
+    def num_scales(self, head_size: int) -> int:
+        """Returns how many scales a vector of `head_size` numbers has."""
+        if self.scale_elements is None:
+            return 0
+        return -(-head_size // (self.scale_elements or head_size))
 
 
 KV_FORMATS: dict[str, KVFormat] = {
-    name: KVFormat(name=name, element_bytes=size)
-    for name, size in (("float32", 4), ("float16", 2), ("bfloat16", 2))
+    name: KVFormat(name=name, bits=bits)
+    for name, bits in (("float32", 32), ("float16", 16), ("bfloat16", 16))
 }
 
 

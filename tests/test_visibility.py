@@ -41,3 +41,22 @@ def test_a_token_sees_itself_and_what_leaves_sight_never_comes_back(position: in
 def test_windows_and_chunks_hold_at_most_their_size(position: int, size: int):
     for visibility in (Window(size), Chunk(size)):
         assert position - visibility.first_visible(position) < size
+
+
+KIND = st.one_of(st.just(Full()), st.integers(1, 40).map(Window), st.integers(1, 40).map(Chunk))
+
+
+def sees(kind: Visibility, position: int, other: int) -> bool:
+    if other > position:
+        return False
+    if isinstance(kind, Window):
+        return position - other < kind.size
+    return not isinstance(kind, Chunk) or position // kind.size == other // kind.size
+
+
+@given(KIND, st.integers(0, 200))
+def test_the_first_visible_token_is_the_first_that_is_seen(kind: Visibility, at: int) -> None:
+    seen = [other for other in range(at + 1) if sees(kind, at, other)]
+    assert kind.first_visible(at) == seen[0]
+    assert seen == list(range(seen[0], at + 1))
+    assert kind.most_visible is None or len(seen) <= kind.most_visible

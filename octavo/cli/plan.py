@@ -274,8 +274,7 @@ def _parts_text(model: str, spec: ModelSpec, parts: dict[str, int]) -> str:
 def _plan_text(plan: MemoryPlan, lengths: tuple[int, ...]) -> str:
     lines = [plan.describe(), "KV groups:"]
     for group in plan.groups:
-        window = group.spec.window
-        sees = "all tokens" if window is None else f"a window of {window:,}"
+        sees = str(group.spec.visibility)
         size = group.page_bytes(plan.block_size) // plan.block_size
         lines.append(f"  {len(group.layers)} layers that see {sees}: {size / 1024:.1f} KiB/token")
     fitting = [n for n in lengths if n <= plan.max_model_len]
@@ -313,7 +312,8 @@ def _as_json(
         "weights_parts_bytes": parts,
         **_numbers(plan),
         "groups": [
-            {"layers": list(group.layers), "window": group.spec.window} for group in plan.groups
+            {"layers": list(group.layers), "sees": str(group.spec.visibility)}
+            for group in plan.groups
         ],
         "num_requests": {str(n): plan.num_requests(n) for n in lengths if n <= plan.max_model_len},
         "changes": {

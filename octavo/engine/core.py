@@ -78,7 +78,7 @@ class EngineCore:
         caching = wanted == "on" or (wanted != "off" and self.config.prefix_caching != "off")
         root = prefix_root(
             model=self._identity,
-            kv=self.plan.groups[0].spec.format.name,
+            kv="; ".join(dict.fromkeys(group.spec.identity for group in self.plan.groups)),
             block=str(self.plan.block_size),
             salt=request.cache_salt,
         )
@@ -160,7 +160,7 @@ class EngineCore:
             cache_config={
                 "block_size": str(self.plan.block_size),
                 "num_gpu_blocks": str(self.plan.num_blocks),
-                "cache_dtype": self.plan.groups[0].spec.format.name,
+                "cache_dtype": ", ".join(dict.fromkeys(g.spec.formats for g in self.plan.groups)),
                 "enable_prefix_caching": str(self.config.prefix_caching != "off"),
             },
         )

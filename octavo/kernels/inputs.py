@@ -44,12 +44,22 @@ class Routed:
     """Logits of the shared expert's gate."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class KVLayer:
-    """One layer's part of the arena: strided views [B, P, K, D]; [P, K, D] is contiguous."""
+    """One layer's part of the arena: its planes by name, strided views [B, P, ...] of B pages of P
+    tokens; what a page holds is contiguous. Keys and values are [B, P, K, D]."""
 
-    key: Tensor
-    value: Tensor
+    __slots__ = ("__weakref__", "planes")
+
+    def __init__(self, **planes: Tensor) -> None:
+        self.planes = planes
+
+    @property
+    def key(self) -> Tensor:
+        return self.planes["key"]
+
+    @property
+    def value(self) -> Tensor:
+        return self.planes["value"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

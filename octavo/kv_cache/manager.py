@@ -24,6 +24,7 @@ from octavo.kv_cache.block_pool import NULL_BLOCK, BlockKey, BlockPool
 from octavo.kv_cache.block_table import BlockTable
 from octavo.kv_cache.planner import blocks_of_sequence
 from octavo.kv_cache.prefix_index import Digester, PrefixIndex
+from octavo.kv_cache.resume import can_resume
 from octavo.kv_cache.spec import KVGroup
 from octavo.observe.stats import MissReason
 from octavo.step import Int32, TableDelta
@@ -86,7 +87,7 @@ class KVCacheManager:
         self._digester = Digester()
         columns = -(-max_model_len // block_size) + 1
         self.tables = tuple(BlockTable(g, max_rows, columns) for g in range(len(groups)))
-        self._windows = tuple(group.spec.window for group in groups)
+        self._visibilities = tuple(group.spec.visibility for group in groups)
         self._computing: dict[bytes, int] = {}
         self._copies: list[tuple[int, int]] = []
         self._poison = poison
@@ -130,18 +131,11 @@ class KVCacheManager:
     def _num_leading(self, found: list[Int32]) -> int:
         """Returns the longest cached prefix in blocks that every group can go on from; `found` has
         each group's blocks, the null block where none is known."""
-        limit = len(found[0])
-        for blocks, window in zip(found, self._windows, strict=True):
-            if window is None:
-                limit = _num_known(blocks[:limit])
-        best = limit
-        for blocks, window in zip(found, self._windows, strict=True):
-            if window is not None:
-                needed = -(-(window - 1) // self.block_size)
-                best = _num_windowed(blocks[:best], needed)
-        if best < limit and len(self._windows) > 1:
-            return self._num_leading([blocks[:best] for blocks in found])
-        return best
+        ends = [
+            can_resume(visibility, blocks != NULL_BLOCK, self.block_size)
+            for blocks, visibility in zip(found, self._visibilities, strict=True)
+        ]
+        return int(np.flatnonzero(np.logical_and.reduce(ends))[-1])
 
     def _content(self, token_ids: array[int], block: int) -> int:
         first = block * self.block_size
@@ -175,8 +169,7 @@ class KVCacheManager:
 
     def _first_visible(self, group: int, position: int) -> int:
         """Returns the first column that a token at `position` or later can still see."""
-        window = self._windows[group]
-        return 0 if window is None else max(0, position - window + 1) // self.block_size
+        return self._visibilities[group].first_visible(position) // self.block_size
 
     def allocate(self, kv: SequenceKV, num_computed: int, num_tokens: int) -> bool:
         """Makes room for `num_tokens` tokens of which `num_computed` are computed.
@@ -340,17 +333,3 @@ class KVCacheManager:
             key = self.pool.key(block)
             assert key is None or published.get(key) == block, f"block {block} lost its key"
         assert all(self.pool.key(block) == key for key, block in published.items())
-
-
-def _num_known(blocks: Int32) -> int:
-    """Returns how many come before the first null block."""
-    unknown = np.flatnonzero(blocks == NULL_BLOCK)
-    return int(unknown[0]) if len(unknown) else len(blocks)
-
-
-def _num_windowed(blocks: Int32, needed: int) -> int:
-    """Returns the longest prefix whose last `needed` blocks, or all, are known."""
-    columns = np.arange(len(blocks))
-    unknown = np.maximum.accumulate(np.where(blocks == NULL_BLOCK, columns, -1))
-    ends = np.flatnonzero(columns - unknown >= np.minimum(needed, columns + 1))
-    return int(ends[-1]) + 1 if len(ends) else 0

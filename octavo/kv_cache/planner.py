@@ -148,7 +148,7 @@ class MemoryPlan:
 
     def describe(self) -> str:
         """Returns the plan as a readable table of several lines."""
-        formats = ", ".join(dict.fromkeys(group.spec.format.name for group in self.groups))
+        formats = ", ".join(dict.fromkeys(group.spec.formats for group in self.groups))
         lengths = dict.fromkeys(n for n in (self.max_model_len, 1024) if n <= self.max_model_len)
         fits = ", ".join(f"{self.num_requests(n):,} of {n:,} tokens" for n in lengths)
         whole = " (the model's)" if self.max_model_len == self.max_position_embeddings else ""
@@ -262,13 +262,13 @@ def blocks_of_sequence(
 ) -> int:
     """Returns the most blocks that a sequence of `length` tokens holds at once.
 
-    A window's group keeps the window before the first query, the chunk of up to `chunk` tokens
-    being computed, and what of the first block lies before the window.
+    A group of bounded visibility keeps what the first query sees, the chunk of up to `chunk` tokens
+    being computed, and what of the first block lies before that.
     """
     blocks = 0
     for group in groups:
-        window = group.spec.window
-        seen = length if window is None else min(length, window + chunk + block_size)
+        most = group.spec.visibility.most_visible
+        seen = length if most is None else min(length, most + chunk + block_size)
         blocks += -(-seen // block_size)
     return blocks
 
@@ -341,11 +341,11 @@ def _context_too_long(
     budget: Budget,
 ) -> CapacityError:
     ways = [f"max_model_len {fitted}"]
-    stored = groups[0].spec.format.element_bytes
+    stored = groups[0].spec.planes[0].bits
     # One format of each size, the first that is listed.
-    for size, name in {f.element_bytes: f.name for f in reversed(KV_FORMATS.values())}.items():
-        if size < stored:
-            smaller = needed * size // stored
+    for bits, name in {f.bits: f.name for f in reversed(KV_FORMATS.values())}.items():
+        if bits < stored:
+            smaller = needed * bits // stored
             verdict = "fits" if smaller <= there else "is still too much"
             ways.append(f"kv_cache_dtype {name} (needs {gib(smaller)}, {verdict})")
     ways.append("smaller weights, or a larger gpu_memory_utilization or kv_cache_memory_bytes")

@@ -4,19 +4,21 @@ Made by the runner's builder, read and written by ops. The only file of `kv_cach
 it never knows who holds a block.
 
     arena        [num_blocks, page_bytes] uint8; a block id is a row, whatever group it serves
-    group's view [num_blocks, num_slots, 2, block_size, num_kv_heads, head_size]
-    layer's view group's view at its slot: keys at 0, values at 1
+    layer's view the planes of its slot by name, each [num_blocks, block_size, *shape of a token];
+                 int4 in bytes, [..., shape[-1] / 2]; no block_size in one that is not per token
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
+from torch import Tensor
 
 from octavo.kernels.inputs import KVLayer
 from octavo.kernels.weights import torch_dtype
-from octavo.kv_cache.spec import KVGroup
+from octavo.kv_cache.spec import KVGroup, Plane
 
 
 class KVStorage:
@@ -51,21 +53,29 @@ class KVStorage:
             self._add_group(index, group)
 
     def _add_group(self, index: int, group: KVGroup) -> None:
-        spec = group.spec
-        view = self.arena.view(torch_dtype(spec.format.name)).view(
-            self.num_blocks,
-            group.num_slots,
-            2,
-            self.block_size,
-            spec.num_kv_heads,
-            spec.head_size,
-        )
+        *offsets, slot_bytes = group.spec.offsets(self.block_size)
         for slot, layer in enumerate(group.layers):
-            self._layers[layer] = KVLayer(key=view[:, slot, 0], value=view[:, slot, 1])
+            planes = {
+                plane.name: self._plane(plane, slot * slot_bytes + offset)
+                for plane, offset in zip(group.spec.planes, offsets, strict=True)
+            }
+            self._layers[layer] = KVLayer(**planes)
             self._group_of[layer] = index
 
+    def _plane(self, plane: Plane, offset: int) -> Tensor:
+        """Returns the view of a plane that begins `offset` bytes behind the start of each page."""
+        shape = (self.block_size, *plane.shape) if plane.is_per_token else plane.shape
+        if plane.bits < 8:
+            shape = (*shape[:-1], shape[-1] * plane.bits // 8)
+        flat = self.arena.view(-1).view(_dtype(plane))
+        strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
+        size = flat.element_size()
+        return flat.as_strided(
+            (self.num_blocks, *shape), (self._page_bytes // size, *strides), offset // size
+        )
+
     def layer(self, index: int) -> KVLayer:
-        """Returns the keys and values of model layer `index`."""
+        """Returns the planes of model layer `index`."""
         return self._layers[index]
 
     def group_of(self, index: int) -> int:
@@ -73,7 +83,12 @@ class KVStorage:
         return self._group_of[index]
 
     def poison(self, blocks: Sequence[int]) -> None:
-        """Fills blocks with NaN (all bits set, in every KV format), so that tests see a read of
-        memory that nobody wrote."""
+        """Sets all bits of blocks, so that tests see a read of memory that nobody wrote: they are
+        NaN in every float format, and in the scales without which integers mean nothing."""
         if len(blocks):
             self.arena[torch.as_tensor(blocks, device=self.arena.device)] = 0xFF
+
+
+def _dtype(plane: Plane) -> torch.dtype:
+    short = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
+    return short[plane.number] if plane.number in short else torch_dtype(plane.number)

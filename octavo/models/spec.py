@@ -12,8 +12,9 @@ from math import prod
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from octavo.formats import KVFormat
-from octavo.kv_cache.spec import KVSpec
+from octavo.kv_cache.spec import KVSpec, attention_kv
 from octavo.layers.rope_spec import RopeSpec
+from octavo.visibility import Full, Visibility, Window
 from octavo.weights.split import Split
 
 if TYPE_CHECKING:  # the planner runs without torch
@@ -46,6 +47,10 @@ class AttentionSpec:
     qk_norm: Literal["head", "projection"] | None = None
     clip_qkv: float | None = None
     """Queries, keys and values are clamped to [-clip_qkv, clip_qkv] before RoPE."""
+
+    @property
+    def visibility(self) -> Visibility:
+        return Full() if self.window is None else Window(self.window)
 
     @property
     def q_size(self) -> int:
@@ -169,11 +174,11 @@ class ModelSpec:
     def kv_specs(self, kv_format: KVFormat) -> tuple[KVSpec, ...]:
         """Returns one KVSpec per layer, for `octavo.kv_cache.spec.group_layers`."""
         return tuple(
-            KVSpec(
-                num_kv_heads=layer.attention.num_kv_heads,
-                head_size=layer.attention.head_size,
-                format=kv_format,
-                window=layer.attention.window,
+            attention_kv(
+                layer.attention.num_kv_heads,
+                layer.attention.head_size,
+                kv_format,
+                visibility=layer.attention.visibility,
             )
             for layer in self.layers
         )

@@ -14,6 +14,7 @@ from octavo.kernels.triton.attention.shared import MIN_BLOCKS, SharedPrefixPlan,
 from octavo.kernels.triton.attention.splits import Tiling
 from octavo.kv_cache.spec import KVGroup
 from octavo.step import Int32
+from octavo.visibility import Full
 
 MIN_SAVED_BYTES = 1 << 30
 """Reads that a step must save (a third of a millisecond) to be worth the merging."""
@@ -90,9 +91,9 @@ def plan_prefix(
     """Returns what single-query sequences share in one KV group, or None where it does not pay.
 
     block_table int32 [S, columns]; `tiles` is that of the group's layers. A window sees too little
-    of a prefix to gain from it.
+    of a prefix to gain from it, and so does a chunk.
     """
-    if group.spec.window is not None:
+    if group.spec.visibility != Full():
         return None
     is_long = (query_lens == 1) & (seq_lens >= MIN_BLOCKS * block_size)
     if np.count_nonzero(is_long) < 2:

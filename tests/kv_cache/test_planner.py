@@ -23,11 +23,12 @@ from octavo.kv_cache.planner import (
     partial_bytes,
     plan_memory,
 )
-from octavo.kv_cache.spec import KVSpec, group_layers
+from octavo.kv_cache.spec import KVSpec, attention_kv, group_layers
+from octavo.visibility import Window
 
-FULL = KVSpec(num_kv_heads=2, head_size=64, format=kv_format("float32"))
-HALF = dataclasses.replace(FULL, format=kv_format("float16"))
-WINDOW = dataclasses.replace(FULL, window=64)
+FULL = attention_kv(2, 64, kv_format("float32"))
+HALF = attention_kv(2, 64, kv_format("float16"))
+WINDOW = dataclasses.replace(FULL, visibility=Window(64))
 SHAPE = ActivationShape(hidden_size=128, qkv_size=256, mlp_size=512, vocab_size=1000)
 
 

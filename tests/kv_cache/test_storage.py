@@ -9,18 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from octavo.formats import KV_FORMATS
-from octavo.kv_cache.spec import KVSpec, group_layers
+from octavo.formats import KV_FORMATS, WHOLE_HEAD, KVFormat
+from octavo.kv_cache.spec import KVSpec, attention_kv, group_layers, latent_kv
 from octavo.kv_cache.storage import KVStorage
+from octavo.visibility import Window
 
-FULL = KVSpec(num_kv_heads=3, head_size=8, format=KV_FORMATS["float32"])
+FULL = attention_kv(3, 8, KV_FORMATS["float32"])
 # the same bytes per token in another shape, so in another group
-WINDOWED = replace(FULL, num_kv_heads=2, head_size=12, window=16)
+WINDOWED = attention_kv(2, 12, KV_FORMATS["float32"], visibility=Window(16))
 
 
 @pytest.mark.parametrize("name", KV_FORMATS)
 def test_every_layer_of_a_group_has_its_own_memory(name: str) -> None:
-    specs = tuple(replace(s, format=KV_FORMATS[name]) for s in (FULL, WINDOWED, FULL, WINDOWED))
+    full = attention_kv(3, 8, KV_FORMATS[name])
+    windowed = attention_kv(2, 12, KV_FORMATS[name], visibility=Window(16))
+    specs = (full, windowed) * 2
     storage = KVStorage(group_layers(specs), num_blocks=5, block_size=16)
     storage.arena.zero_()
     for index in (0, 2):
@@ -33,7 +36,7 @@ def test_every_layer_of_a_group_has_its_own_memory(name: str) -> None:
         assert (layer.key == 2 * index + 1).all()
         assert (layer.value == 2 * index + 2).all()
         assert layer.key[0].is_contiguous()
-    element = KV_FORMATS[name].element_bytes
+    element = KV_FORMATS[name].bits // 8
     assert storage.arena.shape == (5, 2 * 2 * 16 * 3 * 8 * element)
     assert [storage.group_of(index) for index in range(4)] == [0, 1, 0, 1]
 
@@ -49,7 +52,7 @@ def test_a_block_is_one_row_of_the_arena_whatever_group_it_serves() -> None:
 
 @pytest.mark.parametrize("name", KV_FORMATS)
 def test_poison_fills_the_given_blocks_with_nan_and_no_other(name: str) -> None:
-    spec = replace(FULL, format=KV_FORMATS[name])
+    spec = attention_kv(3, 8, KV_FORMATS[name])
     storage = KVStorage(group_layers((spec, spec)), num_blocks=6, block_size=16)
     storage.arena.zero_()
     storage.poison((4, 1))
@@ -85,3 +88,79 @@ def test_a_huge_block_id_reaches_its_own_page() -> None:
     last = storage.num_blocks - 1
     storage.layer(7).value[last, 15] = 3.0
     assert torch.equal(storage.layer(7).value[last, 15], torch.full((3, 8), 3.0))
+
+
+INT8 = KVFormat(name="int8", bits=8, scale_elements=WHOLE_HEAD)
+INT4 = KVFormat(name="int4", bits=4, scale_elements=16)
+FP8 = KVFormat(name="fp8", bits=8, scale_elements=WHOLE_HEAD)
+
+
+@pytest.mark.parametrize(
+    ("spec", "shapes"),
+    [
+        (attention_kv(3, 64, INT8), {"key": (3, 64), "key_scale": (3, 1), "value_scale": (3, 1)}),
+        (
+            attention_kv(1, 32, INT8, value_format=INT4),
+            {"key": (1, 32), "value": (1, 16), "key_scale": (1, 1), "value_scale": (1, 2)},
+        ),
+        (attention_kv(2, 64, FP8), {"value": (2, 64), "value_scale": (2, 1)}),
+        (latent_kv(576, KV_FORMATS["bfloat16"]), {"latent": (576,)}),
+        (latent_kv(576, INT8), {"latent": (576,), "latent_scale": (1,)}),
+    ],
+    ids=["int8", "int8/int4", "fp8", "latent", "latent int8"],
+)
+def test_planes_of_a_page_overlap_in_no_layer_and_fill_it(
+    spec: KVSpec, shapes: dict[str, tuple[int, ...]]
+) -> None:
+    (group,) = group_layers((spec,) * 3)
+    storage = KVStorage((group,), num_blocks=4, block_size=16)
+    storage.arena.zero_()
+    num_bytes = 0
+    for index in range(3):
+        planes = storage.layer(index).planes
+        assert {name: tuple(planes[name].shape[2:]) for name in shapes} == shapes
+        for tensor in planes.values():
+            assert tensor[0].is_contiguous()
+            raw = tensor.view(torch.uint8)
+            assert not raw.any(), "it was written through another plane"
+            raw.fill_(1)
+            num_bytes += raw.numel()
+    assert storage.arena.count_nonzero() == num_bytes
+    assert num_bytes == 4 * 3 * 16 * spec.token_bytes
+
+
+@pytest.mark.parametrize("spec", [attention_kv(2, 32, INT8), attention_kv(2, 32, INT4)])
+def test_poisoned_integers_are_nan_through_their_scales(spec: KVSpec) -> None:
+    storage = KVStorage(group_layers((spec,)), num_blocks=3, block_size=16)
+    storage.arena.zero_()
+    storage.poison([2])
+    planes = storage.layer(0).planes
+    for name in ("key_scale", "value_scale"):
+        assert planes[name][2].isnan().all()
+        assert not planes[name][:2].isnan().any()
+
+
+def test_integers_without_scales_are_refused() -> None:
+    with pytest.raises(ValueError, match="scales"):
+        KVFormat(name="int8", bits=8)
+
+
+def test_eight_bits_hold_almost_twice_as_many_tokens_and_four_more_than_three_times() -> None:
+    wide = attention_kv(8, 128, KV_FORMATS["bfloat16"]).token_bytes
+    assert wide / attention_kv(8, 128, INT8).token_bytes > 1.94
+    assert wide / attention_kv(8, 128, replace(INT4, scale_elements=64)).token_bytes > 3.5
+
+
+def test_specs_that_store_otherwise_have_another_identity() -> None:
+    bfloat16 = KV_FORMATS["bfloat16"]
+    specs = [
+        attention_kv(2, 64, bfloat16),
+        attention_kv(2, 64, KV_FORMATS["float16"]),
+        attention_kv(4, 32, bfloat16),
+        attention_kv(2, 64, bfloat16, value_format=INT8),
+        attention_kv(2, 64, bfloat16, visibility=Window(8)),
+        attention_kv(2, 64, INT4),
+        attention_kv(2, 64, replace(INT4, scale_elements=32)),
+        latent_kv(128, bfloat16),
+    ]
+    assert len({spec.identity for spec in specs}) == len(specs)

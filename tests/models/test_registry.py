@@ -17,6 +17,7 @@ from octavo.kv_cache.spec import group_layers
 from octavo.models.family import ignorable_names, weight_shapes
 from octavo.models.registry import FAMILIES, read_spec
 from octavo.models.spec import ModelSpec
+from octavo.visibility import Full, Window
 from tests.models.tiny import CASES, save_tiny
 
 LLAMA: dict[str, Any] = {
@@ -87,7 +88,8 @@ def test_layers_with_and_without_window_form_two_groups() -> None:
     }
     spec, _ = read_spec(config)
     groups = group_layers(spec.kv_specs(kv_format("bfloat16")))
-    assert [(g.layers, g.spec.window) for g in groups] == [((0, 1), None), ((2, 3), 8)]
+    assert [g.layers for g in groups] == [(0, 1), (2, 3)]
+    assert [g.spec.visibility for g in groups] == [Full(), Window(8)]
     assert groups[0].spec.token_bytes == 2 * 2 * 8 * 2
 
 

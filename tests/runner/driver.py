@@ -227,9 +227,8 @@ class Driver:
     def _pass_windows(self, sequence: Tracked) -> None:
         """Frees blocks that the sequence's next token cannot see."""
         for group, blocks in zip(self.groups, sequence.blocks, strict=True):
-            if group.spec.window is not None:
-                first_seen = max(0, sequence.num_computed - group.spec.window + 1)
-                self._release(blocks, 0, first_seen // BLOCK_SIZE)
+            first_seen = group.spec.visibility.first_visible(sequence.num_computed)
+            self._release(blocks, 0, first_seen // BLOCK_SIZE)
 
     def _release(self, blocks: list[int], first: int, last: int) -> None:
         for column in range(first, last):

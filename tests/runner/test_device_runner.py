@@ -16,7 +16,7 @@ from torch import Tensor
 from octavo.errors import EngineDeadError, OctavoError, OutOfMemoryError
 from octavo.formats import KVFormat
 from octavo.kernels.inputs import AttentionBatch
-from octavo.kv_cache.spec import KVSpec
+from octavo.kv_cache.spec import KVSpec, attention_kv
 from octavo.kv_cache.storage import KVStorage
 from octavo.parallel import ALONE
 from octavo.runner.sampler import SampledTokens, token_logprobs
@@ -66,7 +66,7 @@ class FakeDecoder:
         """(tokens, live ones if padded) of every forward that ran."""
 
     def kv_spec(self, kv: KVFormat) -> KVSpec:
-        return KVSpec(num_kv_heads=1, head_size=4, format=kv)
+        return attention_kv(1, 4, kv)
 
     def copy_blocks(self, arena: Tensor, copies: Sequence[tuple[int, int]]) -> None:
         for source, target in copies:

@@ -11,7 +11,8 @@ import torch
 
 from octavo.formats import kv_format
 from octavo.kernels.inputs import SharedPrefix
-from octavo.kv_cache.spec import KVGroup, KVSpec, group_layers
+from octavo.kv_cache.spec import KVGroup, attention_kv, group_layers
+from octavo.visibility import Full, Window
 from tests.kernels.triton.interpreter import DEVICE
 
 from octavo.kernels.triton.attention.shared import MIN_BLOCKS  # isort: skip
@@ -22,7 +23,8 @@ BLOCK = 16
 
 
 def group(window: int | None = None) -> KVGroup:
-    spec = KVSpec(num_kv_heads=1, head_size=8, format=kv_format("float32"), window=window)
+    sees = Full() if window is None else Window(window)
+    spec = attention_kv(1, 8, kv_format("float32"), visibility=sees)
     (found,) = group_layers((spec, spec))
     return found
 

@@ -22,16 +22,21 @@ from octavo.step import RowStart, StepPlan, StepResult
 VOCAB = 50
 
 
-def next_token(context: Sequence[int], seed: int) -> int:
-    digest = hashlib.blake2b(repr((list(context), seed)).encode(), digest_size=4).digest()
+def next_token(contexts: Sequence[Sequence[int]], seed: int) -> int:
+    """Draws from what every group sees."""
+    seen = [list(context) for context in contexts]
+    digest = hashlib.blake2b(repr((seen, seed)).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") % VOCAB
 
 
-def expected_tokens(prompt: Sequence[int], seed: int, count: int, window: int | None) -> list[int]:
+def expected_tokens(
+    prompt: Sequence[int], seed: int, count: int, groups: Sequence[KVGroup]
+) -> list[int]:
     """What a sequence yields when it runs alone."""
     ids = list(prompt)
     for _ in range(count):
-        ids.append(next_token(ids if window is None else ids[-window:], seed))
+        firsts = [group.spec.visibility.first_visible(len(ids) - 1) for group in groups]
+        ids.append(next_token([ids[first:] for first in firsts], seed))
     return ids[len(prompt) :]
 
 
@@ -56,7 +61,8 @@ class Ticket(NamedTuple):
 
 
 class PagedMachine:
-    """Implements step.Runner. All groups must see the same tokens; the narrowest one's decide.
+    """Implements step.Runner. What every group sees decides a token, and where they see the same
+    positions they must see the same tokens.
 
     Steps whose ids are in `failing` find no memory: they write nothing. Those that compute a token
     of `faults` raise.
@@ -75,7 +81,7 @@ class PagedMachine:
         self.last_raised = -1
         """The newest step that raised or found no memory."""
         self._fence = Fence()
-        self.windows = [group.spec.window for group in groups]
+        self.visibilities = [group.spec.visibility for group in groups]
         self.block_size = block_size
         self.memory: list[list[tuple[int, int] | None]] = [
             [None] * block_size for _ in range(num_blocks)
@@ -155,17 +161,16 @@ class PagedMachine:
                 ids = [self.last[row]]
             self.num_computed += length
             for position, token in enumerate(ids, start=start):
-                for group in range(len(self.windows)):
+                for group in range(len(self.visibilities)):
                     self._write(group, row, position, token)
             pending.append((row, start + length))
         for i, (row, end) in enumerate(pending):
-            contexts = [self._read(group, row, end) for group in range(len(self.windows))]
+            contexts = [self._read(group, row, end) for group in range(len(self.visibilities))]
             widest = max(contexts, key=len)
             for context in contexts:
                 assert context == widest[len(widest) - len(context) :], "groups disagree"
             if plan.samples[i]:
-                narrowest = min(contexts, key=len)
-                token = next_token(narrowest, self.rows[row].seed)
+                token = next_token(contexts, self.rows[row].seed)
                 self.last[row] = token
                 sampled.append(token)
         return self._result(plan, sampled)
@@ -190,8 +195,7 @@ class PagedMachine:
         slots[offset] = (group, token)
 
     def _read(self, group: int, row: int, end: int) -> list[int]:
-        window = self.windows[group]
-        first = 0 if window is None else max(0, end - window)
+        first = self.visibilities[group].first_visible(end - 1)
         context = []
         for position in range(first, end):
             slots, offset = self._slot(group, row, position)

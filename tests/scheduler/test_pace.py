@@ -13,7 +13,7 @@ import pytest
 from octavo.formats import kv_format
 from octavo.kv_cache.manager import KVCacheManager
 from octavo.kv_cache.prefix_index import prefix_root
-from octavo.kv_cache.spec import KVSpec, group_layers
+from octavo.kv_cache.spec import attention_kv, group_layers
 from octavo.request import Request, SamplingParams, pack_ids
 from octavo.scheduler import Scheduler, SchedulerLimits
 from octavo.scheduler.pace import (
@@ -57,7 +57,7 @@ class Loop:
     def __post_init__(self) -> None:
         length = self.prompt_len + self.output_len
         num_blocks = self.num_streams * (-(-length // 16) + 1) + 2
-        spec = KVSpec(num_kv_heads=1, head_size=8, format=kv_format("float32"), window=None)
+        spec = attention_kv(1, 8, kv_format("float32"))
         manager = KVCacheManager(
             group_layers((spec,)),
             num_blocks=num_blocks,

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from octavo.errors import OctavoError, OutOfMemoryError, OverloadedError
 from octavo.formats import kv_format
 from octavo.kv_cache.manager import KVCacheManager
+from octavo.kv_cache.planner import blocks_of_sequence
 from octavo.kv_cache.prefix_index import prefix_root
-from octavo.kv_cache.spec import KVSpec, group_layers
+from octavo.kv_cache.spec import attention_kv, group_layers
 from octavo.request import FinishReason, Request, SamplingParams, TokenDelta, pack_ids
 from octavo.scheduler import Scheduler, SchedulerLimits
 from octavo.scheduler.scheduler import MAX_LOSSES
 from octavo.step import NO_TOKEN, StepPlan
+from octavo.visibility import Chunk, Full, Visibility, Window
 from tests.scheduler.paged_machine import (
     Fault,
     PagedMachine,
@@ -36,7 +38,8 @@ class Engine:
         self,
         *,
         num_blocks: int = 64,
-        windows: tuple[int | None, ...] = (None,),
+        spare_blocks: int | None = None,
+        sees: Sequence[Visibility] = (Full(),),
         max_num_seqs: int = 8,
         budget: int = 16,
         max_model_len: int = 64,
@@ -45,13 +48,13 @@ class Engine:
         failing: Container[int] = (),
         faults: Sequence[Fault] = (),
     ) -> None:
-        """Steps in `failing` find no memory, those that compute a token of `faults` raise."""
-        specs = tuple(
-            KVSpec(num_kv_heads=1, head_size=8, format=kv_format("float32"), window=window)
-            for window in windows
-        )
-        groups = group_layers(specs)
-        self.window = min((w for w in windows if w is not None), default=None)
+        """Steps in `failing` find no memory, those that compute a token of `faults` raise;
+        `spare_blocks` are there beside those of one sequence, if given."""
+        specs = [attention_kv(1, 8, kv_format("float32"), visibility=one) for one in sees]
+        self.groups = groups = group_layers(tuple(specs))
+        if spare_blocks is not None:
+            one = blocks_of_sequence(groups, max_model_len, BLOCK, budget)
+            num_blocks = 1 + one + spare_blocks
         self.manager = KVCacheManager(
             groups,
             num_blocks=num_blocks,
@@ -139,7 +142,7 @@ class Engine:
                 request.params.max_tokens or 0,
                 self.scheduler.limits.max_model_len - request.prompt_len,
             )
-            expected = expected_tokens(request.prompt_token_ids, index, count, self.window)
+            expected = expected_tokens(request.prompt_token_ids, index, count, self.groups)
             got = self.tokens[name, index]
             if reason in (FinishReason.ABORT, FinishReason.ERROR):
                 assert got == expected[: len(got)]
@@ -340,7 +343,7 @@ def test_broken_logits_end_their_sequence_alone_and_publish_nothing() -> None:
     assert engine.manager.pool.num_cached == 0
     engine.run()
     assert engine.reasons["sound", 0] is FinishReason.LENGTH
-    assert engine.tokens["sound", 0] == expected_tokens([40, 41, 42], 0, 6, None)
+    assert engine.tokens["sound", 0] == expected_tokens([40, 41, 42], 0, 6, engine.groups)
 
 
 def test_recomputing_after_preemption_is_counted_apart_from_hits() -> None:
@@ -472,11 +475,16 @@ REQUEST = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+VISIBILITY = st.one_of(
+    st.just(Full()), st.integers(1, 20).map(Window), st.integers(1, 20).map(Chunk)
+)
+
+
+@settings(max_examples=200, deadline=None)
 @given(
     requests=st.lists(REQUEST, min_size=1, max_size=9),
-    num_blocks=st.integers(36, 70),
-    windows=st.sampled_from([(None,), (None,), (7,), (None, 9)]),
+    spare_blocks=st.integers(0, 40),
+    sees=st.one_of(st.just([Full()]), st.lists(VISIBILITY, min_size=1, max_size=4)),
     max_num_seqs=st.integers(1, 6),
     budget=st.integers(3, 24),
     headroom=st.sampled_from([0, 3, 16, 60]),
@@ -485,8 +493,8 @@ REQUEST = st.fixed_dictionaries(
 )
 def test_random_arrivals_forks_cancels_preemptions_and_faults_change_no_token(
     requests: list[dict[str, int]],
-    num_blocks: int,
-    windows: tuple[int | None, ...],
+    spare_blocks: int,
+    sees: list[Visibility],
     max_num_seqs: int,
     budget: int,
     headroom: int,
@@ -503,8 +511,8 @@ def test_random_arrivals_forks_cancels_preemptions_and_faults_change_no_token(
         if r["fault"] is not None
     ]
     engine = Engine(
-        num_blocks=num_blocks,
-        windows=windows,
+        spare_blocks=spare_blocks,
+        sees=sees,
         max_num_seqs=max_num_seqs,
         budget=budget,
         max_model_len=60,

@@ -21,7 +21,7 @@ from octavo.cli.bench.workload import Lengths, PromptSource
 from octavo.formats import kv_format
 from octavo.kv_cache.manager import KVCacheManager, SequenceKV
 from octavo.kv_cache.prefix_index import prefix_root
-from octavo.kv_cache.spec import KVSpec, group_layers
+from octavo.kv_cache.spec import attention_kv, group_layers
 from octavo.request import Request, SamplingParams, pack_ids
 from octavo.scheduler import Scheduler, SchedulerLimits
 from octavo.step import StepPlan, StepResult
@@ -177,7 +177,7 @@ def _answer(plan: StepPlan) -> StepResult:
 
 
 def _manager(*, num_blocks: int, max_rows: int, max_model_len: int) -> KVCacheManager:
-    spec = KVSpec(num_kv_heads=3, head_size=64, format=kv_format("float32"))
+    spec = attention_kv(3, 64, kv_format("float32"))
     return KVCacheManager(
         group_layers((spec,) * 30),
         num_blocks=num_blocks,
