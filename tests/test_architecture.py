@@ -51,6 +51,7 @@ TORCH_FREE = (
     "engine/token_guard.py",
     "engine/tokenizer.py",
     "kernels/facts.py",
+    "kernels/activations.py",
     "kernels/limits.py",
     "kernels/routing.py",
     "layers/rope_spec.py",

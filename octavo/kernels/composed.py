@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from octavo.kernels.activations import Activation
 from octavo.kernels.inputs import AttentionBatch, KVLayer, NormInput, QKNorm, RopeTable, Routed
 from octavo.kernels.ops import Ops
-from octavo.kernels.weights import Activation, Router, SharedExpert, Weight
+from octavo.kernels.weights import Router, SharedExpert, Weight
 
 
 class Composed:

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from octavo.kernels.activations import Activation
 from octavo.kernels.inputs import (
     AttentionBatch,
     KVLayer,
@@ -26,13 +27,7 @@ from octavo.kernels.inputs import (
     RopeTable,
     Routed,
 )
-from octavo.kernels.weights import (
-    Activation,
-    ExpertWeights,
-    Router,
-    SharedExpert,
-    Weight,
-)
+from octavo.kernels.weights import ExpertWeights, Router, SharedExpert, Weight
 
 
 class Ops(Protocol):

@@ -15,10 +15,11 @@ from gguf.quants import dequantize
 from torch import Tensor
 from torch.nn import functional
 
+from octavo.kernels.activations import Activation, ClampedSwiGLU
 from octavo.kernels.composed import Composed
 from octavo.kernels.inputs import AttentionBatch, KVLayer, QKNorm, RopeTable
 from octavo.kernels.routing import RoutingRule, Score
-from octavo.kernels.weights import Activation, ExpertWeights, Router, SharedExpert, Weight
+from octavo.kernels.weights import ExpertWeights, Router, SharedExpert, Weight
 
 PANEL_ELEMENTS = 1 << 22
 """Weights converted to float32 at a time (16 MiB)."""
@@ -36,11 +37,15 @@ def dequantize_rows(weight: Weight, rows: slice | Tensor) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 
 
-def activate(gate: Tensor, activation: Activation) -> Tensor:
-    """Returns the gate's non-linearity, element by element."""
+def activate(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    """Returns what the activation makes of gate and up; both are given away."""
+    if isinstance(activation, ClampedSwiGLU):
+        gate = gate.clamp_(max=activation.limit)
+        up = up.clamp_(-activation.limit, activation.limit)
+        return gate * torch.sigmoid(activation.alpha * gate) * (up + 1)
     if activation == "silu":
-        return functional.silu(gate)
-    return functional.gelu(gate, approximate="tanh")
+        return functional.silu(gate).mul_(up)
+    return functional.gelu(gate, approximate="tanh").mul_(up)
 
 
 def choose_experts(logits_TE: Tensor, router: Router) -> tuple[Tensor, Tensor]:
@@ -128,8 +133,8 @@ class ReferenceOps(Composed):
     def gated_mlp(
         self, x_TM: Tensor, gate: Weight, up: Weight, down: Weight, activation: Activation
     ) -> Tensor:
-        hidden = activate(self.linear(x_TM, (gate,)), activation)
-        return self.linear(hidden.mul_(self.linear(x_TM, (up,))), (down,))
+        hidden = activate(self.linear(x_TM, (gate,)), self.linear(x_TM, (up,)), activation)
+        return self.linear(hidden, (down,))
 
     def route(
         self,
@@ -162,13 +167,23 @@ class ReferenceOps(Composed):
         parts = x_TM.new_zeros(len(chosen), x_TM.shape[1])
         for expert in chosen[chosen >= 0].unique().tolist():
             picks = torch.nonzero(chosen == expert).squeeze(1)
-            gate, up, down = experts.gate[expert], experts.up[expert], experts.down[expert]
-            parts[picks] = self.gated_mlp(x_TM[picks // top_k], gate, up, down, activation)
+            parts[picks] = self._expert(x_TM[picks // top_k], experts, expert, activation)
         parts = parts.view(-1, top_k, x_TM.shape[1])
         out = parts[:, 0] * topk_weights[:, :1]
         for place in range(1, top_k):
             out += parts[:, place] * topk_weights[:, place : place + 1]
         return self.add_shared(out, x_TM, shared, gate_T1, activation)
+
+    def _expert(
+        self, x_TM: Tensor, experts: ExpertWeights, expert: int, activation: Activation
+    ) -> Tensor:
+        gate, up, down = experts.gate[expert], experts.up[expert], experts.down[expert]
+        biases = experts.biases
+        if biases is None:
+            return self.gated_mlp(x_TM, gate, up, down, activation)
+        gate_TF = self.linear(x_TM, (gate,), biases.gate_EF[expert])
+        up_TF = self.linear(x_TM, (up,), biases.up_EF[expert])
+        return self.linear(activate(gate_TF, up_TF, activation), (down,), biases.down_EM[expert])
 
     def add_gated(self, out_TM: Tensor, x_TM: Tensor, gate_T1: Tensor | None) -> None:
         out_TM += x_TM if gate_T1 is None else x_TM * torch.sigmoid(gate_T1)

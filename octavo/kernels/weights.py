@@ -6,15 +6,12 @@ Made by the loader, held by the layers. Shapes as in `ops.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from octavo.formats import WeightFormat
 from octavo.kernels.routing import RoutingRule
-
-Activation = Literal["silu", "gelu_tanh"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
@@ -33,11 +30,21 @@ class Weight:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class ExpertWeights:
-    """The gated MLPs of a MoE layer: act(x @ gate.T) * (x @ up.T) @ down.T, each of length E."""
+    """The gated MLPs of a MoE layer: act(x @ gate.T, x @ up.T) @ down.T, each of length E."""
 
     gate: tuple[Weight, ...]
     up: tuple[Weight, ...]
     down: tuple[Weight, ...]
+    biases: ExpertBiases | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
+class ExpertBiases:
+    """What is added to the three products of every expert, float32."""
+
+    gate_EF: Tensor
+    up_EF: Tensor
+    down_EM: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from octavo.kernels.activations import Activation
 from octavo.kernels.inputs import NormInput
 from octavo.kernels.ops import Ops
-from octavo.kernels.weights import Activation, Weight
+from octavo.kernels.weights import Weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

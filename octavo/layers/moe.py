@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from octavo.kernels.activations import Activation
 from octavo.kernels.inputs import NormInput
 from octavo.kernels.ops import Ops
-from octavo.kernels.weights import Activation, ExpertWeights, Router, SharedExpert
+from octavo.kernels.weights import ExpertWeights, Router, SharedExpert
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

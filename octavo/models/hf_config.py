@@ -18,7 +18,7 @@ from octavo.models.config_classes import ConfigClass
 from octavo.models.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, MoESpec
 
 if TYPE_CHECKING:
-    from octavo.kernels.weights import Activation
+    from octavo.kernels.activations import Activation
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",

@@ -18,8 +18,8 @@ from octavo.visibility import Full, Visibility, Window
 from octavo.weights.split import Split
 
 if TYPE_CHECKING:  # the planner runs without torch
+    from octavo.kernels.activations import Activation
     from octavo.kernels.routing import RoutingRule
-    from octavo.kernels.weights import Activation
 
 Shape = tuple[int, ...]
 

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from gguf.quants import dequantize, quantize
 from torch import Tensor
+from torch.nn import functional
 
 from octavo.formats import WEIGHT_FORMATS
+from octavo.kernels.activations import Activation, ClampedSwiGLU
 from octavo.kernels.inputs import AttentionBatch, KVLayer
 from octavo.kernels.routing import RoutingRule
-from octavo.kernels.weights import Router, Weight
+from octavo.kernels.weights import ExpertBiases, Router, Weight
 
 NUMBER_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 SCALE_OFFSETS = {"q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,)}
@@ -25,6 +27,27 @@ SCALE_OFFSETS = {"q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,)}
 def plain_router(top_k: int, renormalize: bool = True) -> Router:
     """Returns the rule that softmax and top k are, for logits that are there already."""
     return Router(weights=(), rule=RoutingRule(top_k=top_k, renormalize=renormalize))
+
+
+CLAMPED = ClampedSwiGLU(alpha=1.702, limit=1.5)
+
+
+def exact_gate(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    """Returns act(gate, up) of float64 tensors."""
+    if isinstance(activation, ClampedSwiGLU):
+        gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+        return gate * torch.sigmoid(gate * activation.alpha) * (up + 1)
+    if activation == "silu":
+        return functional.silu(gate) * up
+    return functional.gelu(gate, approximate="tanh") * up
+
+
+def make_biases(rng: np.random.Generator, count: int, inner: int, hidden: int) -> ExpertBiases:
+    return ExpertBiases(
+        gate_EF=floats(rng, count, inner),
+        up_EF=floats(rng, count, inner),
+        down_EM=floats(rng, count, hidden),
+    )
 
 
 def make_weight(name: str, rows: int, cols: int, rng: np.random.Generator) -> Weight:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional
 
 from octavo.formats import WEIGHT_FORMATS
+from octavo.kernels.activations import Activation
 from octavo.kernels.ops import Ops
-from octavo.kernels.weights import Activation, ExpertWeights, Weight
-from tests.kernels.cases import assert_close, exact, floats, make_weight
+from octavo.kernels.weights import ExpertWeights, Weight
+from tests.kernels.cases import (
+    CLAMPED,
+    assert_close,
+    exact,
+    exact_gate,
+    floats,
+    make_biases,
+    make_weight,
+)
 
 FORMATS = list(WEIGHT_FORMATS)
 TOKENS = (1, 2, 3, 4, 5, 8, 67, 130)
@@ -70,15 +80,10 @@ def _exact_mlp(
     x: torch.Tensor, weights: tuple[Weight, Weight, Weight], activation: Activation
 ) -> torch.Tensor:
     gate, up, down = (exact(w) for w in weights)
-    inner = x.double() @ gate.T
-    if activation == "silu":
-        inner = functional.silu(inner)
-    else:
-        inner = functional.gelu(inner, approximate="tanh")
-    return (inner * (x.double() @ up.T)) @ down.T
+    return exact_gate(x.double() @ gate.T, x.double() @ up.T, activation) @ down.T
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", CLAMPED], ids=str)
 @pytest.mark.parametrize("name", ["f32", "bf16", "q4_1"])
 def test_gated_mlp_equals_float64(
     ops: Ops, rng: np.random.Generator, name: str, activation: Activation
@@ -116,6 +121,24 @@ def test_moe_is_the_weighted_sum_of_the_chosen_experts(
                 part = _exact_mlp(x[t : t + 1], chosen, "silu")[0]
                 expected[t] += part * weights[t, place].double()
         assert_close(ops.moe(x, weights, topk_ids, experts, "silu"), expected)
+
+
+def test_biased_experts_with_clamps_equal_float64(ops: Ops, rng: np.random.Generator) -> None:
+    experts, biases = make_experts(rng, "bf16", 5, 44), make_biases(rng, 5, 44, 64)
+    experts = replace(experts, biases=biases)
+    for tokens in (1, 40):
+        x, weights = floats(rng, tokens, 64) * 3, floats(rng, tokens, 2).abs()
+        ids = np.stack([rng.permutation(5)[:2] for _ in range(tokens)])
+        expected = torch.zeros(tokens, 64, dtype=torch.float64)
+        for t, chosen in enumerate(ids):
+            for place, e in enumerate(chosen):
+                row = x[t].double()
+                gate = exact(experts.gate[e]) @ row + biases.gate_EF[e]
+                up = exact(experts.up[e]) @ row + biases.up_EF[e]
+                part = exact(experts.down[e]) @ exact_gate(gate, up, CLAMPED) + biases.down_EM[e]
+                expected[t] += part * weights[t, place].double()
+        topk_ids = torch.from_numpy(ids).to(torch.int32)
+        assert_close(ops.moe(x, weights, topk_ids, experts, CLAMPED), expected)
 
 
 def test_an_expert_id_out_of_range_is_an_error(native: Ops, rng: np.random.Generator) -> None:

@@ -44,21 +44,56 @@ void activate_and_multiply(float* gate, const float* up, int64_t count) {
   }
 }
 
-// hidden[t, first + n] = act(x @ gate.T) * (x @ up.T) for one panel of rows.
-void gate_and_up(const Rows& x, int64_t tokens, const Matrix& gate, const Matrix& up, int64_t first,
-                 int64_t activation, float* hidden, Scratch& scratch) {
-  const int64_t width = gate.rows, count = std::min(kPanelRows, width - first);
+Lanes clamped_swiglu(Lanes gate, Lanes up, const Activation& activation) {
+  const Lanes limit = broadcast(static_cast<float>(activation.limit));
+  const Lanes alpha = broadcast(static_cast<float>(activation.alpha));
+  // A NaN is the second operand, which min and max return then.
+  const Lanes g = _mm256_min_ps(limit, gate);
+  const Lanes u = _mm256_min_ps(limit, _mm256_max_ps(_mm256_sub_ps(zeros(), limit), up));
+  const Lanes act = _mm256_mul_ps(g, sigmoid(_mm256_mul_ps(alpha, g)));
+  return _mm256_mul_ps(act, _mm256_add_ps(u, broadcast(1.0f)));
+}
+
+void activate_row(const Activation& activation, float* gate, const float* up, int64_t count) {
+  if (activation.kind == SILU) return activate_and_multiply<Silu>(gate, up, count);
+  if (activation.kind == GELU_TANH) return activate_and_multiply<GeluTanh>(gate, up, count);
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    store(gate + i, clamped_swiglu(load(gate + i), load(up + i), activation));
+  }
+  if (const int64_t left = count - i; left > 0) {
+    const Lanes g = load_some(gate + i, left), u = load_some(up + i, left);
+    store_some(gate + i, left, clamped_swiglu(g, u, activation));
+  }
+}
+
+void add_bias(float* row, const float* bias, int64_t count) {
+  for (int64_t n = 0; bias != nullptr && n < count; ++n) row[n] += bias[n];
+}
+
+// The first product of a gated MLP: matrices, biases [rows] or null.
+struct GateUp {
+  const Matrix *gate, *up;
+  const float *gate_bias, *up_bias;
+  const Activation& activation;
+};
+
+inline const float* at(const float* bias, int64_t index) {
+  return bias == nullptr ? nullptr : bias + index;
+}
+
+// hidden[t, first + n] = act(x @ gate.T, x @ up.T) for one panel of rows.
+void gate_and_up(const Rows& x, int64_t tokens, const GateUp& of, int64_t first, float* hidden,
+                 Scratch& scratch) {
+  const int64_t width = of.gate->rows, count = std::min(kPanelRows, width - first);
   float* up_out = scratch.floats(2, tokens * kPanelRows);
-  product(x, tokens, gate, first, count, hidden + first, width, scratch);
-  product(x, tokens, up, first, count, up_out, kPanelRows, scratch);
+  product(x, tokens, *of.gate, first, count, hidden + first, width, scratch);
+  product(x, tokens, *of.up, first, count, up_out, kPanelRows, scratch);
   for (int64_t t = 0; t < tokens; ++t) {
-    float* row = hidden + t * width + first;
-    const float* factor = up_out + t * kPanelRows;
-    if (activation == SILU) {
-      activate_and_multiply<Silu>(row, factor, count);
-    } else {
-      activate_and_multiply<GeluTanh>(row, factor, count);
-    }
+    float *row = hidden + t * width + first, *factor = up_out + t * kPanelRows;
+    add_bias(row, at(of.gate_bias, first), count);
+    add_bias(factor, at(of.up_bias, first), count);
+    activate_row(of.activation, row, factor, count);
   }
 }
 
@@ -96,14 +131,15 @@ OCTAVO_API int64_t octavo_linear(Pool* pool, const float* x, int64_t tokens, con
 
 // weights: gate, up, down. hidden: room for tokens x gate.rows.
 OCTAVO_API int64_t octavo_gated_mlp(Pool* pool, const float* x, int64_t tokens,
-                                    const Matrix* weights, int64_t activation, float* hidden,
-                                    float* out) {
+                                    const Matrix* weights, const Activation* activation,
+                                    float* hidden, float* out) {
   std::lock_guard<std::mutex> lock(pool->op_mutex());
   const Matrix &gate = weights[0], &up = weights[1], &down = weights[2];
   const Rows rows = {x, gate.cols, nullptr}, inner = {hidden, gate.rows, nullptr};
   const int64_t total = panels(gate.rows), down_total = panels(down.rows);
   pool->run(total, grain_of(gate, tokens, total, pool->threads()), [&](int64_t i, Scratch& s) {
-    gate_and_up(rows, tokens, gate, up, i * kPanelRows, activation, hidden, s);
+    gate_and_up(rows, tokens, {&gate, &up, nullptr, nullptr, *activation}, i * kPanelRows, hidden,
+                s);
   });
   const int64_t grain = grain_of(down, tokens, down_total, pool->threads());
   pool->run(down_total, grain, [&](int64_t i, Scratch& s) {
@@ -113,7 +149,7 @@ OCTAVO_API int64_t octavo_gated_mlp(Pool* pool, const float* x, int64_t tokens,
   return OK;
 }
 
-// weights: gate of every expert, then up, then down. Picks are (token, place) pairs; `order` and
+// weights: gate of every expert, then up, then down. Biases of all experts, or null. Picks are (token, place) pairs; `order` and
 // `slots` have room for one int32 a pick, hidden and parts for one row a pick.
 struct MoeArgs {
   const float* x;
@@ -122,7 +158,9 @@ struct MoeArgs {
   const int32_t* topk_ids;
   int32_t *order, *slots;
   float *hidden, *parts, *out;
-  int64_t tokens, experts, top_k, activation;
+  int64_t tokens, experts, top_k;
+  const float *gate_bias, *up_bias, *down_bias;
+  Activation activation;
 };
 
 OCTAVO_API int64_t octavo_moe(Pool* pool, const MoeArgs* args) {
@@ -153,16 +191,21 @@ OCTAVO_API int64_t octavo_moe(Pool* pool, const MoeArgs* args) {
   pool->run(num_active * width, grain(gates[0], num_active * width), [&](int64_t i, Scratch& s) {
     const int64_t e = active[i / width], start = starts[e];
     const Rows rows = {a.x, gates[e].cols, a.order + start};
-    gate_and_up(rows, starts[e + 1] - start, gates[e], ups[e], i % width * kPanelRows, a.activation,
-                a.hidden + start * inner, s);
+    const GateUp of = {&gates[e], &ups[e], at(a.gate_bias, e * inner), at(a.up_bias, e * inner),
+                       a.activation};
+    gate_and_up(rows, starts[e + 1] - start, of, i % width * kPanelRows, a.hidden + start * inner,
+                s);
   });
   const int64_t down_total = num_active * down_width;
   pool->run(down_total, grain(downs[0], down_total), [&](int64_t i, Scratch& s) {
     const int64_t e = active[i / down_width], start = starts[e];
     const int64_t first = i % down_width * kPanelRows, count = std::min(kPanelRows, outer - first);
     const Rows rows = {a.hidden + start * inner, inner, nullptr};
-    product(rows, starts[e + 1] - start, downs[e], first, count, a.parts + start * outer + first,
-            outer, s);
+    float* to = a.parts + start * outer + first;
+    product(rows, starts[e + 1] - start, downs[e], first, count, to, outer, s);
+    for (int64_t t = 0; t < starts[e + 1] - start; ++t) {
+      add_bias(to + t * outer, at(a.down_bias, e * outer + first), count);
+    }
   });
   pool->run(a.tokens, 8, [&](int64_t t, Scratch&) {
     float* to = a.out + t * outer;

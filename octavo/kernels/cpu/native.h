@@ -10,13 +10,19 @@ namespace octavo {
 
 // The order is that of FORMAT_CODES in native.py.
 enum Format : int64_t { F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K };
-enum Activation : int64_t { SILU, GELU_TANH };
+enum ActivationKind : int64_t { SILU, GELU_TANH, CLAMPED_SWIGLU };
 enum Status : int64_t { OK, BAD_INDEX };
 
 // [rows, cols] in `format`, rows `row_bytes` apart; data need not be aligned.
 struct Matrix {
   const uint8_t* data;
   int64_t rows, cols, row_bytes, format;
+};
+
+// alpha and limit are of CLAMPED_SWIGLU: see kernels/activations.py.
+struct Activation {
+  int64_t kind;
+  double alpha, limit;
 };
 
 // One layer's pages: [blocks, block_size, kv_heads, head_size], blocks a stride of bytes apart.

@@ -18,16 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo.kernels.activations import Activation, ClampedSwiGLU, PlainActivation
 from octavo.kernels.composed import Composed
 from octavo.kernels.inputs import AttentionBatch, KVLayer, QKNorm, RopeTable
 from octavo.kernels.routing import ExpertWeighting, RoutingRule, Score
-from octavo.kernels.weights import Activation, ExpertWeights, Router, SharedExpert, Weight
+from octavo.kernels.weights import ExpertWeights, Router, SharedExpert, Weight
 
 _FORMATS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
 FORMAT_CODES = {name: code for code, name in enumerate(_FORMATS)}
 """The order is that of `enum Format` in native.h."""
 KV_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-ACTIVATION_CODES: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1}
+ACTIVATION_CODES: dict[PlainActivation, int] = {"silu": 0, "gelu_tanh": 1}
+_CLAMPED_SWIGLU = 2
 SCORE_CODES: dict[Score, int] = {"softmax": 0, "sigmoid": 1, "sqrt_softplus": 2, "logit": 3}
 WEIGHTING_CODES: dict[ExpertWeighting, int] = {"score": 0, "softmax": 1, "sigmoid": 2}
 _SIGMOID_RULE = RoutingRule(top_k=2, renormalize=False)
@@ -65,11 +67,17 @@ class _QKNorm(ctypes.Structure):
     _fields_ = [*_fields("query*", "key*"), ("eps", c_double), ("per_head", c_int64)]
 
 
+class _Activation(ctypes.Structure):
+    _fields_ = [*_fields("kind"), ("alpha", c_double), ("limit", c_double)]
+
+
 class _MoeArgs(ctypes.Structure):
-    _fields_ = _fields(
-        *("x*", "weights*", "topk_weights*", "topk_ids*", "order*", "slots*"),
-        *("hidden*", "parts*", "out*", "tokens", "experts", "top_k", "activation"),
-    )
+    _fields_ = [
+        *_fields("x*", "weights*", "topk_weights*", "topk_ids*", "order*", "slots*"),
+        *_fields("hidden*", "parts*", "out*", "tokens", "experts", "top_k"),
+        *_fields("gate_bias*", "up_bias*", "down_bias*"),
+        ("activation", _Activation),
+    ]
 
 
 class _Route(ctypes.Structure):
@@ -83,7 +91,7 @@ class _Route(ctypes.Structure):
 
 _SIGNATURES: dict[str, list[Any]] = {
     "linear": [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p],
-    "gated_mlp": [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p],
+    "gated_mlp": [c_void_p, c_int64, c_void_p, POINTER(_Activation), c_void_p, c_void_p],
     "moe": [POINTER(_MoeArgs)],
     "embedding": [c_void_p, c_int64, c_void_p, c_void_p],
     "rms_norm": [c_void_p, c_int64, c_int64, c_void_p, c_double, c_void_p],
@@ -178,6 +186,23 @@ def _experts(experts: ExpertWeights) -> ctypes.Array[_Matrix]:
         for weight, like in zip(one, first, strict=True):
             assert (weight.rows, weight.cols) == (like.rows, like.cols)
     return _matrices((*experts.gate, *experts.up, *experts.down))
+
+
+def _activation(activation: Activation) -> _Activation:
+    if isinstance(activation, ClampedSwiGLU):
+        return _Activation(_CLAMPED_SWIGLU, activation.alpha, activation.limit)
+    return _Activation(ACTIVATION_CODES[activation], 0.0, 0.0)
+
+
+def _biases(experts: ExpertWeights) -> tuple[int | None, ...]:
+    biases = experts.biases
+    if biases is None:
+        return None, None, None
+    count, inner, outer = len(experts.gate), experts.gate[0].rows, experts.down[0].rows
+    assert biases.gate_EF.shape == biases.up_EF.shape == (count, inner)
+    assert biases.down_EM.shape == (count, outer)
+    tensors = (biases.gate_EF, biases.up_EF, biases.down_EM)
+    return tuple(_address(tensor, torch.float32) for tensor in tensors)
 
 
 def _address(tensor: Tensor, dtype: torch.dtype) -> int:
@@ -323,9 +348,9 @@ class NativeOps(Composed):
         assert x.shape[1] == gate.cols == up.cols
         assert gate.rows == up.rows == down.cols
         hidden, out = torch.empty(tokens, gate.rows), torch.empty(tokens, down.rows)
-        code, matrices = ACTIVATION_CODES[activation], self._weights((gate, up, down))
+        kind, matrices = _activation(activation), self._weights((gate, up, down))
         self._library.octavo_gated_mlp(
-            self._pool, x.data_ptr(), tokens, matrices, code, hidden.data_ptr(), out.data_ptr()
+            self._pool, x.data_ptr(), tokens, matrices, kind, hidden.data_ptr(), out.data_ptr()
         )
         return out
 
@@ -399,12 +424,14 @@ class NativeOps(Composed):
         order = torch.empty(2 * picks, dtype=torch.int32)
         hidden, parts = torch.empty(picks, gate.rows), torch.empty(picks, down.rows)
         out = torch.empty(tokens, down.rows)
+        biases = _biases(experts)
         args = _MoeArgs(
             *(x.data_ptr(), self._struct(experts, _experts)),
             *(weights.data_ptr(), ids.data_ptr()),
             *(order.data_ptr(), order.data_ptr() + 4 * picks, hidden.data_ptr()),
             *(parts.data_ptr(), out.data_ptr(), tokens, len(experts.gate), top_k),
-            ACTIVATION_CODES[activation],
+            *biases,
+            _activation(activation),
         )
         _check(self._library.octavo_moe(self._pool, args), "moe")
         return self.add_shared(out, x, shared, gate_T1, activation)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from octavo.errors import UnsupportedModelError
+from octavo.kernels.activations import Activation
 from octavo.kernels.composed import Composed
 from octavo.kernels.inputs import AttentionBatch, KVLayer, NormInput, QKNorm, RopeTable, Routed
 from octavo.kernels.triton.attention.choose import attention
@@ -21,7 +22,7 @@ from octavo.kernels.triton.attention.shared import shared_prefix_attention
 from octavo.kernels.triton.attention.short_chunks import ShortPlans
 from octavo.kernels.triton.attention.write import rope_and_cache
 from octavo.kernels.triton.experts import route as routes
-from octavo.kernels.triton.experts.moe import SharedParts, StackedExperts, run_moe
+from octavo.kernels.triton.experts.moe import SharedParts, StackedExperts, add_biases, run_moe
 from octavo.kernels.triton.experts.moe_few import SHARED_TOKENS, is_few, moe_of_few
 from octavo.kernels.triton.experts.route_by_rule import route_by_rule
 from octavo.kernels.triton.launching.tickets import make_tickets
@@ -37,13 +38,7 @@ from octavo.kernels.triton.small import activation as activations
 from octavo.kernels.triton.small import embedding as embeddings
 from octavo.kernels.triton.small import norm as norms
 from octavo.kernels.triton.tuning.plans import Plans
-from octavo.kernels.weights import (
-    Activation,
-    ExpertWeights,
-    Router,
-    SharedExpert,
-    Weight,
-)
+from octavo.kernels.weights import ExpertWeights, Router, SharedExpert, Weight
 
 SKINNY_TOKENS = 64
 """Up to here Triton multiplies: as fast as cuBLAS, which splits the sum there (H100, 2026-11-22).
@@ -194,12 +189,14 @@ class TritonOps(Composed):
         *,
         in_parts: bool = False,
     ) -> Tensor:
-        stacked = self._stacks.get(experts)
+        stacked, biases = self._stacks.get(experts), experts.biases
         if stacked is None:
             stacked = StackedExperts(
                 gate_EFM=stacked_view(experts.gate),
                 up_EFM=stacked_view(experts.up),
                 down_EMF=stacked_view(experts.down),
+                gate_bias_EF=None if biases is None else biases.gate_EF,
+                up_bias_EF=None if biases is None else biases.up_EF,
             )
             self._stacks[experts] = stacked
         top_k, inner_size = topk_ids.shape[1], stacked.gate_EFM.shape[1]
@@ -210,7 +207,7 @@ class TritonOps(Composed):
         if len(x_TM) <= most and is_few(topk_ids) and not self._is_deterministic:
             parts = shared_parts(shared, gate_T1, inner_size)
         is_whole = shared is None or parts is not None
-        in_parts = in_parts and is_whole
+        in_parts = in_parts and is_whole and biases is None
         chosen = (x_TM, topk_weights, topk_ids, stacked, activation)
         if is_of_pairs:
             pairs = self._plans.pairs(x_TM, top_k, stacked)
@@ -219,6 +216,8 @@ class TritonOps(Composed):
             out = moe_of_few(*chosen, plan, parts, in_parts=in_parts)
         else:
             out = run_moe(*chosen, plan, in_parts=in_parts)
+        if biases is not None:
+            add_biases(out, topk_weights, topk_ids, biases.down_EM)
         if is_whole:
             return out
         return self.add_shared(out, x_TM, shared, gate_T1, activation)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from octavo.formats import WEIGHT_FORMATS
+from octavo.kernels.activations import Activation
 from octavo.kernels.inputs import AttentionBatch, KVLayer
 from octavo.kernels.weights import ExpertWeights, Weight
-from tests.kernels.cases import PagedKV, floats
+from tests.kernels.cases import PagedKV, exact_gate, floats
 from tests.kernels.triton.interpreter import DEVICE
 
 from octavo.kernels.triton.backend import TritonOps  # isort: skip
@@ -56,25 +57,30 @@ def make_experts(
     )
 
 
-def exact_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
-    inner = x.double() @ gate.double().T
-    if activation == "silu":
-        inner = torch.nn.functional.silu(inner)
-    else:
-        inner = torch.nn.functional.gelu(inner, approximate="tanh")
-    return (inner * (x.double() @ up.double().T)) @ down.double().T
+def exact_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: Activation) -> Tensor:
+    row = x.double()
+    return exact_gate(row @ gate.double().T, row @ up.double().T, activation) @ down.double().T
 
 
 def exact_moe(
-    x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights, activation: str = "silu"
+    x: Tensor, weights: Tensor, ids: Tensor, experts: ExpertWeights, activation: Activation = "silu"
 ) -> Tensor:
     out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     for t in range(len(x)):
         for weight, e in zip(weights[t].double(), ids[t].tolist(), strict=True):
             if 0 <= e < len(experts.gate):
-                chosen = (experts.gate[e].data, experts.up[e].data, experts.down[e].data)
-                out[t] += weight * exact_mlp(x[t : t + 1], *chosen, activation)[0]
+                out[t] += weight * _exact_expert(x[t].double(), experts, e, activation)
     return out
+
+
+def _exact_expert(x_M: Tensor, experts: ExpertWeights, e: int, activation: Activation) -> Tensor:
+    gate = experts.gate[e].data.double() @ x_M
+    up = experts.up[e].data.double() @ x_M
+    biases = experts.biases
+    if biases is not None:
+        gate, up = gate + biases.gate_EF[e].double(), up + biases.up_EF[e].double()
+    out = experts.down[e].data.double() @ exact_gate(gate, up, activation)
+    return out if biases is None else out + biases.down_EM[e].double()
 
 
 def routed(rng: np.random.Generator, tokens: int, count: int, top_k: int) -> tuple[Tensor, Tensor]:

@@ -16,13 +16,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from octavo.kernels.activations import Activation
 from octavo.kernels.triton.experts.moe_plan import Launch, MoePlan
 from octavo.kernels.triton.experts.sort import SortedPairs, sort_pairs
 from octavo.kernels.triton.launching.chip import cdiv, next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import announce, launch_options, wait_turn
-from octavo.kernels.triton.tiles.activation import activated
-from octavo.kernels.weights import Activation
+from octavo.kernels.triton.tiles.activation import activation_constant, gated
 
 TL_DTYPES = {
     torch.float32: tl.float32,
@@ -61,6 +61,8 @@ def gate_up_rows(
     x_TM,
     gate_FM,
     up_FM,
+    gate_bias_EF,
+    up_bias_EF,
     hidden_PF,
     hidden_size,
     inner_size,
@@ -73,11 +75,13 @@ def gate_up_rows(
     BLOCK_K: tl.constexpr,
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """hidden[place] = act(x[token] @ gate.T) * (x[token] @ up.T) in BLOCK_N columns of one expert,
-    for the rows that are some; TMA: gate and up are descriptors of all experts."""
+    """hidden[place] = act(x[token] @ gate.T, x[token] @ up.T) in BLOCK_N columns of one expert, its
+    biases added to both products (HAS_BIAS), for the rows that are some; TMA: gate and up are
+    descriptors of all experts."""
     column = first_column + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     safe_token = tl.where(is_row, token, 0).to(tl.int64)
@@ -105,7 +109,11 @@ def gate_up_rows(
         x = x.to(COMPUTE)
         gate = tl.dot(x, g.to(COMPUTE), gate, input_precision="ieee")
         up = tl.dot(x, u.to(COMPUTE), up, input_precision="ieee")
-    value = activated(gate, ACTIVATION) * up
+    if HAS_BIAS:
+        bias_at = expert.to(tl.int64) * inner_size + column
+        gate += tl.load(gate_bias_EF + bias_at, mask=column < inner_size, other=0.0)[None, :]
+        up += tl.load(up_bias_EF + bias_at, mask=column < inner_size, other=0.0)[None, :]
+    value = gated(gate, up, ACTIVATION)
     out = hidden_PF + place.to(tl.int64)[:, None] * inner_size + column[None, :]
     is_out = is_row[:, None] & (column < inner_size)[None, :]
     tl.store(out, value.to(hidden_PF.dtype.element_ty), mask=is_out)
@@ -117,6 +125,8 @@ def gate_up_kernel(
     x_TM,
     gate_EFM,
     up_EFM,
+    gate_bias_EF,
+    up_bias_EF,
     hidden_PF,
     order_P,
     blocks_3B,
@@ -134,14 +144,15 @@ def gate_up_kernel(
     HALVES: tl.constexpr,
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     COMPUTE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """hidden[i] = act(x[t] @ gate[e].T) * (x[t] @ up[e].T) for the pair (t, slot) at place i.
+    """hidden[i] = act(x[t] @ gate[e].T, x[t] @ up[e].T) for the pair (t, slot) at place i.
 
-    x_TM [T, M]; gate and up [E, F, M] with stride_E given; hidden_PF [P, F] in the order of
-    order_P. TMA: gate and up are tensor descriptors of blocks [1, BLOCK_N, BLOCK_K]. EVEN_K:
+    x_TM [T, M]; gate and up [E, F, M] with stride_E given; biases float32 [E, F], HAS_BIAS;
+    hidden_PF [P, F] in the order of order_P. TMA: gate and up are tensor descriptors of blocks [1, BLOCK_N, BLOCK_K]. EVEN_K:
     BLOCK_K divides the length of the sum. HALVES: blocks that are at most half full run at half
     height.
     """
@@ -157,15 +168,16 @@ def gate_up_kernel(
     if HALVES and end - first <= BLOCK_P // 2:
         half_place, is_half, half_pair = pairs_at(order_P, first, end, BLOCK_P // 2)
         gate_up_rows(
-            *(x_TM, gate_EFM, up_EFM, hidden_PF, hidden_size, inner_size, expert, column),
-            *(half_pair // top_k, half_place, is_half),
-            *(BLOCK_N, BLOCK_K, TMA, EVEN_K, ACTIVATION, COMPUTE),
+            *(x_TM, gate_EFM, up_EFM, gate_bias_EF, up_bias_EF, hidden_PF),
+            *(hidden_size, inner_size, expert, column, half_pair // top_k, half_place, is_half),
+            *(BLOCK_N, BLOCK_K, TMA, EVEN_K, HAS_BIAS, ACTIVATION, COMPUTE),
         )
     else:
         place, is_row, pair = pairs_at(order_P, first, end, BLOCK_P)
         gate_up_rows(
-            *(x_TM, gate_EFM, up_EFM, hidden_PF, hidden_size, inner_size, expert, column),
-            *(pair // top_k, place, is_row, BLOCK_N, BLOCK_K, TMA, EVEN_K, ACTIVATION, COMPUTE),
+            *(x_TM, gate_EFM, up_EFM, gate_bias_EF, up_bias_EF, hidden_PF),
+            *(hidden_size, inner_size, expert, column, pair // top_k, place, is_row),
+            *(BLOCK_N, BLOCK_K, TMA, EVEN_K, HAS_BIAS, ACTIVATION, COMPUTE),
         )
 
 
@@ -315,6 +327,16 @@ class StackedExperts:
     gate_EFM: Tensor
     up_EFM: Tensor
     down_EMF: Tensor
+    gate_bias_EF: Tensor | None = None
+    up_bias_EF: Tensor | None = None
+    """float32, both or none. Down's biases are added to the sum (`add_biases`)."""
+
+    @property
+    def biases(self) -> tuple[Tensor, Tensor]:
+        """The first products' biases, or what stands in for them where HAS_BIAS is false."""
+        if self.gate_bias_EF is None or self.up_bias_EF is None:
+            return self.gate_EFM, self.up_EFM
+        return self.gate_bias_EF, self.up_bias_EF
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -374,6 +396,7 @@ def gate_up(
         x_TM,
         _stack(experts.gate_EFM, launch),
         _stack(experts.up_EFM, launch),
+        *experts.biases,
         hidden,
         pairs.order_P,
         pairs.blocks_3B,
@@ -391,7 +414,8 @@ def gate_up(
         HALVES=plan.block_p >= 128,
         TMA=launch.tma,
         EVEN_K=hidden_size % launch.block_k == 0,
-        ACTIVATION=activation,
+        HAS_BIAS=experts.gate_bias_EF is not None,
+        ACTIVATION=activation_constant(activation),
         COMPUTE=compute_of(x_TM, experts),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
@@ -464,6 +488,17 @@ def combine(parts_PM: Tensor, topk_ids: Tensor, num_experts: int, shared: int = 
         **launch_options(topk_ids.device),
     )
     return out
+
+
+def add_biases(out_TM: Tensor, topk_weights: Tensor, topk_ids: Tensor, down_EM: Tensor) -> Tensor:
+    """Adds to out, in place, each token's weighted sum of the biases of its experts' last products;
+    ids outside [0, E) add nothing."""
+    num_experts = len(down_EM)
+    is_known = (topk_ids >= 0) & (topk_ids < num_experts)
+    weights = topk_weights.masked_fill(~is_known, 0.0)
+    spread = weights.new_zeros((len(weights), num_experts))
+    spread.scatter_add_(1, topk_ids.masked_fill(~is_known, 0).long(), weights)
+    return out_TM.add_((spread @ down_EM).to(out_TM.dtype))
 
 
 def compute_of(x: Tensor, experts: StackedExperts) -> tl.dtype:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.activations import Activation
 from octavo.kernels.triton.experts.moe import (
     SharedParts,
     StackedExperts,
@@ -28,7 +29,7 @@ from octavo.kernels.triton.experts.moe_plan import MoePlan
 from octavo.kernels.triton.launching.chip import cdiv
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
-from octavo.kernels.weights import Activation
+from octavo.kernels.triton.tiles.activation import activation_constant
 
 FEW_TOKENS = 64
 FEW_PAIRS = 1024
@@ -73,6 +74,8 @@ def few_gate_up_kernel(
     up_EFM,
     shared_gate_NM,
     shared_up_NM,
+    gate_bias_EF,
+    up_bias_EF,
     hidden_RF,
     ids_P,
     hidden_size,
@@ -88,14 +91,16 @@ def few_gate_up_kernel(
     BLOCK_K: tl.constexpr,
     TILE: tl.constexpr,
     EVEN_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     COMPUTE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """hidden[row] = act(x[t] @ gate[e].T) * (x[t] @ up[e].T) for every pair of expert e, which is
+    """hidden[row] = act(x[t] @ gate[e].T, x[t] @ up[e].T) for every pair of expert e, which is
     program 0 past the SHARED parts of a shared expert, whose rows are all tokens.
 
-    x_TM [T, M]; gate and up [E, F, M] with stride_E given; ROWS pairs at a time.
+    x_TM [T, M]; gate and up [E, F, M] with stride_E given; biases float32 [E, F], HAS_BIAS; ROWS
+    pairs at a time.
     """
     wait_turn(OVERLAP)
     num_columns = tl.cdiv(inner_size, BLOCK_N)
@@ -107,9 +112,10 @@ def few_gate_up_kernel(
         part = expert + SHARED
         skipped = part.to(tl.int64) * inner_size * hidden_size
         gate_up_rows(
-            *(x_TM, shared_gate_NM + skipped, shared_up_NM + skipped, hidden_RF),
-            *(hidden_size, inner_size, expert, column, token, token * WIDTH + TOP_K + part),
-            *(token < num_tokens, BLOCK_N, BLOCK_K, False, EVEN_K, ACTIVATION, COMPUTE),
+            *(x_TM, shared_gate_NM + skipped, shared_up_NM + skipped),
+            *(gate_bias_EF, up_bias_EF, hidden_RF, hidden_size, inner_size, expert, column),
+            *(token, token * WIDTH + TOP_K + part, token < num_tokens),
+            *(BLOCK_N, BLOCK_K, False, EVEN_K, False, ACTIVATION, COMPUTE),
         )
     else:
         num_pairs = num_tokens * TOP_K
@@ -120,9 +126,10 @@ def few_gate_up_kernel(
             pair = pairs_of(expert, first, ids_P, num_pairs, ROWS, TILE)
             token = pair // TOP_K
             gate_up_rows(
-                *(x_TM, gate_EFM, up_EFM, hidden_RF, hidden_size, inner_size, expert, column),
+                *(x_TM, gate_EFM, up_EFM, gate_bias_EF, up_bias_EF, hidden_RF),
+                *(hidden_size, inner_size, expert, column),
                 *(token, token * SHARED + pair, first + tl.arange(0, ROWS) < count),
-                *(BLOCK_N, BLOCK_K, False, EVEN_K, ACTIVATION, COMPUTE),
+                *(BLOCK_N, BLOCK_K, False, EVEN_K, HAS_BIAS, ACTIVATION, COMPUTE),
             )
 
 
@@ -242,6 +249,7 @@ def gate_up_of_few(
         experts.up_EFM,
         experts.gate_EFM if shared is None else shared.gate_NM,
         experts.up_EFM if shared is None else shared.up_NM,
+        *experts.biases,
         hidden,
         topk_ids,
         hidden_size,
@@ -257,7 +265,8 @@ def gate_up_of_few(
         BLOCK_K=launch.block_k,
         TILE=PAIRS_TILE,
         EVEN_K=hidden_size % launch.block_k == 0,
-        ACTIVATION=activation,
+        HAS_BIAS=experts.gate_bias_EF is not None,
+        ACTIVATION=activation_constant(activation),
         COMPUTE=compute_of(x_TM, experts),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,

@@ -17,12 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.activations import Activation
 from octavo.kernels.triton.experts.moe import SharedParts, StackedExperts
 from octavo.kernels.triton.launching.chip import cdiv, next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import announce, launch_options, wait_turn
-from octavo.kernels.triton.tiles.activation import activated
-from octavo.kernels.weights import Activation
+from octavo.kernels.triton.tiles.activation import activation_constant, gated
 
 
 @triton.jit
@@ -84,6 +84,8 @@ def gate_up_of_pair_kernel(
     up_EFM,
     shared_gate_NM,
     shared_up_NM,
+    gate_bias_EF,
+    up_bias_EF,
     hidden_PF,
     ids_P,
     hidden_size,
@@ -96,13 +98,14 @@ def gate_up_of_pair_kernel(
     HAS_SHARED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """hidden[p] = act(x[t] @ gate[e].T) * (x[t] @ up[e].T) for the pair p = (t, slot), expert e.
+    """hidden[p] = act(x[t] @ gate[e].T, x[t] @ up[e].T) for the pair p = (t, slot), expert e.
 
-    x_TM [T, M]; gate and up [E, F, M] with stride_E given; hidden_PF [P, F]; ids outside [0, E)
-    leave their row of hidden as it was. HAS_SHARED (one token): pair num_pairs + i is part i of the
+    x_TM [T, M]; gate and up [E, F, M] with stride_E given; biases float32 [E, F], HAS_BIAS;
+    hidden_PF [P, F]; ids outside [0, E) leave their row of hidden as it was. HAS_SHARED (one token): pair num_pairs + i is part i of the
     shared expert, its rows i F .. (i + 1) F.
     """
     wait_turn(OVERLAP)
@@ -137,7 +140,12 @@ def gate_up_of_pair_kernel(
         x = tl.load(x_at + start, mask=is_in, other=0.0)[None, :]
         gate += folded(g, x)
         up += folded(u, x)
-    value = activated(tl.sum(gate, 1), ACTIVATION) * tl.sum(up, 1)
+    gate_sum, up_sum = tl.sum(gate, 1), tl.sum(up, 1)
+    if HAS_BIAS:
+        bias_at = expert.to(tl.int64) * inner_size + column
+        gate_sum += tl.load(gate_bias_EF + bias_at, mask=is_column & is_routed, other=0.0)
+        up_sum += tl.load(up_bias_EF + bias_at, mask=is_column & is_routed, other=0.0)
+    value = gated(gate_sum, up_sum, ACTIVATION)
     out = hidden_PF + pair.to(tl.int64) * inner_size + column
     tl.store(out, value.to(hidden_PF.dtype.element_ty), mask=is_column)
 
@@ -317,6 +325,7 @@ def gate_up_of_pairs(
         experts.up_EFM,
         experts.gate_EFM if shared is None else shared.gate_NM,
         experts.up_EFM if shared is None else shared.up_NM,
+        *experts.biases,
         hidden,
         topk_ids,
         hidden_size,
@@ -329,7 +338,8 @@ def gate_up_of_pairs(
         HAS_SHARED=shared is not None,
         BLOCK_N=plan.block_n,
         BLOCK_K=plan.block_k,
-        ACTIVATION=activation,
+        HAS_BIAS=experts.gate_bias_EF is not None,
+        ACTIVATION=activation_constant(activation),
         num_warps=plan.num_warps,
         **launch_options(topk_ids.device),
     )

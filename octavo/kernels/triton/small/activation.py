@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.activations import Activation
 from octavo.kernels.triton.launching.chip import cdiv
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
-from octavo.kernels.triton.tiles.activation import activated
-from octavo.kernels.weights import Activation
+from octavo.kernels.triton.tiles.activation import activation_constant, gated
 
 BLOCK = 1024
 
@@ -29,7 +29,7 @@ def activate_and_mul_kernel(
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """out[t, f] = act(both[t, f]) * both[t, F + f], computed in float32.
+    """out[t, f] = act(both[t, f], both[t, F + f]), computed in float32.
 
     both_TN [T, 2 F] contiguous; out_TF [T, F].
     """
@@ -40,7 +40,7 @@ def activate_and_mul_kernel(
     at = both_TN + token * 2 * inner_size + column
     gate = tl.load(at, mask=is_in, other=0.0).to(tl.float32)
     up = tl.load(at + inner_size, mask=is_in, other=0.0).to(tl.float32)
-    value = activated(gate, ACTIVATION) * up
+    value = gated(gate, up, ACTIVATION)
     tl.store(out_TF + token * inner_size + column, value.to(out_TF.dtype.element_ty), mask=is_in)
 
 
@@ -56,7 +56,7 @@ def activate_and_mul(both_TN: Tensor, activation: Activation) -> Tensor:
             both_TN,
             out,
             inner_size,
-            ACTIVATION=activation,
+            ACTIVATION=activation_constant(activation),
             BLOCK=BLOCK,
             num_warps=4,
             **launch_options(out.device),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from octavo.kernels.weights import ExpertWeights
-from tests.kernels.cases import floats
+from octavo.kernels.weights import ExpertBiases, ExpertWeights
+from tests.kernels.cases import CLAMPED, floats, make_biases
 from tests.kernels.triton.cases import (
     TOLERANCES,
     assert_near,
@@ -41,6 +43,25 @@ def test_moe_is_the_weighted_sum_of_the_chosen_experts(
             assert found.dtype is dtype
             expected = exact_moe(x, weights, ids, experts, activation)
             assert_near(found, expected, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("is_deterministic", [True, False])
+@pytest.mark.parametrize("tokens", [1, 2, 70])
+def test_biased_experts_with_clamps_are_exact(
+    rng: np.random.Generator, tokens: int, is_deterministic: bool
+) -> None:
+    biases = make_biases(rng, 3, 24, 40)
+    there = ExpertBiases(
+        gate_EF=biases.gate_EF.to(DEVICE),
+        up_EF=biases.up_EF.to(DEVICE),
+        down_EM=biases.down_EM.to(DEVICE),
+    )
+    experts = replace(make_experts(rng, 3, 40, 24, torch.float32), biases=there)
+    x, (weights, ids) = floats(rng, tokens, 40).to(DEVICE) * 3, routed(rng, tokens, 3, 2)
+    ids[-1, 0] = -1
+    ops = make_ops(is_deterministic=is_deterministic)
+    found = ops.moe(x, weights, ids, experts, CLAMPED, in_parts=True)
+    assert_near(found, exact_moe(x, weights, ids, experts, CLAMPED), 2e-6)
 
 
 def _plans() -> list[MoePlan]:
