@@ -8,24 +8,27 @@ Life of a block:
          ^                        |   ^                      |
          |                 release|   |acquire               |release (last reference)
          |                        v   |                      v
-         +------------------- (last reference)         free, keyed (LRU order)
+         +------------------- (last reference)         free, keyed (order of eviction)
          |                                                   |
-         +--------------- allocate, when no keyless block is free: the key is forgotten
+         +--------------- allocate, when too few keyless blocks are free: the key is forgotten
 
 Block 0 is the null block: it stands in tables for blocks behind a window and is never handed out.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from octavo.step import Bool, Int32
+from octavo.kv_cache.eviction import EvictionOrder
+from octavo.kv_cache.free_pages import REGION, FreePages
+from octavo.step import Int32
 
 NULL_BLOCK = 0
+MAX_SPARE_SHARE = 1 / 32
+"""Of all blocks: so many are emptied at most before there is need, for the sake of runs."""
 Blocks = Sequence[int] | Int32
 """Each but the null block at most once."""
 
@@ -36,71 +39,6 @@ class BlockKey:
 
     group: int
     digest: bytes
-
-
-class _OldestFirst:
-    """Blocks in the order in which they came in; any of them may be taken out.
-
-    Long sequences bring and take thousands at a time, so none is handled alone: a block knows the
-    place of its latest entry, and entries at other places no longer count.
-    """
-
-    def __init__(self, num_blocks: int) -> None:
-        self._entries = np.zeros(2 * num_blocks, np.int32)
-        self._first = self._end = 0
-        self._places = np.full(num_blocks, -1)
-        """Of each block's entry; -1 for blocks that are not in here."""
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __contains__(self, block: int) -> bool:
-        return bool(self._places[block] >= 0)
-
-    def append(self, blocks: Int32) -> None:
-        if self._end + len(blocks) > len(self._entries):
-            counting = self.all()
-            self._first = self._end = 0
-            self._write(counting)
-        self._write(blocks)
-        self._count += len(blocks)
-
-    def _write(self, blocks: Int32) -> None:
-        first, self._end = self._end, self._end + len(blocks)
-        self._entries[first : self._end] = blocks
-        self._places[blocks] = np.arange(first, self._end)
-
-    def remove(self, blocks: Int32) -> None:
-        self._places[blocks] = -1
-        self._count -= len(blocks)
-
-    def pop(self) -> int:
-        """Takes out the oldest, which there must be."""
-        block = self._entries.item(self._first)
-        if self._places.item(block) != self._first:
-            self._skip()
-            block = self._entries.item(self._first)
-        self._first += 1
-        self._places[block] = -1
-        self._count -= 1
-        return block
-
-    def _skip(self) -> None:
-        """Goes on to the next entry that counts."""
-        width = 64
-        while not self._counts(self._first, self._first + width).any():
-            self._first += width
-            width *= 2
-        self._first += int(self._counts(self._first, self._first + width).argmax())
-
-    def all(self) -> Int32:
-        return self._entries[self._first : self._end][self._counts(self._first, self._end)]
-
-    def _counts(self, first: int, stop: int) -> Bool:
-        """Returns which of the entries from `first` to `stop` count."""
-        blocks = self._entries[first : min(stop, self._end)]
-        return self._places[blocks] == np.arange(first, first + len(blocks))
 
 
 class BlockPool:
@@ -114,20 +52,19 @@ class BlockPool:
         self._ref_counts[NULL_BLOCK] = 1
         self._keys: list[BlockKey | None] = [None] * num_blocks
         self._is_keyed = np.zeros(num_blocks, np.bool_)
-        # OrderedDict and not a linked list of our own: removal from the middle (the block behind
-        # another one) is O(1) in it too, and it runs in C.
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
-        self._free_keyed = _OldestFirst(num_blocks)
+        self._free = FreePages(num_blocks)
+        self._free.add(np.arange(1, num_blocks, dtype=np.int32))
+        self._cached = EvictionOrder(num_blocks)
 
     @property
     def num_free(self) -> int:
         """Blocks that could be allocated now, those that still hold a cached prefix included."""
-        return len(self._free) + len(self._free_keyed)
+        return len(self._free) + len(self._cached)
 
     @property
     def num_cached(self) -> int:
         """Blocks nobody references that still hold a known prefix."""
-        return len(self._free_keyed)
+        return len(self._cached)
 
     @property
     def num_referenced(self) -> int:
@@ -150,37 +87,51 @@ class BlockPool:
     def allocate(self, count: int, after: int = NULL_BLOCK) -> tuple[list[int], list[BlockKey]]:
         """Returns `count` blocks with one reference each, and the keys evicted for them.
 
-        Blocks that follow `after` without a gap are preferred, so that long sequences lie in runs
-        that kernels and copies read in one piece. The caller checks `num_free` first.
+        Blocks that follow `after` without a gap are preferred, else such that lie in a row, so
+        that kernels and copies can take them in one piece. The caller checks `num_free` first.
         """
         assert count <= self.num_free, "allocate more than is free"
-        blocks: list[int] = []
-        wanted = after + 1
-        for _ in range(min(count, len(self._free))):
-            if after != NULL_BLOCK and wanted in self._free:
-                block = wanted
-                del self._free[block]
-            else:
-                block, _ = self._free.popitem(last=False)
-            blocks.append(block)
-            after, wanted = block, block + 1
-        evicted: list[BlockKey] = []
-        for _ in range(count - len(blocks)):
-            block = self._free_keyed.pop()
-            key = self._keys[block]
-            assert key is not None
-            evicted.append(key)
-            self._keys[block] = None
-            self._is_keyed[block] = False
-            blocks.append(block)
+        evicted = self._evict(count - len(self._free))
+        is_growing = after != NULL_BLOCK
+        blocks = self._free.take_behind(after, count) if is_growing else []
+        rest = count - len(blocks)
+        if rest:
+            evicted += self._evict_ahead(rest)
+            blocks += self._free.take(rest, is_growing=is_growing)
         self._ref_counts[blocks] = 1
         return blocks, evicted
+
+    def _evict_ahead(self, count: int) -> list[BlockKey]:
+        """Evicts until `count` blocks can be had in whole regions, or the free ones beside them are
+        a small share of all: those scattered behind growing sequences are left to these."""
+        most = count + int(MAX_SPARE_SHARE * self.num_blocks)
+        evicted: list[BlockKey] = []
+        while len(self._cached) and self._free.num_whole * REGION < count:
+            spare = min(REGION, most - len(self._free), len(self._cached))
+            if spare <= 0:
+                break
+            evicted += self._evict(spare)
+        return evicted
+
+    def _evict(self, count: int) -> list[BlockKey]:
+        """Makes `count` cached blocks free; returns their keys."""
+        if count <= 0:
+            return []
+        blocks = self._cached.pop(count)
+        keys = [self._keys[block] for block in blocks]
+        for block in blocks:
+            self._keys[block] = None
+        ids = np.array(blocks, np.int32)
+        self._is_keyed[ids] = False
+        self._free.add(ids)
+        return [key for key in keys if key is not None]
 
     def acquire(self, blocks: Blocks) -> None:
         """Adds a reference to blocks that are referenced or free with a key; null blocks pass."""
         blocks = np.asarray(blocks, np.int32)
         blocks = blocks[blocks != NULL_BLOCK]
-        self._free_keyed.remove(blocks[self._ref_counts[blocks] == 0])
+        self._cached.remove(blocks[self._ref_counts[blocks] == 0])
+        self._cached.hit(blocks[self._is_keyed[blocks]])
         self._ref_counts[blocks] += 1
 
     def release(self, blocks: Blocks) -> list[int]:
@@ -194,10 +145,10 @@ class BlockPool:
         self._ref_counts[blocks] = counts
         freed = blocks[counts == 0]
         is_keyed = self._is_keyed[freed]
-        self._free_keyed.append(freed[is_keyed])
-        emptied = freed[~is_keyed].tolist()
-        self._free.update(dict.fromkeys(emptied))
-        return emptied
+        self._cached.append(freed[is_keyed])
+        emptied = freed[~is_keyed]
+        self._free.add(emptied)
+        return emptied.tolist()
 
     def set_key(self, block: int, key: BlockKey) -> None:
         """Marks a referenced block as holding the prefix `key`."""
@@ -210,20 +161,19 @@ class BlockPool:
         """Drops every key; returns the blocks that became free of content by it."""
         self._keys = [None] * self.num_blocks
         self._is_keyed[:] = False
-        cached = self._free_keyed.all()
-        self._free_keyed.remove(cached)
-        emptied = cached.tolist()
-        self._free.update(dict.fromkeys(emptied))
-        return emptied
+        emptied = self._cached.clear()
+        self._free.add(emptied)
+        return emptied.tolist()
 
     def check(self) -> None:
         """Raises AssertionError if the free orders, counts and keys contradict each other."""
         for block in range(1, self.num_blocks):
-            places = (block in self._free) + (block in self._free_keyed)
+            places = (block in self._free) + (block in self._cached)
             assert places == (self._ref_counts[block] == 0), f"block {block} in {places} orders"
-        assert all(self._keys[block] is None for block in self._free)
-        cached = self._free_keyed.all().tolist()
-        assert len(cached) == len(set(cached)) == len(self._free_keyed)
+        self._free.check()
+        assert all(self._keys[block] is None for block in self._free.all().tolist())
+        cached = self._cached.all().tolist()
+        assert len(cached) == len(set(cached)) == len(self._cached)
         assert all(self._keys[block] is not None for block in cached)
         assert [key is not None for key in self._keys] == self._is_keyed.tolist()
         assert self._keys[NULL_BLOCK] is None

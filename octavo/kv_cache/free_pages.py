@@ -1,0 +1,195 @@
+"""Owns the pages that nobody uses and that hold no prefix: which of them to hand out.
+
+Called by the block pool alone. Never counts references.
+
+Pages are handed out so that what is computed together lies together. A page behind the sequence's
+last one is always best. Else a sequence begins at a stretch of whole free regions: a prompt in the
+shortest stretch that holds it, so that long ones stay; one that grows page by page where most room
+is behind it. Only when no region is whole are pages taken from those that others may grow into.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from octavo.step import Int32
+
+REGION = 8
+"""Pages; regions are aligned. So much is read or copied at once at the least."""
+_REGIONS_IN_EXTENT = 16
+EXTENT = REGION * _REGIONS_IN_EXTENT
+"""Pages: 2,048 tokens in pages of 16."""
+
+
+class Stretch(NamedTuple):
+    """Whole free regions in a row."""
+
+    region: int
+    length: int
+
+
+class FreePages:
+    """A set of page ids below `num_pages`; empty at first."""
+
+    def __init__(self, num_pages: int) -> None:
+        self._num_extents = -(-num_pages // EXTENT)
+        # Bytes and not a NumPy array: a growing sequence asks for one page, which is several times
+        # faster so. The arrays below are views of the same memory.
+        self._free = bytearray(self._num_extents * EXTENT + 1)
+        self._counts = bytearray(self._num_extents * _REGIONS_IN_EXTENT)
+        self._is_free = np.frombuffer(self._free, np.bool_)
+        self._in_region = np.frombuffer(self._counts, np.uint8)
+        self._whole_in_extent = np.zeros(self._num_extents, np.uint8)
+        self._length = 0
+        self.num_whole = 0
+        """Regions of which every page is here."""
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __contains__(self, page: int) -> bool:
+        return bool(self._free[page])
+
+    def all(self) -> Int32:
+        return np.flatnonzero(self._is_free).astype(np.int32)
+
+    def add(self, pages: Int32) -> None:
+        """Takes in pages that are not here."""
+        if not len(pages):
+            return
+        self._is_free[pages] = True
+        self._length += len(pages)
+        self._recount(pages)
+
+    def _remove(self, pages: Int32) -> None:
+        self._is_free[pages] = False
+        self._length -= len(pages)
+        self._recount(pages)
+
+    def _recount(self, pages: Int32) -> None:
+        """Counts the regions and extents of `pages` anew."""
+        extents = np.unique(pages // EXTENT)
+        old = int(self._whole_in_extent[extents].sum(dtype=np.int64))
+        free = self._is_free[:-1].reshape(self._num_extents, _REGIONS_IN_EXTENT, REGION)[extents]
+        counts = free.sum(axis=2, dtype=np.uint8)
+        self._in_region.reshape(self._num_extents, _REGIONS_IN_EXTENT)[extents] = counts
+        whole = (counts == REGION).sum(axis=1, dtype=np.uint8)
+        self._whole_in_extent[extents] = whole
+        self.num_whole += int(whole.sum(dtype=np.int64)) - old
+
+    def _remove_one(self, page: int) -> None:
+        region = page // REGION
+        self._free[page] = 0
+        self._length -= 1
+        if self._counts[region] == REGION:
+            self._whole_in_extent[region // _REGIONS_IN_EXTENT] -= 1
+            self.num_whole -= 1
+        self._counts[region] -= 1
+
+    def take_behind(self, page: int, count: int) -> list[int]:
+        """Takes out the pages that follow `page` without a gap, `count` at most."""
+        first = page + 1
+        last = self._free.find(0, first, first + count)
+        last = first + count if last < 0 else last
+        taken = list(range(first, last))
+        if len(taken) == 1:
+            self._remove_one(first)
+        elif taken:
+            self._remove(np.arange(first, last, dtype=np.int32))
+        return taken
+
+    def take(self, count: int, *, is_growing: bool) -> list[int]:
+        """Takes out `count` pages, which must be here, in as few stretches as may be.
+
+        `is_growing`: more are asked for soon, and should find room behind the last one.
+        """
+        assert count <= self._length, "take more than is free"
+        taken: list[int] = []
+        while count and self.num_whole:
+            if count < REGION:
+                stretch = self._room_to_grow() if is_growing else self._snug()
+                first = stretch.region * REGION
+            else:
+                stretch = self._stretch_of(-(-count // REGION))
+                first = stretch.region * REGION
+            behind = self.take_behind(first - 1, min(count, stretch.length * REGION))
+            taken += behind
+            count -= len(behind)
+        return taken + self._take_from_parts(count)
+
+    def _stretch_of(self, num_regions: int) -> Stretch:
+        """Returns the shortest stretch of at least `num_regions`, or else the longest there is."""
+        starts, lengths = _stretches(self._in_region == REGION)
+        fits = np.where(lengths >= num_regions, lengths, np.iinfo(np.int64).max)
+        best = int(fits.argmin())
+        if lengths[best] < num_regions:
+            best = int(lengths.argmax())
+        return Stretch(int(starts[best]), int(lengths[best]))
+
+    def _room_to_grow(self) -> Stretch:
+        """Returns the later half of a longest stretch in an extent with most whole regions: who
+        grows before it keeps room too."""
+        extent = int(self._whole_in_extent.argmax())
+        found = max(self._in_extent(extent), key=lambda stretch: stretch.length)
+        skipped = found.length // 2
+        return Stretch(found.region + skipped, found.length - skipped)
+
+    def _snug(self) -> Stretch:
+        """Returns a shortest stretch in an extent with fewest whole regions."""
+        whole = self._whole_in_extent
+        extent = int(np.where(whole == 0, _REGIONS_IN_EXTENT + 1, whole).argmin())
+        return min(self._in_extent(extent), key=lambda stretch: stretch.length)
+
+    def _in_extent(self, extent: int) -> list[Stretch]:
+        first = extent * _REGIONS_IN_EXTENT
+        counts = self._counts[first : first + _REGIONS_IN_EXTENT]
+        found, at = [], counts.find(REGION)
+        while at >= 0:
+            length = 1
+            while counts[at + length : at + length + 1] == _WHOLE:
+                length += 1
+            found.append(Stretch(first + at, length))
+            at = counts.find(REGION, at + length)
+        return found
+
+    def _take_from_parts(self, count: int) -> list[int]:
+        """Takes out `count` pages while no region is whole: from those that have most."""
+        taken: list[int] = []
+        while count:
+            region = int(self._in_region.argmax())
+            if count >= REGION:
+                regions = np.argsort(-self._in_region.astype(np.int8), kind="stable")
+                ends = np.cumsum(self._in_region[regions])
+                num = int(np.searchsorted(ends, count, side="right"))
+                free = self._is_free[:-1].reshape(-1, REGION)[regions[:num]]
+                places, offsets = np.nonzero(free)
+                pages = (regions[places] * REGION + offsets).astype(np.int32)
+            else:
+                first = region * REGION
+                pages = first + np.flatnonzero(self._is_free[first : first + REGION])
+                pages = pages[:count].astype(np.int32)
+            self._remove(pages)
+            taken += pages.tolist()
+            count -= len(pages)
+        return taken
+
+    def check(self) -> None:
+        """Raises AssertionError if the counts are not those of the pages."""
+        free = self._is_free[:-1].reshape(self._num_extents, _REGIONS_IN_EXTENT, REGION)
+        counts = free.sum(axis=2)
+        assert (self._in_region.reshape(counts.shape) == counts).all()
+        assert (self._whole_in_extent == (counts == REGION).sum(axis=1)).all()
+        assert self.num_whole == (counts == REGION).sum()
+        assert self._length == counts.sum()
+
+
+_WHOLE = bytes([REGION])
+
+
+def _stretches(is_set: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Returns where each stretch of True begins, and its length."""
+    edges = np.flatnonzero(np.diff(is_set, prepend=False, append=False))
+    return edges[::2], edges[1::2] - edges[::2]
