@@ -155,6 +155,7 @@ class EngineCore:
             num_used_blocks=pool.num_referenced,
             num_cached_blocks=pool.num_cached,
             waste_share=self.scheduler.waste_share,
+            run_share=self._manager.run_share,
             **asdict(self.scheduler.counters),
             expert_counts=tuple(tuple(layer) for layer in experts),
             cache_config={

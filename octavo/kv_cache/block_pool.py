@@ -27,8 +27,12 @@ from octavo.kv_cache.free_pages import REGION, FreePages
 from octavo.step import Int32
 
 NULL_BLOCK = 0
-MAX_SPARE_SHARE = 1 / 32
-"""Of all blocks: so many are emptied at most before there is need, for the sake of runs."""
+MAX_ROOM_SHARE, _MAX_SCATTERED_SHARE = 1 / 8, 1 / 32
+"""Of all blocks, those that may be free while others are evicted for the sake of runs: as room
+behind sequences that grow, and between others."""
+_REACH = 2048
+"""Blocks next to go among which those are looked for that make whole regions."""
+_REGIONS_AT_ONCE = 8
 Blocks = Sequence[int] | Int32
 """Each but the null block at most once."""
 
@@ -55,6 +59,8 @@ class BlockPool:
         self._free = FreePages(num_blocks)
         self._free.add(np.arange(1, num_blocks, dtype=np.int32))
         self._cached = EvictionOrder(num_blocks)
+        self._max_room = int(MAX_ROOM_SHARE * num_blocks)
+        self._max_scattered = int(_MAX_SCATTERED_SHARE * num_blocks)
 
     @property
     def num_free(self) -> int:
@@ -91,40 +97,64 @@ class BlockPool:
         that kernels and copies can take them in one piece. The caller checks `num_free` first.
         """
         assert count <= self.num_free, "allocate more than is free"
-        evicted = self._evict(count - len(self._free))
         is_growing = after != NULL_BLOCK
         blocks = self._free.take_behind(after, count) if is_growing else []
+        evicted: list[BlockKey] = []
         rest = count - len(blocks)
         if rest:
-            evicted += self._evict_ahead(rest)
+            evicted = self._evict_for(rest)
             blocks += self._free.take(rest, is_growing=is_growing)
         self._ref_counts[blocks] = 1
         return blocks, evicted
 
-    def _evict_ahead(self, count: int) -> list[BlockKey]:
-        """Evicts until `count` blocks can be had in whole regions, or the free ones beside them are
-        a small share of all: those scattered behind growing sequences are left to these."""
-        most = count + int(MAX_SPARE_SHARE * self.num_blocks)
+    def _evict_for(self, count: int) -> list[BlockKey]:
+        """Evicts so that `count` blocks are free, in whole regions where that costs little.
+
+        Blocks that go soon anyway and make whole regions are preferred to the oldest; what is left
+        of them is room to grow. Where none do, the oldest go until some do.
+        """
         evicted: list[BlockKey] = []
+        step = REGION
         while len(self._cached) and self._free.num_whole * REGION < count:
-            spare = min(REGION, most - len(self._free), len(self._cached))
-            if spare <= 0:
+            spare = len(self._free) - count
+            found = self._evict_regions(count, self._max_room - spare)
+            room = min(step, self._max_scattered - spare)
+            if not found and room <= 0:
                 break
-            evicted += self._evict(spare)
+            evicted += found or self._evict_oldest(room)
+            step *= 2
+        return evicted + self._evict_oldest(count - len(self._free))
+
+    def _evict_regions(self, count: int, room: int) -> list[BlockKey]:
+        """Evicts up to `room` blocks that make whole regions for `count`; returns their keys."""
+        if room < REGION:
+            return []
+        oldest = self._cached.oldest(max(2 * count, min(len(self._cached) // 4, _REACH)))
+        whole = oldest[self._free.would_be_whole(oldest)]
+        regions = whole // REGION
+        wanted = max(-(-count // REGION), _REGIONS_AT_ONCE) - self._free.num_whole
+        firsts = np.sort(np.unique(regions, return_index=True)[1])[:wanted]
+        return self._evict(whole[np.isin(regions, regions[firsts])][:room])
+
+    def _evict_oldest(self, count: int) -> list[BlockKey]:
+        """Makes `count` blocks free, those first that are to go first; returns their keys."""
+        evicted: list[BlockKey] = []
+        while len(evicted) < count and len(self._cached):
+            evicted += self._evict(self._cached.oldest(count - len(evicted)))
         return evicted
 
-    def _evict(self, count: int) -> list[BlockKey]:
-        """Makes `count` cached blocks free; returns their keys."""
-        if count <= 0:
-            return []
-        blocks = self._cached.pop(count)
-        keys = [self._keys[block] for block in blocks]
-        for block in blocks:
+    def _evict(self, blocks: Int32) -> list[BlockKey]:
+        """Makes cached blocks free; returns their keys."""
+        keys = []
+        for block in blocks.tolist():
+            key = self._keys[block]
+            assert key is not None
+            keys.append(key)
             self._keys[block] = None
-        ids = np.array(blocks, np.int32)
-        self._is_keyed[ids] = False
-        self._free.add(ids)
-        return [key for key in keys if key is not None]
+        self._is_keyed[blocks] = False
+        self._cached.evict(blocks)
+        self._free.add(blocks)
+        return keys
 
     def acquire(self, blocks: Blocks) -> None:
         """Adds a reference to blocks that are referenced or free with a key; null blocks pass."""

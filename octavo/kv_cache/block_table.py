@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from octavo.kv_cache.block_pool import NULL_BLOCK, Blocks
+from octavo.kv_cache.runs import Runs, runs_of
 from octavo.step import Int32, TableDelta
 
 
@@ -24,6 +25,10 @@ class BlockTable:
     def row(self, row: int) -> Int32:
         """Returns a view of the blocks of `row`, holes behind a window included."""
         return self._blocks[row, : self.lengths[row]]
+
+    def runs(self, row: int) -> Runs:
+        """Returns the pieces of memory that `row` consists of."""
+        return runs_of(self.row(row))
 
     def append(self, row: int, blocks: Blocks) -> None:
         """Adds blocks at the end of a row."""

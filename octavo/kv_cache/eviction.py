@@ -65,13 +65,11 @@ class _OldestFirst:
             block = self._entries.item(self._first)
         return block
 
-    def pop(self) -> int:
-        """Takes out the oldest, which there must be."""
-        block = self.oldest()
-        self._first += 1
-        self._places[block] = -1
-        self._count -= 1
-        return block
+    def first(self, count: int) -> Int32:
+        """Returns the oldest, one at least, which there must be, and `count` at most."""
+        self.oldest()
+        stop = min(self._first + 2 * count, self._end)
+        return self._entries[self._first : stop][self._counts(self._first, stop)][:count]
 
     def _skip(self) -> None:
         """Goes on to the next entry that counts."""
@@ -124,11 +122,15 @@ class EvictionOrder:
         """Somebody came back for `blocks`, in here or not."""
         self._was_hit[blocks] = True
 
-    def pop(self, count: int) -> list[int]:
-        """Takes out `count` blocks, which there must be; they are as if never stored."""
-        popped = [self._next().pop() for _ in range(count)]
-        self._was_hit[popped] = False
-        return popped
+    def oldest(self, count: int) -> Int32:
+        """Returns those that are to go first: one at least, which there must be, `count` at most,
+        the first of them first."""
+        return self._next().first(count)
+
+    def evict(self, blocks: Int32) -> None:
+        """Takes out `blocks`, which must be here; they are as if never stored."""
+        self.remove(blocks)
+        self._was_hit[blocks] = False
 
     def _next(self) -> _OldestFirst:
         if not len(self._known):

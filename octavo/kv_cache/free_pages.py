@@ -22,6 +22,8 @@ REGION = 8
 _REGIONS_IN_EXTENT = 16
 EXTENT = REGION * _REGIONS_IN_EXTENT
 """Pages: 2,048 tokens in pages of 16."""
+_WHOLE = bytes([REGION])
+_ONES, _HIGHEST = np.uint64(0x0101010101010101), np.uint64(56)
 
 
 class Stretch(NamedTuple):
@@ -35,14 +37,16 @@ class FreePages:
     """A set of page ids below `num_pages`; empty at first."""
 
     def __init__(self, num_pages: int) -> None:
-        self._num_extents = -(-num_pages // EXTENT)
-        # Bytes and not a NumPy array: a growing sequence asks for one page, which is several times
-        # faster so. The arrays below are views of the same memory.
-        self._free = bytearray(self._num_extents * EXTENT + 1)
-        self._counts = bytearray(self._num_extents * _REGIONS_IN_EXTENT)
+        num_extents = -(-num_pages // EXTENT)
+        # Bytes and not NumPy arrays alone: a growing sequence asks for one page, which is several
+        # times faster so. The arrays are views of the same memory.
+        self._free = bytearray(num_extents * EXTENT)
+        self._counts = bytearray(num_extents * _REGIONS_IN_EXTENT)
         self._is_free = np.frombuffer(self._free, np.bool_)
+        self._regions = np.frombuffer(self._free, np.uint64)
+        """[regions] a byte a page: 1 if it is here."""
         self._in_region = np.frombuffer(self._counts, np.uint8)
-        self._whole_in_extent = np.zeros(self._num_extents, np.uint8)
+        self._whole_in_extent = np.zeros(num_extents, np.uint8)
         self._length = 0
         self.num_whole = 0
         """Regions of which every page is here."""
@@ -55,6 +59,13 @@ class FreePages:
 
     def all(self) -> Int32:
         return np.flatnonzero(self._is_free).astype(np.int32)
+
+    def would_be_whole(self, pages: Int32) -> NDArray[np.bool_]:
+        """Returns, for each of `pages`, which are not here, whether its region were whole if all of
+        them were."""
+        regions = pages // REGION
+        counts = np.bincount(regions, minlength=len(self._in_region)) + self._in_region
+        return counts[regions] == REGION
 
     def add(self, pages: Int32) -> None:
         """Takes in pages that are not here."""
@@ -71,14 +82,13 @@ class FreePages:
 
     def _recount(self, pages: Int32) -> None:
         """Counts the regions and extents of `pages` anew."""
-        extents = np.unique(pages // EXTENT)
-        old = int(self._whole_in_extent[extents].sum(dtype=np.int64))
-        free = self._is_free[:-1].reshape(self._num_extents, _REGIONS_IN_EXTENT, REGION)[extents]
-        counts = free.sum(axis=2, dtype=np.uint8)
-        self._in_region.reshape(self._num_extents, _REGIONS_IN_EXTENT)[extents] = counts
-        whole = (counts == REGION).sum(axis=1, dtype=np.uint8)
-        self._whole_in_extent[extents] = whole
-        self.num_whole += int(whole.sum(dtype=np.int64)) - old
+        regions = pages // REGION
+        # The bytes of a word are 0 or 1: this product has their sum in its highest byte.
+        self._in_region[regions] = self._regions[regions] * _ONES >> _HIGHEST
+        extents = regions // _REGIONS_IN_EXTENT
+        counts = self._in_region.reshape(-1, _REGIONS_IN_EXTENT)[extents]
+        self._whole_in_extent[extents] = np.count_nonzero(counts == REGION, axis=1)
+        self.num_whole = int(self._whole_in_extent.sum(dtype=np.int64))
 
     def _remove_one(self, page: int) -> None:
         region = page // REGION
@@ -93,7 +103,7 @@ class FreePages:
         """Takes out the pages that follow `page` without a gap, `count` at most."""
         first = page + 1
         last = self._free.find(0, first, first + count)
-        last = first + count if last < 0 else last
+        last = min(first + count, len(self._free)) if last < 0 else last
         taken = list(range(first, last))
         if len(taken) == 1:
             self._remove_one(first)
@@ -108,26 +118,28 @@ class FreePages:
         """
         assert count <= self._length, "take more than is free"
         taken: list[int] = []
-        while count and self.num_whole:
-            if count < REGION:
-                stretch = self._room_to_grow() if is_growing else self._snug()
-                first = stretch.region * REGION
-            else:
-                stretch = self._stretch_of(-(-count // REGION))
-                first = stretch.region * REGION
-            behind = self.take_behind(first - 1, min(count, stretch.length * REGION))
-            taken += behind
-            count -= len(behind)
-        return taken + self._take_from_parts(count)
+        if count >= REGION:
+            taken = self._take_stretches(count)
+        elif count and self.num_whole:
+            stretch = self._room_to_grow() if is_growing else self._snug()
+            taken = self.take_behind(stretch.region * REGION - 1, count)
+        return taken + self._take_from_parts(count - len(taken))
 
-    def _stretch_of(self, num_regions: int) -> Stretch:
-        """Returns the shortest stretch of at least `num_regions`, or else the longest there is."""
+    def _take_stretches(self, count: int) -> list[int]:
+        """Takes out up to `count` pages of whole regions: of the shortest stretch that has them
+        all, else of the longest ones."""
         starts, lengths = _stretches(self._in_region == REGION)
-        fits = np.where(lengths >= num_regions, lengths, np.iinfo(np.int64).max)
-        best = int(fits.argmin())
-        if lengths[best] < num_regions:
-            best = int(lengths.argmax())
-        return Stretch(int(starts[best]), int(lengths[best]))
+        wanted = -(-count // REGION)
+        fits = np.flatnonzero(lengths >= wanted)
+        if len(fits):
+            chosen = fits[lengths[fits].argmin()][None]
+        else:
+            chosen = np.argsort(-lengths, kind="stable")
+            num = int(np.searchsorted(np.cumsum(lengths[chosen]), wanted)) + 1
+            chosen = chosen[:num]
+        pages = _ranges(starts[chosen] * REGION, lengths[chosen] * REGION)[:count]
+        self._remove(pages)
+        return pages.tolist()
 
     def _room_to_grow(self) -> Stretch:
         """Returns the later half of a longest stretch in an extent with most whole regions: who
@@ -159,18 +171,10 @@ class FreePages:
         """Takes out `count` pages while no region is whole: from those that have most."""
         taken: list[int] = []
         while count:
-            region = int(self._in_region.argmax())
-            if count >= REGION:
-                regions = np.argsort(-self._in_region.astype(np.int8), kind="stable")
-                ends = np.cumsum(self._in_region[regions])
-                num = int(np.searchsorted(ends, count, side="right"))
-                free = self._is_free[:-1].reshape(-1, REGION)[regions[:num]]
-                places, offsets = np.nonzero(free)
-                pages = (regions[places] * REGION + offsets).astype(np.int32)
-            else:
-                first = region * REGION
-                pages = first + np.flatnonzero(self._is_free[first : first + REGION])
-                pages = pages[:count].astype(np.int32)
+            most = int(self._in_region.max())
+            regions = np.flatnonzero(self._in_region == most)[: -(-count // most)]
+            places, offsets = np.nonzero(self._is_free.reshape(-1, REGION)[regions])
+            pages = (regions[places] * REGION + offsets)[:count].astype(np.int32)
             self._remove(pages)
             taken += pages.tolist()
             count -= len(pages)
@@ -178,18 +182,25 @@ class FreePages:
 
     def check(self) -> None:
         """Raises AssertionError if the counts are not those of the pages."""
-        free = self._is_free[:-1].reshape(self._num_extents, _REGIONS_IN_EXTENT, REGION)
-        counts = free.sum(axis=2)
+        counts = self._is_free.reshape(-1, _REGIONS_IN_EXTENT, REGION).sum(axis=2)
         assert (self._in_region.reshape(counts.shape) == counts).all()
         assert (self._whole_in_extent == (counts == REGION).sum(axis=1)).all()
         assert self.num_whole == (counts == REGION).sum()
         assert self._length == counts.sum()
 
 
-_WHOLE = bytes([REGION])
-
-
 def _stretches(is_set: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Returns where each stretch of True begins, and its length."""
-    edges = np.flatnonzero(np.diff(is_set, prepend=False, append=False))
+    edges = np.flatnonzero(is_set[1:] != is_set[:-1]) + 1
+    if is_set[0]:
+        edges = np.concatenate(([0], edges))
+    if is_set[-1]:
+        edges = np.concatenate((edges, [len(is_set)]))
     return edges[::2], edges[1::2] - edges[::2]
+
+
+def _ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> Int32:
+    """Returns start, start + 1, ... of each, `length` numbers, one after the other."""
+    ends = np.cumsum(lengths)
+    places = np.arange(ends[-1] if len(ends) else 0)
+    return (places + np.repeat(starts - ends + lengths, lengths)).astype(np.int32)

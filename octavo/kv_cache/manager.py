@@ -25,6 +25,7 @@ from octavo.kv_cache.block_table import BlockTable
 from octavo.kv_cache.planner import blocks_of_sequence
 from octavo.kv_cache.prefix_index import Digester, PrefixIndex
 from octavo.kv_cache.resume import can_resume
+from octavo.kv_cache.runs import share_in_runs
 from octavo.kv_cache.spec import KVGroup
 from octavo.observe.stats import MissReason
 from octavo.step import Int32, TableDelta
@@ -103,6 +104,12 @@ class KVCacheManager:
     def room(self, hit: PrefixHit) -> int:
         """Returns the blocks that are free beside those that `hit` would take into use."""
         return self.pool.num_free - hit.num_reused
+
+    @property
+    def run_share(self) -> float:
+        """Share of the blocks of long sequences that lie in runs (see share_in_runs)."""
+        rows = (table.row(row) for table in self.tables for row in range(len(table.lengths)))
+        return share_in_runs(rows, self.block_size)
 
     # -- prefix ------------------------------------------------------------------------------
 

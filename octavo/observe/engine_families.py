@@ -50,6 +50,12 @@ def vllm_aliases(stats: EngineStats, labels: Labels) -> Iterator[Metric]:
 def own_families(stats: EngineStats, labels: Labels) -> Iterator[Metric]:
     """Yields what only Octavo counts."""
     yield _gauge("kv_cache_waste_perc", "Empty slots of used blocks", stats.waste_share, labels)
+    yield _gauge(
+        "kv_cache_run_perc",
+        "Blocks of sequences of over 2,000 tokens in runs of 128 tokens or more",
+        stats.run_share,
+        labels,
+    )
     yield _gauge("kv_cache_blocks", "KV blocks in all", stats.num_blocks, labels)
     yield _gauge("kv_cache_cached_blocks", "Free, with a prefix", stats.num_cached_blocks, labels)
     for name, text, value in (

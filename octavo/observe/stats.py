@@ -30,6 +30,9 @@ class EngineStats:
     """In the prefix index and referenced by nobody: free, but still worth a hit."""
     waste_share: float = 0.0
     """Slots of used blocks that hold no token, over all slots of used blocks (0..1)."""
+    run_share: float = 1.0
+    """Of the blocks of sequences of over 2,000 tokens, those that lie in runs of at least 128
+    tokens in memory (0..1); 1 where no sequence is that long."""
 
     # From here to scheduler_seconds: as `scheduler.counters` names and counts them.
     prefix_query_tokens: int = 0

@@ -39,6 +39,7 @@ STATS = EngineStats(
     num_blocks=100,
     num_used_blocks=25,
     waste_share=0.03,
+    run_share=0.9,
     prefix_query_tokens=640,
     prefix_hit_tokens=320,
     prefix_miss_tokens={"never_seen": 300, "evicted": 20},
@@ -107,6 +108,7 @@ def test_the_engines_numbers_are_rendered_as_they_are(metrics: Metrics) -> None:
     assert value(found, "vllm:prefix_cache_hits_total") == 320
     assert value(found, "vllm:gpu_prefix_cache_hits_total") == 320
     assert value(found, "octavo:kv_cache_waste_perc") == 0.03
+    assert value(found, "octavo:kv_cache_run_perc") == 0.9
     assert value(found, "octavo:recomputed_tokens_total") == 17
     assert value(found, "octavo:step_splits_total") == 6
     assert value(found, "octavo:out_of_memory_steps_total") == 2
