@@ -42,7 +42,6 @@ def test_padding_is_routed_nowhere_and_not_counted(rng: np.random.Generator) -> 
     assert int(counts.sum()) == 12
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # The interpreter's NumPy.
 def test_route_takes_the_lower_of_equal_experts_and_knows_nan() -> None:
     logits = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0], [math.nan] * 5], device=DEVICE)
     weights, ids = make_ops().route(

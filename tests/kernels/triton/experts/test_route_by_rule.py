@@ -57,7 +57,6 @@ def test_a_rule_says_what_is_chosen_and_what_it_weighs(
     assert torch.equal(one[0], weights[1])
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # The interpreter's NumPy.
 @pytest.mark.parametrize("rule", RULES)
 def test_equal_experts_and_nan_are_taken_in_order(rule: str) -> None:
     router = Router(weights=(), rule=RULES[rule])

@@ -33,7 +33,6 @@ from octavo.kernels.triton.attention.short_chunks import (  # isort: skip
 )
 from octavo.kernels.triton.attention.splits import Tiling  # isort: skip
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 P = 16
 
 

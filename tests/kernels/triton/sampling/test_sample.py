@@ -188,7 +188,6 @@ def test_only_kept_ids_are_drawn_and_all_of_them() -> None:
     assert set(tokens) == {0, 2, 3, 6}
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # The interpreter's NumPy.
 def test_thresholds_of_a_broken_row_are_found_too() -> None:
     logits = torch.zeros(3, 9)
     logits[0] = -math.inf
