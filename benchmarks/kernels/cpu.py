@@ -19,11 +19,12 @@ import torch
 from torch.nn import functional
 
 from octavo.formats import WEIGHT_FORMATS
-from octavo.kernels.inputs import AttentionBatch, KVLayer
+from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
 from octavo.kernels.ops import Ops
 from octavo.kernels.registry import Needs, select_ops
 from octavo.kernels.routing import RoutingRule
 from octavo.kernels.weights import ExpertWeights, Router, Weight
+from octavo.visibility import Full
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_SIZE, VOCABULARY = 576, 1536, 9, 3, 64, 49152
 ROUTER = Router(weights=(), rule=RoutingRule(top_k=2, renormalize=True))
@@ -152,6 +153,15 @@ def mlp_cases(ops: Ops, name: str, tokens: int) -> Iterator[Case]:
 
 
 def attention_cases(ops: Ops, dtype: torch.dtype) -> Iterator[Case]:
+    op = AttentionOp(
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_size=HEAD_SIZE,
+        scale=0.125,
+        visibility=Full(),
+        rope=None,
+        qk_norm=None,
+    )
     for sequences, queries, seq_len in ((1, 1, 1024), (16, 1, 192), (1, 1024, 1024)):
         columns = seq_len // 16
         arena = torch.randn(30 * sequences * columns, 2, 16, KV_HEADS, HEAD_SIZE).to(dtype)
@@ -191,7 +201,7 @@ def attention_cases(ops: Ops, dtype: torch.dtype) -> Iterator[Case]:
             flops=4 * tokens * HEADS * HEAD_SIZE * seq_len // (2 if causal else 1),
             copies=copies,
             run=lambda i, q=q, layer=layer, batches=batches: ops.attention(
-                q, layer, batches[i], 0.125, None
+                q, op, layer, batches[i]
             ),
             torch_run=torch_run,
         )

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from octavo.formats import WEIGHT_FORMATS
 from octavo.kernels.composed import Composed
-from octavo.kernels.inputs import AttentionBatch, KVLayer, QKNorm, RopeTable
+from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer, QKNorm, RopeTable
 from octavo.kernels.routing import RoutingRule
 from octavo.kernels.triton import backend as ops
 from octavo.kernels.triton.attention.decode import max_total_slots, slot_counts
@@ -41,6 +41,7 @@ from octavo.layers.attention import Attention
 from octavo.layers.moe import MoE
 from octavo.layers.norm import RMSNorm
 from octavo.models.decoder import Decoder, Layer
+from octavo.visibility import Full
 
 BYTES_PER_US = 3.0e6
 BLOCK, MAX_SEQ_LEN = 16, 40_960
@@ -59,7 +60,7 @@ def matrices(count: int, rows: int, cols: int) -> tuple[Weight, ...]:
     return tuple(Weight(data=one, format=form, rows=rows, cols=cols) for one in stack)
 
 
-def make_layer(s: Namespace, rope: RopeTable) -> Layer:
+def make_layer(s: Namespace, rope: RopeTable, layer: int) -> Layer:
     ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
     norm, head = RMSNorm(weight=ones, eps=1e-6), ones[:HEAD_SIZE]
     gate_up = matrices(2 * s.experts, s.inner, HIDDEN)
@@ -69,23 +70,28 @@ def make_layer(s: Namespace, rope: RopeTable) -> Layer:
         gate, up = matrices(2, s.shared, HIDDEN)
         shared = SharedExpert(gate=gate, up=up, down=matrices(1, HIDDEN, s.shared)[0])
     columns = (s.heads + 2 * s.kv_heads) * HEAD_SIZE
+    op = AttentionOp(
+        **{"num_heads": s.heads, "num_kv_heads": s.kv_heads, "head_size": HEAD_SIZE},
+        **{"scale": HEAD_SIZE**-0.5, "visibility": Full(), "rope": rope},
+        qk_norm=None if s.shared else QKNorm(query=head, key=head, eps=1e-6, per_head=True),
+    )
     attention = Attention(
+        layer=layer,
+        op=op,
         qkv=matrices(1, columns, HIDDEN),
         output=matrices(1, HIDDEN, s.heads * HEAD_SIZE)[0],
-        qk_norm=None if s.shared else QKNorm(query=head, key=head, eps=1e-6, per_head=True),
-        **{"rope": rope, "num_heads": s.heads, "num_kv_heads": s.kv_heads},
-        **{"scale": HEAD_SIZE**-0.5, "window": None, "clip_qkv": None},
     )
     router = Router(
         weights=router_weights(s),
         rule=RoutingRule(top_k=s.top_k, renormalize=not s.shared),
     )
     moe = MoE(
+        counts_row=layer,
         router=router,
         experts=ExpertWeights(gate=gate_up[0::2], up=gate_up[1::2], down=down),
         **{"shared": shared, "activation": "silu"},
     )
-    return Layer(attention_norm=norm, attention=attention, mlp_norm=norm, mlp=moe)
+    return Layer(mixer_norm=norm, mixer=attention, mlp_norm=norm, mlp=moe)
 
 
 def router_weights(s: Namespace) -> tuple[Weight, ...]:
@@ -275,7 +281,7 @@ def main() -> None:
         shape = Namespace(**dict(zip(FIELDS, SHAPES[name], strict=True)))
         angles = torch.randn(MAX_SEQ_LEN, HEAD_SIZE // 2)
         rope = RopeTable(cos=angles.cos(), sin=angles.sin(), rotary_dim=HEAD_SIZE)
-        layers = tuple(make_layer(shape, rope) for _ in range(LAYERS))
+        layers = tuple(make_layer(shape, rope, at) for at in range(LAYERS))
         embedding, head = (matrices(1, VOCABULARY, HIDDEN)[0] for _ in range(2))
         parts = {"layers": layers, "final_norm": layers[0].mlp_norm, "embedding": embedding}
         parts |= {"lm_head": head, "spec": None}

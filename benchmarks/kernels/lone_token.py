@@ -24,7 +24,7 @@ from torch import Tensor
 
 from octavo.formats import WEIGHT_FORMATS
 from octavo.kernels.composed import Composed
-from octavo.kernels.inputs import NormInput, QKNorm, RopeTable
+from octavo.kernels.inputs import AttentionOp, NormInput, QKNorm, RopeTable
 from octavo.kernels.routing import RoutingRule
 from octavo.kernels.triton.attention.choose import attention
 from octavo.kernels.triton.backend import TritonOps, shared_parts
@@ -34,6 +34,7 @@ from octavo.kernels.triton.product import matvec, norm_matvec
 from octavo.kernels.triton.product.matvec import RowsPlan
 from octavo.kernels.triton.small import norm
 from octavo.kernels.weights import Router, SharedExpert, Weight
+from octavo.visibility import Full
 
 HIDDEN = 2048
 QKV = {"qwen3": 5120, "qwen15": 6144}
@@ -165,13 +166,16 @@ def time_attention(name: str) -> None:
     one = torch.ones(128, dtype=torch.bfloat16)
     qk_norm = QKNorm(query=one, key=one, eps=1e-6, per_head=True) if name == "qwen3" else None
     ops = TritonOps(1, is_deterministic=False)
-    inputs = heads, rope, qk_norm
+    op = AttentionOp(
+        **{"num_heads": heads, "num_kv_heads": kv_heads, "head_size": 128, "scale": 0.088},
+        **{"visibility": Full(), "rope": rope, "qk_norm": qk_norm},
+    )
 
     def apart(at: int) -> Tensor:
-        return Composed.rope_attention(ops, qkv, *inputs, layers[at], batch, 0.088, None)
+        return Composed.rope_attention(ops, qkv, op, layers[at], batch)
 
     def fused(at: int) -> Tensor:
-        return ops.rope_attention(qkv, *inputs, layers[at], batch, 0.088, None)
+        return ops.rope_attention(qkv, op, layers[at], batch)
 
     runs: dict[str, Run] = {
         "rope; attention": apart,

@@ -84,8 +84,7 @@ def plan_model(
     context is too long or the device cannot compute it.
     """
     check_context(config, spec)
-    head_sizes = frozenset(layer.attention.head_size for layer in spec.layers)
-    check_backend(config.resolved_attention_backend(), device, head_sizes)
+    check_backend(config.resolved_attention_backend(), device, spec.attention_wants)
     num_ranks = config.tensor_parallel_size
     if num_ranks > 1:
         whole, spec = spec, spec.of_rank(num_ranks)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from octavo.kernels.activations import Activation
-from octavo.kernels.inputs import AttentionBatch, KVLayer, NormInput, QKNorm, RopeTable, Routed
+from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer, NormInput, Routed
 from octavo.kernels.ops import Ops
 from octavo.kernels.weights import Router, SharedExpert, Weight
 
@@ -45,18 +45,9 @@ class Composed:
         )
 
     def rope_attention(
-        self: Ops,
-        qkv_TN: Tensor,
-        num_heads: int,
-        rope: RopeTable,
-        qk_norm: QKNorm | None,
-        layer: KVLayer,
-        batch: AttentionBatch,
-        scale: float,
-        window: int | None,
+        self: Ops, qkv_TN: Tensor, op: AttentionOp, layer: KVLayer, batch: AttentionBatch
     ) -> Tensor:
-        q_THD = self.rope_and_cache(qkv_TN, num_heads, rope, qk_norm, layer, batch)
-        return self.attention(q_THD, layer, batch, scale, window)
+        return self.attention(self.rope_and_cache(qkv_TN, op, layer, batch), op, layer, batch)
 
     def add_shared(
         self: Ops,

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from octavo.visibility import Visibility
+
 if TYPE_CHECKING:
     from octavo.kernels.ops import Ops
 
@@ -133,3 +135,22 @@ class QKNorm:
     eps: float
     per_head: bool
     """True: weights [D] (Qwen3). False: weights [H * D] and [K * D] (OLMoE)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
+class AttentionOp:
+    """What one layer asks of attention: made once at load, the same at every step."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    scale: float
+    """Multiplies q . k."""
+    visibility: Visibility
+    rope: RopeTable | None
+    """None: queries and keys are not rotated."""
+    qk_norm: QKNorm | None
+    sinks_H: Tensor | None = None
+    """float32 [H] logit of each head that joins the sum of the softmax and has no value."""
+    soft_cap: float | None = None
+    """Scores s become soft_cap * tanh(s / soft_cap), after `scale`."""

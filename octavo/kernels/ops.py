@@ -21,10 +21,9 @@ from torch import Tensor
 from octavo.kernels.activations import Activation
 from octavo.kernels.inputs import (
     AttentionBatch,
+    AttentionOp,
     KVLayer,
     NormInput,
-    QKNorm,
-    RopeTable,
     Routed,
 )
 from octavo.kernels.weights import ExpertWeights, Router, SharedExpert, Weight
@@ -120,35 +119,24 @@ class Ops(Protocol):
         ...
 
     def rope_and_cache(
-        self,
-        qkv_TN: Tensor,
-        num_heads: int,
-        rope: RopeTable,
-        qk_norm: QKNorm | None,
-        layer: KVLayer,
-        batch: AttentionBatch,
+        self, qkv_TN: Tensor, op: AttentionOp, layer: KVLayer, batch: AttentionBatch
     ) -> Tensor:
-        """Splits qkv [T, (H + 2K) * D], norms and rotates (half-split, "neox") q and k, writes k
-        and v to the cache at slot_mapping, and returns q_THD float32 contiguous."""
+        """Splits qkv [T, (H + 2K) * D], norms and rotates (half-split, "neox") q and k as `op`
+        says, writes k and v to the cache at slot_mapping, and returns q_THD contiguous."""
         ...
 
     def attention(
-        self, q_THD: Tensor, layer: KVLayer, batch: AttentionBatch, scale: float, window: int | None
+        self, q_THD: Tensor, op: AttentionOp, layer: KVLayer, batch: AttentionBatch
     ) -> Tensor:
-        """Causal paged attention; returns [T, H * D]. Query at position p sees keys in
-        (p - window, p], or [0, p] without a window. H // K query heads share a kv head."""
+        """Causal paged attention; returns [T, H * D].
+
+        out = sum_j e_j v_j / (sum_j e_j + exp(sink)), e_j = exp(cap(scale * q . k_j)), over the
+        keys j that `op.visibility` lets the query see; without sinks and caps the terms are not
+        there. H // K query heads share a kv head."""
         ...
 
     def rope_attention(
-        self,
-        qkv_TN: Tensor,
-        num_heads: int,
-        rope: RopeTable,
-        qk_norm: QKNorm | None,
-        layer: KVLayer,
-        batch: AttentionBatch,
-        scale: float,
-        window: int | None,
+        self, qkv_TN: Tensor, op: AttentionOp, layer: KVLayer, batch: AttentionBatch
     ) -> Tensor:
         """Returns `attention` of what `rope_and_cache` returns."""
         ...

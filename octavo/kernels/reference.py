@@ -17,9 +17,10 @@ from torch.nn import functional
 
 from octavo.kernels.activations import Activation, ClampedSwiGLU
 from octavo.kernels.composed import Composed
-from octavo.kernels.inputs import AttentionBatch, KVLayer, QKNorm, RopeTable
+from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer, QKNorm
 from octavo.kernels.routing import RoutingRule, Score
 from octavo.kernels.weights import ExpertWeights, Router, SharedExpert, Weight
+from octavo.visibility import Chunk, Full, Visibility, Window
 
 PANEL_ELEMENTS = 1 << 22
 """Weights converted to float32 at a time (16 MiB)."""
@@ -189,28 +190,24 @@ class ReferenceOps(Composed):
         out_TM += x_TM if gate_T1 is None else x_TM * torch.sigmoid(gate_T1)
 
     def rope_and_cache(
-        self,
-        qkv_TN: Tensor,
-        num_heads: int,
-        rope: RopeTable,
-        qk_norm: QKNorm | None,
-        layer: KVLayer,
-        batch: AttentionBatch,
+        self, qkv_TN: Tensor, op: AttentionOp, layer: KVLayer, batch: AttentionBatch
     ) -> Tensor:
-        _, block_size, num_kv_heads, head_size = layer.key.shape
-        sizes = [num_heads * head_size, num_kv_heads * head_size, num_kv_heads * head_size]
-        q, k, v = qkv_TN.split(sizes, dim=1)
-        if qk_norm is not None:
-            q, k = self._qk_norm(q, qk_norm.query, qk_norm), self._qk_norm(k, qk_norm.key, qk_norm)
-        positions = batch.positions_T.long()
-        cos, sin = rope.cos[positions].unsqueeze(1), rope.sin[positions].unsqueeze(1)
+        block_size = layer.key.shape[1]
+        heads = [op.num_heads, op.num_kv_heads, op.num_kv_heads]
+        q, k, v = qkv_TN.split([count * op.head_size for count in heads], dim=1)
+        norm = op.qk_norm
+        if norm is not None:
+            q, k = self._qk_norm(q, norm.query, norm), self._qk_norm(k, norm.key, norm)
+        q, k, v = (part.reshape(len(part), -1, op.head_size) for part in (q, k, v))
+        if op.rope is not None:
+            positions = batch.positions_T.long()
+            cos, sin = (table[positions].unsqueeze(1) for table in (op.rope.cos, op.rope.sin))
+            q, k = (_rotate(part, cos, sin, op.rope.rotary_dim) for part in (q, k))
         block = batch.slot_mapping_T // block_size
         offset = batch.slot_mapping_T % block_size
-        rotated = _rotate(k.reshape(-1, num_kv_heads, head_size), cos, sin, rope.rotary_dim)
-        layer.key[block, offset] = rotated.to(layer.key.dtype)
-        values = v.reshape(-1, num_kv_heads, head_size)
-        layer.value[block, offset] = values.to(layer.value.dtype)
-        return _rotate(q.reshape(-1, num_heads, head_size), cos, sin, rope.rotary_dim)
+        layer.key[block, offset] = k.to(layer.key.dtype)
+        layer.value[block, offset] = v.to(layer.value.dtype)
+        return q.contiguous()
 
     def _qk_norm(self, x_TN: Tensor, weight: Tensor, norm: QKNorm) -> Tensor:
         if not norm.per_head:
@@ -219,7 +216,7 @@ class ReferenceOps(Composed):
         return self.rms_norm(heads, weight, norm.eps).flatten(1)
 
     def attention(
-        self, q_THD: Tensor, layer: KVLayer, batch: AttentionBatch, scale: float, window: int | None
+        self, q_THD: Tensor, op: AttentionOp, layer: KVLayer, batch: AttentionBatch
     ) -> Tensor:
         out = torch.empty_like(q_THD)
         starts = batch.query_starts.long()
@@ -228,13 +225,13 @@ class ReferenceOps(Composed):
         single = torch.nonzero(query_lens == 1).squeeze(1)
         if len(single):
             rows = starts[:-1][single].unsqueeze(1)
-            out[rows] = _attend(q_THD[rows], rows, single, layer, batch, (scale, window))
+            out[rows] = _attend(q_THD[rows], rows, single, op, layer, batch)
         for sequence in torch.nonzero(query_lens > 1).squeeze(1).tolist():
             first, end = int(starts[sequence]), int(starts[sequence + 1])
             for start in range(first, end, QUERY_TILE):
                 rows = torch.arange(start, min(start + QUERY_TILE, end)).unsqueeze(0)
                 which = torch.tensor([sequence])
-                out[rows] = _attend(q_THD[rows], rows, which, layer, batch, (scale, window))
+                out[rows] = _attend(q_THD[rows], rows, which, op, layer, batch)
         return out.flatten(1)
 
 
@@ -244,20 +241,30 @@ def _rotate(x_THD: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int) -> Tensor:
     return torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=-1)
 
 
+def _first_visible(visibility: Visibility, position: Tensor) -> Tensor:
+    """Returns `visibility.first_visible` of every position, below 0 where a window sees all."""
+    match visibility:
+        case Full():
+            return torch.zeros_like(position)
+        case Window(size):
+            return position - size + 1
+        case Chunk(size):
+            return position // size * size
+
+
 def _attend(
     q_SQHD: Tensor,
     rows_SQ: Tensor,
     sequences_S: Tensor,
+    op: AttentionOp,
     layer: KVLayer,
     batch: AttentionBatch,
-    scale_and_window: tuple[float, int | None],
 ) -> Tensor:
     """Online softmax over KV tiles for equally many (Q) queries of each given sequence.
 
-    softmax(scale * q k^T + causal and window mask) v, the running maximum and sum kept per query.
-    Slots that a query must not see may hold anything (NaN too): both k and v are masked.
+    See `Ops.attention`; the running maximum and sum are kept per query, and a sink is where they
+    begin. Slots that a query must not see may hold anything (NaN too): both k and v are masked.
     """
-    scale, window = scale_and_window
     block_size, num_kv_heads, head_size = layer.key.shape[1:]
     S, Q, H, D = q_SQHD.shape
     # [S, K, group * Q, D]: all queries that share a kv head are one matrix.
@@ -267,10 +274,10 @@ def _attend(
         .reshape(S, num_kv_heads, -1, D)
     )
     position = batch.positions_T.long()[rows_SQ]
-    first_seen = torch.zeros_like(position) if window is None else position - window + 1
+    first_seen = _first_visible(op.visibility, position)
     table = batch.block_table[sequences_S].long()
-    best = q.new_full((*q.shape[:3], 1), -torch.inf)
-    total, out = torch.zeros_like(best), torch.zeros_like(q)
+    best, total = _sums_of_no_key(op, (S, num_kv_heads, H // num_kv_heads, Q))
+    out = torch.zeros_like(q)
     start = max(0, int(first_seen.min())) // KV_TILE * KV_TILE
     for tile in range(start, int(position.max()) + 1, KV_TILE):
         columns = table[:, tile // block_size : -(-(tile + KV_TILE) // block_size)]
@@ -283,7 +290,9 @@ def _attend(
         shape = (S, len(at), num_kv_heads, head_size)
         k = layer.key[columns].float().view(shape).masked_fill_(hidden, 0).permute(0, 2, 3, 1)
         v = layer.value[columns].float().view(shape).masked_fill_(hidden, 0).transpose(1, 2)
-        scores = (q @ k).mul_(scale)
+        scores = (q @ k).mul_(op.scale)
+        if op.soft_cap is not None:
+            scores.div_(op.soft_cap).tanh_().mul_(op.soft_cap)
         masks = seen.unsqueeze(1).unsqueeze(1).expand(-1, num_kv_heads, H // num_kv_heads, -1, -1)
         scores.masked_fill_(~masks.reshape(scores.shape), -torch.inf)
         higher = torch.maximum(best, scores.amax(-1, keepdim=True))
@@ -295,3 +304,14 @@ def _attend(
         best = higher
     out /= total
     return out.view(S, num_kv_heads, -1, Q, D).permute(0, 3, 1, 2, 4).reshape(S, Q, H, D)
+
+
+def _sums_of_no_key(op: AttentionOp, shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
+    """Returns the running maximum and sum [S, K, group * Q, 1] of queries that have met no key."""
+    S, num_kv_heads, group, Q = shape
+    if op.sinks_H is None:
+        best = torch.full((S, num_kv_heads, group * Q, 1), -torch.inf)
+        return best, torch.zeros_like(best)
+    sinks = op.sinks_H.float().view(1, num_kv_heads, group, 1).expand(shape)
+    best = sinks.reshape(S, num_kv_heads, group * Q, 1)
+    return best, torch.ones_like(best)

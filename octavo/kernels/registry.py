@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from octavo.errors import ConfigError
-from octavo.kernels.limits import TRITON_HEAD_SIZE
+from octavo.kernels.limits import AttentionWants, attention_unfit
 from octavo.kernels.ops import Ops
 
 
@@ -28,10 +28,16 @@ class Needs:
 
     device: torch.device = torch.device("cpu")
     num_threads: int = 1
-    head_sizes: tuple[int, ...] = ()
+    attention: AttentionWants = AttentionWants()
     is_deterministic: bool = False
     tuned_folder: Path | None = None
     """Where `octavo tune` leaves launch shapes, if they are wanted."""
+
+
+def _check_attention(backend: str, needs: Needs) -> None:
+    reason = attention_unfit(backend, needs.attention)
+    if reason is not None:
+        raise UnfitError(reason)
 
 
 def _triton(needs: Needs) -> Ops:
@@ -41,9 +47,7 @@ def _triton(needs: Needs) -> Ops:
 
     if needs.device.type == "cpu" and not triton.knobs.runtime.interpret:  # pyright: ignore[reportAttributeAccessIssue]
         raise UnfitError("it needs a GPU, or TRITON_INTERPRET=1 to be tried without one")
-    largest = max(needs.head_sizes, default=0)
-    if largest > TRITON_HEAD_SIZE:
-        raise UnfitError(f"heads of {largest} are larger than {TRITON_HEAD_SIZE}")
+    _check_attention("triton", needs)
     from octavo.kernels.triton.backend import TritonOps
     from octavo.kernels.triton.tuning.plans import Plans, plans_path, read_plans
 
@@ -59,6 +63,7 @@ def _native(needs: Needs) -> Ops:
     reason = "it computes on the CPU" if needs.device.type != "cpu" else unfit_reason()
     if reason is not None:
         raise UnfitError(reason)
+    _check_attention("native", needs)
     return NativeOps(needs.num_threads)
 
 
@@ -67,6 +72,7 @@ def _reference(needs: Needs) -> Ops:
 
     if needs.device.type != "cpu":
         raise UnfitError("it computes on the CPU")
+    _check_attention("reference", needs)
     return ReferenceOps(needs.num_threads)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from octavo.kernels.activations import Activation
 from octavo.kernels.inputs import NormInput
-from octavo.kernels.ops import Ops
 from octavo.kernels.weights import Weight
+from octavo.layers.forward import Forward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +24,9 @@ class GatedMLP:
     down: Weight
     activation: Activation
 
-    def run(self, rows: NormInput, ops: Ops) -> tuple[Tensor, Tensor]:
+    def run(self, rows: NormInput, forward: Forward) -> tuple[Tensor, Tensor]:
         """Returns [T, M] and the residual."""
+        ops = forward.ops
         x_TM = rows.normed(ops)
         out_TM = ops.gated_mlp(x_TM, self.gate, self.up, self.down, self.activation)
         return out_TM, rows.residual_TM

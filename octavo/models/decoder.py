@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from octavo.kernels.inputs import AttentionBatch, QKNorm, RopeTable
+from octavo.kernels.inputs import AttentionBatch, AttentionOp, QKNorm, RopeTable
 from octavo.kernels.ops import Ops
 from octavo.kernels.weights import ExpertWeights, Router, SharedExpert, Weight
 from octavo.kv_cache.storage import KVStorage
-from octavo.layers.attention import Attention
+from octavo.layers.attention import Attention, norms_early
+from octavo.layers.forward import Forward
 from octavo.layers.mlp import GatedMLP
 from octavo.layers.moe import MoE
 from octavo.layers.norm import RMSNorm
@@ -32,8 +33,8 @@ from octavo.weights.split import Split
 class Layer:
     """One decoder layer."""
 
-    attention_norm: RMSNorm
-    attention: Attention
+    mixer_norm: RMSNorm
+    mixer: Attention
     mlp_norm: RMSNorm
     mlp: GatedMLP | MoE
 
@@ -68,25 +69,24 @@ class Decoder:
         Each rank computes its heads and its part of every MLP, and so a part of each sum that goes
         into the residual; the residual is whole and equal on all ranks.
         """
-        ops, all_reduce = self.ops, self.collectives.all_reduce
-        x_TM, residual_TM = None, ops.embedding(token_ids_T, self.embedding)
-        num_moe = 0
-        for index, layer in enumerate(self.layers):
+        all_reduce = self.collectives.all_reduce
+        forward = Forward(
+            ops=self.ops,
+            batches=batches,
+            storage=storage,
+            expert_counts_LE=expert_counts_LE,
+            num_live=num_live,
+            collectives=self.collectives,
+        )
+        x_TM, residual_TM = None, self.ops.embedding(token_ids_T, self.embedding)
+        for layer in self.layers:
             self.progress.beat()
-            batch = batches[storage.group_of(index)]
-            rows = layer.attention_norm.of(x_TM, residual_TM)
-            x_TM, residual_TM = layer.attention.run(rows, storage.layer(index), batch, ops)
+            rows = layer.mixer_norm.of(x_TM, residual_TM)
+            x_TM, residual_TM = layer.mixer.run(rows, forward)
             rows = layer.mlp_norm.of(all_reduce(x_TM), residual_TM)
-            if isinstance(layer.mlp, MoE):
-                counts_E = expert_counts_LE[num_moe]
-                x_TM, residual_TM = layer.mlp.run(
-                    rows, ops, counts_E, num_live, in_parts=self.collectives.size == 1
-                )
-                num_moe += 1
-            else:
-                x_TM, residual_TM = layer.mlp.run(rows, ops)
+            x_TM, residual_TM = layer.mlp.run(rows, forward)
             x_TM = all_reduce(x_TM)
-        return self.final_norm.of(x_TM, residual_TM).normed(ops)
+        return self.final_norm.of(x_TM, residual_TM).normed(self.ops)
 
     def logits(self, hidden_SM: Tensor) -> Tensor:
         """Returns [S, V] float32 of normed hidden states."""
@@ -177,8 +177,8 @@ class _Loader:
             gate, up, down = self.gated("", spec.mlp, index)
             mlp = GatedMLP(gate=gate, up=up, down=down, activation=spec.mlp.activation)
         return Layer(
-            attention_norm=self.norm("attention_norm", index),
-            attention=self.attention(spec.attention, index),
+            mixer_norm=self.norm("attention_norm", index),
+            mixer=self.attention(spec.attention, index),
             mlp_norm=self.norm("mlp_norm", index),
             mlp=mlp,
         )
@@ -186,34 +186,43 @@ class _Loader:
     def attention(self, spec: AttentionSpec, layer: int) -> Attention:
         heads, kv_heads = spec.query_split, spec.kv_split
         splits = {"q": heads, "k": kv_heads, "v": kv_heads}
-        qkv_bias = o_bias = qk_norm = None
+        qkv_bias = o_bias = None
         if spec.qkv_bias:
             biases = [self.vector(f"{part}_bias", layer, split) for part, split in splits.items()]
             qkv_bias = torch.cat(biases)
         if spec.o_bias and self.collectives.rank == 0:  # added once: the outputs are summed
             o_bias = self.vector("o_bias", layer)
-        if spec.qk_norm is not None:
-            per_head = spec.qk_norm == "head"
-            qk_norm = QKNorm(
-                query=self.vector("q_norm", layer, None if per_head else heads),
-                key=self.vector("k_norm", layer, None if per_head else kv_heads),
-                eps=self.spec.norm_eps,
-                per_head=per_head,
-            )
+        qk_norm = self.qk_norm(spec, layer)
         weights = self.matrices({Parameter(part, layer): split for part, split in splits.items()})
+        is_early = norms_early(qk_norm, spec.clip_qkv, self.collectives)
         return Attention(
+            layer=layer,
+            op=AttentionOp(
+                num_heads=weights[0].rows // spec.head_size,
+                num_kv_heads=weights[1].rows // spec.head_size,
+                head_size=spec.head_size,
+                scale=spec.scale,
+                visibility=spec.visibility,
+                rope=self.rope,
+                qk_norm=None if is_early else qk_norm,
+            ),
             qkv=weights,
-            qkv_bias=qkv_bias,
             output=self.matrix("o", layer, replace(heads, axis="cols")),
-            output_bias=o_bias,
-            qk_norm=qk_norm,
-            rope=self.rope,
-            num_heads=weights[0].rows // spec.head_size,
-            num_kv_heads=weights[1].rows // spec.head_size,
-            scale=spec.scale,
-            window=spec.window,
+            early_norm=qk_norm if is_early else None,
             clip_qkv=spec.clip_qkv,
-            collectives=self.collectives,
+            qkv_bias=qkv_bias,
+            output_bias=o_bias,
+        )
+
+    def qk_norm(self, spec: AttentionSpec, layer: int) -> QKNorm | None:
+        if spec.qk_norm is None:
+            return None
+        per_head = spec.qk_norm == "head"
+        return QKNorm(
+            query=self.vector("q_norm", layer, None if per_head else spec.query_split),
+            key=self.vector("k_norm", layer, None if per_head else spec.kv_split),
+            eps=self.spec.norm_eps,
+            per_head=per_head,
         )
 
     def gated(self, prefix: str, spec: MLPSpec, layer: int) -> tuple[Weight, Weight, Weight]:
@@ -245,6 +254,7 @@ class _Loader:
             gate, up, down = self.gated("shared_", spec.shared, layer)
             shared = SharedExpert(gate=gate, up=up, down=down)
         return MoE(
+            counts_row=self.spec.moe_layers.index(layer),
             router=router,
             experts=self.experts(spec, layer),
             shared=shared,

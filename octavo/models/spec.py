@@ -12,6 +12,7 @@ from math import prod
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from octavo.formats import KVFormat
+from octavo.kernels.limits import AttentionWants, attention_wants
 from octavo.kv_cache.spec import KVSpec, attention_kv
 from octavo.layers.rope_spec import RopeSpec
 from octavo.visibility import Full, Visibility, Window
@@ -51,6 +52,11 @@ class AttentionSpec:
     @property
     def visibility(self) -> Visibility:
         return Full() if self.window is None else Window(self.window)
+
+    @property
+    def wants(self) -> AttentionWants:
+        """What a back end must be able to do for the layer."""
+        return attention_wants(head_size=self.head_size, visibility=self.visibility)
 
     @property
     def q_size(self) -> int:
@@ -182,6 +188,10 @@ class ModelSpec:
             )
             for layer in self.layers
         )
+
+    @property
+    def attention_wants(self) -> AttentionWants:
+        return AttentionWants.of_all(layer.attention.wants for layer in self.layers)
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

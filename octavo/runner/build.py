@@ -63,7 +63,7 @@ def build_runner(
         device=torch.device(device.torch_name),
         # The ranks of a host share its cores.
         num_threads=config.num_threads or max(1, device.num_cores() // size),
-        head_sizes=tuple({layer.attention.head_size for layer in spec.layers}),
+        attention=spec.attention_wants,
         is_deterministic=config.deterministic,
         tuned_folder=Path(tuned_dir()),
     )

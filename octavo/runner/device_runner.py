@@ -352,6 +352,6 @@ def _peak(device: torch.device) -> int:
 
 def _tiling(decoder: Decoder, group: KVGroup, device: torch.device) -> Tiling:
     """Returns how attention cuts queries in a group's layers, which are alike in heads."""
-    layers = [decoder.layers[index].attention for index in group.layers]
+    layers = [decoder.layers[index].mixer.op for index in group.layers]
     (heads,) = {(layer.num_heads, layer.num_kv_heads) for layer in layers}
     return tiling(*heads, num_processors(device))

@@ -15,9 +15,10 @@ from torch.nn import functional
 
 from octavo.formats import WEIGHT_FORMATS
 from octavo.kernels.activations import Activation, ClampedSwiGLU
-from octavo.kernels.inputs import AttentionBatch, KVLayer
+from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer, QKNorm, RopeTable
 from octavo.kernels.routing import RoutingRule
 from octavo.kernels.weights import ExpertBiases, Router, Weight
+from octavo.visibility import Full, Visibility, Window
 
 NUMBER_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 SCALE_OFFSETS = {"q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,)}
@@ -144,8 +145,36 @@ def make_paged(
     return PagedKV(layer=layer, keys=keys, values=values, table=table, block_size=block_size)
 
 
+def attention_op(
+    num_heads: int,
+    layer: KVLayer,
+    scale: float,
+    visibility: Visibility | int | None = None,
+    *,
+    rope: RopeTable | None = None,
+    qk_norm: QKNorm | None = None,
+    sinks_H: Tensor | None = None,
+    soft_cap: float | None = None,
+) -> AttentionOp:
+    """Returns what a layer asks; `visibility` may be the size of a window, or None for all."""
+    if not isinstance(visibility, Visibility):
+        visibility = Full() if visibility is None else Window(visibility)
+    _, _, num_kv_heads, head_size = layer.key.shape
+    return AttentionOp(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        scale=scale,
+        visibility=visibility,
+        rope=rope,
+        qk_norm=qk_norm,
+        sinks_H=sinks_H,
+        soft_cap=soft_cap,
+    )
+
+
 def exact_attention(
-    q_THD: Tensor, paged: PagedKV, batch: AttentionBatch, scale: float, window: int | None
+    q_THD: Tensor, paged: PagedKV, batch: AttentionBatch, op: AttentionOp
 ) -> Tensor:
     """Returns attention over whole score matrices in float64."""
     parts = []
@@ -155,12 +184,17 @@ def exact_attention(
         group = q_THD.shape[1] // keys.shape[1]
         k = keys[:seen].double().repeat_interleave(group, 1)
         v = values[:seen].double().repeat_interleave(group, 1)
-        scores = torch.einsum("qhd,khd->hqk", q_THD[rows].double(), k) * scale
+        scores = torch.einsum("qhd,khd->hqk", q_THD[rows].double(), k) * op.scale
+        if op.soft_cap is not None:
+            scores = op.soft_cap * torch.tanh(scores / op.soft_cap)
+        positions = batch.positions_T[rows].tolist()
+        first = torch.tensor([op.visibility.first_visible(p) for p in positions]).view(-1, 1)
         query, key = batch.positions_T[rows].unsqueeze(1), torch.arange(seen)
-        hidden = key > query
-        if window is not None:
-            hidden |= key <= query - window
-        weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
+        scores.masked_fill_((key > query) | (key < first), -math.inf)
+        if op.sinks_H is not None:
+            sinks = op.sinks_H.double().view(-1, 1, 1).expand(-1, len(positions), 1)
+            scores = torch.cat((scores, sinks), dim=-1)
+        weights = scores.softmax(-1)[..., :seen]
         parts.append(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
     return torch.cat(parts)
 

@@ -10,7 +10,7 @@ import torch
 
 from octavo.kernels.inputs import AttentionBatch, KVLayer, QKNorm, RopeTable
 from octavo.kernels.ops import Ops
-from tests.kernels.cases import assert_close, floats, plain_router
+from tests.kernels.cases import assert_close, attention_op, floats, plain_router
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -113,7 +113,8 @@ def test_rope_and_cache_writes_its_slots_and_no_others(
         qk_norm = QKNorm(query=weights[0], key=weights[1], eps=1e-5, per_head=norm == "per head")
         q = _norm(q.reshape(-1, len(weights[0])), weights[0], 1e-5).view(tokens, heads, -1)
         k = _norm(k.reshape(-1, len(weights[1])), weights[1], 1e-5).view(tokens, kv_heads, -1)
-    found = ops.rope_and_cache(qkv, heads, rope, qk_norm, layer, batch)
+    op = attention_op(heads, layer, 1.0, rope=rope, qk_norm=qk_norm)
+    found = ops.rope_and_cache(qkv, op, layer, batch)
     assert_close(found, _rotated(q, rope, positions))
     rounding = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     block, offset = slots // 16, slots % 16

@@ -11,7 +11,7 @@ from octavo.formats import WEIGHT_FORMATS
 from octavo.kernels.inputs import KVLayer
 from octavo.kernels.ops import Ops
 from octavo.kernels.registry import Needs, select_ops
-from tests.kernels.cases import floats, make_paged, make_weight, plain_router
+from tests.kernels.cases import attention_op, floats, make_paged, make_weight, plain_router
 from tests.kernels.test_linear import make_experts
 
 CUTS = ([1] * 9, [2, 7], [3, 1, 5], [4, 5], [9])
@@ -56,7 +56,8 @@ def test_the_number_of_threads_does_not_change_the_bits(
     assert torch.equal(*found)
     paged = make_paged(rng, [900], (1, 16))
     batch, q = paged.batch([900], [1]), floats(rng, 1, 4, 16)
-    found = [ops.attention(q, paged.layer, batch, 0.25, None) for ops in (native, other)]
+    op = attention_op(4, paged.layer, 0.25)
+    found = [ops.attention(q, op, paged.layer, batch) for ops in (native, other)]
     assert torch.equal(*found)
 
 
@@ -86,7 +87,8 @@ def test_attention_does_not_depend_on_chunks_or_neighbours(
     lengths = [700, 90, 300]
     paged = make_paged(rng, lengths, (2, 16), dtype=dtype)
     q = floats(rng, sum(lengths), 6, 16)
-    whole = native.attention(q, paged.layer, paged.batch(lengths, lengths), 0.25, window)
+    op = attention_op(6, paged.layer, 0.25, window)
+    whole = native.attention(q, op, paged.layer, paged.batch(lengths, lengths))
     starts = [0, 700, 790]
     for _ in range(12):
         seq_lens = [int(rng.integers(1, n + 1)) for n in lengths]
@@ -100,19 +102,20 @@ def test_attention_does_not_depend_on_chunks_or_neighbours(
             ]
         )
         batch = paged.batch(seq_lens, query_lens)
-        found = native.attention(q[rows], paged.layer, batch, 0.25, window)
+        found = native.attention(q[rows], op, paged.layer, batch)
         assert torch.equal(found, whole[rows])
 
 
 def test_where_blocks_lie_does_not_change_the_bits(native: Ops, rng: np.random.Generator) -> None:
     paged = make_paged(rng, [333], (2, 16))
     q, batch = floats(rng, 40, 4, 16), paged.batch([333], [40])
-    before = native.attention(q, paged.layer, batch, 0.25, None)
+    op = attention_op(4, paged.layer, 0.25)
+    before = native.attention(q, op, paged.layer, batch)
     order = torch.from_numpy(rng.permutation(len(paged.layer.key)))
     moved = KVLayer(key=paged.layer.key[order], value=paged.layer.value[order])
     used = -(-333 // 16)
     paged.table[0, :used] = order.argsort()[paged.table[0, :used].long()].to(torch.int32)
-    assert torch.equal(native.attention(q, moved, batch, 0.25, None), before)
+    assert torch.equal(native.attention(q, op, moved, batch), before)
 
 
 def test_norms_and_routes_do_not_depend_on_the_batch(native: Ops, rng: np.random.Generator) -> None:

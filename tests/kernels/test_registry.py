@@ -9,7 +9,9 @@ import torch
 
 from octavo.errors import ConfigError
 from octavo.kernels.cpu import native
+from octavo.kernels.limits import AttentionWants, attention_wants, check_backend
 from octavo.kernels.registry import BACKENDS, Needs, select_ops, unfit_reasons
+from octavo.visibility import Chunk, Full, Window
 
 
 @pytest.fixture
@@ -58,9 +60,44 @@ def test_a_library_that_does_not_load_is_a_reason(
 
 
 def test_a_gpu_takes_triton_and_says_why_not_the_others() -> None:
-    needs = Needs(device=torch.device("cuda:0"), head_sizes=(64, 512))
+    wants = AttentionWants(head_sizes=frozenset((64, 512)))
+    needs = Needs(device=torch.device("cuda:0"), attention=wants)
     with pytest.raises(ConfigError, match=r"native: it computes on the CPU; ") as caught:
         select_ops("auto", needs)
     assert "heads of 512 are larger than 256" in str(caught.value) or "not inst" in str(
         caught.value
     )
+
+
+PLAIN = attention_wants(head_size=64, visibility=Window(128))
+ODD = {
+    "attention in chunks": attention_wants(head_size=64, visibility=Chunk(128)),
+    "attention sinks": attention_wants(head_size=64, visibility=Full(), has_sinks=True),
+    "keys without rotation": attention_wants(head_size=64, visibility=Full(), is_rotated=False),
+    "soft caps of scores": attention_wants(head_size=64, visibility=Full(), soft_cap=50.0),
+}
+
+
+@pytest.mark.parametrize("feature", sorted(ODD))
+def test_the_specification_attends_for_every_layer(feature: str) -> None:
+    assert ODD[feature].features == {feature}
+    assert select_ops("reference", Needs(attention=ODD[feature])).name == "reference"
+    check_backend("reference", "cpu", ODD[feature])
+
+
+@pytest.mark.parametrize("feature", sorted(ODD))
+def test_a_gpu_that_lacks_a_feature_is_refused_by_the_plan_and_the_load(feature: str) -> None:
+    wants = AttentionWants.of_all((PLAIN, ODD[feature]))
+    with pytest.raises(ConfigError, match=f"it has no {feature}; use --device cpu") as caught:
+        check_backend("auto", "cuda", wants)
+    assert caught.value.field == "device"
+    reasons = unfit_reasons(Needs(attention=wants))
+    assert reasons["reference"] is None
+    if "not installed" not in (reasons["triton"] or "") and "GPU" not in (reasons["triton"] or ""):
+        assert reasons["triton"] == f"it has no {feature}"
+
+
+def test_what_no_layer_wants_is_not_asked_of_a_back_end() -> None:
+    assert PLAIN.features == frozenset()
+    for backend, device in (("auto", "cuda"), ("triton", "cuda"), ("native", "cpu")):
+        check_backend(backend, device, PLAIN)

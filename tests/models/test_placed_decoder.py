@@ -128,8 +128,8 @@ def joined(
 
 def test_a_rank_computes_its_heads_and_those_it_reads(tmp_path: Path):
     tiny = save_tiny("qwen3-moe", tmp_path)
-    attention = load(tiny, DevicePlacement(source_of(tiny), CPU, 5, 6)).layers[0].attention
-    assert (attention.num_heads, attention.num_kv_heads) == (1, 1)
+    attention = load(tiny, DevicePlacement(source_of(tiny), CPU, 5, 6)).layers[0].mixer
+    assert (attention.op.num_heads, attention.op.num_kv_heads) == (1, 1)
 
 
 def test_heads_that_ranks_cannot_share_are_refused(tmp_path: Path):

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from octavo.kernels.activations import Activation, ClampedSwiGLU, PlainActivation
 from octavo.kernels.composed import Composed
-from octavo.kernels.inputs import AttentionBatch, KVLayer, QKNorm, RopeTable
+from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer, QKNorm, RopeTable
 from octavo.kernels.routing import ExpertWeighting, RoutingRule, Score
 from octavo.kernels.weights import ExpertWeights, Router, SharedExpert, Weight
+from octavo.visibility import Window
 
 _FORMATS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
 FORMAT_CODES = {name: code for code, name in enumerate(_FORMATS)}
@@ -437,39 +438,37 @@ class NativeOps(Composed):
         return self.add_shared(out, x, shared, gate_T1, activation)
 
     def rope_and_cache(
-        self,
-        qkv_TN: Tensor,
-        num_heads: int,
-        rope: RopeTable,
-        qk_norm: QKNorm | None,
-        layer: KVLayer,
-        batch: AttentionBatch,
+        self, qkv_TN: Tensor, op: AttentionOp, layer: KVLayer, batch: AttentionBatch
     ) -> Tensor:
+        assert op.rope is not None
         qkv, tokens = _floats(qkv_TN), len(qkv_TN)
-        kv_heads, head_size = layer.key.shape[2:]
-        assert qkv.shape[1] == (num_heads + 2 * kv_heads) * head_size
+        assert layer.key.shape[2:] == (op.num_kv_heads, op.head_size)
+        assert qkv.shape[1] == (op.num_heads + 2 * op.num_kv_heads) * op.head_size
         assert tokens == len(batch.positions_T) == len(batch.slot_mapping_T)
-        norm = None if qk_norm is None else self._struct(qk_norm, _qk_norm)
-        table = self._struct(rope, _rope)
-        q = torch.empty(tokens, num_heads, head_size)
+        norm = None if op.qk_norm is None else self._struct(op.qk_norm, _qk_norm)
+        table = self._struct(op.rope, _rope)
+        q = torch.empty(tokens, op.num_heads, op.head_size)
         where = self._struct(layer, _kv_layer), self._struct(batch, _attention_batch)
         status = self._library.octavo_rope_and_cache(
-            self._pool, qkv.data_ptr(), num_heads, table, norm, *where, q.data_ptr()
+            self._pool, qkv.data_ptr(), op.num_heads, table, norm, *where, q.data_ptr()
         )
         _check(status, "rope_and_cache")
         return q
 
     def attention(
-        self, q_THD: Tensor, layer: KVLayer, batch: AttentionBatch, scale: float, window: int | None
+        self, q_THD: Tensor, op: AttentionOp, layer: KVLayer, batch: AttentionBatch
     ) -> Tensor:
         q = _floats(q_THD)
         tokens, heads, head_size = q.shape
         assert (tokens, head_size) == (len(batch.positions_T), layer.key.shape[3])
         assert heads % layer.key.shape[2] == 0
+        assert op.sinks_H is None
+        assert op.soft_cap is None
+        window = op.visibility.size if isinstance(op.visibility, Window) else 0
         out = torch.empty(tokens, heads * head_size)
         where = self._struct(layer, _kv_layer), self._struct(batch, _attention_batch)
         status = self._library.octavo_attention(
-            self._pool, q.data_ptr(), heads, *where, scale, window or 0, out.data_ptr()
+            self._pool, q.data_ptr(), heads, *where, op.scale, window, out.data_ptr()
         )
         _check(status, "attention")
         return out

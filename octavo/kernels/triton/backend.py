@@ -15,7 +15,7 @@ from torch import Tensor
 from octavo.errors import UnsupportedModelError
 from octavo.kernels.activations import Activation
 from octavo.kernels.composed import Composed
-from octavo.kernels.inputs import AttentionBatch, KVLayer, NormInput, QKNorm, RopeTable, Routed
+from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer, NormInput, Routed
 from octavo.kernels.triton.attention.choose import attention
 from octavo.kernels.triton.attention.decode import QueryRope, decode_attention, seq_len_bound
 from octavo.kernels.triton.attention.shared import shared_prefix_attention
@@ -39,6 +39,7 @@ from octavo.kernels.triton.small import embedding as embeddings
 from octavo.kernels.triton.small import norm as norms
 from octavo.kernels.triton.tuning.plans import Plans
 from octavo.kernels.weights import ExpertWeights, Router, SharedExpert, Weight
+from octavo.visibility import Chunk, Full, Window
 
 SKINNY_TOKENS = 64
 """Up to here Triton multiplies: as fast as cuBLAS, which splits the sum there (H100, 2026-11-22).
@@ -223,67 +224,45 @@ class TritonOps(Composed):
         return self.add_shared(out, x_TM, shared, gate_T1, activation)
 
     def rope_and_cache(
-        self,
-        qkv_TN: Tensor,
-        num_heads: int,
-        rope: RopeTable,
-        qk_norm: QKNorm | None,
-        layer: KVLayer,
-        batch: AttentionBatch,
+        self, qkv_TN: Tensor, op: AttentionOp, layer: KVLayer, batch: AttentionBatch
     ) -> Tensor:
-        return rope_and_cache(qkv_TN, num_heads, rope, qk_norm, layer, batch)
+        assert op.rope is not None
+        return rope_and_cache(qkv_TN, op.num_heads, op.rope, op.qk_norm, layer, batch)
 
     def attention(
-        self, q_THD: Tensor, layer: KVLayer, batch: AttentionBatch, scale: float, window: int | None
+        self, q_THD: Tensor, op: AttentionOp, layer: KVLayer, batch: AttentionBatch
     ) -> Tensor:
+        asked = q_THD, layer, batch, op.scale, window_of(op)
         tickets, plans = self._tickets_on(q_THD.device), self._short_plans
         if batch.prefix is not None and not self._is_deterministic:
-            return shared_prefix_attention(
-                q_THD, layer, batch, scale, window, batch.prefix, tickets, plans
-            )
+            return shared_prefix_attention(*asked, batch.prefix, tickets, plans)
         return attention(
-            q_THD,
-            layer,
-            batch,
-            scale,
-            window,
-            is_deterministic=self._is_deterministic,
-            tickets=tickets,
-            plans=plans,
+            *asked, is_deterministic=self._is_deterministic, tickets=tickets, plans=plans
         )
 
     def rope_attention(
-        self,
-        qkv_TN: Tensor,
-        num_heads: int,
-        rope: RopeTable,
-        qk_norm: QKNorm | None,
-        layer: KVLayer,
-        batch: AttentionBatch,
-        scale: float,
-        window: int | None,
+        self, qkv_TN: Tensor, op: AttentionOp, layer: KVLayer, batch: AttentionBatch
     ) -> Tensor:
-        num_tokens, head_size = len(qkv_TN), layer.key.shape[3]
+        num_tokens = len(qkv_TN)
         is_decode = num_tokens == len(batch.seq_lens_S) and 1 in (num_tokens, batch.max_query_len)
         if (
             not is_decode
             or self._is_deterministic
-            or not (qk_norm is None or qk_norm.per_head)
+            or not (op.qk_norm is None or op.qk_norm.per_head)
             or batch.prefix is not None
         ):
-            return super().rope_attention(
-                qkv_TN, num_heads, rope, qk_norm, layer, batch, scale, window
-            )
-        out = qkv_TN.new_empty((num_tokens, num_heads, head_size))
+            return super().rope_attention(qkv_TN, op, layer, batch)
+        assert op.rope is not None
+        out = qkv_TN.new_empty((num_tokens, op.num_heads, op.head_size))
         decode_attention(
-            qkv_TN.view(num_tokens, -1, head_size),
+            qkv_TN.view(num_tokens, -1, op.head_size),
             layer,
             batch,
-            scale,
-            window,
+            op.scale,
+            window_of(op),
             out,
             max_seq_len=seq_len_bound(layer, batch),
-            rope=QueryRope(rope=rope, qk_norm=qk_norm),
+            rope=QueryRope(rope=op.rope, qk_norm=op.qk_norm),
             tickets=self._tickets_on(out.device),
         )
         return out.flatten(1)
@@ -293,9 +272,18 @@ class TritonOps(Composed):
             self._tickets = make_tickets(device)
         return self._tickets
 
-    def copy_blocks(self, arena: Tensor, copies: Sequence[tuple[int, int]]) -> None:
-        for source, target in copies:
-            arena[target].copy_(arena[source])
+
+def window_of(op: AttentionOp) -> int | None:
+    """Returns how many tokens a query sees, itself among them; None: all."""
+    assert op.sinks_H is None
+    assert op.soft_cap is None
+    match op.visibility:
+        case Full():
+            return None
+        case Window(size):
+            return size
+        case Chunk():
+            raise AssertionError("the registry refuses chunks")
 
 
 def shared_parts(

@@ -16,7 +16,7 @@ from octavo.formats import WEIGHT_FORMATS
 from octavo.kernels.inputs import AttentionBatch, KVLayer, NormInput, QKNorm, RopeTable
 from octavo.kernels.routing import RoutingRule
 from octavo.kernels.weights import Router, SharedExpert, Weight
-from tests.kernels.cases import floats, make_paged
+from tests.kernels.cases import attention_op, floats, make_paged
 from tests.kernels.triton.cases import (
     NAMES,
     TOLERANCES,
@@ -209,6 +209,8 @@ def test_rope_within_attention_is_rope_before_it(
         one, other = (
             KVLayer(key=arena[0], value=arena[1]) for arena in (stacked(layer), stacked(layer))
         )
+        chosen = None if norm == "none" else qk_norm
+        op = attention_op(heads, one, size**-0.5, window, rope=rope, qk_norm=chosen)
         slots = batch.slot_mapping_T[batch.slot_mapping_T >= 0]
         at = slots // 16, slots % 16
         for layer in (one, other):
@@ -216,10 +218,7 @@ def test_rope_within_attention_is_rope_before_it(
         qkv = floats(rng, len(lengths), (heads + 2 * kv_heads) * size).to(DEVICE)
         with poisoned_memory():
             found, expected = (
-                each.rope_attention(
-                    *(qkv, heads, rope, None if norm == "none" else qk_norm, layer, batch),
-                    *(size**-0.5, window),
-                )
+                each.rope_attention(qkv, op, layer, batch)
                 for each, layer in ((ops, one), (apart, other))
             )
         assert_near(found, expected, 1e-6)
@@ -253,6 +252,7 @@ def test_pages_that_lie_beyond_two_billion_numbers_are_found(rng: np.random.Gene
                 block_table=torch.tensor([[2]], dtype=torch.int32, device=DEVICE),
             )
             row = qkv[position : position + 1]
-            out = each.rope_attention(row, heads, rope, None, layer, batch, 0.25, None)
+            op = attention_op(heads, layer, 0.25, rope=rope)
+            out = each.rope_attention(row, op, layer, batch)
         found.append(out.float())
     assert_near(found[0], found[1], 2e-3)

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from octavo.kernels.inputs import AttentionBatch, KVLayer, QKNorm, RopeTable
 from octavo.kernels.reference import ReferenceOps
-from tests.kernels.cases import PagedKV, assert_close, exact_attention, floats, make_paged
+from tests.kernels.cases import (
+    PagedKV,
+    assert_close,
+    attention_op,
+    exact_attention,
+    floats,
+    make_paged,
+)
 from tests.kernels.triton.cases import there
 from tests.kernels.triton.interpreter import DEVICE
 
@@ -58,7 +65,7 @@ def test_decode_around_block_and_split_edges(rng: np.random.Generator, window: i
     paged = make_paged(rng, EDGES, (2, 16))
     batch = paged.batch(EDGES, [1] * len(EDGES))
     q = floats(rng, len(EDGES), 6, 16)
-    expected = exact_attention(q, paged, batch, 0.25, window)
+    expected = exact_attention(q, paged, batch, attention_op(q.shape[1], paged.layer, 0.25, window))
     assert_close(_attend(q, paged, batch, window), expected)
 
 
@@ -72,7 +79,7 @@ def test_decode_by_fewer_programs_than_splits(
     paged = make_paged(rng, lengths, (2, 16))
     batch = paged.batch(lengths, [int(n > 0) for n in lengths])
     q = floats(rng, 6, 6, 16)
-    expected = exact_attention(q, paged, batch, 0.25, window)
+    expected = exact_attention(q, paged, batch, attention_op(q.shape[1], paged.layer, 0.25, window))
     for is_deterministic in (False, True):
         found = _attend(q, paged, batch, window, is_deterministic=is_deterministic)
         assert_close(found, expected)
@@ -124,7 +131,7 @@ def test_decodes_short_and_long_chunks_in_one_step(
     paged = make_paged(rng, lengths, (1, 16))
     batch = paged.batch(lengths, query_lens)
     q = floats(rng, sum(query_lens), 3, 16)
-    expected = exact_attention(q, paged, batch, 0.25, window)
+    expected = exact_attention(q, paged, batch, attention_op(q.shape[1], paged.layer, 0.25, window))
     assert_close(_attend(q, paged, batch, window), expected)
 
 
@@ -138,7 +145,10 @@ def test_every_head_size_and_group(rng: np.random.Generator, group: int, head_si
     batch = paged.batch(lengths, query_lens)
     q = floats(rng, sum(query_lens), 2 * group, head_size)
     q *= 4 * head_size**-0.5
-    assert_close(_attend(q, paged, batch, None), exact_attention(q, paged, batch, 0.25, None))
+    assert_close(
+        _attend(q, paged, batch, None),
+        exact_attention(q, paged, batch, attention_op(q.shape[1], paged.layer, 0.25)),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -147,7 +157,10 @@ def test_16_bit_cache_under_float32_queries(rng: np.random.Generator, dtype: tor
     paged = make_paged(rng, lengths, (3, 16), dtype=dtype)
     batch = paged.batch(lengths, query_lens)
     q = floats(rng, sum(query_lens), 9, 16)
-    assert_close(_attend(q, paged, batch, None), exact_attention(q, paged, batch, 0.25, None))
+    assert_close(
+        _attend(q, paged, batch, None),
+        exact_attention(q, paged, batch, attention_op(q.shape[1], paged.layer, 0.25)),
+    )
 
 
 def test_float16_throughout(rng: np.random.Generator) -> None:
@@ -157,7 +170,11 @@ def test_float16_throughout(rng: np.random.Generator) -> None:
     q = floats(rng, sum(query_lens), 9, 16).half()
     found = _attend(q, paged, batch, None)
     assert found.dtype is torch.float16
-    assert_close(found.float(), exact_attention(q, paged, batch, 0.25, None), tolerance=3e-3)
+    assert_close(
+        found.float(),
+        exact_attention(q, paged, batch, attention_op(q.shape[1], paged.layer, 0.25)),
+        tolerance=3e-3,
+    )
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="NumPy's products of a row depend on its place")
@@ -221,7 +238,9 @@ def test_padding_of_a_captured_step_gets_zeros(rng: np.random.Generator) -> None
     q = floats(rng, 2, 4, 16)
     found = _attend(q, paged, padded, None)
     assert torch.equal(found[1], torch.zeros(64))
-    assert_close(found[:1], exact_attention(q[:1], paged, batch, 0.25, None))
+    assert_close(
+        found[:1], exact_attention(q[:1], paged, batch, attention_op(q.shape[1], paged.layer, 0.25))
+    )
 
 
 def test_heads_that_do_not_fit_are_refused(rng: np.random.Generator) -> None:
@@ -258,7 +277,10 @@ def test_shared_prefixes_are_read_once_and_merged(
     found = shared_prefix_attention(
         q.to(DEVICE), layer, moved, 0.25, window, plan.to_device(torch.device(DEVICE))
     )
-    assert_close(found.cpu(), exact_attention(q, paged, batch, 0.25, window))
+    assert_close(
+        found.cpu(),
+        exact_attention(q, paged, batch, attention_op(q.shape[1], paged.layer, 0.25, window)),
+    )
 
 
 def test_nested_prefixes_take_the_level_that_saves_most() -> None:
@@ -313,7 +335,8 @@ def test_rope_and_cache_matches_the_reference(
     block, offset = slots // 16, slots % 16
     found_k, found_v = layer.key[block, offset].cpu(), layer.value[block, offset].cpu()
     assert layer.key.cpu().isnan().any(), "slots of nobody stay as they were"
-    expected_q = ReferenceOps(1).rope_and_cache(qkv, heads, rope, chosen, paged.layer, batch)
+    op = attention_op(heads, paged.layer, 1.0, rope=rope, qk_norm=chosen)
+    expected_q = ReferenceOps(1).rope_and_cache(qkv, op, paged.layer, batch)
     block, offset = block.cpu(), offset.cpu()
     assert_close(q, expected_q.double(), tolerance=1e-6)
     assert_close(found_k, paged.layer.key[block, offset].double(), tolerance=1e-6)

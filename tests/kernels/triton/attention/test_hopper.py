@@ -19,6 +19,7 @@ from octavo.kernels.inputs import AttentionBatch, KVLayer
 from tests.kernels.cases import (
     PagedKV,
     assert_close,
+    attention_op,
     exact_attention,
     floats,
     make_paged,
@@ -257,7 +258,11 @@ def test_rows_are_right_and_those_of_long_chunks_have_their_own_bits(
     batch = paged.batch(lengths, query_lens)
     q = floats(rng, sum(query_lens), heads, size).bfloat16()
     found = _attend(q, paged, batch)
-    assert_close(found, exact_attention(q, paged, batch, 0.1, None), tolerance=2e-2)
+    assert_close(
+        found,
+        exact_attention(q, paged, batch, attention_op(heads, paged.layer, 0.1)),
+        tolerance=2e-2,
+    )
     for s, (length, count) in enumerate(zip(lengths, query_lens, strict=True)):
         end = sum(query_lens[: s + 1])
         for last in {count, max(65, count // 2), 65} if count > 64 else {count}:
@@ -299,5 +304,5 @@ def test_shared_prefixes_are_right(
     layer, moved = there(paged, batch)
     device = torch.device("cuda")
     found = shared_prefix_attention(q.cuda(), layer, moved, 0.1, None, plan.to_device(device))
-    expected = exact_attention(q, paged, batch, 0.1, None)
+    expected = exact_attention(q, paged, batch, attention_op(heads, paged.layer, 0.1))
     assert_close(found.float().cpu(), expected, tolerance=2e-2)
