@@ -74,7 +74,7 @@ def test_what_is_multiplied_at_once_is_one_stack(tmp_path: Path):
 
     tiny = save_tiny("qwen2-moe", tmp_path)
     decoder = load(tiny, DevicePlacement(source_of(tiny), CPU))
-    assert all(is_one(*layer.attention.qkv) for layer in decoder.layers)
+    assert all(is_one(*layer.mixer.qkv) for layer in decoder.layers)
     dense, moe = decoder.layers[0].mlp, decoder.layers[1].mlp
     assert isinstance(dense, GatedMLP)
     assert isinstance(moe, MoE)
