@@ -29,6 +29,7 @@ from octavo.observe.stats import EngineStats
 from octavo.outputs import OutputDelta, Receiver, RequestOutput, with_texts
 from octavo.request import Request, SamplingParams, checked_copy
 from octavo.request_fields import refuse_arguments
+from octavo.tools.answer_parser import AnswerFormat
 from octavo.vllm_options import log_verdicts, read_options
 
 
@@ -135,6 +136,11 @@ class AsyncLLM:
         return self.front_end.default_sampling_params
 
     @property
+    def answer_format(self) -> AnswerFormat | None:
+        """How the model writes calls and reasoning; None without a tokenizer."""
+        return self.front_end.answer_format
+
+    @property
     def is_ready(self) -> bool:
         return self._input is not None and self._client.link.error is None
 
@@ -164,9 +170,12 @@ class AsyncLLM:
             arrival_time=time.monotonic(),
         )
 
-    def submit(self, request: Request, receiver: Receiver) -> None:
+    def submit(
+        self, request: Request, receiver: Receiver, marks: Mapping[int, str] | None = None
+    ) -> None:
         """Hands a request to the engine; `receiver` is told of its progress in the event loop.
 
+        `marks` stand in its text for the tokens of these ids.
         Raises OverloadedError if as many sequences are open as may run and wait, EngineDeadError.
         """
         assert self._output is not None, "a request is prepared by a started engine"
@@ -177,7 +186,7 @@ class AsyncLLM:
                 "try again later"
             )
         self._client.link.add(request)
-        self._output.open(request, receiver)
+        self._output.open(request, receiver, marks)
 
     def cancel(self, request_id: str) -> None:
         """Ends a submitted request without a word to its receiver; a late call is harmless."""

@@ -16,6 +16,7 @@ from octavo.errors import ConfigError
 from octavo.formats import KV_FORMATS
 from octavo.option_values import kind_of, read_value
 from octavo.request import MAX_INT, PrefixCaching
+from octavo.tools.detect import REASONING_PARSERS, TOOL_PARSERS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
@@ -101,6 +102,17 @@ class EngineConfig:
     )
     seed: int = option(0, "of requests that bring none, and of dummy weights")
     chat_template: str | None = option(None, "Jinja file or text instead of the model's template")
+    tool_call_parser: str = option(
+        "auto",
+        "format in which the model calls tools; auto finds it in the chat template",
+        choices=("auto", "none", *TOOL_PARSERS),
+    )
+    reasoning_parser: str = option(
+        "auto",
+        "format of the model's reasoning; auto finds it in the chat template",
+        choices=("auto", "none", *REASONING_PARSERS),
+        aliases={"": "auto"},
+    )
     generation_config: str = option(
         "auto",
         "defaults of sampling: auto takes the model's, vllm only those of the API",

@@ -12,15 +12,16 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from octavo.engine.chat_template import ChatOptions, Message
 from octavo.engine.core import EngineCore
-from octavo.engine.front_end import FrontEnd
+from octavo.engine.front_end import FrontEnd, format_of
 from octavo.engine.load import load_core
 from octavo.engine.messages import read_messages
-from octavo.engine.prompts import Prompt, read_prompts
+from octavo.engine.prompts import GivenPrompt, Prompt, read_prompts
 from octavo.engine.tokenizer import Tokenizer
 from octavo.errors import OctavoError, OverloadedError, RequestError
 from octavo.kv_cache.planner import MemoryPlan
@@ -29,6 +30,14 @@ from octavo.observe.stats import EngineStats
 from octavo.outputs import OutputDelta, RequestOutput, with_texts
 from octavo.request import Request, SamplingParams, checked_copy
 from octavo.request_fields import refuse_arguments
+from octavo.tools.answers import (
+    AnswerReader,
+    AnswerReading,
+    AnswerSum,
+    message_of,
+    reading_of,
+)
+from octavo.tools.definitions import check_choice, read_tools, with_choice
 from octavo.vllm_options import log_verdicts, read_options
 
 
@@ -100,6 +109,18 @@ class LLM:
         """
         refuse_arguments("LLM.generate", unsupported)
         items = read_prompts(prompts)
+        return self._generate(items, sampling_params, use_tqdm, priority, cache_salt)
+
+    def _generate(
+        self,
+        items: Sequence[GivenPrompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+        priority: Sequence[int] | None,
+        cache_salt: str,
+        chats: Sequence[AnswerReading | None] = (),
+    ) -> list[RequestOutput]:
+        """`chats`: where the prompts are chats, how the answer to each is read."""
         params = self._params_for(items, sampling_params)
         priorities = [0] * len(items) if priority is None else list(priority)
         if len(priorities) != len(items):
@@ -120,9 +141,14 @@ class LLM:
             )
             self._num_requests += 1
             requests.append((request, prompt if isinstance(prompt, str) else None))
-        collectors = [_Collector(request, text, self._token_text) for request, text in requests]
+        collectors: list[_Collector] = [
+            _ChatCollector(request, self._token_text, chats[place])
+            if chats
+            else _Collector(request, text, self._token_text)
+            for place, (request, text) in enumerate(requests)
+        ]
         for (request, _), collector in zip(requests, collectors, strict=True):
-            self._output.open(request, collector)
+            self._output.open(request, collector, collector.marks)
         self._run([request for request, _ in requests], collectors, use_tqdm)
         return [collector.output for collector in collectors]
 
@@ -137,31 +163,37 @@ class LLM:
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
         priority: Sequence[int] | None = None,
         cache_salt: str = "",
         **unsupported: Any,
     ) -> list[RequestOutput]:
         """As `generate`, for one conversation or several, through the model's chat template.
 
-        Messages are those that the server takes. `chat_template` is the text of another template,
-        `chat_template_kwargs` are its variables. Raises RequestError.
+        Messages and tools are those that the server takes. `chat_template` is the text of another
+        template, `chat_template_kwargs` are its variables. The outputs have the `message` with
+        which the conversation goes on. Raises RequestError.
         """
         refuse_arguments("LLM.chat", unsupported)
+        tool_set = with_choice(read_tools(tools), tool_choice)
+        check_choice(tool_set)
         options = ChatOptions(
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             documents=documents,
+            tools=tool_set.for_template(),
             template_kwargs=chat_template_kwargs or {},
         )
-        tokenizer = self.tokenizer
+        tokenizer, found = self.tokenizer, self._front_end.answer_format
         if chat_template is not None:
             tokenizer = tokenizer.with_chat_template(chat_template)
-        chats = _conversations(messages)
-        read = [read_messages(chat, place) for place, chat in chats]
-        prompts = [tokenizer.encode_chat(chat, options).token_ids for chat in read]
-        return self.generate(
-            prompts, sampling_params, use_tqdm=use_tqdm, priority=priority, cache_salt=cache_salt
-        )
+            found = format_of(self.config, tokenizer)
+        read = [read_messages(chat, place) for place, chat in _conversations(messages)]
+        prompts = [tokenizer.encode_chat(chat, options) for chat in read]
+        items = [GivenPrompt(content=prompt.token_ids) for prompt in prompts]
+        chats = [reading_of(found, tool_set, prompt.text) for prompt in prompts]
+        return self._generate(items, sampling_params, use_tqdm, priority, cache_salt, chats)
 
     def _params_for(
         self, items: Sequence[object], given: SamplingParams | Iterable[SamplingParams] | None
@@ -229,11 +261,50 @@ class _Collector:
         self.output = RequestOutput.empty(request, request.request_id, prompt)
         self._token_text = token_text
 
+    marks: Mapping[int, str] | None = None
+    """What stands in the text of deltas for the tokens of these ids."""
+
     def receive(self, delta: OutputDelta, finished: bool) -> None:
         self.output.add(with_texts(delta, self._token_text))
 
     def fail(self, error: OctavoError) -> None:
         raise error
+
+
+class _ChatCollector(_Collector):
+    """The receiver of one chat: it adds up the message of every sequence, too."""
+
+    def __init__(
+        self,
+        request: Request,
+        token_text: Callable[[int], str | None],
+        reading: AnswerReading | None,
+    ) -> None:
+        super().__init__(request, None, token_text)
+        self._skips_special_tokens = request.params.skip_special_tokens
+        self._reading = reading
+        self._readers: list[AnswerReader] = []
+        self._sums: list[AnswerSum] = []
+        if reading is not None:
+            self.marks = reading.marks.by_id
+            self._readers = [reading.begin() for _ in range(request.params.n)]
+            self._sums = [AnswerSum() for _ in self._readers]
+
+    def receive(self, delta: OutputDelta, finished: bool) -> None:
+        sequence = self.output.outputs[delta.index]
+        reason = delta.finish_reason
+        if self._reading is None:
+            super().receive(delta, finished)
+            if reason is not None:
+                sequence.message = {"role": "assistant", "content": sequence.text}
+            return
+        total = self._sums[delta.index]
+        total.add(self._readers[delta.index].push(delta.text, delta.token_ids, reason))
+        marks = self._reading.marks
+        text = marks.drop(delta.text) if self._skips_special_tokens else marks.show(delta.text)
+        super().receive(msgspec.structs.replace(delta, text=text), finished)
+        if reason is not None:
+            sequence.message = message_of(total.total())
 
 
 @contextmanager

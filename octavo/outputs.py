@@ -149,6 +149,7 @@ class CompletionOutput:
         "finish_reason",
         "index",
         "logprobs",
+        "message",
         "stop_reason",
         "token_ids",
     )
@@ -171,6 +172,9 @@ class CompletionOutput:
         self.logprobs = logprobs
         self.finish_reason = finish_reason
         self.stop_reason = stop_reason
+        self.message: dict[str, Any] | None = None
+        """Of a chat that has ended: the answer as the next message of the conversation, with
+        content, and where there are some reasoning and tool_calls."""
 
     @property
     def text(self) -> str:

@@ -23,7 +23,8 @@ IGNORED = frozenset(
 )
 """OpenAI's fields that change nothing here."""
 
-_NO_TOOLS = "tool calls are planned; until then describe tools in a message and read the text"
+_NO_TOOLS = "tools are for chats: POST /v1/chat/completions, or LLM.chat"
+_OLD_TOOLS = "use tools and tool_choice in a chat"
 _NO_SCHEMA = "structured output is planned; until then ask for the form in a message"
 _NO_BEAMS = "there is no beam search; ask for n samples and choose"
 _TEXT_ONLY = "the model reads and writes text only"
@@ -37,8 +38,8 @@ REFUSED: Refused = {
     "response_format": (_NO_SCHEMA, ({"type": "text"},)),
     "tools": (_NO_TOOLS, ([],)),
     "tool_choice": (_NO_TOOLS, ("none", "auto")),
-    "functions": (_NO_TOOLS, ([],)),
-    "function_call": (_NO_TOOLS, ("none", "auto")),
+    "functions": (_OLD_TOOLS, ([],)),
+    "function_call": (_OLD_TOOLS, ("none", "auto")),
     "modalities": (_TEXT_ONLY, (["text"],)),
     "audio": (_TEXT_ONLY, ()),
     "web_search_options": ("the model cannot search the web", ()),
@@ -55,8 +56,8 @@ REFUSED: Refused = {
     "guided_decoding_backend": (_NO_SCHEMA, ()),
     "guided_whitespace_pattern": (_NO_SCHEMA, ()),
     "structural_tag": (_NO_SCHEMA, ()),
-    "include_reasoning": ("reasoning is not separated from the text", (True,)),
-    "thinking_token_budget": ("reasoning is not separated from the text", ()),
+    "include_reasoning": ("reasoning is told from the text in chats alone", (True,)),
+    "thinking_token_budget": ("reasoning is not bounded apart; use max_tokens", ()),
     "repetition_detection": ("use frequency_penalty or repetition_penalty", ()),
     "spaces_between_special_tokens": (
         "tokens are written as the tokenizer writes them, special ones among them",
@@ -77,7 +78,7 @@ REFUSED: Refused = {
     "ebnf": (_NO_SCHEMA, ()),
     "json_schema": (_NO_SCHEMA, ()),
     "grammar": (_NO_SCHEMA, ("",)),
-    "separate_reasoning": ("reasoning is not separated from the text", (False,)),
+    "separate_reasoning": ("reasoning is told from the text in chats alone", (False,)),
     "lora_path": ("there are no adapters", ()),
     "mirostat": ("use temperature, top_p, top_k and min_p", (0,)),
     "typical_p": ("use temperature, top_p, top_k and min_p", (1, 1.0)),
@@ -101,7 +102,6 @@ REFUSED_ARGUMENTS: Refused = {
     **dict.fromkeys(
         ("lora_request", "prompt_adapter_request"), ("LoRA adapters are not built yet", ())
     ),
-    "tools": REFUSED["tools"],
     "mm_processor_kwargs": REFUSED["mm_processor_kwargs"],
     "guided_options_request": REFUSED["structured_outputs"],
     "data_parallel_rank": REFUSED["data_parallel_rank"],

@@ -70,8 +70,9 @@ def _values(
     ]
 
 
-_TOOLS = "tool calls are not built yet"
-_REASONING = "reasoning is not separated from the text yet"
+_TOOLS = "a request's tools are always called as its tool_choice says"
+_REASONING = "reasoning is told from the text where the model's format is known"
+_PLUGINS = "formats of tool calls and reasoning are rows of a table; none runs code of its own"
 _SCHEMAS = "structured output is not built yet"
 _LORA = "LoRA adapters are not built yet"
 _DRAFTS = "speculative decoding is not built yet"
@@ -89,10 +90,21 @@ _TRACES = "traces are not built yet; GET /metrics has the times"
 _MODEL_FILES = "a model is read as its folder or file says"
 
 _TABLE: list[VllmOption] = [
-    *_flags(_TOOLS, "enable_auto_tool_choice", "exclude_tools_when_tool_choice_none"),
-    *_values(_TOOLS, "tool_call_parser", "tool_parser_plugin", "tool_server", face="server"),
-    *_flags(_REASONING, "enable_reasoning"),
-    *_values(_REASONING, "reasoning_parser", "reasoning_parser_plugin", so=("",)),
+    VllmOption(
+        name="enable_auto_tool_choice",
+        reason=_TOOLS,
+        is_flag=True,
+        neutral=(True, False),
+        note=_TOOLS,
+    ),
+    *_flags(
+        "tools stay in the prompt, so that its prefix is the same whatever is chosen",
+        "exclude_tools_when_tool_choice_none",
+    ),
+    *_values(_PLUGINS, "tool_parser_plugin", so=("",), face="server"),
+    *_values("the server has no tools of its own", "tool_server", face="server"),
+    *_flags("use --reasoning-parser", "enable_reasoning", so=True, note=_REASONING),
+    *_values(_PLUGINS, "reasoning_parser_plugin", so=("",)),
     *_values(_SCHEMAS, "guided_decoding_backend", "structured_outputs_config", so=("auto", {})),
     *_values(_SCHEMAS, "guided_decoding_disable_fallback", "logits_processor_pattern"),
     *_flags(_LORA, "enable_lora", "enable_lora_bias", "fully_sharded_loras"),

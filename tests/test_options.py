@@ -19,7 +19,8 @@ ENGINE_OPTIONS = """
 --max-num-queued-requests --block-size --gpu-memory-utilization --kv-cache-memory-bytes
 --kv-cache-dtype --prefix-caching
 --tensor-parallel-size --attention-backend --enforce-eager --deterministic --device --num-threads
---watchdog-timeout --seed --chat-template --generation-config --skip-tokenizer-init
+--watchdog-timeout --seed --chat-template --tool-call-parser --reasoning-parser --generation-config
+--skip-tokenizer-init
 --poison-freed-blocks
 """.split()
 

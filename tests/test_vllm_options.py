@@ -22,12 +22,13 @@ SO_ANYWAY = """
 --disable-custom-all-reduce | --enable-prompt-tokens-details | --enable-request-id-headers
 --prefix-caching-hash-algo sha256 | --response-role assistant | --guided-decoding-backend auto
 --allowed-methods ["*"] | --hf-overrides {} | --max-logprobs 100 | --config-format hf
---num-scheduler-steps 1 | --no-enable-auto-tool-choice | --reasoning-parser= | --api-server-count 1
+--num-scheduler-steps 1 | --enable-auto-tool-choice | --no-enable-auto-tool-choice
+--api-server-count 1
 --kv-transfer-config {"kv_connector":"OffloadingConnector","kv_role":"kv_both"}
 """
 
 REFUSED = """
---enable-auto-tool-choice | --tool-call-parser hermes | --reasoning-parser qwen3 | --enable-lora
+--tool-parser-plugin x.py | --tool-server demo | --reasoning-parser-plugin x.py | --enable-lora
 --lora-modules a=b c=d | -pp 2 | --data-parallel-size 2 | --enable-expert-parallel | --headless
 --speculative-config {"model":"x"} | --swap-space 4 | --cpu-offload-gb 8 | --otlp-traces-endpoint x
 --no-enable-chunked-prefill | --enable-log-requests | --disable-uvicorn-access-log

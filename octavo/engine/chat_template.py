@@ -25,7 +25,9 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from octavo.engine.plain_tools import with_calls_as_text, with_tools
 from octavo.engine.template_sandbox import MAX_DEPTH, BoundedSandbox, counted_range, joined
+from octavo.engine.tool_messages import CallArguments
 from octavo.errors import ChatTemplateError
 
 Message = Mapping[str, Any]
@@ -37,6 +39,8 @@ _CONTINUE_MARK = "\U000f1000octavo-continue\U000f1001"
 
 _LEAST_LIMIT, _MOST_COPIES = 1 << 20, 16
 """Characters that any template may write, and for each that it gets."""
+_TESTS_NONE = re.compile(r"""content["']?\]?\s+is\s+(not\s+)?[nN]one""")
+"""In templates that tell a message with calls by its content, which is none."""
 # A template is a foreign program: what it raises says that it cannot do with these messages.
 _FAILURES = (
     TypeError,
@@ -98,6 +102,9 @@ class ChatTemplate:
                 param="chat_template",
             ) from error
         self._reads_documents = "documents" in names
+        self._reads_tools = "tools" in names
+        self._reads_calls = "tool_calls" in source
+        self._tests_none = _TESTS_NONE.search(source) is not None
 
     def render(
         self,
@@ -126,6 +133,28 @@ class ChatTemplate:
                     param="continue_final_message",
                 )
             messages = [*messages[:-1], _with_mark(messages[-1])]
+        if not self._reads_calls:
+            messages = with_calls_as_text(messages)
+        elif self._tests_none:
+            messages = [_with_none(message) for message in messages]
+        if options.tools and not self._reads_tools:
+            return self._render_with_tools(messages, options, num_characters)
+        return self._render(messages, options, num_characters)
+
+    def _render_with_tools(
+        self, messages: Sequence[Message], options: ChatOptions, num_characters: int
+    ) -> str:
+        """For templates that know no tools: the messages tell of them."""
+        tools = options.tools or ()
+        try:
+            return self._render(with_tools(messages, tools), options, num_characters)
+        except ChatTemplateError:
+            without_system = with_tools(messages, tools, in_system=False)
+            return self._render(without_system, options, num_characters)
+
+    def _render(
+        self, messages: Sequence[Message], options: ChatOptions, num_characters: int
+    ) -> str:
         variables = {**self._special_tokens, **options.template_kwargs}
         variables |= {"messages": messages, "tools": options.tools, "documents": options.documents}
         variables["add_generation_prompt"] = options.add_generation_prompt
@@ -232,10 +261,13 @@ class _Shield:
                 param=param,
             )
         if isinstance(value, Mapping):
-            return {
+            hidden = {
                 self.hide(key, param, depth + 1): self.hide(item, param, depth + 1)
                 for key, item in value.items()
             }
+            if isinstance(value, CallArguments):
+                return CallArguments(hidden, self.hide(value.text, param, depth + 1))
+            return hidden
         return [self.hide(item, param, depth + 1) for item in value]
 
     def _hide_text(self, text: str) -> str:
@@ -275,6 +307,13 @@ def _with_mark(message: Message) -> Message:
     )
 
 
+def _with_none(message: Message) -> Message:
+    """Returns a message with calls and no content as templates know it that test for none."""
+    if message.get("tool_calls") and not message.get("content"):
+        return {**message, "content": None}
+    return message
+
+
 def _up_to_mark(text: str) -> str:
     end = text.rfind(_CONTINUE_MARK)
     if end < 0:
@@ -297,6 +336,8 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
+    if isinstance(value, CallArguments) and indent is None and separators is None:
+        return value.text  # as the model wrote it: the prompt so far has it in these words
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,

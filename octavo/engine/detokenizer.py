@@ -7,7 +7,7 @@ unfinished character, so a token costs the same at the start and at the end of a
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from octavo.engine.tokenizer import Tokenizer
@@ -117,6 +117,21 @@ class WindowStream:
         return new
 
 
+class MarkedStream:
+    """Another stream, in which some tokens stand as marks of their own, whole and never skipped."""
+
+    def __init__(self, stream: TokenStream, marks: Mapping[int, str]) -> None:
+        self._stream = stream
+        self._marks = marks
+
+    def push(self, token_id: int) -> str:
+        mark = self._marks.get(token_id)
+        return self._stream.push(token_id) if mark is None else self._stream.flush() + mark
+
+    def flush(self) -> str:
+        return self._stream.flush()
+
+
 def token_stream(tokenizer: Pieces, skip_special_tokens: bool) -> TokenStream:
     """Returns the way of incremental decoding that fits a vocabulary."""
     kind = ByteStream if tokenizer.is_byte_level else WindowStream
@@ -130,8 +145,12 @@ _LONGEST_CHARACTER = 4
 class Detokenizer:
     """Text and stop strings of one sequence."""
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
-        self._stream = token_stream(tokenizer, params.skip_special_tokens)
+    def __init__(
+        self, tokenizer: Tokenizer, params: SamplingParams, marks: Mapping[int, str] | None = None
+    ) -> None:
+        """`marks` stand in the text for the tokens of these ids."""
+        stream = token_stream(tokenizer, params.skip_special_tokens)
+        self._stream = MarkedStream(stream, marks) if marks else stream
         self._stops = params.stop
         self._includes_stop = params.include_stop_str_in_output
         self._num_unstoppable = params.min_tokens

@@ -16,6 +16,8 @@ from octavo.engine.output_processor import OutputProcessor
 from octavo.engine.tokenizer import Tokenizer, eos_token_ids, load_tokenizer
 from octavo.errors import ChatTemplateError, ConfigError, ModelError, RequestError
 from octavo.models.registry import read_spec
+from octavo.tools.answer_parser import AnswerFormat
+from octavo.tools.detect import answer_format
 from octavo.weights.hub import ModelFiles, resolve_model, resolve_tokenizer
 
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -39,6 +41,8 @@ class FrontEnd:
         self._tokenizer = _load_tokenizer(config, self.files)
         if self._tokenizer is not None:
             _check_special_ids(self._tokenizer, self.spec.vocab_size)
+        self.answer_format = format_of(self.config, self._tokenizer)
+        """How the model writes calls and reasoning; None without a tokenizer."""
         self.default_sampling_params: Mapping[str, Any] = {
             name: self.files.generation_config[name]
             for name in _SAMPLING_DEFAULTS
@@ -73,6 +77,19 @@ class FrontEnd:
             ),
             OutputProcessor(self._tokenizer),
         )
+
+
+def format_of(config: EngineConfig, tokenizer: Tokenizer | None) -> AnswerFormat | None:
+    """Returns how a model writes calls and reasoning whose tokenizer this is; None without one."""
+    if tokenizer is None:
+        return None
+    return answer_format(
+        tokenizer.chat_template,
+        tokenizer.special_strings,
+        tool_parser=config.tool_call_parser,
+        reasoning_parser=config.reasoning_parser,
+        token_id=tokenizer.token_id,
+    )
 
 
 def _check_special_ids(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -9,15 +9,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from octavo.engine.tool_messages import read_calls
 from octavo.errors import RequestError, shown
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
 """What a message may call its role, and what a template knows it as."""
 _MESSAGE_FIELDS = {"role", "content", "name"}
 _REASONING_FIELDS = {"reasoning", "reasoning_content"}
 """Of an assistant's message: handed to the template, which may drop it."""
 _EMPTY_FIELDS = {
-    **dict.fromkeys(("function_call", "tool_calls", "tool_call_id"), "tool calls are planned"),
+    "function_call": "send tool_calls, and results with the role tool",
+    "tool_calls": "only an assistant's message has calls",
+    "tool_call_id": "only a message with the role tool has it",
     **dict.fromkeys(("refusal", "annotations"), "leave it out"),
     "audio": "the model reads and writes text only",
 }
@@ -29,16 +38,30 @@ _IGNORED_FIELDS = {
     *("reasoning_details", "thinking_blocks", "provider_specific_fields"),
 }
 """Fields that answers of this and other servers carry; they say nothing to the model."""
+_FIELDS_OF = {"assistant": "tool_calls", "tool": "tool_call_id"}
+"""What messages of a role have that others have not."""
 _LONGEST_NAME = 64
 _TEXT_PARTS = {"text", "input_text", "output_text"}
 
 
-def read_messages(messages: object, where: str = "messages") -> list[dict[str, str]]:
-    """Returns the messages as text. Raises RequestError naming the message and the field."""
+def read_messages(messages: object, where: str = "messages") -> list[dict[str, Any]]:
+    """Returns the messages: their content as text, an assistant's with the `tool_calls` that it
+    has, a tool's with the name of the tool if one of the calls before has its id.
+
+    Raises RequestError naming the message and the field.
+    """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         reason = f"{where} must be a list of messages, got {type(messages).__name__}"
         raise RequestError(reason, param=where)
-    return [_as_text(message, f"{where}[{i}]") for i, message in enumerate(messages)]
+    read = [_as_text(message, f"{where}[{i}]") for i, message in enumerate(messages)]
+    names: dict[str, str] = {}
+    for message in read:
+        for call in message.get("tool_calls", ()):
+            names[call.get("id", "")] = call["function"]["name"]
+        called = message.get("tool_call_id")
+        if called in names:
+            message.setdefault("name", names[called])
+    return read
 
 
 def is_unicode(text: str) -> bool:
@@ -50,31 +73,36 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def _as_text(message: object, where: str) -> dict[str, str]:
+def _as_text(message: object, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         reason = f"{where} must be a mapping with role and content, got {type(message).__name__}"
         raise RequestError(reason, param=where)
     _check_fields(message, where)
     role = message.get("role")
-    if role == "tool":
-        reason = f"{where}.role 'tool' is not supported: tool calls are planned"
-        raise RequestError(reason, param=f"{where}.role", code="unsupported_field")
     if not isinstance(role, str) or role not in ROLES:
         reason = f"{where}.role must be one of {', '.join(ROLES)}, got {shown(role)}"
         raise RequestError(reason, param=f"{where}.role")
-    result = {"role": ROLES[role], "content": _content(message, f"{where}.content", role)}
+    content = _content(message, f"{where}.content", role)
+    result: dict[str, Any] = {"role": ROLES[role], "content": content}
     name = message.get("name")
     if name is not None:
         result["name"] = _checked_text(name, f"{where}.name", "a string")
     if role == "assistant" and (reasoning := _reasoning(message, where)):
         # Templates know it by either name.
         result |= dict.fromkeys(sorted(_REASONING_FIELDS), reasoning)
+    if role == "assistant" and message.get("tool_calls"):
+        result["tool_calls"] = read_calls(message["tool_calls"], f"{where}.tool_calls")
+    if role == "tool" and message.get("tool_call_id") is not None:
+        place = f"{where}.tool_call_id"
+        result["tool_call_id"] = _checked_text(message["tool_call_id"], place, "a string")
     return result
 
 
 def _check_fields(message: Mapping[Any, Any], where: str) -> None:
     for name, value in message.items():
         if value is None or name in _MESSAGE_FIELDS | _REASONING_FIELDS | _IGNORED_FIELDS:
+            continue
+        if name == _FIELDS_OF.get(str(message.get("role"))):
             continue
         place = f"{where}.{str(name)[:_LONGEST_NAME]}"
         if name not in _EMPTY_FIELDS:

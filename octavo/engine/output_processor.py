@@ -9,7 +9,7 @@ request's receiver, and says which sequences a stop string has ended; never spea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from octavo.engine.detokenizer import Detokenizer
 from octavo.engine.tokenizer import Tokenizer
@@ -28,11 +28,16 @@ class OutputProcessor:
         self.num_sequences = 0
         """Of all open requests, the finished ones of each among them."""
 
-    def open(self, request: Request, receiver: Receiver) -> None:
-        """Opens a request, whose id must never have been open; `receiver` is told what it gains."""
+    def open(
+        self, request: Request, receiver: Receiver, marks: Mapping[int, str] | None = None
+    ) -> None:
+        """Opens a request, whose id must never have been open; `receiver` is told what it gains.
+
+        `marks` stand in its text for the tokens of these ids.
+        """
         assert request.request_id not in self._requests, f"{request.request_id} is open already"
         tokenizer = self._tokenizer if request.params.detokenize else None
-        self._requests[request.request_id] = _Open(request, receiver, tokenizer)
+        self._requests[request.request_id] = _Open(request, receiver, tokenizer, marks)
         self.num_sequences += request.params.n
 
     @property
@@ -121,9 +126,11 @@ def _advance(sequence: _Sequence, delta: TokenDelta, now: float) -> OutputDelta:
 class _Sequence:
     __slots__ = ("detokenizer", "includes_stop", "is_finished")
 
-    def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, request: Request, tokenizer: Tokenizer | None, marks: Mapping[int, str] | None
+    ) -> None:
         params = request.params
-        self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, params)
+        self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, params, marks)
         self.includes_stop = params.include_stop_str_in_output
         self.is_finished = False
 
@@ -133,7 +140,13 @@ class _Open:
 
     __slots__ = ("num_running", "receiver", "sequences")
 
-    def __init__(self, request: Request, receiver: Receiver, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        receiver: Receiver,
+        tokenizer: Tokenizer | None,
+        marks: Mapping[int, str] | None,
+    ) -> None:
         self.receiver = receiver
-        self.sequences = [_Sequence(request, tokenizer) for _ in range(request.params.n)]
+        self.sequences = [_Sequence(request, tokenizer, marks) for _ in range(request.params.n)]
         self.num_running = request.params.n

@@ -163,6 +163,10 @@ class Tokenizer:
     def is_special(self, token_id: int) -> bool:
         return token_id in self.special_ids
 
+    def token_id(self, text: str) -> int | None:
+        """Returns the id of the token that is spelled `text` in the vocabulary, if there is one."""
+        return self._core.token_to_id(text)
+
     def is_token(self, token_id: int) -> bool:
         return self._core.id_to_token(token_id) is not None
 
@@ -186,7 +190,7 @@ class Tokenizer:
                     "completions",
                     param="messages",
                 )
-            specials = tuple(self._special_strings())
+            specials = tuple(self.special_strings)
             self._renderer = ChatRenderer(self.chat_template, self.special_tokens, specials)
         return self._renderer
 
@@ -208,7 +212,7 @@ class Tokenizer:
         if not rendered.literals:
             return self.encode(rendered.text, add_special_tokens=False)
         if self._guard is None:
-            self._guard = TokenGuard(self._core, self._special_strings())
+            self._guard = TokenGuard(self._core, self.special_strings)
         return self._guard.encode(rendered.text, lambda named: self._prefixed(rendered.show(named)))
 
     @overload
@@ -270,7 +274,9 @@ class Tokenizer:
             return bytes([int(byte[1], 16)])
         return piece.replace("\u2581", " ").encode()
 
-    def _special_strings(self) -> dict[str, int]:
+    @property
+    def special_strings(self) -> dict[str, int]:
+        """The ids of all special tokens by their text."""
         return {text: i for text, i in self.added_tokens.items() if i in self.special_ids}
 
     def _role_id(self, role: str) -> int | None:

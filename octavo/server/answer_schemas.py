@@ -40,10 +40,11 @@ _USAGE = _object(
         "completion_tokens": _INT,
         "total_tokens": _INT,
         "prompt_tokens_details": _object({"cached_tokens": _INT}),
-    }
+    },
+    {"completion_tokens_details": _object({"reasoning_tokens": _INT})},
 )
 _END: Schema = {
-    "finish_reason": {"enum": ["stop", "length", None]},
+    "finish_reason": {"enum": ["stop", "length", "tool_calls", None]},
     "stop_reason": {
         "description": "The stop text or token that ended it.",
         "anyOf": [_TEXT, _INT, {"type": "null"}],
@@ -72,11 +73,28 @@ _COMPLETION_LOGPROBS = _object(
         "text_offset": _list(_INT),
     }
 )
+_CALL = {
+    "anyOf": [
+        _object(
+            {
+                "id": _TEXT,
+                "type": {"const": kind},
+                kind: _object({"name": _TEXT, given: _TEXT}),
+            }
+        )
+        for kind, given in (("function", "arguments"), ("custom", "input"))
+    ]
+}
 _CHAT_CHOICE = _object(
     {
         "index": _INT,
         "message": _object(
-            {"role": {"const": "assistant"}, "content": _TEXT, "refusal": {"type": "null"}}
+            {
+                "role": {"const": "assistant"},
+                "content": _or_null(_TEXT),
+                "refusal": {"type": "null"},
+            },
+            {"reasoning": _TEXT, "reasoning_content": _TEXT, "tool_calls": _list(_CALL)},
         ),
         "logprobs": _or_null(_CHAT_LOGPROBS),
         **_END,

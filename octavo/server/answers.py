@@ -28,6 +28,7 @@ class Usage:
     is_prompt_only: bool = False
     num_generated: int = 0
     num_cached: int = 0
+    num_reasoning: int = 0
 
     @staticmethod
     def of(call: Call, is_prompt_only: bool = False) -> Usage:
@@ -40,14 +41,21 @@ class Usage:
         if is_first:
             self.num_cached += delta.num_cached_tokens
 
+    def add_reasoning(self, num_tokens: int) -> None:
+        """Counts tokens of a reasoning, which are among those generated."""
+        self.num_reasoning += num_tokens
+
     def body(self) -> dict[str, Any]:
         """Returns OpenAI's usage object."""
-        return {
+        body: dict[str, Any] = {
             "prompt_tokens": self.num_prompt,
             "completion_tokens": self.num_generated,
             "total_tokens": self.num_prompt + self.num_generated,
             "prompt_tokens_details": {"cached_tokens": self.num_cached},
         }
+        if self.num_reasoning:
+            body["completion_tokens_details"] = {"reasoning_tokens": self.num_reasoning}
+        return body
 
 
 class ChunkFrame:

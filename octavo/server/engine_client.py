@@ -14,6 +14,7 @@ from octavo.engine.detokenizer import Pieces
 from octavo.observe.stats import EngineStats
 from octavo.outputs import Receiver
 from octavo.request import Request, SamplingParams
+from octavo.tools.answer_parser import AnswerFormat
 
 
 class ServerTokenizer(Pieces, Protocol):
@@ -69,6 +70,11 @@ class Engine(Protocol):
     def tokenizer(self) -> ServerTokenizer: ...
 
     @property
+    def answer_format(self) -> AnswerFormat | None:
+        """How the model writes calls and reasoning; None if it is not known."""
+        ...
+
+    @property
     def default_sampling_params(self) -> Mapping[str, Any]:
         """Values of the model's generation config, named as in SamplingParams."""
         ...
@@ -84,8 +90,11 @@ class Engine(Protocol):
         """Returns a request under an id of its own. Raises RequestError, EngineDeadError."""
         ...
 
-    def submit(self, request: Request, receiver: Receiver) -> None:
-        """Hands a request over; `receiver` is told of its progress in the event loop.
+    def submit(
+        self, request: Request, receiver: Receiver, marks: Mapping[int, str] | None = None
+    ) -> None:
+        """Hands a request over; `receiver` is told of its progress in the event loop. `marks` stand
+        in its text for the tokens of these ids.
 
         Raises OverloadedError, EngineDeadError.
         """

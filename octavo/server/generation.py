@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from starlette.requests import Request as HttpRequest
@@ -39,6 +39,8 @@ class Call:
     requests: tuple[Request, ...]
     exchange: Exchange
     """Where the access log finds what the call came to."""
+    marks: Mapping[int, str] | None = None
+    """What stands in the text for the tokens of these ids."""
 
 
 async def new_call(
@@ -47,8 +49,9 @@ async def new_call(
     kind: str,
     params: SamplingParams,
     prompts: Sequence[Sequence[int]],
+    marks: Mapping[int, str] | None = None,
 ) -> Call:
-    """Returns the call that `body` asks for; `kind` is the prefix of its id.
+    """Returns the call that `body` asks for; `kind` is the prefix of its id, `marks` are Call's.
 
     Raises RequestError if one of the prompts cannot be served, before any of them runs.
     """
@@ -72,6 +75,7 @@ async def new_call(
         params=params,
         requests=tuple(requests),
         exchange=exchange,
+        marks=marks,
     )
 
 
@@ -149,6 +153,7 @@ class _Running:
         self._engine = state.engine
         self._metrics = state.metrics
         self._exchange = call.exchange
+        self._marks = call.marks
         self._most = max(1, state.engine.max_num_seqs // call.params.n)
         self._todo = deque(enumerate(call.requests))
         self._open: dict[int, _Progress] = {}
@@ -196,7 +201,7 @@ class _Running:
             progress = _Progress(self, tag, request, self._metrics.track(request))
             self._open[tag] = progress
             try:
-                self._engine.submit(request, progress)
+                self._engine.submit(request, progress, self._marks)
             except OctavoError as error:
                 del self._open[tag]
                 if self._open and isinstance(error, OverloadedError):

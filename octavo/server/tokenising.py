@@ -70,8 +70,11 @@ class Tokenising:
 
         Raises RequestError, ChatTemplateError among them, and OverloadedError.
         """
+        return await self.encode_rendered(body.rendered or render(self._tokenizer, body))
+
+    async def encode_rendered(self, rendered: RenderedChat) -> Sequence[int]:
+        """Returns the ids of a chat's text. Raises ContextLengthError, OverloadedError."""
         tokenizer = self._tokenizer
-        rendered = body.rendered or render(tokenizer, body)
         self.check_length(len(rendered.text), "messages")
 
         def work() -> Sequence[int]:

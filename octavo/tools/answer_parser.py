@@ -14,12 +14,13 @@ from __future__ import annotations
 import secrets
 import string
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from octavo.tools.calls import Calls, Piece, TextPiece
 from octavo.tools.harmony import Harmony
 from octavo.tools.marks import Marks
+from octavo.tools.reasoning_tokens import ReasoningTokens
 from octavo.tools.shapes import ReasoningFormat, ToolFormat
 from octavo.tools.source import BrokenCallError, Markers, Source, Step
 
@@ -39,10 +40,26 @@ class AnswerFormat:
     tools: ToolFormat | None
     reasoning: ReasoningFormat | None
     marks: Marks
+    thought_begins: Mapping[int, int | None] = field(default_factory=dict)
+    """Token ids that begin the reasoning, each with the one that must stand before it, if any."""
+    thought_ends: frozenset[int] = frozenset()
     markers: _FormatMarkers = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "markers", _FormatMarkers(self.tools, self.reasoning))
+
+    @property
+    def is_in_channels(self) -> bool:
+        """Whether the whole answer is in channels, so that no text is plain."""
+        return self.tools is not None and self.tools.shape is None
+
+    def without_reasoning(self) -> AnswerFormat:
+        """Returns the same for answers in which the reasoning stays content."""
+        return replace(self, reasoning=None, thought_begins={}, thought_ends=frozenset())
+
+    def token_counter(self, starts_inside: bool) -> ReasoningTokens:
+        """Returns what counts the tokens of one answer's reasoning."""
+        return ReasoningTokens(self.thought_begins, self.thought_ends, starts_inside=starts_inside)
 
     def starts_inside(self, prompt: str) -> bool:
         """Whether the answer to `prompt`, the text of a chat, begins within the reasoning."""

@@ -5,7 +5,7 @@ Called once a model by both faces.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from octavo.tools.answer_parser import AnswerFormat
@@ -32,9 +32,11 @@ def answer_format(
     *,
     tool_parser: str = AUTO,
     reasoning_parser: str = AUTO,
+    token_id: Callable[[str], int | None] = lambda text: None,
 ) -> AnswerFormat:
     """Returns how a model writes that has this chat template and these special tokens (ids by
-    text). Names are those of the table, `auto` or `none`."""
+    text). Names are those of the table, `auto` or `none`; `token_id` finds the one token of a
+    text, if it is one."""
     template = template or ""
     tools = _chosen(TOOL_FORMATS, TOOL_PARSERS, tool_parser, template)
     if tools is None and tool_parser == AUTO:
@@ -46,7 +48,31 @@ def answer_format(
         tools=None if tools is None else tools.bound(marks),
         reasoning=None if reasoning is None else reasoning.bound(marks),
         marks=marks,
+        thought_begins=_begins(reasoning, token_id),
+        thought_ends=_ends(reasoning, token_id),
     )
+
+
+def _begins(
+    reasoning: ReasoningFormat | None, token_id: Callable[[str], int | None]
+) -> dict[int, int | None]:
+    if reasoning is None:
+        return {}
+    if reasoning.tokens is not None:
+        before, begin = map(token_id, reasoning.tokens[0])
+        return {} if begin is None else {begin: before}
+    found = (token_id(text) for text in reasoning.begins)
+    return {one: None for one in found if one is not None}
+
+
+def _ends(
+    reasoning: ReasoningFormat | None, token_id: Callable[[str], int | None]
+) -> frozenset[int]:
+    if reasoning is None:
+        return frozenset()
+    texts = reasoning.ends if reasoning.tokens is None else reasoning.tokens[1]
+    found = (token_id(text) for text in texts)
+    return frozenset(one for one in found if one is not None)
 
 
 def _chosen(

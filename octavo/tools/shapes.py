@@ -84,6 +84,9 @@ class ReasoningFormat:
     """Markers around the content that are no part of it."""
     starts_inside: bool = False
     """Whether an answer begins within the reasoning, unless the prompt has ended it."""
+    tokens: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+    """Where it is not one of `begins` and `ends` alone: the tokens, one behind the other, that
+    begin the reasoning, and those of which one ends it."""
     signs: tuple[tuple[str, ...], ...] = ()
     aliases: tuple[str, ...] = ()
 

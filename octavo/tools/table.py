@@ -293,6 +293,7 @@ REASONING_FORMATS: tuple[ReasoningFormat, ...] = (
         name="openai_gptoss",
         begins=(),
         ends=(),
+        tokens=(("<|channel|>", "analysis"), ("<|end|>", "<|call|>", "<|return|>")),
         signs=(("<|channel|>", "<|message|>", "analysis"),),
         aliases=("openai", "gpt_oss", "harmony"),
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from datetime import datetime
 
 import pytest
@@ -39,6 +40,8 @@ TOOLS = [{"type": "function", "function": {"name": "f", "description": "\xe9<"}}
     ],
 )
 def test_the_text_is_that_of_transformers(source, options):
+    if "tools" not in source:  # transformers would leave them out without a word
+        options = replace(options, tools=None)
     wanted, _ = render_jinja_template(
         [MESSAGES],
         tools=None if options.tools is None else list(options.tools),

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from octavo.engine.chat_template import ChatRenderer, RenderedChat
@@ -14,6 +14,7 @@ from octavo.errors import ContextLengthError, EngineDeadError, RequestError
 from octavo.observe.stats import EngineStats
 from octavo.outputs import OutputDelta, Receiver
 from octavo.request import Logprob, PositionLogprobs, Request, SamplingParams, pack_ids
+from octavo.tools.answer_parser import AnswerFormat
 
 NATURAL_LENGTH = 20
 BOS = 1
@@ -69,6 +70,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.tokenizer = FakeTokenizer()
+        self.answer_format: AnswerFormat | None = None
         self.default_sampling_params: dict[str, Any] = {}
         self.requests: list[tuple[str, SamplingParams, int, str]] = []
         self.error: Exception | None = None
@@ -77,6 +79,8 @@ class FakeEngine:
         """Raised after so many outputs."""
         self.finish_reason: str | None = None
         """Instead of the natural one."""
+        self.answer: str | None = None
+        """Instead of the alphabet: a token a character."""
         self.is_endless = False
         self.is_silent = False
         """Never yields, as if the request waited."""
@@ -109,7 +113,9 @@ class FakeEngine:
             arrival_time=time.monotonic(),
         )
 
-    def submit(self, request: Request, receiver: Receiver) -> None:
+    def submit(
+        self, request: Request, receiver: Receiver, marks: Mapping[int, str] | None = None
+    ) -> None:
         self.requests.append(
             (request.request_id, request.params, request.priority, request.cache_salt)
         )
@@ -149,13 +155,16 @@ class FakeEngine:
         """Tells each sequence's token of a step; returns whether it was the last."""
         ids, params = request.prompt_token_ids, request.params
         limit = params.max_tokens or self.max_model_len - len(ids)
-        end = limit if params.ignore_eos else min(limit, NATURAL_LENGTH)
+        length = NATURAL_LENGTH if self.answer is None else len(self.answer)
+        end = limit if params.ignore_eos else min(limit, length)
         finished = step >= end and not self.is_endless
         reason = ("length" if end == limit else "stop") if finished else None
         if finished:
             self._end(request)
         for index in range(params.n):
             token = 97 + (sum(ids) + index + step - 1) % 26
+            if self.answer is not None:
+                token = ord(self.answer[step - 1])
             prompt_logprobs = None
             if params.prompt_logprobs is not None and step == 1 and index == 0:
                 prompt_logprobs = [None, *(_position(t, params.prompt_logprobs) for t in ids[1:])]

@@ -128,7 +128,7 @@ def test_a_number_that_is_none_is_refused(http: httpx.Client, number: str) -> No
         ({"messages": USER, "top_logprobs": 2}, "top_logprobs"),
         ({"messages": USER, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"messages": USER, "logprobs": 2}, "logprobs"),
-        ({"messages": USER, "tools": [{"type": "function"}]}, "tools"),
+        ({"messages": USER, "tools": [{"type": "function"}]}, "tools[0].function"),
         ({"messages": USER, "tool_choice": "required"}, "tool_choice"),
         ({"messages": USER, "chat_template": "{{ x }}"}, "chat_template"),
         ({"messages": USER, "audio": {"voice": "x"}}, "audio"),
@@ -342,7 +342,10 @@ def test_null_asks_for_nothing(http: httpx.Client, path: str) -> None:
 def test_what_is_known_elsewhere_passes_if_it_asks_for_nothing(
     http: httpx.Client, path: str
 ) -> None:
+    model = ChatRequest if path == CHAT else CompletionRequest
     for name, (_, neutral) in REFUSED.items():
+        if name in model.model_fields:
+            continue  # known on this route
         for value in neutral:
             body = {**least_body(path), "max_tokens": 1, name: value}
             assert http.post(path, json=body).status_code == 200, name
@@ -403,8 +406,8 @@ def test_errors_repeat_no_more_of_a_body_than_helps(http: httpx.Client) -> None:
         ({"messages": USER, "stream": "yes"}, "stream must be true or false"),
         ({"messages": USER, "reasoning_effort": "banana"}, "reasoning_effort must be one of"),
         ({"messages": [{"role": "user"}]}, "must be a string or a list of text parts"),
-        ({"messages": USER, "tools": [{}]}, "tools is not supported: tool calls are planned"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "tool calls are planned"),
+        ({"messages": USER, "tools": [{}]}, "tools[0].function must be an object with a name"),
+        ({"messages": USER, "functions": [{}]}, "use tools and tool_choice in a chat"),
     ],
 )
 def test_errors_say_what_a_field_must_be(

@@ -17,6 +17,7 @@ from octavo.request import SamplingParams
 from octavo.request_fields import IGNORED, REFUSED
 from octavo.server.protocol.sampling import SamplingFields
 from octavo.server.protocol.strict import RequestModel, integer
+from octavo.tools.definitions import NAME_PATTERN, Tools, read_tools, with_choice
 
 Messages = Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True)]
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -32,6 +33,19 @@ _TEXT_PART = {
     "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
     "required": ["type", "text"],
 }
+_CALL = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string"},
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "properties": {"name": {"type": "string"}, "arguments": {"type": "string"}},
+            "required": ["name", "arguments"],
+        },
+    },
+    "required": ["id", "type", "function"],
+}
 MESSAGE_SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
@@ -46,10 +60,42 @@ MESSAGE_SCHEMA: dict[str, Any] = {
         "name": {"anyOf": [{"type": "string"}, {"type": "null"}]},
         "reasoning": {"anyOf": [{"type": "string"}, {"type": "null"}]},
         "reasoning_content": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "tool_calls": {"anyOf": [{"type": "array", "items": _CALL}, {"type": "null"}]},
+        "tool_call_id": {"anyOf": [{"type": "string"}, {"type": "null"}]},
     },
     "required": ["role"],
 }
 """What `read_messages` takes, for the description of the API."""
+
+
+TOOL_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "type": {"enum": ["function", "custom"]},
+        "function": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "pattern": f"^{NAME_PATTERN}$"},
+                "description": {"type": "string"},
+                "parameters": {
+                    "type": "object",
+                    "properties": {"type": {"const": "object"}, "properties": {"type": "object"}},
+                },
+                "strict": {"anyOf": [{"type": "boolean"}, {"type": "null"}]},
+            },
+            "required": ["name"],
+        },
+    },
+    "required": ["type", "function"],
+}
+"""What `read_tools` takes, but for custom tools."""
+TOOL_CHOICE_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {"enum": ["auto", "none", "required"]},
+        {"type": "object", "properties": {"type": {"const": "function"}}, "required": ["type"]},
+        {"type": "null"},
+    ]
+}
 
 
 class TemplateFields(RequestModel):
@@ -62,8 +108,9 @@ class TemplateFields(RequestModel):
     refused_fields = REFUSED
 
     messages: Messages = Field(
-        description="Objects with role (system, developer, user, assistant), content (a text or a "
-        "list of text parts), optionally name, and the reasoning of an assistant's message.",
+        description="Objects with role (system, developer, user, assistant, tool), content (a text "
+        "or a list of text parts), optionally name, the reasoning and tool_calls of an assistant's "
+        "message, and the tool_call_id of a tool's.",
         json_schema_extra={"items": MESSAGE_SCHEMA},
     )
     add_generation_prompt: bool = Field(True, description="End with the answer's header.")
@@ -76,6 +123,14 @@ class TemplateFields(RequestModel):
     documents: list[dict[str, Any]] | None = Field(
         None, description="For templates that read documents; refused by those that do not."
     )
+    tools: list[dict[str, Any]] | None = Field(
+        None,
+        description="Functions, or custom tools with a text as input, that the model may call.",
+        json_schema_extra={"items": TOOL_SCHEMA},
+    )
+    enable_thinking: bool | None = Field(
+        None, description="A variable of the template: whether the model reasons first."
+    )
     chat_template_kwargs: dict[str, Any] | None = Field(
         None,
         description="Variables of the template, such as enable_thinking; those that it does not "
@@ -85,12 +140,19 @@ class TemplateFields(RequestModel):
         None, description="A variable of the template; changes nothing where it is not read."
     )
     _rendered: RenderedChat | None = PrivateAttr(None)
+    _tools: Tools | None = PrivateAttr(None)
 
     def field_name(self, param: str) -> str:
         """Returns the field of this body that the engine's `param` was read from."""
         return "messages" if param == "prompt" else param
 
-    def template_messages(self) -> list[dict[str, str]]:
+    def tool_set(self) -> Tools:
+        """Returns the tools. Raises RequestError naming the tool and the field."""
+        if self._tools is None:
+            self._tools = read_tools(self.tools)
+        return self._tools
+
+    def template_messages(self) -> list[dict[str, Any]]:
         """Returns the messages as text. Raises RequestError naming the message and the field."""
         if self.add_special_tokens:
             message = "add_special_tokens has no meaning in chat: the template adds what it needs"
@@ -107,6 +169,7 @@ class TemplateFields(RequestModel):
         options = ChatOptions(
             add_generation_prompt=self.add_generation_prompt,
             continue_final_message=self.continue_final_message,
+            tools=self.tool_set().for_template(),
             documents=self.documents,
             template_kwargs=self.template_kwargs(),
         )
@@ -116,12 +179,13 @@ class TemplateFields(RequestModel):
         """Returns a copy that has the text of the chat, and of its messages only the last."""
         rendered = self.render(renderer)
         less = {
-            "messages": read_messages(self.messages[-1:]),
+            "messages": self.messages[-1:],
+            "tools": None,
             "documents": None,
             "chat_template_kwargs": None,
         }
         copy = self.model_copy(update=less)
-        copy._rendered = rendered
+        copy._rendered, copy._tools = rendered, self._tools
         return copy
 
     def template_kwargs(self) -> dict[str, Any]:
@@ -132,8 +196,13 @@ class TemplateFields(RequestModel):
             if kwargs.pop(name) is not None:
                 message = f"chat_template_kwargs has {name}; send it as a field of the body"
                 raise RequestError(message, param=f"chat_template_kwargs.{name}")
-        if self.reasoning_effort is not None:
-            kwargs.setdefault("reasoning_effort", self.reasoning_effort)
+        effort, thinks = self.reasoning_effort, self.enable_thinking
+        if effort is not None:
+            kwargs.setdefault("reasoning_effort", effort)
+            thinks = effort != "none" if thinks is None else thinks
+        if thinks is not None:
+            # Templates know it by either name.
+            kwargs = {"enable_thinking": thinks, "thinking": thinks, **kwargs}
         return kwargs
 
 
@@ -143,6 +212,19 @@ class ChatRequest(SamplingFields, TemplateFields):
     param_defaults: ClassVar[Mapping[str, Any]] = {"max_tokens": None}
     """Where they are not those of SamplingParams."""
 
+    tool_choice: str | dict[str, Any] | None = Field(
+        None,
+        description="auto (the model's choice), none, required (at least one call), or an object "
+        "that names a tool, or the allowed ones.",
+        json_schema_extra=TOOL_CHOICE_SCHEMA,
+    )
+    parallel_tool_calls: bool | None = Field(
+        None, description="False: an answer has one call at most."
+    )
+    include_reasoning: bool = Field(True, description="False: the reasoning is not told.")
+    separate_reasoning: bool = Field(
+        True, description="False: the reasoning stays in the content, as the model wrote it."
+    )
     logprobs: bool = Field(False, description="Tell log-probabilities of the answer's tokens.")
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
         None, description="Tell those of so many of the likeliest tokens; needs logprobs: true."
@@ -172,7 +254,11 @@ class ChatRequest(SamplingFields, TemplateFields):
             overrides["max_tokens"] = self.max_completion_tokens
         return self.sampling_params({**self.param_defaults, **defaults}, overrides)
 
+    def tool_set(self) -> Tools:
+        """Returns the tools, as they are to be called. Raises RequestError."""
+        return with_choice(super().tool_set(), self.tool_choice, self.parallel_tool_calls)
+
     def echoed_text(self) -> str:
         """Returns what `echo` puts before the answer: a final message of the assistant."""
         final = self.template_messages()[-1]
-        return final["content"] if self.echo and final["role"] == "assistant" else ""
+        return final["content"] or "" if self.echo and final["role"] == "assistant" else ""

@@ -16,13 +16,21 @@ from octavo.engine.mailbox import News
 from octavo.outputs import OutputDelta
 from octavo.server.answers import ChunkFrame, PlainChunks, Usage, marked
 from octavo.server.body import read_body
+from octavo.server.chat_answers import (
+    chat_reading,
+    finish_reason,
+    streamed_delta,
+    whole_message,
+)
 from octavo.server.generation import Call, StreamedCall, new_call, whole_call
 from octavo.server.logprobs import TokenSpelling, chat_logprobs, prompt_logprobs
 from octavo.server.openapi import described
-from octavo.server.pieces import Lazy
+from octavo.server.pieces import Later, Lazy
 from octavo.server.protocol.chat import ChatRequest
 from octavo.server.state import ServerState, server_state
 from octavo.server.streaming import long_response, run_attached, stream_response
+from octavo.server.tokenising import render
+from octavo.tools.answers import AnswerReader, AnswerReading
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -34,29 +42,44 @@ async def create_chat_completion(request: Request) -> Response:
     state = server_state(request)
     state.check_model(body.model)
     params = body.to_params(state.engine.default_sampling_params)
-    prompt = await state.tokenising.encode_chat(body)
-    call = await new_call(request, body, "chatcmpl", params, [prompt])
+    rendered = body.rendered or render(state.engine.tokenizer, body)
+    reading = chat_reading(body, state.engine.answer_format, rendered)
+    marks = None if reading is None else reading.marks.by_id
+    prompt = await state.tokenising.encode_rendered(rendered)
+    call = await new_call(request, body, "chatcmpl", params, [prompt], marks)
     if body.stream:
-        rounds, writer = StreamedCall(state, call), _Events(state, body, call)
+        rounds, writer = StreamedCall(state, call), _Events(state, body, call, reading)
         return await stream_response(rounds, writer, request.receive, state.drain)
     work = whole_call(state, call)
     [sequences] = await run_attached(work, request.receive, state.drain)
-    return await long_response(_answer(state, body, call, sequences), state.drain)
+    return await long_response(_answer(state, body, call, reading, sequences), state.drain)
 
 
 def _answer(
-    state: ServerState, body: ChatRequest, call: Call, sequences: list[OutputDelta]
+    state: ServerState,
+    body: ChatRequest,
+    call: Call,
+    reading: AnswerReading | None,
+    sequences: list[OutputDelta],
 ) -> dict[str, Any]:
     usage = Usage.of(call)
     for sequence in sequences:
         usage.add(sequence, is_first=sequence.index == 0)
+
+    def choices() -> Iterator[dict[str, Any]]:
+        for sequence in sequences:
+            reader = None if reading is None else reading.begin()
+            yield _choice(state, body, sequence, reader)
+            if reader is not None:
+                usage.add_reasoning(reader.num_reasoning_tokens)
+
     answer = {
         "id": call.id,
         "object": "chat.completion",
         "created": call.created,
         "model": state.model_name,
-        "choices": Lazy(_choice(state, body, sequence) for sequence in sequences),
-        "usage": usage.body(),
+        "choices": Lazy(choices()),
+        "usage": Later(usage.body),
     }
     if body.prompt_logprobs is not None:
         positions = sequences[0].prompt_logprobs
@@ -68,16 +91,21 @@ def _answer(
     return answer
 
 
-def _choice(state: ServerState, body: ChatRequest, sequence: OutputDelta) -> dict[str, Any]:
+def _choice(
+    state: ServerState, body: ChatRequest, sequence: OutputDelta, reader: AnswerReader | None
+) -> dict[str, Any]:
+    reason = sequence.finish_reason
+    if reader is None:
+        content = body.echoed_text() + sequence.text
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    else:
+        message = whole_message(reader, sequence, body.echoed_text())
+        reason = finish_reason(reader, reason)
     choice = {
         "index": sequence.index,
-        "message": {
-            "role": "assistant",
-            "content": body.echoed_text() + sequence.text,
-            "refusal": None,
-        },
+        "message": message,
         "logprobs": _logprobs(state, body, sequence),
-        "finish_reason": sequence.finish_reason,
+        "finish_reason": reason,
         "stop_reason": sequence.stop_reason,
     }
     if body.return_token_ids:
@@ -97,15 +125,19 @@ def _logprobs(
 class _Events:
     """Writes the events of one streamed call."""
 
-    def __init__(self, state: ServerState, body: ChatRequest, call: Call) -> None:
+    def __init__(
+        self, state: ServerState, body: ChatRequest, call: Call, reading: AnswerReading | None
+    ) -> None:
         self._state, self._body, self._call = state, body, call
         self._usage = usage = Usage.of(call)
         self._frame = frame = ChunkFrame(
             call, body, usage, kind="chat.completion.chunk", model=state.model_name
         )
         n = call.params.n
+        self._readers = None if reading is None else [reading.begin() for _ in range(n)]
         self._plain = None
-        if not (body.logprobs or body.return_token_ids or frame.has_continuous_usage):
+        is_told_by_token = body.logprobs or body.return_token_ids or frame.has_continuous_usage
+        if reading is None and not is_told_by_token:
             choices = (_stream_choice(i, {"content": marked()}) for i in range(n))
             self._plain = PlainChunks(frame, choices)
         self._has_begun = [False] * n
@@ -128,9 +160,19 @@ class _Events:
             if plain is not None and delta.finish_reason is None:
                 if delta.text:
                     yield plain.event(delta.index, delta.text)
-            else:
+            elif self._readers is None:
                 for choice in _new_choices(self._state, self._body, delta):
                     yield from self._frame.event_pieces(choice)
+            else:
+                yield from self._read(delta, self._readers[delta.index])
+
+    def _read(self, new: OutputDelta, reader: AnswerReader) -> Iterator[bytes]:
+        num_before = reader.num_reasoning_tokens
+        delta = streamed_delta(reader.push(new.text, new.token_ids, new.finish_reason))
+        self._usage.add_reasoning(reader.num_reasoning_tokens - num_before)
+        reason = finish_reason(reader, new.finish_reason)
+        for choice in _new_choices(self._state, self._body, new, delta, reason):
+            yield from self._frame.event_pieces(choice)
 
     def end(self) -> bytes:
         return self._frame.end()
@@ -147,17 +189,24 @@ def _first_events(body: ChatRequest, call: Call, frame: ChunkFrame) -> Iterator[
 
 
 def _new_choices(
-    state: ServerState, body: ChatRequest, new: OutputDelta
+    state: ServerState,
+    body: ChatRequest,
+    new: OutputDelta,
+    delta: dict[str, Any] | None = None,
+    reason: str | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yields a choice for what is new, and one for the end."""
-    if new.text or new.logprobs or (new.token_ids and body.return_token_ids):
-        choice = _stream_choice(new.index, {"content": new.text})
+    """Yields a choice for what is new, and one for the end; `delta` and `reason` where they are
+    not the text and the reason of `new` itself."""
+    if delta is None:
+        delta, reason = {"content": new.text} if new.text else {}, new.finish_reason
+    if delta or new.logprobs or (new.token_ids and body.return_token_ids):
+        choice = _stream_choice(new.index, delta or {"content": ""})
         choice["logprobs"] = _logprobs(state, body, new)
         if body.return_token_ids:
             choice["token_ids"] = new.token_ids
         yield choice
     if new.finish_reason is not None:
-        end = {"finish_reason": new.finish_reason, "stop_reason": new.stop_reason}
+        end = {"finish_reason": reason, "stop_reason": new.stop_reason}
         yield {**_stream_choice(new.index, {}), **end}
 
 

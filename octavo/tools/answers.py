@@ -1,0 +1,227 @@
+"""Owns a sequence's answer as clients get it: text, reasoning and calls, whole or in deltas.
+
+Made by both faces around an `AnswerParser`; adds what the request asked for: custom tools have an
+input and no arguments, one call alone where parallel ones are not wanted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from octavo.tools.answer_parser import AnswerFormat, AnswerParser
+from octavo.tools.calls import CallPiece, Piece, TextPiece
+from octavo.tools.definitions import CUSTOM_INPUT, Kind, Tools
+from octavo.tools.marks import Marks
+
+INPUTS: dict[Kind, str] = {"function": "arguments", "custom": "input"}
+"""What a call of each kind gives its tool."""
+
+
+@dataclass(slots=True, kw_only=True)
+class CallDelta:
+    """What was added to one call; name and id come once."""
+
+    number: int
+    kind: Kind = "function"
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+    """JSON of a function; the input of a custom tool."""
+
+    def function(self) -> dict[str, str]:
+        """Returns what is called and with what, as messages have it."""
+        return {"name": self.name, INPUTS[self.kind]: self.arguments}
+
+
+@dataclass(slots=True, kw_only=True)
+class AnswerDelta:
+    """What was added to one answer."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: list[CallDelta] = field(default_factory=list)
+
+
+class AnswerSum:
+    """Adds up the deltas of one answer."""
+
+    def __init__(self) -> None:
+        self._content: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls: list[CallDelta] = []
+        self._arguments: list[list[str]] = []
+
+    def add(self, delta: AnswerDelta) -> None:
+        self._content.append(delta.content)
+        self._reasoning.append(delta.reasoning)
+        for call in delta.calls:
+            if call.name:
+                self._calls.append(call)
+                self._arguments.append([])
+            self._arguments[-1].append(call.arguments)
+
+    def total(self) -> AnswerDelta:
+        """Returns the deltas as one."""
+        calls = [
+            replace(call, arguments="".join(parts))
+            for call, parts in zip(self._calls, self._arguments, strict=True)
+        ]
+        content, reasoning = "".join(self._content), "".join(self._reasoning)
+        return AnswerDelta(content=content, reasoning=reasoning, calls=calls)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerReading:
+    """How the answers to one request are read."""
+
+    format: AnswerFormat
+    tools: Tools
+    starts_inside: bool
+    """Whether the prompt has begun the reasoning."""
+    shows_reasoning: bool = True
+
+    @property
+    def marks(self) -> Marks:
+        return self.format.marks
+
+    def begin(self) -> AnswerReader:
+        """Returns the reader of one sequence."""
+        return AnswerReader(self)
+
+
+def reading_of(
+    found: AnswerFormat | None,
+    tools: Tools,
+    prompt: str,
+    *,
+    tells_reasoning: bool = True,
+    shows_reasoning: bool = True,
+) -> AnswerReading | None:
+    """Returns how the answers to `prompt`, the text of a chat, are read; None if they are plain.
+
+    Without `tells_reasoning` it stays in the content, without `shows_reasoning` it is left out.
+    """
+    if found is None:
+        return None
+    if not tells_reasoning:
+        found = found.without_reasoning()
+    if found.reasoning is None and not tools.are_called and not found.is_in_channels:
+        return None
+    return AnswerReading(
+        format=found,
+        tools=tools,
+        starts_inside=found.starts_inside(prompt),
+        shows_reasoning=shows_reasoning,
+    )
+
+
+class AnswerReader:
+    """One sequence's answer."""
+
+    def __init__(self, reading: AnswerReading) -> None:
+        self._reading = reading
+        self._parser = AnswerParser(
+            reading.format,
+            schemas=reading.tools.schemas,
+            starts_inside=reading.starts_inside,
+        )
+        self._custom_names = reading.tools.custom_names
+        self._input: list[str] | None = None
+        """The arguments so far of the custom tool that is being called."""
+        self._tokens = reading.format.token_counter(reading.starts_inside)
+
+    @property
+    def has_calls(self) -> bool:
+        return self._parser.num_calls > 0
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        return self._tokens.num_tokens
+
+    def push(
+        self, text: str, token_ids: Sequence[int] = (), finish_reason: str | None = None
+    ) -> AnswerDelta:
+        """Returns what `text` adds, and if it is the last all that was held back."""
+        self._tokens.add(token_ids)
+        pieces = self._parser.push(text)
+        if finish_reason is not None:
+            pieces += self._parser.finish(is_cut=finish_reason == "length")
+        delta = AnswerDelta()
+        for piece in pieces:
+            self._take(delta, piece)
+        if finish_reason is not None:
+            self._end_input(delta, self._parser.num_calls - 1)
+        return delta
+
+    def _take(self, delta: AnswerDelta, piece: Piece) -> None:
+        if isinstance(piece, TextPiece):
+            if piece.kind == "content":
+                delta.content += piece.text
+            elif self._reading.shows_reasoning:
+                delta.reasoning += piece.text
+            return
+        if piece.number and not self._reading.tools.is_parallel:
+            return
+        if piece.name:
+            self._end_input(delta, piece.number - 1)
+            is_custom = piece.name in self._custom_names
+            self._input = [] if is_custom else None
+            kind: Kind = "custom" if is_custom else "function"
+            delta.calls.append(
+                CallDelta(number=piece.number, kind=kind, id=piece.id, name=piece.name)
+            )
+        if self._input is not None:
+            self._input.append(piece.arguments)
+        elif piece.arguments:
+            self._add(delta, piece)
+
+    def _add(self, delta: AnswerDelta, piece: CallPiece) -> None:
+        last = delta.calls[-1] if delta.calls else None
+        if last is None or last.number != piece.number:
+            delta.calls.append(CallDelta(number=piece.number, arguments=piece.arguments))
+        else:
+            last.arguments += piece.arguments
+
+    def _end_input(self, delta: AnswerDelta, number: int) -> None:
+        """Tells the input of a custom tool, which can be read when all of it is there."""
+        if self._input is None:
+            return
+        text, self._input = input_of("".join(self._input)), None
+        last = delta.calls[-1] if delta.calls else None
+        if last is None or last.number != number:
+            delta.calls.append(CallDelta(number=number, kind="custom", arguments=text))
+        else:
+            last.arguments += text
+
+
+def message_of(found: AnswerDelta, before: str = "") -> dict[str, Any]:
+    """Returns a whole answer, behind the text `before`, as a message of the assistant."""
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": before + found.content or (None if found.calls else ""),
+        **reasoning_of(found),
+    }
+    if found.calls:
+        message["tool_calls"] = [
+            {"id": call.id, "type": call.kind, call.kind: call.function()} for call in found.calls
+        ]
+    return message
+
+
+def reasoning_of(found: AnswerDelta) -> dict[str, str]:
+    """Returns the reasoning as messages have it: clients know it by either name."""
+    names = ("reasoning", "reasoning_content")
+    return dict.fromkeys(names, found.reasoning) if found.reasoning else {}
+
+
+def input_of(arguments: str) -> str:
+    """Returns the input of a custom tool from the arguments that a model wrote."""
+    try:
+        found = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+    given = found.get(CUSTOM_INPUT) if isinstance(found, dict) else found
+    return given if isinstance(given, str) else arguments
