@@ -209,6 +209,7 @@ class TemplateFields(RequestModel):
 class ChatRequest(SamplingFields, TemplateFields):
     """OpenAI's chat completion request with vLLM's additions."""
 
+    ignored_fields = IGNORED - {"parallel_tool_calls"}
     param_defaults: ClassVar[Mapping[str, Any]] = {"max_tokens": None}
     """Where they are not those of SamplingParams."""
 
