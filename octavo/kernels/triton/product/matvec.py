@@ -105,8 +105,8 @@ def gate_up_of_pair_kernel(
     """hidden[p] = act(x[t] @ gate[e].T, x[t] @ up[e].T) for the pair p = (t, slot), expert e.
 
     x_TM [T, M]; gate and up [E, F, M] with stride_E given; biases float32 [E, F], HAS_BIAS;
-    hidden_PF [P, F]; ids outside [0, E) leave their row of hidden as it was. HAS_SHARED (one token): pair num_pairs + i is part i of the
-    shared expert, its rows i F .. (i + 1) F.
+    hidden_PF [P, F]; ids outside [0, E) leave their row of hidden as it was. HAS_SHARED (one
+    token): pair num_pairs + i is part i of the shared expert, its rows i F .. (i + 1) F.
     """
     wait_turn(OVERLAP)
     announce(OVERLAP)
