@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -17,7 +18,7 @@ from octavo.errors import UnsupportedModelError
 from octavo.formats import WeightFormat
 from octavo.kernels.limits import check_copied_format
 from octavo.kernels.weights import Weight
-from octavo.weights.source import NUMBER_DTYPES, Staging, TensorSource
+from octavo.weights.source import NUMBER_DTYPES, Staging, TensorSource, half_split_rows
 from octavo.weights.split import Split
 
 _NUM_WORKERS = 8
@@ -30,7 +31,8 @@ class Placement(Protocol):
     device: torch.device
 
     def matrices(self, splits: Mapping[str, Split | None]) -> tuple[Weight, ...]:
-        """Returns the named matrices in order, None for those that every rank has whole.
+        """Returns the named matrices in order, None for those that every rank has whole, with their
+        rows in the order that we compute in (`Split.pairs`).
 
         A device has them one after the other in one tensor, so that one product serves q, k and v
         and the experts of a layer are one [E, rows, cols] stack. Their numbers may not be there
@@ -47,6 +49,14 @@ class Placement(Protocol):
         ...
 
 
+def _ordered(data: Tensor, split: Split | None) -> Tensor:
+    """Returns whole heads of a matrix or vector with their rows in the order of our kernels."""
+    if split is None or split.pairs is None:
+        return data
+    rows, pairs = data.view(len(data), -1), split.pairs
+    return half_split_rows(rows, len(rows) // pairs.head_size, pairs.first).view(data.shape)
+
+
 class HostPlacement:
     """Matrices stay where the source has them, mapped files in their files. One rank alone."""
 
@@ -56,10 +66,14 @@ class HostPlacement:
         self._source = source
 
     def matrices(self, splits: Mapping[str, Split | None]) -> tuple[Weight, ...]:
-        return tuple(self._source.matrix(name) for name in splits)
+        weights = {name: self._source.matrix(name) for name in splits}
+        return tuple(
+            replace(weight, data=_ordered(weight.data, splits[name]))
+            for name, weight in weights.items()
+        )
 
     def vector(self, name: str, split: Split | None = None) -> Tensor:
-        return self._source.vector(name)
+        return _ordered(self._source.vector(name), split)
 
     def finish(self) -> None:
         """Nothing to wait for."""
@@ -72,6 +86,7 @@ class _Copy(NamedTuple):
     row: int
     col: int
     out: Tensor
+    split: Split | None
 
 
 class DevicePlacement:
@@ -100,7 +115,7 @@ class DevicePlacement:
         )
         parts = stack.split([len(one) for one in rows])
         self._copies += [
-            _Copy(name, row.start, col.start, part)
+            _Copy(name, row.start, col.start, part, splits[name])
             for name, row, col, part in zip(splits, rows, cols, parts, strict=True)
         ]
         return tuple(
@@ -113,7 +128,7 @@ class DevicePlacement:
         if split is not None:
             index, count = split.part(self._rank, self._size)
             vector = vector.view(count, -1)[index]
-        return vector.to(self.device)
+        return _ordered(vector, split).to(self.device)
 
     def finish(self) -> None:
         copies, self._copies = iter(self._copies), []
@@ -129,8 +144,10 @@ class DevicePlacement:
         """Makes those copies that no other worker takes; taking from a list is atomic."""
         staging = Staging(self.device)
         try:
-            for name, row, col, out in copies:
+            for name, row, col, out, split in copies:
                 self._source.copy_into(name, out, staging, row, col)
+                if split is not None and split.pairs is not None:
+                    out.copy_(_ordered(out, split))
         except BaseException:
             for _ in copies:  # so that the other workers stop
                 pass

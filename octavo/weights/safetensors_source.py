@@ -8,33 +8,30 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from octavo.errors import WeightsError
 from octavo.formats import WEIGHT_FORMATS
 from octavo.weights.checkpoint import weight_files
-from octavo.weights.names import ExpertNames, expert_names
+from octavo.weights.names import expert_names, text_name
 from octavo.weights.source import MappedFile, MappedSource, StoredTensor
+from octavo.weights.stacked import experts_of
 
 _DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _MAX_HEADER_BYTES = 100_000_000
-_FUSED = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
-_FUSED_ROUTER = re.compile(r"model\.layers\.(\d+)\.mlp\.gate\.weight")
 
 
 def open_safetensors(folder: Path, model_type: str) -> MappedSource:
     """Returns the tensors of a checkpoint folder under their usual names.
 
-    transformers 5 can also write experts stacked in memory order ([E, 2F, M] and [E, M, F]); they
-    are listed one by one. Raises WeightsError naming the broken file and, where known, the tensor.
+    Experts in stacks are listed one by one, and the text model of one that also sees without its
+    prefix. Raises WeightsError naming the broken file and, where known, the tensor.
     """
     tensors: dict[str, StoredTensor] = {}
     for path in weight_files(folder):
         for name, stored in _read_header(path).items():
-            for one_name, one in _split_fused(name, stored, expert_names(model_type)):
+            for one_name, one in experts_of(text_name(name), stored, expert_names(model_type)):
                 if one_name in tensors:
                     first = tensors[one_name].file.path.name
                     raise WeightsError(f"{one_name} is both in {first} and in {path.name}")
@@ -84,30 +81,3 @@ def _stored(file: MappedFile, name: str, entry: Any, data_start: int) -> StoredT
         format=number_format,
         format_name=dtype,
     )
-
-
-def _split_fused(
-    name: str, stored: StoredTensor, names: ExpertNames
-) -> list[tuple[str, StoredTensor]]:
-    """Returns the experts of a stacked tensor one by one, or the tensor itself."""
-    if router := _FUSED_ROUTER.fullmatch(name):
-        return [(names.router(router[1]), stored)]
-    fused = _FUSED.fullmatch(name)
-    if fused is None or len(stored.shape) != 3 or stored.format is None:
-        return [(name, stored)]
-    experts, rows, cols = stored.shape
-    parts = ("down",) if fused[2] == "down_proj" else ("gate", "up")
-    part_rows = rows // len(parts)
-    part_bytes = part_rows * stored.format.row_bytes(cols)
-    return [
-        (
-            names.expert(fused[1], expert, part),
-            replace(
-                stored,
-                start=stored.start + (expert * len(parts) + index) * part_bytes,
-                shape=(part_rows, cols),
-            ),
-        )
-        for expert in range(experts)
-        for index, part in enumerate(parts)
-    ]

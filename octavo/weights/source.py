@@ -11,7 +11,7 @@ import mmap
 import os
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -145,6 +145,17 @@ class MappedFile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ColumnsOf:
+    """The matrix whose rows are some columns of a stored one: first, first + step, ..."""
+
+    rows: int
+    cols: int
+    """Of the stored matrix."""
+    first: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
     """Where one tensor, or one expert of a stacked tensor, lies in a file."""
 
@@ -159,6 +170,9 @@ class StoredTensor:
     interleaved_heads: int = 0
     """Above 0: the rows of each of so many heads pair neighbours for RoPE (ggml's order for
     `llama`), and are returned in the half-split order."""
+    columns: ColumnsOf | None = None
+    """The tensor is not stored in one piece, but as columns of the matrix that begins at `start`;
+    numbers alone."""
 
     @property
     def nbytes(self) -> int:
@@ -198,7 +212,7 @@ class MappedSource:
     def copy_into(self, name: str, out: Tensor, staging: Staging, row: int, col: int) -> None:
         stored = self._find(name)
         number_format = _format_of(name, stored)
-        if stored.interleaved_heads:
+        if stored.interleaved_heads or stored.columns is not None:
             out.copy_(part_of(self.matrix(name).data, out, row, col))
             return
         # Read rather than mapped: no page faults, and no mapped pages to give back.
@@ -248,11 +262,13 @@ def part_of(data: Tensor, out: Tensor, row: int, col: int) -> Tensor:
     return data[row : row + out.shape[0], col : col + out.shape[1]]
 
 
-def half_split_rows(data: Tensor, num_heads: int) -> Tensor:
-    """Returns the rows of each head with the first of every RoPE pair before all the second."""
+def half_split_rows(data: Tensor, num_heads: int, first: int = 0) -> Tensor:
+    """Returns the rows of each head with the first of every RoPE pair before all the second; those
+    before `first` stay where they are."""
     rows, width = data.shape
-    pairs = data.view(num_heads, rows // num_heads // 2, 2, width)
-    return pairs.transpose(1, 2).reshape(rows, width)
+    heads = data.view(num_heads, rows // num_heads, width)
+    pairs = heads[:, first:].unflatten(1, (-1, 2)).transpose(1, 2)
+    return torch.cat((heads[:, :first], pairs.flatten(1, 2)), dim=1).view(rows, width)
 
 
 def _format_of(name: str, stored: StoredTensor) -> WeightFormat:
@@ -265,8 +281,18 @@ def _format_of(name: str, stored: StoredTensor) -> WeightFormat:
     return stored.format
 
 
+def _columns(stored: StoredTensor, columns: ColumnsOf, number_format: WeightFormat) -> Tensor:
+    whole = replace(stored, shape=(columns.rows, columns.cols), columns=None)
+    data = _rows(whole, number_format, columns.rows)[:, columns.first :: columns.step]
+    numbers = data[:, : stored.shape[0]].T.contiguous()
+    stored.file.release(whole.start, whole.nbytes)
+    return numbers
+
+
 def _rows(stored: StoredTensor, number_format: WeightFormat, rows: int) -> Tensor:
-    """Returns a view [rows, cols], or [rows, row bytes] for block formats."""
+    """Returns a view [rows, cols], or [rows, row bytes] for block formats; a copy of columns."""
+    if stored.columns is not None:
+        return _columns(stored, stored.columns, number_format).view(rows, -1)
     data = stored.file.view(stored.start, stored.nbytes)
     if not number_format.is_block:
         if stored.start % number_format.block_bytes:

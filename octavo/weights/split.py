@@ -1,4 +1,4 @@
-"""How tensor parallel ranks share a tensor.
+"""How tensor parallel ranks share a tensor, and in which order its rows lie.
 
 Made by `models.spec`, applied by `placement`. It never imports torch.
 """
@@ -12,6 +12,15 @@ from octavo.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RowPairs:
+    """Rows that pair neighbours for RoPE: of each `head_size` rows those from `first` on. They are
+    loaded with the first of every pair before all the second, as our kernels rotate."""
+
+    head_size: int
+    first: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
     """How tensor parallel ranks share a tensor: each takes as many of its units, in rank order."""
 
@@ -21,6 +30,8 @@ class Split:
     num_units: int
     may_repeat: bool = False
     """Where ranks outnumber the units, several ranks have the same one (kv heads)."""
+    pairs: RowPairs | None = None
+    """How the checkpoint orders the rows, if not as they are computed."""
 
     def part(self, rank: int, size: int) -> tuple[int, int]:
         """Returns which of how many equal parts the rank takes. Raises ConfigError."""
