@@ -55,7 +55,8 @@ def check_context(config: EngineConfig, spec: ModelSpec) -> None:
     wanted, trained = config.max_model_len, spec.trained_len
     if wanted is None or wanted <= trained or config.allow_longer_than_trained:
         return
-    stretched = f", which {spec.rope.type} RoPE stretches to {trained}"
+    kinds = " and ".join(dict.fromkeys(rope.type for rope in spec.ropes))
+    stretched = f", which {kinds} RoPE stretches to {trained}"
     raise ConfigError(
         f"max_model_len {wanted} is more than the {trained} tokens that the model was trained for "
         f"(max_position_embeddings {spec.max_position_embeddings}"
@@ -144,7 +145,7 @@ def _gpu_step(
     `kv_tokens` is at least what one KV group can hold.
     """
     longest = min(config.max_model_len or spec.default_len, kv_tokens)
-    tables = 4 * longest * spec.rope.rotary_dim
+    tables = 4 * longest * sum(rope.rotary_dim for rope in spec.ropes)
 
     def step_bytes(num_tokens: int) -> int:
         num_samples = min(num_tokens, config.max_num_seqs)
@@ -168,7 +169,7 @@ def _attention_width(layer: LayerSpec) -> int:
 def _partials(layer: LayerSpec, config: EngineConfig, num_tokens: int, longest: int) -> int:
     """Bytes of partial results: of decodes, or after them those of short chunks."""
     spec = layer.attention
-    visible = longest if spec.window is None else min(longest, spec.window)
+    visible = min(longest, spec.visibility.most_visible or longest)
     rows = config.max_num_seqs
     if config.deterministic:
         rows = max(rows, DETERMINISTIC_TOKENS)

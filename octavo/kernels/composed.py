@@ -57,7 +57,6 @@ class Composed:
         gate_T1: Tensor | None,
         activation: Activation,
     ) -> Tensor:
-        """Returns out + sigmoid(gate) * shared(x), added in place."""
         if shared is not None:
             part_TM = self.gated_mlp(x_TM, shared.gate, shared.up, shared.down, activation)
             self.add_gated(out_TM, part_TM, gate_T1)

@@ -118,6 +118,18 @@ class Ops(Protocol):
         """out += sigmoid(gate) * x in place, or out += x without a gate."""
         ...
 
+    def add_shared(
+        self,
+        out_TM: Tensor,
+        x_TM: Tensor,
+        shared: SharedExpert | None,
+        gate_T1: Tensor | None,
+        activation: Activation,
+    ) -> Tensor:
+        """Returns out + the shared expert's MLP of x, times sigmoid(gate) where there is one; added
+        in place."""
+        ...
+
     def rope_and_cache(
         self, qkv_TN: Tensor, op: AttentionOp, layer: KVLayer, batch: AttentionBatch
     ) -> Tensor:

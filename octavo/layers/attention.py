@@ -29,6 +29,8 @@ class Attention:
     early_norm: QKNorm | None = None
     """A norm that cannot wait for `op`, where the clamp or other ranks come in between."""
     clip_qkv: float | None = None
+    temperatures: Tensor | None = None
+    """float32 [positions]: what queries are multiplied by."""
     qkv_bias: Tensor | None = None
     output_bias: Tensor | None = None
 
@@ -40,7 +42,11 @@ class Attention:
             qkv_TN = self._normed(qkv_TN, self.early_norm, ops, forward.collectives)
         if self.clip_qkv is not None:
             qkv_TN = qkv_TN.clamp_(-self.clip_qkv, self.clip_qkv)
-        out_TN = ops.rope_attention(qkv_TN, self.op, *forward.kv(self.layer))
+        kv, batch = forward.kv(self.layer)
+        if self.temperatures is not None:
+            q_TN = qkv_TN[:, : self.op.num_heads * self.op.head_size]
+            q_TN *= self.temperatures[batch.positions_T.long()].unsqueeze(1)
+        out_TN = ops.rope_attention(qkv_TN, self.op, kv, batch)
         return ops.linear(out_TN, (self.output,), self.output_bias), residual_TM
 
     def _normed(self, qkv_TN: Tensor, norm: QKNorm, ops: Ops, collectives: Collectives) -> Tensor:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from octavo.kernels.activations import Activation
-from octavo.kernels.inputs import NormInput
+from octavo.kernels.inputs import NormInput, Routed
+from octavo.kernels.ops import Ops
 from octavo.kernels.weights import ExpertWeights, Router, SharedExpert
 from octavo.layers.forward import Forward
 
@@ -31,6 +33,8 @@ class MoE:
         """Returns [T, M], or parts of it where the step allows them, and the residual."""
         counts_E = forward.expert_counts_LE[self.counts_row]
         routed = forward.ops.norm_route(rows, self.router, counts_E, forward.num_live)
+        if self.router.rule.scales_input:
+            return self._of_scaled_inputs(routed, forward.ops), routed.residual_TM
         out_TM = forward.ops.moe(
             routed.x_TM,
             routed.topk_weights,
@@ -42,3 +46,17 @@ class MoE:
             in_parts=forward.in_parts,
         )
         return out_TM, routed.residual_TM
+
+    def _of_scaled_inputs(self, routed: Routed, ops: Ops) -> Tensor:
+        """Each pair of token and expert is a row of its own, whose weight is in it already."""
+        x_TM, (num_tokens, top_k) = routed.x_TM, routed.topk_ids.shape
+        rows_PM = (
+            (x_TM.unsqueeze(1) * routed.topk_weights.unsqueeze(2)).to(x_TM.dtype).flatten(0, 1)
+        )
+        ids_P1, ones_P1 = (
+            routed.topk_ids.view(-1, 1),
+            torch.ones_like(routed.topk_weights).view(-1, 1),
+        )
+        out_PM = ops.moe(rows_PM, ones_P1, ids_P1, self.experts, self.activation)
+        out_TM = out_PM if top_k == 1 else out_PM.view(num_tokens, top_k, -1).sum(1)
+        return ops.add_shared(out_TM, x_TM, self.shared, routed.gate_T1, self.activation)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.inputs import RopeTable
-from octavo.layers.rope_spec import RopeSpec
+from octavo.layers.rope_spec import QueryTemperature, RopeSpec
 
 
 def build_rope_table(spec: RopeSpec, max_model_len: int, device: torch.device) -> RopeTable:
@@ -43,6 +43,9 @@ def inverse_frequencies(spec: RopeSpec, max_model_len: int) -> Tensor:
         stretch /= spec.original_max_position_embeddings
         theta *= (spec.factor * stretch - (spec.factor - 1)) ** (dim / (dim - 2))
     frequencies = 1.0 / theta**exponents
+    if spec.type == "proportional":
+        frequencies[int(spec.proportion * dim // 2) :] = 0.0
+        return frequencies / spec.factor
     if spec.type == "linear":
         return frequencies / spec.factor
     if spec.type == "llama3":
@@ -75,3 +78,12 @@ def _yarn(spec: RopeSpec, frequencies: Tensor) -> Tensor:
         last += 0.001  # a step instead of a ramp
     ramp = torch.arange(dim // 2, dtype=torch.float32).sub_(first).div_(last - first).clamp_(0, 1)
     return frequencies * (1 - ramp) + frequencies / spec.factor * ramp
+
+
+def build_temperatures(
+    temperature: QueryTemperature, max_model_len: int, device: torch.device
+) -> Tensor:
+    """Returns the factor of the queries at positions 0..max_model_len - 1, float32."""
+    positions = torch.arange(max_model_len, dtype=torch.float32)
+    steps = torch.floor((positions + 1.0) / temperature.floor)
+    return torch.log1p(steps).mul_(temperature.scale).add_(1.0).to(device)

@@ -13,16 +13,20 @@ from torch import Tensor
 
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, QKNorm, RopeTable
 from octavo.kernels.ops import Ops
-from octavo.kernels.weights import ExpertWeights, Router, SharedExpert, Weight
+from octavo.kernels.weights import ExpertBiases, ExpertWeights, Router, SharedExpert, Weight
 from octavo.kv_cache.storage import KVStorage
 from octavo.layers.attention import Attention, norms_early
 from octavo.layers.forward import Forward
 from octavo.layers.mlp import GatedMLP
 from octavo.layers.moe import MoE
 from octavo.layers.norm import RMSNorm
-from octavo.layers.rope import build_rope_table
+from octavo.layers.rope import build_rope_table, build_temperatures
+from octavo.layers.rope_spec import RopeSpec
+from octavo.models.attention_spec import AttentionSpec
 from octavo.models.family import Family
-from octavo.models.spec import AttentionSpec, MLPSpec, ModelSpec, MoESpec, Parameter
+from octavo.models.mlp_spec import MLPSpec, MoESpec
+from octavo.models.parameter import Parameter
+from octavo.models.spec import ModelSpec
 from octavo.observe.progress import UNWATCHED, Progress
 from octavo.parallel import ALONE, Collectives
 from octavo.weights.placement import Placement
@@ -37,6 +41,9 @@ class Layer:
     mixer: Attention
     mlp_norm: RMSNorm
     mlp: GatedMLP | MoE
+    mixer_post_norm: RMSNorm | None = None
+    mlp_post_norm: RMSNorm | None = None
+    """Norms of what is added to the residual."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,22 +85,32 @@ class Decoder:
             num_live=num_live,
             collectives=self.collectives,
         )
-        x_TM, residual_TM = None, self.ops.embedding(token_ids_T, self.embedding)
+        x_TM, residual_TM = None, self._embedded(token_ids_T)
         for layer in self.layers:
             self.progress.beat()
             rows = layer.mixer_norm.of(x_TM, residual_TM)
             x_TM, residual_TM = layer.mixer.run(rows, forward)
-            rows = layer.mlp_norm.of(all_reduce(x_TM), residual_TM)
+            x_TM = self._post_normed(all_reduce(x_TM), layer.mixer_post_norm)
+            rows = layer.mlp_norm.of(x_TM, residual_TM)
             x_TM, residual_TM = layer.mlp.run(rows, forward)
-            x_TM = all_reduce(x_TM)
+            x_TM = self._post_normed(all_reduce(x_TM), layer.mlp_post_norm)
         return self.final_norm.of(x_TM, residual_TM).normed(self.ops)
+
+    def _embedded(self, token_ids_T: Tensor) -> Tensor:
+        x_TM = self.ops.embedding(token_ids_T, self.embedding)
+        if self.spec.embedding_scale == 1.0:
+            return x_TM
+        return x_TM.mul_(torch.tensor(self.spec.embedding_scale, dtype=x_TM.dtype))
+
+    def _post_normed(self, x_TM: Tensor, norm: RMSNorm | None) -> Tensor:
+        return x_TM if norm is None else self.ops.rms_norm(x_TM, norm.weight, norm.eps)
 
     def logits(self, hidden_SM: Tensor) -> Tensor:
         """Returns [S, V] float32 of normed hidden states."""
-        logits = self.ops.logits(hidden_SM, self.lm_head)
-        if self.lm_head.rows == self.spec.vocab_size:
-            return logits
-        return self.collectives.all_gather_columns(logits)
+        logits, cap = self.ops.logits(hidden_SM, self.lm_head), self.spec.logit_soft_cap
+        if self.lm_head.rows != self.spec.vocab_size:
+            logits = self.collectives.all_gather_columns(logits)
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
 def load_decoder(
@@ -108,8 +125,8 @@ def load_decoder(
 
     The caller has checked the names (`octavo.weights.loader.check_names`). Raises what the
     placement raises. `collectives` is that of the rank that the placement is for."""
-    rope = build_rope_table(spec.rope, max_model_len, placement.device)
-    loader = _Loader(spec, family, placement, rope, collectives)
+    ropes = {rope: build_rope_table(rope, max_model_len, placement.device) for rope in spec.ropes}
+    loader = _Loader(spec, family, placement, ropes, max_model_len, collectives)
     embedding = loader.matrix("embedding")
     decoder = Decoder(
         spec=spec,
@@ -134,13 +151,15 @@ class _Loader:
         spec: ModelSpec,
         family: Family,
         placement: Placement,
-        rope: RopeTable,
+        ropes: dict[RopeSpec, RopeTable],
+        max_model_len: int,
         collectives: Collectives,
     ) -> None:
         self.spec = spec
         self.family = family
         self.placement = placement
-        self.rope = rope
+        self.ropes = ropes
+        self.max_model_len = max_model_len
         self.collectives = collectives
 
     def matrices(self, splits: dict[Parameter, Split | None]) -> tuple[Weight, ...]:
@@ -151,11 +170,18 @@ class _Loader:
     def matrix(self, name: str, layer: int = -1, split: Split | None = None) -> Weight:
         return self.matrices({Parameter(name, layer): split})[0]
 
-    def vector(self, name: str, layer: int = -1, split: Split | None = None) -> Tensor:
-        return self.placement.vector(self.family.weight_name(Parameter(name, layer)), split)
+    def vector(
+        self, name: str, layer: int = -1, split: Split | None = None, expert: int = -1
+    ) -> Tensor:
+        name = self.family.weight_name(Parameter(name, layer, expert))
+        return self.placement.vector(name, split)
+
+    def norm_weight(self, name: str, layer: int = -1, split: Split | None = None) -> Tensor:
+        weight = self.vector(name, layer, split)
+        return weight.add_(self.spec.norm_offset) if self.spec.norm_offset else weight
 
     def norm(self, name: str, layer: int = -1) -> RMSNorm:
-        return RMSNorm(weight=self.vector(name, layer), eps=self.spec.norm_eps)
+        return RMSNorm(weight=self.norm_weight(name, layer), eps=self.spec.norm_eps)
 
     def lm_head(self, embedding: Weight) -> Weight:
         """Returns this rank's rows; a vocabulary that does not divide is whole on all ranks."""
@@ -181,11 +207,12 @@ class _Loader:
             mixer=self.attention(spec.attention, index),
             mlp_norm=self.norm("mlp_norm", index),
             mlp=mlp,
+            mixer_post_norm=self.norm("attention_post_norm", index) if spec.post_norms else None,
+            mlp_post_norm=self.norm("mlp_post_norm", index) if spec.post_norms else None,
         )
 
     def attention(self, spec: AttentionSpec, layer: int) -> Attention:
-        heads, kv_heads = spec.query_split, spec.kv_split
-        splits = {"q": heads, "k": kv_heads, "v": kv_heads}
+        splits = {"q": spec.query_split, "k": spec.key_split, "v": spec.value_split}
         qkv_bias = o_bias = None
         if spec.qkv_bias:
             biases = [self.vector(f"{part}_bias", layer, split) for part, split in splits.items()]
@@ -194,6 +221,7 @@ class _Loader:
             o_bias = self.vector("o_bias", layer)
         qk_norm = self.qk_norm(spec, layer)
         weights = self.matrices({Parameter(part, layer): split for part, split in splits.items()})
+        heads = replace(spec.query_split, pairs=None)
         is_early = norms_early(qk_norm, spec.clip_qkv, self.collectives)
         return Attention(
             layer=layer,
@@ -203,11 +231,14 @@ class _Loader:
                 head_size=spec.head_size,
                 scale=spec.scale,
                 visibility=spec.visibility,
-                rope=self.rope,
+                rope=None if spec.rope is None else self.ropes[spec.rope],
                 qk_norm=None if is_early else qk_norm,
+                sinks_H=self.vector("sinks", layer, heads) if spec.has_sinks else None,
+                soft_cap=spec.soft_cap,
             ),
             qkv=weights,
-            output=self.matrix("o", layer, replace(heads, axis="cols")),
+            output=self.matrix("o", layer, spec.output_split),
+            temperatures=self.temperatures(spec),
             early_norm=qk_norm if is_early else None,
             clip_qkv=spec.clip_qkv,
             qkv_bias=qkv_bias,
@@ -217,13 +248,18 @@ class _Loader:
     def qk_norm(self, spec: AttentionSpec, layer: int) -> QKNorm | None:
         if spec.qk_norm is None:
             return None
-        per_head = spec.qk_norm == "head"
-        return QKNorm(
-            query=self.vector("q_norm", layer, None if per_head else spec.query_split),
-            key=self.vector("k_norm", layer, None if per_head else spec.kv_split),
-            eps=self.spec.norm_eps,
-            per_head=per_head,
-        )
+        per_head = spec.qk_norm != "projection"
+        if spec.qk_norm == "unweighted":
+            query = key = torch.ones(spec.head_size, device=self.placement.device)
+        else:
+            query = self.norm_weight("q_norm", layer, None if per_head else spec.query_split)
+            key = self.norm_weight("k_norm", layer, None if per_head else spec.key_split)
+        return QKNorm(query=query, key=key, eps=self.spec.norm_eps, per_head=per_head)
+
+    def temperatures(self, spec: AttentionSpec) -> Tensor | None:
+        if spec.temperature is None:
+            return None
+        return build_temperatures(spec.temperature, self.max_model_len, self.placement.device)
 
     def gated(self, prefix: str, spec: MLPSpec, layer: int) -> tuple[Weight, Weight, Weight]:
         """Returns gate, up and down."""
@@ -241,13 +277,30 @@ class _Loader:
                 ("expert_down", replace(rows, axis="cols")),
             )
         )
-        return ExpertWeights(gate=gate, up=up, down=down)
+        biases = self.expert_biases(spec, layer) if spec.expert_bias else None
+        return ExpertWeights(gate=gate, up=up, down=down, biases=biases)
+
+    def expert_biases(self, spec: MoESpec, layer: int) -> ExpertBiases:
+        def stack(name: str, split: Split | None) -> Tensor:
+            each = (self.vector(name, layer, split, e) for e in range(spec.num_experts))
+            return torch.stack(list(each))
+
+        down_EM = stack("expert_down_bias", None)
+        if self.collectives.rank > 0:  # added once: the outputs are summed
+            down_EM.zero_()
+        return ExpertBiases(
+            gate_EF=stack("expert_gate_bias", spec.split),
+            up_EF=stack("expert_up_bias", spec.split),
+            down_EM=down_EM,
+        )
 
     def moe(self, spec: MoESpec, layer: int) -> MoE:
         names = ("router", "shared_router") if spec.shared_gate else ("router",)
         router = Router(
             weights=self.matrices({Parameter(name, layer): None for name in names}),
             rule=spec.rule,
+            bias_E=self.vector("router_bias", layer) if spec.router_bias else None,
+            correction_E=self.vector("router_correction", layer) if spec.has_correction else None,
         )
         shared = None
         if spec.shared is not None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from octavo.models.config_classes import ConfigClass
 from octavo.models.hf_config import HFConfig
-from octavo.models.spec import ModelSpec, Parameter, Shape
+from octavo.models.parameter import Parameter, Shape
+from octavo.models.spec import ModelSpec
 from octavo.weights.names import expert_names
 
 _LAYER = "model.layers.{layer}"
@@ -36,8 +37,24 @@ DENSE_NAMES: dict[str, str] = {
 def moe_names(model_type: str) -> dict[str, str]:
     """Returns DENSE_NAMES, and what `weights.names` says of the experts."""
     names = expert_names(model_type)
-    experts = {f"expert_{part}": names.expert("{layer}", "{expert}", part) for part in names.parts}
-    return {**DENSE_NAMES, "router": names.router("{layer}"), **experts}
+    experts = {
+        f"expert_{part}{suffix}": names.expert("{layer}", "{expert}", part, kind=kind)
+        for part in names.parts
+        for suffix, kind in (("", "weight"), ("_bias", "bias"))
+    }
+    router = {
+        "router": names.router("{layer}"),
+        "router_bias": f"{_LAYER}.{names.block}.{names.router_name}.bias",
+        "router_correction": f"{_LAYER}.{names.block}.{names.router_name}.e_score_correction_bias",
+    }
+    return {**DENSE_NAMES, **router, **experts}
+
+
+def shared_names(block: str) -> dict[str, str]:
+    """Returns the names of a shared expert that lies at `block`, below a layer."""
+    return {
+        f"shared_{part}": f"{_LAYER}.{block}.{part}_proj.weight" for part in ("gate", "up", "down")
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +67,8 @@ class Family:
     """Makes the spec from a config; raises UnsupportedModelError on what it does not know."""
     names: Mapping[str, str]
     """Canonical parameter name -> name in the checkpoint, with {layer} and {expert}."""
+    ignorable: tuple[str, ...] = ()
+    """Shell patterns of what checkpoints have beside the model that is served."""
 
     def weight_name(self, parameter: Parameter) -> str:
         """Returns the parameter's name in a Hugging Face checkpoint."""
@@ -64,4 +83,5 @@ def weight_shapes(spec: ModelSpec, family: Family) -> dict[str, Shape]:
 
 def ignorable_names(spec: ModelSpec, family: Family) -> tuple[str, ...]:
     """Returns names that a checkpoint may have although the model does not need them."""
-    return (family.weight_name(Parameter("lm_head")),) if spec.tie_embeddings else ()
+    head = (family.weight_name(Parameter("lm_head")),) if spec.tie_embeddings else ()
+    return (*family.ignorable, *head)

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from octavo.models import config_classes
 from octavo.models.family import DENSE_NAMES, Family
-from octavo.models.hf_config import HFConfig, read_attention, read_decoder, read_mlp
+from octavo.models.hf_config import HFConfig
+from octavo.models.hf_layers import read_attention, read_decoder, read_mlp, read_window
 from octavo.models.spec import LayerSpec, ModelSpec
 
 
@@ -22,7 +23,7 @@ def read_llama(config: HFConfig) -> ModelSpec:
 
 
 def read_mistral(config: HFConfig) -> ModelSpec:
-    attention = replace(read_attention(config), window=config.optional_integer("sliding_window"))
+    attention = replace(read_attention(config), visibility=read_window(config))
     layer = LayerSpec(attention=attention, mlp=read_mlp(config))
     return read_decoder(config, lambda _: layer)
 

@@ -9,12 +9,13 @@ from dataclasses import replace
 
 from octavo.models import config_classes
 from octavo.models.family import Family, moe_names
-from octavo.models.hf_config import HFConfig, read_attention, read_decoder, read_moe
+from octavo.models.hf_config import HFConfig
+from octavo.models.hf_layers import read_attention, read_decoder, read_moe, read_window
 from octavo.models.spec import LayerSpec, ModelSpec
 
 
 def read_mixtral(config: HFConfig) -> ModelSpec:
-    attention = replace(read_attention(config), window=config.optional_integer("sliding_window"))
+    attention = replace(read_attention(config), visibility=read_window(config))
     moe = read_moe(
         config,
         size_field="intermediate_size",

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from octavo.models import config_classes
 from octavo.models.family import Family, moe_names
-from octavo.models.hf_config import HFConfig, read_attention, read_decoder, read_moe
+from octavo.models.hf_config import HFConfig
+from octavo.models.hf_layers import read_attention, read_decoder, read_moe
 from octavo.models.spec import LayerSpec, ModelSpec
 
 

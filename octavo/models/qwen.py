@@ -8,30 +8,32 @@ from __future__ import annotations
 from dataclasses import replace
 
 from octavo.models import config_classes
-from octavo.models.family import DENSE_NAMES, Family, moe_names
-from octavo.models.hf_config import (
-    HFConfig,
+from octavo.models.attention_spec import AttentionSpec
+from octavo.models.family import DENSE_NAMES, Family, moe_names, shared_names
+from octavo.models.hf_config import HFConfig
+from octavo.models.hf_layers import (
     is_sparse_layer,
     read_attention,
     read_decoder,
     read_mlp,
     read_moe,
+    read_window,
     read_windows,
 )
-from octavo.models.spec import AttentionSpec, LayerSpec, ModelSpec
+from octavo.models.spec import LayerSpec, ModelSpec
+from octavo.visibility import Full, Visibility
 
-_SHARED = "model.layers.{layer}.mlp.shared_expert"
 QWEN2_MOE_NAMES = {
     **moe_names("qwen2_moe"),
-    "shared_router": f"{_SHARED}_gate.weight",
-    **{f"shared_{part}": f"{_SHARED}.{part}_proj.weight" for part in ("gate", "up", "down")},
+    "shared_router": "model.layers.{layer}.mlp.shared_expert_gate.weight",
+    **shared_names("mlp.shared_expert"),
 }
 
 
-def _window(config: HFConfig) -> int | None:
+def _window(config: HFConfig) -> Visibility:
     """A window is in force only where it is asked for; null is none."""
     asked = config.boolean("use_sliding_window")
-    return config.optional_integer("sliding_window") if asked else None
+    return read_window(config) if asked else Full()
 
 
 def _read_dense(config: HFConfig, attention: AttentionSpec) -> ModelSpec:
@@ -39,7 +41,7 @@ def _read_dense(config: HFConfig, attention: AttentionSpec) -> ModelSpec:
     windows = read_windows(config, lambda layer: layer >= first, _window(config))
     mlp = read_mlp(config)
     return read_decoder(
-        config, lambda i: LayerSpec(attention=replace(attention, window=windows[i]), mlp=mlp)
+        config, lambda i: LayerSpec(attention=replace(attention, visibility=windows[i]), mlp=mlp)
     )
 
 
@@ -63,7 +65,7 @@ def read_qwen2_moe(config: HFConfig) -> ModelSpec:
     last = config.integer("max_window_layers", least=0)
     window = _window(config)
     windows = read_windows(config, lambda i: i % 2 == 0 and i < last, window)
-    if window is None and config.boolean("use_sliding_window"):
+    if window == Full() and config.boolean("use_sliding_window"):
         config.refuse("sliding_window", "a window, since use_sliding_window is true")
     renormalize = config.boolean("norm_topk_prob")
     moe = replace(
@@ -76,13 +78,13 @@ def read_qwen2_moe(config: HFConfig) -> ModelSpec:
 
     def layer(index: int) -> LayerSpec:
         mlp = moe if is_sparse_layer(config, index) else dense
-        return LayerSpec(attention=replace(attention, window=windows[index]), mlp=mlp)
+        return LayerSpec(attention=replace(attention, visibility=windows[index]), mlp=mlp)
 
     return read_decoder(config, layer)
 
 
 def read_qwen3_moe(config: HFConfig) -> ModelSpec:
-    attention = replace(_qwen3_attention(config), window=_window(config))
+    attention = replace(_qwen3_attention(config), visibility=_window(config))
     renormalize = config.boolean("norm_topk_prob")
     moe = read_moe(config, size_field="moe_intermediate_size", renormalize=renormalize)
 

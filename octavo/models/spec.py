@@ -1,4 +1,4 @@
-"""What a decoder is, as frozen data: sizes, attention and MLP of every layer, RoPE.
+"""What a decoder is, as frozen data: sizes, attention and MLP of every layer.
 
 Family files make it from a config, the planner and the loader read it, `decoder` runs it. It never
 imports torch and never looks at a file: everything here is known before anything is loaded.
@@ -9,123 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from octavo.formats import KVFormat
-from octavo.kernels.limits import AttentionWants, attention_wants
-from octavo.kv_cache.spec import KVSpec, attention_kv
+from octavo.kernels.limits import AttentionWants
+from octavo.kv_cache.spec import KVSpec
 from octavo.layers.rope_spec import RopeSpec
-from octavo.visibility import Full, Visibility, Window
-from octavo.weights.split import Split
-
-if TYPE_CHECKING:  # the planner runs without torch
-    from octavo.kernels.activations import Activation
-    from octavo.kernels.routing import RoutingRule
-
-Shape = tuple[int, ...]
-
-
-class Parameter(NamedTuple):
-    """One tensor of a model by its canonical name; -1 where there is no layer or expert."""
-
-    name: str
-    layer: int = -1
-    expert: int = -1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionSpec:
-    """Grouped-query attention of one layer."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    scale: float
-    window: int | None = None
-    """A token sees itself and the `window - 1` before it; None sees all."""
-    qkv_bias: bool = False
-    o_bias: bool = False
-    qk_norm: Literal["head", "projection"] | None = None
-    clip_qkv: float | None = None
-    """Queries, keys and values are clamped to [-clip_qkv, clip_qkv] before RoPE."""
-
-    @property
-    def visibility(self) -> Visibility:
-        return Full() if self.window is None else Window(self.window)
-
-    @property
-    def wants(self) -> AttentionWants:
-        """What a back end must be able to do for the layer."""
-        return attention_wants(head_size=self.head_size, visibility=self.visibility)
-
-    @property
-    def q_size(self) -> int:
-        return self.num_heads * self.head_size
-
-    @property
-    def kv_size(self) -> int:
-        return self.num_kv_heads * self.head_size
-
-    @property
-    def query_split(self) -> Split:
-        return Split(axis="rows", unit="query heads", num_units=self.num_heads)
-
-    @property
-    def kv_split(self) -> Split:
-        return Split(axis="rows", unit="kv heads", num_units=self.num_kv_heads, may_repeat=True)
-
-    def of_rank(self, size: int) -> AttentionSpec:
-        heads, kv_heads = self.query_split.share(size), self.kv_split.share(size)
-        return replace(self, num_heads=heads, num_kv_heads=kv_heads)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MLPSpec:
-    """A gated MLP: act(x @ gate.T) * (x @ up.T) @ down.T."""
-
-    size: int
-    activation: Activation
-
-    @property
-    def split(self) -> Split:
-        return Split(axis="rows", unit="hidden units", num_units=self.size)
-
-    def of_rank(self, size: int) -> MLPSpec:
-        return replace(self, size=self.split.share(size))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MoESpec:
-    """Experts that are gated MLPs of equal size, and perhaps one that every token goes to."""
-
-    num_experts: int
-    expert_size: int
-    activation: Activation
-    rule: RoutingRule
-    shared_size: int = 0
-    """Hidden size of the shared expert; 0: there is none."""
-    shared_gate: bool = False
-    """The shared expert's output is multiplied by a sigmoid gate of the token."""
-
-    @property
-    def top_k(self) -> int:
-        """Experts that a token goes to."""
-        return self.rule.top_k
-
-    @property
-    def split(self) -> Split:
-        return Split(axis="rows", unit="hidden units of an expert", num_units=self.expert_size)
-
-    @property
-    def shared(self) -> MLPSpec | None:
-        """The expert that every token goes to."""
-        return (
-            MLPSpec(size=self.shared_size, activation=self.activation) if self.shared_size else None
-        )
-
-    def of_rank(self, size: int) -> MoESpec:
-        shared_size = self.shared.of_rank(size).size if self.shared else 0
-        return replace(self, expert_size=self.split.share(size), shared_size=shared_size)
+from octavo.models.attention_spec import AttentionSpec
+from octavo.models.mlp_spec import MLPSpec, MoESpec
+from octavo.models.parameter import Parameter, Shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,9 +25,17 @@ class LayerSpec:
 
     attention: AttentionSpec
     mlp: MLPSpec | MoESpec
+    post_norms: bool = False
+    """What attention and MLP add to the residual is normed too."""
 
     def of_rank(self, size: int) -> LayerSpec:
-        return LayerSpec(attention=self.attention.of_rank(size), mlp=self.mlp.of_rank(size))
+        return replace(self, attention=self.attention.of_rank(size), mlp=self.mlp.of_rank(size))
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Names of the layer's norms over whole rows."""
+        post = ("attention_post_norm", "mlp_post_norm") if self.post_norms else ()
+        return ("attention_norm", "mlp_norm", *post)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,20 +48,34 @@ class ModelSpec:
     norm_eps: float
     tie_embeddings: bool
     max_position_embeddings: int
-    rope: RopeSpec
+    norm_offset: float = 0.0
+    """Added to the weights of every norm, as the checkpoint has them."""
+    embedding_scale: float = 1.0
+    """Multiplies the embeddings; rounded to the activations' dtype first."""
+    logit_soft_cap: float | None = None
+    """Logits s become logit_soft_cap * tanh(s / logit_soft_cap)."""
     lm_head_rows: int | None = None
     """Where ranks share the head: each one's rows. None: all have all."""
 
     @property
+    def ropes(self) -> tuple[RopeSpec, ...]:
+        """The rotary embeddings of the layers, each once."""
+        found = (layer.attention.rope for layer in self.layers)
+        return tuple(dict.fromkeys(rope for rope in found if rope is not None))
+
+    @property
     def trained_len(self) -> int:
-        """Tokens of the longest text that the model was trained for, or its RoPE stretched to."""
-        return self.rope.stretched_len(self.max_position_embeddings)
+        """Tokens of the longest text that the model was trained for, or that all its RoPEs are
+        stretched to."""
+        longest = self.max_position_embeddings
+        return min((rope.stretched_len(longest) for rope in self.ropes), default=longest)
 
     @property
     def default_len(self) -> int:
         """Context length where none is asked for. What linear and dynamic RoPE add on top has to be
         asked for: dynamic changes what short texts give, linear is often counted in already."""
-        return self.trained_len if self.rope.type == "yarn" else self.max_position_embeddings
+        is_yarn = all(rope.type == "yarn" for rope in self.ropes)
+        return self.trained_len if is_yarn else self.max_position_embeddings
 
     def of_rank(self, size: int) -> ModelSpec:
         """Returns what each of `size` tensor parallel ranks holds and computes: its heads, its part
@@ -179,15 +92,7 @@ class ModelSpec:
 
     def kv_specs(self, kv_format: KVFormat) -> tuple[KVSpec, ...]:
         """Returns one KVSpec per layer, for `octavo.kv_cache.spec.group_layers`."""
-        return tuple(
-            attention_kv(
-                layer.attention.num_kv_heads,
-                layer.attention.head_size,
-                kv_format,
-                visibility=layer.attention.visibility,
-            )
-            for layer in self.layers
-        )
+        return tuple(layer.attention.kv_spec(kv_format) for layer in self.layers)
 
     @property
     def attention_wants(self) -> AttentionWants:
@@ -212,51 +117,15 @@ class ModelSpec:
 
     def parameters(self) -> Iterator[tuple[Parameter, Shape]]:
         """Yields every tensor with its shape; matrices are [outputs, inputs]."""
-        vocab = (self.vocab_size, self.hidden_size)
-        yield Parameter("embedding"), vocab
+        hidden = self.hidden_size
+        yield Parameter("embedding"), (self.vocab_size, hidden)
         for index, layer in enumerate(self.layers):
-            yield Parameter("attention_norm", index), (self.hidden_size,)
-            for name, shape in _attention_shapes(layer.attention, self.hidden_size):
+            for name in layer.norms:
+                yield Parameter(name, index), (hidden,)
+            for name, shape in layer.attention.parameters(hidden):
                 yield Parameter(name, index), shape
-            yield Parameter("mlp_norm", index), (self.hidden_size,)
-            if isinstance(layer.mlp, MoESpec):
-                yield from _moe_parameters(layer.mlp, self.hidden_size, index)
-            else:
-                for name, shape in _gated_shapes("", layer.mlp.size, self.hidden_size):
-                    yield Parameter(name, index), shape
-        yield Parameter("final_norm"), (self.hidden_size,)
+            for name, expert, shape in layer.mlp.parameters(hidden):
+                yield Parameter(name, index, expert), shape
+        yield Parameter("final_norm"), (hidden,)
         if not self.tie_embeddings:
-            yield Parameter("lm_head"), (self.lm_head_rows or self.vocab_size, self.hidden_size)
-
-
-def _attention_shapes(spec: AttentionSpec, hidden: int) -> Iterator[tuple[str, Shape]]:
-    sizes = {"q": spec.q_size, "k": spec.kv_size, "v": spec.kv_size}
-    for name, size in sizes.items():
-        yield name, (size, hidden)
-        if spec.qkv_bias:
-            yield f"{name}_bias", (size,)
-    yield "o", (hidden, spec.q_size)
-    if spec.o_bias:
-        yield "o_bias", (hidden,)
-    if spec.qk_norm is not None:
-        per_head = spec.qk_norm == "head"
-        yield "q_norm", (spec.head_size if per_head else spec.q_size,)
-        yield "k_norm", (spec.head_size if per_head else spec.kv_size,)
-
-
-def _gated_shapes(prefix: str, size: int, hidden: int) -> Iterator[tuple[str, Shape]]:
-    yield f"{prefix}gate", (size, hidden)
-    yield f"{prefix}up", (size, hidden)
-    yield f"{prefix}down", (hidden, size)
-
-
-def _moe_parameters(spec: MoESpec, hidden: int, layer: int) -> Iterator[tuple[Parameter, Shape]]:
-    yield Parameter("router", layer), (spec.num_experts, hidden)
-    for expert in range(spec.num_experts):
-        for name, shape in _gated_shapes("expert_", spec.expert_size, hidden):
-            yield Parameter(name, layer, expert), shape
-    if spec.shared_size:
-        for name, shape in _gated_shapes("shared_", spec.shared_size, hidden):
-            yield Parameter(name, layer), shape
-        if spec.shared_gate:
-            yield Parameter("shared_router", layer), (1, hidden)
+            yield Parameter("lm_head"), (self.lm_head_rows or self.vocab_size, hidden)

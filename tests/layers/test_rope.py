@@ -63,7 +63,7 @@ def test_frequencies_equal_transformers(name: str, stretch: int) -> None:
     length = stretch * config.max_position_embeddings
     function = ROPE_INIT_FUNCTIONS[SETTINGS[name][2]["rope_type"]]
     expected, attention_factor = function(config, seq_len=length)
-    spec = read_spec(config.to_dict())[0].rope
+    spec = read_spec(config.to_dict())[0].ropes[0]
     assert spec.attention_factor == pytest.approx(attention_factor, rel=1e-12)
     torch.testing.assert_close(inverse_frequencies(spec, length), expected, rtol=1e-6, atol=0)
 

@@ -182,11 +182,11 @@ def assert_same(spec: ModelSpec, model: PreTrainedModel, config: Mapping[str, An
     assert spec.max_position_embeddings == theirs.max_position_embeddings
     assert spec.norm_eps == theirs.rms_norm_eps
     assert spec.tie_embeddings == theirs.tie_word_embeddings
-    assert [layer.attention.window for layer in spec.layers] == windows_of(model)
+    assert [layer.attention.visibility.most_visible for layer in spec.layers] == windows_of(model)
     rope = type(model.model.rotary_emb)(theirs)  # on the CPU, wherever the model is
-    ours = inverse_frequencies(spec.rope, theirs.max_position_embeddings)
+    ours = inverse_frequencies(spec.ropes[0], theirs.max_position_embeddings)
     torch.testing.assert_close(ours, rope.inv_freq)
-    assert spec.rope.attention_factor == pytest.approx(rope.attention_scaling)
+    assert spec.ropes[0].attention_factor == pytest.approx(rope.attention_scaling)
     for layer, module in zip(spec.layers, model.model.layers, strict=True):
         attention = layer.attention
         assert (attention.num_heads, attention.head_size) == (

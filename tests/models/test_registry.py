@@ -103,13 +103,13 @@ def test_a_tied_model_may_have_an_lm_head_that_nobody_needs() -> None:
 def test_the_default_rope_theta_is_the_familys_own() -> None:
     mixtral = {**LLAMA, "num_local_experts": 2, "num_experts_per_tok": 1}
     mixtral["architectures"] = ["MixtralForCausalLM"]
-    assert read_spec(LLAMA)[0].rope.theta == 10_000
-    assert read_spec(mixtral)[0].rope.theta == 1_000_000
+    assert read_spec(LLAMA)[0].ropes[0].theta == 10_000
+    assert read_spec(mixtral)[0].ropes[0].theta == 1_000_000
 
 
 def test_yarn_without_a_factor_takes_the_ratio_of_the_lengths() -> None:
     rope = {"rope_type": "yarn", "original_max_position_embeddings": 16}
-    assert read_spec({**LLAMA, "rope_scaling": rope})[0].rope.factor == 4
+    assert read_spec({**LLAMA, "rope_scaling": rope})[0].ropes[0].factor == 4
 
 
 def rejected(change: dict[str, Any]) -> str:

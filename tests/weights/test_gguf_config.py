@@ -163,7 +163,9 @@ def test_a_factor_without_a_type_is_linear_as_for_llama_cpp(
 def test_a_window_of_zero_is_none_and_not_the_default_of_mistral(tmp_path: Path):
     path = write_values(tmp_path / "m.gguf", "llama", {"attention.sliding_window": 0}, {})
     config = config_of(read_gguf(path))
-    assert [layer.attention.window for layer in read_spec(config)[0].layers] == [None]
+    assert [layer.attention.visibility.most_visible for layer in read_spec(config)[0].layers] == [
+        None
+    ]
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])

@@ -105,7 +105,7 @@ class Floors:
     def _attention(self, sequences: Sequence[tuple[int, int]], shared: int) -> Work:
         total = Work()
         for (attention, token_bytes), num_layers in self._attentions.items():
-            window = attention.window or sys.maxsize
+            window = attention.visibility.most_visible or sys.maxsize
             own = before = pairs = 0
             for new, context in sequences:
                 seen = min(shared + context + new, window + new - 1)

@@ -152,9 +152,9 @@ def gate_up_kernel(
     """hidden[i] = act(x[t] @ gate[e].T, x[t] @ up[e].T) for the pair (t, slot) at place i.
 
     x_TM [T, M]; gate and up [E, F, M] with stride_E given; biases float32 [E, F], HAS_BIAS;
-    hidden_PF [P, F] in the order of order_P. TMA: gate and up are tensor descriptors of blocks [1, BLOCK_N, BLOCK_K]. EVEN_K:
-    BLOCK_K divides the length of the sum. HALVES: blocks that are at most half full run at half
-    height.
+    hidden_PF [P, F] in the order of order_P. TMA: gate and up are tensor descriptors of blocks
+    [1, BLOCK_N, BLOCK_K]. EVEN_K: BLOCK_K divides the length of the sum. HALVES: blocks that are at
+    most half full run at half height.
     """
     wait_turn(OVERLAP)
     row_block, column_block = tile_of_program(num_blocks, tl.cdiv(inner_size, BLOCK_N), GROUP)
