@@ -39,6 +39,34 @@ SETTINGS: dict[str, tuple[int, float, dict[str, Any]]] = {
             "attention_factor": 0.9,
         },
     ),
+    "Llama 4 Scout": (
+        10_485_760,
+        500_000.0,
+        {
+            "rope_type": "llama3",
+            "factor": 16.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ),
+    "yarn of fractions": (
+        131_072,
+        150_000.0,
+        {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+    ),
+    "proportional": (
+        131_072,
+        1_000_000.0,
+        {"rope_type": "proportional", "partial_rotary_factor": 0.25},
+    ),
     "linear": (8192, 10_000.0, {"rope_type": "linear", "factor": 2.5}),
     "dynamic": (4096, 10_000.0, {"rope_type": "dynamic", "factor": 2.0}),
 }
@@ -69,7 +97,7 @@ def test_frequencies_equal_transformers(name: str, stretch: int) -> None:
 
 
 def test_the_table_holds_scaled_cos_and_sin_of_every_position() -> None:
-    spec = read_spec(make_config("Qwen3 yarn").to_dict())[0].rope
+    spec = read_spec(make_config("Qwen3 yarn").to_dict())[0].ropes[0]
     table = build_rope_table(spec, 500, torch.device("cpu"))
     frequencies = inverse_frequencies(spec, 500)
     assert table.cos.shape == table.sin.shape == (500, 64)
@@ -81,7 +109,7 @@ def test_the_table_holds_scaled_cos_and_sin_of_every_position() -> None:
 
 
 def test_a_dynamic_rope_within_the_trained_length_is_the_plain_one() -> None:
-    spec = read_spec(make_config("dynamic").to_dict())[0].rope
+    spec = read_spec(make_config("dynamic").to_dict())[0].ropes[0]
     within, at_limit = inverse_frequencies(spec, 100), inverse_frequencies(spec, 4096)
     assert torch.equal(within, at_limit)
     assert (inverse_frequencies(spec, 8192)[1:] < within[1:]).all()
