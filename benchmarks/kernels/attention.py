@@ -30,6 +30,7 @@ from attention_cases import (
     make_batch,
     make_layers,
     norm_error,
+    op_of,
     poison,
     same_bits,
     tiles_of,
@@ -71,10 +72,10 @@ def check_case(case: tuple[int, int, int, str, str, int | None]) -> str:
         poison(layer, batch)
         q = torch.randn(sum(query_lens), H, D, device="cuda").to(getattr(torch, q_dtype))
         expected = exact(q, layer, batch, window)
-        scale = D**-0.5
-        found = attention(q, layer, batch, scale, window)
+        op = op_of(q, layer, window)
+        found = attention(q, op, layer, batch)
         worst = max(worst, norm_error(found, expected))
-        strict = attention(q, layer, batch, scale, window, is_deterministic=True)
+        strict = attention(q, op, layer, batch, is_deterministic=True)
         worst = max(worst, norm_error(strict, expected))
         starts = [0, *torch.tensor(query_lens).cumsum(0).tolist()]
         for s in (3, 8, 13):
@@ -86,7 +87,7 @@ def check_case(case: tuple[int, int, int, str, str, int | None]) -> str:
                 block_table=batch.block_table[s : s + 1],
             )
             rows = slice(starts[s], starts[s + 1])
-            one = attention(q[rows], layer, alone, scale, window)
+            one = attention(q[rows], op, layer, alone)
             if not same_bits(one, found[rows], query_lens[s]):
                 notes.append(f"batch changes bits of {lens[s]}/{query_lens[s]}")
             last = slice(starts[s + 1] - 1, starts[s + 1])
@@ -97,7 +98,7 @@ def check_case(case: tuple[int, int, int, str, str, int | None]) -> str:
                 seq_lens_S=batch.seq_lens_S[s : s + 1],
                 block_table=batch.block_table[s : s + 1],
             )
-            single = attention(q[last], layer, tail, scale, window)
+            single = attention(q[last], op, layer, tail)
             if not torch.equal(single, strict[last]):
                 notes.append(f"deterministic differs from decode at {lens[s]}")
             if query_lens[s] > 70:
@@ -109,7 +110,7 @@ def check_case(case: tuple[int, int, int, str, str, int | None]) -> str:
                     seq_lens_S=batch.seq_lens_S[s : s + 1],
                     block_table=batch.block_table[s : s + 1],
                 )
-                if not torch.equal(attention(q[rest], layer, chunk, scale, window), found[rest]):
+                if not torch.equal(attention(q[rest], op, layer, chunk), found[rest]):
                     notes.append(f"chunk changes bits of {lens[s]}")
     limit = 1e-5 if q_dtype == "float32" else 1e-2
     verdict = "ok" if worst < limit and not notes else "WRONG"
@@ -176,7 +177,7 @@ def decode() -> None:
             out = torch.empty_like(q)
             calls = [
                 lambda layer=layer: decode_attention(
-                    q, layer, batch, D**-0.5, None, out, max_seq_len=context
+                    q, op_of(q, layer), layer, batch, out, max_seq_len=context
                 )
                 for layer in kv
             ]
@@ -199,7 +200,7 @@ def prefill() -> None:
             bounded = replace(
                 batch, max_query_len=fresh, num_short_tokens=fresh * (fresh <= SHORT_QUERIES)
             )
-            run = lambda: tiles_attention(q, layer, bounded, D**-0.5, None, out)
+            run = lambda: tiles_attention(q, op_of(q, layer), layer, bounded, out)
             flops = 4 * H * D * (fresh * cached + fresh * (fresh + 1) / 2)
             moved = total * K * D * 4 + 4 * q.numel()
             floor = max(flops / FLOPS_PER_SECOND, moved / BYTES_PER_SECOND) * 1e3
@@ -246,7 +247,9 @@ def check_shared() -> None:
             table, np.array(lens), np.array(query_lens), tiles_of(H, K), min_blocks=1
         )
         q = torch.randn(sum(query_lens), H, D, device="cuda").bfloat16()
-        found = shared_prefix_attention(q, layer, batch, D**-0.5, window, plan.to_device(q.device))
+        found = shared_prefix_attention(
+            *(q, op_of(q, layer, window), layer, batch, plan.to_device(q.device))
+        )
         error = norm_error(found, exact(q, layer, batch, window))
         print("ok" if error < 1e-2 else "WRONG", "shared", (H, K, D, window), f"{error:.1e}")
 
@@ -283,7 +286,7 @@ def shared() -> None:
             apart = graph_ms(
                 [
                     lambda layer=layer: decode_attention(
-                        q, layer, batch, D**-0.5, None, out, max_seq_len=total
+                        q, op_of(q, layer), layer, batch, out, max_seq_len=total
                     )
                     for layer in kv
                 ]
@@ -291,7 +294,7 @@ def shared() -> None:
             ms = graph_ms(
                 [
                     lambda layer=layer: shared_prefix_attention(
-                        q, layer, batch, D**-0.5, None, plan
+                        q, op_of(q, layer), layer, batch, plan
                     )
                     for layer in kv
                 ]
@@ -346,7 +349,7 @@ def hopper() -> None:
             q = torch.randn(sum(query_lens), H, D, device="cuda").bfloat16()
             out = torch.empty_like(q)
             pairs = sum(f * (2 * n - f + 1) / 2 for n, f in zip(lens, query_lens, strict=True))
-            cases = [(q, layer, batch, D**-0.5, None, out) for layer in layers]
+            cases = [(q, op_of(q, layer), layer, batch, out) for layer in layers]
             plans = ShortPlans()  # Made in the graphs' warm-up: an engine plans once a step.
             before = [partial(prefill_attention, *case) for case in cases]
             if few:
@@ -370,7 +373,7 @@ def compare_shared(name: str, H: int, K: int, D: int, size: int, prefix: int) ->
     q = torch.randn(size, H, D, device="cuda").bfloat16()
     tickets, on_device = make_tickets(q.device), plan.to_device(q.device)
     now = [
-        partial(shared_prefix_attention, q, layer, batch, D**-0.5, None, on_device, tickets)
+        partial(shared_prefix_attention, q, op_of(q, layer), layer, batch, on_device, tickets)
         for layer in layers
     ]
 

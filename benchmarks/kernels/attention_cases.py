@@ -10,10 +10,11 @@ import math
 import numpy as np
 import torch
 
-from octavo.kernels.inputs import AttentionBatch, KVLayer
+from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
 from octavo.kernels.triton.attention.choose import SHORT_QUERIES
 from octavo.kernels.triton.attention.splits import Tiling, tiling
 from octavo.kernels.triton.launching.chip import num_processors
+from octavo.visibility import Full, Window
 
 BLOCK = 16
 
@@ -43,6 +44,19 @@ def make_layers(
     for part in arena.split(max(1, (1 << 28) // arena[0].numel())):
         part.copy_(torch.randn(part.shape, device="cuda"))
     return [KVLayer(key=arena[:, i, 0], value=arena[:, i, 1]) for i in range(num_layers)]
+
+
+def op_of(q: torch.Tensor, layer: KVLayer, window: int | None = None) -> AttentionOp:
+    """Attention of scale 1 / sqrt(D)."""
+    return AttentionOp(
+        num_heads=q.shape[1],
+        num_kv_heads=layer.key.shape[2],
+        head_size=q.shape[2],
+        scale=q.shape[2] ** -0.5,
+        visibility=Full() if window is None else Window(window),
+        rope=None,
+        qk_norm=None,
+    )
 
 
 def exact(q: torch.Tensor, layer: KVLayer, batch: AttentionBatch, window: int | None):

@@ -20,6 +20,7 @@ from attention_cases import (
     make_batch,
     make_layers,
     norm_error,
+    op_of,
     poison,
     same_bits,
     tiles_of,
@@ -41,7 +42,7 @@ def check_hopper_chunks(H: int, K: int, D: int, dtype: torch.dtype) -> str:
     batch = make_batch(lens, query_lens, num_blocks)
     poison(layer, batch)
     q = torch.randn(sum(query_lens), H, D, device="cuda").to(dtype)
-    found, expected = attention(q, layer, batch, D**-0.5, None), exact(q, layer, batch, None)
+    found, expected = attention(q, op_of(q, layer), layer, batch), exact(q, layer, batch, None)
     starts = [0, *torch.tensor(query_lens).cumsum(0).tolist()]
     notes, worst = [], 0.0
     for s, n in enumerate(query_lens):
@@ -52,7 +53,7 @@ def check_hopper_chunks(H: int, K: int, D: int, dtype: torch.dtype) -> str:
             notes.append(f"{n} of {lens[s]}: {error:.0e}")
         for last in {n, max(65, n - 1), max(65, n // 2)} if n > SHORT_QUERIES else {n}:
             some = slice(rows.stop - last, rows.stop)
-            one = attention(q[some], layer, alone(batch, s, some), D**-0.5, None)
+            one = attention(q[some], op_of(q, layer), layer, alone(batch, s, some))
             if not same_bits(one, found[some], n):
                 notes.append(f"{last} of {n} queries of {lens[s]} have other bits")
     return f"{'WRONG' if notes else 'ok'} error {worst:.1e} {'; '.join(notes[:6])}"
@@ -73,7 +74,7 @@ def check_hopper_shared(H: int, K: int, D: int, dtype: torch.dtype) -> str:
     expected, notes = exact(q, layer, batch, None), []
     for padded in (plan, plan.padded(256)):
         on_device = padded.to_device(q.device)
-        found = shared_prefix_attention(q, layer, batch, D**-0.5, None, on_device)
+        found = shared_prefix_attention(q, op_of(q, layer), layer, batch, on_device)
         for s in (0, 100, 149, 150, 169, 170, 171, 173):
             row = s if s < 172 else -1
             error = norm_error(found[row], expected[row])
@@ -109,9 +110,9 @@ def check_hopper_short(H: int, K: int, D: int, dtype: torch.dtype) -> str:
         padded = padded_batch(batch, rows, tokens)
         if there is None:
             there = layer, padded, torch.zeros(tokens, H, D, device="cuda", dtype=dtype)
-            attention(there[2], layer, padded, D**-0.5, None)
+            attention(there[2], op_of(q, layer), layer, padded)
             with torch.cuda.graph(graph):
-                found = attention(there[2], layer, padded, D**-0.5, None, plans=ShortPlans())
+                found = attention(there[2], op_of(q, layer), layer, padded, plans=ShortPlans())
         for name in ("query_starts", "seq_lens_S", "block_table"):
             part = getattr(padded, name)
             getattr(there[1], name)[: len(part), ...].copy_(part)
@@ -119,7 +120,7 @@ def check_hopper_short(H: int, K: int, D: int, dtype: torch.dtype) -> str:
         graph.replay()
         live = expected.isfinite().all(1)
         for name, result in (
-            ("eager", attention(q, layer, batch, D**-0.5, None)),
+            ("eager", attention(q, op_of(q, layer), layer, batch)),
             ("replayed", found[: len(q)]),
         ):
             error = norm_error(result[live], expected[live])

@@ -182,7 +182,7 @@ def time_attention(name: str) -> None:
         "fused": fused,
     }
     alone: dict[str, Run] = {
-        "attention alone": lambda at: attention(q, layers[at], batch, 0.088, None, tickets=tickets)
+        "attention alone": lambda at: attention(q, op, layers[at], batch, tickets=tickets)
     }
     size = 4.0 * CONTEXT * kv_heads * 128
     exact = apart(0).double()

@@ -17,12 +17,15 @@ from functools import partial
 import numpy as np
 import torch
 from attention import BYTES_PER_SECOND, FLOPS_PER_SECOND, MODELS, graph_ms
-from attention_cases import BLOCK, batch_of, make_layers, tiles_of
+from attention_cases import BLOCK, batch_of, make_layers, op_of, tiles_of
 
+from octavo.kernels.facts import split_slots
 from octavo.kernels.inputs import AttentionBatch, KVLayer
 from octavo.kernels.triton.attention.choose import SHORT_QUERIES, SHORT_SPLITS, short_limits
-from octavo.kernels.triton.attention.decode import decode_attention, make_partials, split_slots
+from octavo.kernels.triton.attention.decode import decode_attention
 from octavo.kernels.triton.attention.hopper import kernel as hopper
+from octavo.kernels.triton.attention.partials import make_partials
+from octavo.kernels.triton.attention.scores import plain_scores
 from octavo.kernels.triton.attention.shared import SharedPrefixPlan, plan_shared_prefix
 from octavo.kernels.triton.attention.short_chunks import (
     ShortPlan,
@@ -31,6 +34,7 @@ from octavo.kernels.triton.attention.short_chunks import (
 )
 from octavo.kernels.triton.attention.splits import SPLIT_STEP, Tiling
 from octavo.kernels.triton.launching.tickets import make_tickets
+from octavo.visibility import Full
 
 CHUNKS = [
     ("64 after 32768", [32832], 64, 0),
@@ -79,7 +83,7 @@ def chunks(model: str, counts: list[int | None], only: str) -> None:
         batch = batch_of(lens, [queries] * len(lens), shared_blocks, num_blocks)
         q = torch.randn(num_tokens, H, D, device="cuda").bfloat16()
         floor = chunk_floor(num_tokens, size, tokens, (H, K, D))
-        plan_of = partial(plan_short_chunks, batch, tiles, None, short_limits(num_tokens))
+        plan_of = partial(plan_short_chunks, batch, tiles, Full(), short_limits(num_tokens))
         print(f"{model} {name}: floor {floor:.1f}, plan {us([plan_of] * 4)}", flush=True)
         chosen = int(plan_of().table[-1])
         for count in counts:
@@ -104,10 +108,10 @@ def time_chunks(
     out = torch.empty_like(q)
 
     def attend(layer: KVLayer) -> None:
-        hopper.short_chunks(q, layer, batch, D**-0.5, out, partials, plan, num_tokens)
+        hopper.short_chunks(q, op_of(q, layer), layer, batch, out, partials, plan, num_tokens)
 
     def merge() -> None:
-        merge_short_chunks(out, batch, None, plan, partials, num_tokens)
+        merge_short_chunks(out, plain_scores(1.0, plan.table), batch, plan, partials, num_tokens)
 
     def both(layer: KVLayer) -> None:
         attend(layer)
@@ -167,14 +171,14 @@ def time_decodes(
 ) -> None:
     there = plan.to_device(q.device)
     partials = make_partials(q, plan.max_splits + split_slots(plan.max_tail))
-    out, tickets, scale = torch.empty_like(q), make_tickets(q.device), q.shape[2] ** -0.5
+    out, tickets = torch.empty_like(q), make_tickets(q.device)
 
     def attend(layer: KVLayer) -> None:
-        hopper.shared_prefixes(q, layer, batch, scale, there, partials)
+        hopper.shared_prefixes(q, op_of(q, layer), layer, batch, there, partials)
 
     def tails(layer: KVLayer) -> None:
         decode_attention(
-            *(q, layer, batch, scale, None, out),
+            *(q, op_of(q, layer), layer, batch, out),
             max_seq_len=plan.max_tail,
             shared=(there.shared_tokens_S, there.shared_slots_S),
             partials=partials,

@@ -30,7 +30,7 @@ class AttentionFeature(StrEnum):
 _SERVED: dict[str, frozenset[AttentionFeature]] = {
     "native": frozenset(),
     "reference": frozenset(AttentionFeature),
-    "triton": frozenset(),
+    "triton": frozenset(AttentionFeature),
 }
 
 

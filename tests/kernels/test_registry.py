@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from octavo.errors import ConfigError
+from octavo.kernels import limits
 from octavo.kernels.cpu import native
 from octavo.kernels.limits import AttentionWants, attention_wants, check_backend
 from octavo.kernels.registry import BACKENDS, Needs, select_ops, unfit_reasons
@@ -86,8 +87,12 @@ def test_the_specification_attends_for_every_layer(feature: str) -> None:
 
 
 @pytest.mark.parametrize("feature", sorted(ODD))
-def test_a_gpu_that_lacks_a_feature_is_refused_by_the_plan_and_the_load(feature: str) -> None:
+def test_a_gpu_that_lacks_a_feature_is_refused_by_the_plan_and_the_load(
+    feature: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wants = AttentionWants.of_all((PLAIN, ODD[feature]))
+    check_backend("auto", "cuda", wants)
+    monkeypatch.setitem(limits._SERVED, "triton", frozenset())
     with pytest.raises(ConfigError, match=f"it has no {feature}; use --device cpu") as caught:
         check_backend("auto", "cuda", wants)
     assert caught.value.field == "device"

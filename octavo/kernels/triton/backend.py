@@ -17,7 +17,7 @@ from octavo.kernels.activations import Activation
 from octavo.kernels.composed import Composed
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer, NormInput, Routed
 from octavo.kernels.triton.attention.choose import attention
-from octavo.kernels.triton.attention.decode import QueryRope, decode_attention, seq_len_bound
+from octavo.kernels.triton.attention.decode import decode_attention, seq_len_bound
 from octavo.kernels.triton.attention.shared import shared_prefix_attention
 from octavo.kernels.triton.attention.short_chunks import ShortPlans
 from octavo.kernels.triton.attention.write import rope_and_cache
@@ -39,7 +39,6 @@ from octavo.kernels.triton.small import embedding as embeddings
 from octavo.kernels.triton.small import norm as norms
 from octavo.kernels.triton.tuning.plans import Plans
 from octavo.kernels.weights import ExpertWeights, Router, SharedExpert, Weight
-from octavo.visibility import Chunk, Full, Window
 
 SKINNY_TOKENS = 64
 """Up to here Triton multiplies: as fast as cuBLAS, which splits the sum there (H100, 2026-11-22).
@@ -226,18 +225,19 @@ class TritonOps(Composed):
     def rope_and_cache(
         self, qkv_TN: Tensor, op: AttentionOp, layer: KVLayer, batch: AttentionBatch
     ) -> Tensor:
-        assert op.rope is not None
-        return rope_and_cache(qkv_TN, op.num_heads, op.rope, op.qk_norm, layer, batch)
+        return rope_and_cache(qkv_TN, op, layer, batch)
 
     def attention(
         self, q_THD: Tensor, op: AttentionOp, layer: KVLayer, batch: AttentionBatch
     ) -> Tensor:
-        asked = q_THD, layer, batch, op.scale, window_of(op)
         tickets, plans = self._tickets_on(q_THD.device), self._short_plans
         if batch.prefix is not None and not self._is_deterministic:
-            return shared_prefix_attention(*asked, batch.prefix, tickets, plans)
+            return shared_prefix_attention(q_THD, op, layer, batch, batch.prefix, tickets, plans)
         return attention(
-            *asked, is_deterministic=self._is_deterministic, tickets=tickets, plans=plans
+            *(q_THD, op, layer, batch),
+            is_deterministic=self._is_deterministic,
+            tickets=tickets,
+            plans=plans,
         )
 
     def rope_attention(
@@ -252,17 +252,11 @@ class TritonOps(Composed):
             or batch.prefix is not None
         ):
             return super().rope_attention(qkv_TN, op, layer, batch)
-        assert op.rope is not None
         out = qkv_TN.new_empty((num_tokens, op.num_heads, op.head_size))
         decode_attention(
-            qkv_TN.view(num_tokens, -1, op.head_size),
-            layer,
-            batch,
-            op.scale,
-            window_of(op),
-            out,
+            *(qkv_TN.view(num_tokens, -1, op.head_size), op, layer, batch, out),
             max_seq_len=seq_len_bound(layer, batch),
-            rope=QueryRope(rope=op.rope, qk_norm=op.qk_norm),
+            is_qkv=True,
             tickets=self._tickets_on(out.device),
         )
         return out.flatten(1)
@@ -271,19 +265,6 @@ class TritonOps(Composed):
         if self._tickets is None:
             self._tickets = make_tickets(device)
         return self._tickets
-
-
-def window_of(op: AttentionOp) -> int | None:
-    """Returns how many tokens a query sees, itself among them; None: all."""
-    assert op.sinks_H is None
-    assert op.soft_cap is None
-    match op.visibility:
-        case Full():
-            return None
-        case Window(size):
-            return size
-        case Chunk():
-            raise AssertionError("the registry refuses chunks")
 
 
 def shared_parts(

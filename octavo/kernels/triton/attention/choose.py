@@ -18,8 +18,10 @@ import triton
 from torch import Tensor
 
 from octavo.kernels.facts import DETERMINISTIC_TOKENS, SHORT_SPLITS, SHORT_TOKENS
-from octavo.kernels.inputs import AttentionBatch, KVLayer
-from octavo.kernels.triton.attention.decode import decode_attention, make_partials, seq_len_bound
+from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
+from octavo.kernels.triton.attention.decode import decode_attention, seq_len_bound
+from octavo.kernels.triton.attention.partials import make_partials
+from octavo.kernels.triton.attention.scores import scores_of
 from octavo.kernels.triton.attention.short_chunks import Limits, ShortPlans, merge_short_chunks
 from octavo.kernels.triton.attention.splits import tiling
 from octavo.kernels.triton.attention.tiles import attend_in_tiles
@@ -35,17 +37,16 @@ SHORT_QUERIES = 64
 SHORTEST_SPLIT = 512
 
 
-def fits_hopper(q_THD: Tensor, layer: KVLayer, window: int | None) -> bool:
+def fits_hopper(q_THD: Tensor, op: AttentionOp, layer: KVLayer) -> bool:
     """Whether hopper/ is of use here and can take a layer."""
-    return hopper is not None and hopper.fits(q_THD, layer, window)
+    return hopper is not None and hopper.fits(q_THD, op, layer)
 
 
 def prefill_attention(
     q_THD: Tensor,
+    op: AttentionOp,
     layer: KVLayer,
     batch: AttentionBatch,
-    scale: float,
-    window: int | None,
     out: Tensor,
     *,
     shape: tuple[int, int, int, int] | None = None,
@@ -55,10 +56,9 @@ def prefill_attention(
         none = make_partials(q_THD[:0], 1)
         attend_in_tiles(
             q_THD,
+            op,
             layer,
             batch,
-            scale,
-            window,
             out,
             none,
             None,
@@ -80,10 +80,9 @@ def short_limits(num_tokens: int) -> Limits:
 
 def short_attention(
     q_THD: Tensor,
+    op: AttentionOp,
     layer: KVLayer,
     batch: AttentionBatch,
-    scale: float,
-    window: int | None,
     out: Tensor,
     num_tokens: int,
     *,
@@ -95,21 +94,20 @@ def short_attention(
     limit = min(num_tokens, len(q_THD))
     partials = make_partials(q_THD[: min(SHORT_TOKENS, limit)], SHORT_SPLITS)
     tiles = tiling(q_THD.shape[1], layer.key.shape[2], num_processors(q_THD.device))
-    plan = (plans or ShortPlans()).of(batch, tiles, window, short_limits(limit))
+    plan = (plans or ShortPlans()).of(batch, tiles, op.visibility, short_limits(limit))
     if is_hopper:
-        hopper.short_chunks(q_THD, layer, batch, scale, out, partials, plan, limit)
+        hopper.short_chunks(q_THD, op, layer, batch, out, partials, plan, limit)
     else:
         short = plan.limits.queries
-        attend_in_tiles(q_THD, layer, batch, scale, window, out, partials, plan, limit, short=short)
-    merge_short_chunks(out, batch, window, plan, partials, limit)
+        attend_in_tiles(q_THD, op, layer, batch, out, partials, plan, limit, short=short)
+    merge_short_chunks(out, scores_of(op, plan.table), batch, plan, partials, limit)
 
 
 def attention(
     q_THD: Tensor,
+    op: AttentionOp,
     layer: KVLayer,
     batch: AttentionBatch,
-    scale: float,
-    window: int | None,
     *,
     is_deterministic: bool = False,
     tickets: Tensor | None = None,
@@ -122,30 +120,28 @@ def attention(
     out = torch.empty_like(q_THD)
     bound = seq_len_bound(layer, batch)
     if is_deterministic and batch.max_query_len != 1:
-        _every_row_as_decode(q_THD, layer, batch, scale, window, out, bound, tickets)
+        _every_row_as_decode(q_THD, op, layer, batch, out, bound, tickets)
         return out.flatten(1)
     if batch.max_slots != 0:
         decode_attention(
             q_THD,
+            op,
             layer,
             batch,
-            scale,
-            window,
             out,
             max_seq_len=bound,
             tickets=tickets,
             is_invariant=is_deterministic,
         )
-    tiles_attention(q_THD, layer, batch, scale, window, out, plans=plans)
+    tiles_attention(q_THD, op, layer, batch, out, plans=plans)
     return out.flatten(1)
 
 
 def tiles_attention(
     q_THD: Tensor,
+    op: AttentionOp,
     layer: KVLayer,
     batch: AttentionBatch,
-    scale: float,
-    window: int | None,
     out: Tensor,
     *,
     plans: ShortPlans | None = None,
@@ -154,25 +150,22 @@ def tiles_attention(
     num_tokens = len(q_THD)
     longest = num_tokens if batch.max_query_len is None else batch.max_query_len
     short = num_tokens if batch.num_short_tokens is None else batch.num_short_tokens
-    is_hopper = fits_hopper(q_THD, layer, window)
+    is_hopper = fits_hopper(q_THD, op, layer)
     if longest > 1 and short > 1:
-        short_attention(
-            q_THD, layer, batch, scale, window, out, short, is_hopper=is_hopper, plans=plans
-        )
+        short_attention(q_THD, op, layer, batch, out, short, is_hopper=is_hopper, plans=plans)
     if longest <= SHORT_QUERIES:
         return
     if is_hopper:
-        hopper.long_chunks(q_THD, layer, batch, scale, out, SHORT_QUERIES)
+        hopper.long_chunks(q_THD, op, layer, batch, out, SHORT_QUERIES)
     else:
-        prefill_attention(q_THD, layer, batch, scale, window, out)
+        prefill_attention(q_THD, op, layer, batch, out)
 
 
 def _every_row_as_decode(
     q_THD: Tensor,
+    op: AttentionOp,
     layer: KVLayer,
     batch: AttentionBatch,
-    scale: float,
-    window: int | None,
     out: Tensor,
     max_seq_len: int,
     tickets: Tensor | None,
@@ -191,10 +184,9 @@ def _every_row_as_decode(
         )
         decode_attention(
             q_THD[rows],
+            op,
             layer,
             part,
-            scale,
-            window,
             out[rows],
             max_seq_len=max_seq_len,
             token_sequences=sequences[rows],

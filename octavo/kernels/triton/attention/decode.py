@@ -9,8 +9,6 @@ program of a row takes one even split: fewer partial results to write and to mer
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 import triton
@@ -18,14 +16,27 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.facts import LARGEST_SPLIT, SPLIT_CLASSES, split_slots
-from octavo.kernels.inputs import AttentionBatch, KVLayer, QKNorm, RopeTable
-from octavo.kernels.triton.attention.write import kv_strides, rope_of_kv_head
+from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
+from octavo.kernels.triton.attention.partials import (
+    LOG2_E,
+    Partials,
+    make_partials,
+    merge_kv_head,
+    slots_of,
+)
+from octavo.kernels.triton.attention.scores import most_visible, scores_of
+from octavo.kernels.triton.attention.write import (
+    kv_strides,
+    rope_of_kv_head,
+    rotation_arguments,
+)
 from octavo.kernels.triton.launching.chip import next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import announce, launch_options, wait_turn
 from octavo.kernels.triton.launching.tickets import is_last, make_tickets
+from octavo.kernels.triton.tiles.softmax import capped, softmax_step, with_sink
+from octavo.kernels.triton.tiles.visible import first_visible
 
-LOG2_E = 1.4426950408889634
 TARGET_PROGRAMS = 528
 """Programs that an H100 runs at once, in one wave; those of a row share its splits."""
 MAX_REGISTERS = 128
@@ -33,29 +44,6 @@ MAX_REGISTERS = 128
 multiprocessor, where merging alone would take more."""
 MERGE_ROWS = 2
 """Heads times slots that `merge_heads` takes at a time; more cost registers of the whole kernel."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class QueryRope:
-    """What queries and keys need before they meet: `Ops.rope_and_cache` within the split kernel,
-    for norms of each head."""
-
-    rope: RopeTable
-    qk_norm: QKNorm | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Partials:
-    """Where splits leave their results: out [slots * H, D] and log2-sum-exp2 [slots * H].
-
-    Row r has slots [starts[r], starts[r + 1]), or [r * num_slots, (r + 1) * num_slots) without
-    starts, H times: those of head 0 in order, then those of head 1, and so on.
-    """
-
-    out: Tensor
-    lse: Tensor
-    num_slots: int
-    starts: Tensor | None = None
 
 
 @triton.jit
@@ -81,88 +69,6 @@ def splits_of(low, length, FIXED: tl.constexpr, BLOCK_N: tl.constexpr):
     return origin, size, tl.cdiv(length - origin, size)
 
 
-@triton.jit
-def slots_of(row, starts, num_slots, heads, H: tl.constexpr, PACKED: tl.constexpr):
-    """Returns the first slot of each of `heads` of a row: see `Partials`."""
-    first = row.to(tl.int64) * num_slots
-    if PACKED:
-        first = tl.load(starts + row).to(tl.int64)
-        num_slots = tl.load(starts + row + 1) - first
-    return first * H + heads * num_slots
-
-
-@triton.jit
-def merge_heads(
-    partial_out,
-    partial_lse,
-    slots,
-    count,
-    is_head,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Returns [HEADS, BLOCK_D]: for each head sum_i w_i o_i / sum_i w_i, w_i = 2^(lse_i - max lse),
-    over its slots slots[h] .. slots[h] + count, ROWS // HEADS slots at a time. A slot that saw
-    nothing (lse -inf) adds nothing."""
-    HEADS: tl.constexpr = slots.shape[0]
-    SLOTS: tl.constexpr = ROWS // HEADS if ROWS > HEADS else 1
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_i = tl.arange(0, SLOTS)
-    top = tl.full([HEADS, SLOTS], -float("inf"), tl.float32)
-    total = tl.zeros([HEADS, SLOTS], tl.float32)
-    acc = tl.zeros([HEADS, SLOTS, BLOCK_D], tl.float32)
-    for start in tl.range(0, count, SLOTS, loop_unroll_factor=8):
-        at = slots[:, None] + (start + offs_i)[None, :]
-        live = is_head[:, None] & (start + offs_i < count)[None, :]
-        lse = tl.load(partial_lse + at, mask=live, other=-float("inf"), cache_modifier=".cg")
-        mask = live[:, :, None] & (offs_d < D)[None, None, :]
-        part_at = partial_out + at[:, :, None] * D + offs_d[None, None, :]
-        part = tl.load(part_at, mask=mask, other=0.0, cache_modifier=".cg")
-        higher = tl.maximum(top, lse)
-        floor = tl.where(higher == -float("inf"), 0.0, higher)
-        w = tl.exp2(lse - floor)
-        shrink = tl.exp2(top - floor)
-        part = tl.where(w[:, :, None] > 0, part * w[:, :, None], 0.0)
-        acc = acc * shrink[:, :, None] + part
-        total = total * shrink + w
-        top = higher
-    highest = tl.max(top, 1)
-    w = tl.exp2(top - tl.where(highest == -float("inf"), 0.0, highest)[:, None])
-    whole = tl.sum(total * w, 1)
-    return tl.sum(acc * w[:, :, None], 1) / tl.where(whole > 0, whole, 1.0)[:, None]
-
-
-@triton.jit
-def merge_kv_head(
-    out,
-    partial_out,
-    partial_lse,
-    row,
-    t,
-    kv_head,
-    slot_starts,
-    num_slots,
-    count,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    PACKED: tl.constexpr,
-    HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """out[t, h] = `merge_heads` of the query heads h of one kv head, HEADS >= H // K."""
-    lane = tl.arange(0, HEADS)
-    head = kv_head * (H // K) + lane
-    is_head = lane < H // K
-    slots = slots_of(row, slot_starts, num_slots, head, H, PACKED)
-    mean = merge_heads(partial_out, partial_lse, slots, count, is_head, D, ROWS, BLOCK_D)
-    offs_d = tl.arange(0, BLOCK_D)
-    at = (t * H + head)[:, None] * D + offs_d[None, :]
-    tl.store(out + at, mean.to(out.dtype.element_ty), mask=is_head[:, None] & (offs_d < D)[None, :])
-
-
 @launchable
 @triton.jit(do_not_specialize=["num_slots"])
 def _decode_kernel(
@@ -176,7 +82,6 @@ def _decode_kernel(
     shared_slots,
     slot_starts,
     num_slots,
-    window,
     tickets,
     q,
     key,
@@ -186,6 +91,9 @@ def _decode_kernel(
     stride_block,
     stride_table,
     scale_log2,
+    cap_log2,
+    reach,
+    sinks,
     cache_slots,
     cos,
     sin,
@@ -196,10 +104,13 @@ def _decode_kernel(
     K: tl.constexpr,
     D: tl.constexpr,
     P: tl.constexpr,
+    IS_QKV: tl.constexpr,
     HALF: tl.constexpr,
     HAS_NORM: tl.constexpr,
     BY_TOKEN: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
+    VISIBLE: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     HAS_SHARED: tl.constexpr,
     PACKED: tl.constexpr,
     FIXED: tl.constexpr,
@@ -218,7 +129,7 @@ def _decode_kernel(
     last of their programs merges them, MERGE_M >= H // K heads at once. FIXED: see `splits_of`.
     Program 1 names a token (BY_TOKEN: any query) or a sequence, skipped unless it has one query.
     HAS_SHARED: the first shared_tokens[s] tokens are done elsewhere, in shared_slots[s] slots.
-    HALF: q is qkv [T, (H + 2 K) D] before norm and RoPE, whose k and v are written on the way.
+    IS_QKV: q is qkv [T, (H + 2 K) D] before norm and RoPE, whose k and v are written on the way.
     """
     GROUP: tl.constexpr = H // K
     wait_turn(OVERLAP)
@@ -234,9 +145,7 @@ def _decode_kernel(
         length = tl.load(seq_lens + sequence)
         if beyond - t != 1:
             return
-    low = length * 0
-    if HAS_WINDOW:
-        low = tl.maximum(length - window, 0)
+    low = first_visible(length - 1, reach, VISIBLE)
     before = length * 0
     if HAS_SHARED:
         low = tl.maximum(low, tl.load(shared_tokens + sequence))
@@ -259,7 +168,7 @@ def _decode_kernel(
     stop = tl.minimum(begin + share, count)
     row = sequence if PACKED else t
     slots = slots_of(row, slot_starts, num_slots, kv_head * GROUP + rows, H, PACKED)
-    if HALF:
+    if IS_QKV:
         slot = tl.where(stop == count, tl.load(cache_slots + t), -1)
         q_tile = rope_of_kv_head(
             *(q + t * ((H + 2 * K) * D), kv_head, tl.maximum(length - 1, 0)),
@@ -285,21 +194,22 @@ def _decode_kernel(
             mask = mask & (offs_d < D)[None, :]
         k = tl.load(key + at, mask=mask, other=0.0).to(q_tile.dtype)
         s = tl.dot(q_tile, tl.trans(k), input_precision="ieee")
+        if HAS_CAP:
+            s = capped(s, scale_log2, cap_log2)
         s = tl.where(live[None, :], s, -float("inf"))
-        higher = tl.maximum(m, tl.max(s, 1) * scale_log2)
-        p = tl.exp2(s * scale_log2 - higher[:, None])
-        shrink = tl.exp2(m - higher)
-        total = total * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None]
+        p, m, total, acc = softmax_step(s, m, total, acc, scale_log2)
         v = tl.load(value + at, mask=mask, other=0.0).to(q_tile.dtype)
         acc = tl.dot(p.to(q_tile.dtype), v, acc, input_precision="ieee")
-        m = higher
         done = tile + BLOCK_N >= end
         if FIXED:
             done = done | (((tile + BLOCK_N) & (size - 1)) == 0)
         if done:
             mean = acc / total[:, None]
             if (count == 1) & (before == 0):
+                if HAS_SINKS:
+                    head = kv_head * GROUP + rows
+                    sink_log2 = tl.load(sinks + head, mask=rows < GROUP, other=0.0) * LOG2_E
+                    mean = with_sink(mean, m + tl.log2(total), sink_log2)
                 tl.store(out_at, mean.to(out.dtype.element_ty), mask=row_mask)
             else:
                 to = slots + before + (tile - origin) // size
@@ -313,7 +223,7 @@ def _decode_kernel(
     if is_last(tickets + tl.program_id(1) * K + kv_head, num_busy):
         merge_kv_head(
             *(out, partial_out, partial_lse, row, t, kv_head, slot_starts, num_slots),
-            *(before + count, H, K, D, PACKED, MERGE_M, MERGE_ROWS, BLOCK_D),
+            *(before + count, sinks, H, K, D, HAS_SINKS, PACKED, MERGE_M, MERGE_ROWS, BLOCK_D),
         )
 
 
@@ -375,31 +285,15 @@ def seq_len_bound(layer: KVLayer, batch: AttentionBatch) -> int:
     return capacity if batch.max_seq_len is None else min(batch.max_seq_len, capacity)
 
 
-def make_partials(
-    q_THD: Tensor, num_slots: int, starts: Tensor | None = None, total_slots: int | None = None
-) -> Partials:
-    """Returns uninitialised room for `num_slots` partial results of every row, or, with `starts`,
-    for `total_slots` of all rows."""
-    num_tokens, num_heads, head_size = q_THD.shape
-    rows = num_heads * (num_tokens * num_slots if total_slots is None else total_slots)
-    return Partials(
-        out=torch.empty((rows, head_size), dtype=torch.float32, device=q_THD.device),
-        lse=torch.empty(rows, dtype=torch.float32, device=q_THD.device),
-        num_slots=num_slots,
-        starts=starts,
-    )
-
-
 def decode_attention(
     q_THD: Tensor,
+    op: AttentionOp,
     layer: KVLayer,
     batch: AttentionBatch,
-    scale: float,
-    window: int | None,
     out: Tensor,
     *,
     max_seq_len: int,
-    rope: QueryRope | None = None,
+    is_qkv: bool = False,
     token_sequences: Tensor | None = None,
     shared: tuple[Tensor, Tensor] | None = None,
     partials: Partials | None = None,
@@ -410,21 +304,22 @@ def decode_attention(
     """Writes the rows of `out` [T, H, D] that belong to sequences with one query. With
     `is_invariant` a row has the same bits in every batch.
 
-    `max_seq_len` bounds seq_lens_S. With `rope`, q is qkv [T, H + 2 K, D] and its k and v are
-    written too. With `token_sequences` (int32 [T], the sequence of each token) it writes every row,
-    each as if decoded. `shared` (tokens, slots; int32 [S]) tells how much of every sequence already
-    lies in `partials`. `tickets`: see `make_tickets`.
+    `max_seq_len` bounds seq_lens_S. `is_qkv`: q is qkv [T, H + 2 K, D] before norm (of each head)
+    and rotation, and its k and v are written too. With `token_sequences` (int32 [T], the sequence
+    of each token) it writes every row, each as if decoded. `shared` (tokens, slots; int32 [S])
+    tells how much of every sequence already lies in `partials`. `tickets`: see `make_tickets`.
     """
     stride_block = check_query(out, layer, batch)
     num_tokens, num_heads, head_size = out.shape
     block_size, num_kv_heads = layer.key.shape[1:3]
     assert q_THD.is_contiguous()
-    assert q_THD.shape[1] == num_heads + (0 if rope is None else 2 * num_kv_heads)
+    assert q_THD.shape[1] == num_heads + (2 * num_kv_heads if is_qkv else 0)
     rows = len(batch.seq_lens_S) if token_sequences is None else num_tokens
     if rows == 0 or num_tokens == 0:
         return
     unused = batch.seq_lens_S
-    slots = split_slots(max_seq_len if window is None else min(max_seq_len, window))
+    slots = split_slots(most_visible(op.visibility, max_seq_len))
+    scores = scores_of(op, unused)
     if partials is None:
         partials = make_partials(out, slots, batch.slot_starts_S, batch.max_slots)
     if tickets is None:
@@ -445,7 +340,6 @@ def decode_attention(
         *(shared or (unused, unused)),
         unused if partials.starts is None else partials.starts,
         partials.num_slots,
-        0 if window is None else window,
         tickets,
         q_THD.to(dtype),
         layer.key,
@@ -454,17 +348,18 @@ def decode_attention(
         batch.block_table,
         stride_block,
         batch.block_table.stride(0),
-        scale * LOG2_E,
+        *scores.arguments,
         batch.slot_mapping_T,
-        *_rope_arguments(rope, unused),
+        *rotation_arguments(op, unused),
         H=num_heads,
         K=num_kv_heads,
         D=head_size,
         P=block_size,
-        HALF=0 if rope is None else rope.rope.rotary_dim // 2,
-        HAS_NORM=rope is not None and rope.qk_norm is not None,
+        IS_QKV=is_qkv,
+        HALF=0 if op.rope is None or not is_qkv else op.rope.rotary_dim // 2,
+        HAS_NORM=is_qkv and op.qk_norm is not None,
         BY_TOKEN=token_sequences is not None,
-        HAS_WINDOW=window is not None,
+        **scores.constants,
         HAS_SHARED=shared is not None,
         PACKED=partials.starts is not None,
         FIXED=is_invariant,
@@ -478,17 +373,3 @@ def decode_attention(
         **({"maxnreg": MAX_REGISTERS} if dtype.itemsize < 4 and head_size <= 128 else {}),
         **launch_options(q_THD.device),
     )
-
-
-def _rope_arguments(rope: QueryRope | None, unused: Tensor) -> tuple[Tensor | float, ...]:
-    """Returns cos, sin, the norms' weights and eps."""
-    if rope is None:
-        return unused, unused, unused, unused, 0.0
-    table, norm = rope.rope, rope.qk_norm
-    assert table.cos.shape == table.sin.shape
-    assert table.cos.is_contiguous()
-    assert table.sin.is_contiguous()
-    if norm is None:
-        return table.cos, table.sin, unused, unused, 0.0
-    assert norm.per_head
-    return table.cos, table.sin, norm.query, norm.key, norm.eps

@@ -17,17 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.inputs import AttentionBatch, KVLayer, SharedPrefix
+from octavo.kernels.facts import split_slots
+from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer, SharedPrefix
 from octavo.kernels.triton.attention.choose import fits_hopper, hopper, tiles_attention
-from octavo.kernels.triton.attention.decode import (
-    LOG2_E,
-    Partials,
-    check_query,
-    compute_dtype,
-    decode_attention,
-    make_partials,
-    split_slots,
-)
+from octavo.kernels.triton.attention.decode import check_query, compute_dtype, decode_attention
+from octavo.kernels.triton.attention.partials import Partials, make_partials
+from octavo.kernels.triton.attention.scores import scores_of
 from octavo.kernels.triton.attention.short_chunks import ShortPlans
 from octavo.kernels.triton.attention.splits import SPLIT_STEP, Tiling, split_size
 from octavo.kernels.triton.attention.tiles import attend_range, value_delta
@@ -228,13 +223,15 @@ def _shared_kernel(
     stride_block,
     stride_table,
     scale_log2,
-    window,
+    cap_log2,
+    reach,
     H: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     P: tl.constexpr,
     DELTA: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
+    VISIBLE: tl.constexpr,
+    HAS_CAP: tl.constexpr,
     TILES: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -247,7 +244,7 @@ def _shared_kernel(
     partial_out[t, h, split] = softmax(scale q k^T) v over the split, partial_lse its log2-sum-exp2.
     Program 0: split; 1: group * TILES + tile of members; 2: kv head. Row r is member
     r // PADDED_GROUP, head r % PADDED_GROUP; every shared key is visible to every member, but for
-    a window. q [T, H, D]; key, value [B, P, K, D]; partial_out [T, H, slots, D].
+    windows and chunks. q [T, H, D]; key, value [B, P, K, D]; partial_out [T, H, slots, D].
     """
     GROUP: tl.constexpr = H // K
     MEMBERS: tl.constexpr = BLOCK_M // PADDED_GROUP
@@ -280,7 +277,8 @@ def _shared_kernel(
     mean, lse = attend_range(
         q_tile, position, key + kv_head * D, value + kv_head * D,
         block_table + leader * stride_table, start, end // BLOCK_N * BLOCK_N, end,
-        stride_block, K * D, scale_log2, window, D, P, DELTA, HAS_WINDOW, BLOCK_N, BLOCK_D,
+        stride_block, K * D, scale_log2, cap_log2, reach,
+        D, P, DELTA, VISIBLE, HAS_CAP, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     slot = heads * num_slots + tl.program_id(0)
     to = partial_out + slot[:, None] * D + offs_d[None, :]
@@ -299,10 +297,9 @@ def shared_shape(rows: int, head_size: int, dtype: torch.dtype) -> tuple[int, in
 
 def shared_prefix_attention(
     q_THD: Tensor,
+    op: AttentionOp,
     layer: KVLayer,
     batch: AttentionBatch,
-    scale: float,
-    window: int | None,
     plan: SharedPrefix,
     tickets: Tensor | None = None,
     plans: ShortPlans | None = None,
@@ -313,34 +310,32 @@ def shared_prefix_attention(
     """
     out = torch.empty_like(q_THD)
     partials = make_partials(q_THD, plan.max_splits + split_slots(plan.max_tail))
-    _attend_shared(q_THD, layer, batch, scale, window, plan, partials)
+    _attend_shared(q_THD, op, layer, batch, plan, partials)
     decode_attention(
         q_THD,
+        op,
         layer,
         batch,
-        scale,
-        window,
         out,
         max_seq_len=plan.max_tail,
         shared=(plan.shared_tokens_S, plan.shared_slots_S),
         partials=partials,
         tickets=tickets,
     )
-    tiles_attention(q_THD, layer, batch, scale, window, out, plans=plans)
+    tiles_attention(q_THD, op, layer, batch, out, plans=plans)
     return out.flatten(1)
 
 
 def _attend_shared(
     q_THD: Tensor,
+    op: AttentionOp,
     layer: KVLayer,
     batch: AttentionBatch,
-    scale: float,
-    window: int | None,
     plan: SharedPrefix,
     partials: Partials,
 ) -> None:
-    if fits_hopper(q_THD, layer, window):
-        hopper.shared_prefixes(q_THD, layer, batch, scale, plan, partials)
+    if fits_hopper(q_THD, op, layer):
+        hopper.shared_prefixes(q_THD, op, layer, batch, plan, partials)
         return
     stride_block = check_query(q_THD, layer, batch)
     num_heads, head_size = q_THD.shape[1:]
@@ -351,6 +346,7 @@ def _attend_shared(
     block_m, block_n, num_warps, num_stages = shared_shape(rows, head_size, dtype)
     block_m = max(block_m, padded_group)
     tiles = next_power_of_2(cdiv(rows, block_m))
+    scores = scores_of(op, batch.seq_lens_S)
     _shared_kernel[(plan.max_splits, plan.num_groups * tiles, num_kv_heads)](
         q_THD.to(dtype),
         layer.key,
@@ -367,14 +363,14 @@ def _attend_shared(
         partials.num_slots,
         stride_block,
         batch.block_table.stride(0),
-        scale * LOG2_E,
-        0 if window is None else window,
+        *(scores.scale_log2, scores.cap_log2, scores.reach),
         H=num_heads,
         K=num_kv_heads,
         D=head_size,
         P=block_size,
         DELTA=value_delta(layer),
-        HAS_WINDOW=window is not None,
+        VISIBLE=scores.visible,
+        HAS_CAP=scores.has_cap,
         TILES=tiles,
         PADDED_GROUP=padded_group,
         BLOCK_M=block_m,

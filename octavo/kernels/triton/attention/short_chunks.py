@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.inputs import AttentionBatch
-from octavo.kernels.triton.attention.decode import Partials, merge_heads
+from octavo.kernels.triton.attention.partials import Partials, merge_heads
+from octavo.kernels.triton.attention.scores import Scores, visible_of
 from octavo.kernels.triton.attention.splits import (
     PARTIALS_A_TOKEN,
     PIECE_TOKENS,
@@ -26,6 +27,8 @@ from octavo.kernels.triton.attention.splits import (
 from octavo.kernels.triton.launching.chip import cdiv, next_power_of_2, num_processors
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
+from octavo.kernels.triton.tiles.visible import first_visible
+from octavo.visibility import Visibility
 
 PLAN_SEQUENCES = 512
 """Steps of up to so many sequences share one binary of the planning kernel."""
@@ -73,13 +76,13 @@ class ShortPlans:
         )
 
     def of(
-        self, batch: AttentionBatch, tiles: Tiling, window: int | None, limits: Limits
+        self, batch: AttentionBatch, tiles: Tiling, visibility: Visibility, limits: Limits
     ) -> ShortPlan:
         """Returns `plan_short_chunks` of the same; a batch must not change afterwards."""
         known = self._plans.setdefault(batch, {})
-        key = tiles, window, limits
+        key = tiles, visibility, limits
         if key not in known:
-            known[key] = plan_short_chunks(batch, tiles, window, limits)
+            known[key] = plan_short_chunks(batch, tiles, visibility, limits)
         return known[key]
 
 
@@ -108,17 +111,14 @@ def split_of(table, num_sequences):
 
 
 @triton.jit
-def first_split(length, num_queries, size, window, HAS_WINDOW: tl.constexpr):
+def first_split(length, num_queries, size, reach, VISIBLE: tl.constexpr):
     """Returns the split of the first position that a query of the sequence sees."""
-    first = length * 0
-    if HAS_WINDOW:
-        first = tl.maximum(length - num_queries + 1 - window, 0) // size
-    return first
+    return first_visible(length - num_queries, reach, VISIBLE) // size
 
 
 @triton.jit
-def _parts(size, length, num_queries, window, HAS_WINDOW: tl.constexpr):
-    return tl.cdiv(length, size) - first_split(length, num_queries, size, window, HAS_WINDOW)
+def _parts(size, length, num_queries, reach, VISIBLE: tl.constexpr):
+    return tl.cdiv(length, size) - first_split(length, num_queries, size, reach, VISIBLE)
 
 
 @triton.jit
@@ -147,7 +147,7 @@ def _cost(
 
 
 @launchable
-@triton.jit(do_not_specialize=["num_sequences", "max_slots", "processors", "window"])
+@triton.jit(do_not_specialize=["num_sequences", "max_slots", "processors", "reach"])
 def _plan_kernel(
     table,
     query_starts,
@@ -155,11 +155,11 @@ def _plan_kernel(
     num_sequences,
     max_slots,
     processors,
-    window,
+    reach,
     H: tl.constexpr,
     HEAD_GROUPS: tl.constexpr,
     QUERIES: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
+    VISIBLE: tl.constexpr,
     SHORT: tl.constexpr,
     SPLITS: tl.constexpr,
     SHORTEST: tl.constexpr,
@@ -181,21 +181,19 @@ def _plan_kernel(
     is_short = (num_queries > 1) & (num_queries <= SHORT) & (length > 0)
     num_queries = tl.where(is_short, num_queries, 0)
     length = tl.where(is_short, length, 0)
-    tokens = length
-    if HAS_WINDOW:
-        tokens = tl.minimum(length, num_queries - 1 + window)
+    tokens = length - first_visible(length - num_queries, reach, VISIBLE)
     longest = tl.max(tokens)
     # One split of the whole always fits: it leaves no partial results.
     size = tl.maximum(tl.cdiv(tl.max(length), STEP) * STEP, SHORTEST)
-    parts = _parts(size, length, num_queries, window, HAS_WINDOW)
+    parts = _parts(size, length, num_queries, reach, VISIBLE)
     lowest, _ = _cost(
         size, longest, tokens, parts, num_queries, processors,
         QUERIES, HEAD_GROUPS, H, PIECE, PARTIALS,
     )  # fmt: skip
-    most: tl.constexpr = SPLITS - 1 if HAS_WINDOW else SPLITS  # A window may begin within one.
+    most: tl.constexpr = SPLITS - 1 if VISIBLE > 0 else SPLITS  # What is seen may begin within.
     for count in range(2, most + 1):
         other = tl.maximum(tl.cdiv(longest, count * STEP) * STEP, SHORTEST)
-        parts = _parts(other, length, num_queries, window, HAS_WINDOW)
+        parts = _parts(other, length, num_queries, reach, VISIBLE)
         found, slots = _cost(
             other, longest, tokens, parts, num_queries, processors,
             QUERIES, HEAD_GROUPS, H, PIECE, PARTIALS,
@@ -203,7 +201,7 @@ def _plan_kernel(
         is_better = (found < lowest) & (slots <= max_slots)
         size = tl.where(is_better, other, size)
         lowest = tl.where(is_better, found, lowest)
-    parts = _parts(size, length, num_queries, window, HAS_WINDOW)
+    parts = _parts(size, length, num_queries, reach, VISIBLE)
     is_split = parts > 1
     row = num_sequences + 1
     tl.store(table + s * row, 0, mask=s < 3)
@@ -216,7 +214,7 @@ def _plan_kernel(
 
 
 @launchable
-@triton.jit(do_not_specialize=["num_sequences", "window"])
+@triton.jit(do_not_specialize=["num_sequences", "reach"])
 def _merge_kernel(
     out,
     partial_out,
@@ -225,10 +223,12 @@ def _merge_kernel(
     query_starts,
     seq_lens,
     num_sequences,
-    window,
+    reach,
+    sinks,
     H: tl.constexpr,
     D: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
+    VISIBLE: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     HEADS: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -253,16 +253,15 @@ def _merge_kernel(
         num_queries = tl.load(query_starts + sequence + 1) - first_row
         length = tl.load(seq_lens + sequence)
         position = length - num_queries + query
-        low = position * 0
-        if HAS_WINDOW:
-            low = tl.maximum(position - window + 1, 0)
-        parts = _parts(size, length, num_queries, window, HAS_WINDOW)
-        first = low // size - first_split(length, num_queries, size, window, HAS_WINDOW)
+        low = first_visible(position, reach, VISIBLE)
+        parts = _parts(size, length, num_queries, reach, VISIBLE)
+        first = low // size - first_split(length, num_queries, size, reach, VISIBLE)
         slots = tl.load(slot_starts + sequence).to(tl.int64) * H
         slots = slots + (query * H + head) * parts + first
         count = position // size + 1 - low // size
         mean = merge_heads(
-            partial_out, partial_lse, slots, count, head < H, D, HEADS * SLOTS, BLOCK_D
+            *(partial_out, partial_lse, slots, count, head < H, sinks, head),
+            *(D, HAS_SINKS, HEADS * SLOTS, BLOCK_D),
         )
         at = ((first_row + query).to(tl.int64) * H + head)[:, None] * D + offs_d
         mask = (head < H)[:, None] & (offs_d < D)
@@ -270,11 +269,12 @@ def _merge_kernel(
 
 
 def plan_short_chunks(
-    batch: AttentionBatch, tiles: Tiling, window: int | None, limits: Limits
+    batch: AttentionBatch, tiles: Tiling, visibility: Visibility, limits: Limits
 ) -> ShortPlan:
-    """Returns the plan of a batch for one tiling and one window."""
+    """Returns the plan of a batch for one tiling and one visibility."""
     num_sequences = len(batch.seq_lens_S)
     assert limits.shortest % SPLIT_STEP == 0, limits
+    visible, reach = visible_of(visibility)
     table = torch.empty(
         3 * (num_sequences + 1) + 1, dtype=torch.int32, device=batch.seq_lens_S.device
     )
@@ -285,11 +285,11 @@ def plan_short_chunks(
         num_sequences,
         limits.slots,
         tiles.processors,
-        0 if window is None else window,
+        reach,
         H=tiles.num_heads,
         HEAD_GROUPS=tiles.head_groups,
         QUERIES=tiles.queries,
-        HAS_WINDOW=window is not None,
+        VISIBLE=visible,
         SHORT=limits.queries,
         SPLITS=limits.splits,
         SHORTEST=limits.shortest,
@@ -305,8 +305,8 @@ def plan_short_chunks(
 
 def merge_short_chunks(
     out: Tensor,
+    scores: Scores,
     batch: AttentionBatch,
-    window: int | None,
     plan: ShortPlan,
     partials: Partials,
     num_tokens: int,
@@ -323,10 +323,11 @@ def merge_short_chunks(
         batch.query_starts,
         batch.seq_lens_S,
         len(batch.seq_lens_S),
-        0 if window is None else window,
+        *(scores.reach, scores.sinks),
         H=num_heads,
         D=head_size,
-        HAS_WINDOW=window is not None,
+        VISIBLE=scores.visible,
+        HAS_SINKS=scores.has_sinks,
         HEADS=MERGE_HEADS,
         SLOTS=MERGE_SLOTS,
         BLOCK_D=max(16, next_power_of_2(head_size)),

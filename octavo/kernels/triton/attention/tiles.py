@@ -11,8 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.inputs import AttentionBatch, KVLayer
-from octavo.kernels.triton.attention.decode import LOG2_E, Partials, check_query, compute_dtype
+from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
+from octavo.kernels.triton.attention.decode import check_query, compute_dtype
+from octavo.kernels.triton.attention.partials import LOG2_E, Partials
+from octavo.kernels.triton.attention.scores import scores_of
 from octavo.kernels.triton.attention.short_chunks import (
     ShortPlan,
     first_split,
@@ -22,6 +24,8 @@ from octavo.kernels.triton.attention.short_chunks import (
 from octavo.kernels.triton.launching.chip import next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
+from octavo.kernels.triton.tiles.softmax import capped, softmax_step, with_sink
+from octavo.kernels.triton.tiles.visible import first_visible
 
 
 @triton.jit
@@ -40,12 +44,14 @@ def attend_tiles(
     stride_block,
     stride_token,
     scale_log2,
-    window,
+    cap_log2,
+    reach,
     D: tl.constexpr,
     P: tl.constexpr,
     DELTA: tl.constexpr,
     MASKED: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
+    VISIBLE: tl.constexpr,
+    HAS_CAP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -81,19 +87,15 @@ def attend_tiles(
             k = tl.load(key + at)
             v = tl.load(value + at)
         s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+        if HAS_CAP:
+            s = capped(s, scale_log2, cap_log2)
         if MASKED:
             seen = live[None, :] & (n[None, :] <= position[:, None])
-            if HAS_WINDOW:
-                seen = seen & (n[None, :] > position[:, None] - window)
+            if VISIBLE > 0:
+                seen = seen & (n[None, :] >= first_visible(position, reach, VISIBLE)[:, None])
             s = tl.where(seen, s, -float("inf"))
-        higher = tl.maximum(m, tl.max(s, 1) * scale_log2)
-        floor = tl.where(higher == -float("inf"), 0.0, higher)
-        p = tl.exp2(s * scale_log2 - floor[:, None])
-        shrink = tl.exp2(m - floor)
-        total = total * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None]
+        p, m, total, acc = softmax_step(s, m, total, acc, scale_log2)
         acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc, input_precision="ieee")
-        m = higher
     return acc, m, total
 
 
@@ -110,34 +112,36 @@ def attend_range(
     stride_block,
     stride_token,
     scale_log2,
-    window,
+    cap_log2,
+    reach,
     D: tl.constexpr,
     P: tl.constexpr,
     DELTA: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
+    VISIBLE: tl.constexpr,
+    HAS_CAP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Returns softmax(scale q k^T) v over positions [start, end) as [BLOCK_M, BLOCK_D] and its
     log2-sum-exp2: 0 and -inf where a row sees none. Every row sees all of [start, middle), but for
-    a window; both are multiples of BLOCK_N."""
+    windows and chunks; both are multiples of BLOCK_N."""
     m = tl.full([q.shape[0]], -float("inf"), tl.float32)
     total = tl.zeros([q.shape[0]], tl.float32)
     acc = tl.zeros([q.shape[0], BLOCK_D], tl.float32)
     low = start * 0
-    if HAS_WINDOW:
-        low = tl.maximum(tl.min(position, 0) - window + 1, 0)
+    if VISIBLE > 0:
+        low = first_visible(tl.min(position, 0), reach, VISIBLE)
         middle = tl.maximum(start, low // BLOCK_N * BLOCK_N)
     else:
         acc, m, total = attend_tiles(
             acc, m, total, q, position, key, value, table_row, low, start, middle,
-            stride_block, stride_token, scale_log2, window,
-            D, P, DELTA, False, HAS_WINDOW, BLOCK_N, BLOCK_D,
+            stride_block, stride_token, scale_log2, cap_log2, reach,
+            D, P, DELTA, False, VISIBLE, HAS_CAP, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     acc, m, total = attend_tiles(
         acc, m, total, q, position, key, value, table_row, low, middle, end,
-        stride_block, stride_token, scale_log2, window,
-        D, P, DELTA, True, HAS_WINDOW, BLOCK_N, BLOCK_D,
+        stride_block, stride_token, scale_log2, cap_log2, reach,
+        D, P, DELTA, True, VISIBLE, HAS_CAP, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     total = tl.where(total > 0, total, 1.0)
     return acc / total[:, None], m + tl.log2(total)
@@ -160,13 +164,17 @@ def _prefill_kernel(
     stride_block,
     stride_table,
     scale_log2,
-    window,
+    cap_log2,
+    reach,
+    sinks,
     H: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     P: tl.constexpr,
     DELTA: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
+    VISIBLE: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     SHORT: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
@@ -175,7 +183,7 @@ def _prefill_kernel(
     BLOCK_D: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """out = softmax(scale q k^T + causal and window mask) v for one tile of queries.
+    """out = softmax(scale q k^T, causal and as VISIBLE says) v for one tile of queries.
 
     A tile is BLOCK_M // PADDED_GROUP queries of one sequence times the GROUP = H // K heads of kv
     head `program 0`: row r is query r // PADDED_GROUP, head r % PADDED_GROUP. q, out [T, H, D];
@@ -209,7 +217,7 @@ def _prefill_kernel(
     end = computed + last_query + 1
     if IS_SPLIT:
         size = split_of(table, num_sequences)
-        first = first_split(length, num_queries, size, window, HAS_WINDOW)
+        first = first_split(length, num_queries, size, reach, VISIBLE)
         start = (first + tl.program_id(2)) * size
         end = tl.minimum(end, start + size)
         if start >= end:
@@ -221,8 +229,12 @@ def _prefill_kernel(
     mean, lse = attend_range(
         q_tile, position, key + kv_head * D, value + kv_head * D,
         block_table + sequence.to(tl.int64) * stride_table, start, middle, end,
-        stride_block, K * D, scale_log2, window, D, P, DELTA, HAS_WINDOW, BLOCK_N, BLOCK_D,
+        stride_block, K * D, scale_log2, cap_log2, reach,
+        D, P, DELTA, VISIBLE, HAS_CAP, BLOCK_N, BLOCK_D,
     )  # fmt: skip
+    whole = mean
+    if HAS_SINKS:
+        whole = with_sink(mean, lse, tl.load(sinks + head, mask=live, other=0.0) * LOG2_E)
     if IS_SPLIT:
         parts = tl.cdiv(length, size) - first
         is_partial = parts > 1
@@ -232,7 +244,7 @@ def _prefill_kernel(
         tl.store(to, mean, mask=mask & is_partial)
         tl.store(partial_lse + slot, lse, mask=live & is_partial)
         mask = mask & (parts < 2)
-    tl.store(out + at, mean.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + at, whole.to(out.dtype.element_ty), mask=mask)
 
 
 def prefill_shape(head_size: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
@@ -254,10 +266,9 @@ def value_delta(layer: KVLayer) -> int:
 
 def attend_in_tiles(
     q_THD: Tensor,
+    op: AttentionOp,
     layer: KVLayer,
     batch: AttentionBatch,
-    scale: float,
-    window: int | None,
     out: Tensor,
     partials: Partials,
     plan: ShortPlan | None,
@@ -277,6 +288,7 @@ def attend_in_tiles(
     padded_group = next_power_of_2(num_heads // num_kv_heads)
     block_m = max(block_m, padded_group)
     tiles = num_tokens // (block_m // padded_group) + num_sequences
+    scores = scores_of(op, batch.seq_lens_S)
     _prefill_kernel[(num_kv_heads, tiles, 1 if plan is None else plan.limits.splits)](
         q_THD.to(dtype),
         layer.key,
@@ -291,14 +303,13 @@ def attend_in_tiles(
         num_sequences,
         stride_block,
         batch.block_table.stride(0),
-        scale * LOG2_E,
-        0 if window is None else window,
+        *scores.arguments,
         H=num_heads,
         K=num_kv_heads,
         D=head_size,
         P=block_size,
         DELTA=value_delta(layer),
-        HAS_WINDOW=window is not None,
+        **scores.constants,
         IS_SPLIT=plan is not None,
         SHORT=short,
         PADDED_GROUP=padded_group,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.inputs import AttentionBatch, KVLayer, QKNorm, RopeTable
+from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
 from octavo.kernels.triton.launching.chip import cdiv, next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
@@ -205,13 +205,23 @@ def kv_strides(layer: KVLayer) -> int:
     return layer.key.stride(0)
 
 
+def rotation_arguments(op: AttentionOp, unused: Tensor) -> tuple[Tensor | float, ...]:
+    """Returns cos, sin, the norms' weights and eps."""
+    table, norm = op.rope, op.qk_norm
+    if table is not None:
+        half = table.rotary_dim // 2
+        is_contiguous = table.cos.is_contiguous() and table.sin.is_contiguous()
+        if not (
+            is_contiguous and table.cos.shape == table.sin.shape and table.cos.shape[1] == half
+        ):
+            raise ValueError(f"cos and sin must be contiguous [positions, {half}]")
+    tables = (unused, unused) if table is None else (table.cos, table.sin)
+    weights = (unused, unused, 0.0) if norm is None else (norm.query, norm.key, norm.eps)
+    return *tables, *weights
+
+
 def rope_and_cache(
-    qkv_TN: Tensor,
-    num_heads: int,
-    rope: RopeTable,
-    qk_norm: QKNorm | None,
-    layer: KVLayer,
-    batch: AttentionBatch,
+    qkv_TN: Tensor, op: AttentionOp, layer: KVLayer, batch: AttentionBatch
 ) -> Tensor:
     """Returns q_THD (dtype of qkv, contiguous), normed and rotated; writes k and v to the cache.
 
@@ -219,19 +229,16 @@ def rope_and_cache(
     """
     stride_block = kv_strides(layer)
     _, block_size, num_kv_heads, head_size = layer.key.shape
-    num_tokens, columns = qkv_TN.shape
+    num_heads, (num_tokens, columns) = op.num_heads, qkv_TN.shape
     total_heads = num_heads + 2 * num_kv_heads
     if columns != total_heads * head_size or not qkv_TN.is_contiguous():
         raise ValueError(
             f"qkv must be contiguous [T, {total_heads * head_size}], got {tuple(qkv_TN.shape)}"
         )
-    half = rope.rotary_dim // 2
-    if rope.cos.shape[1] != half or not (rope.cos.is_contiguous() and rope.sin.is_contiguous()):
-        raise ValueError(f"cos and sin must be contiguous [positions, {half}]")
     q_THD = torch.empty(num_tokens, num_heads, head_size, dtype=qkv_TN.dtype, device=qkv_TN.device)
     if num_tokens == 0:
         return q_THD
-    norm = 0 if qk_norm is None else (1 if qk_norm.per_head else 2)
+    norm = 0 if op.qk_norm is None else (1 if op.qk_norm.per_head else 2)
     # Decode: a program per few heads spreads one token over the chip.
     block_h = HEADS_PER_PROGRAM
     _rope_and_cache_kernel[(num_tokens, cdiv(total_heads, block_h))](
@@ -242,16 +249,12 @@ def rope_and_cache(
         stride_block,
         batch.positions_T,
         batch.slot_mapping_T,
-        rope.cos,
-        rope.sin,
-        rope.cos if qk_norm is None else qk_norm.query,
-        rope.cos if qk_norm is None else qk_norm.key,
-        0.0 if qk_norm is None else qk_norm.eps,
+        *rotation_arguments(op, batch.positions_T),
         H=num_heads,
         K=num_kv_heads,
         D=head_size,
         P=block_size,
-        HALF=half,
+        HALF=0 if op.rope is None else op.rope.rotary_dim // 2,
         NORM=norm,
         BLOCK_H=block_h,
         BLOCK_D=next_power_of_2(head_size),

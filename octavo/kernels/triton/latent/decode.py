@@ -12,17 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.facts import split_slots
 from octavo.kernels.inputs import AttentionBatch
-from octavo.kernels.triton.attention.decode import (
-    LOG2_E,
-    MERGE_ROWS,
+from octavo.kernels.triton.attention.decode import MERGE_ROWS, splits_of
+from octavo.kernels.triton.attention.partials import (
     Partials,
     make_partials,
     merge_kv_head,
     slots_of,
-    split_slots,
-    splits_of,
 )
+from octavo.kernels.triton.attention.scores import LOG2_E
 from octavo.kernels.triton.latent.pages import block_stride, load_pages
 from octavo.kernels.triton.launching.chip import next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
@@ -156,7 +155,18 @@ def _latent_decode_kernel(
     if is_last(tickets + tl.program_id(1) * GROUPS + group, num_busy):
         merge_kv_head(
             *(out, partial_out, partial_lse, row, t, group, slot_starts, num_slots),
-            *(before + count, H, GROUPS, RANK, PACKED, MERGE_M, MERGE_ROWS, BLOCK_R),
+            *(
+                before + count,
+                tickets,
+                H,
+                GROUPS,
+                RANK,
+                False,
+                PACKED,
+                MERGE_M,
+                MERGE_ROWS,
+                BLOCK_R,
+            ),
         )
 
 

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.inputs import AttentionBatch, SharedPrefix
-from octavo.kernels.triton.attention.decode import LOG2_E, Partials
+from octavo.kernels.triton.attention.partials import Partials
+from octavo.kernels.triton.attention.scores import LOG2_E
 from octavo.kernels.triton.latent.pages import block_stride
 from octavo.kernels.triton.latent.tiles import (
     absorbed_shape,

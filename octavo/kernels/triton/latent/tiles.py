@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.inputs import AttentionBatch
-from octavo.kernels.triton.attention.decode import LOG2_E, Partials
+from octavo.kernels.triton.attention.partials import Partials
+from octavo.kernels.triton.attention.scores import LOG2_E
 from octavo.kernels.triton.attention.short_chunks import ShortPlan, sequence_of, split_of
 from octavo.kernels.triton.latent.pages import block_stride, load_pages
 from octavo.kernels.triton.launching.chip import next_power_of_2

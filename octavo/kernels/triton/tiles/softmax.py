@@ -25,6 +25,13 @@ def softmax_step(s, m, total, acc, scale_log2):
 
 
 @triton.jit
+def capped(s, scale_log2, cap_log2):
+    """Returns scores that times scale_log2 are cap_log2 * tanh(s * scale_log2 / cap_log2)."""
+    bent = 2.0 * tl.sigmoid(s * (2.0 * scale_log2 / cap_log2)) - 1.0
+    return bent * (cap_log2 / scale_log2)
+
+
+@triton.jit
 def with_sink(mean, lse, sink_log2):
     """Returns the mean [M, D] where a sink takes its part of the weights: a score in base 2 that
     has no value (gpt-oss). lse [M]: log2-sum-exp2 of a row's other scores; -inf: the mean is 0."""

@@ -45,9 +45,8 @@ def _attend(
     is_deterministic: bool = False,
 ) -> Tensor:
     layer, moved = there(paged, batch)
-    found = tiles.attention(
-        q.to(DEVICE), layer, moved, 0.25, window, is_deterministic=is_deterministic
-    )
+    op = attention_op(q.shape[1], paged.layer, 0.25, window)
+    found = tiles.attention(q.to(DEVICE), op, layer, moved, is_deterministic=is_deterministic)
     return found.cpu()
 
 
@@ -274,13 +273,10 @@ def test_shared_prefixes_are_read_once_and_merged(
     assert plan.shared_tokens.tolist() == [320, 320, 320, 32, 32, 0, 0]
     q = floats(rng, sum(query_lens), 6, 16)
     layer, moved = there(paged, batch)
-    found = shared_prefix_attention(
-        q.to(DEVICE), layer, moved, 0.25, window, plan.to_device(torch.device(DEVICE))
-    )
-    assert_close(
-        found.cpu(),
-        exact_attention(q, paged, batch, attention_op(q.shape[1], paged.layer, 0.25, window)),
-    )
+    op = attention_op(q.shape[1], paged.layer, 0.25, window)
+    on_device = plan.to_device(torch.device(DEVICE))
+    found = shared_prefix_attention(q.to(DEVICE), op, layer, moved, on_device)
+    assert_close(found.cpu(), exact_attention(q, paged, batch, op))
 
 
 def test_nested_prefixes_take_the_level_that_saves_most() -> None:
@@ -331,7 +327,8 @@ def test_rope_and_cache_matches_the_reference(
         )
     table = RopeTable(cos=rope.cos.to(DEVICE), sin=rope.sin.to(DEVICE), rotary_dim=rotary_dim)
     slots = moved.slot_mapping_T
-    q = rope_and_cache(qkv.to(DEVICE), heads, table, on_device, layer, moved).cpu()
+    asked = attention_op(heads, paged.layer, 1.0, rope=table, qk_norm=on_device)
+    q = rope_and_cache(qkv.to(DEVICE), asked, layer, moved).cpu()
     block, offset = slots // 16, slots % 16
     found_k, found_v = layer.key[block, offset].cpu(), layer.value[block, offset].cpu()
     assert layer.key.cpu().isnan().any(), "slots of nobody stay as they were"
@@ -352,5 +349,6 @@ def test_a_negative_slot_is_written_nowhere(rng: np.random.Generator) -> None:
     table = RopeTable(
         cos=torch.ones(8, 8, device=DEVICE), sin=torch.zeros(8, 8, device=DEVICE), rotary_dim=16
     )
-    rope_and_cache(floats(rng, 1, 8 * 16).to(DEVICE), 4, table, None, layer, moved)
+    op = attention_op(4, paged.layer, 1.0, rope=table)
+    rope_and_cache(floats(rng, 1, 8 * 16).to(DEVICE), op, layer, moved)
     assert torch.equal(before.nan_to_num(7.0), layer.key.nan_to_num(7.0))

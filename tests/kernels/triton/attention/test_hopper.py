@@ -68,9 +68,10 @@ def test_it_takes_what_it_can(
     case |= change
     q = torch.zeros(70, 4, case["head_size"], dtype=case["dtype"])
     layer = _pages(case["block_size"], case["head_size"], case["kv_dtype"])
-    assert not hopper.fits(q, layer, case["window"]), "a CPU is no Hopper"
+    op = attention_op(4, layer, 0.1, case["window"])
+    assert not hopper.fits(q, op, layer), "a CPU is no Hopper"
     monkeypatch.setattr(hopper, "_has_wgmma", lambda device: True)
-    assert hopper.fits(q, layer, case["window"]) == is_taken
+    assert hopper.fits(q, op, layer) == is_taken
 
 
 COMPILE = """
@@ -115,7 +116,8 @@ def test_it_compiles_for_hopper_without_one() -> None:
 def _attend(q: Tensor, paged: PagedKV, batch: AttentionBatch) -> Tensor:
     layer, moved = there(paged, batch)
     assert hopper.fits(q.cuda(), layer, None)
-    return tiles.attention(q.cuda(), layer, moved, 0.1, None).float().cpu()
+    op = attention_op(q.shape[1], layer, 0.1)
+    return tiles.attention(q.cuda(), op, layer, moved).float().cpu()
 
 
 class _Pointer:
@@ -303,6 +305,7 @@ def test_shared_prefixes_are_right(
     q = floats(rng, sum(query_lens), heads, size).bfloat16()
     layer, moved = there(paged, batch)
     device = torch.device("cuda")
-    found = shared_prefix_attention(q.cuda(), layer, moved, 0.1, None, plan.to_device(device))
-    expected = exact_attention(q, paged, batch, attention_op(heads, paged.layer, 0.1))
+    op = attention_op(heads, paged.layer, 0.1)
+    found = shared_prefix_attention(q.cuda(), op, layer, moved, plan.to_device(device))
+    expected = exact_attention(q, paged, batch, op)
     assert_close(found.float().cpu(), expected, tolerance=2e-2)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from octavo.kernels.inputs import AttentionBatch
+from octavo.visibility import Full, Visibility, Window
 from tests.kernels.cases import split_table
 from tests.kernels.triton.interpreter import DEVICE
 
@@ -16,6 +17,7 @@ from octavo.kernels.triton.attention.short_chunks import Limits, ShortPlans, pla
 from octavo.kernels.triton.attention.splits import SPLIT_STEP, Tiling, cost, split_size, tiling  # isort: skip
 
 QWEN3, QWEN15 = tiling(32, 4, 132), tiling(16, 16, 132)
+FULL = Full()
 LIMITS = Limits(queries=64, splits=16, shortest=512, slots=512 * 16)
 
 
@@ -37,9 +39,9 @@ def planned(
     lengths: list[int],
     tiles: Tiling,
     limits: Limits = LIMITS,
-    window: int | None = None,
+    visibility: Visibility = FULL,
 ) -> list[int]:
-    plan = plan_short_chunks(batch_of(query_lens, lengths), tiles, window, limits)
+    plan = plan_short_chunks(batch_of(query_lens, lengths), tiles, visibility, limits)
     return plan.table.tolist()
 
 
@@ -121,7 +123,7 @@ def test_a_step_without_short_chunks_has_no_pieces() -> None:
 
 def test_splits_before_a_window_are_nobodys() -> None:
     window = 1000
-    table = planned([64, 64], [40_000, 500], QWEN3, window=window)
+    table = planned([64, 64], [40_000, 500], QWEN3, visibility=Window(window))
     size = table[-1]
     assert size < window, "it is what the window sees that is split"
     first = (40_000 - 63 - window) // size
@@ -134,7 +136,7 @@ def test_splits_before_a_window_are_nobodys() -> None:
 
 def test_a_batch_is_planned_once_for_all_its_layers() -> None:
     plans, batch = ShortPlans(), batch_of([64], [5000])
-    first = plans.of(batch, QWEN3, None, LIMITS)
-    assert plans.of(batch, QWEN3, None, LIMITS) is first
-    assert plans.of(batch, QWEN15, None, LIMITS) is not first
-    assert plans.of(batch, QWEN3, 1000, LIMITS) is not first
+    first = plans.of(batch, QWEN3, FULL, LIMITS)
+    assert plans.of(batch, QWEN3, FULL, LIMITS) is first
+    assert plans.of(batch, QWEN15, FULL, LIMITS) is not first
+    assert plans.of(batch, QWEN3, Window(1000), LIMITS) is not first

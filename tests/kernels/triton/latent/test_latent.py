@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.inputs import AttentionBatch, RopeTable
+from octavo.visibility import Full
 from tests.kernels.cases import floats
 from tests.kernels.triton.cases import TOLERANCES, assert_near
 from tests.kernels.triton.interpreter import DEVICE
 
-from octavo.kernels.triton.attention.decode import make_partials, split_slots  # isort: skip
+from octavo.kernels.facts import split_slots  # isort: skip
+from octavo.kernels.triton.attention.partials import make_partials  # isort: skip
+from octavo.kernels.triton.attention.scores import plain_scores  # isort: skip
 from octavo.kernels.triton.latent.decode import latent_decode  # isort: skip
 from octavo.kernels.triton.latent.shared import shared_latents  # isort: skip
 from octavo.kernels.triton.latent.tiles import absorbed_chunks, expanded_chunks  # isort: skip
@@ -139,11 +142,11 @@ def test_short_chunks_in_splits(
     total = sum(query_lens)
     q = floats(rng, total, heads, rank + rope).to(DEVICE, dtype)
     limits = Limits(queries=64, splits=4, shortest=128, slots=total * 4)
-    plan = plan_short_chunks(batch, Tiling(heads, min(heads & -heads, 64), 132), None, limits)
+    plan = plan_short_chunks(batch, Tiling(heads, min(heads & -heads, 64), 132), Full(), limits)
     out = torch.full((total, heads, rank), math.nan, dtype=dtype, device=DEVICE)
     partials = make_partials(out, 4)
     absorbed_chunks(q, latents.pages_BPC, batch, 0.2, rank, out, partials, plan, total)
-    merge_short_chunks(out, batch, None, plan, partials, total)
+    merge_short_chunks(out, plain_scores(0.2, plan.table), batch, plan, partials, total)
     assert_near(out, exact(q, latents, batch, 0.2, rank), TOLERANCES[dtype])
 
 

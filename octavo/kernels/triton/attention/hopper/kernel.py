@@ -1,7 +1,8 @@
 """Causal attention on Hopper: pages come by TMA, products run beside the softmax.
 
 Called where `fits` says so for chunks (attention.py) and for prefixes that decoding sequences share
-(shared.py). Never takes windows or 32-bit numbers, and never asks the device anything.
+(shared.py). Never takes windows, chunks, soft caps or 32-bit numbers, and never asks the device
+anything.
 """
 
 from __future__ import annotations
@@ -18,16 +19,20 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_wait
 
-from octavo.kernels.inputs import AttentionBatch, KVLayer, SharedPrefix
-from octavo.kernels.triton.attention.decode import LOG2_E, Partials, check_query
+from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer, SharedPrefix
+from octavo.kernels.triton.attention.decode import check_query
 from octavo.kernels.triton.attention.hopper.pieces import LONG, ROWS, SHARED, SHORT, piece, rows_of
 from octavo.kernels.triton.attention.hopper.tiles import attend, load_tile, pages_of, pass_by
+from octavo.kernels.triton.attention.partials import Partials
+from octavo.kernels.triton.attention.scores import scores_of
 from octavo.kernels.triton.attention.short_chunks import ShortPlan
 from octavo.kernels.triton.attention.splits import TILE_ROWS, tiling
 from octavo.kernels.triton.launching.chip import cdiv, is_hopper, num_processors
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options
+from octavo.visibility import Full
 
+LOG2_E = gl.constexpr(1.4426950408889634)
 FEW_TOKENS = 128
 """Of short chunks: up to here they wait for keys."""
 HALF = 64
@@ -70,8 +75,8 @@ def _produce(
 @gluon.jit
 def _consume(
     H: gl.constexpr, STACK: gl.constexpr, FORM: gl.constexpr, MOST: gl.constexpr,
-    INDEX: gl.constexpr, P: gl.constexpr,
-    q, out, partial_out, partial_lse, num_slots, scale_log2, q_ring, turns, plan, rings,
+    INDEX: gl.constexpr, P: gl.constexpr, HAS_SINKS: gl.constexpr,
+    q, out, partial_out, partial_lse, num_slots, scale_log2, sinks, q_ring, turns, plan, rings,
 ):  # fmt: skip
     """Attends half of each piece's queries: the INDEX-th so many rows."""
     M: gl.constexpr = q_ring.shape[1]
@@ -109,6 +114,11 @@ def _consume(
                 q_ring.index(INDEX), rings, base, position, seen, first_tile, tiles, length,
                 scale_log2, P,
             )  # fmt: skip
+            whole = mean
+            if HAS_SINKS:
+                head = heads * STACK + gl.arange(0, M, acc_rows) % STACK
+                sink_log2 = gl.load(sinks + head) * LOG2_E
+                whole = mean * (1.0 / (1.0 + gl.exp2(sink_log2 - lse)))[:, None]
             if FORM != LONG:
                 slot, live = rows_of(plan, heads, row, first, count, H, STACK, FORM, M, acc_rows)
                 if FORM == SHORT:
@@ -124,8 +134,8 @@ def _consume(
                 at, live = rows_of(plan, heads, row, first, count, H, STACK, FORM, M, wide_rows)
                 if FORM == SHORT:
                     live = live & (parts < 2)
-                mean = gl.convert_layout(mean.to(q_ring.dtype), wide)
-                gl.store(out + at[:, None] * D + offs_d, mean, mask=live[:, None])
+                whole = gl.convert_layout(whole.to(q_ring.dtype), wide)
+                gl.store(out + at[:, None] * D + offs_d, whole, mask=live[:, None])
         base += tiles
 
 
@@ -150,12 +160,14 @@ def _hopper_kernel(
     num_slots,
     stride_table,
     scale_log2,
+    sinks,
     H: gl.constexpr,
     GROUP: gl.constexpr,
     STACK: gl.constexpr,
     D: gl.constexpr,
     FORM: gl.constexpr,
     MOST: gl.constexpr,
+    HAS_SINKS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     OVERLAP: gl.constexpr,
@@ -201,12 +213,13 @@ def _hopper_kernel(
             pieces)  # fmt: skip
     rings = (k, v, k_full, k_empty, v_full, v_empty)
     turns = gl.cdiv(pieces, gl.num_programs(0))
-    result = (q, out, partial_out, partial_lse, num_slots, scale_log2, q_ring, turns, plan, rings)
+    result = (q, out, partial_out, partial_lse, num_slots, scale_log2, sinks, q_ring, turns,
+              plan, rings)  # fmt: skip
     source = (key, value, block_table, stride_table, turns, plan, rings)
     gl.warp_specialize(
         [  # Numbers that variables hold would no longer be constants.
-            (_consume, (H, STACK, FORM, MOST, 0, P) + result),  # noqa: RUF005
-            (_consume, (H, STACK, FORM, MOST, 1, P) + result),  # noqa: RUF005
+            (_consume, (H, STACK, FORM, MOST, 0, P, HAS_SINKS) + result),  # noqa: RUF005
+            (_consume, (H, STACK, FORM, MOST, 1, P, HAS_SINKS) + result),  # noqa: RUF005
             (_produce, (H, STACK, FORM, MOST, GROUP) + source),  # noqa: RUF005
         ],
         [4, 1],
@@ -220,12 +233,13 @@ def _has_wgmma(device: torch.device) -> bool:
     return is_hopper(device) and triton.runtime.driver.active.get_current_target().arch == 90
 
 
-def fits(q_THD: Tensor, layer: KVLayer, window: int | None) -> bool:
+def fits(q_THD: Tensor, op: AttentionOp, layer: KVLayer) -> bool:
     """Whether the functions below can take a layer; never depends on the step, so that a row's
     bits do not."""
     pages = (layer.key, layer.value)
     return (
-        window is None
+        op.visibility == Full()
+        and op.soft_cap is None
         and q_THD.dtype in (torch.bfloat16, torch.float16)
         and all(x.dtype == q_THD.dtype and x.data_ptr() % 16 == 0 for x in (q_THD, *pages))
         and q_THD.shape[2] in (64, 128)
@@ -247,18 +261,23 @@ class _Work(NamedTuple):
 
 
 def long_chunks(
-    q_THD: Tensor, layer: KVLayer, batch: AttentionBatch, scale: float, out: Tensor, short: int
+    q_THD: Tensor,
+    op: AttentionOp,
+    layer: KVLayer,
+    batch: AttentionBatch,
+    out: Tensor,
+    short: int,
 ) -> None:
     """Writes the rows of `out` [T, H, D] whose sequences have more than `short` queries."""
     work = _Work(batch.query_starts, batch.seq_lens_S, len(q_THD))
-    _launch(LONG, q_THD, layer, batch, scale, out, work, None, short=short)
+    _launch(LONG, q_THD, op, layer, batch, out, work, None, short=short)
 
 
 def short_chunks(
     q_THD: Tensor,
+    op: AttentionOp,
     layer: KVLayer,
     batch: AttentionBatch,
-    scale: float,
     out: Tensor,
     partials: Partials,
     plan: ShortPlan,
@@ -274,14 +293,14 @@ def short_chunks(
         sizes=plan.table,
         piece_starts=plan.table,
     )
-    _launch(SHORT, q_THD, layer, batch, scale, out, work, partials)
+    _launch(SHORT, q_THD, op, layer, batch, out, work, partials)
 
 
 def shared_prefixes(
     q_THD: Tensor,
+    op: AttentionOp,
     layer: KVLayer,
     batch: AttentionBatch,
-    scale: float,
     plan: SharedPrefix,
     partials: Partials,
 ) -> None:
@@ -295,7 +314,7 @@ def shared_prefixes(
         plan.split_sizes,
         plan.piece_starts,
     )
-    _launch(SHARED, q_THD, layer, batch, scale, q_THD, work, partials)
+    _launch(SHARED, q_THD, op, layer, batch, q_THD, work, partials)
 
 
 def _ring(form: gl.constexpr, num_tokens: int, block_size: int) -> tuple[int, int]:
@@ -309,9 +328,9 @@ def _ring(form: gl.constexpr, num_tokens: int, block_size: int) -> tuple[int, in
 def _launch(
     form: gl.constexpr,
     q_THD: Tensor,
+    op: AttentionOp,
     layer: KVLayer,
     batch: AttentionBatch,
-    scale: float,
     out: Tensor,
     work: _Work,
     partials: Partials | None,
@@ -323,6 +342,7 @@ def _launch(
     block_size, num_kv_heads = layer.key.shape[1:3]
     tiles = tiling(num_heads, num_kv_heads, num_processors(q_THD.device))
     num_owners = len(work.starts) - 1
+    scores = scores_of(op, work.starts)
     num_tiles = cdiv(work.num_queries, tiles.queries) + num_owners - 1
     most_pieces = tiles.head_groups * num_tiles * work.most_splits
     block_n, stages = _ring(form, work.num_queries, block_size)
@@ -345,13 +365,14 @@ def _launch(
         num_tiles,
         0 if partials is None else partials.num_slots,
         batch.block_table.stride(0),
-        scale * LOG2_E,
+        *(scores.scale_log2, scores.sinks),
         H=num_heads,
         GROUP=num_heads // num_kv_heads,
         STACK=tiles.stack,
         D=head_size,
         FORM=form.value,
         MOST=short,
+        HAS_SINKS=scores.has_sinks and form is not SHARED,
         BLOCK_N=block_n,
         STAGES=stages,
         num_warps=4,
