@@ -80,8 +80,8 @@ def test_where_no_temporary_folder_can_be_made_the_way_out_is_said(
 def test_launch_shapes_need_a_cache_folder(tmp_path: Path):
     code = (
         "from pathlib import Path\nfrom octavo.errors import ConfigError\n"
-        "from octavo.kernels.triton.tuning.plans import save_plan\n"
-        f"try: save_plan(Path({NOWHERE!r}, 'x.json'), ('rows', 1), None)\n"
+        "from octavo.kernels.triton.tuning.shapes import save_shape\n"
+        f"try: save_shape(Path({NOWHERE!r}, 'x.json'), ('rows', 1), None)\n"
         "except ConfigError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -18,12 +18,20 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from octavo.kernels.triton.experts import route, sort
-from octavo.kernels.triton.experts.moe import StackedExperts
-from octavo.kernels.triton.experts.moe_few import down_of_few, gate_up_of_few
-from octavo.kernels.triton.experts.moe_plan import Launch, plan_moe
-from octavo.kernels.triton.product import matvec
-from octavo.kernels.triton.product.linear import ProductPlan, plan_product, product
-from octavo.kernels.triton.product.matvec import RowsPlan
+from octavo.kernels.triton.experts.dispatch import Dispatch
+from octavo.kernels.triton.experts.grouped import down as grouped_down
+from octavo.kernels.triton.experts.grouped import gate_up as grouped_gate_up
+from octavo.kernels.triton.experts.pairs import down_and_combine, gate_up_of_pairs
+from octavo.kernels.triton.experts.shapes import TileShape, experts_shape, pairs_shape
+from octavo.kernels.triton.experts.stacks import StackedExperts
+from octavo.kernels.triton.product.linear import product
+from octavo.kernels.triton.product.matvec import matvec
+from octavo.kernels.triton.product.shapes import (
+    ProductShape,
+    RowsShape,
+    product_shape,
+    rows_shape,
+)
 
 DENSE = {
     "qwen3 qkv": (5120, 2048),
@@ -98,29 +106,29 @@ def time_dense(pool: Tensor, name: str, num_tokens: int) -> None:
     x = torch.randn(num_tokens, columns).bfloat16()
     out = torch.empty(num_tokens, num_rows, dtype=torch.bfloat16)
 
-    def dot(at: int, plan: ProductPlan) -> Tensor:
-        product(x, weights[at], None, out, plan)
+    def dot(at: int, shape: ProductShape) -> Tensor:
+        product(x, weights[at], None, out, shape)
         return out
 
-    def rows(at: int, plan: RowsPlan) -> Tensor:
-        matvec.matvec(x, weights[at], None, out, plan)
+    def rows(at: int, shape: RowsShape) -> Tensor:
+        matvec(x, weights[at], None, out, shape)
         return out
 
-    plan = plan_product(num_tokens, num_rows, can_tma=False)
+    shape = product_shape(num_tokens, num_rows, can_tma=False)
     runs: dict[str, Run] = {
         "cuBLAS": lambda at: torch.mm(x, weights[at].T, out=out),
-        "tl.dot, as planned": lambda at: dot(at, plan),
+        "tl.dot, as planned": lambda at: dot(at, shape),
     }
     if num_tokens == 1:
-        chosen = matvec.plan_matvec(num_rows, columns)
+        chosen = rows_shape(num_rows, columns)
         runs["rows, as planned"] = lambda at: rows(at, chosen)
         for sizes in FEW_ROWS if num_rows <= 512 else MATVEC:
-            each = RowsPlan(block_n=sizes[0], block_k=sizes[1], num_warps=sizes[2])
+            each = RowsShape(block_n=sizes[0], block_k=sizes[1], num_warps=sizes[2])
             if sizes[1] <= columns and each != chosen:
                 runs[label("rows", sizes)] = lambda at, each=each: rows(at, each)
     else:
         for sizes in PRODUCT[:3] if num_rows <= 512 else PRODUCT:
-            other = replace(plan, **of_sizes(sizes))
+            other = replace(shape, **of_sizes(sizes))
             runs[label("tl.dot", sizes)] = lambda at, other=other: dot(at, other)
     exact = None if name.endswith("head") else x.double() @ weights[0].double().T
     compare(f"{name} {num_tokens}", runs, sets, exact, 2.0 * size)
@@ -164,13 +172,13 @@ def time_experts_of_one(pool: Tensor, name: str) -> None:
     ids = torch.randperm(count, dtype=torch.int32)[: sets * top_k].view(sets, 1, top_k)
     weights = torch.rand(1, top_k)
     x = torch.randn(1, hidden_size).bfloat16()
-    planned = matvec.plan_pairs(hidden_size, inner, top_k)
-    hidden = matvec.gate_up_of_pairs(x, ids[0], experts, "silu", planned.gate_up)
+    planned = pairs_shape(hidden_size, inner, top_k)
+    hidden = gate_up_of_pairs(x, ids[0], experts, "silu", planned.gate_up)
     runs: dict[str, Run] = {}
     for sizes in GATE_UP:
-        each = RowsPlan(block_n=sizes[0], block_k=sizes[1], num_warps=sizes[2])
+        each = RowsShape(block_n=sizes[0], block_k=sizes[1], num_warps=sizes[2])
         note = "rows (planned)" if each == planned.gate_up else "rows"
-        runs[label(note, sizes)] = lambda at, each=each: matvec.gate_up_of_pairs(
+        runs[label(note, sizes)] = lambda at, each=each: gate_up_of_pairs(
             x, ids[at], experts, "silu", each
         )
     exact = exact_hidden(x, ids[0], experts)
@@ -179,9 +187,9 @@ def time_experts_of_one(pool: Tensor, name: str) -> None:
     runs = {}
     down = (planned.down.block_n, planned.down.block_k, planned.down.num_warps)
     for sizes in dict.fromkeys((*DOWN, down)):
-        each = RowsPlan(block_n=sizes[0], block_k=sizes[1], num_warps=sizes[2])
+        each = RowsShape(block_n=sizes[0], block_k=sizes[1], num_warps=sizes[2])
         note = "rows (planned)" if each == planned.down else "rows"
-        runs[label(note, sizes)] = lambda at, each=each: matvec.down_and_combine(
+        runs[label(note, sizes)] = lambda at, each=each: down_and_combine(
             hidden, weights, ids[at], experts, each
         )
     exact = exact_parts(hidden, weights, ids[0], experts).sum(0, keepdim=True)
@@ -198,30 +206,33 @@ def time_experts_of_many(pool: Tensor, name: str, num_tokens: int) -> None:
         found = route.route(torch.randn(num_tokens, count), top_k, True, counts, None)
         weights.append(found[0])
         all_ids.append(found[1])
-    plan = plan_moe(num_tokens, top_k, count, inner, can_tma=True)
+    shape = experts_shape(num_tokens, top_k, count, inner, can_tma=True)
     size = 2.0 * hidden_size * inner * sum(len(ids.unique()) for ids in all_ids) / len(all_ids)
 
-    def gate_up(at: int, launch: Launch) -> Tensor:
-        each = replace(plan, gate_up=launch)
-        return gate_up_of_few(x, all_ids[at], experts, "silu", each, None)
+    dispatches = [
+        Dispatch(topk_ids=ids, pairs=None, num_experts=count, num_shared=0, rows=shape.block_p)
+        for ids in all_ids
+    ]
 
-    hidden = gate_up(0, plan.gate_up)
+    def gate_up(at: int, tile: TileShape) -> Tensor:
+        return grouped_gate_up(x, dispatches[at], experts, "silu", tile)
 
-    def down(at: int, launch: Launch) -> Tensor:
-        each = replace(plan, down=launch)
-        return down_of_few(hidden, weights[at], all_ids[at], experts, each, None)
+    hidden = gate_up(0, shape.gate_up)
+
+    def down(at: int, tile: TileShape) -> Tensor:
+        return grouped_down(hidden, weights[at], dispatches[at], experts, tile)
 
     exact = exact_hidden(x, all_ids[0], experts)
-    runs: dict[str, Run] = {"as planned": lambda at: gate_up(at, plan.gate_up)}
+    runs: dict[str, Run] = {"as planned": lambda at: gate_up(at, shape.gate_up)}
     for sizes in MANY_GATE_UP:
-        launch = replace(plan.gate_up, **of_sizes(sizes))
-        runs[label("tl.dot", sizes)] = lambda at, launch=launch: gate_up(at, launch)
+        tile = replace(shape.gate_up, **of_sizes(sizes))
+        runs[label("tl.dot", sizes)] = lambda at, tile=tile: gate_up(at, tile)
     compare(f"{name} gate_up {num_tokens}", runs, len(all_ids), exact, 2 * size)
     exact = exact_parts(hidden, weights[0], all_ids[0], experts)
-    runs = {"as planned": lambda at: down(at, plan.down)}
+    runs = {"as planned": lambda at: down(at, shape.down)}
     for sizes in MANY_DOWN:
-        launch = replace(plan.down, **of_sizes(sizes))
-        runs[label("tl.dot", sizes)] = lambda at, launch=launch: down(at, launch)
+        tile = replace(shape.down, **of_sizes(sizes))
+        runs[label("tl.dot", sizes)] = lambda at, tile=tile: down(at, tile)
     compare(f"{name} down {num_tokens}", runs, len(all_ids), exact, size)
 
 

@@ -14,12 +14,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from octavo.kernels.triton.experts.moe import StackedExperts, combine, run_moe
-from octavo.kernels.triton.experts.moe_few import is_few, moe_of_few
-from octavo.kernels.triton.experts.moe_plan import plan_moe
+from octavo.kernels.triton.experts.combine import combine
+from octavo.kernels.triton.experts.dispatch import is_few
+from octavo.kernels.triton.experts.grouped import grouped_experts
+from octavo.kernels.triton.experts.pairs import experts_of_pairs
 from octavo.kernels.triton.experts.route import route
+from octavo.kernels.triton.experts.shapes import experts_shape, pairs_shape
 from octavo.kernels.triton.experts.sort import sort_pairs
-from octavo.kernels.triton.product.matvec import moe_of_pairs, plan_pairs
+from octavo.kernels.triton.experts.stacks import StackedExperts
 
 SHAPES = {
     "qwen3": (2048, 128, 8, 768),
@@ -51,8 +53,8 @@ def replay_us(runs: list[Callable[[], object]], repeats: int = 10) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def make_experts(shape: str) -> StackedExperts:
-    hidden, count, _, inner = SHAPES[shape]
+def make_experts(model: str) -> StackedExperts:
+    hidden, count, _, inner = SHAPES[model]
 
     def normal(*sizes: int) -> Tensor:
         values = torch.empty(*sizes, device="cuda", dtype=torch.bfloat16)
@@ -63,8 +65,8 @@ def make_experts(shape: str) -> StackedExperts:
     return StackedExperts(gate_EFM=both[:, :inner], up_EFM=both[:, inner:], down_EMF=down)
 
 
-def time_layer(shape: str, num_tokens: int, experts: StackedExperts) -> str:
-    hidden, count, top_k, inner = SHAPES[shape]
+def time_layer(model: str, num_tokens: int, experts: StackedExperts) -> str:
+    hidden, count, top_k, inner = SHAPES[model]
     sets = 8 if num_tokens <= 64 else 4 if num_tokens <= 512 else 1
     cases = []
     for _ in range(sets):
@@ -75,18 +77,20 @@ def time_layer(shape: str, num_tokens: int, experts: StackedExperts) -> str:
     distinct = sum(len(ids.unique()) for _, _, ids in cases) / sets
     flops = num_tokens * top_k * 6 * hidden * inner
     floor = max(distinct * 6 * hidden * inner / BYTES_PER_US, flops / FLOPS_PER_US)
-    plan = plan_moe(num_tokens, top_k, count, inner, can_tma=True)
-    run = moe_of_few if is_few(cases[0][2]) else run_moe
-    if plan.is_direct:
-        run, plan = moe_of_pairs, plan_pairs(hidden, inner, top_k)
-    found = replay_us([lambda c=c: run(*c, experts, "silu", plan) for c in cases])
+    shape = experts_shape(num_tokens, top_k, count, inner, can_tma=True)
+    kind = "scanned" if is_few(cases[0][2]) else "sorted"
+    if shape.is_direct:
+        kind, pairs = "pairs", pairs_shape(hidden, inner, top_k)
+        found = replay_us([lambda c=c: experts_of_pairs(*c, experts, "silu", pairs) for c in cases])
+    else:
+        found = replay_us([lambda c=c: grouped_experts(*c, experts, "silu", shape) for c in cases])
     parts = torch.randn(num_tokens * top_k, hidden, device="cuda").bfloat16()
     sort = 0.0
-    if run is run_moe:
-        sort = replay_us([lambda c=c: sort_pairs(c[2], count, plan.block_p) for c in cases] * 4)
+    if kind == "sorted":
+        sort = replay_us([lambda c=c: sort_pairs(c[2], count, shape.block_p) for c in cases] * 4)
     merge = replay_us([lambda c=c: combine(parts, c[2], count) for c in cases] * 4)
     return (
-        f"{shape:8} {num_tokens:5} {run.__name__:>13} "
+        f"{model:8} {num_tokens:5} {kind:>13} "
         f"{floor:9.1f} {found:9.1f} {found / floor:6.3f} {flops / found / 1e6:7.0f} "
         f"{sort:6.1f} {merge:6.1f}"
     )
@@ -100,10 +104,10 @@ def main() -> None:
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, bf16")
     print("shape   tokens           with  floor us  found us  ratio  TFLOP/s  sort  combine")
-    for shape in arguments.shapes.split(","):
-        experts = make_experts(shape)
+    for model in arguments.shapes.split(","):
+        experts = make_experts(model)
         for num_tokens in map(int, arguments.tokens.split(",")):
-            print(time_layer(shape, num_tokens, experts), flush=True)
+            print(time_layer(model, num_tokens, experts), flush=True)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,9 @@ from octavo.formats import WEIGHT_FORMATS
 from octavo.kernels.composed import Composed
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer, QKNorm, RopeTable
 from octavo.kernels.routing import RoutingRule
-from octavo.kernels.triton import backend as ops
 from octavo.kernels.triton.attention.decode import max_total_slots, slot_counts
 from octavo.kernels.triton.backend import TritonOps
+from octavo.kernels.triton.experts import choose, grouped
 from octavo.kernels.triton.launching import overlap
 from octavo.kernels.weights import ExpertWeights, Router, SharedExpert, Weight
 from octavo.layers.attention import Attention
@@ -120,7 +120,8 @@ class Sorted(TritonOps):
     """The pairs of few tokens are sorted, and their shared expert runs by itself."""
 
     def moe(self, x_TM, weights, ids, experts, activation, shared=None, gate_T1=None, **more):  # type: ignore[override]
-        with patch.object(ops, "is_few", lambda ids: False):
+        rooms = (patch.object(room, "is_few", lambda ids: False) for room in (choose, grouped))
+        with next(rooms), next(rooms):
             return super().moe(x_TM, weights, ids, experts, activation, shared, gate_T1, **more)
 
 

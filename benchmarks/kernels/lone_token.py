@@ -27,11 +27,15 @@ from octavo.kernels.composed import Composed
 from octavo.kernels.inputs import AttentionOp, NormInput, QKNorm, RopeTable
 from octavo.kernels.routing import RoutingRule
 from octavo.kernels.triton.attention.choose import attention
-from octavo.kernels.triton.backend import TritonOps, shared_parts
+from octavo.kernels.triton.backend import TritonOps
 from octavo.kernels.triton.experts import route
+from octavo.kernels.triton.experts.pairs import experts_of_pairs
+from octavo.kernels.triton.experts.shapes import pairs_shape
+from octavo.kernels.triton.experts.stacks import shared_parts
 from octavo.kernels.triton.launching.tickets import make_tickets
-from octavo.kernels.triton.product import matvec, norm_matvec
-from octavo.kernels.triton.product.matvec import RowsPlan
+from octavo.kernels.triton.product.matvec import matvec
+from octavo.kernels.triton.product.norm_matvec import norm_matvec, norm_route
+from octavo.kernels.triton.product.shapes import RowsShape, rows_shape
 from octavo.kernels.triton.small import norm
 from octavo.kernels.weights import Router, SharedExpert, Weight
 from octavo.visibility import Full
@@ -41,7 +45,7 @@ QKV = {"qwen3": 5120, "qwen15": 6144}
 HEADS = {"qwen3": (32, 4), "qwen15": (16, 16)}
 ROUTERS = {"qwen3": (128, 0, 8), "qwen15": (60, 1, 4)}
 """Experts, rows of the shared expert's gate, top k."""
-QKV_PLANS = ((2, 4), (4, 4), (4, 8), (8, 4), (8, 8), (16, 8), (16, 16), (32, 16))
+QKV_SHAPES = ((2, 4), (4, 4), (4, 8), (8, 4), (8, 8), (16, 8), (16, 16), (32, 16))
 """Rows and warps of a program."""
 CONTEXT = 640
 
@@ -67,10 +71,10 @@ def rotated(pool: Tensor, num_rows: int, columns: int) -> Tensor:
 def time_qkv(pool: Tensor, name: str) -> None:
     weights, row = rotated(pool, QKV[name], HIDDEN), make_row()
     out = torch.empty(1, QKV[name], dtype=torch.bfloat16)
-    kept, separate = row.residual_TM.clone(), matvec.plan_matvec(QKV[name], HIDDEN)
+    kept, separate = row.residual_TM.clone(), rows_shape(QKV[name], HIDDEN)
 
     def apart(at: int) -> Tensor:
-        matvec.matvec(normed(row), weights[at], None, out, separate)
+        matvec(normed(row), weights[at], None, out, separate)
         return out
 
     exact = apart(0).clone().double()
@@ -78,14 +82,14 @@ def time_qkv(pool: Tensor, name: str) -> None:
     x = normed(make_row())
 
     def product(at: int) -> Tensor:
-        matvec.matvec(x, weights[at], None, out, separate)
+        matvec(x, weights[at], None, out, separate)
         return out
 
     runs: dict[str, Run] = {}
-    for sizes in QKV_PLANS:
-        plan = RowsPlan(block_n=sizes[0], block_k=HIDDEN, num_warps=sizes[1])
-        runs[label("fused", sizes)] = lambda at, plan=plan: norm_matvec.norm_matvec(
-            row, weights[at], None, plan
+    for sizes in QKV_SHAPES:
+        shape = RowsShape(block_n=sizes[0], block_k=HIDDEN, num_warps=sizes[1])
+        runs[label("fused", sizes)] = lambda at, shape=shape: norm_matvec(
+            row, weights[at], None, shape
         )[0]
     size = 2.0 * weights[0].numel()
     compare(f"{name} norm, qkv", runs, len(weights), exact, size)
@@ -101,10 +105,10 @@ def time_router(pool: Tensor, name: str) -> None:
     router = Router(weights=(one,), rule=RoutingRule(top_k=top_k, renormalize=True))
     counts, tickets = torch.zeros(count, dtype=torch.int32), make_tickets(torch.device("cuda"))
     logits = torch.empty(1, count + gates, dtype=torch.bfloat16)
-    plan, kept = matvec.plan_matvec(count + gates, HIDDEN), row.residual_TM.clone()
+    shape, kept = rows_shape(count + gates, HIDDEN), row.residual_TM.clone()
 
     def apart(at: int) -> Tensor:
-        matvec.matvec(normed(row), weights[at], None, logits, plan)
+        matvec(normed(row), weights[at], None, logits, shape)
         return route.route(logits[:, :count], top_k, True, counts, None)[0]
 
     exact = apart(0).clone().double()
@@ -112,7 +116,7 @@ def time_router(pool: Tensor, name: str) -> None:
     runs: dict[str, Run] = {}
     for warps in (1, 2, 4, 8):
         runs[label("fused", (warps,))] = lambda at, warps=warps: (
-            norm_matvec.norm_route(
+            norm_route(
                 row, router, weights[at], counts, None, tickets, num_warps=warps
             ).topk_weights
         )
@@ -131,7 +135,7 @@ def time_shared(pool: Tensor, name: str, shared_size: int) -> None:
     ids = torch.randperm(count, dtype=torch.int32)[: sets * top_k].view(sets, 1, top_k)
     weights, x = torch.rand(1, top_k), torch.randn(1, hidden).bfloat16()
     logit = torch.zeros(1, 1, dtype=torch.bfloat16)
-    pairs = matvec.plan_pairs(hidden, inner, top_k)
+    pairs = pairs_shape(hidden, inner, top_k)
     form, rest = WEIGHT_FORMATS["bf16"], pool[-sets * 3 * shared_size * hidden :].view(sets, -1)
     shared = []
     for gate, up, down in (part.split(shared_size * hidden) for part in rest):
@@ -140,12 +144,12 @@ def time_shared(pool: Tensor, name: str, shared_size: int) -> None:
         shared.append(SharedExpert(gate=each[0], up=each[1], down=each[2]))
 
     def apart(at: int) -> Tensor:
-        out = matvec.moe_of_pairs(x, weights, ids[at], experts, "silu", pairs)
+        out = experts_of_pairs(x, weights, ids[at], experts, "silu", pairs)
         return ops.add_shared(out, x, shared[at], logit, "silu")
 
     def fused(at: int) -> Tensor:
         parts = shared_parts(shared[at], logit, inner)
-        return matvec.moe_of_pairs(x, weights, ids[at], experts, "silu", pairs, parts)
+        return experts_of_pairs(x, weights, ids[at], experts, "silu", pairs, parts)
 
     size = 2.0 * 3 * hidden * (top_k * inner + shared_size)
     runs: dict[str, Run] = {"routed; shared": apart, "fused": fused}

@@ -24,7 +24,7 @@ from octavo.folders import CACHE_WAY_OUT, check_writable, temporary_folder
 from octavo.models.spec import LayerSpec, MLPSpec, ModelSpec, MoESpec
 
 if TYPE_CHECKING:  # they import torch
-    from octavo.kernels.triton.tuning.plans import Plan
+    from octavo.kernels.triton.tuning.shapes import Shape
     from octavo.kernels.triton.tuning.tune import Found, Measure
 
 HELP = "measure launch shapes on this GPU and keep those that beat the built-in ones"
@@ -46,7 +46,7 @@ MAX_SAMPLES = 256
 """Rows of logits, as `max_num_seqs` is set by default."""
 
 
-class Shape(NamedTuple):
+class Problem(NamedTuple):
     """One product of `num_tokens`, or one layer of experts."""
 
     kind: Literal["dense", "moe"]
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace, measure: Measure | None = None) -> int:
             )
         spec, files = read_model(config)
     from octavo.engine.memory import weights_dtype
-    from octavo.kernels.triton.tuning.plans import plans_path, save_plan
+    from octavo.kernels.triton.tuning.shapes import save_shape, shapes_path
     from octavo.kernels.triton.tuning.tune import Tuner
 
     tuner = Tuner(
@@ -99,30 +99,30 @@ def run(args: argparse.Namespace, measure: Measure | None = None) -> int:
         measure=measure,
         num_threads=1 if device.name == "cpu" else min(device.num_cores(), BUILDERS),
     )
-    path = plans_path(Path(tuned_dir()), tuner.device)
+    path = shapes_path(Path(tuned_dir()), tuner.device)
     check_writable(path.parent, CACHE_WAY_OUT)  # before minutes of measuring
-    shapes = shapes_of(spec.of_rank(config.tensor_parallel_size), config.deterministic)
+    problems = problems_of(spec.of_rank(config.tensor_parallel_size), config.deterministic)
     print(f"{'shape':<44}{'tried':>6}{'heuristic us':>13}{'best us':>10}{'gain':>8}", flush=True)
     num_kept = num_done = 0
     fates = Counter[str]()
-    for shape in shapes:
+    for problem in problems:
         if time.monotonic() - began > args.seconds:
             break
-        found = tuner.tune(shape, lambda: time.monotonic() - began > args.seconds)
-        save_plan(path, found.key, found.plan)
+        found = tuner.tune(problem, lambda: time.monotonic() - began > args.seconds)
+        save_shape(path, found.key, found.shape)
         print(_row(found), flush=True)
         fates += found.fates
         num_done += 1
-        num_kept += found.plan is not None
+        num_kept += found.shape is not None
     print(f"{num_kept} of {num_done} shapes are faster than the heuristic; kept in {path}")
     print("candidates: " + ", ".join(f"{count} {fate}" for fate, count in fates.items()))
-    if num_done < len(shapes):
-        left = f"{len(shapes) - num_done} shapes of less weight were not reached"
+    if num_done < len(problems):
+        left = f"{len(problems) - num_done} shapes of less weight were not reached"
         print(f"{left} in {args.seconds:g} s: built kernels are kept, so run it again for more")
     return 0
 
 
-def shapes_of(spec: ModelSpec, is_deterministic: bool) -> list[Shape]:
+def problems_of(spec: ModelSpec, is_deterministic: bool) -> list[Problem]:
     """Returns what a step of the model multiplies, by value: experts before dense products, decode
     steps before prefills."""
     head = (spec.lm_head_rows or spec.vocab_size, spec.hidden_size)
@@ -134,15 +134,15 @@ def shapes_of(spec: ModelSpec, is_deterministic: bool) -> list[Shape]:
     dense = dict.fromkeys(
         sizes for layer in spec.layers for sizes in _dense_sizes(layer, spec.hidden_size)
     )
-    shapes: list[Shape] = []
+    problems: list[Problem] = []
     for group in (DECODES, PREFILLS, REST):
-        shapes += [Shape("moe", n, sizes) for n in group for sizes in experts]
+        problems += [Problem("moe", n, sizes) for n in group for sizes in experts]
         for n in group:
             rows_of_head = () if n > MAX_SAMPLES else (head,)
             for sizes in dict.fromkeys((*dense, *rows_of_head)):
                 if n <= SKINNY or is_deterministic or sizes[0] % 8 or sizes == head:
-                    shapes.append(Shape("dense", n, sizes))
-    return shapes
+                    problems.append(Problem("dense", n, sizes))
+    return problems
 
 
 def _dense_sizes(layer: LayerSpec, hidden: int) -> Iterator[tuple[int, int]]:
@@ -162,17 +162,17 @@ def _row(found: Found) -> str:
     name = " ".join(map(str, found.key)).replace("torch.", "")
     row = f"{name:<44}{found.fates.total():>6}{found.heuristic_us:>13.2f}{found.best_us:>10.2f}"
     row += f"{found.heuristic_us / found.best_us - 1:>8.1%}"
-    if found.plan is not None:
-        before, after = (_numbers(plan) for plan in (found.heuristic, found.plan))
+    if found.shape is not None:
+        before, after = (_numbers(shape) for shape in (found.heuristic, found.shape))
         changes = [f"{name} {n}->{after[name]}" for name, n in before.items() if n != after[name]]
         row += "  " + ", ".join(changes)
     return row
 
 
-def _numbers(plan: Plan) -> dict[str, int]:
-    """Returns the numbers of a plan and of its parts by name."""
+def _numbers(shape: Shape) -> dict[str, int]:
+    """Returns the numbers of a launch shape and of its parts by name."""
     found: dict[str, int] = {}
-    for name, value in dataclasses.asdict(plan).items():
+    for name, value in dataclasses.asdict(shape).items():
         parts = value if isinstance(value, dict) else {"": value}
         found |= {f"{name}.{part}".strip("."): number for part, number in parts.items()}
     return found

@@ -49,12 +49,12 @@ def _triton(needs: Needs) -> Ops:
         raise UnfitError("it needs a GPU, or TRITON_INTERPRET=1 to be tried without one")
     _check_attention("triton", needs)
     from octavo.kernels.triton.backend import TritonOps
-    from octavo.kernels.triton.tuning.plans import Plans, plans_path, read_plans
+    from octavo.kernels.triton.tuning.shapes import Shapes, read_shapes, shapes_path
 
-    plans = Plans()
+    shapes = Shapes()
     if needs.tuned_folder is not None:
-        plans = read_plans(plans_path(needs.tuned_folder, needs.device))
-    return TritonOps(needs.num_threads, is_deterministic=needs.is_deterministic, plans=plans)
+        shapes = read_shapes(shapes_path(needs.tuned_folder, needs.device))
+    return TritonOps(needs.num_threads, is_deterministic=needs.is_deterministic, shapes=shapes)
 
 
 def _native(needs: Needs) -> Ops:

@@ -20,7 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from octavo.kernels.triton.sampling.sample import ROW_PARAMS, choose, find_thresholds, penalise
+from octavo.kernels.triton.sampling.draw import choose
+from octavo.kernels.triton.sampling.params import ROW_PARAMS
+from octavo.kernels.triton.sampling.penalties import penalise
+from octavo.kernels.triton.sampling.thresholds import find_thresholds
 from octavo.request import SamplingParams
 from octavo.runner.sampler import SampledTokens, Sampler, check_shape, token_logprobs
 from octavo.step import NO_TOKEN, Int32, RowStart, TokenLogprobs

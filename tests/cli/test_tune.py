@@ -16,8 +16,7 @@ from octavo.cli import main, tune  # isort: skip
 from octavo.cli.commands import build_parser  # isort: skip
 from octavo.cli.bench.shapes import MODELS
 from octavo.kernels.registry import Needs, select_ops
-from octavo.kernels.triton.tuning import plans
-from octavo.kernels.triton.tuning.plans import plans_path, read_plans
+from octavo.kernels.triton.tuning.shapes import KINDS, read_shapes, shapes_path
 from octavo.models.registry import read_spec
 
 TINY_MOE = {
@@ -78,26 +77,26 @@ def test_what_is_kept_is_what_the_engine_asks(
     assert run([tiny_moe, "--seconds", "300", *mode]) == 0
     out = capsys.readouterr().out
     folder, device = tmp_path / "cache" / "tuned", torch.device(DEVICE)
-    tuned = read_plans(plans_path(folder, device)).tuned
+    tuned = read_shapes(shapes_path(folder, device)).tuned
     assert tuned
     assert f"{len(tuned)} of " in out
     assert str(folder) in out
     assert "moe float16 4 2 8 32 64" in {line[:44].strip() for line in out.splitlines()}
     needs = Needs(device=device, tuned_folder=folder, is_deterministic=bool(mode))
     ops = select_ops("triton", needs)
-    assert ops._plans.tuned == tuned
-    for key, plan in tuned.items():
-        assert type(plan) is plans.KINDS[str(key[0])]
+    assert ops._shapes.tuned == tuned
+    for key, shape in tuned.items():
+        assert type(shape) is KINDS[str(key[0])]
 
 
 def test_a_rank_of_two_multiplies_half() -> None:
     spec, _ = read_spec(MODELS["qwen3-30b-a3b"].config)
-    whole, half = (set(tune.shapes_of(s, False)) for s in (spec, spec.of_rank(2)))
-    assert tune.Shape("moe", 1, (8, 128, 768, 2048)) in whole
-    assert tune.Shape("moe", 1, (8, 128, 384, 2048)) in half
-    assert tune.Shape("dense", 4, (5120, 2048)) in whole
-    assert tune.Shape("dense", 4, (2560, 2048)) in half
-    assert tune.Shape("dense", 4, (75968, 2048)) in half
+    whole, half = (set(tune.problems_of(s, False)) for s in (spec, spec.of_rank(2)))
+    assert tune.Problem("moe", 1, (8, 128, 768, 2048)) in whole
+    assert tune.Problem("moe", 1, (8, 128, 384, 2048)) in half
+    assert tune.Problem("dense", 4, (5120, 2048)) in whole
+    assert tune.Problem("dense", 4, (2560, 2048)) in half
+    assert tune.Problem("dense", 4, (75968, 2048)) in half
 
 
 def test_time_that_is_up_leaves_the_rest_for_the_next_run(

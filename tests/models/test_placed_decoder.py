@@ -65,12 +65,12 @@ def test_a_decoder_on_a_device_has_the_weights_of_one_on_the_host(case: str, tmp
 
 
 def test_what_is_multiplied_at_once_is_one_stack(tmp_path: Path):
-    triton_ops = pytest.importorskip(
-        "octavo.kernels.triton.backend", reason="triton is not installed"
-    )
+    pytest.importorskip("triton", reason="triton is not installed")
+    from octavo.kernels.triton.experts.stacks import stacked_view
+    from octavo.kernels.triton.product.matrices import merged_matrices
 
     def is_one(*weights: Weight) -> bool:
-        return len(triton_ops._merged([weight.data for weight in weights])) == 1
+        return len(merged_matrices([weight.data for weight in weights])) == 1
 
     tiny = save_tiny("qwen2-moe", tmp_path)
     decoder = load(tiny, DevicePlacement(source_of(tiny), CPU))
@@ -84,7 +84,7 @@ def test_what_is_multiplied_at_once_is_one_stack(tmp_path: Path):
     assert is_one(*moe.router.weights)
     assert len(moe.router.weights) == 2
     for experts in (moe.experts.gate, moe.experts.up, moe.experts.down):
-        stack = triton_ops.stacked_view(experts)
+        stack = stacked_view(experts)
         assert stack.is_contiguous()
         assert torch.equal(stack, torch.stack([weight.data for weight in experts]))
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from octavo.errors import UnsupportedModelError
 from octavo.kernels.activations import Activation
 from octavo.kernels.composed import Composed
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer, NormInput, Routed
@@ -22,27 +21,19 @@ from octavo.kernels.triton.attention.shared import shared_prefix_attention
 from octavo.kernels.triton.attention.short_chunks import ShortPlans
 from octavo.kernels.triton.attention.write import rope_and_cache
 from octavo.kernels.triton.experts import route as routes
-from octavo.kernels.triton.experts.moe import SharedParts, StackedExperts, add_biases, run_moe
-from octavo.kernels.triton.experts.moe_few import SHARED_TOKENS, is_few, moe_of_few
+from octavo.kernels.triton.experts.choose import run_experts
 from octavo.kernels.triton.experts.route_by_rule import route_by_rule
+from octavo.kernels.triton.experts.stacks import StackedExperts, stacked_experts
 from octavo.kernels.triton.launching.tickets import make_tickets
-from octavo.kernels.triton.product.linear import product
-from octavo.kernels.triton.product.matvec import matvec, moe_of_pairs
-from octavo.kernels.triton.product.norm_matvec import (
-    MAX_COLUMNS,
-    norm_matvec,
-    norm_route,
-    plan_norm_matvec,
-)
+from octavo.kernels.triton.product.choose import multiply
+from octavo.kernels.triton.product.matrices import merged_matrices, numbers_of
+from octavo.kernels.triton.product.norm_matvec import MAX_COLUMNS, norm_matvec, norm_route
+from octavo.kernels.triton.product.shapes import norm_rows_shape
 from octavo.kernels.triton.small import activation as activations
 from octavo.kernels.triton.small import embedding as embeddings
 from octavo.kernels.triton.small import norm as norms
-from octavo.kernels.triton.tuning.plans import Plans
+from octavo.kernels.triton.tuning.shapes import Shapes
 from octavo.kernels.weights import ExpertWeights, Router, SharedExpert, Weight
-
-SKINNY_TOKENS = 64
-"""Up to here Triton multiplies: as fast as cuBLAS, which splits the sum there (H100, 2026-11-22).
-Above, and for row counts that 8 divides, cuBLAS gave Triton's bits in all but one shape."""
 
 
 class TritonOps(Composed):
@@ -51,7 +42,7 @@ class TritonOps(Composed):
     name = "triton"
 
     def __init__(
-        self, num_threads: int, *, is_deterministic: bool, plans: Plans | None = None
+        self, num_threads: int, *, is_deterministic: bool, shapes: Shapes | None = None
     ) -> None:
         """With `is_deterministic` all dense products are Triton's and split no sum, and attention
         splits keys by a row's own length, so that a row has the same bits in every batch by
@@ -59,17 +50,17 @@ class TritonOps(Composed):
         one."""
         self.torch_threads = num_threads
         self._is_deterministic = is_deterministic
-        self._plans = plans or Plans()
+        self._shapes = shapes or Shapes()
         self._tickets: Tensor | None = None
         self._short_plans = ShortPlans()
         self._matrices: dict[tuple[Weight, ...], list[Tensor]] = {}
-        """What `_merged` made of weights that were multiplied side by side."""
+        """What `merged_matrices` made of weights that were multiplied side by side."""
         self._stacks: weakref.WeakKeyDictionary[ExpertWeights, StackedExperts] = (
             weakref.WeakKeyDictionary()
         )
 
     def embedding(self, token_ids_T: Tensor, weight: Weight) -> Tensor:
-        return embeddings.embedding(token_ids_T, _numbers(weight))
+        return embeddings.embedding(token_ids_T, numbers_of(weight))
 
     def rms_norm(self, x_TM: Tensor, weight_M: Tensor, eps: float) -> Tensor:
         return norms.rms_norm(x_TM, None, weight_M, eps)
@@ -85,13 +76,13 @@ class TritonOps(Composed):
         matrices = self._matrices_of(weights)
         out = x_TM.new_empty((x_TM.shape[0], sum([matrix.shape[0] for matrix in matrices])))
         if len(matrices) == 1:
-            self._product(x_TM, matrices[0], bias_N, out)
+            self._multiply(x_TM, matrices[0], bias_N, out)
             return out
         column = 0
         for matrix in matrices:
             columns = slice(column, column + matrix.shape[0])
             bias = None if bias_N is None else bias_N[columns]
-            self._product(x_TM, matrix, bias, out[:, columns])
+            self._multiply(x_TM, matrix, bias, out[:, columns])
             column = columns.stop
         return out
 
@@ -99,7 +90,7 @@ class TritonOps(Composed):
         key = tuple(weights)
         matrices = self._matrices.get(key)
         if matrices is None:
-            matrices = self._matrices[key] = _merged([_numbers(weight) for weight in key])
+            matrices = self._matrices[key] = merged_matrices([numbers_of(weight) for weight in key])
         return matrices
 
     def norm_linear(
@@ -108,34 +99,33 @@ class TritonOps(Composed):
         matrices = self._matrices_of(weights)
         if not self._is_lone(rows.residual_TM) or len(matrices) > 1:
             return super().norm_linear(rows, weights, bias_N)
-        plan = plan_norm_matvec(matrices[0].shape[1])
-        return norm_matvec(rows, matrices[0], bias_N, plan)
+        shape = norm_rows_shape(matrices[0].shape[1])
+        return norm_matvec(rows, matrices[0], bias_N, shape)
 
     def _is_lone(self, row_TM: Tensor) -> bool:
         """Whether one row runs alone, in kernels that give it other bits than a batch would."""
         num_tokens, hidden_size = row_TM.shape
         return num_tokens == 1 and hidden_size <= MAX_COLUMNS and not self._is_deterministic
 
-    def _product(self, x_TM: Tensor, matrix_NM: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        is_same = x_TM.dtype == matrix_NM.dtype
-        num_tokens, num_rows = x_TM.shape[0], matrix_NM.shape[0]
-        is_odd = num_rows % 8 != 0
-        if num_tokens == 1 and not self._is_deterministic:
-            matvec(x_TM, matrix_NM, bias, out, self._plans.rows(x_TM, matrix_NM))
-        elif not is_same or self._is_deterministic or is_odd or num_tokens <= SKINNY_TOKENS:
-            self._triton_product(x_TM, matrix_NM, bias, out)
-        elif bias is None:
-            torch.mm(x_TM, matrix_NM.T, out=out)
-        else:
-            torch.addmm(bias.to(x_TM.dtype), x_TM, matrix_NM.T, out=out)
-
-    def _triton_product(
-        self, x_TM: Tensor, matrix_NM: Tensor, bias: Tensor | None, out: Tensor
+    def _multiply(
+        self,
+        x_TM: Tensor,
+        matrix_NM: Tensor,
+        bias_N: Tensor | None,
+        out: Tensor,
+        *,
+        by_vendor: bool = True,
     ) -> None:
-        plan = self._plans.product(x_TM, matrix_NM)
-        if self._is_deterministic:
-            plan = plan.in_one_order()
-        product(x_TM, matrix_NM, bias, out, plan, self._tickets_on(out.device))
+        multiply(
+            x_TM,
+            matrix_NM,
+            bias_N,
+            out,
+            self._shapes,
+            self._tickets_on(out.device),
+            is_deterministic=self._is_deterministic,
+            by_vendor=by_vendor,
+        )
 
     def gated_mlp(
         self, x_TM: Tensor, gate: Weight, up: Weight, down: Weight, activation: Activation
@@ -144,12 +134,9 @@ class TritonOps(Composed):
         return self.linear(activations.activate_and_mul(both, activation), (down,))
 
     def logits(self, x_SM: Tensor, weight: Weight) -> Tensor:
-        matrix = _numbers(weight)
+        matrix = numbers_of(weight)
         out = torch.empty(len(x_SM), len(matrix), dtype=torch.float32, device=x_SM.device)
-        if len(x_SM) == 1 and not self._is_deterministic:
-            matvec(x_SM, matrix, None, out, self._plans.rows(x_SM, matrix))
-        else:
-            self._triton_product(x_SM, matrix, None, out)
+        self._multiply(x_SM, matrix, None, out, by_vendor=False)
         return out
 
     def route(
@@ -189,38 +176,22 @@ class TritonOps(Composed):
         *,
         in_parts: bool = False,
     ) -> Tensor:
-        stacked, biases = self._stacks.get(experts), experts.biases
+        stacked = self._stacks.get(experts)
         if stacked is None:
-            stacked = StackedExperts(
-                gate_EFM=stacked_view(experts.gate),
-                up_EFM=stacked_view(experts.up),
-                down_EMF=stacked_view(experts.down),
-                gate_bias_EF=None if biases is None else biases.gate_EF,
-                up_bias_EF=None if biases is None else biases.up_EF,
-            )
-            self._stacks[experts] = stacked
-        top_k, inner_size = topk_ids.shape[1], stacked.gate_EFM.shape[1]
-        plan = self._plans.moe(x_TM, top_k, stacked)
-        is_of_pairs = plan.is_direct and not self._is_deterministic
-        most = 1 if is_of_pairs else SHARED_TOKENS
-        parts = None
-        if len(x_TM) <= most and is_few(topk_ids) and not self._is_deterministic:
-            parts = shared_parts(shared, gate_T1, inner_size)
-        is_whole = shared is None or parts is not None
-        in_parts = in_parts and is_whole and biases is None
-        chosen = (x_TM, topk_weights, topk_ids, stacked, activation)
-        if is_of_pairs:
-            pairs = self._plans.pairs(x_TM, top_k, stacked)
-            out = moe_of_pairs(*chosen, pairs, parts)
-        elif is_few(topk_ids):
-            out = moe_of_few(*chosen, plan, parts, in_parts=in_parts)
-        else:
-            out = run_moe(*chosen, plan, in_parts=in_parts)
-        if biases is not None:
-            add_biases(out, topk_weights, topk_ids, biases.down_EM)
-        if is_whole:
-            return out
-        return self.add_shared(out, x_TM, shared, gate_T1, activation)
+            stacked = self._stacks[experts] = stacked_experts(experts)
+        out, is_whole = run_experts(
+            x_TM,
+            topk_weights,
+            topk_ids,
+            stacked,
+            activation,
+            shared,
+            gate_T1,
+            self._shapes,
+            is_deterministic=self._is_deterministic,
+            in_parts=in_parts,
+        )
+        return out if is_whole else self.add_shared(out, x_TM, shared, gate_T1, activation)
 
     def rope_and_cache(
         self, qkv_TN: Tensor, op: AttentionOp, layer: KVLayer, batch: AttentionBatch
@@ -265,71 +236,3 @@ class TritonOps(Composed):
         if self._tickets is None:
             self._tickets = make_tickets(device)
         return self._tickets
-
-
-def shared_parts(
-    shared: SharedExpert | None, gate_T1: Tensor | None, inner_size: int
-) -> SharedParts | None:
-    """Returns the shared expert as experts of `inner_size`, or None where it is not some of them
-    side by side."""
-    if shared is None or shared.gate.rows % inner_size:
-        return None
-    gate, up, down = _numbers(shared.gate), _numbers(shared.up), _numbers(shared.down)
-    assert gate.is_contiguous()
-    assert up.is_contiguous()
-    assert down.is_contiguous()
-    count = len(gate) // inner_size
-    return SharedParts(gate_NM=gate, up_NM=up, down_MN=down, gate_T1=gate_T1, count=count)
-
-
-def stacked_view(weights: Sequence[Weight]) -> Tensor:
-    """Returns the experts' matrices as one [E, rows, cols] view.
-
-    Raises AssertionError where they are not views at one constant stride of one tensor: the
-    loader must put a layer's experts into one stack.
-    """
-    tensors = [_numbers(weight) for weight in weights]
-    first = tensors[0]
-    start, storage = first.storage_offset(), first.untyped_storage().data_ptr()
-    stride = tensors[1].storage_offset() - start if len(tensors) > 1 else first.numel()
-    for expert, tensor in enumerate(tensors):
-        is_at = tensor.untyped_storage().data_ptr() == storage
-        is_at = is_at and tensor.storage_offset() == start + expert * stride
-        is_at = is_at and (expert == 0 or stride >= first.numel())
-        is_at = is_at and tensor.shape == first.shape and tensor.dtype == first.dtype
-        is_at = is_at and tensor.is_contiguous()
-        assert is_at, (
-            f"expert {expert} of {len(tensors)} does not lie at a constant stride from expert 0 "
-            "in the same tensor; load the experts of a layer as views of one [E, rows, cols] stack"
-        )
-    return first.as_strided((len(tensors), *first.shape), (stride, *first.stride()), start)
-
-
-def _numbers(weight: Weight) -> Tensor:
-    if weight.format.is_block:
-        raise UnsupportedModelError(
-            f"weights in {weight.format.name} cannot be multiplied by the triton back end: GGUF "
-            "block formats need the CPU back end for now (bf16, f16 and f32 run here)"
-        )
-    return weight.data
-
-
-def _merged(tensors: list[Tensor]) -> list[Tensor]:
-    """Joins matrices that follow each other in one storage, so that one product serves all."""
-    merged = tensors[:1]
-    for tensor in tensors[1:]:
-        last = merged[-1]
-        follows = (
-            tensor.dtype == last.dtype
-            and last.is_contiguous()
-            and tensor.is_contiguous()
-            and tensor.shape[1] == last.shape[1]
-            and tensor.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
-            and tensor.storage_offset() == last.storage_offset() + last.numel()
-        )
-        if follows:
-            rows = len(last) + len(tensor)
-            merged[-1] = last.as_strided((rows, last.shape[1]), last.stride())
-        else:
-            merged.append(tensor)
-    return merged

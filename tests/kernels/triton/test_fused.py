@@ -31,7 +31,7 @@ from tests.kernels.triton.cases import (
 from tests.kernels.triton.interpreter import DEVICE
 
 from octavo.kernels.triton.product import norm_matvec  # isort: skip
-from octavo.kernels.triton.product.matvec import RowsPlan  # isort: skip
+from octavo.kernels.triton.product.shapes import RowsShape  # isort: skip
 
 
 @contextmanager
@@ -92,16 +92,16 @@ def test_a_norm_within_a_product_is_the_norm_before_it(
         assert torch.equal(rows.residual_TM, before), "others may still read it"
 
 
-@pytest.mark.parametrize("plan", [(1, 1), (2, 4), (8, 8), (16, 8)])
-def test_every_plan_of_a_normed_product_is_right(
-    rng: np.random.Generator, plan: tuple[int, int]
+@pytest.mark.parametrize("numbers", [(1, 1), (2, 4), (8, 8), (16, 8)])
+def test_every_shape_of_a_normed_product_is_right(
+    rng: np.random.Generator, numbers: tuple[int, int]
 ) -> None:
     rows, (weight,) = (
         make_rows(rng, 136, torch.float16),
         make_matrices(rng, [40], 136, torch.float16),
     )
     expected, _ = make_ops().norm_linear(copied(rows), (weight,))
-    shape = RowsPlan(block_n=plan[0], block_k=256, num_warps=plan[1])
+    shape = RowsShape(block_n=numbers[0], block_k=256, num_warps=numbers[1])
     found, _ = norm_matvec.norm_matvec(rows, weight.data, None, shape)
     assert_near(found, expected, 2e-3)
 

@@ -1,12 +1,10 @@
 """A dense product of fixed order: row t has the same bits whatever the other rows are, but for
-plans that split the sum (`ProductPlan.in_one_order` takes that out).
+shapes that split the sum (`ProductShape.in_one_order` takes that out).
 
-Called by `backend.py` where the vendor's product is slower, or would not be batch invariant.
+Called by `choose.py` where the vendor's product is slower, or would not be batch invariant.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -14,14 +12,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from octavo.kernels.triton.experts.moe import TL_DTYPES, tile_of_program
 from octavo.kernels.triton.launching.chip import cdiv
 from octavo.kernels.triton.launching.launchable import launchable
+from octavo.kernels.triton.launching.numbers import compute_type
 from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
 from octavo.kernels.triton.launching.tickets import is_last, make_tickets
-
-FEW_ROWS = 512
-"""Of a weight: too few for all processors, unless they share its columns too."""
+from octavo.kernels.triton.product.shapes import ProductShape
+from octavo.kernels.triton.tiles.grid import tile_of_program
+from octavo.kernels.triton.tiles.weight import weight_at, weight_tile
 
 
 @launchable
@@ -47,6 +45,7 @@ def product_kernel(
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     COMPUTE: tl.constexpr,
+    FORMAT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """out[t, n] = sum over m of x[t, m] * weight[n, m], in rising m, (+ bias[n]).
@@ -66,10 +65,10 @@ def product_kernel(
     is_row = row < num_tokens
     if not TMA:
         # Rows and columns that stand for nothing read the first one: cheaper than a mask.
-        safe = tl.where(column < num_rows, column, 0).to(tl.int64)
+        safe = tl.where(column < num_rows, column, 0)
         token = tl.where(is_row, row, 0).to(tl.int64)
         x_at = x_TM + token[:, None] * hidden_size + k[None, :]
-        w_at = weight_NM + safe[None, :] * weight_stride + k[:, None]
+        w_at = weight_at((weight_NM,), safe[None, :], weight_stride, k[:, None], FORMAT)
     total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     begin = 0
     end = hidden_size
@@ -78,16 +77,16 @@ def product_kernel(
         begin = tl.program_id(1) * size
         end = tl.minimum(begin + size, hidden_size)
     for start in range(begin, end, BLOCK_K):
-        left = hidden_size - start
         if TMA:
             x = x_TM.load([row_block * BLOCK_T, start])
             w = weight_NM.load([column_block * BLOCK_N, start]).T
-        elif EVEN_K:
-            x = tl.load(x_at + start)
-            w = tl.load(w_at + start)
         else:
-            x = tl.load(x_at + start, mask=(k < left)[None, :], other=0.0)
-            w = tl.load(w_at + start, mask=(k < left)[:, None], other=0.0)
+            is_k = k < hidden_size - start
+            if EVEN_K:
+                x = tl.load(x_at + start)
+            else:
+                x = tl.load(x_at + start, mask=is_k[None, :], other=0.0)
+            w = weight_tile(w_at, start, is_k[:, None], FORMAT, EVEN_K)
         total = tl.dot(x.to(COMPUTE), w.to(COMPUTE), total, input_precision="ieee")
     is_column = column < num_rows
     if SPLITS > 1:
@@ -105,73 +104,16 @@ def product_kernel(
     tl.store(out, total.to(out_TN.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProductPlan:
-    """The launch shape of a dense product."""
-
-    block_t: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    tma: bool
-    splits: int = 1
-    """Parts of the sum, which change its bits."""
-
-    def of_floats(self) -> ProductPlan:
-        """Returns the plan for float32: blocks of as many bytes."""
-        return replace(self, block_k=self.block_k // 2)
-
-    def in_one_order(self) -> ProductPlan:
-        """Returns the plan whose sums have the bits that every number of tokens gives."""
-        return replace(self, splits=1)
-
-
-def plan_product(num_tokens: int, num_rows: int, *, can_tma: bool) -> ProductPlan:
-    """Returns the launch shape: measured on an H100, whose 227 KiB of shared memory it wants.
-
-    Few tokens: columns narrow enough to give every multiprocessor work; a router's few rows are
-    split. Bits depend on nothing else.
-    """
-    block_t = 16 if num_tokens <= 16 else 32 if num_tokens <= 32 else 64
-    splits = 4 if num_tokens <= 64 and num_rows <= FEW_ROWS else 1
-    if splits > 1:
-        block_n, block_k, num_stages = 16, 128, 6
-    elif num_rows <= (2048 if block_t == 64 else 4096):
-        block_n, block_k, num_stages = (16, 256, 5) if block_t == 64 else (16, 512, 4)
-    elif num_rows <= 4096 or (block_t == 16 and num_rows <= 16384):
-        block_n, block_k, num_stages = 32, 128, 5
-    elif num_rows > (8192 if block_t == 64 else 16384):
-        block_n, block_k, num_stages = 128, 128, 4
-    else:
-        block_n, block_k, num_stages = 64, 128, 4
-    if num_tokens > 64:
-        if -(-num_tokens // 128) * -(-num_rows // 128) >= 132:
-            return ProductPlan(
-                block_t=128, block_n=128, block_k=64, num_warps=8, num_stages=3, tma=can_tma
-            )
-        block_n, block_k, num_stages = 64, 128, 4
-    return ProductPlan(
-        block_t=block_t,
-        block_n=block_n,
-        block_k=block_k,
-        num_warps=4,
-        num_stages=num_stages,
-        tma=False,
-        splits=splits,
-    )
-
-
 def product(
     x_TM: Tensor,
     weight_NM: Tensor,
     bias_N: Tensor | None,
     out_TN: Tensor,
-    plan: ProductPlan,
+    shape: ProductShape,
     tickets: Tensor | None = None,
 ) -> None:
     """Writes x @ weight.T (+ bias) to `out_TN`, whose rows may be strided. `tickets`: see
-    `make_tickets`; for plans that split the sum."""
+    `make_tickets`; for shapes that split the sum."""
     num_tokens, hidden_size = x_TM.shape
     num_rows = weight_NM.shape[0]
     assert out_TN.shape == (num_tokens, num_rows)
@@ -181,16 +123,15 @@ def product(
     assert weight_NM.stride(1) == 1 or hidden_size == 1
     if num_tokens == 0:
         return
-    is_same = x_TM.dtype == weight_NM.dtype
-    grid = cdiv(num_tokens, plan.block_t) * cdiv(num_rows, plan.block_n)
+    grid = cdiv(num_tokens, shape.block_t) * cdiv(num_rows, shape.block_n)
     parts = x_TM
-    if plan.splits > 1:
-        parts = x_TM.new_empty((plan.splits, num_tokens, num_rows), dtype=torch.float32)
+    if shape.splits > 1:
+        parts = x_TM.new_empty((shape.splits, num_tokens, num_rows), dtype=torch.float32)
         tickets = make_tickets(x_TM.device) if tickets is None else tickets
         assert grid <= len(tickets), (grid, len(tickets))
-    product_kernel[(grid, plan.splits)](
-        _tiles(x_TM, plan.block_t, plan),
-        _tiles(weight_NM, plan.block_n, plan),
+    product_kernel[(grid, shape.splits)](
+        _tiles(x_TM, shape.block_t, shape),
+        _tiles(weight_NM, shape.block_n, shape),
         x_TM if bias_N is None else bias_N,
         out_TN,
         num_tokens,
@@ -200,20 +141,14 @@ def product(
         out_TN.stride(0),
         parts,
         x_TM if tickets is None else tickets,
-        BLOCK_T=plan.block_t,
-        BLOCK_N=plan.block_n,
-        BLOCK_K=plan.block_k,
+        **shape.constants(hidden_size),
         GROUP=16,
-        SPLITS=plan.splits,
         HAS_BIAS=bias_N is not None,
-        TMA=plan.tma,
-        EVEN_K=hidden_size % plan.block_k == 0,
-        COMPUTE=TL_DTYPES[x_TM.dtype] if is_same else tl.float32,
-        num_warps=plan.num_warps,
-        num_stages=plan.num_stages,
+        COMPUTE=compute_type(x_TM, weight_NM),
+        FORMAT="numbers",
         **launch_options(out_TN.device),
     )
 
 
-def _tiles(matrix: Tensor, rows: int, plan: ProductPlan) -> Tensor | TensorDescriptor:
-    return TensorDescriptor.from_tensor(matrix, [rows, plan.block_k]) if plan.tma else matrix
+def _tiles(matrix: Tensor, rows: int, shape: ProductShape) -> Tensor | TensorDescriptor:
+    return TensorDescriptor.from_tensor(matrix, [rows, shape.block_k]) if shape.tma else matrix

@@ -1,6 +1,6 @@
 """RMSNorm of one row in the product that reads it; for the router, the choice of experts too.
 
-Called by `backend.py` for steps of one token. Every program norms the whole row for itself: that
+Called by `choose.py` for steps of one token. Every program norms the whole row for itself: that
 takes less than a launch. Never where batch invariance was promised (see `matvec.py`).
 
 Shape legend: M hidden, N rows of a weight, E experts, K chosen ones.
@@ -19,7 +19,8 @@ from octavo.kernels.triton.launching.chip import cdiv, next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import announce, launch_options, wait_turn
 from octavo.kernels.triton.launching.tickets import is_last
-from octavo.kernels.triton.product.matvec import RowsPlan, folded
+from octavo.kernels.triton.product.shapes import RowsShape
+from octavo.kernels.triton.tiles.weight import folded, weight_at, weight_tile
 from octavo.kernels.weights import Router
 
 MAX_COLUMNS = 8192
@@ -51,17 +52,18 @@ def norm_matvec_kernel(
     residual_M,
     sum_M,
     weight_M,
+    hidden_size,
+    eps,
     weight_NM,
+    weight_stride,
     bias_N,
     out_N,
     num_rows,
-    hidden_size,
-    weight_stride,
-    eps,
     HAS_X: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    FORMAT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """out[n] = sum over m of normed[m] * weight[n, m] (+ bias[n]), see `normed_row`.
@@ -72,8 +74,9 @@ def norm_matvec_kernel(
     k = tl.arange(0, BLOCK_K)
     is_in = k < hidden_size
     is_row = row < num_rows
-    weight_at = tl.where(is_row, row, 0).to(tl.int64)[:, None] * weight_stride + k[None, :]
-    w = tl.load(weight_NM + weight_at, mask=is_in[None, :], other=0.0)
+    safe = tl.where(is_row, row, 0)[:, None]
+    w_at = weight_at((weight_NM,), safe, weight_stride, k[None, :], FORMAT)
+    w = weight_tile(w_at, 0, is_in[None, :], FORMAT, False)
     norm = tl.load(weight_M + k, mask=is_in, other=0.0)
     wait_turn(OVERLAP)
     x = normed_row(x_M, residual_M, sum_M, norm, hidden_size, eps, HAS_X)
@@ -89,9 +92,12 @@ def norm_route_kernel(
     x_M,
     residual_M,
     sum_M,
-    normed_M,
     weight_M,
+    hidden_size,
+    eps,
     weight_NM,
+    weight_stride,
+    normed_M,
     logits_N,
     weights_K,
     ids_K,
@@ -99,9 +105,6 @@ def norm_route_kernel(
     num_live,
     ticket,
     num_experts,
-    hidden_size,
-    weight_stride,
-    eps,
     HAS_X: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -110,6 +113,7 @@ def norm_route_kernel(
     ROWS: tl.constexpr,
     EXPERTS: tl.constexpr,
     SLOTS: tl.constexpr,
+    FORMAT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """logits[n] = normed @ weight[n] for row n = program 0; the last program routes (`route_rows`).
@@ -119,8 +123,8 @@ def norm_route_kernel(
     k = tl.arange(0, BLOCK_K)
     is_in = k < hidden_size
     row = tl.program_id(0)
-    weight_at = weight_NM + row.to(tl.int64) * weight_stride + k
-    w = tl.load(weight_at, mask=is_in, other=0.0)
+    w_at = weight_at((weight_NM,), row, weight_stride, k, FORMAT)
+    w = weight_tile(w_at, 0, is_in, FORMAT, False)
     norm = tl.load(weight_M + k, mask=is_in, other=0.0)
     wait_turn(OVERLAP)
     announce(OVERLAP)
@@ -135,40 +139,22 @@ def norm_route_kernel(
         )
 
 
-def plan_norm_matvec(hidden_size: int) -> RowsPlan:
-    """Returns the launch shape: rows enough that norming the row again is little beside them."""
-    block_k = max(8, next_power_of_2(hidden_size))
-    return RowsPlan(block_n=4, block_k=block_k, num_warps=8 if block_k > 2048 else 4)
-
-
 def norm_matvec(
-    rows: NormInput, weight_NM: Tensor, bias_N: Tensor | None, plan: RowsPlan
+    rows: NormInput, weight_NM: Tensor, bias_N: Tensor | None, shape: RowsShape
 ) -> tuple[Tensor, Tensor]:
     """Returns normed row @ weight.T (+ bias) and the residual, for one row."""
-    num_rows, hidden_size = weight_NM.shape
-    _check(rows, hidden_size)
-    assert weight_NM.stride(1) == 1 or hidden_size == 1
-    residual = rows.residual_TM
-    x = residual if rows.x_TM is None else rows.x_TM
-    out = x.new_empty((1, num_rows))
-    added = residual if rows.x_TM is None else torch.empty_like(residual)
-    norm_matvec_kernel[(cdiv(num_rows, plan.block_n),)](
-        x,
-        residual,
-        added,
-        rows.weight_M,
-        weight_NM,
-        x if bias_N is None else bias_N,
+    num_rows = len(weight_NM)
+    added = _summed(rows)
+    out = added.new_empty((1, num_rows))
+    norm_matvec_kernel[(cdiv(num_rows, shape.block_n),)](
+        *_arguments(rows, added, weight_NM),
+        out if bias_N is None else bias_N,
         out,
         num_rows,
-        hidden_size,
-        weight_NM.stride(0),
-        rows.eps,
         HAS_X=rows.x_TM is not None,
         HAS_BIAS=bias_N is not None,
-        BLOCK_N=plan.block_n,
-        BLOCK_K=plan.block_k,
-        num_warps=plan.num_warps,
+        FORMAT="numbers",
+        **shape.constants(),
         **launch_options(out.device),
     )
     return out, added
@@ -188,20 +174,13 @@ def norm_route(
     num_rows, hidden_size = weight_NM.shape
     num_experts = router.weights[0].rows
     assert 0 < router.rule.top_k <= num_experts <= len(counts_E)
-    _check(rows, hidden_size)
-    residual = rows.residual_TM
-    x = residual if rows.x_TM is None else rows.x_TM
-    added = residual if rows.x_TM is None else torch.empty_like(residual)
-    normed, logits = torch.empty_like(residual), residual.new_empty((1, num_rows))
-    weights = residual.new_empty((1, router.rule.top_k), dtype=torch.float32)
-    ids = residual.new_empty((1, router.rule.top_k), dtype=torch.int32)
+    added = _summed(rows)
+    normed, logits = torch.empty_like(added), added.new_empty((1, num_rows))
+    weights = added.new_empty((1, router.rule.top_k), dtype=torch.float32)
+    ids = added.new_empty((1, router.rule.top_k), dtype=torch.int32)
     norm_route_kernel[(num_rows,)](
-        x,
-        residual,
-        added,
+        *_arguments(rows, added, weight_NM),
         normed,
-        rows.weight_M,
-        weight_NM,
         logits,
         weights,
         ids,
@@ -209,9 +188,6 @@ def norm_route(
         ids if num_live is None else num_live,
         tickets,
         num_experts,
-        hidden_size,
-        weight_NM.stride(0),
-        rows.eps,
         HAS_X=rows.x_TM is not None,
         BLOCK_K=max(8, next_power_of_2(hidden_size)),
         TOP_K=router.rule.top_k,
@@ -220,8 +196,9 @@ def norm_route(
         ROWS=ROUTE_ROWS,
         EXPERTS=next_power_of_2(num_experts),
         SLOTS=next_power_of_2(router.rule.top_k),
+        FORMAT="numbers",
         num_warps=num_warps,
-        **launch_options(residual.device),
+        **launch_options(added.device),
     )
     return Routed(
         x_TM=normed,
@@ -232,8 +209,21 @@ def norm_route(
     )
 
 
-def _check(rows: NormInput, hidden_size: int) -> None:
+def _summed(rows: NormInput) -> Tensor:
+    """Returns where residual + x goes: the residual, if there is no x."""
+    return rows.residual_TM if rows.x_TM is None else torch.empty_like(rows.residual_TM)
+
+
+def _arguments(
+    rows: NormInput, added: Tensor, weight_NM: Tensor
+) -> tuple[Tensor | int | float, ...]:
+    """Returns the row, its norm and the weight, as both kernels take them first."""
+    hidden_size = weight_NM.shape[1]
+    assert weight_NM.stride(1) == 1 or hidden_size == 1
     assert rows.residual_TM.shape == (1, hidden_size)
     assert rows.x_TM is None or rows.x_TM.shape == (1, hidden_size)
     assert rows.weight_M.shape == (hidden_size,)
     assert hidden_size <= MAX_COLUMNS, (hidden_size, MAX_COLUMNS)
+    x = rows.residual_TM if rows.x_TM is None else rows.x_TM
+    norm = x, rows.residual_TM, added, rows.weight_M, hidden_size, rows.eps
+    return *norm, weight_NM, weight_NM.stride(0)

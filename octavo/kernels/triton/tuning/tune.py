@@ -19,12 +19,14 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
-from octavo.kernels.triton.experts.moe import StackedExperts, run_moe
-from octavo.kernels.triton.experts.moe_few import is_few, moe_of_few
+from octavo.kernels.triton.experts.grouped import grouped_experts
+from octavo.kernels.triton.experts.pairs import experts_of_pairs
+from octavo.kernels.triton.experts.stacks import StackedExperts
 from octavo.kernels.triton.launching.tickets import make_tickets
 from octavo.kernels.triton.product.linear import product
-from octavo.kernels.triton.product.matvec import RowsPlan, matvec, moe_of_pairs
-from octavo.kernels.triton.tuning.plans import Key, Plan, Plans, key_of
+from octavo.kernels.triton.product.matvec import matvec
+from octavo.kernels.triton.product.shapes import RowsShape
+from octavo.kernels.triton.tuning.shapes import Key, Shape, Shapes, key_of
 
 ROTATED_BYTES, MAX_SETS = 160_000_000, 256
 MEASURED_MS = 4.0
@@ -45,22 +47,22 @@ ROWS_LIMITS = LIMITS | {"block_n": (1, 16), "block_k": (64, 4096)}
 
 Measure = Callable[[Callable[[], object]], float]
 """Returns the microseconds that a call takes on the device."""
-Shape = tuple[str, int, tuple[int, ...]]
+Problem = tuple[str, int, tuple[int, ...]]
 """("dense", tokens, (rows, columns)) or ("moe", tokens, (top_k, experts, inner, hidden))."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Case:
-    """A product or a MoE layer of one shape, ready to run."""
+    """A product or a MoE layer of one size, ready to run."""
 
     key: Key
-    plan: Plan
+    shape: Shape
     """The heuristic's."""
-    runs: Sequence[Callable[[Plan], Tensor]]
+    runs: Sequence[Callable[[Shape], Tensor]]
     """The same with other weights."""
 
-    def us(self, plan: Plan, measure: Measure) -> float:
-        return measure(lambda: [run(plan) for run in self.runs]) / len(self.runs)
+    def us(self, shape: Shape, measure: Measure) -> float:
+        return measure(lambda: [run(shape) for run in self.runs]) / len(self.runs)
 
     def is_right(self, found: Tensor, expected: Tensor) -> bool:
         if self.key[0] in ("moe", "product"):
@@ -70,11 +72,11 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What tuning one shape found."""
+    """What tuning one problem found."""
 
     key: Key
-    heuristic: Plan
-    plan: Plan | None
+    heuristic: Shape
+    shape: Shape | None
     """What beats it clearly, and is no slower for the fewest tokens that it would serve."""
     heuristic_us: float
     best_us: float
@@ -83,7 +85,7 @@ class Found:
 
 
 class Tuner:
-    """Tunes shapes of one dtype on one device, one after the other."""
+    """Tunes problems of one dtype on one device, one after the other."""
 
     def __init__(
         self,
@@ -108,23 +110,23 @@ class Tuner:
         weights = self._normal(self._num_sets(rows * columns), rows, columns)
         x = self._normal(num_tokens, columns)
 
-        def run(weight: Tensor, plan: Plan) -> Tensor:
+        def run(weight: Tensor, shape: Shape) -> Tensor:
             out = x.new_empty(num_tokens, rows)
-            if isinstance(plan, RowsPlan):
-                matvec(x, weight, None, out, plan)
+            if isinstance(shape, RowsShape):
+                matvec(x, weight, None, out, shape)
             else:
-                product(x, weight, None, out, plan, self._tickets)
+                product(x, weight, None, out, shape, self._tickets)
             return out
 
-        plan: Plan = Plans().product(x, weights[0])
+        shape: Shape = Shapes().product(x, weights[0])
         is_single = num_tokens == 1 and not self._is_deterministic
         if is_single:
-            plan = Plans().rows(x, weights[0])
+            shape = Shapes().rows(x, weights[0])
         elif self._is_deterministic:
-            plan = plan.in_one_order()
+            shape = shape.in_one_order()
         return Case(
             key=key_of("rows" if is_single else "product", x.dtype, num_tokens, rows, columns),
-            plan=plan,
+            shape=shape,
             runs=[partial(run, weight) for weight in weights],
         )
 
@@ -139,80 +141,78 @@ class Tuner:
         ]
         x = self._normal(num_tokens, hidden)
         weights = torch.full_like(x[:, :1], 1 / top_k, dtype=torch.float32).repeat(1, top_k)
-        plan = Plans().moe(x, top_k, layers[0])
-        is_of_pairs = plan.is_direct and not self._is_deterministic
+        shape = Shapes().experts(x, top_k, layers[0])
+        is_of_pairs = shape.is_direct and not self._is_deterministic
 
-        def run(experts: StackedExperts, ids: Tensor, plan: Plan) -> Tensor:
-            layer = moe_of_few if is_few(ids) else run_moe
-            if is_of_pairs:
-                layer = moe_of_pairs
-            return layer(x, weights, ids, experts, "silu", plan)
+        def run(experts: StackedExperts, ids: Tensor, shape: Shape) -> Tensor:
+            layer = experts_of_pairs if is_of_pairs else grouped_experts
+            return layer(x, weights, ids, experts, "silu", shape)
 
         return Case(
             key=key_of(
                 "pairs" if is_of_pairs else "moe", x.dtype, num_tokens, top_k, count, inner, hidden
             ),
-            plan=Plans().pairs(x, top_k, layers[0]) if is_of_pairs else plan,
+            shape=Shapes().pairs(x, top_k, layers[0]) if is_of_pairs else shape,
             runs=[
                 partial(run, layers[at % num_layers], self._routed(num_tokens, top_k, count))
                 for at in range(max(4, num_layers))
             ],
         )
 
-    def tune(self, shape: Shape, is_over: Callable[[], bool]) -> Found:
+    def tune(self, problem: Problem, is_over: Callable[[], bool]) -> Found:
         """Returns what is best of what was met before `is_over`. It serves all numbers of tokens
-        from the last power of two to the shape's."""
-        kind, num_tokens, sizes = shape
+        from the last power of two to the problem's."""
+        kind, num_tokens, sizes = problem
         make = self.moe if kind == "moe" else self.dense
         case = make(num_tokens, *sizes)
         best, fates = self._search(case, is_over)
-        before = after = case.us(case.plan, self._measure)
-        if best != case.plan:
+        before = after = case.us(case.shape, self._measure)
+        if best != case.shape:
             after = case.us(best, self._measure)
-            before = min(before, case.us(case.plan, self._measure))
+            before = min(before, case.us(case.shape, self._measure))
         is_kept = before > after * SAVED_GAIN
         if is_kept and num_tokens > 2:
             fewest = make(num_tokens // 2 + 1, *sizes)
-            slower, faster = (fewest.us(plan, self._measure) for plan in (best, fewest.plan))
+            slower, faster = (fewest.us(shape, self._measure) for shape in (best, fewest.shape))
             is_kept = slower <= faster * SAVED_GAIN
         return Found(
             key=case.key,
-            heuristic=case.plan,
-            plan=best if is_kept else None,
+            heuristic=case.shape,
+            shape=best if is_kept else None,
             heuristic_us=before,
             best_us=after,
             fates=fates,
         )
 
-    def _search(self, case: Case, is_over: Callable[[], bool]) -> tuple[Plan, Counter[str]]:
-        best, tried, fates = case.plan, {case.plan}, Counter[str]()
+    def _search(self, case: Case, is_over: Callable[[], bool]) -> tuple[Shape, Counter[str]]:
+        best, tried, fates = case.shape, {case.shape}, Counter[str]()
         expected = case.runs[0](best)
         least, last = case.us(best, self._measure), None
         while best != last and not is_over():
             last = best
             for part in parts_of(best):
-                plans = [plan for plan in neighbours(best, part) if plan not in tried]
-                tried.update(plans)
-                for plan, fate in zip(plans, self._fates(case, plans, expected), strict=True):
+                shapes = [shape for shape in neighbours(best, part) if shape not in tried]
+                tried.update(shapes)
+                for shape, fate in zip(shapes, self._fates(case, shapes, expected), strict=True):
                     fates[fate] += 1
-                    if fate == MEASURED and (us := case.us(plan, self._measure)) < least:
-                        best, least = plan, us
+                    if fate == MEASURED and (us := case.us(shape, self._measure)) < least:
+                        best, least = shape, us
                 if is_over():
                     break
         return best, fates
 
-    def _fates(self, case: Case, plans: Sequence[Plan], expected: Tensor) -> list[str]:
-        """Returns whether each plan fits the device and gives what is expected."""
+    def _fates(self, case: Case, shapes: Sequence[Shape], expected: Tensor) -> list[str]:
+        """Returns whether each shape fits the device and gives what is expected."""
 
-        def attempt(plan: Plan) -> Tensor | None:
+        def attempt(shape: Shape) -> Tensor | None:
             try:
-                return case.runs[0](plan)
+                return case.runs[0](shape)
             except (TritonError, RuntimeError):  # the latter from the compiler's passes
                 return None
 
         # Building is most of the time; it leaves Python's lock and calls the assembler.
         with ThreadPoolExecutor(self._num_threads) as pool:
-            found = list(pool.map(attempt, plans))
+            found = list(pool.map(attempt, shapes))
         return [
             UNFIT if out is None else MEASURED if case.is_right(out, expected) else OTHER_BITS
             for out in found
@@ -235,19 +235,19 @@ def graph_us(run: Callable[[], object]) -> float:
     return 1e3 * triton.testing.do_bench_cudagraph(run, rep=MEASURED_MS, return_mode="median")
 
 
-def parts_of(plan: Plan) -> list[str]:
-    """Returns the names of the launches that a plan consists of, and "" for itself."""
-    names = [field.name for field in dataclasses.fields(plan)]
-    return [*(name for name in names if dataclasses.is_dataclass(getattr(plan, name))), ""]
+def parts_of(shape: Shape) -> list[str]:
+    """Returns the names of the launches that a shape consists of, and "" for itself."""
+    names = [field.name for field in dataclasses.fields(shape)]
+    return [*(name for name in names if dataclasses.is_dataclass(getattr(shape, name))), ""]
 
 
-def neighbours(plan: Plan, part: str) -> Iterator[Plan]:
-    """Yields the plans that differ in one number of one launch: by one stage, or a factor of 2."""
-    launch = getattr(plan, part) if part else plan
-    limits = ROWS_LIMITS if isinstance(launch, RowsPlan) else LIMITS
+def neighbours(shape: Shape, part: str) -> Iterator[Shape]:
+    """Yields the shapes that differ in one number of one launch: by one stage, or a factor of 2."""
+    launch = getattr(shape, part) if part else shape
+    limits = ROWS_LIMITS if isinstance(launch, RowsShape) else LIMITS
     for name in (field.name for field in dataclasses.fields(launch) if field.name in limits):
         value, (low, high) = getattr(launch, name), limits[name]
         for other in (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2):
             if low <= other <= high:
                 changed = replace(launch, **{name: other})
-                yield replace(plan, **{part: changed}) if part else changed
+                yield replace(shape, **{part: changed}) if part else changed

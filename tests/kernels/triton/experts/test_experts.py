@@ -21,10 +21,10 @@ from tests.kernels.triton.cases import (
 )
 from tests.kernels.triton.interpreter import DEVICE
 
-from octavo.kernels.triton.experts import moe  # isort: skip
-from octavo.kernels.triton.backend import stacked_view
-from octavo.kernels.triton.experts.moe_few import is_few, moe_of_few
-from octavo.kernels.triton.experts.moe_plan import Launch, MoePlan, plan_moe
+from octavo.kernels.triton.experts.dispatch import is_few  # isort: skip
+from octavo.kernels.triton.experts.grouped import grouped_experts
+from octavo.kernels.triton.experts.shapes import ExpertsShape, TileShape, experts_shape
+from octavo.kernels.triton.experts.stacks import stacked_experts
 
 
 @pytest.mark.parametrize("is_deterministic", [True, False])
@@ -64,30 +64,29 @@ def test_biased_experts_with_clamps_are_exact(
     assert_near(found, exact_moe(x, weights, ids, experts, CLAMPED), 2e-6)
 
 
-def _plans() -> list[MoePlan]:
-    """Every kind of plan, at block sizes that the interpreter can bear."""
-    plans = [plan_moe(1, 2, 4, 64, can_tma=False), plan_moe(20, 2, 8, 64, can_tma=False)]
+def _shapes() -> list[ExpertsShape]:
+    """Every kind of launch shape, at block sizes that the interpreter can bear."""
+    shapes = [experts_shape(1, 2, 4, 64, can_tma=False), experts_shape(20, 2, 8, 64, can_tma=False)]
     for block_p in (64, 128):
         for tma in (False, True):
-            launch = Launch(block_n=64, block_k=64, group=8, num_warps=4, num_stages=3, tma=tma)
-            plans.append(MoePlan(is_direct=False, block_p=block_p, gate_up=launch, down=launch))
-    return plans
+            tile = TileShape(block_n=64, block_k=64, group=8, num_warps=4, num_stages=3, tma=tma)
+            shapes.append(ExpertsShape(is_direct=False, block_p=block_p, gate_up=tile, down=tile))
+    return shapes
 
 
-@pytest.mark.parametrize("plan", _plans())
-def test_every_plan_of_a_moe_layer_is_right(rng: np.random.Generator, plan: MoePlan) -> None:
+@pytest.mark.parametrize("shape", _shapes())
+def test_every_shape_of_a_moe_layer_is_right(rng: np.random.Generator, shape: ExpertsShape) -> None:
     experts = make_experts(rng, 4, 136, 72, torch.float16)
-    tokens = 40 if plan.block_p == 16 else 150
+    tokens = 40 if shape.block_p == 16 else 150
     x = floats(rng, tokens, 136).to(DEVICE, torch.float16)
     weights, ids = routed(rng, tokens, 4, 2)
-    stacks = [stacked_view(w) for w in (experts.gate, experts.up, experts.down)]
-    stacked = moe.StackedExperts(gate_EFM=stacks[0], up_EFM=stacks[1], down_EMF=stacks[2])
-    found = moe.run_moe(x, weights, ids, stacked, "silu", plan)
+    chosen = x, weights, ids, stacked_experts(experts), "silu", shape
+    found = grouped_experts(*chosen, is_scanned=False)
     assert_near(found, exact_moe(x, weights, ids, experts), 2e-3)
-    if plan.block_p == 16:
+    if shape.block_p == 16:
         assert is_few(ids)
-        assert int(torch.bincount(ids.flatten()).max()) > plan.block_p, "more than a tile"
-        assert torch.equal(found, moe_of_few(x, weights, ids, stacked, "silu", plan))
+        assert int(torch.bincount(ids.flatten()).max()) > shape.block_p, "more than a tile"
+        assert torch.equal(found, grouped_experts(*chosen, is_scanned=True))
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCES))
@@ -143,15 +142,15 @@ def test_experts_in_separate_tensors_are_refused(rng: np.random.Generator) -> No
         make_ops().moe(floats(rng, 2, 16).to(DEVICE), weights, ids, experts, "silu")
 
 
-def test_the_plan_is_a_pure_function_of_the_shape() -> None:
+def test_the_launch_shape_is_a_pure_function_of_the_sizes() -> None:
     def kind(tokens: int, top_k: int, count: int, inner: int) -> int:
-        plan = plan_moe(tokens, top_k, count, inner, can_tma=True)
-        assert plan == plan_moe(tokens, top_k, count, inner, can_tma=True)
-        for launch in (plan.gate_up, plan.down):
-            stage = (launch.block_n * 2 + plan.block_p) * launch.block_k * 2
-            assert launch is plan.down or stage * launch.num_stages <= 227 << 10
-            assert not launch.tma or plan.block_p == 128
-        return 1 if plan.is_direct else plan.block_p
+        shape = experts_shape(tokens, top_k, count, inner, can_tma=True)
+        assert shape == experts_shape(tokens, top_k, count, inner, can_tma=True)
+        for tile in (shape.gate_up, shape.down):
+            stage = (tile.block_n * 2 + shape.block_p) * tile.block_k * 2
+            assert tile is shape.down or stage * tile.num_stages <= 227 << 10
+            assert not tile.tma or shape.block_p == 128
+        return 1 if shape.is_direct else shape.block_p
 
     tokens = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192)
     assert [kind(t, 8, 128, 768) for t in tokens] == [1, 1, *[16] * 6, 64, 128, 128]

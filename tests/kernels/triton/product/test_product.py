@@ -25,10 +25,12 @@ from tests.kernels.triton.cases import (
 )
 from tests.kernels.triton.interpreter import DEVICE
 
-from octavo.kernels.triton.product import linear, matvec  # isort: skip
-from octavo.kernels.triton.experts import moe  # isort: skip
-from octavo.kernels.triton.backend import stacked_view
+from octavo.kernels.triton.product.linear import product  # isort: skip
+from octavo.kernels.triton.experts.pairs import down_and_combine, gate_up_of_pairs
+from octavo.kernels.triton.experts.stacks import stacked_experts
 from octavo.kernels.triton.launching.tickets import make_tickets
+from octavo.kernels.triton.product.matvec import matvec
+from octavo.kernels.triton.product.shapes import RowsShape, product_shape
 
 
 def test_logits_are_float32(rng: np.random.Generator) -> None:
@@ -67,12 +69,12 @@ def test_float32_rows_meet_bf16_weights(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 20, 150])
-def test_every_plan_of_a_dense_product_is_right(rng: np.random.Generator, tokens: int) -> None:
+def test_every_shape_of_a_dense_product_is_right(rng: np.random.Generator, tokens: int) -> None:
     weight = (floats(rng, 300, 136) / 12).to(DEVICE, torch.float16)
     x = floats(rng, tokens, 136).to(DEVICE, torch.float16)
     for tma in (False, True):
         out = torch.full((tokens, 300), math.nan, dtype=torch.float16, device=DEVICE)
-        linear.product(x, weight, None, out, linear.plan_product(tokens, 300, can_tma=tma))
+        product(x, weight, None, out, product_shape(tokens, 300, can_tma=tma))
         assert_near(out, x.double() @ weight.double().T, 2e-3)
 
 
@@ -80,11 +82,11 @@ def test_every_plan_of_a_dense_product_is_right(rng: np.random.Generator, tokens
 def test_a_sum_in_parts_is_right(rng: np.random.Generator, splits: int) -> None:
     weight = (floats(rng, 70, 530) / 12).to(DEVICE, torch.float16)
     x, bias = floats(rng, 20, 530).to(DEVICE, torch.float16), floats(rng, 70).to(DEVICE)
-    plan = replace(linear.plan_product(20, 70, can_tma=False), block_k=64, splits=splits)
+    shape = replace(product_shape(20, 70, can_tma=False), block_k=64, splits=splits)
     tickets = make_tickets(x.device)
     for _ in range(2):  # the tickets of the first are free again
         out = torch.full((20, 70), math.nan, dtype=torch.float16, device=DEVICE)
-        linear.product(x, weight, bias, out, plan, tickets)
+        product(x, weight, bias, out, shape, tickets)
         assert_near(out, x.double() @ weight.double().T + bias.double(), 2e-3)
     assert not tickets.any()
 
@@ -93,26 +95,25 @@ def test_only_without_determinism_sums_are_in_parts(rng: np.random.Generator) ->
     (weight,) = make_stack(rng, 1, 60, 700, torch.bfloat16)
     x = floats(rng, 70, 700).to(DEVICE, torch.bfloat16)
     ops = make_ops(is_deterministic=True)
-    assert linear.plan_product(20, 60, can_tma=False).splits > 1
+    assert product_shape(20, 60, can_tma=False).splits > 1
     assert torch.equal(ops.linear(x[:20], (weight,)), ops.linear(x, (weight,))[:20])
 
 
-@pytest.mark.parametrize("plan", [(1, 64, 1), (4, 256, 4), (16, 32, 2)])
-def test_every_plan_for_one_row_is_right(
-    rng: np.random.Generator, plan: tuple[int, int, int]
+@pytest.mark.parametrize("numbers", [(1, 64, 1), (4, 256, 4), (16, 32, 2)])
+def test_every_shape_for_one_row_is_right(
+    rng: np.random.Generator, numbers: tuple[int, int, int]
 ) -> None:
-    plan_of = matvec.RowsPlan(block_n=plan[0], block_k=plan[1], num_warps=plan[2])
+    shape = RowsShape(block_n=numbers[0], block_k=numbers[1], num_warps=numbers[2])
     experts = make_experts(rng, 4, 136, 72, torch.float16)
     x = floats(rng, 2, 136).to(DEVICE, torch.float16)
     out = torch.full((1, 72), math.nan, dtype=torch.float32, device=DEVICE)
     weight = experts.up[2].data
-    matvec.matvec(x[:1], weight, None, out, plan_of)
+    matvec(x[:1], weight, None, out, shape)
     assert_near(out, x[:1].double() @ weight.double().T, 1e-6)
     weights, ids = routed(rng, 2, 4, 3)
-    stacks = [stacked_view(w) for w in (experts.gate, experts.up, experts.down)]
-    stacked = moe.StackedExperts(gate_EFM=stacks[0], up_EFM=stacks[1], down_EMF=stacks[2])
-    hidden = matvec.gate_up_of_pairs(x, ids, stacked, "silu", plan_of)
-    found = matvec.down_and_combine(hidden, weights, ids, stacked, plan_of)
+    stacked = stacked_experts(experts)
+    hidden = gate_up_of_pairs(x, ids, stacked, "silu", shape)
+    found = down_and_combine(hidden, weights, ids, stacked, shape)
     assert_near(found, exact_moe(x, weights, ids, experts), 2e-3)
 
 

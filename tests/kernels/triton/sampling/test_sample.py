@@ -16,12 +16,15 @@ from octavo.runner.random import philox
 from octavo.runner.sampler import _kept
 from tests.kernels.triton.interpreter import DEVICE
 
-from octavo.kernels.triton.sampling import sample  # isort: skip
+from octavo.kernels.triton.sampling import thresholds as search  # isort: skip
+from octavo.kernels.triton.sampling.draw import choose
+from octavo.kernels.triton.sampling.params import ROW_PARAMS
+from octavo.kernels.triton.sampling.thresholds import find_thresholds
 
 
 def make_params(rows: list[dict[str, Any]]) -> Tensor:
     """Rows of ROW_PARAMS on the device: those of a greedy row, but for what is given."""
-    params = np.zeros(len(rows), dtype=sample.ROW_PARAMS)
+    params = np.zeros(len(rows), dtype=ROW_PARAMS)
     params["top_p"], params["repetition"], params["slot"] = 1, 1, -1
     for i, fields in enumerate(rows):
         for name, value in fields.items():
@@ -42,7 +45,7 @@ def run_choose(
     last = torch.full((len(params),), -7, dtype=torch.int32, device=DEVICE)
     counts = torch.zeros((0, logits.shape[1]), dtype=torch.int32, device=DEVICE)
     thresholds = batch if thresholds is None else thresholds
-    tokens = sample.choose(logits.to(DEVICE), batch, params, thresholds, last, counts)
+    tokens = choose(logits.to(DEVICE), batch, params, thresholds, last, counts)
     return tokens.tolist(), last.tolist()
 
 
@@ -129,7 +132,7 @@ FILTERS: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.mark.parametrize("room", [sample.CANDIDATES, 16])
+@pytest.mark.parametrize("room", [search.CANDIDATES, 16])
 @pytest.mark.parametrize(("size", "scale", "step"), [(700, 3.0, 0.25), (4103, 1.0, 0.0)])
 def test_the_kept_ids_are_those_of_the_host(
     rng: np.random.Generator,
@@ -139,7 +142,7 @@ def test_the_kept_ids_are_those_of_the_host(
     scale: float,
     step: float,
 ) -> None:
-    monkeypatch.setattr(sample, "CANDIDATES", room)
+    monkeypatch.setattr(search, "CANDIDATES", room)
     filters = FILTERS if size < 1000 else FILTERS[1:7:2]
     logits = normal(rng, len(filters), size, scale=scale)
     if step:
@@ -151,7 +154,7 @@ def test_the_kept_ids_are_those_of_the_host(
         | {name: getattr(p, name) for name in ("top_k", "top_p", "min_p")}
         for p in asked
     ]
-    thresholds = sample.find_thresholds(
+    thresholds = find_thresholds(
         torch.from_numpy(logits).to(DEVICE), make_batch([0] * len(rows)), make_params(rows)
     ).cpu()
     for x, params, (bits, last) in zip(logits, asked, thresholds.numpy(), strict=True):
@@ -172,7 +175,7 @@ def test_the_kept_ids_are_those_of_the_host(
 )
 def test_equal_logits_keep_the_lowest_ids(fields: dict[str, Any], wanted: int) -> None:
     logits = torch.tensor([[0.0, -0.0] * 5], device=DEVICE)
-    thresholds = sample.find_thresholds(
+    thresholds = find_thresholds(
         logits, make_batch([0]), make_params([{"inv_temperature": 1.0} | fields])
     )
     assert thresholds[0, :1].view(torch.float32) == 0  # of either sign
@@ -183,7 +186,7 @@ def test_only_kept_ids_are_drawn_and_all_of_them() -> None:
     logits = torch.tensor([1.0, 0.5, 1.0, 2.0, 1.0, 1.0, 2.0]).expand(60, -1).contiguous()
     params = make_params([{"inv_temperature": 1.0, "top_k": 4, "seed": 5}] * 60)
     batch = make_batch(list(range(60)))
-    thresholds = sample.find_thresholds(logits.to(DEVICE)[:1], batch[:1], params[:1])
+    thresholds = find_thresholds(logits.to(DEVICE)[:1], batch[:1], params[:1])
     tokens, _ = run_choose(logits, params, batch, thresholds.expand(60, -1).contiguous())
     assert set(tokens) == {0, 2, 3, 6}
 
@@ -194,7 +197,5 @@ def test_thresholds_of_a_broken_row_are_found_too() -> None:
     logits[1, 4] = math.inf
     logits[2, 4] = math.nan
     fields = {"inv_temperature": 1.0, "top_k": 3, "top_p": 0.5}
-    thresholds = sample.find_thresholds(
-        logits.to(DEVICE), make_batch([0] * 3), make_params([fields] * 3)
-    )
+    thresholds = find_thresholds(logits.to(DEVICE), make_batch([0] * 3), make_params([fields] * 3))
     assert thresholds.shape == (3, 2)

@@ -23,54 +23,63 @@ import triton
 from torch import Tensor
 
 from octavo.folders import CACHE_WAY_OUT, writing
-from octavo.kernels.triton.experts.moe import StackedExperts
-from octavo.kernels.triton.experts.moe_plan import MoePlan, plan_moe
+from octavo.kernels.triton.experts.shapes import (
+    ExpertsShape,
+    PairsShape,
+    experts_shape,
+    pairs_shape,
+)
+from octavo.kernels.triton.experts.stacks import StackedExperts
 from octavo.kernels.triton.launching.chip import is_hopper, next_power_of_2
-from octavo.kernels.triton.product.linear import ProductPlan, plan_product
-from octavo.kernels.triton.product.matvec import PairsPlan, RowsPlan, plan_matvec, plan_pairs
+from octavo.kernels.triton.product.shapes import (
+    ProductShape,
+    RowsShape,
+    product_shape,
+    rows_shape,
+)
 
 logger = logging.getLogger(__name__)
 
-Plan = MoePlan | PairsPlan | ProductPlan | RowsPlan
-KINDS = {"moe": MoePlan, "pairs": PairsPlan, "product": ProductPlan, "rows": RowsPlan}
+Shape = ExpertsShape | PairsShape | ProductShape | RowsShape
+KINDS = {"moe": ExpertsShape, "pairs": PairsShape, "product": ProductShape, "rows": RowsShape}
 Key = tuple[str | int, ...]
 """Kind, dtype, tokens and sizes. The tokens are the power of two at or above their number."""
-VERSION = 3
+VERSION = 4
 """Raise it when a kernel changes so that what was measured before is worth nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plans:
+class Shapes:
     """The launch shapes of one device."""
 
-    tuned: Mapping[Key, Plan] = field(default_factory=dict)
+    tuned: Mapping[Key, Shape] = field(default_factory=dict)
 
-    def product(self, x_TM: Tensor, weight_NM: Tensor) -> ProductPlan:
+    def product(self, x_TM: Tensor, weight_NM: Tensor) -> ProductShape:
         found = self._find("product", x_TM, weight_NM, *weight_NM.shape)
         if found is not None:
             return found
-        plan = plan_product(len(x_TM), len(weight_NM), can_tma=_can_tma(x_TM, weight_NM))
-        return plan if _is_short(x_TM) else plan.of_floats()
+        shape = product_shape(len(x_TM), len(weight_NM), can_tma=_can_tma(x_TM, weight_NM))
+        return shape if _is_short(x_TM) else shape.of_floats()
 
-    def rows(self, x_TM: Tensor, weight_NM: Tensor) -> RowsPlan:
+    def rows(self, x_TM: Tensor, weight_NM: Tensor) -> RowsShape:
         found = self._find("rows", x_TM, weight_NM, *weight_NM.shape)
-        return plan_matvec(*weight_NM.shape) if found is None else found
+        return rows_shape(*weight_NM.shape) if found is None else found
 
-    def moe(self, x_TM: Tensor, top_k: int, experts: StackedExperts) -> MoePlan:
+    def experts(self, x_TM: Tensor, top_k: int, experts: StackedExperts) -> ExpertsShape:
         count, inner_size, hidden_size = experts.gate_EFM.shape
         found = self._find("moe", x_TM, experts.gate_EFM, top_k, count, inner_size, hidden_size)
         if found is not None:
             return found
         can_tma = _can_tma(x_TM, experts.gate_EFM)
-        plan = plan_moe(len(x_TM), top_k, count, inner_size, can_tma=can_tma)
-        return plan if _is_short(x_TM) else plan.of_floats()
+        shape = experts_shape(len(x_TM), top_k, count, inner_size, can_tma=can_tma)
+        return shape if _is_short(x_TM) else shape.of_floats()
 
-    def pairs(self, x_TM: Tensor, top_k: int, experts: StackedExperts) -> PairsPlan:
+    def pairs(self, x_TM: Tensor, top_k: int, experts: StackedExperts) -> PairsShape:
         count, inner_size, hidden_size = experts.gate_EFM.shape
         found = self._find("pairs", x_TM, experts.gate_EFM, top_k, count, inner_size, hidden_size)
-        return plan_pairs(hidden_size, inner_size, top_k) if found is None else found
+        return pairs_shape(hidden_size, inner_size, top_k) if found is None else found
 
-    def _find(self, kind: str, x: Tensor, weight: Tensor, *sizes: int) -> Plan | None:
+    def _find(self, kind: str, x: Tensor, weight: Tensor, *sizes: int) -> Shape | None:
         if not self.tuned or x.dtype != weight.dtype:
             return None
         return self.tuned.get(key_of(kind, x.dtype, len(x), *sizes))
@@ -81,37 +90,37 @@ def key_of(kind: str, dtype: torch.dtype, num_tokens: int, *sizes: int) -> Key:
     return (kind, str(dtype), next_power_of_2(num_tokens), *sizes)
 
 
-def plans_path(folder: Path, device: torch.device) -> Path:
+def shapes_path(folder: Path, device: torch.device) -> Path:
     """Returns the file of what was measured on a device like this one."""
     card = device.type
     if card != "cpu":
         card = torch.get_device_module(device).get_device_name(device)
-    name = f"{card}_triton-{triton.__version__}_plans-{VERSION}"
+    name = f"{card}_triton-{triton.__version__}_shapes-{VERSION}"
     return folder / (re.sub(r"[^\w.-]+", "-", name) + ".json")
 
 
-def read_plans(path: Path) -> Plans:
-    """Returns the plans of a file; what is missing, broken or of another kind is left out."""
-    tuned: dict[Key, Plan] = {}
+def read_shapes(path: Path) -> Shapes:
+    """Returns the shapes of a file; what is missing, broken or of another kind is left out."""
+    tuned: dict[Key, Shape] = {}
     for text, value in _read(path).items():
         try:
             kind, dtype, *sizes = text.split()
-            plan = msgspec.convert(value, KINDS[kind])
-            _check(dataclasses.asdict(plan))
-            tuned[(kind, dtype, *map(int, sizes))] = plan
+            shape = msgspec.convert(value, KINDS[kind])
+            _check(dataclasses.asdict(shape))
+            tuned[(kind, dtype, *map(int, sizes))] = shape
         except (ValueError, KeyError) as error:  # msgspec's errors are ValueErrors
             logger.debug("%s: %r is ignored: %s", path, text, error)
     if tuned:
         logger.info("%d launch shapes were tuned: %s", len(tuned), path)
-    return Plans(tuned=tuned)
+    return Shapes(tuned=tuned)
 
 
-def save_plan(path: Path, key: Key, plan: Plan | None) -> None:
-    """Adds a plan to the file, or takes out the key's plan; all others stay as they are."""
+def save_shape(path: Path, key: Key, shape: Shape | None) -> None:
+    """Adds a shape to the file, or takes out the key's; all others stay as they are."""
     entries, text = _read(path), " ".join(map(str, key))
     entries.pop(text, None)
-    if plan is not None:
-        entries[text] = dataclasses.asdict(plan)
+    if shape is not None:
+        entries[text] = dataclasses.asdict(shape)
     with writing(path.parent, CACHE_WAY_OUT):
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             json.dump(entries, file, indent=1)

@@ -1,0 +1,51 @@
+"""Which kernels run the experts of a layer: the only place that chooses.
+
+Called by `backend.py`. Never looks at values.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from octavo.kernels.activations import Activation
+from octavo.kernels.triton.experts.biases import add_biases
+from octavo.kernels.triton.experts.dispatch import SHARED_TOKENS, is_few
+from octavo.kernels.triton.experts.grouped import grouped_experts
+from octavo.kernels.triton.experts.pairs import experts_of_pairs
+from octavo.kernels.triton.experts.stacks import StackedExperts, shared_parts
+from octavo.kernels.triton.tuning.shapes import Shapes
+from octavo.kernels.weights import SharedExpert
+
+
+def run_experts(
+    x_TM: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    experts: StackedExperts,
+    activation: Activation,
+    shared: SharedExpert | None,
+    gate_T1: Tensor | None,
+    shapes: Shapes,
+    *,
+    is_deterministic: bool,
+    in_parts: bool,
+) -> tuple[Tensor, bool]:
+    """Returns what `Ops.moe` does, and whether the shared expert is in it: else it is still to be
+    added, and the result is no parts."""
+    top_k = topk_ids.shape[1]
+    shape = shapes.experts(x_TM, top_k, experts)
+    is_of_pairs = shape.is_direct and not is_deterministic
+    parts = None
+    most = 1 if is_of_pairs else SHARED_TOKENS
+    if len(x_TM) <= most and is_few(topk_ids) and not is_deterministic:
+        parts = shared_parts(shared, gate_T1, experts.inner_size)
+    is_whole = shared is None or parts is not None
+    chosen = x_TM, topk_weights, topk_ids, experts, activation
+    if is_of_pairs:
+        out = experts_of_pairs(*chosen, shapes.pairs(x_TM, top_k, experts), parts)
+    else:
+        in_parts = in_parts and is_whole and experts.biases is None
+        out = grouped_experts(*chosen, shape, parts, in_parts=in_parts)
+    if experts.biases is not None:
+        add_biases(out, topk_weights, topk_ids, experts.biases.down_EM)
+    return out, is_whole

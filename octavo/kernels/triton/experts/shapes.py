@@ -1,0 +1,117 @@
+"""The launch shapes of a MoE layer, by the number of tokens and the sizes of the layer.
+
+Asked by `tuning/shapes.py` where nothing was tuned, obeyed by `grouped.py` and `pairs.py`. Pure
+arithmetic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TypedDict
+
+from octavo.kernels.triton.product.shapes import RowsShape, step_of
+
+
+class TileConstants(TypedDict):
+    """What a grouped product is launched with."""
+
+    BLOCK_N: int
+    BLOCK_K: int
+    GROUP: int
+    TMA: bool
+    EVEN_K: bool
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileShape:
+    """The launch shape of one product."""
+
+    block_n: int
+    block_k: int
+    group: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+
+    def constants(self, length: int, *, is_tma: bool) -> TileConstants:
+        """Returns the arguments of a launch whose sums have `length` numbers."""
+        return {
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "GROUP": self.group,
+            "TMA": is_tma,
+            "EVEN_K": length % self.block_k == 0,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsShape:
+    """The launch shapes of one MoE layer."""
+
+    is_direct: bool
+    """Pairs go one by one (`pairs.py`), where no batch invariance is promised."""
+    block_p: int
+    gate_up: TileShape
+    down: TileShape
+
+    def of_floats(self) -> ExpertsShape:
+        """Returns the shape for float32: blocks of as many bytes."""
+        gate_up = replace(self.gate_up, block_k=self.gate_up.block_k // 2)
+        return replace(
+            self, gate_up=gate_up, down=replace(self.down, block_k=self.down.block_k // 2)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairsShape:
+    """The launch shapes of `pairs.py`."""
+
+    gate_up: RowsShape
+    down: RowsShape
+
+
+def experts_shape(
+    num_tokens: int, top_k: int, num_experts: int, inner_size: int, *, can_tma: bool
+) -> ExpertsShape:
+    """Returns the launch shapes: measured on an H100 (benchmarks/kernels/experts.py).
+
+    Reading experts is what costs below some 64 tokens an expert, so blocks are low there; a pair
+    goes its own way while two tokens seldom share an expert. Bits depend on `is_direct` alone.
+    """
+    mean = num_tokens * top_k / num_experts
+    is_long = inner_size >= 4096
+    if num_tokens == 1 or (num_tokens == 2 and 16 * top_k <= num_experts):
+        gate_up = _tile(32, 256, 3) if is_long else _tile(32, 128, 4)
+        return ExpertsShape(is_direct=True, block_p=16, gate_up=gate_up, down=_tile(32, 128, 5))
+    if mean <= 10:
+        down = _tile(64, 256, 3) if is_long else _tile(64, 128, 4)
+        return ExpertsShape(is_direct=False, block_p=16, gate_up=_tile(32, 256, 3), down=down)
+    if mean <= 24:
+        gate_up, down = _tile(64, 128, 3, group=4), _tile(128, 128, 3, group=4)
+        return ExpertsShape(is_direct=False, block_p=32, gate_up=gate_up, down=down)
+    if mean <= 48:
+        gate_up, down = _tile(64, 128, 3, group=4), _tile(128, 64, 4, group=4)
+        return ExpertsShape(is_direct=False, block_p=64, gate_up=gate_up, down=down)
+    gate_up = TileShape(block_n=128, block_k=64, group=4, num_warps=8, num_stages=4, tma=can_tma)
+    down = TileShape(block_n=256, block_k=64, group=8, num_warps=8, num_stages=4, tma=can_tma)
+    return ExpertsShape(is_direct=False, block_p=128, gate_up=gate_up, down=down)
+
+
+def pairs_shape(hidden_size: int, inner_size: int, top_k: int) -> PairsShape:
+    """Returns the launch shapes of `gate_up_of_pair_kernel`, which reads two rows for each one, and
+    of `down_and_combine_kernel`: all choices of a step together."""
+    block_k = step_of(inner_size, 256)
+    return PairsShape(
+        gate_up=RowsShape(block_n=1, block_k=step_of(hidden_size, 2048), num_warps=4),
+        down=RowsShape(block_n=2 if top_k <= 8 else 1, block_k=block_k, num_warps=4),
+    )
+
+
+def _tile(block_n: int, block_k: int, num_stages: int, group: int = 1) -> TileShape:
+    return TileShape(
+        block_n=block_n, block_k=block_k, group=group, num_warps=4, num_stages=num_stages
+    )

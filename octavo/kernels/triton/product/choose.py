@@ -1,0 +1,46 @@
+"""Which kernel makes a dense product: the only place that chooses.
+
+Called by `backend.py`. Never looks at values.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from octavo.kernels.triton.product.linear import product
+from octavo.kernels.triton.product.matvec import matvec
+from octavo.kernels.triton.tuning.shapes import Shapes
+
+SKINNY_TOKENS = 64
+"""Up to here Triton multiplies: as fast as cuBLAS, which splits the sum there (H100, 2026-11-22).
+Above, and for row counts that 8 divides, cuBLAS gave Triton's bits in all but one shape."""
+
+
+def multiply(
+    x_TM: Tensor,
+    matrix_NM: Tensor,
+    bias_N: Tensor | None,
+    out_TN: Tensor,
+    shapes: Shapes,
+    tickets: Tensor,
+    *,
+    is_deterministic: bool,
+    by_vendor: bool = True,
+) -> None:
+    """Writes x @ matrix.T (+ bias) to `out_TN`. `by_vendor`: whether the vendor's library may
+    multiply; it writes numbers of x's format alone. Deterministic products are all of one kind and
+    split no sum."""
+    is_same = x_TM.dtype == matrix_NM.dtype
+    num_tokens, is_odd = len(x_TM), len(matrix_NM) % 8 != 0
+    if num_tokens == 1 and not is_deterministic:
+        matvec(x_TM, matrix_NM, bias_N, out_TN, shapes.rows(x_TM, matrix_NM))
+    elif is_deterministic or not (by_vendor and is_same) or is_odd or num_tokens <= SKINNY_TOKENS:
+        shape = shapes.product(x_TM, matrix_NM)
+        if is_deterministic:
+            shape = shape.in_one_order()
+        product(x_TM, matrix_NM, bias_N, out_TN, shape, tickets)
+    elif bias_N is None:
+        torch.mm(x_TM, matrix_NM.T, out=out_TN)
+    else:
+        torch.addmm(bias_N.to(x_TM.dtype), x_TM, matrix_NM.T, out=out_TN)
