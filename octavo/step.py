@@ -5,16 +5,17 @@ StepResult. They share nothing else. Everything of variable length is a NumPy ar
 of 256 decodes must cost microseconds, not milliseconds, and travels to other processes as bytes.
 
 What a runner does with a plan, in this order:
-    1. release `freed_rows`, poison `freed_blocks` (only in test mode)
+    1. release `freed_rows`, poison `freed_pages` (only in test mode)
     2. start `starts`: forget what the row held, keep the new sequence's sampling state
     3. copy `copies` (copy-on-write), apply `table_deltas` to its mirror of the block tables
     4. forward all `rows`; write their KV; sample where `samples`; keep sampled tokens by row
+    5. copy `saves`
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +59,21 @@ class TableDelta:
     block_ids: Int32
 
 
+class Page(NamedTuple):
+    """A page of the arena."""
+
+    page_class: int
+    block: int
+
+
+class PageCopy(NamedTuple):
+    """One page becomes equal to another of its class."""
+
+    page_class: int
+    source: int
+    target: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
     """One forward pass. S scheduled rows, T tokens in all; arrays are parallel over S."""
@@ -77,10 +93,12 @@ class StepPlan:
     """[S] whether the last token's logits are sampled."""
     row_starts: tuple[RowStart, ...] = ()
     freed_rows: tuple[int, ...] = ()
-    freed_blocks: tuple[int, ...] = ()
-    """Blocks nobody holds any more; a runner in test mode fills them with NaN."""
-    copies: tuple[tuple[int, int], ...] = ()
-    """(source, target) blocks of copy-on-write."""
+    freed_pages: tuple[Page, ...] = ()
+    """Pages nobody holds any more; a runner in test mode fills them with NaN."""
+    copies: tuple[PageCopy, ...] = ()
+    """Copy-on-write, and states to begin with."""
+    saves: tuple[PageCopy, ...] = ()
+    """States that the step leaves, kept for those that begin there."""
     table_deltas: tuple[TableDelta, ...] = ()
 
     @property

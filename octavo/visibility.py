@@ -59,3 +59,28 @@ class Chunk(msgspec.Struct, frozen=True, tag=True):
 
 
 Visibility = Full | Window | Chunk
+
+
+class State(msgspec.Struct, frozen=True, tag=True):
+    """A token sees no other, but a state that sums up all before it.
+
+    A sequence keeps one state. What it was behind some of its tokens is kept apart, for others that
+    begin with the same: behind each chunk of its prompt that ends with a block, behind the last
+    whole block that another may take over, and every `every` tokens while it decodes.
+    """
+
+    every: int = 512
+
+    def __str__(self) -> str:
+        return "a state"
+
+    def first_visible(self, position: int) -> int:
+        return position
+
+    @property
+    def most_visible(self) -> int | None:
+        return 1
+
+
+KVVisibility = Visibility | State
+"""What layers of any kind see: attention has no states."""

@@ -255,7 +255,7 @@ def _parse_numbers(text: str) -> tuple[int, ...]:
 
 
 def _size(size: int) -> str:
-    from octavo.kv_cache.planner import gib
+    from octavo.kv_cache.plan_text import gib
 
     return gib(size) if size >= 2**27 else f"{size / 2**20:.2f} MiB"
 
@@ -272,7 +272,9 @@ def _parts_text(model: str, spec: ModelSpec, parts: dict[str, int]) -> str:
 
 
 def _plan_text(plan: MemoryPlan, lengths: tuple[int, ...]) -> str:
-    lines = [plan.describe(), "KV groups:"]
+    from octavo.kv_cache.plan_text import describe
+
+    lines = [describe(plan), "KV groups:"]
     for group in plan.groups:
         sees = str(group.spec.visibility)
         size = group.page_bytes(plan.block_size) // plan.block_size

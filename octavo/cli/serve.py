@@ -167,6 +167,8 @@ def announce(
     engine: AsyncLLM, server: ServerConfig, url: str, metrics_url: str | None = None
 ) -> None:
     """Prints the memory plan, the URLs and a request to copy; one line if lines are JSON."""
+    from octavo.kv_cache.plan_text import describe
+
     name = (server.served_model_name or (engine.model_name,))[0]
     body = {
         "model": name,
@@ -176,12 +178,12 @@ def announce(
     key = " -H 'Authorization: Bearer YOUR_KEY'" if server.api_key or server.operator_key else ""
     key += " --cacert CERTIFICATE" if server.ssl_certfile else ""
     if server.log_format == "json":
-        facts = {"url": url, "model": name, "memory_plan": engine.plan.describe()}
+        facts = {"url": url, "model": name, "memory_plan": describe(engine.plan)}
         if metrics_url is not None:
             facts["metrics_url"] = f"{metrics_url}/metrics"
         logger.info("%s is served on %s", name, url, extra=facts)
         return
-    say(engine.plan.describe())
+    say(describe(engine.plan))
     say(f"\n{name} is served on {url}  (Ctrl-C ends it). Try:\n")
     say(
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from octavo.config import EngineConfig
 from octavo.errors import CapacityError, EngineDeadError, OutOfMemoryError
 from octavo.kv_cache.manager import KVCacheManager
-from octavo.kv_cache.planner import RESERVED_BLOCKS, MemoryPlan
+from octavo.kv_cache.planner import MemoryPlan
 from octavo.kv_cache.prefix_index import prefix_root
 from octavo.observe.stats import EngineStats
 from octavo.request import Request, TokenDelta
@@ -41,17 +41,19 @@ class EngineCore:
         self._identity = identity
         self._manager = KVCacheManager(
             plan.groups,
-            num_blocks=plan.num_blocks,
+            num_chunks=plan.num_chunks,
             block_size=plan.block_size,
             max_rows=config.max_num_seqs,
             max_model_len=plan.max_model_len,
             poison=config.poison_freed_blocks,
         )
-        needed = self._manager.blocks_for(plan.max_model_len, plan.max_num_batched_tokens)
-        if needed > plan.num_blocks - RESERVED_BLOCKS:
+        layout = self._manager.layout
+        need = self._manager.need(plan.max_model_len, plan.max_num_batched_tokens)
+        if (needed := layout.num_chunks(need)) > plan.num_chunks:
             raise CapacityError(
-                f"one sequence of {plan.max_model_len} tokens needs {needed} blocks, "
-                f"{plan.num_blocks - RESERVED_BLOCKS} are there; lower max_model_len"
+                f"one sequence of {plan.max_model_len} tokens needs {needed} chunks of "
+                f"{layout.chunk_bytes} bytes, {plan.num_chunks} are there; lower max_model_len",
+                field="max_model_len",
             )
         stretch = STRETCH if config.step_stretch is None else config.step_stretch
         self._pace = Pace(stretch) if stretch else None
@@ -146,14 +148,14 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         """Returns a snapshot of all counters and gauges."""
-        pool = self._manager.pool
+        pools = self._manager.pools
         experts = () if self._expert_counts is None else self._expert_counts.tolist()
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
-            num_blocks=pool.num_blocks - RESERVED_BLOCKS,
-            num_used_blocks=pool.num_referenced,
-            num_cached_blocks=pool.num_cached,
+            num_blocks=pools.num_pages,
+            num_used_blocks=pools.num_referenced,
+            num_cached_blocks=pools.num_cached,
             waste_share=self.scheduler.waste_share,
             run_share=self._manager.run_share,
             **asdict(self.scheduler.counters),

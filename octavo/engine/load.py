@@ -74,11 +74,11 @@ def load_runner(
 
 def _agreed(plan: MemoryPlan, collectives: Collectives) -> MemoryPlan:
     """Returns the plan with what the rank that has least can do."""
-    wanted = (plan.num_blocks, plan.max_model_len, plan.max_num_batched_tokens)
-    num_blocks, max_model_len, max_num_batched_tokens = collectives.least(wanted)
+    wanted = (plan.num_chunks, plan.max_model_len, plan.max_num_batched_tokens)
+    num_chunks, max_model_len, max_num_batched_tokens = collectives.least(wanted)
     return replace(
         plan,
-        num_blocks=num_blocks,
+        num_chunks=num_chunks,
         max_model_len=max_model_len,
         max_num_batched_tokens=max_num_batched_tokens,
     )

@@ -24,9 +24,11 @@ import numpy as np
 
 from octavo.kv_cache.eviction import EvictionOrder
 from octavo.kv_cache.free_pages import REGION, FreePages
-from octavo.step import Int32
+from octavo.step import Bool, Int32
 
 NULL_BLOCK = 0
+_AWAY = -1
+"""Reference count of a block that is withdrawn."""
 MAX_ROOM_SHARE, _MAX_SCATTERED_SHARE = 1 / 8, 1 / 32
 """Of all blocks, those that may be free while others are evicted for the sake of runs: as room
 behind sequences that grow, and between others."""
@@ -54,6 +56,7 @@ class BlockPool:
         self.num_blocks = num_blocks
         self._ref_counts = np.zeros(num_blocks, np.int32)
         self._ref_counts[NULL_BLOCK] = 1
+        self._num_away = 0
         self._keys: list[BlockKey | None] = [None] * num_blocks
         self._is_keyed = np.zeros(num_blocks, np.bool_)
         self._free = FreePages(num_blocks)
@@ -74,7 +77,19 @@ class BlockPool:
 
     @property
     def num_referenced(self) -> int:
-        return self.num_blocks - 1 - self.num_free
+        return self.num_blocks - 1 - self.num_free - self._num_away
+
+    def is_unreferenced(self) -> Bool:
+        """Returns [num_blocks]: which blocks are here and nobody references."""
+        return self._ref_counts == 0
+
+    def is_here(self) -> Bool:
+        """Returns [num_blocks]: which blocks are not withdrawn."""
+        return self._ref_counts != _AWAY
+
+    def is_keyed(self) -> Bool:
+        """Returns [num_blocks]: which blocks are known by a key; not to be written to."""
+        return self._is_keyed
 
     def ref_count(self, block: int) -> int:
         return int(self._ref_counts[block])
@@ -194,6 +209,23 @@ class BlockPool:
         emptied = self._cached.clear()
         self._free.add(emptied)
         return emptied.tolist()
+
+    def withdraw(self, blocks: Int32) -> list[BlockKey]:
+        """Takes blocks that nobody references out of the pool, until `restore` brings them back;
+        returns the keys that are forgotten with them."""
+        assert (self._ref_counts[blocks] == 0).all(), "withdraw a block that somebody holds"
+        keys = self._evict(blocks[self._is_keyed[blocks]])
+        self._free.remove(blocks)
+        self._ref_counts[blocks] = _AWAY
+        self._num_away += len(blocks)
+        return keys
+
+    def restore(self, blocks: Int32) -> None:
+        """Makes withdrawn blocks free; they hold nothing."""
+        assert (self._ref_counts[blocks] == _AWAY).all(), "restore a block that is here"
+        self._ref_counts[blocks] = 0
+        self._num_away -= len(blocks)
+        self._free.add(blocks)
 
     def check(self) -> None:
         """Raises AssertionError if the free orders, counts and keys contradict each other."""

@@ -75,7 +75,8 @@ class FreePages:
         self._length += len(pages)
         self._recount(pages)
 
-    def _remove(self, pages: Int32) -> None:
+    def remove(self, pages: Int32) -> None:
+        """Takes out pages that are here."""
         self._is_free[pages] = False
         self._length -= len(pages)
         self._recount(pages)
@@ -108,7 +109,7 @@ class FreePages:
         if len(taken) == 1:
             self._remove_one(first)
         elif taken:
-            self._remove(np.arange(first, last, dtype=np.int32))
+            self.remove(np.arange(first, last, dtype=np.int32))
         return taken
 
     def take(self, count: int, *, is_growing: bool) -> list[int]:
@@ -138,7 +139,7 @@ class FreePages:
             num = int(np.searchsorted(np.cumsum(lengths[chosen]), wanted)) + 1
             chosen = chosen[:num]
         pages = _ranges(starts[chosen] * REGION, lengths[chosen] * REGION)[:count]
-        self._remove(pages)
+        self.remove(pages)
         return pages.tolist()
 
     def _room_to_grow(self) -> Stretch:
@@ -175,7 +176,7 @@ class FreePages:
             regions = np.flatnonzero(self._in_region == most)[: -(-count // most)]
             places, offsets = np.nonzero(self._is_free.reshape(-1, REGION)[regions])
             pages = (regions[places] * REGION + offsets)[:count].astype(np.int32)
-            self._remove(pages)
+            self.remove(pages)
             taken += pages.tolist()
             count -= len(pages)
         return taken

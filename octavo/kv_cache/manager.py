@@ -1,34 +1,48 @@
-"""Gives sequences their KV blocks: pool, prefix index and block tables behind one face.
+"""Gives sequences their KV pages: pools, prefix index and the groups' tables behind one face.
 
-Called by the scheduler alone. Never touches a tensor: what must happen to memory (copies,
+Called by the scheduler alone. Never touches a tensor: what must happen to memory (copies, saves,
 table deltas, poison) is collected here and travels in the next step plan.
+
+How many pages something takes is asked of the groups, in `Need`s: numbers by page class that nobody
+else looks into.
 
 Side effects of a sequence's life, in order:
     lookup    none; tells how many leading blocks are cached, or that another sequence is
               computing the next one
-    admit     takes a row's table: cached blocks are referenced, never copied
-    allocate  frees what fell behind a window, then appends blocks
+    admit     takes a row: cached pages are referenced, never copied (but for states)
+    allocate  frees what no later token sees, then appends pages
+    save      keeps the states that the next step leaves
     publish   full computed blocks get their key; who waits for them can have them
-    release   references go back, last block first
+    release   references go back, last page first
 """
 
 from __future__ import annotations
 
+import sys
 from array import array
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from octavo.kv_cache.block_pool import NULL_BLOCK, BlockKey, BlockPool
+from octavo.kv_cache.block_pool import NULL_BLOCK
 from octavo.kv_cache.block_table import BlockTable
-from octavo.kv_cache.planner import blocks_of_sequence
+from octavo.kv_cache.layout import Need, arena_layout
+from octavo.kv_cache.ledger import PageLedger
+from octavo.kv_cache.page_pools import PagePools, Room
 from octavo.kv_cache.prefix_index import Digester, PrefixIndex
 from octavo.kv_cache.resume import can_resume
 from octavo.kv_cache.runs import share_in_runs
 from octavo.kv_cache.spec import KVGroup
+from octavo.kv_cache.state_pages import StatePages
+from octavo.kv_cache.token_pages import TokenPages
 from octavo.observe.stats import MissReason
-from octavo.step import Int32, TableDelta
+from octavo.step import Int32, Page, PageCopy, TableDelta
+from octavo.visibility import State
 
 
 @dataclass(slots=True)
@@ -41,6 +55,8 @@ class SequenceKV:
     writes_cache: bool = True
     prompt_blocks: int = 0
     """Full blocks of the prompt: those another sequence may wait for."""
+    extras: Mapping[int, bytes] = field(default_factory=dict)
+    """What blocks hold beside their token ids, by block: an image behind placeholders."""
     row: int | None = None
     digests: list[bytes] = field(default_factory=list)
     num_published: int = 0
@@ -59,51 +75,114 @@ class PrefixHit:
     """The next block is being computed by a running sequence: wait instead of computing it."""
     miss_reason: MissReason | None
     """Why the next block is missing; None if all full blocks were found."""
-    blocks: tuple[Int32, ...] = ()
-    """The cached blocks of every group, holes where its window no longer sees."""
-    num_reused: int = 0
-    """Those that nobody references yet: taking them leaves as many fewer free."""
+    pages: tuple[Int32, ...]
+    """Those of every group with which a sequence goes on, holes where it no longer sees any."""
 
 
-NO_HIT = PrefixHit(0, False, None)
+class Demand(NamedTuple):
+    """How the pages of `num_groups` alike groups grow with a sequence."""
+
+    page_class: int
+    most_pages: int | None
+    """Of a sequence of any length; None: there is no bound."""
+    num_groups: int
+    is_constant: bool
+    """It takes the same pages however long it is, all at its admission."""
+
+    def bound(self, columns: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Returns the most pages that so many columns of a table name."""
+        return columns if self.most_pages is None else np.minimum(columns, self.most_pages)
 
 
 class KVCacheManager:
-    """Blocks of all groups come from one pool; a row is one sequence in every group's table."""
+    """Pages of all groups come from one arena; a row is one sequence in every group."""
 
     def __init__(
         self,
         groups: Sequence[KVGroup],
         *,
-        num_blocks: int,
+        num_chunks: int,
         block_size: int,
         max_rows: int,
         max_model_len: int,
         poison: bool = False,
     ) -> None:
+        """`num_chunks` of `arena_layout(groups)`: pages, where all groups' have one size."""
         self.block_size = block_size
-        self._groups = tuple(groups)
-        self.pool = BlockPool(num_blocks)
-        self.index = PrefixIndex(len(groups))
+        self.layout = arena_layout(groups, block_size)
+        self._ledger = PageLedger(self.layout, num_chunks, poison=poison)
         self._digester = Digester()
-        columns = -(-max_model_len // block_size) + 1
-        self.tables = tuple(BlockTable(g, max_rows, columns) for g in range(len(groups)))
-        self._visibilities = tuple(group.spec.visibility for group in groups)
+        self._groups: list[TokenPages | StatePages] = []
+        for index, group in enumerate(groups):
+            columns = group.num_columns(max_model_len, block_size) + (not group.is_state)
+            table = BlockTable(index, max_rows, columns)
+            kind = StatePages if group.is_state else TokenPages
+            self._groups.append(kind(group, table, block_size, self._ledger))
+        states = (group.spec.visibility for group in groups)
+        self._save_every = min((one.every for one in states if isinstance(one, State)), default=0)
         self._computing: dict[bytes, int] = {}
-        self._copies: list[tuple[int, int]] = []
-        self._poison = poison
-        self._emptied: list[int] = []
+
+    @property
+    def pools(self) -> PagePools:
+        return self._ledger.pools
+
+    @property
+    def index(self) -> PrefixIndex:
+        return self._ledger.index
+
+    @property
+    def tables(self) -> tuple[BlockTable, ...]:
+        return tuple(group.table for group in self._groups)
+
+    @property
+    def has_states(self) -> bool:
+        """Whether a group keeps states, which only exist where a step ended."""
+        return self._save_every > 0
 
     # -- what fits ---------------------------------------------------------------------------
 
-    def blocks_for(self, num_tokens: int, step_tokens: int) -> int:
-        """Returns the blocks that a sequence of `num_tokens` holds at most at one time, if it is
-        computed at most `step_tokens` at a step."""
-        return blocks_of_sequence(self._groups, num_tokens, self.block_size, step_tokens)
+    def need(self, num_tokens: int, step_tokens: int, hit: PrefixHit | None = None) -> Need:
+        """Returns what a sequence of `num_tokens` will hold beside the pages of `hit`, at most at
+        one time, if it is computed at most `step_tokens` at a step."""
+        cached = hit.pages if hit else self._no_pages()
+        pairs = zip(self._groups, cached, strict=True)
+        return self.layout.need(
+            [group.num_left_to_take(num_tokens, step_tokens, pages) for group, pages in pairs]
+        )
 
-    def room(self, hit: PrefixHit) -> int:
-        """Returns the blocks that are free beside those that `hit` would take into use."""
-        return self.pool.num_free - hit.num_reused
+    def demands(self, step_tokens: int) -> tuple[Demand, ...]:
+        """Returns how groups grow with a sequence (see Forecast)."""
+        found = Counter(
+            (page_class, self._most_pages(group.group, step_tokens), group.group.is_state)
+            for page_class, group in zip(self.layout.class_of, self._groups, strict=True)
+        )
+        return tuple(
+            Demand(page_class, most_pages, count, is_constant)
+            for (page_class, most_pages, is_constant), count in found.items()
+        )
+
+    def _most_pages(self, group: KVGroup, step_tokens: int) -> int | None:
+        """Returns the most pages of a sequence of any length; None: there is no bound."""
+        if group.spec.visibility.most_visible is None:
+            return None
+        return group.most_pages(sys.maxsize, self.block_size, step_tokens)
+
+    def room(self, hit: PrefixHit) -> Room:
+        """Returns what could be allocated beside the pages that `hit` would take into use."""
+        taken: list[list[Int32]] = [[] for _ in self.layout.classes]
+        for page_class, pages in zip(self.layout.class_of, hit.pages, strict=True):
+            taken[page_class].append(pages)
+        return self.pools.room(taken)
+
+    def _reserve(self, pages: list[int]) -> bool:
+        """Sees to it that every group can take so many pages; False if there are too few."""
+        if self.pools.only is not None:  # most models, at every new block
+            return sum(pages) <= self.pools.only.num_free
+        evicted = self.pools.reserve(self.layout.need(pages))
+        if evicted is None:
+            return False
+        self._ledger.forget(evicted)
+        return True
 
     @property
     def run_share(self) -> float:
@@ -113,34 +192,39 @@ class KVCacheManager:
 
     # -- prefix ------------------------------------------------------------------------------
 
+    def _no_pages(self) -> tuple[Int32, ...]:
+        return tuple(np.zeros(0, np.int32) for _ in self._groups)
+
     def lookup(self, kv: SequenceKV, token_ids: array[int]) -> PrefixHit:
         """Returns what is cached of `token_ids`; the last token is always left to compute.
 
-        What it names is there until blocks are allocated or freed."""
+        What it names is there until pages are allocated or freed."""
         limit = (len(token_ids) - 1) // self.block_size
-        if not kv.reads_cache:
-            return NO_HIT
-        if limit == 0:
-            return PrefixHit(0, False, "too_short")
-        self._digester.extend(kv.digests, kv.root, token_ids, self.block_size)
+        if not kv.reads_cache or not limit:
+            return PrefixHit(0, False, "too_short" if kv.reads_cache else None, self._no_pages())
+        self._digest(kv, token_ids)
         digests = kv.digests[:limit]
-        found = [self.index.find_all(group, digests) for group in range(len(self.tables))]
+        found = [group.find(digests) for group in self._groups]
         count = self._num_leading(found)
         reason, is_computing = None, False
         if count < limit:
             missing = digests[count]
             reason = self.index.miss_reason(missing, self._content(token_ids, count), kv.root)
             is_computing = missing in self._computing
-        blocks = tuple(self._visible(group, one[:count]) for group, one in enumerate(found))
-        num_reused = sum(map(self.pool.num_unreferenced, blocks))
-        return PrefixHit(count, is_computing, reason, blocks, num_reused)
+        pairs = zip(self._groups, found, strict=True)
+        return PrefixHit(
+            count, is_computing, reason, tuple(group.of_hit(one, count) for group, one in pairs)
+        )
+
+    def _digest(self, kv: SequenceKV, token_ids: array[int]) -> None:
+        self._digester.extend(kv.digests, kv.root, token_ids, self.block_size, kv.extras)
 
     def _num_leading(self, found: list[Int32]) -> int:
         """Returns the longest cached prefix in blocks that every group can go on from; `found` has
-        each group's blocks, the null block where none is known."""
+        each group's pages, the null page where none is known."""
         ends = [
-            can_resume(visibility, blocks != NULL_BLOCK, self.block_size)
-            for blocks, visibility in zip(found, self._visibilities, strict=True)
+            can_resume(group.group.spec.visibility, pages != NULL_BLOCK, self.block_size)
+            for group, pages in zip(self._groups, found, strict=True)
         ]
         return int(np.flatnonzero(np.logical_and.reduce(ends))[-1])
 
@@ -151,109 +235,97 @@ class KVCacheManager:
     # -- life of a sequence ------------------------------------------------------------------
 
     def admit(self, kv: SequenceKV, row: int, hit: PrefixHit, num_tokens: int) -> bool:
-        """Gives `kv` the empty row with its cached blocks and room for `num_tokens` tokens.
+        """Gives `kv` the empty row with its cached pages and room for `num_tokens` tokens.
 
-        Returns False, with nothing changed, if the pool has too few blocks.
+        Returns False, with nothing changed, if there are too few pages.
         """
-        wanted = -(-num_tokens // self.block_size) - hit.num_blocks
-        if wanted * len(self.tables) > self.room(hit):
+        missing = [g.num_missing(None, num_tokens, hit.num_blocks) for g in self._groups]
+        if not self.room(hit).fits(self.layout.need(missing)):
             return False
+        for group, pages in zip(self._groups, hit.pages, strict=True):
+            self._ledger.acquire(group.table.group, pages)
+        is_there = self._reserve(missing)
+        assert is_there, "what fits cannot be had"
+        for group, pages in zip(self._groups, hit.pages, strict=True):
+            group.admit(row, pages)
+            group.extend(row, num_tokens)
+            self._ledger.release(group.table.group, pages[pages != NULL_BLOCK])
         kv.row = row
-        for table, blocks in zip(self.tables, hit.blocks, strict=False):
-            self.pool.acquire(blocks)
-            table.append(row, blocks)
         kv.num_published = hit.num_blocks
-        self._extend(kv, num_tokens)
+        kv.capacity = -(-num_tokens // self.block_size) * self.block_size
         self._announce(kv)
         return True
-
-    def _visible(self, group: int, cached: Int32) -> Int32:
-        """Makes holes of leading blocks that a token behind them no longer sees."""
-        first = min(self._first_visible(group, len(cached) * self.block_size), len(cached))
-        cached[:first] = NULL_BLOCK
-        assert (cached[first:] != NULL_BLOCK).all(), "a hit names a block that nobody knows"
-        return cached
-
-    def _first_visible(self, group: int, position: int) -> int:
-        """Returns the first column that a token at `position` or later can still see."""
-        return self._visibilities[group].first_visible(position) // self.block_size
 
     def allocate(self, kv: SequenceKV, num_computed: int, num_tokens: int) -> bool:
         """Makes room for `num_tokens` tokens of which `num_computed` are computed.
 
-        Returns False, with no block taken, if the pool has too few.
+        Returns False, with no page taken, if there are too few.
         """
         assert kv.row is not None
-        for group, table in enumerate(self.tables):
-            first = self._first_visible(group, num_computed)
-            if first:
-                self._release(table.forget(kv.row, 0, first)[::-1])
-        wanted = -(-num_tokens // self.block_size) - self.tables[0].lengths[kv.row]
-        if wanted * len(self.tables) > self.pool.num_free:
+        for group in self._groups:
+            group.forget(kv.row, num_computed)
+        if not self._reserve([group.num_missing(kv.row, num_tokens) for group in self._groups]):
             return False
-        self._extend(kv, num_tokens)
+        for group in self._groups:
+            group.extend(kv.row, num_tokens)
+        kv.capacity = -(-num_tokens // self.block_size) * self.block_size
         return True
 
-    def _extend(self, kv: SequenceKV, num_tokens: int) -> None:
-        assert kv.row is not None
-        for table in self.tables:
-            wanted = -(-num_tokens // self.block_size) - table.lengths[kv.row]
-            if wanted > 0:
-                row = table.row(kv.row)
-                after = int(row[-1]) if len(row) else NULL_BLOCK
-                table.append(kv.row, self._take(wanted, after))
-        kv.capacity = self.tables[0].lengths[kv.row] * self.block_size
+    def fork(
+        self, parent: SequenceKV, child: SequenceKV, row: int, num_tokens: int, num_computed: int
+    ) -> bool:
+        """Gives `child` the first `num_tokens` computed tokens of `parent` and room for one more;
+        `num_computed` tokens of the parent are computed when the next step begins.
 
-    def _take(self, count: int, after: int = NULL_BLOCK) -> list[int]:
-        blocks, evicted = self.pool.allocate(count, after)
-        for key in evicted:
-            self.index.remove(key)
-        if self._poison:
-            self._emptied.extend(blocks)
-        return blocks
-
-    def fork(self, parent: SequenceKV, child: SequenceKV, row: int, num_tokens: int) -> bool:
-        """Gives `child` the first `num_tokens` computed tokens of `parent` and room for one more.
-
-        Full blocks are shared; the block that the child writes next is copied, one per group.
-        Returns False, with nothing changed, if that is impossible: no free block, or the parent
-        no longer has a block that the child must see.
+        Full blocks are shared; the block that the child writes next, and states, are copied.
+        Returns False, with nothing changed, if that is impossible: no free page, or the parent
+        no longer has what the child must see.
         """
         assert parent.row is not None
-        full, tail = divmod(num_tokens, self.block_size)
-        if self.pool.num_free < len(self.tables):
+        if not all(g.can_fork(parent.row, num_tokens, num_computed) for g in self._groups):
             return False
-        rows = [table.row(parent.row)[: full + (tail > 0)] for table in self.tables]
-        for group, blocks in enumerate(rows):
-            if NULL_BLOCK in blocks[self._first_visible(group, num_tokens) :]:
-                return False
+        if not self._reserve([1] * len(self._groups)):
+            return False
+        for group in self._groups:
+            group.fork(parent.row, row, num_tokens)
+        full = num_tokens // self.block_size
         child.row = row
-        for table, blocks in zip(self.tables, rows, strict=True):
-            self.pool.acquire(blocks[:full])
-            own = self._take(1)
-            if tail:
-                self._copies.append((int(blocks[full]), own[0]))
-            table.append(row, np.append(blocks[:full], own))
         child.capacity = (full + 1) * self.block_size
         child.digests = parent.digests[:full]
         child.num_published = min(parent.num_published, full)
         return True
+
+    def chunk_end(self, kv: SequenceKV, start: int, end: int, stops: Sequence[int]) -> int:
+        """Returns where a chunk from `start` that may reach to `end` should end, so that the states
+        it leaves can be kept: at the first of `stops`, else with a block if it reaches one.
+        """
+        if not self.has_states:
+            return end
+        stop = next((one for one in stops if start < one <= end), None)
+        if stop is not None:
+            return stop
+        whole = end // self.block_size * self.block_size
+        return whole if whole > start else end
+
+    def save(self, kv: SequenceKV, start: int, end: int) -> None:
+        """The next step computes tokens start..end (excluded): keeps the states behind them, if
+        others may begin there and there is room to spare."""
+        is_wanted = end % self.block_size == 0 and (end - start > 1 or end % self._save_every == 0)
+        if kv.row is None or not kv.writes_cache or not is_wanted:
+            return
+        if self._reserve([int(group.group.is_state) for group in self._groups]):
+            for group in self._groups:
+                group.save(kv.row, end)
 
     def publish(self, kv: SequenceKV, token_ids: array[int], num_computed: int) -> None:
         """Makes the full blocks among the first `num_computed` tokens findable by others."""
         last = min(num_computed, len(token_ids)) // self.block_size
         if kv.row is None or not kv.writes_cache or last <= kv.num_published:
             return
-        self._digester.extend(kv.digests, kv.root, token_ids, self.block_size)
-        for i in range(kv.num_published, last):
-            content = self._content(token_ids, i)
-            for table in self.tables:
-                block = int(table.row(kv.row)[i])
-                if block == NULL_BLOCK or self.pool.key(block) is not None:
-                    continue
-                key = BlockKey(table.group, kv.digests[i])
-                if self.index.insert(key, block, content, kv.root):
-                    self.pool.set_key(block, key)
+        self._digest(kv, token_ids)
+        first, content = kv.num_published, partial(self._content, token_ids)
+        for group in self._groups:
+            group.publish(kv.row, first, last, kv.digests, content, kv.root)
         kv.num_published = last
         self._announce(kv)
 
@@ -274,69 +346,74 @@ class KVCacheManager:
         kv.computing = None
 
     def release(self, kv: SequenceKV) -> None:
-        """Gives back all blocks and the row's table; the prefix stays findable until evicted."""
+        """Gives back all pages and the row; the prefix stays findable until evicted."""
         self._retract(kv)
         if kv.row is None:
             return
-        for table in self.tables:
-            self._release(table.clear(kv.row)[::-1])
+        for group in self._groups:
+            group.release(kv.row)
         kv.row = None
         kv.num_published = 0
         kv.capacity = 0
 
-    def _release(self, blocks: Int32) -> None:
-        emptied = self.pool.release(blocks)
-        if self._poison:
-            self._emptied.extend(emptied)
-
     def reset_prefix_cache(self) -> bool:
         """Forgets every cached prefix; returns False, forgetting none, while a sequence holds
-        blocks."""
-        if self.pool.num_referenced:
+        pages."""
+        if self.pools.num_referenced:
             return False
-        self.index.clear()
-        emptied = self.pool.forget_keys()
-        if self._poison:
-            self._emptied.extend(emptied)
+        self._ledger.reset()
         return True
 
     # -- for the next step plan --------------------------------------------------------------
 
-    def take_copies(self) -> tuple[tuple[int, int], ...]:
-        copies, self._copies = tuple(self._copies), []
-        return copies
+    def take_emptied(self) -> tuple[Page, ...]:
+        return self._ledger.take_emptied()
+
+    def take_copies(self) -> tuple[PageCopy, ...]:
+        return self._ledger.take_copies()
+
+    def take_saves(self) -> tuple[PageCopy, ...]:
+        return self._ledger.take_saves()
 
     def take_deltas(self) -> tuple[TableDelta, ...]:
         return tuple(delta for table in self.tables for delta in table.take_deltas())
 
-    def take_emptied(self) -> tuple[int, ...]:
-        """Returns blocks whose content nobody may read any more (test mode only)."""
-        emptied, self._emptied = tuple(self._emptied), []
-        return emptied
+    # -- checks ------------------------------------------------------------------------------
+
+    def waste_share(self, unused_tokens: int) -> float:
+        """Returns the share of used slots for tokens that hold none, if so many of every group's
+        do."""
+        tokens = [group for group in self._groups if not group.group.is_state]
+        pages = {self.layout.class_of[group.table.group] for group in tokens}
+        slots = sum(self.pools.pools[one].num_referenced for one in pages) * self.block_size
+        return len(tokens) * unused_tokens / slots if slots else 0.0
 
     def check_writable(self, kv: SequenceKV, num_computed: int) -> None:
-        """Raises AssertionError if a block that `kv` has yet to write is shared or published."""
+        """Raises AssertionError if a page that `kv` has yet to write is shared or published."""
         assert kv.row is not None
-        for table in self.tables:
-            for block in table.row(kv.row)[num_computed // self.block_size :].tolist():
-                assert self.pool.is_writable(block), f"block {block} would be written by two"
+        for group in self._groups:
+            pool = self._ledger.pool(group.table.group)
+            for page in group.written(kv.row, num_computed):
+                assert pool.is_writable(page), f"page {page} would be written by two"
 
     def check(self, rows: Sequence[int]) -> None:
-        """Raises AssertionError unless reference counts equal table entries of `rows`, keys and
-        index agree, and no other row holds a block."""
-        self.pool.check()
-        counts = [0] * self.pool.num_blocks
-        for table in self.tables:
-            for row in range(len(table.lengths)):
-                assert row in rows or table.lengths[row] == 0, f"row {row} was not cleared"
+        """Raises AssertionError unless reference counts equal what `rows` hold, keys and index
+        agree, and no other row holds a page."""
+        self.pools.check()
+        counts = [np.zeros(pool.num_blocks, np.int64) for pool in self.pools.pools]
+        for page_class, group in zip(self.layout.class_of, self._groups, strict=True):
+            for row, length in enumerate(group.table.lengths):
+                assert row in rows or length == 0, f"row {row} was not cleared"
             for row in rows:
-                for block in table.row(row).tolist():
-                    counts[block] += 1
-        for block in range(1, self.pool.num_blocks):
-            assert counts[block] == self.pool.ref_count(block), f"block {block} leaks"
+                np.add.at(counts[page_class], group.held(row), 1)
         published = dict(self.index.items())
-        assert len(set(published.values())) == len(published)
-        for block in range(1, self.pool.num_blocks):
-            key = self.pool.key(block)
-            assert key is None or published.get(key) == block, f"block {block} lost its key"
-        assert all(self.pool.key(block) == key for key, block in published.items())
+        class_of = self.layout.class_of
+        for page_class, (pool, count) in enumerate(zip(self.pools.pools, counts, strict=True)):
+            keys = {k: p for k, p in published.items() if class_of[k.group] == page_class}
+            assert len(set(keys.values())) == len(keys)
+            for page in np.flatnonzero(pool.is_here()).tolist():
+                if page != NULL_BLOCK:
+                    assert count[page] == pool.ref_count(page), f"page {page} leaks"
+                    key = pool.key(page)
+                    assert key is None or keys.get(key) == page, f"page {page} lost its key"
+            assert all(pool.key(page) == key for key, page in keys.items())

@@ -1,8 +1,8 @@
 """The memory plan: what weights, activations and KV cache get, and what fits into it. No torch.
 
 Called through `engine.memory` by `octavo plan` (from a config alone) and by the engine at start-up,
-which holds itself to the result. Never allocates anything; the arithmetic of pages is
-`spec.group_layers`.
+which holds itself to the result. Never allocates anything; the arithmetic of pages is that of
+`spec` and `layout`, the words are `plan_text`'s.
 """
 
 from __future__ import annotations
@@ -12,16 +12,13 @@ from dataclasses import dataclass
 
 from octavo.config import EngineConfig
 from octavo.device import DeviceMemory
-from octavo.errors import CapacityError
-from octavo.formats import KV_FORMATS
 from octavo.kernels.facts import split_slots
+from octavo.kv_cache.layout import ArenaLayout, arena_layout
+from octavo.kv_cache.plan_text import GIB, check_absolute, context_too_long, gib, too_large
 from octavo.kv_cache.spec import KVGroup, KVSpec, group_layers
 
-GIB = 2**30
 MAX_DEFAULT_KV_BYTES = 4 * GIB
 """What the KV cache takes of a CPU's memory if nobody says more: the machine does other work."""
-RESERVED_BLOCKS = 1
-"""Block 0 stands in the columns that no layer can see and is never handed out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,9 +107,8 @@ class MemoryPlan:
     graph_bytes: int = 0
     groups: tuple[KVGroup, ...]
     block_size: int
-    block_bytes: int
-    """Of one page; all groups have equal pages."""
-    num_blocks: int
+    num_chunks: int
+    """Of the arena (see `layout`): pages, where those of all groups have one size."""
     max_model_len: int
     max_num_batched_tokens: int
     max_position_embeddings: int
@@ -123,18 +119,44 @@ class MemoryPlan:
     """Whether the KV cache could be larger, but nobody asked for it."""
 
     @property
+    def layout(self) -> ArenaLayout:
+        return arena_layout(self.groups, self.block_size)
+
+    @property
     def kv_token_bytes(self) -> int:
         """Bytes that one token takes in all groups together, padding included."""
-        return len(self.groups) * self.block_bytes // self.block_size
+        pages = (g.page_bytes(self.block_size) for g in self.groups if not g.is_state)
+        return sum(pages) // self.block_size
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of a sequence's states."""
+        return sum(g.page_bytes(self.block_size) for g in self.groups if g.is_state)
+
+    @property
+    def block_bytes(self) -> int:
+        """Of a page of the first group."""
+        return self.layout.classes[0].page_bytes
+
+    @property
+    def num_blocks(self) -> int:
+        """Pages that there are if all are the first group's."""
+        return self.num_chunks * self.layout.classes[0].pages_per_chunk
 
     @property
     def kv_bytes(self) -> int:
-        return self.num_blocks * self.block_bytes
+        return self.num_chunks * self.layout.chunk_bytes
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the cache holds at once."""
-        return (self.num_blocks - RESERVED_BLOCKS) // len(self.groups) * self.block_size
+        """Tokens that the cache holds at once, if every group keeps all of them."""
+        layout, size = self.layout, self.block_size
+
+        def fits(blocks: int) -> bool:
+            pages = [group.num_columns(blocks * size, size) for group in self.groups]
+            return layout.num_chunks(layout.need(pages)) <= self.num_chunks
+
+        return largest(self.num_blocks, fits) * size
 
     @property
     def total_bytes(self) -> int:
@@ -143,45 +165,10 @@ class MemoryPlan:
     def num_requests(self, length: int) -> int:
         """Sequences of `length` tokens that run side by side when nothing is shared: as many as
         fit, and no more than `max_num_seqs`."""
-        needed = blocks_of_sequence(self.groups, length, self.block_size, 1)
-        return min((self.num_blocks - RESERVED_BLOCKS) // needed, self.max_num_seqs)
-
-    def describe(self) -> str:
-        """Returns the plan as a readable table of several lines."""
-        formats = ", ".join(dict.fromkeys(group.spec.formats for group in self.groups))
-        lengths = dict.fromkeys(n for n in (self.max_model_len, 1024) if n <= self.max_model_len)
-        fits = ", ".join(f"{self.num_requests(n):,} of {n:,} tokens" for n in lengths)
-        whole = " (the model's)" if self.max_model_len == self.max_position_embeddings else ""
-        graphs = [("graphs", self.graph_bytes, "")] if self.graph_bytes else []
-        note = "on a CPU the KV cache takes 4 GiB unless --kv-cache-memory says otherwise"
-        note = note if self.is_default_kv else ""
-        rest = [("left", self.usable_bytes - self.total_bytes, note)]
-        if self.other_bytes:
-            rest = [
-                ("others", self.other_bytes, "in use by others on the GPU"),
-                ("free", self.available_bytes - self.total_bytes, ""),
-            ]
-        rows = (
-            ("weights", self.weights_bytes, ""),
-            ("activations", self.activation_bytes, f"{self.max_num_batched_tokens:,} tokens/step"),
-            *graphs,
-            (
-                "KV cache",
-                self.kv_bytes,
-                f"{self.num_blocks:,} blocks of {self.block_size} tokens, "
-                f"{self.kv_token_bytes / 1024:.1f} KiB/token, {formats}",
-            ),
-            *rest,
-        )
-        each = f" of each of {self.num_devices} devices" if self.num_devices > 1 else ""
-        sizes = f"{gib(self.usable_bytes)} of {gib(self.available_bytes)} free memory"
-        head = f"memory plan{each}: {sizes}"
-        body = [f"  {name:<12}{gib(size):>12}  {note}".rstrip() for name, size, note in rows]
-        tail = [
-            f"  {'context':<12}{self.max_model_len:>12,}  tokens{whole}",
-            f"  {'fits':<12}{self.num_tokens:>12,}  tokens; requests at once: {fits}",
-        ]
-        return "\n".join([head, *body, *tail])
+        layout = self.layout
+        pages = [group.most_pages(length, self.block_size, 1) for group in self.groups]
+        one = layout.need(pages)
+        return largest(self.max_num_seqs, lambda n: layout.num_chunks(n * one) <= self.num_chunks)
 
 
 def plan_memory(
@@ -202,21 +189,21 @@ def plan_memory(
     """
     groups = group_layers(specs)
     size = config.block_size
-    page = groups[0].page_bytes(size)
+    page = arena_layout(groups, size).chunk_bytes
     wanted_len = config.max_model_len
     full_len = max_position_embeddings if wanted_len is None else wanted_len
     room = budget.usable_bytes - weights_bytes - budget.graph_bytes
     chunk = _batched_tokens(config, budget, activation_bytes, room)
     activation = activation_bytes(chunk)
     room -= activation
-    least = (RESERVED_BLOCKS + blocks_of_sequence(groups, 1, size, 1)) * page
+    least = chunks_of_sequence(groups, 1, size, 1) * page
     if room < least:
         beside = activation + budget.graph_bytes + least
-        raise _too_large(weights_bytes, beside, config, budget)
-    one = (RESERVED_BLOCKS + blocks_of_sequence(groups, full_len, size, chunk)) * page
+        raise too_large(weights_bytes, beside, config, budget)
+    one = chunks_of_sequence(groups, full_len, size, chunk) * page
     if config.kv_cache_memory_bytes is not None:
         kv_bytes = config.kv_cache_memory_bytes
-        _check_absolute(kv_bytes, room, least)
+        check_absolute(kv_bytes, room, least)
     else:
         cap = room if budget.max_default_kv_bytes is None else budget.max_default_kv_bytes
         kv_bytes = min(
@@ -224,7 +211,7 @@ def plan_memory(
         )
     fitted = longest_sequence(groups, kv_bytes // page, full_len, size, chunk)
     if wanted_len is not None and fitted < wanted_len:
-        raise _context_too_long(wanted_len, fitted, one, kv_bytes, groups, budget)
+        raise context_too_long(wanted_len, fitted, one, kv_bytes, specs, budget)
     return MemoryPlan(
         available_bytes=budget.available_bytes,
         usable_bytes=budget.usable_bytes,
@@ -234,8 +221,7 @@ def plan_memory(
         graph_bytes=budget.graph_bytes,
         groups=groups,
         block_size=size,
-        block_bytes=page,
-        num_blocks=kv_bytes // page,
+        num_chunks=kv_bytes // page,
         max_model_len=fitted,
         max_num_batched_tokens=chunk,
         max_position_embeddings=max_position_embeddings,
@@ -257,30 +243,33 @@ def _batched_tokens(
     return next((n for n in defaults if 4 * activation_bytes(n) <= room), defaults[-1])
 
 
-def blocks_of_sequence(
-    groups: tuple[KVGroup, ...], length: int, block_size: int, chunk: int
+def chunks_of_sequence(
+    groups: tuple[KVGroup, ...], length: int, block_size: int, step_tokens: int
 ) -> int:
-    """Returns the most blocks that a sequence of `length` tokens holds at once.
-
-    A group of bounded visibility keeps what the first query sees, the chunk of up to `chunk` tokens
-    being computed, and what of the first block lies before that.
-    """
-    blocks = 0
-    for group in groups:
-        most = group.spec.visibility.most_visible
-        seen = length if most is None else min(length, most + chunk + block_size)
-        blocks += -(-seen // block_size)
-    return blocks
+    """Returns the chunks of an arena that is just large enough for a sequence of `length` tokens,
+    the null page included."""
+    layout = arena_layout(groups, block_size)
+    pages = [group.most_pages(length, block_size, step_tokens) for group in groups]
+    return layout.num_chunks(layout.need(pages))
 
 
 def longest_sequence(
-    groups: tuple[KVGroup, ...], num_blocks: int, limit: int, block_size: int, chunk: int
+    groups: tuple[KVGroup, ...], num_chunks: int, limit: int, block_size: int, step_tokens: int
 ) -> int:
-    """Returns the largest length up to `limit` whose sequence fits `num_blocks` alone."""
+    """Returns the largest length up to `limit` whose sequence fits `num_chunks` alone."""
+    return largest(
+        limit,
+        lambda length: chunks_of_sequence(groups, length, block_size, step_tokens) <= num_chunks,
+    )
+
+
+def largest(limit: int, fits: Callable[[int], bool]) -> int:
+    """Returns the largest number up to `limit` that fits, 0 if none does; what is smaller than one
+    that fits must fit."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
-        if RESERVED_BLOCKS + blocks_of_sequence(groups, middle, block_size, chunk) <= num_blocks:
+        if fits(middle):
             low = middle
         else:
             high = middle - 1
@@ -295,63 +284,3 @@ def partial_bytes(num_rows: int, max_visible: int, num_heads: int, head_size: in
     What the cache holds is no bound: rows that share blocks see more than that together.
     """
     return num_rows * split_slots(max_visible) * 4 * num_heads * (head_size + 1)
-
-
-def gib(size: int) -> str:
-    """Returns a number of bytes as text in GiB."""
-    return f"{size / GIB:.2f} GiB"
-
-
-def _too_large(
-    weights_bytes: int, beside: int, config: EngineConfig, budget: Budget
-) -> CapacityError:
-    usable, needed = budget.usable_bytes, weights_bytes + beside
-    memory = int((needed + budget.other_bytes) / config.gpu_memory_utilization)
-    return CapacityError(
-        f"the model does not fit: it needs {gib(needed)} (weights {gib(weights_bytes)}, "
-        f"activations and the smallest KV cache {gib(beside)}), {gib(usable)} may be used "
-        f"({budget.formula}), {gib(needed - usable)} are missing. What would fit: "
-        f"weights of up to {gib(max(usable - beside, 0))} ({budget.smaller_weights}), or "
-        f"{gib(memory)} of {budget.memory_name}",
-        field="model",
-    )
-
-
-def _check_absolute(kv_bytes: int, room: int, least: int) -> None:
-    if kv_bytes > room:
-        raise CapacityError(
-            f"kv_cache_memory_bytes is {kv_bytes} ({gib(kv_bytes)}), but {gib(room)} are left "
-            f"beside weights and activations; use at most {room}, or leave the option out",
-            field="kv_cache_memory_bytes",
-        )
-    if kv_bytes < least:
-        raise CapacityError(
-            f"kv_cache_memory_bytes is {kv_bytes}, but the smallest KV cache of this model takes "
-            f"{least} bytes; use at least that, or leave the option out",
-            field="kv_cache_memory_bytes",
-        )
-
-
-def _context_too_long(
-    wanted: int,
-    fitted: int,
-    needed: int,
-    there: int,
-    groups: tuple[KVGroup, ...],
-    budget: Budget,
-) -> CapacityError:
-    ways = [f"max_model_len {fitted}"]
-    stored = groups[0].spec.planes[0].bits
-    # One format of each size, the first that is listed.
-    for bits, name in {f.bits: f.name for f in reversed(KV_FORMATS.values())}.items():
-        if bits < stored:
-            smaller = needed * bits // stored
-            verdict = "fits" if smaller <= there else "is still too much"
-            ways.append(f"kv_cache_dtype {name} (needs {gib(smaller)}, {verdict})")
-    ways.append("smaller weights, or a larger gpu_memory_utilization or kv_cache_memory_bytes")
-    return CapacityError(
-        f"max_model_len {wanted} needs {gib(needed)} of KV cache for one request, {gib(there)} "
-        f"are there, {gib(needed - there)} are missing ({gib(budget.usable_bytes)} may be used: "
-        f"{budget.formula}). What would fit: {'; '.join(ways)}",
-        field="max_model_len",
-    )

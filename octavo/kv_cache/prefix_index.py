@@ -2,7 +2,8 @@
 
 Called by the KV cache manager. Never copies KV and never counts references.
 
-Digest of block i: SHA-256(digest of block i - 1, its token ids). The root is SHA-256 over
+Digest of block i: SHA-256(digest of block i - 1, its token ids, its extras). Extras stand for what
+else decides the block's KV: the image behind placeholder ids. The root is SHA-256 over
 domain-tagged fields: model identity (with the weights' version), KV format, block size and the
 tenant's salt, so that neither a stale nor a foreign hit is possible.
 """
@@ -13,7 +14,9 @@ import hashlib
 from array import array
 from bisect import bisect_left
 from collections import OrderedDict
+from collections.abc import Mapping
 from itertools import repeat
+from types import MappingProxyType
 
 import numpy as np
 
@@ -24,6 +27,7 @@ from octavo.step import Int32
 _PIECE_BLOCKS, _PIECES_REMEMBERED = 64, 512
 _EVICTED_REMEMBERED = 65_536
 _CONTENTS_REMEMBERED = 65_536
+NO_EXTRAS: Mapping[int, bytes] = MappingProxyType({})
 
 
 def prefix_root(**fields: str) -> bytes:
@@ -49,14 +53,27 @@ class Digester:
             OrderedDict()
         )
 
-    def extend(self, digests: list[bytes], root: bytes, token_ids: array[int], block: int) -> None:
-        """Appends the digests of all full blocks of `token_ids` (int32) not yet in `digests`."""
+    def extend(
+        self,
+        digests: list[bytes],
+        root: bytes,
+        token_ids: array[int],
+        block: int,
+        extras: Mapping[int, bytes] = NO_EXTRAS,
+    ) -> None:
+        """Appends the digests of all full blocks of `token_ids` (int32) not yet in `digests`.
+
+        `extras`: what blocks hold beside their ids, by block; those without an entry hold
+        nothing."""
         first, last = len(digests), len(token_ids) // block
         if first == last:
             return
         data = token_ids[first * block : last * block].tobytes()
         size = block * token_ids.itemsize
         parent = digests[-1] if digests else root
+        if extras:
+            digests += _chain(parent, data, size, extras, first)
+            return
         for start in range(0, len(data), size * _PIECE_BLOCKS):
             piece = data[start : start + size * _PIECE_BLOCKS]
             key = (parent, piece[-size:])
@@ -69,11 +86,20 @@ class Digester:
             parent = found[-1]
 
 
-def _chain(parent: bytes, data: bytes, size: int) -> tuple[bytes, ...]:
+def _chain(
+    parent: bytes,
+    data: bytes,
+    size: int,
+    extras: Mapping[int, bytes] = NO_EXTRAS,
+    first: int = 0,
+) -> tuple[bytes, ...]:
+    """Digests of blocks `first`...; parent and ids have one length, so that what comes behind them
+    is an extra and nothing else."""
     digests = []
     sha256 = hashlib.sha256
-    for start in range(0, len(data), size):
-        parent = sha256(parent + data[start : start + size]).digest()
+    for index, start in enumerate(range(0, len(data), size), first):
+        extra = extras.get(index, b"") if extras else b""
+        parent = sha256(parent + data[start : start + size] + extra).digest()
         digests.append(parent)
     return tuple(digests)
 

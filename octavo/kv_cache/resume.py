@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.step import Bool
-from octavo.visibility import Chunk, Full, Visibility, Window
+from octavo.visibility import Chunk, Full, KVVisibility, State, Window
 
 
-def can_resume(visibility: Visibility, known: Bool, block_size: int) -> Bool:
+def can_resume(visibility: KVVisibility, known: Bool, block_size: int) -> Bool:
     """Returns [N + 1]: whether a sequence can go on behind n leading blocks, which is so where all
-    that any later token sees of them is cached. `known` [N] says which are."""
+    that any later token sees of them is cached. `known` [N] says which are: of a state, that behind
+    each block."""
     ends = np.arange(len(known) + 1) * block_size
     match visibility:
         case Full():
@@ -23,6 +24,8 @@ def can_resume(visibility: Visibility, known: Bool, block_size: int) -> Bool:
             return _is_known_from(np.maximum(ends - size + 1, 0) // block_size, known)
         case Chunk(size):
             return _is_known_from(ends // size * size // block_size, known)
+        case State():
+            return np.concatenate((np.ones(1, np.bool_), known))
 
 
 def _is_known_from(firsts: NDArray[np.int64], known: Bool) -> Bool:

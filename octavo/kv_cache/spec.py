@@ -7,8 +7,8 @@ A page holds, for each of its group's layer slots, the planes of the spec one af
 
     page = [slot 0: key | value | key_scale ...][slot 1: ...]
 
-All groups draw equal-sized pages from one pool, so every group has the same number of layer slots;
-a kind of layer that is more numerous is split into several groups, the last one padded.
+A kind of layer that is more numerous than a page has slots is split into several groups, the last
+one padded. Pages of different sizes come from one arena (`layout`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from math import prod
 
 from octavo.formats import KVFormat
-from octavo.visibility import Full, Visibility
+from octavo.visibility import Full, KVVisibility, State, Visibility
 
 ALIGNMENT = 16
 """Bytes: where a plane may begin, so that it can be read in the widest loads and by TMA."""
+LONG, MAX_PADDING = 16_384, 1 / 16
+"""Tokens of a long sequence, and the share of its bytes that padded slots may take for the sake of
+fewer groups."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +54,7 @@ class KVSpec:
     """What one layer keeps of its tokens, and for how long."""
 
     planes: tuple[Plane, ...]
-    visibility: Visibility = Full()
+    visibility: KVVisibility = Full()
 
     @property
     def token_bytes(self) -> int:
@@ -110,38 +113,96 @@ def latent_kv(num_columns: int, format: KVFormat, *, visibility: Visibility = Fu
     return KVSpec(planes=tuple(planes), visibility=visibility)
 
 
+def state_kv(*planes: Plane, every: int = 512) -> KVSpec:
+    """Returns the spec of a layer that keeps a state of a sequence and nothing of its tokens:
+    planes that are not per token, saved every `every` tokens while the sequence decodes.
+
+    What a live page holds before the first token of a sequence is anything: the layer must write
+    the state of nothing there, not read it.
+    """
+    if any(plane.is_per_token for plane in planes):
+        raise ValueError("a state has no planes per token")
+    return KVSpec(planes=planes, visibility=State(every))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVGroup:
-    """Layers that share block tables: layer `layers[i]` lives in slot i of the group's pages."""
+    """Layers that share block tables: layer `layers[i]` lives in slot i of the group's pages.
+
+    How many pages a sequence takes is asked here and nowhere else.
+    """
 
     spec: KVSpec
     layers: tuple[int, ...]
     num_slots: int
     """Layer slots in a page; slots beyond len(layers) are padding."""
 
+    @property
+    def is_state(self) -> bool:
+        """Whether a sequence has one page, however long it is."""
+        return isinstance(self.spec.visibility, State)
+
     def page_bytes(self, block_size: int) -> int:
         return self.num_slots * self.spec.offsets(block_size)[-1]
+
+    def num_columns(self, num_tokens: int, block_size: int) -> int:
+        """Returns the columns of a table that `num_tokens` tokens take, those that are seen no more
+        included."""
+        return min(num_tokens, 1) if self.is_state else -(-num_tokens // block_size)
+
+    def first_column(self, position: int, block_size: int) -> int:
+        """Returns the first column that a token at `position`, or a later one, sees."""
+        return 0 if self.is_state else self.spec.visibility.first_visible(position) // block_size
+
+    def most_pages(self, num_tokens: int, block_size: int, step_tokens: int) -> int:
+        """Returns the most pages that a sequence holds at one time until it has `num_tokens` tokens
+        and is computed at most `step_tokens` at a step.
+
+        Of bounded visibility it holds what the step's first token sees, the step's own tokens, and
+        what of the first block lies before.
+        """
+        most = self.spec.visibility.most_visible
+        if most is not None:
+            num_tokens = min(num_tokens, most + step_tokens + block_size)
+        return self.num_columns(num_tokens, block_size)
 
 
 def group_layers(specs: tuple[KVSpec, ...]) -> tuple[KVGroup, ...]:
     """Returns the KV groups of a model with one spec per layer, in order of first layer.
 
-    The number of slots is the one that wastes the fewest padded slots; among equals, the largest
-    (fewer groups, fewer tables). Specs must have equal `token_bytes`.
+    Kinds of layers with equal bytes a token share pages of one size, as many layer slots in each:
+    so they take over each other's pages. Layers that keep states make one group a kind.
     """
     kinds: dict[KVSpec, list[int]] = {}
     for layer, spec in enumerate(specs):
         kinds.setdefault(spec, []).append(layer)
-    if len({spec.token_bytes for spec in kinds}) > 1:
-        raise ValueError("layers with different KV bytes per token cannot share one pool yet")
-    counts = [len(layers) for layers in kinds.values()]
-
-    def padding(slots: int) -> int:
-        return sum(-count % slots for count in counts)
-
-    num_slots = min(range(1, max(counts) + 1), key=lambda slots: (padding(slots), -slots))
+    counts: dict[int, dict[KVSpec, int]] = {}
+    for spec, layers in kinds.items():
+        if not isinstance(spec.visibility, State):
+            counts.setdefault(spec.offsets(1)[-1], {})[spec] = len(layers)
+    slots = {spec: _num_slots(equal) for equal in counts.values() for spec in equal}
     return tuple(
         KVGroup(spec=spec, layers=tuple(layers[i : i + num_slots]), num_slots=num_slots)
         for spec, layers in kinds.items()
+        for num_slots in (slots.get(spec, len(layers)),)
         for i in range(0, len(layers), num_slots)
     )
+
+
+def _num_slots(counts: dict[KVSpec, int]) -> int:
+    """Returns the slots of a page for so many layers of each kind: of those with which a long
+    sequence takes hardly more than the least bytes, that which makes the fewest groups."""
+
+    def num_groups(slots: int) -> int:
+        return sum(-(-count // slots) for count in counts.values())
+
+    def num_tokens(slots: int) -> int:
+        return sum(
+            -(-count // slots) * slots * min(spec.visibility.most_visible or LONG, LONG)
+            for spec, count in counts.items()
+        )
+
+    choices = range(1, max(counts.values()) + 1)
+    most = min(map(num_tokens, choices)) * (1 + MAX_PADDING)
+    fitting = [slots for slots in choices if num_tokens(slots) <= most]
+    return min(fitting, key=lambda slots: (num_groups(slots), num_tokens(slots), -slots))

@@ -3,8 +3,9 @@
 Made by the runner's builder, read and written by ops. The only file of `kv_cache` with tensors;
 it never knows who holds a block.
 
-    arena        [num_blocks, page_bytes] uint8; a block id is a row, whatever group it serves
-    layer's view the planes of its slot by name, each [num_blocks, block_size, *shape of a token];
+    arena        [bytes] uint8
+    pages        [num_pages, stride] of a page class (`layout`); a page's id is a row
+    layer's view the planes of its slot by name, each [num_pages, block_size, *shape of a token];
                  int4 in bytes, [..., shape[-1] / 2]; no block_size in one that is not per token
 """
 
@@ -17,8 +18,11 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.inputs import KVLayer
+from octavo.kernels.ops import Ops
 from octavo.kernels.weights import torch_dtype
+from octavo.kv_cache.layout import arena_layout
 from octavo.kv_cache.spec import KVGroup, Plane
+from octavo.step import Page, PageCopy
 
 
 class KVStorage:
@@ -27,51 +31,55 @@ class KVStorage:
     def __init__(
         self,
         groups: tuple[KVGroup, ...],
-        num_blocks: int,
+        num_chunks: int,
         block_size: int,
         device: torch.device | None = None,
     ) -> None:
-        sizes = {group.page_bytes(block_size) for group in groups}
-        if len(sizes) != 1:
-            raise ValueError(f"all KV groups need pages of one size, got {sorted(sizes)}")
+        """`num_chunks` of `arena_layout(groups)`: pages, where all groups' have one size."""
         self.groups = groups
         self.block_size = block_size
-        self._page_bytes = sizes.pop()
+        self.layout = arena_layout(groups, block_size)
         self._layers: dict[int, KVLayer] = {}
         self._group_of: dict[int, int] = {}
         self.arena = torch.empty(0, dtype=torch.uint8, device=device)
-        self.allocate(num_blocks)
+        self.allocate(num_chunks)
 
-    def allocate(self, num_blocks: int) -> None:
-        """Makes the arena anew, of so many blocks; what was in it is gone."""
-        device, self.num_blocks = self.arena.device, num_blocks
+    def allocate(self, num_chunks: int) -> None:
+        """Makes the arena anew, of so many chunks; what was in it is gone."""
+        device, self.num_chunks = self.arena.device, num_chunks
         del self.arena
         self._layers.clear()
         # empty, not zeros: untouched pages stay unmapped, so a large cache costs nothing at start
-        self.arena = torch.empty(num_blocks, self._page_bytes, dtype=torch.uint8, device=device)
+        size = num_chunks * self.layout.chunk_bytes
+        self.arena = torch.empty(size, dtype=torch.uint8, device=device)
         for index, group in enumerate(self.groups):
             self._add_group(index, group)
 
     def _add_group(self, index: int, group: KVGroup) -> None:
+        page_class = self.layout.class_of[index]
         *offsets, slot_bytes = group.spec.offsets(self.block_size)
         for slot, layer in enumerate(group.layers):
             planes = {
-                plane.name: self._plane(plane, slot * slot_bytes + offset)
+                plane.name: self._plane(page_class, plane, slot * slot_bytes + offset)
                 for plane, offset in zip(group.spec.planes, offsets, strict=True)
             }
             self._layers[layer] = KVLayer(**planes)
             self._group_of[layer] = index
 
-    def _plane(self, plane: Plane, offset: int) -> Tensor:
+    def pages(self, page_class: int) -> Tensor:
+        """Returns [num_pages, stride] uint8: the pages of a class, whoever has their chunks."""
+        return self.arena.view(-1, self.layout.classes[page_class].stride)
+
+    def _plane(self, page_class: int, plane: Plane, offset: int) -> Tensor:
         """Returns the view of a plane that begins `offset` bytes behind the start of each page."""
         shape = (self.block_size, *plane.shape) if plane.is_per_token else plane.shape
         if plane.bits < 8:
             shape = (*shape[:-1], shape[-1] * plane.bits // 8)
-        flat = self.arena.view(-1).view(_dtype(plane))
+        flat, pages = self.arena.view(_dtype(plane)), self.pages(page_class)
         strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
         size = flat.element_size()
         return flat.as_strided(
-            (self.num_blocks, *shape), (self._page_bytes // size, *strides), offset // size
+            (len(pages), *shape), (pages.shape[1] // size, *strides), offset // size
         )
 
     def layer(self, index: int) -> KVLayer:
@@ -82,11 +90,18 @@ class KVStorage:
         """Returns which group (and block table) model layer `index` belongs to."""
         return self._group_of[index]
 
-    def poison(self, blocks: Sequence[int]) -> None:
-        """Sets all bits of blocks, so that tests see a read of memory that nobody wrote: they are
+    def copy(self, copies: Sequence[PageCopy], ops: Ops) -> None:
+        """Copies pages, in the order given."""
+        for page_class in dict.fromkeys(one.page_class for one in copies):
+            pairs = [(one.source, one.target) for one in copies if one.page_class == page_class]
+            ops.copy_blocks(self.pages(page_class), pairs)
+
+    def poison(self, pages: Sequence[Page]) -> None:
+        """Sets all bits of pages, so that tests see a read of memory that nobody wrote: they are
         NaN in every float format, and in the scales without which integers mean nothing."""
-        if len(blocks):
-            self.arena[torch.as_tensor(blocks, device=self.arena.device)] = 0xFF
+        for page_class in dict.fromkeys(one.page_class for one in pages):
+            blocks = [one.block for one in pages if one.page_class == page_class]
+            self.pages(page_class)[torch.as_tensor(blocks, device=self.arena.device)] = 0xFF
 
 
 def _dtype(plane: Plane) -> torch.dtype:

@@ -18,7 +18,7 @@ import torch
 from octavo.config import EngineConfig, tuned_dir
 from octavo.device import select_device
 from octavo.kernels.registry import Needs, select_ops
-from octavo.kv_cache.planner import RESERVED_BLOCKS, MemoryPlan, gib
+from octavo.kv_cache.planner import MemoryPlan, gib
 from octavo.kv_cache.storage import KVStorage
 from octavo.models.decoder import Decoder, load_decoder
 from octavo.models.family import Family
@@ -89,11 +89,11 @@ def build_runner(
                 gib(plan.activation_bytes),
             )
             plan = planner(step_bytes)
-        runner.storage.allocate(plan.num_blocks)
+        runner.storage.allocate(plan.num_chunks)
         return runner, plan
     runner = ModelRunner(
         decoder=decoder,
-        storage=KVStorage(plan.groups, plan.num_blocks, plan.block_size),
+        storage=KVStorage(plan.groups, plan.num_chunks, plan.block_size),
         sampler=Sampler(spec.vocab_size, config.max_num_seqs),
         max_num_seqs=config.max_num_seqs,
         max_model_len=plan.max_model_len,
@@ -112,7 +112,7 @@ def _device_runner(
     runner = DeviceRunner(
         decoder=decoder,
         # What a warm-up needs; the rest comes when it has shown what a step takes.
-        storage=KVStorage(plan.groups, RESERVED_BLOCKS, plan.block_size, device),
+        storage=KVStorage(plan.groups, 1, plan.block_size, device),
         sampler=DeviceSampler(decoder.spec.vocab_size, config.max_num_seqs, device),
         max_num_seqs=config.max_num_seqs,
         max_model_len=plan.max_model_len,

@@ -126,6 +126,7 @@ class DeviceRunner:
             with self._fence.guard(generation), torch.inference_mode(), self._transfer.step():
                 self._update_rows(plan)
                 parts, counts = self._launch(plan), self._read_counts(plan)
+                self.storage.copy(plan.saves, self.decoder.ops)
                 return _Ticket(plan, generation, parts, counts)
         except torch.OutOfMemoryError as error:
             # Not the error itself: its traceback would keep the step's tensors.
@@ -183,14 +184,13 @@ class DeviceRunner:
             self._batch.host.free(row)
             self._sampler.free_row(row)
         if self._poison_freed_blocks:
-            self.storage.poison(plan.freed_blocks)
+            self.storage.poison(plan.freed_pages)
         if plan.row_starts:
             self._prefixes.forget()
         for start in plan.row_starts:
             self._batch.host.start(start)
             self._sampler.start_row(start)
-        if plan.copies:
-            self.decoder.ops.copy_blocks(self.storage.arena, plan.copies)
+        self.storage.copy(plan.copies, self.decoder.ops)
         self._batch.apply(plan.table_deltas)
 
     def _launch(self, plan: StepPlan) -> list[_Part]:

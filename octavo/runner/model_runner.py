@@ -95,6 +95,7 @@ class ModelRunner:
             self.storage,
             counts_LE,
         )
+        self.storage.copy(plan.saves, self.decoder.ops)
         sampled = self._sample(hidden_TM, inputs)
         return StepResult(
             step_id=plan.step_id,
@@ -112,12 +113,11 @@ class ModelRunner:
             self._batch.free(row)
             self._sampler.free_row(row)
         if self._poison_freed_blocks:
-            self.storage.poison(plan.freed_blocks)
+            self.storage.poison(plan.freed_pages)
         for start in plan.row_starts:
             self._batch.start(start)
             self._sampler.start_row(start)
-        if plan.copies:
-            self.decoder.ops.copy_blocks(self.storage.arena, plan.copies)
+        self.storage.copy(plan.copies, self.decoder.ops)
         for delta in plan.table_deltas:
             self._batch.apply(delta)
 

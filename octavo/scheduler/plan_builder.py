@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -18,8 +19,8 @@ class PlanBuilder:
         self.max_tokens = max_tokens
         self.sequences: list[Sequence] = []
         self.samples: list[bool] = []
-        self.prefilling: set[Sequence] = set()
-        """Sequences whose prompt is being computed in this very step."""
+        self._prefill_starts: dict[Sequence, int] = {}
+        """Sequences whose prompt is being computed in this very step, and from where."""
         self._rows: list[int | None] = []
         self._starts: list[int] = []
         self._lens: list[int] = []
@@ -71,12 +72,21 @@ class PlanBuilder:
             self._from_device.append(False)
             self._token_ids.extend(sequence.token_ids[start:end])
         if start < sequence.prompt_len:
-            self.prefilling.add(sequence)
+            self._prefill_starts[sequence] = start
         sequence.num_computed = end
         is_sampling = end == known + sequence.num_pending
         self.samples.append(is_sampling)
         if is_sampling:
             sequence.num_pending += 1
+
+    def start_of(self, sequence: Sequence) -> int:
+        """Returns how many tokens of a prompt are computed when this step begins; of one that is
+        computed, its tokens."""
+        return self._prefill_starts.get(sequence, sequence.num_computed)
+
+    def spans(self) -> Iterator[tuple[Sequence, int, int]]:
+        """Yields each sequence with the first token that the step computes of it, and the end."""
+        yield from zip(self.sequences, self._starts, self.computed(), strict=True)
 
     @property
     def num_tokens(self) -> int:
@@ -102,8 +112,9 @@ class PlanBuilder:
             samples=np.array(self.samples, np.bool_),
             row_starts=tuple(self._row_starts),
             freed_rows=freed_rows,
-            freed_blocks=manager.take_emptied(),
+            freed_pages=manager.take_emptied(),
             copies=manager.take_copies(),
+            saves=manager.take_saves(),
             table_deltas=manager.take_deltas(),
         )
 

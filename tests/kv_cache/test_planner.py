@@ -12,11 +12,12 @@ from octavo.config import EngineConfig
 from octavo.device import DeviceMemory
 from octavo.errors import CapacityError
 from octavo.formats import kv_format
+from octavo.kv_cache.plan_text import describe
 from octavo.kv_cache.planner import (
     GIB,
     ActivationShape,
     MemoryPlan,
-    blocks_of_sequence,
+    chunks_of_sequence,
     gpu_budget,
     host_budget,
     longest_sequence,
@@ -130,13 +131,13 @@ def test_free_memory_that_the_error_asks_for_is_enough():
 def test_a_window_bounds_the_blocks_of_a_long_sequence():
     groups = group_layers((WINDOW,) * 2)
     # window 64, chunk 16: at most 64 + 16 + 16 tokens are held
-    assert blocks_of_sequence(groups, 10**6, 16, 16) == 6
-    assert blocks_of_sequence(groups, 17, 16, 16) == 2
+    assert chunks_of_sequence(groups, 10**6, 16, 16) == 1 + 6
+    assert chunks_of_sequence(groups, 17, 16, 16) == 1 + 2
 
 
 def test_groups_of_a_mixed_model_add_up():
     groups = group_layers((FULL, WINDOW) * 2)
-    assert blocks_of_sequence(groups, 1600, 16, 16) == 100 + 6
+    assert chunks_of_sequence(groups, 1600, 16, 16) == 1 + 100 + 6
 
 
 def test_tokens_in_one_step_default_to_512_and_hold_at_least_a_block():
@@ -179,7 +180,7 @@ def test_a_step_on_a_gpu_has_as_many_tokens_as_leave_the_cache_three_quarters():
 
 
 def test_the_description_of_a_gpu_names_graphs_and_others():
-    text = gpu_plan().describe()
+    text = describe(gpu_plan())
     for words in (
         "graphs          0.25",
         "others          1.00",
@@ -203,17 +204,17 @@ def test_partial_results_are_floats_and_a_log_sum_exp_a_head():
 
 @given(st.integers(1, 500), st.integers(1, 5000), st.integers(1, 300), st.booleans())
 def test_the_longest_sequence_fits_and_one_more_token_does_not(
-    num_blocks: int, limit: int, chunk: int, mixed: bool
+    num_chunks: int, limit: int, chunk: int, mixed: bool
 ):
     groups = group_layers((FULL, WINDOW) if mixed else (FULL,))
-    found = longest_sequence(groups, num_blocks, limit, 16, chunk)
+    found = longest_sequence(groups, num_chunks, limit, 16, chunk)
     if found:
-        assert blocks_of_sequence(groups, found, 16, chunk) + 1 <= num_blocks
+        assert chunks_of_sequence(groups, found, 16, chunk) <= num_chunks
     if found < limit:
-        assert blocks_of_sequence(groups, found + 1, 16, chunk) + 1 > num_blocks
+        assert chunks_of_sequence(groups, found + 1, 16, chunk) > num_chunks
 
 
 def test_the_description_names_every_part():
-    text = plan().describe()
+    text = describe(plan())
     for word in ("weights", "activations", "KV cache", "context", "fits", "4.0 KiB/token"):
         assert word in text

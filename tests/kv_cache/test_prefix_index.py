@@ -89,3 +89,30 @@ def test_chains_asked_for_one_after_the_other_are_found_as_alone(
         for group in range(2):
             found = index.find_all(group, chain).tolist()
             assert found == [held.get(BlockKey(group, one), NULL_BLOCK) for one in chain]
+
+
+EXTRAS = st.dictionaries(st.integers(0, 9), st.binary(min_size=1, max_size=3), max_size=3)
+
+
+@given(TOKENS, EXTRAS, EXTRAS, st.integers(0, 40))
+def test_equal_placeholders_with_other_images_behind_them_never_meet(
+    token_ids: list[int], one: dict[int, bytes], other: dict[int, bytes], cut: int
+) -> None:
+    found: list[list[bytes]] = []
+    for extras in (one, other):
+        digests, digester = list[bytes](), Digester()
+        for ids in (token_ids[:cut], token_ids):
+            digester.extend(digests, b"root", array("i", ids), 4, extras)
+        found.append(digests)
+    for i, (a, b) in enumerate(zip(*found, strict=True)):
+        seen = [{k: v for k, v in extras.items() if k <= i} for extras in (one, other)]
+        assert (a == b) == (seen[0] == seen[1])
+
+
+def test_a_prompt_with_an_image_is_not_found_by_its_ids_alone() -> None:
+    digester, plain, with_image = Digester(), list[bytes](), list[bytes]()
+    token_ids = array("i", [7] * 4 * 64)
+    digester.extend(plain, b"root", token_ids, 4)
+    digester.extend(with_image, b"root", token_ids, 4, {3: b"image"})
+    assert with_image[:3] == plain[:3]
+    assert not set(with_image[3:]) & set(plain)

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from octavo.formats import KV_FORMATS, WHOLE_HEAD, KVFormat
-from octavo.kv_cache.spec import KVSpec, attention_kv, group_layers, latent_kv
+from octavo.kernels.reference import ReferenceOps
+from octavo.kv_cache.spec import KVSpec, Plane, attention_kv, group_layers, latent_kv, state_kv
 from octavo.kv_cache.storage import KVStorage
+from octavo.step import Page, PageCopy
 from octavo.visibility import Window
 
 FULL = attention_kv(3, 8, KV_FORMATS["float32"])
@@ -24,7 +26,7 @@ def test_every_layer_of_a_group_has_its_own_memory(name: str) -> None:
     full = attention_kv(3, 8, KV_FORMATS[name])
     windowed = attention_kv(2, 12, KV_FORMATS[name], visibility=Window(16))
     specs = (full, windowed) * 2
-    storage = KVStorage(group_layers(specs), num_blocks=5, block_size=16)
+    storage = KVStorage(group_layers(specs), num_chunks=5, block_size=16)
     storage.arena.zero_()
     for index in (0, 2):
         layer = storage.layer(index)
@@ -37,25 +39,25 @@ def test_every_layer_of_a_group_has_its_own_memory(name: str) -> None:
         assert (layer.value == 2 * index + 2).all()
         assert layer.key[0].is_contiguous()
     element = KV_FORMATS[name].bits // 8
-    assert storage.arena.shape == (5, 2 * 2 * 16 * 3 * 8 * element)
+    assert storage.pages(0).shape == (5, 2 * 2 * 16 * 3 * 8 * element)
     assert [storage.group_of(index) for index in range(4)] == [0, 1, 0, 1]
 
 
 def test_a_block_is_one_row_of_the_arena_whatever_group_it_serves() -> None:
-    storage = KVStorage(group_layers((FULL, WINDOWED)), num_blocks=4, block_size=16)
+    storage = KVStorage(group_layers((FULL, WINDOWED)), num_chunks=4, block_size=16)
     storage.arena.zero_()
     storage.layer(1).value[2] = 1.0
-    assert storage.arena[2].any()
-    assert not storage.arena[[0, 1, 3]].any()
+    assert storage.pages(0)[2].any()
+    assert not storage.pages(0)[[0, 1, 3]].any()
     assert storage.layer(0).key.data_ptr() == storage.layer(1).key.data_ptr()
 
 
 @pytest.mark.parametrize("name", KV_FORMATS)
 def test_poison_fills_the_given_blocks_with_nan_and_no_other(name: str) -> None:
     spec = attention_kv(3, 8, KV_FORMATS[name])
-    storage = KVStorage(group_layers((spec, spec)), num_blocks=6, block_size=16)
+    storage = KVStorage(group_layers((spec, spec)), num_chunks=6, block_size=16)
     storage.arena.zero_()
-    storage.poison((4, 1))
+    storage.poison((Page(0, 4), Page(0, 1)))
     storage.poison(())
     for index in range(2):
         layer = storage.layer(index)
@@ -70,22 +72,48 @@ def resident_bytes() -> int:
 
 def test_a_large_arena_takes_memory_only_for_written_pages() -> None:
     before = resident_bytes()
-    storage = KVStorage(group_layers((FULL,) * 8), num_blocks=2**16, block_size=16)
+    storage = KVStorage(group_layers((FULL,) * 8), num_chunks=2**16, block_size=16)
     assert storage.arena.nbytes == 1.5 * 2**30
     storage.layer(3).key[1000] = 1.0
     assert resident_bytes() - before < 64 * 2**20
     assert (storage.layer(3).key[1000] == 1).all()
 
 
-def test_groups_with_pages_of_different_sizes_are_refused() -> None:
-    groups = group_layers((FULL,)) + group_layers((FULL, FULL))
-    with pytest.raises(ValueError, match="pages of one size"):
-        KVStorage(groups, num_blocks=2, block_size=16)
+def test_chunks_of_two_page_sizes_do_not_overlap() -> None:
+    wide = attention_kv(5, 8, KV_FORMATS["float32"])
+    state = Plane(name="state", shape=(40,), number="float32", bits=32, is_per_token=False)
+    storage = KVStorage(group_layers((FULL, wide, FULL, state_kv(state))), 9, block_size=16)
+    storage.arena.zero_()
+    written = 0
+    for chunk, layer in enumerate((0, 1, 3, 2, 1, 0, 3, 3)):
+        page_class = storage.layout.class_of[storage.group_of(layer)]
+        count = storage.layout.classes[page_class].pages_per_chunk
+        for plane in storage.layer(layer).planes.values():
+            mine = plane[chunk * count : (chunk + 1) * count]
+            assert not mine.any(), "another class wrote here"
+            mine.fill_(1)
+            written += mine.numel()
+    assert storage.arena.view(torch.float32).sum() == written
+    assert not storage.arena.view(9, -1)[8].any()
+
+
+def test_copies_go_from_page_to_page_of_their_class() -> None:
+    wide = attention_kv(5, 8, KV_FORMATS["float32"])
+    storage = KVStorage(group_layers((FULL, wide)), num_chunks=6, block_size=16)
+    storage.arena.zero_()
+    first, second = storage.layout.pages_per_chunk.tolist()
+    there = 2 * second  # the first class has chunks 0 and 1
+    storage.layer(0).key[1] = 3.0
+    storage.layer(1).value[there] = 5.0
+    copies = [PageCopy(0, 1, 2), PageCopy(1, there, there + 1), PageCopy(0, 2, 2 * first - 1)]
+    storage.copy(copies, ReferenceOps(1))
+    assert (storage.layer(0).key[[2, 2 * first - 1]] == 3).all()
+    assert (storage.layer(1).value[there + 1] == 5).all()
 
 
 def test_a_huge_block_id_reaches_its_own_page() -> None:
-    storage = KVStorage(group_layers((FULL,) * 8), num_blocks=2**16, block_size=16)
-    last = storage.num_blocks - 1
+    storage = KVStorage(group_layers((FULL,) * 8), num_chunks=2**16, block_size=16)
+    last = storage.num_chunks - 1
     storage.layer(7).value[last, 15] = 3.0
     assert torch.equal(storage.layer(7).value[last, 15], torch.full((3, 8), 3.0))
 
@@ -113,7 +141,7 @@ def test_planes_of_a_page_overlap_in_no_layer_and_fill_it(
     spec: KVSpec, shapes: dict[str, tuple[int, ...]]
 ) -> None:
     (group,) = group_layers((spec,) * 3)
-    storage = KVStorage((group,), num_blocks=4, block_size=16)
+    storage = KVStorage((group,), num_chunks=4, block_size=16)
     storage.arena.zero_()
     num_bytes = 0
     for index in range(3):
@@ -131,9 +159,9 @@ def test_planes_of_a_page_overlap_in_no_layer_and_fill_it(
 
 @pytest.mark.parametrize("spec", [attention_kv(2, 32, INT8), attention_kv(2, 32, INT4)])
 def test_poisoned_integers_are_nan_through_their_scales(spec: KVSpec) -> None:
-    storage = KVStorage(group_layers((spec,)), num_blocks=3, block_size=16)
+    storage = KVStorage(group_layers((spec,)), num_chunks=3, block_size=16)
     storage.arena.zero_()
-    storage.poison([2])
+    storage.poison([Page(0, 2)])
     planes = storage.layer(0).planes
     for name in ("key_scale", "value_scale"):
         assert planes[name][2].isnan().all()

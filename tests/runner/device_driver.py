@@ -62,7 +62,7 @@ class DeviceDriver(Driver):
             sampler=self.make_sampler(decoder.spec.vocab_size, max_num_seqs, self.device),
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
-            kv_tokens=storage.num_blocks * storage.block_size,
+            kv_tokens=storage.num_chunks * storage.block_size,
             device=self.device,
             use_graphs=self.use_graphs,
             poison_freed_blocks=True,

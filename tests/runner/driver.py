@@ -22,7 +22,7 @@ from octavo.request import SamplingParams
 from octavo.runner.input_batch import StepInputs
 from octavo.runner.model_runner import ModelRunner
 from octavo.runner.sampler import SampledTokens, Sampler
-from octavo.step import RowStart, Runner, StepPlan, StepResult, TableDelta
+from octavo.step import Page, PageCopy, RowStart, Runner, StepPlan, StepResult, TableDelta
 
 GREEDY = SamplingParams(temperature=0.0)
 BLOCK_SIZE = 16
@@ -84,7 +84,7 @@ class Driver:
     ) -> None:
         self.groups = group_layers(decoder.spec.kv_specs(KV_FORMATS[kv_format]))
         storage = KVStorage(self.groups, num_blocks, BLOCK_SIZE, self.device)
-        storage.poison(range(num_blocks))
+        storage.poison([Page(0, block) for block in range(num_blocks)])
         self.runner: Any = self.make_runner(decoder, storage, max_num_seqs, max_model_len)
         order = np.random.default_rng(seed).permutation(np.arange(1, num_blocks))
         self.free_blocks: list[int] = order.tolist()
@@ -163,8 +163,8 @@ class Driver:
             samples=np.array(samples),
             row_starts=tuple(row_starts),
             freed_rows=tuple(self._freed_rows),
-            freed_blocks=tuple(self._freed_blocks),
-            copies=tuple(self._copies),
+            freed_pages=tuple(Page(0, block) for block in self._freed_blocks),
+            copies=tuple(PageCopy(0, *pair) for pair in self._copies),
             table_deltas=tuple(deltas),
         )
         for pending in (self._freed_rows, self._freed_blocks, self._copies):

@@ -36,8 +36,7 @@ def build(folder: Path, backend: str, dtype: str = "float32") -> ModelRunner:
         activation_bytes=0,
         groups=groups,
         block_size=16,
-        block_bytes=groups[0].page_bytes(16),
-        num_blocks=7,
+        num_chunks=7,
         max_model_len=48,
         max_num_batched_tokens=64,
         max_position_embeddings=spec.max_position_embeddings,
@@ -53,7 +52,7 @@ def build(folder: Path, backend: str, dtype: str = "float32") -> ModelRunner:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_runner_is_built_from_a_plan_and_runs_a_step(tmp_path: Path, dtype: str) -> None:
     runner = build(tmp_path, "reference", dtype)
-    assert runner.storage.num_blocks == 7
+    assert runner.storage.num_chunks == 7
     assert runner.storage.layer(0).key.dtype == torch.bfloat16
     assert torch.get_num_threads() == 1
     tokens = np.arange(9, dtype=np.int32)

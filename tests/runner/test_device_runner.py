@@ -51,10 +51,10 @@ class FakeDecoder:
     collectives = ALONE
 
     def __init__(self) -> None:
-        heads = SimpleNamespace(num_heads=1, num_kv_heads=1)
+        mixer = SimpleNamespace(op=SimpleNamespace(num_heads=1, num_kv_heads=1))
         self.spec = SimpleNamespace(
             vocab_size=VOCAB,
-            layers=(SimpleNamespace(attention=heads),),
+            layers=(SimpleNamespace(mixer=mixer),),
             moe_layers=(0,),
             max_experts=NUM_EXPERTS,
             kv_specs=lambda kv: (self.kv_spec(kv),),

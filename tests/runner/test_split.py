@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octavo.runner.split import SMALLEST_CHUNK, split_plan
-from octavo.step import StepPlan
+from octavo.step import PageCopy, StepPlan
 
 
 def make_plan(query_lens: list[int]) -> StepPlan:
@@ -22,7 +22,7 @@ def make_plan(query_lens: list[int]) -> StepPlan:
         from_device=lens == 1,
         samples=rows % 2 == 0,
         freed_rows=(3,),
-        copies=((1, 2),),
+        copies=(PageCopy(0, 1, 2),),
     )
 
 

@@ -1,4 +1,4 @@
-"""A runner without a model: it keeps, for every KV slot, which token was written there.
+"""A runner without a model: it keeps, for all memory of the arena, which token was written there.
 
 Its next token is a digest of the context read back through the block tables, so that any wrong,
 stale, poisoned or missing block changes a sequence's tokens. Tokens of a sequence depend on its own
@@ -15,11 +15,12 @@ from typing import NamedTuple
 import numpy as np
 
 from octavo.errors import OctavoError, OutOfMemoryError
+from octavo.kv_cache.layout import arena_layout
 from octavo.kv_cache.spec import KVGroup
 from octavo.runner.fence import Fence
-from octavo.step import RowStart, StepPlan, StepResult
+from octavo.step import PageCopy, RowStart, StepPlan, StepResult
 
-VOCAB = 50
+VOCAB, UNIT = 50, 4
 
 
 def next_token(contexts: Sequence[Sequence[int]], seed: int) -> int:
@@ -35,9 +36,14 @@ def expected_tokens(
     """What a sequence yields when it runs alone."""
     ids = list(prompt)
     for _ in range(count):
-        firsts = [group.spec.visibility.first_visible(len(ids) - 1) for group in groups]
+        firsts = [first_seen(group, len(ids) - 1) for group in groups]
         ids.append(next_token([ids[first:] for first in firsts], seed))
     return ids[len(prompt) :]
+
+
+def first_seen(group: KVGroup, position: int) -> int:
+    """A state here is the list of all tokens that went into it."""
+    return 0 if group.is_state else group.spec.visibility.first_visible(position)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +77,7 @@ class PagedMachine:
     def __init__(
         self,
         groups: Sequence[KVGroup],
-        num_blocks: int,
+        num_chunks: int,
         block_size: int,
         failing: Container[int] = (),
         faults: Sequence[Fault] = (),
@@ -81,12 +87,13 @@ class PagedMachine:
         self.last_raised = -1
         """The newest step that raised or found no memory."""
         self._fence = Fence()
-        self.visibilities = [group.spec.visibility for group in groups]
+        self.groups = groups
         self.block_size = block_size
-        self.memory: list[list[tuple[int, int] | None]] = [
-            [None] * block_size for _ in range(num_blocks)
-        ]
-        """memory[block][offset]: the group that wrote there last, and its token."""
+        self.layout = arena_layout(groups, block_size)
+        self.memory: list[tuple[int, object] | None] = [None] * (
+            num_chunks * self.layout.chunk_bytes // UNIT
+        )
+        """A unit of the arena: the group that wrote there last, and its token, or its state."""
         self.tables: list[dict[int, dict[int, int]]] = [{} for _ in groups]
         self.rows: dict[int, RowStart] = {}
         self.last: dict[int, int] = {}
@@ -139,16 +146,26 @@ class PagedMachine:
             self.rows.pop(row, None)
             for table in self.tables:
                 table.pop(row, None)
-        for block in plan.freed_blocks:
-            self.memory[block] = [None] * self.block_size
+        for page_class, block in plan.freed_pages:
+            first, last = self._page(page_class, block)
+            self.memory[first:last] = [None] * (last - first)
         for start in plan.row_starts:
             self.rows[start.row] = start
-        for source, target in plan.copies:
-            self.memory[target] = list(self.memory[source])
+        self._copy(plan.copies)
         for delta in plan.table_deltas:
             columns = self.tables[delta.group].setdefault(delta.row, {})
             for i, block in enumerate(delta.block_ids.tolist()):
                 columns[delta.column + i] = block
+
+    def _copy(self, copies: Sequence[PageCopy]) -> None:
+        for page_class, source, target in copies:
+            first, last = self._page(page_class, target)
+            self.memory[first:last] = self.memory[slice(*self._page(page_class, source))]
+
+    def _page(self, page_class: int, block: int) -> tuple[int, int]:
+        """Returns the first unit of a page, and the one behind it."""
+        stride = self.layout.classes[page_class].stride // UNIT
+        return block * stride, (block + 1) * stride
 
     def _forward(self, plan: StepPlan) -> StepResult:
         sampled, at = [], 0
@@ -161,11 +178,15 @@ class PagedMachine:
                 ids = [self.last[row]]
             self.num_computed += length
             for position, token in enumerate(ids, start=start):
-                for group in range(len(self.visibilities)):
-                    self._write(group, row, position, token)
+                for group in range(len(self.groups)):
+                    if not self.groups[group].is_state:
+                        self._write(group, row, position, token)
+            for group in range(len(self.groups)):
+                if self.groups[group].is_state:
+                    self._advance(group, row, start, ids)
             pending.append((row, start + length))
         for i, (row, end) in enumerate(pending):
-            contexts = [self._read(group, row, end) for group in range(len(self.visibilities))]
+            contexts = [self._read(group, row, end) for group in range(len(self.groups))]
             widest = max(contexts, key=len)
             for context in contexts:
                 assert context == widest[len(widest) - len(context) :], "groups disagree"
@@ -173,6 +194,7 @@ class PagedMachine:
                 token = next_token(contexts, self.rows[row].seed)
                 self.last[row] = token
                 sampled.append(token)
+        self._copy(plan.saves)
         return self._result(plan, sampled)
 
     def _result(self, plan: StepPlan, sampled: Sequence[int]) -> StepResult:
@@ -183,27 +205,47 @@ class PagedMachine:
             prompt_logprobs={},
         )
 
-    def _slot(
-        self, group: int, row: int, position: int
-    ) -> tuple[list[tuple[int, int] | None], int]:
-        block = self.tables[group][row][position // self.block_size]
+    def _slot(self, group: int, row: int, position: int) -> slice:
+        """Returns the units of a token, or of a row's state."""
+        is_state = self.groups[group].is_state
+        column = 0 if is_state else position // self.block_size
+        block = self.tables[group][row][column]
         assert block != 0, f"row {row} uses the null block at position {position}"
-        return self.memory[block], position % self.block_size
+        first, _ = self._page(self.layout.class_of[group], block)
+        size = self.groups[group].page_bytes(self.block_size) // UNIT
+        if is_state:
+            return slice(first, first + size)
+        size //= self.block_size
+        first += position % self.block_size * size
+        return slice(first, first + size)
 
-    def _write(self, group: int, row: int, position: int, token: int) -> None:
-        slots, offset = self._slot(group, row, position)
-        slots[offset] = (group, token)
+    def _write(self, group: int, row: int, position: int, value: object) -> None:
+        slot = self._slot(group, row, position)
+        self.memory[slot] = [(group, value)] * (slot.stop - slot.start)
+
+    def _advance(self, group: int, row: int, start: int, ids: Sequence[int]) -> None:
+        """Takes tokens into a row's state; what is there before the first one is not read."""
+        before = self._at(group, row, start) if start else ()
+        assert isinstance(before, tuple)
+        assert len(before) == start, f"row {row} goes on at {start} from a state of {len(before)}"
+        self._write(group, row, start, (*before, *ids))
+
+    def _at(self, group: int, row: int, position: int) -> object:
+        units = self.memory[self._slot(group, row, position)]
+        found = units[0]
+        assert found is not None, f"row {row} reads poison at position {position}"
+        assert found[0] == group, f"row {row} reads what group {found[0]} wrote"
+        assert units == [found] * len(units), f"row {row} reads what somebody wrote over"
+        return found[1]
 
     def _read(self, group: int, row: int, end: int) -> list[int]:
-        first = self.visibilities[group].first_visible(end - 1)
-        context = []
-        for position in range(first, end):
-            slots, offset = self._slot(group, row, position)
-            found = slots[offset]
-            assert found is not None, f"row {row} reads poison at position {position}"
-            assert found[0] == group, f"row {row} reads what group {found[0]} wrote"
-            context.append(found[1])
-        return context
+        if self.groups[group].is_state:
+            state = self._at(group, row, end - 1)
+            assert isinstance(state, tuple)
+            return list(state)
+        first = first_seen(self.groups[group], end - 1)
+        tokens = [self._at(group, row, position) for position in range(first, end)]
+        return [token for token in tokens if isinstance(token, int)]
 
     def collect(self, ticket: object) -> StepResult:
         assert isinstance(ticket, Ticket)

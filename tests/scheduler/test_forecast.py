@@ -1,32 +1,54 @@
-"""The forecast against counting blocks step by step."""
+"""The forecast against counting pages step by step."""
 
 from __future__ import annotations
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from octavo.kv_cache.manager import Demand
+from octavo.kv_cache.page_pools import Room
 from octavo.scheduler.forecast import Forecast, Growing
 
 GROWING = st.builds(
     Growing, st.integers(1, 70), st.integers(0, 30), st.integers(0, 5), st.integers(0, 20)
 )
+DEMANDS = st.lists(
+    st.one_of(
+        st.builds(Demand, st.integers(0, 1), st.none(), st.integers(1, 2), st.just(False)),
+        st.builds(Demand, st.integers(0, 1), st.integers(2, 9), st.integers(1, 2), st.just(False)),
+        st.builds(Demand, st.integers(0, 1), st.just(1), st.just(1), st.just(True)),
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+def held_by(one: Growing, demand: Demand, columns: int) -> int:
+    return columns if demand.most_pages is None else min(columns, demand.most_pages)
 
 
 def counted(
-    sequences: list[Growing], horizon: int, size: int, num_tables: int, num_shared: int
-) -> int:
-    peak = 0
+    sequences: list[Growing], horizon: int, size: int, demands: list[Demand], shared: list[int]
+) -> list[list[int]]:
+    """Pages wanted of each class at each step."""
+    found = []
     for step in range(horizon + 1):
-        wanted = returned = 0
+        wanted, returned = [0, 0], [0, 0]
         for one in sequences:
-            if step <= one.num_left + 1:  # the host hears of the end a step later
-                wanted += one.num_missing
-                grown = one.num_tokens + min(step, one.num_left)
-                wanted += -(-grown // size) - -(-one.num_tokens // size)
-            else:
-                returned += one.num_held
-        peak = max(peak, wanted * num_tables - max(0, returned * num_tables - num_shared))
-    return peak
+            grown = one.num_tokens + min(step, one.num_left)
+            more = one.num_missing - -grown // size - -(-one.num_tokens // size)
+            for demand in demands:
+                now = held_by(one, demand, one.num_held)
+                then = held_by(one, demand, one.num_held + more)
+                # the host hears of the end a step later
+                if step > one.num_left + 1:
+                    returned[demand.page_class] += now * demand.num_groups
+                elif not demand.is_constant:
+                    wanted[demand.page_class] += (then - now) * demand.num_groups
+        pairs = zip(wanted, returned, shared, strict=True)
+        found.append([max(0, want - max(0, back - keep)) for want, back, keep in pairs])
+    return found
 
 
 @given(
@@ -34,25 +56,34 @@ def counted(
     candidate=GROWING,
     horizon=st.integers(0, 40),
     size=st.sampled_from([1, 4, 16]),
-    num_tables=st.integers(1, 2),
-    num_shared=st.integers(0, 30),
+    demands=DEMANDS,
+    shared=st.lists(st.integers(0, 30), min_size=2, max_size=2),
 )
-def test_the_peak_is_that_of_counting(
+def test_what_is_wanted_is_what_counting_says(
     running: list[Growing],
     candidate: Growing,
     horizon: int,
     size: int,
-    num_tables: int,
-    num_shared: int,
+    demands: list[Demand],
+    shared: list[int],
 ) -> None:
-    forecast = Forecast(horizon, size, num_tables)
+    forecast = Forecast(horizon, size, 2, demands)
     forecast.add(running)
-    held = sum(one.num_held for one in running)
-    forecast.share(held * num_tables - num_shared, held)
+    held = [0, 0]
+    for one in running:
+        for demand in demands:
+            now = held_by(one, demand, one.num_held) * demand.num_groups
+            held[demand.page_class] += now
+    forecast.share(np.array(held, np.int64) - np.array(shared, np.int64))
     both = [*running, candidate]
-    peak = counted(both, horizon, size, num_tables, num_shared)
-    assert [forecast.fits(candidate, peak + more) for more in (-1, 0, 1)] == [False, True, True]
-    assert forecast.peak_with(candidate) == peak
+    expected = np.array(counted(both, horizon, size, demands, shared)).T
+    assert forecast.wanted_with(candidate).tolist() == expected.tolist()
+    peak, none = expected.max(axis=1), np.zeros(2, np.int64)
+    for more, fits in ((0, True), (1, True), (-1, False)):
+        room = Room(peak + more, 0, np.ones(2, np.int64))
+        assert forecast.fits(candidate, room, none) == (fits or bool((peak + more >= peak).all()))
+        assert forecast.fits(candidate, Room(peak + more + 3, 0, none + 1), none + 3) == fits
     forecast.add((candidate,))
     three = [*both, candidate]
-    assert forecast.peak_with(candidate) == counted(three, horizon, size, num_tables, num_shared)
+    expected = np.array(counted(three, horizon, size, demands, shared)).T
+    assert forecast.wanted_with(candidate).tolist() == expected.tolist()

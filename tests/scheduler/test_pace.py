@@ -60,7 +60,7 @@ class Loop:
         spec = attention_kv(1, 8, kv_format("float32"))
         manager = KVCacheManager(
             group_layers((spec,)),
-            num_blocks=num_blocks,
+            num_chunks=num_blocks,
             block_size=16,
             max_rows=self.num_streams,
             max_model_len=length,

@@ -2,152 +2,18 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from collections.abc import Container, Sequence
-
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from octavo.errors import OctavoError, OutOfMemoryError, OverloadedError
-from octavo.formats import kv_format
-from octavo.kv_cache.manager import KVCacheManager
-from octavo.kv_cache.planner import blocks_of_sequence
-from octavo.kv_cache.prefix_index import prefix_root
-from octavo.kv_cache.spec import attention_kv, group_layers
-from octavo.request import FinishReason, Request, SamplingParams, TokenDelta, pack_ids
-from octavo.scheduler import Scheduler, SchedulerLimits
-from octavo.scheduler.scheduler import MAX_LOSSES
+from octavo.errors import OverloadedError
+from octavo.request import FinishReason
+from octavo.scheduler.outcomes import MAX_LOSSES
 from octavo.step import NO_TOKEN, StepPlan
-from octavo.visibility import Chunk, Full, Visibility, Window
+from tests.scheduler.harness import BLOCK, Engine
 from tests.scheduler.paged_machine import (
     Fault,
-    PagedMachine,
-    StepError,
     Ticket,
     expected_tokens,
 )
-
-BLOCK = 4
-
-
-class Engine:
-    """The loop of EngineCore around a PagedMachine, with checks after every step."""
-
-    def __init__(
-        self,
-        *,
-        num_blocks: int = 64,
-        spare_blocks: int | None = None,
-        sees: Sequence[Visibility] = (Full(),),
-        max_num_seqs: int = 8,
-        budget: int = 16,
-        max_model_len: int = 64,
-        max_num_queued_requests: int = 4096,
-        headroom: int = 0,
-        failing: Container[int] = (),
-        faults: Sequence[Fault] = (),
-    ) -> None:
-        """Steps in `failing` find no memory, those that compute a token of `faults` raise;
-        `spare_blocks` are there beside those of one sequence, if given."""
-        specs = [attention_kv(1, 8, kv_format("float32"), visibility=one) for one in sees]
-        self.groups = groups = group_layers(tuple(specs))
-        if spare_blocks is not None:
-            one = blocks_of_sequence(groups, max_model_len, BLOCK, budget)
-            num_blocks = 1 + one + spare_blocks
-        self.manager = KVCacheManager(
-            groups,
-            num_blocks=num_blocks,
-            block_size=BLOCK,
-            max_rows=max_num_seqs,
-            max_model_len=max_model_len,
-            poison=True,
-        )
-        self.scheduler = Scheduler(
-            self.manager,
-            SchedulerLimits(
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=budget,
-                max_model_len=max_model_len,
-                max_num_queued_requests=max_num_queued_requests,
-                headroom_tokens=headroom,
-            ),
-        )
-        self.machine = PagedMachine(groups, num_blocks, BLOCK, failing, faults)
-        self.launched: deque[tuple[StepPlan, object]] = deque()
-        self.tokens: dict[tuple[str, int], list[int]] = defaultdict(list)
-        self.reasons: dict[tuple[str, int], FinishReason] = {}
-        self.requests: dict[str, Request] = {}
-        self.step_sizes: list[int] = []
-
-    def add(
-        self,
-        name: str,
-        prompt: list[int],
-        max_tokens: int = 4,
-        *,
-        n: int = 1,
-        priority: int = 0,
-        salt: str = "",
-        caching: bool = True,
-    ) -> None:
-        params = SamplingParams(max_tokens=max_tokens, n=n)
-        request = Request(
-            request_id=name, packed_prompt=pack_ids(prompt), params=params, priority=priority
-        )
-        self.scheduler.add(request, prefix_root(salt=salt), caching, range(n))
-        self.requests[name] = request
-
-    def step(self) -> None:
-        plan = self.scheduler.schedule()
-        self.scheduler.check()
-        if plan is not None:
-            self.step_sizes.append(plan.num_tokens)
-            self.launched.append((plan, self.machine.launch(plan)))
-        if self.launched and (plan is None or len(self.launched) > 1):
-            launched, ticket = self.launched.popleft()
-            self.hear(self.collect(launched, ticket))
-            self.scheduler.check()
-
-    def collect(self, plan: StepPlan, ticket: object) -> list[TokenDelta]:
-        try:
-            result = self.machine.collect(ticket)
-        except OutOfMemoryError as error:
-            return self.scheduler.lose(plan, str(error))
-        except (StepError, OctavoError) as error:
-            return self.scheduler.fail(plan, str(error))
-        return self.scheduler.commit(plan, result)
-
-    def hear(self, deltas: list[TokenDelta]) -> None:
-        for delta in deltas:
-            key = (delta.request_id, delta.index)
-            assert key not in self.reasons, "news of a finished sequence"
-            self.tokens[key] += delta.token_ids
-            if delta.finish_reason is not None:
-                self.reasons[key] = delta.finish_reason
-
-    def run(self, limit: int = 5000) -> None:
-        for _ in range(limit):
-            if not self.scheduler.has_unfinished and not self.launched:
-                break
-            self.step()
-        assert not self.scheduler.has_unfinished, "a request starves"
-        assert self.manager.pool.num_referenced == 0, "finished requests hold blocks"
-
-    def check_tokens(self) -> None:
-        """Every sequence that was not aborted has the tokens of a run alone."""
-        for (name, index), reason in self.reasons.items():
-            request = self.requests[name]
-            count = min(
-                request.params.max_tokens or 0,
-                self.scheduler.limits.max_model_len - request.prompt_len,
-            )
-            expected = expected_tokens(request.prompt_token_ids, index, count, self.groups)
-            got = self.tokens[name, index]
-            if reason in (FinishReason.ABORT, FinishReason.ERROR):
-                assert got == expected[: len(got)]
-            else:
-                assert (got, reason) == (expected, FinishReason.LENGTH)
 
 
 def test_who_is_about_to_end_makes_room_and_nobody_is_preempted() -> None:
@@ -266,7 +132,7 @@ def test_a_request_without_prefix_caching_neither_reads_nor_writes() -> None:
     engine = Engine()
     engine.add("a", list(range(24)), 1, caching=False)
     engine.run()
-    assert engine.manager.pool.num_cached == 0
+    assert engine.manager.pools.num_cached == 0
     engine.add("b", list(range(24)), 1)
     engine.run()
     engine.add("c", list(range(24)), 1, caching=False)
@@ -312,9 +178,9 @@ def test_an_abort_frees_the_blocks_before_the_next_step() -> None:
     engine.add("a", list(range(24)), 20, n=2)
     for _ in range(4):
         engine.step()
-    assert engine.manager.pool.num_referenced > 0
+    assert engine.manager.pools.num_referenced > 0
     engine.hear(engine.scheduler.abort("a"))
-    assert engine.manager.pool.num_referenced == 0
+    assert engine.manager.pools.num_referenced == 0
     assert set(engine.reasons.values()) == {FinishReason.ABORT}
     engine.run()
 
@@ -340,7 +206,7 @@ def test_broken_logits_end_their_sequence_alone_and_publish_nothing() -> None:
     engine.hear(engine.scheduler.commit(plan, result))
     engine.scheduler.check()
     assert engine.reasons == {("broken", 0): FinishReason.ERROR}
-    assert engine.manager.pool.num_cached == 0
+    assert engine.manager.pools.num_cached == 0
     engine.run()
     assert engine.reasons["sound", 0] is FinishReason.LENGTH
     assert engine.tokens["sound", 0] == expected_tokens([40, 41, 42], 0, 6, engine.groups)
@@ -456,106 +322,3 @@ def test_losses_with_a_token_between_them_end_nothing() -> None:
     engine.check_tokens()
     assert engine.reasons == {("a", 0): FinishReason.LENGTH}
     assert engine.scheduler.counters.num_lost_steps > MAX_LOSSES
-
-
-REQUEST = st.fixed_dictionaries(
-    {
-        "shared": st.integers(0, 30),
-        "own": st.integers(1, 12),
-        "max_tokens": st.integers(1, 14),
-        "n": st.sampled_from([1, 1, 1, 2, 3]),
-        "priority": st.sampled_from([0, 0, 0, 1]),
-        "salt": st.sampled_from(["", "", "x"]),
-        "caching": st.sampled_from([True, True, True, False]),
-        "wait": st.integers(0, 4),
-        "abort_after": st.one_of(st.none(), st.none(), st.none(), st.integers(0, 12)),
-        "fault": st.one_of(st.none(), st.none(), st.integers(0, 50)),
-        "is_early": st.booleans(),
-    }
-)
-
-
-VISIBILITY = st.one_of(
-    st.just(Full()), st.integers(1, 20).map(Window), st.integers(1, 20).map(Chunk)
-)
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    requests=st.lists(REQUEST, min_size=1, max_size=9),
-    spare_blocks=st.integers(0, 40),
-    sees=st.one_of(st.just([Full()]), st.lists(VISIBILITY, min_size=1, max_size=4)),
-    max_num_seqs=st.integers(1, 6),
-    budget=st.integers(3, 24),
-    headroom=st.sampled_from([0, 3, 16, 60]),
-    reset_at=st.one_of(st.none(), st.integers(1, 20)),
-    failing=st.one_of(st.just(frozenset()), st.frozensets(st.integers(0, 30), max_size=12)),
-)
-def test_random_arrivals_forks_cancels_preemptions_and_faults_change_no_token(
-    requests: list[dict[str, int]],
-    spare_blocks: int,
-    sees: list[Visibility],
-    max_num_seqs: int,
-    budget: int,
-    headroom: int,
-    reset_at: int | None,
-    failing: frozenset[int],
-) -> None:
-    prompts = [
-        [*range(r["shared"]), *((i * 7 + j) % 50 for j in range(r["own"]))]
-        for i, r in enumerate(requests)
-    ]
-    faults = [
-        Fault(tuple(prompt), i % r["n"], r["fault"], bool(r["is_early"]))
-        for i, (r, prompt) in enumerate(zip(requests, prompts, strict=True))
-        if r["fault"] is not None
-    ]
-    engine = Engine(
-        spare_blocks=spare_blocks,
-        sees=sees,
-        max_num_seqs=max_num_seqs,
-        budget=budget,
-        max_model_len=60,
-        headroom=headroom,
-        failing=failing,
-        faults=faults,
-    )
-    aborts: dict[int, list[str]] = defaultdict(list)
-    step = 0
-    for i, (r, prompt) in enumerate(zip(requests, prompts, strict=True)):
-        engine.add(
-            f"r{i}",
-            prompt,
-            r["max_tokens"],
-            n=r["n"],
-            priority=r["priority"],
-            salt=str(r["salt"]),
-            caching=bool(r["caching"]),
-        )
-        if r["abort_after"] is not None:
-            aborts[step + r["abort_after"]].append(f"r{i}")
-        for _ in range(r["wait"]):
-            engine.step()
-            step += 1
-            for name in aborts.pop(step, ()):
-                engine.hear(engine.scheduler.abort(name))
-                engine.scheduler.check()
-            if step == reset_at:
-                engine.manager.reset_prefix_cache()
-    engine.run()
-    engine.check_tokens()
-    finished = {name for name, _ in engine.reasons}
-    assert finished == set(engine.requests)
-    assert len(engine.reasons) == sum(r["n"] for r in requests)
-    for (name, index), reason in engine.reasons.items():
-        request = engine.requests[name]
-        fault = engine.machine.faults.get((tuple(request.prompt_token_ids), index))
-        # The last token that is computed is the one before the last that is drawn.
-        length = min(request.prompt_len + (request.params.max_tokens or 0), 60)
-        is_guilty = fault is not None and fault.position < length - 1
-        if is_guilty:
-            # Somebody else may have computed this token of the prompt.
-            is_cacheable = fault is not None and fault.position < request.prompt_len
-            assert is_cacheable or reason is not FinishReason.LENGTH
-        elif len(failing) <= MAX_LOSSES:
-            assert reason is not FinishReason.ERROR

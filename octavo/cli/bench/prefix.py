@@ -137,7 +137,7 @@ def measure_waste(num_sequences: int, seed: int) -> dict[str, Value]:
     shares: list[float] = []
     while scheduler.has_unfinished:
         engine.step()
-        used = scheduler.manager.pool.num_referenced * BLOCK_SIZE
+        used = scheduler.manager.pools.num_referenced * BLOCK_SIZE
         if used:
             held = sum(sequence.num_computed for sequence in scheduler.running)
             shares.append(1 - held / used)
@@ -180,7 +180,7 @@ def _manager(*, num_blocks: int, max_rows: int, max_model_len: int) -> KVCacheMa
     spec = attention_kv(3, 64, kv_format("float32"))
     return KVCacheManager(
         group_layers((spec,) * 30),
-        num_blocks=num_blocks,
+        num_chunks=num_blocks,
         block_size=BLOCK_SIZE,
         max_rows=max_rows,
         max_model_len=max_model_len,

@@ -1,0 +1,133 @@
+"""Owns what sequences hold of one KV group that keeps something of every token.
+
+Called by the KV cache manager, for one group each; `state_pages` has the same face.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from octavo.kv_cache.block_pool import NULL_BLOCK, BlockKey
+from octavo.kv_cache.block_table import BlockTable
+from octavo.kv_cache.ledger import PageLedger
+from octavo.kv_cache.spec import KVGroup
+from octavo.step import Int32
+
+
+class TokenPages:
+    """Column j of a row is the page of tokens [j * block_size, (j + 1) * block_size)."""
+
+    def __init__(
+        self, group: KVGroup, table: BlockTable, block_size: int, ledger: PageLedger
+    ) -> None:
+        self.group = group
+        self.table = table
+        self._index = table.group
+        self._block_size = block_size
+        self._ledger = ledger
+        self._sees_all = group.spec.visibility.most_visible is None
+
+    # -- what it takes -----------------------------------------------------------------------
+
+    def num_missing(self, row: int | None, num_tokens: int, num_cached: int = 0) -> int:
+        """Returns the pages that a row lacks to have `num_tokens` tokens; None: a row that begins
+        behind `num_cached` cached blocks."""
+        there = num_cached if row is None else self.table.lengths[row]
+        return max(0, self.group.num_columns(num_tokens, self._block_size) - there)
+
+    def num_left_to_take(self, num_tokens: int, step_tokens: int, cached: Int32) -> int:
+        """Returns the pages that a sequence with its `cached` ones will hold beside them, at most
+        at one time, until it has `num_tokens` tokens."""
+        most = self.group.most_pages(num_tokens, self._block_size, step_tokens)
+        return max(0, most - int(np.count_nonzero(cached)))
+
+    # -- prefixes ----------------------------------------------------------------------------
+
+    def find(self, digests: list[bytes]) -> Int32:
+        """Returns the page of each digest, the null page where none is cached."""
+        return self._ledger.index.find_all(self._index, digests)
+
+    def of_hit(self, found: Int32, count: int) -> Int32:
+        """Returns the pages with which a sequence goes on behind `count` cached blocks, holes where
+        it no longer sees them."""
+        cached = found[:count]
+        first = min(self.group.first_column(count * self._block_size, self._block_size), count)
+        cached[:first] = NULL_BLOCK
+        assert (cached[first:] != NULL_BLOCK).all(), "a hit names a block that nobody knows"
+        return cached
+
+    def publish(
+        self,
+        row: int,
+        first: int,
+        last: int,
+        digests: Sequence[bytes],
+        content: Callable[[int], int],
+        root: bytes,
+    ) -> None:
+        """Makes the pages of blocks first..last (excluded) findable."""
+        for i, page in enumerate(self.table.row(row)[first:last].tolist(), start=first):
+            if page != NULL_BLOCK:
+                key = BlockKey(self._index, digests[i])
+                self._ledger.publish(key, page, content(i), root)
+
+    # -- life of a row -----------------------------------------------------------------------
+
+    def admit(self, row: int, cached: Int32) -> None:
+        """An empty row begins with cached pages."""
+        self._ledger.acquire(self._index, cached)
+        self.table.append(row, cached)
+
+    def forget(self, row: int, num_computed: int) -> None:
+        """Gives back the pages that no token from `num_computed` on sees."""
+        if self._sees_all:
+            return
+        first = self.group.first_column(num_computed, self._block_size)
+        if first:
+            self._ledger.release(self._index, self.table.forget(row, 0, first)[::-1])
+
+    def extend(self, row: int, num_tokens: int) -> None:
+        """Makes room for `num_tokens` tokens; the pages have been reserved."""
+        wanted = self.num_missing(row, num_tokens)
+        if wanted:
+            pages = self.table.row(row)
+            after = int(pages[-1]) if len(pages) else NULL_BLOCK
+            self.table.append(row, self._ledger.take(self._index, wanted, after))
+
+    def can_fork(self, parent: int, num_tokens: int, num_computed: int) -> bool:
+        """Whether a row can begin with the first `num_tokens` tokens of `parent`, of which
+        `num_computed` are computed when the next step begins."""
+        pages = self.table.row(parent)[: self.group.num_columns(num_tokens, self._block_size)]
+        first = self.group.first_column(num_tokens, self._block_size)
+        return NULL_BLOCK not in pages[first:]
+
+    def fork(self, parent: int, row: int, num_tokens: int) -> None:
+        """A row begins with the first `num_tokens` tokens of `parent` and room for one more: full
+        pages are shared, the one that is written next is copied."""
+        full, tail = divmod(num_tokens, self._block_size)
+        pages = self.table.row(parent)
+        shared = pages[:full].copy()
+        self._ledger.acquire(self._index, shared)
+        own = self._ledger.take(self._index, 1)
+        if tail:
+            self._ledger.copy(self._index, int(pages[full]), own[0])
+        self.table.append(row, np.append(shared, own))
+
+    def save(self, row: int, end: int) -> None:
+        """Does nothing: what is computed of a token stays as it is."""
+
+    def release(self, row: int) -> None:
+        """Gives back all pages of a row, the last one first."""
+        self._ledger.release(self._index, self.table.clear(row)[::-1])
+
+    # -- checks ------------------------------------------------------------------------------
+
+    def held(self, row: int) -> list[int]:
+        """Returns the pages that a row references."""
+        return self.table.row(row).tolist()
+
+    def written(self, row: int, num_computed: int) -> list[int]:
+        """Returns the pages that a row has yet to write to."""
+        return self.table.row(row)[num_computed // self._block_size :].tolist()

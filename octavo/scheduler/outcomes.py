@@ -1,0 +1,185 @@
+"""What becomes of steps that were launched: their tokens, or what is done when they raised.
+
+Called by the scheduler. Decides no step; whose tokens count, whose pages are published and who ends
+is decided here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from octavo.kv_cache.manager import KVCacheManager
+from octavo.request import FinishReason, TokenDelta
+from octavo.scheduler.counters import SchedulerCounters
+from octavo.scheduler.finish import finish_reason, stop_reason, token_delta
+from octavo.scheduler.plan_builder import PlanBuilder
+from octavo.scheduler.queues import Queues
+from octavo.scheduler.sequence import Sequence
+from octavo.step import NO_TOKEN, StepPlan, StepResult, TokenLogprobs
+
+MAX_LOSSES = 3
+"""Times that a sequence is computed again, without a new token, because a step of it alone found no
+memory."""
+BROKEN_LOGITS = "the logits hold a NaN or nothing finite: the weights, or this KV, are broken"
+
+
+@dataclass(slots=True)
+class Launched:
+    """A step between schedule and commit. Epochs tell whether a row is still the same holder."""
+
+    sequences: list[Sequence]
+    samples: list[bool]
+    computed: list[int]
+    preemptions: list[int]
+    is_lost: bool = False
+    """It, or one that it may build on, did not run: its sequences are computed again, or ended."""
+
+    def unfinished(self) -> dict[Sequence, int]:
+        """Returns its sequences that have not ended since, and the tokens it computed of each."""
+        pairs = zip(self.sequences, self.computed, strict=True)
+        return {sequence: count for sequence, count in pairs if not sequence.is_finished}
+
+
+class Outcomes:
+    """Steps between schedule and commit, and what comes of them."""
+
+    def __init__(
+        self, queues: Queues, manager: KVCacheManager, counters: SchedulerCounters
+    ) -> None:
+        self._queues = queues
+        self._manager = manager
+        self._counters = counters
+        self._launched: dict[int, Launched] = {}
+
+    def __len__(self) -> int:
+        """Steps that are on their way."""
+        return len(self._launched)
+
+    def launch(self, step_id: int, builder: PlanBuilder) -> None:
+        """A step goes to the runner."""
+        self._launched[step_id] = Launched(
+            builder.sequences,
+            builder.samples,
+            builder.computed(),
+            [sequence.num_preemptions for sequence in builder.sequences],
+        )
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
+        """Takes over a step's tokens: appends, finishes, frees, publishes block digests."""
+        step = self._launched.pop(plan.step_id)
+        self._counters.num_splits += result.num_splits
+        if step.is_lost:
+            return []
+        token_ids = result.token_ids.tolist()
+        block_size = self._manager.block_size
+        deltas: list[TokenDelta] = []
+        sample = 0
+        for i, sequence in enumerate(step.sequences):
+            is_sampling = step.samples[i]
+            sample += is_sampling
+            if sequence.is_finished:
+                continue
+            if i in result.prompt_logprobs:
+                self._keep_prompt_logprobs(sequence, int(plan.starts[i]), result.prompt_logprobs[i])
+            if is_sampling:
+                if token_ids[sample - 1] == NO_TOKEN:
+                    deltas.append(self._fail(sequence, BROKEN_LOGITS))
+                    continue
+                sequence.num_pending -= 1
+                sequence.token_ids.append(token_ids[sample - 1])
+            is_block_full = step.computed[i] // block_size > sequence.kv.num_published
+            if is_block_full and sequence.num_preemptions == step.preemptions[i]:
+                self._manager.publish(sequence.kv, sequence.token_ids, step.computed[i])
+            if is_sampling:
+                deltas.append(self._tell(sequence, result.logprobs.get(sample - 1)))
+        if self._queues.suspects:
+            for sequence, computed in zip(step.sequences, step.computed, strict=True):
+                self._queues.suspects.clear(sequence, computed)
+        return deltas
+
+    def _keep_prompt_logprobs(
+        self, sequence: Sequence, start: int, logprobs: tuple[TokenLogprobs, ...]
+    ) -> None:
+        if sequence.prompt_logprobs is not None:
+            del sequence.prompt_logprobs[start:]  # a preempted prefill comes again
+            sequence.prompt_logprobs.extend(logprobs)
+
+    def _tell(self, sequence: Sequence, logprobs: TokenLogprobs | None) -> TokenDelta:
+        """Counts the newest token, ends the sequence if it is its last, and words the news."""
+        token = sequence.token_ids[-1]
+        length = len(sequence.token_ids)
+        self._counters.num_generation_tokens += 1
+        reason = None
+        if length >= sequence.max_len or token in sequence.stop_ids:
+            reason = finish_reason(sequence)
+        if length == sequence.prompt_len + 1:
+            self._count_prompt(sequence)
+        elif reason is None and logprobs is None:  # most tokens of most requests
+            return TokenDelta(
+                request_id=sequence.request.request_id,
+                index=sequence.index,
+                token_ids=(token,),
+                num_cached_tokens=sequence.num_cached_tokens,
+                scheduled_time=sequence.scheduled_time,
+            )
+        stop = stop_reason(sequence, reason)
+        delta = token_delta(sequence, (token,), reason, logprobs=logprobs, stop=stop)
+        if reason is not None:
+            self._queues.finish(sequence)
+        return delta
+
+    def _count_prompt(self, sequence: Sequence) -> None:
+        if sequence.index == 0:
+            self._counters.num_prompt_tokens += sequence.prompt_len
+            self._counters.num_cached_prompt_tokens += sequence.num_cached_tokens
+
+    def is_lost(self, plan: StepPlan) -> bool:
+        """Whether a launched step counts for nothing any more, since one before it raised."""
+        return self._launched[plan.step_id].is_lost
+
+    def fail(self, plan: StepPlan, message: str) -> list[TokenDelta]:
+        """A step raised: a sequence that was alone in it ends with an error; several are computed
+        again apart."""
+        return self._blame(self._drop(plan), message, patience=0)
+
+    def lose(self, plan: StepPlan, message: str) -> list[TokenDelta]:
+        """A step found no memory: as `fail`, but a sequence alone ends only after MAX_LOSSES times
+        without a new token."""
+        step = self._drop(plan)
+        self._counters.num_lost_steps += bool(step.sequences)
+        return self._blame(step, message, patience=MAX_LOSSES)
+
+    def _blame(self, step: Launched, message: str, patience: int) -> list[TokenDelta]:
+        unfinished = step.unfinished()
+        if len(step.sequences) == 1:
+            for sequence in unfinished:
+                length = len(sequence.token_ids)
+                sequence.lost_at.append(length)
+                if sequence.lost_at.count(length) > patience:
+                    return [self._fail(sequence, message)]
+        if unfinished:
+            self._queues.suspects.accuse(unfinished)
+        return []
+
+    def _drop(self, plan: StepPlan) -> Launched:
+        """Takes back a step that wrote nothing to rely on; returns it, without sequences if an
+        earlier one took it along.
+
+        Steps launched since then may read what it has not written (a sample forked from its prompt
+        does): they are lost with it, and their sequences are computed again.
+        """
+        step = self._launched.pop(plan.step_id)
+        if step.is_lost:
+            return Launched([], [], [], [])
+        for lost in (step, *self._launched.values()):
+            lost.is_lost = True
+            for sequence in lost.sequences:
+                sequence.num_pending = 0
+                if sequence.row is not None:
+                    self._queues.preempt(sequence)
+        return step
+
+    def _fail(self, sequence: Sequence, message: str) -> TokenDelta:
+        """Ends one sequence with an error; nothing of its newest step is published."""
+        self._queues.finish(sequence)
+        return token_delta(sequence, (), FinishReason.ERROR, stop=message)

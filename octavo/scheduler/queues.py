@@ -1,0 +1,117 @@
+"""Owns who waits and who runs, and the rows of those that run. Pure Python.
+
+Shared by the parts of the scheduler: admission moves sequences from waiting to running, preemption
+back again, and outcomes end them.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import insort
+
+from octavo.kv_cache.manager import KVCacheManager
+from octavo.scheduler.counters import SchedulerCounters
+from octavo.scheduler.sequence import Sequence
+from octavo.scheduler.suspects import Suspects
+
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    return sequence.order
+
+
+class Queues:
+    """`waiting` and `running` are kept in order of priority and arrival."""
+
+    def __init__(
+        self, manager: KVCacheManager, counters: SchedulerCounters, max_num_seqs: int
+    ) -> None:
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.suspects = Suspects()
+        self._manager = manager
+        self._counters = counters
+        self._requests: dict[str, list[Sequence]] = {}
+        self._max_num_seqs = max_num_seqs
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self._freed_rows: list[int] = []
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._requests)
+
+    def add(self, request_id: str, sequences: list[Sequence]) -> None:
+        """Queues the sequences of a new request."""
+        for sequence in sequences:
+            insort(self.waiting, sequence, key=_order)
+        self._requests[request_id] = sequences
+
+    def unfinished_of(self, request_id: str) -> list[Sequence]:
+        return [one for one in self._requests.get(request_id, ()) if not one.is_finished]
+
+    def leader_of(self, sequence: Sequence) -> Sequence | None:
+        """Returns the first sample of the same request, if this one can still take its prompt
+        over."""
+        if sequence.index == 0 or sequence.num_outputs:
+            return None
+        leader = self._requests[sequence.request.request_id][0]
+        return None if leader.is_finished else leader
+
+    @property
+    def next_row(self) -> int | None:
+        """The row that the next to start will have; None if all are taken."""
+        return self._free_rows[-1] if self._free_rows else None
+
+    def start(self, sequence: Sequence, num_computed: int) -> None:
+        """A waiting sequence runs, in `next_row`, with so many tokens computed already."""
+        sequence.row = self._free_rows.pop()
+        sequence.num_computed = num_computed
+        if sequence.scheduled_time is None:
+            sequence.scheduled_time = time.monotonic()
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=_order)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Takes pages and row away; what it published stays cached while nobody needs the room."""
+        self.running.remove(sequence)
+        sequence.num_preemptions += 1
+        sequence.num_recomputed += sequence.num_computed
+        sequence.num_computed = 0
+        self._release(sequence)
+        insort(self.waiting, sequence, key=_order)
+        self._counters.num_preemptions += 1
+
+    def finish(self, sequence: Sequence) -> None:
+        """Ends a sequence, if it has not ended."""
+        if sequence.is_finished:
+            return
+        sequence.is_finished = True
+        self.suspects.forget(sequence)
+        queue = self.waiting if sequence.row is None else self.running
+        queue.remove(sequence)
+        self._release(sequence)
+        siblings = self._requests[sequence.request.request_id]
+        if all(s.is_finished for s in siblings):
+            del self._requests[sequence.request.request_id]
+
+    def _release(self, sequence: Sequence) -> None:
+        self._manager.release(sequence.kv)
+        if sequence.row is not None:
+            self._freed_rows.append(sequence.row)
+            self._free_rows.append(sequence.row)
+            sequence.row = None
+
+    def take_freed_rows(self) -> tuple[int, ...]:
+        """Returns the rows given back since the last call."""
+        freed, self._freed_rows = tuple(self._freed_rows), []
+        return freed
+
+    def check(self) -> None:
+        """Raises AssertionError if queues, rows and pages contradict each other."""
+        rows = [s.row for s in self.running if s.row is not None]
+        assert len(rows) == len(self.running)
+        assert sorted(self._free_rows + rows) == list(range(self._max_num_seqs))
+        assert all(s.row is None and s.kv.row is None for s in self.waiting)
+        assert all(s.kv.row == s.row for s in self.running)
+        for s in self.running:
+            self._manager.check_writable(s.kv, s.num_computed)
+        self._manager.check(rows)
