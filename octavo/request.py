@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import difflib
 from array import array
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -103,6 +103,9 @@ def _is_needed(name: str, value: Any) -> Literal[False]:
 
 
 _PLAIN = frozenset({int, float, bool, str, type(None), tuple, list, dict})
+_LOGPROBS = frozenset({"logprobs", "prompt_logprobs"})
+_ID_LISTS = frozenset({"stop_token_ids", "allowed_token_ids"})
+_SEQUENCES = _ID_LISTS | frozenset({"stop", "bad_words"})
 
 
 @dataclass(slots=True, kw_only=True)
@@ -149,14 +152,16 @@ class SamplingParams(metaclass=_Sifting):
     """None: as the engine is set. "off" neither reads nor writes the prefix cache."""
 
     def __post_init__(self) -> None:
-        self._normalise_sequences()
-        self._check_numbers()
-        self._check_lists()
+        # Most fields are left as they are, and need no look: this is done for every request.
+        given = {name for name, value in _DEFAULTS if getattr(self, name) is not value}
+        self._normalise_sequences(given)
+        self._check_numbers(given)
+        self._check_lists(given)
 
-    def _normalise_sequences(self) -> None:
+    def _normalise_sequences(self, given: Set[str]) -> None:
         """Lists, single strings and what NumPy and torch have are welcome at the face; inside,
         there are plain numbers and tuples."""
-        for name in self.__slots__:
+        for name in given:
             value = getattr(self, name)
             if type(value) not in _PLAIN and isinstance(value, Array):
                 setattr(self, name, value.tolist())
@@ -165,13 +170,14 @@ class SamplingParams(metaclass=_Sifting):
             self.stop = ()
         elif isinstance(stop, str):
             self.stop = (stop,)
-        for name in ("stop", "stop_token_ids", "allowed_token_ids", "bad_words"):
+        for name in _SEQUENCES & given:
             value = getattr(self, name)
             if value is None and name != "allowed_token_ids":
                 setattr(self, name, ())
             elif isinstance(value, Sequence) and not isinstance(value, (str, tuple)):
                 setattr(self, name, tuple(value))
-        self.bad_words_token_ids = tuple(tuple(ids) for ids in self.bad_words_token_ids)
+        if "bad_words_token_ids" in given:
+            self.bad_words_token_ids = tuple(tuple(ids) for ids in self.bad_words_token_ids)
         if self.top_k == -1:
             self.top_k = 0
 
@@ -182,30 +188,35 @@ class SamplingParams(metaclass=_Sifting):
             message = f"{name} must be {wanted}, got {shown(getattr(self, name))}"
             raise RequestError(message, param=name)
 
-    def _check_numbers(self) -> None:
+    def _check_numbers(self, given: Set[str]) -> None:
         most = MAX_PARALLEL_SAMPLES
-        self._check("n", _is_int(self.n, 1, most), "an integer in 1..{}", most)
+        if "n" in given:
+            self._check("n", _is_int(self.n, 1, most), "an integer in 1..{}", most)
         for name, (low, high) in SAMPLING_RANGES.items():
-            if name != "logit_bias":
+            if name in given and name != "logit_bias":
                 is_valid = _is_number(getattr(self, name), low, high)
                 self._check(name, is_valid, "a number in {:g}..{:g}", low, high)
-        self._check("top_k", _is_int(self.top_k, 0), "an integer in -1..{}", MAX_INT)
-        low, high = -(2**63), 2**63 - 1
-        is_valid = self.seed is None or _is_int(self.seed, low, high)
-        self._check("seed", is_valid, "null or an integer in {}..{}", low, high)
+        if "top_k" in given:
+            self._check("top_k", _is_int(self.top_k, 0), "an integer in -1..{}", MAX_INT)
+        if "seed" in given:
+            low, high = -(2**63), 2**63 - 1
+            is_valid = self.seed is None or _is_int(self.seed, low, high)
+            self._check("seed", is_valid, "null or an integer in {}..{}", low, high)
         most = self.max_tokens
-        is_valid = most is None or _is_int(most, 1)
-        self._check("max_tokens", is_valid, "null or an integer in 1..{}", MAX_INT)
-        self._check("min_tokens", _is_int(self.min_tokens, 0), "an integer in 0..{}", MAX_INT)
-        is_valid = most is None or self.min_tokens <= most
-        self._check("min_tokens", is_valid, "at most max_tokens ({})", most)
-        for name in ("logprobs", "prompt_logprobs"):
+        if "max_tokens" in given:
+            is_valid = most is None or _is_int(most, 1)
+            self._check("max_tokens", is_valid, "null or an integer in 1..{}", MAX_INT)
+        if "min_tokens" in given:
+            self._check("min_tokens", _is_int(self.min_tokens, 0), "an integer in 0..{}", MAX_INT)
+            is_valid = most is None or self.min_tokens <= most
+            self._check("min_tokens", is_valid, "at most max_tokens ({})", most)
+        for name in _LOGPROBS & given:
             value = getattr(self, name)
             is_valid = value is None or _is_int(value, 0, MAX_LOGPROBS)
             self._check(name, is_valid, "an integer in 0..{}", MAX_LOGPROBS)
 
-    def _check_lists(self) -> None:
-        for name in ("stop", "bad_words"):
+    def _check_lists(self, given: Set[str]) -> None:
+        for name in MAX_TEXTS.keys() & given:
             value = getattr(self, name)
             is_valid = isinstance(value, tuple) and all(isinstance(s, str) and s for s in value)
             self._check(name, is_valid, "a list of non-empty strings")
@@ -217,13 +228,19 @@ class SamplingParams(metaclass=_Sifting):
                     f"{most} texts of {most_chars} characters are taken"
                 )
                 raise RequestError(message, param=name)
-        for name in ("stop_token_ids", "allowed_token_ids"):
+        for name in _ID_LISTS & given:
             value = getattr(self, name)
             is_valid = value is None or (isinstance(value, tuple) and _are_ids(value))
             limit = "a list of at most {} token ids, integers in 0..{}"
             self._check(name, is_valid, limit, MAX_LISTED, MAX_INT)
         is_valid = self.allowed_token_ids != ()
         self._check("allowed_token_ids", is_valid, "null or a non-empty list")
+        if "logit_bias" in given:
+            self._check_bias()
+        is_valid = self.prefix_caching in (None, "auto", "on", "off")
+        self._check("prefix_caching", is_valid, "one of auto, on, off")
+
+    def _check_bias(self) -> None:
         low, high = SAMPLING_RANGES["logit_bias"]
         bias = self.logit_bias or {}
         is_valid = (
@@ -234,8 +251,6 @@ class SamplingParams(metaclass=_Sifting):
         )
         limit = "a map from at most {} token ids in 0..{} to numbers in {:g}..{:g}"
         self._check("logit_bias", is_valid, limit, MAX_LISTED, MAX_INT, low, high)
-        is_valid = self.prefix_caching in (None, "auto", "on", "off")
-        self._check("prefix_caching", is_valid, "one of auto, on, off")
 
     def clone(self) -> SamplingParams:
         """Returns a copy, checked as a new one is."""
@@ -252,6 +267,9 @@ class SamplingParams(metaclass=_Sifting):
             or self.frequency_penalty != 0.0
             or self.repetition_penalty != 1.0
         )
+
+
+_DEFAULTS = tuple((one.name, one.default) for one in fields(SamplingParams))
 
 
 def checked_copy(given: object) -> SamplingParams:
