@@ -7,6 +7,8 @@ Filled by the output processor through `Inbox`, emptied by the server's streams 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
+from collections.abc import Callable
 
 from octavo.errors import OctavoError, SlowReaderError
 from octavo.outputs import DeltaSum, OutputDelta
@@ -18,15 +20,65 @@ News = tuple[int, OutputDelta, bool]
 """Whose (the tag of its inbox), what was added, and whether the request has ended with it."""
 
 
+Reader = Callable[[list[News]], bool]
+"""Takes news as they come, without waiting; or returns False, and has not taken them."""
+
+TURNS_AT_ONCE = 64
+"""Readers that are called before others have their turn: about a millisecond."""
+
+
+class Turns:
+    """Calls readers in the next rounds of the event loop: thousands have news at the same time, and
+    a task that wakes up for each would cost as much as all else. One event loop's."""
+
+    def __init__(self) -> None:
+        self._due: deque[Callable[[], None]] = deque()
+        self._is_scheduled = False
+
+    def add(self, turn: Callable[[], None]) -> None:
+        """Has `turn` called soon; it must not raise."""
+        self._due.append(turn)
+        if not self._is_scheduled:
+            self._schedule()
+
+    def _schedule(self) -> None:
+        self._is_scheduled = True
+        asyncio.get_running_loop().call_soon(self._run)
+
+    def _run(self) -> None:
+        due = self._due
+        for _ in range(min(len(due), TURNS_AT_ONCE)):
+            due.popleft()()
+        self._is_scheduled = False
+        if due:
+            self._schedule()
+
+
 class Mailbox:
     """What the requests of one reader have gained since it looked last."""
 
-    __slots__ = ("_error", "_loop", "_max_tokens", "_news", "_num_tokens", "_waiter")
+    __slots__ = (
+        "_error",
+        "_is_due",
+        "_loop",
+        "_max_tokens",
+        "_news",
+        "_num_tokens",
+        "_reader",
+        "_turns",
+        "_waiter",
+    )
 
-    def __init__(self, max_waiting_tokens: int | None = MAX_WAITING_TOKENS) -> None:
-        """Made in the event loop of its reader. None: no limit (a reader that keeps it all)."""
+    def __init__(
+        self, max_waiting_tokens: int | None = MAX_WAITING_TOKENS, turns: Turns | None = None
+    ) -> None:
+        """Made in the event loop of its reader. None: no limit (a reader that keeps it all).
+        Without `turns`, `take` has no use for a reader."""
         self._loop = asyncio.get_running_loop()
         self._max_tokens = max_waiting_tokens
+        self._turns = turns
+        self._reader: Reader | None = None
+        self._is_due = False  # whether our turn will come
         self._news: list[News] = []
         self._num_tokens = 0
         self._error: OctavoError | None = None
@@ -62,24 +114,51 @@ class Mailbox:
         """Whether `take` would not wait."""
         return bool(self._news) or self._error is not None
 
-    async def take(self) -> list[News]:
+    async def take(self, reader: Reader | None = None) -> list[News]:
         """Waits for news and returns all of them, those of one sequence as one. Raises the error
-        that ended a request."""
+        that ended a request, or that `reader` raises.
+
+        What comes while it waits is offered to `reader` first, and returned if that refuses it.
+        """
         while not self._news:
             if self._error is not None:
                 raise self._error
-            self._waiter = self._loop.create_future()
+            self._waiter, self._reader = self._loop.create_future(), reader
             try:
                 await self._waiter
             finally:
-                self._waiter = None
+                self._waiter = self._reader = None
+        return self._take_all()
+
+    def _take_all(self) -> list[News]:
         news, self._news, self._num_tokens = self._news, [], 0
         return news if len(news) == 1 else _joined(news)
 
     def _wake(self) -> None:
         waiter = self._waiter
-        if waiter is not None and not waiter.done():
+        if waiter is None or waiter.done():
+            return
+        if self._reader is None or self._turns is None:
             waiter.set_result(None)
+        elif not self._is_due:
+            self._is_due = True
+            self._turns.add(self._turn)
+
+    def _turn(self) -> None:
+        self._is_due = False
+        waiter, reader = self._waiter, self._reader
+        if waiter is None or waiter.done():
+            return  # It is about to look itself.
+        if reader is not None and self._news and self._error is None:
+            num_tokens, news = self._num_tokens, self._take_all()
+            try:
+                if reader(news):
+                    return
+            except Exception as error:
+                waiter.set_exception(error)
+                return
+            self._news, self._num_tokens = news, num_tokens
+        waiter.set_result(None)
 
 
 class Inbox:

@@ -42,7 +42,20 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-_TEXT = logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s", "%H:%M:%S")
+class TextFormatter(logging.Formatter):
+    """Time of day, level, logger, message."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s", "%H:%M:%S")
+        self._newest = (0, "")
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
+        """Returns the time of day, which is worked out once a second."""
+        second, text = self._newest
+        if second != int(record.created):
+            text = super().formatTime(record, datefmt)
+            self._newest = (int(record.created), text)
+        return text
 
 
 class QueuedHandler(logging.Handler):
@@ -118,7 +131,7 @@ def configure_logging(
     Standard error is never waited for; another stream is the caller's own.
     """
     handler = logging.StreamHandler(stream) if stream else _stderr_handler()
-    handler.setFormatter(JsonFormatter() if format == "json" else _TEXT)
+    handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
     handler.addFilter(_rename)
     root = logging.getLogger()
     for old in root.handlers[:]:
@@ -131,6 +144,8 @@ def configure_logging(
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
+    # No format of ours tells of them, and finding them out costs a third of a line.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     for name in _NOISY:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
     if owns_stderr and isinstance(handler, QueuedHandler):

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import time
-import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Awaitable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.observe.metrics import Metrics
@@ -95,16 +94,17 @@ class AccessMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id = _request_id(scope)
         exchange, answer = Exchange(request_id), _Answer()
         scope.setdefault("state", {}).update(request_id=request_id, exchange=exchange)
+        header = (b"x-request-id", request_id.encode())
 
-        async def send_with_id(message: Message) -> None:
+        def send_with_id(message: Message) -> Awaitable[None]:
             answer.note(message)
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
-            await send(message)
+                # A new list: the response may be one that is sent many times.
+                message["headers"] = [*message.get("headers", ()), header]
+            return send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
@@ -137,35 +137,45 @@ class AccessMiddleware:
             "path": scope["path"],
             "status": status,
             "seconds": round(seconds, 6),
-            **dict(_details(exchange, answer)),
         }
-        words = "".join(_in_words(extra))
+        words = _note_details(extra, exchange, answer)
         line = (extra["client"], method, scope["path"], status, seconds, words)
-        logger.log(level, "%s %s %r %d in %.3f s%s", *line, extra=extra)
+        # Made here, since a logger would first look for the place of the call.
+        record = logging.LogRecord(
+            logger.name, level, __file__, 0, "%s %s %r %d in %.3f s%s", line, None
+        )
+        record.__dict__.update(extra)
+        logger.handle(record)
 
 
-def _details(exchange: Exchange, answer: _Answer) -> Iterator[tuple[str, Any]]:
-    """Yields what is known beyond the status, under its name in JSON lines."""
+def _request_id(scope: Scope) -> str:
+    """Returns the id that the client sent, or a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            given = value.decode("latin-1")
+            if _REQUEST_ID.fullmatch(given):
+                return given
+            break
+    return os.urandom(16).hex()
+
+
+def _note_details(extra: dict[str, Any], exchange: Exchange, answer: _Answer) -> str:
+    """Adds what is known beyond the status to `extra`, under its names in JSON lines; returns the
+    same for people."""
+    words = ""
+    if exchange.num_prompt_tokens is not None:
+        extra["prompt_tokens"] = prompt = exchange.num_prompt_tokens
+        extra["cached_tokens"] = cached = exchange.num_cached_tokens
+        extra["output_tokens"] = output = exchange.num_output_tokens
+        words = f", prompt {prompt} tokens ({cached} cached), output {output}"
+    if exchange.first_token_seconds is not None:
+        extra["first_token_seconds"] = round(exchange.first_token_seconds, 6)
+        words += f", first after {exchange.first_token_seconds:.3f} s"
     reason = exchange.reason or answer.reason()
     if not answer.is_complete:
         reason = reason or "the client left before the end"
     if reason:
-        yield "reason", reason[:_MAX_REASON_CHARS]
-    if exchange.num_prompt_tokens is not None:
-        yield "prompt_tokens", exchange.num_prompt_tokens
-        yield "cached_tokens", exchange.num_cached_tokens
-        yield "output_tokens", exchange.num_output_tokens
-    if exchange.first_token_seconds is not None:
-        yield "first_token_seconds", round(exchange.first_token_seconds, 6)
-
-
-def _in_words(extra: dict[str, Any]) -> Iterator[str]:
-    """Yields the same for people."""
-    if "prompt_tokens" in extra:
-        yield f", prompt {extra['prompt_tokens']} tokens ({extra['cached_tokens']} cached)"
-        yield f", output {extra['output_tokens']}"
-    if "first_token_seconds" in extra:
-        yield f", first after {extra['first_token_seconds']:.3f} s"
-    if "reason" in extra:
+        extra["reason"] = reason = reason[:_MAX_REASON_CHARS]
         # A client's words may be in it: one line, whatever they are.
-        yield ": " + extra["reason"].encode("unicode_escape").decode()
+        words += ": " + reason.encode("unicode_escape").decode()
+    return words

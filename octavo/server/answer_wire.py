@@ -7,7 +7,9 @@ head and the end of the answer; of what is between they have nothing to say. Nev
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
+from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 WIRE = "octavo.wire"
@@ -17,10 +19,30 @@ WIRE = "octavo.wire"
 class AnswerWire:
     """Writes pieces of one answer's body, as `send` would, once its head has passed `send`."""
 
-    __slots__ = ("_cycle",)
+    __slots__ = ("_cycle", "_on_gone")
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = cycle
+        self._on_gone: Callable[[], None] | None = None
+
+    @staticmethod
+    def of(scope: Scope) -> AnswerWire | None:
+        """Returns the wire of a request, if it came by a connection of ours."""
+        return scope.get("extensions", {}).get(WIRE)
+
+    def watch(self, on_gone: Callable[[], None] | None) -> None:
+        """Has `on_gone`, in place of another, called when the client leaves or if it has left.
+        The request's body must have been received."""
+        self._on_gone = on_gone
+        if on_gone is not None:
+            self._cycle.flow.resume_reading()  # Else nobody would see it leave.
+            if self._cycle.disconnected:
+                on_gone()
+
+    def tell_gone(self) -> None:
+        """The client has left."""
+        if self._on_gone is not None:
+            self._on_gone()
 
     @property
     def is_open(self) -> bool:

@@ -21,7 +21,7 @@ from octavo.observe.metrics import Metrics
 from octavo.server import errors, openapi
 from octavo.server.access import AccessMiddleware
 from octavo.server.auth import AuthMiddleware
-from octavo.server.direct_routes import DirectRoutes
+from octavo.server.direct_routes import App
 from octavo.server.docs_page import docs_response
 from octavo.server.drain import Drain, DrainMiddleware
 from octavo.server.engine_client import Engine
@@ -43,7 +43,6 @@ def create_app(engine: Engine, config: ServerConfig, siblings: Siblings | None =
         ),
         Middleware(DrainMiddleware, drain=drain),
         Middleware(AuthMiddleware, config=config),
-        Middleware(DirectRoutes, routers=(chat.router, completions.router)),
     ]
     if config.allowed_origins:
         cors = Middleware(
@@ -54,10 +53,11 @@ def create_app(engine: Engine, config: ServerConfig, siblings: Siblings | None =
             expose_headers=["X-Request-Id"],
         )
         middleware.insert(1, cors)
-    app = FastAPI(
+    app = App(
+        middleware,
+        direct=(chat.router, completions.router),
         title="Octavo",
         version=__version__,
-        middleware=middleware,
         redirect_slashes=False,
         docs_url=None,
         redoc_url=None,

@@ -1,16 +1,19 @@
 """Calls the handlers of generation without the framework's layers in between.
 
-The innermost middleware of the app: parameters, dependencies and models that FastAPI would look for
-on the way are not there, since these handlers read their bodies themselves. The routes stay in the
-app, whose OpenAPI description is made of them. Never answers another path or method.
+`App` is what the server serves: a FastAPI whose requests for these handlers pass its middlewares
+and nothing else. Parameters, dependencies and models that FastAPI would look for on the way are not
+there, since these handlers read their bodies themselves. The routes stay in the app, whose OpenAPI
+description is made of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -18,24 +21,35 @@ from octavo.errors import OctavoError
 from octavo.server.errors import on_error
 
 
-class DirectRoutes:
-    """Calls what `routers` have for a POST, whose only parameter is the request."""
+class App(FastAPI):
+    """The application, with a short way to its direct routes."""
 
-    def __init__(self, app: ASGIApp, routers: Iterable[APIRouter]) -> None:
-        self._app = app
-        routes = [one for router in routers for one in router.routes]
+    def __init__(
+        self, middleware: Sequence[Middleware], direct: Iterable[APIRouter], **options: Any
+    ) -> None:
+        """A POST to a route of `direct`, whose only parameter is the request, takes the short
+        way. `options` are FastAPI's."""
+        super().__init__(middleware=middleware, **options)
         self._routes = {
             route.path: route
-            for route in routes
+            for router in direct
+            for route in router.routes
             if isinstance(route, APIRoute) and route.methods == {"POST"}
         }
+        self._short_way: ASGIApp = self._call_route
+        for layer in reversed(middleware):
+            self._short_way = layer.cls(self._short_way, *layer.args, **layer.kwargs)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_post = scope["type"] == "http" and scope["method"] == "POST"
-        route = self._routes.get(scope["path"]) if is_post else None
-        if route is None:
-            await self._app(scope, receive, send)
-            return
+        if is_post and scope["path"] in self._routes:
+            scope["app"] = self  # as Starlette would
+            await self._short_way(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+    async def _call_route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = self._routes[scope["path"]]
         scope["route"] = route  # as the router would: the access log looks there
         request = Request(scope, receive)
         try:

@@ -89,7 +89,7 @@ class StreamedCall:
     __slots__ = ("_mailbox", "_running", "hang_up", "take")
 
     def __init__(self, state: ServerState, call: Call) -> None:
-        self._mailbox = Mailbox()
+        self._mailbox = Mailbox(turns=state.turns)
         self._running = _Running(state, call, self._deliver, self._mailbox.fail)
         self.take = self._mailbox.take
         self.hang_up: Callable[[], None] | None = None

@@ -143,6 +143,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             if cycle is not None and not cycle.response_complete:
                 cycle.disconnected = True
                 cycle.message_event.set()
+                if (wire := AnswerWire.of(cycle.scope)) is not None:  # type: ignore[arg-type]
+                    wire.tell_gone()
         self.pipeline.clear()
 
     def _arm_deadline(self) -> None:

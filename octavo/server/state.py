@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 
 from octavo.config import ServerConfig
+from octavo.engine.mailbox import Turns
 from octavo.errors import shown
 from octavo.observe.metrics import Metrics
 from octavo.server.drain import Drain
@@ -44,6 +45,7 @@ class ServerState:
     body_room: BodyRoom
     parser: ParserProcess
     drain: Drain = field(default_factory=Drain)
+    turns: Turns = field(default_factory=Turns)
     siblings: Siblings = no_siblings
 
     @property

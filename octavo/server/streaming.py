@@ -16,9 +16,9 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from octavo.engine.mailbox import News
+from octavo.engine.mailbox import News, Reader
 from octavo.errors import OctavoError
-from octavo.server.answer_wire import WIRE, AnswerWire
+from octavo.server.answer_wire import AnswerWire
 from octavo.server.drain import Drain, shutting_down
 from octavo.server.errors import ClientDisconnectedError, error_body
 from octavo.server.pieces import pieces_of, sliced
@@ -46,8 +46,8 @@ class Rounds(Protocol):
         """Whether `take` would wait for ever."""
         ...
 
-    async def take(self) -> list[News]:
-        """Waits for news. Raises what ended the call."""
+    async def take(self, reader: Reader | None = None) -> list[News]:
+        """Waits for news that `reader` does not take. Raises what ended the call."""
         ...
 
     def close(self, error: BaseException | None) -> None:
@@ -57,6 +57,9 @@ class Rounds(Protocol):
 
 class EventWriter(Protocol):
     """Makes server-sent events of what a call gains."""
+
+    is_brief: bool
+    """Whether the events of all rounds are bytes."""
 
     def events(self, news: list[News]) -> bytes | Iterator[bytes]:
         """Returns the events of one round, which may be none; in pieces if they may be long."""
@@ -128,17 +131,26 @@ class Attachment:
     May be entered several times, by one task at a time. `end` lets the client go.
     """
 
-    def __init__(self, receive: Receive, drain: Drain) -> None:
+    def __init__(self, receive: Receive, drain: Drain, wire: AnswerWire | None = None) -> None:
+        """The `wire` of the request tells that the client leaves; without it, `receive` does."""
         self._expired = drain.expired
         self._task: asyncio.Task[Any] | None = None
         self._num_cancelling = 0
         self._error: Exception | None = None
-        self._gone = asyncio.ensure_future(_disconnected(receive))
-        self._gone.add_done_callback(self._on_gone)
+        self._wire = wire
+        self._gone: asyncio.Future[None] | None = None
+        if wire is not None:
+            wire.watch(self._on_gone)
+        else:
+            self._gone = asyncio.ensure_future(_disconnected(receive))
+            self._gone.add_done_callback(self._on_disconnected)
         self._expired.watch(self._on_expired)
 
     def end(self) -> None:
-        self._gone.cancel()
+        if self._wire is not None:
+            self._wire.watch(None)
+        if self._gone is not None:
+            self._gone.cancel()
         self._expired.unwatch(self._on_expired)
 
     def __enter__(self) -> Attachment:
@@ -163,9 +175,12 @@ class Attachment:
         if is_ours and isinstance(error, asyncio.CancelledError):
             raise self._error from error
 
-    def _on_gone(self, gone: asyncio.Future[None]) -> None:
+    def _on_disconnected(self, gone: asyncio.Future[None]) -> None:
         if not gone.cancelled():
-            self._stop(ClientDisconnectedError("the client closed the connection"))
+            self._on_gone()
+
+    def _on_gone(self) -> None:
+        self._stop(ClientDisconnectedError("the client closed the connection"))
 
     def _on_expired(self) -> None:
         self._stop(shutting_down())
@@ -177,12 +192,14 @@ class Attachment:
                 self._task.cancel()
 
 
-async def run_attached(work: Coroutine[Any, Any, T], receive: Receive, drain: Drain) -> T:
+async def run_attached(
+    work: Coroutine[Any, Any, T], receive: Receive, drain: Drain, wire: AnswerWire | None = None
+) -> T:
     """Returns what `work` returns; cancels it when the client leaves or the drain expires.
 
     Raises ClientDisconnectedError, or ApiError (503) when the server ends first.
     """
-    attachment = Attachment(receive, drain)
+    attachment = Attachment(receive, drain, wire)
     try:
         with attachment:
             return await work
@@ -200,7 +217,8 @@ class EventStream(Response):
     """Server-sent events: `first`, those of all later rounds, the writer's end, and [DONE]; an
     error is an event too.
 
-    A round is one write of the socket, and the last one holds the end of the answer as well.
+    A round is one write of the socket, and the last one holds the end of the answer as well. Most
+    rounds are written as their news come: no task wakes up for them.
     """
 
     def __init__(
@@ -219,7 +237,7 @@ class EventStream(Response):
         self._attachment = attachment
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        wire: AnswerWire | None = scope.get("extensions", {}).get(WIRE)
+        wire = AnswerWire.of(scope)
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         failure: Exception | None = None
         try:
@@ -228,8 +246,7 @@ class EventStream(Response):
                 self._rounds.hang_up = wire.hang_up
             await send(start)
             with self._attachment:
-                # A task of its own: every token would else wake it through all layers of the app.
-                last = await asyncio.ensure_future(self._send_all(send, wire))
+                last = await self._send_all(send, wire)
         except ClientDisconnectedError:
             return
         except Exception as error:
@@ -250,6 +267,7 @@ class EventStream(Response):
         rounds, events = self._rounds, self._writer.events
         if wire is not None and not wire.is_open:
             wire = None
+        reader = None if wire is None or not self._writer.is_brief else self._write_now(wire)
         piece = self._first
         while True:
             if not isinstance(piece, bytes):
@@ -259,7 +277,22 @@ class EventStream(Response):
             if rounds.is_over:
                 return piece + self._writer.end() + _DONE
             await _put(piece, send, wire)
-            piece = events(await rounds.take())
+            piece = events(await rounds.take(reader))
+
+    def _write_now(self, wire: AnswerWire) -> Reader:
+        """Returns what writes rounds that are not the last, while nobody must be waited for."""
+        rounds, events = self._rounds, self._writer.events
+
+        def write(news: list[News]) -> bool:
+            if rounds.is_over or wire.is_paused:
+                return False
+            piece = events(news)
+            assert isinstance(piece, bytes), "the writer is brief"
+            if piece:
+                wire.write(piece)
+            return True
+
+        return write
 
 
 async def _put(piece: bytes, send: Send, wire: AnswerWire | None) -> None:
@@ -286,10 +319,14 @@ def _begun(events: bytes | Iterator[bytes]) -> bytes | Iterator[bytes]:
 
 
 async def stream_response(
-    rounds: Rounds, writer: EventWriter, receive: Receive, drain: Drain
+    rounds: Rounds,
+    writer: EventWriter,
+    receive: Receive,
+    drain: Drain,
+    wire: AnswerWire | None = None,
 ) -> Response:
     """Returns the stream once its first event is there, so that early errors keep their status."""
-    attachment = Attachment(receive, drain)
+    attachment = Attachment(receive, drain, wire)
     try:
         with attachment:
             rounds.begin()

@@ -32,7 +32,7 @@ class Rounds:
     def is_over(self) -> bool:
         return not self._texts
 
-    async def take(self) -> list[News]:
+    async def take(self, reader: Any = None) -> list[News]:
         await asyncio.sleep(0)
         text = self._texts.pop(0)
         if text == "broken":
@@ -45,6 +45,8 @@ class Rounds:
 
 class Texts:
     """An event is its text."""
+
+    is_brief = True
 
     def events(self, news: list[News]) -> bytes:
         return b"".join(delta.text.encode() for _, delta, _ in news)

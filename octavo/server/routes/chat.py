@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from octavo.engine.mailbox import News
 from octavo.outputs import OutputDelta
+from octavo.server.answer_wire import AnswerWire
 from octavo.server.answers import ChunkFrame, PlainChunks, Usage, marked
 from octavo.server.body import read_body
 from octavo.server.chat_answers import (
@@ -47,11 +48,12 @@ async def create_chat_completion(request: Request) -> Response:
     marks = None if reading is None else reading.marks.by_id
     prompt = await state.tokenising.encode_rendered(rendered)
     call = await new_call(request, body, "chatcmpl", params, [prompt], marks)
+    wire = AnswerWire.of(request.scope)
     if body.stream:
         rounds, writer = StreamedCall(state, call), _Events(state, body, call, reading)
-        return await stream_response(rounds, writer, request.receive, state.drain)
+        return await stream_response(rounds, writer, request.receive, state.drain, wire)
     work = whole_call(state, call)
-    [sequences] = await run_attached(work, request.receive, state.drain)
+    [sequences] = await run_attached(work, request.receive, state.drain, wire)
     return await long_response(_answer(state, body, call, reading, sequences), state.drain)
 
 
@@ -140,14 +142,21 @@ class _Events:
         if reading is None and not is_told_by_token:
             choices = (_stream_choice(i, {"content": marked()}) for i in range(n))
             self._plain = PlainChunks(frame, choices)
+        self.is_brief = self._plain is not None
         self._has_begun = [False] * n
         self._is_first_round = True
 
     def events(self, news: list[News]) -> bytes | Iterator[bytes]:
         """Returns the events of one round, before the first those that open the messages; in
         pieces if they tell of each token, since a slow reader may have missed thousands."""
-        pieces = self._pieces(news)
-        return pieces if self._plain is None else b"".join(pieces)
+        if self._plain is None:
+            return self._pieces(news)
+        if len(news) == 1:  # nearly always: one sequence, one token
+            _, delta, _ = news[0]
+            if self._has_begun[delta.index] and delta.finish_reason is None:
+                self._usage.add(delta, False)
+                return self._plain.event(delta.index, delta.text) if delta.text else b""
+        return b"".join(self._pieces(news))
 
     def _pieces(self, news: list[News]) -> Iterator[bytes]:
         has_begun, plain = self._has_begun, self._plain

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from octavo.engine.mailbox import News
 from octavo.outputs import OutputDelta
 from octavo.request import PositionLogprobs
+from octavo.server.answer_wire import AnswerWire
 from octavo.server.answers import (
     ChunkFrame,
     PlainChunks,
@@ -47,11 +48,12 @@ async def create_completion(request: Request) -> Response:
     prompts = await state.tokenising.encode(texts, body.add_special_tokens) if texts else ids
     call = await new_call(request, body, "cmpl", params, prompts)
     echoed = await _echoed_texts(state, body, call)
+    wire = AnswerWire.of(request.scope)
     if body.stream:
         rounds, writer = StreamedCall(state, call), _Events(state, body, call, echoed)
-        return await stream_response(rounds, writer, request.receive, state.drain)
+        return await stream_response(rounds, writer, request.receive, state.drain, wire)
     work = whole_call(state, call)
-    sequences = await run_attached(work, request.receive, state.drain)
+    sequences = await run_attached(work, request.receive, state.drain, wire)
     return await long_response(_answer(state, body, call, sequences, echoed), state.drain)
 
 
@@ -107,13 +109,21 @@ class _Events:
         if body.logprobs is None and not (tells_tokens or frame.has_continuous_usage):
             choices = (_stream_choice(index, marked()) for index in range(num_sequences))
             self._plain = PlainChunks(frame, choices)
+        self.is_brief = self._plain is not None
         self._has_begun = [False] * num_sequences
 
     def events(self, news: list[News]) -> bytes | Iterator[bytes]:
         """Returns the events of one round; in pieces if they tell of each token, since a round
         may hold a whole prompt, or all that a slow reader has missed."""
-        pieces = self._pieces(news)
-        return pieces if self._plain is None else b"".join(pieces)
+        if self._plain is None:
+            return self._pieces(news)
+        if len(news) == 1:  # nearly always: one sequence, one token
+            place, delta, _ = news[0]
+            index = place * self._n + delta.index
+            if self._has_begun[index] and delta.finish_reason is None:
+                self._usage.add(delta, False)
+                return self._plain.event(index, delta.text) if delta.text else b""
+        return b"".join(self._pieces(news))
 
     def _pieces(self, news: list[News]) -> Iterator[bytes]:
         has_begun, plain = self._has_begun, self._plain
