@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from octavo.engine.mailbox import Inbox, Mailbox
+from octavo.engine.mailbox import TURNS_AT_ONCE, Inbox, Mailbox, News, Turns
 from octavo.errors import EngineDeadError, SlowReaderError
 from octavo.outputs import OutputDelta
 
@@ -67,3 +67,65 @@ async def test_a_reader_that_keeps_up_is_never_given_up():
     for _ in range(100):
         assert all(mailbox.put(0, delta("a"), False) for _ in range(9))
         await mailbox.take()
+
+
+async def test_a_reader_gets_news_as_they_come_until_it_refuses():
+    turns = Turns()
+    mailbox, taken = Mailbox(turns=turns), []
+
+    def read(news: list[News]) -> bool:
+        text = "".join(added.text for _, added, _ in news)
+        if text.startswith("stop"):
+            return False
+        taken.append(text)
+        return True
+
+    waiting = asyncio.create_task(mailbox.take(read))
+    await asyncio.sleep(0)
+    for texts in (("a", "b"), ("c",), ("stop", "!")):
+        assert not waiting.done()
+        for text in texts:
+            mailbox.put(0, delta(text), False)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    assert [added.text for _, added, _ in await waiting] == ["stop!"]
+    assert taken == ["ab", "c"]
+
+
+async def test_what_a_reader_raises_and_the_error_of_a_request_end_the_reading():
+    def break_down(news: list[News]) -> bool:
+        raise ValueError("broken")
+
+    mailbox = Mailbox(turns=Turns())
+    waiting = asyncio.create_task(mailbox.take(break_down))
+    await asyncio.sleep(0)
+    mailbox.put(0, delta("a"), False)
+    with pytest.raises(ValueError, match="broken"):
+        await waiting
+    waiting = asyncio.create_task(mailbox.take(lambda news: True))
+    await asyncio.sleep(0)
+    mailbox.fail(EngineDeadError("gone"))
+    with pytest.raises(EngineDeadError):
+        await waiting
+
+
+async def test_a_reader_that_takes_nothing_any_more_is_not_asked():
+    mailbox = Mailbox(turns=Turns())
+    waiting = asyncio.create_task(mailbox.take(lambda news: pytest.fail("asked")))
+    await asyncio.sleep(0)
+    mailbox.put(0, delta("a"), False)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    await asyncio.sleep(0)
+    assert [added.text for _, added, _ in await mailbox.take()] == ["a"]
+
+
+async def test_turns_let_others_run_in_between():
+    turns, calls = Turns(), []
+    for place in range(3 * TURNS_AT_ONCE):
+        turns.add(lambda place=place: calls.append(place))
+    asyncio.get_running_loop().call_soon(calls.append, -1)
+    for _ in range(4):
+        await asyncio.sleep(0)
+    assert calls.index(-1) == TURNS_AT_ONCE
+    assert [place for place in calls if place >= 0] == list(range(3 * TURNS_AT_ONCE))
