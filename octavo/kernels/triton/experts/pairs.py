@@ -170,7 +170,7 @@ def down_and_combine_kernel(
         h = tl.load(hidden_at + start, mask=is_in, other=0.0)
         total += folded(w, h[None, :, :])
         is_next = is_here[:, None] & (k < inner_size - start - BLOCK_K)[None, :]
-        w = weight_tile(down_at, start + BLOCK_K, is_next[None, :, :], FORMAT, False)
+        w = weight_tile(down_at, start, is_next[None, :, :], FORMAT, False, BLOCK_K)
     out = tl.sum(tl.sum(total, 2) * weight[None, :], 1)
     at = out_TM + token.to(tl.int64) * hidden_size + column
     tl.store(at, out.to(out_TM.dtype.element_ty), mask=is_column)

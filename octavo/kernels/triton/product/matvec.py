@@ -55,7 +55,7 @@ def matvec_kernel(
         left = hidden_size - start
         x = tl.load(x_M + start + k, mask=k < left, other=0.0)
         is_next = (k < left - BLOCK_K)[None, :]
-        following = weight_tile(w_at, start + BLOCK_K, is_next, FORMAT, False)
+        following = weight_tile(w_at, start, is_next, FORMAT, False, BLOCK_K)
         total += folded(w, x[None, :])
         w = following
     out = tl.sum(total, 1)

@@ -23,11 +23,14 @@ def weight_at(planes, row, row_stride, k, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def weight_tile(at, start, is_in, FORMAT: tl.constexpr, EVEN_K: tl.constexpr):
-    """Returns the tile `start` numbers along the rows from `at`; 0 where it is not in. EVEN_K: all
-    of it is."""
+def weight_tile(
+    at, start, is_in, FORMAT: tl.constexpr, EVEN_K: tl.constexpr, AHEAD: tl.constexpr = 0
+):
+    """Returns the tile `start` and AHEAD numbers along the rows from `at`; 0 where it is not in.
+    EVEN_K: all of it is."""
     tl.static_assert(FORMAT == "numbers")
-    return tl.load(at[0] + start) if EVEN_K else tl.load(at[0] + start, mask=is_in, other=0.0)
+    there = at[0] + start + AHEAD  # a constant of its own costs no register
+    return tl.load(there) if EVEN_K else tl.load(there, mask=is_in, other=0.0)
 
 
 @triton.jit

@@ -1,0 +1,66 @@
+"""The compiled kernels, loaded through ctypes, or why there are none.
+
+Used by `native.py`; the registry asks for the reason first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+from ctypes import POINTER, c_char_p, c_double, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+from octavo.kernels.cpu.structs import ActivationStruct, MoEStruct, RouteStruct
+
+SIGNATURES: dict[str, list[Any]] = {
+    "linear": [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p],
+    "gated_mlp": [c_void_p, c_int64, c_void_p, POINTER(ActivationStruct), c_void_p, c_void_p],
+    "moe": [POINTER(MoEStruct)],
+    "embedding": [c_void_p, c_int64, c_void_p, c_void_p],
+    "rms_norm": [c_void_p, c_int64, c_int64, c_void_p, c_double, c_void_p],
+    "add_rms_norm": [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_double, c_void_p],
+    "route": [POINTER(RouteStruct)],
+    "rope_and_cache": [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p],
+    "attention": [c_void_p, c_int64, c_void_p, c_void_p, c_double, c_int64, c_void_p],
+}
+"""Arguments after the pool; every op returns a status."""
+
+
+def library_path() -> Path | None:
+    """Returns where the compiled kernels lie, or None if they were not built."""
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).parent / f"_native{suffix}"
+        if path.exists():
+            return path
+    return None
+
+
+def load_library() -> ctypes.CDLL:
+    """Returns the compiled kernels. Raises OSError saying why they cannot be loaded."""
+    path = library_path()
+    if path is None:
+        raise OSError(
+            f"{Path(__file__).parent}/_native*.so is not built (no C++ compiler at install? "
+            "build it with: python setup.py build_ext --inplace)"
+        )
+    library = ctypes.CDLL(str(path))
+    library.octavo_is_supported.restype = c_int64
+    library.octavo_isa.restype = c_char_p
+    library.octavo_create.argtypes, library.octavo_create.restype = [c_int64], c_void_p
+    library.octavo_destroy.argtypes, library.octavo_destroy.restype = [c_void_p], None
+    for name, arguments in SIGNATURES.items():
+        function = getattr(library, f"octavo_{name}")
+        function.argtypes, function.restype = [c_void_p, *arguments], c_int64
+    return library
+
+
+def unfit_reason() -> str | None:
+    """Returns why the native kernels cannot run on this machine, or None if they can."""
+    try:
+        library = load_library()
+    except OSError as error:
+        return str(error)
+    if not library.octavo_is_supported():
+        return f"the CPU lacks one of {library.octavo_isa().decode()}"
+    return None

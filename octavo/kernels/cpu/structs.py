@@ -1,0 +1,164 @@
+"""What native.h takes by address: C structs, and how they are made of the values of ops.
+
+Used by `native.py`. A struct has addresses of tensors: whoever makes one keeps those alive.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_double, c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.kernels.activations import Activation, ClampedSwiGLU, PlainActivation
+from octavo.kernels.inputs import AttentionBatch, KVLayer, QKNorm, RopeTable
+from octavo.kernels.routing import ExpertWeighting, Score
+from octavo.kernels.weights import ExpertWeights, Weight
+
+_FORMATS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
+FORMAT_CODES = {name: code for code, name in enumerate(_FORMATS)}
+"""The order is that of `enum Format` in native.h."""
+KV_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+ACTIVATION_CODES: dict[PlainActivation, int] = {"silu": 0, "gelu_tanh": 1}
+_CLAMPED_SWIGLU = 2
+SCORE_CODES: dict[Score, int] = {"softmax": 0, "sigmoid": 1, "sqrt_softplus": 2, "logit": 3}
+WEIGHTING_CODES: dict[ExpertWeighting, int] = {"score": 0, "softmax": 1, "sigmoid": 2}
+
+
+def fields(*names: str) -> list[tuple[str, Any]]:
+    """Names that end in `*` are addresses, the others int64; all are 8 bytes."""
+    return [(n.rstrip("*"), c_void_p if n.endswith("*") else c_int64) for n in names]
+
+
+class MatrixStruct(ctypes.Structure):
+    _fields_ = fields("data*", "rows", "cols", "row_bytes", "format")
+
+
+class KVLayerStruct(ctypes.Structure):
+    _fields_ = fields(
+        *("key*", "value*", "key_stride", "value_stride"),
+        *("blocks", "block_size", "kv_heads", "head_size", "format"),
+    )
+
+
+class BatchStruct(ctypes.Structure):
+    _fields_ = fields(
+        *("positions*", "query_starts*", "seq_lens*", "block_table*", "slot_mapping*"),
+        *("tokens", "sequences", "table_stride", "table_columns"),
+    )
+
+
+class RopeStruct(ctypes.Structure):
+    _fields_ = fields("cos*", "sin*", "positions", "rotary_dim")
+
+
+class QKNormStruct(ctypes.Structure):
+    _fields_ = [*fields("query*", "key*"), ("eps", c_double), ("per_head", c_int64)]
+
+
+class ActivationStruct(ctypes.Structure):
+    _fields_ = [*fields("kind"), ("alpha", c_double), ("limit", c_double)]
+
+
+class MoEStruct(ctypes.Structure):
+    _fields_ = [
+        *fields("x*", "weights*", "topk_weights*", "topk_ids*", "order*", "slots*"),
+        *fields("hidden*", "parts*", "out*", "tokens", "experts", "top_k"),
+        *fields("gate_bias*", "up_bias*", "down_bias*"),
+        ("activation", ActivationStruct),
+    ]
+
+
+class RouteStruct(ctypes.Structure):
+    _fields_ = [
+        *fields("logits*", "correction*", "scales*", "weights*", "ids*"),
+        *fields("tokens", "experts", "top_k", "score", "groups", "top_groups", "group_best"),
+        *fields("weighting", "renormalize"),
+        *(("sum_epsilon", c_double), ("least_sum", c_double), ("scale", c_double)),
+    ]
+
+
+def matrix_struct(weight: Weight) -> MatrixStruct:
+    data, form = weight.data, weight.format
+    row_bytes = data.stride(0) * data.element_size()
+    assert data.stride(1) == 1, "rows must be contiguous"
+    shape = data.shape[0], data.shape[1] * data.element_size()
+    assert shape == (weight.rows, form.row_bytes(weight.cols)), form.name
+    code = FORMAT_CODES[form.name]
+    return MatrixStruct(data.data_ptr(), weight.rows, weight.cols, row_bytes, code)
+
+
+def matrix_structs(weights: Sequence[Weight]) -> ctypes.Array[MatrixStruct]:
+    return (MatrixStruct * len(weights))(*map(matrix_struct, weights))
+
+
+def expert_structs(experts: ExpertWeights) -> ctypes.Array[MatrixStruct]:
+    first = experts.gate[0], experts.up[0], experts.down[0]
+    for one in zip(experts.gate, experts.up, experts.down, strict=True):
+        for weight, like in zip(one, first, strict=True):
+            assert (weight.rows, weight.cols) == (like.rows, like.cols)
+    return matrix_structs((*experts.gate, *experts.up, *experts.down))
+
+
+def activation_struct(activation: Activation) -> ActivationStruct:
+    if isinstance(activation, ClampedSwiGLU):
+        return ActivationStruct(_CLAMPED_SWIGLU, activation.alpha, activation.limit)
+    return ActivationStruct(ACTIVATION_CODES[activation], 0.0, 0.0)
+
+
+def bias_addresses(experts: ExpertWeights) -> tuple[int | None, ...]:
+    biases = experts.biases
+    if biases is None:
+        return None, None, None
+    count, inner, outer = len(experts.gate), experts.gate[0].rows, experts.down[0].rows
+    assert biases.gate_EF.shape == biases.up_EF.shape == (count, inner)
+    assert biases.down_EM.shape == (count, outer)
+    tensors = (biases.gate_EF, biases.up_EF, biases.down_EM)
+    return tuple(address_of(tensor, torch.float32) for tensor in tensors)
+
+
+def address_of(tensor: Tensor, dtype: torch.dtype) -> int:
+    assert tensor.dtype is dtype, f"{tensor.dtype} is not {dtype}"
+    assert tensor.is_contiguous(), "must be contiguous"
+    return tensor.data_ptr()
+
+
+def kv_layer_struct(layer: KVLayer) -> KVLayerStruct:
+    key, value = layer.key, layer.value
+    blocks, block_size, kv_heads, head_size = key.shape
+    inner = (kv_heads * head_size, head_size, 1)
+    assert (value.shape, value.dtype) == (key.shape, key.dtype)
+    assert (key.stride()[1:], value.stride()[1:]) == (inner, inner), "pages must be contiguous"
+    item = key.element_size()
+    strides = key.stride(0) * item, value.stride(0) * item
+    shape = blocks, block_size, kv_heads, head_size
+    return KVLayerStruct(key.data_ptr(), value.data_ptr(), *strides, *shape, KV_CODES[key.dtype])
+
+
+def batch_struct(batch: AttentionBatch) -> BatchStruct:
+    table, sequences = batch.block_table, len(batch.seq_lens_S)
+    assert (table.dtype, table.stride(1)) == (torch.int32, 1)
+    assert len(table) >= sequences == len(batch.query_starts) - 1
+    return BatchStruct(
+        *(address_of(t, torch.int32) for t in (batch.positions_T, batch.query_starts)),
+        *(address_of(batch.seq_lens_S, torch.int32), table.data_ptr()),
+        *(address_of(batch.slot_mapping_T, torch.int64), len(batch.positions_T), sequences),
+        *(table.stride(0), table.shape[1]),
+    )
+
+
+def rope_struct(rope: RopeTable) -> RopeStruct:
+    tables = rope.cos, rope.sin
+    shape = len(rope.cos), rope.rotary_dim // 2
+    assert all(table.shape == shape for table in tables)
+    return RopeStruct(
+        *(address_of(t, torch.float32) for t in tables), len(rope.cos), rope.rotary_dim
+    )
+
+
+def qk_norm_struct(norm: QKNorm) -> QKNormStruct:
+    pointers = (address_of(t, torch.float32) for t in (norm.query, norm.key))
+    return QKNormStruct(*pointers, norm.eps, int(norm.per_head))
