@@ -58,7 +58,8 @@ def _triton(needs: Needs) -> Ops:
 
 
 def _native(needs: Needs) -> Ops:
-    from octavo.kernels.cpu.native import NativeOps, unfit_reason
+    from octavo.kernels.cpu.library import unfit_reason
+    from octavo.kernels.cpu.native import NativeOps
 
     reason = "it computes on the CPU" if needs.device.type != "cpu" else unfit_reason()
     if reason is not None:

@@ -9,7 +9,7 @@ import torch
 
 from octavo.errors import ConfigError
 from octavo.kernels import limits
-from octavo.kernels.cpu import native
+from octavo.kernels.cpu import library
 from octavo.kernels.limits import AttentionWants, attention_wants, check_backend
 from octavo.kernels.registry import BACKENDS, Needs, select_ops, unfit_reasons
 from octavo.visibility import Chunk, Full, Window
@@ -17,7 +17,7 @@ from octavo.visibility import Chunk, Full, Window
 
 @pytest.fixture
 def _unbuilt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "library_path", lambda: None)
+    monkeypatch.setattr(library, "library_path", lambda: None)
 
 
 def test_every_back_end_carries_its_name() -> None:
@@ -56,8 +56,8 @@ def test_a_library_that_does_not_load_is_a_reason(
 ) -> None:
     broken = tmp_path / "_native.so"
     broken.write_bytes(b"no library")
-    monkeypatch.setattr(native, "library_path", lambda: broken)
-    assert "_native.so" in (native.unfit_reason() or "")
+    monkeypatch.setattr(library, "library_path", lambda: broken)
+    assert "_native.so" in (library.unfit_reason() or "")
 
 
 def test_a_gpu_takes_triton_and_says_why_not_the_others() -> None:
