@@ -1,1 +1,14 @@
-"""Paged attention: the keys' and values' way into the cache, and every way to attend them."""
+"""Paged attention: the keys' and values' way into the cache, and every way to attend them.
+
+| queries of a sequence | Hopper, 16 bits, heads of 64 or 128, all visible | else |
+| --- | --- | --- |
+| one | decode.py: rotation within, keys in splits | the same |
+| one, many blocks shared | hopper/ for all members at once, decode.py for tails | shared.py |
+| few (SHORT_QUERIES) | hopper/, keys in splits that short_chunks.py plans and merges | tiles.py |
+| more | hopper/, keys in one run | tiles.py |
+| any, deterministic | decode.py: a row a query, splits of its own | the same |
+| all, before: rotation, and the write | write.py | the same |
+
+choose.py is the only place that chooses. splits.py says how many splits there are, partials.py
+keeps and merges what they leave.
+"""

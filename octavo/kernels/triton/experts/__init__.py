@@ -1,5 +1,15 @@
-"""The experts of MoE layers: routing, sorting, the grouped products, and their sum.
+"""The experts of MoE layers: routing, the products of the chosen experts, and their sum.
 
-Softmax and top k alone are routed by route.py, for one token within the router's product; every
-other rule by route_by_rule.py.
+| tokens | how a program finds its rows | file |
+| --- | --- | --- |
+| one (two where experts are many) | it has a pair | pairs.py, which sums too |
+| few (FEW_TOKENS) | it looks through all pairs; a shared expert is some experts more | grouped.py |
+| more, or any deterministic | it has a block of pairs that sort.py has ordered | grouped.py |
+
+Deterministic steps take grouped.py throughout: both of its ways give the same bits. choose.py is
+the only place that chooses, shapes.py has the launch shapes. The parts of few and more are summed
+by combine.py, unless the next norm does it; biases of the last products are added by biases.py.
+
+Softmax and top k alone are routed by route.py, for one token within the router's product
+(product/norm_matvec.py); every other rule by route_by_rule.py.
 """

@@ -1,1 +1,8 @@
-"""Kernels of one pass over rows: norms, the embedding, activations."""
+"""Kernels of one pass over rows, whatever the number of tokens.
+
+| op | file |
+| --- | --- |
+| RMSNorm, with the residual's addition and the sum of an expert layer's parts | norm.py |
+| rows of the embedding | embedding.py |
+| gated activations, a shared expert's gated addition | activation.py |
+"""
