@@ -30,6 +30,9 @@ _TAIL = 64
 """Characters of a prompt in which a template may have begun or ended the reasoning."""
 _JUNK = " \t\r\n}]"
 """What may be left of a call that was closed too often."""
+_BRACKETS = ("{", "[")
+_BARE_ENDS = ("```", "</tools>", ",", ";")
+"""What may stand behind calls that have no marker."""
 _SEPARATORS = Markers((",", ";"))
 
 
@@ -79,6 +82,8 @@ class _FormatMarkers:
         self.thinking = Markers(() if reasoning is None else reasoning.begins)
         self.drops = Markers(drops)
         self.calls = Markers(calls)
+        self.bare = Markers(() if tools is None else tools.bare)
+        self.bare_ends = Markers(() if tools is None else (*tools.closes, *tools.ends, *_BARE_ENDS))
         self.opens = Markers(() if tools is None else tools.opens)
         self.closes = Markers(() if tools is None else tools.closes)
         self.ends = Markers(() if tools is None else tools.ends)
@@ -208,18 +213,24 @@ class AnswerParser:
 
     def _bare_calls(self) -> Step[None]:
         """Reads calls without a marker, at the start of an answer."""
-        tools, source = self._format.tools, self._source
-        if tools is None or not tools.bare or not self._has_tools:
+        tools, source, calls = self._format.tools, self._source, self._calls
+        starts = self._format.markers.bare
+        if tools is None or not self._has_tools or not starts.texts:
             return
-        source.keep()
-        yield from source.skip_space()
-        char = yield from source.peek()
-        source.go_back()
-        if char and char in tools.bare:
+        num_before = -1
+        while calls.num_calls > num_before:
+            num_before = calls.num_calls
             source.keep()
-            self._calls.must_be_known = True
-            yield from self._calls_of(tools, "")
-            self._calls.must_be_known = False
+            yield from source.skip_space()
+            start = yield from source.accept(starts)
+            if not start:
+                source.go_back()
+                return
+            if start in _BRACKETS:
+                source.unread(len(start))
+            calls.must_be_known = True
+            yield from self._calls_of(tools, "", is_bare=True)
+            calls.must_be_known = False
 
     def _section(self, marker: str) -> Step[None]:
         """Reads the calls that begin with `marker`."""
@@ -228,12 +239,12 @@ class AnswerParser:
         self._source.keep(len(marker))
         yield from self._calls_of(tools, marker)
 
-    def _calls_of(self, tools: ToolFormat, marker: str) -> Step[None]:
+    def _calls_of(self, tools: ToolFormat, marker: str, *, is_bare: bool = False) -> Step[None]:
         assert tools.shape is not None, "answers in channels have no markers of calls"
         source, calls, markers = self._source, self._calls, self._format.markers
         num_before = calls.num_calls
         opened = marker if marker in markers.opens or not tools.opens else ""
-        has_begun = not tools.opens
+        has_begun = is_bare or not tools.opens
         while True:
             try:
                 if not opened and not has_begun:
@@ -254,6 +265,11 @@ class AnswerParser:
                 return
             calls.end()
             self._text.cut()
+            if is_bare:
+                source.release()
+                yield from source.skip_space()
+                yield from source.accept(markers.bare_ends)
+                return
             if not (yield from self._close()):
                 return
             if has_begun:

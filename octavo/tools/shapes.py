@@ -50,9 +50,9 @@ class ToolFormat:
     """Behind the last call."""
     drops: tuple[str, ...] = ()
     """Markers around the content that are no part of it."""
-    bare: str = ""
-    """What a call may begin with at the start of an answer, without a marker; only tools that the
-    request has are called so."""
+    bare: tuple[str, ...] = ()
+    """What calls may begin with at the start of an answer, without a marker: a bracket, which is
+    part of the call, or a text before it. Only tools that the request has are called so."""
     ids: Literal["call", "alphanumeric", "kimi"] = "call"
     """The manner of ids."""
     signs: tuple[tuple[str, ...], ...] = ()

@@ -233,6 +233,33 @@ def test_what_small_models_get_wrong_is_understood(body: str) -> None:
     assert answer.content == ""
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "f", "arguments": {"a": 1}}',
+        ' [{"name": "f", "arguments": {"a": 1}}]'[2:-1],
+        '```json\n{"name": "f", "arguments": {"a": 1}}\n```',
+        '<tools>\n{"name": "f", "arguments": {"a": 1}}\n</tools>',
+        '{"name": "f", "arguments": {"a": 1}}</tool_call>',
+    ],
+)
+def test_a_call_without_its_tags_is_one_if_the_tool_is_known(text: str) -> None:
+    answer = read("hermes", [*f"{text}\n{text}"], schemas={"f": {}})
+    assert answer.calls == [("f", {"a": 1})] * 2
+    assert answer.content == ""
+    assert read("hermes", [*text], schemas={"g": {}}).content == text
+
+
+def test_json_that_is_no_call_is_text_at_once() -> None:
+    parser = AnswerParser(answer_format("", {}, tool_parser="hermes"), schemas={"f": {}})
+    told = [piece for char in '{"answer": 42' for piece in parser.push(char)]
+    assert told
+    parser = AnswerParser(answer_format("", {}, tool_parser="hermes"), schemas={"f": {}})
+    assert Answer.of([*parser.push("```python\nx = 1"), *parser.finish()]).content == (
+        "```python\nx = 1"
+    )
+
+
 def test_an_answer_that_was_cut_off_has_the_arguments_so_far() -> None:
     text = '<tool_call>\n{"name": "f", "arguments": {"a": "b'
     assert read("hermes", [*text], schemas={}, is_cut=True).arguments == ['{"a": "b']
