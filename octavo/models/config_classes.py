@@ -150,3 +150,110 @@ OLMOE = ConfigClass(
     nullable=_NULLABLE | _HEADS | _WINDOW | {"clip_qkv"},
     aliases={"num_experts": "num_local_experts"},
 )
+GEMMA2 = ConfigClass(
+    defaults={
+        **_ALL,
+        "vocab_size": 256_000,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "layer_types": None,
+        "final_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 50.0,
+        "use_bidirectional_attention": None,
+    },
+    nullable=_NULLABLE
+    | _WINDOW
+    | {
+        "layer_types",
+        "final_logit_softcapping",
+        "attn_logit_softcapping",
+        "use_bidirectional_attention",
+    },
+)
+GEMMA3 = ConfigClass(
+    defaults={
+        **GEMMA2.defaults,
+        "vocab_size": 262_208,
+        "max_position_embeddings": 131_072,
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+        "sliding_window_pattern": 6,
+        "final_logit_softcapping": None,
+        "attn_logit_softcapping": None,
+        "use_bidirectional_attention": False,
+    },
+    nullable=GEMMA2.nullable,
+)
+_CONDITIONAL = {"quantization_config": None}
+GEMMA3_CONDITIONAL = ConfigClass(
+    defaults={**_CONDITIONAL, "text_config": {}, "tie_word_embeddings": True},
+    nullable=frozenset(_CONDITIONAL),
+)
+GPT_OSS = ConfigClass(
+    defaults={
+        **_ALL,
+        "vocab_size": 201_088,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 150_000.0,
+        "attention_bias": True,
+        "sliding_window": 128,
+        "layer_types": None,
+        "num_local_experts": 128,
+        "num_experts_per_tok": 4,
+        "swiglu_alpha": 1.702,
+        "swiglu_limit": 7.0,
+    },
+    nullable=_NULLABLE | _WINDOW | {"layer_types"},
+    aliases={"num_local_experts": "num_experts"},
+)
+LLAMA4 = ConfigClass(
+    defaults={
+        **_ALL,
+        "vocab_size": 202_048,
+        "hidden_size": 5120,
+        "intermediate_size": 8192,
+        "intermediate_size_mlp": 16_384,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500_000.0,
+        "attention_bias": False,
+        "num_local_experts": 16,
+        "num_experts_per_tok": 1,
+        "moe_layers": None,
+        "interleave_moe_layer_step": 1,
+        "use_qk_norm": True,
+        "no_rope_layers": None,
+        "no_rope_layer_interval": 4,
+        "attention_chunk_size": 8192,
+        "layer_types": None,
+        "attn_temperature_tuning": True,
+        "floor_scale": 8192,
+        "attn_scale": 0.1,
+    },
+    nullable=_NULLABLE | {"layer_types", "moe_layers", "no_rope_layers", "attention_chunk_size"},
+)
+LLAMA4_CONDITIONAL = ConfigClass(
+    defaults={**_CONDITIONAL, "text_config": {}, "tie_word_embeddings": False},
+    nullable=frozenset(_CONDITIONAL),
+)

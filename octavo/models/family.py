@@ -34,6 +34,14 @@ DENSE_NAMES: dict[str, str] = {
 """Names that all families of Llama's lineage share."""
 
 
+VISION_NAMES = tuple(
+    f"{prefix}{part}.*"
+    for prefix in ("", "model.")
+    for part in ("vision_tower", "vision_model", "multi_modal_projector")
+)
+"""What checkpoints of models that see have beside the text model."""
+
+
 def moe_names(model_type: str) -> dict[str, str]:
     """Returns DENSE_NAMES, and what `weights.names` says of the experts."""
     names = expert_names(model_type)

@@ -6,10 +6,11 @@ never imports torch or transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 from octavo.kernels.activations import Activation
 from octavo.kernels.routing import RoutingRule
+from octavo.layers.rope_spec import RopeSpec
 from octavo.models.attention_spec import AttentionSpec
 from octavo.models.hf_config import HFConfig
 from octavo.models.hf_rope import read_rope
@@ -17,6 +18,8 @@ from octavo.models.mlp_spec import MLPSpec, MoESpec
 from octavo.models.spec import LayerSpec, ModelSpec
 from octavo.visibility import Full, Visibility, Window
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Names of `layer_types`."""
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
@@ -40,9 +43,13 @@ def read_decoder(config: HFConfig, layer: Callable[[int], LayerSpec]) -> ModelSp
 
 
 def read_attention(
-    config: HFConfig, *, qkv_bias: bool = False, o_bias: bool = False
+    config: HFConfig,
+    *,
+    qkv_bias: bool = False,
+    o_bias: bool = False,
+    rope: Callable[[HFConfig, int], RopeSpec] = read_rope,
 ) -> AttentionSpec:
-    """Returns full attention of the config's sizes."""
+    """Returns full attention of the config's sizes; `rope` reads what a family writes otherwise."""
     hidden = config.integer("hidden_size")
     num_heads = config.integer("num_attention_heads")
     num_kv_heads = config.optional_integer("num_key_value_heads") or num_heads
@@ -56,23 +63,28 @@ def read_attention(
         num_kv_heads=num_kv_heads,
         head_size=size,
         scale=size**-0.5,
-        rope=read_rope(config, size),
+        rope=rope(config, size),
         qkv_bias=qkv_bias,
         o_bias=o_bias,
     )
 
 
-def read_activation(config: HFConfig) -> Activation:
-    name = config.text("hidden_act")
+def read_activation(config: HFConfig, field: str = "hidden_act") -> Activation:
+    name = config.text(field)
     if name not in ACTIVATIONS:
-        config.refuse("hidden_act", ", ".join(ACTIVATIONS))
+        config.refuse(field, ", ".join(ACTIVATIONS))
     return ACTIVATIONS[name]
 
 
-def read_mlp(config: HFConfig) -> MLPSpec:
+def read_mlp(
+    config: HFConfig,
+    *,
+    size_field: str = "intermediate_size",
+    activation_field: str = "hidden_act",
+) -> MLPSpec:
     """Returns the dense MLP of the config."""
-    size = config.integer("intermediate_size")
-    return MLPSpec(size=size, activation=read_activation(config))
+    activation = read_activation(config, activation_field)
+    return MLPSpec(size=config.integer(size_field), activation=activation)
 
 
 def read_moe(
@@ -125,15 +137,21 @@ def read_layer_types(
     return tuple(types)
 
 
+def read_some_windows(config: HFConfig, types: Collection[str]) -> Mapping[str, Visibility]:
+    """Returns what a layer of each type sees, for families whose windowed layers need a window."""
+    window = read_window(config)
+    if window == Full() and SLIDING in types:
+        config.refuse("sliding_window", f"a window, since there are layers of {SLIDING}")
+    return {FULL: Full(), SLIDING: window}
+
+
 def read_windows(
     config: HFConfig, is_windowed: Callable[[int], bool], window: Visibility
 ) -> tuple[Visibility, ...]:
     """Returns what each layer sees: from layer_types if given, else a window where
     `is_windowed`."""
-    known = {"full_attention": Full(), "sliding_attention": window, "attention": Full()}
-    types = read_layer_types(
-        config, known, lambda i: "sliding_attention" if is_windowed(i) else "full_attention"
-    )
-    if window == Full() and "sliding_attention" in types and config.value("layer_types"):
+    known = {FULL: Full(), SLIDING: window, "attention": Full()}
+    types = read_layer_types(config, known, lambda i: SLIDING if is_windowed(i) else FULL)
+    if window == Full() and SLIDING in types and config.value("layer_types"):
         config.refuse("sliding_window", "a window, since layer_types has sliding_attention")
     return tuple(known[name] for name in types)

@@ -23,6 +23,12 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "Qwen2MoeForCausalLM": ("qwen", "QWEN2_MOE"),
     "Qwen3MoeForCausalLM": ("qwen", "QWEN3_MOE"),
     "OlmoeForCausalLM": ("olmoe", "OLMOE"),
+    "Gemma2ForCausalLM": ("gemma", "GEMMA2"),
+    "Gemma3ForCausalLM": ("gemma", "GEMMA3"),
+    "Gemma3ForConditionalGeneration": ("gemma", "GEMMA3_CONDITIONAL"),
+    "GptOssForCausalLM": ("gpt_oss", "GPT_OSS"),
+    "Llama4ForCausalLM": ("llama4", "LLAMA4"),
+    "Llama4ForConditionalGeneration": ("llama4", "LLAMA4_CONDITIONAL"),
 }
 """Architecture -> (module in octavo.models, name of the Family in it)."""
 

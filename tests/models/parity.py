@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from octavo.errors import ConfigError
+from octavo.kernels.limits import attention_unfit
 from octavo.kernels.ops import Ops
 from octavo.kernels.registry import Needs, select_ops
 from octavo.models.decoder import Decoder, load_decoder
@@ -66,6 +67,14 @@ def load(tiny: TinyModel, ops: Ops, max_model_len: int) -> Decoder:
     if ops.name == "triton":
         placement = DevicePlacement(source, _device_of(ops.name))
     return load_decoder(spec, family, placement, ops, max_model_len)
+
+
+def load_or_skip(tiny: TinyModel, ops: Ops, max_model_len: int) -> Decoder:
+    """As `load`; skips the test where the back end says that it cannot attend for the model."""
+    reason = attention_unfit(ops.name, read_spec(tiny.config)[0].attention_wants)
+    if reason is not None:
+        pytest.skip(f"{ops.name}: {reason}")
+    return load(tiny, ops, max_model_len)
 
 
 def drive(decoder: Decoder, **options: Any) -> Driver:

@@ -21,6 +21,7 @@ from tests.models.parity import (
     assert_parity,
     drive,
     load,
+    load_or_skip,
     ops_or_skip,
     prompts,
 )
@@ -40,7 +41,7 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def decoder(tiny: TinyModel, ops: Ops) -> Decoder:
-    return load(tiny, ops, MAX_MODEL_LEN)
+    return load_or_skip(tiny, ops, MAX_MODEL_LEN)
 
 
 def check(tiny: TinyModel, decoder: Decoder, sequence: Tracked) -> None:
@@ -83,6 +84,24 @@ def test_a_batch_of_prefills_and_decodes_of_mixed_lengths_equals_transformers(
         driver.decode([long, late, one, middle], 3)
     for sequence in (long, one, middle, block, late):
         check(tiny, decoder, sequence)
+
+
+def test_preempted_and_forked_sequences_equal_transformers(
+    tiny: TinyModel, decoder: Decoder
+) -> None:
+    with drive(decoder, seed=4) as driver:
+        parent = driver.add(prompts(decoder.spec.vocab_size)[0])
+        driver.step([(parent, parent.prompt_len)])
+        driver.decode([parent], 5)
+        child = driver.fork(parent)
+        driver.free(parent)  # its blocks are poisoned: what comes back is computed again
+        driver.decode([child], 3)
+        again = driver.add(parent.tokens)
+        driver.step([(child, 1), (again, 40)])
+        driver.step([(again, len(parent.tokens) - 40), (child, 1)])
+        driver.decode([again, child], 2)
+    check(tiny, decoder, child)
+    check(tiny, decoder, again)
 
 
 def test_decode_that_runs_ahead_of_the_host_equals_transformers(
@@ -144,10 +163,12 @@ def reread(tiny: TinyModel, removed: str, change: dict[str, Any]) -> TinyModel:
 
 
 @pytest.mark.skipif(HAS_GPU, reason="all families run on the GPU")
-@pytest.mark.parametrize("case", ["qwen3-mixed", "qwen2-moe-window"])
+@pytest.mark.parametrize(
+    "case", ["qwen3-mixed", "qwen2-moe-window", "gemma2", "gpt-oss", "llama4"]
+)
 def test_a_few_tokens_through_the_interpreter_equal_transformers(case: str, tmp_path: Path) -> None:
     tiny = save_tiny(case, tmp_path)
-    decoder = load(tiny, ops_or_skip("triton"), 64)
+    decoder = load_or_skip(tiny, ops_or_skip("triton"), 64)
     with drive(decoder, max_model_len=64, max_num_seqs=3, num_blocks=16) as driver:
         long, short = (driver.add(p) for p in prompts(decoder.spec.vocab_size, (26, 3)))
         driver.step([(long, 22)])

@@ -139,6 +139,105 @@ CASES: dict[str, dict[str, Any]] = {
         "clip_qkv": 0.8,
         "norm_topk_prob": True,
     },
+    "gemma2": {
+        "model_type": "gemma2",
+        "head_dim": 16,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 19,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 4.0,
+    },
+    "gemma2-uncapped": {
+        "model_type": "gemma2",
+        "head_dim": 10,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "query_pre_attn_scalar": 9,
+        "sliding_window": 16,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 16,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 17,
+        "num_hidden_layers": 6,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        },
+    },
+    "gemma3-capped": {
+        "model_type": "gemma3_text",
+        "head_dim": 14,
+        "num_key_value_heads": 3,
+        "query_pre_attn_scalar": 11,
+        "sliding_window": 33,
+        "sliding_window_pattern": 2,
+        "final_logit_softcapping": 3.0,
+        "tie_word_embeddings": False,
+    },
+    "gpt-oss": {
+        "model_type": "gpt_oss",
+        "head_dim": 16,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "sliding_window": 18,
+        "num_hidden_layers": 4,
+        "swiglu_limit": 1.0,
+    },
+    "gpt-oss-odd": {
+        "model_type": "gpt_oss",
+        "head_dim": 10,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "intermediate_size": 23,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 3,
+        "sliding_window": 33,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        "attention_bias": False,
+        "swiglu_alpha": 0.9,
+        **_rope("default"),
+    },
+    "llama4": {
+        "model_type": "llama4_text",
+        "head_dim": 16,
+        "intermediate_size_mlp": 40,
+        "num_local_experts": 4,
+        "num_hidden_layers": 4,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 24,
+        "floor_scale": 8,
+        "attn_scale": 0.5,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500_000.0,
+            "factor": 16.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 1.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "llama4-two-experts": {
+        "model_type": "llama4_text",
+        "head_dim": 10,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "intermediate_size_mlp": 40,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_layers": [0, 1],
+        "no_rope_layers": [0, 1, 1],
+        "attention_chunk_size": 7,
+        "use_qk_norm": False,
+        "attn_temperature_tuning": False,
+        "attention_bias": True,
+    },
 }
 
 
@@ -156,12 +255,12 @@ def save_tiny(case: str, folder: Path, seed: int = 0) -> TinyModel:
     """Makes the model of `case` with weights large enough that a mistake shows in the logits."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(**{**_BASE, **CASES[case]})
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-        if name.endswith("norm.weight"):
-            parameter.data += 1.0
+        if name.endswith("norm.weight") and not config.model_type.startswith("gemma"):
+            parameter.data += 1.0  # Gemma adds it itself
     model.save_pretrained(folder)
     saved = json.loads((folder / "config.json").read_text())
     return TinyModel(reference=model, folder=folder, config=saved)
