@@ -90,18 +90,18 @@ def test_preempted_and_forked_sequences_equal_transformers(
     tiny: TinyModel, decoder: Decoder
 ) -> None:
     with drive(decoder, seed=4) as driver:
-        parent = driver.add(prompts(decoder.spec.vocab_size)[0])
-        driver.step([(parent, parent.prompt_len)])
-        driver.decode([parent], 5)
+        parent, victim = (driver.add(p) for p in prompts(decoder.spec.vocab_size, (61, 35)))
+        driver.step([(parent, 61), (victim, 35)])
+        driver.decode([parent, victim], 4)
+        driver.free(victim)  # its blocks are poisoned: what comes back is computed again
         child = driver.fork(parent)
-        driver.free(parent)  # its blocks are poisoned: what comes back is computed again
-        driver.decode([child], 3)
-        again = driver.add(parent.tokens)
-        driver.step([(child, 1), (again, 40)])
-        driver.step([(again, len(parent.tokens) - 40), (child, 1)])
-        driver.decode([again, child], 2)
-    check(tiny, decoder, child)
-    check(tiny, decoder, again)
+        driver.decode([parent, child], 2)
+        again = driver.add(victim.tokens)
+        driver.step([(child, 1), (again, 20), (parent, 1)])
+        driver.step([(again, len(victim.tokens) - 20), (child, 1), (parent, 1)])
+        driver.decode([again, child, parent], 2)
+    for sequence in (parent, child, again):
+        check(tiny, decoder, sequence)
 
 
 def test_decode_that_runs_ahead_of_the_host_equals_transformers(
@@ -163,9 +163,7 @@ def reread(tiny: TinyModel, removed: str, change: dict[str, Any]) -> TinyModel:
 
 
 @pytest.mark.skipif(HAS_GPU, reason="all families run on the GPU")
-@pytest.mark.parametrize(
-    "case", ["qwen3-mixed", "qwen2-moe-window", "gemma2", "gpt-oss", "llama4"]
-)
+@pytest.mark.parametrize("case", ["qwen3-mixed", "qwen2-moe-window", "gemma2", "gpt-oss", "llama4"])
 def test_a_few_tokens_through_the_interpreter_equal_transformers(case: str, tmp_path: Path) -> None:
     tiny = save_tiny(case, tmp_path)
     decoder = load_or_skip(tiny, ops_or_skip("triton"), 64)
