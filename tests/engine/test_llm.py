@@ -156,7 +156,7 @@ def test_graphs_change_no_bit(tiny: TinyModel) -> None:
 
 @pytest.mark.skipif(HAS_GPU, reason="the whole suite runs on the GPU")
 def test_the_gpu_engine_runs_through_the_interpreter(tmp_path: Path) -> None:
-    pytest.importorskip("tests.kernels.triton_interpreter")
+    pytest.importorskip("tests.kernels.triton.interpreter")
     tiny = save_tiny("qwen2-moe", tmp_path)
     prompts = prompts_of((19, 3))
     params = greedy(2, logprobs=2)

@@ -52,7 +52,7 @@ def _device_of(backend: str) -> torch.device:
 def ops_or_skip(backend: str) -> Ops:
     """Returns the back end's ops, or skips the test with the reason why it does not fit."""
     if backend == "triton":
-        pytest.importorskip("tests.kernels.triton_interpreter")
+        pytest.importorskip("tests.kernels.triton.interpreter")
     found = _ops_or_reason(backend)
     if isinstance(found, str):
         pytest.skip(found)
