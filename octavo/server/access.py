@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from octavo.observe.metrics import Metrics
 from octavo.server.drain import PROBES
 from octavo.server.errors import error_response
+from octavo.server.headers import header
 
 logger = logging.getLogger(__name__)
 
@@ -150,13 +151,8 @@ class AccessMiddleware:
 
 def _request_id(scope: Scope) -> str:
     """Returns the id that the client sent, or a new one."""
-    for name, value in scope["headers"]:
-        if name == b"x-request-id":
-            given = value.decode("latin-1")
-            if _REQUEST_ID.fullmatch(given):
-                return given
-            break
-    return os.urandom(16).hex()
+    given = header(scope, b"x-request-id")
+    return given if _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
 
 
 def _note_details(extra: dict[str, Any], exchange: Exchange, answer: _Answer) -> str:

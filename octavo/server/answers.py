@@ -71,16 +71,19 @@ class ChunkFrame:
 
     def event(self, choice: dict[str, Any], **more: Any) -> bytes:
         """Returns a chunk with one choice, and the usage so far if the client wants it."""
-        return b"".join(self.event_pieces(choice, **more))
+        return event(self._chunk(choice, more))
 
-    def event_pieces(self, choice: dict[str, Any], **more: Any) -> Iterator[bytes]:
+    def event_pieces(self, choice: dict[str, Any]) -> Iterator[bytes]:
         """Returns the same in pieces, if the choice has lazy lists."""
+        return event_pieces(self._chunk(choice, {}))
+
+    def _chunk(self, choice: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
         chunk = {**self._common, "choices": [choice], **more}
         if self.has_continuous_usage:
             chunk["usage"] = self._usage.body()
         elif self._includes_usage:
             chunk["usage"] = None
-        return event_pieces(chunk)
+        return chunk
 
     def end(self) -> bytes:
         """Returns the last chunk, without a choice but with the usage, if the client wants it."""

@@ -111,9 +111,9 @@ def require_operator(request: Request) -> None:
 def check_priority(request: Request, priority: int, allowed: tuple[int, int]) -> None:
     """Raises RequestError if the client may not ask for `priority`: it would pass others by."""
     low, high = allowed
-    if request.state.role is Role.OPERATOR and request.state.api_key:
-        return
     if not low <= priority <= high:
+        if request.state.role is Role.OPERATOR and request.state.api_key:
+            return
         limit = "0" if low == high else f"in {low}..{high}"
         message = f"priority must be {limit}, got {priority}; the server's --allow-priority says so"
         raise RequestError(message, param="priority", code="priority_not_allowed")

@@ -5,13 +5,12 @@ Called by the routes that take a body. Never interprets a field: that is `protoc
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncGenerator
 from typing import TypeVar
 
 from starlette.requests import Request
 
 from octavo.server.errors import ApiError, ClientDisconnectedError
+from octavo.server.headers import header
 from octavo.server.limits import BodyRoom
 from octavo.server.protocol.decoding import decode
 from octavo.server.protocol.parsing import parse
@@ -26,12 +25,17 @@ async def read_body(request: Request, model: type[Body]) -> Body:
     ClientDisconnectedError."""
     require_json(request)
     state = server_state(request)
-    async with received(request, state.body_room) as content:
+    room, received = state.body_room, bytearray()
+    try:
+        await _receive(request, room, received)
+        content = bytes(received)
         if is_quick(content, model):
             body = parse(model, decode(content))
         else:
             body = await state.parser.parse(model, content)
-    request.state.body = body  # Errors ask it for the names of its fields.
+    finally:
+        room.give_back(len(received))
+    request.scope["state"]["body"] = body  # Errors ask it for the names of its fields.
     return body
 
 
@@ -40,33 +44,27 @@ def require_json(request: Request) -> None:
 
     A form of another site, which a browser sends without asking, cannot say so.
     """
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    content_type = header(request.scope, b"content-type").partition(";")[0].strip().lower()
     if content_type != "application/json" and not content_type.endswith("+json"):
         message = "the body was not read as JSON; send Content-Type: application/json"
         raise ApiError(400, message, code="not_json")
 
 
-@contextlib.asynccontextmanager
-async def received(request: Request, room: BodyRoom) -> AsyncGenerator[bytes, None]:
-    """The bytes of a body, which take their room until the context ends."""
-    length = request.headers.get("content-length", "")
+async def _receive(request: Request, room: BodyRoom, content: bytearray) -> None:
+    """Fills `content`, all of which has taken its room."""
+    length = header(request.scope, b"content-length")
     if length.isdecimal():
         room.check(int(length[:20]))
-    content = bytearray()
-    try:
-        more = True
-        while more:
-            message = await request.receive()
-            if message["type"] == "http.disconnect":
-                raise ClientDisconnectedError("the client left before its request was complete")
-            piece = message.get("body", b"")
-            room.check(len(content) + len(piece))
-            room.take(len(piece))
-            content += piece
-            more = message.get("more_body", False)
-        yield bytes(content)
-    finally:
-        room.give_back(len(content))
+    more = True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnectedError("the client left before its request was complete")
+        piece = message.get("body", b"")
+        room.check(len(content) + len(piece))
+        room.take(len(piece))
+        content += piece
+        more = message.get("more_body", False)
 
 
 def is_quick(content: bytes, model: type[StrictModel]) -> bool:

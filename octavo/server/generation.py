@@ -55,22 +55,23 @@ async def new_call(
 
     Raises RequestError if one of the prompts cannot be served, before any of them runs.
     """
-    check_priority(request, body.priority, server_state(request).config.priority_range)
-    engine = server_state(request).engine
+    state, known = server_state(request), request.scope["state"]
+    check_priority(request, body.priority, state.config.priority_range)
+    engine = state.engine
     limit = body.truncate_prompt_tokens
     if limit == -1:
         limit = max(1, engine.max_model_len - (params.max_tokens or 1))
-    salt = tenant_salt(request.state.api_key, body.cache_salt)
+    salt = tenant_salt(known["api_key"], body.cache_salt)
     requests = []
     for place, ids in enumerate(prompts):
         if place % PREPARED_AT_ONCE == PREPARED_AT_ONCE - 1:
             await asyncio.sleep(0)
         ids = ids if limit is None else ids[-limit:]
         requests.append(engine.prepare(ids, params, priority=body.priority, cache_salt=salt))
-    exchange: Exchange = request.state.exchange
+    exchange: Exchange = known["exchange"]
     exchange.num_prompt_tokens = sum(one.prompt_len for one in requests)
     return Call(
-        id=f"{kind}-{body.request_id or request.state.request_id}",
+        id=f"{kind}-{body.request_id or known['request_id']}",
         created=int(time.time()),
         params=params,
         requests=tuple(requests),

@@ -29,6 +29,11 @@ T = TypeVar("T")
 
 _encode = msgspec.json.Encoder().encode
 _DONE = b"data: [DONE]\n\n"
+_STREAM_HEADERS = (
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+)
 
 
 class Rounds(Protocol):
@@ -113,8 +118,8 @@ class PiecesResponse(Response):
 
 
 def event(data: Any) -> bytes:
-    """Returns `data` as one server-sent event."""
-    return b"".join(event_pieces(data))
+    """Returns `data`, which has no lazy lists, as one server-sent event."""
+    return b"data: %b\n\n" % _encode(data)
 
 
 def event_pieces(data: Any) -> Iterator[bytes]:
@@ -228,9 +233,9 @@ class EventStream(Response):
         writer: EventWriter,
         attachment: Attachment,
     ) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(headers=headers, media_type="text/event-stream")
-        del self.headers["content-length"]
+        # Not Response's own __init__: it would look for a body and its length.
+        self.status_code, self.background = 200, None
+        self.raw_headers = list(_STREAM_HEADERS)
         self._first = first
         self._rounds = rounds
         self._writer = writer

@@ -164,8 +164,8 @@ class SamplingFields(RequestModel):
 
         Raises RequestError naming the field, the value and the limit.
         """
-        values = {name: defaults[name] for name in _PARAM_NAMES if name in defaults}
-        for name in _PARAM_NAMES:
+        values = {name: defaults[name] for name in _PARAM_NAMES & defaults.keys()}
+        for name in _PARAM_NAMES & self.model_fields_set:
             value = getattr(self, name)
             if value is not None:
                 values[name] = value
@@ -177,7 +177,7 @@ class SamplingFields(RequestModel):
         return SamplingParams(**values)
 
 
-_PARAM_NAMES = tuple(
+_PARAM_NAMES = frozenset(
     name for name in SamplingFields.model_fields if name in SamplingParams.__dataclass_fields__
 )
 _MAX_ID_DIGITS = len(str(MAX_INT))

@@ -98,9 +98,9 @@ class StrictModel(BaseModel):
     def _sift_fields(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        kept = {}
+        kept, fields = {}, cls.__pydantic_fields__  # as `model_fields`, which costs a search
         for name, value in data.items():
-            if name in cls.model_fields:
+            if name in fields:
                 if value is not None:
                     kept[name] = value
             elif name in cls.refused_fields:

@@ -135,7 +135,11 @@ class _Events:
                 if delta.text:
                     yield plain.event(index, delta.text)
             elif self._writer.has_news(place, delta):
-                yield from self._frame.event_pieces(self._writer.choice(place, delta))
+                choice = self._writer.choice(place, delta)
+                if plain is not None:
+                    yield self._frame.event(choice)
+                else:
+                    yield from self._frame.event_pieces(choice)
 
     def end(self) -> bytes:
         return self._frame.end()
