@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from octavo.tools.calls import MAX_NAME_LENGTH, Calls
+from octavo.tools.frames import Frame, constant, schema_node, sequence
 from octavo.tools.json_text import pass_value
 from octavo.tools.marks import Marks
 from octavo.tools.source import BrokenCallError, Markers, Source, Step
@@ -30,6 +32,12 @@ class JsonCalls:
 
     joined_by: str = ""
     """What may stand between objects that are in no list."""
+    key: str = "arguments"
+    """The word that models use for arguments; others are read, too."""
+
+    def frame(self, name: str, schema: Mapping[str, Any]) -> Frame:
+        begin = f'{{"name": "{name}", "{self.key}": '
+        return Frame(begin=begin, content=schema_node(schema, schema), end="}")
 
     def bound(self, marks: Marks) -> JsonCalls:
         return self
@@ -188,21 +196,32 @@ class NamedJson:
     """Between the name and an id, if there is one."""
     fence: str = ""
     """Behind the arguments, before what closes the call."""
+    written: str = "NAME"
+    """How name and separators stand before the arguments."""
+    written_end: str = ""
+    """What stands behind them."""
     is_object_taken: bool = False
     """Whether an object with the name in it, or a list of them, is taken, too."""
 
     def bound(self, marks: Marks) -> NamedJson:
-        return NamedJson(
+        return replace(
+            self,
             separators=tuple(map(marks.bind, self.separators)),
             header=marks.bind(self.header),
             id_marker=marks.bind(self.id_marker),
-            fence=self.fence,
-            is_object_taken=self.is_object_taken,
         )
 
     @property
     def texts(self) -> tuple[str, ...]:
         return (*self.separators, self.header, self.id_marker)
+
+    def frame(self, name: str, schema: Mapping[str, Any]) -> Frame:
+        begin, number, rest = self.written.replace("NAME", name).partition("NUMBER")
+        content = schema_node(schema, schema)
+        if number:
+            digits = {"type": "regex", "pattern": "[0-9]"}
+            content = sequence(digits, constant(rest), content)
+        return Frame(begin=begin, content=content, end=self.written_end)
 
     def read(self, source: Source, calls: Calls, closes: Markers) -> Step[None]:
         """Reads the call behind one marker. Raises BrokenCallError before it is announced."""

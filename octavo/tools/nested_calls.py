@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from octavo.tools.calls import MAX_NAME_LENGTH, Calls
+from octavo.tools.frames import Frame
 from octavo.tools.marks import Marks
 from octavo.tools.source import BrokenCallError, Markers, Source, Step
 from octavo.tools.typed_values import dumped, property_of, types_of, value_of
@@ -25,6 +26,9 @@ class BraceCall:
 
     quote: str
     prefix: str = "call:"
+
+    def frame(self, name: str, schema: Mapping[str, Any]) -> Frame:
+        raise NotImplementedError("rows of this shape have no layout")
 
     def bound(self, marks: Marks) -> BraceCall:
         return BraceCall(quote=marks.bind(self.quote), prefix=self.prefix)
@@ -105,6 +109,9 @@ class ElementCall:
     elements, and so are fields of objects; items of lists are `<item>`."""
 
     prefix: str
+
+    def frame(self, name: str, schema: Mapping[str, Any]) -> Frame:
+        raise NotImplementedError("rows of this shape have no layout")
 
     def bound(self, marks: Marks) -> ElementCall:
         return ElementCall(prefix=marks.bind(self.prefix))

@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from octavo.tools.calls import Calls
+from octavo.tools.frames import (
+    Frame,
+    Node,
+    constant,
+    either,
+    parameters_of,
+    schema_node,
+    sequence,
+)
 from octavo.tools.marks import MARKS, Marks
 from octavo.tools.source import BrokenCallError, Markers, Source, Step
-from octavo.tools.typed_values import dumped
+from octavo.tools.typed_values import dumped, property_of
 
 _MAX_CALL_LENGTH = 256 * 1024
 _NAME = re.compile(r"[A-Za-z_][\w.\-]*\Z")
@@ -32,6 +42,22 @@ class PythonCalls:
 
     def bound(self, marks: Marks) -> PythonCalls:
         return self
+
+    def frame(self, name: str, schema: Mapping[str, Any]) -> Frame:
+        """JSON's literals are read as Python's are."""
+        required, optional = parameters_of(schema)
+
+        def written(key: str, before: str) -> Node:
+            value = schema_node(property_of(schema, key), schema)
+            return sequence(constant(f"{before}{key}="), value)
+
+        parts = [written(key, ", " if place else "") for place, key in enumerate(required)]
+        if required:
+            parts += [either(constant(""), written(key, ", ")) for key in optional]
+        elif optional:
+            parts = [either(constant(""), *(written(key, "") for key in optional))]
+        content = sequence(*parts) if parts else constant("")
+        return Frame(begin=f"{name}(", content=content, end=")")
 
     @property
     def texts(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar
 
 from octavo.tools.calls import Calls
+from octavo.tools.frames import Frame
 from octavo.tools.marks import Marks
 from octavo.tools.source import Markers, Source, Step
 
@@ -27,10 +28,31 @@ class Shape(Protocol):
         """Returns the same with marks in place of special tokens."""
         ...
 
+    def frame(self, name: str, schema: Mapping[str, Any]) -> Frame:
+        """Returns how a call of a tool is written that an output is held to."""
+        ...
+
     def read(self, source: Source, calls: Calls, closes: Markers) -> Step[None]:
         """Reads what is behind the marker. Raises BrokenCallError before a call is announced;
         once one is, whatever follows is read without an error."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How a model writes what `ToolFormat` reads, to the letter: its spaces, too."""
+
+    begin: str = ""
+    """Before the first of several calls."""
+    open: str = ""
+    close: str = ""
+    end: str = ""
+    joint: str = ""
+    """Between two calls."""
+    is_single: bool = False
+    """Whether an answer has one call at most."""
+    behind_thought: str = ""
+    """Between the reasoning and the first call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +75,10 @@ class ToolFormat:
     bare: tuple[str, ...] = ()
     """What calls may begin with at the start of an answer, without a marker: a bracket, which is
     part of the call, or a text before it. Only tools that the request has are called so."""
+    layout: Layout | None = None
+    """How calls are written that an output is held to; None if it cannot be."""
+    written_shape: Shape | None = None
+    """The same of a call, where `shape` is none."""
     ids: Literal["call", "alphanumeric", "kimi"] = "call"
     """The manner of ids."""
     signs: tuple[tuple[str, ...], ...] = ()

@@ -10,7 +10,7 @@ from octavo.tools import harmony
 from octavo.tools.json_calls import JsonCalls, NamedJson
 from octavo.tools.nested_calls import BraceCall, ElementCall
 from octavo.tools.python_calls import PythonCalls
-from octavo.tools.shapes import ReasoningFormat, ToolFormat
+from octavo.tools.shapes import Layout, ReasoningFormat, ToolFormat
 from octavo.tools.tagged_calls import TaggedCall
 
 _JSON = JsonCalls()
@@ -20,10 +20,18 @@ _QWEN_TAGS = TaggedCall(
     key_end=">",
     value_end="</parameter>",
     has_lines=True,
+    written="NAME>\n",
+    written_parameter="<parameter=KEY>\nVALUE\n</parameter>\n",
 )
 _INVOKE_TAGS = TaggedCall(
-    name_end=">", parameter="<parameter name=", key_end=">", value_end="</parameter>"
+    name_end=">",
+    parameter="<parameter name=",
+    key_end=">",
+    value_end="</parameter>",
+    written='"NAME">\n',
+    written_parameter='<parameter name="KEY">VALUE</parameter>\n',
 )
+_IN_TAGS = Layout(open="<tool_call>\n", close="\n</tool_call>", joint="\n")
 
 
 def _dsml(name: str, outer: str, inner: str, parameter: str) -> ToolFormat:
@@ -41,6 +49,16 @@ def _dsml(name: str, outer: str, inner: str, parameter: str) -> ToolFormat:
             key_end=">",
             value_end=f"</{bar}{parameter}>",
             takes_json=True,
+            written='"NAME">\n',
+            written_parameter=(
+                f'<{bar}{parameter} name="KEY" string="TEXT">VALUE</{bar}{parameter}>\n'
+            ),
+        ),
+        layout=Layout(
+            begin=f"<{bar}{outer}>\n",
+            open=f"<{bar}{inner} name=",
+            close=f"</{bar}{inner}>\n",
+            end=f"</{bar}{outer}>",
         ),
         signs=((f"{bar}{outer}",),),
     )
@@ -55,6 +73,12 @@ def _deepseek(name: str, shape: NamedJson, *signs: str) -> ToolFormat:
         closes=("<\uff5ctool\u2581call\u2581end\uff5c>",),
         ends=("<\uff5ctool\u2581calls\u2581end\uff5c>",),
         shape=shape,
+        layout=Layout(
+            begin="<\uff5ctool\u2581calls\u2581begin\uff5c>",
+            open="<\uff5ctool\u2581call\u2581begin\uff5c>",
+            close="<\uff5ctool\u2581call\u2581end\uff5c>",
+            end="<\uff5ctool\u2581calls\u2581end\uff5c>",
+        ),
         signs=((_DEEPSEEK_SEPARATOR, *signs),),
     )
 
@@ -68,6 +92,15 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         begins=harmony.TEXTS,
         signs=(("<|channel|>", "<|message|>", "functions."),),
         aliases=("harmony", "gpt_oss"),
+        layout=Layout(
+            open="<|channel|>commentary to=functions.",
+            close="<|call|>",
+            is_single=True,
+            behind_thought="<|start|>assistant",
+        ),
+        written_shape=NamedJson(
+            separators=("<|message|>",), written="NAME <|constrain|>json<|message|>"
+        ),
     ),
     _dsml("deepseek_v32", "function_calls", "invoke", "parameter"),
     _dsml("deepseek_v4", "tool_calls", "invoke", "parameter"),
@@ -78,10 +111,15 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
             separators=("```json", "{"),
             header=rf"(?:function\s*{_DEEPSEEK_SEPARATOR})?\s*(?P<name>[^\s`]+)",
             fence="```",
+            written=f"function{_DEEPSEEK_SEPARATOR}NAME\n```json\n",
+            written_end="\n```",
         ),
         "```json",
     ),
-    _deepseek("deepseek_v31", NamedJson(separators=(_DEEPSEEK_SEPARATOR,))),
+    _deepseek(
+        "deepseek_v31",
+        NamedJson(separators=(_DEEPSEEK_SEPARATOR,), written=f"NAME{_DEEPSEEK_SEPARATOR}"),
+    ),
     ToolFormat(
         name="kimi_k2",
         begins=("<|tool_calls_section_begin|>",),
@@ -91,9 +129,16 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         shape=NamedJson(
             separators=("<|tool_call_argument_begin|>",),
             header=r"(?P<id>(?:functions\.)?(?P<name>[A-Za-z_][^\s:]*)(?::\d+)?)",
+            written="NAME:NUMBER<|tool_call_argument_begin|>",
         ),
         ids="kimi",
         signs=(("<|tool_calls_section_begin|>",),),
+        layout=Layout(
+            begin="<|tool_calls_section_begin|>",
+            open="<|tool_call_begin|>functions.",
+            close="<|tool_call_end|>",
+            end="<|tool_calls_section_end|>",
+        ),
     ),
     ToolFormat(
         name="kimi_k3",
@@ -128,6 +173,12 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         shape=_INVOKE_TAGS,
         signs=(("<minimax:tool_call>",),),
         aliases=("minimax",),
+        layout=Layout(
+            begin="<minimax:tool_call>\n",
+            open="<invoke name=",
+            close="</invoke>\n",
+            end="</minimax:tool_call>",
+        ),
     ),
     ToolFormat(
         name="seed_oss",
@@ -137,6 +188,11 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         ends=("</seed:tool_call>",),
         shape=_QWEN_TAGS,
         signs=(("<seed:tool_call>",),),
+        layout=Layout(
+            open="<seed:tool_call>\n<function=",
+            close="</function>\n</seed:tool_call>",
+            joint="\n",
+        ),
     ),
     ToolFormat(
         name="hy_v3",
@@ -150,9 +206,14 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
             key_end="</arg_key>",
             value_begin="<arg_value>",
             value_end="</arg_value>",
+            written="NAME<tool_sep>",
+            written_parameter="<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>",
         ),
         signs=(("<tool_sep>", "<arg_key>"),),
         aliases=("hunyuan_v3",),
+        layout=Layout(
+            begin="<tool_calls>", open="<tool_call>", close="</tool_call>", end="</tool_calls>"
+        ),
     ),
     ToolFormat(
         name="glm45",
@@ -164,9 +225,12 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
             key_end="</arg_key>",
             value_begin="<arg_value>",
             value_end="</arg_value>",
+            written="NAME\n",
+            written_parameter="<arg_key>KEY</arg_key>\n<arg_value>VALUE</arg_value>\n",
         ),
         signs=(("<arg_key>", "<tool_call>"),),
         aliases=("glm47", "glm4_moe", "ling3"),
+        layout=Layout(open="<tool_call>", close="</tool_call>", joint="\n"),
     ),
     ToolFormat(
         name="qwen3_xml",
@@ -177,6 +241,9 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         shape=_QWEN_TAGS,
         signs=(("<function=", "<parameter="),),
         aliases=("qwen3_coder", "step3p5", "mimo", "nemotron_v3"),
+        layout=Layout(
+            open="<tool_call>\n<function=", close="</function>\n</tool_call>", joint="\n"
+        ),
     ),
     ToolFormat(
         name="mistral",
@@ -186,9 +253,11 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
             header=r"(?P<name>[^\s{}\[\]]+)",
             id_marker="[CALL_ID]",
             is_object_taken=True,
+            written="NAME[ARGS]",
         ),
         ids="alphanumeric",
         signs=(("[TOOL_CALLS]",),),
+        layout=Layout(open="[TOOL_CALLS]"),
     ),
     ToolFormat(
         name="gemma4",
@@ -203,12 +272,14 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         closes=("</tool_call>",),
         shape=_JSON,
         signs=(("<|tool_call|>",), ("<|start_of_role|>", "<tool_call>[")),
+        layout=Layout(begin="<|tool_call|>[", end="]", joint=", "),
     ),
     ToolFormat(
         name="granite-20b-fc",
         opens=("<function_call>",),
         shape=_JSON,
         signs=(("<function_call>",),),
+        layout=Layout(open="<function_call> ", joint="\n"),
     ),
     ToolFormat(
         name="hunyuan_a13b",
@@ -216,6 +287,7 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         closes=("</tool_calls>",),
         shape=_JSON,
         signs=(("<tool_calls>",),),
+        layout=Layout(begin="<tool_calls>[", end="]</tool_calls>", joint=", "),
     ),
     ToolFormat(
         name="longcat",
@@ -223,14 +295,16 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         closes=("</longcat_tool_call>",),
         shape=_JSON,
         signs=(("<longcat_tool_call>",),),
+        layout=Layout(open="<longcat_tool_call>\n", close="\n</longcat_tool_call>", joint="\n"),
     ),
     ToolFormat(
         name="internlm",
         opens=("<|action_start|><|plugin|>",),
         closes=("<|action_end|>",),
-        shape=_JSON,
+        shape=JsonCalls(key="parameters"),
         signs=(("<|action_start|>",),),
         aliases=("internlm2",),
+        layout=Layout(open="<|action_start|><|plugin|>", close="<|action_end|>"),
     ),
     ToolFormat(
         name="phi4_mini_json",
@@ -238,6 +312,7 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         shape=_JSON,
         signs=(("functools",),),
         aliases=("phi4_mini",),
+        layout=Layout(begin="functools[", end="]", joint=", "),
     ),
     ToolFormat(
         name="lfm2",
@@ -245,6 +320,7 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         closes=("<|tool_call_end|>",),
         shape=PythonCalls(),
         signs=(("<|tool_call_start|>",),),
+        layout=Layout(begin="<|tool_call_start|>[", end="]<|tool_call_end|>", joint=", "),
     ),
     ToolFormat(
         name="olmo3",
@@ -252,6 +328,7 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         closes=("</function_calls>",),
         shape=PythonCalls(),
         signs=(("<function_calls>",),),
+        layout=Layout(begin="<function_calls>", end="</function_calls>", joint="\n"),
     ),
     ToolFormat(
         name="llama4_pythonic",
@@ -260,16 +337,23 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         shape=PythonCalls(),
         bare=("[",),
         signs=(("<|python_start|>",), ("<|header_start|>", "<|python_end|>")),
+        layout=Layout(begin="<|python_start|>[", end="]<|python_end|>", joint=", "),
     ),
     ToolFormat(
         name="llama3_json",
         begins=("<|python_tag|>",),
-        shape=JsonCalls(joined_by=";"),
+        shape=JsonCalls(joined_by=";", key="parameters"),
         bare=("{",),
         signs=(("<|python_tag|>",), ("<|start_header_id|>", '"parameters"')),
         aliases=("llama4_json",),
+        layout=Layout(joint="; "),
     ),
-    ToolFormat(name="pythonic", shape=PythonCalls(), bare=("[",)),
+    ToolFormat(
+        name="pythonic",
+        shape=PythonCalls(),
+        bare=("[",),
+        layout=Layout(begin="[", end="]", joint=", "),
+    ),
     ToolFormat(
         name="ernie45",
         opens=("<tool_call>",),
@@ -277,6 +361,7 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         drops=("<response>", "</response>"),
         shape=_JSON,
         signs=(("<tool_call>", "<response>"),),
+        layout=_IN_TAGS,
     ),
     ToolFormat(
         name="hermes",
@@ -287,6 +372,7 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         bare=("{", "```json", "```", "<tools>"),
         signs=(("<tool_call>",),),
         aliases=("qwen3_json", "qwen2_5", "qwen25", "qwen", "granite4"),
+        layout=_IN_TAGS,
     ),
 )
 

@@ -7,10 +7,20 @@ are plain text, typed by the tool's schema or by the tag; they go on as JSON.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from octavo.tools.calls import MAX_NAME_LENGTH, Calls
+from octavo.tools.frames import (
+    Frame,
+    Node,
+    constant,
+    either,
+    parameters_of,
+    schema_node,
+    sequence,
+)
 from octavo.tools.json_calls import pass_arguments
 from octavo.tools.marks import Marks
 from octavo.tools.source import BrokenCallError, Markers, Source, Step
@@ -40,6 +50,32 @@ class TaggedCall:
     """Whether a value stands on lines of its own."""
     takes_json: bool = False
     """Whether all arguments may come as one JSON object instead."""
+
+    written: str = "NAME>"
+    """How the tool's name stands."""
+    written_parameter: str = ""
+    """How a parameter stands, for KEY, VALUE, and TEXT (whether it is a text: true or false)."""
+
+    def frame(self, name: str, schema: Mapping[str, Any]) -> Frame:
+        required, optional = parameters_of(schema)
+        parts = [self._written(key, schema) for key in required]
+        parts += [either(constant(""), self._written(key, schema)) for key in optional]
+        content = sequence(*parts) if parts else constant("")
+        return Frame(begin=self.written.replace("NAME", name), content=content)
+
+    def _written(self, key: str, schema: Mapping[str, Any]) -> Node:
+        """Returns one parameter: JSON of its schema, or text up to what ends it."""
+        inner = property_of(schema, key)
+        types = types_of(inner, schema)
+        options = inner.get("enum") if isinstance(inner, Mapping) else None
+        has_text = "string" in types or not types
+        text = self.written_parameter.replace("KEY", key)
+        begin, _, end = text.replace("TEXT", "true" if has_text else "false").partition("VALUE")
+        if isinstance(options, list) and options and all(isinstance(o, str) for o in options):
+            return sequence(constant(begin), either(*map(constant, options)), constant(end))
+        if has_text:
+            return {"type": "tag", "begin": begin, "content": {"type": "any_text"}, "end": end}
+        return sequence(constant(begin), schema_node(inner, schema), constant(end))
 
     def bound(self, marks: Marks) -> TaggedCall:
         names = ("name_end", "parameter", "key_end", "value_begin", "value_end")

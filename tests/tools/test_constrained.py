@@ -1,0 +1,155 @@
+"""Outputs that are held to a format's calls are read back as calls: whatever the tag allows."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+
+from octavo.errors import RequestError
+from octavo.tools.constrained import structural_tag
+from octavo.tools.definitions import Tools, read_tools, with_choice
+from octavo.tools.table import TOOL_FORMATS
+from tests.tools.rendering import read
+
+PROPERTIES: dict[str, Any] = {
+    "city": {"type": "string"},
+    "days": {"type": "integer"},
+    "unit": {"enum": ["celsius", "kelvin"], "type": "string"},
+    "tags": {"type": "array", "items": {"type": "string"}},
+    "place": {"$ref": "#/$defs/Place"},
+    "loud": {"type": "boolean"},
+}
+DEFS = {"Place": {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"]}}
+
+
+def tool(name: str, names: tuple[str, ...], required: tuple[str, ...]) -> dict[str, Any]:
+    schema = {
+        "type": "object",
+        "properties": {one: PROPERTIES[one] for one in names},
+        "required": list(required),
+        "$defs": DEFS,
+    }
+    return {"type": "function", "function": {"name": name, "parameters": schema}}
+
+
+TOOLS: list[Any] = [
+    tool("get_weather", ("city", "days", "unit"), ("city", "unit")),
+    tool("mark", ("tags", "place", "loud"), ("place",)),
+    tool("list_all", ("days", "loud"), ()),
+    {"type": "function", "function": {"name": "ping"}},
+]
+HELD = [row for row in TOOL_FORMATS if row.layout is not None]
+
+
+class Writer:
+    """Writes an output that a structural tag allows, and the values that it has chosen."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+
+    def write(self, node: dict[str, Any]) -> str:
+        return getattr(self, node["type"])(node)
+
+    def const_string(self, node: dict[str, Any]) -> str:
+        return node["value"]
+
+    def sequence(self, node: dict[str, Any]) -> str:
+        return "".join(map(self.write, node["elements"]))
+
+    def regex(self, node: dict[str, Any]) -> str:
+        assert node["pattern"] == "[0-9]"
+        return str(self.rng.randrange(10))
+
+    def any_text(self, node: dict[str, Any]) -> str:
+        return self.rng.choice(("Rome", 'say "hi"', "a\nb", "\u00fc \U0001f600", "<b>", ""))
+
+    def tag(self, node: dict[str, Any]) -> str:
+        return node["begin"] + self.write(node["content"]) + node["end"]
+
+    def tags_with_separator(self, node: dict[str, Any]) -> str:
+        assert node["at_least_one"]
+        number = 1 if node["stop_after_first"] else self.rng.randrange(1, 4)
+        tags = [self.write(self.rng.choice(node["tags"])) for _ in range(number)]
+        return node["separator"].join(tags)
+
+    def json_schema(self, node: dict[str, Any]) -> str:
+        schema = node["json_schema"]
+        return json.dumps(self.value(schema, schema))
+
+    def value(self, schema: dict[str, Any], root: dict[str, Any]) -> Any:
+        if "$ref" in schema:
+            assert schema["$ref"] == "#/$defs/Place"
+            return self.value(root["$defs"]["Place"], root)
+        if "enum" in schema:
+            return self.rng.choice(schema["enum"])
+        kind = schema["type"]
+        if kind == "object":
+            return {
+                name: self.value(inner, root)
+                for name, inner in schema.get("properties", {}).items()
+                if name in schema.get("required", ()) or self.rng.random() < 0.5
+            }
+        if kind == "array":
+            return [self.value(schema["items"], root) for _ in range(self.rng.randrange(3))]
+        choices: dict[str, list[Any]] = {
+            "string": ["Oslo", 'a "b"', "c\nd", ""],
+            "integer": [0, -7, 12],
+            "number": [1.5, 3],
+            "boolean": [True, False],
+        }
+        return self.rng.choice(choices[kind])
+
+
+# `or` is a word of Python's.
+setattr(Writer, "or", lambda self, node: self.write(self.rng.choice(node["elements"])))
+
+KINDS = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list}
+
+
+def check(name: str, arguments: dict[str, Any]) -> None:
+    schema = next(
+        one["function"].get("parameters", {}) for one in TOOLS if one["function"]["name"] == name
+    )
+    assert set(schema.get("required", ())) <= set(arguments)
+    assert set(arguments) <= set(schema.get("properties", ()))
+    for key, value in arguments.items():
+        inner = schema["properties"][key]
+        assert isinstance(value, KINDS.get(inner.get("type", ""), dict)), (key, value)
+        assert "enum" not in inner or value in inner["enum"]
+
+
+@pytest.mark.parametrize("row", HELD, ids=lambda row: row.name)
+def test_what_a_tag_allows_is_read_as_calls(row: Any) -> None:
+    tools = with_choice(read_tools(TOOLS), "required")
+    tag = structural_tag(row, tools, has_thought=False)
+    rng = random.Random(row.name)
+    for _ in range(40):
+        text = Writer(rng).write(tag["format"])
+        answer = read(row.name, [text], schemas=dict(tools.schemas or {}))
+        assert answer.content == "", text
+        assert answer.calls
+        for name, arguments in answer.calls:
+            check(name, arguments)
+
+
+@pytest.mark.parametrize("row", HELD, ids=lambda row: row.name)
+def test_a_named_tool_is_the_only_one(row: Any) -> None:
+    choice = {"type": "function", "function": {"name": "mark"}}
+    tools = with_choice(read_tools(TOOLS), choice, False)
+    tag = structural_tag(row, tools, has_thought=False)
+    for seed in range(5):
+        text = Writer(random.Random(seed)).write(tag["format"])
+        answer = read(row.name, [text], schemas=dict(tools.schemas or {}))
+        assert answer.names == ["mark"]
+
+
+def test_a_format_that_cannot_be_held_to_says_so() -> None:
+    tools: Tools = with_choice(read_tools(TOOLS), "required")
+    loose = [row for row in TOOL_FORMATS if row.layout is None]
+    assert {row.name for row in loose} == {"kimi_k3", "minimax_m3", "gemma4"}
+    for row in loose:
+        with pytest.raises(RequestError, match=row.name):
+            structural_tag(row, tools, has_thought=False)
