@@ -145,11 +145,11 @@ def problems_of(spec: ModelSpec, is_deterministic: bool) -> list[Problem]:
     return problems
 
 
-def _dense_sizes(layer: LayerSpec, hidden: int) -> Iterator[tuple[int, int]]:
-    """Yields rows and columns of a layer's products; gate and up are one, as are q, k and v."""
+def _dense_sizes(layer: LayerSpec, hidden: int) -> Iterator[tuple[int, ...]]:
+    """Yields rows and columns of a layer's products; gate and up are one, as what makes q, k and v
+    is."""
     attention, mlp = layer.attention, layer.mlp
-    yield attention.q_size + 2 * attention.kv_size, hidden
-    yield hidden, attention.q_size
+    yield from attention.products(hidden)
     inner = mlp.size if isinstance(mlp, MLPSpec) else mlp.shared_size
     if inner:
         yield 2 * inner, hidden

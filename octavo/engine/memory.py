@@ -13,7 +13,7 @@ from octavo.config import EngineConfig
 from octavo.device import Device, DeviceMemory
 from octavo.errors import CapacityError, ConfigError
 from octavo.formats import KVFormat, kv_format
-from octavo.kernels.facts import DETERMINISTIC_TOKENS, SHORT_SPLITS, SHORT_TOKENS
+from octavo.kernels.facts import DETERMINISTIC_TOKENS, SHORT_SPLITS
 from octavo.kernels.limits import check_backend
 from octavo.kv_cache.planner import (
     ActivationShape,
@@ -128,7 +128,7 @@ def with_others(error: CapacityError, device: Device) -> CapacityError:
 def _cpu_step(spec: ModelSpec, config: EngineConfig) -> Callable[[int], int]:
     widest = ActivationShape(
         hidden_size=spec.hidden_size,
-        qkv_size=max(_qkv_size(layer) for layer in spec.layers),
+        qkv_size=max(layer.attention.projected_size for layer in spec.layers),
         mlp_size=max(_mlp_size(layer.mlp, spec.hidden_size) for layer in spec.layers),
         vocab_size=spec.vocab_size,
     )
@@ -152,18 +152,13 @@ def _gpu_step(
         phases = [num_samples * (spec.hidden_size * element_bytes + 2 * 4 * spec.vocab_size)]
         for layer in dict.fromkeys(spec.layers):
             partials = _partials(layer, config, num_tokens, longest)
-            phases.append(num_tokens * _attention_width(layer) * element_bytes + partials)
+            width = layer.attention.projected_size + layer.attention.attended_size
+            phases.append(num_tokens * width * element_bytes + partials)
             phases.append(num_tokens * _mlp_bytes(layer.mlp, spec.hidden_size, element_bytes))
         through = 2 * num_tokens * spec.hidden_size * element_bytes
         return int(ALLOCATOR_SLACK * (tables + through + max(phases)))
 
     return step_bytes
-
-
-def _attention_width(layer: LayerSpec) -> int:
-    """q, k and v side by side (twice more where they are clamped), rotated q and the output."""
-    copies = 1 if layer.attention.clip_qkv is None else 3
-    return copies * _qkv_size(layer) + 2 * layer.attention.q_size
 
 
 def _partials(layer: LayerSpec, config: EngineConfig, num_tokens: int, longest: int) -> int:
@@ -173,8 +168,9 @@ def _partials(layer: LayerSpec, config: EngineConfig, num_tokens: int, longest: 
     rows = config.max_num_seqs
     if config.deterministic:
         rows = max(rows, DETERMINISTIC_TOKENS)
-    decode = partial_bytes(min(rows, num_tokens), visible, spec.num_heads, spec.head_size)
-    short = min(num_tokens, SHORT_TOKENS) * SHORT_SPLITS * 4 * spec.num_heads * (spec.head_size + 1)
+    decode = partial_bytes(min(rows, num_tokens), visible, spec.num_heads, spec.partial_size)
+    tokens = min(num_tokens, spec.short_tokens)
+    short = tokens * SHORT_SPLITS * 4 * spec.num_heads * (spec.partial_size + 1)
     return max(decode, short)
 
 
@@ -188,10 +184,6 @@ def _mlp_bytes(mlp: MLPSpec | MoESpec, hidden_size: int, element_bytes: int) -> 
     routed = mlp.top_k * per_pair + hidden_size * element_bytes
     shared = (3 * mlp.shared_size + 2 * hidden_size) * element_bytes
     return routing + max(routed, shared)
-
-
-def _qkv_size(layer: LayerSpec) -> int:
-    return layer.attention.q_size + 2 * layer.attention.kv_size
 
 
 def _mlp_size(mlp: MLPSpec | MoESpec, hidden_size: int) -> int:

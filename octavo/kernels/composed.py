@@ -11,11 +11,12 @@ from torch import Tensor
 
 from octavo.kernels.activations import Activation
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer, NormInput, Routed
+from octavo.kernels.latent import ComposedLatent
 from octavo.kernels.ops import Ops
 from octavo.kernels.weights import Router, SharedExpert, Weight
 
 
-class Composed:
+class Composed(ComposedLatent):
     """See `octavo.kernels.ops.Ops`."""
 
     def norm_linear(

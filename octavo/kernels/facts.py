@@ -15,9 +15,16 @@ SHORT_SPLITS = 16
 """The most splits of a short chunk's keys."""
 SHORT_TOKENS = 512
 """The buffer of partial results holds SHORT_SPLITS of so many tokens, or fewer of more."""
+SHORT_NUMBERS = SHORT_TOKENS * 64 * 128
+"""Numbers of a split of all those tokens at most: fewer tokens where heads are many or wide."""
 DETERMINISTIC_TOKENS = 256
 """Prompt tokens that share one buffer of partial results in the deterministic mode, where each has
 the splits of a decode."""
+
+
+def short_tokens(num_heads: int, partial_size: int) -> int:
+    """Returns of how many tokens the buffer of short chunks' partial results holds all splits."""
+    return max(16, min(SHORT_TOKENS, SHORT_NUMBERS // (num_heads * partial_size)))
 
 
 @lru_cache

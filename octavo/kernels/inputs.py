@@ -154,3 +154,37 @@ class AttentionOp:
     """float32 [H] logit of each head that joins the sum of the softmax and has no value."""
     soft_cap: float | None = None
     """Scores s become soft_cap * tanh(s / soft_cap), after `scale`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LatentOp:
+    """What one layer asks of latent attention (DeepSeek-V2, arXiv 2405.04434, 2.1): made once at
+    load, the same at every step.
+
+    A token keeps its normed latent vector of `rank` numbers and one rotated key of `rope_size`;
+    keys and values of the heads are products of the latent vector.
+    """
+
+    num_heads: int
+    rank: int
+    nope_size: int
+    """Numbers of a head's query and key that are not rotated; the rotated ones come behind."""
+    rope_size: int
+    value_size: int
+    scale: float
+    """Multiplies q . k."""
+    rope: RopeTable
+    norm_R: Tensor
+    norm_eps: float
+    weights: object
+    """What `Ops.prepare_latent` made of the product of keys and values."""
+
+    @property
+    def num_kv_heads(self) -> int:
+        """All heads read the same of a token."""
+        return 1
+
+    @property
+    def num_columns(self) -> int:
+        """Numbers that a token keeps."""
+        return self.rank + self.rope_size

@@ -25,10 +25,11 @@ class AttentionFeature(StrEnum):
     SINKS = "attention sinks"
     UNROTATED = "keys without rotation"
     SOFT_CAPS = "soft caps of scores"
+    LATENT = "latent attention"
 
 
 _SERVED: dict[str, frozenset[AttentionFeature]] = {
-    "native": frozenset(),
+    "native": frozenset((AttentionFeature.LATENT,)),
     "reference": frozenset(AttentionFeature),
     "triton": frozenset(AttentionFeature),
 }

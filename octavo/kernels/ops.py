@@ -23,6 +23,7 @@ from octavo.kernels.inputs import (
     AttentionBatch,
     AttentionOp,
     KVLayer,
+    LatentOp,
     NormInput,
     Routed,
 )
@@ -151,6 +152,21 @@ class Ops(Protocol):
         self, qkv_TN: Tensor, op: AttentionOp, layer: KVLayer, batch: AttentionBatch
     ) -> Tensor:
         """Returns `attention` of what `rope_and_cache` returns."""
+        ...
+
+    def prepare_latent(self, kv_b: Weight, num_heads: int, nope_size: int) -> object:
+        """Returns `LatentOp.weights` for kv_b [H * (nope + value), rank], whose rows are each
+        head's keys and then its values. Called when the numbers have arrived."""
+        ...
+
+    def latent_attention(
+        self, q_TN: Tensor, latent_TC: Tensor, op: LatentOp, layer: KVLayer, batch: AttentionBatch
+    ) -> Tensor:
+        """Norms the latent vectors, rotates keys and queries, writes the layer's plane "latent"
+        [B, P, rank + rope] at slot_mapping and attends; returns [T, H * value].
+
+        q [T, H * (nope + rope)], latent [T, rank + rope]; rows of both may be apart. Every query
+        sees all tokens before it."""
         ...
 
     def copy_blocks(self, arena: Tensor, copies: Sequence[tuple[int, int]]) -> None:

@@ -34,6 +34,10 @@ class Attention:
     qkv_bias: Tensor | None = None
     output_bias: Tensor | None = None
 
+    def prepared(self, ops: Ops) -> Attention:
+        """Returns the layer as `ops` want it: nothing is to do."""
+        return self
+
     def run(self, rows: NormInput, forward: Forward) -> tuple[Tensor, Tensor]:
         """Returns [T, M] and the residual; writes this step's keys and values."""
         ops = forward.ops

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from octavo.formats import KVFormat
-from octavo.kernels.limits import AttentionWants, attention_wants
+from octavo.kernels.facts import SHORT_TOKENS, short_tokens
+from octavo.kernels.limits import AttentionFeature, AttentionWants, attention_wants
 from octavo.kv_cache.spec import KVSpec, attention_kv, latent_kv
 from octavo.layers.rope_spec import QueryTemperature, RopeSpec
 from octavo.models.parameter import Shape
@@ -59,6 +60,37 @@ class AttentionSpec:
     @property
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_size
+
+    @property
+    def projected_size(self) -> int:
+        """Numbers of a token that the products make of its row."""
+        return self.q_size + 2 * self.kv_size
+
+    @property
+    def attended_size(self) -> int:
+        """Numbers of a token's queries and results, as attention has them at once; before them
+        copies of what is clamped."""
+        copies = 0 if self.clip_qkv is None else 2
+        return 2 * self.q_size + copies * self.projected_size
+
+    @property
+    def partial_size(self) -> int:
+        """Numbers of a head's partial result."""
+        return self.head_size
+
+    @property
+    def short_tokens(self) -> int:
+        """Tokens of short chunks whose partial results there is room for."""
+        return SHORT_TOKENS
+
+    @property
+    def pair_flops(self) -> int:
+        """Of a query and a key that meet, all heads."""
+        return 4 * self.q_size
+
+    def products(self, hidden: int) -> tuple[Shape, ...]:
+        """Returns rows and columns of the products, those side by side as one."""
+        return (self.projected_size, hidden), (hidden, self.q_size)
 
     @property
     def _pairs(self) -> RowPairs | None:
@@ -136,9 +168,47 @@ class LatentAttentionSpec:
     visibility: Visibility = Full()
 
     @property
+    def wants(self) -> AttentionWants:
+        """What a back end must be able to do for the layer."""
+        return AttentionWants(features=frozenset((AttentionFeature.LATENT,)))
+
+    @property
     def head_size(self) -> int:
         """Numbers of a head's query."""
         return self.nope_size + self.rope_size
+
+    @property
+    def projected_size(self) -> int:
+        """Numbers of a token that the products make of its row."""
+        return (self.q_rank or 0) + self.q_size + self.num_columns
+
+    @property
+    def attended_size(self) -> int:
+        """Numbers of a token's queries and results, as attention has them at once."""
+        absorbed = self.num_heads * (self.num_columns + self.kv_rank)
+        return absorbed + self.num_heads * self.value_size
+
+    @property
+    def partial_size(self) -> int:
+        """Numbers of a head's partial result."""
+        return self.kv_rank
+
+    @property
+    def short_tokens(self) -> int:
+        """Tokens of short chunks whose partial results there is room for."""
+        return short_tokens(self.num_heads, self.kv_rank)
+
+    @property
+    def pair_flops(self) -> int:
+        """Of a query and a key that meet, all heads, with keys and values of their own."""
+        return 2 * self.num_heads * (self.head_size + self.value_size)
+
+    def products(self, hidden: int) -> tuple[Shape, ...]:
+        """Returns rows and columns of the products, those side by side as one."""
+        output = (hidden, self.num_heads * self.value_size)
+        if self.q_rank is None:
+            return (self.q_size + self.num_columns, hidden), output
+        return (self.q_rank + self.num_columns, hidden), (self.q_size, self.q_rank), output
 
     @property
     def q_size(self) -> int:

@@ -11,18 +11,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from octavo.kernels.inputs import AttentionBatch, AttentionOp, QKNorm, RopeTable
+from octavo.kernels.inputs import AttentionBatch, AttentionOp, LatentOp, QKNorm, RopeTable
 from octavo.kernels.ops import Ops
 from octavo.kernels.weights import ExpertBiases, ExpertWeights, Router, SharedExpert, Weight
 from octavo.kv_cache.storage import KVStorage
 from octavo.layers.attention import Attention, norms_early
 from octavo.layers.forward import Forward
+from octavo.layers.latent import LatentAttention, joined_bias
 from octavo.layers.mlp import GatedMLP
 from octavo.layers.moe import MoE
 from octavo.layers.norm import RMSNorm
 from octavo.layers.rope import build_rope_table, build_temperatures
 from octavo.layers.rope_spec import RopeSpec
-from octavo.models.attention_spec import AttentionSpec
+from octavo.models.attention_spec import AttentionSpec, LatentAttentionSpec
 from octavo.models.family import Family
 from octavo.models.mlp_spec import MLPSpec, MoESpec
 from octavo.models.parameter import Parameter
@@ -38,7 +39,7 @@ class Layer:
     """One decoder layer."""
 
     mixer_norm: RMSNorm
-    mixer: Attention
+    mixer: Attention | LatentAttention
     mlp_norm: RMSNorm
     mlp: GatedMLP | MoE
     mixer_post_norm: RMSNorm | None = None
@@ -138,7 +139,8 @@ def load_decoder(
         collectives=collectives,
     )
     placement.finish()
-    return decoder
+    layers = (replace(one, mixer=one.mixer.prepared(ops)) for one in decoder.layers)
+    return replace(decoder, layers=tuple(layers))
 
 
 class _Loader:
@@ -204,11 +206,54 @@ class _Loader:
             mlp = GatedMLP(gate=gate, up=up, down=down, activation=spec.mlp.activation)
         return Layer(
             mixer_norm=self.norm("attention_norm", index),
-            mixer=self.attention(spec.attention, index),
+            mixer=self.mixer(spec.attention, index),
             mlp_norm=self.norm("mlp_norm", index),
             mlp=mlp,
             mixer_post_norm=self.norm("attention_post_norm", index) if spec.post_norms else None,
             mlp_post_norm=self.norm("mlp_post_norm", index) if spec.post_norms else None,
+        )
+
+    def mixer(
+        self, spec: AttentionSpec | LatentAttentionSpec, layer: int
+    ) -> Attention | LatentAttention:
+        if isinstance(spec, LatentAttentionSpec):
+            return self.latent_attention(spec, layer)
+        return self.attention(spec, layer)
+
+    def latent_attention(self, spec: LatentAttentionSpec, layer: int) -> LatentAttention:
+        has_rank = spec.q_rank is not None
+        splits = {"q_a": None} if has_rank else {"q": spec.query_split}
+        splits |= {"kv_a": spec.latent_split}
+        biases = {"q_a": None, "kv_a": None}
+        if spec.bias:
+            biases = {name: self.vector(f"{name}_bias", layer, splits[name]) for name in splits}
+        query_norm = query_up = None
+        if has_rank:
+            query_norm = RMSNorm(weight=self.norm_weight("q_a_norm", layer), eps=spec.norm_eps)
+            query_up = self.matrix("q_b", layer, spec.query_split)
+        inputs = self.matrices({Parameter(name, layer): one for name, one in splits.items()})
+        is_first = self.collectives.rank == 0
+        return LatentAttention(
+            layer=layer,
+            op=LatentOp(
+                num_heads=spec.head_split.share(self.collectives.size),
+                rank=spec.kv_rank,
+                nope_size=spec.nope_size,
+                rope_size=spec.rope_size,
+                value_size=spec.value_size,
+                scale=spec.scale,
+                rope=self.ropes[spec.rope],
+                norm_R=self.norm_weight("kv_a_norm", layer),
+                norm_eps=spec.norm_eps,
+                weights=None,
+            ),
+            inputs=inputs,
+            query_norm=query_norm,
+            query_up=query_up,
+            up=self.matrix("kv_b", layer, spec.head_split),
+            output=self.matrix("o", layer, spec.output_split),
+            input_bias=joined_bias(biases.get("q_a"), biases["kv_a"]),
+            output_bias=self.vector("o_bias", layer) if spec.bias and is_first else None,
         )
 
     def attention(self, spec: AttentionSpec, layer: int) -> Attention:

@@ -14,7 +14,7 @@ from octavo.formats import KVFormat
 from octavo.kernels.limits import AttentionWants
 from octavo.kv_cache.spec import KVSpec
 from octavo.layers.rope_spec import RopeSpec
-from octavo.models.attention_spec import AttentionSpec
+from octavo.models.attention_spec import AttentionSpec, LatentAttentionSpec
 from octavo.models.mlp_spec import MLPSpec, MoESpec
 from octavo.models.parameter import Parameter, Shape
 
@@ -23,7 +23,7 @@ from octavo.models.parameter import Parameter, Shape
 class LayerSpec:
     """One decoder layer: norm, attention, norm, MLP or MoE, with two residual additions."""
 
-    attention: AttentionSpec
+    attention: AttentionSpec | LatentAttentionSpec
     mlp: MLPSpec | MoESpec
     post_norms: bool = False
     """What attention and MLP add to the residual is normed too."""

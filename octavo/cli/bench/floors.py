@@ -116,7 +116,7 @@ class Floors:
                 pairs += min(causal, new * window)
             total += Work(
                 bytes_=num_layers * (own + before) * token_bytes,
-                flops=4.0 * num_layers * pairs * attention.q_size,
+                flops=float(num_layers * pairs * attention.pair_flops),
             )
         return total
 

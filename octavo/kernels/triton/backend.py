@@ -14,7 +14,14 @@ from torch import Tensor
 
 from octavo.kernels.activations import Activation
 from octavo.kernels.composed import Composed
-from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer, NormInput, Routed
+from octavo.kernels.inputs import (
+    AttentionBatch,
+    AttentionOp,
+    KVLayer,
+    LatentOp,
+    NormInput,
+    Routed,
+)
 from octavo.kernels.triton.attention.choose import attention
 from octavo.kernels.triton.attention.decode import decode_attention, seq_len_bound
 from octavo.kernels.triton.attention.shared import shared_prefix_attention
@@ -24,6 +31,7 @@ from octavo.kernels.triton.experts import route as routes
 from octavo.kernels.triton.experts.choose import run_experts
 from octavo.kernels.triton.experts.route_by_rule import route_by_rule
 from octavo.kernels.triton.experts.stacks import StackedExperts, stacked_experts
+from octavo.kernels.triton.latent.choose import latent_attention, latent_views
 from octavo.kernels.triton.launching.tickets import make_tickets
 from octavo.kernels.triton.product.choose import multiply
 from octavo.kernels.triton.product.matrices import merged_matrices, numbers_of
@@ -231,6 +239,19 @@ class TritonOps(Composed):
             tickets=self._tickets_on(out.device),
         )
         return out.flatten(1)
+
+    def prepare_latent(self, kv_b: Weight, num_heads: int, nope_size: int) -> object:
+        return latent_views(numbers_of(kv_b), num_heads, nope_size)
+
+    def latent_attention(
+        self, q_TN: Tensor, latent_TC: Tensor, op: LatentOp, layer: KVLayer, batch: AttentionBatch
+    ) -> Tensor:
+        return latent_attention(
+            *(q_TN, latent_TC, op, layer, batch),
+            is_deterministic=self._is_deterministic,
+            tickets=self._tickets_on(q_TN.device),
+            plans=self._short_plans,
+        )
 
     def _tickets_on(self, device: torch.device) -> Tensor:
         if self._tickets is None:

@@ -18,7 +18,6 @@ from torch import Tensor
 from octavo.kernels.facts import LARGEST_SPLIT, SPLIT_CLASSES, split_slots
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
 from octavo.kernels.triton.attention.partials import (
-    LOG2_E,
     Partials,
     make_partials,
     merge_kv_head,
@@ -34,7 +33,7 @@ from octavo.kernels.triton.launching.chip import next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import announce, launch_options, wait_turn
 from octavo.kernels.triton.launching.tickets import is_last, make_tickets
-from octavo.kernels.triton.tiles.softmax import capped, softmax_step, with_sink
+from octavo.kernels.triton.tiles.softmax import capped, softmax_step, with_sinks
 from octavo.kernels.triton.tiles.visible import first_visible
 
 TARGET_PROGRAMS = 528
@@ -145,15 +144,12 @@ def _decode_kernel(
         length = tl.load(seq_lens + sequence)
         if beyond - t != 1:
             return
-    low = first_visible(length - 1, reach, VISIBLE)
-    before = length * 0
+    low, before = first_visible(length - 1, reach, VISIBLE), length * 0
     if HAS_SHARED:
         low = tl.maximum(low, tl.load(shared_tokens + sequence))
         before = tl.load(shared_slots + sequence)
     origin, size, count = splits_of(low, length, FIXED, BLOCK_N)
-    kv_head = tl.program_id(0)
-    rows = tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
+    kv_head, rows, offs_d = tl.program_id(0), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     row_mask = (rows < GROUP)[:, None] & (offs_d < D)[None, :]
     heads = t * H + kv_head * GROUP + rows
     out_at = out + heads[:, None] * D + offs_d[None, :]
@@ -181,8 +177,7 @@ def _decode_kernel(
     key, value = key + kv_head * D, value + kv_head * D
     start = tl.maximum(origin + begin * size, low // BLOCK_N * BLOCK_N)
     end = tl.minimum(origin + stop * size, length)
-    m = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    m, total = tl.full([BLOCK_M], -float("inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for tile in tl.range(start, end, BLOCK_N):
         n = tile + tl.arange(0, BLOCK_N)
@@ -207,9 +202,8 @@ def _decode_kernel(
             mean = acc / total[:, None]
             if (count == 1) & (before == 0):
                 if HAS_SINKS:
-                    head = kv_head * GROUP + rows
-                    sink_log2 = tl.load(sinks + head, mask=rows < GROUP, other=0.0) * LOG2_E
-                    mean = with_sink(mean, m + tl.log2(total), sink_log2)
+                    at_sink = sinks + kv_head * GROUP + rows
+                    mean = with_sinks(mean, m + tl.log2(total), at_sink, rows < GROUP)
                 tl.store(out_at, mean.to(out.dtype.element_ty), mask=row_mask)
             else:
                 to = slots + before + (tile - origin) // size

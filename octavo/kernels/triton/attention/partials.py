@@ -13,9 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.triton.tiles.softmax import with_sink
-
-LOG2_E = tl.constexpr(1.4426950408889634)
+from octavo.kernels.triton.tiles.softmax import with_sinks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -101,8 +99,7 @@ def merge_heads(
     whole = tl.sum(total * w, 1)
     mean = tl.sum(acc * w[:, :, None], 1) / tl.where(whole > 0, whole, 1.0)[:, None]
     if HAS_SINKS:
-        sink_log2 = tl.load(sinks + heads, mask=is_head, other=0.0) * LOG2_E
-        mean = with_sink(mean, highest + tl.log2(whole), sink_log2)
+        mean = with_sinks(mean, highest + tl.log2(whole), sinks + heads, is_head)
     return mean
 
 

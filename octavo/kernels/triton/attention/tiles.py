@@ -13,7 +13,7 @@ from torch import Tensor
 
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
 from octavo.kernels.triton.attention.decode import check_query, compute_dtype
-from octavo.kernels.triton.attention.partials import LOG2_E, Partials
+from octavo.kernels.triton.attention.partials import Partials
 from octavo.kernels.triton.attention.scores import scores_of
 from octavo.kernels.triton.attention.short_chunks import (
     ShortPlan,
@@ -24,7 +24,7 @@ from octavo.kernels.triton.attention.short_chunks import (
 from octavo.kernels.triton.launching.chip import next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
-from octavo.kernels.triton.tiles.softmax import capped, softmax_step, with_sink
+from octavo.kernels.triton.tiles.softmax import capped, softmax_step, with_sinks
 from octavo.kernels.triton.tiles.visible import first_visible
 
 
@@ -234,7 +234,7 @@ def _prefill_kernel(
     )  # fmt: skip
     whole = mean
     if HAS_SINKS:
-        whole = with_sink(mean, lse, tl.load(sinks + head, mask=live, other=0.0) * LOG2_E)
+        whole = with_sinks(mean, lse, sinks + head, live)
     if IS_SPLIT:
         parts = tl.cdiv(length, size) - first
         is_partial = parts > 1

@@ -93,12 +93,12 @@ def _latent_shared_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     acc, m, total = attend_latent(
         acc, m, total, q_tile, q_rope, position, pages, table_row, pages, pages, start, middle,
-        stride_block, 0, 0, scale_log2, RANK, ROPE, RANK, RANK, P, True, False,
+        stride_block, 0, scale_log2, RANK, ROPE, RANK, RANK, P, True, False,
         BLOCK_N, BLOCK_D, BLOCK_D, BLOCK_E,
     )  # fmt: skip
     acc, m, total = attend_latent(
         acc, m, total, q_tile, q_rope, position, pages, table_row, pages, pages, middle, end,
-        stride_block, 0, 0, scale_log2, RANK, ROPE, RANK, RANK, P, True, True,
+        stride_block, 0, scale_log2, RANK, ROPE, RANK, RANK, P, True, True,
         BLOCK_N, BLOCK_D, BLOCK_D, BLOCK_E,
     )  # fmt: skip
     slot = heads * num_slots + tl.program_id(0)

@@ -39,8 +39,7 @@ def attend_latent(
     start,
     end,
     stride_block,
-    stride_keys,
-    stride_values,
+    stride_dense,
     scale_log2,
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
@@ -77,11 +76,11 @@ def attend_latent(
             at = page * stride_block + (n % P) * (RANK + ROPE) + RANK
             mask_e = live[:, None] & (offs_e < ROPE)[None, :]
             r = tl.load(pages + at[:, None] + offs_e[None, :], mask=mask_e, other=0.0)
-            dense = n.to(tl.int64)[:, None]
+            dense = (n.to(tl.int64) * stride_dense)[:, None]
             mask_d = live[:, None] & (offs_d < D)[None, :]
             mask_v = live[:, None] & (offs_v < V)[None, :]
-            k = tl.load(keys + dense * stride_keys + offs_d[None, :], mask=mask_d, other=0.0)
-            v = tl.load(values + dense * stride_values + offs_v[None, :], mask=mask_v, other=0.0)
+            k = tl.load(keys + dense + offs_d[None, :], mask=mask_d, other=0.0)
+            v = tl.load(values + dense + offs_v[None, :], mask=mask_v, other=0.0)
         s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
         s = tl.dot(q_rope, tl.trans(r.to(q.dtype)), s, input_precision="ieee")
         if MASKED:
@@ -112,6 +111,8 @@ def _latent_chunk_kernel(
     last_position,
     stride_block,
     stride_table,
+    stride_dense,
+    stride_head,
     scale_log2,
     H: tl.constexpr,
     STACK: tl.constexpr,
@@ -136,7 +137,7 @@ def _latent_chunk_kernel(
     (IS_SPLIT: chunks of 2 to SHORT queries, by a plan). Else chunks of more than SHORT queries,
     keys in [first_position, last_position) alone, and partial_lse [T, H] is told their
     log2-sum-exp2. Not ABSORBED: sequence s has position first_position's keys and values at row
-    dense_starts[s] of keys [N, H, D] and values [N, H, V].
+    dense_starts[s] of keys [N, H, D] and values [N, H, V], whose strides are equal.
     """
     QUERIES: tl.constexpr = BLOCK_M // STACK
     wait_turn(OVERLAP)
@@ -178,8 +179,8 @@ def _latent_chunk_kernel(
     q_rope = tl.load(q + row * (D + ROPE) + D + offs_e[None, :], mask=mask_e, other=0.0)
     if not ABSORBED:
         shift = tl.load(dense_starts + sequence).to(tl.int64) - first_position
-        keys += (shift * H + group * STACK) * D
-        values += (shift * H + group * STACK) * V
+        keys += shift * stride_dense + group * stride_head
+        values += shift * stride_dense + group * stride_head
     table_row = block_table + sequence.to(tl.int64) * stride_table
     middle = tl.minimum(tl.maximum(computed + first_query + 1, start), end)
     middle = start + (middle - start) // BLOCK_N * BLOCK_N
@@ -188,12 +189,12 @@ def _latent_chunk_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     acc, m, total = attend_latent(
         acc, m, total, q_tile, q_rope, position, pages, table_row, keys, values, start, middle,
-        stride_block, H * D, H * V, scale_log2, RANK, ROPE, D, V, P, ABSORBED, False,
+        stride_block, stride_dense, scale_log2, RANK, ROPE, D, V, P, ABSORBED, False,
         BLOCK_N, BLOCK_D, BLOCK_V, BLOCK_E,
     )  # fmt: skip
     acc, m, total = attend_latent(
         acc, m, total, q_tile, q_rope, position, pages, table_row, keys, values, middle, end,
-        stride_block, H * D, H * V, scale_log2, RANK, ROPE, D, V, P, ABSORBED, True,
+        stride_block, stride_dense, scale_log2, RANK, ROPE, D, V, P, ABSORBED, True,
         BLOCK_N, BLOCK_D, BLOCK_V, BLOCK_E,
     )  # fmt: skip
     total = tl.where(total > 0, total, 1.0)
@@ -213,9 +214,13 @@ def _latent_chunk_kernel(
     tl.store(out + at, mean.to(out.dtype.element_ty), mask=mask)
 
 
+ABSORBED_ROWS = 64
+"""Queries times heads of a tile over latent vectors."""
+
+
 def absorbed_shape(dtype: torch.dtype) -> tuple[int, int, int, int]:
     """Returns (BLOCK_M, BLOCK_N, num_warps, num_stages) of tiles over latent vectors."""
-    return (16, 16, 4, 1) if dtype == torch.float32 else (64, 64, 8, 2)
+    return (16, 16, 4, 1) if dtype == torch.float32 else (ABSORBED_ROWS, 64, 8, 2)
 
 
 def expanded_shape(dtype: torch.dtype) -> tuple[int, int, int, int]:
@@ -266,7 +271,7 @@ def absorbed_chunks(
         *(out_THR, partials.out, partials.lse),
         *(batch.query_starts, batch.seq_lens_S, batch.block_table, plan.table),
         *(num_sequences, 0, 0),
-        *(block_stride(pages_BPC), batch.block_table.stride(0), scale * LOG2_E),
+        *(block_stride(pages_BPC), batch.block_table.stride(0), 0, 0, scale * LOG2_E),
         H=num_heads,
         STACK=stack,
         D=rank,
@@ -307,8 +312,8 @@ def expanded_chunks(
     """
     num_heads, num_sequences = q_THD.shape[1], len(batch.seq_lens_S)
     head_size, value_size = keys_NHD.shape[2], values_NHV.shape[2]
-    assert keys_NHD.is_contiguous()
-    assert values_NHV.is_contiguous()
+    assert keys_NHD.stride() == values_NHV.stride()
+    assert keys_NHD.stride(2) == 1
     dtype = keys_NHD.dtype
     block_m, block_n, num_warps, num_stages = expanded_shape(dtype)
     tiles = len(q_THD) // block_m + num_sequences
@@ -318,7 +323,8 @@ def expanded_chunks(
         *(out_THV, lse_TH, lse_TH),
         *(batch.query_starts, batch.seq_lens_S, batch.block_table, batch.seq_lens_S),
         *(num_sequences, *positions),
-        *(block_stride(pages_BPC), batch.block_table.stride(0), scale * LOG2_E),
+        *(block_stride(pages_BPC), batch.block_table.stride(0)),
+        *(keys_NHD.stride(0), keys_NHD.stride(1), scale * LOG2_E),
         H=num_heads,
         STACK=1,
         D=head_size,

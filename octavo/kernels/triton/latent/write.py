@@ -56,6 +56,7 @@ def _latent_write_kernel(
     eps,
     stride_block,
     stride_latent,
+    stride_q,
     H: tl.constexpr,
     NOPE: tl.constexpr,
     RANK: tl.constexpr,
@@ -95,7 +96,7 @@ def _latent_write_kernel(
         tl.store(at + HALF, b.to(pages.dtype.element_ty), mask=mask)
     else:
         heads = (tl.program_id(1) - 1) * HEADS + tl.arange(0, HEADS)
-        query = q + t * (H * (NOPE + ROPE)) + NOPE
+        query = q + t * stride_q + NOPE
         a_q, b_q = rotated_pairs(
             query, NOPE + ROPE, heads, heads < H, cos, sin, HALF, PAIRS, BLOCK_H
         )
@@ -121,13 +122,13 @@ def write_latents(
     """Writes normed latent vectors and rotated columns to the pages, and rotated queries to the
     last columns of `q_out` [T, H, any + rotated columns].
 
-    q [T, H, unrotated + rotated], latent [T, rank + rotated] rows contiguous. `is_interleaved`:
+    q [T, H, unrotated + rotated], latent [T, rank + rotated]: rows may be apart. `is_interleaved`:
     columns 2 i and 2 i + 1 turn together, else i and half the rotated columns on; what is written
     has the second form, for queries and keys alike.
     """
     num_tokens, num_heads, _ = q_THD.shape
     rank, rope_size = len(norm_R), pages_BPC.shape[2] - len(norm_R)
-    assert q_THD.is_contiguous()
+    assert q_THD.stride()[1:] == (q_THD.shape[2], 1)
     assert q_out_THC.is_contiguous()
     assert latent_TC.stride(1) == 1
     assert rope.cos.shape[1] == rope_size // 2, (rope.cos.shape, rope_size)
@@ -136,7 +137,8 @@ def write_latents(
     heads = min(HEADS_PER_PROGRAM, next_power_of_2(num_heads))
     _latent_write_kernel[(num_tokens, 1 + cdiv(num_heads, heads))](
         *(q_THD, q_out_THC, latent_TC, pages_BPC, norm_R, positions_T, slots_T),
-        *(rope.cos, rope.sin, eps, block_stride(pages_BPC), latent_TC.stride(0)),
+        *(rope.cos, rope.sin, eps, block_stride(pages_BPC)),
+        *(latent_TC.stride(0), q_THD.stride(0)),
         H=num_heads,
         NOPE=q_THD.shape[2] - rope_size,
         RANK=rank,
@@ -162,6 +164,8 @@ def _head_product_kernel(
     stride_x,
     stride_xh,
     stride_w,
+    stride_wk,
+    stride_wn,
     stride_out,
     stride_oh,
     K: tl.constexpr,
@@ -183,7 +187,7 @@ def _head_product_kernel(
         k = start + tl.arange(0, BLOCK_K)
         x_at = x + t[:, None] * stride_x + head * stride_xh + k[None, :]
         x_tile = tl.load(x_at, mask=here & (k < K)[None, :], other=0.0)
-        w_at = weight + head * stride_w + k[:, None] * N + n[None, :]
+        w_at = weight + head * stride_w + k[:, None] * stride_wk + n[None, :] * stride_wn
         w_tile = tl.load(w_at, mask=(k < K)[:, None] & (n < N)[None, :], other=0.0)
         acc = tl.dot(x_tile, w_tile.to(x_tile.dtype), acc, input_precision="ieee")
     at = out + t[:, None] * stride_out + head * stride_oh + n[None, :]
@@ -193,7 +197,7 @@ def _head_product_kernel(
 def head_product(
     x_THK: Tensor, weight_HKN: Tensor, out_THN: Tensor, *, is_invariant: bool = False
 ) -> None:
-    """Writes x[t, h] @ weight[h] to `out`; the last dimension of each is contiguous.
+    """Writes x[t, h] @ weight[h] to `out`; columns of x and `out` lie side by side.
 
     Few tokens, and with `is_invariant` all, are added up in an order that depends on no other
     token; more go to the vendor's batched product.
@@ -206,11 +210,10 @@ def head_product(
         torch.bmm(x_THK.transpose(0, 1), weight_HKN, out=out_THN.transpose(0, 1))
         return
     assert x_THK.stride(2) == out_THN.stride(2) == 1
-    assert weight_HKN.is_contiguous()
     block_n, block_t = min(64, max(16, next_power_of_2(columns))), 16
     _head_product_kernel[(num_heads, cdiv(columns, block_n), cdiv(num_tokens, block_t))](
         *(x_THK, weight_HKN, out_THN, num_tokens),
-        *(x_THK.stride(0), x_THK.stride(1), weight_HKN.stride(0)),
+        *(x_THK.stride(0), x_THK.stride(1), *weight_HKN.stride()),
         *(out_THN.stride(0), out_THN.stride(1)),
         K=depth,
         N=columns,

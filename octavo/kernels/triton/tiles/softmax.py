@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def softmax_step(s, m, total, acc, scale_log2):
@@ -32,7 +34,8 @@ def capped(s, scale_log2, cap_log2):
 
 
 @triton.jit
-def with_sink(mean, lse, sink_log2):
-    """Returns the mean [M, D] where a sink takes its part of the weights: a score in base 2 that
-    has no value (gpt-oss). lse [M]: log2-sum-exp2 of a row's other scores; -inf: the mean is 0."""
+def with_sinks(mean, lse, sinks, mask):
+    """Returns the mean [M, D] where sinks take their part of the weights: scores at `sinks` [M]
+    that have no value (gpt-oss). lse [M]: log2-sum-exp2 of other scores; -inf: the mean is 0."""
+    sink_log2 = tl.load(sinks, mask=mask, other=0.0) * LOG2_E
     return mean * (1.0 / (1.0 + tl.exp2(sink_log2 - lse)))[:, None]

@@ -6,8 +6,6 @@ Runs on a GPU, else through Triton's interpreter at small shapes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -15,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.kernels.inputs import AttentionBatch, RopeTable
+from octavo.kernels.inputs import RopeTable
 from octavo.visibility import Full
 from tests.kernels.cases import floats
+from tests.kernels.latent_cases import P, exact, make_latents
 from tests.kernels.triton.cases import TOLERANCES, assert_near
 from tests.kernels.triton.interpreter import DEVICE
 
@@ -35,71 +34,6 @@ from octavo.kernels.triton.attention.short_chunks import (  # isort: skip
     plan_short_chunks,
 )
 from octavo.kernels.triton.attention.splits import Tiling  # isort: skip
-
-P = 16
-
-
-@dataclass(kw_only=True)
-class PagedLatents:
-    """Sequences in a scattered arena of two layers; everything that no token owns is NaN."""
-
-    pages_BPC: Tensor
-    tokens: list[Tensor]
-    table: Tensor
-
-    def batch(self, seq_lens: Sequence[int], query_lens: Sequence[int]) -> AttentionBatch:
-        spans = list(zip(seq_lens, query_lens, strict=True))
-        positions = [torch.arange(n - q, n) for n, q in spans]
-        return AttentionBatch(
-            positions_T=torch.cat(positions).to(DEVICE, torch.int32),
-            slot_mapping_T=torch.zeros(sum(query_lens), dtype=torch.int64, device=DEVICE),
-            query_starts=torch.tensor([0, *query_lens]).cumsum(0).to(DEVICE, torch.int32),
-            seq_lens_S=torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE),
-            block_table=self.table.to(DEVICE),
-        )
-
-
-def make_latents(
-    rng: np.random.Generator,
-    lengths: Sequence[int],
-    columns: int,
-    dtype: torch.dtype = torch.float32,
-    shared: int = 0,
-) -> PagedLatents:
-    """Returns sequences of `lengths`; the first `shared` tokens of all lie in the same blocks."""
-    assert shared % P == 0
-    own = [-(-n // P) - shared // P for n in lengths]
-    num_blocks = sum(own) + shared // P + 3
-    arena = torch.full((num_blocks, 2, P, columns), math.nan, dtype=dtype, device=DEVICE)
-    pages = arena[:, 1]
-    free = rng.permutation(num_blocks).astype(np.int32)
-    common, free = free[: shared // P], free[shared // P :]
-    table = np.full((len(lengths), max(own) + shared // P + 2), 2**30, np.int32)
-    prefix = floats(rng, shared, columns).to(dtype)
-    tokens = []
-    for s, (length, count) in enumerate(zip(lengths, own, strict=True)):
-        blocks, free = np.concatenate((common, free[:count])), free[count:]
-        table[s, : len(blocks)] = blocks
-        rows = torch.cat((prefix, floats(rng, length - shared, columns).to(dtype)))
-        at = np.arange(length)
-        pages[torch.from_numpy(blocks[at // P]).long(), torch.from_numpy(at % P)] = rows.to(DEVICE)
-        tokens.append(rows)
-    return PagedLatents(pages_BPC=pages, tokens=tokens, table=torch.from_numpy(table))
-
-
-def exact(
-    q: Tensor, latents: PagedLatents, batch: AttentionBatch, scale: float, rank: int
-) -> Tensor:
-    """Returns [T, H, rank] in float64."""
-    parts = []
-    for s, tokens in enumerate(latents.tokens):
-        rows = slice(int(batch.query_starts[s]), int(batch.query_starts[s + 1]))
-        seen = tokens[: int(batch.seq_lens_S[s])].double()
-        scores = torch.einsum("qhc,kc->hqk", q[rows].double().cpu(), seen) * scale
-        hidden = torch.arange(len(seen)) > batch.positions_T[rows].cpu().unsqueeze(1)
-        weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
-        parts.append(torch.einsum("hqk,kr->qhr", weights, seen[:, :rank]))
-    return torch.cat(parts)
 
 
 DTYPES = list(TOLERANCES)
@@ -119,7 +53,7 @@ def test_decode(
     is_invariant: bool,
 ) -> None:
     lengths = [1, 15, 16, 65, 200, 700]
-    latents = make_latents(rng, lengths, rank + rope, dtype)
+    latents = make_latents(rng, lengths, rank + rope, dtype, device=DEVICE)
     batch = latents.batch(lengths, [1] * len(lengths))
     q = floats(rng, len(lengths), heads, rank + rope).to(DEVICE, dtype)
     out = torch.full((len(lengths), heads, rank), math.nan, dtype=dtype, device=DEVICE)
@@ -137,7 +71,7 @@ def test_short_chunks_in_splits(
     rng: np.random.Generator, heads: int, rank: int, rope: int, dtype: torch.dtype
 ) -> None:
     lengths, query_lens = [40, 300, 17, 520], [2, 9, 17, 5]
-    latents = make_latents(rng, lengths, rank + rope, dtype)
+    latents = make_latents(rng, lengths, rank + rope, dtype, device=DEVICE)
     batch = latents.batch(lengths, query_lens)
     total = sum(query_lens)
     q = floats(rng, total, heads, rank + rope).to(DEVICE, dtype)
@@ -155,7 +89,7 @@ def test_shared_prefix_is_what_each_sees_alone(
     rng: np.random.Generator, dtype: torch.dtype
 ) -> None:
     lengths, heads, rank, rope = [300, 257, 256, 300, 280], 4, 32, 16
-    latents = make_latents(rng, lengths, rank + rope, dtype, shared=256)
+    latents = make_latents(rng, lengths, rank + rope, dtype, shared=256, device=DEVICE)
     batch = latents.batch(lengths, [1] * len(lengths))
     q = floats(rng, len(lengths), heads, rank + rope).to(DEVICE, dtype)
     plan = plan_shared_prefix(
@@ -186,7 +120,7 @@ def test_expanded_chunks_over_ranges_of_keys(
     rng: np.random.Generator, nope: int, value: int, edges: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     lengths, query_lens, heads, rank, rope = [90, 160, 3], [70, 100, 3], 4, 32, 16
-    latents = make_latents(rng, lengths, rank + rope, dtype)
+    latents = make_latents(rng, lengths, rank + rope, dtype, device=DEVICE)
     batch = latents.batch(lengths, query_lens)
     total = sum(query_lens)
     q = floats(rng, total, heads, nope + rope).to(DEVICE, dtype)
@@ -195,12 +129,12 @@ def test_expanded_chunks_over_ranges_of_keys(
     for first, beyond in pairwise(edges):
         dense = [tokens[first:beyond, :rank].float() for tokens in latents.tokens]
         starts = torch.tensor([0, *map(len, dense)]).cumsum(0)[:-1].to(DEVICE, torch.int32)
-        keys = torch.einsum("nr,hdr->nhd", torch.cat(dense), up.float()).to(DEVICE, dtype)
-        values = torch.einsum("nr,hvr->nhv", torch.cat(dense), down.float()).to(DEVICE, dtype)
+        both = torch.einsum("nr,hdr->nhd", torch.cat(dense), torch.cat((up, down), 1).float())
+        keys, values = both.contiguous().to(DEVICE, dtype).split([nope, value], dim=2)
         out = torch.zeros(total, heads, value, dtype=dtype, device=DEVICE)
         lse = torch.zeros(total, heads, device=DEVICE)
         expanded_chunks(
-            *(q, latents.pages_BPC, keys.contiguous(), values.contiguous(), starts, batch),
+            *(q, latents.pages_BPC, keys, values, starts, batch),
             *(0.2, rank, out, lse, (first, beyond)),
             short=64,
         )

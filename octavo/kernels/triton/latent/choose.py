@@ -1,0 +1,183 @@
+"""Latent attention of a mixed step: which form and kernel attends which rows.
+
+Called by the Triton back end once a layer. Never asks the device anything: what depends on lengths
+is made on the device, within bounds that the host knows.
+
+Sequences with one query are absorbed, and so are chunks of up to SHORT_QUERIES; more queries are
+absorbed in steps that are replayed as graphs, and expanded in larger ones. `is_deterministic` sends
+every row the way of a decode, in splits of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octavo.kernels.facts import DETERMINISTIC_TOKENS, SHORT_SPLITS, short_tokens, split_slots
+from octavo.kernels.inputs import AttentionBatch, KVLayer, LatentOp
+from octavo.kernels.triton.attention.choose import SHORT_QUERIES, SHORTEST_SPLIT
+from octavo.kernels.triton.attention.partials import make_partials
+from octavo.kernels.triton.attention.scores import plain_scores
+from octavo.kernels.triton.attention.short_chunks import Limits, ShortPlans, merge_short_chunks
+from octavo.kernels.triton.attention.splits import Tiling
+from octavo.kernels.triton.latent.decode import latent_decode
+from octavo.kernels.triton.latent.expand import expanded_attention
+from octavo.kernels.triton.latent.shared import shared_latents
+from octavo.kernels.triton.latent.tiles import ABSORBED_ROWS, absorbed_chunks, stack_of
+from octavo.kernels.triton.latent.write import head_product, write_latents
+from octavo.kernels.triton.launching.chip import num_processors
+from octavo.step import MAX_PADDED_TOKENS
+from octavo.visibility import Full
+
+ALL_QUERIES = 1 << 30
+FULL = Full()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LatentViews:
+    """The product of keys and values, head by head: views of its weight."""
+
+    both_NR: Tensor
+    """[H * (nope + value), rank]"""
+    keys_HNR: Tensor
+    values_HVR: Tensor
+
+
+def latent_views(both_NR: Tensor, num_heads: int, nope_size: int) -> LatentViews:
+    """Returns the views of kv_b [H * (nope + value), rank]."""
+    heads = both_NR.view(num_heads, -1, both_NR.shape[1])
+    return LatentViews(
+        both_NR=both_NR, keys_HNR=heads[:, :nope_size], values_HVR=heads[:, nope_size:]
+    )
+
+
+def latent_attention(
+    q_TN: Tensor,
+    latent_TC: Tensor,
+    op: LatentOp,
+    layer: KVLayer,
+    batch: AttentionBatch,
+    *,
+    is_deterministic: bool,
+    tickets: Tensor,
+    plans: ShortPlans,
+) -> Tensor:
+    """Returns [T, H * value]; see `Ops.latent_attention`."""
+    pages_BPC, weights = layer.planes["latent"], op.weights
+    assert isinstance(weights, LatentViews)
+    num_tokens = len(q_TN)
+    q_THD = q_TN.unflatten(1, (op.num_heads, -1))
+    q_THC = q_TN.new_empty(num_tokens, op.num_heads, op.num_columns)
+    write_latents(
+        *(q_THD, latent_TC, pages_BPC, op.norm_R, op.norm_eps, op.rope),
+        *(batch.positions_T, batch.slot_mapping_T, q_THC),
+        is_interleaved=False,
+    )
+    is_expanded = num_tokens > MAX_PADDED_TOKENS and not is_deterministic
+    absorbed = slice(0, num_tokens)
+    if is_expanded and batch.num_short_tokens is not None:
+        absorbed = slice(0, batch.num_short_tokens)
+    out_THV = q_TN.new_empty(num_tokens, op.num_heads, op.value_size)
+    if absorbed.stop:
+        product = {"is_invariant": is_deterministic}
+        head_product(
+            q_THD[absorbed, :, : op.nope_size],
+            weights.keys_HNR,
+            q_THC[absorbed, :, : op.rank],
+            **product,
+        )
+        out_THR = q_TN.new_empty(absorbed.stop, op.num_heads, op.rank)
+        if is_deterministic:
+            _every_row_as_decode(q_THC, op, pages_BPC, batch, out_THR, tickets)
+        else:
+            short = SHORT_QUERIES if is_expanded else ALL_QUERIES
+            _absorbed(q_THC, op, pages_BPC, batch, out_THR, short, tickets, plans)
+        head_product(out_THR, weights.values_HVR.transpose(1, 2), out_THV[absorbed], **product)
+    if is_expanded and batch.max_query_len != 1:
+        whole_THD = torch.cat((q_THD[..., : op.nope_size], q_THC[..., op.rank :]), dim=2)
+        expanded_attention(
+            *(whole_THD, weights.both_NR, op, pages_BPC, batch, out_THV), short=SHORT_QUERIES
+        )
+    return out_THV.flatten(1)
+
+
+def latent_tiling(num_heads: int, device: torch.device) -> Tiling:
+    """Returns how many pieces the absorbed kernels make of queries."""
+    return Tiling(num_heads, stack_of(num_heads, ABSORBED_ROWS), num_processors(device))
+
+
+def _absorbed(
+    q_THC: Tensor,
+    op: LatentOp,
+    pages_BPC: Tensor,
+    batch: AttentionBatch,
+    out_THR: Tensor,
+    short: int,
+    tickets: Tensor,
+    plans: ShortPlans,
+) -> None:
+    """Writes the rows of `out` whose sequences have up to `short` queries."""
+    q_THC = q_THC[: len(out_THR)]
+    asked = (q_THC, pages_BPC, batch, op.scale, op.rank)
+    bound = batch.block_table.shape[1] * pages_BPC.shape[1]
+    bound = bound if batch.max_seq_len is None else min(batch.max_seq_len, bound)
+    if batch.prefix is not None:
+        partials = make_partials(
+            out_THR, batch.prefix.max_splits + split_slots(batch.prefix.max_tail)
+        )
+        shared_latents(*asked, batch.prefix, partials)
+        latent_decode(
+            *(*asked, out_THR),
+            max_seq_len=batch.prefix.max_tail,
+            shared=(batch.prefix.shared_tokens_S, batch.prefix.shared_slots_S),
+            partials=partials,
+            tickets=tickets,
+        )
+    elif batch.max_slots != 0:
+        latent_decode(*asked, out_THR, max_seq_len=bound, tickets=tickets)
+    longest = len(q_THC) if batch.max_query_len is None else batch.max_query_len
+    count = len(q_THC)
+    if batch.num_short_tokens is not None and short != ALL_QUERIES:
+        count = min(count, batch.num_short_tokens)
+    if longest == 1 or count < 2:
+        return
+    rows = min(count, short_tokens(op.num_heads, op.rank))
+    limits = Limits(
+        queries=short, splits=SHORT_SPLITS, shortest=SHORTEST_SPLIT, slots=rows * SHORT_SPLITS
+    )
+    plan = plans.of(batch, latent_tiling(op.num_heads, q_THC.device), FULL, limits)
+    partials = make_partials(out_THR[:rows], SHORT_SPLITS)
+    absorbed_chunks(*asked, out_THR, partials, plan, count)
+    merge_short_chunks(out_THR, plain_scores(op.scale, plan.table), batch, plan, partials, count)
+
+
+def _every_row_as_decode(
+    q_THC: Tensor,
+    op: LatentOp,
+    pages_BPC: Tensor,
+    batch: AttentionBatch,
+    out_THR: Tensor,
+    tickets: Tensor,
+) -> None:
+    num_tokens = len(q_THC)
+    tokens = torch.arange(num_tokens, dtype=torch.int32, device=q_THC.device)
+    sequences = torch.searchsorted(batch.query_starts[1:], tokens, right=True, out_int32=True)
+    sequences.clamp_(max=len(batch.seq_lens_S) - 1)
+    for start in range(0, num_tokens, DETERMINISTIC_TOKENS):
+        rows = slice(start, start + DETERMINISTIC_TOKENS)
+        part = AttentionBatch(
+            positions_T=batch.positions_T[rows],
+            slot_mapping_T=batch.slot_mapping_T[rows],
+            query_starts=batch.query_starts,
+            seq_lens_S=batch.seq_lens_S,
+            block_table=batch.block_table,
+        )
+        latent_decode(
+            *(q_THC[rows], pages_BPC, part, op.scale, op.rank, out_THR[rows]),
+            max_seq_len=batch.block_table.shape[1] * pages_BPC.shape[1],
+            token_sequences=sequences[rows],
+            tickets=tickets,
+            is_invariant=True,
+        )

@@ -1,0 +1,81 @@
+"""Paged latent vectors for the tests of latent attention, everything unused poisoned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from octavo.kernels.inputs import AttentionBatch
+from tests.kernels.cases import floats
+
+P = 16
+
+
+@dataclass(kw_only=True)
+class PagedLatents:
+    """Sequences in a scattered arena of two layers; everything that no token owns is NaN."""
+
+    pages_BPC: Tensor
+    tokens: list[Tensor]
+    table: Tensor
+
+    def batch(self, seq_lens: Sequence[int], query_lens: Sequence[int]) -> AttentionBatch:
+        spans, device = list(zip(seq_lens, query_lens, strict=True)), self.pages_BPC.device
+        positions = [torch.arange(n - q, n) for n, q in spans]
+        slots = [self.table[s, p // P].long() * P + p % P for s, p in enumerate(positions)]
+        return AttentionBatch(
+            positions_T=torch.cat(positions).to(device, torch.int32),
+            slot_mapping_T=torch.cat(slots).to(device),
+            query_starts=torch.tensor([0, *query_lens]).cumsum(0).to(device, torch.int32),
+            seq_lens_S=torch.tensor(seq_lens, dtype=torch.int32, device=device),
+            block_table=self.table.to(device),
+        )
+
+
+def make_latents(
+    rng: np.random.Generator,
+    lengths: Sequence[int],
+    columns: int,
+    dtype: torch.dtype = torch.float32,
+    shared: int = 0,
+    device: str = "cpu",
+) -> PagedLatents:
+    """Returns sequences of `lengths`; the first `shared` tokens of all lie in the same blocks."""
+    assert shared % P == 0
+    own = [-(-n // P) - shared // P for n in lengths]
+    num_blocks = sum(own) + shared // P + 3
+    arena = torch.full((num_blocks, 2, P, columns), math.nan, dtype=dtype, device=device)
+    pages = arena[:, 1]
+    free = rng.permutation(num_blocks).astype(np.int32)
+    common, free = free[: shared // P], free[shared // P :]
+    table = np.full((len(lengths), max(own) + shared // P + 2), 2**30, np.int32)
+    prefix = floats(rng, shared, columns).to(dtype)
+    tokens = []
+    for s, (length, count) in enumerate(zip(lengths, own, strict=True)):
+        blocks, free = np.concatenate((common, free[:count])), free[count:]
+        table[s, : len(blocks)] = blocks
+        rows = torch.cat((prefix, floats(rng, length - shared, columns).to(dtype)))
+        at = np.arange(length)
+        pages[torch.from_numpy(blocks[at // P]).long(), torch.from_numpy(at % P)] = rows.to(device)
+        tokens.append(rows)
+    return PagedLatents(pages_BPC=pages, tokens=tokens, table=torch.from_numpy(table))
+
+
+def exact(
+    q: Tensor, latents: PagedLatents, batch: AttentionBatch, scale: float, rank: int
+) -> Tensor:
+    """Returns [T, H, rank] in float64."""
+    parts = []
+    for s, tokens in enumerate(latents.tokens):
+        rows = slice(int(batch.query_starts[s]), int(batch.query_starts[s + 1]))
+        seen = tokens[: int(batch.seq_lens_S[s])].double()
+        scores = torch.einsum("qhc,kc->hqk", q[rows].double().cpu(), seen) * scale
+        hidden = torch.arange(len(seen)) > batch.positions_T[rows].cpu().unsqueeze(1)
+        weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
+        parts.append(torch.einsum("hqk,kr->qhr", weights, seen[:, :rank]))
+    return torch.cat(parts)

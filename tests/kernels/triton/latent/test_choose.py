@@ -1,0 +1,47 @@
+"""Latent attention of Triton's back end as layers ask it, against float64.
+
+Runs on a GPU, else through Triton's interpreter at small shapes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from octavo.kernels.inputs import KVLayer
+from tests.kernels.cases import floats
+from tests.kernels.latent_cases import make_latents
+from tests.kernels.test_latent_attention import HEADS, NOPE, RANK, ROPE, expected_of, make_op
+from tests.kernels.triton.cases import TOLERANCES, assert_near, make_ops
+from tests.kernels.triton.interpreter import DEVICE
+
+from octavo.kernels.triton.latent import choose, expand  # isort: skip
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.mark.parametrize("form", ["deterministic", "absorbed", "expanded", "expanded in ranges"])
+def test_decodes_short_and_long_chunks_in_one_step(
+    rng: np.random.Generator, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if form.startswith("expanded"):
+        monkeypatch.setattr(choose, "MAX_PADDED_TOKENS", 4)
+        monkeypatch.setattr(choose, "SHORT_QUERIES", 8)
+    if form == "expanded in ranges":
+        monkeypatch.setattr(expand, "EXPANDED_TOKENS", 1)
+    ops = make_ops(is_deterministic=form == "deterministic")
+    lengths, query_lens = [33, 150, 16, 200, 41], [1, 5, 16, 20, 1]
+    paged = make_latents(rng, lengths, RANK + ROPE, device=DEVICE)
+    batch = paged.batch(lengths, query_lens)
+    op, kv_b = make_op(rng, ops, 256, DEVICE)
+    total = sum(query_lens)
+    wide = floats(rng, total, HEADS * (NOPE + ROPE) + RANK + ROPE)
+    q_TN, latent_TC = wide.split([HEADS * (NOPE + ROPE), RANK + ROPE], dim=1)
+    expected, kept = expected_of(q_TN.contiguous(), latent_TC, op, kv_b, paged, batch)
+    moved = wide.to(DEVICE).split([HEADS * (NOPE + ROPE), RANK + ROPE], dim=1)
+    layer = KVLayer(latent=paged.pages_BPC)
+    found = ops.latent_attention(*moved, op, layer, batch)
+    assert_near(found, expected, TOLERANCES[torch.float32])
+    slots = batch.slot_mapping_T
+    assert_near(paged.pages_BPC[slots // 16, slots % 16], kept, TOLERANCES[torch.float32])
