@@ -42,6 +42,10 @@ class Pieces(Protocol):
         """Returns what one id adds to the text, as bytes: part of a character, even."""
         ...
 
+    def whole_text(self, token_id: int) -> str | None:
+        """Returns `token_bytes` as text; None if they are not whole characters."""
+        ...
+
     def is_special(self, token_id: int) -> bool: ...
 
     def is_token(self, token_id: int) -> bool: ...
@@ -68,10 +72,11 @@ class ByteStream:
     def push(self, token_id: int) -> str:
         if token_id in self._skipped:
             return ""
-        new = self._tokenizer.token_bytes(token_id)
-        if new.isascii() and not self._decoder.buffer:
-            return new.decode()  # at C's speed, as the decoder would
-        return self._decoder.decode(new)
+        if not self._decoder.buffer:
+            text = self._tokenizer.whole_text(token_id)
+            if text is not None:
+                return text
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)

@@ -28,18 +28,26 @@ TURNS_AT_ONCE = 64
 
 
 class Turns:
-    """Calls readers in the next rounds of the event loop: thousands have news at the same time, and
-    a task that wakes up for each would cost as much as all else. One event loop's."""
+    """Calls what is due in the next rounds of the event loop, some at once: thousands of readers
+    have news at the same time, and a task that wakes up for each would cost as much as all else.
+    One event loop's."""
 
-    def __init__(self) -> None:
-        self._due: deque[Callable[[], None]] = deque()
+    def __init__(self, at_once: int = TURNS_AT_ONCE) -> None:
+        self._at_once = at_once
+        self._due: deque[Callable[[], object]] = deque()
         self._is_scheduled = False
 
-    def add(self, turn: Callable[[], None]) -> None:
+    def add(self, turn: Callable[[], object]) -> None:
         """Has `turn` called soon; it must not raise."""
         self._due.append(turn)
         if not self._is_scheduled:
             self._schedule()
+
+    async def wait(self) -> None:
+        """Returns when it is the caller's turn."""
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.add(lambda: turn.done() or turn.set_result(None))
+        await turn
 
     def _schedule(self) -> None:
         self._is_scheduled = True
@@ -47,7 +55,7 @@ class Turns:
 
     def _run(self) -> None:
         due = self._due
-        for _ in range(min(len(due), TURNS_AT_ONCE)):
+        for _ in range(min(len(due), self._at_once)):
             due.popleft()()
         self._is_scheduled = False
         if due:

@@ -99,6 +99,7 @@ class Tokenizer:
         self.is_byte_level = isinstance(self._core.decoder, decoders.ByteLevel)
         """Whether a token's bytes do not depend on its neighbours."""
         self._bytes: dict[int, bytes] = {}
+        self._texts: dict[int, str | None] = {}
         self._renderer: ChatRenderer | None = None
         self._guard: TokenGuard | None = None
 
@@ -155,6 +156,19 @@ class Tokenizer:
         if found is None:
             found = self._bytes[token_id] = self._spell(token_id)
         return found
+
+    def whole_text(self, token_id: int) -> str | None:
+        """Returns `token_bytes` as text; None if they are not whole characters."""
+        try:
+            return self._texts[token_id]
+        except KeyError:
+            pass
+        try:
+            text = self.token_bytes(token_id).decode()
+        except UnicodeDecodeError:
+            text = None
+        self._texts[token_id] = text
+        return text
 
     def token_text(self, token_id: int) -> str:
         """Returns `token_bytes` as text, with U+FFFD where it is not whole characters."""

@@ -29,6 +29,7 @@ async def read_body(request: Request, model: type[Body]) -> Body:
     try:
         await _receive(request, room, received)
         content = bytes(received)
+        await state.beginnings.wait()
         if is_quick(content, model):
             body = parse(model, decode(content))
         else:

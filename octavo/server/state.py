@@ -21,6 +21,9 @@ from octavo.server.limits import BodyRoom
 from octavo.server.parser import ParserProcess
 from octavo.server.tokenising import Tokenising
 
+BEGUN_AT_ONCE = 4
+"""Requests that are read before others have their turn: a millisecond or two."""
+
 Siblings = Callable[[], Awaitable[Sequence[bytes]]]
 """Asks the other front processes of this server for snapshots of their metrics."""
 
@@ -46,6 +49,9 @@ class ServerState:
     parser: ParserProcess
     drain: Drain = field(default_factory=Drain)
     turns: Turns = field(default_factory=Turns)
+    """Of the streams' readers."""
+    beginnings: Turns = field(default_factory=lambda: Turns(BEGUN_AT_ONCE))
+    """Of new requests: tokens of running streams go out between them."""
     siblings: Siblings = no_siblings
 
     @property

@@ -129,3 +129,16 @@ async def test_turns_let_others_run_in_between():
         await asyncio.sleep(0)
     assert calls.index(-1) == TURNS_AT_ONCE
     assert [place for place in calls if place >= 0] == list(range(3 * TURNS_AT_ONCE))
+
+
+async def test_whoever_waits_for_a_turn_gets_it_after_those_before():
+    turns, order = Turns(at_once=2), []
+
+    async def wait(place: int) -> None:
+        await turns.wait()
+        order.append(place)
+
+    tasks = [asyncio.create_task(wait(place)) for place in range(5)]
+    tasks[1].cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert order == [0, 2, 3, 4]

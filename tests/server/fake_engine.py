@@ -43,6 +43,9 @@ class FakeTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return self.decode([token_id], False).encode("utf-8", "replace")
 
+    def whole_text(self, token_id: int) -> str | None:
+        return self.token_bytes(token_id).decode()
+
     def is_special(self, token_id: int) -> bool:
         return token_id in self.special_ids
 
