@@ -152,7 +152,7 @@ OLMOE = ConfigClass(
 )
 GEMMA2 = ConfigClass(
     defaults={
-        **_ALL,
+        **{name: value for name, value in _ALL.items() if name != "hidden_act"},
         "vocab_size": 256_000,
         "hidden_size": 2304,
         "intermediate_size": 9216,

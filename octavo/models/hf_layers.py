@@ -123,7 +123,8 @@ def read_window(config: HFConfig) -> Visibility:
 def read_layer_types(
     config: HFConfig, known: Collection[str], default: Callable[[int], str]
 ) -> tuple[str, ...]:
-    """Returns each layer's type: from layer_types if given, else what `default` says."""
+    """Returns each layer's type, one of `known`: from layer_types if given, else what `default`
+    says. There "attention" is another word for full attention."""
     num_layers = config.integer("num_hidden_layers")
     types = config.value("layer_types")
     if types is None:
@@ -131,10 +132,10 @@ def read_layer_types(
     if (
         not isinstance(types, list)
         or len(types) != num_layers
-        or not all(isinstance(name, str) and name in known for name in types)
+        or not all(isinstance(name, str) and name in (*known, "attention") for name in types)
     ):
         config.refuse("layer_types", f"{num_layers} times one of {', '.join(known)}")
-    return tuple(types)
+    return tuple(FULL if name == "attention" else name for name in types)
 
 
 def read_some_windows(config: HFConfig, types: Collection[str]) -> Mapping[str, Visibility]:
@@ -150,7 +151,7 @@ def read_windows(
 ) -> tuple[Visibility, ...]:
     """Returns what each layer sees: from layer_types if given, else a window where
     `is_windowed`."""
-    known = {FULL: Full(), SLIDING: window, "attention": Full()}
+    known = {FULL: Full(), SLIDING: window}
     types = read_layer_types(config, known, lambda i: SLIDING if is_windowed(i) else FULL)
     if window == Full() and SLIDING in types and config.value("layer_types"):
         config.refuse("sliding_window", "a window, since layer_types has sliding_attention")

@@ -5,15 +5,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from octavo.errors import UnsupportedModelError
+from octavo.kernels.activations import ClampedSwiGLU
 from octavo.layers.rope import inverse_frequencies
+from octavo.layers.rope_spec import QueryTemperature
+from octavo.models.attention_spec import AttentionSpec
 from octavo.models.family import weight_shapes
 from octavo.models.hf_config import HFConfig
 from octavo.models.registry import FAMILIES, find_family, read_spec
@@ -29,6 +34,10 @@ ARCHITECTURES = {
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "olmoe": "OlmoeForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+    "llama4_text": "Llama4ForCausalLM",
 }
 SIZES: dict[str, Any] = {
     "vocab_size": 131,
@@ -41,11 +50,16 @@ SIZES: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
 }
 EXPERTS: dict[str, Any] = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+LOCAL_EXPERTS: dict[str, Any] = {"num_local_experts": 5, "num_experts_per_tok": 2}
 BASES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 16},
     "qwen3_moe": EXPERTS,
     "olmoe": {"num_experts": 5, "num_experts_per_tok": 2},
+    "gemma2": {"head_dim": 8, "sliding_window": 6},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 6, "sliding_window_pattern": 2},
+    "gpt_oss": {"head_dim": 8, "sliding_window": 6, **LOCAL_EXPERTS},
+    "llama4_text": {"head_dim": 8, "attention_chunk_size": 5, **LOCAL_EXPERTS},
 }
 OTHERS: dict[str, tuple[Any, ...]] = {
     "vocab_size": (97,),
@@ -79,6 +93,26 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "rope_scaling": ({}, {"rope_type": "linear", "factor": 2.0}, {"type": "default"}),
     "rope_parameters": ({}, {"rope_type": "linear", "factor": 3.0, "rope_theta": 77.0}),
     "partial_rotary_factor": (1.0,),
+    "hidden_activation": ("silu", "gelu_pytorch_tanh"),
+    "query_pre_attn_scalar": (5,),
+    "final_logit_softcapping": (3.0,),
+    "attn_logit_softcapping": (2.0,),
+    "use_bidirectional_attention": (False,),
+    "sliding_window_pattern": (3,),
+    "rope_local_base_freq": (33.0,),
+    "original_max_position_embeddings": (16,),
+    "swiglu_alpha": (1.1,),
+    "swiglu_limit": (2.0,),
+    "intermediate_size_mlp": (36,),
+    "moe_layers": ([], [1]),
+    "interleave_moe_layer_step": (1, 2),
+    "use_qk_norm": (True, False),
+    "no_rope_layers": ([], [0, 1, 1, 0]),
+    "no_rope_layer_interval": (2,),
+    "attention_chunk_size": (9,),
+    "attn_temperature_tuning": (True, False),
+    "floor_scale": (16,),
+    "attn_scale": (0.3,),
 }
 """Values that transformers can use, by field."""
 WIDE = {
@@ -132,7 +166,7 @@ def reference_of(config: Mapping[str, Any], *, runs: bool) -> PreTrainedModel | 
     """The model that transformers makes of a config.json, or why it makes none. `runs`: it must
     also compute something; else its tensors have shapes alone, for sizes that are large."""
     try:
-        made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+        made = CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(dict(config)))
         with torch.device("cpu" if runs else "meta"):
             model = AutoModelForCausalLM.from_config(made)
         if runs:
@@ -148,13 +182,15 @@ def shapes_of(model: PreTrainedModel, model_type: str) -> dict[str, tuple[int, .
     for name, tensor in model.state_dict().items():
         shape = tuple(tensor.shape)
         layer = name.split(".")[2] if name.startswith("model.layers.") else ""
-        if name.endswith("mlp.experts.gate_up_proj"):
+        stack = name.rpartition(".experts.")[2].removesuffix("_bias")
+        if stack in ("gate_up_proj", "down_proj"):
+            kind = "bias" if name.endswith("_bias") else "weight"
+            one = shape[1:] if names.layout == "rows" else shape[:0:-1]
+            parts = ("down",) if stack == "down_proj" else ("gate", "up")
             for expert in range(shape[0]):
-                for part in ("gate", "up"):
-                    shapes[names.expert(layer, expert, part)] = (shape[1] // 2, shape[2])
-        elif name.endswith("mlp.experts.down_proj"):
-            for expert in range(shape[0]):
-                shapes[names.expert(layer, expert, "down")] = shape[1:]
+                for part in parts:
+                    full = names.expert(layer, expert, part, kind=kind)
+                    shapes[full] = (one[0] // len(parts), *one[1:])
         elif name.endswith("mlp.gate.weight"):
             shapes[names.router(layer)] = shape
         else:
@@ -167,7 +203,12 @@ def shapes_of(model: PreTrainedModel, model_type: str) -> dict[str, tuple[int, .
 def windows_of(model: PreTrainedModel) -> list[int | None]:
     """Each layer's window as the forward pass of its class applies it."""
     config = model.config
-    if config.model_type in ("qwen2", "qwen3", "qwen2_moe"):
+    if config.model_type == "llama4_text":
+        return [
+            config.attention_chunk_size if kind == "chunked_attention" else None
+            for kind in config.layer_types
+        ]
+    if config.model_type in ("qwen2", "qwen3", "qwen2_moe", "gemma2", "gemma3_text", "gpt_oss"):
         return [
             config.sliding_window if kind == "sliding_attention" else None
             for kind in config.layer_types
@@ -183,24 +224,55 @@ def assert_same(spec: ModelSpec, model: PreTrainedModel, config: Mapping[str, An
     assert spec.norm_eps == theirs.rms_norm_eps
     assert spec.tie_embeddings == theirs.tie_word_embeddings
     assert [layer.attention.visibility.most_visible for layer in spec.layers] == windows_of(model)
-    rope = type(model.model.rotary_emb)(theirs)  # on the CPU, wherever the model is
-    ours = inverse_frequencies(spec.ropes[0], theirs.max_position_embeddings)
-    torch.testing.assert_close(ours, rope.inv_freq)
-    assert spec.ropes[0].attention_factor == pytest.approx(rope.attention_scaling)
-    for layer, module in zip(spec.layers, model.model.layers, strict=True):
+    assert spec.logit_soft_cap == getattr(theirs, "final_logit_softcapping", None)
+    scale = getattr(model.model.embed_tokens, "scalar_embed_scale", 1.0)
+    assert spec.embedding_scale == pytest.approx(scale)
+    rotary = type(model.model.rotary_emb)(theirs)  # on the CPU, wherever the model is
+    for index, (layer, module) in enumerate(zip(spec.layers, model.model.layers, strict=True)):
         attention = layer.attention
+        assert_same_positions(attention, module.self_attn, rotary, index)
         assert (attention.num_heads, attention.head_size) == (
             theirs.num_attention_heads,
             module.self_attn.head_dim,
         )
         assert attention.scale == pytest.approx(module.self_attn.scaling)
         assert attention.clip_qkv == (theirs.clip_qkv if kind == "olmoe" else None)
-        assert (layer.mlp.activation == "silu") == (ACT2FN[theirs.hidden_act](torch.ones(1)) < 0.8)
+        if kind == "gemma2":
+            assert attention.soft_cap == module.self_attn.attn_logit_softcapping
+        if kind == "gpt_oss":
+            theirs_is = module.mlp.experts.alpha, module.mlp.experts.limit
+            assert layer.mlp.activation == ClampedSwiGLU(alpha=theirs_is[0], limit=theirs_is[1])
+        else:
+            name = theirs.hidden_activation if kind.startswith("gemma") else theirs.hidden_act
+            assert (layer.mlp.activation == "silu") == (ACT2FN[name](torch.ones(1)) < 0.8)
         if isinstance(layer.mlp, MoESpec):
             assert layer.mlp.top_k == theirs.num_experts_per_tok
-            assert layer.mlp.rule.renormalize == (kind == "mixtral" or theirs.norm_topk_prob)
+            if kind not in ("gpt_oss", "llama4_text"):
+                assert layer.mlp.rule.renormalize == (kind == "mixtral" or theirs.norm_topk_prob)
         else:
             assert isinstance(layer.mlp, MLPSpec)
+
+
+def assert_same_positions(
+    ours: AttentionSpec, theirs: nn.Module, rotary: nn.Module, layer: int
+) -> None:
+    """What positions do to queries and keys of one layer."""
+    config: Any = theirs.config
+    kind = config.model_type
+    prefix = f"{config.layer_types[layer]}_" if kind == "gemma3_text" else ""
+    is_llama4 = kind == "llama4_text"
+    assert (ours.rope is not None) == (not is_llama4 or bool(config.no_rope_layers[layer]))
+    if ours.rope is not None:
+        frequencies = inverse_frequencies(ours.rope, config.max_position_embeddings)
+        torch.testing.assert_close(frequencies, getattr(rotary, f"{prefix}inv_freq"))
+        factor = getattr(rotary, f"{prefix}attention_scaling")
+        assert ours.rope.attention_factor == pytest.approx(factor)
+        assert ours.rope.pairs_neighbours == is_llama4
+    if is_llama4:
+        assert (ours.qk_norm == "unweighted") == hasattr(theirs, "qk_norm")
+        is_tuned = config.attn_temperature_tuning and not config.no_rope_layers[layer]
+        tuned = QueryTemperature(floor=config.floor_scale, scale=config.attn_scale)
+        assert ours.temperature == (tuned if is_tuned else None)
 
 
 def compare(config: Mapping[str, Any], *, runs: bool = True) -> None:
@@ -218,7 +290,8 @@ def without(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def test_every_family_is_compared() -> None:
-    assert set(ARCHITECTURES.values()) == set(FAMILIES)
+    alone = {name for name in FAMILIES if not name.endswith("ForConditionalGeneration")}
+    assert set(ARCHITECTURES.values()) == alone
     assert {name for _, name in FIELDS} <= {*OTHERS, "quantization_config"}
 
 
@@ -227,6 +300,10 @@ def test_the_defaults_are_those_of_transformers_config_class(model_type: str) ->
     cls = CONFIG_MAPPING[model_type]
     theirs: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(cls)}
     theirs["rope_theta"] = cls.default_theta
+    if model_type == "gemma3_text":
+        theirs["rope_theta"] = cls.default_theta["global"]
+        theirs["rope_local_base_freq"] = cls.default_theta["local"]
+        theirs["sliding_window_pattern"] = cls()._sliding_window_pattern
     family = find_family(base(model_type))
     for name, value in family.config_class.defaults.items():
         assert theirs.get(name) == value, name
@@ -247,12 +324,24 @@ def test_a_null_field_means_what_it_means_to_transformers(model_type: str, name:
         compare({**base(model_type), **WINDOWED, name: None})
 
 
+UNLIKE = {
+    ("olmoe", "head_dim"): "transformers norms the size of the hidden state",
+    ("olmoe", "sliding_window"): "it has no windows",
+    ("gemma3_text", "attn_logit_softcapping"): "transformers ignores it, we refuse it",
+    ("gpt_oss", "hidden_act"): "transformers ignores it, we refuse all but silu",
+}
+
+
+def is_flat_rope(model_type: str, name: str, value: Any) -> bool:
+    """What Gemma 3 in transformers ignores, and we refuse: its layers have two RoPEs."""
+    return model_type == "gemma3_text" and name == "rope_parameters" and bool(value)
+
+
 OTHER_VALUES = [
     pytest.param(model_type, name, value, id=f"{model_type}-{name}-{value}")
     for model_type, name in FIELDS
     for value in OTHERS.get(name, ())
-    # transformers' OLMoE norms the size of the hidden state, and has no windows
-    if (model_type, name) not in (("olmoe", "head_dim"), ("olmoe", "sliding_window"))
+    if (model_type, name) not in UNLIKE and not is_flat_rope(model_type, name, value)
 ]
 
 
