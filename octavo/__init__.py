@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from octavo.async_llm import AsyncLLM
     from octavo.config import AttentionConfig, EngineConfig
+    from octavo.constraint import StructuredOutputsParams
     from octavo.errors import (
         CapacityError,
         ChatTemplateError,
@@ -52,6 +53,7 @@ __all__ = [
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "UnsupportedModelError",
     "WeightsError",
     "__version__",
@@ -65,6 +67,7 @@ _HOMES = {
     "CompletionOutput": "octavo.outputs",
     "RequestOutput": "octavo.outputs",
     "SamplingParams": "octavo.request",
+    "StructuredOutputsParams": "octavo.constraint",
 }
 
 

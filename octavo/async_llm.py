@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from octavo.config import EngineConfig
+from octavo.constraint import Constraint, StructuredOutputsParams
 from octavo.engine.client import Client, EngineClient
 from octavo.engine.front_end import FrontEnd
 from octavo.engine.input_processor import InputProcessor
@@ -78,6 +79,7 @@ class AsyncLLM:
         self._front_end = front_end = await asyncio.to_thread(FrontEnd, self.config)
         self._plan = await self._client.start(self.config, front_end.files, *self._log)
         self._input, self._output = front_end.processors(self._plan.max_model_len)
+        await asyncio.to_thread(self._input.warm_up)
 
     def kill(self) -> None:
         """Ends the engine process at once; `close` is still to be called."""
@@ -144,6 +146,21 @@ class AsyncLLM:
     def is_ready(self) -> bool:
         return self._input is not None and self._client.link.error is None
 
+    def knows_grammar(self, wanted: StructuredOutputsParams) -> bool:
+        """Whether `constrain` takes no time."""
+        return self._processor.knows_grammar(wanted)
+
+    def constrain(self, wanted: StructuredOutputsParams) -> Constraint:
+        """Returns what an output is held to; may be called from a thread, so that `prepare` need
+        not wait for it. Raises RequestError with field and reason."""
+        return self._processor.constrain(wanted)
+
+    @property
+    def _processor(self) -> InputProcessor:
+        if self._input is None:
+            raise EngineDeadError("the engine is not started; call start() first")
+        return self._input
+
     # -- requests ----------------------------------------------------------------------------
 
     def prepare(
@@ -159,9 +176,7 @@ class AsyncLLM:
         Raises RequestError, or EngineDeadError if nothing can be taken.
         """
         self._check_alive()
-        if self._input is None:
-            raise EngineDeadError("the engine is not started; call start() first")
-        return self._input.process(
+        return self._processor.process(
             self._client.link.prefix + str(next(self._ids)),
             prompt,
             params,
@@ -229,6 +244,9 @@ class AsyncLLM:
                 ids = await asyncio.to_thread(self.tokenizer.encode, prompt)
             else:
                 ids = prompt
+            wanted = params.structured_outputs
+            if wanted is not None and not self.knows_grammar(wanted):
+                await asyncio.to_thread(self.constrain, wanted)
             request = self.prepare(ids, params, priority=priority, cache_salt=cache_salt)
             self._labels[request_id] = request.request_id
             mailbox = Mailbox(max_waiting_tokens=None)

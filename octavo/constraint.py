@@ -75,6 +75,12 @@ class StructuredOutputsParams:
         """The field of KINDS that is given."""
         return self._given()[0]
 
+    @property
+    def num_chars(self) -> int:
+        """Of what is given: about as long as compiling it takes."""
+        value = getattr(self, self.kind)
+        return sum(map(len, value)) if isinstance(value, tuple) else len(str(value))
+
     def _given(self) -> list[str]:
         """A schema may be `false`; any object is asked for by `true` alone."""
         values = {name: getattr(self, name) for name in KINDS}
@@ -91,9 +97,12 @@ class Constraint:
 
     grammar: str
     """In the library's form, as `octavo.grammar.grammar_text` writes it."""
-    begins_after: tuple[int, ...] = ()
-    """Token ids that end the reasoning: until they have come the output is free, but does not end.
-    Empty: it is bound from its first token."""
+    thought_begins: tuple[int, ...] = ()
+    """Token ids of which one may be the first of the output: it reasons then."""
+    thought_ends: tuple[int, ...] = ()
+    """Token ids that end the reasoning: until one has come the output is free, but does not end."""
+    starts_inside: bool = False
+    """Whether it reasons from its first token on."""
 
 
 def _check(is_valid: bool, name: str, limit: str, value: object) -> None:

@@ -52,7 +52,9 @@ class LLM:
         # Nobody watches single tokens come.
         self.config = replace(config, step_stretch=config.step_stretch or 0.0)
         self._front_end = FrontEnd(self.config)
-        self._core = load_core(self.config, self._front_end.files)
+        self._core = load_core(
+            self.config, self._front_end.files, tokenizer=self._front_end.optional_tokenizer
+        )
         self._input, self._output = self._front_end.processors(self._core.plan.max_model_len)
         self._num_requests = 0
 

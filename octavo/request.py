@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import msgspec
 
+from octavo.constraint import Constraint, StructuredOutputsParams
 from octavo.errors import RequestError, shown
 from octavo.request_fields import REFUSED_PARAMS, refuse_field
 
@@ -148,6 +149,8 @@ class SamplingParams(metaclass=_Sifting):
     bad_words: tuple[str, ...] = ()
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     """Filled in by the tokenizer from `bad_words`."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """What the output must be: JSON of a schema, a pattern, one of some texts, a grammar."""
     prefix_caching: PrefixCaching | None = None
     """None: as the engine is set. "off" neither reads nor writes the prefix cache."""
 
@@ -237,6 +240,9 @@ class SamplingParams(metaclass=_Sifting):
         self._check("allowed_token_ids", is_valid, "null or a non-empty list")
         if "logit_bias" in given:
             self._check_bias()
+        wanted = self.structured_outputs
+        is_valid = wanted is None or isinstance(wanted, StructuredOutputsParams)
+        self._check("structured_outputs", is_valid, "null or StructuredOutputsParams")
         is_valid = self.prefix_caching in (None, "auto", "on", "off")
         self._check("prefix_caching", is_valid, "one of auto, on, off")
 
@@ -321,6 +327,9 @@ class Request(PackedPrompt):
     request_id: str
     packed_prompt: bytes
     params: SamplingParams
+    """Without `structured_outputs`, which have become `constraint`."""
+    constraint: Constraint | None = None
+    """What the engine holds every sequence to."""
     eos_token_ids: tuple[int, ...] = ()
     arrival_time: float = 0.0
     """Seconds of the caller's monotonic clock."""

@@ -18,14 +18,14 @@ IGNORED = frozenset(
     {
         *("user", "metadata", "store", "service_tier", "parallel_tool_calls", "prediction"),
         *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "verbosity"),
-        "safety_identifier",
+        *("safety_identifier", "guided_decoding_backend"),
     }
 )
-"""OpenAI's fields that change nothing here."""
+"""OpenAI's fields that change nothing here, and the choice of a library that vLLM once had."""
 
 _NO_TOOLS = "tools are for chats: POST /v1/chat/completions, or LLM.chat"
 _OLD_TOOLS = "use tools and tool_choice in a chat"
-_NO_SCHEMA = "structured output is planned; until then ask for the form in a message"
+_NO_SCHEMA = "use structured_outputs"
 _NO_BEAMS = "there is no beam search; ask for n samples and choose"
 _TEXT_ONLY = "the model reads and writes text only"
 _ONE_DEVICE_GROUP = "the cache of this engine is not shared with others"
@@ -35,7 +35,6 @@ REFUSED: Refused = {
     # OpenAI's.
     "best_of": ("ask for n samples and choose", (1,)),
     "suffix": ("text is only continued, not filled in", ("",)),
-    "response_format": (_NO_SCHEMA, ({"type": "text"},)),
     "tools": (_NO_TOOLS, ([],)),
     "tool_choice": (_NO_TOOLS, ("none", "auto")),
     "functions": (_OLD_TOOLS, ([],)),
@@ -48,13 +47,6 @@ REFUSED: Refused = {
     "use_beam_search": (_NO_BEAMS, (False,)),
     "length_penalty": (_NO_BEAMS, (1, 1.0)),
     "early_stopping": (_NO_BEAMS, (False,)),
-    "structured_outputs": (_NO_SCHEMA, ({},)),
-    "guided_json": (_NO_SCHEMA, ()),
-    "guided_regex": (_NO_SCHEMA, ()),
-    "guided_choice": (_NO_SCHEMA, ()),
-    "guided_grammar": (_NO_SCHEMA, ()),
-    "guided_decoding_backend": (_NO_SCHEMA, ()),
-    "guided_whitespace_pattern": (_NO_SCHEMA, ()),
     "structural_tag": (_NO_SCHEMA, ()),
     "include_reasoning": ("reasoning is told from the text in chats alone", (True,)),
     "thinking_token_budget": ("reasoning is not bounded apart; use max_tokens", ()),
@@ -88,7 +80,11 @@ REFUSED: Refused = {
 
 REFUSED_PARAMS: Refused = {
     **REFUSED,
-    "guided_decoding": (_NO_SCHEMA, ()),
+    **dict.fromkeys(
+        ("response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+        (_NO_SCHEMA, ()),
+    ),
+    **dict.fromkeys(("guided_decoding", "guided_whitespace_pattern"), (_NO_SCHEMA, ())),
     "truncate_prompt_tokens": ("cut the prompt's ids yourself", ()),
     "output_kind": ("an output is cumulative, and has what a step added as `deltas`", ()),
     "extra_args": (_NO_PLUGINS, ({},)),
@@ -103,7 +99,7 @@ REFUSED_ARGUMENTS: Refused = {
         ("lora_request", "prompt_adapter_request"), ("LoRA adapters are not built yet", ())
     ),
     "mm_processor_kwargs": REFUSED["mm_processor_kwargs"],
-    "guided_options_request": REFUSED["structured_outputs"],
+    "guided_options_request": (_NO_SCHEMA, ()),
     "data_parallel_rank": REFUSED["data_parallel_rank"],
     "tokenization_kwargs": ("give token ids", ({},)),
     "prompt_token_ids": ("give the ids as prompts", ()),

@@ -10,6 +10,7 @@ What a runner does with a plan, in this order:
     3. copy `copies` (copy-on-write), apply `table_deltas` to its mirror of the block tables
     4. forward all `rows`; write their KV; sample where `samples`; keep sampled tokens by row
     5. copy `saves`
+    6. sample the `masked` rows, when their masks are there
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from octavo.request import SamplingParams
 Int32 = NDArray[np.int32]
 Bool = NDArray[np.bool_]
 Float32 = NDArray[np.float32]
+Words = NDArray[np.uint32]
+"""Bits of token ids: bit i of word w stands for id 32 w + i."""
 
 
 MAX_PADDED_TOKENS = 2048
@@ -91,6 +94,9 @@ class StepPlan:
     """[S] the row's only token is the one it sampled last, which the host does not know yet."""
     samples: Bool
     """[S] whether the last token's logits are sampled."""
+    masked: Bool | None = None
+    """[S] of those, which are sampled only by `Runner.sample`: what may come next depends on a
+    token that the host does not know at the launch. None: no row."""
     row_starts: tuple[RowStart, ...] = ()
     freed_rows: tuple[int, ...] = ()
     freed_pages: tuple[Page, ...] = ()
@@ -145,6 +151,15 @@ class Runner(Protocol):
 
     def launch(self, plan: StepPlan) -> object:
         """Enqueues the step and returns a ticket at once."""
+        ...
+
+    def sample(self, ticket: object, masks: Words) -> None:
+        """Has the masked rows of a launched step sampled: [rows, ceil(V / 32)], in their order, a
+        bit for each id that may come.
+
+        Called once for a step that has such rows, before the next launch; all that fails, `collect`
+        raises.
+        """
         ...
 
     def collect(self, ticket: object) -> StepResult:

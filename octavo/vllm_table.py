@@ -73,7 +73,7 @@ def _values(
 _TOOLS = "a request's tools are always called as its tool_choice says"
 _REASONING = "reasoning is told from the text where the model's format is known"
 _PLUGINS = "formats of tool calls and reasoning are rows of a table; none runs code of its own"
-_SCHEMAS = "structured output is not built yet"
+_SCHEMAS = "there is one library for structured output; requests say all else"
 _LORA = "LoRA adapters are not built yet"
 _DRAFTS = "speculative decoding is not built yet"
 _ONE_HOST = "one engine on one host; --tensor-parallel-size shares a model between its GPUs"

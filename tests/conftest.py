@@ -37,27 +37,34 @@ def tiny_config() -> dict[str, Any]:
     return dict(TINY_CONFIG)
 
 
-@pytest.fixture
-def tiny_model(tmp_path: Path) -> str:
-    """A folder with nothing but a config: enough for plans and for dummy weights."""
-    folder = tmp_path / "tiny"
-    folder.mkdir()
+def save_tiny_model(folder: Path) -> str:
+    folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(TINY_CONFIG))
     return str(folder)
 
 
-@pytest.fixture
-def tiny_chat_model(tiny_model: str) -> str:
+def save_tiny_chat_model(path: Path) -> str:
     """The same with a tokenizer, one token a byte, and a chat template."""
+    folder = save_tiny_model(path)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {"<s>": 0, "</s>": 1} | {byte: 2 + i for i, byte in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<s>", "</s>"])
-    folder = Path(tiny_model)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(path / "tokenizer.json"))
     template = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
     settings = {"eos_token": "</s>", "chat_template": template}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return tiny_model
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture
+def tiny_model(tmp_path: Path) -> str:
+    """A folder with nothing but a config: enough for plans and for dummy weights."""
+    return save_tiny_model(tmp_path / "tiny")
+
+
+@pytest.fixture
+def tiny_chat_model(tmp_path: Path) -> str:
+    return save_tiny_chat_model(tmp_path / "tiny")

@@ -134,7 +134,8 @@ def test_fields_of_vllms_that_ask_for_nothing_are_taken(name: str, value: Any):
     ("name", "value", "words"),
     [
         ("best_of", 2, "best_of is not supported: ask for n samples and choose"),
-        ("structured_outputs", {"json": {}}, "structured output is planned"),
+        ("structured_outputs", {"json": {}}, "structured_outputs must be null or Structured"),
+        ("guided_json", {}, "guided_json is not supported: use structured_outputs"),
         ("output_kind", 2, "output_kind is not supported"),
         ("truncate_prompt_tokens", 5, "cut the prompt's ids yourself"),
         ("temprature", 1, "no field 'temprature'; did you mean temperature?"),

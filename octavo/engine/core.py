@@ -9,13 +9,17 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import deque
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as PySequence
 from dataclasses import asdict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from octavo.config import EngineConfig
+from octavo.constraint import Constraint
 from octavo.errors import CapacityError, EngineDeadError, OutOfMemoryError
+from octavo.grammar import Guide, Guides
 from octavo.kv_cache.manager import KVCacheManager
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.kv_cache.prefix_index import prefix_root
@@ -23,22 +27,35 @@ from octavo.observe.stats import EngineStats
 from octavo.request import Request, TokenDelta
 from octavo.scheduler import Scheduler, SchedulerLimits
 from octavo.scheduler.pace import STRETCH, Pace
-from octavo.step import Runner, StepPlan
+from octavo.scheduler.sequence import Sequence
+from octavo.step import Runner, StepPlan, Words
 
 logger = logging.getLogger(__name__)
+
+COMPILE_SECONDS = 0.003
+"""That a step waits for new grammars: nearly all are compiled within one."""
+IDLE_COMPILE_SECONDS = 0.02
+"""The same where there is nothing else to do."""
 
 
 class EngineCore:
     """Requests in, token deltas out. One thread calls it."""
 
     def __init__(
-        self, config: EngineConfig, plan: MemoryPlan, runner: Runner, identity: str
+        self,
+        config: EngineConfig,
+        plan: MemoryPlan,
+        runner: Runner,
+        identity: str,
+        guides: Guides,
     ) -> None:
-        """`identity` names the weights and their version: the root of all prefix keys."""
+        """`identity` names the weights and their version: the root of all prefix keys. `guides`
+        say what bound outputs may go on with."""
         self.config = config
         self.plan = plan
         self._runner = runner
         self._identity = identity
+        self._guides = guides
         self._manager = KVCacheManager(
             plan.groups,
             num_chunks=plan.num_chunks,
@@ -69,6 +86,8 @@ class EngineCore:
             self._pace,
         )
         self._launched: deque[tuple[StepPlan, object]] = deque()
+        self._newest_sampled = -1
+        """The newest step whose masked rows are sampled."""
         self._aborted: list[TokenDelta] = []
         self._num_requests = 0
         self._expert_counts: NDArray[np.int64] | None = None
@@ -89,7 +108,16 @@ class EngineCore:
             seed = _mix(self.config.seed, self._num_requests)
         self._num_requests += 1
         seeds = [seed, *(_mix(seed, index) for index in range(1, params.n))]
-        self.scheduler.add(request, root, caching, seeds)
+        self.scheduler.add(request, root, caching, seeds, self._new_guide(request.constraint))
+
+    def warm_up(self) -> None:
+        """Begins to load what the first grammar needs; returns at once."""
+        self._guides.warm_up()
+
+    def _new_guide(self, constraint: Constraint | None) -> Callable[[Sequence], Guide] | None:
+        if constraint is None:
+            return None
+        return lambda sequence: self._guides.guide(constraint, sequence.stop_ids)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Ends a request, or one of its sequences; its blocks are free for the next step."""
@@ -104,6 +132,7 @@ class EngineCore:
 
         Raises EngineDeadError if the device, or a rank, can be used no more.
         """
+        self._guides.settle(COMPILE_SECONDS)
         plan = self.scheduler.schedule()
         if plan is not None:
             if self._pace is not None:
@@ -112,7 +141,29 @@ class EngineCore:
         deltas, self._aborted = self._aborted, []
         if self._launched and (plan is None or len(self._launched) > 1):
             deltas += self._collect(*self._launched.popleft())
+        if self._launched:
+            self._sample_masked(*self._launched[-1])
+        else:
+            self._guides.settle(IDLE_COMPILE_SECONDS)
         return deltas
+
+    def _sample_masked(self, plan: StepPlan, ticket: object) -> None:
+        """Has a step's masked rows sampled. All tokens before theirs are known now, since it is the
+        only step under way: the device has all of its forward pass to wait for the masks."""
+        if plan.masked is None or plan.step_id == self._newest_sampled:
+            return
+        self._newest_sampled = plan.step_id
+        if self.scheduler.is_lost(plan):
+            return
+        assert len(self._launched) == 1
+        sequences = self.scheduler.masked(plan)
+        masks = self._guides.masks(
+            [None if sequence.is_finished else sequence.guide for sequence in sequences],
+            [sequence.num_outputs >= sequence.request.params.min_tokens for sequence in sequences],
+        )
+        for sequence, mask in zip(sequences, masks, strict=True):
+            ban_words(mask, sequence.request.params.bad_words_token_ids, sequence.token_ids)
+        self._runner.sample(ticket, masks)
 
     def _collect(self, plan: StepPlan, ticket: object) -> list[TokenDelta]:
         try:
@@ -179,6 +230,20 @@ class EngineCore:
                 self._collect(*self._launched.popleft())
         finally:
             self._runner.close()
+            self._guides.close()
+
+
+def ban_words(mask: Words, words: Iterable[PySequence[int]], token_ids: PySequence[int]) -> None:
+    """Clears the bits of what would complete a bad word of several tokens, unless nothing else is
+    left."""
+    for word in words:
+        if len(word) < 2 or tuple(token_ids[1 - len(word) :]) != tuple(word[:-1]):
+            continue
+        index, bit = divmod(word[-1], 32)
+        before = mask[index]
+        mask[index] &= ~np.uint32(1 << bit)
+        if not mask.any():
+            mask[index] = before
 
 
 def _headroom(tokens_per_row: int, block_size: int) -> int:

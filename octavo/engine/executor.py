@@ -5,7 +5,7 @@ rank makes the same calls in the same order and so computes the same tokens; tho
 It never restarts anything: a rank that fails or dies ends the engine.
 
     start_ranks   processes started -> all there -> groups joined -> each loads its part -> ready
-    launch        plan to every process, then to the runner here
+    launch        plan to every process, then to the runner here; so with masks
     collect       the same call to every process, then the runner here is waited for
     a death       seen by the watching thread, which aborts what waits for it and kills the rest
 """
@@ -34,11 +34,11 @@ from octavo.errors import EngineDeadError, OctavoError
 from octavo.folders import temporary_folder
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.parallel import Collectives, TorchCollectives
-from octavo.step import Runner, StepPlan, StepResult
+from octavo.step import Runner, StepPlan, StepResult, Words
 from octavo.weights.hub import ModelFiles
 
 COLLECT, END = b"collect", b"end"
-"""What a rank is sent beside pickled plans."""
+"""What a rank is sent beside pickled plans and masks."""
 ARRIVED = "arrived"
 """A rank's word at start: once before it joins the groups, once when it is loaded."""
 SHUTDOWN_SECONDS = 10.0
@@ -121,6 +121,12 @@ class Executor:
         assert self._runner is not None
         self._send(pickle.dumps(plan, pickle.HIGHEST_PROTOCOL))
         return self._runner.launch(plan)
+
+    def sample(self, ticket: object, masks: Words) -> None:
+        """The same rows with the same masks on all ranks."""
+        assert self._runner is not None
+        self._send(pickle.dumps(masks, pickle.HIGHEST_PROTOCOL))
+        self._runner.sample(ticket, masks)
 
     def collect(self, ticket: object) -> StepResult:
         assert self._runner is not None

@@ -13,12 +13,12 @@ from octavo.config import EngineConfig
 from octavo.engine.input_processor import InputProcessor
 from octavo.engine.memory import check_context
 from octavo.engine.output_processor import OutputProcessor
-from octavo.engine.tokenizer import Tokenizer, eos_token_ids, load_tokenizer
+from octavo.engine.tokenizer import Tokenizer, eos_token_ids, find_tokenizer
 from octavo.errors import ChatTemplateError, ConfigError, ModelError, RequestError
 from octavo.models.registry import read_spec
 from octavo.tools.answer_parser import AnswerFormat
 from octavo.tools.detect import answer_format
-from octavo.weights.hub import ModelFiles, resolve_model, resolve_tokenizer
+from octavo.weights.hub import ModelFiles, resolve_model
 
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What of a generation config becomes a default of requests, as in vLLM."""
@@ -107,9 +107,7 @@ def _check_special_ids(tokenizer: Tokenizer, vocab_size: int) -> None:
 def _load_tokenizer(config: EngineConfig, files: ModelFiles) -> Tokenizer | None:
     if config.skip_tokenizer_init:
         return None
-    given = config.tokenizer
-    path = files.path if given is None else resolve_tokenizer(given, config.download_dir)
-    tokenizer = load_tokenizer(path)
+    tokenizer = find_tokenizer(config, files)
     if config.chat_template is None:
         return tokenizer
     return _with_given_template(tokenizer, config.chat_template)

@@ -13,8 +13,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from octavo.constraint import Constraint, StructuredOutputsParams
 from octavo.engine.tokenizer import Tokenizer
 from octavo.errors import ContextLengthError, RequestError, shown
+from octavo.grammar import Checker
 from octavo.request import Request, SamplingParams, pack_ids
 
 
@@ -34,6 +36,24 @@ class InputProcessor:
         self.vocab_size = vocab_size
         self.eos_token_ids = tuple(eos_token_ids)
         self._newest_bad_words: tuple[tuple[str, ...], list[tuple[int, ...]]] = ((), [])
+        self._checker = None if tokenizer is None else Checker(tokenizer.special_strings)
+
+    def warm_up(self) -> None:
+        """Loads what the first grammar needs; takes a tenth of a second."""
+        if self._checker is not None:
+            self._checker.load()
+
+    def knows_grammar(self, wanted: StructuredOutputsParams) -> bool:
+        """Whether `constrain` takes no time."""
+        return self._checker is not None and self._checker.knows(wanted)
+
+    def constrain(self, wanted: StructuredOutputsParams) -> Constraint:
+        """Returns what the engine holds an output to; `process` does the same, but this may be
+        called from a thread before it. Raises RequestError with field and reason."""
+        if self._checker is None:
+            self._needed_tokenizer("structured output", "structured_outputs")
+        assert self._checker is not None
+        return Constraint(grammar=self._checker.grammar(wanted))
 
     def process(
         self,
@@ -52,10 +72,15 @@ class InputProcessor:
         if params.bad_words or max_tokens != params.max_tokens:
             bad_words = (*params.bad_words_token_ids, *self._bad_words(params))
             params = replace(params, max_tokens=max_tokens, bad_words_token_ids=bad_words)
+        constraint = None
+        if params.structured_outputs is not None:
+            constraint = self.constrain(params.structured_outputs)
+            params = replace(params, structured_outputs=None)
         return Request(
             request_id=request_id,
             packed_prompt=packed_prompt,
             params=params,
+            constraint=constraint,
             eos_token_ids=self.eos_token_ids,
             arrival_time=arrival_time,
             priority=priority,

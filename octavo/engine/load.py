@@ -14,7 +14,9 @@ from octavo.device import select_device
 from octavo.engine.core import EngineCore
 from octavo.engine.executor import start_ranks
 from octavo.engine.memory import plan_model, weights_dtype, with_others
+from octavo.engine.tokenizer import Tokenizer, find_tokenizer
 from octavo.errors import CapacityError
+from octavo.grammar import Guides, Vocabulary
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.models.family import ignorable_names, weight_shapes
 from octavo.models.registry import read_spec
@@ -25,11 +27,17 @@ from octavo.step import Runner
 from octavo.weights.hub import ModelFiles
 from octavo.weights.loader import check_names, open_source
 
+MAX_MASK_THREADS = 8
+
 
 def load_core(
-    config: EngineConfig, files: ModelFiles, progress: Progress = UNWATCHED
+    config: EngineConfig,
+    files: ModelFiles,
+    progress: Progress = UNWATCHED,
+    tokenizer: Tokenizer | None = None,
 ) -> EngineCore:
-    """Returns an engine core that is ready to step. Raises ModelError, CapacityError."""
+    """Returns an engine core that is ready to step; `tokenizer` is the model's, if this process has
+    it already. Raises ModelError, CapacityError."""
     if config.tensor_parallel_size == 1:
         runner, plan = load_runner(config, files, ALONE, progress)
     else:
@@ -37,7 +45,17 @@ def load_core(
         load = partial(load_runner, config, files, progress=progress)
         runner, plan = start_ranks(config, files, load)
     identity = f"{files.identity}|{config.dtype}|{config.seed}"
-    return EngineCore(config, plan, runner, identity)
+    return EngineCore(config, plan, runner, identity, _guides(config, files, tokenizer))
+
+
+def _guides(config: EngineConfig, files: ModelFiles, tokenizer: Tokenizer | None) -> Guides:
+    vocab_size = read_spec(files.config)[0].vocab_size
+    num_threads = min(MAX_MASK_THREADS, select_device(config.device).num_cores())
+
+    def vocabulary() -> Vocabulary:
+        return (tokenizer or find_tokenizer(config, files)).vocabulary()
+
+    return Guides(vocabulary, vocab_size, num_threads)
 
 
 def load_runner(

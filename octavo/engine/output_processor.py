@@ -101,8 +101,8 @@ def _advance(sequence: _Sequence, delta: TokenDelta, now: float) -> OutputDelta:
     detokenizer = sequence.detokenizer
     if detokenizer is not None:
         shown = token_ids
-        if reason == FinishReason.STOP and not sequence.includes_stop:
-            shown = token_ids[:-1]  # the stop id or EOS itself is no text
+        if reason == FinishReason.STOP and sequence.hides(token_ids[-1]):
+            shown = token_ids[:-1]
         text, stopped_by, num_tokens = detokenizer.update(shown)
         if stopped_by is not None:
             token_ids = token_ids[:num_tokens]
@@ -124,15 +124,22 @@ def _advance(sequence: _Sequence, delta: TokenDelta, now: float) -> OutputDelta:
 
 
 class _Sequence:
-    __slots__ = ("detokenizer", "includes_stop", "is_finished")
+    __slots__ = ("_hidden_ids", "detokenizer", "is_finished")
 
     def __init__(
         self, request: Request, tokenizer: Tokenizer | None, marks: Mapping[int, str] | None
     ) -> None:
         params = request.params
         self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, params, marks)
-        self.includes_stop = params.include_stop_str_in_output
+        self._hidden_ids: tuple[int, ...] = ()
+        if not params.include_stop_str_in_output:
+            eos = () if params.ignore_eos else request.eos_token_ids
+            self._hidden_ids = (*eos, *params.stop_token_ids)
         self.is_finished = False
+
+    def hides(self, token_id: int) -> bool:
+        """Whether the last token is no text: the end itself. That of a grammar's whole text is."""
+        return token_id in self._hidden_ids
 
 
 class _Open:

@@ -159,6 +159,8 @@ def main(arguments: str, beats: str, stacks: str, *addresses: str) -> int:
         # What is loaded lives as long as the process: the collector need not look at it again.
         gc.collect()
         gc.freeze()
+        if not given.config.skip_tokenizer_init:
+            core.warm_up()
         fronts.send_all(Ready(core.plan))
         _Loop(core, inbox, fronts, vitals).run()
         core.close()

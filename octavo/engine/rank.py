@@ -25,6 +25,7 @@ from octavo.engine.executor import ARRIVED, COLLECT, END, RankFailure
 from octavo.engine.load import load_runner
 from octavo.errors import OctavoError
 from octavo.parallel import TorchCollectives
+from octavo.step import StepPlan
 
 
 def run(connection: Connection) -> None:
@@ -45,8 +46,12 @@ def run(connection: Connection) -> None:
     while (data := inbox.get()) != END:
         if data == COLLECT:
             runner.collect(tickets.popleft())
+            continue
+        given = pickle.loads(data)
+        if isinstance(given, StepPlan):
+            tickets.append(runner.launch(given))
         else:
-            tickets.append(runner.launch(pickle.loads(data)))
+            runner.sample(tickets[-1], given)
     runner.close()
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, overload
 import tokenizers
 from tokenizers import decoders
 
+from octavo.config import EngineConfig
 from octavo.engine.chat_template import (
     ChatOptions,
     ChatRenderer,
@@ -31,12 +32,14 @@ from octavo.errors import (
     RequestError,
     UnsupportedModelError,
 )
+from octavo.grammar import Vocabulary
 from octavo.weights.checkpoint import read_json, read_text
 from octavo.weights.gguf_tokenizer import (
     byte_spelling,
     ends_template,
     tokenizer_files_from_gguf,
 )
+from octavo.weights.hub import ModelFiles, resolve_tokenizer
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "eot_token")
 _SLOW_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tiktoken.model")
@@ -184,6 +187,14 @@ class Tokenizer:
     def is_token(self, token_id: int) -> bool:
         return self._core.id_to_token(token_id) is not None
 
+    def vocabulary(self) -> Vocabulary:
+        """Returns all ids as grammars see them. Slow."""
+        return Vocabulary(
+            tokens=[self.token_bytes(token_id) for token_id in range(self.vocab_size)],
+            specials=self.special_strings,
+            encode=lambda text: encode_ids(self._core, text, False),
+        )
+
     def with_chat_template(self, source: str) -> Tokenizer:
         """Returns a tokenizer that differs in its chat template only."""
         config = {**self._config, "chat_template": source}
@@ -305,6 +316,13 @@ def _drops_post_processor(folder: Path, config: Mapping[str, Any]) -> bool:
         is_olmoe = (read_json(folder / "config.json") or {}).get("model_type") == "olmoe"
         name = "GPTNeoXTokenizer" if is_olmoe else None
     return str(name).removesuffix("Fast") == "GPTNeoXTokenizer"
+
+
+def find_tokenizer(config: EngineConfig, files: ModelFiles) -> Tokenizer:
+    """Returns the tokenizer that the operator gave, else the model's own."""
+    given = config.tokenizer
+    path = files.path if given is None else resolve_tokenizer(given, config.download_dir)
+    return load_tokenizer(path)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

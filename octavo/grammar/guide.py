@@ -3,15 +3,17 @@
 Made by the engine core, one `Guide` a sequence, kept by the scheduler with it. Compiling happens in
 threads, so that neither the loop nor a step waits for it.
 
-    compiling -> (free, until `begins_after` has come) -> bound -> over
+    start (bound, or the reasoning begins) -> free (reasons, and does not end) -> bound -> ended
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from enum import Enum
 
 import numpy as np
+from numpy.typing import NDArray
 
 from octavo.constraint import Constraint
 from octavo.errors import RequestError
@@ -22,21 +24,32 @@ NUM_COMPILERS = 2
 """Threads: a grammar that takes long does not hold up all others."""
 
 
+class Phase(Enum):
+    """Where a sequence stands with its grammar."""
+
+    START = "start"
+    """Bound, but its first token may open the reasoning."""
+    FREE = "free"
+    BOUND = "bound"
+    ENDED = "ended"
+
+
 class Guide:
     """Leads one sequence through its grammar. Advances with known tokens alone."""
 
-    __slots__ = ("_begins_after", "_matcher", "_start", "_stop_ids", "_tail", "error")
+    __slots__ = ("_constraint", "_matcher", "_start", "_stop_ids", "_stops", "error", "phase")
 
     def __init__(
-        self, start: Future[Matcher], begins_after: tuple[int, ...], stop_ids: Collection[int]
+        self, start: Future[Matcher], constraint: Constraint, stop_ids: Collection[int]
     ) -> None:
         """`start` comes to a matcher of its own at the grammar's beginning. `stop_ids` end the
         sequence; they may come where a text of the grammar may end, and nowhere else."""
         self._start = start
         self._matcher: Matcher | None = None
-        self._begins_after = begins_after
-        self._tail: tuple[int, ...] = ()
-        self._stop_ids = np.array(sorted(stop_ids), np.int64)
+        self._constraint = constraint
+        self._stop_ids = frozenset(stop_ids)
+        self._stops = _bits(sorted(stop_ids))
+        self.phase = Phase.FREE if constraint.starts_inside else Phase.START
         self.error = ""
         """Why the sequence cannot go on; empty: it can."""
 
@@ -48,12 +61,14 @@ class Guide:
     @property
     def is_free(self) -> bool:
         """Whether it still reasons."""
-        return bool(self._begins_after)
+        return self.phase is Phase.FREE
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing can follow what has come."""
-        return not self.is_free and not self.error and self.matcher.is_complete
+        """Whether an end has come, or nothing can follow what has come."""
+        if self.phase is Phase.BOUND and not self.error:
+            return self.matcher.is_complete
+        return self.phase is Phase.ENDED
 
     @property
     def can_end(self) -> bool:
@@ -69,24 +84,34 @@ class Guide:
     def advance(self, token_id: int) -> None:
         """Takes the sequence's newest token; one that cannot be is kept as `error`."""
         if self.is_free:
-            length = len(self._begins_after)
-            self._tail = (*self._tail, token_id)[-length:]
-            if self._tail == self._begins_after:
-                self._begins_after = ()
-            return
-        try:
-            self.matcher.advance((token_id,))
-        except RequestError as error:
-            self.error = str(error)
+            if token_id in self._constraint.thought_ends:
+                self.phase = Phase.BOUND
+        elif self.phase is Phase.START and token_id in self._constraint.thought_begins:
+            self.phase = Phase.FREE
+        elif token_id in self._stop_ids and self.can_end:
+            self.phase = Phase.ENDED
+        else:
+            self.phase = Phase.BOUND
+            try:
+                self.matcher.advance((token_id,))
+            except RequestError as error:
+                self.error = str(error)
 
-    def mark_stops(self, mask: Words, *, may_stop: bool = True) -> None:
-        """Sets or clears the bits of the ids that end the sequence. `mask` is what the grammar
-        allows, [ceil(V / 32)]; where nothing else is left they are set also if they may not be."""
-        words, bits = np.divmod(self._stop_ids, 32)
-        values = np.left_shift(np.uint32(1), bits.astype(np.uint32))
+    def mark(self, mask: Words, *, may_stop: bool = True) -> None:
+        """Adds to what the grammar allows, [ceil(V / 32)], what ends the sequence and what begins
+        its reasoning; where nothing else is left it may end also if it may not."""
+        words, values = self._stops
         np.bitwise_and.at(mask, words, ~values)
+        if self.phase is Phase.START and self._constraint.thought_begins:
+            np.bitwise_or.at(mask, *_bits(self._constraint.thought_begins))
         if self.can_end and (may_stop or not mask.any()):
             np.bitwise_or.at(mask, words, values)
+
+
+def _bits(token_ids: Sequence[int]) -> tuple[NDArray[np.int64], Words]:
+    """Returns the words of ids in a mask, and the bits in them."""
+    words, bits = np.divmod(np.array(token_ids, np.int64), 32)
+    return words, np.left_shift(np.uint32(1), bits.astype(np.uint32))
 
 
 class Guides:
@@ -116,7 +141,7 @@ class Guides:
             start = self._threads.submit(self._compiler.compile, constraint.grammar)
             self._pending.add(start)
         known = [token_id for token_id in stop_ids if token_id < self._vocab_size]
-        return Guide(start, constraint.begins_after, known)
+        return Guide(start, constraint, known)
 
     def settle(self, seconds: float) -> None:
         """Waits for grammars that are being compiled, so long at most."""
@@ -148,32 +173,10 @@ class Guides:
                 continue
             if place in bound:
                 guide.error = guide.matcher.error
-            guide.mark_stops(masks[place], may_stop=may_stop[place])
+            guide.mark(masks[place], may_stop=may_stop[place])
             if not masks[place].any():
                 guide.error = guide.error or "the grammar leaves no token to go on with"
         return masks
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-
-class Checker:
-    """Grammars at a face: refused there, before anything runs. Thread-safe.
-
-    Compiles with single bytes for a vocabulary: whether a grammar can be had does not depend on it.
-    """
-
-    def __init__(self, vocabulary: Callable[[], Vocabulary]) -> None:
-        self._vocabulary = vocabulary
-        self._compiler: Compiler | None = None
-
-    def check(self, grammar: str) -> None:
-        """Raises GrammarError with the reason if the engine could not hold an output to it."""
-        if self._compiler is None:
-            reduced = self._vocabulary().reduced()
-            self._compiler = Compiler(lambda: reduced, len(reduced.tokens))
-        self._compiler.compile(grammar)
-
-    def knows(self, grammar: str) -> bool:
-        """Whether checking it takes no time."""
-        return self._compiler is not None and self._compiler.find(grammar) is not None

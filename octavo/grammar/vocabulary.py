@@ -20,15 +20,16 @@ class Vocabulary:
     encode: Callable[[str], list[int]]
     """Text to ids, nothing added: what a grammar forces is written as the model knows it."""
 
-    def reduced(self) -> Vocabulary:
+    @staticmethod
+    def of_bytes(specials: Mapping[str, int]) -> Vocabulary:
         """Returns one in which grammars mean the same and are compiled in a fraction of the time:
         each byte is a token, with special tokens at their own ids."""
-        texts = {token_id: text.encode() for text, token_id in self.specials.items()}
+        texts = {token_id: text.encode() for text, token_id in specials.items()}
         tokens = [texts.get(token_id, b"") for token_id in range(max(texts, default=-1) + 1)]
         tokens += [bytes([byte]) for byte in range(256)]
         first = len(tokens) - 256
         return Vocabulary(
             tokens=tokens,
-            specials=self.specials,
+            specials=specials,
             encode=lambda text: [first + byte for byte in text.encode()],
         )

@@ -38,7 +38,7 @@ from octavo.runner.model_runner import prompt_logprobs_of
 from octavo.runner.shared_prefix import MIN_SAVED_BYTES, PrefixPlanner
 from octavo.runner.split import split_plan
 from octavo.runner.transfer import Download, make_transfer
-from octavo.step import MAX_PADDED_TOKENS, StepPlan, StepResult, TokenLogprobs
+from octavo.step import MAX_PADDED_TOKENS, StepPlan, StepResult, TokenLogprobs, Words
 
 logger = logging.getLogger(__name__)
 
@@ -46,17 +46,31 @@ COUNTS_PERIOD = 64
 """Steps between two readings of how many tokens went to each expert; so is the last of a run."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
+class _Samples:
+    """What some of a step's sampling rows have drawn, on its way to the host."""
+
+    places: NDArray[np.int64]
+    """Those rows among the sampling ones of their part."""
+    download: Download
+    logprobs: dict[int, TokenLogprobs]
+    """By index into `places`."""
+
+
+@dataclass(slots=True, kw_only=True)
 class _Part:
     """A launched step, or a part of one that was too large."""
 
     plan: StepPlan
-    download: Download
-    logprobs: dict[int, TokenLogprobs]
+    inputs: StepInputs
+    samples: list[_Samples]
+    masked: NDArray[np.int64]
+    """Sampling rows that wait for their masks."""
+    masked_logits_MV: Tensor | None
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Ticket:
     plan: StepPlan
     generation: int
@@ -133,6 +147,26 @@ class DeviceRunner:
             return _Ticket(plan, generation, error=OutOfMemoryError(str(error)))
         except Exception as error:
             return _Ticket(plan, generation, error=error)
+
+    def sample(self, ticket: object, masks: Words) -> None:
+        """Enqueues the sampling of a launched step's masked rows."""
+        assert isinstance(ticket, _Ticket), ticket
+        if ticket.error is not None:
+            return
+        try:
+            guard = self._fence.guard(ticket.generation)
+            with guard, torch.inference_mode(), self._transfer.step():
+                done = 0
+                for part in ticket.parts:
+                    logits_MV, part.masked_logits_MV = part.masked_logits_MV, None
+                    if logits_MV is not None:
+                        own = masks[done : done + len(part.masked)]
+                        part.samples.append(self._samples(logits_MV, part.masked, part.inputs, own))
+                        done += len(own)
+        except torch.OutOfMemoryError as error:
+            ticket.error = OutOfMemoryError(str(error))
+        except Exception as error:
+            ticket.error = error
 
     def collect(self, ticket: object) -> StepResult:
         """Returns the result of a launched step; raises what the step raised, EngineDeadError if
@@ -214,23 +248,50 @@ class DeviceRunner:
     def _launch_part(self, plan: StepPlan) -> _Part:
         inputs = self._batch.host.prepare(plan)
         hidden_TM = self._forward(plan, inputs)
-        token_ids = torch.zeros(0, dtype=torch.int32, device=self._device)
-        logprobs: dict[int, TokenLogprobs] = {}
-        if len(inputs.sampling_rows):
+        num_samples = len(inputs.sampling_rows)
+        is_masked = np.zeros(num_samples, np.bool_)
+        if plan.masked is not None:
+            is_masked = plan.masked[plan.samples]
+        masked, others = is_masked.nonzero()[0], (~is_masked).nonzero()[0]
+        samples, masked_logits = [], None
+        if num_samples:
             logits_NV = self.decoder.logits(self._last_tokens(hidden_TM, inputs))
-            sampled = self._sampler.sample(
-                logits_NV, inputs.sampling_rows, inputs.output_indices, self._transfer.upload
-            )
-            token_ids, logprobs = sampled.token_ids, sampled.logprobs
+            masked_logits = self._rows_of(logits_NV, masked) if len(masked) else None
+            if len(others):
+                samples = [self._samples(self._rows_of(logits_NV, others), others, inputs)]
         return _Part(
             plan=plan,
-            download=self._transfer.download([token_ids]),
-            logprobs=logprobs,
+            inputs=inputs,
+            samples=samples,
+            masked=masked,
+            masked_logits_MV=masked_logits,
             prompt_logprobs={
                 targets.plan_index: prompt_logprobs_of(self.decoder, hidden_TM, targets)
                 for targets in inputs.prompt_targets
             },
         )
+
+    def _rows_of(self, logits_NV: Tensor, places: NDArray[np.int64]) -> Tensor:
+        if len(places) == len(logits_NV):
+            return logits_NV
+        return logits_NV[self._transfer.upload(places.astype(np.int32))]
+
+    def _samples(
+        self,
+        logits_NV: Tensor,
+        places: NDArray[np.int64],
+        inputs: StepInputs,
+        masks: Words | None = None,
+    ) -> _Samples:
+        """Enqueues the choice of the sampling rows at `places`."""
+        sampled = self._sampler.sample(
+            logits_NV,
+            inputs.sampling_rows[places],
+            inputs.output_indices[places],
+            self._transfer.upload,
+            masks,
+        )
+        return _Samples(places, self._transfer.download([sampled.token_ids]), sampled.logprobs)
 
     def _forward(self, plan: StepPlan, inputs: StepInputs) -> Tensor:
         """Returns the hidden states of the plan's tokens; rows beyond them are padding."""
@@ -307,9 +368,12 @@ def _joined(plan: StepPlan, parts: Sequence[_Part]) -> StepResult:
     prompts: dict[int, tuple[TokenLogprobs, ...]] = {}
     num_samples = 0
     for part in parts:
-        (token_ids,) = part.download.wait()
+        token_ids = np.zeros(len(part.inputs.sampling_rows), np.int32)
+        for some in part.samples:
+            (token_ids[some.places],) = some.download.wait()
+            for index, found in some.logprobs.items():
+                logprobs[num_samples + int(some.places[index])] = found
         tokens.append(token_ids)
-        logprobs |= {num_samples + index: found for index, found in part.logprobs.items()}
         num_samples += len(token_ids)
         for index, found in part.prompt_logprobs.items():
             whole = index_of[int(part.plan.rows[index])]

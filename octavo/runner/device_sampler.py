@@ -1,11 +1,10 @@
 """Chooses tokens where the logits are: the device's counterpart of `octavo.runner.sampler`.
 
 Called by the model runner of a device: start_row and free_row as the plan says, sample once a
-step. Never waits for the device, unless a row of the step needs the host: to report
-log-probabilities, or for logit_bias, allowed ids, bad words or min_tokens, which the host's own
-sampler then handles.
+step. Never waits for the device, unless a row of the step reports log-probabilities.
 
 Order and meaning are those of the host's sampler; the draws are others, of the same distribution.
+Bad words of several tokens come with the step's masks: what they ban depends on the token before.
 
 Shape legend: S sampled rows, V vocabulary.
 """
@@ -23,10 +22,13 @@ from torch import Tensor
 from octavo.kernels.triton.sampling.draw import choose
 from octavo.kernels.triton.sampling.params import ROW_PARAMS
 from octavo.kernels.triton.sampling.penalties import penalise
+from octavo.kernels.triton.sampling.restrict import bias_logits, mask_logits
 from octavo.kernels.triton.sampling.thresholds import find_thresholds
 from octavo.request import SamplingParams
-from octavo.runner.sampler import SampledTokens, Sampler, check_shape, token_logprobs
-from octavo.step import NO_TOKEN, Int32, RowStart, TokenLogprobs
+from octavo.runner.limits import RowLimits, both
+from octavo.runner.sampler import SampledTokens, check_shape, token_logprobs
+from octavo.runner.transfer import pack
+from octavo.step import NO_TOKEN, Int32, RowStart, TokenLogprobs, Words
 
 _FIRST_SLOTS = 4
 
@@ -43,8 +45,8 @@ class DeviceSampler:
         """int32 [max_num_seqs] on the device: each row's last token, 0 where it was broken."""
         self._vocab_size = vocab_size
         self._device = device
-        self._on_host = Sampler(vocab_size, max_num_seqs)
-        self._is_on_host = np.zeros(max_num_seqs, dtype=np.bool_)
+        self._limits: list[RowLimits | None] = [None] * max_num_seqs
+        self._is_limited = np.zeros(max_num_seqs, dtype=np.bool_)
         self._num_logprobs = np.full(max_num_seqs, -1)
         self._free_params = _row_params(SamplingParams(temperature=0.0), vocab_size)
         self._params = np.full(max_num_seqs, self._free_params)
@@ -57,10 +59,8 @@ class DeviceSampler:
         row, params = start.row, start.params
         self.free_row(row)
         self._device_params = None
-        if _needs_host(params):
-            self._is_on_host[row] = True
-            self._on_host.start_row(start)
-            return
+        self._limits[row] = RowLimits.from_start(start, self._vocab_size)
+        self._is_limited[row] = self._limits[row] is not None
         if params.logprobs is not None:
             self._num_logprobs[row] = params.logprobs
         fields = _row_params(params, self._vocab_size)
@@ -71,11 +71,9 @@ class DeviceSampler:
 
     def free_row(self, row: int) -> None:
         """Forgets the row's sequence."""
-        if self._is_on_host[row]:
-            self._on_host.free_row(row)
         if self._params[row]["slot"] >= 0:
             self._penalties.free(int(self._params[row]["slot"]))
-        self._is_on_host[row] = False
+        self._limits[row], self._is_limited[row] = None, False
         self._num_logprobs[row] = -1
         self._params[row] = self._free_params
 
@@ -85,42 +83,34 @@ class DeviceSampler:
         rows: Int32,
         output_indices: Int32,
         upload: Callable[[Int32], Tensor] | None = None,
+        masks: Words | None = None,
     ) -> SampledTokens:
         """Returns one token per row of `logits_SV` (float32, on the device; may be changed), as
         int32 [S] on the device, and writes `last_sampled` at `rows`.
 
         `output_indices[i]` counts the outputs the sequence in `rows[i]` has so far. `upload` is
-        that of the step, where there is one (`octavo.runner.transfer`). A row whose
-        logits hold a NaN or nothing finite gets NO_TOKEN, and its neighbours their tokens.
+        the step's, where there is one (`octavo.runner.transfer`). `masks` [S, ceil(V / 32)] on the
+        host: a bit for each id that may be drawn. A row whose logits hold a NaN or nothing finite
+        gets NO_TOKEN, and its neighbours their tokens.
         """
         check_shape(logits_SV, len(rows), self._vocab_size)
-        hosted = np.flatnonzero(self._is_on_host[rows])
         reported = np.flatnonzero(self._num_logprobs[rows] >= 0)
-        needed = np.concatenate((hosted, reported))
-        # Taken before penalties change them.
-        raw_NV = logits_SV[_to_device(needed, self._device)] if len(needed) else None
-        batch_S2 = np.stack((rows, output_indices), axis=1).astype(np.int32)
+        # Taken before anything changes them.
+        raw_NV = logits_SV[_to_device(reported, self._device)] if len(reported) else None
         if upload is None:
-            there = _to_device(batch_S2, self._device)
-        else:
-            there = upload(batch_S2.reshape(-1)).view(-1, 2)
+            upload = lambda packed: _to_device(packed, self._device)
+        self._restrict(logits_SV, rows, output_indices, masks, upload)
+        batch_S2 = np.stack((rows, output_indices), axis=1).astype(np.int32)
+        there = upload(batch_S2.reshape(-1)).view(-1, 2)
         token_ids = self.enqueue(logits_SV, there, rows)
         logprobs: dict[int, TokenLogprobs] = {}
         if raw_NV is not None:
-            raw_NV = raw_NV.cpu()  # sync: these rows need what only the host knows or computes
-            logprobs = self._report(raw_NV[len(hosted) :], reported, rows, token_ids)
-            drawn = self._on_host.sample(
-                raw_NV[: len(hosted)], rows[hosted], output_indices[hosted]
-            )
-            logprobs |= {int(hosted[i]): found for i, found in drawn.logprobs.items()}
-            tokens = _to_device(drawn.token_ids.numpy(), self._device)
-            token_ids[_to_device(hosted, self._device)] = tokens
-            at = _to_device(rows[hosted].astype(np.int64), self._device)
-            self.last_sampled[at] = tokens.clamp(min=0)
+            raw_NV = raw_NV.cpu()  # sync: these rows report what the host computes
+            logprobs = self._report(raw_NV, reported, rows, token_ids)
         return SampledTokens(token_ids=token_ids, logprobs=logprobs)
 
     def enqueue(self, logits_SV: Tensor, batch_S2: Tensor, rows: Int32) -> Tensor:
-        """Enqueues the choice of all rows and returns the tokens; rows of the host get any token.
+        """Enqueues the choice of all rows and returns the tokens.
 
         `batch_S2` int32 on the device: `rows`, and their output indices.
         """
@@ -138,6 +128,41 @@ class DeviceSampler:
         return choose(
             logits_SV, batch_S2, self._device_params, thresholds_S2, self.last_sampled, counts
         )
+
+    def _restrict(
+        self,
+        logits_SV: Tensor,
+        rows: Int32,
+        output_indices: Int32,
+        masks: Words | None,
+        upload: Callable[[Int32], Tensor],
+    ) -> None:
+        """Enqueues what makes ids impossible, or more or less likely, before all else."""
+        is_concerned = self._is_limited[rows] | (masks is not None)
+        words: dict[int, Words] = {}
+        biased: list[tuple[int, RowLimits]] = []
+        for place in is_concerned.nonzero()[0].tolist():
+            limits = self._limits[rows[place]]
+            mask = None if masks is None else masks[place]
+            if limits is not None:
+                mask = both(mask, limits.at(int(output_indices[place])))
+                if len(limits.bias_ids):
+                    biased.append((place, limits))
+            if mask is not None:
+                words[place] = mask
+        if words:
+            parts = [np.array(list(words), np.int32), np.concatenate(list(words.values()))]
+            packed, (at, bits) = pack([parts[0], parts[1].view(np.int32)])
+            there = upload(packed)
+            mask_logits(logits_SV, there[at], there[bits].view(len(words), -1))
+        if biased:
+            lengths = [len(limits.bias_ids) for _, limits in biased]
+            places = np.repeat(np.array([place for place, _ in biased], np.int32), lengths)
+            ids = np.concatenate([limits.bias_ids for _, limits in biased])
+            values = np.concatenate([limits.bias for _, limits in biased])
+            packed, parts = pack([places, ids, values.view(np.int32)])
+            there = upload(packed)
+            bias_logits(logits_SV, *(there[part] for part in parts))
 
     def _report(
         self, raw_NV: Tensor, reported: NDArray[np.int64], rows: Int32, token_ids: Tensor
@@ -189,15 +214,6 @@ class _PenaltyTable:
         self.counts = old.new_zeros((size, old.shape[1]))
         self.counts[: len(old)] = old
         self._free.extend(range(len(old), size))
-
-
-def _needs_host(params: SamplingParams) -> bool:
-    return bool(
-        params.logit_bias
-        or params.allowed_token_ids
-        or params.bad_words_token_ids
-        or params.min_tokens
-    )
 
 
 def _row_params(params: SamplingParams, vocab_size: int) -> NDArray[Any]:

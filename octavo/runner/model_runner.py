@@ -11,25 +11,43 @@ is, which blocks it has and what it computes come from the plan.
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo.kv_cache.storage import KVStorage
 from octavo.models.decoder import Decoder
 from octavo.runner.fence import Fence
 from octavo.runner.input_batch import InputBatch, PromptTargets, StepInputs
-from octavo.runner.sampler import SampledTokens, Sampler, prompt_logprobs
-from octavo.step import StepPlan, StepResult, TokenLogprobs
+from octavo.runner.sampler import Sampler, prompt_logprobs
+from octavo.step import StepPlan, StepResult, TokenLogprobs, Words
 
 PROMPT_TILE = 64
 """Prompt positions whose logits exist at once: [T, V] of a long prompt would be gigabytes."""
 
 
-class _Ticket(NamedTuple):
+class _Waiting(NamedTuple):
+    """What is known of a step whose masked rows are not sampled yet."""
+
+    result: StepResult
+    logits_NV: Tensor
+    """Of the masked rows."""
+    places: NDArray[np.int64]
+    """Those rows among the sampling ones."""
+    inputs: StepInputs
+
+
+@dataclass(slots=True)
+class _Ticket:
     generation: int
     result: Future[StepResult]
+    masked: Future[StepResult] | None = None
+    """The same result, when masked rows are sampled too."""
+    waiting: _Waiting | None = None
 
 
 class ModelRunner:
@@ -65,13 +83,21 @@ class ModelRunner:
     def launch(self, plan: StepPlan) -> object:
         """Enqueues the step and returns at once."""
         generation = self._fence.generation
-        return _Ticket(generation, self._worker.submit(self._run, plan, generation))
+        ticket = _Ticket(generation, Future())
+        ticket.result = self._worker.submit(self._run, plan, ticket)
+        return ticket
+
+    def sample(self, ticket: object, masks: Words) -> None:
+        """Enqueues the sampling of a launched step's masked rows and returns at once."""
+        assert isinstance(ticket, _Ticket), ticket
+        ticket.masked = self._worker.submit(self._run_masked, ticket, masks)
 
     def collect(self, ticket: object) -> StepResult:
         """Returns the result of a launched step; raises what the step raised."""
         assert isinstance(ticket, _Ticket), ticket
         try:
-            return ticket.result.result()
+            result = ticket.result.result()  # first, since it knows what went wrong
+            return result if ticket.masked is None else ticket.masked.result()
         except Exception:
             self._fence.collect(ticket.generation)
             raise
@@ -80,11 +106,19 @@ class ModelRunner:
         """Drops steps that have not begun and ends the worker after the one that has."""
         self._worker.shutdown(wait=True, cancel_futures=True)
 
-    def _run(self, plan: StepPlan, generation: int) -> StepResult:
-        with self._fence.guard(generation), torch.inference_mode():
-            return self._step(plan)
+    def _run(self, plan: StepPlan, ticket: _Ticket) -> StepResult:
+        with self._fence.guard(ticket.generation), torch.inference_mode():
+            return self._step(plan, ticket)
 
-    def _step(self, plan: StepPlan) -> StepResult:
+    def _run_masked(self, ticket: _Ticket, masks: Words) -> StepResult:
+        with self._fence.guard(ticket.generation), torch.inference_mode():
+            waiting = ticket.waiting
+            assert waiting is not None, "the step has no masked rows"
+            result, logits_NV, places, inputs = waiting
+            self._sample(logits_NV, places, inputs, result, masks)
+            return result
+
+    def _step(self, plan: StepPlan, ticket: _Ticket) -> StepResult:
         self._update_rows(plan)
         inputs = self._batch.prepare(plan)
         spec = self.decoder.spec
@@ -96,17 +130,33 @@ class ModelRunner:
             counts_LE,
         )
         self.storage.copy(plan.saves, self.decoder.ops)
-        sampled = self._sample(hidden_TM, inputs)
-        return StepResult(
+        result = StepResult(
             step_id=plan.step_id,
-            token_ids=sampled.token_ids.numpy(),
-            logprobs=sampled.logprobs,
+            token_ids=np.zeros(len(inputs.sampling_rows), np.int32),
+            logprobs={},
             prompt_logprobs={
                 targets.plan_index: prompt_logprobs_of(self.decoder, hidden_TM, targets)
                 for targets in inputs.prompt_targets
             },
             expert_counts=counts_LE.numpy() if spec.moe_layers else None,
         )
+        ticket.waiting = self._choose(hidden_TM, plan, inputs, result)
+        return result
+
+    def _choose(
+        self, hidden_TM: Tensor, plan: StepPlan, inputs: StepInputs, result: StepResult
+    ) -> _Waiting | None:
+        """Samples the rows that need no masks; returns what the others wait with."""
+        if not len(inputs.sampling_rows):
+            return None
+        logits_NV = self.decoder.logits(hidden_TM[torch.from_numpy(inputs.last_tokens)])
+        if plan.masked is None:
+            self._sample(logits_NV, np.arange(len(logits_NV)), inputs, result)
+            return None
+        is_masked = plan.masked[plan.samples]
+        masked, others = is_masked.nonzero()[0], (~is_masked).nonzero()[0]
+        self._sample(logits_NV[torch.from_numpy(others)], others, inputs, result)
+        return _Waiting(result, logits_NV[torch.from_numpy(masked)], masked, inputs)
 
     def _update_rows(self, plan: StepPlan) -> None:
         for row in plan.freed_rows:
@@ -121,15 +171,23 @@ class ModelRunner:
         for delta in plan.table_deltas:
             self._batch.apply(delta)
 
-    def _sample(self, hidden_TM: Tensor, inputs: StepInputs) -> SampledTokens:
-        if not len(inputs.sampling_rows):
-            return SampledTokens(token_ids=torch.zeros(0, dtype=torch.int32), logprobs={})
-        logits_NV = self.decoder.logits(hidden_TM[torch.from_numpy(inputs.last_tokens)])
-        rows = inputs.sampling_rows
-        sampled = self._sampler.sample(logits_NV, rows, inputs.output_indices)
+    def _sample(
+        self,
+        logits_NV: Tensor,
+        places: NDArray[np.int64],
+        inputs: StepInputs,
+        result: StepResult,
+        masks: Words | None = None,
+    ) -> None:
+        """Writes into `result` the tokens of those sampling rows that are at `places`."""
+        rows = inputs.sampling_rows[places]
+        sampled = self._sampler.sample(logits_NV, rows, inputs.output_indices[places], masks)
+        token_ids = sampled.token_ids.numpy()
         # A step that is under way already needs some input for a broken row: any token will do.
-        self._batch.keep_sampled(rows, sampled.token_ids.clamp(min=0).numpy())
-        return sampled
+        self._batch.keep_sampled(rows, token_ids.clip(min=0))
+        result.token_ids[places] = token_ids
+        for index, logprobs in sampled.logprobs.items():
+            result.logprobs[int(places[index])] = logprobs
 
 
 def prompt_logprobs_of(

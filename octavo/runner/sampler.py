@@ -29,7 +29,7 @@ from torch import Tensor
 from octavo.errors import OctavoError
 from octavo.request import SamplingParams
 from octavo.runner.random import uniform
-from octavo.step import NO_TOKEN, Float32, Int32, RowStart, TokenLogprobs
+from octavo.step import NO_TOKEN, Bool, Float32, Int32, RowStart, TokenLogprobs, Words
 
 Ids = NDArray[np.int64]
 
@@ -66,15 +66,22 @@ class Sampler:
         self._rows[row] = None
         self._is_plain[row] = False
 
-    def sample(self, logits_SV: Tensor, rows: Int32, output_indices: Int32) -> SampledTokens:
+    def sample(
+        self,
+        logits_SV: Tensor,
+        rows: Int32,
+        output_indices: Int32,
+        masks: Words | None = None,
+    ) -> SampledTokens:
         """Returns one token per row of `logits_SV` (float32, on the CPU, left as it is).
 
-        `output_indices[i]` counts the outputs the sequence in `rows[i]` has so far. A row whose
-        logits hold a NaN or nothing finite gets NO_TOKEN, and its neighbours their tokens.
+        `output_indices[i]` counts the outputs the sequence in `rows[i]` has so far; `masks`
+        [S, ceil(V / 32)] has a bit for each id that may be drawn. A row whose logits hold a NaN or
+        nothing finite gets NO_TOKEN, and its neighbours their tokens.
         """
         logits = logits_SV.numpy()
         check_shape(logits_SV, len(rows), self._vocab_size)
-        is_plain = self._is_plain[rows]
+        is_plain = self._is_plain[rows] if masks is None else np.zeros(len(rows), np.bool_)
         token_ids = np.zeros(len(rows), dtype=np.int32)
         if is_plain.all():
             token_ids[:] = logits.argmax(axis=1)
@@ -88,7 +95,8 @@ class Sampler:
         for i in np.flatnonzero(~is_plain):
             state = self._rows[rows[i]]
             assert state is not None, f"row {rows[i]} was sampled but never started"
-            token = _choose(logits[i], state, int(output_indices[i]))
+            allowed = None if masks is None else _unpacked(masks[i], self._vocab_size)
+            token = _choose(logits[i], state, int(output_indices[i]), allowed)
             if not 0 <= token < self._vocab_size:
                 token_ids[i] = NO_TOKEN
                 continue
@@ -240,13 +248,15 @@ class _Counts:
         x_V[ids] = x
 
 
-def _choose(logits_V: Float32, state: _Row, output_index: int) -> int:
+def _choose(
+    logits_V: Float32, state: _Row, output_index: int, allowed_V: Bool | None = None
+) -> int:
     """Returns the next token of one row, NO_TOKEN if its logits are broken."""
     best = int(logits_V.argmax())  # which stops at a NaN
     if not np.isfinite(logits_V[best]):
         return NO_TOKEN
     with np.errstate(over="ignore", invalid="ignore"):
-        x_V = _changed(logits_V, state, output_index)
+        x_V = _changed(logits_V, state, output_index, allowed_V)
         best = int(x_V.argmax())
         if not np.isfinite(x_V[best]):
             return NO_TOKEN
@@ -267,14 +277,15 @@ def _draw(weights_V: Float32, state: _Row, output_index: int) -> int:
     return place if kept is None else int(kept[place])
 
 
-def _changed(logits_V: Float32, state: _Row, output_index: int) -> Float32:
+def _changed(logits_V: Float32, state: _Row, output_index: int, allowed_V: Bool | None) -> Float32:
     """Returns the logits after masks, bias, bans and penalties; a copy if any applies."""
-    if state.is_plain:
+    if state.is_plain and allowed_V is None:
         return logits_V
+    allowed_V = _allowed(state, allowed_V, len(logits_V))
     x_V = logits_V.copy()
-    if state.allowed_ids is not None:
-        x_V[:] = -np.inf
-        x_V[state.allowed_ids] = np.maximum(logits_V[state.allowed_ids], _LOWEST)
+    if allowed_V is not None:
+        np.maximum(x_V, _LOWEST, out=x_V)
+        x_V[~allowed_V] = -np.inf
     if len(state.bias_ids):
         x_V[state.bias_ids] += state.bias
     banned = state.banned(output_index)
@@ -287,6 +298,25 @@ def _changed(logits_V: Float32, state: _Row, output_index: int) -> Float32:
     if state.counts is not None:
         state.counts.penalise(x_V, state.params)
     return x_V
+
+
+def _allowed(state: _Row, masked_V: Bool | None, vocab_size: int) -> Bool | None:
+    """Returns which ids may be drawn: those of the mask that the request allows too, all of the
+    mask where there are none."""
+    if state.allowed_ids is None:
+        return masked_V
+    allowed_V = np.zeros(vocab_size, np.bool_)
+    allowed_V[state.allowed_ids] = True
+    if masked_V is None:
+        return allowed_V
+    both_V = allowed_V & masked_V
+    return both_V if both_V.any() else masked_V
+
+
+def _unpacked(words: Words, vocab_size: int) -> Bool:
+    """Returns the bits of a mask, one by one."""
+    bits = np.unpackbits(words.view(np.uint8), count=vocab_size, bitorder="little")
+    return bits.view(np.bool_)
 
 
 def _kept(weights_V: Float32, params: SamplingParams) -> Ids | None:

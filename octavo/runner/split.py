@@ -40,6 +40,7 @@ def _part(plan: StepPlan, rows: slice, tokens: slice) -> StepPlan:
         token_ids=plan.token_ids[tokens],
         from_device=plan.from_device[rows],
         samples=plan.samples[rows],
+        masked=None if plan.masked is None else plan.masked[rows],
     )
 
 
@@ -51,6 +52,6 @@ def _split_row(plan: StepPlan) -> tuple[StepPlan, StepPlan] | None:
     second = _part(plan, slice(0, 1), slice(middle, None))
     lengths = np.array([middle], np.int32)
     return (
-        replace(first, query_lens=lengths, samples=np.zeros(1, np.bool_)),
+        replace(first, query_lens=lengths, samples=np.zeros(1, np.bool_), masked=None),
         replace(second, query_lens=plan.query_lens - lengths, starts=plan.starts + lengths),
     )

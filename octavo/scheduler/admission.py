@@ -105,6 +105,8 @@ class Admission:
         """Whether it would do twice what somebody is doing for it."""
         if sequence.num_pending:
             return True  # preempted, and its newest token is still on the way
+        if sequence.guide is not None and not sequence.guide.is_ready:
+            return True  # its grammar is being compiled
         leader = self._queues.leader_of(sequence)
         if leader is None:
             return False

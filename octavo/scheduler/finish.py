@@ -14,7 +14,10 @@ from octavo.step import TokenLogprobs
 def finish_reason(sequence: Sequence) -> FinishReason | None:
     """Returns why `sequence` ends with its newest token, or None if it goes on."""
     token = sequence.token_ids[-1]
-    if token in sequence.stop_ids and sequence.num_outputs > sequence.request.params.min_tokens:
+    if sequence.guide is not None:
+        if sequence.guide.is_over:
+            return FinishReason.STOP
+    elif token in sequence.stop_ids and sequence.num_outputs > sequence.request.params.min_tokens:
         return FinishReason.STOP
     if len(sequence.token_ids) >= sequence.max_len:
         return FinishReason.LENGTH
@@ -22,10 +25,10 @@ def finish_reason(sequence: Sequence) -> FinishReason | None:
 
 
 def stop_reason(sequence: Sequence, reason: FinishReason | None) -> int | None:
-    """Returns the stop id that ended it; None for EOS, as in vLLM."""
+    """Returns the stop id that ended it; None for EOS, as in vLLM, and for a grammar's end."""
     token = sequence.token_ids[-1]
-    is_stop_id = reason is FinishReason.STOP and token not in sequence.eos_token_ids
-    return token if is_stop_id else None
+    is_stop_id = token in sequence.stop_ids and token not in sequence.eos_token_ids
+    return token if is_stop_id and reason is FinishReason.STOP else None
 
 
 def token_delta(

@@ -85,6 +85,11 @@ class Outcomes:
                 if token_ids[sample - 1] == NO_TOKEN:
                     deltas.append(self._fail(sequence, BROKEN_LOGITS))
                     continue
+                if sequence.guide is not None:
+                    sequence.guide.advance(token_ids[sample - 1])
+                    if sequence.guide.error:
+                        deltas.append(self._fail(sequence, sequence.guide.error))
+                        continue
                 sequence.num_pending -= 1
                 sequence.token_ids.append(token_ids[sample - 1])
             is_block_full = step.computed[i] // block_size > sequence.kv.num_published
@@ -110,7 +115,7 @@ class Outcomes:
         length = len(sequence.token_ids)
         self._counters.num_generation_tokens += 1
         reason = None
-        if length >= sequence.max_len or token in sequence.stop_ids:
+        if length >= sequence.max_len or token in sequence.stop_ids or sequence.guide is not None:
             reason = finish_reason(sequence)
         if length == sequence.prompt_len + 1:
             self._count_prompt(sequence)
@@ -132,6 +137,12 @@ class Outcomes:
         if sequence.index == 0:
             self._counters.num_prompt_tokens += sequence.prompt_len
             self._counters.num_cached_prompt_tokens += sequence.num_cached_tokens
+
+    def masked(self, plan: StepPlan) -> list[Sequence]:
+        """Returns the sequences of a launched step's masked rows, in their order."""
+        sequences = self._launched[plan.step_id].sequences
+        places = [] if plan.masked is None else plan.masked.nonzero()[0].tolist()
+        return [sequences[place] for place in places]
 
     def is_lost(self, plan: StepPlan) -> bool:
         """Whether a launched step counts for nothing any more, since one before it raised."""

@@ -27,6 +27,7 @@ class PlanBuilder:
         self._from_device: list[bool] = []
         self._token_ids = array("i")
         self._row_starts: list[RowStart] = []
+        self._masked: list[bool] = []
 
     def start_row(self, sequence: Sequence) -> None:
         """The sequence takes its row in this step."""
@@ -52,6 +53,7 @@ class PlanBuilder:
         self._from_device.append(True)
         self._token_ids.append(0)
         self.samples.append(True)
+        self._masked.append(sequence.is_masked)
         sequence.num_computed = start + 1
         sequence.num_pending += 1
 
@@ -76,6 +78,7 @@ class PlanBuilder:
         sequence.num_computed = end
         is_sampling = end == known + sequence.num_pending
         self.samples.append(is_sampling)
+        self._masked.append(is_sampling and sequence.is_masked)
         if is_sampling:
             sequence.num_pending += 1
 
@@ -110,6 +113,7 @@ class PlanBuilder:
             token_ids=np.array(self._token_ids, np.int32),
             from_device=np.array(self._from_device, np.bool_),
             samples=np.array(self.samples, np.bool_),
+            masked=np.array(self._masked, np.bool_) if any(self._masked) else None,
             row_starts=tuple(self._row_starts),
             freed_rows=freed_rows,
             freed_pages=manager.take_emptied(),

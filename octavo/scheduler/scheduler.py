@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from octavo.errors import OverloadedError
+from octavo.grammar import Guide
 from octavo.kv_cache.manager import KVCacheManager, SequenceKV
 from octavo.request import FinishReason, Request, TokenDelta
 from octavo.scheduler.admission import Admission, chunk_end
@@ -69,10 +70,18 @@ class Scheduler:
 
     # -- requests ----------------------------------------------------------------------------
 
-    def add(self, request: Request, root: bytes, caching: bool, seeds: Iterable[int]) -> None:
+    def add(
+        self,
+        request: Request,
+        root: bytes,
+        caching: bool,
+        seeds: Iterable[int],
+        new_guide: Callable[[Sequence], Guide] | None = None,
+    ) -> None:
         """Queues a request's sequences, one per seed. Raises OverloadedError if the queue is full.
 
-        `root` is the parent digest of its first block; `caching` whether it uses the prefix cache.
+        `root` is the parent digest of its first block; `caching` whether it uses the prefix cache;
+        `new_guide` makes what leads each sequence through a grammar.
         """
         limit = self.limits.max_num_queued_requests
         if len(self.waiting) >= limit:
@@ -95,6 +104,8 @@ class Scheduler:
                 order=self._next_order,
                 max_len=self.limits.max_model_len,
             )
+            if new_guide is not None:
+                sequence.guide, sequence.is_masked = new_guide(sequence), True
             self._next_order += 1
             sequences.append(sequence)
         self._queues.add(request.request_id, sequences)
@@ -216,6 +227,10 @@ class Scheduler:
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
         """Takes over a step's tokens: appends, finishes, frees, publishes block digests."""
         return self._outcomes.commit(plan, result)
+
+    def masked(self, plan: StepPlan) -> list[Sequence]:
+        """Returns the sequences of a launched step's masked rows, in their order."""
+        return self._outcomes.masked(plan)
 
     def is_lost(self, plan: StepPlan) -> bool:
         """Whether a launched step counts for nothing any more, since one before it raised."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from array import array
 
+from octavo.grammar import Guide
 from octavo.kv_cache.manager import SequenceKV
 from octavo.request import Request
 from octavo.step import TokenLogprobs
@@ -22,8 +23,10 @@ class Sequence:
 
     __slots__ = (
         "eos_token_ids",
+        "guide",
         "index",
         "is_finished",
+        "is_masked",
         "kv",
         "lost_at",
         "max_len",
@@ -59,6 +62,10 @@ class Sequence:
         """Tokens at which it ends with finish reason length."""
         self.eos_token_ids = frozenset(() if params.ignore_eos else request.eos_token_ids)
         self.stop_ids = self.eos_token_ids | frozenset(params.stop_token_ids)
+        self.guide: Guide | None = None
+        """Where it stands in its grammar, if it is held to one; the core's to set."""
+        self.is_masked = any(len(word) > 1 for word in params.bad_words_token_ids)
+        """Whether what it may go on with depends on its newest token."""
         self.row: int | None = None
         self.num_computed = 0
         """Tokens whose KV is computed by a launched step."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from octavo.constraint import Constraint, StructuredOutputsParams
 from octavo.engine.chat_template import ChatRenderer, RenderedChat
 from octavo.engine.detokenizer import Pieces
 from octavo.observe.stats import EngineStats
@@ -77,6 +78,15 @@ class Engine(Protocol):
     @property
     def default_sampling_params(self) -> Mapping[str, Any]:
         """Values of the model's generation config, named as in SamplingParams."""
+        ...
+
+    def knows_grammar(self, wanted: StructuredOutputsParams) -> bool:
+        """Whether `constrain` takes no time."""
+        ...
+
+    def constrain(self, wanted: StructuredOutputsParams) -> Constraint:
+        """Returns what an output is held to; may be called from a thread, so that `prepare` need
+        not wait for it. Raises RequestError with field and reason."""
         ...
 
     def prepare(

@@ -62,6 +62,8 @@ async def new_call(
     if limit == -1:
         limit = max(1, engine.max_model_len - (params.max_tokens or 1))
     salt = tenant_salt(known["api_key"], body.cache_salt)
+    if params.structured_outputs is not None:
+        await server_state(request).tokenising.constrain(params.structured_outputs)
     requests = []
     for place, ids in enumerate(prompts):
         if place % PREPARED_AT_ONCE == PREPARED_AT_ONCE - 1:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from octavo.constraint import StructuredOutputsParams
 from octavo.engine.chat_template import RenderedChat
 from octavo.errors import ContextLengthError, OverloadedError, RequestError
 from octavo.server.engine_client import Engine, ServerTokenizer
@@ -93,6 +94,15 @@ class Tokenising:
         """Returns the vocabulary's spelling of each id. Raises RequestError, OverloadedError."""
         tokens = self._tokenizer.tokens
         return await self._run(lambda: tokens(ids), len(ids))
+
+    async def constrain(self, wanted: StructuredOutputsParams) -> None:
+        """Has a grammar compiled, or refused: what is prepared next finds it there.
+
+        Raises RequestError, OverloadedError.
+        """
+        engine = self._engine
+        if not engine.knows_grammar(wanted):
+            await self._in_thread(lambda: engine.constrain(wanted), wanted.num_chars)
 
     async def _run(self, work: Callable[[], T], size: int) -> T:
         return work() if size <= SHORT_CHARS else await self._in_thread(work, size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,11 +38,9 @@ def make_guides() -> Guides:
     return Guides(lambda: VOCABULARY, VOCAB_SIZE)
 
 
-def guide_of(
-    guides: Guides, wanted: StructuredOutputsParams, begins_after: tuple[int, ...] = ()
-) -> Guide:
+def guide_of(guides: Guides, wanted: StructuredOutputsParams, **reasoning: Any) -> Guide:
     grammar = grammar_text(wanted, SPECIALS)
-    return guides.guide(Constraint(grammar=grammar, begins_after=begins_after), [EOS])
+    return guides.guide(Constraint(grammar=grammar, **reasoning), [EOS])
 
 
 def draw(guides: Guides, guide: Guide, seed: int, max_tokens: int = 400) -> Output:

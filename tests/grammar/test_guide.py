@@ -107,7 +107,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize("place", range(len(REFUSED)))
 def test_what_cannot_be_had_is_refused_with_the_reason(place: int) -> None:
     wanted, reason = REFUSED[place]
-    checker = Checker(lambda: VOCABULARY)
+    checker = Checker(SPECIALS)
     with pytest.raises(RequestError, match=reason) as raised:
         checker.check(grammar_text(StructuredOutputsParams(**wanted), SPECIALS))
     assert "<state>" not in str(raised.value)
@@ -186,14 +186,27 @@ def test_tags_as_many_as_asked(guides: Guides, is_needed: bool) -> None:
 
 def test_reasoning_is_free_but_does_not_end(guides: Guides) -> None:
     wanted = StructuredOutputsParams(choice=["yes"])
-    guide = guide_of(guides, wanted, begins_after=(END_THINK, ord("\n")))
-    for token_id in [ord("h"), END_THINK, ord("m"), END_THINK]:
+    guide = guide_of(guides, wanted, thought_ends=(END_THINK,), starts_inside=True)
+    for token_id in [ord("h"), EOS - 1, ord("m"), END_THINK]:
         allowed = bits(guides.masks([guide], [True])[0])
         assert allowed == [one for one in range(VOCAB_SIZE) if one != EOS]
         guide.advance(token_id)
         assert not guide.is_over
-    guide.advance(ord("\n"))
     assert bits(guides.masks([guide], [True])[0]) == [ord("y")]
+
+
+def test_an_output_may_begin_with_reasoning(guides: Guides) -> None:
+    wanted = StructuredOutputsParams(choice=["yes"])
+    reasoning = {"thought_begins": (THINK,), "thought_ends": (END_THINK,)}
+    thinking = guide_of(guides, wanted, **reasoning)
+    assert bits(guides.masks([thinking], [True])[0]) == [ord("y"), THINK]
+    thinking.advance(THINK)
+    assert thinking.is_free
+    thinking.advance(END_THINK)
+    assert bits(guides.masks([thinking], [True])[0]) == [ord("y")]
+    direct = guide_of(guides, wanted, **reasoning)
+    direct.advance(ord("y"))
+    assert bits(guides.masks([direct], [True])[0]) == [ord("e")]
 
 
 def test_ends_may_come_where_a_text_may_end_and_nowhere_else(guides: Guides) -> None:

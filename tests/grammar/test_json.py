@@ -20,10 +20,10 @@ from octavo.constraint import StructuredOutputsParams
 from octavo.errors import RequestError
 from octavo.grammar import Checker, Matcher, Vocabulary, grammar_text
 from octavo.grammar.compiler import Compiler
-from tests.grammar.bytes_model import VOCABULARY, draw, guide_of, make_guides
+from tests.grammar.bytes_model import SPECIALS, draw, guide_of, make_guides
 
 SUITE = "json-schema-test-suite@0.0.10"
-REDUCED = VOCABULARY.reduced()
+REDUCED = Vocabulary.of_bytes(SPECIALS)
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +273,7 @@ REFUSED: list[tuple[Any, str]] = [
 @pytest.mark.parametrize("place", range(len(REFUSED)))
 def test_a_schema_that_cannot_be_had_is_refused_with_the_reason(place: int) -> None:
     schema, reason = REFUSED[place]
-    checker = Checker(lambda: VOCABULARY)
+    checker = Checker(SPECIALS)
     with pytest.raises(RequestError, match=reason) as raised:
         checker.check(grammar_text(StructuredOutputsParams(json=schema)))
     assert raised.value.param in ("structured_outputs", "structured_outputs.json")
@@ -301,5 +301,4 @@ def test_a_schema_nested_without_end_is_refused() -> None:
 
 
 def test_another_vocabulary_without_special_tokens_will_do() -> None:
-    plain = Vocabulary(tokens=VOCABULARY.tokens[:256], specials={}, encode=VOCABULARY.encode)
-    Checker(lambda: plain).check(grammar_text(StructuredOutputsParams(json_object=True)))
+    Checker({}).grammar(StructuredOutputsParams(json_object=True))

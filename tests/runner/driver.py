@@ -21,7 +21,7 @@ from octavo.models.decoder import Decoder
 from octavo.request import SamplingParams
 from octavo.runner.input_batch import StepInputs
 from octavo.runner.model_runner import ModelRunner
-from octavo.runner.sampler import SampledTokens, Sampler
+from octavo.runner.sampler import Sampler
 from octavo.step import Page, PageCopy, RowStart, Runner, StepPlan, StepResult, TableDelta
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -34,16 +34,12 @@ class RecordingRunner(ModelRunner):
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.logits: dict[int, Tensor] = {}
-        self._latest = torch.empty(0)
 
-    def _sample(self, hidden_TM: Tensor, inputs: StepInputs) -> SampledTokens:
-        self._latest = self.decoder.logits(hidden_TM)
-        return super()._sample(hidden_TM, inputs)
-
-    def _step(self, plan: StepPlan) -> StepResult:
-        result = super()._step(plan)
-        self.logits[plan.step_id] = self._latest
-        return result
+    def _choose(
+        self, hidden_TM: Tensor, plan: StepPlan, inputs: StepInputs, result: StepResult
+    ) -> Any:
+        self.logits[plan.step_id] = self.decoder.logits(hidden_TM)
+        return super()._choose(hidden_TM, plan, inputs, result)
 
 
 @dataclass(eq=False)

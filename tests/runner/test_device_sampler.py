@@ -56,7 +56,7 @@ MIXED: tuple[dict[str, Any], ...] = (
     {"top_k": 20, "top_p": 0.9, "logprobs": 3},
     {"temperature": 0.0, "repetition_penalty": 1.3, "frequency_penalty": 0.2},
     {"presence_penalty": 1.0, "min_p": 0.01, "logprobs": 0},
-    {"logit_bias": {3: 50.0}, "bad_words_token_ids": ((3, 3), (4,)), "logprobs": 2},
+    {"logit_bias": {3: 50.0}, "bad_words_token_ids": ((3,), (4,)), "logprobs": 2},
     {"allowed_token_ids": (1, 2, 3, 4, 5, 6, 7), "min_tokens": 3},
 )
 
@@ -93,8 +93,9 @@ def test_a_row_draws_the_same_alone_in_a_batch_in_another_row_and_after_preempti
     assert together == alone
 
 
-def test_rows_of_the_host_draw_what_the_host_draws_and_leave_their_neighbours_alone():
-    asked = [{"top_k": 9}, *MIXED[5:], {"temperature": 0.0, "presence_penalty": 0.5}]
+def test_limited_rows_take_what_the_host_takes_and_leave_their_neighbours_alone():
+    limited = [{**params, "temperature": 0.0} for params in MIXED[5:]]
+    asked = [{"top_k": 9}, *limited, {"temperature": 0.0, "presence_penalty": 0.5}]
     mixed, pure, host = make(4), make(4), Sampler(V, 4)
     for row, params in enumerate(asked):
         one = start(row=row, seed=row, stop=(7,), **params)
@@ -112,6 +113,39 @@ def test_rows_of_the_host_draw_what_the_host_draws_and_leave_their_neighbours_al
         assert mixed.last_sampled.tolist() == tokens
         assert list(found.logprobs) == [1]
         assert found.logprobs[1].logprobs.tolist() == expected.logprobs[1].logprobs.tolist()
+
+
+@pytest.mark.parametrize("size", [V, 64])
+def test_masked_rows_take_what_the_host_takes(size: int):
+    asked: tuple[dict[str, Any], ...] = (
+        {"temperature": 0.0},
+        {"temperature": 0.0, "logit_bias": {5: 90.0, 6: -3.0}, "logprobs": 2},
+        {"temperature": 0.0, "allowed_token_ids": (1, 2, 3)},
+        {"temperature": 0.0, "bad_words_token_ids": ((8,), (9,)), "presence_penalty": 1.0},
+        {"temperature": 0.0, "min_tokens": 3},
+        {"top_k": 1},
+    )
+    count = len(asked)
+    device, host = make(count, size), Sampler(size, count)
+    for row, params in enumerate(asked):
+        one = start(row=row, seed=row, stop=(7, size + 3), **params)
+        device.start_row(one)
+        host.start_row(one)
+    rows = np.arange(count, dtype=np.int32)
+    rng = np.random.default_rng(size)
+    for t in range(6):
+        is_allowed = rng.random((count, -(-size // 32) * 32)) < (0.05 if t % 2 else 0.5)
+        is_allowed[:, size:] = False
+        is_allowed[:, [7, 8]] = True
+        masks = np.packbits(is_allowed, axis=1, bitorder="little").view(np.uint32)
+        logits = logits_of(t, rows=count, size=size)
+        indices = np.full(count, t, dtype=np.int32)
+        expected = host.sample(logits.cpu().clone(), rows, indices, masks)
+        found = device.sample(logits, rows, indices, masks=masks)
+        assert found.token_ids.tolist() == expected.token_ids.tolist()
+        assert device.last_sampled.tolist() == found.token_ids.tolist()
+        assert all(is_allowed[row, token] for row, token in enumerate(found.token_ids.tolist()))
+        assert list(found.logprobs) == [1]
 
 
 def test_greedy_tokens_after_penalties_are_those_of_the_host():

@@ -9,8 +9,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from octavo.constraint import Constraint, StructuredOutputsParams
 from octavo.engine.chat_template import ChatRenderer, RenderedChat
 from octavo.errors import ContextLengthError, EngineDeadError, RequestError
+from octavo.grammar import Checker
 from octavo.observe.stats import EngineStats
 from octavo.outputs import OutputDelta, Receiver
 from octavo.request import Logprob, PositionLogprobs, Request, SamplingParams, pack_ids
@@ -74,6 +76,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.tokenizer = FakeTokenizer()
         self.answer_format: AnswerFormat | None = None
+        self._checker = Checker({})
         self.default_sampling_params: dict[str, Any] = {}
         self.requests: list[tuple[str, SamplingParams, int, str]] = []
         self.error: Exception | None = None
@@ -96,6 +99,12 @@ class FakeEngine:
         """Answers nothing, and dies only when it is told of a drain."""
         self._ids = itertools.count()
         self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def knows_grammar(self, wanted: StructuredOutputsParams) -> bool:
+        return self._checker.knows(wanted)
+
+    def constrain(self, wanted: StructuredOutputsParams) -> Constraint:
+        return Constraint(grammar=self._checker.grammar(wanted))
 
     def prepare(
         self,

@@ -24,13 +24,13 @@ from octavo.request import (
 from octavo.request_fields import IGNORED, REFUSED
 from octavo.server.protocol.strict import (
     Priority,
-    RequestModel,
     StrictModel,
     Text,
     Texts,
     TokenIds,
     integer,
 )
+from octavo.server.protocol.structured import StructuredFields
 
 
 def _number(name: str, description: str) -> Any:
@@ -52,7 +52,7 @@ class StreamOptions(StrictModel):
     )
 
 
-class SamplingFields(RequestModel):
+class SamplingFields(StructuredFields):
     """What chat and completions share. Null or absent: the model's default, else OpenAI's."""
 
     ignored_fields = IGNORED
@@ -137,6 +137,12 @@ class SamplingFields(RequestModel):
         "Keep so many of the last prompt tokens; -1 as many as leave room for the answer.", -1
     )
 
+    def field_name(self, param: str) -> str:
+        """Returns the field of this body that the engine's `param` was read from."""
+        if param.startswith("structured_outputs"):
+            return self.structured_field(param)
+        return super().field_name(param)
+
     @property
     def includes_usage(self) -> bool:
         options = self.stream_options
@@ -171,6 +177,7 @@ class SamplingFields(RequestModel):
                 values[name] = value
         if self.logit_bias is not None:
             values["logit_bias"] = _token_ids_as_keys(self.logit_bias)
+        values["structured_outputs"] = self.structured_params()
         if self.skip_reading_prefix_cache and self.prefix_caching in (None, "auto"):
             values["prefix_caching"] = "off"
         values.update(overrides)
@@ -178,7 +185,9 @@ class SamplingFields(RequestModel):
 
 
 _PARAM_NAMES = frozenset(
-    name for name in SamplingFields.model_fields if name in SamplingParams.__dataclass_fields__
+    name
+    for name in SamplingFields.model_fields
+    if name in SamplingParams.__dataclass_fields__ and name != "structured_outputs"
 )
 _MAX_ID_DIGITS = len(str(MAX_INT))
 

@@ -72,6 +72,8 @@ class StrictModel(BaseModel):
 
     place: ClassVar[str] = ""
     """Where the model stands in a body, before the names of its fields."""
+    aliases: ClassVar[frozenset[str]] = frozenset()
+    """Names of fields that pydantic's own methods have, so that they are called by an alias."""
     ignored_fields: ClassVar[frozenset[str]] = frozenset()
     refused_fields: ClassVar[Refused] = {}
     max_quick_bytes: ClassVar[int] = 2**20
@@ -100,7 +102,7 @@ class StrictModel(BaseModel):
             return data
         kept, fields = {}, cls.__pydantic_fields__  # as `model_fields`, which costs a search
         for name, value in data.items():
-            if name in fields:
+            if name in fields or name in cls.aliases:
                 if value is not None:
                     kept[name] = value
             elif name in cls.refused_fields:

@@ -1,0 +1,56 @@
+"""Grammars at a face: made of what users ask for, and refused there, before anything runs.
+
+Owned by whoever makes requests; safe to call from threads.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from threading import Lock
+
+from octavo.constraint import StructuredOutputsParams
+from octavo.grammar.compiler import MAX_CACHED, Compiler
+from octavo.grammar.sources import grammar_text
+from octavo.grammar.vocabulary import Vocabulary
+
+
+class Checker:
+    """Compiles with single bytes for a vocabulary: whether a grammar can be had does not depend on
+    it."""
+
+    def __init__(self, specials: Mapping[str, int]) -> None:
+        """`specials`: the tokenizer's special tokens by their text."""
+        vocabulary = Vocabulary.of_bytes(specials)
+        self._specials = specials
+        self._compiler = Compiler(lambda: vocabulary, len(vocabulary.tokens))
+        self._lock = Lock()
+        self._known: OrderedDict[StructuredOutputsParams, str] = OrderedDict()
+
+    def load(self) -> None:
+        """Loads the library, so that the first grammar need not wait for it."""
+        self._compiler.load()
+
+    def knows(self, wanted: StructuredOutputsParams) -> bool:
+        """Whether `grammar` takes no time."""
+        return wanted in self._known
+
+    def grammar(self, wanted: StructuredOutputsParams) -> str:
+        """Returns the grammar of what is asked for. Raises RequestError with field and reason if
+        the engine could not hold an output to it. Takes a millisecond, and a second at most."""
+        with self._lock:
+            found = self._known.get(wanted)
+            if found is not None:
+                self._known.move_to_end(wanted)
+                return found
+        grammar = grammar_text(wanted, self._specials)
+        self.check(grammar)
+        with self._lock:
+            self._known[wanted] = grammar
+            while len(self._known) > MAX_CACHED:
+                self._known.popitem(last=False)
+        return grammar
+
+    def check(self, grammar: str) -> None:
+        """Raises GrammarError with the reason if no output can be held to `grammar`."""
+        self._compiler.compile(grammar)
