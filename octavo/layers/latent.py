@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from octavo.kernels.inputs import LatentOp, NormInput
@@ -53,10 +52,3 @@ class LatentAttention:
         kv, batch = forward.kv(self.layer)
         out_TN = ops.latent_attention(q_TN, latent_TC, self.op, kv, batch)
         return ops.linear(out_TN, (self.output,), self.output_bias), residual_TM
-
-
-def joined_bias(query: Tensor | None, latent: Tensor | None) -> Tensor | None:
-    """Returns the biases of `LatentAttention.inputs` side by side."""
-    if query is None or latent is None:
-        return None
-    return torch.cat((query, latent))

@@ -25,6 +25,8 @@ class RopeSpec:
     high_freq_factor: float = 4.0
     attention_factor: float = 1.0
     """Multiplies cos and sin (yarn)."""
+    score_factor: float = 1.0
+    """Multiplies the scores of latent attention (yarn with mscale_all_dim)."""
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True

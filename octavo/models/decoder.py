@@ -17,7 +17,7 @@ from octavo.kernels.weights import ExpertBiases, ExpertWeights, Router, SharedEx
 from octavo.kv_cache.storage import KVStorage
 from octavo.layers.attention import Attention, norms_early
 from octavo.layers.forward import Forward
-from octavo.layers.latent import LatentAttention, joined_bias
+from octavo.layers.latent import LatentAttention
 from octavo.layers.mlp import GatedMLP
 from octavo.layers.moe import MoE
 from octavo.layers.norm import RMSNorm
@@ -224,15 +224,19 @@ class _Loader:
         has_rank = spec.q_rank is not None
         splits = {"q_a": None} if has_rank else {"q": spec.query_split}
         splits |= {"kv_a": spec.latent_split}
-        biases = {"q_a": None, "kv_a": None}
-        if spec.bias:
-            biases = {name: self.vector(f"{name}_bias", layer, splits[name]) for name in splits}
         query_norm = query_up = None
         if has_rank:
             query_norm = RMSNorm(weight=self.norm_weight("q_a_norm", layer), eps=spec.norm_eps)
             query_up = self.matrix("q_b", layer, spec.query_split)
         inputs = self.matrices({Parameter(name, layer): one for name, one in splits.items()})
         is_first = self.collectives.rank == 0
+        input_bias = None
+        if spec.bias:  # queries without a latent vector have none
+            latent_bias = self.vector("kv_a_bias", layer, spec.latent_split)
+            query_bias = latent_bias.new_zeros(inputs[0].rows)
+            if has_rank:
+                query_bias = self.vector("q_a_bias", layer)
+            input_bias = torch.cat((query_bias, latent_bias))
         return LatentAttention(
             layer=layer,
             op=LatentOp(
@@ -252,7 +256,7 @@ class _Loader:
             query_up=query_up,
             up=self.matrix("kv_b", layer, spec.head_split),
             output=self.matrix("o", layer, spec.output_split),
-            input_bias=joined_bias(biases.get("q_a"), biases["kv_a"]),
+            input_bias=input_bias,
             output_bias=self.vector("o_bias", layer) if spec.bias and is_first else None,
         )
 

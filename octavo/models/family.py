@@ -76,7 +76,8 @@ class Family:
     names: Mapping[str, str]
     """Canonical parameter name -> name in the checkpoint, with {layer} and {expert}."""
     ignorable: tuple[str, ...] = ()
-    """Shell patterns of what checkpoints have beside the model that is served."""
+    """Shell patterns of what checkpoints have beside the model that is served; {num_layers} stands
+    for the number of its layers."""
 
     def weight_name(self, parameter: Parameter) -> str:
         """Returns the parameter's name in a Hugging Face checkpoint."""
@@ -92,4 +93,5 @@ def weight_shapes(spec: ModelSpec, family: Family) -> dict[str, Shape]:
 def ignorable_names(spec: ModelSpec, family: Family) -> tuple[str, ...]:
     """Returns names that a checkpoint may have although the model does not need them."""
     head = (family.weight_name(Parameter("lm_head")),) if spec.tie_embeddings else ()
-    return (*family.ignorable, *head)
+    beside = (pattern.format(num_layers=len(spec.layers)) for pattern in family.ignorable)
+    return (*beside, *head)

@@ -113,6 +113,7 @@ def _scaled_rope(
         scaled,
         factor=factor,
         attention_factor=_yarn_attention_factor(rope, factor),
+        score_factor=_sharpness(factor, _or_default(rope, "mscale_all_dim", 0.0)) ** 2,
         beta_fast=_or_default(rope, "beta_fast", 32.0),
         beta_slow=_or_default(rope, "beta_slow", 1.0),
         truncate=rope.value("truncate") is not None and rope.boolean("truncate"),
@@ -130,10 +131,11 @@ def _yarn_attention_factor(rope: HFConfig, factor: float) -> float:
     if given is not None:
         return given
 
-    def sharpness(mscale: float) -> float:
-        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
     mscale, mscale_all_dim = (_or_default(rope, n, 0.0) for n in ("mscale", "mscale_all_dim"))
     if mscale and mscale_all_dim:
-        return sharpness(mscale) / sharpness(mscale_all_dim)
-    return sharpness(1.0)
+        return _sharpness(factor, mscale) / _sharpness(factor, mscale_all_dim)
+    return _sharpness(factor, 1.0)
+
+
+def _sharpness(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -34,6 +34,21 @@ def _rope(rope_type: str, **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10_000.0, **more}}
 
 
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 24,
+    "q_lora_rank": 20,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 14,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 24,
+}
+_YARN_MSCALE = _rope(
+    "yarn", factor=4.0, original_max_position_embeddings=64, mscale=0.7, mscale_all_dim=1.2
+)
 CASES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "head_dim": 12},
     "llama-tied-biased": {
@@ -204,6 +219,58 @@ CASES: dict[str, dict[str, Any]] = {
         "swiglu_alpha": 0.9,
         **_rope("default"),
     },
+    "deepseek-v2": {
+        **_LATENT,
+        "model_type": "deepseek_v2",
+        "first_k_dense_replace": 1,
+        "topk_method": "group_limited_greedy",
+        "n_group": 3,
+        "topk_group": 2,
+        "routed_scaling_factor": 1.5,
+    },
+    "deepseek-v2-lite": {
+        **_LATENT,
+        "model_type": "deepseek_v2",
+        "q_lora_rank": None,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "qk_nope_head_dim": 6,
+        "v_head_dim": 5,
+        **_YARN_MSCALE,
+    },
+    "deepseek-v3": {
+        **_LATENT,
+        "model_type": "deepseek_v3",
+        "first_k_dense_replace": 1,
+        "n_group": 3,
+        "topk_group": 2,
+        **_YARN_MSCALE,
+    },
+    "deepseek-v3-plain": {
+        **_LATENT,
+        "model_type": "deepseek_v3",
+        "q_lora_rank": None,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "kv_lora_rank": 19,
+        "qk_rope_head_dim": 6,
+        "first_k_dense_replace": 0,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": False,
+        "rope_interleave": False,
+        "attention_bias": True,
+    },
+    "glm4-moe-lite": {**_LATENT, "model_type": "glm4_moe_lite"},
+    "glm4-moe-lite-dense-last": {
+        **_LATENT,
+        "model_type": "glm4_moe_lite",
+        "q_lora_rank": None,
+        "v_head_dim": 12,
+        "n_group": 2,
+        "topk_group": 1,
+        "mlp_layer_types": ["sparse", "sparse", "dense"],
+    },
     "llama4": {
         "model_type": "llama4_text",
         "head_dim": 16,
@@ -261,6 +328,9 @@ def save_tiny(case: str, folder: Path, seed: int = 0) -> TinyModel:
         torch.nn.init.normal_(parameter, std=0.2)
         if name.endswith("norm.weight") and not config.model_type.startswith("gemma"):
             parameter.data += 1.0  # Gemma adds it itself
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            torch.nn.init.normal_(buffer, std=0.2)
     model.save_pretrained(folder)
     saved = json.loads((folder / "config.json").read_text())
     return TinyModel(reference=model, folder=folder, config=saved)
