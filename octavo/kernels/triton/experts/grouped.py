@@ -22,7 +22,12 @@ from octavo.kernels.activations import Activation
 from octavo.kernels.triton.experts.combine import combine
 from octavo.kernels.triton.experts.dispatch import SHARED_TOKENS, Dispatch, is_few
 from octavo.kernels.triton.experts.products import down_rows, gate_up_rows
-from octavo.kernels.triton.experts.rows import block_at, count_of, rows_at, rows_of_shared
+from octavo.kernels.triton.experts.rows import (
+    count_of,
+    rows_at,
+    rows_of_shared,
+    work_of_program,
+)
 from octavo.kernels.triton.experts.shapes import ExpertsShape, TileShape
 from octavo.kernels.triton.experts.sort import sort_pairs
 from octavo.kernels.triton.experts.stacks import (
@@ -37,7 +42,6 @@ from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.numbers import compute_type
 from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
 from octavo.kernels.triton.tiles.activation import activation_constant
-from octavo.kernels.triton.tiles.grid import tile_of_program
 
 
 @launchable
@@ -90,14 +94,11 @@ def gate_up_kernel(
     """
     wait_turn(OVERLAP)
     num_columns = tl.cdiv(inner_size, BLOCK_N)
-    if ROWS_FROM == "order":
-        block, column = tile_of_program(num_blocks, num_columns, GROUP)
-        expert, first, end = block_at(block, blocks_3B, num_blocks)
-        if (expert < 0) | (expert >= num_experts):
-            return
-    else:
-        expert = tl.program_id(0) // num_columns - SHARED
-        column = tl.program_id(0) % num_columns
+    expert, column, first, end = work_of_program(
+        blocks_3B, num_blocks, num_columns, ROWS_FROM, SHARED, GROUP
+    )
+    if ROWS_FROM == "order" and (expert < 0) | (expert >= num_experts):
+        return
     column *= BLOCK_N
     if SHARED > 0 and expert < 0:
         part = expert + SHARED
@@ -193,14 +194,11 @@ def down_kernel(
     """
     wait_turn(OVERLAP)
     num_columns = tl.cdiv(hidden_size, BLOCK_N)
-    if ROWS_FROM == "order":
-        block, column = tile_of_program(num_blocks, num_columns, GROUP)
-        expert, first, end = block_at(block, blocks_3B, num_blocks)
-        if (expert < 0) | (expert >= num_experts):
-            return
-    else:
-        expert = tl.program_id(0) // num_columns - SHARED
-        column = tl.program_id(0) % num_columns
+    expert, column, first, end = work_of_program(
+        blocks_3B, num_blocks, num_columns, ROWS_FROM, SHARED, GROUP
+    )
+    if ROWS_FROM == "order" and (expert < 0) | (expert >= num_experts):
+        return
     column *= BLOCK_N
     if SHARED > 0 and expert < 0:
         rows = rows_of_shared(expert + SHARED, num_tokens, TOP_K, SHARED, SHARED_ROWS)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from octavo.kernels.triton.tiles.grid import tile_of_program
+
 
 @triton.jit
 def count_of(expert, ids_P, num_pairs, TILE: tl.constexpr):
@@ -39,10 +41,28 @@ def pairs_of(expert, first, ids_P, num_pairs, ROWS: tl.constexpr, TILE: tl.const
 
 
 @triton.jit
-def block_at(block, blocks_3B, num_blocks):
-    """The expert of a block of ordered pairs, its first place and its end (`sort_pairs`)."""
-    at = blocks_3B + block
-    return tl.load(at), tl.load(at + num_blocks), tl.load(at + 2 * num_blocks)
+def work_of_program(
+    blocks_3B,
+    num_blocks,
+    num_columns,
+    ROWS_FROM: tl.constexpr,
+    SHARED: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Returns this program's expert (below 0: a part of the shared expert), its column block, and
+    in the order the first place and the end of its block of pairs (`sort_pairs`)."""
+    if ROWS_FROM == "order":
+        block, column = tile_of_program(num_blocks, num_columns, GROUP)
+        at = blocks_3B + block
+        expert = tl.load(at)
+        first = tl.load(at + num_blocks)
+        end = tl.load(at + 2 * num_blocks)
+    else:
+        expert = tl.program_id(0) // num_columns - SHARED
+        column = tl.program_id(0) % num_columns
+        first = 0
+        end = 0
+    return expert, column, first, end
 
 
 @triton.jit
