@@ -62,6 +62,8 @@ class SequenceKV:
     num_published: int = 0
     capacity: int = 0
     """Tokens that fit in its blocks."""
+    seen_from: int = 0
+    """Tokens that were computed when pages behind them were last given back."""
     computing: bytes | None = None
     """Digest of its next unpublished prompt block, on which others may wait."""
 
@@ -120,6 +122,7 @@ class KVCacheManager:
             self._groups.append(kind(group, table, block_size, self._ledger))
         states = (group.spec.visibility for group in groups)
         self._save_every = min((one.every for one in states if isinstance(one, State)), default=0)
+        self._has_bounds = any(g.spec.visibility.most_visible is not None for g in groups)
         self._computing: dict[bytes, int] = {}
 
     @property
@@ -262,14 +265,25 @@ class KVCacheManager:
         Returns False, with no page taken, if there are too few.
         """
         assert kv.row is not None
-        for group in self._groups:
-            group.forget(kv.row, num_computed)
+        self._forget(kv, num_computed)
         if not self._reserve([group.num_missing(kv.row, num_tokens) for group in self._groups]):
             return False
         for group in self._groups:
             group.extend(kv.row, num_tokens)
         kv.capacity = -(-num_tokens // self.block_size) * self.block_size
         return True
+
+    def passes(self, kv: SequenceKV, num_computed: int) -> None:
+        """The next step begins behind `num_computed` tokens: gives back what none of them sees any
+        more, where that is a block and more."""
+        if self._has_bounds and num_computed - kv.seen_from >= self.block_size:
+            self._forget(kv, num_computed)
+
+    def _forget(self, kv: SequenceKV, num_computed: int) -> None:
+        assert kv.row is not None
+        kv.seen_from = num_computed
+        for group in self._groups:
+            group.forget(kv.row, num_computed)
 
     def fork(
         self, parent: SequenceKV, child: SequenceKV, row: int, num_tokens: int, num_computed: int
@@ -353,8 +367,7 @@ class KVCacheManager:
         for group in self._groups:
             group.release(kv.row)
         kv.row = None
-        kv.num_published = 0
-        kv.capacity = 0
+        kv.num_published = kv.capacity = kv.seen_from = 0
 
     def reset_prefix_cache(self) -> bool:
         """Forgets every cached prefix; returns False, forgetting none, while a sequence holds

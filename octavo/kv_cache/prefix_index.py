@@ -96,11 +96,16 @@ def _chain(
     """Digests of blocks `first`...; parent and ids have one length, so that what comes behind them
     is an extra and nothing else."""
     digests = []
-    sha256 = hashlib.sha256
+    sha256, add = hashlib.sha256, digests.append
+    if not extras:
+        for start in range(0, len(data), size):
+            parent = sha256(parent + data[start : start + size]).digest()
+            add(parent)
+        return tuple(digests)
     for index, start in enumerate(range(0, len(data), size), first):
-        extra = extras.get(index, b"") if extras else b""
+        extra = extras.get(index, b"")
         parent = sha256(parent + data[start : start + size] + extra).digest()
-        digests.append(parent)
+        add(parent)
     return tuple(digests)
 
 

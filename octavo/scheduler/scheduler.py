@@ -172,6 +172,8 @@ class Scheduler:
             if num_pending and num_tokens >= sequence.max_len:
                 continue  # its last token is on its way
             start = sequence.num_computed
+            if start != sequence.prompt_len or sequence.request.params.n == 1:
+                self.manager.passes(sequence.kv, start)  # else samples are about to fork
             count = num_tokens - start
             if count != 1:
                 self._has_prefills = True
