@@ -11,6 +11,7 @@ from typing import Any
 
 import jsonschema_rs
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -364,3 +365,27 @@ def test_a_step_that_raises_leaves_grammars_where_they_stood(
     for place, result in enumerate(found):
         check(compiler, FORMS[place % 3], result.outputs[0])
         assert result.outputs[0].token_ids == whole[place].outputs[0].token_ids
+
+
+def test_a_device_draws_what_the_form_allows(folder: str) -> None:
+    """Through the interpreter where there is no GPU."""
+    pytest.importorskip("tests.kernels.triton.interpreter")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    llm = make_llm(
+        folder, attention_backend="triton", device=device, max_num_seqs=4, max_model_len=64
+    )
+    forms: list[dict[str, Any] | None] = [{"choice": ["yes", "no"]}, {"regex": "[ab]{2}"}, None]
+    [banned] = llm.tokenizer.encode("a")
+    params = [
+        params_of(forms[0], temperature=1.0, seed=1, logprobs=1),
+        params_of(forms[1], temperature=0.0, bad_words=["aa", "ba"], logit_bias={banned: 100.0}),
+        params_of(None, temperature=0.0, max_tokens=3, ignore_eos=True, logit_bias={9: 100.0}),
+    ]
+    try:
+        found = [one.outputs[0] for one in generate(llm, [[5, 6], [7, 8, 9], [10]], params)]
+    finally:
+        llm.close()
+    assert found[0].text in ("yes", "no")
+    assert len(found[0].logprobs) == len(found[0].token_ids)
+    assert found[1].text == "ab"  # a is wanted, and may not follow
+    assert found[2].token_ids == [9, 9, 9]
