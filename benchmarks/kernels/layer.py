@@ -120,8 +120,8 @@ class Sorted(TritonOps):
     """The pairs of few tokens are sorted, and their shared expert runs by itself."""
 
     def moe(self, x_TM, weights, ids, experts, activation, shared=None, gate_T1=None, **more):  # type: ignore[override]
-        rooms = (patch.object(room, "is_few", lambda ids: False) for room in (choose, grouped))
-        with next(rooms), next(rooms):
+        never = lambda ids: False
+        with patch.object(choose, "is_few", never), patch.object(grouped, "is_few", never):
             return super().moe(x_TM, weights, ids, experts, activation, shared, gate_T1, **more)
 
 
