@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from octavo.errors import RequestError
-from octavo.tools.constrained import structural_tag
+from octavo.tools.constrained import held_tag, structural_tag
 from octavo.tools.definitions import Tools, read_tools, with_choice
 from octavo.tools.table import TOOL_FORMATS
 from tests.tools.rendering import read
@@ -75,6 +75,11 @@ class Writer:
         tags = [self.write(self.rng.choice(node["tags"])) for _ in range(number)]
         return node["separator"].join(tags)
 
+    def triggered_tags(self, node: dict[str, Any]) -> str:
+        tags = [self.rng.choice(node["tags"]) for _ in range(self.rng.randrange(3))]
+        assert all(tag["begin"].startswith(tuple(node["triggers"])) for tag in node["tags"])
+        return "I say " + " then ".join(map(self.write, tags))
+
     def json_schema(self, node: dict[str, Any]) -> str:
         schema = node["json_schema"]
         return json.dumps(self.value(schema, schema))
@@ -85,7 +90,7 @@ class Writer:
             return self.value(root["$defs"]["Place"], root)
         if "enum" in schema:
             return self.rng.choice(schema["enum"])
-        kind = schema["type"]
+        kind = schema.get("type", "string")
         if kind == "object":
             return {
                 name: self.value(inner, root)
@@ -153,3 +158,45 @@ def test_a_format_that_cannot_be_held_to_says_so() -> None:
     for row in loose:
         with pytest.raises(RequestError, match=row.name):
             structural_tag(row, tools, has_thought=False)
+
+
+MARKED = [
+    row for row in HELD if row.shape is not None and row.name not in ("llama3_json", "pythonic")
+]
+
+
+@pytest.mark.parametrize("row", MARKED, ids=lambda row: row.name)
+def test_strict_tools_hold_calls_from_their_marker_on(row: Any) -> None:
+    listed = json.loads(json.dumps(TOOLS))
+    assert held_tag(row, read_tools(listed), has_thought=False) is None
+    listed[0]["function"]["strict"] = True
+    tools = read_tools(listed)
+    tag = held_tag(row, tools, has_thought=False)
+    assert tag is not None
+    rng, seen = random.Random(row.name), 0
+    for _ in range(20):
+        text = Writer(rng).write(tag["format"])
+        answer = read(row.name, [text], schemas=dict(tools.schemas or {}))
+        assert answer.content.startswith("I say")
+        for name, arguments in answer.calls:
+            seen += 1
+            if name == "get_weather":
+                check(name, arguments)
+    assert seen
+
+
+@pytest.mark.parametrize("row", MARKED, ids=lambda row: row.name)
+def test_a_schema_for_the_answer_leaves_calls_as_the_other_way(row: Any) -> None:
+    answer = {"type": "json_schema", "json_schema": {"type": "integer"}}
+    tag = held_tag(row, read_tools(TOOLS), has_thought=False, answer=answer)
+    assert tag is not None
+    assert tag["format"]["elements"][0] == answer
+    assert held_tag(row, read_tools([]), has_thought=False, answer=answer) == {"format": answer}
+
+
+@pytest.mark.parametrize("name", ["llama3_json", "pythonic", "gemma4"])
+def test_calls_without_a_marker_are_free(name: str) -> None:
+    row = next(one for one in TOOL_FORMATS if one.name == name)
+    strict = json.loads(json.dumps(TOOLS[:1]))
+    strict[0]["function"]["strict"] = True
+    assert held_tag(row, read_tools(strict), has_thought=False) is None
