@@ -31,6 +31,7 @@ from octavo.outputs import OutputDelta, Receiver, RequestOutput, with_texts
 from octavo.request import Request, SamplingParams, checked_copy
 from octavo.request_fields import refuse_arguments
 from octavo.tools.answer_parser import AnswerFormat
+from octavo.tools.reasoning_tokens import NO_THOUGHT, Thought
 from octavo.vllm_options import log_verdicts, read_options
 
 
@@ -170,6 +171,7 @@ class AsyncLLM:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        thought: Thought = NO_THOUGHT,
     ) -> Request:
         """Returns the request of a prompt, under an id that no other request ever has.
 
@@ -183,6 +185,7 @@ class AsyncLLM:
             priority=priority,
             cache_salt=cache_salt,
             arrival_time=time.monotonic(),
+            thought=thought,
         )
 
     def submit(

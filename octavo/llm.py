@@ -1,6 +1,7 @@
 """LLM: the offline Python face, with the engine's core in this process.
 
-Names and arguments follow vLLM's, so that `from octavo import LLM, SamplingParams` replaces an
+Names and arguments follow vLLM's, so that `from octavo.tools.reasoning_tokens import NO_THOUGHT
+from octavo import LLM, SamplingParams` replaces an
 import.
 """
 
@@ -19,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from octavo.engine.chat_template import ChatOptions, Message
 from octavo.engine.core import EngineCore
 from octavo.engine.front_end import FrontEnd, format_of
+from octavo.engine.held_answers import held_params
 from octavo.engine.load import load_core
 from octavo.engine.messages import read_messages
 from octavo.engine.prompts import GivenPrompt, Prompt, read_prompts
@@ -37,7 +39,8 @@ from octavo.tools.answers import (
     message_of,
     reading_of,
 )
-from octavo.tools.definitions import check_choice, read_tools, with_choice
+from octavo.tools.definitions import NO_TOOLS, Tools, read_tools, with_choice
+from octavo.tools.reasoning_tokens import NO_THOUGHT
 from octavo.vllm_options import log_verdicts, read_options
 
 
@@ -121,6 +124,7 @@ class LLM:
         priority: Sequence[int] | None,
         cache_salt: str,
         chats: Sequence[AnswerReading | None] = (),
+        tools: Tools = NO_TOOLS,
     ) -> list[RequestOutput]:
         """`chats`: where the prompts are chats, how the answer to each is read."""
         params = self._params_for(items, sampling_params)
@@ -130,9 +134,11 @@ class LLM:
                 f"{len(items)} prompts and {len(priorities)} priorities; give one each",
                 param="priority",
             )
+        readings = list(chats) or [None] * len(items)
         requests = []
-        for item, param, order in zip(items, params, priorities, strict=True):
-            prompt = item.content
+        for place, (item, param, order) in enumerate(zip(items, params, priorities, strict=True)):
+            prompt, reading = item.content, readings[place]
+            param = held_params(param, tools, reading)
             request = self._input.process(
                 f"llm-{self._num_requests}",
                 prompt,
@@ -140,11 +146,12 @@ class LLM:
                 priority=order,
                 cache_salt=cache_salt if item.cache_salt is None else item.cache_salt,
                 arrival_time=time.monotonic(),
+                thought=NO_THOUGHT if reading is None else reading.thought,
             )
             self._num_requests += 1
             requests.append((request, prompt if isinstance(prompt, str) else None))
         collectors: list[_Collector] = [
-            _ChatCollector(request, self._token_text, chats[place])
+            _ChatCollector(request, self._token_text, readings[place])
             if chats
             else _Collector(request, text, self._token_text)
             for place, (request, text) in enumerate(requests)
@@ -179,7 +186,6 @@ class LLM:
         """
         refuse_arguments("LLM.chat", unsupported)
         tool_set = with_choice(read_tools(tools), tool_choice)
-        check_choice(tool_set)
         options = ChatOptions(
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
@@ -195,7 +201,8 @@ class LLM:
         prompts = [tokenizer.encode_chat(chat, options) for chat in read]
         items = [GivenPrompt(content=prompt.token_ids) for prompt in prompts]
         chats = [reading_of(found, tool_set, prompt.text) for prompt in prompts]
-        return self._generate(items, sampling_params, use_tqdm, priority, cache_salt, chats)
+        given = (items, sampling_params, use_tqdm, priority, cache_salt)
+        return self._generate(*given, chats, tool_set)
 
     def _params_for(
         self, items: Sequence[object], given: SamplingParams | Iterable[SamplingParams] | None

@@ -336,9 +336,10 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    if isinstance(value, CallArguments) and indent is None and separators is None:
-        return value.text  # as the model wrote it: the prompt so far has it in these words
-    return json.dumps(
+    spelled: list[str] = []
+    if indent is None and separators is None:
+        value = _with_marks(value, spelled)
+    text = json.dumps(
         value,
         ensure_ascii=ensure_ascii,
         indent=indent,
@@ -346,6 +347,30 @@ def _to_json(
         sort_keys=sort_keys,
         default=_plain,
     )
+    for number, arguments in enumerate(spelled):
+        # As the model wrote them: the prompt so far has them in these words.
+        text = text.replace(json.dumps(_mark(number), ensure_ascii=ensure_ascii), arguments, 1)
+    return text
+
+
+def _with_marks(value: Any, spelled: list[str]) -> Any:
+    """Returns a call, a list of calls or arguments with marks in place of arguments, whose texts
+    go to `spelled`; all else as it is."""
+    if isinstance(value, CallArguments):
+        spelled.append(value.text)
+        return _mark(len(spelled) - 1)
+    if isinstance(value, Mapping) and not value.keys().isdisjoint(("function", "arguments")):
+        return {
+            key: _with_marks(one, spelled) if key in ("function", "arguments") else one
+            for key, one in value.items()
+        }
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        return [_with_marks(one, spelled) for one in value]
+    return value
+
+
+def _mark(number: int) -> str:
+    return f"\U000f3000{number}\U000f3001"
 
 
 def _plain(value: Any) -> Any:

@@ -18,6 +18,7 @@ from octavo.engine.tokenizer import Tokenizer
 from octavo.errors import ContextLengthError, RequestError, shown
 from octavo.grammar import Checker
 from octavo.request import Request, SamplingParams, pack_ids
+from octavo.tools.reasoning_tokens import NO_THOUGHT, Thought
 
 
 class InputProcessor:
@@ -63,8 +64,12 @@ class InputProcessor:
         priority: int = 0,
         cache_salt: str = "",
         arrival_time: float = 0.0,
+        thought: Thought = NO_THOUGHT,
     ) -> Request:
-        """Returns the request. Raises RequestError (ContextLengthError for lengths)."""
+        """Returns the request; what it is held to begins behind `thought`.
+
+        Raises RequestError (ContextLengthError for lengths).
+        """
         token_ids = self._ids(prompt)
         packed_prompt = self._packed(token_ids)
         self._check_params(params)
@@ -75,6 +80,12 @@ class InputProcessor:
         constraint = None
         if params.structured_outputs is not None:
             constraint = self.constrain(params.structured_outputs)
+            constraint = replace(
+                constraint,
+                thought_begins=thought.begins,
+                thought_ends=thought.ends,
+                starts_inside=thought.starts_inside,
+            )
             params = replace(params, structured_outputs=None)
         return Request(
             request_id=request_id,

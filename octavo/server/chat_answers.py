@@ -21,7 +21,6 @@ from octavo.tools.answers import (
     reading_of,
     reasoning_of,
 )
-from octavo.tools.definitions import check_choice
 
 
 def chat_reading(
@@ -31,11 +30,9 @@ def chat_reading(
 
     Raises RequestError for tools that cannot be had.
     """
-    tools = body.tool_set()
-    check_choice(tools)
     return reading_of(
         found,
-        tools,
+        body.tool_set(),
         rendered.text,
         tells_reasoning=body.separate_reasoning,
         shows_reasoning=body.include_reasoning,

@@ -16,6 +16,7 @@ from octavo.observe.stats import EngineStats
 from octavo.outputs import Receiver
 from octavo.request import Request, SamplingParams
 from octavo.tools.answer_parser import AnswerFormat
+from octavo.tools.reasoning_tokens import NO_THOUGHT, Thought
 
 
 class ServerTokenizer(Pieces, Protocol):
@@ -96,6 +97,7 @@ class Engine(Protocol):
         *,
         priority: int = 0,
         cache_salt: str = "",
+        thought: Thought = NO_THOUGHT,
     ) -> Request:
         """Returns a request under an id of its own. Raises RequestError, EngineDeadError."""
         ...

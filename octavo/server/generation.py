@@ -23,6 +23,7 @@ from octavo.server.auth import check_priority, tenant_salt
 from octavo.server.errors import ApiError
 from octavo.server.protocol.sampling import SamplingFields
 from octavo.server.state import ServerState, server_state
+from octavo.tools.reasoning_tokens import NO_THOUGHT, Thought
 
 PREPARED_AT_ONCE = 4
 """Prompts of one call that are checked before others have their turn."""
@@ -50,8 +51,10 @@ async def new_call(
     params: SamplingParams,
     prompts: Sequence[Sequence[int]],
     marks: Mapping[int, str] | None = None,
+    thought: Thought = NO_THOUGHT,
 ) -> Call:
-    """Returns the call that `body` asks for; `kind` is the prefix of its id, `marks` are Call's.
+    """Returns the call that `body` asks for; `kind` is the prefix of its id, `marks` are Call's,
+    `thought` stands before what the answers are held to.
 
     Raises RequestError if one of the prompts cannot be served, before any of them runs.
     """
@@ -69,7 +72,9 @@ async def new_call(
         if place % PREPARED_AT_ONCE == PREPARED_AT_ONCE - 1:
             await asyncio.sleep(0)
         ids = ids if limit is None else ids[-limit:]
-        requests.append(engine.prepare(ids, params, priority=body.priority, cache_salt=salt))
+        requests.append(
+            engine.prepare(ids, params, priority=body.priority, cache_salt=salt, thought=thought)
+        )
     exchange: Exchange = known["exchange"]
     exchange.num_prompt_tokens = sum(one.prompt_len for one in requests)
     return Call(

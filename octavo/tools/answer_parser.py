@@ -20,7 +20,7 @@ from typing import Any, Literal
 from octavo.tools.calls import Calls, Piece, TextPiece
 from octavo.tools.harmony import Harmony
 from octavo.tools.marks import Marks
-from octavo.tools.reasoning_tokens import ReasoningTokens
+from octavo.tools.reasoning_tokens import NO_THOUGHT, ReasoningTokens, Thought
 from octavo.tools.shapes import ReasoningFormat, ToolFormat
 from octavo.tools.source import BrokenCallError, Markers, Source, Step
 
@@ -43,6 +43,8 @@ class AnswerFormat:
     tools: ToolFormat | None
     reasoning: ReasoningFormat | None
     marks: Marks
+    row: ToolFormat | None = None
+    """That of the table, without marks: how calls are written that an output is held to."""
     thought_begins: Mapping[int, int | None] = field(default_factory=dict)
     """Token ids that begin the reasoning, each with the one that must stand before it, if any."""
     thought_ends: frozenset[int] = frozenset()
@@ -63,6 +65,20 @@ class AnswerFormat:
     def token_counter(self, starts_inside: bool) -> ReasoningTokens:
         """Returns what counts the tokens of one answer's reasoning."""
         return ReasoningTokens(self.thought_begins, self.thought_ends, starts_inside=starts_inside)
+
+    def thought_before(self, prompt: str) -> Thought:
+        """Returns the reasoning that stands before the answer to `prompt`, or may stand there."""
+        if self.reasoning is None or not self.thought_ends:
+            return NO_THOUGHT
+        tail = self.marks.bind(prompt[-_TAIL:]).rstrip()
+        if self.reasoning.ends and tail.endswith(self.reasoning.ends):
+            return NO_THOUGHT
+        firsts = (one if before is None else before for one, before in self.thought_begins.items())
+        return Thought(
+            begins=tuple(sorted(firsts)),
+            ends=tuple(sorted(self.thought_ends)),
+            starts_inside=self.starts_inside(prompt),
+        )
 
     def starts_inside(self, prompt: str) -> bool:
         """Whether the answer to `prompt`, the text of a chat, begins within the reasoning."""
@@ -183,6 +199,8 @@ class AnswerParser:
         yield
         source, text, markers = self._source, self._text, self._format.markers
         may_think = may_be_bare = True
+        if text.kind == "reasoning":
+            yield from self._begin_reasoning()  # the marker may come though the prompt has it
         while (yield from source.more()):
             if text.kind == "content" and may_think:
                 yield from self._begin_reasoning()

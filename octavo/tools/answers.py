@@ -15,6 +15,7 @@ from octavo.tools.answer_parser import AnswerFormat, AnswerParser
 from octavo.tools.calls import CallPiece, Piece, TextPiece
 from octavo.tools.definitions import CUSTOM_INPUT, Kind, Tools
 from octavo.tools.marks import Marks
+from octavo.tools.reasoning_tokens import NO_THOUGHT, Thought
 
 INPUTS: dict[Kind, str] = {"function": "arguments", "custom": "input"}
 """What a call of each kind gives its tool."""
@@ -82,6 +83,9 @@ class AnswerReading:
     starts_inside: bool
     """Whether the prompt has begun the reasoning."""
     shows_reasoning: bool = True
+    thought: Thought = NO_THOUGHT
+    """The reasoning that stands before the answer, or may stand there: what the answer is held to
+    begins behind it."""
 
     @property
     def marks(self) -> Marks:
@@ -106,6 +110,7 @@ def reading_of(
     """
     if found is None:
         return None
+    thought = found.thought_before(prompt)
     if not tells_reasoning:
         found = found.without_reasoning()
     if found.reasoning is None and not tools.are_called and not found.is_in_channels:
@@ -115,6 +120,7 @@ def reading_of(
         tools=tools,
         starts_inside=found.starts_inside(prompt),
         shows_reasoning=shows_reasoning,
+        thought=thought,
     )
 
 

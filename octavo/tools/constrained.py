@@ -111,5 +111,5 @@ def _tag(layout: Layout, frame: Frame) -> Node:
 def _schema(tool: Tool, is_any: bool) -> Mapping[str, Any]:
     if is_any:
         known = {name: {} for name in tool.parameters.get("properties", ())}
-        return {"type": "object", "properties": known}
+        return {"type": "object", "properties": known, "additionalProperties": True}
     return tool.parameters if "type" in tool.parameters else {"type": "object", **tool.parameters}

@@ -143,13 +143,6 @@ def with_choice(tools: Tools, choice: object, is_parallel: bool | None = None) -
     return replace(tools, choice="required", named=(name,))
 
 
-def check_choice(tools: Tools) -> None:
-    """Raises RequestError for a choice that cannot be held to."""
-    if tools.choice == "required":
-        message = "tool_choice: only auto and none are there yet; leave the choice to the model"
-        raise RequestError(message, param="tool_choice", code="unsupported_field")
-
-
 def _allowed(tools: Tools, allowed: Any) -> Tools:
     where = "tool_choice.allowed_tools"
     listed = allowed.get("tools") if isinstance(allowed, Mapping) else None

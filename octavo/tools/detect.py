@@ -48,6 +48,7 @@ def answer_format(
         tools=None if tools is None else tools.bound(marks),
         reasoning=None if reasoning is None else reasoning.bound(marks),
         marks=marks,
+        row=tools,
         thought_begins=_begins(reasoning, token_id),
         thought_ends=_ends(reasoning, token_id),
     )

@@ -35,10 +35,40 @@ def either(*elements: Node) -> Node:
 
 def schema_node(schema: object, root: Mapping[str, Any]) -> Node:
     """Returns JSON of a schema that may refer into `root`."""
-    given = dict(schema) if isinstance(schema, Mapping) else schema
+    given = closed(schema)
     if isinstance(given, dict):
-        given |= {key: root[key] for key in ("$defs", "definitions") if key in root}
+        given |= {key: closed_all(root[key]) for key in _DEFINITIONS if key in root}
     return {"type": "json_schema", "json_schema": given}
+
+
+def closed(schema: object) -> object:
+    """Returns a schema whose objects have the named properties alone, unless it says otherwise:
+    who lists the parameters of a tool means these."""
+    if not isinstance(schema, Mapping):
+        return schema
+    found = dict(schema)
+    for name in ("properties", *_DEFINITIONS):
+        if name in found:
+            found[name] = closed_all(found[name])
+    if "items" in found:
+        found["items"] = closed(found["items"])
+    for name in ("anyOf", "oneOf"):
+        if isinstance(found.get(name), list):
+            found[name] = [closed(one) for one in found[name]]
+    if "properties" in found and not _OPENING & found.keys():
+        found["additionalProperties"] = False
+    return found
+
+
+def closed_all(schemas: object) -> object:
+    if not isinstance(schemas, Mapping):
+        return schemas
+    return {name: closed(schema) for name, schema in schemas.items()}
+
+
+_DEFINITIONS = ("$defs", "definitions")
+_OPENING = {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}
+"""What may give an object properties that are not listed beside it."""
 
 
 def parameters_of(schema: Mapping[str, Any]) -> tuple[list[str], list[str]]:

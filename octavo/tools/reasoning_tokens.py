@@ -6,6 +6,21 @@ Called with the ids as they come. Where markers are no tokens of their own, noth
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thought:
+    """A reasoning before an answer, in token ids."""
+
+    begins: tuple[int, ...] = ()
+    """One of these may be the first token."""
+    ends: tuple[int, ...] = ()
+    starts_inside: bool = False
+    """Whether the prompt has begun it."""
+
+
+NO_THOUGHT = Thought()
 
 
 class ReasoningTokens:

@@ -17,6 +17,7 @@ from octavo.observe.stats import EngineStats
 from octavo.outputs import OutputDelta, Receiver
 from octavo.request import Logprob, PositionLogprobs, Request, SamplingParams, pack_ids
 from octavo.tools.answer_parser import AnswerFormat
+from octavo.tools.reasoning_tokens import NO_THOUGHT, Thought
 
 NATURAL_LENGTH = 20
 BOS = 1
@@ -113,6 +114,7 @@ class FakeEngine:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        thought: Thought = NO_THOUGHT,
     ) -> Request:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         self._check(ids)

@@ -12,6 +12,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from octavo.engine.held_answers import held_params
 from octavo.engine.mailbox import News
 from octavo.outputs import OutputDelta
 from octavo.server.answer_wire import AnswerWire
@@ -32,6 +33,7 @@ from octavo.server.state import ServerState, server_state
 from octavo.server.streaming import long_response, run_attached, stream_response
 from octavo.server.tokenising import render
 from octavo.tools.answers import AnswerReader, AnswerReading
+from octavo.tools.reasoning_tokens import NO_THOUGHT
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -45,9 +47,11 @@ async def create_chat_completion(request: Request) -> Response:
     params = body.to_params(state.engine.default_sampling_params)
     rendered = body.rendered or render(state.engine.tokenizer, body)
     reading = chat_reading(body, state.engine.answer_format, rendered)
+    params = held_params(params, body.tool_set(), reading)
     marks = None if reading is None else reading.marks.by_id
+    thought = NO_THOUGHT if reading is None else reading.thought
     prompt = await state.tokenising.encode_rendered(rendered)
-    call = await new_call(request, body, "chatcmpl", params, [prompt], marks)
+    call = await new_call(request, body, "chatcmpl", params, [prompt], marks, thought)
     wire = AnswerWire.of(request.scope)
     if body.stream:
         rounds, writer = StreamedCall(state, call), _Events(state, body, call, reading)
