@@ -92,7 +92,7 @@ def _tags(row: ToolFormat, tools: Tools) -> list[Node]:
     shape = row.shape or row.written_shape
     assert row.layout is not None, "rows with a layout are held to"
     assert shape is not None, "rows with a layout have a shape"
-    is_free = tools.choice == "auto" and any(one.is_strict for one in tools.tools)
+    is_free = tools.choice == "auto"
     return [
         _tag(row.layout, shape.frame(one.name, _schema(one, is_free and not one.is_strict)))
         for one in tools.callable_tools

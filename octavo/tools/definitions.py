@@ -41,8 +41,6 @@ class Tool:
     """The schema of its arguments."""
     is_strict: bool = False
     """Whether arguments are held to the schema."""
-    format: Mapping[str, Any] | None = None
-    """Of a custom tool: the grammar of its input."""
 
     def for_template(self) -> dict[str, Any]:
         """Returns the tool as chat templates know tools: a function, whatever it is."""
@@ -207,20 +205,15 @@ def _tool(given: object, where: str) -> Tool:
 
 
 def _custom_tool(name: str, description: str | None, given: object, where: str) -> Tool:
-    if given is not None and (
-        not isinstance(given, Mapping) or given.get("type") not in ("text", "grammar")
-    ):
-        message = f"{where}.format must be an object of type text or grammar"
-        raise RequestError(message, param=f"{where}.format")
+    if given is not None and (not isinstance(given, Mapping) or given.get("type") != "text"):
+        message = f"{where}.format must be of type text: inputs are not held to a grammar yet"
+        raise RequestError(message, param=f"{where}.format", code="unsupported_field")
     parameters = {
         "type": "object",
         "properties": {CUSTOM_INPUT: {"type": "string"}},
         "required": [CUSTOM_INPUT],
     }
-    found = given if isinstance(given, Mapping) and given["type"] == "grammar" else None
-    return Tool(
-        name=name, kind="custom", description=description, parameters=parameters, format=found
-    )
+    return Tool(name=name, kind="custom", description=description, parameters=parameters)
 
 
 def _parameters(given: object, where: str) -> Mapping[str, Any]:
