@@ -55,7 +55,9 @@ def write_model(folder: Path) -> Path:
     return folder
 
 
-def tiny_engine(folder: Path, max_model_len: int = 512) -> AsyncLLM:
+def tiny_engine(
+    folder: Path, max_model_len: int = 512, chat_template: str | None = None
+) -> AsyncLLM:
     """Returns an engine, not started yet."""
     return AsyncLLM(
         EngineConfig(
@@ -64,6 +66,7 @@ def tiny_engine(folder: Path, max_model_len: int = 512) -> AsyncLLM:
             dtype="float32",
             device="cpu",
             max_model_len=max_model_len,
+            chat_template=chat_template,
             kv_cache_memory_bytes=64 * 2**20,
             num_threads=1,
         ),
