@@ -20,7 +20,7 @@ from octavo.cli.bench.floors import CEILINGS, Floors, Work
 from octavo.cli.bench.prefix import measure_lookup, measure_scheduler, measure_waste
 from octavo.cli.bench.report import Report, percentiles
 from octavo.cli.bench.serve import figures_of, loads_of
-from octavo.cli.bench.shapes import FULL, MODELS, NOT_YET, QUICK, engine_values, mixed_requests
+from octavo.cli.bench.shapes import FULL, MODELS, QUICK, engine_values, mixed_requests
 from octavo.cli.bench.workload import (
     Lengths,
     PromptSource,
@@ -490,16 +490,3 @@ def test_every_shape_that_is_offered_runs_with_one_layer_on_a_cpu(name: str, tmp
     assert lines["D1"]["median"] == pytest.approx(lines["D1"]["best"])
     assert min(lines["D1"]["full_seconds"]) > 0
     assert lines["Ha"]["median"] > 0
-
-
-@pytest.mark.parametrize("name", NOT_YET)
-def test_a_shape_that_cannot_run_is_refused_with_its_reason(
-    name: str, capsys: pytest.CaptureFixture[str]
-):
-    assert main(["bench", "workloads", name]) == 2
-    said = capsys.readouterr().err
-    assert NOT_YET[name] in said
-    assert all(offered in said for offered in MODELS)
-    with pytest.raises(SystemExit):
-        main(["bench", "workloads", "--help"])
-    assert name not in capsys.readouterr().out

@@ -62,6 +62,32 @@ MODELS: dict[str, Shape] = {
         5632, "use_sliding_window": false, "vocab_size": 151936}
         """
     ),
+    "deepseek-v2-lite": _shape(
+        """
+        {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "attention_bias":
+        false, "bos_token_id": 100000, "eos_token_id": 100001, "first_k_dense_replace": 1,
+        "intermediate_size": 10944, "kv_lora_rank": 512, "max_position_embeddings": 163840,
+        "moe_intermediate_size": 1408, "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2,
+        "norm_topk_prob": false, "num_attention_heads": 16, "num_experts_per_tok": 6,
+        "num_hidden_layers": 27, "num_key_value_heads": 16, "q_lora_rank": null,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rope_scaling": {"beta_fast": 32,
+        "beta_slow": 1, "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096, "type": "yarn"}, "rope_theta": 10000,
+        "routed_scaling_factor": 1.0, "topk_group": 1, "topk_method": "greedy", "v_head_dim": 128,
+        "vocab_size": 102400}
+        """
+    ),
+    "gpt-oss-20b": _shape(
+        """
+        {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "attention_bias": true,
+        "eos_token_id": 200002, "head_dim": 64, "hidden_size": 2880, "intermediate_size": 2880,
+        "max_position_embeddings": 131072, "num_attention_heads": 64, "num_experts_per_tok": 4,
+        "num_hidden_layers": 24, "num_key_value_heads": 8, "num_local_experts": 32,
+        "rms_norm_eps": 1e-05, "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor":
+        32.0, "original_max_position_embeddings": 4096, "rope_type": "yarn", "truncate": false},
+        "rope_theta": 150000, "sliding_window": 128, "vocab_size": 201088}
+        """
+    ),
     "mixtral-8x7b": _shape(
         """
         {"hidden_size": 4096, "rms_norm_eps": 1e-05, "architectures": ["MixtralForCausalLM"],
@@ -74,11 +100,6 @@ MODELS: dict[str, Shape] = {
     ),
 }
 """Each runs on every device that holds it, the CPU too; a test runs each with one layer."""
-
-NOT_YET: dict[str, str] = {
-    "deepseek-v2-lite": "its latent attention (MLA) is not built yet",
-}
-"""Shapes that the peer was measured with and Octavo cannot run, and why."""
 
 
 class Mark(NamedTuple):
@@ -105,6 +126,15 @@ _MARKS = (
 MARKS: dict[str, dict[str, Mark]] = {
     "qwen3-30b-a3b": {name: mark for name, mark, _ in _MARKS},
     "qwen1.5-moe-a2.7b": {name: mark for name, _, mark in _MARKS},
+    "deepseek-v2-lite": {
+        "kv_tokens": Mark(1382096, 1400000),
+        "T in the order given": Mark(8076, 9500),
+        "D1": Mark(4.06, 2.3),
+        "D32": Mark(13.1, 11.2),
+        "P 8192": Mark(51087, 75000),
+        "Ha": Mark(36.7, 15),
+        "Hb": Mark(1297, 2100),
+    },
 }
 
 NAMES = ("D1", "D32", "P", "Ha", "Hb", "T", "K")
@@ -203,12 +233,8 @@ def engine_values(
     """Returns the EngineConfig fields that run `model` under the options `given`.
 
     The shape of that name is written into `folder` and gets random weights; any other model is
-    left to LLM. Raises ConfigError if `layers` is asked of one, or if the shape is in NOT_YET.
+    left to LLM. Raises ConfigError if `layers` is asked of one.
     """
-    if model in NOT_YET:
-        raise ConfigError(
-            f"{model} cannot run: {NOT_YET[model]}; use one of {', '.join(MODELS)}", field="model"
-        )
     if model not in MODELS:
         if layers is not None:
             raise ConfigError(

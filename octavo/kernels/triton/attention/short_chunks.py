@@ -33,7 +33,8 @@ from octavo.visibility import Visibility
 PLAN_SEQUENCES = 512
 """Steps of up to so many sequences share one binary of the planning kernel."""
 MERGE_HEADS, MERGE_SLOTS, MERGE_WARPS = 2, 8, 2
-"""Heads of a row and partial results of each that a program of the merge takes at a time."""
+"""Heads of a row and partial results of each, of up to 128 columns, that a program of the merge
+takes at a time."""
 MERGE_PROGRAMS = 16
 """Of a processor."""
 
@@ -314,6 +315,7 @@ def merge_short_chunks(
     """Merges what lies in `partials` into the rows of `out` [T, H, D], all of them among the first
     `num_tokens`."""
     num_heads, head_size = out.shape[1:]
+    block_d = max(16, next_power_of_2(head_size))
     programs = num_tokens * cdiv(num_heads, MERGE_HEADS)
     _merge_kernel[(min(programs, MERGE_PROGRAMS * num_processors(out.device)),)](
         out,
@@ -329,8 +331,8 @@ def merge_short_chunks(
         VISIBLE=scores.visible,
         HAS_SINKS=scores.has_sinks,
         HEADS=MERGE_HEADS,
-        SLOTS=MERGE_SLOTS,
-        BLOCK_D=max(16, next_power_of_2(head_size)),
+        SLOTS=max(1, MERGE_SLOTS * 128 // max(128, block_d)),
+        BLOCK_D=block_d,
         num_warps=MERGE_WARPS,
         **launch_options(out.device),
     )
