@@ -272,13 +272,9 @@ def _parts_text(model: str, spec: ModelSpec, parts: dict[str, int]) -> str:
 
 
 def _plan_text(plan: MemoryPlan, lengths: tuple[int, ...]) -> str:
-    from octavo.kv_cache.plan_text import describe
+    from octavo.kv_cache.plan_text import describe, describe_groups
 
-    lines = [describe(plan), "KV groups:"]
-    for group in plan.groups:
-        sees = str(group.spec.visibility)
-        size = group.page_bytes(plan.block_size) // plan.block_size
-        lines.append(f"  {len(group.layers)} layers that see {sees}: {size / 1024:.1f} KiB/token")
+    lines = [describe(plan), describe_groups(plan)]
     fitting = [n for n in lengths if n <= plan.max_model_len]
     if fitting:
         limit = f"--max-num-seqs {plan.max_num_seqs:,} lets no more run"
@@ -314,7 +310,12 @@ def _as_json(
         "weights_parts_bytes": parts,
         **_numbers(plan),
         "groups": [
-            {"layers": list(group.layers), "sees": str(group.spec.visibility)}
+            {
+                "layers": list(group.layers),
+                "sees": str(group.spec.visibility),
+                "formats": group.spec.formats,
+                "page_bytes": group.page_bytes(plan.block_size),
+            }
             for group in plan.groups
         ],
         "num_requests": {str(n): plan.num_requests(n) for n in lengths if n <= plan.max_model_len},

@@ -95,8 +95,8 @@ def plan_model(
         graphs = 0 if config.enforce_eager else FIRST_GRAPH_BYTES + GRAPH_CAPTURES * GRAPH_BYTES
         budget = gpu_budget(memory, config.gpu_memory_utilization, graphs)
         room = max(budget.usable_bytes - weights_bytes, 0)
-        group = group_layers(specs)[0]
-        kv_tokens = room // (group.num_slots * group.spec.token_bytes)
+        groups = [group for group in group_layers(specs) if not group.is_state]
+        kv_tokens = room // min(group.num_slots * group.spec.token_bytes for group in groups)
         step_bytes = _gpu_step(spec, config, 4 if dtype == "float32" else 2, kv_tokens)
     else:
         # The ranks of a host share its memory.

@@ -21,13 +21,10 @@ from __future__ import annotations
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from octavo.kv_cache.block_pool import NULL_BLOCK
 from octavo.kv_cache.block_table import BlockTable
@@ -35,65 +32,14 @@ from octavo.kv_cache.layout import Need, arena_layout
 from octavo.kv_cache.ledger import PageLedger
 from octavo.kv_cache.page_pools import PagePools, Room
 from octavo.kv_cache.prefix_index import Digester, PrefixIndex
+from octavo.kv_cache.records import Demand, PrefixHit, SequenceKV
 from octavo.kv_cache.resume import can_resume
 from octavo.kv_cache.runs import share_in_runs
 from octavo.kv_cache.spec import KVGroup
 from octavo.kv_cache.state_pages import StatePages
 from octavo.kv_cache.token_pages import TokenPages
-from octavo.observe.stats import MissReason
 from octavo.step import Int32, Page, PageCopy, TableDelta
 from octavo.visibility import State
-
-
-@dataclass(slots=True)
-class SequenceKV:
-    """The KV side of one sequence; changed by the manager only."""
-
-    root: bytes
-    """Parent digest of its first block (see prefix_root)."""
-    reads_cache: bool = True
-    writes_cache: bool = True
-    prompt_blocks: int = 0
-    """Full blocks of the prompt: those another sequence may wait for."""
-    extras: Mapping[int, bytes] = field(default_factory=dict)
-    """What blocks hold beside their token ids, by block: an image behind placeholders."""
-    row: int | None = None
-    digests: list[bytes] = field(default_factory=list)
-    num_published: int = 0
-    capacity: int = 0
-    """Tokens that fit in its blocks."""
-    seen_from: int = 0
-    """Tokens that were computed when pages behind them were last given back."""
-    computing: bytes | None = None
-    """Digest of its next unpublished prompt block, on which others may wait."""
-
-
-@dataclass(frozen=True, slots=True)
-class PrefixHit:
-    """What of a sequence's known tokens is cached."""
-
-    num_blocks: int
-    is_computing: bool
-    """The next block is being computed by a running sequence: wait instead of computing it."""
-    miss_reason: MissReason | None
-    """Why the next block is missing; None if all full blocks were found."""
-    pages: tuple[Int32, ...]
-    """Those of every group with which a sequence goes on, holes where it no longer sees any."""
-
-
-class Demand(NamedTuple):
-    """How the pages of `num_groups` alike groups grow with a sequence."""
-
-    page_class: int
-    most_pages: int | None
-    """Of a sequence of any length; None: there is no bound."""
-    num_groups: int
-    is_constant: bool
-    """It takes the same pages however long it is, all at its admission."""
-
-    def bound(self, columns: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the most pages that so many columns of a table name."""
-        return columns if self.most_pages is None else np.minimum(columns, self.most_pages)
 
 
 class KVCacheManager:

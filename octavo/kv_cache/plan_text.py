@@ -55,6 +55,19 @@ def describe(plan: MemoryPlan) -> str:
     return "\n".join([head, *body, *tail])
 
 
+def describe_groups(plan: MemoryPlan) -> str:
+    """Returns what each KV group keeps, and of what, in several lines."""
+    lines = ["KV groups:"]
+    for group in plan.groups:
+        size = group.page_bytes(plan.block_size)
+        share = f"{size / plan.block_size / 1024:.1f} KiB/token"
+        if group.is_state:
+            share = f"{size / 1024:.1f} KiB/sequence"
+        layers = f"{len(group.layers)} layers that see {group.spec.visibility}"
+        lines.append(f"  {layers}: {share}, {group.spec.formats}")
+    return "\n".join(lines)
+
+
 def _pages(plan: MemoryPlan) -> str:
     """What the KV cache consists of."""
     if len(plan.layout.classes) == 1:

@@ -6,7 +6,8 @@ Called by the scheduler once the running ones have their tokens.
 
 from __future__ import annotations
 
-from octavo.kv_cache.manager import KVCacheManager, PrefixHit
+from octavo.kv_cache.manager import KVCacheManager
+from octavo.kv_cache.records import PrefixHit
 from octavo.scheduler.counters import SchedulerCounters
 from octavo.scheduler.forecast import Forecast, Growing
 from octavo.scheduler.limits import SchedulerLimits

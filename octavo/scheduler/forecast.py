@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.kv_cache.layout import Need
-from octavo.kv_cache.manager import Demand
 from octavo.kv_cache.page_pools import Room
+from octavo.kv_cache.records import Demand
 
 Int64 = NDArray[np.int64]
 END_LAG = 1

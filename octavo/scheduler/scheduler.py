@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterable
 
 from octavo.errors import OverloadedError
 from octavo.grammar import Guide
-from octavo.kv_cache.manager import KVCacheManager, SequenceKV
+from octavo.kv_cache.manager import KVCacheManager
+from octavo.kv_cache.records import SequenceKV
 from octavo.request import FinishReason, Request, TokenDelta
 from octavo.scheduler.admission import Admission, chunk_end
 from octavo.scheduler.counters import SchedulerCounters

@@ -8,7 +8,7 @@ from __future__ import annotations
 from array import array
 
 from octavo.grammar import Guide
-from octavo.kv_cache.manager import SequenceKV
+from octavo.kv_cache.records import SequenceKV
 from octavo.request import Request
 from octavo.step import TokenLogprobs
 

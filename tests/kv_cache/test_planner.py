@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from array import array
 
 import pytest
 from hypothesis import given
@@ -11,8 +13,9 @@ from hypothesis import strategies as st
 from octavo.config import EngineConfig
 from octavo.device import DeviceMemory
 from octavo.errors import CapacityError
-from octavo.formats import kv_format
-from octavo.kv_cache.plan_text import describe
+from octavo.formats import WHOLE_HEAD, KVFormat, kv_format
+from octavo.kv_cache.manager import KVCacheManager
+from octavo.kv_cache.plan_text import describe, describe_groups
 from octavo.kv_cache.planner import (
     GIB,
     ActivationShape,
@@ -24,7 +27,8 @@ from octavo.kv_cache.planner import (
     partial_bytes,
     plan_memory,
 )
-from octavo.kv_cache.spec import KVSpec, attention_kv, group_layers
+from octavo.kv_cache.records import SequenceKV
+from octavo.kv_cache.spec import KVSpec, Plane, attention_kv, group_layers, state_kv
 from octavo.visibility import Window
 
 FULL = attention_kv(2, 64, kv_format("float32"))
@@ -133,6 +137,57 @@ def test_a_window_bounds_the_blocks_of_a_long_sequence():
     # window 64, chunk 16: at most 64 + 16 + 16 tokens are held
     assert chunks_of_sequence(groups, 10**6, 16, 16) == 1 + 6
     assert chunks_of_sequence(groups, 17, 16, 16) == 1 + 2
+
+
+STATE = state_kv(
+    Plane(name="state", shape=(3, 1000), number="float32", bits=32, is_per_token=False)
+)
+INT8 = KVFormat(name="int8", bits=8, scale_elements=WHOLE_HEAD)
+
+
+def test_a_mixed_plan_holds_what_its_own_manager_can_hand_out():
+    specs = (FULL, attention_kv(2, 64, INT8, visibility=Window(64)), STATE) * 2
+    made = plan(specs, kv_cache_memory_bytes=20 * 2**20, max_num_seqs=50)
+    assert len(made.layout.classes) == 3
+    assert made.num_chunks == 20 * 2**20 // made.layout.chunk_bytes
+    manager = KVCacheManager(
+        made.groups,
+        num_chunks=made.num_chunks,
+        block_size=16,
+        max_rows=50,
+        max_model_len=made.max_model_len,
+    )
+    length, num_rows = 256, 0
+    while num_rows < 50:
+        kv = SequenceKV(root=b"", reads_cache=False)
+        hit = manager.lookup(kv, array("i", [1] * length))
+        if not manager.admit(kv, num_rows, hit, 1):
+            break
+        if not all(manager.allocate(kv, done, done + 1) for done in range(1, length)):
+            break
+        num_rows += 1
+    assert made.num_requests(length) <= num_rows <= made.num_requests(length) + 2
+
+
+def test_eight_bits_nearly_quarter_what_thirty_two_take():
+    made = plan((attention_kv(2, 64, INT8),) * 4)
+    assert plan().kv_token_bytes / made.kv_token_bytes == pytest.approx(4 * 64 / 66)
+    assert "int8" in describe(made)
+
+
+def test_the_groups_are_told_by_what_they_see_and_what_they_take():
+    text = describe_groups(plan((FULL, WINDOW, STATE)))
+    assert "1 layers that see all tokens: 1.0 KiB/token, float32" in text
+    assert "1 layers that see a window of 64 tokens: 1.0 KiB/token, float32" in text
+    assert "1 layers that see a state: 11.7 KiB/sequence, float32" in text
+
+
+def test_a_context_that_does_not_fit_pages_of_several_sizes_says_which_would():
+    specs = (FULL, STATE)
+    with pytest.raises(CapacityError, match=r"max_model_len \d+;") as caught:
+        plan(specs, kv_cache_memory_bytes=2**20, max_model_len=4000)
+    fitting = int(re.search(r"max_model_len (\d+);", str(caught.value)).group(1))  # type: ignore[union-attr]
+    assert plan(specs, kv_cache_memory_bytes=2**20, max_model_len=fitting).max_model_len == fitting
 
 
 def test_groups_of_a_mixed_model_add_up():

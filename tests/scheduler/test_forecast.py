@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octavo.kv_cache.manager import Demand
 from octavo.kv_cache.page_pools import Room
+from octavo.kv_cache.records import Demand
 from octavo.scheduler.forecast import Forecast, Growing
 
 GROWING = st.builds(

@@ -22,6 +22,17 @@ def test_a_turn_goes_on_from_the_state_behind_the_last_whole_block_of_the_one_be
     assert engine.scheduler.counters.prefix_hit_tokens == 20 + 20
 
 
+def test_a_chunk_that_the_budget_cuts_ends_with_a_block_so_that_its_state_is_kept() -> None:
+    engine = Engine(specs=(FULL, state_of(64, 512)), num_blocks=400, budget=18, max_model_len=60)
+    engine.add("first", list(range(40)), 1)
+    engine.run()
+    engine.add("other", [*range(20), 7, 7, 7], 1)
+    engine.run()
+    engine.check_tokens()
+    assert engine.step_sizes[0] == 16
+    assert engine.scheduler.counters.prefix_hit_tokens == 16
+
+
 def test_states_are_kept_every_so_many_tokens_of_a_long_answer() -> None:
     engine = Engine(specs=(state_of(64, 8),), num_blocks=64, max_model_len=60, budget=60)
     engine.add("first", [1, 2, 3], 40)

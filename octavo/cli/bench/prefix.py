@@ -19,8 +19,9 @@ from octavo.cli.bench.offline import load, measure
 from octavo.cli.bench.report import Report, Value, progress, settings_of
 from octavo.cli.bench.workload import Lengths, PromptSource
 from octavo.formats import kv_format
-from octavo.kv_cache.manager import KVCacheManager, SequenceKV
+from octavo.kv_cache.manager import KVCacheManager
 from octavo.kv_cache.prefix_index import prefix_root
+from octavo.kv_cache.records import SequenceKV
 from octavo.kv_cache.spec import attention_kv, group_layers
 from octavo.request import Request, SamplingParams, pack_ids
 from octavo.scheduler import Scheduler, SchedulerLimits
