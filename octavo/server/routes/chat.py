@@ -85,7 +85,8 @@ def _answer(
         "created": call.created,
         "model": state.model_name,
         "choices": Lazy(choices()),
-        "usage": Later(usage.body),
+        # What is reasoning is known when all choices are read.
+        "usage": usage.body() if reading is None else Later(usage.body),
     }
     if body.prompt_logprobs is not None:
         positions = sequences[0].prompt_logprobs
