@@ -11,8 +11,11 @@ from threading import Lock
 
 from octavo.constraint import StructuredOutputsParams
 from octavo.grammar.compiler import MAX_CACHED, Compiler
+from octavo.grammar.deep_threads import DeepThreads
 from octavo.grammar.sources import grammar_text
 from octavo.grammar.vocabulary import Vocabulary
+
+NUM_CHECKERS = 2
 
 
 class Checker:
@@ -24,6 +27,7 @@ class Checker:
         vocabulary = Vocabulary.of_bytes(specials)
         self._specials = specials
         self._compiler = Compiler(lambda: vocabulary, len(vocabulary.tokens))
+        self._threads = DeepThreads(NUM_CHECKERS, "octavo-checker")
         self._lock = Lock()
         self._known: OrderedDict[StructuredOutputsParams, str] = OrderedDict()
 
@@ -44,7 +48,7 @@ class Checker:
                 self._known.move_to_end(wanted)
                 return found
         grammar = grammar_text(wanted, self._specials)
-        self.check(grammar)
+        self._threads.submit(self.check, grammar).result()
         with self._lock:
             self._known[wanted] = grammar
             while len(self._known) > MAX_CACHED:

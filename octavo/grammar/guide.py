@@ -9,7 +9,7 @@ threads, so that neither the loop nor a step waits for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from enum import Enum
 
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from octavo.constraint import Constraint
 from octavo.errors import RequestError
 from octavo.grammar.compiler import Compiler, Matcher, Words
+from octavo.grammar.deep_threads import DeepThreads
 from octavo.grammar.vocabulary import Vocabulary
 
 NUM_COMPILERS = 2
@@ -42,7 +43,7 @@ class Guide:
     def __init__(
         self, start: Future[Matcher], constraint: Constraint, stop_ids: Collection[int]
     ) -> None:
-        """`start` comes to a matcher of its own at the grammar's beginning. `stop_ids` end the
+        """`start` comes to a matcher at the grammar's beginning. `stop_ids` end the
         sequence; they may come where a text of the grammar may end, and nowhere else."""
         self._start = start
         self._matcher: Matcher | None = None
@@ -78,7 +79,7 @@ class Guide:
     def matcher(self) -> Matcher:
         """Waits for the grammar. Raises GrammarError."""
         if self._matcher is None:
-            self._matcher = self._start.result()
+            self._matcher = self._start.result().copy()
         return self._matcher
 
     def advance(self, token_id: int) -> None:
@@ -123,8 +124,9 @@ class Guides:
         """`vocabulary` is asked in a thread, at the first grammar. `num_threads` make masks."""
         self._compiler = Compiler(vocabulary, vocab_size, num_threads)
         self._vocab_size = vocab_size
-        self._threads = ThreadPoolExecutor(NUM_COMPILERS, thread_name_prefix="octavo-grammar")
-        self._pending: set[Future[Matcher]] = set()
+        self._threads = DeepThreads(NUM_COMPILERS, "octavo-grammar")
+        self._pending: dict[str, Future[Matcher]] = {}
+        """By grammar."""
 
     def warm_up(self) -> None:
         """Begins to load what the first grammar needs."""
@@ -133,20 +135,23 @@ class Guides:
     def guide(self, constraint: Constraint, stop_ids: Collection[int]) -> Guide:
         """Returns the guide of one sequence, whose grammar may still be compiled."""
         start: Future[Matcher]
-        found = self._compiler.find(constraint.grammar)
+        grammar = constraint.grammar
+        found = self._compiler.find(grammar)
         if found is not None:
             start = Future()
             start.set_result(found)
+        elif grammar in self._pending:
+            start = self._pending[grammar]
         else:
-            start = self._threads.submit(self._compiler.compile, constraint.grammar)
-            self._pending.add(start)
+            start = self._pending[grammar] = self._threads.submit(self._compiler.compile, grammar)
         known = [token_id for token_id in stop_ids if token_id < self._vocab_size]
         return Guide(start, constraint, known)
 
     def settle(self, seconds: float) -> None:
         """Waits for grammars that are being compiled, so long at most."""
         if self._pending:
-            self._pending -= wait(self._pending, seconds).done
+            wait(self._pending.values(), seconds)
+            self._pending = {text: one for text, one in self._pending.items() if not one.done()}
 
     def masks(self, guides: Sequence[Guide | None], may_stop: Sequence[bool]) -> Words:
         """Returns uint32 [N, ceil(V / 32)]: what each guide's sequence may go on with.
@@ -179,4 +184,4 @@ class Guides:
         return masks
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from octavo.errors import RequestError
 from octavo.grammar.schema import Schema
 
+MAX_RULES = 1000
+"""Of a client's grammar: terminals that are made of each other take long to compile."""
 ANY_TEXT = r"/(.|\n)*/"
 
 Specials = Mapping[str, int]
@@ -116,6 +118,12 @@ def with_spelling(schema: Schema, spelling: JsonSpelling) -> dict[str, object]:
 
 def as_lark(grammar: str) -> str:
     """Returns a grammar in Lark's form; GBNF is known by its `::=`. Raises RequestError."""
+    num_rules = len(re.findall(r"^\s*[?!]?[\w.-]+[^:\n]*:", grammar, re.MULTILINE))
+    if num_rules > MAX_RULES:
+        raise RequestError(
+            f"structured_outputs.grammar has {num_rules} rules; at most {MAX_RULES} are taken",
+            param="structured_outputs.grammar",
+        )
     if not re.search(r"^\s*[\w-]+\s*::=", grammar, re.MULTILINE):
         return grammar
     from llguidance.gbnf_to_lark import any_to_lark

@@ -148,43 +148,66 @@ def _parts(schema: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
 def has_instance(schema: Schema) -> bool:
     """Returns whether some finite value can fit, as far as required parts decide it.
 
-    The least fixed point over the targets of `$ref`: none has an instance until one is shown.
+    The least fixed point over the targets of `$ref`: none has an instance until one is shown. What
+    waited for it is looked at again then, and nothing else, so that long chains take no time.
     """
-    known: dict[str, bool] = {}
-    _is_finite(schema, schema, known, 0)
+    search = _InstanceSearch(schema)
     while True:
-        before = dict(known)
-        for pointer in before:
-            target = resolve(schema, pointer)
-            if not known[pointer] and target is not None:
-                known[pointer] = _is_finite(target, schema, known, 0)
-        if known == before:
-            return _is_finite(schema, schema, known, 0)
+        if search.has_instance(schema, "#"):
+            return True
+        if not search.todo:
+            return False
+        pointer = search.todo.pop()
+        if search.has_instance(resolve(schema, pointer), pointer):
+            search.known.add(pointer)
+            search.todo += search.waiting.pop(pointer, ())
 
 
-def _is_finite(schema: Any, root: Schema, known: dict[str, bool], depth: int) -> bool:
-    if not isinstance(schema, dict) or depth > MAX_DEPTH:
-        return True  # the library, or `_fit`, has its own word on it
-    go = lambda part: _is_finite(part, root, known, depth + 1)
-    pointer = schema.get("$ref")
-    if isinstance(pointer, str) and pointer.startswith("#"):
-        # A target that is not there is the library's to refuse.
-        known.setdefault(pointer, resolve(root, pointer) is None)
-        if not known[pointer]:
+class _InstanceSearch:
+    """Which targets of `$ref` have an instance, and which wait for others to have one."""
+
+    def __init__(self, root: Schema) -> None:
+        self.known: set[str] = set()
+        self.waiting: dict[str, list[str]] = {}
+        """By pointer: those whose targets may have an instance once its target has."""
+        self.todo: list[str] = []
+        self._root = root
+
+    def has_instance(self, schema: Any, asker: str) -> bool:
+        """Returns whether `schema`, the target of `asker`, has one, as far as is known."""
+        return self._has(schema, asker, 0)
+
+    def _has(self, schema: Any, asker: str, depth: int) -> bool:
+        if not isinstance(schema, dict) or depth > MAX_DEPTH:
+            return True  # the library, or `_fit`, has its own word on it
+        go = lambda part: self._has(part, asker, depth + 1)
+        pointer = schema.get("$ref")
+        if isinstance(pointer, str) and pointer.startswith("#") and not self._is_known(pointer):
+            self.waiting[pointer].append(asker)
             return False
-    for key in ("anyOf", "oneOf"):
-        options = schema.get(key)
-        if isinstance(options, list) and options and not any(go(one) for one in options):
+        for key in ("anyOf", "oneOf"):
+            options = schema.get(key)
+            if isinstance(options, list) and options and not any(go(one) for one in options):
+                return False
+        everything = schema.get("allOf")
+        if isinstance(everything, list) and not all(go(one) for one in everything):
             return False
-    everything = schema.get("allOf")
-    if isinstance(everything, list) and not all(go(one) for one in everything):
+        if "enum" in schema or "const" in schema:
+            return True
+        kinds = schema.get("type")
+        return (kinds not in ("object", ["object"]) or _has_finite_object(schema, go)) and (
+            kinds not in ("array", ["array"]) or _has_finite_array(schema, go)
+        )
+
+    def _is_known(self, pointer: str) -> bool:
+        if pointer in self.known:
+            return True
+        if resolve(self._root, pointer) is None:
+            return True  # what is not there is the library's to refuse
+        if pointer not in self.waiting:
+            self.waiting[pointer] = []
+            self.todo.append(pointer)
         return False
-    if "enum" in schema or "const" in schema:
-        return True
-    kinds = schema.get("type")
-    return (kinds not in ("object", ["object"]) or _has_finite_object(schema, go)) and (
-        kinds not in ("array", ["array"]) or _has_finite_array(schema, go)
-    )
 
 
 def _has_finite_object(schema: Mapping[str, Any], go: Callable[[Any], bool]) -> bool:

@@ -106,8 +106,9 @@ def test_a_stop_string_in_the_last_token_wins_over_length_and_needs_no_abort(byt
 
 @pytest.mark.parametrize(("includes", "text"), [(False, "a"), (True, "a quick")])
 def test_the_text_of_a_stop_id_is_shown_only_if_asked(byte_tokenizer, includes, text):
-    processor, recorder = opened(byte_tokenizer, include_stop_str_in_output=includes)
     ids = [*byte_tokenizer.encode("a"), *byte_tokenizer.encode(" quick")]
+    params = {"include_stop_str_in_output": includes, "stop_token_ids": ids[-1:]}
+    processor, recorder = opened(byte_tokenizer, **params)
     processor.process(
         [delta(ids[:1]), delta(ids[1:], finish_reason=FinishReason.STOP, stop_reason=ids[-1])]
     )

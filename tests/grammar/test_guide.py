@@ -90,6 +90,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"grammar": 'start: start "a"'}, "no text fits it"),
     ({"grammar": "start: a\na: b\nb: a"}, "no text fits it"),
     ({"grammar": "start: nowhere"}, "nowhere"),
+    ({"grammar": "\n".join(f"r{i}: r{i + 1}" for i in range(3000))}, "3000 rules; at most 1000"),
     ({"grammar": "anything at all"}, "cannot be bound so"),
     ({"grammar": 'root ::= "a" ('}, "GBNF"),
     ({"grammar": 'start: "a" <|nothing|>'}, "unknown special token"),

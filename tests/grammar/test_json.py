@@ -288,6 +288,23 @@ def test_recursion_that_can_end_is_taken(compiler: Compiler) -> None:
     )
 
 
+def test_definitions_may_refer_to_each_other_in_long_chains() -> None:
+    definitions: dict[str, Any] = {
+        f"d{i}": {
+            "type": "object",
+            "properties": {"a": {"$ref": f"#/$defs/d{i + 1}"}},
+            "required": ["a"],
+        }
+        for i in range(2000)
+    }
+    checker = Checker({})
+    whole = {"$defs": {**definitions, "d2000": {"type": "null"}}, "$ref": "#/$defs/d0"}
+    assert checker.grammar(StructuredOutputsParams(json=whole))
+    endless = {"$defs": {**definitions, "d2000": {"$ref": "#/$defs/d0"}}, "$ref": "#/$defs/d0"}
+    with pytest.raises(RequestError, match="no finite instance"):
+        checker.grammar(StructuredOutputsParams(json=endless))
+
+
 def test_a_schema_nested_without_end_is_refused() -> None:
     schema: dict[str, Any] = {"type": "integer"}
     for _ in range(200):
