@@ -1,7 +1,8 @@
 """Grammars that outputs are held to. No torch.
 
 `sources` makes one text of all that users ask for, `compiler` (over llguidance) matches it,
-`checker` refuses at the faces, `guide` leads sequences in the engine, both compiling in `deep_threads`.
+`checker` refuses at the faces, `guide` leads sequences in the engine, both compiling in
+`deep_threads`.
 """
 
 from octavo.grammar.checker import Checker
