@@ -29,7 +29,7 @@ class AttentionFeature(StrEnum):
 
 
 _SERVED: dict[str, frozenset[AttentionFeature]] = {
-    "native": frozenset((AttentionFeature.LATENT,)),
+    "native": frozenset(AttentionFeature),
     "reference": frozenset(AttentionFeature),
     "triton": frozenset(AttentionFeature),
 }

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from octavo.kernels.ops import Ops
-from octavo.kernels.registry import Needs, select_ops
 from octavo.visibility import Chunk, Full, Visibility, Window
 from tests.kernels.cases import assert_close, attention_op, exact_attention, floats, make_paged
 
@@ -110,15 +109,10 @@ def test_a_block_beyond_the_arena_is_an_error(native: Ops, rng: np.random.Genera
         native.attention(floats(rng, 1, 1, 8), op, paged.layer, batch)
 
 
-@pytest.fixture
-def reference() -> Ops:
-    return select_ops("reference", Needs())
-
-
 @pytest.mark.parametrize("size", [1, 7, 16, 64, 300])
 @pytest.mark.parametrize("decode", [True, False])
 def test_a_query_sees_its_own_chunk_alone(
-    reference: Ops, rng: np.random.Generator, size: int, decode: bool
+    ops: Ops, rng: np.random.Generator, size: int, decode: bool
 ) -> None:
     lengths = sorted({*EDGES, size - 1, size, size + 1, 2 * size} - {0})
     paged = make_paged(rng, lengths, (2, 16))
@@ -126,7 +120,7 @@ def test_a_query_sees_its_own_chunk_alone(
     batch = paged.batch(lengths, query_lens)
     q = floats(rng, sum(query_lens), 6, 16)
     op = attention_op(6, paged.layer, 0.25, Chunk(size))
-    found = reference.attention(q, op, paged.layer, batch)
+    found = ops.attention(q, op, paged.layer, batch)
     assert_close(found, exact_attention(q, paged, batch, op))
 
 
@@ -138,7 +132,7 @@ SIGHTS = [Full(), Window(20), Chunk(48)]
 @pytest.mark.parametrize("soft_cap", [None, 3.0])
 @pytest.mark.parametrize("has_sinks", [True, False])
 def test_sinks_and_soft_caps_of_every_visibility(
-    reference: Ops,
+    ops: Ops,
     rng: np.random.Generator,
     visibility: Visibility,
     decode: bool,
@@ -159,24 +153,24 @@ def test_sinks_and_soft_caps_of_every_visibility(
         sinks_H=sinks_H if has_sinks else None,
         soft_cap=soft_cap,
     )
-    found = reference.attention(q, op, paged.layer, batch)
+    found = ops.attention(q, op, paged.layer, batch)
     assert_close(found, exact_attention(q, paged, batch, op))
 
 
-def test_a_sink_of_nothing_changes_nothing(reference: Ops, rng: np.random.Generator) -> None:
+def test_a_sink_of_nothing_changes_nothing(ops: Ops, rng: np.random.Generator) -> None:
     paged = make_paged(rng, [300], (2, 16))
     batch, q = paged.batch([300], [40]), floats(rng, 40, 6, 16)
     op = attention_op(6, paged.layer, 0.25)
     none = attention_op(6, paged.layer, 0.25, sinks_H=torch.full((6,), -torch.inf))
-    expected = reference.attention(q, op, paged.layer, batch)
-    found = reference.attention(q, none, paged.layer, batch)
+    expected = ops.attention(q, op, paged.layer, batch)
+    found = ops.attention(q, none, paged.layer, batch)
     assert_close(found, expected.double())
 
 
-def test_what_is_not_rotated_is_cached_as_it_came(reference: Ops, rng: np.random.Generator) -> None:
+def test_what_is_not_rotated_is_cached_as_it_came(ops: Ops, rng: np.random.Generator) -> None:
     paged = make_paged(rng, [40], (2, 16))
     batch, qkv = paged.batch([40], [9]), floats(rng, 9, (6 + 2 + 2) * 16)
-    found = reference.rope_and_cache(qkv, attention_op(6, paged.layer, 1.0), paged.layer, batch)
+    found = ops.rope_and_cache(qkv, attention_op(6, paged.layer, 1.0), paged.layer, batch)
     q, k, v = qkv.unflatten(1, (10, 16)).split([6, 2, 2], dim=1)
     block, offset = batch.slot_mapping_T // 16, batch.slot_mapping_T % 16
     assert torch.equal(found, q)

@@ -1,4 +1,5 @@
-// Paged causal attention: softmax(scale * q k^T + mask) v, by online softmax over tiles.
+// Paged causal attention: softmax(cap(scale * q k^T) + mask) v with sinks, by online softmax over
+// tiles.
 //
 // Keys are cut at absolute positions into splits of kSplit tokens and tiles of kTile. A query meets
 // the tiles of a split in order, from a fresh state, and the splits' states are merged in order. So
@@ -42,13 +43,17 @@ struct Job {
   float* out;
   const KVLayer& layer;
   const AttentionBatch& batch;
-  int64_t heads, window, group, padded;  // window 0: none; padded: head_size in whole lanes
-  float scale;
+  const AttentionOp& op;
+  int64_t heads, group, padded;  // padded: head_size in whole lanes
   float* partials;
   int64_t partial_floats;
 
   int64_t first_seen(int64_t position) const {
-    return window ? std::max<int64_t>(0, position - window + 1) : 0;
+    switch (op.visibility) {
+      case WINDOW: return std::max<int64_t>(0, position - op.visible_size + 1);
+      case CHUNK: return position / op.visible_size * op.visible_size;
+      default: return 0;
+    }
   }
   int64_t state_floats(int64_t rows) const { return rows * (padded + 2); }
 };
@@ -146,6 +151,18 @@ void with_kv_format(int64_t format, const Use& use) {
   }
 }
 
+// cap * tanh(score / cap) = cap - 2 cap / (exp(2 score / cap) + 1) of a whole tile's columns, those
+// that hold no score too.
+void cap_scores(float* scores, float cap) {
+  const Lanes one = broadcast(1.0f), twice = broadcast(2.0f * cap), limit = broadcast(cap);
+  const Lanes stretch = broadcast(2.0f / cap);
+  for (int64_t j = 0; j < kTile; j += 8) {
+    const Lanes e = exp(_mm256_mul_ps(load(scores + j), stretch));
+    const Lanes below = _mm256_div_ps(twice, _mm256_add_ps(e, one));
+    store(scores + j, _mm256_sub_ps(limit, below));
+  }
+}
+
 // Scores of one row become probabilities relative to the new maximum; returns the old state's
 // factor. Columns outside [begin, end) become 0.
 float soften(float* scores, int64_t begin, int64_t end, float& best, float& total) {
@@ -199,6 +216,7 @@ void score(const Job& job, const Item& item, const Tokens& now, const uint8_t* c
     float* row = work.scores + r * kTile;
     work.factors[r] = 1.0f;
     if (seen < seen_end) {
+      if (job.op.soft_cap != 0.0) cap_scores(row, static_cast<float>(job.op.soft_cap));
       work.factors[r] = soften(row, seen - tile, seen_end - tile, split.best[r], split.total[r]);
     } else {
       std::fill(row, row + kTile, 0.0f);
@@ -272,6 +290,17 @@ void merge(const State& into, const State& later, int64_t rows, int64_t padded) 
   }
 }
 
+// The state of queries that have met no key: a sink is a score without a value.
+void meet_none(const Job& job, int64_t head, const State& state, int64_t rows) {
+  clear(state, rows, job.padded);
+  if (job.op.sinks == nullptr) return;
+  for (int64_t r = 0; r < rows; ++r) {
+    const float sink = job.op.sinks[head * job.group + r % job.group];
+    state.best[r] = sink;
+    state.total[r] = sink == kNever ? 0.0f : 1.0f;
+  }
+}
+
 void write_out(const Job& job, const Item& item, int64_t head, const State& state) {
   const int64_t rows = item.queries() * job.group, size = job.layer.head_size;
   for (int64_t r = 0; r < rows; ++r) {
@@ -284,11 +313,12 @@ void write_out(const Job& job, const Item& item, int64_t head, const State& stat
 
 void copy_queries(const Job& job, const Item& item, float* to) {
   const int64_t rows = item.queries() * job.group, size = job.layer.head_size;
+  const float scale = static_cast<float>(job.op.scale);
   for (int64_t head = item.head_begin; head < item.head_end; ++head) {
     for (int64_t r = 0; r < rows; ++r, to += job.padded) {
       const int64_t t = item.query_begin + r / job.group;
       const float* from = job.q + (t * job.heads + head * job.group + r % job.group) * size;
-      for (int64_t d = 0; d < size; ++d) to[d] = from[d] * job.scale;
+      for (int64_t d = 0; d < size; ++d) to[d] = from[d] * scale;
       std::fill(to + size, to + job.padded, 0.0f);
     }
   }
@@ -307,7 +337,7 @@ void run_item(const Job& job, const Item& item, Scratch& scratch) {
                      scratch.floats(5, kTile * padded),
                      scratch.floats(6, rows)};
   copy_queries(job, item, work.q);
-  for (int64_t h = 0; h < heads; ++h) clear(work.whole(h), rows, padded);
+  for (int64_t h = 0; h < heads; ++h) meet_none(job, item.head_begin + h, work.whole(h), rows);
   const int64_t last = job.batch.positions[item.query_end - 1];
   const int64_t first = job.first_seen(job.batch.positions[item.query_begin]);
   for (int64_t split = item.split_begin; split < item.split_end; ++split) {
@@ -404,7 +434,7 @@ void run_split(Pool* pool, Job job, const std::vector<Item>& whole) {
     const int64_t rows = item.queries() * job.group, heads = item.head_end - item.head_begin;
     const State merged = state_at(floats.data(), rows);
     for (int64_t h = 0; h < heads; ++h) {
-      clear(merged, rows, job.padded);
+      meet_none(job, item.head_begin + h, merged, rows);
       for (int64_t i = 0; i < item.split_end - item.split_begin; ++i) {
         float* part = partials.data() + (starts[w] + i * heads + h) * job.partial_floats;
         merge(merged, state_at(part, rows), rows, job.padded);
@@ -416,14 +446,14 @@ void run_split(Pool* pool, Job job, const std::vector<Item>& whole) {
 
 }  // namespace
 
-// q and out are [tokens][heads][head_size]; window 0 means none.
+// q and out are [tokens][heads][head_size].
 OCTAVO_API int64_t octavo_attention(Pool* pool, const float* q, int64_t heads, const KVLayer* layer,
-                                    const AttentionBatch* batch, double scale, int64_t window,
+                                    const AttentionBatch* batch, const AttentionOp* op,
                                     float* out) {
   std::lock_guard<std::mutex> lock(pool->op_mutex());
   const int64_t padded = (layer->head_size + 7) / 8 * 8;
-  const Job job = {q,      out, *layer, *batch, heads, window, heads / layer->kv_heads,
-                   padded, static_cast<float>(scale), nullptr, 0};
+  const Job job = {q,     out, *layer, *batch, *op, heads, heads / layer->kv_heads, padded,
+                   nullptr, 0};
   if (!is_valid(job)) return BAD_INDEX;
   std::vector<Item> items;
   int64_t splits = 0;

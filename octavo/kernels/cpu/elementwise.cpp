@@ -89,18 +89,20 @@ OCTAVO_API int64_t octavo_add_rms_norm(Pool* pool, const float* x, float* residu
   return OK;
 }
 
-// qkv rows are [heads + 2 * kv_heads][head_size]; q_out is [tokens][heads][head_size].
+// qkv rows are [heads + 2 * kv_heads][head_size]; q_out is [tokens][heads][head_size]. Without
+// `rope` nothing is rotated.
 OCTAVO_API int64_t octavo_rope_and_cache(Pool* pool, const float* qkv, int64_t heads,
                                          const Rope* rope, const QKNorm* norm, const KVLayer* layer,
                                          const AttentionBatch* batch, float* q_out) {
   std::lock_guard<std::mutex> lock(pool->op_mutex());
   const int64_t size = layer->head_size, kv_heads = layer->kv_heads;
-  const int64_t width = (heads + 2 * kv_heads) * size, half = rope->rotary_dim / 2;
+  const int64_t width = (heads + 2 * kv_heads) * size, rotary_dim = rope ? rope->rotary_dim : 0;
   const int64_t slots = layer->blocks * layer->block_size;
   const int64_t head_bytes = size * (layer->format == F32 ? 4 : 2);
   for (int64_t t = 0; t < batch->tokens; ++t) {
     const int64_t position = batch->positions[t], slot = batch->slot_mapping[t];
-    if (position < 0 || position >= rope->positions || slot < 0 || slot >= slots) return BAD_INDEX;
+    if (position < 0 || slot < 0 || slot >= slots) return BAD_INDEX;
+    if (rope != nullptr && position >= rope->positions) return BAD_INDEX;
   }
   pool->run(batch->tokens, kTokenGrain, [&](int64_t t, Scratch& scratch) {
     const float *q = qkv + t * width, *k = q + heads * size, *v = k + kv_heads * size;
@@ -117,11 +119,12 @@ OCTAVO_API int64_t octavo_rope_and_cache(Pool* pool, const float* qkv, int64_t h
       q = normed;
       k = normed + heads * size;
     }
-    const float* cos = rope->cos + batch->positions[t] * half;
-    const float* sin = rope->sin + batch->positions[t] * half;
+    const int64_t at_position = batch->positions[t] * (rotary_dim / 2);
+    const float* cos = rope ? rope->cos + at_position : nullptr;
+    const float* sin = rope ? rope->sin + at_position : nullptr;
     for (int64_t h = 0; h < heads; ++h) {
       float* to = q_out + (t * heads + h) * size;
-      rotate_row(q + h * size, cos, sin, rope->rotary_dim, size, to);
+      rotate_row(q + h * size, cos, sin, rotary_dim, size, to);
     }
     const int64_t block = batch->slot_mapping[t] / layer->block_size;
     const int64_t at = batch->slot_mapping[t] % layer->block_size * kv_heads * head_bytes;
@@ -129,7 +132,7 @@ OCTAVO_API int64_t octavo_rope_and_cache(Pool* pool, const float* qkv, int64_t h
     uint8_t* values = layer->value + block * layer->value_stride + at;
     float* rotated = scratch.floats(1, size);
     for (int64_t h = 0; h < kv_heads; ++h) {
-      rotate_row(k + h * size, cos, sin, rope->rotary_dim, size, rotated);
+      rotate_row(k + h * size, cos, sin, rotary_dim, size, rotated);
       store_as(layer->format, rotated, size, keys + h * head_bytes);
       store_as(layer->format, v + h * size, size, values + h * head_bytes);
     }

@@ -22,7 +22,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "add_rms_norm": [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_double, c_void_p],
     "route": [POINTER(RouteStruct)],
     "rope_and_cache": [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p],
-    "attention": [c_void_p, c_int64, c_void_p, c_void_p, c_double, c_int64, c_void_p],
+    "attention": [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p],
 }
 """Arguments after the pool; every op returns a status."""
 

@@ -11,6 +11,7 @@ namespace octavo {
 // The order is that of FORMAT_CODES in native.py.
 enum Format : int64_t { F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K };
 enum ActivationKind : int64_t { SILU, GELU_TANH, CLAMPED_SWIGLU };
+enum Visibility : int64_t { FULL, WINDOW, CHUNK };
 enum Status : int64_t { OK, BAD_INDEX };
 
 // [rows, cols] in `format`, rows `row_bytes` apart; data need not be aligned.
@@ -46,6 +47,14 @@ struct QKNorm {
   const float *query, *key;
   double eps;
   int64_t per_head;
+};
+
+// What a layer asks of attention. FULL: a query sees all tokens up to itself; WINDOW: the last
+// `visible_size` of them; CHUNK: those with its own position / visible_size.
+struct AttentionOp {
+  double scale, soft_cap;  // soft_cap 0: none
+  const float* sinks;      // [heads], or null
+  int64_t visibility, visible_size;
 };
 
 class Pool;

@@ -31,12 +31,12 @@ from octavo.kernels.cpu.structs import (
     kv_layer_struct,
     matrix_structs,
     qk_norm_struct,
+    attention_op_struct,
     rope_struct,
 )
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
 from octavo.kernels.routing import RoutingRule
 from octavo.kernels.weights import ExpertWeights, Router, SharedExpert, Weight
-from octavo.visibility import Window
 
 _SIGMOID_RULE = RoutingRule(top_k=2, renormalize=False)
 """softmax([g, 0])[0] is sigmoid(g)."""
@@ -259,13 +259,12 @@ class NativeOps(Composed):
     def rope_and_cache(
         self, qkv_TN: Tensor, op: AttentionOp, layer: KVLayer, batch: AttentionBatch
     ) -> Tensor:
-        assert op.rope is not None
         qkv, tokens = _floats(qkv_TN), len(qkv_TN)
         assert layer.key.shape[2:] == (op.num_kv_heads, op.head_size)
         assert qkv.shape[1] == (op.num_heads + 2 * op.num_kv_heads) * op.head_size
         assert tokens == len(batch.positions_T) == len(batch.slot_mapping_T)
         norm = None if op.qk_norm is None else self._struct(op.qk_norm, qk_norm_struct)
-        table = self._struct(op.rope, rope_struct)
+        table = None if op.rope is None else self._struct(op.rope, rope_struct)
         q = torch.empty(tokens, op.num_heads, op.head_size)
         where = self._struct(layer, kv_layer_struct), self._struct(batch, batch_struct)
         status = self._library.octavo_rope_and_cache(
@@ -281,13 +280,11 @@ class NativeOps(Composed):
         tokens, heads, head_size = q.shape
         assert (tokens, head_size) == (len(batch.positions_T), layer.key.shape[3])
         assert heads % layer.key.shape[2] == 0
-        assert op.sinks_H is None
-        assert op.soft_cap is None
-        window = op.visibility.size if isinstance(op.visibility, Window) else 0
+        asked = self._struct(op, attention_op_struct)
         out = torch.empty(tokens, heads * head_size)
         where = self._struct(layer, kv_layer_struct), self._struct(batch, batch_struct)
         status = self._library.octavo_attention(
-            self._pool, q.data_ptr(), heads, *where, op.scale, window, out.data_ptr()
+            self._pool, q.data_ptr(), heads, *where, asked, out.data_ptr()
         )
         _check(status, "attention")
         return out

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.activations import Activation, ClampedSwiGLU, PlainActivation
-from octavo.kernels.inputs import AttentionBatch, KVLayer, QKNorm, RopeTable
+from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer, QKNorm, RopeTable
 from octavo.kernels.routing import ExpertWeighting, Score
 from octavo.kernels.weights import ExpertWeights, Weight
+from octavo.visibility import Chunk, Full, Visibility, Window
 
 _FORMATS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
 FORMAT_CODES = {name: code for code, name in enumerate(_FORMATS)}
@@ -53,6 +54,13 @@ class BatchStruct(ctypes.Structure):
 
 class RopeStruct(ctypes.Structure):
     _fields_ = fields("cos*", "sin*", "positions", "rotary_dim")
+
+
+class AttentionOpStruct(ctypes.Structure):
+    _fields_ = [
+        *(("scale", c_double), ("soft_cap", c_double)),
+        *fields("sinks*", "visibility", "visible_size"),
+    ]
 
 
 class QKNormStruct(ctypes.Structure):
@@ -157,6 +165,26 @@ def rope_struct(rope: RopeTable) -> RopeStruct:
     return RopeStruct(
         *(address_of(t, torch.float32) for t in tables), len(rope.cos), rope.rotary_dim
     )
+
+
+def attention_op_struct(op: AttentionOp) -> AttentionOpStruct:
+    code, size = _visibility(op.visibility)
+    sinks = op.sinks_H
+    assert sinks is None or sinks.shape == (op.num_heads,)
+    assert op.soft_cap is None or op.soft_cap > 0
+    pointer = None if sinks is None else address_of(sinks, torch.float32)
+    return AttentionOpStruct(op.scale, op.soft_cap or 0.0, pointer, code, size)
+
+
+def _visibility(visibility: Visibility) -> tuple[int, int]:
+    """Returns the code of `enum Visibility` in native.h, and the size."""
+    match visibility:
+        case Full():
+            return 0, 0
+        case Window(size):
+            return 1, size
+        case Chunk(size):
+            return 2, size
 
 
 def qk_norm_struct(norm: QKNorm) -> QKNormStruct:
