@@ -138,6 +138,26 @@ def test_the_host_side_never_imports_torch():
     assert not found
 
 
+def test_runners_name_no_back_end():
+    """They carry the plans of whatever back end there is, and ask what it wants, not who it is."""
+    runners = [path for path in FILES if name_of(path).startswith("runner/")]
+    own = ("octavo.kernels.triton", "octavo.kernels.cpu", "octavo.kernels.reference", "triton")
+    found = [
+        f"{name_of(path)} imports {name}"
+        for path in runners
+        for name in imported(path)
+        if name.startswith(own)
+    ]
+    found += [
+        f"{name_of(path)}:{node.lineno} asks for a name"
+        for path in runners
+        for node in nodes(path)
+        if isinstance(node, ast.Attribute) and node.attr == "name" and "ops" in ast.unparse(node)
+    ]
+    assert len(runners) > 5
+    assert not found
+
+
 def test_importing_the_host_side_loads_no_torch():
     names = [
         "octavo." + name_of(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__")

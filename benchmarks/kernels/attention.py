@@ -47,8 +47,8 @@ from octavo.kernels.triton.attention.choose import (
     tiles_attention,
 )
 from octavo.kernels.triton.attention.decode import decode_attention
+from octavo.kernels.triton.attention.device_plan import DevicePlan
 from octavo.kernels.triton.attention.shared import plan_shared_prefix, shared_prefix_attention
-from octavo.kernels.triton.attention.short_chunks import ShortPlans
 from octavo.kernels.triton.attention.write import rope_and_cache
 from octavo.kernels.triton.launching.tickets import make_tickets
 
@@ -197,9 +197,8 @@ def prefill() -> None:
             batch = make_batch([total], [fresh], total // BLOCK + 8)
             q = torch.randn(fresh, H, D, device="cuda").bfloat16()
             out = torch.empty_like(q)
-            bounded = replace(
-                batch, max_query_len=fresh, num_short_tokens=fresh * (fresh <= SHORT_QUERIES)
-            )
+            few = fresh * (fresh <= SHORT_QUERIES)
+            bounded = replace(batch, plan=DevicePlan(max_query_len=fresh, num_short_tokens=few))
             run = lambda: tiles_attention(q, op_of(q, layer), layer, bounded, out)
             flops = 4 * H * D * (fresh * cached + fresh * (fresh + 1) / 2)
             moved = total * K * D * 4 + 4 * q.numel()
@@ -345,16 +344,16 @@ def hopper() -> None:
             batch = batch_of(lens, query_lens, shared_blocks, num_blocks)
             most = max(query_lens)
             few = sum(query_lens) if most <= SHORT_QUERIES else 0
-            batch = replace(batch, max_query_len=most, num_short_tokens=few)
+            # The short plan is made in the graphs' warm-up: an engine plans once a step.
+            batch = replace(batch, plan=DevicePlan(max_query_len=most, num_short_tokens=few))
             q = torch.randn(sum(query_lens), H, D, device="cuda").bfloat16()
             out = torch.empty_like(q)
             pairs = sum(f * (2 * n - f + 1) / 2 for n, f in zip(lens, query_lens, strict=True))
             cases = [(q, op_of(q, layer), layer, batch, out) for layer in layers]
-            plans = ShortPlans()  # Made in the graphs' warm-up: an engine plans once a step.
             before = [partial(prefill_attention, *case) for case in cases]
             if few:
-                before = [partial(short_attention, *case, few, plans=plans) for case in cases]
-            now = [partial(tiles_attention, *case, plans=plans) for case in cases]
+                before = [partial(short_attention, *case, few) for case in cases]
+            now = [partial(tiles_attention, *case) for case in cases]
             compare(f"{model} {name}", 4 * H * D * pairs, before, now)
         print(f"host: {host_us(now[0]):.0f} us for {name}")
         for size, prefix in ((32, 32768), (8, 32768), (32, 4096)):
@@ -366,7 +365,7 @@ def compare_shared(name: str, H: int, K: int, D: int, size: int, prefix: int) ->
     num_blocks = blocks + size * 6 + 8
     layers = make_layers(num_blocks, 3, K, D, torch.bfloat16)
     batch = batch_of([total] * size, [1] * size, blocks, num_blocks)
-    batch = replace(batch, max_query_len=1, num_short_tokens=0)
+    batch = replace(batch, plan=DevicePlan(max_query_len=1, num_short_tokens=0))
     table = batch.block_table.cpu().numpy()
     tiles = tiles_of(H, K)
     plan = plan_shared_prefix(table, np.full(size, total), np.ones(size, np.int64), tiles)

@@ -29,7 +29,6 @@ from attention_cases import (
 from octavo.kernels.inputs import AttentionBatch, KVLayer
 from octavo.kernels.triton.attention.choose import SHORT_QUERIES, attention
 from octavo.kernels.triton.attention.shared import plan_shared_prefix, shared_prefix_attention
-from octavo.kernels.triton.attention.short_chunks import ShortPlans
 
 
 def check_hopper_chunks(H: int, K: int, D: int, dtype: torch.dtype) -> str:
@@ -112,7 +111,7 @@ def check_hopper_short(H: int, K: int, D: int, dtype: torch.dtype) -> str:
             there = layer, padded, torch.zeros(tokens, H, D, device="cuda", dtype=dtype)
             attention(there[2], op_of(q, layer), layer, padded)
             with torch.cuda.graph(graph):
-                found = attention(there[2], op_of(q, layer), layer, padded, plans=ShortPlans())
+                found = attention(there[2], op_of(q, layer), layer, padded)
         for name in ("query_starts", "seq_lens_S", "block_table"):
             part = getattr(padded, name)
             getattr(there[1], name)[: len(part), ...].copy_(part)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from octavo.kernels.triton.sampling.kernels import KERNELS
 from octavo.request import SamplingParams
 from octavo.runner.device_sampler import DeviceSampler
 from octavo.step import RowStart
@@ -54,7 +55,7 @@ def make_logits(num_rows: int, vocab_size: int) -> Tensor:
 
 
 def make_sampler(num_rows: int, vocab_size: int, params: SamplingParams) -> DeviceSampler:
-    sampler = DeviceSampler(vocab_size, num_rows, torch.device("cuda"))
+    sampler = DeviceSampler(vocab_size, num_rows, torch.device("cuda"), KERNELS)
     prompt = np.arange(1000, dtype=np.int32)
     for row in range(num_rows):
         sampler.start_row(

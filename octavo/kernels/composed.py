@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from octavo.kernels.activations import Activation
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer, NormInput, Routed
 from octavo.kernels.latent import ComposedLatent
 from octavo.kernels.ops import Ops
+from octavo.kernels.planning import AttentionPlanner, PlanLimits, PlannedGroup, Unplanned
 from octavo.kernels.weights import Router, SharedExpert, Weight
 
 
@@ -62,6 +64,11 @@ class Composed(ComposedLatent):
             part_TM = self.gated_mlp(x_TM, shared.gate, shared.up, shared.down, activation)
             self.add_gated(out_TM, part_TM, gate_T1)
         return out_TM
+
+    def planner(
+        self, groups: Sequence[PlannedGroup], limits: PlanLimits, device: torch.device
+    ) -> AttentionPlanner:
+        return Unplanned()
 
     def copy_blocks(self, arena: Tensor, copies: Sequence[tuple[int, int]]) -> None:
         for source, target in copies:

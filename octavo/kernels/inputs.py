@@ -64,29 +64,6 @@ class KVLayer:
         return self.planes["value"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SharedPrefix:
-    """Groups of sequences with equal leading blocks, all int32 tensors on the device."""
-
-    members: Tensor
-    """Sequence indices, group after group."""
-    group_starts: Tensor
-    """[groups + 1]: where each group's members begin."""
-    shared_tokens_S: Tensor
-    """Tokens of each sequence that its group reads for it; 0 outside groups."""
-    shared_slots_S: Tensor
-    """Partial results that those leave for each sequence."""
-    split_sizes: Tensor
-    """[groups] tokens of one partial result."""
-    piece_starts: Tensor
-    """[groups + 1] prefix sums of their pieces of work: tiles of members times partial results."""
-    num_groups: int
-    max_members: int
-    max_splits: int
-    max_tail: int
-    """Tokens of the longest private tail, or of the longest sequence outside groups."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class AttentionBatch:
     """Where one step's queries and KV lie, for one KV group. Planned once a step."""
@@ -102,19 +79,8 @@ class AttentionBatch:
     block_table: Tensor
     """int32 [S, max blocks]; column j holds tokens [j * P, (j + 1) * P). Columns wholly behind
     the window may hold 0 and are not read."""
-    max_query_len: int | None = None
-    """Bound of the query lengths that the host knows; it saves launches and changes no bit."""
-    max_seq_len: int | None = None
-    """Bound of seq_lens_S, likewise."""
-    num_short_tokens: int | None = None
-    """Sequences of few queries lie among the first so many tokens, likewise."""
-    slot_starts_S: Tensor | None = None
-    """int32 [S + 1] prefix sums of `slot_counts` (kernels/triton/attention/decode.py): where the
-    partial results of each single query lie. It saves memory and changes no bit."""
-    max_slots: int | None = None
-    """Bound of the last of slot_starts_S; goes with it. 0: nobody has a single query."""
-    prefix: SharedPrefix | None = None
-    """What single-query sequences share, where reading it once pays."""
+    plan: object | None = None
+    """What the back end has planned for it (`octavo.kernels.planning`), if anything."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from octavo.kernels.activations import Activation
@@ -27,6 +28,7 @@ from octavo.kernels.inputs import (
     NormInput,
     Routed,
 )
+from octavo.kernels.planning import AttentionPlanner, PlanLimits, PlannedGroup
 from octavo.kernels.weights import ExpertWeights, Router, SharedExpert, Weight
 
 
@@ -167,6 +169,12 @@ class Ops(Protocol):
 
         q [T, H * (nope + rope)], latent [T, rank + rope]; rows of both may be apart. Every query
         sees all tokens before it."""
+        ...
+
+    def planner(
+        self, groups: Sequence[PlannedGroup], limits: PlanLimits, device: torch.device
+    ) -> AttentionPlanner:
+        """Returns what plans the attention of steps over these KV groups, on `device`."""
         ...
 
     def copy_blocks(self, arena: Tensor, copies: Sequence[tuple[int, int]]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from octavo.errors import ConfigError
+from octavo.kernels.backend import Backend
 from octavo.kernels.limits import AttentionWants, attention_unfit
 from octavo.kernels.ops import Ops
 
@@ -40,7 +41,7 @@ def _check_attention(backend: str, needs: Needs) -> None:
         raise UnfitError(reason)
 
 
-def _triton(needs: Needs) -> Ops:
+def _triton(needs: Needs) -> Backend:
     if importlib.util.find_spec("triton") is None:
         raise UnfitError("triton is not installed (GPU builds of torch bring it)")
     import triton
@@ -49,15 +50,18 @@ def _triton(needs: Needs) -> Ops:
         raise UnfitError("it needs a GPU, or TRITON_INTERPRET=1 to be tried without one")
     _check_attention("triton", needs)
     from octavo.kernels.triton.backend import TritonOps
+    from octavo.kernels.triton.launching import building
+    from octavo.kernels.triton.sampling.kernels import KERNELS
     from octavo.kernels.triton.tuning.shapes import Shapes, read_shapes, shapes_path
 
     shapes = Shapes()
     if needs.tuned_folder is not None:
         shapes = read_shapes(shapes_path(needs.tuned_folder, needs.device))
-    return TritonOps(needs.num_threads, is_deterministic=needs.is_deterministic, shapes=shapes)
+    ops = TritonOps(needs.num_threads, is_deterministic=needs.is_deterministic, shapes=shapes)
+    return Backend(ops=ops, maps_weights=False, sampling=KERNELS, builds=building)
 
 
-def _native(needs: Needs) -> Ops:
+def _native(needs: Needs) -> Backend:
     from octavo.kernels.cpu.library import unfit_reason
     from octavo.kernels.cpu.native import NativeOps
 
@@ -65,19 +69,19 @@ def _native(needs: Needs) -> Ops:
     if reason is not None:
         raise UnfitError(reason)
     _check_attention("native", needs)
-    return NativeOps(needs.num_threads)
+    return Backend(ops=NativeOps(needs.num_threads), maps_weights=True)
 
 
-def _reference(needs: Needs) -> Ops:
+def _reference(needs: Needs) -> Backend:
     from octavo.kernels.reference import ReferenceOps
 
     if needs.device.type != "cpu":
         raise UnfitError("it computes on the CPU")
     _check_attention("reference", needs)
-    return ReferenceOps(needs.num_threads)
+    return Backend(ops=ReferenceOps(needs.num_threads), maps_weights=True)
 
 
-BACKENDS: dict[str, Callable[[Needs], Ops]] = {
+BACKENDS: dict[str, Callable[[Needs], Backend]] = {
     "native": _native,
     "reference": _reference,
     "triton": _triton,
@@ -85,8 +89,8 @@ BACKENDS: dict[str, Callable[[Needs], Ops]] = {
 """Best first; "auto" takes the first that fits."""
 
 
-def select_ops(backend: str, needs: Needs) -> Ops:
-    """Returns the ops of `backend`: "auto" or a name of BACKENDS.
+def select_backend(backend: str, needs: Needs) -> Backend:
+    """Returns `backend`: "auto" or a name of BACKENDS.
 
     The caller gives torch the threads the choice leaves it (`ops.torch_threads`). Raises
     ConfigError that lists every candidate with its reason where none fits or the named one does
@@ -102,6 +106,11 @@ def select_ops(backend: str, needs: Needs) -> Ops:
         f"of: {'; '.join(lines)}",
         field="attention_backend",
     )
+
+
+def select_ops(backend: str, needs: Needs) -> Ops:
+    """Returns the ops of `select_backend`, for those who want nothing else."""
+    return select_backend(backend, needs).ops
 
 
 def unfit_reasons(needs: Needs) -> dict[str, str | None]:

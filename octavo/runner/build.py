@@ -8,31 +8,33 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from octavo.config import EngineConfig, tuned_dir
 from octavo.device import select_device
-from octavo.kernels.registry import Needs, select_ops
+from octavo.kernels.backend import KernelBuilds, SamplingKernels
+from octavo.kernels.planning import PlanLimits, PlannedGroup
+from octavo.kernels.registry import Needs, select_backend
 from octavo.kv_cache.planner import MemoryPlan, gib
+from octavo.kv_cache.spec import KVGroup
 from octavo.kv_cache.storage import KVStorage
 from octavo.models.decoder import Decoder, load_decoder
 from octavo.models.family import Family
 from octavo.models.spec import ModelSpec
 from octavo.observe.progress import UNWATCHED, Progress
 from octavo.parallel import ALONE, Collectives
+from octavo.runner.device_runner import DeviceRunner
+from octavo.runner.device_sampler import DeviceSampler
 from octavo.runner.model_runner import ModelRunner
 from octavo.runner.sampler import Sampler
+from octavo.runner.warm_up import steps_to_build, steps_to_run
 from octavo.step import Runner
 from octavo.weights.placement import DevicePlacement, HostPlacement
 from octavo.weights.source import TensorSource
-
-if TYPE_CHECKING:  # it needs triton
-    from octavo.runner.device_runner import DeviceRunner
 
 logger = logging.getLogger(__name__)
 
@@ -67,20 +69,22 @@ def build_runner(
         is_deterministic=config.deterministic,
         tuned_folder=Path(tuned_dir()),
     )
-    ops = select_ops(config.resolved_attention_backend(), needs)
+    backend = select_backend(config.resolved_attention_backend(), needs)
+    ops = backend.ops
     torch.set_num_threads(ops.torch_threads)
     plan = planner(None)
-    is_mapped = ops.name != "triton" and size == 1
+    is_mapped = backend.maps_weights and size == 1
     placement = (
         HostPlacement(source) if is_mapped else DevicePlacement(source, needs.device, rank, size)
     )
     decoder = load_decoder(spec, family, placement, ops, plan.max_model_len, collectives)
     decoder = replace(decoder, progress=progress)
-    if ops.name == "triton":
-        from octavo.kernels.triton.launching.building import tell_builds
-
-        tell_builds(progress)
-        runner = _device_runner(config, plan, decoder, needs)
+    if backend.builds is not None:
+        backend.builds.tell_builds(progress)
+    if backend.sampling is not None:
+        runner = _device_runner(config, plan, decoder, backend.sampling, needs.device)
+        if needs.device.type == "cuda":
+            warm_up(runner, config, plan, backend.builds, needs.num_threads)
         step_bytes = -collectives.least([-runner.step_bytes])[0]
         if step_bytes > plan.activation_bytes:
             logger.warning(
@@ -103,43 +107,68 @@ def build_runner(
 
 
 def _device_runner(
-    config: EngineConfig, plan: MemoryPlan, decoder: Decoder, needs: Needs
+    config: EngineConfig,
+    plan: MemoryPlan,
+    decoder: Decoder,
+    sampling: SamplingKernels,
+    device: torch.device,
 ) -> DeviceRunner:
-    from octavo.runner.device_runner import MIN_SAVED_BYTES, DeviceRunner
-    from octavo.runner.device_sampler import DeviceSampler
-
-    device = needs.device
-    runner = DeviceRunner(
-        decoder=decoder,
-        # What a warm-up needs; the rest comes when it has shown what a step takes.
-        storage=KVStorage(plan.groups, 1, plan.block_size, device),
-        sampler=DeviceSampler(decoder.spec.vocab_size, config.max_num_seqs, device),
+    limits = PlanLimits(
         max_num_seqs=config.max_num_seqs,
         max_model_len=plan.max_model_len,
         kv_tokens=plan.num_tokens,
+    )
+    groups = planned_groups(decoder, plan.groups, plan.block_size)
+    return DeviceRunner(
+        decoder=decoder,
+        # What a warm-up needs; the rest comes when it has shown what a step takes.
+        storage=KVStorage(plan.groups, 1, plan.block_size, device),
+        sampler=DeviceSampler(decoder.spec.vocab_size, config.max_num_seqs, device, sampling),
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=plan.max_model_len,
+        planner=decoder.ops.planner(groups, limits, device),
         device=device,
         use_graphs=not config.enforce_eager,
-        min_saved_bytes=None if config.deterministic else MIN_SAVED_BYTES,
         poison_freed_blocks=config.poison_freed_blocks,
     )
-    if device.type == "cuda":
-        warm_up(runner, config, plan, needs.num_threads)
-    return runner
 
 
-def warm_up(runner: DeviceRunner, config: EngineConfig, plan: MemoryPlan, num_threads: int) -> None:
+def planned_groups(
+    decoder: Decoder, groups: Sequence[KVGroup], block_size: int
+) -> list[PlannedGroup]:
+    """Returns the KV groups as a planner of attention sees them. A group's layers are alike."""
+    found: list[PlannedGroup] = []
+    for group in groups:
+        asked = [decoder.layers[index].mixer.op for index in group.layers]
+        ((num_heads, num_kv_heads),) = {(op.num_heads, op.num_kv_heads) for op in asked}
+        found.append(
+            PlannedGroup(
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                visibility=group.spec.visibility,
+                token_bytes=len(group.layers) * group.spec.token_bytes,
+                block_size=block_size,
+            )
+        )
+    return found
+
+
+def warm_up(
+    runner: DeviceRunner,
+    config: EngineConfig,
+    plan: MemoryPlan,
+    builds: KernelBuilds | None,
+    num_threads: int,
+) -> None:
     """Has the kernels built that steps will want, side by side, and runs some steps."""
-    from octavo.kernels.triton.launching.building import building, can_build
-    from octavo.runner.warm_up import steps_to_build, steps_to_run
-
     vocab_size = runner.decoder.spec.vocab_size
     tokens = min(plan.max_num_batched_tokens, plan.max_model_len)
     sizes = config.max_num_seqs, tokens
-    if can_build():
+    if builds is not None and builds.can_build():
         began = time.perf_counter()
-        with building(min(num_threads, MAX_BUILDERS)):
+        with builds.building(min(num_threads, MAX_BUILDERS)):
             for step in steps_to_build(*sizes, plan.max_model_len, vocab_size):
-                runner.warm_up(step)
+                runner.build(step)
         logger.info("kernels are there after %.1f s", time.perf_counter() - began)
     for step in steps_to_run(*sizes, vocab_size):
         runner.warm_up(step)

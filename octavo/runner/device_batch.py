@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import numpy as np
 import torch
@@ -19,17 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo.kernels.inputs import AttentionBatch
-from octavo.kernels.triton.attention.choose import SHORT_QUERIES
-from octavo.kernels.triton.attention.decode import slot_counts
-from octavo.kernels.triton.attention.shared import SharedPrefixPlan
+from octavo.kernels.planning import StepAttention
 from octavo.runner.graphs import StepShape
 from octavo.runner.input_batch import InputBatch, StepInputs
 from octavo.runner.transfer import Transfer, pack
 from octavo.step import StepPlan, TableDelta
 
-QUERY_STARTS, SLOT_STARTS, SOURCES, SLOTS = 1, 3, 5, 7
+QUERY_STARTS, SOURCES, SLOTS = 1, 4, 6
 """Places among the arrays of a step; the slots of all KV groups come last."""
-PER_ROW = (0, 1, 2, 3)
+PER_ROW = (0, 1, 2)
 """The others have an entry for every token."""
 
 
@@ -41,10 +38,6 @@ class DeviceInputs:
     batches: tuple[AttentionBatch, ...]
     num_live: Tensor | None = None
     """int32 [1]: tokens from here on are padding."""
-
-    def bounded(self, **bounds: int | None) -> DeviceInputs:
-        """Returns the same inputs with bounds that the host knows."""
-        return replace(self, batches=tuple(replace(one, **bounds) for one in self.batches))  # type: ignore[arg-type]
 
 
 class DeviceBatch:
@@ -76,83 +69,47 @@ class DeviceBatch:
         there = self._transfer.upload(packed)
         self._tables.view(-1).index_put_((there[where].long(),), there[what])
 
-    def inputs(
-        self, plan: StepPlan, inputs: StepInputs, prefixes: Sequence[SharedPrefixPlan | None]
-    ) -> DeviceInputs:
-        """Returns the inputs of a step as they are; `prefixes` has one entry per KV group."""
-        arrays = self._arrays(plan, inputs)
-        packed, places = pack([*arrays, *_prefix_arrays(prefixes)])
-        found = self._unpack(self._transfer.upload(packed), places, prefixes)
-        few = np.flatnonzero((plan.query_lens > 1) & (plan.query_lens <= SHORT_QUERIES))
-        return found.bounded(
-            max_query_len=int(plan.query_lens.max()),
-            max_seq_len=int(inputs.seq_lens_S.max()),
-            num_short_tokens=int(inputs.query_starts[few[-1] + 1]) if len(few) else 0,
-            max_slots=int(arrays[SLOT_STARTS][-1]),
-        )
+    def inputs(self, plan: StepPlan, inputs: StepInputs, attention: StepAttention) -> DeviceInputs:
+        """Returns the inputs of a step as they are."""
+        packed, places = pack([*self._arrays(plan, inputs), *attention.arrays])
+        return self._unpack(self._transfer.upload(packed), places, attention)
 
     def fill_padded(
-        self,
-        plan: StepPlan,
-        inputs: StepInputs,
-        prefixes: Sequence[SharedPrefixPlan | None],
-        shape: StepShape,
-        max_slots: int,
-    ) -> bool:
-        """Copies a step, padded to `shape`, to where `padded_inputs` of that shape reads.
-
-        Returns False, with nothing done, if its partial results do not fit into `max_slots`.
-        """
+        self, plan: StepPlan, inputs: StepInputs, attention: StepAttention, shape: StepShape
+    ) -> None:
+        """Copies a step, padded to `shape`, to where `padded_inputs` of that shape reads;
+        `attention` is that of the padded step."""
         live, num_padded = plan.num_rows, shape.num_rows - plan.num_rows
         arrays = self._arrays(plan, inputs)
         for index, array in enumerate(arrays):
             more = num_padded if index in PER_ROW else shape.num_tokens - plan.num_tokens
             arrays[index] = _padded(array, more)
         # Padded rows have a query each while there are any, the last one has the rest.
-        ones = np.arange(num_padded + 1)
-        queries, slots = arrays[QUERY_STARTS], arrays[SLOT_STARTS]
-        queries[live:] = np.minimum(plan.num_tokens + ones, shape.num_tokens)
+        queries = arrays[QUERY_STARTS]
+        queries[live:] = np.minimum(plan.num_tokens + np.arange(num_padded + 1), shape.num_tokens)
         queries[-1] = shape.num_tokens
-        slots[live:] = slots[live] + ones
-        if slots[-1] > max_slots:
-            return False
         for array in (arrays[SOURCES], *arrays[SLOTS:]):
             array[plan.num_tokens :] = -1
-        packed, places = pack([*arrays, np.array([plan.num_tokens]), *_prefix_arrays(prefixes)])
+        num_live = np.array([plan.num_tokens], np.int32)
+        packed, places = pack([*arrays, *attention.arrays, num_live])
         if shape not in self._padded:
             there = torch.zeros(len(packed), dtype=torch.int32, device=self._device)
             self._padded[shape] = there, places
         self._padded[shape][0].copy_(self._transfer.upload(packed))
-        return True
 
-    def padded_inputs(
-        self, prefixes: Sequence[SharedPrefixPlan | None], shape: StepShape, max_slots: int
-    ) -> DeviceInputs:
-        """Returns the inputs of a step of `shape`, made of what was last filled in; of `prefixes`
+    def padded_inputs(self, attention: StepAttention, shape: StepShape) -> DeviceInputs:
+        """Returns the inputs of a step of `shape`, made of what was last filled in; of `attention`
         only the bounds matter."""
-        there, places = self._padded[shape]
-        num_arrays = SLOTS + len(self.host.tables)
-        live = places[num_arrays]
-        found = self._unpack(
-            there, [*places[:num_arrays], *places[num_arrays + 1 :]], prefixes
-        ).bounded(
-            max_query_len=1 if shape.is_decode else shape.num_tokens,
-            max_seq_len=None,
-            num_short_tokens=0 if shape.is_decode else shape.num_tokens,
-            max_slots=max_slots,
-        )
-        return replace(found, num_live=there[live])
+        there, (*places, live) = self._padded[shape]
+        return replace(self._unpack(there, places, attention), num_live=there[live])
 
     def _arrays(self, plan: StepPlan, inputs: StepInputs) -> list[NDArray]:
         sources = np.full(plan.num_tokens, -1, np.int32)
         sources[inputs.query_starts[:-1][plan.from_device]] = plan.rows[plan.from_device]
-        # Windows leave fewer partial results than no window.
-        counts = np.where(plan.query_lens == 1, slot_counts(inputs.seq_lens_S, None), 0)
         return [
             plan.rows,
             inputs.query_starts,
             inputs.seq_lens_S,
-            np.concatenate(([0], np.cumsum(counts))),
             plan.token_ids,
             sources,
             inputs.positions_T,
@@ -160,31 +117,26 @@ class DeviceBatch:
         ]
 
     def _unpack(
-        self,
-        there: Tensor,
-        places: Sequence[slice],
-        prefixes: Sequence[SharedPrefixPlan | None],
+        self, there: Tensor, places: Sequence[slice], attention: StepAttention
     ) -> DeviceInputs:
-        rows, query_starts, seq_lens, slot_starts, token_ids, sources, positions, *rest = (
+        rows, query_starts, seq_lens, token_ids, sources, positions, *rest = (
             there[place] for place in places
         )
         num_groups = len(self._tables)
-        slots, prefix_tensors = rest[:num_groups], iter(rest[num_groups:])
+        batches = [
+            AttentionBatch(
+                positions_T=positions,
+                slot_mapping_T=slots,
+                query_starts=query_starts,
+                seq_lens_S=seq_lens,
+                block_table=table.index_select(0, rows),
+            )
+            for table, slots in zip(self._tables, rest[:num_groups], strict=True)
+        ]
         sampled = self._last_sampled[sources.clamp(min=0)]
         return DeviceInputs(
             token_ids_T=torch.where(sources < 0, token_ids, sampled),
-            batches=tuple(
-                AttentionBatch(
-                    positions_T=positions,
-                    slot_mapping_T=slot,
-                    query_starts=query_starts,
-                    seq_lens_S=seq_lens,
-                    slot_starts_S=slot_starts,
-                    block_table=table.index_select(0, rows),
-                    prefix=prefix and prefix.on_device(list(islice(prefix_tensors, 6))),
-                )
-                for table, slot, prefix in zip(self._tables, slots, prefixes, strict=True)
-            ),
+            batches=attention.on_device(batches, rest[num_groups:]),
         )
 
 
@@ -193,7 +145,3 @@ def _padded(array: NDArray, more: int) -> NDArray:
     padded = np.zeros(len(array) + more, array.dtype)
     padded[: len(array)] = array
     return padded
-
-
-def _prefix_arrays(prefixes: Sequence[SharedPrefixPlan | None]) -> list[NDArray]:
-    return [array for prefix in prefixes if prefix is not None for array in prefix.arrays]

@@ -21,24 +21,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo.errors import EngineDeadError, OutOfMemoryError
-from octavo.kernels.triton.attention.decode import max_total_slots, split_slots
-from octavo.kernels.triton.attention.shared import SharedPrefixPlan
-from octavo.kernels.triton.attention.splits import Tiling, tiling
-from octavo.kernels.triton.launching.building import is_building
-from octavo.kernels.triton.launching.chip import num_processors
-from octavo.kv_cache.spec import KVGroup
+from octavo.kernels.planning import AttentionPlanner
 from octavo.kv_cache.storage import KVStorage
 from octavo.models.decoder import Decoder
-from octavo.runner.device_batch import DeviceBatch
+from octavo.runner.device_batch import DeviceBatch, DeviceInputs
 from octavo.runner.device_sampler import DeviceSampler
 from octavo.runner.fence import Fence
-from octavo.runner.graphs import StepGraphs, StepShape, decode_size, mixed_size
+from octavo.runner.graphs import StepGraphs, StepShape, padded_size
 from octavo.runner.input_batch import InputBatch, StepInputs
 from octavo.runner.model_runner import prompt_logprobs_of
-from octavo.runner.shared_prefix import MIN_SAVED_BYTES, PrefixPlanner
 from octavo.runner.split import split_plan
 from octavo.runner.transfer import Download, make_transfer
-from octavo.step import MAX_PADDED_TOKENS, StepPlan, StepResult, TokenLogprobs, Words
+from octavo.step import StepPlan, StepResult, TokenLogprobs, Words
 
 logger = logging.getLogger(__name__)
 
@@ -90,29 +84,17 @@ class DeviceRunner:
         sampler: DeviceSampler,
         max_num_seqs: int,
         max_model_len: int,
-        kv_tokens: int,
+        planner: AttentionPlanner,
         device: torch.device,
         use_graphs: bool,
-        min_saved_bytes: int | None = MIN_SAVED_BYTES,
         poison_freed_blocks: bool = False,
     ) -> None:
-        """`kv_tokens`: what the KV cache will hold at once, which bounds the partial results of
-        attention. `min_saved_bytes`: reads that sharing prefixes in attention must save in a step
-        to be used; None: never, so that no bit depends on who else is in the batch."""
         self.decoder = decoder
         self.storage = storage
         self._sampler = sampler
-        self._prefixes = PrefixPlanner(
-            storage.groups,
-            [_tiling(decoder, group, device) for group in storage.groups],
-            block_size=storage.block_size,
-            min_saved_bytes=min_saved_bytes,
-            max_slots=max_num_seqs * split_slots(max_model_len),
-        )
+        self._planner = planner
         self._poison_freed_blocks = poison_freed_blocks
         self._device = device
-        self._max_model_len = max_model_len
-        self._kv_tokens = kv_tokens
         self._transfer = make_transfer(device)
         host = InputBatch(
             max_num_seqs=max_num_seqs,
@@ -203,6 +185,19 @@ class DeviceRunner:
         afterwards.
         """
         before = _allocated(self._device)
+        self._rehearse(plan)
+        self.step_bytes = max(self.step_bytes, _peak(self._device) - before)
+
+    def build(self, plan: StepPlan) -> None:
+        """Launches such a step where launches build kernels and run none (`KernelBuilds`): no
+        graph meets it, since a capture wants kernels that have been loaded."""
+        graphs, self._graphs = self._graphs, StepGraphs(is_on=False)
+        try:
+            self._rehearse(plan)
+        finally:
+            self._graphs = graphs
+
+    def _rehearse(self, plan: StepPlan) -> None:
         self.collect(self.launch(plan))
         with self._transfer.step():
             for row in plan.rows.tolist():
@@ -210,8 +205,6 @@ class DeviceRunner:
                 self._sampler.free_row(row)
             self._counts_LE.zero_()
         self._reported_LE = np.zeros_like(self._reported_LE)
-        if not is_building():
-            self.step_bytes = max(self.step_bytes, _peak(self._device) - before)
 
     def _update_rows(self, plan: StepPlan) -> None:
         for row in plan.freed_rows:
@@ -219,8 +212,6 @@ class DeviceRunner:
             self._sampler.free_row(row)
         if self._poison_freed_blocks:
             self.storage.poison(plan.freed_pages)
-        if plan.row_starts:
-            self._prefixes.forget()
         for start in plan.row_starts:
             self._batch.host.start(start)
             self._sampler.start_row(start)
@@ -295,48 +286,22 @@ class DeviceRunner:
 
     def _forward(self, plan: StepPlan, inputs: StepInputs) -> Tensor:
         """Returns the hidden states of the plan's tokens; rows beyond them are padding."""
-        prefixes = self._prefixes.plan(
-            self._batch.host.tables, plan.rows, inputs.seq_lens_S, plan.query_lens
-        )
-        found = self._padded(plan, prefixes)
-        if found is not None:
-            shape, padded = found
-            max_slots = max_total_slots(shape.num_rows, self._max_model_len, self._kv_tokens)
-            if all(padded):
-                max_slots = 1 << 30  # the shared path keeps its own room
-            if self._batch.fill_padded(plan, inputs, padded, shape, max_slots):
-                body = lambda: self._forward_padded(padded, shape, max_slots)
-                return body() if is_building() else self._graphs.run(shape, body)
-        device_inputs = self._batch.inputs(plan, inputs, prefixes)
-        return self.decoder.forward(
-            device_inputs.token_ids_T, device_inputs.batches, self.storage, self._counts_LE
-        )
-
-    def _padded(
-        self, plan: StepPlan, prefixes: Sequence[SharedPrefixPlan | None]
-    ) -> tuple[StepShape, list[SharedPrefixPlan | None]] | None:
-        """Returns what a small step is padded to, and its prefixes; large ones keep the device busy
-        by themselves."""
-        num_rows, num_tokens = plan.num_rows, plan.num_tokens
-        is_decode = num_rows == num_tokens
-        if is_decode:
-            rows = tokens = decode_size(num_rows)
-        elif num_tokens <= MAX_PADDED_TOKENS:
-            tokens = mixed_size(num_tokens)
-            rows = mixed_size(num_rows + 1)  # one at least to own the padding
-        else:
-            return None
-        padded = [prefix and prefix.padded(rows) for prefix in prefixes]
-        bounds = tuple(prefix and prefix.bounds for prefix in padded)
+        attention = self._planner.plan(self._batch.host.step_rows(plan, inputs))
+        size = padded_size(plan)
+        padded = size and attention.padded(*size)
+        if size is None or padded is None:
+            return self._run(self._batch.inputs(plan, inputs, attention))
+        rows, tokens = size
         shape = StepShape(
-            num_rows=rows, num_tokens=tokens, is_decode=is_decode, prefix_bounds=bounds
+            num_rows=rows,
+            num_tokens=tokens,
+            is_decode=plan.num_rows == plan.num_tokens,
+            bounds=padded.bounds,
         )
-        return shape, padded
+        self._batch.fill_padded(plan, inputs, padded, shape)
+        return self._graphs.run(shape, lambda: self._run(self._batch.padded_inputs(padded, shape)))
 
-    def _forward_padded(
-        self, prefixes: Sequence[SharedPrefixPlan | None], shape: StepShape, max_slots: int
-    ) -> Tensor:
-        inputs = self._batch.padded_inputs(prefixes, shape, max_slots)
+    def _run(self, inputs: DeviceInputs) -> Tensor:
         return self.decoder.forward(
             inputs.token_ids_T, inputs.batches, self.storage, self._counts_LE, inputs.num_live
         )
@@ -412,10 +377,3 @@ def _allocated(device: torch.device) -> int:
 
 def _peak(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-
-
-def _tiling(decoder: Decoder, group: KVGroup, device: torch.device) -> Tiling:
-    """Returns how attention cuts queries in a group's layers, which are alike in heads."""
-    layers = [decoder.layers[index].mixer.op for index in group.layers]
-    (heads,) = {(layer.num_heads, layer.num_kv_heads) for layer in layers}
-    return tiling(*heads, num_processors(device))

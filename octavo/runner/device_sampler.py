@@ -19,11 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from octavo.kernels.triton.sampling.draw import choose
-from octavo.kernels.triton.sampling.params import ROW_PARAMS
-from octavo.kernels.triton.sampling.penalties import penalise
-from octavo.kernels.triton.sampling.restrict import bias_logits, mask_logits
-from octavo.kernels.triton.sampling.thresholds import find_thresholds
+from octavo.kernels.backend import SamplingKernels
 from octavo.request import SamplingParams
 from octavo.runner.limits import RowLimits, both
 from octavo.runner.sampler import SampledTokens, check_shape, token_logprobs
@@ -40,7 +36,10 @@ class DeviceSampler:
     after it: rows may be started while earlier steps still run.
     """
 
-    def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device) -> None:
+    def __init__(
+        self, vocab_size: int, max_num_seqs: int, device: torch.device, kernels: SamplingKernels
+    ) -> None:
+        self._kernels = kernels
         self.last_sampled = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
         """int32 [max_num_seqs] on the device: each row's last token, 0 where it was broken."""
         self._vocab_size = vocab_size
@@ -48,7 +47,7 @@ class DeviceSampler:
         self._limits: list[RowLimits | None] = [None] * max_num_seqs
         self._is_limited = np.zeros(max_num_seqs, dtype=np.bool_)
         self._num_logprobs = np.full(max_num_seqs, -1)
-        self._free_params = _row_params(SamplingParams(temperature=0.0), vocab_size)
+        self._free_params = self._row_params(SamplingParams(temperature=0.0))
         self._params = np.full(max_num_seqs, self._free_params)
         self._device_params: Tensor | None = None
         """None when rows have changed."""
@@ -63,7 +62,7 @@ class DeviceSampler:
         self._is_limited[row] = self._limits[row] is not None
         if params.logprobs is not None:
             self._num_logprobs[row] = params.logprobs
-        fields = _row_params(params, self._vocab_size)
+        fields = self._row_params(params)
         fields["seed"] = start.seed & (2**64 - 1)
         if params.has_penalties:
             fields["slot"] = self._penalties.start(start)
@@ -122,10 +121,10 @@ class DeviceSampler:
         thresholds_S2 = batch_S2
         params, counts = self._params[rows], self._penalties.counts
         if (params["slot"] >= 0).any():
-            penalise(logits_SV, batch_S2, self._device_params, counts)
+            self._kernels.penalise(logits_SV, batch_S2, self._device_params, counts)
         if ((params["min_p"] > 0) | (params["top_k"] > 0) | (params["top_p"] < 1)).any():
-            thresholds_S2 = find_thresholds(logits_SV, batch_S2, self._device_params)
-        return choose(
+            thresholds_S2 = self._kernels.find_thresholds(logits_SV, batch_S2, self._device_params)
+        return self._kernels.choose(
             logits_SV, batch_S2, self._device_params, thresholds_S2, self.last_sampled, counts
         )
 
@@ -154,7 +153,7 @@ class DeviceSampler:
             parts = [np.array(list(words), np.int32), np.concatenate(list(words.values()))]
             packed, (at, bits) = pack([parts[0], parts[1].view(np.int32)])
             there = upload(packed)
-            mask_logits(logits_SV, there[at], there[bits].view(len(words), -1))
+            self._kernels.mask_logits(logits_SV, there[at], there[bits].view(len(words), -1))
         if biased:
             lengths = [len(limits.bias_ids) for _, limits in biased]
             places = np.repeat(np.array([place for place, _ in biased], np.int32), lengths)
@@ -162,7 +161,20 @@ class DeviceSampler:
             values = np.concatenate([limits.bias for _, limits in biased])
             packed, parts = pack([places, ids, values.view(np.int32)])
             there = upload(packed)
-            bias_logits(logits_SV, *(there[part] for part in parts))
+            self._kernels.bias_logits(logits_SV, *(there[part] for part in parts))
+
+    def _row_params(self, params: SamplingParams) -> NDArray[Any]:
+        """Returns what the kernels know of a row, without seed and slot; a greedy one has no
+        filters."""
+        row = np.zeros((), dtype=self._kernels.row_params)
+        row["top_p"], row["slot"] = 1, -1
+        row["repetition"] = params.repetition_penalty
+        row["frequency"], row["presence"] = params.frequency_penalty, params.presence_penalty
+        if not params.is_greedy:
+            row["inv_temperature"] = 1 / params.temperature
+            row["min_p"], row["top_p"] = params.min_p, params.top_p
+            row["top_k"] = params.top_k if params.top_k < self._vocab_size else 0
+        return row
 
     def _report(
         self, raw_NV: Tensor, reported: NDArray[np.int64], rows: Int32, token_ids: Tensor
@@ -214,19 +226,6 @@ class _PenaltyTable:
         self.counts = old.new_zeros((size, old.shape[1]))
         self.counts[: len(old)] = old
         self._free.extend(range(len(old), size))
-
-
-def _row_params(params: SamplingParams, vocab_size: int) -> NDArray[Any]:
-    """Returns one ROW_PARAMS, without seed and slot; a greedy row has no filters."""
-    row = np.zeros((), dtype=ROW_PARAMS)
-    row["top_p"], row["slot"] = 1, -1
-    row["repetition"] = params.repetition_penalty
-    row["frequency"], row["presence"] = params.frequency_penalty, params.presence_penalty
-    if not params.is_greedy:
-        row["inv_temperature"] = 1 / params.temperature
-        row["min_p"], row["top_p"] = params.min_p, params.top_p
-        row["top_k"] = params.top_k if params.top_k < vocab_size else 0
-    return row
 
 
 def _to_device(values: NDArray[Any], device: torch.device) -> Tensor:

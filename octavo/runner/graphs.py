@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from octavo.step import MAX_PADDED_TOKENS, StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +36,12 @@ class StepShape:
     num_tokens: int
     is_decode: bool
     """Every row computes one token."""
-    prefix_bounds: tuple[tuple[int, ...] | None, ...]
-    """Of what rows share, by KV group."""
+    bounds: Hashable
+    """Of the plan of its attention."""
 
     @property
     def is_plain(self) -> bool:
-        return self.is_decode and not any(self.prefix_bounds)
+        return self.is_decode and self.bounds is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,18 @@ class StepGraphs:
             raise
         graph.capture_end()
         return _Captured(graph, output)
+
+
+def padded_size(plan: StepPlan) -> tuple[int, int] | None:
+    """Returns the rows and tokens that a small step is padded to; None for a large one, which keeps
+    the device busy by itself."""
+    if plan.num_rows == plan.num_tokens:
+        size = decode_size(plan.num_rows)
+        return size, size
+    if plan.num_tokens > MAX_PADDED_TOKENS:
+        return None
+    # One row at least to own the padding.
+    return mixed_size(plan.num_rows + 1), mixed_size(plan.num_tokens)
 
 
 def decode_size(num_rows: int) -> int:

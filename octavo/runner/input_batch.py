@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.inputs import AttentionBatch
+from octavo.kernels.planning import StepRows
 from octavo.step import Int32, RowStart, StepPlan, TableDelta
 
 
@@ -59,6 +60,8 @@ class InputBatch:
         max_blocks = -(-max_model_len // block_size)
         self.tables = np.zeros((num_groups, max_num_seqs, max_blocks), np.int32)
         """Block tables [groups, rows, columns]."""
+        self.num_started = 0
+        """Sequences that have been given a row so far."""
         self._starts: list[RowStart | None] = [None] * max_num_seqs
         self._prompt_lens = np.zeros(max_num_seqs, np.int32)
         self._wants_prompt = np.zeros(max_num_seqs, np.bool_)
@@ -71,6 +74,7 @@ class InputBatch:
 
     def start(self, start: RowStart) -> None:
         """Gives the row to a sequence, whatever it held."""
+        self.num_started += 1
         self._starts[start.row] = start
         self._prompt_lens[start.row] = start.prompt_len
         self._wants_prompt[start.row] = start.params.prompt_logprobs is not None
@@ -107,6 +111,17 @@ class InputBatch:
             last_tokens=query_starts[1:][plan.samples] - 1,
             output_indices=seq_lens[plan.samples] - self._prompt_lens[sampling_rows],
             prompt_targets=self._prompt_targets(plan, query_starts),
+        )
+
+    def step_rows(self, plan: StepPlan, inputs: StepInputs) -> StepRows:
+        """Returns what the attention of a step is planned from."""
+        return StepRows(
+            rows=plan.rows,
+            query_lens=plan.query_lens,
+            query_starts=inputs.query_starts,
+            seq_lens=inputs.seq_lens_S,
+            tables=tuple(self.tables),
+            num_started=self.num_started,
         )
 
     def token_ids(self, plan: StepPlan, inputs: StepInputs) -> Tensor:

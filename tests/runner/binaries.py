@@ -22,15 +22,18 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from octavo.kernels.triton.launching import chip
+from octavo.kernels.triton.launching import building, chip
 
 chip.is_hopper = lambda device: True  # before the kernels' modules ask it
 
 from octavo.cli.bench.shapes import MODELS  # noqa: E402
 from octavo.config import EngineConfig  # noqa: E402
 from octavo.formats import kv_format  # noqa: E402
+from octavo.kernels.planning import PlanLimits  # noqa: E402
 from octavo.kernels.triton.attention.hopper import kernel as attention_hopper  # noqa: E402
+from octavo.kernels.triton.attention.plan import StepPlanner  # noqa: E402
 from octavo.kernels.triton.backend import TritonOps  # noqa: E402
+from octavo.kernels.triton.sampling.kernels import KERNELS  # noqa: E402
 from octavo.kv_cache.spec import group_layers  # noqa: E402
 from octavo.kv_cache.storage import KVStorage  # noqa: E402
 from octavo.models.decoder import load_decoder  # noqa: E402
@@ -105,16 +108,19 @@ def make_runner(shape: str) -> DeviceRunner:
     spec, family = read_spec(dict(MODELS[shape].config) | SMALLER)
     source = DummySource(weight_shapes(spec, family), "bfloat16", 0)
     ops = TritonOps(1, is_deterministic=False)
+    decoder = load_decoder(spec, family, DevicePlacement(source, CPU), ops, MAX_LEN)
+    groups = group_layers(spec.kv_specs(kv_format("bfloat16")))
+    limits = PlanLimits(max_num_seqs=MAX_SEQS, max_model_len=MAX_LEN, kv_tokens=16 * NUM_BLOCKS)
+    planned = build.planned_groups(decoder, groups, 16)
     return DeviceRunner(
-        decoder=load_decoder(spec, family, DevicePlacement(source, CPU), ops, MAX_LEN),
-        storage=KVStorage(group_layers(spec.kv_specs(kv_format("bfloat16"))), NUM_BLOCKS, 16, CPU),
-        sampler=DeviceSampler(spec.vocab_size, MAX_SEQS, CPU),
+        decoder=decoder,
+        storage=KVStorage(groups, NUM_BLOCKS, 16, CPU),
+        sampler=DeviceSampler(spec.vocab_size, MAX_SEQS, CPU, KERNELS),
         max_num_seqs=MAX_SEQS,
         max_model_len=MAX_LEN,
-        kv_tokens=16 * NUM_BLOCKS,
+        planner=StepPlanner(planned, limits, chip.num_processors(CPU), min_saved_bytes=1),
         device=CPU,
         use_graphs=False,
-        min_saved_bytes=1,
     )
 
 
@@ -243,7 +249,7 @@ def main(shape: str, *, is_built: bool) -> None:
     runner = make_runner(shape)
     config = EngineConfig(model="none", max_num_seqs=MAX_SEQS).resolve()
     plan: Any = SimpleNamespace(max_num_batched_tokens=MAX_TOKENS, max_model_len=MAX_LEN)
-    build.warm_up(runner, config, plan, 2)
+    build.warm_up(runner, config, plan, building, 2)
     if is_built:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda asked: compile_for_hopper(*asked), log.asked))

@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo.kernels.planning import PlanLimits
 from octavo.kv_cache.storage import KVStorage
 from octavo.models.decoder import Decoder
+from octavo.runner.build import planned_groups
 from octavo.runner.input_batch import StepInputs
 from octavo.step import StepPlan, StepResult
 from tests.kernels.triton.interpreter import DEVICE
 from tests.runner.driver import Driver
 
+from octavo.kernels.triton.sampling.kernels import KERNELS  # isort: skip
 from octavo.runner.device_runner import DeviceRunner  # isort: skip
 from octavo.runner.device_sampler import DeviceSampler  # isort: skip
 
@@ -56,13 +59,20 @@ class DeviceDriver(Driver):
     def make_runner(
         self, decoder: Decoder, storage: KVStorage, max_num_seqs: int, max_model_len: int
     ) -> RecordingDeviceRunner:
-        return RecordingDeviceRunner(
-            decoder=decoder,
-            storage=storage,
-            sampler=self.make_sampler(decoder.spec.vocab_size, max_num_seqs, self.device),
+        limits = PlanLimits(
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             kv_tokens=storage.num_chunks * storage.block_size,
+        )
+        groups = planned_groups(decoder, storage.groups, storage.block_size)
+        sampler = self.make_sampler(decoder.spec.vocab_size, max_num_seqs, self.device, KERNELS)
+        return RecordingDeviceRunner(
+            decoder=decoder,
+            storage=storage,
+            sampler=sampler,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            planner=decoder.ops.planner(groups, limits, self.device),
             device=self.device,
             use_graphs=self.use_graphs,
             poison_freed_blocks=True,

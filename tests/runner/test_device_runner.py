@@ -16,6 +16,7 @@ from torch import Tensor
 from octavo.errors import EngineDeadError, OctavoError, OutOfMemoryError
 from octavo.formats import KVFormat
 from octavo.kernels.inputs import AttentionBatch
+from octavo.kernels.planning import AttentionPlanner, PlanLimits, PlannedGroup
 from octavo.kv_cache.spec import KVSpec, attention_kv
 from octavo.kv_cache.storage import KVStorage
 from octavo.parallel import ALONE
@@ -24,6 +25,7 @@ from octavo.step import Int32, RowStart, StepPlan, TokenLogprobs
 from tests.runner.device_driver import DeviceDriver
 from tests.runner.driver import GREEDY, Tracked
 
+from octavo.kernels.triton.attention.plan import StepPlanner  # isort: skip
 from octavo.runner import device_runner  # isort: skip
 from octavo.runner.device_runner import COUNTS_PERIOD  # isort: skip
 from octavo.runner.graphs import StepGraphs, decode_size, mixed_size  # isort: skip
@@ -72,6 +74,11 @@ class FakeDecoder:
         for source, target in copies:
             arena[target] = arena[source]
 
+    def planner(
+        self, groups: Sequence[PlannedGroup], limits: PlanLimits, device: torch.device
+    ) -> AttentionPlanner:
+        return StepPlanner(groups, limits, 132)
+
     def forward(
         self,
         token_ids_T: Tensor,
@@ -117,7 +124,9 @@ class FakeDecoder:
 class GreedySampler:
     """DeviceSampler's face; takes the most likely token."""
 
-    def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device) -> None:
+    def __init__(
+        self, vocab_size: int, max_num_seqs: int, device: torch.device, kernels: object
+    ) -> None:
         self.last_sampled = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
         self.started: dict[int, RowStart] = {}
 
@@ -367,14 +376,20 @@ def test_a_step_that_only_builds_its_kernels_is_not_met_by_graphs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Else the first step that runs would be captured, before its kernels were ever loaded."""
-    met = StepGraphs.run
-    monkeypatch.setattr(StepGraphs, "run", lambda *_: pytest.fail("a graph was asked for"))
-    monkeypatch.setattr(device_runner, "is_building", lambda: True)
+    met: list[StepGraphs] = []
+    run = StepGraphs.run
+
+    def meet(self: StepGraphs, *arguments: Any) -> Tensor:
+        met.append(self)
+        return run(self, *arguments)
+
+    monkeypatch.setattr(StepGraphs, "run", meet)
     with FakeDriver() as driver:
-        driver.runner.warm_up(make_step(5, 1, VOCAB))
+        driver.runner.build(make_step(5, 1, VOCAB))
         assert driver.runner.step_bytes == 0
-        monkeypatch.setattr(device_runner, "is_building", lambda: False)
-        monkeypatch.setattr(StepGraphs, "run", met)
+        driver.runner.warm_up(make_step(5, 1, VOCAB))
+        built, warmed = met
+        assert built is not warmed
         sequence = driver.add(prompt(20))
         driver.step([(sequence, 20)])
         driver.decode([sequence], 3)

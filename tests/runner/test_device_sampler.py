@@ -17,13 +17,14 @@ from octavo.step import NO_TOKEN, Int32, RowStart
 from tests.kernels.triton.interpreter import DEVICE
 from tests.runner.odd_sampling import OddRow, check_odd_rows, odd_rows
 
+from octavo.kernels.triton.sampling.kernels import KERNELS  # isort: skip
 from octavo.runner.device_sampler import DeviceSampler  # isort: skip
 
 V = 300
 
 
 def make(max_num_seqs: int, size: int = V) -> DeviceSampler:
-    return DeviceSampler(size, max_num_seqs, torch.device(DEVICE))
+    return DeviceSampler(size, max_num_seqs, torch.device(DEVICE), KERNELS)
 
 
 def logits_of(seed: int, rows: int = 1, size: int = V) -> Tensor:

@@ -53,7 +53,7 @@ def shape(num_rows: int, num_tokens: int | None = None) -> StepShape:
         num_rows=num_rows,
         num_tokens=num_tokens or num_rows,
         is_decode=num_tokens is None,
-        prefix_bounds=(None,),
+        bounds=None,
     )
 
 

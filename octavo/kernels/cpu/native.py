@@ -25,13 +25,13 @@ from octavo.kernels.cpu.structs import (
     RouteStruct,
     activation_struct,
     address_of,
+    attention_op_struct,
     batch_struct,
     bias_addresses,
     expert_structs,
     kv_layer_struct,
     matrix_structs,
     qk_norm_struct,
-    attention_op_struct,
     rope_struct,
 )
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer

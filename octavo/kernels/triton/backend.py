@@ -22,16 +22,19 @@ from octavo.kernels.inputs import (
     NormInput,
     Routed,
 )
+from octavo.kernels.planning import AttentionPlanner, PlanLimits, PlannedGroup
 from octavo.kernels.triton.attention.choose import attention
 from octavo.kernels.triton.attention.decode import decode_attention, seq_len_bound
+from octavo.kernels.triton.attention.device_plan import plan_of
+from octavo.kernels.triton.attention.plan import MIN_SAVED_BYTES, StepPlanner
 from octavo.kernels.triton.attention.shared import shared_prefix_attention
-from octavo.kernels.triton.attention.short_chunks import ShortPlans
 from octavo.kernels.triton.attention.write import rope_and_cache
 from octavo.kernels.triton.experts import route as routes
 from octavo.kernels.triton.experts.choose import run_experts
 from octavo.kernels.triton.experts.route_by_rule import route_by_rule
 from octavo.kernels.triton.experts.stacks import StackedExperts, stacked_experts
 from octavo.kernels.triton.latent.choose import latent_attention, latent_views
+from octavo.kernels.triton.launching.chip import num_processors
 from octavo.kernels.triton.launching.tickets import make_tickets
 from octavo.kernels.triton.product.choose import multiply
 from octavo.kernels.triton.product.matrices import merged_matrices, numbers_of
@@ -60,7 +63,6 @@ class TritonOps(Composed):
         self._is_deterministic = is_deterministic
         self._shapes = shapes or Shapes()
         self._tickets: Tensor | None = None
-        self._short_plans = ShortPlans()
         self._matrices: dict[tuple[Weight, ...], list[Tensor]] = {}
         """What `merged_matrices` made of weights that were multiplied side by side."""
         self._stacks: weakref.WeakKeyDictionary[ExpertWeights, StackedExperts] = (
@@ -209,26 +211,23 @@ class TritonOps(Composed):
     def attention(
         self, q_THD: Tensor, op: AttentionOp, layer: KVLayer, batch: AttentionBatch
     ) -> Tensor:
-        tickets, plans = self._tickets_on(q_THD.device), self._short_plans
-        if batch.prefix is not None and not self._is_deterministic:
-            return shared_prefix_attention(q_THD, op, layer, batch, batch.prefix, tickets, plans)
+        tickets, prefix = self._tickets_on(q_THD.device), plan_of(batch).prefix
+        if prefix is not None and not self._is_deterministic:
+            return shared_prefix_attention(q_THD, op, layer, batch, prefix, tickets)
         return attention(
-            *(q_THD, op, layer, batch),
-            is_deterministic=self._is_deterministic,
-            tickets=tickets,
-            plans=plans,
+            *(q_THD, op, layer, batch), is_deterministic=self._is_deterministic, tickets=tickets
         )
 
     def rope_attention(
         self, qkv_TN: Tensor, op: AttentionOp, layer: KVLayer, batch: AttentionBatch
     ) -> Tensor:
-        num_tokens = len(qkv_TN)
-        is_decode = num_tokens == len(batch.seq_lens_S) and 1 in (num_tokens, batch.max_query_len)
+        num_tokens, plan = len(qkv_TN), plan_of(batch)
+        is_decode = num_tokens == len(batch.seq_lens_S) and 1 in (num_tokens, plan.max_query_len)
         if (
             not is_decode
             or self._is_deterministic
             or not (op.qk_norm is None or op.qk_norm.per_head)
-            or batch.prefix is not None
+            or plan.prefix is not None
         ):
             return super().rope_attention(qkv_TN, op, layer, batch)
         out = qkv_TN.new_empty((num_tokens, op.num_heads, op.head_size))
@@ -250,8 +249,14 @@ class TritonOps(Composed):
             *(q_TN, latent_TC, op, layer, batch),
             is_deterministic=self._is_deterministic,
             tickets=self._tickets_on(q_TN.device),
-            plans=self._short_plans,
         )
+
+    def planner(
+        self, groups: Sequence[PlannedGroup], limits: PlanLimits, device: torch.device
+    ) -> AttentionPlanner:
+        # Who shares a prefix in attention decides on bits.
+        least = None if self._is_deterministic else MIN_SAVED_BYTES
+        return StepPlanner(groups, limits, num_processors(device), min_saved_bytes=least)
 
     def _tickets_on(self, device: torch.device) -> Tensor:
         if self._tickets is None:

@@ -30,6 +30,7 @@ from tests.kernels.triton.cases import (
 )
 from tests.kernels.triton.interpreter import DEVICE
 
+from octavo.kernels.triton.attention.device_plan import DevicePlan  # isort: skip
 from octavo.kernels.triton.product import norm_matvec  # isort: skip
 from octavo.kernels.triton.product.shapes import RowsShape  # isort: skip
 
@@ -178,7 +179,7 @@ def padded_rows(batch: AttentionBatch, lengths: list[int]) -> AttentionBatch:
         positions_T=positions,
         slot_mapping_T=slots,
         query_starts=torch.arange(len(lengths) + 1, dtype=torch.int32, device=DEVICE),
-        max_query_len=1,
+        plan=DevicePlan(max_query_len=1),
     )
 
 

@@ -20,9 +20,10 @@ from torch import Tensor
 from octavo.kernels.facts import DETERMINISTIC_TOKENS, SHORT_SPLITS, SHORT_TOKENS
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
 from octavo.kernels.triton.attention.decode import decode_attention, seq_len_bound
+from octavo.kernels.triton.attention.device_plan import plan_of
 from octavo.kernels.triton.attention.partials import make_partials
 from octavo.kernels.triton.attention.scores import scores_of
-from octavo.kernels.triton.attention.short_chunks import Limits, ShortPlans, merge_short_chunks
+from octavo.kernels.triton.attention.short_chunks import Limits, merge_short_chunks, short_plan_of
 from octavo.kernels.triton.attention.splits import tiling
 from octavo.kernels.triton.attention.tiles import attend_in_tiles
 from octavo.kernels.triton.launching.chip import KNOWN_TRITON, num_processors
@@ -87,14 +88,13 @@ def short_attention(
     num_tokens: int,
     *,
     is_hopper: bool = False,
-    plans: ShortPlans | None = None,
 ) -> None:
     """Writes the rows of `out` whose sequences have 2 to SHORT_QUERIES queries among the first
-    `num_tokens`. `plans` remembers what the batch's other layers have planned."""
+    `num_tokens`."""
     limit = min(num_tokens, len(q_THD))
     partials = make_partials(q_THD[: min(SHORT_TOKENS, limit)], SHORT_SPLITS)
     tiles = tiling(q_THD.shape[1], layer.key.shape[2], num_processors(q_THD.device))
-    plan = (plans or ShortPlans()).of(batch, tiles, op.visibility, short_limits(limit))
+    plan = short_plan_of(batch, tiles, op.visibility, short_limits(limit))
     if is_hopper:
         hopper.short_chunks(q_THD, op, layer, batch, out, partials, plan, limit)
     else:
@@ -111,18 +111,17 @@ def attention(
     *,
     is_deterministic: bool = False,
     tickets: Tensor | None = None,
-    plans: ShortPlans | None = None,
 ) -> Tensor:
     """Returns [T, H * D] in the dtype of q; see `Ops.attention`.
 
     A sequence of length 0 with one query (padding of a captured graph) gets zeros.
     """
     out = torch.empty_like(q_THD)
-    bound = seq_len_bound(layer, batch)
-    if is_deterministic and batch.max_query_len != 1:
+    bound, plan = seq_len_bound(layer, batch), plan_of(batch)
+    if is_deterministic and plan.max_query_len != 1:
         _every_row_as_decode(q_THD, op, layer, batch, out, bound, tickets)
         return out.flatten(1)
-    if batch.max_slots != 0:
+    if plan.max_slots != 0:
         decode_attention(
             q_THD,
             op,
@@ -133,7 +132,7 @@ def attention(
             tickets=tickets,
             is_invariant=is_deterministic,
         )
-    tiles_attention(q_THD, op, layer, batch, out, plans=plans)
+    tiles_attention(q_THD, op, layer, batch, out)
     return out.flatten(1)
 
 
@@ -143,16 +142,14 @@ def tiles_attention(
     layer: KVLayer,
     batch: AttentionBatch,
     out: Tensor,
-    *,
-    plans: ShortPlans | None = None,
 ) -> None:
     """Writes the rows of `out` whose sequences have more than one query."""
-    num_tokens = len(q_THD)
-    longest = num_tokens if batch.max_query_len is None else batch.max_query_len
-    short = num_tokens if batch.num_short_tokens is None else batch.num_short_tokens
+    num_tokens, plan = len(q_THD), plan_of(batch)
+    longest = num_tokens if plan.max_query_len is None else plan.max_query_len
+    short = num_tokens if plan.num_short_tokens is None else plan.num_short_tokens
     is_hopper = fits_hopper(q_THD, op, layer)
     if longest > 1 and short > 1:
-        short_attention(q_THD, op, layer, batch, out, short, is_hopper=is_hopper, plans=plans)
+        short_attention(q_THD, op, layer, batch, out, short, is_hopper=is_hopper)
     if longest <= SHORT_QUERIES:
         return
     if is_hopper:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from octavo.kernels.facts import LARGEST_SPLIT, SPLIT_CLASSES, split_slots
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
+from octavo.kernels.triton.attention.device_plan import plan_of
 from octavo.kernels.triton.attention.partials import (
     Partials,
     make_partials,
@@ -276,7 +277,8 @@ def check_query(q_THD: Tensor, layer: KVLayer, batch: AttentionBatch) -> int:
 def seq_len_bound(layer: KVLayer, batch: AttentionBatch) -> int:
     """Returns what no length of the batch exceeds."""
     capacity = batch.block_table.shape[1] * layer.key.shape[1]
-    return capacity if batch.max_seq_len is None else min(batch.max_seq_len, capacity)
+    bound = plan_of(batch).max_seq_len
+    return capacity if bound is None else min(bound, capacity)
 
 
 def decode_attention(
@@ -315,7 +317,8 @@ def decode_attention(
     slots = split_slots(most_visible(op.visibility, max_seq_len))
     scores = scores_of(op, unused)
     if partials is None:
-        partials = make_partials(out, slots, batch.slot_starts_S, batch.max_slots)
+        plan = plan_of(batch)
+        partials = make_partials(out, slots, plan.slot_starts_S, plan.max_slots)
     if tickets is None:
         tickets = make_tickets(q_THD.device)
     assert rows * num_kv_heads <= len(tickets), (rows, num_kv_heads)

@@ -18,12 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.facts import split_slots
-from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer, SharedPrefix
+from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
 from octavo.kernels.triton.attention.choose import fits_hopper, hopper, tiles_attention
 from octavo.kernels.triton.attention.decode import check_query, compute_dtype, decode_attention
+from octavo.kernels.triton.attention.device_plan import SharedPrefix
 from octavo.kernels.triton.attention.partials import Partials, make_partials
 from octavo.kernels.triton.attention.scores import scores_of
-from octavo.kernels.triton.attention.short_chunks import ShortPlans
 from octavo.kernels.triton.attention.splits import SPLIT_STEP, Tiling, split_size
 from octavo.kernels.triton.attention.tiles import attend_range, value_delta
 from octavo.kernels.triton.launching.chip import cdiv, next_power_of_2
@@ -302,7 +302,6 @@ def shared_prefix_attention(
     batch: AttentionBatch,
     plan: SharedPrefix,
     tickets: Tensor | None = None,
-    plans: ShortPlans | None = None,
 ) -> Tensor:
     """Returns what `attention` returns, [T, H * D], reading the plan's shared blocks once.
 
@@ -322,7 +321,7 @@ def shared_prefix_attention(
         partials=partials,
         tickets=tickets,
     )
-    tiles_attention(q_THD, op, layer, batch, out, plans=plans)
+    tiles_attention(q_THD, op, layer, batch, out)
     return out.flatten(1)
 
 

@@ -7,7 +7,6 @@ merges. Never attends.
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.inputs import AttentionBatch
+from octavo.kernels.triton.attention.device_plan import plan_of
 from octavo.kernels.triton.attention.partials import Partials, merge_heads
 from octavo.kernels.triton.attention.scores import Scores, visible_of
 from octavo.kernels.triton.attention.splits import (
@@ -66,25 +66,6 @@ class ShortPlan:
 
     table: Tensor
     limits: Limits
-
-
-class ShortPlans:
-    """The plans of the steps under way, each made when its first layer asks."""
-
-    def __init__(self) -> None:
-        self._plans: weakref.WeakKeyDictionary[AttentionBatch, dict[object, ShortPlan]] = (
-            weakref.WeakKeyDictionary()
-        )
-
-    def of(
-        self, batch: AttentionBatch, tiles: Tiling, visibility: Visibility, limits: Limits
-    ) -> ShortPlan:
-        """Returns `plan_short_chunks` of the same; a batch must not change afterwards."""
-        known = self._plans.setdefault(batch, {})
-        key = tiles, visibility, limits
-        if key not in known:
-            known[key] = plan_short_chunks(batch, tiles, visibility, limits)
-        return known[key]
 
 
 @triton.jit
@@ -267,6 +248,17 @@ def _merge_kernel(
         at = ((first_row + query).to(tl.int64) * H + head)[:, None] * D + offs_d
         mask = (head < H)[:, None] & (offs_d < D)
         tl.store(out + at, mean.to(out.dtype.element_ty), mask=mask)
+
+
+def short_plan_of(
+    batch: AttentionBatch, tiles: Tiling, visibility: Visibility, limits: Limits
+) -> ShortPlan:
+    """Returns `plan_short_chunks` of the same, made once for all layers of a planned batch, which
+    must not change afterwards."""
+    known, key = plan_of(batch).short, (tiles, visibility, limits)
+    if key not in known:
+        known[key] = plan_short_chunks(batch, tiles, visibility, limits)
+    return known[key]
 
 
 def plan_short_chunks(

@@ -18,9 +18,14 @@ from torch import Tensor
 from octavo.kernels.facts import DETERMINISTIC_TOKENS, SHORT_SPLITS, short_tokens, split_slots
 from octavo.kernels.inputs import AttentionBatch, KVLayer, LatentOp
 from octavo.kernels.triton.attention.choose import SHORT_QUERIES, SHORTEST_SPLIT
+from octavo.kernels.triton.attention.device_plan import plan_of
 from octavo.kernels.triton.attention.partials import make_partials
 from octavo.kernels.triton.attention.scores import plain_scores
-from octavo.kernels.triton.attention.short_chunks import Limits, ShortPlans, merge_short_chunks
+from octavo.kernels.triton.attention.short_chunks import (
+    Limits,
+    merge_short_chunks,
+    short_plan_of,
+)
 from octavo.kernels.triton.attention.splits import Tiling
 from octavo.kernels.triton.latent.decode import latent_decode
 from octavo.kernels.triton.latent.expand import expanded_attention
@@ -62,12 +67,11 @@ def latent_attention(
     *,
     is_deterministic: bool,
     tickets: Tensor,
-    plans: ShortPlans,
 ) -> Tensor:
     """Returns [T, H * value]; see `Ops.latent_attention`."""
     pages_BPC, weights = layer.planes["latent"], op.weights
     assert isinstance(weights, LatentViews)
-    num_tokens = len(q_TN)
+    num_tokens, plan = len(q_TN), plan_of(batch)
     q_THD = q_TN.unflatten(1, (op.num_heads, -1))
     q_THC = q_TN.new_empty(num_tokens, op.num_heads, op.num_columns)
     write_latents(
@@ -77,8 +81,8 @@ def latent_attention(
     )
     is_expanded = num_tokens > MAX_PADDED_TOKENS and not is_deterministic
     absorbed = slice(0, num_tokens)
-    if is_expanded and batch.num_short_tokens is not None:
-        absorbed = slice(0, batch.num_short_tokens)
+    if is_expanded and plan.num_short_tokens is not None:
+        absorbed = slice(0, plan.num_short_tokens)
     out_THV = q_TN.new_empty(num_tokens, op.num_heads, op.value_size)
     if absorbed.stop:
         product = {"is_invariant": is_deterministic}
@@ -93,9 +97,9 @@ def latent_attention(
             _every_row_as_decode(q_THC, op, pages_BPC, batch, out_THR, tickets)
         else:
             short = SHORT_QUERIES if is_expanded else ALL_QUERIES
-            _absorbed(q_THC, op, pages_BPC, batch, out_THR, short, tickets, plans)
+            _absorbed(q_THC, op, pages_BPC, batch, out_THR, short, tickets)
         head_product(out_THR, weights.values_HVR.transpose(1, 2), out_THV[absorbed], **product)
-    if is_expanded and batch.max_query_len != 1:
+    if is_expanded and plan.max_query_len != 1:
         whole_THD = torch.cat((q_THD[..., : op.nope_size], q_THC[..., op.rank :]), dim=2)
         expanded_attention(
             *(whole_THD, weights.both_NR, op, pages_BPC, batch, out_THV), short=SHORT_QUERIES
@@ -116,38 +120,36 @@ def _absorbed(
     out_THR: Tensor,
     short: int,
     tickets: Tensor,
-    plans: ShortPlans,
 ) -> None:
     """Writes the rows of `out` whose sequences have up to `short` queries."""
     q_THC = q_THC[: len(out_THR)]
     asked = (q_THC, pages_BPC, batch, op.scale, op.rank)
     bound = batch.block_table.shape[1] * pages_BPC.shape[1]
-    bound = bound if batch.max_seq_len is None else min(batch.max_seq_len, bound)
-    if batch.prefix is not None:
-        partials = make_partials(
-            out_THR, batch.prefix.max_splits + split_slots(batch.prefix.max_tail)
-        )
-        shared_latents(*asked, batch.prefix, partials)
+    step, prefix = plan_of(batch), plan_of(batch).prefix
+    bound = bound if step.max_seq_len is None else min(step.max_seq_len, bound)
+    if prefix is not None:
+        partials = make_partials(out_THR, prefix.max_splits + split_slots(prefix.max_tail))
+        shared_latents(*asked, prefix, partials)
         latent_decode(
             *(*asked, out_THR),
-            max_seq_len=batch.prefix.max_tail,
-            shared=(batch.prefix.shared_tokens_S, batch.prefix.shared_slots_S),
+            max_seq_len=prefix.max_tail,
+            shared=(prefix.shared_tokens_S, prefix.shared_slots_S),
             partials=partials,
             tickets=tickets,
         )
-    elif batch.max_slots != 0:
+    elif step.max_slots != 0:
         latent_decode(*asked, out_THR, max_seq_len=bound, tickets=tickets)
-    longest = len(q_THC) if batch.max_query_len is None else batch.max_query_len
+    longest = len(q_THC) if step.max_query_len is None else step.max_query_len
     count = len(q_THC)
-    if batch.num_short_tokens is not None and short != ALL_QUERIES:
-        count = min(count, batch.num_short_tokens)
+    if step.num_short_tokens is not None and short != ALL_QUERIES:
+        count = min(count, step.num_short_tokens)
     if longest == 1 or count < 2:
         return
     rows = min(count, short_tokens(op.num_heads, op.rank))
     limits = Limits(
         queries=short, splits=SHORT_SPLITS, shortest=SHORTEST_SPLIT, slots=rows * SHORT_SPLITS
     )
-    plan = plans.of(batch, latent_tiling(op.num_heads, q_THC.device), FULL, limits)
+    plan = short_plan_of(batch, latent_tiling(op.num_heads, q_THC.device), FULL, limits)
     partials = make_partials(out_THR[:rows], SHORT_SPLITS)
     absorbed_chunks(*asked, out_THR, partials, plan, count)
     merge_short_chunks(out_THR, plain_scores(op.scale, plan.table), batch, plan, partials, count)

@@ -15,6 +15,7 @@ from torch import Tensor
 from octavo.kernels.facts import split_slots
 from octavo.kernels.inputs import AttentionBatch
 from octavo.kernels.triton.attention.decode import MERGE_ROWS, splits_of
+from octavo.kernels.triton.attention.device_plan import plan_of
 from octavo.kernels.triton.attention.partials import (
     Partials,
     make_partials,
@@ -208,7 +209,8 @@ def latent_decode(
     unused = batch.seq_lens_S
     slots = split_slots(max_seq_len)
     if partials is None:
-        partials = make_partials(out_THR, slots, batch.slot_starts_S, batch.max_slots)
+        plan = plan_of(batch)
+        partials = make_partials(out_THR, slots, plan.slot_starts_S, plan.max_slots)
     if tickets is None:
         tickets = make_tickets(q_THC.device)
     dtype = q_THC.dtype if q_THC.dtype == pages_BPC.dtype else torch.float32

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.inputs import AttentionBatch, LatentOp
+from octavo.kernels.triton.attention.device_plan import plan_of
 from octavo.kernels.triton.latent.tiles import expanded_chunks
 from octavo.kernels.triton.launching.chip import cdiv
 
@@ -41,7 +42,8 @@ def expanded_attention(
     if most == 0:
         return
     capacity = batch.block_table.shape[1] * pages_BPC.shape[1]
-    longest = capacity if batch.max_seq_len is None else min(batch.max_seq_len, capacity)
+    bound = plan_of(batch).max_seq_len
+    longest = capacity if bound is None else min(bound, capacity)
     size = max(STEP, min(EXPANDED_TOKENS // most // STEP, cdiv(longest, STEP)) * STEP)
     is_long_S = batch.query_starts.diff() > short
     order_S = is_long_S.cumsum(0, dtype=torch.int32)

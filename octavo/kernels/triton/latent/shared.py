@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.inputs import AttentionBatch, SharedPrefix
+from octavo.kernels.inputs import AttentionBatch
+from octavo.kernels.triton.attention.device_plan import SharedPrefix
 from octavo.kernels.triton.attention.partials import Partials
 from octavo.kernels.triton.attention.scores import LOG2_E
 from octavo.kernels.triton.latent.pages import block_stride

@@ -28,6 +28,7 @@ from tests.kernels.triton.interpreter import DEVICE
 from octavo.kernels.triton.attention import choose as tiles  # isort: skip
 from octavo.kernels.triton.attention import decode  # isort: skip
 from octavo.kernels.triton.attention.decode import max_total_slots, slot_counts, split_slots  # isort: skip
+from octavo.kernels.triton.attention.device_plan import DevicePlan  # isort: skip
 from octavo.kernels.triton.attention.write import rope_and_cache  # isort: skip
 from octavo.kernels.triton.attention.shared import plan_shared_prefix, shared_prefix_attention  # isort: skip
 from octavo.kernels.triton.attention.splits import tiling  # isort: skip
@@ -92,11 +93,11 @@ def test_packed_partial_results_give_the_same_bits(
     paged = make_paged(rng, lengths, (2, 16))
     batch = paged.batch(lengths, query_lens)
     counts = slot_counts(np.array(lengths), None)
-    packed = replace(
-        batch,
+    plan = DevicePlan(
         slot_starts_S=torch.from_numpy(np.cumsum([0, *counts])).to(DEVICE, torch.int32),
         max_slots=int(counts.sum()),
     )
+    packed = replace(batch, plan=plan)
     q = floats(rng, 5, 6, 16)
     expected = _attend(q, paged, batch, window)
     assert torch.equal(_attend(q, paged, packed, window), expected)

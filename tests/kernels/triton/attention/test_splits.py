@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -13,7 +14,12 @@ from octavo.visibility import Full, Visibility, Window
 from tests.kernels.cases import split_table
 from tests.kernels.triton.interpreter import DEVICE
 
-from octavo.kernels.triton.attention.short_chunks import Limits, ShortPlans, plan_short_chunks  # isort: skip
+from octavo.kernels.triton.attention.device_plan import DevicePlan  # isort: skip
+from octavo.kernels.triton.attention.short_chunks import (  # isort: skip
+    Limits,
+    plan_short_chunks,
+    short_plan_of,
+)
 from octavo.kernels.triton.attention.splits import SPLIT_STEP, Tiling, cost, split_size, tiling  # isort: skip
 
 QWEN3, QWEN15 = tiling(32, 4, 132), tiling(16, 16, 132)
@@ -135,8 +141,8 @@ def test_splits_before_a_window_are_nobodys() -> None:
 
 
 def test_a_batch_is_planned_once_for_all_its_layers() -> None:
-    plans, batch = ShortPlans(), batch_of([64], [5000])
-    first = plans.of(batch, QWEN3, FULL, LIMITS)
-    assert plans.of(batch, QWEN3, FULL, LIMITS) is first
-    assert plans.of(batch, QWEN15, FULL, LIMITS) is not first
-    assert plans.of(batch, QWEN3, Window(1000), LIMITS) is not first
+    batch = replace(batch_of([64], [5000]), plan=DevicePlan())
+    first = short_plan_of(batch, QWEN3, FULL, LIMITS)
+    assert short_plan_of(batch, QWEN3, FULL, LIMITS) is first
+    assert short_plan_of(batch, QWEN15, FULL, LIMITS) is not first
+    assert short_plan_of(batch, QWEN3, Window(1000), LIMITS) is not first

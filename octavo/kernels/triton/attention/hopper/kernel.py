@@ -19,8 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_wait
 
-from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer, SharedPrefix
+from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
 from octavo.kernels.triton.attention.decode import check_query
+from octavo.kernels.triton.attention.device_plan import SharedPrefix
 from octavo.kernels.triton.attention.hopper.pieces import LONG, ROWS, SHARED, SHORT, piece, rows_of
 from octavo.kernels.triton.attention.hopper.tiles import attend, load_tile, pages_of, pass_by
 from octavo.kernels.triton.attention.partials import Partials

@@ -1,0 +1,68 @@
+"""What the plan of a step is on the device, for one KV group: beside the lengths and the tables.
+
+Made by plan.py once a step, carried by the group's AttentionBatch, read by the kernels' launches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from octavo.kernels.inputs import AttentionBatch
+
+if TYPE_CHECKING:
+    from octavo.kernels.triton.attention.short_chunks import ShortPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SharedPrefix:
+    """Groups of sequences with equal leading blocks, all int32 tensors on the device."""
+
+    members: Tensor
+    """Sequence indices, group after group."""
+    group_starts: Tensor
+    """[groups + 1]: where each group's members begin."""
+    shared_tokens_S: Tensor
+    """Tokens of each sequence that its group reads for it; 0 outside groups."""
+    shared_slots_S: Tensor
+    """Partial results that those leave for each sequence."""
+    split_sizes: Tensor
+    """[groups] tokens of one partial result."""
+    piece_starts: Tensor
+    """[groups + 1] prefix sums of their pieces of work: tiles of members times partial results."""
+    num_groups: int
+    max_members: int
+    max_splits: int
+    max_tail: int
+    """Tokens of the longest private tail, or of the longest sequence outside groups."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DevicePlan:
+    """Bounds that the host knows save launches and memory, and change no bit; None: unknown."""
+
+    max_query_len: int | None = None
+    max_seq_len: int | None = None
+    num_short_tokens: int | None = None
+    """Sequences of few queries lie among the first so many tokens."""
+    slot_starts_S: Tensor | None = None
+    """int32 [S + 1] prefix sums of `slot_counts` (decode.py): where the partial results of each
+    single query lie."""
+    max_slots: int | None = None
+    """Bound of the last of slot_starts_S; goes with it. 0: nobody has a single query."""
+    prefix: SharedPrefix | None = None
+    """What single-query sequences share, where reading it once pays."""
+    short: dict[object, ShortPlan] = field(default_factory=dict)
+    """How short chunks are split, made when the first layer of a kind asks: lengths may be known
+    on the device alone."""
+
+
+def plan_of(batch: AttentionBatch) -> DevicePlan:
+    """Returns the batch's plan, or one that knows nothing."""
+    plan = batch.plan
+    if plan is None:
+        return DevicePlan()
+    assert isinstance(plan, DevicePlan), plan
+    return plan

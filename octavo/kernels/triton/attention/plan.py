@@ -1,0 +1,183 @@
+"""The plan of a step's attention: where decodes leave partial results, what rows share, bounds.
+
+Made by the Triton back end (`octavo.kernels.planning`), read by choose.py, decode.py and shared.py
+through the `DevicePlan` of each KV group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import numpy as np
+from torch import Tensor
+
+from octavo.kernels.facts import split_slots
+from octavo.kernels.inputs import AttentionBatch
+from octavo.kernels.planning import PlanLimits, PlannedGroup, StepRows
+from octavo.kernels.triton.attention.choose import SHORT_QUERIES
+from octavo.kernels.triton.attention.decode import max_total_slots, slot_counts
+from octavo.kernels.triton.attention.device_plan import DevicePlan
+from octavo.kernels.triton.attention.shared import MIN_BLOCKS, SharedPrefixPlan, plan_shared_prefix
+from octavo.kernels.triton.attention.splits import Tiling, tiling
+from octavo.step import Int32
+from octavo.visibility import Full
+
+MIN_SAVED_BYTES = 1 << 30
+"""Reads that a step must save (a third of a millisecond) to be worth the merging."""
+_UNBOUNDED = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepPlan:
+    """See `octavo.kernels.planning.StepAttention`."""
+
+    slot_starts: Int32
+    """[S + 1] prefix sums of `slot_counts`; rows without a single query have none."""
+    prefixes: tuple[SharedPrefixPlan | None, ...]
+    """By KV group."""
+    limits: PlanLimits
+    max_query_len: int
+    max_seq_len: int | None
+    num_short_tokens: int
+    """Rows of few queries lie among the first so many tokens."""
+    max_slots: int
+
+    @property
+    def arrays(self) -> Sequence[Int32]:
+        shared = (prefix.arrays for prefix in self.prefixes if prefix is not None)
+        return [self.slot_starts, *(array for arrays in shared for array in arrays)]
+
+    @property
+    def bounds(self) -> Hashable:
+        if not any(self.prefixes):
+            return None
+        return tuple(prefix and prefix.bounds for prefix in self.prefixes)
+
+    def padded(self, num_rows: int, num_tokens: int) -> StepPlan | None:
+        limits, is_decode = self.limits, self.max_query_len == 1
+        prefixes = tuple(prefix and prefix.padded(num_rows) for prefix in self.prefixes)
+        max_slots = max_total_slots(num_rows, limits.max_model_len, limits.kv_tokens)
+        if all(prefixes):
+            max_slots = _UNBOUNDED  # the shared path keeps its own room
+        live = len(self.slot_starts) - 1
+        starts = np.zeros(num_rows + 1, np.int32)
+        starts[: live + 1] = self.slot_starts
+        starts[live:] = starts[live] + np.arange(num_rows - live + 1)
+        if starts[-1] > max_slots:
+            return None
+        return StepPlan(
+            slot_starts=starts,
+            prefixes=prefixes,
+            limits=limits,
+            max_query_len=1 if is_decode else num_tokens,
+            max_seq_len=None,
+            num_short_tokens=0 if is_decode else num_tokens,
+            max_slots=max_slots,
+        )
+
+    def on_device(
+        self, batches: Sequence[AttentionBatch], tensors: Sequence[Tensor]
+    ) -> tuple[AttentionBatch, ...]:
+        slot_starts, *rest = tensors
+        left = iter(rest)
+        return tuple(
+            replace(
+                batch,
+                plan=DevicePlan(
+                    max_query_len=self.max_query_len,
+                    max_seq_len=self.max_seq_len,
+                    num_short_tokens=self.num_short_tokens,
+                    slot_starts_S=slot_starts,
+                    max_slots=self.max_slots,
+                    prefix=prefix and prefix.on_device(list(islice(left, 6))),
+                ),
+            )
+            for batch, prefix in zip(batches, self.prefixes, strict=True)
+        )
+
+
+class StepPlanner:
+    """Plans of all KV groups, step after step.
+
+    Blocks are shared from a row's start on, and those that it adds are its own: while the same rows
+    go on, they share what they shared, and no block is looked at.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[PlannedGroup],
+        limits: PlanLimits,
+        processors: int,
+        *,
+        min_saved_bytes: int | None = MIN_SAVED_BYTES,
+    ) -> None:
+        """`min_saved_bytes`: reads that sharing prefixes must save in a step to be used; None:
+        never, so that no bit depends on who else is in the batch."""
+        self._groups = groups
+        self._limits = limits
+        self._tilings = [tiling(one.num_heads, one.num_kv_heads, processors) for one in groups]
+        self._min_saved_bytes = min_saved_bytes
+        self._max_slots = limits.max_num_seqs * split_slots(limits.max_model_len)
+        self._known: list[SharedPrefixPlan | None] = []
+        self._known_for: tuple[int, bytes, bytes] | None = None
+
+    def plan(self, rows: StepRows) -> StepPlan:
+        query_lens = rows.query_lens
+        # Windows leave fewer partial results than no window.
+        counts = np.where(query_lens == 1, slot_counts(rows.seq_lens, None), 0)
+        slot_starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+        few = np.flatnonzero((query_lens > 1) & (query_lens <= SHORT_QUERIES))
+        return StepPlan(
+            slot_starts=slot_starts,
+            prefixes=tuple(self.prefixes(rows)),
+            limits=self._limits,
+            max_query_len=int(query_lens.max()),
+            max_seq_len=int(rows.seq_lens.max()),
+            num_short_tokens=int(rows.query_starts[few[-1] + 1]) if len(few) else 0,
+            max_slots=int(slot_starts[-1]),
+        )
+
+    def prefixes(self, rows: StepRows) -> list[SharedPrefixPlan | None]:
+        """Returns what the rows share, by KV group, or None where partial results of all rows were
+        too many."""
+        if self._min_saved_bytes is None:
+            return [None] * len(self._groups)
+        key = rows.num_started, rows.rows.tobytes(), (rows.query_lens == 1).tobytes()
+        if key != self._known_for:
+            self._known_for = key
+            self._known = [
+                plan_prefix(group, rows, table, tiles, self._min_saved_bytes)
+                for group, table, tiles in zip(
+                    self._groups, rows.tables, self._tilings, strict=True
+                )
+            ]
+        grown = [known and known.grown(rows.seq_lens, rows.query_lens) for known in self._known]
+        most = self._max_slots // len(rows.rows)
+        return [plan if plan and plan.max_slots <= most else None for plan in grown]
+
+
+def plan_prefix(
+    group: PlannedGroup, rows: StepRows, table: Int32, tiles: Tiling, min_saved_bytes: int
+) -> SharedPrefixPlan | None:
+    """Returns what single-query sequences share in one KV group, or None where it does not pay.
+
+    `table` is that of all persistent rows, `tiles` that of the group's layers. A window or a chunk
+    sees too little of a prefix to gain from it.
+    """
+    if not isinstance(group.visibility, Full):
+        return None
+    block_size = group.block_size
+    is_long = (rows.query_lens == 1) & (rows.seq_lens >= MIN_BLOCKS * block_size)
+    if np.count_nonzero(is_long) < 2:
+        return None
+    columns = -(-int(rows.seq_lens.max()) // block_size)
+    plan = plan_shared_prefix(
+        table[rows.rows, :columns], rows.seq_lens, rows.query_lens, tiles, block_size=block_size
+    )
+    if plan is None:
+        return None
+    firsts = plan.members[plan.group_starts[:-1]]
+    saved_tokens = int(plan.shared_tokens.sum() - plan.shared_tokens[firsts].sum())
+    return plan if saved_tokens * group.token_bytes >= min_saved_bytes else None
