@@ -21,7 +21,7 @@ from octavo.kv_cache.spec import KVSpec, attention_kv
 from octavo.kv_cache.storage import KVStorage
 from octavo.parallel import ALONE
 from octavo.runner.sampler import SampledTokens, token_logprobs
-from octavo.step import Int32, RowStart, StepPlan, TokenLogprobs
+from octavo.step import Int32, RowStart, StepPlan, TokenLogprobs, Words
 from tests.runner.device_driver import DeviceDriver
 from tests.runner.driver import GREEDY, Tracked
 
@@ -137,8 +137,14 @@ class GreedySampler:
         self.started.pop(row, None)
 
     def sample(
-        self, logits_SV: Tensor, rows: Int32, output_indices: Int32, upload: object
+        self,
+        logits_SV: Tensor,
+        rows: Int32,
+        output_indices: Int32,
+        upload: object,
+        masks: Words | None = None,
     ) -> SampledTokens:
+        assert masks is None
         for row, index in zip(rows.tolist(), output_indices.tolist(), strict=True):
             start = self.started[row]
             assert index >= len(start.token_ids) - start.prompt_len
