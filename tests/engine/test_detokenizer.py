@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.engine.detokenizer import Detokenizer, WindowStream
-from octavo.engine.tokenizer import Tokenizer
+from octavo.engine.tokenizer import Tokenizer, load_tokenizer
 from octavo.request import SamplingParams
+from tests.server.tiny_engine import write_model
 
 KINDS = ("byte_tokenizer", "spm_tokenizer")
 TEXTS = st.text(max_size=30) | st.lists(
@@ -168,3 +170,19 @@ def test_the_stop_string_that_ends_first_counts_even_within_one_token(byte_token
         delta = Detokenizer(byte_tokenizer, SamplingParams(stop=stops)).update(ids)
         wanted = " " if "qu" in stops else " q"
         assert (delta.text, delta.stopped_by) == (wanted, "qu" if "qu" in stops else "u")
+
+
+def test_marks_stand_for_their_tokens_and_stop_strings_are_found_around_them(tmp_path: Path):
+    tokenizer = load_tokenizer(write_model(tmp_path))
+    ids = [*tokenizer.encode("hello \u00e9"), 1, *tokenizer.encode("world, hello")]
+    half = tokenizer.encode("\u00e9")[:1]
+    marked = Detokenizer(tokenizer, SamplingParams(), {1: "\udc00"})
+    text = "".join(marked.update([token_id]).text for token_id in ids) + marked.finish()
+    assert text == "hello \u00e9\udc00world, hello"
+    plain = Detokenizer(tokenizer, SamplingParams())
+    assert plain.update(ids).text == "hello \u00e9world, hello"
+    cut = Detokenizer(tokenizer, SamplingParams(), {1: "\udc00"})
+    assert cut.update([*half, 1]).text == "\ufffd\udc00"
+    stopped = Detokenizer(tokenizer, SamplingParams(stop=["orld"]), {1: "\udc00"})
+    found = stopped.update(ids)
+    assert (found.text, found.stopped_by) == ("hello \u00e9\udc00w", "orld")
