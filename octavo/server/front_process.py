@@ -7,7 +7,6 @@ decides when this process ends. Never listens and never starts anything.
 from __future__ import annotations
 
 import asyncio
-import gc
 import itertools
 import logging
 import socket
@@ -39,7 +38,7 @@ from octavo.server.channel import (
     decode_to_front,
 )
 from octavo.server.http_protocol import new_event_loop
-from octavo.server.serve import Server
+from octavo.server.serve import Server, settle_memory
 from octavo.server.signals import StopSignals
 
 logger = logging.getLogger(__name__)
@@ -110,9 +109,7 @@ class _Front:
         self._channel.send(Bound())
         try:
             await engine.start()
-            # What lives now lives as long as the process: no collection looks through it again.
-            gc.collect()
-            gc.freeze()
+            settle_memory()
             self._server = server = _FleetServer(
                 engine, given.server, signals=StopSignals(), siblings=self._ask_siblings
             )
