@@ -18,7 +18,13 @@ RUN_ROWS = (1, 8, 32, 128)
 """Batch sizes of decodes, beside the largest, that are run before the first request."""
 SHARING_ROWS = 32
 DRAWN = SamplingParams(temperature=1.0)
-EVERYTHING = SamplingParams(temperature=1.0, top_k=2, repetition_penalty=1.1)
+EVERYTHING = SamplingParams(
+    temperature=1.0,
+    top_k=2,
+    repetition_penalty=1.1,
+    logit_bias={0: 1.0},
+    allowed_token_ids=(0, 1),
+)
 """What else the sampler has kernels for."""
 
 

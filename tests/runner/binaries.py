@@ -236,6 +236,7 @@ def walk(engine: Engine, log: Log) -> None:
         "logprobs": {"logprobs": 3},
         "prompt_logprobs": {"prompt_logprobs": 1},
         "bias": {"logit_bias": {3: 1.0}},
+        "allowed": {"allowed_token_ids": (3, 4)},
     }.items():
         params = SamplingParams(temperature=0.8, **more)  # type: ignore[arg-type]
         for lengths_of in ((100,), (33, 200), (40,) * 8):

@@ -2,6 +2,7 @@
 
 | step | for | file |
 | --- | --- | --- |
+| masks and biases on logits, in place | rows held to some ids | restrict.py |
 | penalties on logits, in place | rows that ask for some | penalties.py |
 | the least logit that top_k, top_p and min_p leave | rows that ask for one | thresholds.py |
 | one draw a row, or the best | every row | draw.py |
