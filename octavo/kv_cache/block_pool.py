@@ -29,10 +29,10 @@ from octavo.step import Bool, Int32
 NULL_BLOCK = 0
 _AWAY = -1
 """Reference count of a block that is withdrawn."""
-MAX_ROOM_SHARE, _MAX_SCATTERED_SHARE = 1 / 8, 1 / 32
-"""Of all blocks, those that may be free while others are evicted for the sake of runs: as room
-behind sequences that grow, and between others."""
-_REACH = 2048
+MAX_ROOM_SHARE, _MAX_SCATTERED_SHARE = 1 / 8, 1 / 16
+"""For each block in use, those that may be free while others are evicted for the sake of runs: as
+room behind sequences that grow, and between others."""
+_REACH = 256
 """Blocks next to go among which those are looked for that make whole regions."""
 _REGIONS_AT_ONCE = 8
 Blocks = Sequence[int] | Int32
@@ -62,8 +62,6 @@ class BlockPool:
         self._free = FreePages(num_blocks)
         self._free.add(np.arange(1, num_blocks, dtype=np.int32))
         self._cached = EvictionOrder(num_blocks)
-        self._max_room = int(MAX_ROOM_SHARE * num_blocks)
-        self._max_scattered = int(_MAX_SCATTERED_SHARE * num_blocks)
 
     @property
     def num_free(self) -> int:
@@ -125,37 +123,41 @@ class BlockPool:
     def _evict_for(self, count: int) -> list[BlockKey]:
         """Evicts so that `count` blocks are free, in whole regions where that costs little.
 
-        Blocks that go soon anyway and make whole regions are preferred to the oldest; what is left
-        of them is room to grow. Where none do, the oldest go until some do.
+        The oldest go until there are whole regions; what is free beside `count` is room to grow.
         """
-        evicted: list[BlockKey] = []
+        evicted = self._evict_oldest(count - len(self._free))
+        max_room = int(MAX_ROOM_SHARE * self.num_referenced)
+        max_scattered = int(_MAX_SCATTERED_SHARE * self.num_referenced)
         step = REGION
         while len(self._cached) and self._free.num_whole * REGION < count:
             spare = len(self._free) - count
-            found = self._evict_regions(count, self._max_room - spare)
-            room = min(step, self._max_scattered - spare)
-            if not found and room <= 0:
+            num = self._num_for_regions(count, max_room - spare)
+            num = num or min(step, max_scattered - spare)
+            if num <= 0:
                 break
-            evicted += found or self._evict_oldest(room)
+            evicted += self._evict_oldest(num)
             step *= 2
-        return evicted + self._evict_oldest(count - len(self._free))
+        return evicted
 
-    def _evict_regions(self, count: int, room: int) -> list[BlockKey]:
-        """Evicts up to `room` blocks that make whole regions for `count`; returns their keys."""
-        if room < REGION:
-            return []
-        oldest = self._cached.oldest(max(2 * count, min(len(self._cached) // 4, _REACH)))
-        whole = oldest[self._free.would_be_whole(oldest)]
-        regions = whole // REGION
+    def _num_for_regions(self, count: int, room: int) -> int:
+        """Returns how many to evict so that there are whole regions for `count` blocks, or some;
+        0 if not even one comes of the next that go, `room` of them at most."""
         wanted = max(-(-count // REGION), _REGIONS_AT_ONCE) - self._free.num_whole
-        firsts = np.sort(np.unique(regions, return_index=True)[1])[:wanted]
-        return self._evict(whole[np.isin(regions, regions[firsts])][:room])
+        reach = min(room, max(2 * count, _REACH))
+        if reach < REGION:
+            return 0
+        oldest = self._cached.next(reach)
+        places = np.flatnonzero(self._free.would_be_whole(oldest))
+        # The place of the last block of each region, found from behind.
+        _, last = np.unique(oldest[places[::-1]] // REGION, return_index=True)
+        ends = np.sort(places[::-1][last])[:wanted]
+        return int(ends[-1]) + 1 if len(ends) else 0
 
     def _evict_oldest(self, count: int) -> list[BlockKey]:
-        """Makes `count` blocks free, those first that are to go first; returns their keys."""
+        """Makes `count` blocks free, or all, in order; returns their keys."""
         evicted: list[BlockKey] = []
         while len(evicted) < count and len(self._cached):
-            evicted += self._evict(self._cached.oldest(count - len(evicted)))
+            evicted += self._evict(self._cached.next(count - len(evicted)))
         return evicted
 
     def _evict(self, blocks: Int32) -> list[BlockKey]:
@@ -167,16 +169,20 @@ class BlockPool:
             keys.append(key)
             self._keys[block] = None
         self._is_keyed[blocks] = False
-        self._cached.evict(blocks)
+        self._cached.evict(blocks, [key.digest for key in keys])
         self._free.add(blocks)
         return keys
 
-    def acquire(self, blocks: Blocks) -> None:
-        """Adds a reference to blocks that are referenced or free with a key; null blocks pass."""
+    def acquire(self, blocks: Blocks, *, is_hit: bool = True) -> None:
+        """Adds a reference to blocks that are referenced or free with a key; null blocks pass.
+
+        `is_hit`: somebody came back for what they hold, so that it is worth more from now on.
+        """
         blocks = np.asarray(blocks, np.int32)
         blocks = blocks[blocks != NULL_BLOCK]
+        if is_hit:
+            self._cached.asked_for(blocks)
         self._cached.remove(blocks[self._ref_counts[blocks] == 0])
-        self._cached.hit(blocks[self._is_keyed[blocks]])
         self._ref_counts[blocks] += 1
 
     def release(self, blocks: Blocks) -> list[int]:
@@ -195,12 +201,13 @@ class BlockPool:
         self._free.add(emptied)
         return emptied.tolist()
 
-    def set_key(self, block: int, key: BlockKey) -> None:
-        """Marks a referenced block as holding the prefix `key`."""
+    def set_key(self, block: int, key: BlockKey, parent: int = NULL_BLOCK) -> None:
+        """Marks a referenced block as holding the prefix `key`, `parent` the one before it."""
         assert self._ref_counts[block] > 0
         assert self._keys[block] is None
         self._keys[block] = key
         self._is_keyed[block] = True
+        self._cached.stored(block, key.digest, parent)
 
     def forget_keys(self) -> list[int]:
         """Drops every key; returns the blocks that became free of content by it."""

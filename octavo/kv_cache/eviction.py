@@ -2,11 +2,16 @@
 
 Called by the block pool alone.
 
-Two queues, each oldest first by when the block was last given back. `new` has the blocks that
-nobody came back for since they were stored, `known` those that somebody did. New ones go first, as
-most of them are never asked for again (their number is what drives useful blocks out of a plain
-LRU). A known block counts as PATIENCE times younger than it is: when it has not been asked for so
-long, what made it useful is over, and it goes before new ones.
+A block's uses are the time that it was stored and all times that somebody came back for it; a block
+that is stored again not long after it was evicted keeps those that it had. Blocks of one use, of two
+and three, of four to seven, and of more stand in four queues, each oldest first by when the block
+was given back. Of the heads of the queues that one goes whose age is the largest, where an age
+counts PATIENCE times less with every queue.
+
+How patient the order is, it learns from what it regrets. Asked for again is a block of one use that
+was evicted just now: there should be fewer old ones (patience falls). Asked for is one of more uses
+that was about to go: there should be more. So blocks that nobody asks for again cannot drive out
+useful ones, and these go when what made them useful is over.
 """
 
 from __future__ import annotations
@@ -14,138 +19,132 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.step import Bool, Int32
+from octavo.kv_cache.hash_memory import HashMemory, hash_of
+from octavo.kv_cache.oldest_first import OldestFirst
+from octavo.step import Int32
 
-PATIENCE = 8
-
-
-class _OldestFirst:
-    """Blocks in the order in which they came in; any of them may be taken out.
-
-    Long sequences bring and take thousands at a time, so none is handled alone: a block knows the
-    place of its latest entry, and entries at other places no longer count.
-    """
-
-    def __init__(self, num_blocks: int) -> None:
-        self._entries = np.zeros(2 * num_blocks, np.int32)
-        self._first = self._end = 0
-        self._places = np.full(num_blocks, -1, np.int32)
-        """Of each block's entry; -1 for blocks that are not in here."""
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __contains__(self, block: int) -> bool:
-        return bool(self._places[block] >= 0)
-
-    def append(self, blocks: Int32) -> None:
-        if self._end + len(blocks) > len(self._entries):
-            counting = self.all()
-            self._first = self._end = 0
-            self._write(counting)
-        self._write(blocks)
-        self._count += len(blocks)
-
-    def _write(self, blocks: Int32) -> None:
-        first, self._end = self._end, self._end + len(blocks)
-        self._entries[first : self._end] = blocks
-        self._places[blocks] = np.arange(first, self._end)
-
-    def remove(self, blocks: Int32) -> None:
-        """Takes out those of `blocks` that are in here."""
-        self._count -= int(np.count_nonzero(self._places[blocks] >= 0))
-        self._places[blocks] = -1
-
-    def oldest(self) -> int:
-        """Returns the oldest, which there must be."""
-        block = self._entries.item(self._first)
-        if self._places.item(block) != self._first:
-            self._skip()
-            block = self._entries.item(self._first)
-        return block
-
-    def first(self, count: int) -> Int32:
-        """Returns the oldest, one at least, which there must be, and `count` at most."""
-        self.oldest()
-        stop = min(self._first + 2 * count, self._end)
-        return self._entries[self._first : stop][self._counts(self._first, stop)][:count]
-
-    def _skip(self) -> None:
-        """Goes on to the next entry that counts."""
-        width = 64
-        while not self._counts(self._first, self._first + width).any():
-            self._first += width
-            width *= 2
-        self._first += int(self._counts(self._first, self._first + width).argmax())
-
-    def all(self) -> Int32:
-        return self._entries[self._first : self._end][self._counts(self._first, self._end)]
-
-    def _counts(self, first: int, stop: int) -> Bool:
-        """Returns which of the entries from `first` to `stop` count."""
-        blocks = self._entries[first : min(stop, self._end)]
-        return self._places[blocks] == np.arange(first, first + len(blocks))
+_NUM_QUEUES = 4
+_FIRST_PATIENCE, _MAX_PATIENCE = 3.0, 32.0
+_LEARNING = 16
+"""Times that patience is doubled when as many blocks as are watched are asked for."""
+_WATCHED_SHARE, _MIN_WATCHED = 1 / 8, 32
+_MAX_REMEMBERED = 1 << 18
+_QUEUE_OF = np.array(
+    [0, *(min(uses.bit_length() - 1, _NUM_QUEUES - 1) for uses in range(1, 256))], np.uint8
+)
+"""By uses."""
 
 
 class EvictionOrder:
     """Blocks below `num_blocks`; each at most once."""
 
     def __init__(self, num_blocks: int) -> None:
-        self._new = _OldestFirst(num_blocks)
-        self._known = _OldestFirst(num_blocks)
-        self._was_hit = np.zeros(num_blocks, np.bool_)
+        self._queues = tuple(OldestFirst(num_blocks) for _ in range(_NUM_QUEUES))
+        self._uses = np.ones(num_blocks, np.uint8)
         self._times: NDArray[np.int64] = np.zeros(num_blocks, np.int64)
         """When a block came in, counted in blocks that came in."""
-        self._time = 0
+        self._time = self._num_evicted = self._count = 0
+        self._evicted = HashMemory(min(8 * num_blocks, _MAX_REMEMBERED))
+        """By digest: how many had been evicted before it, and its uses in the lowest byte."""
+        self._patience = _FIRST_PATIENCE
+        self._num_watched = max(int(_WATCHED_SHARE * num_blocks), _MIN_WATCHED)
+        self._watched_until = -1
+        """Blocks of several uses that came in before this time are about to go."""
+        self._watch_again = 0
+        """When so many are evicted, that time is found anew."""
 
     def __len__(self) -> int:
-        return len(self._new) + len(self._known)
+        return self._count
 
     def __contains__(self, block: int) -> bool:
-        return block in self._new or block in self._known
+        return any(block in queue for queue in self._queues)
+
+    def stored(self, block: int, digest: bytes, parent: int) -> None:
+        """`block` holds the prefix `digest` from now on, `parent` (0: none) the one before it.
+
+        It counts as used no more often than its parent, without which it cannot be found.
+        """
+        self._uses[block] = 1
+        before = self._evicted.pop(hash_of(digest))
+        if before is None:
+            return
+        num_evicted, uses = divmod(before, 256)
+        self._uses[block] = min(uses + 1, 255, self._uses.item(parent) if parent else 255)
+        if uses == 1 and self._num_evicted - num_evicted <= self._num_watched:
+            self._learn(-1)
 
     def append(self, blocks: Int32) -> None:
         """Takes in blocks that were given back, the first of which is to go first."""
         self._times[blocks] = np.arange(self._time, self._time + len(blocks))
         self._time += len(blocks)
-        was_hit = self._was_hit[blocks]
-        self._new.append(blocks[~was_hit])
-        self._known.append(blocks[was_hit])
+        self._count += len(blocks)
+        queue_of = _QUEUE_OF[self._uses[blocks]]
+        for number, queue in enumerate(self._queues):
+            queue.append(blocks[queue_of == number])
 
     def remove(self, blocks: Int32) -> None:
         """Takes out those of `blocks` that are here: somebody uses them."""
-        self._new.remove(blocks)
-        self._known.remove(blocks)
+        for queue in self._queues:
+            if len(queue):
+                self._count -= len(queue)
+                queue.remove(blocks)
+                self._count += len(queue)
 
-    def hit(self, blocks: Int32) -> None:
+    def asked_for(self, blocks: Int32) -> None:
         """Somebody came back for `blocks`, in here or not."""
-        self._was_hit[blocks] = True
+        uses = self._uses[blocks]
+        if self._watched_until >= 0:
+            is_old = (uses > 1) & (self._times[blocks] < self._watched_until)
+            known = blocks[is_old]
+            self._learn(sum(int(np.count_nonzero(q.has(known))) for q in self._queues[1:]))
+        self._uses[blocks] = np.minimum(uses, 254) + 1
 
-    def oldest(self, count: int) -> Int32:
+    def _learn(self, regrets: int) -> None:
+        """`regrets`: of blocks of several uses, less those of blocks of one use."""
+        patience = self._patience * 2 ** (_LEARNING * regrets / self._num_watched)
+        self._patience = min(max(patience, 1.0), _MAX_PATIENCE)
+
+    def next(self, count: int) -> Int32:
         """Returns those that are to go first: one at least, which there must be, `count` at most,
         the first of them first."""
-        return self._next().first(count)
+        ages = [self._age(number) for number in range(_NUM_QUEUES)]
+        number = ages.index(max(ages))
+        first = self._queues[number].first(count)
+        # Those behind the head go too as long as they are older than the heads of other queues.
+        ages[number] = 0.0
+        latest = self._time - max(ages) * self._patience**number
+        return first[: max(int(np.searchsorted(self._times[first], latest, side="right")), 1)]
 
-    def evict(self, blocks: Int32) -> None:
-        """Takes out `blocks`, which must be here; they are as if never stored."""
+    def _age(self, number: int) -> float:
+        """Returns how old the head of a queue counts, 0 if the queue is empty."""
+        queue = self._queues[number]
+        if not len(queue):
+            return 0.0
+        return (self._time - self._times.item(queue.oldest())) / self._patience**number
+
+    def evict(self, blocks: Int32, digests: list[bytes]) -> None:
+        """Takes out `blocks`, which must be here and hold `digests`."""
         self.remove(blocks)
-        self._was_hit[blocks] = False
+        for digest, uses in zip(digests, self._uses[blocks].tolist(), strict=True):
+            self._evicted.put(hash_of(digest), self._num_evicted * 256 + uses)
+            self._num_evicted += 1
+        self._uses[blocks] = 1
+        if self._num_evicted >= self._watch_again:
+            self._watch()
 
-    def _next(self) -> _OldestFirst:
-        if not len(self._known):
-            return self._new
-        if not len(self._new):
-            return self._known
-        known, new = self._times.item(self._known.oldest()), self._times.item(self._new.oldest())
-        return self._known if self._time - known > PATIENCE * (self._time - new) else self._new
+    def _watch(self) -> None:
+        """Finds which blocks of several uses are about to go."""
+        count = self._num_watched
+        self._watch_again = self._num_evicted + count // 4
+        oldest = [queue.first(count) for queue in self._queues[1:] if len(queue)]
+        times = np.sort(self._times[np.concatenate(oldest)]) if oldest else np.array([-1])
+        self._watched_until = int(times[min(count, len(times) - 1)])
 
     def all(self) -> Int32:
-        return np.concatenate((self._new.all(), self._known.all()))
+        return np.concatenate([queue.all() for queue in self._queues])
 
     def clear(self) -> Int32:
-        """Takes out all blocks and forgets what was ever asked for; returns those taken out."""
+        """Takes out all blocks; returns them."""
         blocks = self.all()
         self.remove(blocks)
-        self._was_hit[:] = False
         return blocks

@@ -42,23 +42,27 @@ class PageLedger:
         self._empty(group, pages)
         return pages
 
-    def acquire(self, group: int, pages: Blocks) -> None:
-        self.pool(group).acquire(pages)
+    def acquire(self, group: int, pages: Blocks, *, is_hit: bool = True) -> None:
+        """Adds a reference to pages; `is_hit`: for somebody who came back for what they hold."""
+        self.pool(group).acquire(pages, is_hit=is_hit)
 
     def release(self, group: int, pages: Blocks) -> None:
         """Takes a reference from each; give a sequence's pages last first."""
         self._empty(group, self.pool(group).release(pages))
 
-    def publish(self, key: BlockKey, page: int, content: int, root: bytes) -> None:
-        """Makes a page findable, unless it is, or another one of its key is."""
+    def publish(
+        self, key: BlockKey, page: int, content: int, root: bytes, parent: int = NULL_BLOCK
+    ) -> None:
+        """Makes a page findable, unless it is, or another one of its key is; `parent` is the page
+        before it."""
         pool = self.pool(key.group)
         if pool.key(page) is None and self.index.insert(key, page, content, root):
-            pool.set_key(page, key)
+            pool.set_key(page, key, parent)
 
     def copy(self, group: int, source: int, target: int) -> None:
         """Copies a page before the next step; its content is kept until then."""
         page_class = self._class_of[group]
-        self.acquire(group, (source,))
+        self.acquire(group, (source,), is_hit=False)
         self._pinned.append(Page(page_class, source))
         self._copies.append(PageCopy(page_class, source, target))
 

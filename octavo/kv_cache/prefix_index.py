@@ -2,10 +2,12 @@
 
 Called by the KV cache manager. Never copies KV and never counts references.
 
-Digest of block i: SHA-256(digest of block i - 1, its token ids, its extras). Extras stand for what
-else decides the block's KV: the image behind placeholder ids. The root is SHA-256 over
-domain-tagged fields: model identity (with the weights' version), KV format, block size and the
-tenant's salt, so that neither a stale nor a foreign hit is possible.
+Digest of block i: SHA-256(digest of the last block before its piece, all token ids of its piece up
+to the block's end). A piece is PIECE_BLOCKS blocks, so that a long prompt is hashed in one go and a
+sequence that grows hashes little twice. Extras stand for what else decides a block's KV: the image
+behind placeholder ids; they begin a piece anew. The root is SHA-256 over domain-tagged fields: model
+identity (with the weights' version), KV format, block size and the tenant's salt, so that neither a
+stale nor a foreign hit is possible.
 """
 
 from __future__ import annotations
@@ -21,12 +23,15 @@ from types import MappingProxyType
 import numpy as np
 
 from octavo.kv_cache.block_pool import NULL_BLOCK, BlockKey
+from octavo.kv_cache.hash_memory import HashMemory, hash_of
 from octavo.observe.stats import MissReason
 from octavo.step import Int32
 
-_PIECE_BLOCKS, _PIECES_REMEMBERED = 64, 512
+PIECE_BLOCKS, _PIECES_REMEMBERED = 32, 1024
 _EVICTED_REMEMBERED = 65_536
 _CONTENTS_REMEMBERED = 65_536
+_HASH_BITS = (1 << 64) - 1
+_EXTRA_TAG = b"octavo-prefix-extra-1"
 NO_EXTRAS: Mapping[int, bytes] = MappingProxyType({})
 
 
@@ -65,47 +70,59 @@ class Digester:
 
         `extras`: what blocks hold beside their ids, by block; those without an entry hold
         nothing."""
-        first, last = len(digests), len(token_ids) // block
-        if first == last:
-            return
-        data = token_ids[first * block : last * block].tobytes()
+        last = len(token_ids) // block
         size = block * token_ids.itemsize
-        parent = digests[-1] if digests else root
-        if extras:
-            digests += _chain(parent, data, size, extras, first)
-            return
-        for start in range(0, len(data), size * _PIECE_BLOCKS):
-            piece = data[start : start + size * _PIECE_BLOCKS]
-            key = (parent, piece[-size:])
-            known, found = self._pieces.get(key, (b"", ()))
-            if known != piece:
-                found = _chain(parent, piece, size)
-                if len(found) == _PIECE_BLOCKS:
-                    _remember(self._pieces, key, (piece, found), _PIECES_REMEMBERED)
-            digests += found
-            parent = found[-1]
+        while len(digests) < last:
+            start = len(digests) // PIECE_BLOCKS * PIECE_BLOCKS
+            stop = min(start + PIECE_BLOCKS, last)
+            parent = digests[start - 1] if start else root
+            data = token_ids[start * block : stop * block].tobytes()
+            if extras:
+                of_piece = {i - start: extras[i] for i in range(start, stop) if i in extras}
+                digests += _chain(parent, data, size, of_piece)[len(digests) - start :]
+            elif stop - start == PIECE_BLOCKS and len(digests) == start:
+                digests += self._of_piece(parent, data, size)
+            else:
+                digests += _chain_on(parent, data, size, len(digests) - start)
+
+    def _of_piece(self, parent: bytes, data: bytes, size: int) -> tuple[bytes, ...]:
+        """Returns the digests of a whole piece, remembered or made."""
+        key = (parent, data[-size:])
+        known, found = self._pieces.get(key, (b"", ()))
+        if known != data:
+            found = _chain_on(parent, data, size, 0)
+            self._pieces[key] = data, found
+        self._pieces.move_to_end(key)
+        if len(self._pieces) > _PIECES_REMEMBERED:
+            self._pieces.popitem(last=False)
+        return found
+
+
+def _chain_on(parent: bytes, data: bytes, size: int, known: int) -> tuple[bytes, ...]:
+    """Returns the digests of the blocks of a piece, or of its beginning, but for the first
+    `known`."""
+    digests = []
+    state = hashlib.sha256(parent + data[: known * size])
+    for start in range(known * size, len(data), size):
+        state.update(data[start : start + size])
+        digests.append(state.digest())
+    return tuple(digests)
 
 
 def _chain(
-    parent: bytes,
-    data: bytes,
-    size: int,
-    extras: Mapping[int, bytes] = NO_EXTRAS,
-    first: int = 0,
+    parent: bytes, data: bytes, size: int, extras: Mapping[int, bytes]
 ) -> tuple[bytes, ...]:
-    """Digests of blocks `first`...; parent and ids have one length, so that what comes behind them
-    is an extra and nothing else."""
+    """As `_chain_on`, of all blocks, some of which have `extras`, by place in the piece."""
     digests = []
-    sha256, add = hashlib.sha256, digests.append
-    if not extras:
-        for start in range(0, len(data), size):
-            parent = sha256(parent + data[start : start + size]).digest()
-            add(parent)
-        return tuple(digests)
-    for index, start in enumerate(range(0, len(data), size), first):
-        extra = extras.get(index, b"")
-        parent = sha256(parent + data[start : start + size] + extra).digest()
-        add(parent)
+    state = hashlib.sha256(parent)
+    for index, start in enumerate(range(0, len(data), size)):
+        state.update(data[start : start + size])
+        digest = state.digest()
+        if index in extras:
+            # Tag and lengths are fixed: no ids and no other extra make these bytes.
+            state = hashlib.sha256(_EXTRA_TAG + digest + hashlib.sha256(extras[index]).digest())
+            digest = state.digest()
+        digests.append(digest)
     return tuple(digests)
 
 
@@ -117,8 +134,9 @@ class PrefixIndex:
         self._latest: dict[int, tuple[list[bytes], Int32]] = {}
         """What was asked for last and found, by group, while it is true: many requests on one long
         prefix often come at once."""
-        self._evicted: OrderedDict[bytes, None] = OrderedDict()
-        self._contents: OrderedDict[int, bytes] = OrderedDict()
+        self._evicted = HashMemory(_EVICTED_REMEMBERED)
+        self._contents = HashMemory(_CONTENTS_REMEMBERED)
+        """By content: which root it was stored under."""
 
     def __len__(self) -> int:
         return sum(len(blocks) for blocks in self._blocks)
@@ -144,28 +162,28 @@ class PrefixIndex:
             return False
         self._latest.clear()
         self._blocks[key.group][key.digest] = block
-        self._evicted.pop(key.digest, None)
-        _remember(self._contents, content, root, _CONTENTS_REMEMBERED)
+        self._evicted.pop(hash_of(key.digest))
+        self._contents.put(content & _HASH_BITS, hash_of(root))
         return True
 
     def remove(self, key: BlockKey) -> None:
         """Forgets an evicted block."""
         self._latest.clear()
         del self._blocks[key.group][key.digest]
-        _remember(self._evicted, key.digest, None, _EVICTED_REMEMBERED)
+        self._evicted.put(hash_of(key.digest), 0)
 
     def clear(self) -> None:
         self._latest.clear()
         for blocks in self._blocks:
             for digest in blocks:
-                _remember(self._evicted, digest, None, _EVICTED_REMEMBERED)
+                self._evicted.put(hash_of(digest), 0)
             blocks.clear()
 
     def miss_reason(self, digest: bytes, content: int, root: bytes) -> MissReason:
         """Says why `digest`, the first of a prompt that was not found, is missing."""
-        if digest in self._evicted:
+        if self._evicted.get(hash_of(digest)) is not None:
             return "evicted"
-        if self._contents.get(content, root) != root:
+        if self._contents.get(content & _HASH_BITS) not in (None, hash_of(root)):
             return "other_tenant"
         return "never_seen"
 
@@ -176,10 +194,3 @@ class PrefixIndex:
             for group, blocks in enumerate(self._blocks)
             for digest, block in blocks.items()
         ]
-
-
-def _remember(memory: OrderedDict, key: object, value: object, limit: int) -> None:  # type: ignore[type-arg]
-    memory[key] = value
-    memory.move_to_end(key)
-    if len(memory) > limit:
-        memory.popitem(last=False)

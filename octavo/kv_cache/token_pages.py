@@ -68,10 +68,13 @@ class TokenPages:
         root: bytes,
     ) -> None:
         """Makes the pages of blocks first..last (excluded) findable."""
-        for i, page in enumerate(self.table.row(row)[first:last].tolist(), start=first):
+        pages = self.table.row(row)
+        parent = int(pages[first - 1]) if first else NULL_BLOCK
+        for i, page in enumerate(pages[first:last].tolist(), start=first):
             if page != NULL_BLOCK:
                 key = BlockKey(self._index, digests[i])
-                self._ledger.publish(key, page, content(i), root)
+                self._ledger.publish(key, page, content(i), root, parent)
+            parent = page
 
     # -- life of a row -----------------------------------------------------------------------
 
@@ -109,7 +112,7 @@ class TokenPages:
         full, tail = divmod(num_tokens, self._block_size)
         pages = self.table.row(parent)
         shared = pages[:full].copy()
-        self._ledger.acquire(self._index, shared)
+        self._ledger.acquire(self._index, shared, is_hit=False)
         own = self._ledger.take(self._index, 1)
         if tail:
             self._ledger.copy(self._index, int(pages[full]), own[0])

@@ -35,6 +35,33 @@ def test_digests_do_not_depend_on_how_the_tokens_arrived(token_ids: list[int], c
     assert found == digests(token_ids)
 
 
+@given(st.lists(st.integers(1, 9), max_size=60), st.dictionaries(st.integers(0, 60), st.binary()))
+def test_a_sequence_that_grows_gets_the_digests_of_its_whole(
+    steps: list[int], extras: dict[int, bytes]
+) -> None:
+    token_ids = array("i", (i * i % 97 for i in range(sum(steps) * 4)))
+    grown: list[bytes] = []
+    whole: list[bytes] = []
+    length = 0
+    for step in steps:
+        length += 4 * step
+        Digester().extend(grown, b"root", token_ids[:length], 4, extras)
+    Digester().extend(whole, b"root", token_ids, 4, extras)
+    assert grown == whole
+    assert len(set(whole)) == len(token_ids) // 4
+
+
+@given(st.integers(0, 79), st.integers(1, 80))
+def test_an_extra_changes_the_digests_from_its_block_on(block: int, count: int) -> None:
+    token_ids = array("i", range(4 * count))
+    plain: list[bytes] = []
+    other: list[bytes] = []
+    Digester().extend(plain, b"root", token_ids, 4)
+    Digester().extend(other, b"root", token_ids, 4, {block: b"an image"})
+    changed = [a != b for a, b in zip(plain, other, strict=True)]
+    assert changed == [index >= block for index in range(count)]
+
+
 @given(st.text(), st.text(), st.text(), st.text())
 def test_roots_differ_unless_every_tagged_field_is_equal(a: str, b: str, c: str, d: str) -> None:
     equal = prefix_root(model=a, salt=b) == prefix_root(model=c, salt=d)

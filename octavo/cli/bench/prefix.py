@@ -10,6 +10,7 @@ import argparse
 import random
 import statistics
 import time
+import tracemalloc
 from array import array
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,7 @@ def run_prefix(args: argparse.Namespace) -> int:
         report.add("hit against cold", measure_hit(llm, source, args.prefix_len, args.repeat))
         report.add("shared at once", measure_shared(llm, source, args.prefix_len, args.requests))
     report.add("lookup", measure_lookup(args.lookup_len, args.repeat))
+    report.add("long context", measure_long(args.long_len))
     report.add("scheduler", measure_scheduler(args.sequences, args.workload_seed))
     report.add("waste", measure_waste(args.sequences, args.workload_seed))
     return 0
@@ -106,6 +108,62 @@ def measure_lookup(length: int, repeat: int) -> dict[str, Value]:
         times.append(time.perf_counter() - began)
         assert hit.num_blocks == (length - 1) // BLOCK_SIZE
     return {"prompt_tokens": length, "lookup_ms": 1e3 * statistics.median(times)}
+
+
+def measure_long(length: int) -> dict[str, Value]:
+    """Seconds of the host for the first step of a request of `length` tokens (digests, lookup,
+    admission, plan), cold and with all of it cached, and the memory of what is kept for it."""
+    cold, hit = _run_long(length)
+    tracemalloc.start()
+    scheduler = _long_scheduler(length)
+    _add_long(scheduler, length, 0)
+    _finish(scheduler)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert not scheduler.has_unfinished
+    return {
+        "tokens": length,
+        "cold_first_step_ms": 1e3 * cold,
+        "hit_first_step_ms": 1e3 * hit,
+        "kept_mib": kept / 2**20,
+    }
+
+
+def _run_long(length: int) -> tuple[float, float]:
+    """Returns the seconds of the first step of a request, and of its like once it is cached."""
+    scheduler = _long_scheduler(length)
+    seconds = []
+    for index in range(2):
+        _add_long(scheduler, length, index)
+        began = time.perf_counter()
+        plan = scheduler.schedule()
+        seconds.append(time.perf_counter() - began)
+        assert plan is not None
+        scheduler.commit(plan, _answer(plan))
+        _finish(scheduler)
+    return seconds[0], seconds[1]
+
+
+def _long_scheduler(length: int) -> Scheduler:
+    longest = length + BLOCK_SIZE
+    manager = _manager(num_blocks=longest // BLOCK_SIZE + 2, max_rows=1, max_model_len=longest)
+    limits = SchedulerLimits(max_num_seqs=1, max_num_batched_tokens=8192, max_model_len=longest)
+    return Scheduler(manager, limits)
+
+
+def _add_long(scheduler: Scheduler, length: int, index: int) -> None:
+    rng = np.random.default_rng(length)
+    request = Request(
+        request_id=str(index),
+        packed_prompt=pack_ids(rng.integers(0, 50_000, length).tolist()),
+        params=SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True),
+    )
+    scheduler.add(request, prefix_root(model="bench"), True, [index])
+
+
+def _finish(scheduler: Scheduler) -> None:
+    while (plan := scheduler.schedule()) is not None:
+        scheduler.commit(plan, _answer(plan))
 
 
 def measure_scheduler(num_sequences: int, seed: int) -> dict[str, Value]:
