@@ -3,9 +3,9 @@
     python -m benchmarks.eviction [--seed N]
 
 Requests ask questions about documents under system prompts, all by Zipf's law, one after the other.
-Ours is the engine's own KV cache without a model; LRU and Belady's (which knows the future) keep the
-same number of blocks. `gain` is (ours - LRU) / (Belady's - LRU). In the second trace all prompts
-change half-way: what was useful until then is dead, and `second_half` tells how long it stays.
+Ours is the engine's own KV cache without a model; LRU and Belady's, which knows the future, keep
+the same number of blocks. `gain` is (ours - LRU) / (Belady's - LRU). In the second trace all
+prompts change half-way: what was useful until then is dead; `second_half` tells how long it stays.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def questions(rng: random.Random, count: int, era: int) -> Iterator[tuple[int, i
 
 def tokens_of(question: tuple[int, int, int, int], output: int) -> array[int]:
     """Returns ids of prompt and output: equal exactly where both come from the same texts."""
-    era, system, document, number = question
+    era, system, document, _ = question
     parts = (
         (SYSTEM_TOKENS, (era, system)),
         (DOCUMENT_TOKENS, (era, system, document)),

@@ -2,11 +2,11 @@
 
 Called by the block pool alone.
 
-A block's uses are the time that it was stored and all times that somebody came back for it; a block
-that is stored again not long after it was evicted keeps those that it had. Blocks of one use, of two
-and three, of four to seven, and of more stand in four queues, each oldest first by when the block
-was given back. Of the heads of the queues that one goes whose age is the largest, where an age
-counts PATIENCE times less with every queue.
+A block's uses are the time that it was stored and all times that somebody came back for it; a
+block that is stored again not long after it was evicted keeps those that it had. Blocks of one use,
+of two and three, of four to seven, and of more stand in four queues, each oldest first by when the
+block was given back. Of the heads of the queues that one goes whose age is the largest, where an
+age counts PATIENCE times less with every queue.
 
 How patient the order is, it learns from what it regrets. Asked for again is a block of one use that
 was evicted just now: there should be fewer old ones (patience falls). Asked for is one of more uses

@@ -5,9 +5,9 @@ Called by the KV cache manager. Never copies KV and never counts references.
 Digest of block i: SHA-256(digest of the last block before its piece, all token ids of its piece up
 to the block's end). A piece is PIECE_BLOCKS blocks, so that a long prompt is hashed in one go and a
 sequence that grows hashes little twice. Extras stand for what else decides a block's KV: the image
-behind placeholder ids; they begin a piece anew. The root is SHA-256 over domain-tagged fields: model
-identity (with the weights' version), KV format, block size and the tenant's salt, so that neither a
-stale nor a foreign hit is possible.
+behind placeholder ids; they begin the hash anew. The root is SHA-256 over domain-tagged fields:
+model identity (with the weights' version), KV format, block size and the tenant's salt, so that
+neither a stale nor a foreign hit is possible.
 """
 
 from __future__ import annotations
@@ -109,9 +109,7 @@ def _chain_on(parent: bytes, data: bytes, size: int, known: int) -> tuple[bytes,
     return tuple(digests)
 
 
-def _chain(
-    parent: bytes, data: bytes, size: int, extras: Mapping[int, bytes]
-) -> tuple[bytes, ...]:
+def _chain(parent: bytes, data: bytes, size: int, extras: Mapping[int, bytes]) -> tuple[bytes, ...]:
     """As `_chain_on`, of all blocks, some of which have `extras`, by place in the piece."""
     digests = []
     state = hashlib.sha256(parent)

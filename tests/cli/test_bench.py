@@ -310,7 +310,14 @@ def test_prefix_computes_a_shared_prefix_once(tiny_options: list[str], tmp_path:
     bookkeeping = ["--lookup-len", "256", "--long-len", "256", "--sequences", "4"]
     assert main(["bench", "prefix", *tiny_options, *sizes, *bookkeeping]) == 0
     lines = {line["name"]: line["figures"] for line in lines_of(tmp_path / "out.jsonl")}
-    assert list(lines) == ["hit against cold", "shared at once", "lookup", "long context", "scheduler", "waste"]
+    assert list(lines) == [
+        "hit against cold",
+        "shared at once",
+        "lookup",
+        "long context",
+        "scheduler",
+        "waste",
+    ]
     shared = lines["shared at once"]
     assert shared["prompt_tokens"] == 4 * (64 + 16)
     assert shared["prompt_tokens_computed"] <= 64 + 4 * 32

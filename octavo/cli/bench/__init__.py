@@ -187,7 +187,11 @@ def _add_prefix(benches: Subparsers) -> None:
         ("--prefix-len", 1024, "tokens of the shared prefix"),
         ("--requests", 16, "requests that share a prefix at once"),
         ("--lookup-len", 131072, "tokens of the prompt that is looked up"),
-        ("--long-len", 1048576, "tokens of the longest context that the bookkeeping is measured at"),
+        (
+            "--long-len",
+            1048576,
+            "tokens of the context that bookkeeping is measured at",
+        ),
         ("--sequences", 256, "running sequences of the scheduler"),
     ):
         shown = f"{help} (default: {default})"
