@@ -266,6 +266,8 @@ _LATENT: dict[str, Any] = {
     "attention_bias": False,
     "moe_layer_freq": 1,
 }
+_SILENT = {"moe_layer_freq", "scoring_func"}
+"""Fields that are not of the class: null says as little as nothing."""
 DEEPSEEK_V2 = ConfigClass(
     defaults={
         **_ALL,
@@ -277,6 +279,7 @@ DEEPSEEK_V2 = ConfigClass(
         "mlp_bias": False,
         "first_k_dense_replace": 0,
         "n_routed_experts": 64,
+        "num_experts_per_tok": None,
         "n_shared_experts": 2,
         "moe_intermediate_size": 1407,
         "routed_scaling_factor": 1.0,
@@ -288,6 +291,7 @@ DEEPSEEK_V2 = ConfigClass(
     },
     nullable=_NULLABLE
     | _HEADS
+    | _SILENT
     | {"q_lora_rank", "n_group", "topk_group", "norm_topk_prob", "num_experts_per_tok"},
     aliases={"n_routed_experts": "num_experts"},
 )
@@ -315,7 +319,10 @@ DEEPSEEK_V3 = ConfigClass(
         "topk_group": 4,
         "norm_topk_prob": True,
     },
-    nullable=_NULLABLE | _HEADS | {"q_lora_rank", "rope_interleave"},
+    nullable=_NULLABLE
+    | _HEADS
+    | _SILENT
+    | {"q_lora_rank", "rope_interleave", "norm_topk_prob", "topk_method"},
     aliases={"n_routed_experts": "num_local_experts"},
 )
 GLM4_MOE_LITE = ConfigClass(
@@ -345,6 +352,6 @@ GLM4_MOE_LITE = ConfigClass(
         "topk_group": 1,
         "norm_topk_prob": True,
     },
-    nullable=_NULLABLE | {"q_lora_rank", "mlp_layer_types"},
+    nullable=_NULLABLE | _SILENT | {"q_lora_rank", "mlp_layer_types", "first_k_dense_replace"},
     aliases={"n_routed_experts": "num_local_experts"},
 )

@@ -69,8 +69,7 @@ def read_deepseek_v3(config: HFConfig) -> ModelSpec:
 def read_glm4_moe_lite(config: HFConfig) -> ModelSpec:
     types = config.value("mlp_layer_types")
     if types is None:
-        if config.integer("first_k_dense_replace", least=0) != 1:
-            config.refuse("first_k_dense_replace", "1, or mlp_layer_types that say which layers")
+        _must_be(config, "first_k_dense_replace", 1)
         return _read_sigmoid(config, lambda index: index > 0)
     num_layers = config.integer("num_hidden_layers")
     is_known = isinstance(types, list) and all(kind in ("dense", "sparse") for kind in types)
@@ -85,7 +84,7 @@ def _read_sigmoid(config: HFConfig, is_sparse: Callable[[int], bool]) -> ModelSp
         top_k=moe.top_k,
         score="sigmoid",
         group_score="best_two",
-        renormalize=config.boolean("norm_topk_prob"),
+        renormalize=bool(config.value("norm_topk_prob")),
         sum_epsilon=_SUM_EPSILON,
         scale=config.number("routed_scaling_factor"),
         float32_logits=True,
@@ -131,8 +130,7 @@ def _read_latent(config: HFConfig, *, pairs_neighbours: bool) -> LatentAttention
 
 
 def _read_experts(config: HFConfig) -> MoESpec:
-    if config.integer("moe_layer_freq") != 1:
-        config.refuse("moe_layer_freq", "1")
+    _must_be(config, "moe_layer_freq", 1)
     moe = read_moe(
         config,
         size_field="moe_intermediate_size",
@@ -154,9 +152,10 @@ def _with_groups(config: HFConfig, moe: MoESpec, rule: RoutingRule) -> RoutingRu
     return replace(rule, num_groups=count, top_groups=best)
 
 
-def _must_be(config: HFConfig, name: str, known: str) -> None:
-    if config.text(name) != known:
-        config.refuse(name, known)
+def _must_be(config: HFConfig, name: str, known: str | int) -> None:
+    """Refuses another value of a field that transformers ignores, and that says how to compute."""
+    if config.value(name) not in (None, known):
+        config.refuse(name, str(known))
 
 
 DEEPSEEK_V2 = Family(config_class=config_classes.DEEPSEEK_V2, read=read_deepseek_v2, names=NAMES)

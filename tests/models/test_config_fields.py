@@ -18,7 +18,7 @@ from octavo.errors import UnsupportedModelError
 from octavo.kernels.activations import ClampedSwiGLU
 from octavo.layers.rope import inverse_frequencies
 from octavo.layers.rope_spec import QueryTemperature
-from octavo.models.attention_spec import AttentionSpec
+from octavo.models.attention_spec import AttentionSpec, LatentAttentionSpec
 from octavo.models.family import weight_shapes
 from octavo.models.hf_config import HFConfig
 from octavo.models.registry import FAMILIES, find_family, read_spec
@@ -38,6 +38,21 @@ ARCHITECTURES = {
     "gemma3_text": "Gemma3ForCausalLM",
     "gpt_oss": "GptOssForCausalLM",
     "llama4_text": "Llama4ForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
+}
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 10,
+    "q_lora_rank": 8,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 12,
 }
 SIZES: dict[str, Any] = {
     "vocab_size": 131,
@@ -60,6 +75,9 @@ BASES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"head_dim": 8, "sliding_window": 6, "sliding_window_pattern": 2},
     "gpt_oss": {"head_dim": 8, "sliding_window": 6, **LOCAL_EXPERTS},
     "llama4_text": {"head_dim": 8, "attention_chunk_size": 5, **LOCAL_EXPERTS},
+    "deepseek_v2": {**LATENT, "n_group": 3, "topk_group": 2},
+    "deepseek_v3": {**LATENT, "n_group": 3, "topk_group": 2, "first_k_dense_replace": 1},
+    "glm4_moe_lite": LATENT,
 }
 OTHERS: dict[str, tuple[Any, ...]] = {
     "vocab_size": (97,),
@@ -113,6 +131,22 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "attn_temperature_tuning": (True, False),
     "floor_scale": (16,),
     "attn_scale": (0.3,),
+    "kv_lora_rank": (12,),
+    "q_lora_rank": (12,),
+    "qk_nope_head_dim": (8,),
+    "qk_rope_head_dim": (6,),
+    "v_head_dim": (8,),
+    "n_routed_experts": (3, 12),
+    "n_shared_experts": (2,),
+    "n_group": (1, 2),
+    "topk_group": (1, 3),
+    "topk_method": ("greedy", "group_limited_greedy"),
+    "first_k_dense_replace": (0, 2, 9),
+    "mlp_layer_types": (["dense", "sparse", "sparse", "dense"],),
+    "moe_layer_freq": (1,),
+    "scoring_func": (),
+    "routed_scaling_factor": (3.5,),
+    "rope_interleave": (True, False),
 }
 """Values that transformers can use, by field."""
 WIDE = {
@@ -131,6 +165,27 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+
+
+_SIGMOID = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+FIXED: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"moe_layer_freq": 1, "scoring_func": "softmax"},
+    "deepseek_v3": {"moe_layer_freq": 1, **_SIGMOID},
+    "glm4_moe_lite": {"moe_layer_freq": 1, "first_k_dense_replace": 1},
+}
+"""Fields of checkpoints that transformers ignores, and the one value that it computes with."""
+LATENT_KINDS = frozenset(FIXED)
+TIED_SIZES = frozenset(
+    {
+        "num_attention_heads",
+        "num_key_value_heads",
+        "n_routed_experts",
+        "num_experts_per_tok",
+        "n_group",
+        "topk_group",
+    }
+)
+"""Of latent attention and grouped experts: the default of one does not fit small others."""
 
 
 def base(model_type: str) -> dict[str, Any]:
@@ -224,6 +279,9 @@ def assert_same(spec: ModelSpec, model: PreTrainedModel, config: Mapping[str, An
     assert spec.norm_eps == theirs.rms_norm_eps
     assert spec.tie_embeddings == theirs.tie_word_embeddings
     assert [layer.attention.visibility.most_visible for layer in spec.layers] == windows_of(model)
+    if kind in LATENT_KINDS:
+        assert_same_latent(spec, model)
+        return
     assert spec.logit_soft_cap == getattr(theirs, "final_logit_softcapping", None)
     scale = getattr(model.model.embed_tokens, "scalar_embed_scale", 1.0)
     assert spec.embedding_scale == pytest.approx(scale)
@@ -251,6 +309,32 @@ def assert_same(spec: ModelSpec, model: PreTrainedModel, config: Mapping[str, An
                 assert layer.mlp.rule.renormalize == (kind == "mixtral" or theirs.norm_topk_prob)
         else:
             assert isinstance(layer.mlp, MLPSpec)
+
+
+def assert_same_latent(spec: ModelSpec, model: PreTrainedModel) -> None:
+    config: Any = model.config
+    rotary = type(model.model.rotary_emb)(config)
+    frequencies = inverse_frequencies(spec.ropes[0], config.max_position_embeddings)
+    torch.testing.assert_close(frequencies, rotary.inv_freq)
+    assert spec.ropes[0].attention_factor == pytest.approx(rotary.attention_scaling)
+    is_paired = config.model_type == "deepseek_v2" or bool(config.rope_interleave)
+    for layer, module in zip(spec.layers, model.model.layers, strict=True):
+        ours, theirs = layer.attention, module.self_attn
+        assert isinstance(ours, LatentAttentionSpec)
+        assert ours.scale == pytest.approx(theirs.scaling)
+        assert ours.rope.pairs_neighbours == is_paired
+        sizes = theirs.num_heads, theirs.kv_lora_rank, theirs.qk_nope_head_dim, theirs.v_head_dim
+        assert (ours.num_heads, ours.kv_rank, ours.nope_size, ours.value_size) == sizes
+        assert isinstance(layer.mlp, MoESpec) == hasattr(module.mlp, "experts")
+        if isinstance(layer.mlp, MoESpec):
+            rule = layer.mlp.rule
+            assert rule.top_k == config.num_experts_per_tok
+            assert rule.scale == config.routed_scaling_factor
+            is_grouped = getattr(config, "topk_method", "") != "greedy"
+            groups = (config.n_group, config.topk_group) if is_grouped else (1, 1)
+            assert (rule.num_groups, rule.top_groups) == groups
+            is_normed = config.model_type != "deepseek_v2" and bool(config.norm_topk_prob)
+            assert rule.renormalize == is_normed
 
 
 def assert_same_positions(
@@ -304,6 +388,7 @@ def test_the_defaults_are_those_of_transformers_config_class(model_type: str) ->
         theirs["rope_theta"] = cls.default_theta["global"]
         theirs["rope_local_base_freq"] = cls.default_theta["local"]
         theirs["sliding_window_pattern"] = cls()._sliding_window_pattern
+    theirs |= FIXED.get(model_type, {})
     family = find_family(base(model_type))
     for name, value in family.config_class.defaults.items():
         assert theirs.get(name) == value, name
@@ -311,10 +396,22 @@ def test_the_defaults_are_those_of_transformers_config_class(model_type: str) ->
     assert set(fields_read(model_type)) & theirs.keys() <= family.config_class.defaults.keys()
 
 
-@pytest.mark.parametrize(("model_type", "name"), FIELDS)
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [one for one in FIELDS if one[0] not in LATENT_KINDS or one[1] not in TIED_SIZES],
+)
 def test_an_absent_field_means_what_it_means_to_transformers(model_type: str, name: str) -> None:
-    compare(without({**base(model_type), **WIDE}, name), runs=False)
-    compare(without({**base(model_type), **WIDE, "use_sliding_window": True}, name), runs=False)
+    wide = {"hidden_size": 128} if model_type in LATENT_KINDS else WIDE
+    compare(without({**base(model_type), **wide}, name), runs=False)
+    compare(without({**base(model_type), **wide, "use_sliding_window": True}, name), runs=False)
+
+
+@pytest.mark.parametrize("name", sorted(TIED_SIZES))
+def test_sizes_that_do_not_fit_each_other_are_refused(name: str) -> None:
+    config = {**base("deepseek_v3"), "num_attention_heads": 6, "num_key_value_heads": 6}
+    assert isinstance(read_spec({**config, "n_group": 1, "topk_group": 1})[0], ModelSpec)
+    with pytest.raises(UnsupportedModelError, match="known: "):
+        read_spec({**config, name: 5})
 
 
 @pytest.mark.parametrize(("model_type", "name"), FIELDS)
@@ -329,6 +426,13 @@ UNLIKE = {
     ("olmoe", "sliding_window"): "it has no windows",
     ("gemma3_text", "attn_logit_softcapping"): "transformers ignores it, we refuse it",
     ("gpt_oss", "hidden_act"): "transformers ignores it, we refuse all but silu",
+    ("deepseek_v2", "norm_topk_prob"): "transformers ignores it, we refuse true",
+    ("deepseek_v3", "topk_method"): "transformers ignores it, we refuse others",
+    ("glm4_moe_lite", "first_k_dense_replace"): "transformers ignores it, we refuse others",
+    **{
+        (kind, "num_attention_heads"): "transformers ignores fewer kv heads, we refuse them"
+        for kind in LATENT_KINDS
+    },
 }
 
 

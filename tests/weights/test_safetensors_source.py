@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from octavo.errors import OctavoError, UnsupportedModelError, WeightsError
 from octavo.weights.checkpoint import INDEX_FILE
 from octavo.weights.safetensors_source import open_safetensors
+from octavo.weights.source import Staging
 from tests.models.tiny import save_tiny
 from tests.weights.reading import anonymous_bytes, read
 
@@ -173,3 +174,37 @@ def test_random_damage_to_the_header_never_raises_anything_unexpected(seed: int,
         source = open_safetensors(tmp_path, "llama")
         for name in source.names():
             read(source, name)
+
+
+def test_transposed_stacks_of_experts_are_read_one_by_one(tmp_path: Path):
+    tiny = save_tiny("llama4", tmp_path)
+    source = open_safetensors(tmp_path, "llama4_text")
+    stacks = tiny.reference.state_dict()
+    both = stacks["model.layers.1.feed_forward.experts.gate_up_proj"]
+    down = stacks["model.layers.1.feed_forward.experts.down_proj"]
+    names = "model.layers.1.feed_forward.experts"
+    for expert in range(4):
+        gate, up = both[expert].T.chunk(2)
+        assert torch.equal(read(source, f"{names}.{expert}.gate_proj.weight"), gate)
+        assert torch.equal(read(source, f"{names}.{expert}.up_proj.weight"), up)
+        assert torch.equal(read(source, f"{names}.{expert}.down_proj.weight"), down[expert].T)
+
+
+def test_alternating_stacks_of_experts_and_their_biases_are_read_one_by_one(tmp_path: Path):
+    tiny = save_tiny("gpt-oss-odd", tmp_path)
+    source = open_safetensors(tmp_path, "gpt_oss")
+    stacks = tiny.reference.state_dict()
+    names = "model.layers.2.mlp.experts"
+    for expert in range(3):
+        one = f"{names}.{expert}"
+        both, bias = (stacks[f"{names}.gate_up_proj{end}"][expert] for end in ("", "_bias"))
+        down, down_bias = (stacks[f"{names}.down_proj{end}"][expert] for end in ("", "_bias"))
+        assert torch.equal(read(source, f"{one}.gate_proj.weight"), both[:, 0::2].T)
+        assert torch.equal(read(source, f"{one}.up_proj.weight"), both[:, 1::2].T)
+        assert torch.equal(read(source, f"{one}.gate_proj.bias"), bias[0::2])
+        assert torch.equal(read(source, f"{one}.up_proj.bias"), bias[1::2])
+        assert torch.equal(read(source, f"{one}.down_proj.weight"), down.T)
+        assert torch.equal(read(source, f"{one}.down_proj.bias"), down_bias)
+        part, staging = torch.empty(5, 7), Staging(torch.device("cpu"))
+        source.copy_into(f"{one}.up_proj.weight", part, staging, 3, 2)
+        assert torch.equal(part, both[2:9, 1::2].T[3:8])
