@@ -77,12 +77,14 @@ def structural_tag(row: ToolFormat, tools: Tools, *, has_thought: bool) -> dict[
 
 
 def _calls(row: ToolFormat, layout: Layout, tools: Tools) -> Node:
+    # Who names a tool means one call of it; a small model would repeat it until it is cut off.
+    is_one = tools.choice == "required" and len(tools.named) == 1
     return {
         "type": "tags_with_separator",
         "tags": _tags(row, tools),
         "separator": layout.joint,
         "at_least_one": True,
-        "stop_after_first": not tools.is_parallel or layout.is_single,
+        "stop_after_first": is_one or not tools.is_parallel or layout.is_single,
     }
 
 

@@ -141,9 +141,9 @@ def test_what_a_tag_allows_is_read_as_calls(row: Any) -> None:
 
 
 @pytest.mark.parametrize("row", HELD, ids=lambda row: row.name)
-def test_a_named_tool_is_the_only_one(row: Any) -> None:
+def test_a_named_tool_is_called_once_and_no_other(row: Any) -> None:
     choice = {"type": "function", "function": {"name": "mark"}}
-    tools = with_choice(read_tools(TOOLS), choice, False)
+    tools = with_choice(read_tools(TOOLS), choice)
     tag = structural_tag(row, tools, has_thought=False)
     for seed in range(5):
         text = Writer(random.Random(seed)).write(tag["format"])
