@@ -40,21 +40,24 @@ def first_best(keys, places, AXIS: tl.constexpr, NONE: tl.constexpr):
 @triton.jit
 def scored(logits, is_expert, SCORE: tl.constexpr):
     """Returns the scores of the experts; `logits` are 0 elsewhere."""
+    # One way out: the compiler looks at what stands behind a return, too.
     if SCORE == "softmax":
         highest = tl.max(tl.where(is_expert, logits, -float("inf")), 1)
         raised = tl.where(is_expert, tl.exp(logits - highest[:, None]), 0.0)
-        return raised / tl.sum(raised, 1)[:, None]
-    if SCORE == "sigmoid":
-        return 1.0 / (1.0 + tl.exp(-logits))
-    if SCORE == "sqrt_softplus":
+        scores = raised / tl.sum(raised, 1)[:, None]
+    elif SCORE == "sigmoid":
+        scores = 1.0 / (1.0 + tl.exp(-logits))
+    elif SCORE == "sqrt_softplus":
         raised = tl.exp(tl.minimum(logits, 20.0))
         more = 1.0 + raised
         # log(1 + r): what the addition loses is made good, and above 20 it is the logit.
         small = tl.where(more == 1.0, 1.0, more - 1.0)
         plus = tl.where(more == 1.0, raised, tl.log(more) * (raised / small))
-        return tl.sqrt(tl.where(logits > 20.0, logits, plus))
-    tl.static_assert(SCORE == "logit")
-    return logits
+        scores = tl.sqrt(tl.where(logits > 20.0, logits, plus))
+    else:
+        tl.static_assert(SCORE == "logit")
+        scores = logits
+    return scores
 
 
 @triton.jit

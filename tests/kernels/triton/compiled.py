@@ -1,0 +1,164 @@
+"""Compiles kernels for a Hopper that the interpreter alone would have seen; no GPU is needed.
+
+Run by test_compiled.py as `python -m tests.kernels.triton.compiled CASE`. The interpreter takes what
+the compiler refuses (a branch on a constant that both sides reach, types that differ by branch), so
+every kind of kernel is compiled once. Prints a line a kernel; ptxas may not run out of memory.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from octavo.kernels.triton.launching import chip
+
+chip.is_hopper = lambda device: True  # before the kernels' modules ask it
+
+from octavo.formats import WEIGHT_FORMATS  # noqa: E402
+from octavo.kernels.inputs import (  # noqa: E402
+    AttentionBatch,
+    AttentionOp,
+    KVLayer,
+    LatentOp,
+    RopeTable,
+)
+from octavo.kernels.routing import RoutingRule  # noqa: E402
+from octavo.kernels.triton.attention import choose  # noqa: E402
+from octavo.kernels.triton.attention.decode import decode_attention  # noqa: E402
+from octavo.kernels.triton.backend import TritonOps  # noqa: E402
+from octavo.kernels.weights import Router, Weight  # noqa: E402
+from octavo.visibility import Chunk, Full, Window  # noqa: E402
+
+HOPPER = GPUTarget("cuda", 90, 32)
+BF16 = torch.bfloat16
+
+
+def compile_instead(function: Any, key: Any, signature: Any, device: int, *rest: Any) -> Any:
+    """Stands for the launch of a kernel: compiles it and runs nothing."""
+    constants, options, attributes = rest[:3]
+    source = function.ASTSource(function, signature, constants, attributes)
+    built = function.compile(source, target=HOPPER, options=options.__dict__)
+    print(function.__name__, built.metadata.shared, flush=True)
+    assert built.metadata.shared <= 227 << 10, function.__name__
+    nothing = SimpleNamespace(
+        run=lambda *arguments: None,
+        launch_metadata=lambda *arguments: None,
+        function=0,
+        packed_metadata=(),
+    )
+    function.device_caches[device][0][key] = nothing
+    return nothing
+
+
+def zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int32)
+
+
+def routing() -> None:
+    ops = TritonOps(1, is_deterministic=False)
+    weight = Weight(
+        data=torch.zeros(16, 32, dtype=BF16), format=WEIGHT_FORMATS["bf16"], rows=16, cols=32
+    )
+    for rule in (
+        RoutingRule(top_k=2, renormalize=False, scale=2.0),
+        RoutingRule(
+            top_k=2, score="sigmoid", num_groups=4, top_groups=2, group_score="best_two",
+            renormalize=True, sum_epsilon=1e-20, scale=2.5,
+        ),
+        RoutingRule(top_k=2, score="sqrt_softplus", renormalize=True),
+        RoutingRule(top_k=2, score="logit", weighting="softmax", renormalize=False),
+        RoutingRule(top_k=1, score="logit", weighting="sigmoid", renormalize=False),
+    ):  # fmt: skip
+        correction = torch.zeros(16) if rule.score == "sigmoid" else None
+        router = Router(weights=(weight,), rule=rule, bias_E=None, correction_E=correction)
+        ops.route(torch.zeros(4, 16, dtype=BF16), router, torch.zeros(16, dtype=torch.int64))
+
+
+def batch_of(num_tokens: int, num_sequences: int, **bounds: int) -> AttentionBatch:
+    return AttentionBatch(
+        positions_T=zeros(num_tokens),
+        slot_mapping_T=torch.zeros(num_tokens, dtype=torch.int64),
+        query_starts=torch.arange(num_sequences + 1, dtype=torch.int32)
+        * (num_tokens // num_sequences),
+        seq_lens_S=zeros(num_sequences),
+        block_table=zeros(num_sequences, 64),
+        **bounds,  # type: ignore[arg-type]
+    )
+
+
+def attention() -> None:
+    arena = torch.zeros(4, 2, 16, 2, 64, dtype=BF16)
+    layer, q = KVLayer(key=arena[:, 0], value=arena[:, 1]), torch.zeros(140, 8, 64, dtype=BF16)
+    op = AttentionOp(
+        num_heads=8, num_kv_heads=2, head_size=64, scale=0.1, visibility=Full(), rope=None,
+        qk_norm=None,
+    )  # fmt: skip
+    angles = torch.zeros(64, 32)
+    for one in (
+        replace(op, sinks_H=torch.zeros(8), visibility=Window(128)),
+        replace(op, visibility=Chunk(64), soft_cap=30.0),
+    ):
+        choose.attention(q, one, layer, batch_of(140, 2))
+        rotated = replace(one, rope=RopeTable(cos=angles, sin=angles, rotary_dim=64))
+        for whole in (one, rotated):
+            decode_attention(
+                *(torch.zeros(2, 12, 64, dtype=BF16), whole, layer, batch_of(2, 2)),
+                torch.zeros(2, 8, 64, dtype=BF16),
+                max_seq_len=1024,
+                is_qkv=True,
+            )
+
+
+def latent(num_tokens: int, num_sequences: int, **bounds: int) -> None:
+    heads, rank, nope, rope, value = 16, 512, 128, 64, 128
+    ops = TritonOps(1, is_deterministic=False)
+    up = torch.zeros(heads * (nope + value), rank, dtype=BF16)
+    weight = Weight(data=up, format=WEIGHT_FORMATS["bf16"], rows=up.shape[0], cols=rank)
+    angles = torch.zeros(64, rope // 2)
+    op = LatentOp(
+        num_heads=heads,
+        rank=rank,
+        nope_size=nope,
+        rope_size=rope,
+        value_size=value,
+        scale=0.1,
+        rope=RopeTable(cos=angles, sin=angles, rotary_dim=rope),
+        norm_R=torch.zeros(rank),
+        norm_eps=1e-6,
+        weights=ops.prepare_latent(weight, heads, nope),
+    )
+    layer = KVLayer(latent=torch.zeros(4, 16, rank + rope, dtype=BF16))
+    made = torch.zeros(num_tokens, heads * (nope + rope) + rank + rope, dtype=BF16)
+    q_TN, latent_TC = made.split([heads * (nope + rope), rank + rope], dim=1)
+    torch.bmm = lambda x, y, out: out  # type: ignore[assignment]
+    batch = batch_of(num_tokens, num_sequences, max_seq_len=512, **bounds)
+    ops.latent_attention(q_TN, latent_TC, op, layer, batch)
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "routing": routing,
+    "attention": attention,
+    "latent decode": lambda: latent(4, 4, max_query_len=1, num_short_tokens=0),
+    "latent short": lambda: latent(64, 4, max_query_len=16, num_short_tokens=64),
+    "latent long": lambda: latent(2304, 1, max_query_len=2304, num_short_tokens=0),
+}
+
+if __name__ == "__main__":
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: HOPPER,
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device: 0,
+        )
+    )
+    JITFunction._do_compile = lambda self, *arguments: compile_instead(self, *arguments)
+    CASES[sys.argv[1]]()
