@@ -1,8 +1,8 @@
 """Compiles kernels for a Hopper that the interpreter alone would have seen; no GPU is needed.
 
-Run by test_compiled.py as `python -m tests.kernels.triton.compiled CASE`. The interpreter takes what
-the compiler refuses (a branch on a constant that both sides reach, types that differ by branch), so
-every kind of kernel is compiled once. Prints a line a kernel; ptxas may not run out of memory.
+Run by test_compiled.py as `python -m tests.kernels.triton.compiled CASE`. The interpreter takes
+what the compiler refuses (a branch on a constant that both sides reach, types that differ by
+branch), so every kind of kernel is compiled once. Prints a line a kernel.
 """
 
 from __future__ import annotations
