@@ -103,6 +103,8 @@ async def on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestError) and error.param is not None and body is not None:
         # The engine speaks of its own parameters; the client knows the fields that it sent.
         error.param = body.field_name(error.param)
+        if error.param not in str(error):
+            error.args = (f"{error.param}: {error}",)
     return error_response(error)
 
 

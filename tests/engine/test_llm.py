@@ -219,10 +219,10 @@ def test_only_the_request_whose_sampling_raises_ends_with_the_error(
 ) -> None:
     choose = sampler._choose
 
-    def raise_for_the_guilty(logits: Any, state: Any, output_index: int) -> int:
+    def raise_for_the_guilty(logits: Any, state: Any, output_index: int, *masks: Any) -> int:
         if state.params.seed == 7 and output_index == 3:
             raise ValueError("a fault of this row")
-        return choose(logits, state, output_index)
+        return choose(logits, state, output_index, *masks)
 
     prompts = prompts_of((30, 12, 50, 21, 5), seed=6)
     params = [

@@ -238,7 +238,7 @@ def test_penalties_follow_their_formulas_over_prompt_and_outputs():
     state = _Row.from_start(start(prompt=prompt, outputs=outputs[:2], **params), 50)
     for token in outputs[2:]:
         state.append(token)
-    np.testing.assert_allclose(_changed(logits[0].numpy(), state, 4), wanted, rtol=1e-6)
+    np.testing.assert_allclose(_changed(logits[0].numpy(), state, 4, None), wanted, rtol=1e-6)
 
 
 def test_penalties_grow_past_their_first_room():

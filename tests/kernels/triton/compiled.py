@@ -34,6 +34,7 @@ from octavo.kernels.inputs import (  # noqa: E402
 from octavo.kernels.routing import RoutingRule  # noqa: E402
 from octavo.kernels.triton.attention import choose  # noqa: E402
 from octavo.kernels.triton.attention.decode import decode_attention  # noqa: E402
+from octavo.kernels.triton.attention.device_plan import DevicePlan  # noqa: E402
 from octavo.kernels.triton.backend import TritonOps  # noqa: E402
 from octavo.kernels.weights import Router, Weight  # noqa: E402
 from octavo.visibility import Chunk, Full, Window  # noqa: E402
@@ -91,7 +92,7 @@ def batch_of(num_tokens: int, num_sequences: int, **bounds: int) -> AttentionBat
         * (num_tokens // num_sequences),
         seq_lens_S=zeros(num_sequences),
         block_table=zeros(num_sequences, 64),
-        **bounds,  # type: ignore[arg-type]
+        plan=DevicePlan(**bounds),  # type: ignore[arg-type]
     )
 
 

@@ -89,7 +89,7 @@ types = {"key": page, "value": page, "scale_log2": "fp32"}
 types |= dict.fromkeys(("q", "out"), "*bf16")
 types |= dict.fromkeys(("partial_out", "partial_lse"), "*fp32")
 types |= dict.fromkeys(("starts", "lengths", "members", "query_starts", "sizes"), "*i32")
-types["piece_starts"] = "*i32"
+types |= {"piece_starts": "*i32", "sinks": "*fp32"}
 types |= {"block_table": "*i32"} | dict.fromkeys(UNSPECIALISED, "i32")
 constants = {"H": 8, "GROUP": 4, "STACK": 4, "D": 128, "MOST": 64}
 constants |= {"OVERLAP": 1}
@@ -97,6 +97,7 @@ signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
 for form, num_tokens in ((LONG, 4096), (SHORT, 4096), (SHORT, 64), (SHARED, 32)):
     block_n, stages = _ring(form, num_tokens, 16)
     values = constants | {"FORM": form.value, "BLOCK_N": block_n, "STAGES": stages}
+    values["HAS_SINKS"] = form is not SHARED
     at = {(kernel.arg_names.index(name),): value for name, value in values.items()}
     source = GluonASTSource(kernel, signature, at)
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
@@ -115,8 +116,8 @@ def test_it_compiles_for_hopper_without_one() -> None:
 
 def _attend(q: Tensor, paged: PagedKV, batch: AttentionBatch) -> Tensor:
     layer, moved = there(paged, batch)
-    assert hopper.fits(q.cuda(), layer, None)
     op = attention_op(q.shape[1], layer, 0.1)
+    assert hopper.fits(q.cuda(), op, layer)
     return tiles.attention(q.cuda(), op, layer, moved).float().cpu()
 
 
