@@ -29,6 +29,9 @@ Need = NDArray[np.int64]
 """[classes] pages of each class; [classes, n] at each of n times."""
 _MOST_LARGEST_PAGES = 32
 """Of the class with the largest pages, in a chunk."""
+_MOST_WASTE = 0.1
+"""Share of a chunk that a class may leave between its pages where another cut would leave less."""
+_MANY_DIVISORS = 720
 _PAGE_PRICE = 1 / 256
 """Share of the memory that may be wasted rather than have a chunk one such page larger: what a
 class leaves empty of its chunks nobody else can use."""
@@ -88,6 +91,8 @@ def arena_layout(groups: Sequence[KVGroup], block_size: int) -> ArenaLayout:
         found = [_cut(sizes, largest) for largest in range(1, _MOST_LARGEST_PAGES + 1)]
         prices = [_waste(sizes, *one) + _PAGE_PRICE * i for i, one in enumerate(found)]
         chunk_bytes, counts = found[int(np.argmin(prices))]
+        if _waste(sizes, chunk_bytes, counts) > _MOST_WASTE:
+            chunk_bytes, counts = _cut_by_divisors(sizes)
     return ArenaLayout(
         chunk_bytes=chunk_bytes,
         classes=tuple(
@@ -109,6 +114,23 @@ def _cut(sizes: Sequence[int], num_largest: int) -> tuple[int, list[int]]:
     counts = [room // size for size in sizes]
     unit = ALIGNMENT * lcm(*counts)
     return -(-room // unit) * unit, counts
+
+
+def _cut_by_divisors(sizes: Sequence[int]) -> tuple[int, list[int]]:
+    """Returns the same where no common multiple of the counts is near: a chunk with many divisors,
+    of which each class takes the largest that leaves its pages room."""
+    best, least = None, 2.0
+    for num_largest in range(_MOST_LARGEST_PAGES // 2, _MOST_LARGEST_PAGES + 1):
+        units = -(-num_largest * max(sizes) // (ALIGNMENT * _MANY_DIVISORS))
+        total = units * _MANY_DIVISORS
+        divisors = [d for d in range(1, total + 1) if total % d == 0]
+        chunk_bytes = total * ALIGNMENT
+        counts = [max(d for d in divisors if chunk_bytes // d >= size) for size in sizes]
+        waste = _waste(sizes, chunk_bytes, counts)
+        if waste < least:
+            best, least = (chunk_bytes, counts), waste
+    assert best is not None
+    return best
 
 
 def _waste(sizes: Sequence[int], chunk_bytes: int, counts: Sequence[int]) -> float:
