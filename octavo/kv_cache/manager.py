@@ -221,16 +221,15 @@ class KVCacheManager:
 
     def passes(self, kv: SequenceKV, num_computed: int) -> None:
         """The next step begins behind `num_computed` tokens: gives back what none of them sees any
-        more, where that is a block and more. What the step under way computes stays until others
-        can find it."""
+        more, where that is a block and more."""
         if self._has_bounds and num_computed - kv.seen_from >= self.block_size:
-            self._forget(kv, num_computed, kv.num_published if kv.writes_cache else None)
+            self._forget(kv, num_computed)
 
-    def _forget(self, kv: SequenceKV, num_computed: int, num_columns: int | None = None) -> None:
+    def _forget(self, kv: SequenceKV, num_computed: int) -> None:
         assert kv.row is not None
         kv.seen_from = num_computed
         for group in self._groups:
-            group.forget(kv.row, num_computed, num_columns)
+            group.forget(kv.row, num_computed)
 
     def fork(
         self, parent: SequenceKV, child: SequenceKV, row: int, num_tokens: int, num_computed: int

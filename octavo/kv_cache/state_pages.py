@@ -90,7 +90,7 @@ class StatePages:
             self._ledger.release(self._index, (page,))
         self.table.append(row, [live])
 
-    def forget(self, row: int, num_computed: int, num_columns: int | None = None) -> None:
+    def forget(self, row: int, num_computed: int) -> None:
         """Does nothing: a state is as large as ever."""
 
     def extend(self, row: int, num_tokens: int) -> None:

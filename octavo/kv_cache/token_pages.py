@@ -83,13 +83,11 @@ class TokenPages:
         self._ledger.acquire(self._index, cached)
         self.table.append(row, cached)
 
-    def forget(self, row: int, num_computed: int, num_columns: int | None = None) -> None:
-        """Gives back the pages that no token from `num_computed` on sees, of the first
-        `num_columns` at most."""
+    def forget(self, row: int, num_computed: int) -> None:
+        """Gives back the pages that no token from `num_computed` on sees."""
         if self._sees_all:
             return
         first = self.group.first_column(num_computed, self._block_size)
-        first = first if num_columns is None else min(first, num_columns)
         if first:
             self._ledger.release(self._index, self.table.forget(row, 0, first)[::-1])
 
