@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import lcm
+from math import isqrt, lcm
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,7 +123,8 @@ def _cut_by_divisors(sizes: Sequence[int]) -> tuple[int, list[int]]:
     for num_largest in range(_MOST_LARGEST_PAGES // 2, _MOST_LARGEST_PAGES + 1):
         units = -(-num_largest * max(sizes) // (ALIGNMENT * _MANY_DIVISORS))
         total = units * _MANY_DIVISORS
-        divisors = [d for d in range(1, total + 1) if total % d == 0]
+        small = [d for d in range(1, isqrt(total) + 1) if total % d == 0]
+        divisors = [*small, *(total // d for d in small)]
         chunk_bytes = total * ALIGNMENT
         counts = [max(d for d in divisors if chunk_bytes // d >= size) for size in sizes]
         waste = _waste(sizes, chunk_bytes, counts)
