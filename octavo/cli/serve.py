@@ -12,6 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from octavo.cli.options import (
@@ -110,28 +111,29 @@ async def _serve(
 ) -> int:
     from octavo.async_llm import AsyncLLM
     from octavo.engine.client import EngineClient
-    from octavo.server.fleet import Fleet
+    from octavo.server.fronts import Fronts
     from octavo.server.serve import serve, url_of
 
     log_verdicts(verdicts)
-    fleet = Fleet(server, config, sockets.metrics) if server.api_processes > 1 else None
+    fronts = Fronts(server, config, sockets.metrics) if server.api_processes > 1 else None
     engine = AsyncLLM(
         config,
         log_format=server.log_format,
         log_level=server.log_level,
-        connect=EngineClient if fleet is None else fleet.connect,
+        connect=EngineClient if fronts is None else fronts.connect,
     )
     say(f"loading {config.model} ...")
     try:
         if not await _start(engine, signals):
             return signals.exit_code
         url = url_of(sockets.api, "https" if server.ssl_certfile else "http")
-        announce(engine, server, url, sockets.metrics and url_of(sockets.metrics))
+        metrics_url = sockets.metrics and url_of(sockets.metrics)
+        say_where = partial(announce, engine, server, url, metrics_url)
         try:
-            if fleet is None:
-                await serve(engine, server, sockets.api, signals, sockets.metrics)
+            if fronts is None:
+                await serve(engine, server, sockets.api, signals, sockets.metrics, say_where)
             else:
-                await fleet.serve(engine, sockets.api, signals)
+                await fronts.serve(engine, sockets.api, signals, say_where)
         except EngineDeadError:
             return 1  # which the log has told
         return 0
@@ -141,8 +143,8 @@ async def _serve(
         if signals.num_received > 1:
             engine.kill()
         await engine.close()
-        if fleet is not None:
-            await fleet.close()
+        if fronts is not None:
+            await fronts.close()
 
 
 async def _start(engine: AsyncLLM, signals: StopSignals) -> bool:

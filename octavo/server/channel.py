@@ -1,6 +1,6 @@
 """Messages between the parent of several front processes and each of them, and connections.
 
-Used by `fleet` (the parent) and `front_process`. One socket pair a front; never blocks.
+Used by `fronts` (the parent) and `front_process`. One socket pair a front; never blocks.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One of several front processes of a server: `main` is run by `engine.parent`.
 
-Started by `fleet`, which accepts connections and hands them over, owns the engine process and
+Started by `fronts`, which accepts connections and hands them over, owns the engine process and
 decides when this process ends. Never listens and never starts anything.
 """
 
@@ -72,7 +72,7 @@ def main(arguments: str, control: str) -> int:
         return runner.run(_Front(given, end).run())
 
 
-class _FleetServer(Server):
+class _FrontServer(Server):
     """A server that answers probes until its siblings are drained, too."""
 
     channel: Channel
@@ -92,7 +92,7 @@ class _Front:
     def __init__(self, given: FrontArguments, end: socket.socket) -> None:
         self._given = given
         self._end = end
-        self._server: _FleetServer | None = None
+        self._server: _FrontServer | None = None
         self._num_stops = 0
         self._call_ids = itertools.count()
         self._calls: dict[int, tuple[asyncio.Event, list[bytes]]] = {}
@@ -110,7 +110,7 @@ class _Front:
         try:
             await engine.start()
             settle_memory()
-            self._server = server = _FleetServer(
+            self._server = server = _FrontServer(
                 engine, given.server, signals=StopSignals(), siblings=self._ask_siblings
             )
             server.channel = self._channel

@@ -18,7 +18,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
@@ -115,8 +115,10 @@ class Server(uvicorn.Server):
         limits: ConnectionLimits | None = None,
         signals: StopSignals | None = None,
         siblings: Siblings | None = None,
+        on_serving: Callable[[], None] | None = None,
     ) -> None:
-        """Listens to `signals`, or to those of the process while it serves."""
+        """Listens to `signals`, or to those of the process while it serves; `on_serving` is called
+        once, when it answers."""
         app = create_app(engine, config, siblings)
         self._state: ServerState = app.state.server
         self.drain: Drain = self._state.drain
@@ -127,6 +129,7 @@ class Server(uvicorn.Server):
         self._died_at = 0.0
         self._engine = engine
         self._signals = signals
+        self._on_serving = on_serving
         self._end_began: float | None = None
         self._cut_off_began: float | None = None
         self._shutdown_timeout = config.shutdown_timeout
@@ -174,6 +177,11 @@ class Server(uvicorn.Server):
             stats.cancel()
             if refresh is not None:
                 refresh.cancel()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._on_serving is not None and self.started:
+            self._on_serving()
 
     def take(self, connection: socket.socket) -> None:
         """Serves a connection that was accepted elsewhere."""
@@ -276,14 +284,15 @@ async def serve(
     bound: socket.socket,
     signals: StopSignals | None = None,
     metrics_bound: socket.socket | None = None,
+    on_serving: Callable[[], None] | None = None,
 ) -> None:
     """Serves `engine` on the sockets from `bind` and `bind_metrics` until a signal; the engine
-    stays open.
+    stays open. `on_serving` is called once, when it answers.
 
     Raises EngineDeadError after the end of a server whose engine has died.
     """
     settle_memory()
-    server = Server(engine, config, signals=signals)
+    server = Server(engine, config, signals=signals, on_serving=on_serving)
     await server.run_on(bound, metrics_bound)
     if server.error is not None:
         raise server.error

@@ -319,3 +319,15 @@ async def test_a_signal_that_came_before_the_server_listened_ends_it() -> None:
         server = Server(FakeEngine(), config, signals=signals)
         await asyncio.wait_for(server.run_on(bound), 30)
     assert server.error is None
+
+
+async def test_where_it_serves_is_said_once_it_answers() -> None:
+    config, said = ServerConfig(port=0), []
+    with bind(config) as bound:
+        server = Server(FakeEngine(), config, on_serving=lambda: said.append(server.started))
+        serving = asyncio.ensure_future(server.run_on(bound))
+        while not said:
+            await asyncio.sleep(0.01)
+        server.stop()
+        await asyncio.wait_for(serving, 30)
+    assert said == [True]

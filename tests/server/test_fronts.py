@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from octavo.server.fleet import LOOK_SECONDS, SKIPPED_SECONDS
+from octavo.server.fronts import LOOK_SECONDS, SKIPPED_SECONDS
 from tests.server.tiny_engine import write_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +25,7 @@ OPTIONS = "--load-format=dummy --dtype=float32 --num-threads=1 --kv-cache-memory
 NUM_FRONTS = 3
 
 
-class Fleet:
+class Fronts:
     """A server of several front processes, from its command line to its end."""
 
     def __init__(self, model: Path, log: Path, *options: str) -> None:
@@ -35,9 +36,10 @@ class Fleet:
                 cwd=ROOT,
                 stderr=file,
             )
-        self.url = self._url()
 
-    def _url(self) -> str:
+    @functools.cached_property
+    def url(self) -> str:
+        """Where it serves; waits until it does."""
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and self.process.poll() is None:
             found = re.search(r"is served on (\S+)", self.log.read_text())
@@ -70,13 +72,19 @@ class Fleet:
 
 
 @pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[Fleet]:
+def starting(tmp_path: Path) -> Iterator[Fronts]:
     (tmp_path / "model").mkdir()
     options = (f"--api-processes={NUM_FRONTS}", "--watchdog-timeout=12", "--shutdown-timeout=5")
-    started = Fleet(write_model(tmp_path / "model"), tmp_path / "log", *options)
+    started = Fronts(write_model(tmp_path / "model"), tmp_path / "log", *options)
     yield started
     started.process.kill()
     started.process.wait()
+
+
+@pytest.fixture
+def fronts(starting: Fronts) -> Fronts:
+    assert starting.url
+    return starting
 
 
 def ask(url: str) -> tuple[int, str]:
@@ -91,77 +99,82 @@ def metric(url: str, name: str) -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
 
-def test_connections_are_dealt_out_numbers_are_added_and_the_end_is_clean(fleet: Fleet):
+def test_connections_are_dealt_out_numbers_are_added_and_the_end_is_clean(fronts: Fronts):
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
-        answers = list(pool.map(ask, [fleet.url] * 12))
+        answers = list(pool.map(ask, [fronts.url] * 12))
     assert all(status == 200 and text.endswith("[DONE]\n\n") for status, text in answers)
     # Whichever process is asked, it tells of all.
     for _ in range(NUM_FRONTS):
-        assert metric(fleet.url, "vllm:request_success_total{") == 12
-        assert metric(fleet.url, "vllm:inter_token_latency_seconds_count") > 12
-    assert metric(fleet.url, "vllm:generation_tokens_total") == 12 * 20
-    assert len(fleet.children("octavo.server.front_process")) == NUM_FRONTS
-    fleet.process.send_signal(signal.SIGTERM)
-    assert fleet.end() == 0
+        assert metric(fronts.url, "vllm:request_success_total{") == 12
+        assert metric(fronts.url, "vllm:inter_token_latency_seconds_count") > 12
+    assert metric(fronts.url, "vllm:generation_tokens_total") == 12 * 20
+    assert len(fronts.children("octavo.server.front_process")) == NUM_FRONTS
+    fronts.process.send_signal(signal.SIGTERM)
+    assert fronts.end() == 0
 
 
 @pytest.mark.parametrize("module", ["octavo.server.front_process", "octavo.engine.process"])
-def test_the_death_of_a_part_is_the_end_of_the_whole(fleet: Fleet, module: str):
-    os.kill(fleet.children(module)[0], signal.SIGKILL)
-    assert fleet.end() == 1
-    assert "SIGKILL" in fleet.log.read_text()
+def test_the_death_of_a_part_is_the_end_of_the_whole(fronts: Fronts, module: str):
+    os.kill(fronts.children(module)[0], signal.SIGKILL)
+    assert fronts.end() == 1
+    assert "SIGKILL" in fronts.log.read_text()
 
 
-def test_a_front_that_hangs_gets_no_connections_and_then_ends_the_server(fleet: Fleet):
-    stopped = fleet.children("octavo.server.front_process")[0]
-    assert ask(fleet.url)[0] == 200
+def test_a_front_that_hangs_gets_no_connections_and_then_ends_the_server(fronts: Fronts):
+    stopped = fronts.children("octavo.server.front_process")[0]
+    assert ask(fronts.url)[0] == 200
     os.kill(stopped, signal.SIGSTOP)
     time.sleep(SKIPPED_SECONDS + 3 * LOOK_SECONDS)
     for _ in range(2 * NUM_FRONTS):
-        assert httpx.get(f"{fleet.url}/health", timeout=10).status_code == 200, (
-            fleet.log.read_text()
+        assert httpx.get(f"{fronts.url}/health", timeout=10).status_code == 200, (
+            fronts.log.read_text()
         )
-    assert fleet.end() == 1
-    assert re.search(r"front process \d made no progress for 12 s", fleet.log.read_text())
+    assert fronts.end() == 1
+    assert re.search(r"front process \d made no progress for 12 s", fronts.log.read_text())
 
 
-def test_a_front_that_hangs_before_it_serves_keeps_nobody_from_ending(fleet: Fleet):
-    os.kill(fleet.children("octavo.server.front_process")[0], signal.SIGSTOP)
-    fleet.process.send_signal(signal.SIGTERM)
-    assert fleet.end() in (0, 1)
+def test_a_front_that_hangs_before_it_serves_keeps_nobody_from_ending(starting: Fronts):
+    deadline = time.monotonic() + 60
+    while not (found := starting.children("octavo.server.front_process")):
+        assert time.monotonic() < deadline, starting.log.read_text()
+        time.sleep(0.01)
+    os.kill(found[0], signal.SIGSTOP)
+    starting.process.send_signal(signal.SIGTERM)
+    assert starting.end() in (0, 1)
+    assert "is served on" not in starting.log.read_text()
 
 
-def test_a_front_that_hung_for_a_moment_is_forgiven(fleet: Fleet):
-    stopped = fleet.children("octavo.server.front_process")[0]
+def test_a_front_that_hung_for_a_moment_is_forgiven(fronts: Fronts):
+    stopped = fronts.children("octavo.server.front_process")[0]
     os.kill(stopped, signal.SIGSTOP)
     time.sleep(SKIPPED_SECONDS + 2 * LOOK_SECONDS)
     os.kill(stopped, signal.SIGCONT)
     time.sleep(3 * LOOK_SECONDS)
-    assert all(ask(fleet.url)[0] == 200 for _ in range(2 * NUM_FRONTS))
-    fleet.process.send_signal(signal.SIGTERM)
-    assert fleet.end() == 0
+    assert all(ask(fronts.url)[0] == 200 for _ in range(2 * NUM_FRONTS))
+    fronts.process.send_signal(signal.SIGTERM)
+    assert fronts.end() == 0
 
 
-def test_a_drain_lets_a_stream_on_another_process_end(fleet: Fleet):
+def test_a_drain_lets_a_stream_on_another_process_end(fronts: Fronts):
     body = {"prompt": "Once upon", "max_tokens": 400, "ignore_eos": True, "stream": True}
-    with httpx.stream("POST", f"{fleet.url}/v1/completions", json=body, timeout=60) as answer:
+    with httpx.stream("POST", f"{fronts.url}/v1/completions", json=body, timeout=60) as answer:
         lines = answer.iter_lines()
         next(lines)
-        fleet.process.send_signal(signal.SIGTERM)
+        fronts.process.send_signal(signal.SIGTERM)
         # Probes are answered until the end, whichever process they meet.
-        assert httpx.get(f"{fleet.url}/health", timeout=10).status_code == 200
+        assert httpx.get(f"{fronts.url}/health", timeout=10).status_code == 200
         assert list(lines)[-2:] == ["data: [DONE]", ""]
-    assert fleet.end() == 0
+    assert fronts.end() == 0
 
 
-def test_the_death_of_the_parent_leaves_nobody(fleet: Fleet):
+def test_the_death_of_the_parent_leaves_nobody(fronts: Fronts):
     pids = [
-        *fleet.children("octavo.server.front_process"),
-        *fleet.children("octavo.engine.process"),
+        *fronts.children("octavo.server.front_process"),
+        *fronts.children("octavo.engine.process"),
     ]
     assert len(pids) == NUM_FRONTS + 1
-    fleet.process.kill()
-    fleet.process.wait()
+    fronts.process.kill()
+    fronts.process.wait()
     deadline = time.monotonic() + 20
     while any(_is_alive(pid) for pid in pids):
         assert time.monotonic() < deadline

@@ -17,6 +17,7 @@ import math
 import socket
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import msgspec
@@ -64,7 +65,7 @@ GRACE_SECONDS = 8.0
 class _Front:
     """One front process, as its parent sees it."""
 
-    def __init__(self, fleet: Fleet, number: int, folder: SocketFolder) -> None:
+    def __init__(self, fronts: Fronts, number: int, folder: SocketFolder) -> None:
         self.number = number
         self.is_bound = asyncio.Event()
         self.is_serving = asyncio.Event()
@@ -72,19 +73,19 @@ class _Front:
         self.silent_seconds = 0.0
         """How long it has owed an answer."""
         self._is_asked = False
-        self._fleet = fleet
-        server = fleet.config
+        self._all_fronts = fronts
+        server = fronts.config
         if number > 1:
             server = replace(server, disable_log_stats=True)  # one line for all is enough
-        metrics_bound = fleet.metrics_bound if number == 1 else None
+        metrics_bound = fronts.metrics_bound if number == 1 else None
         inherited = [] if metrics_bound is None else [metrics_bound.fileno()]
         inbox, outbox = map(folder.address, socket_names(number))
         arguments = FrontArguments(
             front=number,
-            num_fronts=fleet.config.api_processes,
+            num_fronts=fronts.config.api_processes,
             addresses=(inbox, outbox),
             server=server,
-            engine=fleet.engine_config,
+            engine=fronts.engine_config,
             metrics_socket=inherited[0] if inherited else None,
         )
         ours, theirs = channel_pair()
@@ -122,12 +123,12 @@ class _Front:
             case Alive():
                 self._is_asked, self.silent_seconds = False, 0.0
             case AskSiblings(call_id):
-                self._fleet.send_others(self.number, AskNumbers(self.number, call_id))
+                self._all_fronts.send_others(self.number, AskNumbers(self.number, call_id))
             case Numbers(asker):
-                self._fleet.send(asker, message)
+                self._all_fronts.send(asker, message)
 
 
-class Fleet:
+class Fronts:
     """The front processes of one server."""
 
     def __init__(
@@ -182,14 +183,23 @@ class Fleet:
             if front.number != number:
                 front.channel.send(message)
 
-    async def serve(self, engine: Engine, bound: socket.socket, signals: StopSignals) -> None:
-        """Serves until the end. Raises EngineDeadError if the engine or a front has died."""
+    async def serve(
+        self,
+        engine: Engine,
+        bound: socket.socket,
+        signals: StopSignals,
+        on_serving: Callable[[], None],
+    ) -> None:
+        """Serves until the end; `on_serving` is called once, when all fronts answer.
+
+        Raises EngineDeadError if the engine or a front has died.
+        """
         loop = asyncio.get_running_loop()
         # Signals and hung fronts count from here on, not only once all fronts serve.
         signals.take_over(lambda: loop.call_soon_threadsafe(self._stop, engine))
         tasks = [
             asyncio.ensure_future(self._watch()),
-            asyncio.ensure_future(self._accept_when_serving(bound)),
+            asyncio.ensure_future(self._accept_when_serving(bound, on_serving)),
         ]
         try:
             error = await self._until_drained(engine)
@@ -207,10 +217,13 @@ class Fleet:
         if error is not None:
             raise error
 
-    async def _accept_when_serving(self, bound: socket.socket) -> None:
+    async def _accept_when_serving(
+        self, bound: socket.socket, on_serving: Callable[[], None]
+    ) -> None:
         for front in self._fronts:
             await front.is_serving.wait()
         asyncio.get_running_loop().add_reader(bound.fileno(), self._accept, bound)
+        on_serving()
 
     async def _watch(self) -> None:
         """Kills fronts that hang; `_death` tells of it."""
