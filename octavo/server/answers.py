@@ -14,7 +14,7 @@ import msgspec
 from octavo.outputs import OutputDelta
 from octavo.server.generation import Call
 from octavo.server.protocol.sampling import SamplingFields
-from octavo.server.streaming import event, event_pieces
+from octavo.server.streaming import DONE, event, event_pieces
 
 _encode = msgspec.json.Encoder().encode
 _TEXT_MARK = "\x00text\x00"
@@ -86,10 +86,11 @@ class ChunkFrame:
         return chunk
 
     def end(self) -> bytes:
-        """Returns the last chunk, without a choice but with the usage, if the client wants it."""
+        """Returns the end of the stream, and before it a chunk without a choice but with the usage,
+        if the client wants it."""
         if not self._includes_usage:
-            return b""
-        return event({**self._common, "choices": [], "usage": self._usage.body()})
+            return DONE
+        return event({**self._common, "choices": [], "usage": self._usage.body()}) + DONE
 
 
 class PlainChunks:

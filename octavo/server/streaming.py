@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _encode = msgspec.json.Encoder().encode
-_DONE = b"data: [DONE]\n\n"
+DONE = b"data: [DONE]\n\n"
+"""The last event of OpenAI's chats and completions."""
 _STREAM_HEADERS = (
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
@@ -70,8 +71,12 @@ class EventWriter(Protocol):
         """Returns the events of one round, which may be none; in pieces if they may be long."""
         ...
 
-    def end(self) -> bytes:
-        """Returns what follows the last round."""
+    async def end(self) -> bytes:
+        """Returns what follows the last round, to the end of the stream."""
+        ...
+
+    def failure(self, error: Exception) -> bytes:
+        """Returns what ends a stream that fails after its first event."""
         ...
 
 
@@ -120,6 +125,11 @@ class PiecesResponse(Response):
 def event(data: Any) -> bytes:
     """Returns `data`, which has no lazy lists, as one server-sent event."""
     return b"data: %b\n\n" % _encode(data)
+
+
+def failure_event(error: Exception) -> bytes:
+    """Returns `error` as the event that ends a stream of a chat or a completion."""
+    return event(error_body(error))
 
 
 def event_pieces(data: Any) -> Iterator[bytes]:
@@ -219,8 +229,8 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events: `first`, those of all later rounds, the writer's end, and [DONE]; an
-    error is an event too.
+    """Server-sent events: `first`, those of all later rounds, and the writer's end; an error is an
+    event too.
 
     A round is one write of the socket, and the last one holds the end of the answer as well. Most
     rounds are written as their news come: no task wakes up for them.
@@ -259,9 +269,8 @@ class EventStream(Response):
             # The status line is out: whatever it is, the client can only be told in the stream.
             if not isinstance(error, OctavoError):
                 logger.error("a stream failed", exc_info=error)
-            told = error_body(error)
-            scope["state"]["exchange"].reason = told["error"]["message"]
-            last = event(told)
+            scope["state"]["exchange"].reason = error_body(error)["error"]["message"]
+            last = self._writer.failure(error)
         finally:
             self._rounds.close(failure)
             self._attachment.end()
@@ -280,7 +289,7 @@ class EventStream(Response):
                     await _put(part, send, wire)
                 piece = b""
             if rounds.is_over:
-                return piece + self._writer.end() + _DONE
+                return piece + await self._writer.end()
             await _put(piece, send, wire)
             piece = events(await rounds.take(reader))
 

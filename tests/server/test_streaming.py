@@ -15,8 +15,6 @@ from octavo.server.drain import Drain
 from octavo.server.errors import ApiError, ClientDisconnectedError
 from octavo.server.streaming import Attachment, run_attached, stream_response
 
-DONE = b"data: [DONE]\n\n"
-
 
 class Rounds:
     """Scripted rounds, one a turn of the loop."""
@@ -51,8 +49,11 @@ class Texts:
     def events(self, news: list[News]) -> bytes:
         return b"".join(delta.text.encode() for _, delta, _ in news)
 
-    def end(self) -> bytes:
+    async def end(self) -> bytes:
         return b"end"
+
+    def failure(self, error: Exception) -> bytes:
+        return b"failed: %b" % str(error).encode()
 
 
 class Wire:
@@ -97,7 +98,7 @@ async def test_a_stream_is_one_write_a_round_with_its_head_in_the_first_and_its_
     wire, rounds = Wire(), Rounds(["a", "b", "c"])
     response = await stream_response(rounds, Texts(), stay, Drain())
     await response(wire.scope, stay, wire.send)
-    assert wire.writes == [b"HEAD 1\r\na\r\n", b"1\r\nb\r\n", b"cend" + DONE + b"0"]
+    assert wire.writes == [b"HEAD 1\r\na\r\n", b"1\r\nb\r\n", b"cend0"]
     assert rounds.closed == [None]
 
 
@@ -105,16 +106,14 @@ async def test_a_stream_of_one_round_is_one_write():
     wire = Wire()
     response = await stream_response(Rounds(["a"]), Texts(), stay, Drain())
     await response(wire.scope, stay, wire.send)
-    assert wire.writes == [b"HEAD aend" + DONE + b"0"]
+    assert wire.writes == [b"HEAD aend0"]
 
 
 async def test_a_stream_that_breaks_off_ends_with_its_error():
     wire, rounds = Wire(), Rounds(["a", "broken", "c"])
     response = await stream_response(rounds, Texts(), stay, Drain())
     await response(wire.scope, stay, wire.send)
-    assert b"broken" in wire.writes[-1]
-    assert wire.writes[-1].endswith(b"\n\n0")
-    assert DONE not in wire.writes[-1]
+    assert wire.writes[-1] == b"failed: broken0"
     assert isinstance(rounds.closed[0], ApiError)
 
 

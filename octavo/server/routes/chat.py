@@ -30,7 +30,7 @@ from octavo.server.openapi import described
 from octavo.server.pieces import Later, Lazy
 from octavo.server.protocol.chat import ChatRequest
 from octavo.server.state import ServerState, server_state
-from octavo.server.streaming import long_response, run_attached, stream_response
+from octavo.server.streaming import failure_event, long_response, run_attached, stream_response
 from octavo.server.tokenising import render
 from octavo.tools.answers import AnswerReader, AnswerReading
 from octavo.tools.reasoning_tokens import NO_THOUGHT
@@ -188,8 +188,11 @@ class _Events:
         for choice in _new_choices(self._state, self._body, new, delta, reason):
             yield from self._frame.event_pieces(choice)
 
-    def end(self) -> bytes:
+    async def end(self) -> bytes:
         return self._frame.end()
+
+    def failure(self, error: Exception) -> bytes:
+        return failure_event(error)
 
 
 def _first_events(body: ChatRequest, call: Call, frame: ChunkFrame) -> Iterator[bytes]:

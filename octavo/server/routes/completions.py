@@ -29,7 +29,7 @@ from octavo.server.openapi import described
 from octavo.server.pieces import Later, Lazy
 from octavo.server.protocol.completions import CompletionRequest
 from octavo.server.state import ServerState, server_state
-from octavo.server.streaming import long_response, run_attached, stream_response
+from octavo.server.streaming import failure_event, long_response, run_attached, stream_response
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -141,8 +141,11 @@ class _Events:
                 else:
                     yield from self._frame.event_pieces(choice)
 
-    def end(self) -> bytes:
+    async def end(self) -> bytes:
         return self._frame.end()
+
+    def failure(self, error: Exception) -> bytes:
+        return failure_event(error)
 
 
 def _stream_choice(index: int, text: str) -> dict[str, Any]:
