@@ -24,6 +24,7 @@ from octavo.request import (
 from octavo.request_fields import IGNORED, REFUSED
 from octavo.server.protocol.strict import (
     Priority,
+    RequestModel,
     StrictModel,
     Text,
     Texts,
@@ -52,13 +53,13 @@ class StreamOptions(StrictModel):
     )
 
 
-class SamplingFields(StructuredFields):
-    """What chat and completions share. Null or absent: the model's default, else OpenAI's."""
+class GenerationFields(RequestModel):
+    """What all APIs share in which text is generated. Null or absent: the model's default, else
+    OpenAI's."""
 
     ignored_fields = IGNORED
     refused_fields = REFUSED
 
-    n: int | None = integer("Samples of each prompt.", 1, MAX_PARALLEL_SAMPLES)
     temperature: float | None = _number("temperature", "Randomness; 0 takes the likeliest token.")
     top_p: float | None = _number(
         "top_p", "Keep the likeliest tokens that together have this probability."
@@ -83,11 +84,7 @@ class SamplingFields(StructuredFields):
         None, description="Leave the text or token that ended the answer in it."
     )
     ignore_eos: bool | None = Field(None, description="Go on after the model's end token.")
-    max_tokens: int | None = integer("Tokens of the answer at most; 0 echoes only.", 0)
     min_tokens: int | None = integer("Tokens before anything may end the answer.", 0)
-    prompt_logprobs: int | None = integer(
-        "Tell log-probabilities of the prompt's tokens and of so many others.", 0, MAX_LOGPROBS
-    )
     skip_special_tokens: bool | None = Field(
         None, description="Leave special tokens out of the text."
     )
@@ -112,14 +109,7 @@ class SamplingFields(StructuredFields):
     skip_reading_prefix_cache: bool | None = Field(
         None, description='The same as prefix_caching "off".'
     )
-
     stream: bool = Field(False, description="Answer in server-sent events, as tokens come.")
-    stream_options: StreamOptions | None = Field(None, description="Needs stream: true.")
-    echo: bool = Field(
-        False,
-        description="Put the prompt before the answer; in a chat, the assistant's own last "
-        "message, if the messages end with one.",
-    )
     priority: Priority = Field(
         0, description="Lower runs first; what is allowed besides 0 is the operator's choice."
     )
@@ -128,6 +118,27 @@ class SamplingFields(StructuredFields):
     )
     cache_salt: Annotated[str, Field(max_length=1024)] = Field(
         "", description="Requests share computed prefixes only with those of the same salt."
+    )
+
+    def given_values(self) -> dict[str, Any]:
+        """Returns those of these fields that were given."""
+        names = GenerationFields.model_fields.keys() & self.model_fields_set
+        return {name: getattr(self, name) for name in names}
+
+
+class SamplingFields(GenerationFields, StructuredFields):
+    """What chat and completions share."""
+
+    n: int | None = integer("Samples of each prompt.", 1, MAX_PARALLEL_SAMPLES)
+    max_tokens: int | None = integer("Tokens of the answer at most; 0 echoes only.", 0)
+    prompt_logprobs: int | None = integer(
+        "Tell log-probabilities of the prompt's tokens and of so many others.", 0, MAX_LOGPROBS
+    )
+    stream_options: StreamOptions | None = Field(None, description="Needs stream: true.")
+    echo: bool = Field(
+        False,
+        description="Put the prompt before the answer; in a chat, the assistant's own last "
+        "message, if the messages end with one.",
     )
     return_token_ids: bool = Field(False, description="Tell the ids of prompt and answer.")
     return_tokens_as_token_ids: bool = Field(

@@ -12,28 +12,21 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from octavo.engine.held_answers import held_params
 from octavo.engine.mailbox import News
 from octavo.outputs import OutputDelta
 from octavo.server.answer_wire import AnswerWire
 from octavo.server.answers import ChunkFrame, PlainChunks, Usage, marked
 from octavo.server.body import read_body
-from octavo.server.chat_answers import (
-    chat_reading,
-    finish_reason,
-    streamed_delta,
-    whole_message,
-)
-from octavo.server.generation import Call, StreamedCall, new_call, whole_call
+from octavo.server.chat_answers import finish_reason, streamed_delta, whole_message
+from octavo.server.chat_calls import chat_call
+from octavo.server.generation import Call, StreamedCall, whole_call
 from octavo.server.logprobs import TokenSpelling, chat_logprobs, prompt_logprobs
 from octavo.server.openapi import described
 from octavo.server.pieces import Later, Lazy
 from octavo.server.protocol.chat import ChatRequest
 from octavo.server.state import ServerState, server_state
 from octavo.server.streaming import failure_event, long_response, run_attached, stream_response
-from octavo.server.tokenising import render
 from octavo.tools.answers import AnswerReader, AnswerReading
-from octavo.tools.reasoning_tokens import NO_THOUGHT
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -43,15 +36,7 @@ async def create_chat_completion(request: Request) -> Response:
     """Answers messages. Streams server-sent events if `stream` is true."""
     body = await read_body(request, ChatRequest)
     state = server_state(request)
-    state.check_model(body.model)
-    params = body.to_params(state.engine.default_sampling_params)
-    rendered = body.rendered or render(state.engine.tokenizer, body)
-    reading = chat_reading(body, state.engine.answer_format, rendered)
-    params = held_params(params, body.tool_set(), reading)
-    marks = None if reading is None else reading.marks.by_id
-    thought = NO_THOUGHT if reading is None else reading.thought
-    prompt = await state.tokenising.encode_rendered(rendered)
-    call = await new_call(request, body, "chatcmpl", params, [prompt], marks, thought)
+    call, reading = await chat_call(request, body, "chatcmpl")
     wire = AnswerWire.of(request.scope)
     if body.stream:
         rounds, writer = StreamedCall(state, call), _Events(state, body, call, reading)

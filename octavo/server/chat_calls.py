@@ -1,0 +1,34 @@
+"""From a chat's body to its call: text, tokens, what its answers are held to and how they are read.
+
+Called by the routes of chats and of the APIs that are made chats. Never formats an answer.
+"""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+
+from octavo.engine.held_answers import held_params
+from octavo.server.chat_answers import chat_reading
+from octavo.server.generation import Call, new_call
+from octavo.server.protocol.chat import ChatRequest
+from octavo.server.state import server_state
+from octavo.server.tokenising import render
+from octavo.tools.answers import AnswerReading
+from octavo.tools.reasoning_tokens import NO_THOUGHT
+
+
+async def chat_call(
+    request: Request, body: ChatRequest, kind: str
+) -> tuple[Call, AnswerReading | None]:
+    """Returns the call that `body` asks for, and how its answers are read; `kind` is as in
+    `new_call`. Raises RequestError, ApiError, OverloadedError, before anything runs."""
+    state = server_state(request)
+    state.check_model(body.model)
+    params = body.to_params(state.engine.default_sampling_params)
+    rendered = body.rendered or render(state.engine.tokenizer, body)
+    reading = chat_reading(body, state.engine.answer_format, rendered)
+    params = held_params(params, body.tool_set(), reading)
+    marks = None if reading is None else reading.marks.by_id
+    thought = NO_THOUGHT if reading is None else reading.thought
+    prompt = await state.tokenising.encode_rendered(rendered)
+    return await new_call(request, body, kind, params, [prompt], marks, thought), reading
