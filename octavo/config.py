@@ -206,6 +206,13 @@ class ServerConfig:
     max_body_bytes: int | None = option(
         None, "largest request body; as the context needs if not given, at most 4 MiB"
     )
+    store_dir: str | None = option(
+        None,
+        "folder of stored responses, files and batches; in the user's data folder if not given",
+    )
+    max_store_bytes: int = option(
+        10 * 2**30, "most bytes of stored responses, files and batches; 0 stores nothing"
+    )
     allowed_origins: tuple[str, ...] = option(
         (), "origins that browsers may call from, or a JSON list of them", is_json=True
     )
@@ -250,6 +257,9 @@ class ServerConfig:
         _positive("api_processes", self.api_processes)
         if self.max_body_bytes is not None:
             _positive("max_body_bytes", self.max_body_bytes)
+        if self.max_store_bytes < 0:
+            message = f"max_store_bytes must be at least 0, got {self.max_store_bytes}"
+            raise ConfigError(message, field="max_store_bytes")
         _seconds("shutdown_timeout", self.shutdown_timeout)
         _ = self.priority_range
         keys = {
@@ -304,6 +314,14 @@ def cache_dir() -> str:
 def tuned_dir() -> str:
     """Where `octavo tune` leaves launch shapes and the engine looks for them."""
     return os.path.join(cache_dir(), "tuned")
+
+
+def store_dir() -> str:
+    """Where a server keeps what clients leave with it: XDG_DATA_HOME/octavo/store, else
+    ~/.local/share. No cache: it cannot be made again."""
+    home = os.path.expanduser("~")
+    base = os.environ.get("XDG_DATA_HOME") or os.path.join(home, ".local", "share")
+    return os.path.join(base, "octavo", "store")
 
 
 def _all_keys(name: str, given: tuple[str, ...], path: str | None) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 # Triton decides at its import whether kernels are interpreted, and transformers imports it too.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Servers keep what clients leave with them in the user's data folder, where nobody tests.
+_data_home = tempfile.TemporaryDirectory(prefix="octavo-test-data-")
+os.environ["XDG_DATA_HOME"] = _data_home.name
 
 TINY_CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -27,7 +27,7 @@ ENGINE_OPTIONS = """
 SERVER_OPTIONS = """
 --host --port --api-key --api-key-file --operator-key --operator-key-file --public-metrics
 --metrics-port --allow-priority --served-model-name --api-processes --max-body-bytes
---allowed-origins
+--store-dir --max-store-bytes --allowed-origins
 --ssl-certfile --ssl-keyfile --enable-ssl-refresh --disable-access-log-for-endpoints --log-format
 --log-level --disable-log-stats --shutdown-timeout --debug-loop-holds
 """.split()

@@ -29,6 +29,7 @@ from octavo.server.limits import BodyRoom, default_body_bytes
 from octavo.server.parser import ParserProcess
 from octavo.server.routes import chat, completions, health, operation, tokens
 from octavo.server.state import ServerState, Siblings, no_siblings
+from octavo.server.store.store import Store
 from octavo.server.tokenising import Tokenising
 
 
@@ -73,6 +74,7 @@ def create_app(engine: Engine, config: ServerConfig, siblings: Siblings | None =
         tokenising=Tokenising(engine),
         body_room=BodyRoom(config.max_body_bytes or default_body_bytes(engine.max_model_len)),
         parser=ParserProcess(lambda: _renderer(engine)),
+        store=Store(config),
     )
     errors.install(app)
     for family in (chat, completions, tokens, operation, health):

@@ -130,6 +130,14 @@ def tenant_salt(api_key: str, client_salt: str) -> str:
     return hmac.new(key, client_salt.encode(), hashlib.sha256).hexdigest()
 
 
+def tenant_id(api_key: str) -> str:
+    """Returns the name under which stored objects belong to a key: it tells nothing of the key."""
+    if not api_key:
+        return ""
+    key = api_key.encode("utf-8", "surrogateescape")
+    return hmac.new(key, b"octavo: owner of stored objects", hashlib.sha256).hexdigest()
+
+
 def _bearer(scope: Scope) -> bytes:
     header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
     scheme, _, key = header.partition(b" ")

@@ -30,6 +30,7 @@ STATUSES = {
     413: "The body is too large.",
     500: "An internal error.",
     503: "No room, not ready, or ending; Retry-After says when to come back.",
+    507: "The store has no room.",
 }
 _READS = (400, 404, 408, 413)
 """What a route that reads a body can answer, besides what every route can."""

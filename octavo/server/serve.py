@@ -168,11 +168,13 @@ class Server(uvicorn.Server):
         if self._options.enable_ssl_refresh and self.config.ssl is not None:
             refresh = asyncio.create_task(keep_fresh(self.config.ssl, self._options))
         stats = asyncio.create_task(self._log_stats())
+        await self._state.store.check()
         try:
             async with metrics_port(self._state, metrics_bound):
                 await self.serve(sockets=[] if bound is None else [bound])
         finally:
             await self._state.parser.close()
+            await self._state.store.close()
             self._loop = None
             stats.cancel()
             if refresh is not None:

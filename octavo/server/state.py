@@ -19,6 +19,7 @@ from octavo.server.engine_client import Engine
 from octavo.server.errors import ApiError
 from octavo.server.limits import BodyRoom
 from octavo.server.parser import ParserProcess
+from octavo.server.store.store import Store
 from octavo.server.tokenising import Tokenising
 
 BEGUN_AT_ONCE = 4
@@ -47,6 +48,7 @@ class ServerState:
     tokenising: Tokenising
     body_room: BodyRoom
     parser: ParserProcess
+    store: Store
     drain: Drain = field(default_factory=Drain)
     turns: Turns = field(default_factory=Turns)
     """Of the streams' readers."""
