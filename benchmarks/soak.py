@@ -33,7 +33,7 @@ from octavo.cli.bench.workload import positive
 from octavo.cli.options import Parser, add_options, config_values
 from octavo.config import EngineConfig
 from octavo.errors import OverloadedError
-from octavo.formats import kv_format
+from octavo.formats import kv_formats
 from octavo.models.registry import read_spec
 from octavo.request import FinishReason, Request, TokenDelta, pack_ids
 from octavo.weights.hub import resolve_model
@@ -281,7 +281,7 @@ def small_kv_bytes(config: EngineConfig) -> int:
     files = resolve_model(config.model, load_format=config.load_format)
     spec, _ = read_spec(files.config)
     name = "float32" if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
-    token_bytes = sum(kv.token_bytes for kv in spec.kv_specs(kv_format(name)))
+    token_bytes = sum(kv.token_bytes for kv in spec.kv_specs(kv_formats(name)))
     length = config.max_model_len or spec.default_len
     return (KV_SEQUENCES * length + 2 * config.block_size) * token_bytes
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from octavo.errors import ConfigError
-from octavo.formats import KV_FORMATS
+from octavo.formats import KV_FORMATS, kv_formats
 from octavo.option_values import kind_of, read_value
 from octavo.request import MAX_INT, PrefixCaching
 from octavo.tools.detect import REASONING_PARSERS, TOOL_PARSERS
@@ -83,7 +83,10 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = option(
         None, "absolute size of the KV cache in bytes", also=("--kv-cache-memory",)
     )
-    kv_cache_dtype: str = option("auto", "format of keys and values", choices=("auto", *KV_FORMATS))
+    kv_cache_dtype: str = option(
+        "auto",
+        f"format of keys and values: auto, {', '.join(KV_FORMATS)}; or of each, like int8/int4",
+    )
     prefix_caching: PrefixCaching = option(
         "auto", "share computed prefixes between requests", choices=("auto", "on", "off")
     )
@@ -160,6 +163,8 @@ class EngineConfig:
                 "their own format)",
                 field="quantization",
             )
+        if self.kv_cache_dtype != "auto":
+            kv_formats(self.kv_cache_dtype)
         self.resolved_attention_backend()
 
     def resolved_attention_backend(self) -> str:

@@ -53,8 +53,13 @@ WEIGHT_FORMATS: dict[str, WeightFormat] = _table(
 )
 
 
-WHOLE_HEAD = 0
+WHOLE_VECTOR = 0
 """As `KVFormat.scale_elements`: one scale for a whole vector of a token and head."""
+PACKED_BLOCK = 64
+"""Numbers of int4 that are packed together, so that vectors are multiples of it: byte i of a block
+has number i in its low half and number i + 32 in its high half."""
+SCALE_FORMAT, SCALE_BITS = "bfloat16", 16
+"""Of the scales: as wide a range as float32, and a step that quantised numbers do not notice."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,30 +70,82 @@ class KVFormat:
     """Of one number: float32, float16, bfloat16, fp8 (e4m3), int8, int4."""
     bits: int
     scale_elements: int | None = None
-    """Numbers of a head's vector that share a float16 scale; WHOLE_HEAD; None: there are none."""
+    """Numbers of a vector that share a scale; WHOLE_VECTOR; None: there are none."""
 
     def __post_init__(self) -> None:
         if self.name.startswith("int") and self.scale_elements is None:
             raise ValueError(f"{self.name} numbers mean nothing without scales")
 
-    def num_scales(self, head_size: int) -> int:
-        """Returns how many scales a vector of `head_size` numbers has."""
+    @property
+    def is_quantized(self) -> bool:
+        """Whether vectors have scales."""
+        return self.scale_elements is not None
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether vectors go through a Hadamard matrix before they are rounded."""
+        return self.bits < 8
+
+    def num_scales(self, size: int) -> int:
+        """Returns how many scales a vector of `size` numbers has."""
         if self.scale_elements is None:
             return 0
-        return -(-head_size // (self.scale_elements or head_size))
+        return -(-size // (self.scale_elements or size))
+
+    def vector_bits(self, size: int) -> int:
+        """Returns the bits of a vector of `size` numbers, with its scales."""
+        return size * self.bits + self.num_scales(size) * SCALE_BITS
+
+    def takes(self, size: int) -> bool:
+        """Whether vectors of `size` numbers can be stored."""
+        return self.bits >= 8 or size % PACKED_BLOCK == 0
 
 
 KV_FORMATS: dict[str, KVFormat] = {
-    name: KVFormat(name=name, bits=bits)
-    for name, bits in (("float32", 32), ("float16", 16), ("bfloat16", 16))
+    one.name: one
+    for one in (
+        KVFormat(name="float32", bits=32),
+        KVFormat(name="float16", bits=16),
+        KVFormat(name="bfloat16", bits=16),
+        KVFormat(name="fp8", bits=8, scale_elements=WHOLE_VECTOR),
+        KVFormat(name="int8", bits=8, scale_elements=WHOLE_VECTOR),
+        KVFormat(name="int4", bits=4, scale_elements=32),
+    )
 }
+_ALIASES = {"fp8_e4m3": "fp8"}
 
 
 def kv_format(name: str) -> KVFormat:
     """Returns the KV format called `name`. Raises ConfigError with the known names."""
-    found = KV_FORMATS.get(name)
+    found = KV_FORMATS.get(_ALIASES.get(name, name))
     if found is None:
         known = ", ".join(KV_FORMATS)
-        message = f"kv_cache_dtype {name!r} is unknown; use {known}"
+        message = f"kv_cache_dtype {name!r} is unknown; use {known}, or two of them: int8/int4"
         raise ConfigError(message, field="kv_cache_dtype")
     return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVFormats:
+    """The formats of keys and of values."""
+
+    key: KVFormat
+    value: KVFormat
+
+    @property
+    def name(self) -> str:
+        """As `kv_formats` reads it: "int8", or "int8/int4" where they differ."""
+        return "/".join(dict.fromkeys((self.key.name, self.value.name)))
+
+    @property
+    def bits(self) -> int:
+        """Of a key's and a value's number together."""
+        return self.key.bits + self.value.bits
+
+
+def kv_formats(name: str) -> KVFormats:
+    """Returns the formats called "int8", or "int8/int4": of keys and of values. Raises
+    ConfigError."""
+    key, slash, value = name.partition("/")
+    first = kv_format(key)
+    return KVFormats(key=first, value=kv_format(value) if slash else first)

@@ -19,7 +19,7 @@ from octavo.cli.options import Subparsers, add_options, engine_config, parse_siz
 from octavo.cli.serve import add_model
 from octavo.config import EngineConfig
 from octavo.device import DeviceMemory, select_device
-from octavo.errors import CapacityError
+from octavo.errors import CapacityError, ConfigError
 
 if TYPE_CHECKING:
     from octavo.kv_cache.planner import MemoryPlan
@@ -171,6 +171,8 @@ class _Planner:
             ("dtype", "bfloat16"),
             ("kv_cache_dtype", "float32"),
             ("kv_cache_dtype", "float16"),
+            ("kv_cache_dtype", "int8"),
+            ("kv_cache_dtype", "int4"),
             ("kv_cache_memory_bytes", rest),
             ("max_model_len", max(plan.max_model_len // 4, 1)),
             ("max_num_batched_tokens", 4 * plan.max_num_batched_tokens),
@@ -183,6 +185,8 @@ class _Planner:
                 other: MemoryPlan | str = self.plan(changed)
             except CapacityError as error:
                 other = str(error)
+            except ConfigError:  # the model's vectors or the device's kernels are not for it
+                continue
             if other != plan:
                 found[f"--{field.replace('_', '-')} {value}"] = other
         return found

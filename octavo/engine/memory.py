@@ -12,9 +12,9 @@ from typing import Any
 from octavo.config import EngineConfig
 from octavo.device import Device, DeviceMemory
 from octavo.errors import CapacityError, ConfigError
-from octavo.formats import KVFormat, kv_format
+from octavo.formats import KVFormats, kv_formats
 from octavo.kernels.facts import DETERMINISTIC_TOKENS, SHORT_SPLITS
-from octavo.kernels.limits import check_backend
+from octavo.kernels.limits import check_backend, check_kv_formats
 from octavo.kv_cache.planner import (
     ActivationShape,
     MemoryPlan,
@@ -42,12 +42,12 @@ def weights_dtype(config: EngineConfig, hf_config: Mapping[str, Any]) -> str:
     return str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16")
 
 
-def resolve_kv_format(config: EngineConfig, device: str, dtype: str) -> KVFormat:
-    """Returns the format of keys and values; "auto" is that of the weights on a GPU, and float32,
+def resolve_kv_formats(config: EngineConfig, device: str, dtype: str) -> KVFormats:
+    """Returns the formats of keys and values; "auto" is that of the weights on a GPU, and float32,
     which every CPU computes in, elsewhere."""
     if config.kv_cache_dtype != "auto":
-        return kv_format(config.kv_cache_dtype)
-    return kv_format(dtype if device == "cuda" else "float32")
+        return kv_formats(config.kv_cache_dtype)
+    return kv_formats(dtype if device == "cuda" else "float32")
 
 
 def check_context(config: EngineConfig, spec: ModelSpec) -> None:
@@ -85,12 +85,15 @@ def plan_model(
     context is too long or the device cannot compute it.
     """
     check_context(config, spec)
-    check_backend(config.resolved_attention_backend(), device, spec.attention_wants)
+    kv = resolve_kv_formats(config, device, dtype)
+    backend, wants = config.resolved_attention_backend(), spec.attention_wants(kv)
+    check_kv_formats(backend, device, wants)
+    check_backend(backend, device, wants)
     num_ranks = config.tensor_parallel_size
     if num_ranks > 1:
         whole, spec = spec, spec.of_rank(num_ranks)
         weights_bytes = weights_bytes * spec.num_parameters // whole.num_parameters
-    specs = spec.kv_specs(resolve_kv_format(config, device, dtype))
+    specs = spec.kv_specs(kv)
     if device == "cuda":
         graphs = 0 if config.enforce_eager else FIRST_GRAPH_BYTES + GRAPH_CAPTURES * GRAPH_BYTES
         budget = gpu_budget(memory, config.gpu_memory_utilization, graphs)

@@ -48,12 +48,16 @@ class Routed:
 
 class KVLayer:
     """One layer's part of the arena: its planes by name, strided views [B, P, ...] of B pages of P
-    tokens; what a page holds is contiguous. Keys and values are [B, P, K, D]."""
+    tokens; what a page holds is contiguous. Keys and values are [B, P, K, D], int4 two numbers a
+    byte; scales [B, P, K, G] (`kv_codec`)."""
 
-    __slots__ = ("__weakref__", "planes")
+    __slots__ = ("__weakref__", "parts", "planes")
 
-    def __init__(self, **planes: Tensor) -> None:
+    def __init__(self, parts: tuple[int, ...] = (), /, **planes: Tensor) -> None:
+        """`parts`: numbers of each part of a vector, where its parts are quantised by
+        themselves."""
         self.planes = planes
+        self.parts = parts
 
     @property
     def key(self) -> Tensor:
@@ -62,6 +66,14 @@ class KVLayer:
     @property
     def value(self) -> Tensor:
         return self.planes["value"]
+
+    @property
+    def key_scale(self) -> Tensor | None:
+        return self.planes.get("key_scale")
+
+    @property
+    def value_scale(self) -> Tensor | None:
+        return self.planes.get("value_scale")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
@@ -104,6 +116,15 @@ class QKNorm:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
+class KVScales:
+    """Scales that a checkpoint brings for fp8 keys and values, float32 [K] each: they are stored in
+    place of those of each vector, and what is beyond 448 of them is clamped."""
+
+    key_K: Tensor
+    value_K: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class AttentionOp:
     """What one layer asks of attention: made once at load, the same at every step."""
 
@@ -120,6 +141,7 @@ class AttentionOp:
     """float32 [H] logit of each head that joins the sum of the softmax and has no value."""
     soft_cap: float | None = None
     """Scores s become soft_cap * tanh(s / soft_cap), after `scale`."""
+    kv_scales: KVScales | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from octavo.formats import WEIGHT_FORMATS
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer, LatentOp
+from octavo.kernels.kv_pages import mixed_as, write_vectors
 from octavo.kernels.ops import Ops
 from octavo.kernels.weights import Weight
 from octavo.visibility import Full
@@ -49,14 +50,12 @@ class ComposedLatent:
         batch: AttentionBatch,
     ) -> Tensor:
         assert isinstance(op.weights, LatentWeights)
-        pages = layer.planes["latent"]
         positions = batch.positions_T.long()
         cos, sin = op.rope.cos[positions], op.rope.sin[positions]
         c_TR = self.rms_norm(latent_TC[:, : op.rank].contiguous(), op.norm_R, op.norm_eps)
         key_TC = torch.cat((c_TR, _rotated(latent_TC[:, op.rank :], cos, sin)), dim=1)
-        block_size = pages.shape[1]
-        slots = batch.slot_mapping_T
-        pages[slots // block_size, slots % block_size] = key_TC.to(pages.dtype)
+        vectors = KVLayer((op.rank, op.rope_size), **layer.planes)
+        write_vectors(vectors, "latent", batch.slot_mapping_T, key_TC)
         q_THD = q_TN.view(len(q_TN), op.num_heads, -1)
         rotated = _rotated(q_THD[..., op.nope_size :], cos.unsqueeze(1), sin.unsqueeze(1))
         absorbed = [
@@ -64,8 +63,8 @@ class ComposedLatent:
             for head, weight in enumerate(op.weights.keys)
         ]
         q_THC = torch.cat((torch.stack(absorbed, dim=1), rotated), dim=2)
-        one_head = KVLayer(key=pages.unsqueeze(2), value=pages.unsqueeze(2))
-        sums = self.attention(q_THC, _absorbed_op(op), one_head, batch)
+        q_THC = mixed_as(vectors, "latent", q_THC)
+        sums = self.attention(q_THC, _absorbed_op(op), _one_head(vectors), batch)
         sums_THC = sums.view(q_THC.shape)
         parts = [
             self.linear(sums_THC[:, head, : op.rank].contiguous(), (weight,))
@@ -77,6 +76,16 @@ class ComposedLatent:
 def _weight(matrix: Tensor) -> Weight:
     data = matrix.contiguous()
     return Weight(data=data, format=WEIGHT_FORMATS["f32"], rows=data.shape[0], cols=data.shape[1])
+
+
+def _one_head(vectors: KVLayer) -> KVLayer:
+    """Returns latent vectors as keys and values of one head."""
+    planes = {
+        name.replace("latent", role): plane.unsqueeze(2)
+        for name, plane in vectors.planes.items()
+        for role in ("key", "value")
+    }
+    return KVLayer(vectors.parts, **planes)
 
 
 def _absorbed_op(op: LatentOp) -> AttentionOp:

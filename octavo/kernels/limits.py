@@ -7,11 +7,11 @@ Never looks at a device.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from octavo.errors import ConfigError, UnsupportedModelError
-from octavo.formats import WeightFormat
+from octavo.formats import KV_FORMATS, PACKED_BLOCK, KVFormats, WeightFormat, kv_formats
 from octavo.visibility import Chunk, Visibility
 
 TRITON_HEAD_SIZE = 256
@@ -35,12 +35,26 @@ _SERVED: dict[str, frozenset[AttentionFeature]] = {
 }
 
 
+_PLAIN = frozenset(name for name, one in KV_FORMATS.items() if not one.is_quantized)
+_KV_SERVED: dict[str, frozenset[str]] = {
+    "native": _PLAIN,
+    "reference": frozenset(KV_FORMATS),
+    "triton": _PLAIN,
+}
+"""Formats of keys, and of values."""
+_LATENT_SERVED = _KV_SERVED
+"""Formats of latent vectors."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionWants:
     """What the layers of a model want of a back end's attention."""
 
     head_sizes: frozenset[int] = frozenset()
     features: frozenset[AttentionFeature] = frozenset()
+    vector_sizes: frozenset[int] = frozenset()
+    """Of what is kept of a token, where each part has scales of its own."""
+    kv: KVFormats = kv_formats("float32")
 
     @staticmethod
     def of_all(wants: Iterable[AttentionWants]) -> AttentionWants:
@@ -49,6 +63,7 @@ class AttentionWants:
         return AttentionWants(
             head_sizes=frozenset().union(*(one.head_sizes for one in each)),
             features=frozenset().union(*(one.features for one in each)),
+            vector_sizes=frozenset().union(*(one.vector_sizes for one in each)),
         )
 
 
@@ -68,7 +83,8 @@ def attention_wants(
         AttentionFeature.SOFT_CAPS: soft_cap is not None,
     }
     features = frozenset(feature for feature, is_asked in asked.items() if is_asked)
-    return AttentionWants(head_sizes=frozenset((head_size,)), features=features)
+    sizes = frozenset((head_size,))
+    return AttentionWants(head_sizes=sizes, features=features, vector_sizes=sizes)
 
 
 def attention_unfit(backend: str, wants: AttentionWants) -> str | None:
@@ -77,7 +93,48 @@ def attention_unfit(backend: str, wants: AttentionWants) -> str | None:
     if backend == "triton" and largest > TRITON_HEAD_SIZE:
         return f"heads of {largest} are larger than {TRITON_HEAD_SIZE}"
     missing = wants.features - _SERVED[backend]
-    return f"it has no {' and no '.join(sorted(missing))}" if missing else None
+    if missing:
+        return f"it has no {' and no '.join(sorted(missing))}"
+    return _kv_unfit(backend, wants)
+
+
+def _kv_unfit(backend: str, wants: AttentionWants) -> str | None:
+    """Returns why a back end cannot keep keys and values as they are wanted, or None."""
+    stored = (wants.kv.key, wants.kv.value)
+    for one in stored:
+        sizes = [size for size in sorted(wants.vector_sizes) if not one.takes(size)]
+        if sizes:
+            return f"{one.name} packs {PACKED_BLOCK} numbers, and vectors have {sizes[0]}"
+    if {one.name for one in stored} <= _served_formats(backend, wants):
+        return None
+    return f"it has no kernel for {wants.kv.name} keys and values"
+
+
+def _served_formats(backend: str, wants: AttentionWants) -> frozenset[str]:
+    if AttentionFeature.LATENT in wants.features:
+        return _LATENT_SERVED[backend]
+    return _KV_SERVED[backend]
+
+
+def check_kv_formats(backend: str, device: str, wants: AttentionWants) -> None:
+    """Refuses formats of keys and values that no kernel serves. Raises ConfigError with the list of
+    those that would be served."""
+    asked = ("triton",) if device == "cuda" else CPU_BACKENDS
+    asked = (backend,) if backend in asked else asked
+    reasons = {name: _kv_unfit(name, wants) for name in asked}
+    if None in reasons.values():
+        return
+    fitting = [
+        name
+        for name in KV_FORMATS
+        if any(_kv_unfit(one, replace(wants, kv=kv_formats(name))) is None for one in asked)
+    ]
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise ConfigError(
+        f"kv_cache_dtype {wants.kv.name} is served by no kernel of this model on {device} ({why}); "
+        f"use {', '.join(fitting)}",
+        field="kv_cache_dtype",
+    )
 
 
 def check_copied_format(name: str, number_format: WeightFormat, device: str) -> None:

@@ -137,13 +137,14 @@ class Ops(Protocol):
         self, qkv_TN: Tensor, op: AttentionOp, layer: KVLayer, batch: AttentionBatch
     ) -> Tensor:
         """Splits qkv [T, (H + 2K) * D], norms and rotates (half-split, "neox") q and k as `op`
-        says, writes k and v to the cache at slot_mapping, and returns q_THD contiguous."""
+        says, writes k and v to the cache at slot_mapping, in its formats, and returns q_THD
+        contiguous, in the basis of the keys (`kv_codec.mix`)."""
         ...
 
     def attention(
         self, q_THD: Tensor, op: AttentionOp, layer: KVLayer, batch: AttentionBatch
     ) -> Tensor:
-        """Causal paged attention; returns [T, H * D].
+        """Causal paged attention of what `rope_and_cache` returned; returns [T, H * D].
 
         out = sum_j e_j v_j / (sum_j e_j + exp(sink)), e_j = exp(cap(scale * q . k_j)), over the
         keys j that `op.visibility` lets the query see; without sinks and caps the terms are not
@@ -165,7 +166,7 @@ class Ops(Protocol):
         self, q_TN: Tensor, latent_TC: Tensor, op: LatentOp, layer: KVLayer, batch: AttentionBatch
     ) -> Tensor:
         """Norms the latent vectors, rotates keys and queries, writes the layer's plane "latent"
-        [B, P, rank + rope] at slot_mapping and attends; returns [T, H * value].
+        [B, P, rank + rope] at slot_mapping, in its format, and attends; returns [T, H * value].
 
         q [T, H * (nope + rope)], latent [T, rank + rope]; rows of both may be apart. Every query
         sees all tokens before it."""

@@ -18,6 +18,7 @@ from torch.nn import functional
 from octavo.kernels.activations import Activation, ClampedSwiGLU
 from octavo.kernels.composed import Composed
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer, QKNorm
+from octavo.kernels.kv_pages import mixed_as, read_vectors, write_vectors
 from octavo.kernels.routing import RoutingRule, Score
 from octavo.kernels.weights import ExpertWeights, Router, SharedExpert, Weight
 from octavo.visibility import Chunk, Full, Visibility, Window
@@ -192,7 +193,6 @@ class ReferenceOps(Composed):
     def rope_and_cache(
         self, qkv_TN: Tensor, op: AttentionOp, layer: KVLayer, batch: AttentionBatch
     ) -> Tensor:
-        block_size = layer.key.shape[1]
         heads = [op.num_heads, op.num_kv_heads, op.num_kv_heads]
         q, k, v = qkv_TN.split([count * op.head_size for count in heads], dim=1)
         norm = op.qk_norm
@@ -203,11 +203,12 @@ class ReferenceOps(Composed):
             positions = batch.positions_T.long()
             cos, sin = (table[positions].unsqueeze(1) for table in (op.rope.cos, op.rope.sin))
             q, k = (_rotate(part, cos, sin, op.rope.rotary_dim) for part in (q, k))
-        block = batch.slot_mapping_T // block_size
-        offset = batch.slot_mapping_T % block_size
-        layer.key[block, offset] = k.to(layer.key.dtype)
-        layer.value[block, offset] = v.to(layer.value.dtype)
-        return q.contiguous()
+        scales = (None, None)
+        if op.kv_scales is not None:
+            scales = (op.kv_scales.key_K[:, None], op.kv_scales.value_K[:, None])
+        for name, part, scale in zip(("key", "value"), (k, v), scales, strict=True):
+            write_vectors(layer, name, batch.slot_mapping_T, part, scale)
+        return mixed_as(layer, "key", q).contiguous()
 
     def _qk_norm(self, x_TN: Tensor, weight: Tensor, norm: QKNorm) -> Tensor:
         if not norm.per_head:
@@ -218,21 +219,21 @@ class ReferenceOps(Composed):
     def attention(
         self, q_THD: Tensor, op: AttentionOp, layer: KVLayer, batch: AttentionBatch
     ) -> Tensor:
-        out = torch.empty_like(q_THD)
+        out_THD = torch.empty_like(q_THD)
         starts = batch.query_starts.long()
         query_lens = starts[1:] - starts[:-1]
         # Sequences with one query (decode) share the tiles of a padded gather.
         single = torch.nonzero(query_lens == 1).squeeze(1)
         if len(single):
             rows = starts[:-1][single].unsqueeze(1)
-            out[rows] = _attend(q_THD[rows], rows, single, op, layer, batch)
+            out_THD[rows] = _attend(q_THD[rows], rows, single, op, layer, batch)
         for sequence in torch.nonzero(query_lens > 1).squeeze(1).tolist():
             first, end = int(starts[sequence]), int(starts[sequence + 1])
             for start in range(first, end, QUERY_TILE):
                 rows = torch.arange(start, min(start + QUERY_TILE, end)).unsqueeze(0)
                 which = torch.tensor([sequence])
-                out[rows] = _attend(q_THD[rows], rows, which, op, layer, batch)
-        return out.flatten(1)
+                out_THD[rows] = _attend(q_THD[rows], rows, which, op, layer, batch)
+        return mixed_as(layer, "value", out_THD).flatten(1)
 
 
 def _rotate(x_THD: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int) -> Tensor:
@@ -265,7 +266,7 @@ def _attend(
     See `Ops.attention`; the running maximum and sum are kept per query, and a sink is where they
     begin. Slots that a query must not see may hold anything (NaN too): both k and v are masked.
     """
-    block_size, num_kv_heads, head_size = layer.key.shape[1:]
+    block_size, num_kv_heads = layer.key.shape[1:3]
     S, Q, H, D = q_SQHD.shape
     # [S, K, group * Q, D]: all queries that share a kv head are one matrix.
     q = (
@@ -287,9 +288,11 @@ def _attend(
         # Columns nobody sees may hold anything: read block 0 in their place.
         columns = columns.where(used.view(S, -1, block_size).any(-1), 0)
         hidden = ~used.view(S, -1, 1, 1)
-        shape = (S, len(at), num_kv_heads, head_size)
-        k = layer.key[columns].float().view(shape).masked_fill_(hidden, 0).permute(0, 2, 3, 1)
-        v = layer.value[columns].float().view(shape).masked_fill_(hidden, 0).transpose(1, 2)
+        shape = (S, len(at), num_kv_heads, D)
+        k = read_vectors(layer, "key", columns).view(shape)
+        v = read_vectors(layer, "value", columns).view(shape)
+        k = k.masked_fill_(hidden, 0).permute(0, 2, 3, 1)
+        v = v.masked_fill_(hidden, 0).transpose(1, 2)
         scores = (q @ k).mul_(op.scale)
         if op.soft_cap is not None:
             scores.div_(op.soft_cap).tanh_().mul_(op.soft_cap)

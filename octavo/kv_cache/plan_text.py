@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from octavo.kv_cache.planner import Budget, MemoryPlan
 
 GIB = 2**30
+_ADVISED = ("int8", "float16")
+"""Formats of keys and values that take less, for those who are short of memory."""
 
 
 def describe(plan: MemoryPlan) -> str:
@@ -121,11 +123,12 @@ def context_too_long(
     budget: Budget,
 ) -> CapacityError:
     ways = [f"max_model_len {fitted}"]
-    stored = specs[0].planes[0].bits
-    # One format of each size, the first that is listed.
-    for bits, name in {f.bits: f.name for f in reversed(KV_FORMATS.values())}.items():
-        if bits < stored:
-            smaller = needed * bits // stored
+    plane = specs[0].planes[0]
+    size, stored = plane.shape[-1], KV_FORMATS[plane.number]
+    for name in _ADVISED:
+        bits = KV_FORMATS[name].vector_bits(size)
+        if bits < stored.vector_bits(size):
+            smaller = needed * bits // stored.vector_bits(size)
             verdict = "fits" if smaller <= there else "is still too much"
             ways.append(f"kv_cache_dtype {name} (needs {gib(smaller)}, {verdict})")
     ways.append("smaller weights, or a larger gpu_memory_utilization or kv_cache_memory_bytes")

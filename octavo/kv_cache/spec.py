@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from octavo.formats import KVFormat
+from octavo.formats import SCALE_BITS, SCALE_FORMAT, KVFormat
 from octavo.visibility import Full, KVVisibility, State, Visibility
 
 ALIGNMENT = 16
@@ -99,18 +99,25 @@ def attention_kv(
         shape = (num_kv_heads, head_size)
         planes.append(Plane(name=name, shape=shape, number=one.name, bits=one.bits))
         if num_scales := one.num_scales(head_size):
-            shape = (num_kv_heads, num_scales)
-            scales.append(Plane(name=f"{name}_scale", shape=shape, number="float16", bits=16))
+            scales.append(_scales(name, (num_kv_heads, num_scales)))
     return KVSpec(planes=(*planes, *scales), visibility=visibility)
 
 
-def latent_kv(num_columns: int, format: KVFormat, *, visibility: Visibility = Full()) -> KVSpec:
-    """Returns the spec of latent attention: one plane "latent" of `num_columns` (rank and rotary
-    columns), and for formats with scales "latent_scale"."""
-    planes = [Plane(name="latent", shape=(num_columns,), number=format.name, bits=format.bits)]
-    if num_scales := format.num_scales(num_columns):
-        planes.append(Plane(name="latent_scale", shape=(num_scales,), number="float16", bits=16))
+def latent_kv(
+    rank: int, rope_size: int, format: KVFormat, *, visibility: Visibility = Full()
+) -> KVSpec:
+    """Returns the spec of latent attention: one plane "latent" of `rank` and `rope_size` columns,
+    and for formats with scales "latent_scale", those of the two parts one after the other."""
+    columns = rank + rope_size
+    planes = [Plane(name="latent", shape=(columns,), number=format.name, bits=format.bits)]
+    if format.is_quantized:
+        num_scales = format.num_scales(rank) + format.num_scales(rope_size)
+        planes.append(_scales("latent", (num_scales,)))
     return KVSpec(planes=tuple(planes), visibility=visibility)
+
+
+def _scales(name: str, shape: tuple[int, ...]) -> Plane:
+    return Plane(name=f"{name}_scale", shape=shape, number=SCALE_FORMAT, bits=SCALE_BITS)
 
 
 def state_kv(*planes: Plane, every: int = 512) -> KVSpec:

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from octavo.formats import KVFormat
+from octavo.errors import ConfigError
+from octavo.formats import KVFormats
 from octavo.kernels.facts import SHORT_TOKENS, short_tokens
 from octavo.kernels.limits import AttentionFeature, AttentionWants, attention_wants
 from octavo.kv_cache.spec import KVSpec, attention_kv, latent_kv
@@ -117,10 +118,14 @@ class AttentionSpec:
         heads, kv_heads = self.query_split.share(size), self.value_split.share(size)
         return replace(self, num_heads=heads, num_kv_heads=kv_heads)
 
-    def kv_spec(self, kv_format: KVFormat) -> KVSpec:
+    def kv_spec(self, kv: KVFormats) -> KVSpec:
         """Returns what the layer keeps of a token."""
         return attention_kv(
-            self.num_kv_heads, self.head_size, kv_format, visibility=self.visibility
+            self.num_kv_heads,
+            self.head_size,
+            kv.key,
+            value_format=kv.value,
+            visibility=self.visibility,
         )
 
     def parameters(self, hidden: int) -> Iterator[tuple[str, Shape]]:
@@ -170,7 +175,10 @@ class LatentAttentionSpec:
     @property
     def wants(self) -> AttentionWants:
         """What a back end must be able to do for the layer."""
-        return AttentionWants(features=frozenset((AttentionFeature.LATENT,)))
+        return AttentionWants(
+            features=frozenset((AttentionFeature.LATENT,)),
+            vector_sizes=frozenset((self.kv_rank, self.rope_size)),
+        )
 
     @property
     def head_size(self) -> int:
@@ -254,9 +262,15 @@ class LatentAttentionSpec:
     def of_rank(self, size: int) -> LatentAttentionSpec:
         return replace(self, num_heads=self.query_split.share(size))
 
-    def kv_spec(self, kv_format: KVFormat) -> KVSpec:
-        """Returns what the layer keeps of a token."""
-        return latent_kv(self.num_columns, kv_format, visibility=self.visibility)
+    def kv_spec(self, kv: KVFormats) -> KVSpec:
+        """Returns what the layer keeps of a token. Raises ConfigError for two formats."""
+        if kv.key != kv.value:
+            raise ConfigError(
+                f"kv_cache_dtype {kv.name} names two formats, but latent attention keeps keys and "
+                f"values in one vector; use {kv.key.name} or {kv.value.name}",
+                field="kv_cache_dtype",
+            )
+        return latent_kv(self.kv_rank, self.rope_size, kv.key, visibility=self.visibility)
 
     def parameters(self, hidden: int) -> Iterator[tuple[str, Shape]]:
         """Yields every tensor with its shape."""

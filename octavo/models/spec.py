@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
-from octavo.formats import KVFormat
+from octavo.formats import KVFormats
 from octavo.kernels.limits import AttentionWants
 from octavo.kv_cache.spec import KVSpec
 from octavo.layers.rope_spec import RopeSpec
@@ -90,13 +90,14 @@ class ModelSpec:
         layers = tuple(layer.of_rank(size) for layer in self.layers)
         return replace(self, layers=layers, lm_head_rows=rows)
 
-    def kv_specs(self, kv_format: KVFormat) -> tuple[KVSpec, ...]:
+    def kv_specs(self, kv: KVFormats) -> tuple[KVSpec, ...]:
         """Returns one KVSpec per layer, for `octavo.kv_cache.spec.group_layers`."""
-        return tuple(layer.attention.kv_spec(kv_format) for layer in self.layers)
+        return tuple(layer.attention.kv_spec(kv) for layer in self.layers)
 
-    @property
-    def attention_wants(self) -> AttentionWants:
-        return AttentionWants.of_all(layer.attention.wants for layer in self.layers)
+    def attention_wants(self, kv: KVFormats) -> AttentionWants:
+        """Returns what a back end must be able to do for the layers, with KV in these formats."""
+        wants = AttentionWants.of_all(layer.attention.wants for layer in self.layers)
+        return replace(wants, kv=kv)
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ import torch
 
 from octavo.config import EngineConfig, tuned_dir
 from octavo.device import select_device
+from octavo.formats import kv_formats
 from octavo.kernels.backend import KernelBuilds, SamplingKernels
 from octavo.kernels.planning import PlanLimits, PlannedGroup
 from octavo.kernels.registry import Needs, select_backend
@@ -61,18 +62,18 @@ def build_runner(
     """
     rank, size = collectives.rank, collectives.size
     device = select_device(config.device, rank)
+    plan = planner(None)
     needs = Needs(
         device=torch.device(device.torch_name),
         # The ranks of a host share its cores.
         num_threads=config.num_threads or max(1, device.num_cores() // size),
-        attention=spec.attention_wants,
+        attention=spec.attention_wants(kv_formats(plan.groups[0].spec.formats)),
         is_deterministic=config.deterministic,
         tuned_folder=Path(tuned_dir()),
     )
     backend = select_backend(config.resolved_attention_backend(), needs)
     ops = backend.ops
     torch.set_num_threads(ops.torch_threads)
-    plan = planner(None)
     is_mapped = backend.maps_weights and size == 1
     placement = (
         HostPlacement(source) if is_mapped else DevicePlacement(source, needs.device, rank, size)

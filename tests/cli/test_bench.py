@@ -32,7 +32,7 @@ from octavo.cli.bench.workloads import Workloads
 from octavo.cli.commands import build_parser
 from octavo.engine.core import EngineCore
 from octavo.errors import ConfigError, OctavoError
-from octavo.formats import kv_format
+from octavo.formats import kv_formats
 from octavo.models.registry import read_spec
 from octavo.request import Request
 
@@ -328,7 +328,7 @@ def test_prefix_computes_a_shared_prefix_once(tiny_options: list[str], tmp_path:
 
 def floors_of(name: str) -> Floors:
     spec, _ = read_spec(MODELS[name].config)
-    return Floors(spec, element_bytes=2, kv_format=kv_format("bfloat16"))
+    return Floors(spec, element_bytes=2, kv=kv_formats("bfloat16"))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from octavo.config import EngineConfig
 from octavo.device import CPUDevice, CUDADevice, DeviceMemory
-from octavo.engine.memory import plan_model, resolve_kv_format, weights_dtype, with_others
+from octavo.engine.memory import plan_model, resolve_kv_formats, weights_dtype, with_others
 from octavo.errors import CapacityError, ConfigError
 from octavo.kv_cache.planner import GIB, MemoryPlan
 from octavo.models.registry import read_spec
@@ -113,10 +113,10 @@ def test_graphs_take_no_memory_where_none_are_captured() -> None:
 def test_keys_and_values_have_the_weights_format_on_a_gpu_alone() -> None:
     config = EngineConfig(model="m")
     for dtype in ("bfloat16", "float16", "float32"):
-        assert resolve_kv_format(config, "cuda", dtype).name == dtype
-    assert resolve_kv_format(config, "cpu", "bfloat16").name == "float32"
+        assert resolve_kv_formats(config, "cuda", dtype).name == dtype
+    assert resolve_kv_formats(config, "cpu", "bfloat16").name == "float32"
     asked = dataclasses.replace(config, kv_cache_dtype="float16")
-    assert resolve_kv_format(asked, "cuda", "bfloat16").name == "float16"
+    assert resolve_kv_formats(asked, "cuda", "bfloat16").name == "float16"
     assert weights_dtype(config, QWEN3_30B) == "bfloat16"
     assert weights_dtype(config, {}) == "bfloat16"
     assert weights_dtype(dataclasses.replace(config, dtype="float32"), QWEN3_30B) == "float32"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from octavo.config import EngineConfig
 from octavo.device import DeviceMemory
 from octavo.errors import CapacityError
-from octavo.formats import WHOLE_HEAD, KVFormat, kv_format
+from octavo.formats import WHOLE_VECTOR, KVFormat, kv_format
 from octavo.kv_cache.manager import KVCacheManager
 from octavo.kv_cache.plan_text import describe, describe_groups
 from octavo.kv_cache.planner import (
@@ -142,7 +142,7 @@ def test_a_window_bounds_the_blocks_of_a_long_sequence():
 STATE = state_kv(
     Plane(name="state", shape=(3, 1000), number="float32", bits=32, is_per_token=False)
 )
-INT8 = KVFormat(name="int8", bits=8, scale_elements=WHOLE_HEAD)
+INT8 = KVFormat(name="int8", bits=8, scale_elements=WHOLE_VECTOR)
 
 
 def test_a_mixed_plan_holds_what_its_own_manager_can_hand_out():

@@ -9,19 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from octavo.formats import KV_FORMATS, WHOLE_HEAD, KVFormat
+from octavo.formats import KV_FORMATS, KVFormat
 from octavo.kernels.reference import ReferenceOps
 from octavo.kv_cache.spec import KVSpec, Plane, attention_kv, group_layers, latent_kv, state_kv
 from octavo.kv_cache.storage import KVStorage
 from octavo.step import Page, PageCopy
 from octavo.visibility import Window
 
+PLAIN = [name for name, one in KV_FORMATS.items() if not one.is_quantized]
 FULL = attention_kv(3, 8, KV_FORMATS["float32"])
 # the same bytes per token in another shape, so in another group
 WINDOWED = attention_kv(2, 12, KV_FORMATS["float32"], visibility=Window(16))
 
 
-@pytest.mark.parametrize("name", KV_FORMATS)
+@pytest.mark.parametrize("name", PLAIN)
 def test_every_layer_of_a_group_has_its_own_memory(name: str) -> None:
     full = attention_kv(3, 8, KV_FORMATS[name])
     windowed = attention_kv(2, 12, KV_FORMATS[name], visibility=Window(16))
@@ -52,7 +53,7 @@ def test_a_block_is_one_row_of_the_arena_whatever_group_it_serves() -> None:
     assert storage.layer(0).key.data_ptr() == storage.layer(1).key.data_ptr()
 
 
-@pytest.mark.parametrize("name", KV_FORMATS)
+@pytest.mark.parametrize("name", PLAIN)
 def test_poison_fills_the_given_blocks_with_nan_and_no_other(name: str) -> None:
     spec = attention_kv(3, 8, KV_FORMATS[name])
     storage = KVStorage(group_layers((spec, spec)), num_chunks=6, block_size=16)
@@ -118,9 +119,7 @@ def test_a_huge_block_id_reaches_its_own_page() -> None:
     assert torch.equal(storage.layer(7).value[last, 15], torch.full((3, 8), 3.0))
 
 
-INT8 = KVFormat(name="int8", bits=8, scale_elements=WHOLE_HEAD)
-INT4 = KVFormat(name="int4", bits=4, scale_elements=16)
-FP8 = KVFormat(name="fp8", bits=8, scale_elements=WHOLE_HEAD)
+INT8, INT4, FP8 = KV_FORMATS["int8"], KV_FORMATS["int4"], KV_FORMATS["fp8"]
 
 
 @pytest.mark.parametrize(
@@ -128,14 +127,15 @@ FP8 = KVFormat(name="fp8", bits=8, scale_elements=WHOLE_HEAD)
     [
         (attention_kv(3, 64, INT8), {"key": (3, 64), "key_scale": (3, 1), "value_scale": (3, 1)}),
         (
-            attention_kv(1, 32, INT8, value_format=INT4),
-            {"key": (1, 32), "value": (1, 16), "key_scale": (1, 1), "value_scale": (1, 2)},
+            attention_kv(1, 64, INT8, value_format=INT4),
+            {"key": (1, 64), "value": (1, 32), "key_scale": (1, 1), "value_scale": (1, 2)},
         ),
         (attention_kv(2, 64, FP8), {"value": (2, 64), "value_scale": (2, 1)}),
-        (latent_kv(576, KV_FORMATS["bfloat16"]), {"latent": (576,)}),
-        (latent_kv(576, INT8), {"latent": (576,), "latent_scale": (1,)}),
+        (latent_kv(512, 64, KV_FORMATS["bfloat16"]), {"latent": (576,)}),
+        (latent_kv(512, 64, INT8), {"latent": (576,), "latent_scale": (2,)}),
+        (latent_kv(512, 64, INT4), {"latent": (288,), "latent_scale": (18,)}),
     ],
-    ids=["int8", "int8/int4", "fp8", "latent", "latent int8"],
+    ids=["int8", "int8/int4", "fp8", "latent", "latent int8", "latent int4"],
 )
 def test_planes_of_a_page_overlap_in_no_layer_and_fill_it(
     spec: KVSpec, shapes: dict[str, tuple[int, ...]]
@@ -157,7 +157,7 @@ def test_planes_of_a_page_overlap_in_no_layer_and_fill_it(
     assert num_bytes == 4 * 3 * 16 * spec.token_bytes
 
 
-@pytest.mark.parametrize("spec", [attention_kv(2, 32, INT8), attention_kv(2, 32, INT4)])
+@pytest.mark.parametrize("spec", [attention_kv(2, 64, INT8), attention_kv(2, 64, INT4)])
 def test_poisoned_integers_are_nan_through_their_scales(spec: KVSpec) -> None:
     storage = KVStorage(group_layers((spec,)), num_chunks=3, block_size=16)
     storage.arena.zero_()
@@ -176,7 +176,7 @@ def test_integers_without_scales_are_refused() -> None:
 def test_eight_bits_hold_almost_twice_as_many_tokens_and_four_more_than_three_times() -> None:
     wide = attention_kv(8, 128, KV_FORMATS["bfloat16"]).token_bytes
     assert wide / attention_kv(8, 128, INT8).token_bytes > 1.94
-    assert wide / attention_kv(8, 128, replace(INT4, scale_elements=64)).token_bytes > 3.5
+    assert wide / attention_kv(8, 128, INT4).token_bytes > 3.5
 
 
 def test_specs_that_store_otherwise_have_another_identity() -> None:
@@ -188,7 +188,7 @@ def test_specs_that_store_otherwise_have_another_identity() -> None:
         attention_kv(2, 64, bfloat16, value_format=INT8),
         attention_kv(2, 64, bfloat16, visibility=Window(8)),
         attention_kv(2, 64, INT4),
-        attention_kv(2, 64, replace(INT4, scale_elements=32)),
-        latent_kv(128, bfloat16),
+        attention_kv(2, 64, replace(INT4, scale_elements=64)),
+        latent_kv(64, 64, bfloat16),
     ]
     assert len({spec.identity for spec in specs}) == len(specs)

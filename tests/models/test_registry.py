@@ -12,7 +12,7 @@ import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from octavo.errors import UnsupportedModelError
-from octavo.formats import kv_format
+from octavo.formats import kv_formats
 from octavo.kv_cache.spec import group_layers
 from octavo.models.family import ignorable_names, weight_shapes
 from octavo.models.registry import FAMILIES, read_spec
@@ -96,7 +96,7 @@ def test_layers_with_and_without_window_form_two_groups() -> None:
         "max_window_layers": 2,
     }
     spec, _ = read_spec(config)
-    groups = group_layers(spec.kv_specs(kv_format("bfloat16")))
+    groups = group_layers(spec.kv_specs(kv_formats("bfloat16")))
     assert [g.layers for g in groups] == [(0, 1), (2, 3)]
     assert [g.spec.visibility for g in groups] == [Full(), Window(8)]
     assert groups[0].spec.token_bytes == 2 * 2 * 8 * 2

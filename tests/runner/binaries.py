@@ -28,7 +28,7 @@ chip.is_hopper = lambda device: True  # before the kernels' modules ask it
 
 from octavo.cli.bench.shapes import MODELS  # noqa: E402
 from octavo.config import EngineConfig  # noqa: E402
-from octavo.formats import kv_format  # noqa: E402
+from octavo.formats import kv_formats  # noqa: E402
 from octavo.kernels.planning import PlanLimits  # noqa: E402
 from octavo.kernels.triton.attention.hopper import kernel as attention_hopper  # noqa: E402
 from octavo.kernels.triton.attention.plan import StepPlanner  # noqa: E402
@@ -109,7 +109,7 @@ def make_runner(shape: str) -> DeviceRunner:
     source = DummySource(weight_shapes(spec, family), "bfloat16", 0)
     ops = TritonOps(1, is_deterministic=False)
     decoder = load_decoder(spec, family, DevicePlacement(source, CPU), ops, MAX_LEN)
-    groups = group_layers(spec.kv_specs(kv_format("bfloat16")))
+    groups = group_layers(spec.kv_specs(kv_formats("bfloat16")))
     limits = PlanLimits(max_num_seqs=MAX_SEQS, max_model_len=MAX_LEN, kv_tokens=16 * NUM_BLOCKS)
     planned = build.planned_groups(decoder, groups, 16)
     return DeviceRunner(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.formats import KV_FORMATS
+from octavo.formats import kv_formats
 from octavo.kv_cache.spec import group_layers
 from octavo.kv_cache.storage import KVStorage
 from octavo.models.decoder import Decoder
@@ -78,7 +78,7 @@ class Driver:
         kv_format: str = "float32",
         seed: int = 0,
     ) -> None:
-        self.groups = group_layers(decoder.spec.kv_specs(KV_FORMATS[kv_format]))
+        self.groups = group_layers(decoder.spec.kv_specs(kv_formats(kv_format)))
         storage = KVStorage(self.groups, num_blocks, BLOCK_SIZE, self.device)
         storage.poison([Page(0, block) for block in range(num_blocks)])
         self.runner: Any = self.make_runner(decoder, storage, max_num_seqs, max_model_len)

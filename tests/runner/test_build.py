@@ -10,7 +10,7 @@ import torch
 
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
-from octavo.formats import kv_format
+from octavo.formats import kv_formats
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.kv_cache.spec import group_layers
 from octavo.models.family import weight_shapes
@@ -28,7 +28,7 @@ def build(folder: Path, backend: str, dtype: str = "float32") -> ModelRunner:
         model="tiny", device="cpu", attention_backend=backend, num_threads=1, max_num_seqs=2
     ).resolve()
     spec, family = read_spec(save_tiny("qwen3-moe", folder).config)
-    groups = group_layers(spec.kv_specs(kv_format("bfloat16")))
+    groups = group_layers(spec.kv_specs(kv_formats("bfloat16")))
     plan = MemoryPlan(
         available_bytes=0,
         usable_bytes=0,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from octavo.errors import EngineDeadError, OctavoError, OutOfMemoryError
-from octavo.formats import KVFormat
+from octavo.formats import KVFormats
 from octavo.kernels.inputs import AttentionBatch
 from octavo.kernels.planning import AttentionPlanner, PlanLimits, PlannedGroup
 from octavo.kv_cache.spec import KVSpec, attention_kv
@@ -67,8 +67,8 @@ class FakeDecoder:
         self.sizes: list[tuple[int, int | None]] = []
         """(tokens, live ones if padded) of every forward that ran."""
 
-    def kv_spec(self, kv: KVFormat) -> KVSpec:
-        return attention_kv(1, 4, kv)
+    def kv_spec(self, kv: KVFormats) -> KVSpec:
+        return attention_kv(1, 4, kv.key)
 
     def copy_blocks(self, arena: Tensor, copies: Sequence[tuple[int, int]]) -> None:
         for source, target in copies:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from octavo.formats import KVFormat
+from octavo.formats import KVFormats
 from octavo.models.spec import ModelSpec, MoESpec
 
 
@@ -63,7 +63,7 @@ class Experts:
 class Floors:
     """The least work of steps of one model."""
 
-    def __init__(self, spec: ModelSpec, *, element_bytes: float, kv_format: KVFormat) -> None:
+    def __init__(self, spec: ModelSpec, *, element_bytes: float, kv: KVFormats) -> None:
         """`element_bytes` are those of one weight, on average."""
         dense, expert_sizes = 0, Counter[int]()
         for parameter, shape in spec.parameters():
@@ -81,8 +81,8 @@ class Floors:
         self._head = spec.vocab_size * spec.hidden_size
         self._dense = dense
         self._experts = tuple(Experts(*kind, total) for kind, total in kinds.items())
-        attentions = zip(spec.layers, spec.kv_specs(kv_format), strict=True)
-        self._attentions = Counter((layer.attention, kv.token_bytes) for layer, kv in attentions)
+        layers = zip(spec.layers, spec.kv_specs(kv), strict=True)
+        self._attentions = Counter((one.attention, kept.token_bytes) for one, kept in layers)
 
     def step(self, sequences: Sequence[tuple[int, int]], *, shared: int = 0) -> Work:
         """Returns the work of one step that samples once per sequence.

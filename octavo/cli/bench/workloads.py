@@ -32,7 +32,7 @@ from octavo.config import EngineConfig
 from octavo.device import Device, select_device
 from octavo.errors import ConfigError, OctavoError
 from octavo.folders import temporary_folder
-from octavo.formats import kv_format
+from octavo.formats import kv_formats
 
 if TYPE_CHECKING:
     from octavo.cli.bench.device_profile import DeviceProfile
@@ -79,7 +79,7 @@ class Workloads:
         self._floors = Floors(
             llm.spec,
             element_bytes=llm.plan.weights_bytes / llm.spec.num_parameters,
-            kv_format=kv_format(llm.plan.groups[0].spec.planes[0].number),
+            kv=kv_formats(llm.plan.groups[0].spec.formats),
         )
         self._report = Report(
             bench="workloads",

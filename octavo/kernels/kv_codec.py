@@ -1,0 +1,109 @@
+"""How vectors of the KV cache become numbers and scales, and back: the specification of what
+kernels do in registers.
+
+Called by `reference.py` and by tests. Knows one vector of a token (a head's key or value, or one of
+the two parts of a latent vector) and nothing of pages.
+
+    fp8    numbers e4m3, scale = largest / 448             x = number * scale
+    int8   numbers -127..127, scale = largest / 127        x = number * scale
+    int4   numbers 0..15, scale = -extreme / 8             x = (number - 8) * scale
+
+The largest is that of |x| over the numbers that share a scale, the extreme the number that has it,
+with its sign (the positive one of two), so that it becomes 0 exactly. Scales are rounded to
+bfloat16 before anything is divided by them. Vectors of int4 go through `mix` first, and so do the
+queries that meet such keys; sums of such values go through it afterwards.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from octavo.formats import KV_FORMATS, PACKED_BLOCK, KVFormat
+
+MAX_MIXED = 128
+"""Numbers that one Hadamard matrix mixes at most."""
+_LARGEST = {"fp8": 448.0, "int8": 127.0}
+_FORMATS = {torch.float8_e4m3fn: "fp8", torch.int8: "int8", torch.uint8: "int4"}
+
+
+def stored_format(numbers: Tensor) -> KVFormat:
+    """Returns the format of a plane of numbers."""
+    name = _FORMATS.get(numbers.dtype) or str(numbers.dtype).removeprefix("torch.")
+    return KV_FORMATS[name]
+
+
+def mixed_size(size: int) -> int:
+    """Returns how many numbers of a vector of `size` are mixed at a time: the largest power of two
+    that divides it, up to MAX_MIXED."""
+    return min(size & -size, MAX_MIXED)
+
+
+def mix(x: Tensor) -> Tensor:
+    """Returns x [..., D] float32 times H / sqrt(n), the Hadamard matrix of n = `mixed_size(D)`, n
+    numbers at a time.
+
+    H[i, j] is -1 to the number of bits that i and j have in common; the product is its own inverse
+    and keeps dot products. It spreads what is large in one place over all of them (QuaRot, arXiv
+    2404.00456).
+    """
+    size = mixed_size(x.shape[-1])
+    y = x.reshape(-1, size)
+    half = 1
+    while half < size:
+        low, high = y.view(-1, size // (2 * half), 2, half).unbind(2)
+        y = torch.stack((low + high, low - high), dim=2).view(-1, size)
+        half *= 2
+    return (y * size**-0.5).view(x.shape)
+
+
+def quantize(x: Tensor, format: KVFormat, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Returns the numbers of x [..., D] float32 as they lie in memory ([..., D], int4 [..., D / 2]
+    bytes) and their scales bfloat16 [..., G]; int4 takes what `mix` made.
+
+    With `scale` (broadcast to [..., G]) that is what all numbers are divided by, and what is beyond
+    is clamped. A vector of zeros has scale 0; NaN and infinities make a NaN of every number that
+    shares their scale.
+    """
+    num_scales = format.num_scales(x.shape[-1])
+    groups = x.reshape(*x.shape[:-1], num_scales, -1)
+    if scale is None:
+        scale = _scale(groups, format)
+    scales = scale.to(torch.bfloat16).expand(groups.shape[:-1])
+    divisor = scales.float().unsqueeze(-1)
+    steps = torch.where(divisor == 0, 0.0, groups / divisor)
+    if format.name == "fp8":
+        numbers = steps.clamp(-448, 448).to(torch.float8_e4m3fn)
+    elif format.name == "int8":
+        numbers = steps.nan_to_num(0).round().clamp(-127, 127).to(torch.int8)
+    else:
+        numbers = (steps.nan_to_num(0).round().clamp(-8, 7) + 8).to(torch.uint8)
+        return _packed(numbers.reshape(x.shape)), scales.contiguous()
+    return numbers.reshape(x.shape), scales.contiguous()
+
+
+def _scale(groups: Tensor, format: KVFormat) -> Tensor:
+    if format.name in _LARGEST:
+        return groups.abs().amax(-1) / _LARGEST[format.name]
+    high, low = groups.amax(-1), groups.amin(-1)
+    return torch.where(high >= -low, high, low) / -8
+
+
+def dequantize(numbers: Tensor, scales: Tensor) -> Tensor:
+    """Returns the float32 vectors [..., D] that `quantize` made these of; of int4, what `mix`
+    made."""
+    is_packed = numbers.dtype is torch.uint8
+    values = _unpacked(numbers).float() - 8 if is_packed else numbers.float()
+    groups = values.reshape(*scales.shape, -1)
+    return (groups * scales.float().unsqueeze(-1)).reshape(values.shape)
+
+
+def _packed(numbers: Tensor) -> Tensor:
+    """Returns two numbers a byte; see PACKED_BLOCK."""
+    low, high = numbers.reshape(*numbers.shape[:-1], -1, 2, PACKED_BLOCK // 2).unbind(-2)
+    return (low | high << 4).flatten(-2)
+
+
+def _unpacked(data: Tensor) -> Tensor:
+    blocks = data.reshape(*data.shape[:-1], -1, PACKED_BLOCK // 2)
+    return torch.stack((blocks & 15, blocks >> 4), dim=-2).flatten(-3)
