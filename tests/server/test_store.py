@@ -22,7 +22,7 @@ from octavo.server.errors import ApiError
 from octavo.server.store import bounds as bounds_module
 from octavo.server.store import database
 from octavo.server.store.bounds import Amount, Bounds, Kind, Pool
-from octavo.server.store.objects import used
+from octavo.server.store.objects import Part, used
 from octavo.server.store.store import Store
 
 NOWHERE = "/proc/nope"
@@ -43,7 +43,7 @@ async def test_an_object_is_its_tenants_alone(tmp_path: Path):
     assert await store.get(Kind.FILE, "a", "r1") is None
     assert not await store.delete(Kind.RESPONSE, "c", "r1")
     assert await store.update(Kind.RESPONSE, "c", "r1", lambda body: b"x") is None
-    assert await store.list(Kind.RESPONSE, "a", limit=5, after="r2") is None
+    assert await store.list(Kind.RESPONSE, "a", Part(limit=5, after="r2")) is None
     assert await store.delete(Kind.RESPONSE, "a", "r1")
     assert await store.get(Kind.RESPONSE, "a", "r1") is None
     assert await store.get(Kind.RESPONSE, "b", "r1") == b"of b"
@@ -69,9 +69,8 @@ async def test_lists_come_in_pages_both_ways(tmp_path: Path):
     for newest_first, wanted in ((True, [4, 3, 2, 1, 0]), (False, [0, 1, 2, 3, 4])):
         found, after, more = [], None, True
         while more:
-            page = await store.list(
-                Kind.BATCH, "t", limit=2, after=after, newest_first=newest_first
-            )
+            part = Part(limit=2, after=after, newest_first=newest_first)
+            page = await store.list(Kind.BATCH, "t", part)
             assert page is not None
             found += [int(body) for _, body in page.objects]
             after, more = page.objects[-1][0], page.has_more
@@ -86,7 +85,7 @@ async def test_what_expires_is_gone(tmp_path: Path):
     assert await store.get(Kind.FILE, "", "f") == b""
     now[0] = 1010.0
     assert await store.get(Kind.FILE, "", "f") is None
-    page = await store.list(Kind.FILE, "", limit=5)
+    page = await store.list(Kind.FILE, "", Part(limit=5))
     assert page is not None
     assert page.objects == []
     await store.close()
@@ -124,7 +123,7 @@ async def test_oldest_responses_make_room_and_files_are_refused(tmp_path: Path):
     store = new_store(tmp_path, max_store_bytes=4000, api_key=("a", "b"))
     for i in range(10):  # a tenant's half of a quarter is 500 bytes
         await store.put(Kind.RESPONSE, "a", f"r{i}", bytes(100))
-    page = await store.list(Kind.RESPONSE, "a", limit=20)
+    page = await store.list(Kind.RESPONSE, "a", Part(limit=20))
     assert page is not None
     assert [id for id, _ in page.objects] == ["r9", "r8", "r7", "r6", "r5"]
     with pytest.raises(ApiError, match=r"limit is .* 500 bytes.*--max-store-bytes") as refused:
@@ -149,7 +148,7 @@ async def test_the_tenant_with_most_makes_room_for_all(tmp_path: Path):
             await store.put(Kind.RESPONSE, tenant, f"r{i}", bytes(100))
     kept = {}
     for tenant in "abc":
-        page = await store.list(Kind.RESPONSE, tenant, limit=9, newest_first=False)
+        page = await store.list(Kind.RESPONSE, tenant, Part(limit=9, newest_first=False))
         assert page is not None
         kept[tenant] = [id for id, _ in page.objects]
     assert kept == {"a": ["r1", "r2", "r3", "r4"], "b": ["r0", "r1", "r2"], "c": ["r0", "r1", "r2"]}
@@ -196,7 +195,7 @@ async def _drive(steps: list[tuple[str, str, int, int]]) -> None:
                 if name in own:
                     own[name] = size
         for tenant, own in kept.items():
-            page = await store.list(Kind.RESPONSE, tenant, limit=9, newest_first=False)
+            page = await store.list(Kind.RESPONSE, tenant, Part(limit=9, newest_first=False))
             assert page is not None
             assert [(id, len(body)) for id, body in page.objects] == list(own.items())
             amount = await store.run(lambda db, t=tenant: used(db, Pool.PASSING, t))
@@ -209,7 +208,7 @@ async def test_counts_are_bounded_too(tmp_path: Path, monkeypatch: pytest.Monkey
     store = new_store(tmp_path)
     for i in range(5):
         await store.put(Kind.RESPONSE, "", f"r{i}", b"")
-    page = await store.list(Kind.RESPONSE, "", limit=9)
+    page = await store.list(Kind.RESPONSE, "", Part(limit=9))
     assert page is not None
     assert [id for id, _ in page.objects] == ["r4", "r3", "r2"]
     await store.close()

@@ -11,7 +11,6 @@ missing (the log is not forced to the disk at each commit), but nothing is half 
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import sqlite3
 import sys
@@ -28,6 +27,7 @@ if sys.platform != "win32":
 from octavo.errors import OverloadedError
 from octavo.server.errors import ApiError
 from octavo.server.store import schema
+from octavo.server.store.failures import disk_full, explained, unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +43,6 @@ RETRY_SECONDS = 5.0
 """Between two tries to open what could not be opened."""
 _FREED_PAGES = 64
 """Given back to the disk after a transaction, at most."""
-_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-WAY_OUT = "start the server with a --store-dir that can be written"
 
 
 class Database:
@@ -106,31 +104,19 @@ class Database:
     def _explained(self) -> Iterator[None]:
         """Turns what goes wrong with file and disk into answers."""
         try:
-            yield
+            with explained(self.folder):
+                yield
         except sqlite3.Error as error:
             code = vars(error).get("sqlite_errorcode", 0) & 0xFF  # none if not from SQLite
             if code == sqlite3.SQLITE_FULL:
-                raise self.full() from error
+                raise disk_full(self.folder) from error
             if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                 message = "the store is busy with what others write; try again later"
                 raise OverloadedError(message) from error
             if isinstance(error, sqlite3.IntegrityError | sqlite3.InterfaceError):
                 raise  # a mistake of ours
             self._disconnect()  # The next call opens the file again.
-            raise self._unavailable(str(error)) from error
-        except OSError as error:
-            if error.errno in _IS_FULL:
-                raise self.full() from error
-            raise self._unavailable(error.strerror or str(error)) from error
-
-    def full(self) -> ApiError:
-        """Returns what is told where the disk has no room."""
-        message = f"the disk of the store ({self.folder}) is full; free some of it, or {WAY_OUT}"
-        return ApiError(507, message, code="store_full")
-
-    def _unavailable(self, reason: str) -> ApiError:
-        message = f"the store in {self.folder} cannot be used: {reason}; {WAY_OUT}"
-        return ApiError(503, message, code="store_unavailable")
+            raise unavailable(self.folder, str(error)) from error
 
     def _connected(self) -> sqlite3.Connection:
         if self._connection is None:

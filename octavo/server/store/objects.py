@@ -53,19 +53,38 @@ def put(
 
     Raises ApiError (507) if it does not fit, not even once all is removed that makes room.
     """
-    row = name.at(now) | {
-        "pool": name.kind.pool,
-        "created_at": int(now),
-        "expires_at": expires_at,
-        "extra_bytes": extra_bytes,
-        "body": body,
-    }
-    db.execute("DELETE FROM objects WHERE tenant = :tenant AND kind = :kind AND id = :id", row)
+    clear(db, name)
     make_room(db, bounds, name.kind.pool, name.tenant, Amount(1, len(body) + extra_bytes))
+    add(db, name, body, now, expires_at=expires_at, extra_bytes=extra_bytes)
+
+
+def clear(db: sqlite3.Connection, name: Name) -> None:
+    """Removes the object of this name, if there is one."""
+    query = "DELETE FROM objects WHERE tenant = :tenant AND kind = :kind AND id = :id"
+    db.execute(query, name.at(0))
+
+
+def add(
+    db: sqlite3.Connection,
+    name: Name,
+    body: bytes,
+    now: float,
+    *,
+    expires_at: int | None = None,
+    extra_bytes: int = 0,
+) -> None:
+    """Stores a new object, whose room has been made; `extra_bytes` belong to it besides."""
     db.execute(
         "INSERT INTO objects (pool, kind, tenant, id, created_at, expires_at, extra_bytes, body)"
         " VALUES (:pool, :kind, :tenant, :id, :created_at, :expires_at, :extra_bytes, :body)",
-        row,
+        name.at(now)
+        | {
+            "pool": name.kind.pool,
+            "created_at": int(now),
+            "expires_at": expires_at,
+            "extra_bytes": extra_bytes,
+            "body": body,
+        },
     )
 
 
@@ -93,32 +112,41 @@ def delete(db: sqlite3.Connection, name: Name, now: float) -> bool:
     return db.execute(f"DELETE FROM objects WHERE {_IS_MEANT}", name.at(now)).rowcount > 0
 
 
-def page(
-    db: sqlite3.Connection,
-    kind: Kind,
-    tenant: str,
-    now: float,
-    *,
-    limit: int,
-    after: str | None = None,
-    newest_first: bool = True,
-) -> Page | None:
-    """Returns up to `limit` objects that follow the one with the id `after`; None if there is no
-    such object."""
-    order, sign = ("DESC", "<") if newest_first else ("ASC", ">")
-    row = {"kind": kind, "tenant": tenant, "id": after, "now": now, "limit": limit + 1}
-    beyond = ""
-    if after is not None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Which part of a list."""
+
+    limit: int
+    after: str | None = None
+    """Begins behind the object of this id."""
+    newest_first: bool = True
+    field: tuple[str, str] | None = None
+    """Only bodies, as JSON, in which this field has this value."""
+
+
+def page(db: sqlite3.Connection, kind: Kind, tenant: str, now: float, part: Part) -> Page | None:
+    """Returns part of a tenant's objects; None if the one that it begins behind is not there."""
+    order, sign = ("DESC", "<") if part.newest_first else ("ASC", ">")
+    row = {"kind": kind, "tenant": tenant, "id": part.after, "now": now, "limit": part.limit + 1}
+    conditions = f"tenant = :tenant AND kind = :kind AND {_IS_HERE}"
+    if part.after is not None:
         found = db.execute(f"SELECT seq FROM objects WHERE {_IS_MEANT}", row).fetchone()
         if found is None:
             return None
-        row["seq"], beyond = found[0], f"AND seq {sign} :seq"
-    found = db.execute(
-        f"SELECT id, body FROM objects WHERE tenant = :tenant AND kind = :kind AND {_IS_HERE}"
-        f" {beyond} ORDER BY seq {order} LIMIT :limit",
-        row,
-    ).fetchall()
-    return Page(found[:limit], len(found) > limit)
+        row["seq"] = found[0]
+        conditions += f" AND seq {sign} :seq"
+    if part.field is not None:
+        row["field"], row["value"] = f"$.{part.field[0]}", part.field[1]
+        conditions += " AND json_extract(CAST(body AS TEXT), :field) = :value"
+    query = f"SELECT id, body FROM objects WHERE {conditions} ORDER BY seq {order} LIMIT :limit"
+    found = db.execute(query, row).fetchall()
+    return Page(found[: part.limit], len(found) > part.limit)
+
+
+def remove_expired(db: sqlite3.Connection, now: float) -> list[str]:
+    """Removes what has expired; returns the ids of files among it, whose contents are left."""
+    query = "DELETE FROM objects WHERE expires_at <= ? RETURNING kind, id"
+    return [id for kind, id in db.execute(query, (now,)).fetchall() if kind == Kind.FILE]
 
 
 def make_room(

@@ -17,8 +17,9 @@ from octavo.errors import OctavoError
 from octavo.server.errors import ApiError
 from octavo.server.store import objects
 from octavo.server.store.bounds import Bounds, Kind
+from octavo.server.store.contents import Contents
 from octavo.server.store.database import Database, T, Work
-from octavo.server.store.objects import Change, Name, Page
+from octavo.server.store.objects import Change, Name, Page, Part
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Store:
         self.bounds = Bounds(config.max_store_bytes, num_tenants)
         self.folder = Path(config.store_dir or store_dir())
         self.clock = clock
+        self.contents = Contents(self.folder)
         self._database = Database(self.folder)
 
     async def check(self) -> None:
@@ -85,20 +87,8 @@ class Store:
         name, now = Name(kind=kind, tenant=tenant, id=id), self.clock()
         return await self.run(lambda db: objects.delete(db, name, now))
 
-    async def list(
-        self,
-        kind: Kind,
-        tenant: str,
-        *,
-        limit: int,
-        after: str | None = None,
-        newest_first: bool = True,
-    ) -> Page | None:
-        """Returns up to `limit` objects that follow the one with the id `after`; None if there is
-        no such object."""
+    async def list(self, kind: Kind, tenant: str, part: Part) -> Page | None:
+        """Returns part of a tenant's objects; None if the one that it begins behind is not
+        there."""
         now = self.clock()
-        return await self.run(
-            lambda db: objects.page(
-                db, kind, tenant, now, limit=limit, after=after, newest_first=newest_first
-            )
-        )
+        return await self.run(lambda db: objects.page(db, kind, tenant, now, part))
