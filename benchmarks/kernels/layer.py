@@ -32,7 +32,7 @@ from octavo.formats import WEIGHT_FORMATS
 from octavo.kernels.composed import Composed
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer, QKNorm, RopeTable
 from octavo.kernels.routing import RoutingRule
-from octavo.kernels.triton.attention.decode import max_total_slots, slot_counts
+from octavo.kernels.triton.attention.decode import max_total_partials, partial_counts
 from octavo.kernels.triton.attention.device_plan import DevicePlan, plan_of
 from octavo.kernels.triton.backend import TritonOps
 from octavo.kernels.triton.experts import choose, grouped
@@ -164,8 +164,8 @@ class Step:
             seq_lens_S=torch.zeros_like(self.tokens),
             block_table=table,
             plan=DevicePlan(
-                slot_starts_S=torch.zeros(batch + 1, dtype=torch.int32),
-                max_slots=max_total_slots(batch, MAX_SEQ_LEN, batch * columns * BLOCK),
+                partial_starts_S=torch.zeros(batch + 1, dtype=torch.int32),
+                max_partials=max_total_partials(batch, MAX_SEQ_LEN, batch * columns * BLOCK),
                 **{"max_query_len": 1, "max_seq_len": MAX_SEQ_LEN, "num_short_tokens": 0},
             ),
         )
@@ -174,8 +174,8 @@ class Step:
         """Other tokens and lengths, as a graph's owner would set them before a replay."""
         count, batch = len(self.tokens), self.batch
         lens = rng.integers(self.context - self.context // 10, self.context, count)
-        plan_of(batch).slot_starts_S.copy_(
-            torch.from_numpy(np.cumsum([0, *slot_counts(lens, None)]))
+        plan_of(batch).partial_starts_S.copy_(
+            torch.from_numpy(np.cumsum([0, *partial_counts(lens, None)]))
         )
         batch.seq_lens_S.copy_(torch.from_numpy(lens))
         batch.positions_T.copy_(batch.seq_lens_S - 1)

@@ -19,7 +19,7 @@ import torch
 from attention import BYTES_PER_SECOND, FLOPS_PER_SECOND, MODELS, graph_ms
 from attention_cases import BLOCK, batch_of, make_layers, op_of, tiles_of
 
-from octavo.kernels.facts import split_slots
+from octavo.kernels.facts import split_partials
 from octavo.kernels.inputs import AttentionBatch, KVLayer
 from octavo.kernels.triton.attention.choose import SHORT_QUERIES, SHORT_SPLITS, short_limits
 from octavo.kernels.triton.attention.decode import decode_attention
@@ -103,8 +103,8 @@ def time_chunks(
     num_tokens, H, D = q.shape
     groups = tiles_of(H, layers[0].key.shape[2]).head_groups
     owners = len(batch.seq_lens_S)
-    slots = max(1, int(plan.table[2 * owners + 1]))
-    partials = make_partials(q[:1], slots)
+    num_partials = max(1, int(plan.table[2 * owners + 1]))
+    partials = make_partials(q[:1], num_partials)
     out = torch.empty_like(q)
 
     def attend(layer: KVLayer) -> None:
@@ -120,7 +120,7 @@ def time_chunks(
     parts = -(-int(batch.seq_lens_S[0]) // split)
     times = [us(partial(one, layer) for layer in layers) for one in (attend, both)]
     merged = us([merge] * 4)
-    megabytes = slots * H * D * 4 / 1e6 if parts > 1 else 0
+    megabytes = num_partials * H * D * 4 / 1e6 if parts > 1 else 0
     print(
         f"  {parts:2} splits of {split}: all {times[1]}, attend {times[0]}, merge {merged}; "
         f"{int(plan.table[owners]) * groups} pieces, {megabytes:.0f} MB of partials",
@@ -170,7 +170,7 @@ def time_decodes(
     q: torch.Tensor, layers: list[KVLayer], batch: AttentionBatch, plan: SharedPrefixPlan
 ) -> None:
     there = plan.to_device(q.device)
-    partials = make_partials(q, plan.max_splits + split_slots(plan.max_tail))
+    partials = make_partials(q, plan.max_splits + split_partials(plan.max_tail))
     out, tickets = torch.empty_like(q), make_tickets(q.device)
 
     def attend(layer: KVLayer) -> None:
@@ -180,7 +180,7 @@ def time_decodes(
         decode_attention(
             *(q, op_of(q, layer), layer, batch, out),
             max_seq_len=plan.max_tail,
-            shared=(there.shared_tokens_S, there.shared_slots_S),
+            shared=(there.shared_tokens_S, there.shared_partials_S),
             partials=partials,
             tickets=tickets,
         )

@@ -28,7 +28,7 @@ def short_tokens(num_heads: int, partial_size: int) -> int:
 
 
 @lru_cache
-def split_slots(max_visible: int) -> int:
+def split_partials(max_visible: int) -> int:
     """Returns how many partial results a row with up to `max_visible` tokens may need: one more
     than it has splits, as the first may begin between two edges."""
     edges = [min(max_visible, limit) for limit, _ in SPLIT_CLASSES] + [max_visible]

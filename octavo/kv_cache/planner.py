@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from octavo.config import EngineConfig
 from octavo.device import DeviceMemory
-from octavo.kernels.facts import split_slots
+from octavo.kernels.facts import split_partials
 from octavo.kv_cache.layout import ArenaLayout, arena_layout
 from octavo.kv_cache.plan_text import GIB, check_absolute, context_too_long, gib, too_large
 from octavo.kv_cache.spec import KVGroup, KVSpec, group_layers
@@ -283,4 +283,4 @@ def partial_bytes(num_rows: int, max_visible: int, num_heads: int, head_size: in
     a head.
     What the cache holds is no bound: rows that share blocks see more than that together.
     """
-    return num_rows * split_slots(max_visible) * 4 * num_heads * (head_size + 1)
+    return num_rows * split_partials(max_visible) * 4 * num_heads * (head_size + 1)

@@ -75,7 +75,7 @@ def short_limits(num_tokens: int) -> Limits:
         queries=SHORT_QUERIES,
         splits=SHORT_SPLITS,
         shortest=SHORTEST_SPLIT,
-        slots=min(num_tokens, SHORT_TOKENS) * SHORT_SPLITS,
+        partials=min(num_tokens, SHORT_TOKENS) * SHORT_SPLITS,
     )
 
 
@@ -121,7 +121,7 @@ def attention(
     if is_deterministic and plan.max_query_len != 1:
         _every_row_as_decode(q_THD, op, layer, batch, out, bound, tickets)
         return out.flatten(1)
-    if plan.max_slots != 0:
+    if plan.max_partials != 0:
         decode_attention(
             q_THD,
             op,

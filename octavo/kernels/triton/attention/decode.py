@@ -15,14 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.facts import LARGEST_SPLIT, SPLIT_CLASSES, split_slots
+from octavo.kernels.facts import LARGEST_SPLIT, SPLIT_CLASSES, split_partials
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
 from octavo.kernels.triton.attention.device_plan import plan_of
 from octavo.kernels.triton.attention.partials import (
     Partials,
     make_partials,
     merge_kv_head,
-    slots_of,
+    partials_of,
 )
 from octavo.kernels.triton.attention.scores import most_visible, scores_of
 from octavo.kernels.triton.attention.write import (
@@ -43,7 +43,8 @@ MAX_REGISTERS = 128
 """Of a thread of the split kernel, which it needs for the splits; four programs then fit a
 multiprocessor, where merging alone would take more."""
 MERGE_ROWS = 2
-"""Heads times slots that `merge_heads` takes at a time; more cost registers of the whole kernel."""
+"""Heads times partial results that `merge_heads` takes at a time; more cost the whole kernel
+registers."""
 
 
 @triton.jit
@@ -70,7 +71,7 @@ def splits_of(low, length, FIXED: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @launchable
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_partials"])
 def _decode_kernel(
     out,
     partial_out,
@@ -79,9 +80,9 @@ def _decode_kernel(
     seq_lens,
     positions,
     shared_tokens,
-    shared_slots,
-    slot_starts,
-    num_slots,
+    shared_partials,
+    partial_starts,
+    num_partials,
     tickets,
     q,
     key,
@@ -125,10 +126,10 @@ def _decode_kernel(
 
     out = softmax(scale q k^T) v over [low, len), for each split on its own (online over tiles of
     BLOCK_N): a row with one split writes `out` [T, H, D]; more write `partial_out` (normalised)
-    and `partial_lse` (base 2), where `slots_of` the row are (its sequence's where PACKED), and the
-    last of their programs merges them, MERGE_M >= H // K heads at once. FIXED: see `splits_of`.
+    and `partial_lse` (base 2), where `partials_of` the row are (its sequence's where PACKED), and
+    the last of their programs merges them, MERGE_M >= H // K heads at once. FIXED: see `splits_of`.
     Program 1 names a token (BY_TOKEN: any query) or a sequence, skipped unless it has one query.
-    HAS_SHARED: the first shared_tokens[s] tokens are done elsewhere, in shared_slots[s] slots.
+    HAS_SHARED: the first shared_tokens[s] tokens are done elsewhere, and left shared_partials[s].
     IS_QKV: q is qkv [T, (H + 2 K) D] before norm and RoPE, whose k and v are written on the way.
     """
     GROUP: tl.constexpr = H // K
@@ -148,7 +149,7 @@ def _decode_kernel(
     low, before = first_visible(length - 1, reach, VISIBLE), length * 0
     if HAS_SHARED:
         low = tl.maximum(low, tl.load(shared_tokens + sequence))
-        before = tl.load(shared_slots + sequence)
+        before = tl.load(shared_partials + sequence)
     origin, size, count = splits_of(low, length, FIXED, BLOCK_N)
     kv_head, rows, offs_d = tl.program_id(0), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     row_mask = (rows < GROUP)[:, None] & (offs_d < D)[None, :]
@@ -164,7 +165,7 @@ def _decode_kernel(
     begin = tl.program_id(2) * share
     stop = tl.minimum(begin + share, count)
     row = sequence if PACKED else t
-    slots = slots_of(row, slot_starts, num_slots, kv_head * GROUP + rows, H, PACKED)
+    firsts = partials_of(row, partial_starts, num_partials, kv_head * GROUP + rows, H, PACKED)
     if IS_QKV:
         slot = tl.where(stop == count, tl.load(cache_slots + t), -1)
         q_tile = rope_of_kv_head(
@@ -207,7 +208,7 @@ def _decode_kernel(
                     mean = with_sinks(mean, m + tl.log2(total), at_sink, rows < GROUP)
                 tl.store(out_at, mean.to(out.dtype.element_ty), mask=row_mask)
             else:
-                to = slots + before + (tile - origin) // size
+                to = firsts + before + (tile - origin) // size
                 tl.store(partial_out + to[:, None] * D + offs_d[None, :], mean, mask=row_mask)
                 tl.store(partial_lse + to, m + tl.log2(total), mask=rows < GROUP)
         m = tl.where(done, -float("inf"), m)
@@ -217,7 +218,7 @@ def _decode_kernel(
         return
     if is_last(tickets + tl.program_id(1) * K + kv_head, num_busy):
         merge_kv_head(
-            *(out, partial_out, partial_lse, row, t, kv_head, slot_starts, num_slots),
+            *(out, partial_out, partial_lse, row, t, kv_head, partial_starts, num_partials),
             *(before + count, sinks, H, K, D, HAS_SINKS, PACKED, MERGE_M, MERGE_ROWS, BLOCK_D),
         )
 
@@ -229,8 +230,9 @@ def decode_shape(head_size: int, dtype: torch.dtype) -> tuple[int, int, int]:
     return 64, 4, 2
 
 
-def slot_counts(seq_lens: np.ndarray, window: int | None) -> np.ndarray:
-    """Returns how many slots the single query of each sequence may need, for slot_starts_S.
+def partial_counts(seq_lens: np.ndarray, window: int | None) -> np.ndarray:
+    """Returns how many partial results the single query of each sequence leaves at most, for
+    partial_starts_S.
 
     Never less for longer sequences or windows: bounds of the lengths serve as well, and the counts
     without a window serve windowed layers too.
@@ -242,8 +244,8 @@ def slot_counts(seq_lens: np.ndarray, window: int | None) -> np.ndarray:
     return counts + 1  # The first split of a window may begin within.
 
 
-def max_total_slots(max_seqs: int, max_seq_len: int, kv_tokens: int) -> int:
-    """Returns a bound of the sum of `slot_counts` over up to `max_seqs` sequences of up to
+def max_total_partials(max_seqs: int, max_seq_len: int, kv_tokens: int) -> int:
+    """Returns a bound of the sum of `partial_counts` over up to `max_seqs` sequences of up to
     `max_seq_len` tokens that have `kv_tokens` together.
 
     Sequences that share blocks may have more tokens together than the cache has.
@@ -252,7 +254,7 @@ def max_total_slots(max_seqs: int, max_seq_len: int, kv_tokens: int) -> int:
     # Splits against tokens lie below a concave line, so equal lengths need most; it goes through
     # (limit, limit / size) of every class.
     splits = min(mean / 64, mean / 192 + 32 / 3, mean / 384 + 64 / 3, mean / 512 + 32)
-    return min(max_seqs * split_slots(max_seq_len), int(max_seqs * (splits + 2)))
+    return min(max_seqs * split_partials(max_seq_len), int(max_seqs * (splits + 2)))
 
 
 def compute_dtype(q: Tensor, layer: KVLayer) -> torch.dtype:
@@ -302,7 +304,7 @@ def decode_attention(
 
     `max_seq_len` bounds seq_lens_S. `is_qkv`: q is qkv [T, H + 2 K, D] before norm (of each head)
     and rotation, and its k and v are written too. With `token_sequences` (int32 [T], the sequence
-    of each token) it writes every row, each as if decoded. `shared` (tokens, slots; int32 [S])
+    of each token) it writes every row, each as if decoded. `shared` (tokens, partials; int32 [S])
     tells how much of every sequence already lies in `partials`. `tickets`: see `make_tickets`.
     """
     stride_block = check_query(out, layer, batch)
@@ -314,18 +316,18 @@ def decode_attention(
     if rows == 0 or num_tokens == 0:
         return
     unused = batch.seq_lens_S
-    slots = split_slots(most_visible(op.visibility, max_seq_len))
+    most = split_partials(most_visible(op.visibility, max_seq_len))
     scores = scores_of(op, unused)
     if partials is None:
         plan = plan_of(batch)
-        partials = make_partials(out, slots, plan.slot_starts_S, plan.max_slots)
+        partials = make_partials(out, most, plan.partial_starts_S, plan.max_partials)
     if tickets is None:
         tickets = make_tickets(q_THD.device)
     assert rows * num_kv_heads <= len(tickets), (rows, num_kv_heads)
     dtype = compute_dtype(q_THD, layer)
     block_n, num_warps, num_stages = shape or decode_shape(head_size, dtype)
     group = num_heads // num_kv_heads
-    programs = min(slots, max(1, TARGET_PROGRAMS // (rows * num_kv_heads)))
+    programs = min(most, max(1, TARGET_PROGRAMS // (rows * num_kv_heads)))
     # Heads are fastest: what they read of a page lies side by side in memory.
     _decode_kernel[(num_kv_heads, rows, programs)](
         out,
@@ -336,7 +338,7 @@ def decode_attention(
         batch.positions_T,
         *(shared or (unused, unused)),
         unused if partials.starts is None else partials.starts,
-        partials.num_slots,
+        partials.num_partials,
         tickets,
         q_THD.to(dtype),
         layer.key,

@@ -26,7 +26,7 @@ class SharedPrefix:
     """[groups + 1]: where each group's members begin."""
     shared_tokens_S: Tensor
     """Tokens of each sequence that its group reads for it; 0 outside groups."""
-    shared_slots_S: Tensor
+    shared_partials_S: Tensor
     """Partial results that those leave for each sequence."""
     split_sizes: Tensor
     """[groups] tokens of one partial result."""
@@ -47,11 +47,11 @@ class DevicePlan:
     max_seq_len: int | None = None
     num_short_tokens: int | None = None
     """Sequences of few queries lie among the first so many tokens."""
-    slot_starts_S: Tensor | None = None
-    """int32 [S + 1] prefix sums of `slot_counts` (decode.py): where the partial results of each
+    partial_starts_S: Tensor | None = None
+    """int32 [S + 1] prefix sums of `partial_counts` (decode.py): where the partial results of each
     single query lie."""
-    max_slots: int | None = None
-    """Bound of the last of slot_starts_S; goes with it. 0: nobody has a single query."""
+    max_partials: int | None = None
+    """Bound of the last of partial_starts_S; goes with it. 0: nobody has a single query."""
     prefix: SharedPrefix | None = None
     """What single-query sequences share, where reading it once pays."""
     short: dict[object, ShortPlan] = field(default_factory=dict)

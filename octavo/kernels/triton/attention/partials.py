@@ -18,48 +18,51 @@ from octavo.kernels.triton.tiles.softmax import with_sinks
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Partials:
-    """Where splits leave their results: out [slots * H, D] and log2-sum-exp2 [slots * H].
+    """Where splits leave their results: out [partials * H, D] and log2-sum-exp2 [partials * H].
 
-    Row r has slots [starts[r], starts[r + 1]), or [r * num_slots, (r + 1) * num_slots) without
-    starts, H times: those of head 0 in order, then those of head 1, and so on.
+    Row r has partials [starts[r], starts[r + 1]), or, without starts, [r * num_partials,
+    (r + 1) * num_partials), H times: those of head 0 in order, then those of head 1, and so on.
     """
 
     out: Tensor
     lse: Tensor
-    num_slots: int
+    num_partials: int
     starts: Tensor | None = None
 
 
 def make_partials(
-    q_THD: Tensor, num_slots: int, starts: Tensor | None = None, total_slots: int | None = None
+    q_THD: Tensor,
+    num_partials: int,
+    starts: Tensor | None = None,
+    total_partials: int | None = None,
 ) -> Partials:
-    """Returns uninitialised room for `num_slots` partial results of every row, or, with `starts`,
-    for `total_slots` of all rows."""
+    """Returns uninitialised room for `num_partials` partial results of every row, or, with
+    `starts`, for `total_partials` of all rows."""
     num_tokens, num_heads, head_size = q_THD.shape
-    rows = num_heads * (num_tokens * num_slots if total_slots is None else total_slots)
+    rows = num_heads * (num_tokens * num_partials if total_partials is None else total_partials)
     return Partials(
         out=torch.empty((rows, head_size), dtype=torch.float32, device=q_THD.device),
         lse=torch.empty(rows, dtype=torch.float32, device=q_THD.device),
-        num_slots=num_slots,
+        num_partials=num_partials,
         starts=starts,
     )
 
 
 @triton.jit
-def slots_of(row, starts, num_slots, heads, H: tl.constexpr, PACKED: tl.constexpr):
-    """Returns the first slot of each of `heads` of a row: see `Partials`."""
-    first = row.to(tl.int64) * num_slots
+def partials_of(row, starts, num_partials, heads, H: tl.constexpr, PACKED: tl.constexpr):
+    """Returns the first partial result of each of `heads` of a row: see `Partials`."""
+    first = row.to(tl.int64) * num_partials
     if PACKED:
         first = tl.load(starts + row).to(tl.int64)
-        num_slots = tl.load(starts + row + 1) - first
-    return first * H + heads * num_slots
+        num_partials = tl.load(starts + row + 1) - first
+    return first * H + heads * num_partials
 
 
 @triton.jit
 def merge_heads(
     partial_out,
     partial_lse,
-    slots,
+    firsts,
     count,
     is_head,
     sinks,
@@ -70,9 +73,9 @@ def merge_heads(
     BLOCK_D: tl.constexpr,
 ):
     """Returns [HEADS, BLOCK_D]: for each head sum_i w_i o_i / sum_i w_i, w_i = 2^(lse_i - max lse),
-    over its slots slots[h] .. slots[h] + count, ROWS // HEADS slots at a time. A slot that saw
+    over its partials firsts[h] .. firsts[h] + count, ROWS // HEADS at a time. One that saw
     nothing (lse -inf) adds nothing. HAS_SINKS: and over sinks[heads], which have no value."""
-    HEADS: tl.constexpr = slots.shape[0]
+    HEADS: tl.constexpr = firsts.shape[0]
     SLOTS: tl.constexpr = ROWS // HEADS if ROWS > HEADS else 1
     offs_d = tl.arange(0, BLOCK_D)
     offs_i = tl.arange(0, SLOTS)
@@ -80,7 +83,7 @@ def merge_heads(
     total = tl.zeros([HEADS, SLOTS], tl.float32)
     acc = tl.zeros([HEADS, SLOTS, BLOCK_D], tl.float32)
     for start in tl.range(0, count, SLOTS, loop_unroll_factor=8):
-        at = slots[:, None] + (start + offs_i)[None, :]
+        at = firsts[:, None] + (start + offs_i)[None, :]
         live = is_head[:, None] & (start + offs_i < count)[None, :]
         lse = tl.load(partial_lse + at, mask=live, other=-float("inf"), cache_modifier=".cg")
         mask = live[:, :, None] & (offs_d < D)[None, None, :]
@@ -111,8 +114,8 @@ def merge_kv_head(
     row,
     t,
     kv_head,
-    slot_starts,
-    num_slots,
+    partial_starts,
+    num_partials,
     count,
     sinks,
     H: tl.constexpr,
@@ -128,9 +131,9 @@ def merge_kv_head(
     lane = tl.arange(0, HEADS)
     head = kv_head * (H // K) + lane
     is_head = lane < H // K
-    slots = slots_of(row, slot_starts, num_slots, head, H, PACKED)
+    firsts = partials_of(row, partial_starts, num_partials, head, H, PACKED)
     mean = merge_heads(
-        *(partial_out, partial_lse, slots, count, is_head, sinks, head),
+        *(partial_out, partial_lse, firsts, count, is_head, sinks, head),
         *(D, HAS_SINKS, ROWS, BLOCK_D),
     )
     offs_d = tl.arange(0, BLOCK_D)

@@ -13,11 +13,11 @@ from itertools import islice
 import numpy as np
 from torch import Tensor
 
-from octavo.kernels.facts import split_slots
+from octavo.kernels.facts import split_partials
 from octavo.kernels.inputs import AttentionBatch
 from octavo.kernels.planning import PlanLimits, PlannedGroup, StepRows
 from octavo.kernels.triton.attention.choose import SHORT_QUERIES
-from octavo.kernels.triton.attention.decode import max_total_slots, slot_counts
+from octavo.kernels.triton.attention.decode import max_total_partials, partial_counts
 from octavo.kernels.triton.attention.device_plan import DevicePlan
 from octavo.kernels.triton.attention.shared import MIN_BLOCKS, SharedPrefixPlan, plan_shared_prefix
 from octavo.kernels.triton.attention.splits import Tiling, tiling
@@ -33,8 +33,8 @@ _UNBOUNDED = 1 << 30
 class StepPlan:
     """See `octavo.kernels.planning.StepAttention`."""
 
-    slot_starts: Int32
-    """[S + 1] prefix sums of `slot_counts`; rows without a single query have none."""
+    partial_starts: Int32
+    """[S + 1] prefix sums of `partial_counts`; rows without a single query have none."""
     prefixes: tuple[SharedPrefixPlan | None, ...]
     """By KV group."""
     limits: PlanLimits
@@ -42,12 +42,12 @@ class StepPlan:
     max_seq_len: int | None
     num_short_tokens: int
     """Rows of few queries lie among the first so many tokens."""
-    max_slots: int
+    max_partials: int
 
     @property
     def arrays(self) -> Sequence[Int32]:
         shared = (prefix.arrays for prefix in self.prefixes if prefix is not None)
-        return [self.slot_starts, *(array for arrays in shared for array in arrays)]
+        return [self.partial_starts, *(array for arrays in shared for array in arrays)]
 
     @property
     def bounds(self) -> Hashable:
@@ -58,29 +58,29 @@ class StepPlan:
     def padded(self, num_rows: int, num_tokens: int) -> StepPlan | None:
         limits, is_decode = self.limits, self.max_query_len == 1
         prefixes = tuple(prefix and prefix.padded(num_rows) for prefix in self.prefixes)
-        max_slots = max_total_slots(num_rows, limits.max_model_len, limits.kv_tokens)
+        max_partials = max_total_partials(num_rows, limits.max_model_len, limits.kv_tokens)
         if all(prefixes):
-            max_slots = _UNBOUNDED  # the shared path keeps its own room
-        live = len(self.slot_starts) - 1
+            max_partials = _UNBOUNDED  # the shared path keeps its own room
+        live = len(self.partial_starts) - 1
         starts = np.zeros(num_rows + 1, np.int32)
-        starts[: live + 1] = self.slot_starts
+        starts[: live + 1] = self.partial_starts
         starts[live:] = starts[live] + np.arange(num_rows - live + 1)
-        if starts[-1] > max_slots:
+        if starts[-1] > max_partials:
             return None
         return StepPlan(
-            slot_starts=starts,
+            partial_starts=starts,
             prefixes=prefixes,
             limits=limits,
             max_query_len=1 if is_decode else num_tokens,
             max_seq_len=None,
             num_short_tokens=0 if is_decode else num_tokens,
-            max_slots=max_slots,
+            max_partials=max_partials,
         )
 
     def on_device(
         self, batches: Sequence[AttentionBatch], tensors: Sequence[Tensor]
     ) -> tuple[AttentionBatch, ...]:
-        slot_starts, *rest = tensors
+        partial_starts, *rest = tensors
         left = iter(rest)
         return tuple(
             replace(
@@ -89,8 +89,8 @@ class StepPlan:
                     max_query_len=self.max_query_len,
                     max_seq_len=self.max_seq_len,
                     num_short_tokens=self.num_short_tokens,
-                    slot_starts_S=slot_starts,
-                    max_slots=self.max_slots,
+                    partial_starts_S=partial_starts,
+                    max_partials=self.max_partials,
                     prefix=prefix and prefix.on_device(list(islice(left, 6))),
                 ),
             )
@@ -119,24 +119,24 @@ class StepPlanner:
         self._limits = limits
         self._tilings = [tiling(one.num_heads, one.num_kv_heads, processors) for one in groups]
         self._min_saved_bytes = min_saved_bytes
-        self._max_slots = limits.max_num_seqs * split_slots(limits.max_model_len)
+        self._max_partials = limits.max_num_seqs * split_partials(limits.max_model_len)
         self._known: list[SharedPrefixPlan | None] = []
         self._known_for: tuple[int, bytes, bytes] | None = None
 
     def plan(self, rows: StepRows) -> StepPlan:
         query_lens = rows.query_lens
         # Windows leave fewer partial results than no window.
-        counts = np.where(query_lens == 1, slot_counts(rows.seq_lens, None), 0)
-        slot_starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+        counts = np.where(query_lens == 1, partial_counts(rows.seq_lens, None), 0)
+        partial_starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
         few = np.flatnonzero((query_lens > 1) & (query_lens <= SHORT_QUERIES))
         return StepPlan(
-            slot_starts=slot_starts,
+            partial_starts=partial_starts,
             prefixes=tuple(self.prefixes(rows)),
             limits=self._limits,
             max_query_len=int(query_lens.max()),
             max_seq_len=int(rows.seq_lens.max()),
             num_short_tokens=int(rows.query_starts[few[-1] + 1]) if len(few) else 0,
-            max_slots=int(slot_starts[-1]),
+            max_partials=int(partial_starts[-1]),
         )
 
     def prefixes(self, rows: StepRows) -> list[SharedPrefixPlan | None]:
@@ -154,8 +154,8 @@ class StepPlanner:
                 )
             ]
         grown = [known and known.grown(rows.seq_lens, rows.query_lens) for known in self._known]
-        most = self._max_slots // len(rows.rows)
-        return [plan if plan and plan.max_slots <= most else None for plan in grown]
+        most = self._max_partials // len(rows.rows)
+        return [plan if plan and plan.max_partials <= most else None for plan in grown]
 
 
 def plan_prefix(

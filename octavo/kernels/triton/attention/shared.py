@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.facts import split_slots
+from octavo.kernels.facts import split_partials
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
 from octavo.kernels.triton.attention.choose import fits_hopper, hopper, tiles_attention
 from octavo.kernels.triton.attention.decode import check_query, compute_dtype, decode_attention
@@ -58,22 +58,22 @@ class SharedPrefixPlan:
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
         """What a device needs of it, int32, in the order that `on_device` takes."""
-        slots = np.zeros_like(self.shared_tokens)
+        partials = np.zeros_like(self.shared_tokens)
         for group, size in enumerate(self.split_sizes):
             own = self.members[self.group_starts[group] : self.group_starts[group + 1]]
-            slots[own] = -(-self.shared_tokens[own] // size)
-        groups = self.group_starts, self.shared_tokens, slots, self.split_sizes
+            partials[own] = -(-self.shared_tokens[own] // size)
+        groups = self.group_starts, self.shared_tokens, partials, self.split_sizes
         return self.members, *groups, self.piece_starts
 
     def on_device(self, tensors: Sequence[Tensor]) -> SharedPrefix:
         """Returns the plan over the tensors that `arrays` have become."""
-        members, group_starts, shared_tokens_S, shared_slots_S, *rest = tensors
+        members, group_starts, shared_tokens_S, shared_partials_S, *rest = tensors
         split_sizes, piece_starts = rest
         return SharedPrefix(
             members=members,
             group_starts=group_starts,
             shared_tokens_S=shared_tokens_S,
-            shared_slots_S=shared_slots_S,
+            shared_partials_S=shared_partials_S,
             split_sizes=split_sizes,
             piece_starts=piece_starts,
             num_groups=len(split_sizes),
@@ -112,10 +112,10 @@ class SharedPrefixPlan:
         return len(self.split_sizes), self.max_members, self.max_splits, self.max_tail
 
     @property
-    def max_slots(self) -> int:
+    def max_partials(self) -> int:
         """Partial results of a row at most, when padded."""
         tail = max(256, next_power_of_2(self.max_tail))
-        return next_power_of_2(self.max_splits) + split_slots(tail)
+        return next_power_of_2(self.max_splits) + split_partials(tail)
 
 
 def plan_shared_prefix(
@@ -205,7 +205,7 @@ def _children(rows: Sequence[np.ndarray], order: list[int], at: int) -> Iterator
 
 
 @launchable
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_partials"])
 def _shared_kernel(
     q,
     key,
@@ -219,7 +219,7 @@ def _shared_kernel(
     group_starts,
     shared_tokens,
     split_sizes,
-    num_slots,
+    num_partials,
     stride_block,
     stride_table,
     scale_log2,
@@ -244,7 +244,7 @@ def _shared_kernel(
     partial_out[t, h, split] = softmax(scale q k^T) v over the split, partial_lse its log2-sum-exp2.
     Program 0: split; 1: group * TILES + tile of members; 2: kv head. Row r is member
     r // PADDED_GROUP, head r % PADDED_GROUP; every shared key is visible to every member, but for
-    windows and chunks. q [T, H, D]; key, value [B, P, K, D]; partial_out [T, H, slots, D].
+    windows and chunks. q [T, H, D]; key, value [B, P, K, D]; partial_out [T, H, partials, D].
     """
     GROUP: tl.constexpr = H // K
     MEMBERS: tl.constexpr = BLOCK_M // PADDED_GROUP
@@ -280,10 +280,10 @@ def _shared_kernel(
         stride_block, K * D, scale_log2, cap_log2, reach,
         D, P, DELTA, VISIBLE, HAS_CAP, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    slot = heads * num_slots + tl.program_id(0)
-    to = partial_out + slot[:, None] * D + offs_d[None, :]
+    place = heads * num_partials + tl.program_id(0)
+    to = partial_out + place[:, None] * D + offs_d[None, :]
     tl.store(to, mean, mask=mask)
-    tl.store(partial_lse + slot, lse, mask=live)
+    tl.store(partial_lse + place, lse, mask=live)
 
 
 def shared_shape(rows: int, head_size: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
@@ -308,7 +308,7 @@ def shared_prefix_attention(
     `plan` must be of this very batch. Sequences with several queries are not grouped.
     """
     out = torch.empty_like(q_THD)
-    partials = make_partials(q_THD, plan.max_splits + split_slots(plan.max_tail))
+    partials = make_partials(q_THD, plan.max_splits + split_partials(plan.max_tail))
     _attend_shared(q_THD, op, layer, batch, plan, partials)
     decode_attention(
         q_THD,
@@ -317,7 +317,7 @@ def shared_prefix_attention(
         batch,
         out,
         max_seq_len=plan.max_tail,
-        shared=(plan.shared_tokens_S, plan.shared_slots_S),
+        shared=(plan.shared_tokens_S, plan.shared_partials_S),
         partials=partials,
         tickets=tickets,
     )
@@ -359,7 +359,7 @@ def _attend_shared(
         plan.group_starts,
         plan.shared_tokens_S,
         plan.split_sizes,
-        partials.num_slots,
+        partials.num_partials,
         stride_block,
         batch.block_table.stride(0),
         *(scores.scale_log2, scores.cap_log2, scores.reach),

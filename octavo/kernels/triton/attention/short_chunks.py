@@ -49,7 +49,7 @@ class Limits:
     """Of a sequence, at most."""
     shortest: int
     """Tokens of a split, at least; a multiple of SPLIT_STEP."""
-    slots: int
+    partials: int
     """Partial results of all rows (each of all heads) together, at most."""
 
 
@@ -58,10 +58,10 @@ class ShortPlan:
     """How the short chunks of a step are split, on the device.
 
     `table` int32 [3 * (S + 1) + 1]: prefix sums over sequences of their pieces of work (a tile of
-    queries and a split; heads not counted), of their slots in the buffer of partial results, and of
-    their rows to merge; then the tokens of a split, which are the same for all. A split is a range
-    of positions, begins at a multiple of them, and counts from the first that a query sees.
-    Query i of a sequence of n > 1 splits has slots [i n, (i + 1) n) of its own.
+    queries and a split; heads not counted), of their places in the buffer of partial results, and
+    of their rows to merge; then the tokens of a split, the same for all. A split is a range of
+    positions, begins at a multiple of them, and counts from the first that a query sees.
+    Query i of a sequence of n > 1 splits has places [i n, (i + 1) n) of its own.
     """
 
     table: Tensor
@@ -117,25 +117,25 @@ def _cost(
     PIECE: tl.constexpr,
     PARTIALS: tl.constexpr,
 ):
-    """Returns (`splits.cost`, slots) of sequences that attend `tokens` in so many parts."""
+    """Returns (`splits.cost`, partials) of sequences that attend `tokens` in so many parts."""
     tasks = tl.cdiv(num_queries, QUERIES) * HEAD_GROUPS
     pieces = tl.sum(tasks * parts)
     total = tl.sum(tasks.to(tl.float32) * tokens)
-    slots = tl.sum(tl.where(parts > 1, num_queries * parts, 0))
+    partials = tl.sum(tl.where(parts > 1, num_queries * parts, 0))
     each = (tl.minimum(size, longest) + PIECE).to(tl.float32)
     waves = tl.cdiv(pieces, processors) * each
     even = (total + pieces.to(tl.float32) * PIECE) / processors + each
-    return tl.minimum(waves, even) + slots.to(tl.float32) * (H / PARTIALS), slots
+    return tl.minimum(waves, even) + partials.to(tl.float32) * (H / PARTIALS), partials
 
 
 @launchable
-@triton.jit(do_not_specialize=["num_sequences", "max_slots", "processors", "reach"])
+@triton.jit(do_not_specialize=["num_sequences", "max_partials", "processors", "reach"])
 def _plan_kernel(
     table,
     query_starts,
     seq_lens,
     num_sequences,
-    max_slots,
+    max_partials,
     processors,
     reach,
     H: tl.constexpr,
@@ -152,7 +152,7 @@ def _plan_kernel(
     OVERLAP: tl.constexpr,
 ):
     """table = `ShortPlan.table` of the sequences with 2 to SHORT queries: of 1 to SPLITS splits of
-    the longest that need no more than `max_slots` slots, those that cost least. One program."""
+    the longest that leave no more than `max_partials`, those that cost least. One program."""
     wait_turn(OVERLAP)
     s = tl.arange(0, BLOCK_S)
     live = s < num_sequences
@@ -176,11 +176,11 @@ def _plan_kernel(
     for count in range(2, most + 1):
         other = tl.maximum(tl.cdiv(longest, count * STEP) * STEP, SHORTEST)
         parts = _parts(other, length, num_queries, reach, VISIBLE)
-        found, slots = _cost(
+        found, partials = _cost(
             other, longest, tokens, parts, num_queries, processors,
             QUERIES, HEAD_GROUPS, H, PIECE, PARTIALS,
         )  # fmt: skip
-        is_better = (found < lowest) & (slots <= max_slots)
+        is_better = (found < lowest) & (partials <= max_partials)
         size = tl.where(is_better, other, size)
         lowest = tl.where(is_better, found, lowest)
     parts = _parts(size, length, num_queries, reach, VISIBLE)
@@ -189,8 +189,8 @@ def _plan_kernel(
     tl.store(table + s * row, 0, mask=s < 3)
     at = table + 1 + s
     tl.store(at, tl.cumsum(tl.cdiv(num_queries, QUERIES) * parts, 0), mask=live)
-    slots = tl.where(is_split, num_queries * parts, 0)
-    tl.store(at + row, tl.cumsum(slots, 0), mask=live)
+    partials = tl.where(is_split, num_queries * parts, 0)
+    tl.store(at + row, tl.cumsum(partials, 0), mask=live)
     tl.store(at + 2 * row, tl.cumsum(tl.where(is_split, num_queries, 0), 0), mask=live)
     tl.store(table + 3 * row + s, size, mask=s < 1)
 
@@ -220,8 +220,8 @@ def _merge_kernel(
     Programs take HEADS heads of a row in turn."""
     BLOCKS: tl.constexpr = (H + HEADS - 1) // HEADS
     wait_turn(OVERLAP)
-    slot_starts = table + num_sequences + 1
-    merge_starts = slot_starts + num_sequences + 1
+    partial_starts = table + num_sequences + 1
+    merge_starts = partial_starts + num_sequences + 1
     size = split_of(table, num_sequences)
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     for index in tl.range(
@@ -238,11 +238,11 @@ def _merge_kernel(
         low = first_visible(position, reach, VISIBLE)
         parts = _parts(size, length, num_queries, reach, VISIBLE)
         first = low // size - first_split(length, num_queries, size, reach, VISIBLE)
-        slots = tl.load(slot_starts + sequence).to(tl.int64) * H
-        slots = slots + (query * H + head) * parts + first
+        firsts = tl.load(partial_starts + sequence).to(tl.int64) * H
+        firsts = firsts + (query * H + head) * parts + first
         count = position // size + 1 - low // size
         mean = merge_heads(
-            *(partial_out, partial_lse, slots, count, head < H, sinks, head),
+            *(partial_out, partial_lse, firsts, count, head < H, sinks, head),
             *(D, HAS_SINKS, HEADS * SLOTS, BLOCK_D),
         )
         at = ((first_row + query).to(tl.int64) * H + head)[:, None] * D + offs_d
@@ -276,7 +276,7 @@ def plan_short_chunks(
         batch.query_starts,
         batch.seq_lens_S,
         num_sequences,
-        limits.slots,
+        limits.partials,
         tiles.processors,
         reach,
         H=tiles.num_heads,

@@ -238,11 +238,11 @@ def _prefill_kernel(
     if IS_SPLIT:
         parts = tl.cdiv(length, size) - first
         is_partial = parts > 1
-        slot = tl.load(table + num_sequences + 1 + sequence).to(tl.int64) * H
-        slot = slot + (query * H + head) * parts + tl.program_id(2)
-        to = partial_out + slot[:, None] * D + offs_d[None, :]
+        place = tl.load(table + num_sequences + 1 + sequence).to(tl.int64) * H
+        place = place + (query * H + head) * parts + tl.program_id(2)
+        to = partial_out + place[:, None] * D + offs_d[None, :]
         tl.store(to, mean, mask=mask & is_partial)
-        tl.store(partial_lse + slot, lse, mask=live & is_partial)
+        tl.store(partial_lse + place, lse, mask=live & is_partial)
         mask = mask & (parts < 2)
     tl.store(out + at, whole.to(out.dtype.element_ty), mask=mask)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from octavo.kernels.facts import DETERMINISTIC_TOKENS, SHORT_SPLITS, short_tokens, split_slots
+from octavo.kernels.facts import DETERMINISTIC_TOKENS, SHORT_SPLITS, short_tokens, split_partials
 from octavo.kernels.inputs import AttentionBatch, KVLayer, LatentOp
 from octavo.kernels.triton.attention.choose import SHORT_QUERIES, SHORTEST_SPLIT
 from octavo.kernels.triton.attention.device_plan import plan_of
@@ -128,16 +128,16 @@ def _absorbed(
     step, prefix = plan_of(batch), plan_of(batch).prefix
     bound = bound if step.max_seq_len is None else min(step.max_seq_len, bound)
     if prefix is not None:
-        partials = make_partials(out_THR, prefix.max_splits + split_slots(prefix.max_tail))
+        partials = make_partials(out_THR, prefix.max_splits + split_partials(prefix.max_tail))
         shared_latents(*asked, prefix, partials)
         latent_decode(
             *(*asked, out_THR),
             max_seq_len=prefix.max_tail,
-            shared=(prefix.shared_tokens_S, prefix.shared_slots_S),
+            shared=(prefix.shared_tokens_S, prefix.shared_partials_S),
             partials=partials,
             tickets=tickets,
         )
-    elif step.max_slots != 0:
+    elif step.max_partials != 0:
         latent_decode(*asked, out_THR, max_seq_len=bound, tickets=tickets)
     longest = len(q_THC) if step.max_query_len is None else step.max_query_len
     count = len(q_THC)
@@ -147,7 +147,7 @@ def _absorbed(
         return
     rows = min(count, short_tokens(op.num_heads, op.rank))
     limits = Limits(
-        queries=short, splits=SHORT_SPLITS, shortest=SHORTEST_SPLIT, slots=rows * SHORT_SPLITS
+        queries=short, splits=SHORT_SPLITS, shortest=SHORTEST_SPLIT, partials=rows * SHORT_SPLITS
     )
     plan = short_plan_of(batch, latent_tiling(op.num_heads, q_THC.device), FULL, limits)
     partials = make_partials(out_THR[:rows], SHORT_SPLITS)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.facts import split_slots
+from octavo.kernels.facts import split_partials
 from octavo.kernels.inputs import AttentionBatch
 from octavo.kernels.triton.attention.decode import MERGE_ROWS, splits_of
 from octavo.kernels.triton.attention.device_plan import plan_of
@@ -20,7 +20,7 @@ from octavo.kernels.triton.attention.partials import (
     Partials,
     make_partials,
     merge_kv_head,
-    slots_of,
+    partials_of,
 )
 from octavo.kernels.triton.attention.scores import LOG2_E
 from octavo.kernels.triton.latent.pages import block_stride, load_pages
@@ -37,7 +37,7 @@ MOST_HEADS = 16
 
 
 @launchable
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_partials"])
 def _latent_decode_kernel(
     out,
     partial_out,
@@ -46,9 +46,9 @@ def _latent_decode_kernel(
     seq_lens,
     positions,
     shared_tokens,
-    shared_slots,
-    slot_starts,
-    num_slots,
+    shared_partials,
+    partial_starts,
+    num_partials,
     tickets,
     q,
     pages,
@@ -98,7 +98,7 @@ def _latent_decode_kernel(
     before = length * 0
     if HAS_SHARED:
         low = tl.load(shared_tokens + sequence)
-        before = tl.load(shared_slots + sequence)
+        before = tl.load(shared_partials + sequence)
     origin, size, count = splits_of(low, length, FIXED, BLOCK_N)
     group = tl.program_id(0)
     rows = tl.arange(0, BLOCK_M)
@@ -117,7 +117,7 @@ def _latent_decode_kernel(
     begin = tl.program_id(2) * share
     stop = tl.minimum(begin + share, count)
     row = sequence if PACKED else t
-    slots = slots_of(row, slot_starts, num_slots, group * GROUP + rows, H, PACKED)
+    firsts = partials_of(row, partial_starts, num_partials, group * GROUP + rows, H, PACKED)
     q_at = q + heads[:, None] * (RANK + ROPE)
     q_rank = tl.load(q_at + offs_r[None, :], mask=row_mask, other=0.0)
     mask_e = is_head[:, None] & (offs_e < ROPE)[None, :]
@@ -145,7 +145,7 @@ def _latent_decode_kernel(
             if (count == 1) & (before == 0):
                 tl.store(out_at, mean.to(out.dtype.element_ty), mask=row_mask)
             else:
-                to = slots + before + (tile - origin) // size
+                to = firsts + before + (tile - origin) // size
                 tl.store(partial_out + to[:, None] * RANK + offs_r[None, :], mean, mask=row_mask)
                 tl.store(partial_lse + to, m + tl.log2(total), mask=is_head)
         m = tl.where(done, -float("inf"), m)
@@ -155,7 +155,7 @@ def _latent_decode_kernel(
         return
     if is_last(tickets + tl.program_id(1) * GROUPS + group, num_busy):
         merge_kv_head(
-            *(out, partial_out, partial_lse, row, t, group, slot_starts, num_slots),
+            *(out, partial_out, partial_lse, row, t, group, partial_starts, num_partials),
             *(
                 before + count,
                 tickets,
@@ -207,10 +207,10 @@ def latent_decode(
     if rows == 0 or num_tokens == 0:
         return
     unused = batch.seq_lens_S
-    slots = split_slots(max_seq_len)
+    most = split_partials(max_seq_len)
     if partials is None:
         plan = plan_of(batch)
-        partials = make_partials(out_THR, slots, plan.slot_starts_S, plan.max_slots)
+        partials = make_partials(out_THR, most, plan.partial_starts_S, plan.max_partials)
     if tickets is None:
         tickets = make_tickets(q_THC.device)
     dtype = q_THC.dtype if q_THC.dtype == pages_BPC.dtype else torch.float32
@@ -220,7 +220,7 @@ def latent_decode(
     group = num_heads // groups
     assert rows * groups <= len(tickets), (rows, groups)
     block_n, num_warps, num_stages = shape or latent_decode_shape(dtype)
-    programs = min(slots, max(1, TARGET_PROGRAMS // (rows * groups)))
+    programs = min(most, max(1, TARGET_PROGRAMS // (rows * groups)))
     _latent_decode_kernel[(groups, rows, programs)](
         out_THR,
         partials.out,
@@ -230,7 +230,7 @@ def latent_decode(
         batch.positions_T,
         *(shared or (unused, unused)),
         unused if partials.starts is None else partials.starts,
-        partials.num_slots,
+        partials.num_partials,
         tickets,
         q_THC.to(dtype),
         pages_BPC,

@@ -28,7 +28,7 @@ from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
 
 
 @launchable
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_partials"])
 def _latent_shared_kernel(
     q,
     pages,
@@ -40,7 +40,7 @@ def _latent_shared_kernel(
     group_starts,
     shared_tokens,
     split_sizes,
-    num_slots,
+    num_partials,
     stride_block,
     stride_table,
     scale_log2,
@@ -102,10 +102,10 @@ def _latent_shared_kernel(
         stride_block, 0, scale_log2, RANK, ROPE, RANK, RANK, P, True, True,
         BLOCK_N, BLOCK_D, BLOCK_D, BLOCK_E,
     )  # fmt: skip
-    slot = heads * num_slots + tl.program_id(0)
-    to = partial_out + slot[:, None] * RANK + offs_d[None, :]
+    place = heads * num_partials + tl.program_id(0)
+    to = partial_out + place[:, None] * RANK + offs_d[None, :]
     tl.store(to, acc / total[:, None], mask=mask)
-    tl.store(partial_lse + slot, m + tl.log2(total), mask=live)
+    tl.store(partial_lse + place, m + tl.log2(total), mask=live)
 
 
 def shared_latents(
@@ -117,7 +117,7 @@ def shared_latents(
     plan: SharedPrefix,
     partials: Partials,
 ) -> None:
-    """Writes to `partials` [T, H, slots, rank] what the members of groups see of shared tokens."""
+    """Writes to `partials` [T, H, partials, rank] what members of groups see of shared tokens."""
     num_heads = q_THC.shape[1]
     dtype = q_THC.dtype if q_THC.dtype == pages_BPC.dtype else torch.float32
     block_m, block_n, num_warps, num_stages = absorbed_shape(dtype)
@@ -127,7 +127,7 @@ def shared_latents(
         q_THC.to(dtype),
         *(pages_BPC, partials.out, partials.lse, batch.query_starts, batch.block_table),
         *(plan.members, plan.group_starts, plan.shared_tokens_S, plan.split_sizes),
-        *(partials.num_slots, block_stride(pages_BPC), batch.block_table.stride(0)),
+        *(partials.num_partials, block_stride(pages_BPC), batch.block_table.stride(0)),
         scale * LOG2_E,
         H=num_heads,
         STACK=stack,

@@ -204,10 +204,10 @@ def _latent_chunk_kernel(
     if IS_SPLIT:
         parts = tl.cdiv(length, size)
         is_partial = parts > 1
-        slot = tl.load(table + num_sequences + 1 + sequence).to(tl.int64) * H
-        slot = slot + (query * H + head) * parts + tl.program_id(2)
-        tl.store(partial_out + slot[:, None] * V + offs_v[None, :], mean, mask=mask & is_partial)
-        tl.store(partial_lse + slot, lse, mask=live & is_partial)
+        place = tl.load(table + num_sequences + 1 + sequence).to(tl.int64) * H
+        place = place + (query * H + head) * parts + tl.program_id(2)
+        tl.store(partial_out + place[:, None] * V + offs_v[None, :], mean, mask=mask & is_partial)
+        tl.store(partial_lse + place, lse, mask=live & is_partial)
         mask = mask & (parts < 2)
     else:
         tl.store(partial_lse + (first_row + query).to(tl.int64) * H + head, lse, mask=live)

@@ -27,7 +27,12 @@ from tests.kernels.triton.interpreter import DEVICE
 
 from octavo.kernels.triton.attention import choose as tiles  # isort: skip
 from octavo.kernels.triton.attention import decode  # isort: skip
-from octavo.kernels.triton.attention.decode import max_total_slots, slot_counts, split_slots  # isort: skip
+from octavo.kernels.triton.attention.decode import (
+    max_total_partials,
+    partial_counts,
+    split_partials,
+)  # isort: skip
+
 from octavo.kernels.triton.attention.device_plan import DevicePlan  # isort: skip
 from octavo.kernels.triton.attention.write import rope_and_cache  # isort: skip
 from octavo.kernels.triton.attention.shared import plan_shared_prefix, shared_prefix_attention  # isort: skip
@@ -92,10 +97,10 @@ def test_packed_partial_results_give_the_same_bits(
     lengths, query_lens = [200, 0, 1030, 65, 3, 130], [1, 1, 1, 0, 1, 1]
     paged = make_paged(rng, lengths, (2, 16))
     batch = paged.batch(lengths, query_lens)
-    counts = slot_counts(np.array(lengths), None)
+    counts = partial_counts(np.array(lengths), None)
     plan = DevicePlan(
-        slot_starts_S=torch.from_numpy(np.cumsum([0, *counts])).to(DEVICE, torch.int32),
-        max_slots=int(counts.sum()),
+        partial_starts_S=torch.from_numpy(np.cumsum([0, *counts])).to(DEVICE, torch.int32),
+        max_partials=int(counts.sum()),
     )
     packed = replace(batch, plan=plan)
     q = floats(rng, 5, 6, 16)
@@ -103,23 +108,23 @@ def test_packed_partial_results_give_the_same_bits(
     assert torch.equal(_attend(q, paged, packed, window), expected)
 
 
-def test_slots_are_enough_and_bounded(rng: np.random.Generator) -> None:
+def test_partials_are_enough_and_bounded(rng: np.random.Generator) -> None:
     lengths = np.arange(1, 70_000)
     for window in (None, 1, 1000, 1024, 4096):
         low = np.maximum(lengths - (window or 70_000), 0)
         visible = lengths - low
         size = np.select([visible <= n for n in (1024, 4096, 16384)], [64, 128, 256], 512)
-        assert (-(-lengths // size) - low // size <= slot_counts(lengths, window)).all()
-        assert (slot_counts(lengths, window) <= slot_counts(lengths, None)).all()
-    counts = slot_counts(lengths, None)
+        assert (-(-lengths // size) - low // size <= partial_counts(lengths, window)).all()
+        assert (partial_counts(lengths, window) <= partial_counts(lengths, None)).all()
+    counts = partial_counts(lengths, None)
     assert (np.diff(counts) >= 0).all()
-    assert counts[::97].tolist() == [split_slots(int(length)) for length in lengths[::97]]
+    assert counts[::97].tolist() == [split_partials(int(length)) for length in lengths[::97]]
     for longest in (100, 3000, 40_000):
         lens = rng.integers(1, longest + 1, 50)
-        for total in (slot_counts(lens, None), slot_counts(lens * 0 + longest, None)):
-            assert total.sum() <= max_total_slots(50, longest, 50 * longest)
-        assert slot_counts(lens, None).sum() <= max_total_slots(50, longest, int(lens.sum()))
-    assert max_total_slots(256, 40_960, 130_000) <= 2560
+        for total in (partial_counts(lens, None), partial_counts(lens * 0 + longest, None)):
+            assert total.sum() <= max_total_partials(50, longest, 50 * longest)
+        assert partial_counts(lens, None).sum() <= max_total_partials(50, longest, int(lens.sum()))
+    assert max_total_partials(256, 40_960, 130_000) <= 2560
 
 
 @pytest.mark.usefixtures("_small_splits")

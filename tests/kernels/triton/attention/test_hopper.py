@@ -193,7 +193,7 @@ def test_pieces_of_chunks_cover_every_row_and_key_once(
         tiles,
     )
     done: dict[tuple[int, int, int], int] = {}
-    slots: set[int] = set()
+    partials: set[int] = set()
     for form, count in ((0, groups * tiles), (1, groups * table[owners])):
         by_program = _pieces(form, (*common, count), programs, 8, stack)
         for heads, split, s, row, count, first, tile, tiles, length, parts, base in (
@@ -206,13 +206,13 @@ def test_pieces_of_chunks_cover_every_row_and_key_once(
                 for n in range(tile, min(tile + tiles, position // 128 + 1)):
                     done[row + i, heads, n] = done.get((row + i, heads, n), 0) + 1
                 if parts > 1:
-                    slot = (base + i * parts + split) * groups + heads
-                    assert slot not in slots, "two partial results in one place"
-                    slots.add(slot)
+                    place = (base + i * parts + split) * groups + heads
+                    assert place not in partials, "two partial results in one place"
+                    partials.add(place)
         if form == 1:
             numbers = [len(mine) for mine in by_program]
             assert max(numbers) <= -(-sum(numbers) // programs) + 1, "some have more turns"
-    assert max(slots, default=-1) < table[2 * owners + 1] * groups
+    assert max(partials, default=-1) < table[2 * owners + 1] * groups
     expected = {
         (starts[s] + i, heads, n)
         for s, count in enumerate(QUERY_LENS)

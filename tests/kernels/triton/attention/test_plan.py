@@ -184,14 +184,14 @@ def one_step(lens: Sequence[int], query_lens: Sequence[int], *, groups: int = 1)
 def test_bounds_of_a_step_hold_and_padding_keeps_its_partial_results() -> None:
     plan = one_step([200, 70, 1030, 3], [1, 64, 1, 3])
     assert (plan.max_query_len, plan.max_seq_len, plan.num_short_tokens) == (64, 1030, 69)
-    starts = plan.slot_starts.tolist()
+    starts = plan.partial_starts.tolist()
     assert starts[1] == starts[2]
-    assert starts[3] == starts[4] == plan.max_slots
+    assert starts[3] == starts[4] == plan.max_partials
     padded = plan.padded(16, 128)
     assert padded is not None
-    assert padded.slot_starts[:5].tolist() == starts
-    assert np.diff(padded.slot_starts[4:]).tolist() == [1] * 12
-    assert padded.slot_starts[-1] <= padded.max_slots
+    assert padded.partial_starts[:5].tolist() == starts
+    assert np.diff(padded.partial_starts[4:]).tolist() == [1] * 12
+    assert padded.partial_starts[-1] <= padded.max_partials
     assert (padded.max_query_len, padded.max_seq_len, padded.num_short_tokens) == (128, None, 128)
     decode = one_step([200, 1030], [1, 1]).padded(4, 4)
     assert decode is not None
@@ -225,5 +225,5 @@ def test_every_group_of_a_step_gets_the_plan_and_its_own_prefix() -> None:
     assert isinstance(second.plan, DevicePlan)
     assert groups_of(first.plan.prefix) == [({0, 1}, 100 * BLOCK)]
     assert second.plan.prefix is None
-    assert first.plan.slot_starts_S is second.plan.slot_starts_S
+    assert first.plan.partial_starts_S is second.plan.partial_starts_S
     assert plan.bounds is not None

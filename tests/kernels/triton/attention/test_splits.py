@@ -24,7 +24,7 @@ from octavo.kernels.triton.attention.splits import SPLIT_STEP, Tiling, cost, spl
 
 QWEN3, QWEN15 = tiling(32, 4, 132), tiling(16, 16, 132)
 FULL = Full()
-LIMITS = Limits(queries=64, splits=16, shortest=512, slots=512 * 16)
+LIMITS = Limits(queries=64, splits=16, shortest=512, partials=512 * 16)
 
 
 def batch_of(query_lens: list[int], lengths: list[int]) -> AttentionBatch:
@@ -96,7 +96,7 @@ def test_the_device_plans_what_the_host_would(rng: np.random.Generator) -> None:
             size = table[-1]
             assert table == split_table(query_lens, lengths, size, tiles.queries)
             assert size % SPLIT_STEP == 0
-            assert table[2 * count + 1] <= LIMITS.slots
+            assert table[2 * count + 1] <= LIMITS.partials
             work = tuple(
                 (length, queries)
                 for length, queries in zip(lengths, query_lens, strict=True)
@@ -104,19 +104,19 @@ def test_the_device_plans_what_the_host_would(rng: np.random.Generator) -> None:
             )
             if work:
                 best = split_size(work, tiles, most=16, shortest=512)
-                slots = split_table(query_lens, lengths, best, tiles.queries)[2 * count + 1]
-                if slots <= LIMITS.slots:
+                partials = split_table(query_lens, lengths, best, tiles.queries)[2 * count + 1]
+                if partials <= LIMITS.partials:
                     found, least = cost(size, work, tiles), cost(best, work, tiles)
                     assert found == pytest.approx(least, rel=1e-5)
 
 
 def test_partial_results_never_exceed_their_buffer() -> None:
-    few = Limits(queries=64, splits=16, shortest=128, slots=200)
+    few = Limits(queries=64, splits=16, shortest=128, partials=200)
     query_lens, lengths = [64, 64, 40], [30_000, 9000, 100]
     table = planned(query_lens, lengths, QWEN3, few)
     assert table == split_table(query_lens, lengths, table[-1], QWEN3.queries)
     assert table[2 * 3 + 1] <= 200
-    none = Limits(queries=64, splits=16, shortest=128, slots=100)
+    none = Limits(queries=64, splits=16, shortest=128, partials=100)
     assert planned(query_lens, lengths, QWEN3, none)[-1] >= 30_000
 
 

@@ -20,7 +20,7 @@ from tests.kernels.latent_cases import P, exact, make_latents
 from tests.kernels.triton.cases import TOLERANCES, assert_near
 from tests.kernels.triton.interpreter import DEVICE
 
-from octavo.kernels.facts import split_slots  # isort: skip
+from octavo.kernels.facts import split_partials  # isort: skip
 from octavo.kernels.triton.attention.partials import make_partials  # isort: skip
 from octavo.kernels.triton.attention.scores import plain_scores  # isort: skip
 from octavo.kernels.triton.latent.decode import latent_decode  # isort: skip
@@ -75,7 +75,7 @@ def test_short_chunks_in_splits(
     batch = latents.batch(lengths, query_lens)
     total = sum(query_lens)
     q = floats(rng, total, heads, rank + rope).to(DEVICE, dtype)
-    limits = Limits(queries=64, splits=4, shortest=128, slots=total * 4)
+    limits = Limits(queries=64, splits=4, shortest=128, partials=total * 4)
     plan = plan_short_chunks(batch, Tiling(heads, min(heads & -heads, 64), 132), Full(), limits)
     out = torch.full((total, heads, rank), math.nan, dtype=dtype, device=DEVICE)
     partials = make_partials(out, 4)
@@ -102,12 +102,12 @@ def test_shared_prefix_is_what_each_sees_alone(
     assert plan is not None
     prefix = plan.to_device(torch.device(DEVICE))
     out = torch.full((len(lengths), heads, rank), math.nan, dtype=dtype, device=DEVICE)
-    partials = make_partials(out, prefix.max_splits + split_slots(prefix.max_tail))
+    partials = make_partials(out, prefix.max_splits + split_partials(prefix.max_tail))
     shared_latents(q, latents.pages_BPC, batch, 0.2, rank, prefix, partials)
     latent_decode(
         *(q, latents.pages_BPC, batch, 0.2, rank, out),
         max_seq_len=prefix.max_tail,
-        shared=(prefix.shared_tokens_S, prefix.shared_slots_S),
+        shared=(prefix.shared_tokens_S, prefix.shared_partials_S),
         partials=partials,
     )
     assert_near(out, exact(q, latents, batch, 0.2, rank), TOLERANCES[dtype])

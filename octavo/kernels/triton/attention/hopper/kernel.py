@@ -39,7 +39,7 @@ FEW_TOKENS = 128
 HALF = 64
 """Columns of the 128-byte rows that TMA swizzles and that wgmma reads."""
 PAGE_LAYOUT = gl.NVMMASharedLayout(128, 16, 3)
-UNSPECIALISED = ["num_owners", "num_tiles", "num_slots", "stride_table"]
+UNSPECIALISED = ["num_owners", "num_tiles", "num_partials", "stride_table"]
 """Arguments that change from step to step: one binary for all."""
 assert 2 * ROWS.value == TILE_ROWS  # Plans count its tiles.
 
@@ -77,7 +77,7 @@ def _produce(
 def _consume(
     H: gl.constexpr, STACK: gl.constexpr, FORM: gl.constexpr, MOST: gl.constexpr,
     INDEX: gl.constexpr, P: gl.constexpr, HAS_SINKS: gl.constexpr,
-    q, out, partial_out, partial_lse, num_slots, scale_log2, sinks, q_ring, turns, plan, rings,
+    q, out, partial_out, partial_lse, num_partials, scale_log2, sinks, q_ring, turns, plan, rings,
 ):  # fmt: skip
     """Attends half of each piece's queries: the INDEX-th so many rows."""
     M: gl.constexpr = q_ring.shape[1]
@@ -91,7 +91,7 @@ def _consume(
     offs_d = gl.arange(0, D, gl.SliceLayout(0, wide))[None, :]
     base = turns * 0
     for turn in range(turns):
-        heads, split, _, row, count, first, first_tile, tiles, length, parts, base_slot = piece(
+        heads, split, _, row, count, first, first_tile, tiles, length, parts, base_partial = piece(
             turn, plan, N, H, STACK, FORM, MOST
         )
         first = first + INDEX * (M // STACK)
@@ -121,16 +121,16 @@ def _consume(
                 sink_log2 = gl.load(sinks + head) * LOG2_E
                 whole = mean * (1.0 / (1.0 + gl.exp2(sink_log2 - lse)))[:, None]
             if FORM != LONG:
-                slot, live = rows_of(plan, heads, row, first, count, H, STACK, FORM, M, acc_rows)
+                place, live = rows_of(plan, heads, row, first, count, H, STACK, FORM, M, acc_rows)
                 if FORM == SHORT:
                     live = live & (parts > 1)
-                    slot = (slot - row.to(gl.int64) * H) * parts + base_slot * H + split
+                    place = (place - row.to(gl.int64) * H) * parts + base_partial * H + split
                 else:
-                    slot = slot * num_slots + split
-                to = partial_out + slot[:, None] * D
+                    place = place * num_partials + split
+                to = partial_out + place[:, None] * D
                 to += gl.arange(0, D, gl.SliceLayout(0, acc_layout))[None, :]
                 gl.store(to, mean, mask=live[:, None])
-                gl.store(partial_lse + slot, lse, mask=live)
+                gl.store(partial_lse + place, lse, mask=live)
             if FORM != SHARED:
                 at, live = rows_of(plan, heads, row, first, count, H, STACK, FORM, M, wide_rows)
                 if FORM == SHORT:
@@ -158,7 +158,7 @@ def _hopper_kernel(
     block_table,
     num_owners,
     num_tiles,
-    num_slots,
+    num_partials,
     stride_table,
     scale_log2,
     sinks,
@@ -185,7 +185,7 @@ def _hopper_kernel(
     go to partial_out, unless there is one: that is `out`.
     SHARED: owners are groups, queries their members' (query_starts[members[i]]), keys the first
     lengths[members[starts[o]]], all visible, in splits of sizes[o], to partial_out [T, H,
-    num_slots, D].
+    num_partials, D].
     """
     P: gl.constexpr = key.block_shape[1]
     dtype: gl.constexpr = key.dtype
@@ -214,7 +214,7 @@ def _hopper_kernel(
             pieces)  # fmt: skip
     rings = (k, v, k_full, k_empty, v_full, v_empty)
     turns = gl.cdiv(pieces, gl.num_programs(0))
-    result = (q, out, partial_out, partial_lse, num_slots, scale_log2, sinks, q_ring, turns,
+    result = (q, out, partial_out, partial_lse, num_partials, scale_log2, sinks, q_ring, turns,
               plan, rings)  # fmt: skip
     source = (key, value, block_table, stride_table, turns, plan, rings)
     gl.warp_specialize(
@@ -305,7 +305,7 @@ def shared_prefixes(
     plan: SharedPrefix,
     partials: Partials,
 ) -> None:
-    """Writes to `partials` [T, H, slots] what the members of groups see of the shared tokens."""
+    """Writes to `partials` [T, H, partials] what the members of groups see of the shared tokens."""
     work = _Work(
         plan.group_starts,
         plan.shared_tokens_S,
@@ -364,7 +364,7 @@ def _launch(
         batch.block_table,
         num_owners,
         num_tiles,
-        0 if partials is None else partials.num_slots,
+        0 if partials is None else partials.num_partials,
         batch.block_table.stride(0),
         *(scores.scale_log2, scores.sinks),
         H=num_heads,

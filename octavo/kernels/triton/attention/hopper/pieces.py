@@ -38,8 +38,8 @@ def piece(
     MOST: gl.constexpr,
 ):  # fmt: skip
     """Returns what this program does `turn`-th: (heads, split, sequence whose KV it is, row of the
-    first query, queries, first query here, first KV tile, KV tiles, length, splits of it, slots
-    before the sequence's). No KV tiles: nothing. Only SHORT counts splits and slots.
+    first query, queries, first query here, first KV tile, KV tiles, length, splits of it, partials
+    before the sequence's). No KV tiles: nothing. Only SHORT counts splits and partials.
 
     LONG: from the last (the longest) queries to the first, heads fastest; programs take pieces in
     turn, every other time in reverse, so that all have as much to do. Else by owners, queries
@@ -71,7 +71,7 @@ def piece(
         split = here // tiles // GROUPS
         first = here % tiles * QUERIES
     parts = index * 0 + 1
-    base_slot = (index * 0).to(gl.int64)
+    base_partial = (index * 0).to(gl.int64)
     is_mine = (first < count) & (index < pieces)
     if FORM == SHARED:
         sequence = gl.load(members + row, mask=is_mine, other=0)
@@ -86,7 +86,7 @@ def piece(
     if FORM == SHORT:
         size = gl.load(sizes + 3 * (num_owners + 1))
         parts = gl.cdiv(length, size)
-        base_slot = gl.load(sizes + num_owners + 1 + owner).to(gl.int64)
+        base_partial = gl.load(sizes + num_owners + 1 + owner).to(gl.int64)
     if FORM == LONG:
         is_mine &= count > MOST
     start = split * size
@@ -94,7 +94,7 @@ def piece(
     if not is_mine:
         tiles = tiles * 0
     return (
-        heads, split, sequence, row, count, first, start // N, tiles, length, parts, base_slot,
+        heads, split, sequence, row, count, first, start // N, tiles, length, parts, base_partial,
     )  # fmt: skip
 
 
