@@ -99,7 +99,7 @@ def held_bytes(specs: tuple[KVSpec, ...], length: int) -> dict[str, int]:
 
 def _answer(plan: StepPlan) -> StepResult:
     tokens = np.full(int(plan.samples.sum()), 7, np.int32)
-    return StepResult(step_id=plan.step_id, token_ids=tokens, logprobs={}, prompt_logprobs={})
+    return StepResult.single(plan, tokens)
 
 
 def measure(pattern: Pattern) -> dict[str, float]:

@@ -337,6 +337,11 @@ class Request(PackedPrompt):
     """Lower runs first, as in vLLM; equal ones first come first served."""
     cache_salt: str = ""
     """Separates prefix caches of tenants; bound by the server to the key."""
+    wants_vector: bool = False
+    """Whether it ends with its prompt, and the vector that the model makes of that."""
+    needs_all_states: bool = False
+    """Whether that is made of more than the last hidden state: of a cached prefix there are none,
+    so that it is computed again."""
 
     def __post_init__(self) -> None:
         if not _is_int(self.priority, -MAX_INT):
@@ -393,3 +398,5 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Prompt tokens that came from the prefix cache."""
     scheduled_time: float | None = None
     """When the request first entered a step, with its first token; seconds of `monotonic`."""
+    vector: bytes | None = None
+    """float32, of a request that wants one, with its finish reason."""

@@ -8,14 +8,18 @@ What a runner does with a plan, in this order:
     1. release `freed_rows`, poison `freed_pages` (only in test mode)
     2. start `starts`: forget what the row held, keep the new sequence's sampling state
     3. copy `copies` (copy-on-write), apply `table_deltas` to its mirror of the block tables
-    4. forward all `rows`; write their KV; sample where `samples`; keep sampled tokens by row
+    4. forward all `rows`; write their KV; for each row what its purpose says: nothing, a token,
+       which is kept by row, or the sequence's vector
     5. copy `saves`
     6. sample the `masked` rows, when their masks are there
+
+A plan may have no rows: then 4 and 6 are nothing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -24,6 +28,7 @@ from numpy.typing import NDArray
 from octavo.request import SamplingParams
 
 Int32 = NDArray[np.int32]
+Int8 = NDArray[np.int8]
 Bool = NDArray[np.bool_]
 Float32 = NDArray[np.float32]
 Words = NDArray[np.uint32]
@@ -35,6 +40,17 @@ MAX_PADDED_TOKENS = 2048
 takes as long as the host needs to launch it, twice as long and more."""
 NO_TOKEN = -1
 """Sampled where a row's logits hold a NaN or nothing finite: the sequence ends with an error."""
+
+
+class Purpose(IntEnum):
+    """What a scheduled row is to give."""
+
+    NONE = 0
+    """Its KV alone: a part of a prompt."""
+    TOKEN = 1
+    """What the logits of its last token are sampled to."""
+    VECTOR = 2
+    """What the model makes of the hidden states of its whole sequence, which ends here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +66,8 @@ class RowStart:
     prompt_len: int
     token_ids: Int32
     """Prompt, then the outputs known so far: [prompt_len + num_outputs]."""
+    wants_vector: bool = False
+    """Whether the sequence's vector is wanted, and not tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,11 +110,11 @@ class StepPlan:
     """[T] input ids, row after row; 0 where `from_device`."""
     from_device: Bool
     """[S] the row's only token is the one it sampled last, which the host does not know yet."""
-    samples: Bool
-    """[S] whether the last token's logits are sampled."""
+    purposes: Int8
+    """[S] a `Purpose` each."""
     masked: Bool | None = None
-    """[S] of those, which are sampled only by `Runner.sample`: what may come next depends on a
-    token that the host does not know at the launch. None: no row."""
+    """[S] of those for a token, which are sampled only by `Runner.sample`: what may come next
+    depends on a token that the host does not know at the launch. None: no row."""
     row_starts: tuple[RowStart, ...] = ()
     freed_rows: tuple[int, ...] = ()
     freed_pages: tuple[Page, ...] = ()
@@ -106,6 +124,11 @@ class StepPlan:
     saves: tuple[PageCopy, ...] = ()
     """States that the step leaves, kept for those that begin there."""
     table_deltas: tuple[TableDelta, ...] = ()
+
+    @property
+    def samples(self) -> Bool:
+        """[S] whether the last token's logits are sampled."""
+        return self.purposes == Purpose.TOKEN
 
     @property
     def num_tokens(self) -> int:
@@ -130,20 +153,48 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What a step produced, parallel over the plan's rows with `samples`, in their order."""
+    """What a step produced."""
 
     step_id: int
     token_ids: Int32
-    """[number of sampling rows] a token id, or NO_TOKEN"""
+    """A token id each, or NO_TOKEN; row after row."""
+    token_starts: Int32
+    """[S + 1] where the tokens of each of the plan's rows begin, and the end. A row for a token has
+    one or more, others none."""
     logprobs: dict[int, TokenLogprobs]
     """By index into `token_ids`; only rows that asked."""
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]]
     """By index into the plan's rows. For a chunk at [start, start + len): entry i speaks of the
     prompt token at start + 1 + i, as far as that is a prompt token."""
+    vectors: dict[int, Float32] = field(default_factory=dict)
+    """By index into the plan's rows: what each one for a vector has come to, of one dimension."""
     expert_counts: NDArray[np.int64] | None = None
     """[MoE layers, experts] tokens routed in this step; None for dense models."""
     num_splits: int = 0
     """Times that the step, or a part of it, was cut in two because memory was short."""
+
+    @staticmethod
+    def single(plan: StepPlan, token_ids: Int32) -> StepResult:
+        """Returns a result in which each row for a token has one, and nothing beside it."""
+        return StepResult(
+            step_id=plan.step_id,
+            token_ids=token_ids,
+            token_starts=single_starts(plan.purposes),
+            logprobs={},
+            prompt_logprobs={},
+        )
+
+
+def single_starts(purposes: Int8) -> Int32:
+    """Returns `StepResult.token_starts` where each row for a token has one."""
+    starts = np.zeros(len(purposes) + 1, np.int32)
+    np.cumsum(purposes == Purpose.TOKEN, out=starts[1:])
+    return starts
+
+
+def token_purposes(samples: Bool) -> Int8:
+    """Returns the purposes of rows for a token where `samples`, and for nothing elsewhere."""
+    return np.where(samples, Purpose.TOKEN, Purpose.NONE).astype(np.int8)
 
 
 class Runner(Protocol):

@@ -32,7 +32,7 @@ from octavo.runner.input_batch import InputBatch, StepInputs
 from octavo.runner.model_runner import prompt_logprobs_of
 from octavo.runner.split import split_plan
 from octavo.runner.transfer import Download, make_transfer
-from octavo.step import StepPlan, StepResult, TokenLogprobs, Words
+from octavo.step import StepPlan, StepResult, TokenLogprobs, Words, single_starts
 
 logger = logging.getLogger(__name__)
 
@@ -346,6 +346,7 @@ def _joined(plan: StepPlan, parts: Sequence[_Part]) -> StepResult:
     return StepResult(
         step_id=plan.step_id,
         token_ids=np.concatenate(tokens),
+        token_starts=single_starts(plan.purposes),
         logprobs=logprobs,
         prompt_logprobs=prompts,
         num_splits=len(parts) - 1,

@@ -24,7 +24,7 @@ from octavo.models.decoder import Decoder
 from octavo.runner.fence import Fence
 from octavo.runner.input_batch import InputBatch, PromptTargets, StepInputs
 from octavo.runner.sampler import Sampler, prompt_logprobs
-from octavo.step import StepPlan, StepResult, TokenLogprobs, Words
+from octavo.step import StepPlan, StepResult, TokenLogprobs, Words, single_starts
 
 PROMPT_TILE = 64
 """Prompt positions whose logits exist at once: [T, V] of a long prompt would be gigabytes."""
@@ -133,6 +133,7 @@ class ModelRunner:
         result = StepResult(
             step_id=plan.step_id,
             token_ids=np.zeros(len(inputs.sampling_rows), np.int32),
+            token_starts=single_starts(plan.purposes),
             logprobs={},
             prompt_logprobs={
                 targets.plan_index: prompt_logprobs_of(self.decoder, hidden_TM, targets)

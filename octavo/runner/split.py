@@ -39,7 +39,7 @@ def _part(plan: StepPlan, rows: slice, tokens: slice) -> StepPlan:
         query_lens=plan.query_lens[rows],
         token_ids=plan.token_ids[tokens],
         from_device=plan.from_device[rows],
-        samples=plan.samples[rows],
+        purposes=plan.purposes[rows],
         masked=None if plan.masked is None else plan.masked[rows],
     )
 
@@ -52,6 +52,6 @@ def _split_row(plan: StepPlan) -> tuple[StepPlan, StepPlan] | None:
     second = _part(plan, slice(0, 1), slice(middle, None))
     lengths = np.array([middle], np.int32)
     return (
-        replace(first, query_lens=lengths, samples=np.zeros(1, np.bool_), masked=None),
+        replace(first, query_lens=lengths, purposes=np.zeros(1, np.int8), masked=None),
         replace(second, query_lens=plan.query_lens - lengths, starts=plan.starts + lengths),
     )

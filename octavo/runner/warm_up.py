@@ -12,7 +12,7 @@ import numpy as np
 
 from octavo.request import SamplingParams
 from octavo.runner.graphs import SIZES, mixed_size
-from octavo.step import RowStart, StepPlan
+from octavo.step import Purpose, RowStart, StepPlan
 
 RUN_ROWS = (1, 8, 32, 128)
 """Batch sizes of decodes, beside the largest, that are run before the first request."""
@@ -83,6 +83,6 @@ def make_step(
         query_lens=np.full_like(rows, query_len),
         token_ids=np.arange(num_rows * query_len, dtype=np.int32) * 7919 % vocab_size,
         from_device=np.zeros(num_rows, np.bool_),
-        samples=np.ones(num_rows, np.bool_),
+        purposes=np.full(num_rows, Purpose.TOKEN, np.int8),
         row_starts=starts,
     )

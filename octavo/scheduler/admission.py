@@ -98,7 +98,8 @@ class Admission:
         missing = (
             0 if sequence.row is None else -(-num_tokens // size) - sequence.kv.capacity // size
         )
-        return Growing(num_tokens, sequence.max_len - num_tokens, max(missing, 0), num_held)
+        num_left = max(sequence.max_len - num_tokens, 0)
+        return Growing(num_tokens, num_left, max(missing, 0), num_held)
 
     # -- where it starts from ----------------------------------------------------------------
 

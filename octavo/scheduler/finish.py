@@ -36,23 +36,25 @@ def token_delta(
     token_ids: tuple[int, ...],
     reason: FinishReason | None,
     *,
-    logprobs: TokenLogprobs | None = None,
+    logprobs: PySequence[TokenLogprobs] = (),
     stop: int | str | None = None,
+    vector: bytes | None = None,
 ) -> TokenDelta:
     """Returns what the front end is told of `sequence` after a step."""
-    prompt_logprobs = None
-    if sequence.prompt_logprobs is not None and sequence.num_outputs == 1 and token_ids:
+    prompt_logprobs, is_first = None, sequence.num_outputs == len(token_ids) > 0
+    if sequence.prompt_logprobs is not None and is_first:
         prompt_logprobs = packed_logprobs(sequence.prompt_logprobs)
     return TokenDelta(
         request_id=sequence.request.request_id,
         index=sequence.index,
         token_ids=token_ids,
-        logprobs=() if logprobs is None else (position_logprobs(logprobs),),
+        logprobs=tuple(map(position_logprobs, logprobs)),
         prompt_logprobs=prompt_logprobs,
         finish_reason=reason,
         stop_reason=stop,
         num_cached_tokens=sequence.num_cached_tokens,
         scheduled_time=sequence.scheduled_time,
+        vector=vector,
     )
 
 

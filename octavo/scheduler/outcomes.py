@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from octavo.kv_cache.manager import KVCacheManager
 from octavo.request import FinishReason, TokenDelta
 from octavo.scheduler.counters import SchedulerCounters
@@ -15,12 +17,13 @@ from octavo.scheduler.finish import finish_reason, stop_reason, token_delta
 from octavo.scheduler.plan_builder import PlanBuilder
 from octavo.scheduler.queues import Queues
 from octavo.scheduler.sequence import Sequence
-from octavo.step import NO_TOKEN, StepPlan, StepResult, TokenLogprobs
+from octavo.step import NO_TOKEN, Float32, Purpose, StepPlan, StepResult, TokenLogprobs
 
 MAX_LOSSES = 3
 """Times that a sequence is computed again, without a new token, because a step of it alone found no
 memory."""
 BROKEN_LOGITS = "the logits hold a NaN or nothing finite: the weights, or this KV, are broken"
+BROKEN_STATES = "the vector holds a NaN or an infinity: the weights, or this KV, are broken"
 
 
 @dataclass(slots=True)
@@ -28,7 +31,7 @@ class Launched:
     """A step between schedule and commit. Epochs tell whether a row is still the same holder."""
 
     sequences: list[Sequence]
-    samples: list[bool]
+    purposes: list[Purpose]
     computed: list[int]
     preemptions: list[int]
     is_lost: bool = False
@@ -59,48 +62,59 @@ class Outcomes:
         """A step goes to the runner."""
         self._launched[step_id] = Launched(
             builder.sequences,
-            builder.samples,
+            builder.purposes,
             builder.computed(),
             [sequence.num_preemptions for sequence in builder.sequences],
         )
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
-        """Takes over a step's tokens: appends, finishes, frees, publishes block digests."""
+        """Takes over what a step produced: appends, finishes, frees, publishes block digests."""
         step = self._launched.pop(plan.step_id)
         self._counters.num_splits += result.num_splits
         if step.is_lost:
             return []
-        token_ids = result.token_ids.tolist()
+        token_ids, starts = result.token_ids.tolist(), result.token_starts.tolist()
         block_size = self._manager.block_size
         deltas: list[TokenDelta] = []
-        sample = 0
         for i, sequence in enumerate(step.sequences):
-            is_sampling = step.samples[i]
-            sample += is_sampling
             if sequence.is_finished:
                 continue
+            purpose, known = step.purposes[i], len(sequence.token_ids)
             if i in result.prompt_logprobs:
                 self._keep_prompt_logprobs(sequence, int(plan.starts[i]), result.prompt_logprobs[i])
-            if is_sampling:
-                if token_ids[sample - 1] == NO_TOKEN:
-                    deltas.append(self._fail(sequence, BROKEN_LOGITS))
-                    continue
-                if sequence.guide is not None:
-                    sequence.guide.advance(token_ids[sample - 1])
-                    if sequence.guide.error:
-                        deltas.append(self._fail(sequence, sequence.guide.error))
-                        continue
+            if purpose is not Purpose.NONE:
                 sequence.num_pending -= 1
-                sequence.token_ids.append(token_ids[sample - 1])
+                error = self._append(sequence, token_ids[starts[i] : starts[i + 1]])
+                if purpose is Purpose.VECTOR and not np.isfinite(result.vectors[i]).all():
+                    error = BROKEN_STATES
+                if error is not None:
+                    deltas.append(self._fail(sequence, error))
+                    continue
             is_block_full = step.computed[i] // block_size > sequence.kv.num_published
             if is_block_full and sequence.num_preemptions == step.preemptions[i]:
                 self._manager.publish(sequence.kv, sequence.token_ids, step.computed[i])
-            if is_sampling:
-                deltas.append(self._tell(sequence, result.logprobs.get(sample - 1)))
+            if purpose is Purpose.TOKEN:
+                deltas.append(self._tell(sequence, known, result, starts[i]))
+            elif purpose is Purpose.VECTOR:
+                deltas.append(self._end_with(sequence, result.vectors[i]))
         if self._queues.suspects:
             for sequence, computed in zip(step.sequences, step.computed, strict=True):
                 self._queues.suspects.clear(sequence, computed)
         return deltas
+
+    def _append(self, sequence: Sequence, token_ids: list[int]) -> str | None:
+        """Appends a row's tokens as far as the sequence goes; returns what is wrong with one."""
+        for token in token_ids:
+            if token == NO_TOKEN:
+                return BROKEN_LOGITS
+            if sequence.guide is not None:
+                sequence.guide.advance(token)
+                if sequence.guide.error:
+                    return sequence.guide.error
+            sequence.token_ids.append(token)
+            if len(token_ids) > 1 and finish_reason(sequence) is not None:
+                break
+        return None
 
     def _keep_prompt_logprobs(
         self, sequence: Sequence, start: int, logprobs: tuple[TokenLogprobs, ...]
@@ -109,17 +123,19 @@ class Outcomes:
             del sequence.prompt_logprobs[start:]  # a preempted prefill comes again
             sequence.prompt_logprobs.extend(logprobs)
 
-    def _tell(self, sequence: Sequence, logprobs: TokenLogprobs | None) -> TokenDelta:
-        """Counts the newest token, ends the sequence if it is its last, and words the news."""
+    def _tell(self, sequence: Sequence, known: int, result: StepResult, first: int) -> TokenDelta:
+        """Counts the tokens behind the `known` ones, ends the sequence if the newest is its last,
+        and words the news; `first` is where they begin among the result's."""
         token = sequence.token_ids[-1]
         length = len(sequence.token_ids)
-        self._counters.num_generation_tokens += 1
+        self._counters.num_generation_tokens += length - known
         reason = None
         if length >= sequence.max_len or token in sequence.stop_ids or sequence.guide is not None:
             reason = finish_reason(sequence)
-        if length == sequence.prompt_len + 1:
+        if known == sequence.prompt_len:
             self._count_prompt(sequence)
-        elif reason is None and logprobs is None:  # most tokens of most requests
+        elif reason is None and length == known + 1 and first not in result.logprobs:
+            # nearly always
             return TokenDelta(
                 request_id=sequence.request.request_id,
                 index=sequence.index,
@@ -127,10 +143,20 @@ class Outcomes:
                 num_cached_tokens=sequence.num_cached_tokens,
                 scheduled_time=sequence.scheduled_time,
             )
+        tokens = tuple(sequence.token_ids[known:])
+        places = range(first, first + len(tokens))
+        logprobs = [result.logprobs[place] for place in places if place in result.logprobs]
         stop = stop_reason(sequence, reason)
-        delta = token_delta(sequence, (token,), reason, logprobs=logprobs, stop=stop)
+        delta = token_delta(sequence, tokens, reason, logprobs=logprobs, stop=stop)
         if reason is not None:
             self._queues.finish(sequence)
+        return delta
+
+    def _end_with(self, sequence: Sequence, vector: Float32) -> TokenDelta:
+        """Ends a sequence that wanted its vector."""
+        self._count_prompt(sequence)
+        delta = token_delta(sequence, (), FinishReason.STOP, vector=vector.tobytes())
+        self._queues.finish(sequence)
         return delta
 
     def _count_prompt(self, sequence: Sequence) -> None:

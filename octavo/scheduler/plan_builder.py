@@ -9,7 +9,7 @@ import numpy as np
 
 from octavo.kv_cache.manager import KVCacheManager
 from octavo.scheduler.sequence import Sequence
-from octavo.step import RowStart, StepPlan
+from octavo.step import Purpose, RowStart, StepPlan
 
 
 class PlanBuilder:
@@ -18,7 +18,7 @@ class PlanBuilder:
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
         self.sequences: list[Sequence] = []
-        self.samples: list[bool] = []
+        self.purposes: list[Purpose] = []
         self._prefill_starts: dict[Sequence, int] = {}
         """Sequences whose prompt is being computed in this very step, and from where."""
         self._rows: list[int | None] = []
@@ -40,6 +40,7 @@ class PlanBuilder:
                 stop_token_ids=tuple(sorted(sequence.stop_ids)),
                 prompt_len=sequence.prompt_len,
                 token_ids=np.array(sequence.token_ids, np.int32),
+                wants_vector=sequence.request.wants_vector,
             )
         )
 
@@ -52,7 +53,7 @@ class PlanBuilder:
         self._lens.append(1)
         self._from_device.append(True)
         self._token_ids.append(0)
-        self.samples.append(True)
+        self.purposes.append(Purpose.TOKEN)
         self._masked.append(sequence.is_masked)
         sequence.num_computed = start + 1
         sequence.num_pending += 1
@@ -76,11 +77,13 @@ class PlanBuilder:
         if start < sequence.prompt_len:
             self._prefill_starts[sequence] = start
         sequence.num_computed = end
-        is_sampling = end == known + sequence.num_pending
-        self.samples.append(is_sampling)
-        self._masked.append(is_sampling and sequence.is_masked)
-        if is_sampling:
+        is_last = end == known + sequence.num_pending
+        purpose = Purpose.NONE
+        if is_last:
+            purpose = Purpose.VECTOR if sequence.request.wants_vector else Purpose.TOKEN
             sequence.num_pending += 1
+        self.purposes.append(purpose)
+        self._masked.append(is_last and sequence.is_masked)
 
     def start_of(self, sequence: Sequence) -> int:
         """Returns how many tokens of a prompt are computed when this step begins; of one that is
@@ -112,7 +115,7 @@ class PlanBuilder:
             query_lens=np.array(self._lens, np.int32),
             token_ids=np.array(self._token_ids, np.int32),
             from_device=np.array(self._from_device, np.bool_),
-            samples=np.array(self.samples, np.bool_),
+            purposes=np.array(self.purposes, np.int8),
             masked=np.array(self._masked, np.bool_) if any(self._masked) else None,
             row_starts=tuple(self._row_starts),
             freed_rows=freed_rows,

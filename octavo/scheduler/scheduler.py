@@ -92,8 +92,10 @@ class Scheduler:
         for index, seed in enumerate(seeds):
             kv = SequenceKV(
                 root=root,
-                # A hit has no logits, so prompt log-probabilities must be computed.
-                reads_cache=caching and request.params.prompt_logprobs is None,
+                # A hit has no hidden states, and so no logits of the prompt.
+                reads_cache=caching
+                and request.params.prompt_logprobs is None
+                and not request.needs_all_states,
                 writes_cache=caching,
                 prompt_blocks=full_blocks,
             )

@@ -18,7 +18,8 @@ class Sequence:
 
     `num_computed` chases `num_tokens`: prefill, chunks, prefix hits and recomputing after
     preemption are all the same catching up. `num_pending` tokens are sampled on the device but
-    not known to the host yet, since scheduling runs one step ahead.
+    not known to the host yet, since scheduling runs one step ahead. A vector on its way is counted
+    as such a token: it ends the sequence, whose limit is its prompt.
     """
 
     __slots__ = (
@@ -58,7 +59,8 @@ class Sequence:
         """Smaller goes first: priority, then arrival."""
         self.token_ids = array("i", request.packed_prompt)
         self.prompt_len = len(self.token_ids)
-        self.max_len = min(max_len, self.prompt_len + (params.max_tokens or max_len))
+        num_outputs = 0 if request.wants_vector else params.max_tokens or max_len
+        self.max_len = min(max_len, self.prompt_len + num_outputs)
         """Tokens at which it ends with finish reason length."""
         self.eos_token_ids = frozenset(() if params.ignore_eos else request.eos_token_ids)
         self.stop_ids = self.eos_token_ids | frozenset(params.stop_token_ids)

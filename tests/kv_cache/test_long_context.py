@@ -74,7 +74,7 @@ class Engine:
 
 def answer(plan: StepPlan) -> StepResult:
     tokens = np.full(int(plan.samples.sum()), 7, np.int32)
-    return StepResult(step_id=plan.step_id, token_ids=tokens, logprobs={}, prompt_logprobs={})
+    return StepResult.single(plan, tokens)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ from octavo.request import SamplingParams  # noqa: E402
 from octavo.runner import build, device_sampler, model_runner  # noqa: E402
 from octavo.runner.device_runner import DeviceRunner  # noqa: E402
 from octavo.runner.device_sampler import DeviceSampler  # noqa: E402
-from octavo.step import RowStart, StepPlan, TableDelta  # noqa: E402
+from octavo.step import RowStart, StepPlan, TableDelta, token_purposes  # noqa: E402
 from octavo.weights.dummy import DummySource  # noqa: E402
 from octavo.weights.placement import DevicePlacement  # noqa: E402
 
@@ -197,7 +197,9 @@ class Engine:
             query_lens=np.array(counts, np.int32),
             token_ids=np.ones(sum(counts), np.int32),
             from_device=np.array([r.computed >= r.prompt for r, _ in chunks]),
-            samples=np.array([e >= r.prompt for e, (r, _) in zip(ends, chunks, strict=True)]),
+            purposes=token_purposes(
+                np.array([e >= r.prompt for e, (r, _) in zip(ends, chunks, strict=True)])
+            ),
             row_starts=tuple(starts),
             freed_rows=tuple(self.freed),
             table_deltas=tuple(deltas),

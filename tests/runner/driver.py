@@ -22,7 +22,16 @@ from octavo.request import SamplingParams
 from octavo.runner.input_batch import StepInputs
 from octavo.runner.model_runner import ModelRunner
 from octavo.runner.sampler import Sampler
-from octavo.step import Page, PageCopy, RowStart, Runner, StepPlan, StepResult, TableDelta
+from octavo.step import (
+    Page,
+    PageCopy,
+    RowStart,
+    Runner,
+    StepPlan,
+    StepResult,
+    TableDelta,
+    token_purposes,
+)
 
 GREEDY = SamplingParams(temperature=0.0)
 BLOCK_SIZE = 16
@@ -156,7 +165,7 @@ class Driver:
             query_lens=np.array([count for _, count in chunks], np.int32),
             token_ids=np.array(token_ids, np.int32),
             from_device=np.array([s.num_computed >= len(s.tokens) for s, _ in chunks]),
-            samples=np.array(samples),
+            purposes=token_purposes(np.array(samples, np.bool_)),
             row_starts=tuple(row_starts),
             freed_rows=tuple(self._freed_rows),
             freed_pages=tuple(Page(0, block) for block in self._freed_blocks),

@@ -17,7 +17,7 @@ from octavo.models.family import weight_shapes
 from octavo.models.registry import read_spec
 from octavo.runner.build import build_runner
 from octavo.runner.model_runner import ModelRunner
-from octavo.step import RowStart, StepPlan, TableDelta
+from octavo.step import Purpose, RowStart, StepPlan, TableDelta
 from octavo.weights.dummy import DummySource
 from tests.models.tiny import save_tiny
 from tests.runner.driver import GREEDY
@@ -63,7 +63,7 @@ def test_a_runner_is_built_from_a_plan_and_runs_a_step(tmp_path: Path, dtype: st
         query_lens=np.array([9], np.int32),
         token_ids=tokens,
         from_device=np.array([False]),
-        samples=np.array([True]),
+        purposes=np.array([Purpose.TOKEN], np.int8),
         row_starts=(
             RowStart(
                 row=1, params=GREEDY, seed=0, stop_token_ids=(), prompt_len=9, token_ids=tokens

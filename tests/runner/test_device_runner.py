@@ -21,7 +21,7 @@ from octavo.kv_cache.spec import KVSpec, attention_kv
 from octavo.kv_cache.storage import KVStorage
 from octavo.parallel import ALONE
 from octavo.runner.sampler import SampledTokens, token_logprobs
-from octavo.step import Int32, RowStart, StepPlan, TokenLogprobs, Words
+from octavo.step import Int32, RowStart, StepPlan, TokenLogprobs, Words, token_purposes
 from tests.runner.device_driver import DeviceDriver
 from tests.runner.driver import GREEDY, Tracked
 
@@ -336,7 +336,7 @@ def bad_plan(step_id: int) -> StepPlan:
         query_lens=one,
         token_ids=one,
         from_device=one == 0,
-        samples=one == 1,
+        purposes=token_purposes(one == 1),
     )
 
 

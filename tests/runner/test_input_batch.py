@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from octavo.runner.input_batch import InputBatch
-from octavo.step import RowStart, StepPlan, TableDelta
+from octavo.step import Purpose, RowStart, StepPlan, TableDelta
 from tests.runner.driver import GREEDY
 
 
@@ -42,7 +42,7 @@ def batch_of_two() -> tuple[InputBatch, StepPlan]:
         query_lens=int32(5, 1),
         token_ids=int32(114, 115, 116, 117, 118, 0),
         from_device=np.array([False, True]),
-        samples=np.array([False, True]),
+        purposes=np.array([Purpose.NONE, Purpose.TOKEN], np.int8),
     )
     return batch, plan
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octavo.runner.split import SMALLEST_CHUNK, split_plan
-from octavo.step import PageCopy, StepPlan
+from octavo.step import PageCopy, StepPlan, token_purposes
 
 
 def make_plan(query_lens: list[int]) -> StepPlan:
@@ -20,7 +20,7 @@ def make_plan(query_lens: list[int]) -> StepPlan:
         query_lens=lens,
         token_ids=np.arange(lens.sum(), dtype=np.int32),
         from_device=lens == 1,
-        samples=rows % 2 == 0,
+        purposes=token_purposes(rows % 2 == 0),
         freed_rows=(3,),
         copies=(PageCopy(0, 1, 2),),
     )

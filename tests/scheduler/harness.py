@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Container, Sequence
 
+import numpy as np
+
 from octavo.errors import OctavoError, OutOfMemoryError
 from octavo.formats import kv_format
 from octavo.kv_cache.manager import KVCacheManager
@@ -82,6 +84,8 @@ class Engine:
         self.machine = PagedMachine(groups, num_blocks, BLOCK, failing, faults)
         self.launched: deque[tuple[StepPlan, object]] = deque()
         self.tokens: dict[tuple[str, int], list[int]] = defaultdict(list)
+        self.vectors: dict[str, list[float]] = {}
+        self.num_cached: dict[tuple[str, int], int] = {}
         self.reasons: dict[tuple[str, int], FinishReason] = {}
         self.requests: dict[str, Request] = {}
         self.step_sizes: list[int] = []
@@ -96,10 +100,17 @@ class Engine:
         priority: int = 0,
         salt: str = "",
         caching: bool = True,
+        wants_vector: bool = False,
+        needs_all_states: bool = False,
     ) -> None:
         params = SamplingParams(max_tokens=max_tokens, n=n)
         request = Request(
-            request_id=name, packed_prompt=pack_ids(prompt), params=params, priority=priority
+            request_id=name,
+            packed_prompt=pack_ids(prompt),
+            params=params,
+            priority=priority,
+            wants_vector=wants_vector,
+            needs_all_states=needs_all_states,
         )
         self.scheduler.add(request, prefix_root(salt=salt), caching, range(n))
         self.requests[name] = request
@@ -129,6 +140,10 @@ class Engine:
             key = (delta.request_id, delta.index)
             assert key not in self.reasons, "news of a finished sequence"
             self.tokens[key] += delta.token_ids
+            if delta.vector is not None:
+                self.vectors[delta.request_id] = np.frombuffer(delta.vector, np.float32).tolist()
+                assert delta.finish_reason is FinishReason.STOP
+            self.num_cached[key] = delta.num_cached_tokens
             if delta.finish_reason is not None:
                 self.reasons[key] = delta.finish_reason
 
@@ -144,6 +159,9 @@ class Engine:
         """Every sequence that was not aborted has the tokens of a run alone."""
         for (name, index), reason in self.reasons.items():
             request = self.requests[name]
+            if request.wants_vector:
+                self._check_vector(request, reason)
+                continue
             count = min(
                 request.params.max_tokens or 0,
                 self.scheduler.limits.max_model_len - request.prompt_len,
@@ -154,3 +172,10 @@ class Engine:
                 assert got == expected[: len(got)]
             else:
                 assert (got, reason) == (expected, FinishReason.LENGTH)
+
+    def _check_vector(self, request: Request, reason: FinishReason) -> None:
+        got = self.vectors.get(request.request_id)
+        assert (got is None) == (reason in (FinishReason.ABORT, FinishReason.ERROR))
+        if got is not None:
+            [token] = expected_tokens(request.prompt_token_ids, 0, 1, self.groups)
+            assert got == [token, request.prompt_len]

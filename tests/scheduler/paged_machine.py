@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from octavo.errors import OctavoError, OutOfMemoryError
 from octavo.kv_cache.layout import arena_layout
 from octavo.kv_cache.spec import KVGroup
 from octavo.runner.fence import Fence
-from octavo.step import PageCopy, RowStart, StepPlan, StepResult
+from octavo.step import Float32, PageCopy, Purpose, RowStart, StepPlan, StepResult
 
 VOCAB, UNIT = 50, 4
 
@@ -123,6 +123,8 @@ class PagedMachine:
                 raise
             # It reads what the lost step has not written: rubbish, which nobody may believe.
             result = self._result(plan, [VOCAB - 1] * int(plan.samples.sum()))
+            wanted = (plan.purposes == Purpose.VECTOR).nonzero()[0].tolist()
+            result.vectors.update(dict.fromkeys(wanted, np.zeros(2, np.float32)))
         return result if fault is None else self.fail(plan)
 
     def _fault(self, plan: StepPlan) -> Fault | None:
@@ -170,6 +172,7 @@ class PagedMachine:
     def _forward(self, plan: StepPlan) -> StepResult:
         sampled, at = [], 0
         pending = []
+        vectors: dict[int, Float32] = {}
         for i, row in enumerate(plan.rows.tolist()):
             start, length = int(plan.starts[i]), int(plan.query_lens[i])
             ids = plan.token_ids[at : at + length].tolist()
@@ -194,16 +197,13 @@ class PagedMachine:
                 token = next_token(contexts, self.rows[row].seed)
                 self.last[row] = token
                 sampled.append(token)
+            elif plan.purposes[i] == Purpose.VECTOR:
+                vectors[i] = np.array([next_token(contexts, 0), end], np.float32)
         self._copy(plan.saves)
-        return self._result(plan, sampled)
+        return replace(self._result(plan, sampled), vectors=vectors)
 
     def _result(self, plan: StepPlan, sampled: Sequence[int]) -> StepResult:
-        return StepResult(
-            step_id=plan.step_id,
-            token_ids=np.array(sampled, np.int32),
-            logprobs={},
-            prompt_logprobs={},
-        )
+        return StepResult.single(plan, np.array(sampled, np.int32))
 
     def _slot(self, group: int, row: int, position: int) -> slice:
         """Returns the units of a token, or of a row's state."""

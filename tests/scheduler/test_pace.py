@@ -27,7 +27,7 @@ from octavo.scheduler.pace import (
     STRETCH,
     Pace,
 )
-from octavo.step import MAX_PADDED_TOKENS, StepPlan, StepResult
+from octavo.step import MAX_PADDED_TOKENS, StepPlan, StepResult, token_purposes
 
 
 def olmoe_seconds(num_decodes: int, num_prefill_tokens: int) -> float:
@@ -109,7 +109,7 @@ class Loop:
 
     def commit(self, plan: StepPlan) -> None:
         tokens = np.zeros(int(plan.samples.sum()), np.int32)
-        result = StepResult(step_id=plan.step_id, token_ids=tokens, logprobs={}, prompt_logprobs={})
+        result = StepResult.single(plan, tokens)
         for delta in self.scheduler.commit(plan, result):
             name = delta.request_id
             self.num_tokens += 1
@@ -195,7 +195,7 @@ class Steps:
             query_lens=lens.astype(np.int32),
             token_ids=np.zeros(int(lens.sum()), np.int32),
             from_device=lens == 1,
-            samples=lens == 1,
+            purposes=token_purposes(lens == 1),
         )
         self.num_steps += 1
         self.pace.launched(plan)
@@ -300,7 +300,7 @@ def test_a_step_that_raised_teaches_nothing():
             query_lens=one,
             token_ids=one,
             from_device=one == 1,
-            samples=one == 1,
+            purposes=token_purposes(one == 1),
         )
         steps.pace.launched(plan)
         steps.now += 9.0

@@ -232,7 +232,7 @@ class _InstantRunner:
 
 def _answer(plan: StepPlan) -> StepResult:
     tokens = np.full(int(plan.samples.sum()), 7, dtype=np.int32)
-    return StepResult(step_id=plan.step_id, token_ids=tokens, logprobs={}, prompt_logprobs={})
+    return StepResult.single(plan, tokens)
 
 
 def _manager(*, num_blocks: int, max_rows: int, max_model_len: int) -> KVCacheManager:
