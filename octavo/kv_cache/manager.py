@@ -127,11 +127,22 @@ class KVCacheManager:
         """Sees to it that every group can take so many pages; False if there are too few."""
         if self.pools.only is not None:  # most models, at every new block
             return sum(pages) <= self.pools.only.num_free
-        evicted = self.pools.reserve(self.layout.need(pages))
+        return self._reserve_need(self.layout.need(pages))
+
+    def _reserve_need(self, need: Need) -> bool:
+        evicted = self.pools.reserve(need)
         if evicted is None:
             return False
         self._ledger.forget(evicted)
         return True
+
+    def claim(self, num_tokens: int, step_tokens: int) -> bool:
+        """Gives every page class the chunks that a sequence of `num_tokens` takes at most, of which
+        at most `step_tokens` are computed at a step.
+
+        While nobody else has pages, none of its reservations moves a chunk then, and none fails.
+        Returns False, with nothing changed, if there are too few chunks."""
+        return self._reserve_need(self.need(num_tokens, step_tokens))
 
     @property
     def run_share(self) -> float:
@@ -164,6 +175,10 @@ class KVCacheManager:
         return PrefixHit(
             count, is_computing, reason, tuple(group.of_hit(one, count) for group, one in pairs)
         )
+
+    def without(self, hit: PrefixHit) -> PrefixHit:
+        """Returns what remains of a hit that is not taken over."""
+        return PrefixHit(0, False, hit.miss_reason, self._no_pages())
 
     def _digest(self, kv: SequenceKV, token_ids: array[int]) -> None:
         self._digester.extend(kv.digests, kv.root, token_ids, self.block_size, kv.extras)

@@ -37,9 +37,11 @@ class Admission:
         forecast = self._forecast()
         for sequence in list(self._queues.waiting):
             budget = self._budget(builder)
-            if not budget:
+            if not budget or self._keeps_out(sequence):
                 return
             if self._must_wait(sequence, builder):
+                if sequence.runs_alone:
+                    return  # whoever started now would run beside it
                 continue
             count = self._fork(sequence, builder) or self._admit(sequence, budget, forecast)
             if count is None:
@@ -53,7 +55,9 @@ class Admission:
         group = self._queues.suspects.group
         for sequence in [s for s in self._queues.waiting if s in group]:
             budget = self._budget(builder)
-            count = self._admit(sequence, budget, forecast) if budget else None
+            if not budget or self._keeps_out(sequence):
+                return
+            count = self._admit(sequence, budget, forecast)
             if count is None:
                 return
             if count:
@@ -65,6 +69,11 @@ class Admission:
         if self._queues.next_row is None or len(self._queues.running) >= most:
             return 0
         return builder.room
+
+    def _keeps_out(self, sequence: Sequence) -> bool:
+        """Whether somebody runs beside whom `sequence` may not, or who may not beside it."""
+        running = self._queues.running
+        return bool(running) and (sequence.runs_alone or running[0].runs_alone)
 
     def _join(
         self, sequence: Sequence, count: int, builder: PlanBuilder, forecast: Forecast
@@ -140,14 +149,15 @@ class Admission:
             return 0
         needed = manager.need(sequence.num_tokens, budget, hit)
         room = manager.room(hit)
-        # Alone it may take all there is: it fits by its limit.
-        fits = (
-            forecast.fits(self._growing(sequence), room, needed)
-            if self._queues.running
-            else room.fits(needed)
-        )
-        if not fits:
-            return None
+        if self._queues.running:
+            if not forecast.fits(self._growing(sequence), room, needed):
+                return None
+        elif sequence.runs_alone or not room.fits(needed):
+            # What it would take over may lie in chunks that others of its pages need whole.
+            sequence.runs_alone = True
+            hit = manager.without(hit)
+            if not manager.claim(sequence.max_len, self._limits.max_num_batched_tokens):
+                return None
         cached = hit.num_blocks * manager.block_size
         end = chunk_end(sequence, manager, cached, min(sequence.num_tokens, cached + budget))
         if not manager.admit(sequence.kv, row, hit, end):

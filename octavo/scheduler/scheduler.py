@@ -7,9 +7,9 @@ device only.
 Order: first come first served inside a priority. Running sequences first; decodes are sure of
 their token, prefill chunks share what the token budget leaves, or what keeps the decodes' pace. A
 sequence whose next block another one is computing waits for it. When memory runs out, the youngest
-running sequence gives up its blocks and comes back first; the oldest always proceeds, so nothing
-starves. A step that raised counts for nothing: its sequences are computed again apart, and who
-raises alone ends.
+running sequence gives up its blocks and comes back first; the oldest always proceeds, or begins
+again where nobody is in its way, so nothing starves. A step that raised counts for nothing: its
+sequences are computed again apart, and who raises alone ends.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ class Scheduler:
             return None
         if self.manager.has_states:
             for sequence, start, end in builder.spans():
-                self.manager.save(sequence.kv, start, end)
+                if not sequence.runs_alone:  # what it claimed has no room for more
+                    self.manager.save(sequence.kv, start, end)
         step_id = self._next_step
         self._next_step += 1
         plan = builder.build(step_id, self._queues.take_freed_rows(), self.manager)
@@ -203,11 +204,13 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Allocates blocks for `num_tokens`, preempting the youngest while there are too few,
-        in the end `sequence` itself; returns whether anyone was preempted."""
+        in the end `sequence` itself, which begins again alone if nobody else runs; returns whether
+        anyone was preempted."""
         was_preempted = False
         while not self.manager.allocate(sequence.kv, sequence.num_computed, num_tokens):
             was_preempted = True
             victim = self.running[-1]
+            victim.runs_alone |= len(self.running) == 1
             self._queues.preempt(victim)
             if victim is sequence:
                 break

@@ -41,6 +41,7 @@ class Sequence:
         "prompt_logprobs",
         "request",
         "row",
+        "runs_alone",
         "scheduled_time",
         "seed",
         "stop_ids",
@@ -76,6 +77,9 @@ class Sequence:
         self.num_preemptions = 0
         self.num_recomputed = 0
         """Tokens computed once more after preemptions."""
+        self.runs_alone = False
+        """Nobody may run beside it, and it takes over nothing that is cached: with that, there was
+        no room for it though nobody else ran. So there always is."""
         self.lost_at: list[int] = []
         """Tokens known at each time that a step of it alone raised."""
         self.prompt_logprobs: list[TokenLogprobs] | None = (
