@@ -37,7 +37,7 @@ _SERVED: dict[str, frozenset[AttentionFeature]] = {
 
 _PLAIN = frozenset(name for name, one in KV_FORMATS.items() if not one.is_quantized)
 _KV_SERVED: dict[str, frozenset[str]] = {
-    "native": _PLAIN,
+    "native": frozenset(KV_FORMATS),
     "reference": frozenset(KV_FORMATS),
     "triton": _PLAIN,
 }

@@ -14,6 +14,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "kv_pages.h"
 #include "product.h"
 #include "tiles.h"
 
@@ -60,97 +61,6 @@ struct Job {
 
 State state_at(float* base, int64_t rows) { return {base, base + rows, base + 2 * rows}; }
 
-// Keys or values of one layer as one sequence sees them: where tokens' vectors lie.
-struct Tokens {
-  int64_t head, begin, count;
-};
-struct Pages {
-  const uint8_t* base;
-  int64_t block_stride, block_size, token_stride, vector_bytes;
-  const int32_t* table;
-};
-// Walks over consecutive tokens' vectors of one head (a division for every token would cost more
-// than the token's scores).
-class Walk {
- public:
-  Walk(const Pages& pages, const Tokens& tokens)
-      : pages_(pages), head_(tokens.head * pages.vector_bytes), left_(tokens.count) {
-    column_ = tokens.begin / pages.block_size;
-    const int64_t offset = tokens.begin % pages.block_size;
-    if (left_ > 0) enter(offset);
-  }
-  bool has_next() const { return left_ > 0; }
-  const uint8_t* next() {
-    const uint8_t* found = at_;
-    at_ += pages_.token_stride;
-    --left_;
-    if (--in_block_ == 0 && left_ > 0) {
-      ++column_;
-      enter(0);
-    }
-    return found;
-  }
-
- private:
-  void enter(int64_t offset) {
-    at_ = pages_.base + pages_.table[column_] * pages_.block_stride + head_ +
-          offset * pages_.token_stride;
-    in_block_ = pages_.block_size - offset;
-  }
-
-  const Pages& pages_;
-  const int64_t head_;
-  int64_t left_, column_, in_block_ = 0;
-  const uint8_t* at_ = nullptr;
-};
-
-Pages pages_of(const Job& job, const Item& item, bool keys) {
-  const KVLayer& layer = job.layer;
-  const int64_t vector_bytes = layer.head_size * (layer.format == F32 ? 4 : 2);
-  return {keys ? layer.key : layer.value, keys ? layer.key_stride : layer.value_stride,
-          layer.block_size, layer.kv_heads * vector_bytes, vector_bytes,
-          job.batch.block_table + item.sequence * job.batch.table_stride};
-}
-
-// Asks the memory for coming tokens: pages are too scattered for the hardware to foresee, and all
-// at once would be more than it takes.
-class Coming {
- public:
-  Coming(const Pages& pages, const Tokens& tokens) : walk_(pages, tokens) {
-    lines_ = pages.vector_bytes;
-  }
-  void ask(int64_t vectors) {
-    for (; vectors > 0 && walk_.has_next(); --vectors) {
-      const char* from = reinterpret_cast<const char*>(walk_.next());
-      for (int64_t line = 0; line < lines_; line += 64) _mm_prefetch(from + line, _MM_HINT_T0);
-    }
-  }
-
- private:
-  Walk walk_;
-  int64_t lines_;
-};
-
-// Replaces vectors by float32 copies of `padded` elements.
-template <class F>
-void convert(const uint8_t** rows, int64_t count, int64_t size, int64_t padded, float* to) {
-  for (int64_t i = 0; i < count; ++i, to += padded) {
-    int64_t k = 0;
-    for (; k + 8 <= size; k += 8) store(to + k, F::eight(rows[i], k));
-    if (k < size) store(to + k, F::some(rows[i], k, size - k));
-    rows[i] = reinterpret_cast<const uint8_t*>(to);
-  }
-}
-
-template <class Use>
-void with_kv_format(int64_t format, const Use& use) {
-  switch (format) {
-    case F32: return use(FormatF32{});
-    case F16: return use(FormatF16{});
-    case BF16: return use(FormatBF16{});
-  }
-}
-
 // cap * tanh(score / cap) = cap - 2 cap / (exp(2 score / cap) + 1) of a whole tile's columns, those
 // that hold no score too.
 void cap_scores(float* scores, float cap) {
@@ -186,19 +96,39 @@ float soften(float* scores, int64_t begin, int64_t end, float& best, float& tota
 
 // What one work item reads, and its buffers from the thread's scratch.
 struct Work {
-  Pages key_pages, value_pages;
+  Vectors keys, values;
   int64_t rows, state;                      // of one kv head: query rows, floats of a state
   float *q, *states;                        // by kv head: rows, and the states of split and whole
-  float *scores, *copies, *factors;         // of one tile
+  float *scores, *copies, *factors, *scales;  // of one tile
 
   State split(int64_t head) const { return state_at(states + 2 * head * state, rows); }
   State whole(int64_t head) const { return state_at(states + (2 * head + 1) * state, rows); }
 };
 
+// Returns the scales of one tile's vectors by column, what their numbers lack of them included; null
+// where numbers have none.
+template <class F>
+const float* column_scales(const Vectors& from, const Tokens& now, const Work& work) {
+  if constexpr (std::is_same_v<F, FormatFP8> || std::is_same_v<F, FormatInt8>) {
+    std::fill(work.scales, work.scales + kTile, 0.0f);
+    Walk scales(from.scales, now);
+    float* to = work.scales + now.begin % kTile;
+    for (; scales.has_next(); ++to) *to = scale_at(scales.next(), 0) * F::kFactor;
+    return work.scales;
+  }
+  return nullptr;
+}
+
+void scale_columns(float* row, const float* scales) {
+  for (int64_t j = 0; j < kTile; j += 8) {
+    store(row + j, _mm256_mul_ps(load(row + j), load(scales + j)));
+  }
+}
+
 // Scores of all rows with one tile's tokens, softened; columns outside the tile's part become 0.
 template <class F>
 void score(const Job& job, const Item& item, const Tokens& now, const uint8_t* const* k,
-           Coming& coming, const Work& work) {
+           const float* scales, Coming& coming, const Work& work) {
   const int64_t begin = now.begin, end = begin + now.count, tile = begin / kTile * kTile;
   const int64_t head = now.head - item.head_begin, rows = work.rows;
   const State split = work.split(head);
@@ -216,6 +146,7 @@ void score(const Job& job, const Item& item, const Tokens& now, const uint8_t* c
     float* row = work.scores + r * kTile;
     work.factors[r] = 1.0f;
     if (seen < seen_end) {
+      if (scales != nullptr) scale_columns(row, scales);
       if (job.op.soft_cap != 0.0) cap_scores(row, static_cast<float>(job.op.soft_cap));
       work.factors[r] = soften(row, seen - tile, seen_end - tile, split.best[r], split.total[r]);
     } else {
@@ -226,8 +157,11 @@ void score(const Job& job, const Item& item, const Tokens& now, const uint8_t* c
 
 template <class F>
 void weigh(const Job& job, const Item& item, const Tokens& now, const uint8_t* const* v,
-           Coming& coming, const Work& work) {
+           const float* scales, Coming& coming, const Work& work) {
   const State split = work.split(now.head - item.head_begin);
+  if (scales != nullptr) {
+    for (int64_t r = 0; r < work.rows; ++r) scale_columns(work.scores + r * kTile, scales);
+  }
   const float* scores = work.scores + now.begin % kTile;
   for (int64_t r = 0; r < work.rows; r += 4) {
     const Weighing w = {scores + r * kTile, work.factors + r, kTile, v, now.count,
@@ -241,29 +175,42 @@ void weigh(const Job& job, const Item& item, const Tokens& now, const uint8_t* c
   }
 }
 
-// Folds the tile's tokens `now`, all seen by some query of the item, into the split's state. Few
-// rows widen 16-bit vectors as they read them; many rows share float32 copies.
+// Calls use(F{}, scales) when `rows`, the vectors of one tile, can be read as F: few query rows
+// widen narrow numbers as they read them, many share float32 copies. Either way numbers with one
+// scale are read without it, so that rows do not depend on how many there are.
+template <class Use>
+void with_vectors(const Job& job, const Vectors& from, const Tokens& now, const uint8_t** rows,
+                  const Work& work, const Use& use) {
+  if (from.is_expanded()) {
+    expand(from, now, rows, job.padded, work.copies);
+    return use(FormatF32{}, nullptr);
+  }
+  with_kv_format(from.format, [&](auto stored) {
+    using F = decltype(stored);
+    const float* scales = column_scales<F>(from, now, work);
+    if (from.size == job.padded && (std::is_same_v<F, FormatF32> || work.rows <= 4)) {
+      return use(stored, scales);
+    }
+    convert<F>(rows, now.count, from.size, job.padded, work.copies);
+    use(FormatF32{}, scales);
+  });
+}
+
+// Folds the tile's tokens `now`, all seen by some query of the item, into the split's state.
 void fold_tile(const Job& job, const Item& item, const Tokens& now, const Tokens& next,
                const Work& work) {
   const uint8_t *k[kTile], *v[kTile];
-  Walk keys(work.key_pages, now), values(work.value_pages, now);
+  Walk keys(work.keys.numbers, now), values(work.values.numbers, now);
   for (int64_t i = 0; i < now.count; ++i) {
     k[i] = keys.next();
     v[i] = values.next();
   }
-  Coming keys_ahead(work.key_pages, next), values_ahead(work.value_pages, next);
-  const int64_t size = job.layer.head_size, padded = job.padded;
-  with_kv_format(job.layer.format, [&](auto stored) {
-    using F = decltype(stored);
-    if (size == padded && (std::is_same_v<F, FormatF32> || work.rows <= 4)) {
-      score<F>(job, item, now, k, keys_ahead, work);
-      weigh<F>(job, item, now, v, values_ahead, work);
-      return;
-    }
-    convert<F>(k, now.count, size, padded, work.copies);
-    score<FormatF32>(job, item, now, k, keys_ahead, work);
-    convert<F>(v, now.count, size, padded, work.copies);
-    weigh<FormatF32>(job, item, now, v, values_ahead, work);
+  Coming keys_ahead(work.keys.numbers, next), values_ahead(work.values.numbers, next);
+  with_vectors(job, work.keys, now, k, work, [&](auto format, const float* scales) {
+    score<decltype(format)>(job, item, now, k, scales, keys_ahead, work);
+  });
+  with_vectors(job, work.values, now, v, work, [&](auto format, const float* scales) {
+    weigh<decltype(format)>(job, item, now, v, scales, values_ahead, work);
   });
 }
 
@@ -303,11 +250,16 @@ void meet_none(const Job& job, int64_t head, const State& state, int64_t rows) {
 
 void write_out(const Job& job, const Item& item, int64_t head, const State& state) {
   const int64_t rows = item.queries() * job.group, size = job.layer.head_size;
+  const int64_t first = job.layer.first_part;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t t = item.query_begin + r / job.group;
     float* to = job.out + (t * job.heads + head * job.group + r % job.group) * size;
     const float* from = state.values + r * job.padded;
     for (int64_t d = 0; d < size; ++d) to[d] = from[d] / state.total[r];
+    if (job.layer.value.format == KV_INT4) {
+      if (first > 0) mix(to, first);
+      mix(to + first, size - first);
+    }
   }
 }
 
@@ -327,15 +279,17 @@ void copy_queries(const Job& job, const Item& item, float* to) {
 void run_item(const Job& job, const Item& item, Scratch& scratch) {
   const int64_t rows = item.queries() * job.group, padded = job.padded;
   const int64_t heads = item.head_end - item.head_begin, state = job.state_floats(rows);
-  const Work work = {pages_of(job, item, true),
-                     pages_of(job, item, false),
+  const int32_t* table = job.batch.block_table + item.sequence * job.batch.table_stride;
+  const Work work = {vectors_of(job.layer, job.layer.key, table),
+                     vectors_of(job.layer, job.layer.value, table),
                      rows,
                      state,
                      scratch.floats(2, heads * rows * padded),
                      scratch.floats(4, heads * 2 * state),
                      scratch.floats(3, rows * kTile),
                      scratch.floats(5, kTile * padded),
-                     scratch.floats(6, rows)};
+                     scratch.floats(6, rows),
+                     scratch.floats(7, kTile)};
   copy_queries(job, item, work.q);
   for (int64_t h = 0; h < heads; ++h) meet_none(job, item.head_begin + h, work.whole(h), rows);
   const int64_t last = job.batch.positions[item.query_end - 1];

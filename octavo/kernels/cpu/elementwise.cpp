@@ -5,8 +5,8 @@
 #include <cmath>
 #include <mutex>
 
+#include "kv_formats.h"
 #include "native.h"
-#include "simd.h"
 
 namespace octavo {
 
@@ -52,18 +52,30 @@ void rotate_row(const float* x, const float* cos, const float* sin, int64_t rota
   for (int64_t i = rotary_dim; i < size; ++i) out[i] = x[i];
 }
 
-void store_as(int64_t format, const float* x, int64_t size, uint8_t* to) {
-  if (format == F32) {
+void store_plain(int64_t format, const float* x, int64_t size, uint8_t* to) {
+  if (format == KV_F32) {
     std::memcpy(to, x, 4 * size);
     return;
   }
   for (int64_t i = 0; i < size; i += 8) {
     const int64_t count = std::min<int64_t>(8, size - i);
     const Lanes v = count == 8 ? load(x + i) : load_some(x + i, count);
-    const __m128i narrow = format == F16 ? _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)
+    const __m128i narrow = format == KV_F16 ? _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)
                                          : to_bf16(v);
     std::memcpy(to + 2 * i, &narrow, 2 * count);
   }
+}
+
+// Writes one head's vector to a slot, in the plane's format; x is given away.
+void write(const KVLayer& layer, const KVPlane& plane, int64_t slot, int64_t head,
+           const float* scales, float* x) {
+  const int64_t size = layer.head_size, block = slot / layer.block_size;
+  const int64_t vector = slot % layer.block_size * layer.kv_heads + head;
+  uint8_t* numbers = plane.data + block * plane.stride + vector * number_bytes(plane.format, size);
+  if (!is_quantized(plane.format)) return store_plain(plane.format, x, size, numbers);
+  uint8_t* to = plane.scales + block * plane.scale_stride + vector * 2 * plane.num_scales;
+  if (plane.format == KV_INT4) mix(x, size);
+  write_vector(plane.format, x, size, scales == nullptr ? nullptr : scales + head, numbers, to);
 }
 
 }  // namespace
@@ -90,15 +102,15 @@ OCTAVO_API int64_t octavo_add_rms_norm(Pool* pool, const float* x, float* residu
 }
 
 // qkv rows are [heads + 2 * kv_heads][head_size]; q_out is [tokens][heads][head_size]. Without
-// `rope` nothing is rotated.
+// `rope` nothing is rotated. Queries are mixed if keys are.
 OCTAVO_API int64_t octavo_rope_and_cache(Pool* pool, const float* qkv, int64_t heads,
                                          const Rope* rope, const QKNorm* norm, const KVLayer* layer,
-                                         const AttentionBatch* batch, float* q_out) {
+                                         const KVScales* kv_scales, const AttentionBatch* batch,
+                                         float* q_out) {
   std::lock_guard<std::mutex> lock(pool->op_mutex());
   const int64_t size = layer->head_size, kv_heads = layer->kv_heads;
   const int64_t width = (heads + 2 * kv_heads) * size, rotary_dim = rope ? rope->rotary_dim : 0;
   const int64_t slots = layer->blocks * layer->block_size;
-  const int64_t head_bytes = size * (layer->format == F32 ? 4 : 2);
   for (int64_t t = 0; t < batch->tokens; ++t) {
     const int64_t position = batch->positions[t], slot = batch->slot_mapping[t];
     if (position < 0 || slot < 0 || slot >= slots) return BAD_INDEX;
@@ -125,16 +137,15 @@ OCTAVO_API int64_t octavo_rope_and_cache(Pool* pool, const float* qkv, int64_t h
     for (int64_t h = 0; h < heads; ++h) {
       float* to = q_out + (t * heads + h) * size;
       rotate_row(q + h * size, cos, sin, rotary_dim, size, to);
+      if (layer->key.format == KV_INT4) mix(to, size);
     }
-    const int64_t block = batch->slot_mapping[t] / layer->block_size;
-    const int64_t at = batch->slot_mapping[t] % layer->block_size * kv_heads * head_bytes;
-    uint8_t* keys = layer->key + block * layer->key_stride + at;
-    uint8_t* values = layer->value + block * layer->value_stride + at;
-    float* rotated = scratch.floats(1, size);
+    const int64_t slot = batch->slot_mapping[t];
+    float* vector = scratch.floats(1, size);
     for (int64_t h = 0; h < kv_heads; ++h) {
-      rotate_row(k + h * size, cos, sin, rotary_dim, size, rotated);
-      store_as(layer->format, rotated, size, keys + h * head_bytes);
-      store_as(layer->format, v + h * size, size, values + h * head_bytes);
+      rotate_row(k + h * size, cos, sin, rotary_dim, size, vector);
+      write(*layer, layer->key, slot, h, kv_scales->key, vector);
+      std::copy(v + h * size, v + (h + 1) * size, vector);
+      write(*layer, layer->value, slot, h, kv_scales->value, vector);
     }
   });
   return OK;

@@ -11,7 +11,7 @@ from ctypes import POINTER, c_char_p, c_double, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
-from octavo.kernels.cpu.structs import ActivationStruct, MoEStruct, RouteStruct
+from octavo.kernels.cpu.structs import ActivationStruct, KVScalesStruct, MoEStruct, RouteStruct
 
 SIGNATURES: dict[str, list[Any]] = {
     "linear": [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p],
@@ -21,7 +21,10 @@ SIGNATURES: dict[str, list[Any]] = {
     "rms_norm": [c_void_p, c_int64, c_int64, c_void_p, c_double, c_void_p],
     "add_rms_norm": [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_double, c_void_p],
     "route": [POINTER(RouteStruct)],
-    "rope_and_cache": [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p],
+    "rope_and_cache": [
+        *(c_void_p, c_int64, c_void_p, c_void_p, c_void_p),
+        *(POINTER(KVScalesStruct), c_void_p, c_void_p),
+    ],
     "attention": [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p],
 }
 """Arguments after the pool; every op returns a status."""

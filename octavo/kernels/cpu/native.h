@@ -26,10 +26,26 @@ struct Activation {
   double alpha, limit;
 };
 
-// One layer's pages: [blocks, block_size, kv_heads, head_size], blocks a stride of bytes apart.
+// The order is that of KV_CODES in structs.py; from KV_FP8 on vectors have scales.
+enum KVFormat : int64_t { KV_F32, KV_F16, KV_BF16, KV_FP8, KV_INT8, KV_INT4 };
+
+// Keys or values: [blocks, block_size, kv_heads, head_size] numbers, and bfloat16 scales [blocks,
+// block_size, kv_heads, num_scales] or null; blocks a stride of bytes apart.
+struct KVPlane {
+  uint8_t *data, *scales;
+  int64_t stride, scale_stride, num_scales, format;
+};
+
+// One layer's pages. first_part: numbers of a vector's first part where it has two, each with
+// scales of its own; else 0.
 struct KVLayer {
-  uint8_t *key, *value;
-  int64_t key_stride, value_stride, blocks, block_size, kv_heads, head_size, format;
+  KVPlane key, value;
+  int64_t blocks, block_size, kv_heads, head_size, first_part;
+};
+
+// Scales of a checkpoint [kv_heads], or null.
+struct KVScales {
+  const float *key, *value;
 };
 
 struct AttentionBatch {

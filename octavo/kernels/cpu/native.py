@@ -29,7 +29,9 @@ from octavo.kernels.cpu.structs import (
     batch_struct,
     bias_addresses,
     expert_structs,
+    head_size_of,
     kv_layer_struct,
+    kv_scales_struct,
     matrix_structs,
     qk_norm_struct,
     rope_struct,
@@ -260,15 +262,17 @@ class NativeOps(Composed):
         self, qkv_TN: Tensor, op: AttentionOp, layer: KVLayer, batch: AttentionBatch
     ) -> Tensor:
         qkv, tokens = _floats(qkv_TN), len(qkv_TN)
-        assert layer.key.shape[2:] == (op.num_kv_heads, op.head_size)
+        assert (layer.key.shape[2], head_size_of(layer)) == (op.num_kv_heads, op.head_size)
+        assert not layer.parts, "what has parts is written by others"
         assert qkv.shape[1] == (op.num_heads + 2 * op.num_kv_heads) * op.head_size
         assert tokens == len(batch.positions_T) == len(batch.slot_mapping_T)
         norm = None if op.qk_norm is None else self._struct(op.qk_norm, qk_norm_struct)
         table = None if op.rope is None else self._struct(op.rope, rope_struct)
         q = torch.empty(tokens, op.num_heads, op.head_size)
-        where = self._struct(layer, kv_layer_struct), self._struct(batch, batch_struct)
+        where = self._struct(layer, kv_layer_struct), kv_scales_struct(op.kv_scales)
+        to = self._struct(batch, batch_struct), q.data_ptr()
         status = self._library.octavo_rope_and_cache(
-            self._pool, qkv.data_ptr(), op.num_heads, table, norm, *where, q.data_ptr()
+            self._pool, qkv.data_ptr(), op.num_heads, table, norm, *where, *to
         )
         _check(status, "rope_and_cache")
         return q
@@ -278,7 +282,7 @@ class NativeOps(Composed):
     ) -> Tensor:
         q = _floats(q_THD)
         tokens, heads, head_size = q.shape
-        assert (tokens, head_size) == (len(batch.positions_T), layer.key.shape[3])
+        assert (tokens, head_size) == (len(batch.positions_T), head_size_of(layer))
         assert heads % layer.key.shape[2] == 0
         asked = self._struct(op, attention_op_struct)
         out = torch.empty(tokens, heads * head_size)

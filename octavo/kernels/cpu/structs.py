@@ -13,8 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo.formats import KV_FORMATS
 from octavo.kernels.activations import Activation, ClampedSwiGLU, PlainActivation
-from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer, QKNorm, RopeTable
+from octavo.kernels.inputs import (
+    AttentionBatch,
+    AttentionOp,
+    KVLayer,
+    KVScales,
+    QKNorm,
+    RopeTable,
+)
+from octavo.kernels.kv_codec import stored_format
 from octavo.kernels.routing import ExpertWeighting, Score
 from octavo.kernels.weights import ExpertWeights, Weight
 from octavo.visibility import Chunk, Full, Visibility, Window
@@ -22,7 +31,8 @@ from octavo.visibility import Chunk, Full, Visibility, Window
 _FORMATS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
 FORMAT_CODES = {name: code for code, name in enumerate(_FORMATS)}
 """The order is that of `enum Format` in native.h."""
-KV_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+KV_CODES = {name: code for code, name in enumerate(KV_FORMATS)}
+"""The order is that of `enum KVFormat` in native.h."""
 ACTIVATION_CODES: dict[PlainActivation, int] = {"silu": 0, "gelu_tanh": 1}
 _CLAMPED_SWIGLU = 2
 SCORE_CODES: dict[Score, int] = {"softmax": 0, "sigmoid": 1, "sqrt_softplus": 2, "logit": 3}
@@ -38,11 +48,19 @@ class MatrixStruct(ctypes.Structure):
     _fields_ = fields("data*", "rows", "cols", "row_bytes", "format")
 
 
+class KVPlaneStruct(ctypes.Structure):
+    _fields_ = fields("data*", "scales*", "stride", "scale_stride", "num_scales", "format")
+
+
 class KVLayerStruct(ctypes.Structure):
-    _fields_ = fields(
-        *("key*", "value*", "key_stride", "value_stride"),
-        *("blocks", "block_size", "kv_heads", "head_size", "format"),
-    )
+    _fields_ = [
+        *(("key", KVPlaneStruct), ("value", KVPlaneStruct)),
+        *fields("blocks", "block_size", "kv_heads", "head_size", "first_part"),
+    ]
+
+
+class KVScalesStruct(ctypes.Structure):
+    _fields_ = fields("key*", "value*")
 
 
 class BatchStruct(ctypes.Structure):
@@ -134,16 +152,44 @@ def address_of(tensor: Tensor, dtype: torch.dtype) -> int:
     return tensor.data_ptr()
 
 
+def head_size_of(layer: KVLayer) -> int:
+    """Returns how many numbers a vector has."""
+    packed = layer.key.shape[3]
+    return 2 * packed if layer.key.dtype is torch.uint8 else packed
+
+
 def kv_layer_struct(layer: KVLayer) -> KVLayerStruct:
-    key, value = layer.key, layer.value
-    blocks, block_size, kv_heads, head_size = key.shape
-    inner = (kv_heads * head_size, head_size, 1)
-    assert (value.shape, value.dtype) == (key.shape, key.dtype)
-    assert (key.stride()[1:], value.stride()[1:]) == (inner, inner), "pages must be contiguous"
-    item = key.element_size()
-    strides = key.stride(0) * item, value.stride(0) * item
-    shape = blocks, block_size, kv_heads, head_size
-    return KVLayerStruct(key.data_ptr(), value.data_ptr(), *strides, *shape, KV_CODES[key.dtype])
+    blocks, block_size, kv_heads, _ = layer.key.shape
+    head_size = head_size_of(layer)
+    assert len(layer.parts) in (0, 2), "a vector has one part or two"
+    first_part = layer.parts[0] if layer.parts else 0
+    planes = (
+        _plane_struct(numbers, scales, head_size)
+        for numbers, scales in ((layer.key, layer.key_scale), (layer.value, layer.value_scale))
+    )
+    return KVLayerStruct(*planes, blocks, block_size, kv_heads, head_size, first_part)
+
+
+def _plane_struct(numbers: Tensor, scales: Tensor | None, head_size: int) -> KVPlaneStruct:
+    stored = stored_format(numbers)
+    for tensor in (numbers,) if scales is None else (numbers, scales):
+        heads, width = tensor.shape[2:]
+        assert tensor.stride()[1:] == (heads * width, width, 1), "pages must be contiguous"
+    item = numbers.element_size()
+    assert numbers.shape[3] * item * 8 == head_size * stored.bits
+    assert stored.is_quantized == (scales is not None)
+    pointer, stride, num_scales = None, 0, 0
+    if scales is not None:
+        assert scales.dtype is torch.bfloat16
+        pointer, stride, num_scales = scales.data_ptr(), scales.stride(0) * 2, scales.shape[3]
+    strides = numbers.stride(0) * item, stride
+    return KVPlaneStruct(numbers.data_ptr(), pointer, *strides, num_scales, KV_CODES[stored.name])
+
+
+def kv_scales_struct(scales: KVScales | None) -> KVScalesStruct:
+    if scales is None:
+        return KVScalesStruct(None, None)
+    return KVScalesStruct(*(address_of(t, torch.float32) for t in (scales.key_K, scales.value_K)))
 
 
 def batch_struct(batch: AttentionBatch) -> BatchStruct:

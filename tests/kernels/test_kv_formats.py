@@ -1,0 +1,207 @@
+"""KV in formats with scales: what is written, and attention over it against float64."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from octavo.formats import KV_FORMATS, KVFormat
+from octavo.kernels.inputs import AttentionOp, KVScales, QKNorm, RopeTable
+from octavo.kernels.kv_codec import dequantize, mix, quantize, stored_format
+from octavo.kernels.kv_pages import mixed_as
+from octavo.kernels.ops import Ops
+from octavo.kernels.reference import ReferenceOps
+from octavo.visibility import Chunk, Window
+from tests.kernels.cases import assert_close, exact_attention, floats
+from tests.kernels.kv_cases import PAIRS, kv_op, make_stored, raw, slots_of, stored
+
+QUANTIZED = [name for name, one in KV_FORMATS.items() if one.is_quantized]
+WORST = {"fp8": 1 / 16, "int8": 1 / 250, "int4": 1 / 7.7}
+"""Of the largest number that shares a scale."""
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+@given(seed=st.integers(0, 2**31), exponent=st.integers(-100, 100))
+def test_numbers_come_back_within_a_step(name: str, seed: int, exponent: int) -> None:
+    stored_as = KV_FORMATS[name]
+    x = torch.randn(3, 2, 128, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
+    numbers, scales = quantize(x, stored_as)
+    assert stored_format(numbers) == stored_as
+    assert numbers.nelement() * numbers.element_size() * 8 == x.nelement() * stored_as.bits
+    assert scales.shape == (3, 2, stored_as.num_scales(128))
+    found = dequantize(numbers, scales)
+    largest = x.view(*scales.shape, -1).abs().amax(-1, keepdim=True)
+    error = (found - x).view(*scales.shape, -1).abs()
+    assert (error <= WORST[name] * largest).all()
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_zeros_stay_and_what_is_no_number_spoils_its_scale(name: str) -> None:
+    x = torch.zeros(4, 128)
+    x[1, 5], x[2, 5], x[3, 5] = torch.nan, torch.inf, -torch.inf
+    found = dequantize(*quantize(x, KV_FORMATS[name]))
+    assert (found[0] == 0).all()
+    assert found[1:, :32].isnan().all()
+
+
+@pytest.mark.parametrize("size", [2, 24, 64, 80, 128, 192, 512])
+def test_mixing_is_its_own_inverse_and_keeps_dot_products(
+    size: int, rng: np.random.Generator
+) -> None:
+    x, y = floats(rng, 5, size), floats(rng, 5, size)
+    assert_close(mix(mix(x)), x.double())
+    assert_close((mix(x) * mix(y)).sum(-1), (x.double() * y.double()).sum(-1), 1e-4)
+    spike = torch.zeros(1, 128)
+    spike[0, 77] = 1
+    assert torch.allclose(mix(spike).abs(), torch.tensor(128**-0.5))
+
+
+def attended(ops: Ops, q: Tensor, op: AttentionOp, paged, batch) -> Tensor:
+    return ops.attention(mixed_as(paged.layer, "key", q), op, paged.layer, batch)
+
+
+@pytest.mark.parametrize("formats", PAIRS)
+@pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_attention_over_every_pair_of_formats(
+    ops: Ops, rng: np.random.Generator, formats: str, decode: bool, group: int
+) -> None:
+    lengths, sizes = [1, 17, 64, 65, 300], (2, 64)
+    query_lens = [1 if decode else int(rng.integers(1, min(n, 40) + 1)) for n in lengths]
+    paged = make_stored(rng, lengths, sizes, formats)
+    batch = paged.batch(lengths, query_lens)
+    q, op = floats(rng, sum(query_lens), 2 * group, 64), kv_op(2 * group, sizes)
+    found = attended(ops, q, op, paged, batch)
+    assert_close(found, exact_attention(q, paged, batch, op))
+
+
+@pytest.mark.parametrize(
+    ("formats", "head_size"),
+    [*(("int8", n) for n in (8, 12, 80, 256)), ("fp8", 12), ("fp8", 128), ("int4", 192)],
+)
+def test_head_sizes(ops: Ops, rng: np.random.Generator, formats: str, head_size: int) -> None:
+    lengths, query_lens = [70, 33], [1, 33]
+    paged = make_stored(rng, lengths, (1, head_size), formats)
+    batch = paged.batch(lengths, query_lens)
+    q, op = floats(rng, 34, 2, head_size), kv_op(2, (1, head_size))
+    found = attended(ops, q, op, paged, batch)
+    assert_close(found, exact_attention(q, paged, batch, op))
+
+
+@pytest.mark.parametrize("formats", ["int8", "int4"])
+@pytest.mark.parametrize("visibility", [Window(20), Chunk(48)], ids=str)
+def test_windows_sinks_and_caps(
+    ops: Ops, rng: np.random.Generator, formats: str, visibility: Window | Chunk
+) -> None:
+    lengths, query_lens = [20, 49, 200], [1, 9, 200]
+    paged = make_stored(rng, lengths, (2, 64), formats)
+    batch = paged.batch(lengths, query_lens)
+    q, sinks = floats(rng, 210, 6, 64), floats(rng, 6)
+    op = kv_op(6, (2, 64), visibility=visibility, sinks_H=sinks, soft_cap=3.0)
+    found = attended(ops, q, op, paged, batch)
+    assert_close(found, exact_attention(q, paged, batch, op))
+
+
+@pytest.mark.parametrize("formats", [*QUANTIZED, "int8/int4"])
+@pytest.mark.parametrize("has_norm", [True, False])
+def test_native_writes_what_the_reference_writes(
+    native: Ops, rng: np.random.Generator, formats: str, has_norm: bool
+) -> None:
+    sizes, length, op = (2, 64), 45, kv_op(4, (2, 64))
+    op = dataclasses.replace(op, rope=_rope(rng, length), qk_norm=_norm(rng) if has_norm else None)
+    state = np.random.default_rng(1)
+    layers, queries = [], []
+    for ops in (native, ReferenceOps(1)):
+        state = np.random.default_rng(1)
+        paged = make_stored(state, [length], sizes, formats, is_written=False)
+        qkv = floats(state, length, 8 * 64)
+        qkv[3, 5 * 64 :] = 0
+        queries.append(ops.rope_and_cache(qkv, op, paged.layer, paged.batch([length], [length])))
+        layers.append((paged, raw(paged.layer)))
+    assert_close(queries[0], queries[1].double())
+    for name, found in layers[0][1].items():
+        same = (found == layers[1][1][name]).float().mean()
+        assert same > 0.995 if has_norm or name in ("key", "key_scale") else same == 1, name
+    for name in ("key", "value"):
+        found, expected = (stored(paged, name, 0, length) for paged, _ in layers)
+        step = 0.2 if "int4" in formats else 0.1 if formats == "fp8" else 0.02
+        assert (found - expected).abs().max() <= step * expected.abs().max()
+        assert found.isfinite().all()
+
+
+def _rope(rng: np.random.Generator, positions: int) -> RopeTable:
+    angles = floats(rng, positions, 16)
+    return RopeTable(cos=angles.cos(), sin=angles.sin(), rotary_dim=32)
+
+
+def _norm(rng: np.random.Generator) -> QKNorm:
+    return QKNorm(query=floats(rng, 64), key=floats(rng, 64), eps=1e-6, per_head=True)
+
+
+@pytest.mark.parametrize("formats", [*QUANTIZED, "int8/int4"])
+def test_written_and_read_again_with_poison_around(
+    ops: Ops, rng: np.random.Generator, formats: str
+) -> None:
+    sizes, lengths = (2, 64), [21, 64]
+    paged = make_stored(rng, lengths, sizes, formats, is_written=False)
+    op, batch = kv_op(6, sizes), paged.batch(lengths, lengths)
+    qkv = floats(rng, 85, 10 * 64)
+    found = ops.rope_attention(qkv, op, paged.layer, batch)
+    paged.keys[:] = [stored(paged, "key", s, n) for s, n in enumerate(lengths)]
+    paged.values[:] = [stored(paged, "value", s, n) for s, n in enumerate(lengths)]
+    assert_close(found, exact_attention(qkv[:, : 6 * 64].reshape(-1, 6, 64), paged, batch, op))
+    error = paged.keys[1] - qkv[21:, 6 * 64 : 8 * 64].view(-1, 2, 64)
+    assert error.square().mean() < 0.011, "a key is not near what was written"
+
+
+@pytest.mark.parametrize("formats", PAIRS)
+def test_bits_do_not_depend_on_chunks_and_batches(
+    native: Ops, rng: np.random.Generator, formats: str
+) -> None:
+    length, sizes, op = 300, (2, 64), kv_op(6, (2, 64))
+    qkv, whole = floats(rng, length, 10 * 64), []
+    for cut in ([300], [1, 299], [64, 67, 169], [*([1] * 20), 280]):
+        state = np.random.default_rng(2)
+        paged = make_stored(state, [length, 40], sizes, formats, is_written=False)
+        parts, done = [], 0
+        for count in cut:
+            batch = paged.batch([done + count], [count])
+            rows = qkv[done : done + count]
+            parts.append(native.rope_attention(rows, op, paged.layer, batch))
+            done += count
+        whole.append((torch.cat(parts), {n: p.clone() for n, p in raw(paged.layer).items()}))
+    for found, planes in whole[1:]:
+        assert torch.equal(found, whole[0][0])
+        for name, plane in planes.items():
+            assert torch.equal(plane, whole[0][1][name])
+    other = ReferenceOps(1).rope_attention(qkv, op, paged.layer, paged.batch([length], [length]))
+    assert_close(other, whole[0][0].double(), 0.02)
+
+
+def test_scales_of_a_checkpoint_are_kept_and_clamp(ops: Ops, rng: np.random.Generator) -> None:
+    paged = make_stored(rng, [20], (2, 64), "fp8", is_written=False)
+    scales = KVScales(key_K=torch.tensor([0.5, 0.0078125]), value_K=torch.tensor([0.25, 1.0]))
+    op = dataclasses.replace(kv_op(2, (2, 64)), kv_scales=scales)
+    qkv = floats(rng, 20, 6 * 64) * 3
+    ops.rope_and_cache(qkv, op, paged.layer, paged.batch([20], [20]))
+    at = slots_of(paged, 0, 20)
+    for name, expected in (("key", scales.key_K), ("value", scales.value_K)):
+        kept = paged.layer.planes[f"{name}_scale"].flatten(0, 1)[at]
+        assert torch.equal(kept.float(), expected.view(1, 2, 1).expand(20, 2, 1))
+    keys = stored(paged, "key", 0, 20)
+    written = qkv[:, 128:256].view(20, 2, 64)
+    limit = torch.tensor([224.0, 3.5]).view(1, 2, 1)
+    assert ((keys - written.clamp(-limit, limit)).abs() <= 0.5).all()
+    assert (keys[:, 1].abs() == 3.5).any()
+
+
+def test_a_format_needs_vectors_that_it_can_pack() -> None:
+    assert [n for n in (8, 64, 80, 128, 576) if KV_FORMATS["int4"].takes(n)] == [64, 128, 576]
+    assert KV_FORMATS["int8"].takes(12)
+    assert not KVFormat(name="bfloat16", bits=16).is_mixed
