@@ -18,7 +18,7 @@ from octavo.config import EngineConfig, tuned_dir
 from octavo.device import select_device
 from octavo.formats import kv_formats
 from octavo.kernels.backend import KernelBuilds, SamplingKernels
-from octavo.kernels.planning import PlanLimits, PlannedGroup
+from octavo.kernels.planning import AttentionPlanner, PlanLimits, PlannedGroup
 from octavo.kernels.registry import Needs, select_backend
 from octavo.kv_cache.planner import MemoryPlan, gib
 from octavo.kv_cache.spec import KVGroup
@@ -28,10 +28,14 @@ from octavo.models.family import Family
 from octavo.models.spec import ModelSpec
 from octavo.observe.progress import UNWATCHED, Progress
 from octavo.parallel import ALONE, Collectives
-from octavo.runner.device_runner import DeviceRunner
+from octavo.runner.device import device_equipment
 from octavo.runner.device_sampler import DeviceSampler
+from octavo.runner.graphs import StepGraphs
+from octavo.runner.host import host_equipment
 from octavo.runner.model_runner import ModelRunner
+from octavo.runner.rehearsal import Rehearsal
 from octavo.runner.sampler import Sampler
+from octavo.runner.transfer import make_transfer
 from octavo.runner.warm_up import steps_to_build, steps_to_run
 from octavo.step import Runner
 from octavo.weights.placement import DevicePlacement, HostPlacement
@@ -82,29 +86,33 @@ def build_runner(
     decoder = replace(decoder, progress=progress)
     if backend.builds is not None:
         backend.builds.tell_builds(progress)
-    if backend.sampling is not None:
-        runner = _device_runner(config, plan, decoder, backend.sampling, needs.device)
-        if needs.device.type == "cuda":
-            warm_up(runner, config, plan, backend.builds, needs.num_threads)
-        step_bytes = -collectives.least([-runner.step_bytes])[0]
-        if step_bytes > plan.activation_bytes:
-            logger.warning(
-                "a step takes %s, planned were %s; the KV cache gets the difference less",
-                gib(step_bytes),
-                gib(plan.activation_bytes),
-            )
-            plan = planner(step_bytes)
-        runner.storage.allocate(plan.num_chunks)
-        return runner, plan
-    runner = ModelRunner(
-        decoder=decoder,
-        storage=KVStorage(plan.groups, plan.num_chunks, plan.block_size),
-        sampler=Sampler(spec.vocab_size, config.max_num_seqs),
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=plan.max_model_len,
+    if backend.sampling is None:
+        return _host_runner(config, plan, decoder), plan
+    runner, rehearsal = _device_runner(config, plan, decoder, backend.sampling, needs.device)
+    if needs.device.type == "cuda":
+        warm_up(rehearsal, config, plan, spec.vocab_size, backend.builds, needs.num_threads)
+    step_bytes = -collectives.least([-rehearsal.step_bytes])[0]
+    if step_bytes > plan.activation_bytes:
+        logger.warning(
+            "a step takes %s, planned were %s; the KV cache gets the difference less",
+            gib(step_bytes),
+            gib(plan.activation_bytes),
+        )
+        plan = planner(step_bytes)
+    runner.storage.allocate(plan.num_chunks)
+    return runner, plan
+
+
+def _host_runner(config: EngineConfig, plan: MemoryPlan, decoder: Decoder) -> ModelRunner:
+    storage = KVStorage(plan.groups, plan.num_chunks, plan.block_size)
+    sampler = Sampler(decoder.spec.vocab_size, config.max_num_seqs)
+    attention = _attention_planner(config, plan, decoder, torch.device("cpu"))
+    return ModelRunner(
+        decoder,
+        storage,
+        host_equipment(decoder, storage, attention, sampler, plan.max_model_len),
         poison_freed_blocks=config.poison_freed_blocks,
     )
-    return runner, plan
 
 
 def _device_runner(
@@ -113,25 +121,35 @@ def _device_runner(
     decoder: Decoder,
     sampling: SamplingKernels,
     device: torch.device,
-) -> DeviceRunner:
+) -> tuple[ModelRunner, Rehearsal]:
+    # What a warm-up needs; the rest comes when it has shown what a step takes.
+    storage = KVStorage(plan.groups, 1, plan.block_size, device)
+    transfer = make_transfer(device)
+    vocab_size, max_num_seqs = decoder.spec.vocab_size, config.max_num_seqs
+    sampler = DeviceSampler(vocab_size, max_num_seqs, device, sampling, transfer.upload)
+    graphs = StepGraphs(is_on=device.type == "cuda" and not config.enforce_eager)
+    attention = _attention_planner(config, plan, decoder, device)
+    runner = ModelRunner(
+        decoder,
+        storage,
+        device_equipment(
+            decoder, storage, attention, sampler, graphs, transfer, plan.max_model_len
+        ),
+        poison_freed_blocks=config.poison_freed_blocks,
+    )
+    return runner, Rehearsal(runner, graphs, device)
+
+
+def _attention_planner(
+    config: EngineConfig, plan: MemoryPlan, decoder: Decoder, device: torch.device
+) -> AttentionPlanner:
     limits = PlanLimits(
         max_num_seqs=config.max_num_seqs,
         max_model_len=plan.max_model_len,
         kv_tokens=plan.num_tokens,
     )
     groups = planned_groups(decoder, plan.groups, plan.block_size)
-    return DeviceRunner(
-        decoder=decoder,
-        # What a warm-up needs; the rest comes when it has shown what a step takes.
-        storage=KVStorage(plan.groups, 1, plan.block_size, device),
-        sampler=DeviceSampler(decoder.spec.vocab_size, config.max_num_seqs, device, sampling),
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=plan.max_model_len,
-        planner=decoder.ops.planner(groups, limits, device),
-        device=device,
-        use_graphs=not config.enforce_eager,
-        poison_freed_blocks=config.poison_freed_blocks,
-    )
+    return decoder.ops.planner(groups, limits, device)
 
 
 def planned_groups(
@@ -155,21 +173,21 @@ def planned_groups(
 
 
 def warm_up(
-    runner: DeviceRunner,
+    rehearsal: Rehearsal,
     config: EngineConfig,
     plan: MemoryPlan,
+    vocab_size: int,
     builds: KernelBuilds | None,
     num_threads: int,
 ) -> None:
     """Has the kernels built that steps will want, side by side, and runs some steps."""
-    vocab_size = runner.decoder.spec.vocab_size
     tokens = min(plan.max_num_batched_tokens, plan.max_model_len)
     sizes = config.max_num_seqs, tokens
     if builds is not None and builds.can_build():
         began = time.perf_counter()
         with builds.building(min(num_threads, MAX_BUILDERS)):
             for step in steps_to_build(*sizes, plan.max_model_len, vocab_size):
-                runner.build(step)
+                rehearsal.build(step)
         logger.info("kernels are there after %.1f s", time.perf_counter() - began)
     for step in steps_to_run(*sizes, vocab_size):
-        runner.warm_up(step)
+        rehearsal.run(step)

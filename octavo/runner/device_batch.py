@@ -1,8 +1,8 @@
 """Block tables on the device, and the inputs of one step as tensors there.
 
-Owned by the device runner, on top of the host's `InputBatch`. Of the tables only deltas travel, all
-in one pinned copy, and the step's own arrays in another; sampled tokens never leave the device on
-their way to the next step.
+Owned by a device's forward pass, on top of the host's `InputBatch`. Of the tables only deltas
+travel, all in one pinned copy, and the step's own arrays in another; sampled tokens never leave the
+device on their way to the next step.
 
 Shape legend: S rows, T tokens, G KV groups; a step of a captured graph is padded to a `StepShape`.
 """

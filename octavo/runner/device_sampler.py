@@ -37,9 +37,17 @@ class DeviceSampler:
     """
 
     def __init__(
-        self, vocab_size: int, max_num_seqs: int, device: torch.device, kernels: SamplingKernels
+        self,
+        vocab_size: int,
+        max_num_seqs: int,
+        device: torch.device,
+        kernels: SamplingKernels,
+        upload: Callable[[Int32], Tensor] | None = None,
     ) -> None:
+        """`upload` brings a step's arrays to the device (`octavo.runner.transfer`); None: each in
+        pinned memory of its own."""
         self._kernels = kernels
+        self._upload = upload or (lambda packed: _to_device(packed, device))
         self.last_sampled = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
         """int32 [max_num_seqs] on the device: each row's last token, 0 where it was broken."""
         self._vocab_size = vocab_size
@@ -81,26 +89,22 @@ class DeviceSampler:
         logits_SV: Tensor,
         rows: Int32,
         output_indices: Int32,
-        upload: Callable[[Int32], Tensor] | None = None,
         masks: Words | None = None,
     ) -> SampledTokens:
         """Returns one token per row of `logits_SV` (float32, on the device; may be changed), as
         int32 [S] on the device, and writes `last_sampled` at `rows`.
 
-        `output_indices[i]` counts the outputs the sequence in `rows[i]` has so far. `upload` is
-        the step's, where there is one (`octavo.runner.transfer`). `masks` [S, ceil(V / 32)] on the
-        host: a bit for each id that may be drawn. A row whose logits hold a NaN or nothing finite
-        gets NO_TOKEN, and its neighbours their tokens.
+        `output_indices[i]` counts the outputs the sequence in `rows[i]` has so far. `masks`
+        [S, ceil(V / 32)] on the host: a bit for each id that may be drawn. A row whose logits hold
+        a NaN or nothing finite gets NO_TOKEN, and its neighbours their tokens.
         """
         check_shape(logits_SV, len(rows), self._vocab_size)
         reported = np.flatnonzero(self._num_logprobs[rows] >= 0)
         # Taken before anything changes them.
         raw_NV = logits_SV[_to_device(reported, self._device)] if len(reported) else None
-        if upload is None:
-            upload = lambda packed: _to_device(packed, self._device)
-        self._restrict(logits_SV, rows, output_indices, masks, upload)
+        self._restrict(logits_SV, rows, output_indices, masks)
         batch_S2 = np.stack((rows, output_indices), axis=1).astype(np.int32)
-        there = upload(batch_S2.reshape(-1)).view(-1, 2)
+        there = self._upload(batch_S2.reshape(-1)).view(-1, 2)
         token_ids = self.enqueue(logits_SV, there, rows)
         logprobs: dict[int, TokenLogprobs] = {}
         if raw_NV is not None:
@@ -134,7 +138,6 @@ class DeviceSampler:
         rows: Int32,
         output_indices: Int32,
         masks: Words | None,
-        upload: Callable[[Int32], Tensor],
     ) -> None:
         """Enqueues what makes ids impossible, or more or less likely, before all else."""
         is_concerned = self._is_limited[rows] | (masks is not None)
@@ -152,7 +155,7 @@ class DeviceSampler:
         if words:
             parts = [np.array(list(words), np.int32), np.concatenate(list(words.values()))]
             packed, (at, bits) = pack([parts[0], parts[1].view(np.int32)])
-            there = upload(packed)
+            there = self._upload(packed)
             self._kernels.mask_logits(logits_SV, there[at], there[bits].view(len(words), -1))
         if biased:
             lengths = [len(limits.bias_ids) for _, limits in biased]
@@ -160,7 +163,7 @@ class DeviceSampler:
             ids = np.concatenate([limits.bias_ids for _, limits in biased])
             values = np.concatenate([limits.bias for _, limits in biased])
             packed, parts = pack([places, ids, values.view(np.int32)])
-            there = upload(packed)
+            there = self._upload(packed)
             self._kernels.bias_logits(logits_SV, *(there[part] for part in parts))
 
     def _row_params(self, params: SamplingParams) -> NDArray[Any]:

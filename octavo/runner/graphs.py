@@ -1,16 +1,16 @@
 """Small steps as CUDA graphs: one for each shape in use, recorded when it is met a second time.
 
-Owned by the device runner. A graph replays kernels over fixed addresses, so a step is padded to the
-next shape and its inputs are copied to where the graph reads them. All graphs share one memory
-pool: only one of them runs at a time.
+Owned by a device's forward pass. A graph replays kernels over fixed addresses, so a step is padded
+to the next shape and its inputs are copied to where the graph reads them. All graphs share one
+memory pool: only one of them runs at a time.
 """
 
 from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable, Hashable
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +55,7 @@ class StepGraphs:
 
     def __init__(self, *, is_on: bool) -> None:
         self._is_on = is_on
+        self._is_ignored = False
         self._pool = torch.cuda.graph_pool_handle() if is_on else None
         self._met: set[StepShape] = set()
         self._captured: dict[StepShape, _Captured] = {}
@@ -65,6 +66,8 @@ class StepGraphs:
         The first time it runs as it is (which builds its kernels), the second time it is captured;
         the result is valid until the next step of this shape.
         """
+        if self._is_ignored:
+            return body()
         found = self._captured.get(shape)
         if found is None:
             if not self._is_on or shape not in self._met or not self._has_room(shape):
@@ -74,6 +77,15 @@ class StepGraphs:
             logger.debug("captured a graph of %s", shape)
         found.graph.replay()
         return found.output
+
+    @contextmanager
+    def ignored(self) -> Iterator[None]:
+        """Steps inside run as they are, and none of their shapes counts as met."""
+        self._is_ignored = True
+        try:
+            yield
+        finally:
+            self._is_ignored = False
 
     def _has_room(self, shape: StepShape) -> bool:
         mixed = sum(not known.is_plain for known in self._captured)

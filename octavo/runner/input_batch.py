@@ -1,7 +1,7 @@
 """What a runner remembers of each sequence (persistent rows), and the inputs of one step.
 
 Owned and called by a runner. It never decides anything: rows, blocks and tokens are the plan's.
-Everything here is on the host; `device_batch` puts it on a device.
+Everything here is NumPy; `host` makes tensors of it, `device_batch` puts it on a device.
 
 Shape legend: S scheduled rows, T tokens of the step, N sampling rows.
 """
@@ -11,10 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from octavo.kernels.inputs import AttentionBatch
 from octavo.kernels.planning import StepRows
 from octavo.step import Int32, RowStart, StepPlan, TableDelta
 
@@ -51,7 +48,7 @@ class StepInputs:
 
 
 class InputBatch:
-    """The persistent rows: sequences, block tables of every KV group, last sampled tokens."""
+    """The persistent rows: sequences, and block tables of every KV group."""
 
     def __init__(
         self, *, max_num_seqs: int, max_model_len: int, block_size: int, num_groups: int
@@ -65,7 +62,6 @@ class InputBatch:
         self._starts: list[RowStart | None] = [None] * max_num_seqs
         self._prompt_lens = np.zeros(max_num_seqs, np.int32)
         self._wants_prompt = np.zeros(max_num_seqs, np.bool_)
-        self._last_sampled = np.zeros(max_num_seqs, np.int32)
 
     def free(self, row: int) -> None:
         """Forgets the row's sequence."""
@@ -83,10 +79,6 @@ class InputBatch:
         """Writes new blocks into a block table."""
         stop = delta.column + len(delta.block_ids)
         self.tables[delta.group, delta.row, delta.column : stop] = delta.block_ids
-
-    def keep_sampled(self, rows: Int32, token_ids: Int32) -> None:
-        """Remembers what was sampled, as input of a later step."""
-        self._last_sampled[rows] = token_ids
 
     def prepare(self, plan: StepPlan) -> StepInputs:
         """Returns the inputs of `plan`, whose rows have been started and tables applied."""
@@ -122,30 +114,6 @@ class InputBatch:
             seq_lens=inputs.seq_lens_S,
             tables=tuple(self.tables),
             num_started=self.num_started,
-        )
-
-    def token_ids(self, plan: StepPlan, inputs: StepInputs) -> Tensor:
-        """Returns the input ids int32 [T], sampled ones filled in."""
-        token_ids = plan.token_ids.copy()
-        first = inputs.query_starts[:-1][plan.from_device]
-        token_ids[first] = self._last_sampled[plan.rows[plan.from_device]]
-        return torch.from_numpy(token_ids)
-
-    def attention_batches(self, plan: StepPlan, inputs: StepInputs) -> tuple[AttentionBatch, ...]:
-        """Returns where queries and KV lie, one batch per KV group."""
-        num_columns = -(-int(inputs.seq_lens_S.max()) // self.block_size)
-        positions, starts, lens = map(
-            torch.from_numpy, (inputs.positions_T, inputs.query_starts, inputs.seq_lens_S)
-        )
-        return tuple(
-            AttentionBatch(
-                positions_T=positions,
-                slot_mapping_T=torch.from_numpy(slots.astype(np.int64)),
-                query_starts=starts,
-                seq_lens_S=lens,
-                block_table=torch.from_numpy(table[plan.rows, :num_columns]),
-            )
-            for table, slots in zip(self.tables, inputs.slots, strict=True)
         )
 
     def _prompt_targets(self, plan: StepPlan, query_starts: Int32) -> tuple[PromptTargets, ...]:

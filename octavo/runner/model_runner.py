@@ -1,57 +1,59 @@
-"""Executes step plans on one worker thread, in order: the Runner of `octavo.step`.
+"""Executes step plans in order, on a host or a device: the Runner of `octavo.step`.
 
-Called by the engine's executor. It never schedules and never touches text; what a row's sequence
-is, which blocks it has and what it computes come from the plan.
+Called by the engine core or its executor. It never schedules and never touches text; what a row's
+sequence is, which blocks it has and what it computes come from the plan. What differs between a
+host and a device is its `Equipment`.
 
-    launch(plan)    caller's thread: enqueue          collect(ticket)  caller's thread: wait
-    _step(plan)     worker thread, side effects in this order: rows freed, blocks poisoned, rows
-                    started, blocks copied, tables updated, KV written, sampled tokens kept
+    launch(plan)     rows freed, blocks poisoned, rows started, blocks copied, tables updated;
+                     inputs, attention planned, forward (KV written), sampled tokens kept for the
+                     next step, results on their way to the host, states saved
+    sample(ticket)   the rows that waited for masks
+    collect(ticket)  the only wait
 """
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import NamedTuple
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from octavo.errors import EngineDeadError, OutOfMemoryError
 from octavo.kv_cache.storage import KVStorage
 from octavo.models.decoder import Decoder
+from octavo.runner.equipment import Equipment
 from octavo.runner.fence import Fence
-from octavo.runner.input_batch import InputBatch, PromptTargets, StepInputs
-from octavo.runner.sampler import Sampler, prompt_logprobs
-from octavo.step import StepPlan, StepResult, TokenLogprobs, Words, single_starts
+from octavo.runner.input_batch import PromptTargets, StepInputs
+from octavo.runner.launched import Launched, Part, Samples, joined
+from octavo.runner.sampler import prompt_logprobs
+from octavo.runner.split import split_plan
+from octavo.step import StepPlan, StepResult, TokenLogprobs, Words
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PROMPT_TILE = 64
 """Prompt positions whose logits exist at once: [T, V] of a long prompt would be gigabytes."""
 
 
-class _Waiting(NamedTuple):
-    """What is known of a step whose masked rows are not sampled yet."""
-
-    result: StepResult
-    logits_NV: Tensor
-    """Of the masked rows."""
-    places: NDArray[np.int64]
-    """Those rows among the sampling ones."""
-    inputs: StepInputs
-
-
 @dataclass(slots=True)
 class _Ticket:
+    plan: StepPlan
     generation: int
-    result: Future[StepResult]
-    masked: Future[StepResult] | None = None
-    """The same result, when masked rows are sampled too."""
-    waiting: _Waiting | None = None
+    step: Future[Launched] = field(init=False)
+    masked: Future[None] | None = None
+    """The sampling of the rows that waited for masks, once they are there."""
 
 
 class ModelRunner:
-    """Owns the persistent rows and the worker thread.
+    """Owns what is remembered of sequences from step to step. One thread calls it.
 
     A step that fails raises its exception from `collect`, and so do those launched behind it before
     that: they do nothing.
@@ -59,146 +61,207 @@ class ModelRunner:
 
     def __init__(
         self,
-        *,
         decoder: Decoder,
         storage: KVStorage,
-        sampler: Sampler,
-        max_num_seqs: int,
-        max_model_len: int,
+        equipment: Equipment,
+        *,
         poison_freed_blocks: bool = False,
     ) -> None:
         self.decoder = decoder
         self.storage = storage
-        self._sampler = sampler
+        self._lane = equipment.lane
+        self._transfer = equipment.transfer
+        self._batch = equipment.batch
+        self._planner = equipment.planner
+        self._forward = equipment.forward
+        self._sampler = equipment.sampler
+        self._counts = equipment.counts
         self._poison_freed_blocks = poison_freed_blocks
-        self._batch = InputBatch(
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
-            block_size=storage.block_size,
-            num_groups=len(storage.groups),
-        )
         self._fence = Fence()
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="octavo-runner")
+        self._num_under_way = 0
 
     def launch(self, plan: StepPlan) -> object:
-        """Enqueues the step and returns at once."""
-        generation = self._fence.generation
-        ticket = _Ticket(generation, Future())
-        ticket.result = self._worker.submit(self._run, plan, ticket)
+        """Enqueues the step."""
+        self._num_under_way += 1
+        ticket = _Ticket(plan, self._fence.generation)
+        ticket.step = self._enqueue(ticket, lambda: self._step(plan))
         return ticket
 
     def sample(self, ticket: object, masks: Words) -> None:
-        """Enqueues the sampling of a launched step's masked rows and returns at once."""
+        """Enqueues the sampling of a launched step's masked rows."""
         assert isinstance(ticket, _Ticket), ticket
-        ticket.masked = self._worker.submit(self._run_masked, ticket, masks)
+        step = ticket.step
+        ticket.masked = self._enqueue(ticket, lambda: self._sample_masked(step.result(), masks))
 
     def collect(self, ticket: object) -> StepResult:
-        """Returns the result of a launched step; raises what the step raised."""
+        """Returns the result of a launched step; raises what the step raised, EngineDeadError if
+        the device can be used no more since."""
         assert isinstance(ticket, _Ticket), ticket
+        self._num_under_way -= 1
         try:
-            result = ticket.result.result()  # first, since it knows what went wrong
-            return result if ticket.masked is None else ticket.masked.result()
-        except Exception:
+            return self._result(ticket)
+        except Exception as error:
             self._fence.collect(ticket.generation)
-            raise
+            if isinstance(error, OutOfMemoryError) or self._lane.is_usable():
+                raise
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise EngineDeadError(f"the device can be used no more: {reason}") from error
 
     def close(self) -> None:
-        """Drops steps that have not begun and ends the worker after the one that has."""
-        self._worker.shutdown(wait=True, cancel_futures=True)
+        """Drops steps that have not begun and waits for those that have."""
+        self._lane.close()
 
-    def _run(self, plan: StepPlan, ticket: _Ticket) -> StepResult:
-        with self._fence.guard(ticket.generation), torch.inference_mode():
-            return self._step(plan, ticket)
+    def rehearse(self, plan: StepPlan) -> None:
+        """Runs a step whose rows are free, and are again afterwards; nothing is counted."""
+        self.collect(self.launch(plan))
+        with self._transfer.step():
+            for row in plan.rows.tolist():
+                self._free(row)
+            self._counts.clear()
 
-    def _run_masked(self, ticket: _Ticket, masks: Words) -> StepResult:
-        with self._fence.guard(ticket.generation), torch.inference_mode():
-            waiting = ticket.waiting
-            assert waiting is not None, "the step has no masked rows"
-            result, logits_NV, places, inputs = waiting
-            self._sample(logits_NV, places, inputs, result, masks)
-            return result
+    def _enqueue(self, ticket: _Ticket, work: Callable[[], T]) -> Future[T]:
+        return self._lane.do(lambda: self._guarded(ticket.generation, work))
 
-    def _step(self, plan: StepPlan, ticket: _Ticket) -> StepResult:
+    def _guarded(self, generation: int, work: Callable[[], T]) -> T:
+        try:
+            guard = self._fence.guard(generation)
+            with guard, torch.inference_mode(), self._transfer.step():
+                return work()
+        except torch.OutOfMemoryError as error:
+            reason = str(error)
+        # Out here, or the new error would keep the old one, and that the step's tensors.
+        raise OutOfMemoryError(reason)
+
+    def _result(self, ticket: _Ticket) -> StepResult:
+        launched = ticket.step.result()  # first, since it knows what went wrong
+        if ticket.masked is not None:
+            ticket.masked.result()
+        result, counts = joined(ticket.plan, launched.parts), launched.counts
+        if counts is None and not self._num_under_way:
+            with torch.inference_mode(), self._transfer.step():
+                counts = self._counts.read()
+        return (
+            result if counts is None else replace(result, expert_counts=self._counts.tell(counts))
+        )
+
+    def _step(self, plan: StepPlan) -> Launched:
         self._update_rows(plan)
-        inputs = self._batch.prepare(plan)
-        spec = self.decoder.spec
-        counts_LE = torch.zeros(len(spec.moe_layers), spec.max_experts, dtype=torch.int64)
-        hidden_TM = self.decoder.forward(
-            self._batch.token_ids(plan, inputs),
-            self._batch.attention_batches(plan, inputs),
-            self.storage,
-            counts_LE,
-        )
+        parts = self._launch(plan) if plan.num_rows else []
+        launched = Launched(parts, self._counts.read_at(plan.step_id))
         self.storage.copy(plan.saves, self.decoder.ops)
-        result = StepResult(
-            step_id=plan.step_id,
-            token_ids=np.zeros(len(inputs.sampling_rows), np.int32),
-            token_starts=single_starts(plan.purposes),
-            logprobs={},
-            prompt_logprobs={
-                targets.plan_index: prompt_logprobs_of(self.decoder, hidden_TM, targets)
-                for targets in inputs.prompt_targets
-            },
-            expert_counts=counts_LE.numpy() if spec.moe_layers else None,
-        )
-        ticket.waiting = self._choose(hidden_TM, plan, inputs, result)
-        return result
-
-    def _choose(
-        self, hidden_TM: Tensor, plan: StepPlan, inputs: StepInputs, result: StepResult
-    ) -> _Waiting | None:
-        """Samples the rows that need no masks; returns what the others wait with."""
-        if not len(inputs.sampling_rows):
-            return None
-        logits_NV = self.decoder.logits(hidden_TM[torch.from_numpy(inputs.last_tokens)])
-        if plan.masked is None:
-            self._sample(logits_NV, np.arange(len(logits_NV)), inputs, result)
-            return None
-        is_masked = plan.masked[plan.samples]
-        masked, others = is_masked.nonzero()[0], (~is_masked).nonzero()[0]
-        self._sample(logits_NV[torch.from_numpy(others)], others, inputs, result)
-        return _Waiting(result, logits_NV[torch.from_numpy(masked)], masked, inputs)
+        return launched
 
     def _update_rows(self, plan: StepPlan) -> None:
         for row in plan.freed_rows:
-            self._batch.free(row)
-            self._sampler.free_row(row)
+            self._free(row)
         if self._poison_freed_blocks:
             self.storage.poison(plan.freed_pages)
         for start in plan.row_starts:
             self._batch.start(start)
             self._sampler.start_row(start)
         self.storage.copy(plan.copies, self.decoder.ops)
-        for delta in plan.table_deltas:
-            self._batch.apply(delta)
+        self._forward.apply(plan.table_deltas)
 
-    def _sample(
+    def _free(self, row: int) -> None:
+        self._batch.free(row)
+        self._sampler.free_row(row)
+
+    def _launch(self, plan: StepPlan) -> list[Part]:
+        """Launches the plan, in parts if the device's memory does not suffice for the whole."""
+        try:
+            return [self._launch_part(plan)]
+        except torch.OutOfMemoryError:
+            # Ranks compute the same parts: where there are several, one alone cannot split a step.
+            parts = split_plan(plan) if self.decoder.collectives.size == 1 else None
+            if parts is None:
+                raise
+        logger.warning(
+            "a step of %d tokens ran out of memory and is split; lower gpu_memory_utilization or "
+            "max_num_batched_tokens if this goes on",
+            plan.num_tokens,
+        )
+        self._lane.reclaim()
+        return [launched for part in parts for launched in self._launch(part)]
+
+    def _launch_part(self, plan: StepPlan) -> Part:
+        inputs = self._batch.prepare(plan)
+        attention = self._planner.plan(self._batch.step_rows(plan, inputs))
+        hidden_TM = self._forward.run(plan, inputs, attention)
+        part = Part(
+            plan=plan,
+            inputs=inputs,
+            samples=[],
+            masked=_masked(plan),
+            masked_logits_MV=None,
+            prompt_logprobs={},
+        )
+        if len(inputs.sampling_rows):
+            self._sample_unmasked(hidden_TM, part)
+        for targets in inputs.prompt_targets:
+            part.prompt_logprobs[targets.plan_index] = self._prompt_logprobs(hidden_TM, targets)
+        return part
+
+    def _sample_unmasked(self, hidden_TM: Tensor, part: Part) -> None:
+        """Enqueues the choice of the rows that need no masks; keeps what the others wait with."""
+        logits_NV = self.decoder.logits(self._last_tokens(hidden_TM, part.inputs))
+        if not len(part.masked):
+            part.samples.append(self._samples(logits_NV, np.arange(len(logits_NV)), part.inputs))
+            return
+        part.masked_logits_MV = self._rows_of(logits_NV, part.masked)
+        others = np.delete(np.arange(len(logits_NV)), part.masked)
+        if len(others):
+            logits_SV = self._rows_of(logits_NV, others)
+            part.samples.append(self._samples(logits_SV, others, part.inputs))
+
+    def _sample_masked(self, launched: Launched, masks: Words) -> None:
+        done = 0
+        for part in launched.parts:
+            logits_MV, part.masked_logits_MV = part.masked_logits_MV, None
+            if logits_MV is not None:
+                own = masks[done : done + len(part.masked)]
+                part.samples.append(self._samples(logits_MV, part.masked, part.inputs, own))
+                done += len(own)
+
+    def _last_tokens(self, hidden_TM: Tensor, inputs: StepInputs) -> Tensor:
+        count = len(inputs.last_tokens)
+        if count == int(inputs.last_tokens[-1]) + 1:
+            return hidden_TM[:count]
+        return hidden_TM[self._transfer.upload(inputs.last_tokens)]
+
+    def _rows_of(self, logits_NV: Tensor, places: NDArray[np.int64]) -> Tensor:
+        if len(places) == len(logits_NV):
+            return logits_NV
+        return logits_NV[self._transfer.upload(places.astype(np.int32))]
+
+    def _samples(
         self,
         logits_NV: Tensor,
         places: NDArray[np.int64],
         inputs: StepInputs,
-        result: StepResult,
         masks: Words | None = None,
-    ) -> None:
-        """Writes into `result` the tokens of those sampling rows that are at `places`."""
-        rows = inputs.sampling_rows[places]
-        sampled = self._sampler.sample(logits_NV, rows, inputs.output_indices[places], masks)
-        token_ids = sampled.token_ids.numpy()
-        # A step that is under way already needs some input for a broken row: any token will do.
-        self._batch.keep_sampled(rows, token_ids.clip(min=0))
-        result.token_ids[places] = token_ids
-        for index, logprobs in sampled.logprobs.items():
-            result.logprobs[int(places[index])] = logprobs
+    ) -> Samples:
+        """Enqueues the choice of the sampling rows at `places`."""
+        sampled = self._sampler.sample(
+            logits_NV, inputs.sampling_rows[places], inputs.output_indices[places], masks
+        )
+        return Samples(places, self._transfer.download([sampled.token_ids]), sampled.logprobs)
+
+    def _prompt_logprobs(
+        self, hidden_TM: Tensor, targets: PromptTargets
+    ) -> tuple[TokenLogprobs, ...]:
+        """Returns the log-probabilities of a row's prompt tokens from the step's hidden states."""
+        found: list[TokenLogprobs] = []
+        for tile in range(0, len(targets.token_ids), PROMPT_TILE):
+            token_ids = targets.token_ids[tile : tile + PROMPT_TILE]
+            first = targets.first_token + tile
+            logits_PV = self.decoder.logits(hidden_TM[first : first + len(token_ids)])
+            logits_PV = logits_PV.cpu()  # sync: the host computes what is reported
+            found.extend(prompt_logprobs(logits_PV, token_ids, targets.num_logprobs))
+        return tuple(found)
 
 
-def prompt_logprobs_of(
-    decoder: Decoder, hidden_TM: Tensor, targets: PromptTargets
-) -> tuple[TokenLogprobs, ...]:
-    """Returns the log-probabilities of a row's prompt tokens from the step's hidden states."""
-    found: list[TokenLogprobs] = []
-    for tile in range(0, len(targets.token_ids), PROMPT_TILE):
-        token_ids = targets.token_ids[tile : tile + PROMPT_TILE]
-        first = targets.first_token + tile
-        logits_PV = decoder.logits(hidden_TM[first : first + len(token_ids)]).cpu()
-        found.extend(prompt_logprobs(logits_PV, token_ids, targets.num_logprobs))
-    return tuple(found)
+def _masked(plan: StepPlan) -> NDArray[np.int64]:
+    """Returns which of the plan's sampling rows wait for masks."""
+    if plan.masked is None:
+        return np.zeros(0, np.int64)
+    return plan.masked[plan.samples].nonzero()[0]

@@ -54,6 +54,8 @@ class Sampler:
         self._vocab_size = vocab_size
         self._rows: list[_Row | None] = [None] * max_num_seqs
         self._is_plain = np.zeros(max_num_seqs, dtype=np.bool_)
+        self.last_sampled = torch.zeros(max_num_seqs, dtype=torch.int32)
+        """int32 [max_num_seqs]: each row's last token, 0 where it was broken."""
 
     def start_row(self, start: RowStart) -> None:
         """Gives `start.row` to a sequence, whatever the row held; outputs known are replayed."""
@@ -73,7 +75,8 @@ class Sampler:
         output_indices: Int32,
         masks: Words | None = None,
     ) -> SampledTokens:
-        """Returns one token per row of `logits_SV` (float32, on the CPU, left as it is).
+        """Returns one token per row of `logits_SV` (float32, on the CPU, left as it is), and writes
+        `last_sampled` at `rows`.
 
         `output_indices[i]` counts the outputs the sequence in `rows[i]` has so far; `masks`
         [S, ceil(V / 32)] has a bit for each id that may be drawn. A row whose logits hold a NaN or
@@ -104,6 +107,8 @@ class Sampler:
             state.append(token)
             if state.params.logprobs is not None:
                 logprobs[int(i)] = token_logprobs(logits[i], token, state.params.logprobs)
+        # A step that is under way already needs some input for a broken row: any token will do.
+        self.last_sampled.numpy()[rows] = token_ids.clip(min=0)
         return SampledTokens(token_ids=torch.from_numpy(token_ids), logprobs=logprobs)
 
 

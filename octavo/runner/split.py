@@ -1,6 +1,6 @@
 """Parts a step plan in two, for a device that has too little memory to run it at once.
 
-Called by the device runner. Each part computes the same tokens, from the same KV, as the whole.
+Called by the model runner. Each part computes the same tokens, from the same KV, as the whole.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Moves a step's small arrays between host and device without stopping either.
 
-Owned by the device runner. One stream computes, one brings the next step's inputs, one takes
+Owned by the model runner. One stream computes, one brings the next step's inputs, one takes
 results to the host: inputs do not wait for the results of the step before. On a CPU (tests through
 Triton's interpreter) the same face copies memory.
 """

@@ -1,6 +1,6 @@
 """Steps of nobody, before the first request: they build kernels and show what a step takes.
 
-Made for the builder, run by the device runner. They live in block 0, which nobody reads, and leave
+Made for the builder, run by its `Rehearsal`. They live in block 0, which nobody reads, and leave
 nothing behind but kernels.
 """
 

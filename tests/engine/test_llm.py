@@ -151,7 +151,7 @@ def test_graphs_change_no_bit(tiny: TinyModel) -> None:
     for eager in (True, False):
         with engine(tiny, "triton", enforce_eager=eager) as llm:
             runs = [llm.generate(prompts, params, use_tqdm=False) for _ in range(3)]
-            captured = llm._core._runner._graphs._captured  # type: ignore[attr-defined]
+            captured = llm._core._runner._forward._graphs._captured  # type: ignore[attr-defined]
             assert bool(captured) != eager
             found.append([scores(output) for outputs in runs for output in outputs])
     assert found[0] == found[1]

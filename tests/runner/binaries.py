@@ -41,8 +41,12 @@ from octavo.models.family import weight_shapes  # noqa: E402
 from octavo.models.registry import read_spec  # noqa: E402
 from octavo.request import SamplingParams  # noqa: E402
 from octavo.runner import build, device_sampler, model_runner  # noqa: E402
-from octavo.runner.device_runner import DeviceRunner  # noqa: E402
+from octavo.runner.device import device_equipment  # noqa: E402
 from octavo.runner.device_sampler import DeviceSampler  # noqa: E402
+from octavo.runner.graphs import StepGraphs  # noqa: E402
+from octavo.runner.model_runner import ModelRunner  # noqa: E402
+from octavo.runner.rehearsal import Rehearsal  # noqa: E402
+from octavo.runner.transfer import HostTransfer  # noqa: E402
 from octavo.step import RowStart, StepPlan, TableDelta, token_purposes  # noqa: E402
 from octavo.weights.dummy import DummySource  # noqa: E402
 from octavo.weights.placement import DevicePlacement  # noqa: E402
@@ -104,7 +108,7 @@ def pretend(log: Log) -> None:
     model_runner.prompt_logprobs = lambda *arguments: ()
 
 
-def make_runner(shape: str) -> DeviceRunner:
+def make_runner(shape: str) -> tuple[ModelRunner, Rehearsal]:
     spec, family = read_spec(dict(MODELS[shape].config) | SMALLER)
     source = DummySource(weight_shapes(spec, family), "bfloat16", 0)
     ops = TritonOps(1, is_deterministic=False)
@@ -112,16 +116,13 @@ def make_runner(shape: str) -> DeviceRunner:
     groups = group_layers(spec.kv_specs(kv_formats("bfloat16")))
     limits = PlanLimits(max_num_seqs=MAX_SEQS, max_model_len=MAX_LEN, kv_tokens=16 * NUM_BLOCKS)
     planned = build.planned_groups(decoder, groups, 16)
-    return DeviceRunner(
-        decoder=decoder,
-        storage=KVStorage(groups, NUM_BLOCKS, 16, CPU),
-        sampler=DeviceSampler(spec.vocab_size, MAX_SEQS, CPU, KERNELS),
-        max_num_seqs=MAX_SEQS,
-        max_model_len=MAX_LEN,
-        planner=StepPlanner(planned, limits, chip.num_processors(CPU), min_saved_bytes=1),
-        device=CPU,
-        use_graphs=False,
-    )
+    planner = StepPlanner(planned, limits, chip.num_processors(CPU), min_saved_bytes=1)
+    storage, transfer = KVStorage(groups, NUM_BLOCKS, 16, CPU), HostTransfer()
+    sampler = DeviceSampler(spec.vocab_size, MAX_SEQS, CPU, KERNELS, transfer.upload)
+    graphs = StepGraphs(is_on=False)
+    equipment = device_equipment(decoder, storage, planner, sampler, graphs, transfer, MAX_LEN)
+    runner = ModelRunner(decoder, storage, equipment)
+    return runner, Rehearsal(runner, graphs, CPU)
 
 
 class Request:
@@ -141,7 +142,7 @@ class Request:
 class Engine:
     """As much of a scheduler as it takes: whoever runs decodes, the rest of the step is prompts."""
 
-    def __init__(self, runner: DeviceRunner) -> None:
+    def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
         self.rows = list(range(MAX_SEQS))
         self.blocks = list(range(1, NUM_BLOCKS))
@@ -249,10 +250,10 @@ def walk(engine: Engine, log: Log) -> None:
 def main(shape: str, *, is_built: bool) -> None:
     log = Log()
     pretend(log)
-    runner = make_runner(shape)
+    runner, rehearsal = make_runner(shape)
     config = EngineConfig(model="none", max_num_seqs=MAX_SEQS).resolve()
     plan: Any = SimpleNamespace(max_num_batched_tokens=MAX_TOKENS, max_model_len=MAX_LEN)
-    build.warm_up(runner, config, plan, building, 2)
+    build.warm_up(rehearsal, config, plan, runner.decoder.spec.vocab_size, building, 2)
     if is_built:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda asked: compile_for_hopper(*asked), log.asked))

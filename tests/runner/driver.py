@@ -7,7 +7,7 @@ passed them, so that a read of the wrong memory shows as NaN.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from octavo.formats import kv_formats
+from octavo.kernels.planning import StepAttention, Unplanned
 from octavo.kv_cache.spec import group_layers
 from octavo.kv_cache.storage import KVStorage
 from octavo.models.decoder import Decoder
 from octavo.request import SamplingParams
+from octavo.runner.equipment import Equipment, StepForward
+from octavo.runner.host import host_equipment
 from octavo.runner.input_batch import StepInputs
 from octavo.runner.model_runner import ModelRunner
 from octavo.runner.sampler import Sampler
@@ -26,7 +29,6 @@ from octavo.step import (
     Page,
     PageCopy,
     RowStart,
-    Runner,
     StepPlan,
     StepResult,
     TableDelta,
@@ -37,18 +39,21 @@ GREEDY = SamplingParams(temperature=0.0)
 BLOCK_SIZE = 16
 
 
-class RecordingRunner(ModelRunner):
-    """Keeps the logits of every token of every step, by step id."""
+class RecordingForward:
+    """Keeps the logits of every token of every step, by step id and in parts."""
 
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.logits: dict[int, Tensor] = {}
+    def __init__(self, inner: StepForward, decoder: Decoder) -> None:
+        self.inner, self.decoder = inner, decoder
+        self.logits: dict[int, list[Tensor]] = {}
 
-    def _choose(
-        self, hidden_TM: Tensor, plan: StepPlan, inputs: StepInputs, result: StepResult
-    ) -> Any:
-        self.logits[plan.step_id] = self.decoder.logits(hidden_TM)
-        return super()._choose(hidden_TM, plan, inputs, result)
+    def apply(self, deltas: Sequence[TableDelta]) -> None:
+        self.inner.apply(deltas)
+
+    def run(self, plan: StepPlan, inputs: StepInputs, attention: StepAttention) -> Tensor:
+        hidden_TM = self.inner.run(plan, inputs, attention)
+        logits_TV = self.decoder.logits(hidden_TM[: plan.num_tokens]).clone()
+        self.logits.setdefault(plan.step_id, []).append(logits_TV)
+        return hidden_TM
 
 
 @dataclass(eq=False)
@@ -90,7 +95,10 @@ class Driver:
         self.groups = group_layers(decoder.spec.kv_specs(kv_formats(kv_format)))
         storage = KVStorage(self.groups, num_blocks, BLOCK_SIZE, self.device)
         storage.poison([Page(0, block) for block in range(num_blocks)])
-        self.runner: Any = self.make_runner(decoder, storage, max_num_seqs, max_model_len)
+        equipment = self.make_equipment(decoder, storage, max_num_seqs, max_model_len)
+        self.recording = RecordingForward(equipment.forward, decoder)
+        equipment = replace(equipment, forward=self.recording)
+        self.runner = ModelRunner(decoder, storage, equipment, poison_freed_blocks=True)
         order = np.random.default_rng(seed).permutation(np.arange(1, num_blocks))
         self.free_blocks: list[int] = order.tolist()
         self.free_rows = list(range(max_num_seqs))
@@ -99,18 +107,14 @@ class Driver:
         self._freed_blocks: list[int] = []
         self._copies: list[tuple[int, int]] = []
 
-    def make_runner(
+    def make_equipment(
         self, decoder: Decoder, storage: KVStorage, max_num_seqs: int, max_model_len: int
-    ) -> Runner:
-        """Returns a runner with `logits` by step id, of every token of the step."""
-        return RecordingRunner(
-            decoder=decoder,
-            storage=storage,
-            sampler=Sampler(decoder.spec.vocab_size, max_num_seqs),
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
-            poison_freed_blocks=True,
-        )
+    ) -> Equipment:
+        sampler = Sampler(decoder.spec.vocab_size, max_num_seqs)
+        return host_equipment(decoder, storage, Unplanned(), sampler, max_model_len)
+
+    def wait(self) -> None:
+        """Waits for what comes after the tokens of the steps collected so far."""
 
     def __enter__(self) -> Self:
         return self
@@ -179,13 +183,15 @@ class Driver:
             sequence.num_computed += count
             sequence.num_pending += is_sampled
             self._pass_windows(sequence)
+        self.recording.logits.pop(plan.step_id, None)  # of a rehearsal, or a launch that raised
         return (plan, list(chunks)), self.runner.launch(plan)
 
     def collect(self, launched: tuple[Any, object]) -> StepResult:
         """Waits for a launched step and appends what it sampled."""
         (plan, chunks), ticket = launched
         result = self.runner.collect(ticket)
-        logits_TV = self.runner.logits.pop(plan.step_id)
+        self.wait()
+        logits_TV = torch.cat([part.cpu() for part in self.recording.logits.pop(plan.step_id)])
         sampled = iter(result.token_ids.tolist())
         for (sequence, count), part, is_sampled in zip(
             chunks, logits_TV.split(plan.query_lens.tolist()), plan.samples, strict=True

@@ -26,9 +26,8 @@ from tests.runner.device_driver import DeviceDriver
 from tests.runner.driver import GREEDY, Tracked
 
 from octavo.kernels.triton.attention.plan import StepPlanner  # isort: skip
-from octavo.runner import device_runner  # isort: skip
-from octavo.runner.device_runner import COUNTS_PERIOD  # isort: skip
-from octavo.runner.graphs import StepGraphs, decode_size, mixed_size  # isort: skip
+from octavo.runner.device import COUNTS_PERIOD  # isort: skip
+from octavo.runner.graphs import decode_size, mixed_size  # isort: skip
 from octavo.runner.warm_up import make_step  # isort: skip
 
 VOCAB = 97
@@ -125,7 +124,12 @@ class GreedySampler:
     """DeviceSampler's face; takes the most likely token."""
 
     def __init__(
-        self, vocab_size: int, max_num_seqs: int, device: torch.device, kernels: object
+        self,
+        vocab_size: int,
+        max_num_seqs: int,
+        device: torch.device,
+        kernels: object,
+        upload: object,
     ) -> None:
         self.last_sampled = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
         self.started: dict[int, RowStart] = {}
@@ -141,7 +145,6 @@ class GreedySampler:
         logits_SV: Tensor,
         rows: Int32,
         output_indices: Int32,
-        upload: object,
         masks: Words | None = None,
     ) -> SampledTokens:
         assert masks is None
@@ -320,7 +323,7 @@ def test_an_error_after_which_the_device_is_lost_ends_the_engine(
 ) -> None:
     with FakeDriver() as driver:
         broken = driver.runner.launch(bad_plan(step_id=70))
-        monkeypatch.setattr(device_runner, "is_usable", lambda device: False)
+        monkeypatch.setattr(driver.runner._lane, "is_usable", lambda: False)
         with pytest.raises(EngineDeadError, match="used no more: IndexError") as caught:
             driver.runner.collect(broken)
         assert isinstance(caught.value.__cause__, IndexError)
@@ -378,24 +381,15 @@ def test_expert_counts_are_what_was_new_since_the_last_report() -> None:
         )
 
 
-def test_a_step_that_only_builds_its_kernels_is_not_met_by_graphs(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_step_that_only_builds_its_kernels_is_not_met_by_graphs() -> None:
     """Else the first step that runs would be captured, before its kernels were ever loaded."""
-    met: list[StepGraphs] = []
-    run = StepGraphs.run
-
-    def meet(self: StepGraphs, *arguments: Any) -> Tensor:
-        met.append(self)
-        return run(self, *arguments)
-
-    monkeypatch.setattr(StepGraphs, "run", meet)
     with FakeDriver() as driver:
-        driver.runner.build(make_step(5, 1, VOCAB))
-        assert driver.runner.step_bytes == 0
-        driver.runner.warm_up(make_step(5, 1, VOCAB))
-        built, warmed = met
-        assert built is not warmed
+        rehearsal = driver.rehearsal()
+        rehearsal.build(make_step(5, 1, VOCAB))
+        assert rehearsal.step_bytes == 0
+        assert not driver.graphs._met
+        rehearsal.run(make_step(5, 1, VOCAB))
+        assert len(driver.graphs._met) == 1
         sequence = driver.add(prompt(20))
         driver.step([(sequence, 20)])
         driver.decode([sequence], 3)
@@ -404,12 +398,13 @@ def test_a_step_that_only_builds_its_kernels_is_not_met_by_graphs(
 
 def test_a_warm_up_leaves_no_trace() -> None:
     with FakeDriver() as driver:
+        rehearsal = driver.rehearsal()
         for step in (make_step(5, 1, VOCAB), make_step(2, 30, VOCAB)):
-            driver.runner.warm_up(step)
+            rehearsal.run(step)
         sequence = driver.add(prompt(20))
         counts = driver.step([(sequence, 20)]).expert_counts  # step 0 reports
         assert counts is not None
         assert counts.sum() == 20
         driver.decode([sequence], 3)
         check(sequence)
-        assert driver.runner.step_bytes >= 0
+        assert rehearsal.step_bytes >= 0

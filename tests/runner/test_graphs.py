@@ -68,6 +68,20 @@ def test_a_shape_is_captured_when_it_is_met_again_and_replayed_from_then_on(
     assert (body.runs, FakeGraph.replays) == (3, 4)
 
 
+def test_what_is_ignored_is_not_met(graphs: StepGraphs) -> None:
+    body = Body()
+    with graphs.ignored():
+        for _ in range(3):
+            graphs.run(shape(4), body)
+    assert (body.runs, FakeGraph.replays) == (3, 0)
+    graphs.run(shape(4), body)
+    assert (body.runs, FakeGraph.replays) == (4, 0)
+    with graphs.ignored():
+        graphs.run(shape(4), body)
+    graphs.run(shape(4), body)
+    assert (body.runs, FakeGraph.replays) == (6, 1)
+
+
 def test_mixed_steps_leave_room_for_the_graphs_of_decodes(graphs: StepGraphs) -> None:
     mixed, decode = Body(), Body()
     for rows in range(2, MAX_MIXED_GRAPHS + 4):

@@ -47,23 +47,15 @@ def batch_of_two() -> tuple[InputBatch, StepPlan]:
     return batch, plan
 
 
-def test_positions_and_slots_follow_the_tables_of_each_group() -> None:
+def test_positions_slots_and_sampling_rows_follow_the_plan_and_the_tables_of_each_group() -> None:
     batch, plan = batch_of_two()
-    first, second = batch.attention_batches(plan, batch.prepare(plan))
-    assert first.positions_T.tolist() == [14, 15, 16, 17, 18, 33]
-    assert first.slot_mapping_T.tolist() == [9 * 16 + 14, 9 * 16 + 15, 64, 65, 66, 3 * 16 + 1]
-    assert (second.slot_mapping_T - first.slot_mapping_T).tolist() == [160] * 6
-    assert first.query_starts.tolist() == [0, 5, 6]
-    assert first.seq_lens_S.tolist() == [19, 34]
-    assert first.block_table.tolist() == [[9, 4, 0], [1, 2, 3]]
-
-
-def test_a_token_from_the_device_is_the_one_the_row_sampled_last() -> None:
-    batch, plan = batch_of_two()
-    batch.keep_sampled(int32(0, 2), int32(77, 88))
     inputs = batch.prepare(plan)
-    assert batch.token_ids(plan, inputs).tolist() == [114, 115, 116, 117, 118, 77]
-    assert plan.token_ids[-1] == 0
+    assert inputs.positions_T.tolist() == [14, 15, 16, 17, 18, 33]
+    first, second = inputs.slots
+    assert first.tolist() == [9 * 16 + 14, 9 * 16 + 15, 64, 65, 66, 3 * 16 + 1]
+    assert (second - first).tolist() == [160] * 6
+    assert inputs.query_starts.tolist() == [0, 5, 6]
+    assert inputs.seq_lens_S.tolist() == [19, 34]
     assert inputs.sampling_rows.tolist() == [0]
     assert inputs.last_tokens.tolist() == [5]
     assert inputs.output_indices.tolist() == [4]

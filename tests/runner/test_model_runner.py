@@ -17,7 +17,7 @@ from octavo.kernels.reference import ReferenceOps
 from octavo.models.decoder import Decoder
 from octavo.request import SamplingParams
 from octavo.runner.model_runner import PROMPT_TILE, ModelRunner
-from octavo.step import NO_TOKEN, Runner, StepPlan
+from octavo.step import NO_TOKEN, PageCopy, Runner, StepPlan
 from tests.models.parity import assert_parity, load, prompts
 from tests.models.tiny import TinyModel, save_tiny
 from tests.runner.driver import GREEDY, Driver, Tracked
@@ -159,7 +159,7 @@ def test_launch_returns_while_the_step_before_still_runs(decoder: Decoder) -> No
 
     with Driver(decoder) as driver:
         sequence = driver.add(prompt(decoder, 6))
-        blocker = driver.runner._worker.submit(held.wait, 60)
+        blocker = driver.runner._lane.do(lambda: held.wait(60))
         launched = driver.launch([(sequence, 6)])
         ahead = driver.launch([(sequence, 1)])
         assert not blocker.done()
@@ -276,3 +276,26 @@ def test_random_plans_give_transformers_logits(
                 driver.free(sequence)
     for sequence in finished:
         assert_parity(tiny, sequence)
+
+
+def test_a_plan_without_rows_moves_pages_and_gives_nothing(decoder: Decoder) -> None:
+    none = np.zeros(0, np.int32)
+    with Driver(decoder) as driver:
+        sequence = driver.add(prompt(decoder, 12))
+        driver.step([(sequence, 12)])
+        source = sequence.blocks[0][0]
+        target = driver.free_blocks.pop()
+        plan = StepPlan(
+            step_id=driver.step_id,
+            rows=none,
+            starts=none,
+            query_lens=none,
+            token_ids=none,
+            from_device=none == 1,
+            purposes=none.astype(np.int8),
+            copies=(PageCopy(0, source, target),),
+        )
+        result = driver.runner.collect(driver.runner.launch(plan))
+        pages = driver.runner.storage.pages(0)
+        assert torch.equal(pages[target], pages[source])
+    assert (len(result.token_ids), result.token_starts.tolist(), result.num_splits) == (0, [0], 0)
