@@ -7,8 +7,11 @@ GGUF block layouts: ggml's `ggml-common.h`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from octavo.errors import ConfigError
+
+ScaleKind = Literal["f16", "bf16", "f32"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +21,10 @@ class WeightFormat:
     name: str
     block_size: int
     block_bytes: int
+    is_padded: bool = False
+    """Whether the last block of a row may be only partly used; it has all its bytes."""
+    has_table: bool = False
+    """Whether blocks point into a table of 256 float32 numbers that the matrix brings along."""
 
     @property
     def is_block(self) -> bool:
@@ -25,20 +32,49 @@ class WeightFormat:
         return self.block_size > 1
 
     def row_bytes(self, cols: int) -> int:
-        """Bytes of a row of `cols` elements; `cols` must be a multiple of the block size."""
-        if cols % self.block_size:
+        """Bytes of a row of `cols` elements. Raises ConfigError where blocks do not divide it."""
+        if cols % (GROUP if self.is_padded else self.block_size):
             raise ConfigError(
                 f"a row of {cols} elements is no multiple of {self.name}'s block of "
                 f"{self.block_size}; store this tensor in bf16 or f32 instead"
             )
-        return cols // self.block_size * self.block_bytes
+        return -(-cols // self.block_size) * self.block_bytes
+
+
+GROUP = 32
+"""Elements that the kernels unpack at a time; blocks are multiples of it, or numbers."""
+
+
+def int4_format(group: int, scales: ScaleKind) -> WeightFormat:
+    """Returns the format of codes 0..15 that mean (code - zero) * scale: a block is its scale, its
+    zero (a byte), and for every 32 elements 16 bytes, element i low and i + 16 high in byte i."""
+    return _own(f"int4_{group}_{scales}", group, _SCALE_BYTES[scales] + 1 + group // 2)
+
+
+def int8_format(group: int) -> WeightFormat:
+    """Returns the format of codes 0..255 that mean (code - zero) * scale: a block is its float32
+    scale, its zero (a byte) and its codes."""
+    return _own(f"int8_{group}", group, 5 + group)
+
+
+def _own(name: str, block_size: int, block_bytes: int) -> WeightFormat:
+    return WeightFormat(name=name, block_size=block_size, block_bytes=block_bytes, is_padded=True)
+
+
+_SCALE_BYTES: dict[ScaleKind, int] = {"f16": 2, "bf16": 2, "f32": 4}
+INT_GROUPS = (32, 64, 128)
+"""Elements of a row that share a scale; larger groups repeat theirs."""
+FP8 = _own("fp8", 128, 132)
+"""A float32 scale, then 128 numbers of 8 bits (e4m3) that it multiplies."""
+NVFP4 = WeightFormat(name="nvfp4", block_size=64, block_bytes=36, has_table=True)
+"""ggml's: four e4m3 scales, then four times eight bytes; what a scale means is in the table."""
 
 
 def _table(*rows: tuple[str, int, int]) -> dict[str, WeightFormat]:
     return {n: WeightFormat(name=n, block_size=s, block_bytes=b) for n, s, b in rows}
 
 
-WEIGHT_FORMATS: dict[str, WeightFormat] = _table(
+GGUF_FORMATS: dict[str, WeightFormat] = _table(
     ("f32", 1, 4),
     ("f16", 1, 2),
     ("bf16", 1, 2),
@@ -50,7 +86,23 @@ WEIGHT_FORMATS: dict[str, WeightFormat] = _table(
     ("q4_k", 256, 144),
     ("q5_k", 256, 176),
     ("q6_k", 256, 210),
-)
+    ("q2_k", 256, 84),
+    ("q3_k", 256, 110),
+    ("iq4_nl", 32, 18),
+    ("iq4_xs", 256, 136),
+    ("mxfp4", 32, 17),
+) | {"nvfp4": NVFP4}
+PACKED_FORMATS: dict[str, WeightFormat] = {
+    one.name: one
+    for one in (
+        *(int4_format(group, scales) for group in INT_GROUPS for scales in ("f16", "bf16")),
+        *(int8_format(group) for group in INT_GROUPS),
+        FP8,
+    )
+}
+"""What published codes and scales become in memory: a row's codes beside the scales they need, so
+that a product reads one stream. Bit for bit what the published format says."""
+WEIGHT_FORMATS = GGUF_FORMATS | PACKED_FORMATS
 
 
 WHOLE_VECTOR = 0

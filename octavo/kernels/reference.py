@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import gguf
-import numpy as np
 import torch
-from gguf.quants import dequantize
 from torch import Tensor
 from torch.nn import functional
 
 from octavo.kernels.activations import Activation, ClampedSwiGLU
 from octavo.kernels.composed import Composed
+from octavo.kernels.dequantize import dequantize_rows
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer, QKNorm
 from octavo.kernels.kv_pages import mixed_as, read_vectors, write_vectors
 from octavo.kernels.routing import RoutingRule, Score
@@ -27,16 +25,6 @@ PANEL_ELEMENTS = 1 << 22
 """Weights converted to float32 at a time (16 MiB)."""
 QUERY_TILE = 128
 KV_TILE = 256
-
-
-def dequantize_rows(weight: Weight, rows: slice | Tensor) -> Tensor:
-    """Returns the chosen rows of `weight` as float32 [number of rows, cols]."""
-    data = weight.data[rows]
-    if not weight.format.is_block:
-        return data.float()
-    kind = gguf.GGMLQuantizationType[weight.format.name.upper()]
-    values = dequantize(np.ascontiguousarray(data.numpy()), kind)
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 
 
 def activate(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:

@@ -26,6 +26,8 @@ class Weight:
     format: WeightFormat
     rows: int
     cols: int
+    table: Tensor | None = None
+    """[256] float32, for formats that have a table."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from octavo.formats import WEIGHT_FORMATS, WeightFormat
-from octavo.kernels.reference import dequantize_rows
+from octavo.kernels.dequantize import dequantize_rows
 from octavo.kernels.weights import Weight
 from octavo.weights.source import DTYPE_FORMATS, NUMBER_DTYPES, MappedSource, Staging, part_of
 

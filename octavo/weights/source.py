@@ -20,6 +20,7 @@ from torch import Tensor
 
 from octavo.errors import UnsupportedModelError, WeightsError
 from octavo.formats import WEIGHT_FORMATS, WeightFormat
+from octavo.kernels.dequantize import gguf_scale_table
 from octavo.kernels.weights import Weight
 
 NUMBER_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -207,7 +208,8 @@ class MappedSource:
         if stored.interleaved_heads:
             data = half_split_rows(data, stored.interleaved_heads)
             stored.file.release(stored.start, stored.nbytes)
-        return Weight(data=data, format=number_format, rows=rows, cols=cols)
+        table = gguf_scale_table() if number_format.has_table else None
+        return Weight(data=data, format=number_format, rows=rows, cols=cols, table=table)
 
     def copy_into(self, name: str, out: Tensor, staging: Staging, row: int, col: int) -> None:
         stored = self._find(name)

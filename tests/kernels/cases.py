@@ -13,15 +13,25 @@ from gguf.quants import dequantize, quantize
 from torch import Tensor
 from torch.nn import functional
 
-from octavo.formats import WEIGHT_FORMATS
+from octavo.formats import FP8, PACKED_FORMATS, WEIGHT_FORMATS, WeightFormat
 from octavo.kernels.activations import Activation, ClampedSwiGLU
+from octavo.kernels.dequantize import dequantize_rows
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer, QKNorm, RopeTable
 from octavo.kernels.routing import RoutingRule
 from octavo.kernels.weights import ExpertBiases, Router, Weight
 from octavo.visibility import Full, Visibility, Window
 
 NUMBER_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-SCALE_OFFSETS = {"q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,)}
+SCALE_OFFSETS = {
+    "q2_k": (80, 82),
+    "q3_k": (108,),
+    "q4_k": (0, 2),
+    "q5_k": (0, 2),
+    "q6_k": (208,),
+    "iq4_nl": (0,),
+    "iq4_xs": (0,),
+    "nvfp4": (),
+}
 """Where the float16 scales of the formats that gguf cannot quantise to lie in a block."""
 
 
@@ -57,21 +67,36 @@ def make_weight(name: str, rows: int, cols: int, rng: np.random.Generator) -> We
     values = rng.standard_normal((rows, cols), dtype=np.float32) / math.sqrt(cols)
     if not form.is_block:
         data = torch.from_numpy(values).to(NUMBER_DTYPES[name])
-    elif name in SCALE_OFFSETS:
-        blocks = rng.integers(0, 256, (rows, cols // 256, form.block_bytes), dtype=np.uint8)
-        for offset in SCALE_OFFSETS[name]:
-            scales = rng.uniform(1e-5, 1e-4, blocks.shape[:2]).astype(np.float16)
-            blocks[..., offset : offset + 2] = scales[..., None].view(np.uint8)
-        data = torch.from_numpy(blocks.reshape(rows, -1))
-    else:
+    elif name in ("mxfp4", "q8_0") or name.startswith(("q4_0", "q4_1", "q5_0", "q5_1")):
         data = torch.from_numpy(quantize(values, gguf.GGMLQuantizationType[name.upper()]))
-    return Weight(data=data, format=form, rows=rows, cols=cols)
+    else:
+        data = random_blocks(form, rows, cols, rng)
+    table = torch.rand(256).mul_(0.02) if form.has_table else None
+    return Weight(data=data, format=form, rows=rows, cols=cols, table=table)
+
+
+def random_blocks(form: WeightFormat, rows: int, cols: int, rng: np.random.Generator) -> Tensor:
+    """Returns random bytes whose scales are numbers of a sensible size."""
+    num_blocks = -(-cols // form.block_size)
+    blocks = rng.integers(0, 256, (rows, num_blocks, form.block_bytes), dtype=np.uint8)
+    scales = torch.from_numpy(rng.uniform(1e-5, 1e-4, (rows, num_blocks, 1)).astype(np.float32))
+    kind, own = form.name.rpartition("_")[2], form.name in PACKED_FORMATS
+    dtype = NUMBER_DTYPES.get(kind, torch.float32) if own else torch.float16
+    for offset in SCALE_OFFSETS.get(form.name, (0,) if own else ()):
+        data = scales.to(dtype).view(torch.uint8).numpy()
+        blocks[..., offset : offset + data.shape[-1]] = data
+    if form is FP8:
+        codes = blocks[..., 4:]
+        codes[codes & 0x7F == 0x7F] = 0x38  # no NaN
+    return torch.from_numpy(blocks.reshape(rows, -1))
 
 
 def exact(weight: Weight) -> Tensor:
-    """Returns what `weight` means, by gguf's own dequantisation, as float64."""
+    """Returns what `weight` means as float64, of gguf's formats by gguf's own dequantisation."""
     if not weight.format.is_block:
         return weight.data.double()
+    if weight.format.name in PACKED_FORMATS or weight.format.has_table:
+        return dequantize_rows(weight, slice(None)).double()
     kind = gguf.GGMLQuantizationType[weight.format.name.upper()]
     return torch.from_numpy(dequantize(weight.data.numpy(), kind)).double()
 

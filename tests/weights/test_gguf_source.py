@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from octavo.errors import OctavoError, UnsupportedModelError, WeightsError
-from octavo.formats import WEIGHT_FORMATS
+from octavo.formats import GGUF_FORMATS
 from octavo.weights.cast import CastSource
 from octavo.weights.gguf_file import TENSOR_TYPES, read_gguf
 from octavo.weights.gguf_source import open_gguf
+from tests.kernels.cases import SCALE_OFFSETS, random_blocks
 from tests.models.tiny import save_tiny
 from tests.weights.reading import anonymous_bytes, read
 from tests.weights.tiny_gguf import add_value, finish, interleave, metadata_of, write_tiny_gguf
@@ -72,17 +74,11 @@ def test_the_tensors_equal_those_that_transformers_reads(case: str, tmp_path: Pa
 def blocks(kind: gguf.GGMLQuantizationType, shape: tuple[int, ...]) -> NDArray[Any]:
     """Random numbers in a format; K-quants are random bytes with sensible scales."""
     rng = np.random.default_rng(int(kind))
-    block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    if not kind.name.endswith("_K"):
+    form = GGUF_FORMATS[kind.name.lower()]
+    if form.name not in SCALE_OFFSETS:
         return quantize(rng.standard_normal(shape, dtype=np.float32), kind)
-    size = (*shape[:-1], shape[-1] // block_size, block_bytes)
-    raw = rng.integers(0, 256, size, dtype=np.uint8)
-    scale = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
-    if kind == gguf.GGMLQuantizationType.Q6_K:
-        raw[..., -2:] = scale
-    else:
-        raw[..., :2] = raw[..., 2:4] = scale
-    return raw.reshape(*shape[:-1], -1)
+    rows = random_blocks(form, math.prod(shape[:-1]), shape[-1], rng).numpy()
+    return rows.reshape(*shape[:-1], -1)
 
 
 def write_types(path: Path, kind: gguf.GGMLQuantizationType) -> dict[str, NDArray[Any]]:
@@ -102,7 +98,7 @@ def write_types(path: Path, kind: gguf.GGMLQuantizationType) -> dict[str, NDArra
     return raw
 
 
-@pytest.mark.parametrize("format_name", WEIGHT_FORMATS)
+@pytest.mark.parametrize("format_name", GGUF_FORMATS)
 def test_every_tensor_type_keeps_its_bytes_and_casts_as_gguf_does(format_name: str, tmp_path: Path):
     kind = gguf.GGMLQuantizationType[format_name.upper()]
     raw = write_types(tmp_path / "model.gguf", kind)
@@ -114,7 +110,7 @@ def test_every_tensor_type_keeps_its_bytes_and_casts_as_gguf_does(format_name: s
     }
     for name, rows in expected.items():
         weight = source.matrix(name)
-        assert weight.format == WEIGHT_FORMATS[format_name]
+        assert weight.format == GGUF_FORMATS[format_name]
         assert (weight.rows, weight.cols) == (ROWS, COLS) == source.shape(name)
         assert weight.data.contiguous().view(torch.uint8).numpy().tobytes() == rows.tobytes()
         assert np.array_equal(cast.matrix(name).data.numpy(), dequantize(rows, kind))
@@ -177,12 +173,12 @@ def test_a_head_count_that_does_not_fit_the_queries_is_refused(heads: int | None
 
 
 def test_a_tensor_type_that_is_not_known_is_refused_with_the_known_ones(tmp_path: Path):
-    kind = gguf.GGMLQuantizationType.Q2_K
+    kind = gguf.GGMLQuantizationType.TQ1_0
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    raw = np.zeros((1, 84), np.uint8)
+    raw = np.zeros((1, 54), np.uint8)
     writer.add_tensor("output.weight", raw, raw_dtype=kind)
     finish(writer)
-    with pytest.raises(UnsupportedModelError, match=r"output\.weight .* Q2_K; known are F32, F16"):
+    with pytest.raises(UnsupportedModelError, match=r"output\.weight .* TQ1_0; known are F32, F16"):
         open_gguf(tmp_path / "m.gguf")
 
 
@@ -229,4 +225,4 @@ def test_random_damage_to_the_header_never_raises_anything_unexpected(
 
 def test_the_numbers_of_tensor_types_are_those_of_ggml():
     kinds = {kind.name.lower(): kind.value for kind in gguf.GGMLQuantizationType}
-    assert {name: kinds[name] for name in WEIGHT_FORMATS} == TENSOR_TYPES
+    assert {name: kinds[name] for name in GGUF_FORMATS} == TENSOR_TYPES

@@ -197,32 +197,4 @@ struct FormatQ6_K {
   }
 };
 
-// 32 elements of any format.
-template <class F>
-inline void group_of(const uint8_t* row, int64_t g, Lanes v[4]) {
-  if constexpr (F::kBlocks) {
-    F::group(row, g, v);
-  } else {
-    for (int i = 0; i < 4; ++i) v[i] = F::eight(row, 32 * g + 8 * i);
-  }
-}
-
-// Calls use(F{}) with the type of `format`.
-template <class Use>
-inline void with_format(int64_t format, const Use& use) {
-  switch (format) {
-    case F32: return use(FormatF32{});
-    case F16: return use(FormatF16{});
-    case BF16: return use(FormatBF16{});
-    case Q8_0: return use(FormatQ8_0{});
-    case Q4_0: return use(FormatQ4_0{});
-    case Q4_1: return use(FormatQ4_1{});
-    case Q5_0: return use(FormatQ5_0{});
-    case Q5_1: return use(FormatQ5_1{});
-    case Q4_K: return use(FormatQ4_K{});
-    case Q5_K: return use(FormatQ5_K{});
-    case Q6_K: return use(FormatQ6_K{});
-  }
-}
-
 }  // namespace octavo

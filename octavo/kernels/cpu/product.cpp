@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "packed_formats.h"
 #include "tiles.h"
 
 namespace octavo {
@@ -17,12 +18,13 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 
 // Few tokens: N weight rows are read once from memory, for all M tokens.
 template <class F, int M, int N>
-inline void stream_tile(const float* const* x, const uint8_t* w, int64_t row_bytes, int64_t cols,
-                        float* out, int64_t out_stride) {
+inline void stream_tile(const float* const* x, const Matrix& matrix, const uint8_t* w, float* out,
+                        int64_t out_stride) {
   Lanes acc[M][N];
   for (int m = 0; m < M; ++m) {
     for (int n = 0; n < N; ++n) acc[m][n] = zeros();
   }
+  const int64_t row_bytes = matrix.row_bytes, cols = matrix.cols;
   const int64_t groups = cols / 32, ahead = N * row_bytes;
   const int64_t group_bytes = row_bytes / (groups ? groups : 1);
   for (int64_t g = 0; g < groups; ++g) {
@@ -30,7 +32,7 @@ inline void stream_tile(const float* const* x, const uint8_t* w, int64_t row_byt
       const uint8_t* row = w + n * row_bytes;
       _mm_prefetch(reinterpret_cast<const char*>(row + ahead + g * group_bytes), _MM_HINT_T0);
       Lanes v[4];
-      group_of<F>(row, g, v);
+      group_of<F>(row, g, matrix.table, v);
       for (int i = 0; i < 4; ++i) {
         for (int m = 0; m < M; ++m) acc[m][n] = fma(load(x[m] + 32 * g + 8 * i), v[i], acc[m][n]);
       }
@@ -58,10 +60,10 @@ void stream(const float* const* x, const Matrix& w, int64_t first, int64_t count
   const uint8_t* row = w.data + first * w.row_bytes;
   int64_t n = 0;
   for (; n + N <= count; n += N) {
-    stream_tile<F, M, N>(x, row + n * w.row_bytes, w.row_bytes, w.cols, out + n, out_stride);
+    stream_tile<F, M, N>(x, w, row + n * w.row_bytes, out + n, out_stride);
   }
   for (; n < count; ++n) {
-    stream_tile<F, M, 1>(x, row + n * w.row_bytes, w.row_bytes, w.cols, out + n, out_stride);
+    stream_tile<F, M, 1>(x, w, row + n * w.row_bytes, out + n, out_stride);
   }
 }
 
@@ -161,11 +163,12 @@ void multiply_panel(const Rows& x, int64_t tokens, const float* panel, int64_t s
 }
 
 template <class F>
-void unpack(const uint8_t* row, int64_t cols, float* out) {
-  const int64_t groups = cols / 32;
+void unpack(const Matrix& w, int64_t index, float* out) {
+  const uint8_t* row = w.data + index * w.row_bytes;
+  const int64_t cols = w.cols, groups = cols / 32;
   for (int64_t g = 0; g < groups; ++g) {
     Lanes v[4];
-    group_of<F>(row, g, v);
+    group_of<F>(row, g, w.table, v);
     for (int i = 0; i < 4; ++i) store(out + 32 * g + 8 * i, v[i]);
   }
   if constexpr (!F::kBlocks) {
@@ -184,7 +187,7 @@ void unpack(const uint8_t* row, int64_t cols, float* out) {
 
 void unpack_row(const Matrix& w, int64_t index, float* out) {
   with_format(w.format, [&](auto format) {
-    unpack<decltype(format)>(w.data + index * w.row_bytes, w.cols, out);
+    unpack<decltype(format)>(w, index, out);
   });
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.formats import KV_FORMATS
+from octavo.formats import KV_FORMATS, WEIGHT_FORMATS
 from octavo.kernels.activations import Activation, ClampedSwiGLU, PlainActivation
 from octavo.kernels.inputs import (
     AttentionBatch,
@@ -28,8 +28,7 @@ from octavo.kernels.routing import ExpertWeighting, Score
 from octavo.kernels.weights import ExpertWeights, Weight
 from octavo.visibility import Chunk, Full, Visibility, Window
 
-_FORMATS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
-FORMAT_CODES = {name: code for code, name in enumerate(_FORMATS)}
+FORMAT_CODES = {name: code for code, name in enumerate(WEIGHT_FORMATS)}
 """The order is that of `enum Format` in native.h."""
 KV_CODES = {name: code for code, name in enumerate(KV_FORMATS)}
 """The order is that of `enum KVFormat` in native.h."""
@@ -45,7 +44,7 @@ def fields(*names: str) -> list[tuple[str, Any]]:
 
 
 class MatrixStruct(ctypes.Structure):
-    _fields_ = fields("data*", "rows", "cols", "row_bytes", "format")
+    _fields_ = fields("data*", "rows", "cols", "row_bytes", "format", "table*")
 
 
 class KVPlaneStruct(ctypes.Structure):
@@ -113,8 +112,10 @@ def matrix_struct(weight: Weight) -> MatrixStruct:
     assert data.stride(1) == 1, "rows must be contiguous"
     shape = data.shape[0], data.shape[1] * data.element_size()
     assert shape == (weight.rows, form.row_bytes(weight.cols)), form.name
-    code = FORMAT_CODES[form.name]
-    return MatrixStruct(data.data_ptr(), weight.rows, weight.cols, row_bytes, code)
+    code, table = FORMAT_CODES[form.name], weight.table
+    assert (table is not None) == form.has_table, form.name
+    pointer = None if table is None else address_of(table, torch.float32)
+    return MatrixStruct(data.data_ptr(), weight.rows, weight.cols, row_bytes, code, pointer)
 
 
 def matrix_structs(weights: Sequence[Weight]) -> ctypes.Array[MatrixStruct]:

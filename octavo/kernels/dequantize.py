@@ -1,0 +1,75 @@
+"""What weights in block formats mean, in plain torch: the specification of every format.
+
+Used by the reference ops, by conversions at load, and by what is tested against it. Bit for bit
+what the library says that defines a published format.
+"""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import torch
+from gguf.quants import dequantize
+from torch import Tensor
+
+from octavo.formats import FP8, NVFP4, PACKED_FORMATS, WeightFormat
+from octavo.kernels.weights import Weight
+
+TWICE_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+"""Twice the 16 values of an e2m1 code, as ggml has them; scales are halved for it."""
+_SCALE_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
+
+
+def e4m3_scales() -> Tensor:
+    """Returns the 256 float32 values of a byte as e4m3; NaN where it is none."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+
+
+def gguf_scale_table() -> Tensor:
+    """Returns the table of NVFP4 in GGUF files: e4m3 without its sign, halved. 0x7F means 0."""
+    half = e4m3_scales()[:128].nan_to_num_(nan=480.0).mul_(0.5)
+    table = torch.cat((half, half))
+    table[0x7F] = 0.0
+    return table
+
+
+def dequantize_rows(weight: Weight, rows: slice | Tensor) -> Tensor:
+    """Returns the chosen rows of `weight` as float32 [number of rows, cols]."""
+    data, form = weight.data[rows], weight.format
+    if not form.is_block:
+        return data.float()
+    if form.name in PACKED_FORMATS or form is NVFP4:
+        blocks = data.reshape(len(data), -1, form.block_bytes)
+        values = _values(blocks, form, weight.table)
+        return values.flatten(1)[:, : weight.cols].contiguous()
+    kind = gguf.GGMLQuantizationType[form.name.upper()]
+    values = dequantize(np.ascontiguousarray(data.numpy()), kind)
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+
+
+def _values(blocks: Tensor, form: WeightFormat, table: Tensor | None) -> Tensor:
+    """Returns the elements [R, blocks, ...] of blocks [R, blocks, bytes]."""
+    if form is NVFP4:
+        assert table is not None
+        scales = table[blocks[..., :4].int()][..., None]
+        codes = _nibbles(blocks[..., 4:].unflatten(-1, (4, 8)))
+        values = torch.tensor(TWICE_E2M1, dtype=torch.float32)
+        return (values[codes.int()] * scales).flatten(2)
+    if form is FP8:
+        scales = _numbers(blocks[..., :4], torch.float32)
+        return _numbers(blocks[..., 4:], torch.float8_e4m3fn).float() * scales
+    if form.name.startswith("int8"):
+        scales = _numbers(blocks[..., :4], torch.float32)
+        return (blocks[..., 5:].float() - blocks[..., 4:5].float()) * scales
+    scales = _numbers(blocks[..., :2], _SCALE_DTYPES[form.name.rpartition("_")[2]]).float()
+    codes = _nibbles(blocks[..., 3:].unflatten(-1, (-1, 16))).flatten(2)
+    return (codes.float() - blocks[..., 2:3].float()) * scales
+
+
+def _numbers(part: Tensor, dtype: torch.dtype) -> Tensor:
+    return part.contiguous().view(dtype)
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    """Returns codes [..., 2n] of bytes [..., n]: all low nibbles, then all high ones."""
+    return torch.cat((packed & 15, packed >> 4), dim=-1)
