@@ -21,6 +21,7 @@ from octavo.observe.metrics import Metrics
 from octavo.server.drain import PROBES
 from octavo.server.errors import error_response
 from octavo.server.headers import header
+from octavo.server.message_errors import is_message_path
 
 logger = logging.getLogger(__name__)
 
@@ -98,13 +99,15 @@ class AccessMiddleware:
         request_id = _request_id(scope)
         exchange, answer = Exchange(request_id), _Answer()
         scope.setdefault("state", {}).update(request_id=request_id, exchange=exchange)
-        header = (b"x-request-id", request_id.encode())
+        headers = [(b"x-request-id", request_id.encode())]
+        if is_message_path(scope["path"]):
+            headers.append((b"request-id", request_id.encode()))  # where its clients look
 
         def send_with_id(message: Message) -> Awaitable[None]:
             answer.note(message)
             if message["type"] == "http.response.start":
                 # A new list: the response may be one that is sent many times.
-                message["headers"] = [*message.get("headers", ()), header]
+                message["headers"] = [*message.get("headers", ()), *headers]
             return send(message)
 
         try:
@@ -115,7 +118,7 @@ class AccessMiddleware:
             if answer.status:
                 exchange.reason = "an internal error broke it off"
                 raise
-            await error_response(error)(scope, receive, send_with_id)
+            await error_response(error, scope)(scope, receive, send_with_id)
         finally:
             self._record(scope, exchange, answer)
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from octavo.server.message_errors import TYPES
+
 Schema = dict[str, Any]
 
 _TEXT: Schema = {"type": "string"}
@@ -121,6 +123,43 @@ _MODEL = _object(
 )
 
 
+_BLOCK = {
+    "anyOf": [
+        _object({"type": {"const": "text"}, "text": _TEXT}),
+        _object({"type": {"const": "thinking"}, "thinking": _TEXT, "signature": _TEXT}),
+        _object(
+            {
+                "type": {"const": "tool_use"},
+                "id": _TEXT,
+                "name": _TEXT,
+                "input": {"type": "object"},
+            }
+        ),
+    ]
+}
+_STOP_REASONS = ("end_turn", "max_tokens", "stop_sequence", "tool_use")
+_MESSAGE = _object(
+    {
+        "id": _TEXT,
+        "type": {"const": "message"},
+        "role": {"const": "assistant"},
+        "model": _TEXT,
+        "content": _list(_BLOCK),
+        "stop_reason": {"enum": [*_STOP_REASONS, "model_context_window_exceeded"]},
+        "stop_sequence": _or_null(_TEXT),
+        "usage": _object(
+            {
+                "input_tokens": _INT,
+                "cache_creation_input_tokens": _INT,
+                "cache_read_input_tokens": _INT,
+                "output_tokens": _INT,
+            },
+            {"output_tokens_details": _object({"thinking_tokens": _INT})},
+        ),
+    }
+)
+
+
 def _answer(kind: str, choice: Schema, optional: Schema | None = None) -> Schema:
     fields = {
         "id": _TEXT,
@@ -140,6 +179,8 @@ ANSWERS: dict[str, Schema] = {
         {"prompt_logprobs": _or_null(_PROMPT_LOGPROBS), "prompt_token_ids": _IDS},
     ),
     "Completion": _answer("text_completion", _TEXT_CHOICE),
+    "Message": _MESSAGE,
+    "TokenCount": _object({"input_tokens": _INT}),
     "Tokens": _object(
         {"count": _INT, "max_model_len": _INT, "tokens": _IDS}, {"token_strs": _list(_TEXT)}
     ),
@@ -148,6 +189,13 @@ ANSWERS: dict[str, Schema] = {
     "Models": _object({"object": {"const": "list"}, "data": _list(_MODEL)}),
     "Status": _object({"status": _TEXT}),
     "Version": _object({"version": _TEXT}),
+    "MessageError": _object(
+        {
+            "type": {"const": "error"},
+            "error": _object({"type": {"enum": [*TYPES]}, "message": _TEXT}),
+            "request_id": _TEXT,
+        }
+    ),
     "Error": _object(
         {
             "error": _object(

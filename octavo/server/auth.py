@@ -27,6 +27,7 @@ METRICS_PATHS = frozenset({"/metrics", "/version"})
 """Open as well with `public_metrics`."""
 OPERATOR_PATHS = frozenset({"/metrics", "/reset_prefix_cache"})
 """Whose routes call `require_operator`."""
+_KEY_HEADERS = frozenset({b"authorization", b"x-api-key"})
 
 
 class Role(StrEnum):
@@ -69,8 +70,8 @@ def _spellings(key: str) -> set[bytes]:
 
 
 class AuthMiddleware:
-    """Answers 401 unless `Authorization: Bearer KEY` holds a known key; without keys, no one needs
-    one.
+    """Answers 401 unless `Authorization: Bearer KEY`, or `x-api-key: KEY` where there is no such
+    header, holds a known key; without keys, no one needs one.
 
     Leaves in `request.state` the `api_key` ("" if none is needed), which names the tenant, and the
     `role` (None on open paths).
@@ -89,7 +90,7 @@ class AuthMiddleware:
         if self._keys.is_empty:
             role = Role.OPERATOR
         elif not (scope["type"] == "http" and scope["path"] in self._open_paths):
-            found = self._keys.find(_bearer(scope))
+            found = self._keys.find(_sent_key(scope))
             if found is None:
                 await _refuse(scope, receive, send)
                 return
@@ -138,17 +139,20 @@ def tenant_id(api_key: str) -> str:
     return hmac.new(key, b"octavo: owner of stored objects", hashlib.sha256).hexdigest()
 
 
-def _bearer(scope: Scope) -> bytes:
-    header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-    scheme, _, key = header.partition(b" ")
-    return key.strip() if scheme.lower() == b"bearer" else b""
+def _sent_key(scope: Scope) -> bytes:
+    """Returns the key in the headers, in OpenAI's form or else in Anthropic's."""
+    headers = {name: value for name, value in reversed(scope["headers"]) if name in _KEY_HEADERS}
+    scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+    if scheme.lower() == b"bearer":
+        return key.strip()
+    return headers.get(b"x-api-key", b"").strip()
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return
-    message = "send a valid API key in the header Authorization: Bearer KEY"
+    message = "send a valid API key in the header Authorization: Bearer KEY, or x-api-key: KEY"
     headers = {"WWW-Authenticate": "Bearer"}
     error = ApiError(401, message, code="invalid_api_key", headers=headers)
-    await error_response(error)(scope, receive, send)
+    await error_response(error, scope)(scope, receive, send)

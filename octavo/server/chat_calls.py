@@ -5,9 +5,12 @@ Called by the routes of chats and of the APIs that are made chats. Never formats
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from starlette.requests import Request
 
 from octavo.engine.held_answers import held_params
+from octavo.request import SamplingParams
 from octavo.server.chat_answers import chat_reading
 from octavo.server.generation import Call, new_call
 from octavo.server.protocol.chat import ChatRequest
@@ -18,10 +21,12 @@ from octavo.tools.reasoning_tokens import NO_THOUGHT
 
 
 async def chat_call(
-    request: Request, body: ChatRequest, kind: str
+    request: Request, body: ChatRequest, kind: str, *, is_clipped: bool = False
 ) -> tuple[Call, AnswerReading | None]:
     """Returns the call that `body` asks for, and how its answers are read; `kind` is as in
-    `new_call`. Raises RequestError, ApiError, OverloadedError, before anything runs."""
+    `new_call`. With `is_clipped`, `max_tokens` is no more than the context has left.
+
+    Raises RequestError, ApiError, OverloadedError, before anything runs."""
     state = server_state(request)
     state.check_model(body.model)
     params = body.to_params(state.engine.default_sampling_params)
@@ -31,4 +36,13 @@ async def chat_call(
     marks = None if reading is None else reading.marks.by_id
     thought = NO_THOUGHT if reading is None else reading.thought
     prompt = await state.tokenising.encode_rendered(rendered)
+    if is_clipped:
+        params = _within(params, state.engine.max_model_len - len(prompt))
     return await new_call(request, body, kind, params, [prompt], marks, thought), reading
+
+
+def _within(params: SamplingParams, room: int) -> SamplingParams:
+    """Returns parameters with at most `room` tokens, if there is room for any."""
+    if params.max_tokens is None or not 1 <= room < params.max_tokens:
+        return params
+    return replace(params, max_tokens=room)

@@ -66,7 +66,7 @@ class DrainMiddleware:
         if scope["type"] != "http" or scope["path"] in PROBES:
             await self._app(scope, receive, send)
         elif self._drain.is_draining and scope["method"] == "POST":
-            await error_response(shutting_down())(scope, receive, send)
+            await error_response(shutting_down(), scope)(scope, receive, send)
         else:
             self._drain.num_open += 1
             try:

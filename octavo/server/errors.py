@@ -1,4 +1,5 @@
-"""Errors of the API: one JSON shape (OpenAI's error object) for whatever goes wrong.
+"""Errors of the API: one JSON shape (OpenAI's error object, Anthropic's on its routes) for whatever
+goes wrong.
 
 `install` registers the handlers of expected errors with the app; middlewares and streams use
 `error_body` and `error_response`, also for unexpected ones. Never shows a traceback to the client.
@@ -15,6 +16,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from octavo.errors import (
     EngineDeadError,
@@ -23,6 +25,7 @@ from octavo.errors import (
     RequestError,
     SlowReaderError,
 )
+from octavo.server.message_errors import is_message_path, message_error, message_status
 from octavo.server.wrong_paths import explain
 
 logger = logging.getLogger(__name__)
@@ -82,17 +85,29 @@ def error_body(error: Exception) -> dict[str, Any]:
     return {"error": fields}
 
 
-def error_response(error: Exception) -> Response:
-    """Returns the HTTP response for `error`: its status, headers and error object."""
+def message_error_body(error: Exception, request_id: str) -> dict[str, Any]:
+    """Returns Anthropic's error object for `error`."""
     told = _describe(error)
-    # Not msgspec: messages may quote lone surrogates of the client, which only ASCII JSON survives.
-    body = json.dumps(error_body(told))
+    return message_error(message_status(told.status, told.code), str(told), request_id)
+
+
+def error_response(error: Exception, scope: Scope) -> Response:
+    """Returns the HTTP response for `error`: its status, headers and error object, in the form of
+    the route that was asked."""
+    told = _describe(error)
+    status = told.status
+    if is_message_path(scope["path"]):
+        status = message_status(status, told.code)
+        body = message_error(status, str(told), scope.get("state", {}).get("request_id", ""))
+    else:
+        body = error_body(told)
     headers = dict(told.headers or {})
-    return Response(body, told.status, headers, media_type="application/json")
+    # Not msgspec: messages may quote lone surrogates of the client, which only ASCII JSON survives.
+    return Response(json.dumps(body), status, headers, media_type="application/json")
 
 
 def install(app: FastAPI) -> None:
-    """Makes every expected error of `app` an OpenAI error object."""
+    """Makes every expected error of `app` an error object."""
     app.add_exception_handler(OctavoError, on_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
 
@@ -105,7 +120,7 @@ async def on_error(request: Request, error: Exception) -> Response:
         error.param = body.field_name(error.param)
         if error.param not in str(error):
             error.args = (f"{error.param}: {error}",)
-    return error_response(error)
+    return error_response(error, request.scope)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
@@ -119,4 +134,5 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
             f"{method} {path} is not allowed; see the Allow header",
             "method_not_allowed",
         )
-    return error_response(ApiError(error.status_code, message, code=code, headers=error.headers))
+    told = ApiError(error.status_code, message, code=code, headers=error.headers)
+    return error_response(told, request.scope)

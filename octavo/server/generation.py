@@ -78,7 +78,7 @@ async def new_call(
     exchange: Exchange = known["exchange"]
     exchange.num_prompt_tokens = sum(one.prompt_len for one in requests)
     return Call(
-        id=f"{kind}-{body.request_id or known['request_id']}",
+        id=f"{kind}{body.request_id or known['request_id']}",
         created=int(time.time()),
         params=params,
         requests=tuple(requests),

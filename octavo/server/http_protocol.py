@@ -346,4 +346,4 @@ async def _surplus(scope: Any, receive: Any, send: Any) -> None:
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS), "Connection": "close"}
     message = "the server has as many connections as it may have; try again later"
     error = ApiError(503, message, code="too_many_connections", headers=headers)
-    await error_response(error)(scope, receive, send)
+    await error_response(error, scope)(scope, receive, send)

@@ -15,6 +15,7 @@ from fastapi.openapi.utils import get_openapi
 from octavo.request import MAX_INT
 from octavo.server.answer_schemas import ANSWERS
 from octavo.server.auth import METRICS_PATHS, OPEN_PATHS, OPERATOR_PATHS
+from octavo.server.message_errors import OVERLOADED, is_message_path
 from octavo.server.protocol.strict import StrictModel
 from octavo.server.state import ServerState
 
@@ -31,6 +32,7 @@ STATUSES = {
     500: "An internal error.",
     503: "No room, not ready, or ending; Retry-After says when to come back.",
     507: "The store has no room.",
+    OVERLOADED: "No room; Retry-After says when to come back.",
 }
 _READS = (400, 404, 408, 413)
 """What a route that reads a body can answer, besides what every route can."""
@@ -65,8 +67,9 @@ def install(app: FastAPI, state: ServerState) -> None:
     made = get_openapi(
         title=app.title,
         version=app.version,
-        description="OpenAI's completions and chat with vLLM's additions. Null is the same as "
-        "leaving a field out; unknown fields are refused. Errors are OpenAI's error objects.",
+        description="OpenAI's completions and chat with vLLM's additions, Anthropic's messages. "
+        "Null is the same as leaving a field out; unknown fields are refused. Errors are OpenAI's "
+        "error objects, those of /v1/messages Anthropic's.",
         routes=app.routes,
     )
     document = deepcopy(made)  # It shares parts with the routes, which other apps have, too.
@@ -75,7 +78,8 @@ def install(app: FastAPI, state: ServerState) -> None:
     has_keys = bool(config.api_key or config.operator_key)
     if has_keys:
         bearer = {"type": "http", "scheme": "bearer", "description": "An API key."}
-        document["components"]["securitySchemes"] = {"key": bearer}
+        own = {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same."}
+        document["components"]["securitySchemes"] = {"key": bearer, "x-api-key": own}
     is_open = OPEN_PATHS | (METRICS_PATHS if config.public_metrics else frozenset())
     for path, operations in document["paths"].items():
         for operation in operations.values():
@@ -84,13 +88,22 @@ def install(app: FastAPI, state: ServerState) -> None:
             for kind in operation.get("requestBody", {"content": {}})["content"].values():
                 schemas |= kind["schema"].pop("$defs")
             if has_keys and path not in is_open:
-                operation["security"] = [{"key": []}]
+                operation["security"] = [{"key": []}, {"x-api-key": []}]
                 operation["responses"]["401"] = _error(401)
                 if path in OPERATOR_PATHS:
                     operation["responses"]["403"] = _error(403)
+            if is_message_path(path):
+                _in_anthropics_form(operation["responses"])
     for schema in schemas.values():
         _narrow(schema, state)
     app.openapi = lambda: document  # FastAPI's documented way
+
+
+def _in_anthropics_form(responses: Schema) -> None:
+    responses[str(OVERLOADED)] = _error(OVERLOADED)
+    for status, response in responses.items():
+        if int(status) >= 400:
+            response["content"] = {"application/json": {"schema": _ref("MessageError")}}
 
 
 def _narrow(schema: Schema, state: ServerState) -> None:

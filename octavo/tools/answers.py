@@ -7,7 +7,7 @@ input and no arguments, one call alone where parallel ones are not wanted.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -151,16 +151,33 @@ class AnswerReader:
         self, text: str, token_ids: Sequence[int] = (), finish_reason: str | None = None
     ) -> AnswerDelta:
         """Returns what `text` adds, and if it is the last all that was held back."""
-        self._tokens.add(token_ids)
-        pieces = self._parser.push(text)
-        if finish_reason is not None:
-            pieces += self._parser.finish(is_cut=finish_reason == "length")
         delta = AnswerDelta()
-        for piece in pieces:
+        for piece in self._read(text, token_ids, finish_reason):
             self._take(delta, piece)
         if finish_reason is not None:
             self._end_input(delta, self._parser.num_calls - 1)
         return delta
+
+    def push_in_order(
+        self, text: str, token_ids: Sequence[int] = (), finish_reason: str | None = None
+    ) -> Iterator[AnswerDelta]:
+        """Yields the same in small deltas, from which the order of text, reasoning and calls can
+        be told."""
+        for piece in self._read(text, token_ids, finish_reason):
+            delta = AnswerDelta()
+            self._take(delta, piece)
+            yield delta
+        if finish_reason is not None:
+            delta = AnswerDelta()
+            self._end_input(delta, self._parser.num_calls - 1)
+            yield delta
+
+    def _read(self, text: str, token_ids: Sequence[int], finish_reason: str | None) -> list[Piece]:
+        self._tokens.add(token_ids)
+        pieces = self._parser.push(text)
+        if finish_reason is not None:
+            pieces += self._parser.finish(is_cut=finish_reason == "length")
+        return pieces
 
     def _take(self, delta: AnswerDelta, piece: Piece) -> None:
         if isinstance(piece, TextPiece):

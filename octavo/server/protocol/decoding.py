@@ -13,7 +13,6 @@ from typing import Any, NoReturn, TypeVar
 from octavo.engine.chat_template import ChatRenderer
 from octavo.engine.messages import is_unicode
 from octavo.errors import RequestError, shown
-from octavo.server.protocol.chat import TemplateFields
 from octavo.server.protocol.parsing import parse
 from octavo.server.protocol.strict import StrictModel
 
@@ -30,9 +29,7 @@ def parse_body(model: type[Body], content: bytes, renderer: ChatRenderer | None)
     RequestError, ChatTemplateError among them.
     """
     body = parse(model, decode(content))
-    if isinstance(body, TemplateFields) and renderer is not None:
-        return body.with_rendered(renderer)
-    return body
+    return body if renderer is None else body.with_rendered(renderer)
 
 
 def decode(content: bytes) -> object:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import difflib
 from array import array
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
+from octavo.engine.chat_template import ChatRenderer
 from octavo.errors import RequestError, shown
 from octavo.request import MAX_INT, MAX_LISTED, MAX_TEXTS
 from octavo.request_fields import Refused, refuse_field
@@ -94,6 +95,11 @@ class StrictModel(BaseModel):
     def field_name(self, param: str) -> str:
         """Returns the field of this body that the engine's `param` was read from."""
         return param
+
+    def with_rendered(self, renderer: ChatRenderer) -> Self:
+        """Returns the body of a chat with its text, and little of what it was made of; any other
+        as it is. Raises RequestError, ChatTemplateError among them."""
+        return self
 
     @model_validator(mode="before")
     @classmethod

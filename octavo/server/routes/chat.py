@@ -36,7 +36,7 @@ async def create_chat_completion(request: Request) -> Response:
     """Answers messages. Streams server-sent events if `stream` is true."""
     body = await read_body(request, ChatRequest)
     state = server_state(request)
-    call, reading = await chat_call(request, body, "chatcmpl")
+    call, reading = await chat_call(request, body, "chatcmpl-")
     wire = AnswerWire.of(request.scope)
     if body.stream:
         rounds, writer = StreamedCall(state, call), _Events(state, body, call, reading)

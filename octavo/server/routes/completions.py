@@ -46,7 +46,7 @@ async def create_completion(request: Request) -> Response:
     ids = [one for one in given if not isinstance(one, str)]
     # All are of one kind: texts, or ids already.
     prompts = await state.tokenising.encode(texts, body.add_special_tokens) if texts else ids
-    call = await new_call(request, body, "cmpl", params, prompts)
+    call = await new_call(request, body, "cmpl-", params, prompts)
     echoed = await _echoed_texts(state, body, call)
     wire = AnswerWire.of(request.scope)
     if body.stream:
