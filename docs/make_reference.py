@@ -35,6 +35,7 @@ from octavo.server.limits import MAX_DEFAULT_BODY_BYTES, TOTAL_BODIES, default_b
 from octavo.server.protocol.chat import ChatRequest
 from octavo.server.protocol.completions import MAX_PROMPTS, CompletionRequest
 from octavo.server.protocol.decoding import MAX_DEPTH
+from octavo.server.protocol.messages import MessagesRequest
 from octavo.server.protocol.sampling import StreamOptions
 from octavo.server.protocol.strict import StrictModel
 from octavo.server.protocol.tokens import (
@@ -45,11 +46,12 @@ from octavo.server.protocol.tokens import (
 from octavo.vllm_table import VLLM_OPTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("http.md", "operating.md", "python.md", "from_vllm.md")
+PAGES = ("http.md", "messages.md", "operating.md", "python.md", "from_vllm.md")
 MODELS: dict[str, tuple[type[StrictModel], ...]] = {
     "chat": (ChatRequest,),
     "completions": (CompletionRequest,),
     "stream_options": (StreamOptions,),
+    "messages": (MessagesRequest,),
     "tokenize": (TokenizeTextRequest, TokenizeChatRequest),
     "detokenize": (DetokenizeRequest,),
 }

@@ -10,12 +10,12 @@ strftime_now, a `tojson` that does not escape HTML, break and continue, and the 
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -25,7 +25,9 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from octavo.engine.late_system import as_users_words, has_late_system, keeps_late_system
 from octavo.engine.plain_tools import with_calls_as_text, with_tools
+from octavo.engine.template_json import to_json
 from octavo.engine.template_sandbox import MAX_DEPTH, BoundedSandbox, counted_range, joined
 from octavo.engine.tool_messages import CallArguments
 from octavo.errors import ChatTemplateError
@@ -84,7 +86,7 @@ class ChatTemplate:
             lstrip_blocks=True,
             extensions=[_GenerationTag, jinja2.ext.loopcontrols],
         )
-        environment.filters["tojson"] = _to_json
+        environment.filters["tojson"] = to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda pattern: now().strftime(pattern)
         try:
@@ -137,9 +139,15 @@ class ChatTemplate:
             messages = with_calls_as_text(messages)
         elif self._tests_none:
             messages = [_with_none(message) for message in messages]
+        if has_late_system(messages) and not self._keeps_late_system:
+            messages = as_users_words(messages)
         if options.tools and not self._reads_tools:
             return self._render_with_tools(messages, options, num_characters)
         return self._render(messages, options, num_characters)
+
+    @cached_property
+    def _keeps_late_system(self) -> bool:
+        return keeps_late_system(lambda messages: self._render(messages, ChatOptions(), 0))
 
     def _render_with_tools(
         self, messages: Sequence[Message], options: ChatOptions, num_characters: int
@@ -327,59 +335,6 @@ def _up_to_mark(text: str) -> str:
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    spelled: list[str] = []
-    if indent is None and separators is None:
-        value = _with_marks(value, spelled)
-    text = json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-        default=_plain,
-    )
-    for number, arguments in enumerate(spelled):
-        # As the model wrote them: the prompt so far has them in these words.
-        text = text.replace(json.dumps(_mark(number), ensure_ascii=ensure_ascii), arguments, 1)
-    return text
-
-
-def _with_marks(value: Any, spelled: list[str]) -> Any:
-    """Returns a call, a list of calls or arguments with marks in place of arguments, whose texts
-    go to `spelled`; all else as it is."""
-    if isinstance(value, CallArguments):
-        spelled.append(value.text)
-        return _mark(len(spelled) - 1)
-    if isinstance(value, Mapping) and not value.keys().isdisjoint(("function", "arguments")):
-        return {
-            key: _with_marks(one, spelled) if key in ("function", "arguments") else one
-            for key, one in value.items()
-        }
-    if isinstance(value, list) and value and isinstance(value[0], Mapping):
-        return [_with_marks(one, spelled) for one in value]
-    return value
-
-
-def _mark(number: int) -> str:
-    return f"\U000f3000{number}\U000f3001"
-
-
-def _plain(value: Any) -> Any:
-    """Lets tojson take any mapping or sequence."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, Sequence):
-        return list(value)
-    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
 class _GenerationTag(jinja2.ext.Extension):

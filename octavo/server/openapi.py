@@ -112,7 +112,7 @@ def _narrow(schema: Schema, state: ServerState) -> None:
     fields: Schema = schema.get("properties", {})
     if "messages" in fields or "prompt" in fields or "tokens" in fields:
         fields.get("model", {})["anyOf"] = [{"enum": [*state.model_names]}, {"type": "null"}]
-    if "priority" in fields:
+    if "anyOf" in fields.get("priority", {}):  # not where it changes nothing
         limits = {"type": "integer", "minimum": low, "maximum": high}
         fields["priority"]["anyOf"] = [limits, {"type": "null"}]
     for field in fields.values():

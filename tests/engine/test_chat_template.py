@@ -214,3 +214,34 @@ def test_long_messages_may_be_repeated_by_a_template():
     source = "{% for i in range(3) %}{{ messages[0].content }}{{ '-' * 40 }}{% endfor %}"
     text = ChatRenderer(source, {}, []).render([{"role": "user", "content": "x" * 10**6}]).text
     assert text.count("x") == 3 * 10**6
+
+
+LATE = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "Go on"},
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Now"},
+]
+EACH = "{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}"
+DROPS = (
+    "{% for m in messages %}{% if loop.first or m.role != 'system' %}[{{ m.role }}:{{ m.content }}]"
+    "{% endif %}{% endfor %}"
+)
+RAISES = (
+    "{% for m in messages %}{% if not loop.first and m.role == 'system' %}"
+    "{{ raise_exception('late') }}{% endif %}[{{ m.role }}:{{ m.content }}]{% endfor %}"
+)
+HOISTS = (
+    "{% for m in messages if m.role == 'system' %}[system:{{ m.content }}]{% endfor %}"
+    "{% for m in messages if m.role != 'system' %}[{{ m.role }}:{{ m.content }}]{% endfor %}"
+)
+
+
+def test_a_system_within_a_conversation_stands_where_it_stood():
+    before = "[system:Be brief.][user:Hi][assistant:Hello]"
+    assert ChatTemplate(EACH).render(LATE) == f"{before}[user:Go on][system:Be kind.][user:Now]"
+    words = "Go on\n<system>\nBe kind.\n</system>\nNow"
+    for source in (DROPS, RAISES, HOISTS):
+        assert ChatTemplate(source).render(LATE) == f"{before}[user:{words}]", source

@@ -118,6 +118,9 @@ class FakeEngine:
     ) -> Request:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         self._check(ids)
+        for listed in (params.allowed_token_ids, params.stop_token_ids, params.logit_bias):
+            if max(listed or (), default=0) >= self.vocab_size:
+                raise RequestError(f"token id {max(listed or ())} is out of range")
         return Request(
             request_id=f"fake-{next(self._ids)}",
             packed_prompt=pack_ids(ids),

@@ -10,6 +10,7 @@ from starlette.routing import Route
 
 from octavo.server.auth import tenant_salt
 
+MESSAGES = "/v1/messages"
 KEYS = ("first-key", "second-key")
 OPERATOR = "third-key"
 OPERATIONS = [("GET", "/metrics"), ("POST", "/reset_prefix_cache")]
@@ -35,6 +36,14 @@ def routes_of(server: Any) -> list[tuple[str, str]]:
     return [*found, ("GET", "/")]
 
 
+def test_a_key_is_taken_in_anthropics_header_where_there_is_no_bearer(start_server: Any) -> None:
+    url = start_server(api_key=KEYS).url + "/v1/models"
+    assert httpx.get(url, headers={"x-api-key": KEYS[0]}).status_code == 200
+    assert httpx.get(url, headers={"x-api-key": "other"}).status_code == 401
+    both = {"x-api-key": KEYS[0], "Authorization": "Bearer other"}
+    assert httpx.get(url, headers=both).status_code == 401
+
+
 def test_every_route_but_health_asks_for_a_key(start_server: Any) -> None:
     server = start_server(api_key=KEYS)
     routes = routes_of(server)
@@ -51,7 +60,9 @@ def test_every_route_but_health_asks_for_a_key(start_server: Any) -> None:
                 assert response.status_code == 401, path
                 assert response.headers["www-authenticate"] == "Bearer"
                 if method != "HEAD":
-                    assert response.json()["error"]["code"] == "invalid_api_key"
+                    error = response.json()["error"]
+                    assert "send a valid API key" in error["message"]
+                    assert path.startswith(MESSAGES) or error["code"] == "invalid_api_key"
 
 
 @pytest.mark.parametrize(

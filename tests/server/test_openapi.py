@@ -20,6 +20,7 @@ from tests.server.fake_engine import FakeEngine
 from tests.server.tiny_engine import tiny_engine
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+STREAMED = (CHAT, TEXT, "/v1/messages")
 USER = [{"role": "user", "content": "Hello"}]
 MANY_EXAMPLES, FEW_EXAMPLES = 20, 8
 
@@ -63,7 +64,7 @@ def test_every_status_has_its_types(document: dict[str, Any]) -> None:
             assert "422" not in operation["responses"]
             for status, response in operation["responses"].items():
                 [*kinds] = response["content"]
-                streams = path in (CHAT, TEXT) and status == "200"
+                streams = path in STREAMED and status == "200"
                 plain = ["text/plain"] if path == "/metrics" else ["application/json"]
                 usual = plain if status == "200" else ["application/json"]
                 assert kinds == (["application/json", "text/event-stream"] if streams else usual)
