@@ -43,6 +43,7 @@ from octavo.server.protocol.tokens import (
     TokenizeChatRequest,
     TokenizeTextRequest,
 )
+from octavo.server.uploads import MAX_FILE_BYTES
 from octavo.vllm_table import VLLM_OPTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -244,7 +245,8 @@ def limits_table() -> str:
         ("line and headers of a request", f"{connection.max_header_bytes:,} bytes"),
         ("headers of a request", f"{connection.max_headers}"),
         ("time for the headers to come", f"{connection.header_seconds:g} s"),
-        ("time for the body to come", f"{connection.body_seconds:g} s"),
+        ("time for each 4 MiB of the body to come", f"{connection.body_seconds:g} s"),
+        ("an uploaded file", f"{MAX_FILE_BYTES:,} bytes"),
         ("time that an idle connection is kept", f"{connection.idle_seconds:g} s"),
         ("time that a client may read nothing of its answer", f"{connection.unread_seconds:g} s"),
         ("connections", f"{connection.max_connections:,}"),

@@ -22,6 +22,8 @@ FLUSH_SECONDS = 1.0
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "color_message"}
 _NOISY = ("httpx", "httpcore", "urllib3", "filelock", "uvicorn", "uvicorn.error", "asyncio")
 """Their lines about every connection are of no use to an operator."""
+_BLAMING = ("python_multipart",)
+"""They warn of mistakes of clients, who are answered."""
 
 
 class JsonFormatter(logging.Formatter):
@@ -148,6 +150,8 @@ def configure_logging(
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     for name in _NOISY:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+    for name in _BLAMING:
+        logging.getLogger(name).setLevel(logging.ERROR)
     if owns_stderr and isinstance(handler, QueuedHandler):
         logging.captureWarnings(True)
         sys.stderr = QueuedStream(handler, sys.stderr, format == "json")

@@ -13,6 +13,7 @@ Schema = dict[str, Any]
 
 _TEXT: Schema = {"type": "string"}
 _INT: Schema = {"type": "integer"}
+_BOOL: Schema = {"type": "boolean"}
 _NUMBER: Schema = {"type": "number"}
 _IDS: Schema = {"type": "array", "items": _INT}
 
@@ -172,6 +173,26 @@ def _answer(kind: str, choice: Schema, optional: Schema | None = None) -> Schema
     return _object(fields, optional)
 
 
+def _page(items: Schema) -> Schema:
+    """Returns the schema of one page of a list."""
+    edges = {"first_id": _or_null(_TEXT), "last_id": _or_null(_TEXT), "has_more": _BOOL}
+    return _object({"object": {"const": "list"}, "data": _list(items), **edges})
+
+
+_FILE = _object(
+    {
+        "id": _TEXT,
+        "object": {"const": "file"},
+        "bytes": _INT,
+        "created_at": _INT,
+        "filename": _TEXT,
+        "purpose": {"enum": ["batch", "batch_output"]},
+        "status": {"const": "processed"},
+    },
+    {"expires_at": _INT},
+)
+
+
 ANSWERS: dict[str, Schema] = {
     "ChatCompletion": _answer(
         "chat.completion",
@@ -187,6 +208,9 @@ ANSWERS: dict[str, Schema] = {
     "Detokenized": _object({"prompt": _TEXT}),
     "Model": _MODEL,
     "Models": _object({"object": {"const": "list"}, "data": _list(_MODEL)}),
+    "File": _FILE,
+    "Files": _page(_FILE),
+    "FileDeleted": _object({"id": _TEXT, "object": {"const": "file"}, "deleted": _BOOL}),
     "Status": _object({"status": _TEXT}),
     "Version": _object({"version": _TEXT}),
     "MessageError": _object(

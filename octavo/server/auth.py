@@ -139,6 +139,11 @@ def tenant_id(api_key: str) -> str:
     return hmac.new(key, b"octavo: owner of stored objects", hashlib.sha256).hexdigest()
 
 
+def tenant_of(request: Request) -> str:
+    """Returns to whom what a request stores belongs."""
+    return tenant_id(request.state.api_key)
+
+
 def _sent_key(scope: Scope) -> bytes:
     """Returns the key in the headers, in OpenAI's form or else in Anthropic's."""
     headers = {name: value for name, value in reversed(scope["headers"]) if name in _KEY_HEADERS}

@@ -57,6 +57,8 @@ def _page(document: Schema) -> Iterator[str]:
 def _operation(document: Schema, method: str, path: str, operation: Schema) -> Iterator[str]:
     yield f"<h2 id='{_anchor(method, path)}'><code><span class='method'>{method.upper()}</span> "
     yield f"{_text(path)}</code></h2><p>{_text(operation['description'])}</p>\n"
+    if "parameters" in operation:
+        yield from _parameters(document, operation["parameters"])
     if "requestBody" in operation:
         yield f"<pre>{_text(_example(method, path))}</pre>\n"
         for schema in _variants(document, _schema_of(operation["requestBody"])):
@@ -67,6 +69,14 @@ def _operation(document: Schema, method: str, path: str, operation: Schema) -> I
         yield f"<tr><td>{_text(status)}</td><td><code>{_text(kinds)}</code></td>"
         yield f"<td>{_text(response['description'])}</td></tr>\n"
     yield "</table>\n"
+
+
+def _parameters(document: Schema, parameters: list[Schema]) -> Iterator[str]:
+    fields = {one["name"]: {**one["schema"], **one} for one in parameters}
+    needed = [one["name"] for one in parameters if one.get("required")]
+    yield from _fields(
+        document, {"title": "Path and query", "properties": fields, "required": needed}
+    )
 
 
 def _fields(document: Schema, schema: Schema) -> Iterator[str]:
@@ -116,7 +126,8 @@ def _resolved(document: Schema, schema: Schema) -> Schema:
 
 
 def _schema_of(body: Schema) -> Schema:
-    return body["content"]["application/json"]["schema"]
+    [content] = body["content"].values()
+    return content["schema"]
 
 
 _BODIES = {
@@ -126,8 +137,12 @@ _BODIES = {
     "/detokenize": '{"tokens": [1, 2, 3]}',
 }
 
+_FORMS = {"/v1/files": "-F purpose=batch -F file=@requests.jsonl"}
+
 
 def _example(method: str, path: str) -> str:
+    if path in _FORMS:
+        return f"curl http://127.0.0.1:8000{path} {_FORMS[path]}"
     return (
         f"curl -X {method.upper()} http://127.0.0.1:8000{path} \\\n"
         f"  -H 'Content-Type: application/json' -d '{_BODIES.get(path, '{}')}'"

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import Scope
 
 from octavo.errors import (
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
 class ApiError(OctavoError):
@@ -126,7 +128,7 @@ async def on_error(request: Request, error: Exception) -> Response:
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     method, path = request.method, request.url.path
-    message, code = error.detail, None
+    message, code, headers = error.detail, None, error.headers
     if error.status_code == 404:
         message, code = explain(method, path, request.app.openapi()["paths"])
     elif error.status_code == 405:
@@ -134,5 +136,15 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
             f"{method} {path} is not allowed; see the Allow header",
             "method_not_allowed",
         )
-    told = ApiError(error.status_code, message, code=code, headers=error.headers)
+        # The framework tells those of the first route of this path.
+        headers = {**(headers or {}), "Allow": ", ".join(_methods(request))}
+    told = ApiError(error.status_code, message, code=code, headers=headers)
     return error_response(told, request.scope)
+
+
+def _methods(request: Request) -> Iterator[str]:
+    """Yields the methods that routes of this path have."""
+    for method in _METHODS:
+        scope = {**request.scope, "method": method}
+        if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes):
+            yield method

@@ -6,7 +6,7 @@ Never reads a body into a request and never keeps one.
 What a client may do to one connection, and what it is told (an error object, then the end):
 
     nothing, or headers that do not end      408 after `header_seconds`
-    a body that does not end                 408 after `body_seconds`
+    a body that does not come                408 after `body_seconds` for each piece of it
     nothing after an answer                  closed after `idle_seconds`
     an answer that is not read at all        cut off after `unread_seconds`
     more header than fits                    431
@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 FEED_BYTES = 32 * 1024
 """Bytes parsed in one callback: a megabyte of chunks of one byte each would hold the loop."""
+BODY_PIECE_BYTES = 4 * 2**20
 MAX_PIPELINED = 16
 MAX_DISCARDED_BYTES = 64 * 2**20
 RETRY_AFTER_SECONDS = 1
@@ -55,7 +56,7 @@ class ConnectionLimits:
     header_seconds: float = 20.0
     """From the connection or the first byte of a request to the end of its headers."""
     body_seconds: float = 60.0
-    """From the headers to the end of the body: 4 MiB at 70 KB/s."""
+    """For every BODY_PIECE_BYTES of a body: 4 MiB at 70 KB/s."""
     idle_seconds: float = 65.0
     """Between requests. Longer than the 60 seconds of common proxies, which then close first."""
     unread_seconds: float = 60.0
@@ -117,6 +118,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._num_header_bytes = 0  # as they came, until the headers are complete
         self._num_named_bytes = 0  # of the headers that are complete
         self._num_discarded = 0
+        self._num_piece_bytes = 0  # of a body, since its deadline was armed
         self._backlog = bytearray()
         self._answering: RequestResponseCycle | None = None
         self._is_surplus = False
@@ -305,10 +307,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._reads, self._has_moved = "body", True
-        self._num_discarded = 0
+        self._num_discarded = self._num_piece_bytes = 0
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
+        self._num_piece_bytes += len(body)
+        if self._num_piece_bytes >= BODY_PIECE_BYTES:
+            self._num_piece_bytes, self._has_moved = 0, True
         if self.cycle is not None and self.cycle.response_complete:
             self._num_discarded += len(body)
             if self._num_discarded > MAX_DISCARDED_BYTES:

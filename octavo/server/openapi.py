@@ -6,11 +6,13 @@ Routes say with `described` what they take and give, since they read their bodie
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from starlette.responses import Response
 
 from octavo.request import MAX_INT
 from octavo.server.answer_schemas import ANSWERS
@@ -25,9 +27,9 @@ STATUSES = {
     400: "The request makes no sense; the error names the field.",
     401: "A key is missing or wrong.",
     403: "For the operator alone.",
-    404: "There is no such model.",
+    404: "There is no such model, or no such object of yours.",
     408: "The body did not come in time.",
-    409: "Requests hold cached blocks; nothing was forgotten.",
+    409: "What it asks for is in use, or over.",
     413: "The body is too large.",
     500: "An internal error.",
     503: "No room, not ready, or ending; Retry-After says when to come back.",
@@ -36,6 +38,8 @@ STATUSES = {
 }
 _READS = (400, 404, 408, 413)
 """What a route that reads a body can answer, besides what every route can."""
+BYTES = "application/octet-stream"
+"""The answer of a route that returns no JSON."""
 _SCHEMAS = "#/components/schemas/"
 
 
@@ -45,20 +49,33 @@ def described(
     *,
     streams: bool = False,
     statuses: tuple[int, ...] = (),
+    query: type[StrictModel] | None = None,
+    form: type[StrictModel] | None = None,
 ) -> dict[str, Any]:
-    """Returns the arguments of a route's decorator: its body, its answer (a name in ANSWERS), what
-    else it can answer, and whether it streams."""
+    """Returns the arguments of a route's decorator: its body (JSON, or the fields of a form beside
+    its file), its query, its answer (a name in ANSWERS, or BYTES), what else it can answer, and
+    whether it streams."""
     content: Schema = {"application/json": {"schema": _ref(answer)}}
+    if answer == BYTES:
+        content = {BYTES: {"schema": {"type": "string", "format": "binary"}}}
     if streams:
         content["text/event-stream"] = {"schema": {"type": "string"}}
     responses: dict[int | str, Schema] = {200: {"description": "The answer.", "content": content}}
-    for status in sorted({*statuses, *(_READS if body is not None else ()), 500, 503}):
+    for status in sorted({*statuses, *(_READS if body or form else ()), 500, 503}):
         responses[status] = _error(status)
     extra: Schema = {}
     if body is not None:
         taken = {"application/json": {"schema": _body_schema(body)}}
         extra["requestBody"] = {"required": True, "content": taken}
-    return {"response_model": None, "responses": responses, "openapi_extra": extra}
+    if form is not None:
+        taken = {"multipart/form-data": {"schema": _form_schema(form)}}
+        extra["requestBody"] = {"required": True, "content": taken}
+    if query is not None:
+        extra["parameters"] = [*_parameters(query)]
+    made: dict[str, Any] = {"response_model": None, "responses": responses}
+    if answer == BYTES:
+        made["response_class"] = Response  # else FastAPI would promise JSON, too
+    return {**made, "openapi_extra": extra}
 
 
 def install(app: FastAPI, state: ServerState) -> None:
@@ -140,6 +157,30 @@ def _body_schema(model: type[StrictModel]) -> Schema:
     if variants != (model,):
         found[model.__name__] = {"anyOf": [_ref(variant.__name__) for variant in variants]}
     return {**_ref(model.__name__), "$defs": found}
+
+
+def _form_schema(model: type[StrictModel]) -> Schema:
+    schema = _without_null(model)
+    file = {"type": "string", "format": "binary", "description": "The file, with its name."}
+    schema["properties"] = {"file": file, **schema["properties"]}
+    schema["required"] = ["file", *schema.get("required", ())]
+    return {**_ref(model.__name__), "$defs": {model.__name__: schema}}
+
+
+def _parameters(model: type[StrictModel]) -> Iterator[Schema]:
+    for name, field in _without_null(model)["properties"].items():
+        description = field.pop("description")
+        yield {"name": name, "in": "query", "description": description, "schema": field}
+
+
+def _without_null(model: type[StrictModel]) -> Schema:
+    """Returns the schema of a model whose values are texts: there, null is no value."""
+    schema = model.model_json_schema()
+    for field in schema["properties"].values():
+        if "anyOf" in field:
+            [value] = [one for one in field.pop("anyOf") if one != {"type": "null"}]
+            field.update(value)
+    return schema
 
 
 def _ref(name: str) -> Schema:

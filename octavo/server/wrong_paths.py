@@ -29,7 +29,6 @@ UNSUPPORTED = {
     ),
     **dict.fromkeys(("/v1/rerank", "/v2/rerank", "/v2/embed", "/embed", "/embeddings"), _VECTORS),
     "/v1/batches": _BATCHES,
-    "/v1/files": _BATCHES,
     **dict.fromkeys(("/v1/load_lora_adapter", "/v1/unload_lora_adapter"), _ADAPTERS),
     **dict.fromkeys(("/sleep", "/wake_up", "/is_sleeping"), _SLEEP),
     **dict.fromkeys(("/v1/images", "/v1/audio", "/v1/videos", "/v1/realtime"), _MEDIA),

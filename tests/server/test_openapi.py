@@ -22,6 +22,8 @@ from tests.server.tiny_engine import tiny_engine
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 STREAMED = (CHAT, TEXT, "/v1/messages")
 USER = [{"role": "user", "content": "Hello"}]
+PLAIN = {"/metrics": "text/plain", "/v1/files/{file_id}/content": "application/octet-stream"}
+"""What routes answer that answer no JSON."""
 MANY_EXAMPLES, FEW_EXAMPLES = 20, 8
 
 
@@ -65,7 +67,7 @@ def test_every_status_has_its_types(document: dict[str, Any]) -> None:
             for status, response in operation["responses"].items():
                 [*kinds] = response["content"]
                 streams = path in STREAMED and status == "200"
-                plain = ["text/plain"] if path == "/metrics" else ["application/json"]
+                plain = [PLAIN.get(path, "application/json")]
                 usual = plain if status == "200" else ["application/json"]
                 assert kinds == (["application/json", "text/event-stream"] if streams else usual)
     assert {"400", "404", "413", "503"} <= set(document["paths"][CHAT]["post"]["responses"])

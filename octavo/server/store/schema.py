@@ -13,7 +13,7 @@ VERSION = 1
 """Of the tables, in the file's `user_version`."""
 
 _TABLES = """
-CREATE TABLE objects (
+CREATE TABLE IF NOT EXISTS objects (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- the order in which they came, for lists
     pool TEXT NOT NULL,
     kind TEXT NOT NULL,
@@ -25,11 +25,11 @@ CREATE TABLE objects (
     body BLOB NOT NULL,
     UNIQUE (tenant, kind, id)
 );
-CREATE INDEX objects_of_tenant ON objects (tenant, kind, seq);
-CREATE INDEX objects_of_pool ON objects (pool, tenant, seq);
-CREATE INDEX objects_that_expire ON objects (expires_at) WHERE expires_at IS NOT NULL;
+CREATE INDEX IF NOT EXISTS objects_of_tenant ON objects (tenant, kind, seq);
+CREATE INDEX IF NOT EXISTS objects_of_pool ON objects (pool, tenant, seq);
+CREATE INDEX IF NOT EXISTS objects_that_expire ON objects (expires_at) WHERE expires_at IS NOT NULL;
 
-CREATE TABLE batch_lines (                  -- what became of the lines of batches that run
+CREATE TABLE IF NOT EXISTS batch_lines (  -- what became of lines of open batches
     batch TEXT NOT NULL,
     line INTEGER NOT NULL,                  -- from 1 on
     tenant TEXT NOT NULL,
@@ -38,7 +38,19 @@ CREATE TABLE batch_lines (                  -- what became of the lines of batch
     PRIMARY KEY (batch, line)
 ) WITHOUT ROWID;
 
-CREATE TABLE usage (
+CREATE TABLE IF NOT EXISTS open_batches (  -- in the order in which they came
+    id TEXT PRIMARY KEY,
+    tenant TEXT NOT NULL,
+    model TEXT NOT NULL,                    -- the served name that it was left for
+    input_file_id TEXT NOT NULL,
+    expires_at INTEGER NOT NULL,
+    owner TEXT,                             -- the process that works on it
+    is_cancelling INTEGER NOT NULL DEFAULT 0,
+    num_completed INTEGER NOT NULL DEFAULT 0,
+    num_failed INTEGER NOT NULL DEFAULT 0
+);
+
+CREATE TABLE IF NOT EXISTS usage (
     pool TEXT NOT NULL,
     tenant TEXT NOT NULL,
     count INTEGER NOT NULL,
@@ -46,24 +58,24 @@ CREATE TABLE usage (
     PRIMARY KEY (pool, tenant)
 ) WITHOUT ROWID;
 
-CREATE TRIGGER objects_come AFTER INSERT ON objects BEGIN
+CREATE TRIGGER IF NOT EXISTS objects_come AFTER INSERT ON objects BEGIN
     INSERT INTO usage VALUES (new.pool, new.tenant, 1, length(new.body) + new.extra_bytes)
     ON CONFLICT DO UPDATE SET count = count + 1, num_bytes = num_bytes + excluded.num_bytes;
 END;
-CREATE TRIGGER objects_change AFTER UPDATE OF body, extra_bytes ON objects BEGIN
+CREATE TRIGGER IF NOT EXISTS objects_change AFTER UPDATE OF body, extra_bytes ON objects BEGIN
     UPDATE usage SET num_bytes = num_bytes + length(new.body) + new.extra_bytes
         - length(old.body) - old.extra_bytes
     WHERE pool = new.pool AND tenant = new.tenant;
 END;
-CREATE TRIGGER objects_go AFTER DELETE ON objects BEGIN
+CREATE TRIGGER IF NOT EXISTS objects_go AFTER DELETE ON objects BEGIN
     UPDATE usage SET count = count - 1, num_bytes = num_bytes - length(old.body) - old.extra_bytes
     WHERE pool = old.pool AND tenant = old.tenant;
 END;
-CREATE TRIGGER batch_lines_come AFTER INSERT ON batch_lines BEGIN
+CREATE TRIGGER IF NOT EXISTS batch_lines_come AFTER INSERT ON batch_lines BEGIN
     UPDATE usage SET num_bytes = num_bytes + length(new.body)
     WHERE pool = 'kept' AND tenant = new.tenant;
 END;
-CREATE TRIGGER batch_lines_go AFTER DELETE ON batch_lines BEGIN
+CREATE TRIGGER IF NOT EXISTS batch_lines_go AFTER DELETE ON batch_lines BEGIN
     UPDATE usage SET num_bytes = num_bytes - length(old.body)
     WHERE pool = 'kept' AND tenant = old.tenant;
 END;
@@ -84,4 +96,4 @@ def prepare(connection: sqlite3.Connection) -> None:
         # Before the first table: pages that are free can then be given back.
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
         connection.execute("PRAGMA journal_mode = WAL")
-        connection.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {VERSION}; COMMIT;")
+    connection.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {VERSION}; COMMIT;")
