@@ -202,6 +202,19 @@ ANSWERS: dict[str, Schema] = {
     "Completion": _answer("text_completion", _TEXT_CHOICE),
     "Message": _MESSAGE,
     "TokenCount": _object({"input_tokens": _INT}),
+    "Invocation": {
+        "anyOf": [
+            {"$ref": "#/components/schemas/ChatCompletion"},
+            {"$ref": "#/components/schemas/Completion"},
+        ]
+    },
+    "RenderedPrompt": _object({"text": _TEXT, "num_tokens": _INT, "token_ids": _IDS}),
+    "RenderedPrompts": _object(
+        {
+            "object": {"const": "list"},
+            "data": _list(_object({"num_tokens": _INT, "token_ids": _IDS})),
+        }
+    ),
     "Tokens": _object(
         {"count": _INT, "max_model_len": _INT, "tokens": _IDS}, {"token_strs": _list(_TEXT)}
     ),

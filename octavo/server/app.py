@@ -27,7 +27,17 @@ from octavo.server.drain import Drain, DrainMiddleware
 from octavo.server.engine_client import Engine
 from octavo.server.limits import BodyRoom, default_body_bytes
 from octavo.server.parser import ParserProcess
-from octavo.server.routes import chat, completions, files, health, messages, operation, tokens
+from octavo.server.routes import (
+    chat,
+    completions,
+    files,
+    health,
+    messages,
+    operation,
+    rendering,
+    sagemaker,
+    tokens,
+)
 from octavo.server.state import ServerState, Siblings, no_siblings
 from octavo.server.store.store import Store
 from octavo.server.tokenising import Tokenising
@@ -77,7 +87,17 @@ def create_app(engine: Engine, config: ServerConfig, siblings: Siblings | None =
         store=Store(config),
     )
     errors.install(app)
-    for family in (chat, completions, messages, files, tokens, operation, health):
+    for family in (
+        chat,
+        completions,
+        messages,
+        files,
+        rendering,
+        sagemaker,
+        tokens,
+        operation,
+        health,
+    ):
         app.include_router(family.router)
     openapi.install(app, app.state.server)
     page = docs_response(app.openapi())

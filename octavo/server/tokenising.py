@@ -17,6 +17,7 @@ from octavo.engine.chat_template import RenderedChat
 from octavo.errors import ContextLengthError, OverloadedError, RequestError
 from octavo.server.engine_client import Engine, ServerTokenizer
 from octavo.server.protocol.chat import TemplateFields
+from octavo.server.protocol.completions import CompletionRequest
 
 SHORT_CHARS = 4096
 """Tokenised in about a millisecond; longer texts go to a thread."""
@@ -127,6 +128,16 @@ class Tokenising:
 def render(tokenizer: ServerTokenizer, body: TemplateFields) -> RenderedChat:
     """Returns the text of a chat. Raises RequestError, ChatTemplateError among them."""
     return body.render(tokenizer.chat_renderer)
+
+
+async def completion_ids(tokenising: Tokenising, body: CompletionRequest) -> list[Sequence[int]]:
+    """Returns the ids of each prompt of a completion. Raises RequestError, OverloadedError."""
+    given = body.prompts()
+    texts = [one for one in given if isinstance(one, str)]
+    # All are of one kind: texts, or ids already.
+    if texts:
+        return await tokenising.encode(texts, body.add_special_tokens)
+    return [one for one in given if not isinstance(one, str)]
 
 
 def _max_chars(engine: Engine) -> int | None:

@@ -36,7 +36,6 @@ UNSUPPORTED = {
     "/v1/assistants": "assistants are not served; use POST /v1/chat/completions",
     "/v1/threads": "threads are not served; use POST /v1/chat/completions",
     "/v1/fine_tuning": "the engine does not train",
-    "/invocations": "SageMaker's route is not served; use POST /v1/chat/completions",
     "/generate": "use POST /v1/completions",
     "/abort_requests": "close the connection of a request, which ends it",
     "/load": "GET /metrics has num_requests_running and num_requests_waiting",

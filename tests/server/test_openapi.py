@@ -20,7 +20,7 @@ from tests.server.fake_engine import FakeEngine
 from tests.server.tiny_engine import tiny_engine
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-STREAMED = (CHAT, TEXT, "/v1/messages")
+STREAMED = (CHAT, TEXT, "/v1/messages", "/invocations")
 USER = [{"role": "user", "content": "Hello"}]
 PLAIN = {"/metrics": "text/plain", "/v1/files/{file_id}/content": "application/octet-stream"}
 """What routes answer that answer no JSON."""

@@ -34,7 +34,11 @@ router = APIRouter(tags=["OpenAI"])
 @router.post("/v1/chat/completions", **described("ChatCompletion", ChatRequest, streams=True))
 async def create_chat_completion(request: Request) -> Response:
     """Answers messages. Streams server-sent events if `stream` is true."""
-    body = await read_body(request, ChatRequest)
+    return await answer_chat(request, await read_body(request, ChatRequest))
+
+
+async def answer_chat(request: Request, body: ChatRequest) -> Response:
+    """Returns the answer to a chat's body, whole or streamed."""
     state = server_state(request)
     call, reading = await chat_call(request, body, "chatcmpl-")
     wire = AnswerWire.of(request.scope)

@@ -30,6 +30,7 @@ from octavo.server.pieces import Later, Lazy
 from octavo.server.protocol.completions import CompletionRequest
 from octavo.server.state import ServerState, server_state
 from octavo.server.streaming import failure_event, long_response, run_attached, stream_response
+from octavo.server.tokenising import completion_ids
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -37,15 +38,15 @@ router = APIRouter(tags=["OpenAI"])
 @router.post("/v1/completions", **described("Completion", CompletionRequest, streams=True))
 async def create_completion(request: Request) -> Response:
     """Continues text or token ids. Streams server-sent events if `stream` is true."""
-    body = await read_body(request, CompletionRequest)
+    return await answer_completion(request, await read_body(request, CompletionRequest))
+
+
+async def answer_completion(request: Request, body: CompletionRequest) -> Response:
+    """Returns the answer to a completion's body, whole or streamed."""
     state = server_state(request)
     state.check_model(body.model)
     params = body.to_params(state.engine.default_sampling_params)
-    given = body.prompts()
-    texts = [one for one in given if isinstance(one, str)]
-    ids = [one for one in given if not isinstance(one, str)]
-    # All are of one kind: texts, or ids already.
-    prompts = await state.tokenising.encode(texts, body.add_special_tokens) if texts else ids
+    prompts = await completion_ids(state.tokenising, body)
     call = await new_call(request, body, "cmpl-", params, prompts)
     echoed = await _echoed_texts(state, body, call)
     wire = AnswerWire.of(request.scope)
