@@ -65,7 +65,7 @@ class EvictionOrder:
         It counts as used no more often than its parent, without which it cannot be found.
         """
         self._uses[block] = 1
-        before = self._evicted.pop(hash_of(digest))
+        before = self._evicted.pop(hash_of(digest)) if self._evicted.is_used else None
         if before is None:
             return
         num_evicted, uses = divmod(before, 256)

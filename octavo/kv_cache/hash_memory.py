@@ -20,10 +20,13 @@ class HashMemory:
         self._mask = (1 << max(num_places - 1, 1).bit_length()) - 1
         self._hashes = array("Q", bytes(8 * (self._mask + 1)))
         self._numbers = array("Q", bytes(8 * (self._mask + 1)))
+        self.is_used = False
+        """Whether anything was ever remembered: spares who asks for each of many."""
 
     def put(self, hash_: int, number: int) -> None:
         """Remembers `number` (0..2^64 - 1) for `hash_` (the same; not 0)."""
         place = hash_ & self._mask
+        self.is_used = True
         self._hashes[place] = hash_
         self._numbers[place] = number
 

@@ -156,11 +156,15 @@ class PrefixIndex:
         `content` is a hash of the block's tokens alone: it lets a miss be told from a miss of
         another tenant, and decides nothing else.
         """
-        if key.digest in self._blocks[key.group]:
+        group, digest = key.group, key.digest
+        blocks = self._blocks[group]
+        if digest in blocks:
             return False
-        self._latest.clear()
-        self._blocks[key.group][key.digest] = block
-        self._evicted.pop(hash_of(key.digest))
+        if self._latest:
+            self._latest.clear()
+        blocks[digest] = block
+        if self._evicted.is_used:
+            self._evicted.pop(hash_of(digest))
         self._contents.put(content & _HASH_BITS, hash_of(root))
         return True
 
