@@ -36,6 +36,7 @@ from octavo.server.protocol.chat import ChatRequest
 from octavo.server.protocol.completions import MAX_PROMPTS, CompletionRequest
 from octavo.server.protocol.decoding import MAX_DEPTH
 from octavo.server.protocol.messages import MessagesRequest
+from octavo.server.protocol.responses import Reasoning, ResponsesRequest, TextFormat
 from octavo.server.protocol.sampling import StreamOptions
 from octavo.server.protocol.strict import StrictModel
 from octavo.server.protocol.tokens import (
@@ -47,12 +48,15 @@ from octavo.server.uploads import MAX_FILE_BYTES
 from octavo.vllm_table import VLLM_OPTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("http.md", "messages.md", "operating.md", "python.md", "from_vllm.md")
+PAGES = ("http.md", "messages.md", "responses.md", "operating.md", "python.md", "from_vllm.md")
 MODELS: dict[str, tuple[type[StrictModel], ...]] = {
     "chat": (ChatRequest,),
     "completions": (CompletionRequest,),
     "stream_options": (StreamOptions,),
     "messages": (MessagesRequest,),
+    "responses": (ResponsesRequest,),
+    "reasoning": (Reasoning,),
+    "text_format": (TextFormat,),
     "tokenize": (TokenizeTextRequest, TokenizeChatRequest),
     "detokenize": (DetokenizeRequest,),
 }
@@ -100,11 +104,16 @@ def fields_table(arguments: list[str]) -> str:
     return table(["field", "value", "default", "meaning"], cells)
 
 
+def names_of(model: type[StrictModel]) -> set[str]:
+    """Returns a body's fields as clients write them."""
+    return {field.alias or name for name, field in model.model_fields.items()}
+
+
 def _rows_of(body: str, name: str) -> list[tuple[str, str, str]]:
     found = []
     for model in MODELS[body]:
         schema = model.model_json_schema()
-        if name in model.model_fields:
+        if name in names_of(model):
             field = schema["properties"][name]
             default = (
                 "must be sent"
@@ -176,10 +185,24 @@ def _several(items: dict[str, Any]) -> str:
     return {"string": "strings", "object": "objects"}[items["type"]]
 
 
-def refused_table() -> str:
-    """Returns a row a reason: the fields that are refused for it."""
+def ignored_list(arguments: list[str]) -> str:
+    """Returns the fields that change nothing: of chats, or of the body that is named."""
+    names = MODELS[arguments[0]][0].ignored_fields if arguments else IGNORED
+    return ", ".join(f"`{name}`" for name in sorted(names)) + "."
+
+
+def refused_table(arguments: list[str]) -> str:
+    """Returns a row a reason: the fields that are refused for it, in chats, or in the body that is
+    named beyond those."""
     reasons: dict[str, list[str]] = {}
-    for name, (reason, _) in REFUSED.items():
+    refused = REFUSED
+    if arguments:
+        model = MODELS[arguments[0]][0]
+        added = model.refused_fields.keys() - REFUSED.keys() - model.model_fields.keys()
+        refused = {
+            name: model.refused_fields[name] for name in model.refused_fields if name in added
+        }
+    for name, (reason, _) in refused.items():
         reasons.setdefault(reason, []).append(f"`{name}`")
     return table(
         ["field", "why, and what instead"], [(", ".join(n), r) for r, n in reasons.items()]
@@ -273,8 +296,8 @@ def render() -> dict[Path, str]:
     makers = {
         "routes": lambda _: routes_table(),
         "fields": fields_table,
-        "ignored": lambda _: ", ".join(f"`{name}`" for name in sorted(IGNORED)) + ".",
-        "refused": lambda _: refused_table(),
+        "ignored": ignored_list,
+        "refused": refused_table,
         "params": lambda _: params_table(),
         "vllm": lambda _: vllm_table(),
         "limits": lambda _: limits_table(),

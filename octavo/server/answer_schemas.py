@@ -159,6 +159,83 @@ _MESSAGE = _object(
         ),
     }
 )
+_ANY: Schema = {"type": "object"}
+_STATUS: Schema = {"enum": ["in_progress", "completed", "incomplete"]}
+
+
+def _item(kind: str, fields: Schema, optional: Schema | None = None) -> Schema:
+    """Returns the schema of a response's output item."""
+    return _object({"id": _TEXT, "type": {"const": kind}, "status": _STATUS, **fields}, optional)
+
+
+def _part(kind: str, fields: Schema | None = None) -> Schema:
+    return _list(_object({"type": {"const": kind}, "text": _TEXT, **(fields or {})}))
+
+
+_OUTPUT_ITEM = {
+    "anyOf": [
+        _item(
+            "message",
+            {
+                "role": {"const": "assistant"},
+                "content": _part(
+                    "output_text",
+                    {
+                        "annotations": _list(_ANY),
+                        "logprobs": _CHAT_LOGPROBS["properties"]["content"],
+                    },
+                ),
+            },
+        ),
+        _item(
+            "reasoning",
+            {"summary": _list(_ANY), "content": _part("reasoning_text")},
+            {"encrypted_content": _TEXT},
+        ),
+        _item("function_call", {"call_id": _TEXT, "name": _TEXT, "arguments": _TEXT}),
+        _item("custom_tool_call", {"call_id": _TEXT, "name": _TEXT, "input": _TEXT}),
+    ]
+}
+_RESPONSE_USAGE = _object(
+    {
+        "input_tokens": _INT,
+        "input_tokens_details": _object({"cached_tokens": _INT, "cache_write_tokens": _INT}),
+        "output_tokens": _INT,
+        "output_tokens_details": _object({"reasoning_tokens": _INT}),
+        "total_tokens": _INT,
+    }
+)
+_RESPONSE = _object(
+    {
+        "id": _TEXT,
+        "object": {"const": "response"},
+        "created_at": _INT,
+        "completed_at": _or_null(_INT),
+        "status": {"enum": ["in_progress", "completed", "incomplete", "failed", "cancelled"]},
+        "error": _or_null(_object({"code": _TEXT, "message": _TEXT})),
+        "incomplete_details": _or_null(_object({"reason": _TEXT})),
+        "background": {"const": False},
+        "instructions": _or_null(_TEXT),
+        "max_output_tokens": _or_null(_INT),
+        "max_tool_calls": _or_null(_INT),
+        "metadata": {"type": "object", "additionalProperties": _TEXT},
+        "model": _TEXT,
+        "output": _list(_OUTPUT_ITEM),
+        "parallel_tool_calls": {"type": "boolean"},
+        "previous_response_id": _or_null(_TEXT),
+        "reasoning": _object({"effort": _or_null(_TEXT), "summary": _or_null(_TEXT)}),
+        "service_tier": _TEXT,
+        "store": {"type": "boolean"},
+        "temperature": _NUMBER,
+        "text": _object({"format": _ANY}, {"verbosity": _TEXT}),
+        "tool_choice": {"anyOf": [_TEXT, _ANY]},
+        "tools": _list(_ANY),
+        "top_logprobs": _INT,
+        "top_p": _NUMBER,
+        "truncation": _TEXT,
+        "usage": _or_null(_RESPONSE_USAGE),
+    }
+)
 
 
 def _answer(kind: str, choice: Schema, optional: Schema | None = None) -> Schema:
@@ -215,6 +292,7 @@ ANSWERS: dict[str, Schema] = {
             "data": _list(_object({"num_tokens": _INT, "token_ids": _IDS})),
         }
     ),
+    "Response": _RESPONSE,
     "Tokens": _object(
         {"count": _INT, "max_model_len": _INT, "tokens": _IDS}, {"token_strs": _list(_TEXT)}
     ),

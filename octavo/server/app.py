@@ -35,6 +35,7 @@ from octavo.server.routes import (
     messages,
     operation,
     rendering,
+    responses,
     sagemaker,
     tokens,
 )
@@ -66,7 +67,7 @@ def create_app(engine: Engine, config: ServerConfig, siblings: Siblings | None =
         middleware.insert(1, cors)
     app = App(
         middleware,
-        direct=(chat.router, completions.router, messages.router),
+        direct=(chat.router, completions.router, messages.router, responses.router),
         title="Octavo",
         version=__version__,
         redirect_slashes=False,
@@ -91,6 +92,7 @@ def create_app(engine: Engine, config: ServerConfig, siblings: Siblings | None =
         chat,
         completions,
         messages,
+        responses,
         files,
         rendering,
         sagemaker,

@@ -127,7 +127,7 @@ def _narrow(schema: Schema, state: ServerState) -> None:
     """Puts this server's limits into a body's schema: model, vocabulary, priorities."""
     low, high = state.config.priority_range
     fields: Schema = schema.get("properties", {})
-    if "messages" in fields or "prompt" in fields or "tokens" in fields:
+    if not {"messages", "prompt", "tokens", "input"}.isdisjoint(fields):
         fields.get("model", {})["anyOf"] = [{"enum": [*state.model_names]}, {"type": "null"}]
     if "anyOf" in fields.get("priority", {}):  # not where it changes nothing
         limits = {"type": "integer", "minimum": low, "maximum": high}

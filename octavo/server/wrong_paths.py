@@ -14,7 +14,6 @@ _LONGEST = 128
 _FEW = 5
 """Routes that are named outright: those of the metrics' port."""
 
-_RESPONSES = "the Responses API is planned; use POST /v1/chat/completions"
 _VECTORS = "embeddings, scores and classes are planned; only generation is served"
 _BATCHES = "batches of files are planned; send requests one by one, they are batched anyway"
 _ADAPTERS = "there are no adapters"
@@ -23,7 +22,6 @@ _MEDIA = "only text is served"
 _OLLAMA = "this is no Ollama server; OpenAI's API is served, under /v1"
 
 UNSUPPORTED = {
-    "/v1/responses": _RESPONSES,
     **dict.fromkeys(
         ("/v1/embeddings", "/pooling", "/classify", "/score", "/v1/score", "/rerank"), _VECTORS
     ),

@@ -137,6 +137,8 @@ class AnswerReader:
         self._custom_names = reading.tools.custom_names
         self._input: list[str] | None = None
         """The arguments so far of the custom tool that is being called."""
+        self._number = 0
+        """Of the call that was begun last."""
         self._tokens = reading.format.token_counter(reading.starts_inside)
 
     @property
@@ -155,7 +157,7 @@ class AnswerReader:
         for piece in self._read(text, token_ids, finish_reason):
             self._take(delta, piece)
         if finish_reason is not None:
-            self._end_input(delta, self._parser.num_calls - 1)
+            self._end_input(delta)
         return delta
 
     def push_in_order(
@@ -164,13 +166,19 @@ class AnswerReader:
         """Yields the same in small deltas, from which the order of text, reasoning and calls can
         be told."""
         for piece in self._read(text, token_ids, finish_reason):
+            if isinstance(piece, TextPiece) or piece.name:
+                yield self._input_delta()
             delta = AnswerDelta()
             self._take(delta, piece)
             yield delta
         if finish_reason is not None:
-            delta = AnswerDelta()
-            self._end_input(delta, self._parser.num_calls - 1)
-            yield delta
+            yield self._input_delta()
+
+    def _input_delta(self) -> AnswerDelta:
+        """Returns the input of the custom tool that was being called."""
+        delta = AnswerDelta()
+        self._end_input(delta)
+        return delta
 
     def _read(self, text: str, token_ids: Sequence[int], finish_reason: str | None) -> list[Piece]:
         self._tokens.add(token_ids)
@@ -189,9 +197,9 @@ class AnswerReader:
         if piece.number and not self._reading.tools.is_parallel:
             return
         if piece.name:
-            self._end_input(delta, piece.number - 1)
+            self._end_input(delta)
             is_custom = piece.name in self._custom_names
-            self._input = [] if is_custom else None
+            self._input, self._number = ([] if is_custom else None), piece.number
             kind: Kind = "custom" if is_custom else "function"
             delta.calls.append(
                 CallDelta(number=piece.number, kind=kind, id=piece.id, name=piece.name)
@@ -208,11 +216,12 @@ class AnswerReader:
         else:
             last.arguments += piece.arguments
 
-    def _end_input(self, delta: AnswerDelta, number: int) -> None:
+    def _end_input(self, delta: AnswerDelta) -> None:
         """Tells the input of a custom tool, which can be read when all of it is there."""
         if self._input is None:
             return
         text, self._input = input_of("".join(self._input)), None
+        number = self._number
         last = delta.calls[-1] if delta.calls else None
         if last is None or last.number != number:
             delta.calls.append(CallDelta(number=number, kind="custom", arguments=text))

@@ -20,7 +20,7 @@ from tests.server.fake_engine import FakeEngine
 from tests.server.tiny_engine import tiny_engine
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-STREAMED = (CHAT, TEXT, "/v1/messages", "/invocations")
+STREAMED = (CHAT, TEXT, "/v1/messages", "/invocations", "/v1/responses")
 USER = [{"role": "user", "content": "Hello"}]
 PLAIN = {"/metrics": "text/plain", "/v1/files/{file_id}/content": "application/octet-stream"}
 """What routes answer that answer no JSON."""
@@ -171,7 +171,7 @@ def test_other_wrong_paths_get_theirs(http: httpx.Client) -> None:
 
 
 def test_routes_of_other_servers_are_not_supported_rather_than_unknown(http: httpx.Client) -> None:
-    for path in (*UNSUPPORTED, "/v1/responses/some-id", "/responses", "/v1/audio/speech"):
+    for path in (*UNSUPPORTED, "/v1/audio/speech"):
         response = http.post(path, json={})
         error = response.json()["error"]
         assert (response.status_code, error["code"]) == (404, "unsupported_route"), path

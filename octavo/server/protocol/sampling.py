@@ -113,9 +113,6 @@ class GenerationFields(RequestModel):
     priority: Priority = Field(
         0, description="Lower runs first; what is allowed besides 0 is the operator's choice."
     )
-    request_id: Annotated[str, Field(pattern=r"^[!-~]{1,128}$")] | None = Field(
-        None, description="Becomes part of the answer's id, before the header X-Request-Id."
-    )
     cache_salt: Annotated[str, Field(max_length=1024)] = Field(
         "", description="Requests share computed prefixes only with those of the same salt."
     )
@@ -139,6 +136,9 @@ class SamplingFields(GenerationFields, StructuredFields):
         False,
         description="Put the prompt before the answer; in a chat, the assistant's own last "
         "message, if the messages end with one.",
+    )
+    request_id: Annotated[str, Field(pattern=r"^[!-~]{1,128}$")] | None = Field(
+        None, description="Becomes part of the answer's id, before the header X-Request-Id."
     )
     return_token_ids: bool = Field(False, description="Tell the ids of prompt and answer.")
     return_tokens_as_token_ids: bool = Field(
