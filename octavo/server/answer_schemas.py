@@ -214,7 +214,7 @@ _RESPONSE = _object(
         "status": {"enum": ["in_progress", "completed", "incomplete", "failed", "cancelled"]},
         "error": _or_null(_object({"code": _TEXT, "message": _TEXT})),
         "incomplete_details": _or_null(_object({"reason": _TEXT})),
-        "background": {"const": False},
+        "background": {"type": "boolean"},
         "instructions": _or_null(_TEXT),
         "max_output_tokens": _or_null(_INT),
         "max_tool_calls": _or_null(_INT),
@@ -293,6 +293,8 @@ ANSWERS: dict[str, Schema] = {
         }
     ),
     "Response": _RESPONSE,
+    "ResponseDeleted": _object({"id": _TEXT, "object": {"const": "response"}, "deleted": _BOOL}),
+    "ResponseItems": _page(_ANY),
     "Tokens": _object(
         {"count": _INT, "max_model_len": _INT, "tokens": _IDS}, {"token_strs": _list(_TEXT)}
     ),

@@ -37,10 +37,12 @@ from octavo.server.routes import (
     rendering,
     responses,
     sagemaker,
+    stored_responses,
     tokens,
 )
 from octavo.server.state import ServerState, Siblings, no_siblings
 from octavo.server.store.store import Store
+from octavo.server.stored_responses import Responses
 from octavo.server.tokenising import Tokenising
 
 
@@ -49,6 +51,7 @@ def create_app(engine: Engine, config: ServerConfig, siblings: Siblings | None =
     names = config.served_model_name or (engine.model_name,)
     metrics = Metrics(names[0], engine.max_model_len)
     drain = Drain()
+    store = Store(config)
     middleware = [
         Middleware(
             AccessMiddleware, metrics=metrics, silent=config.disable_access_log_for_endpoints
@@ -85,7 +88,8 @@ def create_app(engine: Engine, config: ServerConfig, siblings: Siblings | None =
         tokenising=Tokenising(engine),
         body_room=BodyRoom(config.max_body_bytes or default_body_bytes(engine.max_model_len)),
         parser=ParserProcess(lambda: _renderer(engine)),
-        store=Store(config),
+        store=store,
+        responses=Responses(store),
     )
     errors.install(app)
     for family in (
@@ -93,6 +97,7 @@ def create_app(engine: Engine, config: ServerConfig, siblings: Siblings | None =
         completions,
         messages,
         responses,
+        stored_responses,
         files,
         rendering,
         sagemaker,

@@ -15,7 +15,7 @@ from octavo.server.limits import BodyRoom
 from octavo.server.protocol.decoding import decode
 from octavo.server.protocol.parsing import parse
 from octavo.server.protocol.strict import StrictModel
-from octavo.server.state import server_state
+from octavo.server.state import ServerState, server_state
 
 Body = TypeVar("Body", bound=StrictModel)
 
@@ -30,14 +30,19 @@ async def read_body(request: Request, model: type[Body]) -> Body:
         await _receive(request, room, received)
         content = bytes(received)
         await state.beginnings.wait()
-        if is_quick(content, model):
-            body = parse(model, decode(content))
-        else:
-            body = await state.parser.parse(model, content)
+        body = await parsed(state, content, model)
     finally:
         room.give_back(len(received))
     request.scope["state"]["body"] = body  # Errors ask it for the names of its fields.
     return body
+
+
+async def parsed(state: ServerState, content: bytes, model: type[Body]) -> Body:
+    """Returns `content` as a `model`, without holding the event loop. Raises RequestError,
+    OverloadedError."""
+    if is_quick(content, model):
+        return parse(model, decode(content))
+    return await state.parser.parse(model, content)
 
 
 def require_json(request: Request) -> None:

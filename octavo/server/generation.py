@@ -113,6 +113,11 @@ class StreamedCall:
         is_failure = isinstance(error, Exception)
         self._running.cancel(FinishReason.ERROR if is_failure else FinishReason.ABORT)
 
+    def stop(self, error: OctavoError) -> None:
+        """Ends the call from elsewhere: its reader gets `error`."""
+        self._running.cancel(FinishReason.ABORT)
+        self._mailbox.fail(error)
+
     def _deliver(self, tag: int, delta: OutputDelta, finished: bool) -> None:
         if not self._mailbox.put(tag, delta, finished):
             # At once: whoever is slow may never read again.

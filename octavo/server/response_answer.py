@@ -9,7 +9,7 @@ import bisect
 import itertools
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -18,7 +18,7 @@ from octavo.engine.mailbox import News
 from octavo.outputs import OutputDelta
 from octavo.request import PositionLogprobs
 from octavo.server.answers import Usage
-from octavo.server.errors import error_body
+from octavo.server.errors import ApiError, error_body
 from octavo.server.generation import Call
 from octavo.server.logprobs import TokenSpelling, chat_logprobs
 from octavo.server.pieces import Lazy, pieces_of
@@ -34,8 +34,15 @@ from octavo.server.response_output import (
 from octavo.server.state import ServerState
 from octavo.tools.answers import AnswerDelta, AnswerReading
 
-FAILED = "failed"
+FAILED, CANCELLED = "failed", "cancelled"
 _KEY_BYTES = 16
+
+
+class CancelledResponseError(ApiError):
+    """Somebody ended a response, its client or whoever may."""
+
+    def __init__(self) -> None:
+        super().__init__(409, "the response was cancelled", code="response_ended")
 
 
 class ResponseAnswer:
@@ -51,11 +58,13 @@ class ResponseAnswer:
         key = secrets.token_hex(_KEY_BYTES)
         self.id = f"resp_{key}"
         self.status = IN_PROGRESS
+        self.is_stored = False
+        self.is_begun = False
+        """Whether the engine has told anything."""
         self._state, self._body, self._call = state, body, call
         self._reader = None if reading is None else reading.begin()
         self._usage = Usage.of(call)
         self._items = OutputItems(key, self._logprobs, body.includes_packed_reasoning)
-        self._is_begun = False
         self._positions: list[PositionLogprobs] = []
         """Of tokens whose text is held back until it is known what it belongs to."""
         self._completed_at: int | None = None
@@ -63,8 +72,8 @@ class ResponseAnswer:
 
     def take(self, new: OutputDelta) -> Iterator[Event]:
         """Yields the events of what the answer gained."""
-        self._usage.add(new, not self._is_begun)
-        self._is_begun = True
+        self._usage.add(new, not self.is_begun)
+        self.is_begun = True
         self._positions.extend(new.logprobs)
         for step in self._steps(new):
             yield from self._items.add(step, self._positions_of(step.content))
@@ -74,10 +83,13 @@ class ResponseAnswer:
 
     def fail(self, error: Exception) -> Iterator[Event]:
         """Yields the events of an answer that breaks off: all but the last one."""
+        yield from self._items.finish(INCOMPLETE)
+        if isinstance(error, CancelledResponseError):
+            self.status = CANCELLED
+            return
+        self.status = FAILED
         told = error_body(error)["error"]
         self._error = {"code": "server_error", "message": told["message"]}
-        yield from self._items.finish(INCOMPLETE)
-        self.status = FAILED
         names = ("code", "message", "param")
         yield {"type": "error", **{name: told[name] for name in names}}
 
@@ -94,7 +106,7 @@ class ResponseAnswer:
             "status": self.status,
             "error": self._error,
             "incomplete_details": reason,
-            "background": False,
+            "background": bool(body.background),
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "max_tool_calls": body.max_tool_calls,
@@ -102,10 +114,10 @@ class ResponseAnswer:
             "model": self._state.model_name,
             "output": self._items.bodies(),
             "parallel_tool_calls": body.parallel_tool_calls is not False,
-            "previous_response_id": None,
+            "previous_response_id": body.previous_response_id,
             "reasoning": body.reasoning_json,
             "service_tier": "default",
-            "store": False,
+            "store": self.is_stored,
             "temperature": params.temperature,
             "text": body.text_json,
             "tool_choice": body.tool_choice or "auto",
@@ -173,8 +185,15 @@ class ResponseAnswer:
 class ResponseEvents:
     """Writes a streamed response as server-sent events."""
 
-    def __init__(self, answer: ResponseAnswer, body: ResponsesRequest) -> None:
+    def __init__(
+        self,
+        answer: ResponseAnswer,
+        body: ResponsesRequest,
+        on_end: Callable[[], Awaitable[None]],
+    ) -> None:
+        """`on_end` is waited for before the last event of an answer that ended by itself."""
         self._answer = answer
+        self._on_end = on_end
         self._num_events = 0
         self.is_brief = not body.includes_logprobs
 
@@ -184,6 +203,7 @@ class ResponseEvents:
         return b"".join(pieces) if self.is_brief else pieces
 
     async def end(self) -> bytes:
+        await self._on_end()
         return b"".join(self._last())
 
     def failure(self, error: Exception) -> bytes:
@@ -199,7 +219,9 @@ class ResponseEvents:
                 yield from self._encoded(event)
 
     def _last(self) -> Iterator[bytes]:
-        yield from self._lifecycle(self._answer.status)
+        status = self._answer.status
+        # There is no event of its own for a response that was cancelled.
+        yield from self._lifecycle(INCOMPLETE if status == CANCELLED else status)
 
     def _lifecycle(self, kind: str) -> Iterator[bytes]:
         event = {"type": f"response.{kind}", "response": self._answer.response()}

@@ -174,6 +174,7 @@ class Server(uvicorn.Server):
                 await self.serve(sockets=[] if bound is None else [bound])
         finally:
             await self._state.parser.close()
+            await self._state.responses.close()
             await self._state.store.close()
             self._loop = None
             stats.cancel()

@@ -20,6 +20,7 @@ from octavo.server.errors import ApiError
 from octavo.server.limits import BodyRoom
 from octavo.server.parser import ParserProcess
 from octavo.server.store.store import Store
+from octavo.server.stored_responses import Responses
 from octavo.server.tokenising import Tokenising
 
 BEGUN_AT_ONCE = 4
@@ -49,6 +50,7 @@ class ServerState:
     body_room: BodyRoom
     parser: ParserProcess
     store: Store
+    responses: Responses
     drain: Drain = field(default_factory=Drain)
     turns: Turns = field(default_factory=Turns)
     """Of the streams' readers."""

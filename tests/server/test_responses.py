@@ -112,7 +112,7 @@ def test_an_answer_is_told_in_items(client: openai.OpenAI) -> None:
     assert (answer.tools[0].name, answer.tool_choice, answer.store) == (
         "get_weather",
         "auto",
-        False,
+        True,
     )
 
 
@@ -266,7 +266,8 @@ def test_a_long_body_is_parsed_elsewhere_and_comes_to_the_same(
         ({"include": ["everything"]}, "include[0]"),
         ({"metadata": {"a": 5}}, "metadata.a"),
         ({"metadata": {str(n): "" for n in range(17)}}, "metadata"),
-        ({"background": True}, "background"),
+        ({"background": True, "stream": True}, "stream"),
+        ({"background": True, "store": False}, "store"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"prompt": {"id": "p"}}, "prompt"),
         ({"temperature": -1}, "temperature"),
@@ -315,12 +316,16 @@ def response_of(deltas: list[OutputDelta]) -> list[dict[str, Any]]:
     state: Any = SimpleNamespace(model_name="fake")
     params = SimpleNamespace(temperature=1.0, top_p=1.0, n=1)
     call: Any = SimpleNamespace(params=params, created=1, requests=[SimpleNamespace(prompt_len=3)])
-    writer = ResponseEvents(ResponseAnswer(state, body, call, reading), body)
+    writer = ResponseEvents(ResponseAnswer(state, body, call, reading), body, _at_once)
     pieces: list[Any] = [writer.events([(0, one, False)]) for one in deltas]
     return parsed(b"".join([*pieces, asyncio.run(writer.end())]).decode())
 
 
-@settings(deadline=None, max_examples=60)
+async def _at_once() -> None:
+    pass
+
+
+@settings(deadline=None, max_examples=40)
 @given(
     st.lists(st.sampled_from(PIECES), max_size=8).map("".join),
     st.lists(st.integers(1, 30), min_size=1, max_size=4),

@@ -23,6 +23,7 @@ ITEM_TYPES = (
     *("message", "reasoning", "function_call", "function_call_output"),
     *("custom_tool_call", "custom_tool_call_output"),
 )
+REFERENCE = "item_reference"
 _OUTPUT_ID = re.compile(r"(?:msg|rs|fc|ctc)_([0-9a-f]{32})_[0-9]+")
 """Ids of items that a response told: they name the response, and so the turn."""
 _PACKED = "octavo1."
@@ -32,7 +33,8 @@ _TURN = "_turn"
 
 @dataclass(slots=True)
 class ChatHistory:
-    """The messages, and where each came from."""
+    """The messages, and where each came from. Of items that are named by their ids nothing is
+    there: those must be put in their place before."""
 
     messages: list[Message] = field(default_factory=list)
     places: list[tuple[str, str]] = field(default_factory=list)
@@ -55,10 +57,26 @@ def output_id(kind: str, response_key: str, number: int) -> str:
     return f"{kind}_{response_key}_{number}"
 
 
+def is_response_id(text: str) -> bool:
+    """Whether `text` has the form of a response's id."""
+    return re.fullmatch(r"resp_[0-9a-f]{32}", text) is not None
+
+
 def response_of_item(item_id: str) -> str | None:
     """Returns the id of the response that told an item; None if it is none of ours."""
     found = _OUTPUT_ID.fullmatch(item_id)
     return f"resp_{found[1]}" if found else None
+
+
+def reference_of(item: Any) -> str | None:
+    """Returns the id of the item that `item` stands for; None if it is one itself."""
+    if not isinstance(item, Mapping):
+        return None
+    is_bare = item.keys() <= {"id", "type"} and item.get("type") is None
+    if item.get("type") != REFERENCE and not is_bare:
+        return None
+    found = item.get("id")
+    return found if isinstance(found, str) else None
 
 
 def packed_reasoning(text: str) -> str:
@@ -104,6 +122,8 @@ class _Reader:
     def read(self, item: Any, where: str) -> None:
         if not isinstance(item, Mapping):
             raise RequestError(f"{where} must be an object", param=where)
+        if reference_of(item) is not None:
+            return
         kind = item.get("type")
         if kind is None and "role" in item:
             kind = "message"
@@ -237,3 +257,29 @@ def _joined(item: Item, name: str, kind: str, where: str) -> str:
             reason = f"{place}[{number}] must be an object of type {kind} with a text"
             raise RequestError(reason, param=f"{place}[{number}]")
     return "".join(part["text"] for part in parts)
+
+
+_KINDS = {"reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc"}
+
+
+def listed_items(items: Sequence[Any], response_key: str) -> list[dict[str, Any]]:
+    """Returns the input items of a response as lists of them have them: each with an id."""
+    return [_listed(item, response_key, place) for place, item in enumerate(items)]
+
+
+def _listed(item: dict[str, Any], response_key: str, place: int) -> dict[str, Any]:
+    kind = item.get("type") or ("message" if "role" in item else REFERENCE)
+    made = f"{_KINDS.get(kind, 'msg')}_{response_key}_in_{place}"
+    item = {"status": "completed", **item, "type": kind, "id": item.get("id") or made}
+    if kind == "message":
+        is_answer = item["role"] == "assistant"
+        content = [
+            {**part, "type": "output_text", "annotations": []}
+            if is_answer
+            else {**part, "type": "input_text"}
+            for part in _parts(item.get("content"))
+        ]
+        item["content"] = content
+    elif kind == "reasoning":
+        item.setdefault("summary", [])
+    return item

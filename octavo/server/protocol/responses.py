@@ -14,6 +14,7 @@ import msgspec
 from pydantic import Field, PrivateAttr
 
 from octavo.engine.chat_template import ChatRenderer
+from octavo.engine.messages import read_messages
 from octavo.errors import RequestError
 from octavo.request_fields import IGNORED, REFUSED
 from octavo.server.protocol.chat import (
@@ -22,7 +23,8 @@ from octavo.server.protocol.chat import (
     ReasoningEffort,
     TemplateFields,
 )
-from octavo.server.protocol.response_items import ChatHistory, chat_history
+from octavo.server.protocol.files import ListQuery
+from octavo.server.protocol.response_items import ChatHistory, chat_history, reference_of
 from octavo.server.protocol.sampling import GenerationFields
 from octavo.server.protocol.strict import StrictModel, integer
 from octavo.server.protocol.structured import StructuredOutputs
@@ -70,7 +72,6 @@ _REFUSED = {
     **REFUSED,
     "conversation": ("send previous_response_id, or the whole conversation", ()),
     "prompt": ("the server keeps no prompts; send instructions and input", ()),
-    "previous_response_id": ("send the whole conversation as input", ()),
     "messages": ("send input, or use POST /v1/chat/completions", ()),
     "max_tokens": ("send max_output_tokens", ()),
     "reasoning_effort": ("send reasoning.effort", ()),
@@ -129,6 +130,14 @@ class TextOptions(StrictModel):
     verbosity: Literal["low", "medium", "high"] | None = Field(None, description="Changes nothing.")
 
 
+class ItemsQuery(ListQuery):
+    """Which of a response's input items."""
+
+    ignored_fields = frozenset({"include[]"})
+
+    order: Literal["asc", "desc"] = Field("desc", description="Last or first items first.")
+
+
 class ResponseStreamOptions(StrictModel):
     """Nothing that changes a stream."""
 
@@ -142,7 +151,7 @@ class ResponsesRequest(GenerationFields):
     max_quick_bytes = TemplateFields.max_quick_bytes
     max_quick_values = TemplateFields.max_quick_values
     ignored_fields = IGNORED - {
-        *("metadata", "parallel_tool_calls", "prediction", "verbosity"),
+        *("metadata", "store", "parallel_tool_calls", "prediction", "verbosity"),
         "guided_decoding_backend",
     }
     refused_fields = _REFUSED
@@ -195,8 +204,21 @@ class ResponsesRequest(GenerationFields):
     truncation: Literal["disabled"] | None = Field(
         None, description="What is too long for the context is refused."
     )
-    background: Literal[False] | None = Field(
-        None, description="Must be false: a response is made while its client waits."
+    previous_response_id: str | None = Field(
+        None,
+        max_length=64,
+        description="A stored response: its input, its output and what came before them stand "
+        "before the input.",
+    )
+    store: bool | None = Field(
+        None,
+        description="False: nothing is stored. True: the response is stored, or refused. If left "
+        "out, it is stored where it can be.",
+    )
+    background: bool | None = Field(
+        None,
+        description="Answer at once, and go on without the client, who asks for the stored "
+        "response later.",
     )
     stream_options: ResponseStreamOptions | None = Field(None, description="Changes nothing.")
     enable_thinking: bool | None = Field(
@@ -213,6 +235,8 @@ class ResponsesRequest(GenerationFields):
     _history: ChatHistory | None = PrivateAttr(None)
     _chat: ChatRequest | None = PrivateAttr(None)
     _tools_json: bytes = PrivateAttr(b"")
+    _items_json: bytes = PrivateAttr(b"")
+    _references: tuple[str, ...] | None = PrivateAttr(None)
 
     def field_name(self, param: str) -> str:
         """Returns the field of this body that a chat's `param` was read from."""
@@ -232,6 +256,50 @@ class ResponsesRequest(GenerationFields):
     def tools_json(self) -> bytes:
         """The tools as they were sent."""
         return self._tools_json or msgspec.json.encode(self.tools or [])
+
+    @property
+    def items_json(self) -> bytes:
+        """The input as a list of items, as they were sent."""
+        if self._items_json:
+            return self._items_json
+        given = self.input or []
+        if isinstance(given, str):
+            part = {"type": "input_text", "text": given}
+            given = [{"type": "message", "role": "user", "content": [part]}]
+        return msgspec.json.encode(given)
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The ids of items that stand for stored ones."""
+        if self._references is None:
+            items = self.input if isinstance(self.input, list) else ()
+            found = (reference_of(item) for item in items)
+            self._references = tuple(dict.fromkeys(one for one in found if one is not None))
+        return self._references
+
+    @property
+    def needs_store(self) -> bool:
+        """Whether the chat is this body's and what is stored."""
+        return self.previous_response_id is not None or bool(self.references)
+
+    def check(self) -> None:
+        """Reads what is here of a conversation. Raises RequestError with its places."""
+        self._history = chat_history(self.input or [], None)
+        try:
+            read_messages(self._history.messages)
+        except RequestError as error:
+            raise self.renamed(error) from None
+
+    def with_items(self, before: list[msgspec.Raw], known: Mapping[str, msgspec.Raw]) -> bytes:
+        """Returns the body of the same request without anything stored: items `before` its own,
+        and those of `references` in their places."""
+        own = msgspec.json.decode(self.items_json, type=list[msgspec.Raw])
+        if known:
+            own = [known.get(_reference(item) or "", item) for item in own]
+        names = {"input", "tools", "previous_response_id", "store", "background"}
+        rest = self.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude=names)
+        tools = {} if self.tools_json == b"[]" else {"tools": msgspec.Raw(self.tools_json)}
+        return msgspec.json.encode({**rest, **tools, "input": [*before, *own]})
 
     @property
     def text_json(self) -> dict[str, Any]:
@@ -256,13 +324,18 @@ class ResponsesRequest(GenerationFields):
         return self._chat
 
     def with_rendered(self, renderer: ChatRenderer) -> Self:
-        """Returns a copy that has the text of the chat, and few objects."""
-        try:
-            chat = self.chat.with_rendered(renderer)
-        except RequestError as error:
-            raise self.renamed(error) from None
+        """Returns a copy that has the text of the chat, if all of it is here, and few objects."""
+        chat = None
+        if self.needs_store:
+            self.check()
+        else:
+            try:
+                chat = self.chat.with_rendered(renderer)
+            except RequestError as error:
+                raise self.renamed(error) from None
         copy = self.model_copy(update={"input": None, "tools": None})
         copy._chat, copy._tools_json = chat, self.tools_json
+        copy._items_json, copy._references = self.items_json, self.references
         return copy
 
     def renamed(self, error: RequestError) -> RequestError:
@@ -298,6 +371,11 @@ class ResponsesRequest(GenerationFields):
             "logprobs": self.includes_logprobs,
             "top_logprobs": self.top_logprobs,
         }
+
+
+def _reference(item: msgspec.Raw) -> str | None:
+    # Most items are not looked into: they are long, references are short.
+    return reference_of(msgspec.json.decode(item)) if len(bytes(item)) < 512 else None
 
 
 def _chat_tool(tool: dict[str, Any]) -> dict[str, Any]:

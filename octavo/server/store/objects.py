@@ -107,6 +107,13 @@ def update(db: sqlite3.Connection, name: Name, change: Change, now: float) -> by
     return changed
 
 
+def renew(db: sqlite3.Connection, name: Name) -> None:
+    """Makes an object the newest one: the last that makes room."""
+    query = "UPDATE objects SET seq = (SELECT max(seq) + 1 FROM objects)"
+    where = "WHERE tenant = :tenant AND kind = :kind AND id = :id"
+    db.execute(f"{query} {where}", name.at(0))
+
+
 def delete(db: sqlite3.Connection, name: Name, now: float) -> bool:
     """Returns whether there was such an object."""
     return db.execute(f"DELETE FROM objects WHERE {_IS_MEANT}", name.at(now)).rowcount > 0

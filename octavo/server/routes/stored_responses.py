@@ -1,0 +1,68 @@
+"""GET, DELETE and cancelling of stored responses, and lists of their input items.
+
+A response is its tenant's: to all others it does not exist.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from octavo.errors import RequestError
+from octavo.server.auth import tenant_of
+from octavo.server.errors import ApiError
+from octavo.server.lists import listed
+from octavo.server.openapi import described
+from octavo.server.protocol.response_items import listed_items
+from octavo.server.protocol.responses import ItemsQuery
+from octavo.server.query import read_query
+from octavo.server.state import server_state
+from octavo.server.streaming import json_response
+
+router = APIRouter(tags=["OpenAI"])
+
+
+@router.get("/v1/responses/{response_id}", **described("Response", statuses=(400, 404)))
+async def retrieve_response(request: Request, response_id: str) -> Response:
+    """Returns a stored response."""
+    if request.query_params.get("stream") == "true":
+        message = "stream: stored responses are not streamed; ask again until the status is final"
+        raise RequestError(message, param="stream", code="unsupported_field")
+    stored = await server_state(request).responses.get(tenant_of(request), response_id)
+    return Response(bytes(stored.response), media_type="application/json")
+
+
+@router.delete("/v1/responses/{response_id}", **described("ResponseDeleted", statuses=(404,)))
+async def delete_response(request: Request, response_id: str) -> Response:
+    """Removes a stored response; one that is being made ends."""
+    await server_state(request).responses.delete(tenant_of(request), response_id)
+    return json_response({"id": response_id, "object": "response", "deleted": True})
+
+
+@router.post("/v1/responses/{response_id}/cancel", **described("Response", statuses=(404, 409)))
+async def cancel_response(request: Request, response_id: str) -> Response:
+    """Ends a stored response that is being made."""
+    stored = await server_state(request).responses.cancel(tenant_of(request), response_id)
+    return Response(bytes(stored.response), media_type="application/json")
+
+
+@router.get(
+    "/v1/responses/{response_id}/input_items",
+    **described("ResponseItems", query=ItemsQuery, statuses=(400, 404)),
+)
+async def list_input_items(request: Request, response_id: str) -> Response:
+    """Lists the input items of a stored response, without those of responses before it."""
+    query = read_query(request, ItemsQuery)
+    stored = await server_state(request).responses.get(tenant_of(request), response_id)
+    items = listed_items(msgspec.json.decode(stored.items), response_id.removeprefix("resp_"))
+    if query.order == "desc":
+        items.reverse()
+    places = {item["id"]: place for place, item in enumerate(items)}
+    if query.after is not None and query.after not in places:
+        message = f"after: the response has no input item {query.after!r}"
+        raise ApiError(404, message, code="item_not_found", param="after")
+    first = 0 if query.after is None else places[query.after] + 1
+    last = first + query.limit
+    return json_response(listed(items[first:last], len(items) > last))

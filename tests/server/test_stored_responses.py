@@ -1,0 +1,474 @@
+"""Stored responses over real sockets: conversations, tenants, several front processes, the end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from octavo.config import ServerConfig
+from octavo.engine.chat_template import RenderedChat
+from octavo.errors import EngineDeadError
+from octavo.server import stored_responses
+from tests.server.conftest import ServerThread
+from tests.server.fake_engine import FakeEngine, FakeTokenizer
+from tests.server.response_events import checked, parsed
+from tests.server.test_fronts import Fronts
+from tests.server.test_responses import ANSWER, FORMAT, TOOLS
+from tests.server.test_store import NOWHERE
+from tests.server.tiny_engine import write_model
+
+PATH = "/v1/responses"
+KEYS = ("key-a", "key-b")
+UNKNOWN = "resp_" + "0" * 32
+
+
+class NotingTokenizer(FakeTokenizer):
+    """Remembers the text of the last chat."""
+
+    prompt = ""
+
+    def encode_rendered(self, rendered: RenderedChat) -> list[int]:
+        self.prompt = rendered.shown
+        return super().encode_rendered(rendered)
+
+
+class NotingEngine(FakeEngine):
+    max_model_len = 8192
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokenizer: NotingTokenizer = NotingTokenizer()
+        self.answer_format = FORMAT
+        self.answer = "Hello."
+
+
+Servers = list[ServerThread[NotingEngine]]
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """Two servers over one store, as two front processes are."""
+    folder = str(tmp_path_factory.mktemp("store"))
+    config = ServerConfig(port=0, api_key=KEYS, store_dir=folder, shutdown_timeout=1.0)
+    found = [ServerThread(NotingEngine(), config) for _ in range(2)]
+    yield found
+    for server in found:
+        server.end()
+
+
+@pytest.fixture
+def engine(servers: Servers) -> Iterator[NotingEngine]:
+    """The engine of the first server, with the script that most tests want."""
+    engine = servers[0].engine
+    yield engine
+    engine.answer, engine.is_endless, engine.error_after = "Hello.", False, None
+
+
+def client_of(server: ServerThread[Any], key: str = "key-a") -> openai.OpenAI:
+    return openai.OpenAI(
+        base_url=f"{server.url}/v1", api_key=key, max_retries=0, _strict_response_validation=True
+    )
+
+
+@pytest.fixture
+def client(servers: Servers) -> Iterator[openai.OpenAI]:
+    with client_of(servers[0]) as strict:
+        yield strict
+
+
+@pytest.fixture
+def other(servers: Servers) -> Iterator[openai.OpenAI]:
+    """The same client at the other server."""
+    with client_of(servers[1]) as strict:
+        yield strict
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def ask(client: openai.OpenAI, text: Any = "Hi", **more: Any) -> Any:
+    return client.responses.create(model="fake", input=text, **more)
+
+
+def test_a_stored_response_is_found_at_every_server_until_it_is_deleted(
+    client: openai.OpenAI, other: openai.OpenAI
+) -> None:
+    made = ask(client, metadata={"a": "b"})
+    assert made.store
+    for one in (client, other):
+        assert one.responses.retrieve(made.id) == made
+    other.responses.delete(made.id)
+    for one in (client, other):
+        with pytest.raises(openai.NotFoundError):
+            one.responses.retrieve(made.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.delete(made.id)
+
+
+def test_a_conversation_goes_on_at_any_server(
+    servers: Servers, engine: NotingEngine, client: openai.OpenAI, other: openai.OpenAI
+) -> None:
+    engine.answer = ANSWER
+    first = ask(client, "How warm is Rome?", instructions="Be kind.", tools=TOOLS)
+    call = first.output[2]
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "21"}
+    ask(client, [{"role": "user", "content": "How warm is Rome?"}, *first.output, result])
+    whole = engine.tokenizer.prompt
+    assert "Be kind." not in whole
+    second = ask(other, [result], previous_response_id=first.id)
+    assert servers[1].engine.tokenizer.prompt == whole
+    assert second.previous_response_id == first.id
+    # A text, and instructions of its own.
+    ask(client, "And now?", previous_response_id=second.id, instructions="Be brief.")
+    expected = f"system:Be brief.\n{whole.removesuffix('assistant:')}"
+    expected += "assistant:Hello.\nuser:And now?\nassistant:"
+    assert engine.tokenizer.prompt == expected
+
+
+def test_a_long_conversation_comes_to_the_same_as_one_that_is_sent(
+    engine: NotingEngine, client: openai.OpenAI
+) -> None:
+    turns: list[Any] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    first = ask(client, turns * 200)
+    ask(client, "c", previous_response_id=first.id)
+    expected = "user:a\nassistant:b\n" * 200 + "assistant:Hello.\nuser:c\nassistant:"
+    assert engine.tokenizer.prompt == expected
+    second = ask(client, turns * 200, previous_response_id=ask(client, "x").id)
+    assert engine.tokenizer.prompt.startswith("user:x\nassistant:Hello.\nuser:a\n")
+    assert len(list(client.responses.input_items.list(second.id, limit=100))) == 400
+
+
+def test_items_are_named_by_their_ids(engine: NotingEngine, client: openai.OpenAI) -> None:
+    first = ask(client)
+    named: Any = {"type": "item_reference", "id": first.output[0].id}
+    for reference in (named, {"id": named["id"]}):
+        ask(
+            client, [{"role": "user", "content": "Hi"}, reference, {"role": "user", "content": "?"}]
+        )
+        assert engine.tokenizer.prompt == "user:Hi\nassistant:Hello.\nuser:?\nassistant:"
+    for wrong in ("msg_1", f"msg_{'0' * 32}_0", first.output[0].id[:-1] + "7"):
+        with pytest.raises(openai.NotFoundError) as refused:
+            ask(client, [{"type": "item_reference", "id": wrong}])
+        assert refused.value.code == "item_not_found"
+
+
+def test_input_items_are_listed_page_by_page(client: openai.OpenAI) -> None:
+    thought = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "Hm."}]}
+    call = {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}
+    items: list[Any] = [
+        {"role": "user", "content": "Hi"},
+        {**thought, "summary": []},
+        call,
+        {"type": "function_call_output", "call_id": "1", "output": "21"},
+        {"role": "assistant", "content": "Hello."},
+    ]
+    made = ask(client, items)
+    listed = list(client.responses.input_items.list(made.id, order="asc", limit=2))
+    kinds = ["message", "reasoning", "function_call", "function_call_output", "message"]
+    assert [one.type for one in listed] == kinds
+    assert len({one.id for one in listed}) == 5
+    assert [one.id for one in client.responses.input_items.list(made.id)] == [
+        one.id for one in reversed(listed)
+    ]
+    with pytest.raises(openai.NotFoundError):
+        client.responses.input_items.list(made.id, after="msg_1")
+
+
+def test_a_response_is_its_tenants_alone(servers: Servers, client: openai.OpenAI) -> None:
+    made = ask(client)
+    with client_of(servers[1], "key-b") as stranger:
+        calls: list[Callable[[], Any]] = [
+            lambda: stranger.responses.retrieve(made.id),
+            lambda: stranger.responses.delete(made.id),
+            lambda: stranger.responses.cancel(made.id),
+            lambda: stranger.responses.input_items.list(made.id),
+            lambda: ask(stranger, previous_response_id=made.id),
+            lambda: ask(stranger, [{"type": "item_reference", "id": made.output[0].id}]),
+        ]
+        for call in calls:
+            with pytest.raises(openai.NotFoundError):
+                call()
+    assert client.responses.retrieve(made.id) == made
+
+
+@pytest.mark.parametrize("response_id", [UNKNOWN, "resp_1", "front%2F0", "a" * 64])
+def test_an_unknown_response_is_a_404(servers: Servers, response_id: str) -> None:
+    headers = {"Authorization": "Bearer key-a"}
+    url = f"{servers[0].url}{PATH}"
+    answers = [
+        httpx.get(f"{url}/{response_id}", headers=headers),
+        httpx.delete(f"{url}/{response_id}", headers=headers),
+        httpx.post(f"{url}/{response_id}/cancel", headers=headers),
+        httpx.get(f"{url}/{response_id}/input_items", headers=headers),
+        httpx.post(url, headers=headers, json={"input": "Hi", "previous_response_id": response_id}),
+    ]
+    assert [answer.status_code for answer in answers] == [404] * 5
+
+
+def test_a_conversation_whose_beginning_is_gone_says_so(client: openai.OpenAI) -> None:
+    first = ask(client)
+    second = ask(client, previous_response_id=first.id)
+    client.responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError, match="send the whole conversation") as refused:
+        ask(client, previous_response_id=second.id)
+    assert refused.value.param == "previous_response_id"
+
+
+def test_what_is_not_to_be_stored_is_not(client: openai.OpenAI) -> None:
+    made = ask(client, store=False)
+    assert not made.store
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(made.id)
+
+
+def test_a_wrong_item_is_named_as_it_was_sent(client: openai.OpenAI) -> None:
+    first = ask(client, [{"role": "user", "content": "a"}] * 3)
+    wrong: list[Any] = [{"role": "user", "content": [{"type": "input_image"}]}]
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client, wrong, previous_response_id=first.id)
+    assert refused.value.param == "input[0].content[0]"
+
+
+def test_a_stream_is_stored_before_its_last_event(servers: Servers) -> None:
+    headers = {"Authorization": "Bearer key-a"}
+    body = {"input": "Hi", "stream": True}
+    last = checked(parsed(httpx.post(f"{servers[0].url}{PATH}", json=body, headers=headers).text))
+    found = httpx.get(f"{servers[1].url}{PATH}/{last['id']}", headers=headers).json()
+    assert found == last
+
+
+def test_a_stream_whose_client_leaves_is_stored_as_cancelled(
+    servers: Servers, engine: NotingEngine, other: openai.OpenAI
+) -> None:
+    engine.is_endless, engine.answer = True, None
+    headers = {"Authorization": "Bearer key-a"}
+    body = {"input": "Hi", "stream": True}
+    url = f"{servers[0].url}{PATH}"
+    with httpx.stream("POST", url, json=body, headers=headers) as stream:
+        lines = stream.iter_lines()
+        created = next(line for line in lines if line.startswith("data: "))
+        response_id = json.loads(created.removeprefix("data: "))["response"]["id"]
+        assert other.responses.retrieve(response_id).status == "in_progress"
+        with pytest.raises(openai.BadRequestError):
+            ask(other, previous_response_id=response_id)
+    wait_until(lambda: other.responses.retrieve(response_id).status == "cancelled")
+    assert other.responses.retrieve(response_id).output_text
+
+
+def test_a_stream_that_fails_is_stored_as_failed(
+    servers: Servers, engine: NotingEngine, other: openai.OpenAI
+) -> None:
+    engine.error_after = (3, EngineDeadError("the engine process ended"))
+    headers = {"Authorization": "Bearer key-a"}
+    body = {"input": "Hi", "stream": True}
+    last = checked(parsed(httpx.post(f"{servers[0].url}{PATH}", json=body, headers=headers).text))
+    wait_until(lambda: other.responses.retrieve(last["id"]).status == "failed")
+    assert other.responses.retrieve(last["id"]).error is not None
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_response_in_the_background_is_cancelled_at_any_server(
+    servers: Servers, engine: NotingEngine, client: openai.OpenAI, place: int
+) -> None:
+    engine.is_endless, engine.answer = True, None
+    engine.aborted.clear()
+    made = ask(client, background=True)
+    assert (made.status, made.background) == ("in_progress", True)
+    with client_of(servers[place]) as at:
+        ended = at.responses.cancel(made.id)
+        assert ended.status == "cancelled"
+        with pytest.raises(openai.ConflictError):
+            at.responses.cancel(made.id)
+    assert engine.aborted.wait(10)
+    assert client.responses.retrieve(made.id) == ended
+
+
+def test_a_response_in_the_background_ends_by_itself_too(
+    engine: NotingEngine, client: openai.OpenAI, other: openai.OpenAI
+) -> None:
+    made = ask(client, background=True)
+    wait_until(lambda: other.responses.retrieve(made.id).status != "in_progress")
+    assert other.responses.retrieve(made.id).output_text == "Hello."
+    engine.error_after = (2, EngineDeadError("the engine process ended"))
+    made = ask(client, background=True)
+    wait_until(lambda: other.responses.retrieve(made.id).status == "failed")
+
+
+def test_a_client_that_waits_learns_that_another_cancelled(
+    servers: Servers, engine: NotingEngine
+) -> None:
+    engine.is_endless, engine.answer = True, None
+    headers = {"Authorization": "Bearer key-a"}
+    url = f"{servers[0].url}{PATH}"
+    events: list[str] = []
+    with httpx.stream("POST", url, json={"input": "Hi", "stream": True}, headers=headers) as stream:
+        for line in stream.iter_lines():
+            events.append(line)
+            if len(events) == 2:
+                told = json.loads(line.removeprefix("data: "))["response"]["id"]
+                answer = httpx.post(f"{servers[1].url}{PATH}/{told}/cancel", headers=headers)
+                assert answer.json()["status"] == "cancelled"
+    assert "event: response.incomplete" in events
+    assert json.loads(events[-2].removeprefix("data: "))["response"]["status"] == "cancelled"
+
+
+def test_deleting_ends_what_is_being_made(
+    servers: Servers, engine: NotingEngine, client: openai.OpenAI, other: openai.OpenAI
+) -> None:
+    engine.is_endless, engine.answer = True, None
+    engine.aborted.clear()
+    made = ask(client, background=True)
+    other.responses.delete(made.id)
+    assert engine.aborted.wait(10)
+    time.sleep(0.1)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(made.id)
+
+
+def test_a_restart_keeps_responses_and_knows_what_did_not_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored_responses, "ALIVE_SECONDS", 0)
+    config = ServerConfig(port=0, store_dir=str(tmp_path), shutdown_timeout=1.0)
+    server = ServerThread(NotingEngine(), config)
+    with client_of(server) as client:
+        made = ask(client)
+        server.engine.is_endless, server.engine.answer = True, None
+        running = ask(client, background=True)
+    # As if it had been killed: what runs is never told to have ended.
+    server.server._state.responses.replace = _nothing  # type: ignore[method-assign]
+    server.end()
+    again = ServerThread(NotingEngine(), config)
+    try:
+        with client_of(again) as client:
+            assert client.responses.retrieve(made.id) == made
+            broken = client.responses.retrieve(running.id)
+            assert broken.status == "failed"
+            assert broken.error is not None
+            assert ask(client, previous_response_id=made.id).status == "completed"
+    finally:
+        again.end()
+
+
+async def _nothing(*given: object) -> None:
+    pass
+
+
+def test_the_end_of_a_server_ends_what_is_in_the_background(tmp_path: Path) -> None:
+    config = ServerConfig(port=0, store_dir=str(tmp_path), shutdown_timeout=1.0)
+    server = ServerThread(NotingEngine(), config)
+    server.engine.is_endless, server.engine.answer = True, None
+    with client_of(server) as client:
+        running = ask(client, background=True)
+    server.end()
+    again = ServerThread(NotingEngine(), config)
+    try:
+        with client_of(again) as client:
+            assert client.responses.retrieve(running.id).status in ("failed", "cancelled")
+    finally:
+        again.end()
+
+
+def test_a_store_that_cannot_be_written_harms_nobody_who_does_not_need_it(tmp_path: Path) -> None:
+    config = ServerConfig(port=0, store_dir=NOWHERE, shutdown_timeout=1.0)
+    server = ServerThread(NotingEngine(), config)
+    try:
+        with client_of(server) as client:
+            for more in ({}, {"store": False}):
+                answer = ask(client, **more)
+                assert (answer.output_text, answer.store) == ("Hello.", False)
+            for more in ({"store": True}, {"background": True}, {"previous_response_id": UNKNOWN}):
+                with pytest.raises(openai.InternalServerError, match="--store-dir") as refused:
+                    ask(client, **more)
+                assert refused.value.code == "store_unavailable"
+            assert ask(client, stream=True)
+    finally:
+        server.end()
+
+
+def test_a_full_store_lets_the_oldest_go_but_not_what_is_used(tmp_path: Path) -> None:
+    config = ServerConfig(
+        port=0, store_dir=str(tmp_path), max_store_bytes=64 * 1024, shutdown_timeout=1.0
+    )
+    server = ServerThread(NotingEngine(), config)
+    try:
+        with client_of(server) as client:
+            used, unused = ask(client), ask(client)
+            for _ in range(8):  # of 16 KiB
+                ask(client, "x" * 2000)
+                used = ask(client, previous_response_id=used.id)
+            assert client.responses.retrieve(used.id) == used
+            with pytest.raises(openai.NotFoundError):
+                client.responses.retrieve(unused.id)
+            # What does not fit at all is told, and not stored.
+            assert not ask(client, [{"role": "user", "content": "y"}] * 1000).store
+            with pytest.raises(openai.APIStatusError) as refused:
+                ask(client, [{"role": "user", "content": "y"}] * 1000, store=True)
+            assert (refused.value.status_code, refused.value.code) == (507, "store_full")
+    finally:
+        server.end()
+
+
+async def test_the_async_client_keeps_a_conversation(servers: Servers) -> None:
+    async with openai.AsyncOpenAI(
+        base_url=f"{servers[0].url}/v1",
+        api_key="key-a",
+        max_retries=0,
+        _strict_response_validation=True,
+    ) as client:
+        made = await client.responses.create(model="fake", input="Hi")
+        async with client.responses.stream(
+            model="fake", input="And?", previous_response_id=made.id
+        ) as stream:
+            final = await stream.get_final_response()
+        assert await client.responses.retrieve(final.id)
+        await client.responses.delete(made.id)
+        found = await asyncio.gather(
+            *(client.responses.retrieve(one) for one in (made.id, final.id)),
+            return_exceptions=True,
+        )
+        assert isinstance(found[0], openai.NotFoundError)
+        assert not isinstance(found[1], BaseException)
+
+
+def test_front_processes_share_responses_and_their_ends(tmp_path: Path) -> None:
+    """Over one engine, with two keys; every request has a connection, and so a front, of its
+    own."""
+    (tmp_path / "model").mkdir()
+    options = ("--api-processes=2", f"--store-dir={tmp_path / 'store'}", "--api-key=key-a")
+    options += ("--api-key=key-b", "--shutdown-timeout=2")
+    fronts = Fronts(write_model(tmp_path / "model"), tmp_path / "log", *options)
+    try:
+        mine, theirs = ({"Authorization": f"Bearer {key}"} for key in KEYS)
+        url = f"{fronts.url}{PATH}"
+        first = {"input": "Hi", "max_output_tokens": 4}
+        made = httpx.post(url, json=first, headers=mine, timeout=60).json()
+        body = {**first, "previous_response_id": made["id"]}
+        for headers, status in ((mine, 200), (mine, 200), (theirs, 404), (theirs, 404)):
+            found = httpx.get(f"{url}/{made['id']}", headers=headers, timeout=60)
+            again = httpx.post(url, json=body, headers=headers, timeout=60)
+            assert [found.status_code, again.status_code] == [status] * 2
+        long = {"input": "Hi", "background": True, "ignore_eos": True}
+        ends: list[str] = []
+        while "cancelled" not in ends:
+            # Connections are dealt out in turn: who cancels speaks to the other front.
+            made = httpx.post(url, json=long, headers=mine, timeout=60).json()
+            httpx.post(f"{url}/{made['id']}/cancel", headers=mine, timeout=60)
+            told = httpx.get(f"{url}/{made['id']}", headers=mine, timeout=60).json()
+            ends.append(told["status"])
+            assert len(ends) < 8, "all had ended before they were cancelled"
+    finally:
+        fronts.process.terminate()
+        assert fronts.process.wait(timeout=60) == 0
