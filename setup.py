@@ -4,11 +4,13 @@ The extension is optional: without a compiler, or on another CPU, the package in
 and runs on the ops in plain torch. Sources choose their instruction set themselves.
 """
 
+import runpy
 from pathlib import Path
 
 from setuptools import Extension, setup
 
 CPU = Path("octavo/kernels/cpu")
+SOURCES = runpy.run_path(str(CPU / "fingerprint.py"))["fingerprint"](CPU)
 
 setup(
     ext_modules=[
@@ -17,6 +19,7 @@ setup(
             sources=sorted(str(path) for path in CPU.glob("*.cpp")),
             depends=sorted(str(path) for path in CPU.glob("*.h")),
             language="c++",
+            define_macros=[("OCTAVO_SOURCES", f'"{SOURCES}"')],
             # No contraction: where a fused multiply-add is meant it is written, so that all
             # tiles round alike.
             extra_compile_args=[

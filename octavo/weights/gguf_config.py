@@ -26,6 +26,8 @@ class Architecture:
     class_name: str
     norm_topk_prob: bool = False
     """Whether llama.cpp scales the chosen experts' weights to a sum of 1 for this family."""
+    norm_offset: float = 0.0
+    """What the file adds to the weights of norms, which the model adds itself."""
 
 
 ARCHITECTURES = {
@@ -37,6 +39,9 @@ ARCHITECTURES = {
         model_type="qwen3_moe", class_name="Qwen3MoeForCausalLM", norm_topk_prob=True
     ),
     "olmoe": Architecture(model_type="olmoe", class_name="OlmoeForCausalLM"),
+    "gemma3": Architecture(
+        model_type="gemma3_text", class_name="Gemma3ForCausalLM", norm_offset=1.0
+    ),
 }
 _MISTRAL = Architecture(model_type="mistral", class_name="MistralForCausalLM")
 _MIXTRAL = Architecture(model_type="mixtral", class_name="MixtralForCausalLM", norm_topk_prob=True)
@@ -91,6 +96,9 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
         config["sliding_window"] = reader.integer("attention.sliding_window", 0) or None
     if reader.integer("expert_count", 0):
         config.update(_experts(reader, architecture))
+    if architecture.model_type == "gemma3_text":
+        config.update(_gemma3(reader, config["head_dim"]))
+        del config["hidden_act"]
     return config
 
 
@@ -208,6 +216,27 @@ def _llama3_scaling(file: GGUFFile, theta: float, head_dim: int) -> dict[str, An
         "high_freq_factor": high,
         "original_max_position_embeddings": original,
     }
+
+
+def _gemma3(reader: _Reader, head_dim: int) -> dict[str, Any]:
+    """Returns what is Gemma 3's own. Most files leave out the pattern of layers and the windows'
+    rotation, which are the same for all sizes, and how scores are scaled, which is not."""
+    wide_scale = reader.integer("embedding_length") // reader.integer("attention.head_count")
+    found: dict[str, Any] = {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": reader.integer("attention.sliding_window"),
+        "rope_local_base_freq": reader.number("rope.freq_base_swa", 10_000.0),
+        # As llama.cpp tells them apart: the 27B alone, of 62 layers, scales by its width.
+        "query_pre_attn_scalar": wide_scale if reader.integer("block_count") == 62 else head_dim,
+        "final_logit_softcapping": reader.number("final_logit_softcapping", 0.0) or None,
+    }
+    pattern = reader.value("attention.sliding_window_pattern")
+    if isinstance(pattern, list):
+        kinds = {True: "sliding_attention", False: "full_attention"}
+        found["layer_types"] = [kinds[bool(is_sliding)] for is_sliding in pattern]
+    elif pattern is not None:
+        found["sliding_window_pattern"] = reader.integer("attention.sliding_window_pattern")
+    return found
 
 
 def _experts(reader: _Reader, architecture: Architecture) -> dict[str, Any]:

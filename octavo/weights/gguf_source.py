@@ -7,7 +7,7 @@ and key rows of `llama` files, kept in ggml's RoPE order, are put into the half-
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from octavo.errors import WeightsError
@@ -38,6 +38,12 @@ _LAYER = {
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
+_GEMMA_LAYER = {
+    **_LAYER,
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 _STACKED = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "ffn_gate_up_exps")
 _NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(?:(\d+)\.)?(weight|bias)")
 
@@ -52,7 +58,9 @@ def open_gguf(path: Path) -> MappedSource:
     lister = _Lister(
         files={part: MappedFile(part) for part in file.paths},
         names=expert_names(architecture.model_type),
+        layer_names=_GEMMA_LAYER if architecture.model_type == "gemma3_text" else _LAYER,
         head_counts=_interleaved_heads(file),
+        norm_offset=architecture.norm_offset,
     )
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in file.tensors.items():
@@ -89,11 +97,18 @@ class _Lister:
     """Turns one tensor of a file into one or more under Hugging Face names."""
 
     def __init__(
-        self, files: dict[Path, MappedFile], names: ExpertNames, head_counts: dict[str, int]
+        self,
+        files: dict[Path, MappedFile],
+        names: ExpertNames,
+        layer_names: Mapping[str, str],
+        head_counts: dict[str, int],
+        norm_offset: float,
     ) -> None:
         self._files = files
         self._names = names
+        self._layer_names = layer_names
         self._head_counts = head_counts
+        self._norm_offset = norm_offset
 
     def list(self, name: str, tensor: GGUFTensor) -> Iterator[tuple[str, StoredTensor]]:
         match = _NAME.fullmatch(name)
@@ -108,10 +123,10 @@ class _Lister:
             yield from self._experts(name, layer, kind, tensor)
         elif kind == "ffn_gate_inp":
             yield self._names.router(layer), self._stored(tensor, tensor.shape)
-        elif kind in _LAYER:
+        elif kind in self._layer_names:
             # The gate of the shared expert is one row, which the file keeps as a vector.
             shape = (1, *tensor.shape[-1:]) if kind == "ffn_gate_inp_shexp" else tensor.shape
-            full_name = f"model.layers.{layer}.{_LAYER[kind]}.{suffix}"
+            full_name = f"model.layers.{layer}.{self._layer_names[kind]}.{suffix}"
             yield full_name, self._stored(tensor, shape, self._head_counts.get(kind, 0))
         else:
             yield name, self._stored(tensor, tensor.shape)
@@ -145,4 +160,5 @@ class _Lister:
             format=tensor.format,
             format_name=tensor.format.name,
             interleaved_heads=interleaved_heads,
+            added=self._norm_offset if len(shape) == 1 else 0.0,
         )

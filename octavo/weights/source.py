@@ -171,6 +171,8 @@ class StoredTensor:
     interleaved_heads: int = 0
     """Above 0: the rows of each of so many heads pair neighbours for RoPE (ggml's order for
     `llama`), and are returned in the half-split order."""
+    added: float = 0.0
+    """What the file adds to the numbers of a vector; it is taken off again."""
     columns: ColumnsOf | None = None
     """The tensor is not stored in one piece, but as columns of the matrix that begins at `start`;
     numbers alone."""
@@ -238,7 +240,8 @@ class MappedSource:
         data = _rows(stored, number_format, 1).reshape(-1, 1)
         if stored.interleaved_heads:
             data = half_split_rows(data, stored.interleaved_heads)
-        return data.flatten().to(torch.float32, copy=True)
+        numbers = data.flatten().to(torch.float32, copy=True)
+        return numbers.sub_(stored.added) if stored.added else numbers
 
     def release(self, name: str) -> None:
         """Gives the tensor's pages back to the system after its values were copied elsewhere.

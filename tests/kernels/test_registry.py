@@ -10,6 +10,7 @@ import torch
 from octavo.errors import ConfigError
 from octavo.kernels import limits
 from octavo.kernels.cpu import library
+from octavo.kernels.cpu.fingerprint import fingerprint
 from octavo.kernels.limits import AttentionWants, attention_wants, check_backend
 from octavo.kernels.registry import BACKENDS, Needs, select_ops, unfit_reasons
 from octavo.visibility import Chunk, Full, Window
@@ -58,6 +59,32 @@ def test_a_library_that_does_not_load_is_a_reason(
     broken.write_bytes(b"no library")
     monkeypatch.setattr(library, "library_path", lambda: broken)
     assert "_native.so" in (library.unfit_reason() or "")
+
+
+def test_a_library_of_other_sources_is_refused_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if library.library_path() is None:
+        pytest.skip("the kernels are not built")
+    monkeypatch.setattr(library, "fingerprint", lambda folder: "another")
+    for name in ("auto", "native"):
+        with pytest.raises(ConfigError, match=r"here another.*build_ext --inplace") as caught:
+            select_ops(name, Needs())
+        assert caught.value.field == "attention_backend"
+    assert select_ops("reference", Needs()).name == "reference"
+    monkeypatch.setattr(library, "fingerprint", lambda folder: None)  # a wheel has no sources
+    assert library.unfit_reason() is None
+
+
+def test_a_fingerprint_knows_every_source_and_nothing_else(tmp_path: Path) -> None:
+    assert fingerprint(tmp_path) is None
+    found: list[str | None] = []
+    for name, text in (("a.cpp", "x"), ("b.h", "y"), ("a.cpp", "xy"), ("b.h", "")):
+        (tmp_path / name).write_text(text)
+        found.append(fingerprint(tmp_path))
+        (tmp_path / "note.py").write_text(text)
+        assert fingerprint(tmp_path) == found[-1]
+    assert len(set(found)) == 4
 
 
 def test_a_gpu_takes_triton_and_says_why_not_the_others() -> None:

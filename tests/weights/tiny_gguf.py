@@ -26,6 +26,7 @@ ARCHITECTURES = {
     "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
     "olmoe": "olmoe",
+    "gemma3_text": "gemma3",
 }
 Arrays = dict[str, NDArray[Any]]
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.\w+\.experts\.(\d+)\.(\w+)\.weight")
@@ -59,12 +60,23 @@ def metadata_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "attention.head_count": heads,
         "attention.head_count_kv": config["num_key_value_heads"],
         "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
-        "rope.freq_base": float(config["rope_parameters"]["rope_theta"]),
+        **_rope_of(config["rope_parameters"]),
+        "attention.sliding_window": config.get("sliding_window"),
         "attention.key_length": config.get("head_dim") or config["hidden_size"] // heads,
         "expert_count": config.get("num_experts") or config.get("num_local_experts"),
         "expert_used_count": config.get("num_experts_per_tok"),
     }
     return {key: value for key, value in values.items() if value is not None}
+
+
+def _rope_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What the converter keeps: of Gemma 3 the rotation of the full layers alone."""
+    parameters = parameters.get("full_attention", parameters)
+    values: dict[str, Any] = {"rope.freq_base": float(parameters["rope_theta"])}
+    if parameters["rope_type"] == "linear":
+        values["rope.scaling.type"] = "linear"
+        values["rope.scaling.factor"] = float(parameters["factor"])
+    return values
 
 
 def add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
@@ -113,6 +125,8 @@ def _gguf_tensors(
             array = interleave(array, heads[projection[1]])
         if name.endswith("shared_expert_gate.weight"):
             array = array[0]
+        if architecture == "gemma3" and name.endswith("norm.weight"):
+            array = array + 1
         base, _, suffix = name.rpartition(".")
         tensors[f"{names.get_name(base) or dense.get_name(base)}.{suffix}"] = array
     stacked = {key: np.stack(arrays) for key, arrays in experts.items()}

@@ -12,6 +12,9 @@ OCTAVO_API int64_t octavo_is_supported() {
 #endif
 }
 
+// What `fingerprint.py` makes of the sources that this was built from.
+OCTAVO_API const char* octavo_sources() { return OCTAVO_SOURCES; }
+
 OCTAVO_API const char* octavo_isa() { return "avx2 fma f16c"; }
 
 OCTAVO_API octavo::Pool* octavo_create(int64_t threads) {

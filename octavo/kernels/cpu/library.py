@@ -11,6 +11,8 @@ from ctypes import POINTER, c_char_p, c_double, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
+from octavo.errors import ConfigError
+from octavo.kernels.cpu.fingerprint import fingerprint
 from octavo.kernels.cpu.structs import ActivationStruct, KVScalesStruct, MoEStruct, RouteStruct
 
 SIGNATURES: dict[str, list[Any]] = {
@@ -40,7 +42,11 @@ def library_path() -> Path | None:
 
 
 def load_library() -> ctypes.CDLL:
-    """Returns the compiled kernels. Raises OSError saying why they cannot be loaded."""
+    """Returns the compiled kernels.
+
+    Raises OSError saying why they cannot be loaded, and ConfigError if they are not those of the
+    sources beside them: they would give wrong answers.
+    """
     path = library_path()
     if path is None:
         raise OSError(
@@ -48,6 +54,7 @@ def load_library() -> ctypes.CDLL:
             "build it with: python setup.py build_ext --inplace)"
         )
     library = ctypes.CDLL(str(path))
+    _check_sources(library, path)
     library.octavo_is_supported.restype = c_int64
     library.octavo_isa.restype = c_char_p
     library.octavo_create.argtypes, library.octavo_create.restype = [c_int64], c_void_p
@@ -56,6 +63,21 @@ def load_library() -> ctypes.CDLL:
         function = getattr(library, f"octavo_{name}")
         function.argtypes, function.restype = [c_void_p, *arguments], c_int64
     return library
+
+
+def _check_sources(library: ctypes.CDLL, path: Path) -> None:
+    wanted = fingerprint(Path(__file__).parent)
+    try:
+        library.octavo_sources.restype = c_char_p
+        found = library.octavo_sources().decode()
+    except AttributeError:
+        found = "none"  # older than this check
+    if wanted not in (None, found):
+        raise ConfigError(
+            f"{path} was built from other sources (fingerprint {found}, here {wanted}) and would "
+            "give wrong answers; build it again with: python setup.py build_ext --inplace --force",
+            field="attention_backend",
+        )
 
 
 def unfit_reason() -> str | None:
