@@ -62,7 +62,8 @@ PATTERNS = {
 
 
 def held_bytes(specs: tuple[KVSpec, ...], length: int) -> dict[str, int]:
-    """Returns the most bytes held in the prompt's steps, and while the last tokens are decoded."""
+    """Returns the most bytes held until the prompt's steps are committed, and while the last tokens
+    are decoded."""
     groups = group_layers(specs)
     prompt_len = length - NUM_DECODES
     manager = KVCacheManager(
@@ -87,7 +88,9 @@ def held_bytes(specs: tuple[KVSpec, ...], length: int) -> dict[str, int]:
     while scheduler.has_unfinished:
         plan = scheduler.schedule()
         held = manager.pools.used_bytes
-        if plan is not None and plan.num_tokens > 1:
+        # What a chunk computed is held until it is committed.
+        is_prompt = any(one is not None and one.num_tokens > 1 for one in (launched, plan))
+        if is_prompt:
             prefill = max(prefill, held)
         elif plan is not None:
             decode = max(decode, held)

@@ -10,7 +10,7 @@ Side effects of a sequence's life, in order:
     lookup    none; tells how many leading blocks are cached, or that another sequence is
               computing the next one
     admit     takes a row: cached pages are referenced, never copied (but for states)
-    allocate  frees what no later token sees, then appends pages
+    allocate  frees what no later token sees and others can find, then appends pages
     save      keeps the states that the next step leaves
     publish   full computed blocks get their key; who waits for them can have them
     release   references go back, last page first
@@ -136,13 +136,14 @@ class KVCacheManager:
         self._ledger.forget(evicted)
         return True
 
-    def claim(self, num_tokens: int, step_tokens: int) -> bool:
-        """Gives every page class the chunks that a sequence of `num_tokens` takes at most, of which
-        at most `step_tokens` are computed at a step.
+    def claim(self, kv: SequenceKV, num_tokens: int, step_tokens: int) -> bool:
+        """Gives every page class the chunks that `kv` takes at most until it has `num_tokens`, of
+        which at most `step_tokens` are computed at a step.
 
         While nobody else has pages, none of its reservations moves a chunk then, and none fails.
         Returns False, with nothing changed, if there are too few chunks."""
-        return self._reserve_need(self.need(num_tokens, step_tokens))
+        kv.has_claim = self._reserve_need(self.need(num_tokens, step_tokens))
+        return kv.has_claim
 
     @property
     def run_share(self) -> float:
@@ -223,10 +224,10 @@ class KVCacheManager:
     def allocate(self, kv: SequenceKV, num_computed: int, num_tokens: int) -> bool:
         """Makes room for `num_tokens` tokens of which `num_computed` are computed.
 
-        Returns False, with no page taken, if there are too few.
+        Returns False, with no page taken, if there are too few: then let others `give_way`.
         """
         assert kv.row is not None
-        self._forget(kv, num_computed)
+        self._forget(kv, num_computed, self._kept_from(kv))
         if not self._reserve([group.num_missing(kv.row, num_tokens) for group in self._groups]):
             return False
         for group in self._groups:
@@ -236,15 +237,29 @@ class KVCacheManager:
 
     def passes(self, kv: SequenceKV, num_computed: int) -> None:
         """The next step begins behind `num_computed` tokens: gives back what none of them sees any
-        more, where that is a block and more."""
+        more, where that is a block and more. What the step under way computes stays until others
+        can find it, if nobody lacks room."""
         if self._has_bounds and num_computed - kv.seen_from >= self.block_size:
-            self._forget(kv, num_computed)
+            self._forget(kv, num_computed, self._kept_from(kv))
 
-    def _forget(self, kv: SequenceKV, num_computed: int) -> None:
+    def give_way(self, kv: SequenceKV) -> bool:
+        """Gives back what is only there for others to find; returns whether there was any."""
+        if not kv.kept_behind:
+            return False
+        self._forget(kv, kv.kept_behind, None)
+        return True
+
+    def _kept_from(self, kv: SequenceKV) -> int | None:
+        """Returns the first block that stays though no token sees it any more, if one does."""
+        return kv.num_published if kv.writes_cache and not kv.has_claim else None
+
+    def _forget(self, kv: SequenceKV, num_computed: int, kept_from: int | None) -> None:
         assert kv.row is not None
-        kv.seen_from = num_computed
-        for group in self._groups:
-            group.forget(kv.row, num_computed)
+        keeps = [group.forget(kv.row, num_computed, kept_from) for group in self._groups]
+        if kept_from is not None and any(keeps):
+            kv.seen_from, kv.kept_behind = kept_from * self.block_size, num_computed
+        else:
+            kv.seen_from, kv.kept_behind = num_computed, 0
 
     def fork(
         self, parent: SequenceKV, child: SequenceKV, row: int, num_tokens: int, num_computed: int
@@ -286,7 +301,7 @@ class KVCacheManager:
         """The next step computes tokens start..end (excluded): keeps the states behind them, if
         others may begin there and there is room to spare."""
         is_wanted = end % self.block_size == 0 and (end - start > 1 or end % self._save_every == 0)
-        if kv.row is None or not kv.writes_cache or not is_wanted:
+        if kv.row is None or not kv.writes_cache or kv.has_claim or not is_wanted:
             return
         if self._reserve([int(group.group.is_state) for group in self._groups]):
             for group in self._groups:
@@ -328,7 +343,8 @@ class KVCacheManager:
         for group in self._groups:
             group.release(kv.row)
         kv.row = None
-        kv.num_published = kv.capacity = kv.seen_from = 0
+        kv.num_published = kv.capacity = kv.seen_from = kv.kept_behind = 0
+        kv.has_claim = False
 
     def reset_prefix_cache(self) -> bool:
         """Forgets every cached prefix; returns False, forgetting none, while a sequence holds

@@ -35,6 +35,11 @@ class SequenceKV:
     """Tokens that fit in its blocks."""
     seen_from: int = 0
     """Tokens that were computed when pages behind them were last given back."""
+    kept_behind: int = 0
+    """Tokens that were computed when pages behind them were kept, as others could not find them
+    yet; 0: there are none such."""
+    has_claim: bool = False
+    """Every page class has the chunks for all that it will hold, and for no more."""
     computing: bytes | None = None
     """Digest of its next unpublished prompt block, on which others may wait."""
 

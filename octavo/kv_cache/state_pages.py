@@ -90,8 +90,9 @@ class StatePages:
             self._ledger.release(self._index, (page,))
         self.table.append(row, [live])
 
-    def forget(self, row: int, num_computed: int) -> None:
+    def forget(self, row: int, num_computed: int, kept_from: int | None = None) -> bool:
         """Does nothing: a state is as large as ever."""
+        return False
 
     def extend(self, row: int, num_tokens: int) -> None:
         """Does nothing: a state is as large as ever."""

@@ -83,13 +83,16 @@ class TokenPages:
         self._ledger.acquire(self._index, cached)
         self.table.append(row, cached)
 
-    def forget(self, row: int, num_computed: int) -> None:
-        """Gives back the pages that no token from `num_computed` on sees."""
+    def forget(self, row: int, num_computed: int, kept_from: int | None = None) -> bool:
+        """Gives back the pages that no token from `num_computed` on sees, but for those from column
+        `kept_from` on; returns whether there are such."""
         if self._sees_all:
-            return
+            return False
         first = self.group.first_column(num_computed, self._block_size)
-        if first:
-            self._ledger.release(self._index, self.table.forget(row, 0, first)[::-1])
+        last = first if kept_from is None else min(first, kept_from)
+        if last:
+            self._ledger.release(self._index, self.table.forget(row, 0, last)[::-1])
+        return last < first and bool(self.table.row(row)[last:first].any())
 
     def extend(self, row: int, num_tokens: int) -> None:
         """Makes room for `num_tokens` tokens; the pages have been reserved."""

@@ -156,7 +156,8 @@ class Admission:
             # What it would take over may lie in chunks that others of its pages need whole.
             sequence.runs_alone = True
             hit = manager.without(hit)
-            if not manager.claim(sequence.max_len, self._limits.max_num_batched_tokens):
+            step_tokens = self._limits.max_num_batched_tokens
+            if not manager.claim(sequence.kv, sequence.max_len, step_tokens):
                 return None
         cached = hit.num_blocks * manager.block_size
         end = chunk_end(sequence, manager, cached, min(sequence.num_tokens, cached + budget))

@@ -141,8 +141,7 @@ class Scheduler:
             return None
         if self.manager.has_states:
             for sequence, start, end in builder.spans():
-                if not sequence.runs_alone:  # what it claimed has no room for more
-                    self.manager.save(sequence.kv, start, end)
+                self.manager.save(sequence.kv, start, end)
         step_id = self._next_step
         self._next_step += 1
         plan = builder.build(step_id, self._queues.take_freed_rows(), self.manager)
@@ -203,11 +202,13 @@ class Scheduler:
         return sum(len(s.token_ids) + s.num_pending - s.num_computed == 1 for s in self.running)
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Allocates blocks for `num_tokens`, preempting the youngest while there are too few,
-        in the end `sequence` itself, which begins again alone if nobody else runs; returns whether
-        anyone was preempted."""
+        """Allocates blocks for `num_tokens`. While there are too few, first all give back what they
+        only keep for others, then the youngest are preempted, in the end `sequence` itself, which
+        begins again alone if nobody else runs; returns whether anyone was preempted."""
         was_preempted = False
         while not self.manager.allocate(sequence.kv, sequence.num_computed, num_tokens):
+            if any(self.manager.give_way(one.kv) for one in reversed(self.running)):
+                continue
             was_preempted = True
             victim = self.running[-1]
             victim.runs_alone |= len(self.running) == 1

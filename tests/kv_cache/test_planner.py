@@ -159,7 +159,7 @@ def test_a_mixed_plan_holds_what_its_own_manager_can_hand_out():
     )
     length, num_rows = 256, 0
     while num_rows < 50:
-        kv = SequenceKV(root=b"", reads_cache=False)
+        kv = SequenceKV(root=b"", reads_cache=False, writes_cache=False)
         hit = manager.lookup(kv, array("i", [1] * length))
         if not manager.admit(kv, num_rows, hit, 1):
             break

@@ -26,8 +26,8 @@ CASES = {
     ),
     "it starts from a hit whose pages lie in too many chunks": (
         (spec_of(Window(4), 12), spec_of(Full(), 20)),
-        {"room": 40, "budget": 8},
-        [([*range(24), 40, 40], 4, 3), ([*range(24), 41, 41], 14, 3)],
+        {"room": 32, "budget": 8},
+        [([*range(16), *[40] * 4], 6, 0), ([*range(22), 41, 41], 8, 0)],
     ),
     "two grow to the limit, each with what the other left": (
         (spec_of(Full(), 12), spec_of(Window(8), 20)),
@@ -157,7 +157,7 @@ def test_what_is_claimed_can_always_be_had_and_moves_no_chunk(
     manager = engine.manager
     kv = SequenceKV(root=prefix_root(salt="other"))
     ids = array("i", [7] * 48)
-    assert manager.claim(48, step_tokens)
+    assert manager.claim(kv, 48, step_tokens)
     hit = manager.lookup(kv, ids)
     end = min(step_tokens, 48)
     assert manager.admit(kv, 0, hit, end)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from octavo.kv_cache.manager import KVCacheManager
 from octavo.kv_cache.token_pages import TokenPages
 from octavo.step import Int32
-from octavo.visibility import Full, Window
+from octavo.visibility import Chunk, Full, Window
 from tests.scheduler.harness import FULL, Engine, spec_of, state_of
 
 
@@ -92,3 +93,44 @@ def test_blocks_of_one_group_in_a_wrong_order_are_noticed(
     engine.add("hit", list(range(30)), 3)
     with pytest.raises(AssertionError, match="groups disagree"):
         engine.run()
+
+
+def test_a_prefix_behind_a_window_is_found_wherever_prompts_part() -> None:
+    # Whole prompts in one step: the next one is planned before anybody can find their blocks.
+    engine = Engine(specs=(spec_of(Window(5)), FULL, spec_of(Chunk(12))), budget=40, num_blocks=200)
+    engine.add("first", list(range(40)), 6)
+    engine.run()
+    for length in (8, 13, 20, 30, 36):
+        before = engine.scheduler.counters.prefix_hit_tokens
+        engine.add(f"after{length}", [*range(length), 49, 48], 2)
+        engine.run()
+        found = engine.scheduler.counters.prefix_hit_tokens - before
+        assert found == length // 4 * 4
+    engine.check_tokens()
+
+
+def test_what_is_kept_for_others_gives_way_before_anybody_is_preempted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def num_preemptions() -> int:
+        engine = Engine(specs=(spec_of(Window(4)),), room_for=36, spare_chunks=2, budget=12)
+        engine.add("decodes", [1, 2, 3], 30)
+        engine.step()
+        engine.add("prompt", list(range(30)), 2)
+        engine.run()
+        engine.check_tokens()
+        return engine.scheduler.counters.num_preemptions
+
+    assert num_preemptions() == 0
+    monkeypatch.setattr(KVCacheManager, "give_way", lambda *_: False)
+    assert num_preemptions() > 0
+
+
+def test_a_window_holds_no_more_than_it_sees_once_its_prompt_is_committed() -> None:
+    engine = Engine(specs=(spec_of(Window(5)),), budget=40, num_blocks=64)
+    engine.add("one", list(range(40)), 12)
+    for _ in range(4):
+        engine.step()
+    while engine.scheduler.has_unfinished:
+        assert engine.manager.pools.num_referenced <= 4
+        engine.step()
