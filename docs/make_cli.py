@@ -22,7 +22,8 @@ ENGINE_HEAD = """
 ## Engine options
 
 Of `serve`, `chat MODEL`, `render`, `plan` and the offline benchmarks; with underscores also of
-`LLM(...)` and `AsyncLLM(...)`. A SIZE is like 4096, 512MiB or 4GiB; counts of tokens are like 4096 or 4K.
+`LLM(...)` and `AsyncLLM(...)`. A SIZE is like 4096, 512MiB or 4GiB; counts of tokens are like 4096
+or 4K.
 `--enable-prefix-caching` and `--no-enable-prefix-caching` are `--prefix-caching on` and `off`.
 Options of vLLM that are known besides: [from_vllm.md](from_vllm.md).
 

@@ -25,6 +25,7 @@ from octavo.engine.output_processor import OutputProcessor
 from octavo.engine.prompts import Prompt, read_prompt
 from octavo.engine.tokenizer import Tokenizer
 from octavo.errors import ConfigError, EngineDeadError, OverloadedError, RequestError
+from octavo.kv_cache.explain import PrefixExplanation
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.observe.stats import EngineStats
 from octavo.outputs import OutputDelta, Receiver, RequestOutput, with_texts
@@ -56,6 +57,7 @@ class AsyncLLM:
         self._ids = itertools.count()
         self._labels: dict[str, str] = {}
         """Ids that users of `generate` chose, to ours, while they are open."""
+        self._explaining = asyncio.Lock()
         self._front_end: FrontEnd | None = None
         self._plan: MemoryPlan | None = None
         self._input: InputProcessor | None = None
@@ -171,6 +173,7 @@ class AsyncLLM:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        tenant: str = "",
         thought: Thought = NO_THOUGHT,
     ) -> Request:
         """Returns the request of a prompt, under an id that no other request ever has.
@@ -184,6 +187,7 @@ class AsyncLLM:
             params,
             priority=priority,
             cache_salt=cache_salt,
+            tenant=tenant,
             arrival_time=time.monotonic(),
             thought=thought,
         )
@@ -277,6 +281,12 @@ class AsyncLLM:
     async def reset_prefix_cache(self) -> bool:
         """Forgets all cached prefixes; returns False if running requests still hold blocks."""
         return await self._client.link.reset_prefix_cache()
+
+    async def explain_prefix(self, request: Request) -> PrefixExplanation:
+        """Returns what is cached of the prompt of a prepared request, which does not run. One is
+        explained at a time. Raises EngineDeadError."""
+        async with self._explaining:
+            return await self._client.link.explain_prefix(request)
 
     async def check_health(self) -> None:
         """Raises EngineDeadError if the engine process has ended. Never waits for its answer."""

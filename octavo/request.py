@@ -337,6 +337,8 @@ class Request(PackedPrompt):
     """Lower runs first, as in vLLM; equal ones first come first served."""
     cache_salt: str = ""
     """Separates prefix caches of tenants; bound by the server to the key."""
+    tenant: str = ""
+    """Whose it is: who asks what is cached is told of no other's."""
     wants_vector: bool = False
     """Whether it ends with its prompt, and the vector that the model makes of that."""
     needs_all_states: bool = False

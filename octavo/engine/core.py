@@ -20,6 +20,7 @@ from octavo.config import EngineConfig
 from octavo.constraint import Constraint
 from octavo.errors import CapacityError, EngineDeadError, OutOfMemoryError
 from octavo.grammar import Guide, Guides
+from octavo.kv_cache.explain import PrefixExplanation
 from octavo.kv_cache.manager import KVCacheManager
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.kv_cache.prefix_index import prefix_root
@@ -95,7 +96,17 @@ class EngineCore:
     def add(self, request: Request) -> None:
         """Queues a request. Raises OverloadedError."""
         params = request.params
-        wanted = params.prefix_caching
+        root, caching = self._prefix_of(request)
+        seed = params.seed
+        if seed is None:
+            seed = _mix(self.config.seed, self._num_requests)
+        self._num_requests += 1
+        seeds = [seed, *(_mix(seed, index) for index in range(1, params.n))]
+        self.scheduler.add(request, root, caching, seeds, self._new_guide(request.constraint))
+
+    def _prefix_of(self, request: Request) -> tuple[bytes, bool]:
+        """Returns the root of a request's prefix, and whether it uses the prefix cache."""
+        wanted = request.params.prefix_caching
         caching = wanted == "on" or (wanted != "off" and self.config.prefix_caching != "off")
         root = prefix_root(
             model=self._identity,
@@ -103,12 +114,11 @@ class EngineCore:
             block=str(self.plan.block_size),
             salt=request.cache_salt,
         )
-        seed = params.seed
-        if seed is None:
-            seed = _mix(self.config.seed, self._num_requests)
-        self._num_requests += 1
-        seeds = [seed, *(_mix(seed, index) for index in range(1, params.n))]
-        self.scheduler.add(request, root, caching, seeds, self._new_guide(request.constraint))
+        return root, caching
+
+    def explain_prefix(self, request: Request) -> PrefixExplanation:
+        """Returns what of a request's prompt is cached now, and why not more. Runs nothing."""
+        return self.scheduler.explain(request, *self._prefix_of(request))
 
     def warm_up(self) -> None:
         """Begins to load what the first grammar needs; returns at once."""
@@ -195,7 +205,10 @@ class EngineCore:
 
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached prefixes; returns False if running requests still hold blocks."""
-        return self._manager.reset_prefix_cache()
+        has_forgotten = self._manager.reset_prefix_cache()
+        if has_forgotten:
+            self.scheduler.forget_recent()
+        return has_forgotten
 
     def stats(self) -> EngineStats:
         """Returns a snapshot of all counters and gauges."""

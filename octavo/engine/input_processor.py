@@ -65,6 +65,7 @@ class InputProcessor:
         cache_salt: str = "",
         arrival_time: float = 0.0,
         thought: Thought = NO_THOUGHT,
+        tenant: str = "",
     ) -> Request:
         """Returns the request; what it is held to begins behind `thought`.
 
@@ -96,6 +97,7 @@ class InputProcessor:
             arrival_time=arrival_time,
             priority=priority,
             cache_salt=cache_salt,
+            tenant=tenant,
         )
 
     def _ids(self, prompt: str | Sequence[int]) -> Sequence[int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
+from octavo.kv_cache.explain import PrefixExplanation
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.observe.stats import EngineStats
 from octavo.request import Request, TokenDelta
@@ -32,11 +33,18 @@ class ResetPrefixCache(msgspec.Struct, frozen=True, tag=True):
     front: int = 0
 
 
+class ExplainPrefix(msgspec.Struct, frozen=True, tag=True):
+    call_id: int
+    request: Request
+    """Which does not run."""
+    front: int = 0
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Finish what is launched, then exit."""
 
 
-ToEngine = AddRequest | AbortSequence | GetStats | ResetPrefixCache | Shutdown
+ToEngine = AddRequest | AbortSequence | GetStats | ResetPrefixCache | ExplainPrefix | Shutdown
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -59,6 +67,11 @@ class Answer(msgspec.Struct, frozen=True, tag=True):
     value: EngineStats | bool
 
 
+class Explained(msgspec.Struct, frozen=True, tag=True):
+    call_id: int
+    value: PrefixExplanation
+
+
 class Died(msgspec.Struct, frozen=True, tag=True):
     """The last word of an engine process. `kind` is the name of an OctavoError, or empty."""
 
@@ -66,7 +79,7 @@ class Died(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-FromEngine = Ready | Deltas | Refused | Answer | Died
+FromEngine = Ready | Deltas | Refused | Answer | Explained | Died
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

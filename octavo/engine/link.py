@@ -18,6 +18,8 @@ from octavo.engine.ipc import (
     AddRequest,
     Answer,
     Deltas,
+    Explained,
+    ExplainPrefix,
     FromEngine,
     GetStats,
     Refused,
@@ -27,8 +29,12 @@ from octavo.engine.ipc import (
     encode,
 )
 from octavo.errors import EngineDeadError
+from octavo.kv_cache.explain import PrefixExplanation
 from octavo.observe.stats import EngineStats
 from octavo.request import Request
+
+Value = EngineStats | PrefixExplanation | bool
+"""What a call comes to."""
 
 
 class LinkOwner(Protocol):
@@ -54,7 +60,7 @@ class EngineLink:
         self.error: EngineDeadError | None = None
         self._owner = owner
         self._on_other = on_other
-        self._calls: dict[int, asyncio.Future[EngineStats | bool]] = {}
+        self._calls: dict[int, asyncio.Future[Value]] = {}
         self._call_ids = itertools.count()
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
 
@@ -83,7 +89,7 @@ class EngineLink:
                     self._owner.on_deltas(message)
                 case Refused():
                     self._owner.on_refused(message)
-                case Answer(call_id, value):
+                case Answer(call_id, value) | Explained(call_id, value):
                     call = self._calls.pop(call_id, None)
                     if call is not None and not call.done():
                         call.set_result(value)
@@ -132,8 +138,14 @@ class EngineLink:
         call_id = next(self._call_ids)
         return bool(await self._call(call_id, ResetPrefixCache(call_id, self.front)))
 
-    async def _call(self, call_id: int, message: ToEngine) -> EngineStats | bool:
-        future: asyncio.Future[EngineStats | bool] = asyncio.get_running_loop().create_future()
+    async def explain_prefix(self, request: Request) -> PrefixExplanation:
+        call_id = next(self._call_ids)
+        value = await self._call(call_id, ExplainPrefix(call_id, request, self.front))
+        assert isinstance(value, PrefixExplanation)
+        return value
+
+    async def _call(self, call_id: int, message: ToEngine) -> Value:
+        future: asyncio.Future[Value] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = future
         try:
             self.send(message)

@@ -22,6 +22,8 @@ from octavo.engine.ipc import (
     Answer,
     Deltas,
     Died,
+    Explained,
+    ExplainPrefix,
     FromEngine,
     GetStats,
     Ready,
@@ -101,6 +103,8 @@ class _Loop:
                 fronts.send(front, Answer(call_id, core.stats()))
             case ResetPrefixCache(call_id, front):
                 fronts.send(front, Answer(call_id, core.reset_prefix_cache()))
+            case ExplainPrefix(call_id, request, front):
+                fronts.send(front, Explained(call_id, core.explain_prefix(request)))
             case Shutdown():
                 self._is_running = False
 

@@ -10,6 +10,7 @@ import time
 from bisect import insort
 
 from octavo.kv_cache.manager import KVCacheManager
+from octavo.kv_cache.recent_prompts import RecentPrompt, RecentPrompts
 from octavo.scheduler.counters import SchedulerCounters
 from octavo.scheduler.sequence import Sequence
 from octavo.scheduler.suspects import Suspects
@@ -17,6 +18,12 @@ from octavo.scheduler.suspects import Suspects
 
 def _order(sequence: Sequence) -> tuple[int, int]:
     return sequence.order
+
+
+def prompt_of(sequence: Sequence) -> RecentPrompt:
+    """Returns what is remembered of a sequence: its tokens, and its published blocks."""
+    kv, request = sequence.kv, sequence.request
+    return RecentPrompt(request.tenant, kv.root, sequence.token_ids, kv.digests, kv.num_published)
 
 
 class Queues:
@@ -28,6 +35,7 @@ class Queues:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.suspects = Suspects()
+        self.recent = RecentPrompts()
         self._manager = manager
         self._counters = counters
         self._requests: dict[str, list[Sequence]] = {}
@@ -88,6 +96,7 @@ class Queues:
         self.suspects.forget(sequence)
         queue = self.waiting if sequence.row is None else self.running
         queue.remove(sequence)
+        self.recent.remember(prompt_of(sequence))
         self._release(sequence)
         siblings = self._requests[sequence.request.request_id]
         if all(s.is_finished for s in siblings):

@@ -15,10 +15,12 @@ sequences are computed again apart, and who raises alone ends.
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable, Iterable
 
 from octavo.errors import OverloadedError
 from octavo.grammar import Guide
+from octavo.kv_cache.explain import PrefixExplanation, explain
 from octavo.kv_cache.manager import KVCacheManager
 from octavo.kv_cache.records import SequenceKV
 from octavo.request import FinishReason, Request, TokenDelta
@@ -29,7 +31,7 @@ from octavo.scheduler.limits import SchedulerLimits
 from octavo.scheduler.outcomes import Outcomes
 from octavo.scheduler.pace import Pace
 from octavo.scheduler.plan_builder import PlanBuilder
-from octavo.scheduler.queues import Queues
+from octavo.scheduler.queues import Queues, prompt_of
 from octavo.scheduler.sequence import Sequence
 from octavo.step import StepPlan, StepResult
 
@@ -87,18 +89,9 @@ class Scheduler:
         limit = self.limits.max_num_queued_requests
         if len(self.waiting) >= limit:
             raise OverloadedError(f"{len(self.waiting)} requests wait already (limit {limit})")
-        full_blocks = request.prompt_len // self.manager.block_size
         sequences = []
         for index, seed in enumerate(seeds):
-            kv = SequenceKV(
-                root=root,
-                # A hit has no hidden states, and so no logits of the prompt.
-                reads_cache=caching
-                and request.params.prompt_logprobs is None
-                and not request.needs_all_states,
-                writes_cache=caching,
-                prompt_blocks=full_blocks,
-            )
+            kv = self._new_kv(request, root, caching)
             sequence = Sequence(
                 request,
                 index,
@@ -112,6 +105,32 @@ class Scheduler:
             self._next_order += 1
             sequences.append(sequence)
         self._queues.add(request.request_id, sequences)
+
+    def _new_kv(self, request: Request, root: bytes, caching: bool) -> SequenceKV:
+        # A hit has no hidden states, and so no logits of the prompt.
+        needs_all = request.params.prompt_logprobs is not None or request.needs_all_states
+        return SequenceKV(
+            root=root,
+            reads_cache=caching and not needs_all,
+            writes_cache=caching,
+            prompt_blocks=request.prompt_len // self.manager.block_size,
+        )
+
+    def explain(self, request: Request, root: bytes, caching: bool) -> PrefixExplanation:
+        """Returns what of a request's prompt would be found if it came now. Changes nothing."""
+        recent = self._queues.recent
+        running = [prompt_of(one) for one in self.running if one.kv.root == root]
+        return explain(
+            self.manager,
+            self._new_kv(request, root, caching),
+            array("i", request.packed_prompt),
+            [*recent.of_root(root), *(one for one in running if one.num_blocks)],
+            recent.of_other_roots(request.tenant, root),
+        )
+
+    def forget_recent(self) -> None:
+        """Forgets which prompts were computed, as the cache has forgotten what it had of them."""
+        self._queues.recent.clear()
 
     def abort(self, request_id: str, index: int | None = None) -> list[TokenDelta]:
         """Ends a request, or one of its sequences, now: its blocks are free for the next step.

@@ -5,8 +5,9 @@ Read by `openapi`; answers are made by the routes as plain dicts, and a test hol
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
+from octavo.kv_cache.explain import Reason
 from octavo.server.message_errors import TYPES
 
 Schema = dict[str, Any]
@@ -285,6 +286,28 @@ ANSWERS: dict[str, Schema] = {
             {"$ref": "#/components/schemas/Completion"},
         ]
     },
+    "PrefixExplanation": _object(
+        {
+            "object": {"const": "prefix_explanation"},
+            "num_tokens": _INT,
+            "cached_tokens": _INT,
+            "block_size": _INT,
+            "reason": {"enum": [*get_args(Reason)]},
+            "message": _TEXT,
+            "nearest": _or_null(_object({"num_tokens": _INT, "shared_tokens": _INT})),
+            "parts_at": _or_null(
+                _object(
+                    {
+                        "token": _INT,
+                        "before": _or_null(_TEXT),
+                        "prompt": _or_null(_TEXT),
+                        "cached": _or_null(_TEXT),
+                    }
+                )
+            ),
+            "other_salt_tokens": _or_null(_INT),
+        }
+    ),
     "RenderedPrompt": _object({"text": _TEXT, "num_tokens": _INT, "token_ids": _IDS}),
     "RenderedPrompts": _object(
         {

@@ -30,6 +30,7 @@ from octavo.server.parser import ParserProcess
 from octavo.server.routes import (
     chat,
     completions,
+    explaining,
     files,
     health,
     messages,
@@ -100,6 +101,7 @@ def create_app(engine: Engine, config: ServerConfig, siblings: Siblings | None =
         stored_responses,
         files,
         rendering,
+        explaining,
         sagemaker,
         tokens,
         operation,

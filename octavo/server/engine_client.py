@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from octavo.constraint import Constraint, StructuredOutputsParams
 from octavo.engine.chat_template import ChatRenderer, RenderedChat
 from octavo.engine.detokenizer import Pieces
+from octavo.kv_cache.explain import PrefixExplanation
 from octavo.observe.stats import EngineStats
 from octavo.outputs import Receiver
 from octavo.request import Request, SamplingParams
@@ -97,6 +98,7 @@ class Engine(Protocol):
         *,
         priority: int = 0,
         cache_salt: str = "",
+        tenant: str = "",
         thought: Thought = NO_THOUGHT,
     ) -> Request:
         """Returns a request under an id of its own. Raises RequestError, EngineDeadError."""
@@ -118,6 +120,11 @@ class Engine(Protocol):
 
     async def reset_prefix_cache(self) -> bool:
         """Forgets all cached prefixes. Returns False if running requests still hold blocks."""
+        ...
+
+    async def explain_prefix(self, request: Request) -> PrefixExplanation:
+        """Returns what is cached of the prompt of a prepared request, which does not run. Raises
+        EngineDeadError."""
         ...
 
     async def check_health(self) -> None:

@@ -19,7 +19,7 @@ from octavo.observe.metrics import RequestTrack
 from octavo.outputs import DeltaSum, OutputDelta
 from octavo.request import FinishReason, Request, SamplingParams
 from octavo.server.access import Exchange
-from octavo.server.auth import check_priority, tenant_salt
+from octavo.server.auth import check_priority, tenant_id, tenant_salt
 from octavo.server.errors import ApiError
 from octavo.server.protocol.sampling import SamplingFields
 from octavo.server.state import ServerState, server_state
@@ -64,7 +64,7 @@ async def new_call(
     limit = body.truncate_prompt_tokens
     if limit == -1:
         limit = max(1, engine.max_model_len - (params.max_tokens or 1))
-    salt = tenant_salt(known["api_key"], body.cache_salt)
+    salt, tenant = tenant_salt(known["api_key"], body.cache_salt), tenant_id(known["api_key"])
     if params.structured_outputs is not None:
         await server_state(request).tokenising.constrain(params.structured_outputs)
     requests = []
@@ -73,7 +73,14 @@ async def new_call(
             await asyncio.sleep(0)
         ids = ids if limit is None else ids[-limit:]
         requests.append(
-            engine.prepare(ids, params, priority=body.priority, cache_salt=salt, thought=thought)
+            engine.prepare(
+                ids,
+                params,
+                priority=body.priority,
+                cache_salt=salt,
+                tenant=tenant,
+                thought=thought,
+            )
         )
     exchange: Exchange = known["exchange"]
     exchange.num_prompt_tokens = sum(one.prompt_len for one in requests)

@@ -13,6 +13,7 @@ from octavo.constraint import Constraint, StructuredOutputsParams
 from octavo.engine.chat_template import ChatRenderer, RenderedChat
 from octavo.errors import ContextLengthError, EngineDeadError, RequestError
 from octavo.grammar import Checker
+from octavo.kv_cache.explain import PrefixExplanation
 from octavo.observe.stats import EngineStats
 from octavo.outputs import OutputDelta, Receiver
 from octavo.request import Logprob, PositionLogprobs, Request, SamplingParams, pack_ids
@@ -114,6 +115,7 @@ class FakeEngine:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        tenant: str = "",
         thought: Thought = NO_THOUGHT,
     ) -> Request:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -127,6 +129,7 @@ class FakeEngine:
             params=params,
             priority=priority,
             cache_salt=cache_salt,
+            tenant=tenant,
             arrival_time=time.monotonic(),
         )
 
@@ -214,6 +217,13 @@ class FakeEngine:
 
     async def reset_prefix_cache(self) -> bool:
         return not self.has_used_blocks
+
+    async def explain_prefix(self, request: Request) -> PrefixExplanation:
+        await self.check_health()
+        cached = min(16, request.prompt_len - 1)
+        return PrefixExplanation(
+            num_tokens=request.prompt_len, num_cached=cached, block_size=16, reason="new"
+        )
 
     async def check_health(self) -> None:
         if self.is_dead:
