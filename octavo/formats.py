@@ -66,7 +66,7 @@ INT_GROUPS = (32, 64, 128)
 """Elements of a row that share a scale; larger groups repeat theirs."""
 FP8 = _own("fp8", 128, 132)
 """A float32 scale, then 128 numbers of 8 bits (e4m3) that it multiplies."""
-NVFP4 = WeightFormat(name="nvfp4", block_size=64, block_bytes=36, has_table=True)
+NVFP4 = WeightFormat(name="nvfp4", block_size=64, block_bytes=36, is_padded=True, has_table=True)
 """ggml's: four e4m3 scales, then four times eight bytes; what a scale means is in the table."""
 
 

@@ -34,11 +34,8 @@ _ALL: dict[str, Any] = {
     "rope_parameters": None,
     "rope_scaling": None,
     "partial_rotary_factor": None,
-    "quantization_config": None,
 }
-_NULLABLE = frozenset(
-    {"rope_parameters", "rope_scaling", "partial_rotary_factor", "quantization_config"}
-)
+_NULLABLE = frozenset({"rope_parameters", "rope_scaling", "partial_rotary_factor"})
 _HEADS = {"num_key_value_heads"}
 _WINDOW = {"sliding_window"}
 _WINDOWS = {"use_sliding_window": False, "sliding_window": 4096}
@@ -194,10 +191,9 @@ GEMMA3 = ConfigClass(
     },
     nullable=GEMMA2.nullable,
 )
-_CONDITIONAL = {"quantization_config": None}
 GEMMA3_CONDITIONAL = ConfigClass(
-    defaults={**_CONDITIONAL, "text_config": {}, "tie_word_embeddings": True},
-    nullable=frozenset(_CONDITIONAL),
+    defaults={"text_config": {}, "tie_word_embeddings": True},
+    nullable=frozenset(),
 )
 GPT_OSS = ConfigClass(
     defaults={
@@ -254,8 +250,8 @@ LLAMA4 = ConfigClass(
     nullable=_NULLABLE | {"layer_types", "moe_layers", "no_rope_layers", "attention_chunk_size"},
 )
 LLAMA4_CONDITIONAL = ConfigClass(
-    defaults={**_CONDITIONAL, "text_config": {}, "tie_word_embeddings": False},
-    nullable=frozenset(_CONDITIONAL),
+    defaults={"text_config": {}, "tie_word_embeddings": False},
+    nullable=frozenset(),
 )
 _LATENT: dict[str, Any] = {
     "kv_lora_rank": 512,

@@ -71,7 +71,6 @@ def read_gemma3(config: HFConfig) -> ModelSpec:
 
 
 def read_gemma3_conditional(config: HFConfig) -> ModelSpec:
-    config.must_be_off("quantization_config")
     spec = read_gemma3(config.inner("text_config", config_classes.GEMMA3))
     return replace(spec, tie_embeddings=config.boolean("tie_word_embeddings"))
 

@@ -30,7 +30,6 @@ ACTIVATIONS: dict[str, Activation] = {
 
 def read_decoder(config: HFConfig, layer: Callable[[int], LayerSpec]) -> ModelSpec:
     """Returns the spec of a decoder whose layer i is `layer(i)`. Raises UnsupportedModelError."""
-    config.must_be_off("quantization_config")
     layers = tuple(layer(index) for index in range(config.integer("num_hidden_layers")))
     return ModelSpec(
         vocab_size=config.integer("vocab_size"),

@@ -54,7 +54,6 @@ def read_llama4(config: HFConfig) -> ModelSpec:
 
 
 def read_llama4_conditional(config: HFConfig) -> ModelSpec:
-    config.must_be_off("quantization_config")
     spec = read_llama4(config.inner("text_config", config_classes.LLAMA4))
     return replace(spec, tie_embeddings=config.boolean("tie_word_embeddings"))
 

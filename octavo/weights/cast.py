@@ -1,4 +1,4 @@
-"""Gives the weights of mapped files in a number format of choice.
+"""Gives the weights of files in a number format of choice.
 
 Made by `loader` for any `dtype` but "auto". Converts one tensor at a time, when it is asked for;
 never keeps what it returned.
@@ -14,6 +14,7 @@ from torch import Tensor
 from octavo.formats import WEIGHT_FORMATS, WeightFormat
 from octavo.kernels.dequantize import dequantize_rows
 from octavo.kernels.weights import Weight
+from octavo.weights.published.source import PackedSource
 from octavo.weights.source import DTYPE_FORMATS, NUMBER_DTYPES, MappedSource, Staging, part_of
 
 _CHUNK_ELEMENTS = 1 << 22
@@ -23,7 +24,7 @@ _CHUNK_ELEMENTS = 1 << 22
 class CastSource:
     """A TensorSource whose matrices are all in `dtype` (float32, float16 or bfloat16)."""
 
-    def __init__(self, source: MappedSource, dtype: str) -> None:
+    def __init__(self, source: MappedSource | PackedSource, dtype: str) -> None:
         self._source = source
         self._format = WEIGHT_FORMATS[DTYPE_FORMATS[dtype]]
 

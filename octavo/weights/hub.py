@@ -23,6 +23,7 @@ from octavo.weights.checkpoint import read_json, weight_files
 from octavo.weights.demo import DEMO_NAMES, demo_path
 from octavo.weights.gguf_config import config_of, generation_config_of
 from octavo.weights.gguf_file import read_gguf
+from octavo.weights.quantization import read_quantization
 
 ModelKind = Literal["safetensors", "gguf", "config"]
 
@@ -103,11 +104,11 @@ def _from_folder(model: str, folder: Path, load_format: str) -> ModelFiles:
     config = read_json(folder / "config.json")
     if config is None:
         raise ModelNotFoundError(f"{folder} has no config.json and no .gguf file")
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    quantization = read_quantization(config, folder)
+    if quantization is not None and load_format == "dummy":
         raise UnsupportedModelError(
-            f"{model} is quantised with {method!r}; known are unquantised safetensors and GGUF"
+            f"{model} is quantised with {quantization.method}, and random weights are numbers: "
+            "take quantization_config out of its config.json"
         )
     weights = weight_files(folder) if load_format != "dummy" else ()
     if load_format != "dummy" and not weights:

@@ -14,6 +14,8 @@ from octavo.weights.cast import CastSource
 from octavo.weights.dummy import DummySource
 from octavo.weights.gguf_source import open_gguf
 from octavo.weights.hub import ModelFiles
+from octavo.weights.published.source import PackedSource
+from octavo.weights.quantization import read_quantization
 from octavo.weights.safetensors_source import open_safetensors
 from octavo.weights.source import DTYPE_FORMATS, TensorSource
 
@@ -35,8 +37,13 @@ def open_source(
     if files.kind == "gguf":
         source = open_gguf(files.path)
     else:
-        source = open_safetensors(files.path, str(files.config.get("model_type")))
-    return source if dtype == "auto" else CastSource(source, dtype)
+        quantization = read_quantization(files.config, files.path)
+        source = open_safetensors(files.path, str(files.config.get("model_type")), quantization)
+    if dtype != "auto":
+        return CastSource(source, dtype)
+    if isinstance(source, PackedSource):
+        source.check_packed()
+    return source
 
 
 def check_names(

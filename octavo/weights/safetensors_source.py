@@ -15,6 +15,9 @@ from octavo.errors import WeightsError
 from octavo.formats import WEIGHT_FORMATS
 from octavo.weights.checkpoint import weight_files
 from octavo.weights.names import expert_names, text_name
+from octavo.weights.published.source import PackedSource, packed_source
+from octavo.weights.published.tensors import RAW_DTYPES
+from octavo.weights.quantization import Quantization
 from octavo.weights.source import MappedFile, MappedSource, StoredTensor
 from octavo.weights.stacked import experts_of
 
@@ -22,21 +25,27 @@ _DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _MAX_HEADER_BYTES = 100_000_000
 
 
-def open_safetensors(folder: Path, model_type: str) -> MappedSource:
+def open_safetensors(
+    folder: Path, model_type: str, quantization: Quantization | None = None
+) -> MappedSource | PackedSource:
     """Returns the tensors of a checkpoint folder under their usual names.
 
     Experts in stacks are listed one by one, and the text model of one that also sees without its
     prefix. Raises WeightsError naming the broken file and, where known, the tensor.
     """
     tensors: dict[str, StoredTensor] = {}
+    names = expert_names(model_type)
     for path in weight_files(folder):
         for name, stored in _read_header(path).items():
-            for one_name, one in experts_of(text_name(name), stored, expert_names(model_type)):
+            whole = text_name(name), stored
+            # What experts a quantised stack has, its scales tell too.
+            listed = [whole] if quantization else experts_of(*whole, names)
+            for one_name, one in listed:
                 if one_name in tensors:
                     first = tensors[one_name].file.path.name
                     raise WeightsError(f"{one_name} is both in {first} and in {path.name}")
                 tensors[one_name] = one
-    return MappedSource(tensors)
+    return packed_source(tensors, names, quantization) if quantization else MappedSource(tensors)
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
@@ -70,7 +79,8 @@ def _stored(file: MappedFile, name: str, entry: Any, data_start: int) -> StoredT
     number_format = WEIGHT_FORMATS[_DTYPES[dtype]] if dtype in _DTYPES else None
     if number_format and min(shape, default=1) < 1:
         raise WeightsError(f"{file.path}: {name} has the shape {list(shape)}")
-    if number_format and math.prod(shape) * number_format.block_bytes != end - begin:
+    item_bytes = RAW_DTYPES[dtype].itemsize if dtype in RAW_DTYPES else None
+    if item_bytes is not None and math.prod(shape) * item_bytes != end - begin:
         raise WeightsError(
             f"{file.path}: {name} of shape {list(shape)} in {dtype} cannot have {end - begin} bytes"
         )

@@ -147,7 +147,6 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones(given: object) -
         ({"rms_norm_eps": float("nan")}, ("rms_norm_eps", "nan")),
         ({"tie_word_embeddings": 1}, ("tie_word_embeddings", "1", "true or false")),
         ({"mlp_bias": True}, ("mlp_bias", "True")),
-        ({"quantization_config": {"bits": 4}}, ("quantization_config", "bits")),
         ({"rope_scaling": {"type": "longrope"}}, ("longrope", "yarn", "llama3")),
         ({"rope_scaling": {"type": "linear"}}, ("rope_scaling", "factor", "missing")),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "x": 1}}, ("x is 1", "factor")),

@@ -108,7 +108,11 @@ def test_dummy_weights_need_a_config_only_and_are_identified_by_the_seed(tmp_pat
     [
         ("{", ModelError, r"config\.json is no valid JSON"),
         ("[1]", ModelError, r"config\.json must hold a JSON object, got list"),
-        ('{"quantization_config": {"quant_method": "gptq"}}', UnsupportedModelError, "'gptq'"),
+        (
+            '{"quantization_config": {"quant_method": "gtpq"}}',
+            UnsupportedModelError,
+            "'gtpq' is not known: .* the nearest is gptq",
+        ),
         ("{}", ModelNotFoundError, r"has no weights: .* --load-format dummy"),
     ],
 )

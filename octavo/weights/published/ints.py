@@ -1,0 +1,189 @@
+"""Integer codes with a scale, and often a zero, for each group of a row's columns.
+
+Called by `source`. Tensor orders: AutoAWQ ("gemm"), GPTQ (AutoGPTQ and gptqmodel) and
+compressed-tensors 0.20 ("pack-quantized", "int-quantized"). A value is (code - zero) * scale.
+N rows, K columns, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from octavo.formats import GROUP, INT_GROUPS, WeightFormat, int4_format, int8_format
+from octavo.weights.published.repack import int4_rows, int8_rows, number_rows, unpack_codes
+from octavo.weights.published.tensors import Module, PackedMatrix, check_scales
+from octavo.weights.quantization import Quantization
+
+_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Which nibble of a word has each of its eight columns."""
+_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
+"""One in every field of a word, by bits."""
+Codes = Callable[[], tuple[Tensor, Tensor]]
+"""Returns codes uint8 [N, K] and zeros uint8 [N, G]."""
+
+
+def awq(module: Module, quantization: Quantization) -> PackedMatrix:
+    """qweight int32 [K, N / 8], qzeros int32 [G, N / 8], scales [G, N]."""
+    cols, words = module.shape("qweight")
+    rows, groups = 8 * words, module.shape("scales")[0]
+    module.expect("scales", (groups, rows))
+    module.expect("qzeros", (groups, words))
+
+    def read() -> tuple[Tensor, Tensor]:
+        return _awq_codes(module.tensor("qweight")).T, _awq_codes(module.tensor("qzeros")).T
+
+    return _matrix(module, (rows, cols), 4, "scales", read, quantization)
+
+
+def _awq_codes(words: Tensor) -> Tensor:
+    nibbles = unpack_codes(words.reshape(-1, 1), 4, 8)
+    return nibbles[:, list(_AWQ_PLACES)].view(len(words), -1)
+
+
+def gptq(module: Module, quantization: Quantization) -> PackedMatrix:
+    """qweight int32 [K * bits / 32, N], qzeros int32 [G, N * bits / 32], scales [G, N], and where
+    columns are out of order g_idx int32 [K]."""
+    bits = quantization.bits or 4
+    words, rows = module.shape("qweight")
+    cols, groups = 32 * words // bits, module.shape("scales")[0]
+    if "g_idx" in module.parts:
+        cols = module.shape("g_idx")[0]
+        module.expect("qweight", (-(-cols * bits // 32), rows))
+    module.expect("scales", (groups, rows))
+    module.expect("qzeros", (groups, -(-rows * bits // 32)))
+
+    def read() -> tuple[Tensor, Tensor]:
+        codes = unpack_codes(module.tensor("qweight").T, bits, cols)
+        stored = module.tensor("qzeros")
+        if quantization.zeros_less_one and bits in _ONES:
+            # Whole words were counted down: a zero of 0 has borrowed from the next one.
+            stored = (stored.to(torch.int64) + _ONES[bits]).to(torch.int32)
+        zeros = unpack_codes(stored, bits, rows)
+        if quantization.zeros_less_one and bits not in _ONES:
+            zeros = zeros + 1
+        return codes, zeros.T
+
+    order = _order(module, "g_idx", groups, cols) if quantization.is_reordered else None
+    return _matrix(module, (rows, cols), bits, "scales", read, quantization, order)
+
+
+def pack_quantized(module: Module, quantization: Quantization) -> PackedMatrix:
+    """weight_packed int32 [N, K * bits / 32], weight_scale [N, G], weight_shape [2], and where they
+    are needed weight_zero_point int32 [N * bits / 32, G] and weight_g_idx [K]."""
+    rows, words = module.shape("weight_packed")
+    cols = int(module.tensor("weight_shape")[1])
+    bits = 32 * words // max(1, cols)
+    if -(-cols * bits // 32) != words or not 1 <= bits <= 8:
+        module.refuse(f"{words} words a row cannot hold {cols} columns of equal codes")
+    if module.shape("weight_scale")[0] != rows:
+        module.refuse(f"weight_scale has {module.shape('weight_scale')[0]} rows, not {rows}")
+    groups = module.shape("weight_scale")[1]
+    has_zeros = "weight_zero_point" in module.parts
+    if has_zeros:
+        module.expect("weight_zero_point", (-(-rows * bits // 32), groups))
+
+    def read() -> tuple[Tensor, Tensor]:
+        codes = unpack_codes(module.tensor("weight_packed"), bits, cols)
+        zeros = torch.full((rows, groups), 1 << bits - 1, dtype=torch.uint8)
+        if has_zeros:
+            zeros = unpack_codes(module.tensor("weight_zero_point").T, bits, rows).T
+        return codes, zeros
+
+    order = None
+    if "weight_g_idx" in module.parts:
+        order = _order(module, "weight_g_idx", groups, cols)
+    return _matrix(module, (rows, cols), bits, "weight_scale", read, quantization, order)
+
+
+def int_quantized(module: Module, quantization: Quantization) -> PackedMatrix:
+    """weight int8 [N, K], weight_scale [N, G], and where it is needed weight_zero_point [N, G]."""
+    rows, cols = module.shape("weight")
+    scales = module.shape("weight_scale")
+    module.expect("weight_scale", (rows, *scales[1:2]), (1, 1), (1,))
+    has_zeros = "weight_zero_point" in module.parts
+
+    def read() -> tuple[Tensor, Tensor]:
+        codes = module.tensor("weight").to(torch.int16) + 128
+        zeros = torch.zeros(scales, dtype=torch.int16)
+        if has_zeros:
+            zeros = module.tensor("weight_zero_point").to(torch.int16).view(scales)
+        whole = (zeros + 128).to(torch.uint8).reshape(-1, *scales[1:2] or (1,))
+        return codes.to(torch.uint8), whole.expand(rows, -1)
+
+    return _matrix(module, (rows, cols), 8, "weight_scale", read, quantization)
+
+
+def _order(module: Module, part: str, groups: int, cols: int) -> Tensor | None:
+    """Returns the group of every column, None where they follow each other."""
+    order = module.tensor(part).long()
+    module.expect(part, (cols,))
+    if not 0 <= int(order.min()) <= int(order.max()) < groups:
+        module.refuse(f"{part} names groups outside of the {groups} there are")
+    group = -(-cols // groups)
+    return None if torch.equal(order, torch.arange(cols) // group) else order
+
+
+def _matrix(
+    module: Module,
+    shape: tuple[int, int],
+    bits: int,
+    scale_part: str,
+    read: Codes,
+    quantization: Quantization,
+    order: Tensor | None = None,
+) -> PackedMatrix:
+    """Returns the matrix of the codes that `read` returns, with the scales of a part: [N, G], or
+    [G, N] as `awq` and `gptq` have them."""
+    rows, cols = shape
+    found = module.shape(scale_part)
+    is_turned = scale_part == "scales"
+    groups = found[0] if is_turned else found[1] if len(found) > 1 else 1
+    group = -(-cols // groups)
+    said = quantization.group
+    if said is not None and -(-cols // said) == groups > 1:
+        group = said
+    form, why = _format(cols, group, bits, module.stored(scale_part).format_name, order)
+
+    def read_rows() -> tuple[Tensor, Tensor | None]:
+        codes, zeros = read()
+        scales = module.tensor(scale_part)
+        check_scales(module.name, scales)
+        scales = (scales.T if is_turned else scales.reshape(-1, groups)).expand(rows, groups)
+        if form is None:
+            of_column = torch.arange(cols) // group if order is None else order
+            values = (codes.float() - zeros[:, of_column].float()) * scales[:, of_column].float()
+            return number_rows(values)[0], None
+        of_block = torch.arange(0, cols, form.block_size) // group
+        wide = [one[:, of_block] for one in (scales, zeros)]
+        rows_of = int4_rows if bits <= 4 else int8_rows
+        return rows_of(codes, wide[0], wide[1], form), None
+
+    return PackedMatrix(
+        shape=shape,
+        format=form or _NUMBERS,
+        read=read_rows,
+        stored=tuple(module.parts.values()),
+        unpacked_because=why,
+    )
+
+
+def _format(
+    cols: int, group: int, bits: int, scale_type: str, order: Tensor | None
+) -> tuple[WeightFormat | None, str | None]:
+    """Returns the format in memory; or None, and why blocks cannot say what is stored."""
+    sizes = [size for size in INT_GROUPS if group % size == 0 or group >= cols]
+    if order is not None:
+        return None, "its columns belong to groups out of order (desc_act)"
+    if cols % GROUP or not sizes:
+        return None, f"its groups of {group} in {cols} columns are no multiples of {GROUP}"
+    if bits > 4:
+        return int8_format(sizes[-1]), None
+    if scale_type not in ("F16", "BF16"):
+        return None, f"its scales are {scale_type}"
+    return int4_format(sizes[-1], "f16" if scale_type == "F16" else "bf16"), None
+
+
+_NUMBERS = number_rows(torch.zeros(1, 1))[1]

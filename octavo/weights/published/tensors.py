@@ -1,0 +1,98 @@
+"""The stored tensors of a quantised checkpoint, and the matrices that they make up.
+
+Used by the families of formats and by `source`. Tensors are views of mapped files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from octavo.errors import WeightsError
+from octavo.formats import WeightFormat
+from octavo.weights.source import StoredTensor
+
+RAW_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+"""By safetensors' names."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedMatrix:
+    """A matrix that is stored in several tensors, or in one order and wanted in another."""
+
+    shape: tuple[int, int]
+    format: WeightFormat
+    """As it is in memory; numbers (f32) where blocks cannot say what is stored."""
+    read: Callable[[], tuple[Tensor, Tensor | None]]
+    """Returns the rows, as `Weight.data`, and the table of formats that have one."""
+    stored: tuple[StoredTensor, ...]
+    unpacked_because: str | None = None
+    """Why it is numbers in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """The tensors of one quantised matrix by their names below it."""
+
+    name: str
+    parts: Mapping[str, StoredTensor]
+
+    def tensor(self, part: str) -> Tensor:
+        """Returns a view of a part. Raises WeightsError if it is missing or of an unknown type."""
+        return view(f"{self.name}.{part}", self.stored(part))
+
+    def stored(self, part: str) -> StoredTensor:
+        found = self.parts.get(part)
+        if found is None:
+            raise WeightsError(f"{self.name}.{part} is missing beside {self.name}.{self._first}")
+        return found
+
+    def shape(self, part: str) -> tuple[int, ...]:
+        return self.stored(part).shape
+
+    def expect(self, part: str, *shapes: tuple[int, ...]) -> None:
+        """Raises WeightsError unless a part has one of the shapes."""
+        found = self.shape(part)
+        if found not in shapes:
+            wanted = " or ".join(str(list(shape)) for shape in shapes)
+            self.refuse(f"{part} has the shape {list(found)}, expected {wanted}")
+
+    def refuse(self, why: str) -> NoReturn:
+        raise WeightsError(f"{self.name}: {why}")
+
+    @property
+    def _first(self) -> str:
+        return next(iter(self.parts))
+
+
+def view(name: str, stored: StoredTensor) -> Tensor:
+    """Returns a tensor in its stored type. Raises WeightsError for a type that is not known."""
+    dtype = RAW_DTYPES.get(stored.format_name)
+    if dtype is None:
+        known = ", ".join(RAW_DTYPES)
+        raise WeightsError(f"{name} has the type {stored.format_name}; known are {known}")
+    data = stored.file.view(stored.start, math.prod(stored.shape) * dtype.itemsize)
+    if stored.start % dtype.itemsize:
+        data = data.clone()  # a header of odd length: numbers must start at their own size
+    return data.view(dtype).view(stored.shape)
+
+
+def check_scales(name: str, scales: Tensor) -> None:
+    """Raises WeightsError for scales that are no numbers; zero is one: a group that is all zero."""
+    if not bool(torch.isfinite(scales.float()).all()):
+        raise WeightsError(f"{name} has scales that are NaN or infinite; download the model again")

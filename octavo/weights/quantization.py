@@ -1,0 +1,157 @@
+"""What a checkpoint says of how it is quantised: `quantization_config` of its config.json.
+
+Asked by `hub`, so that a plan refuses what a load would, and by `loader`. Never reads a tensor and
+never imports torch. Which tensors are quantised follows from those that are there (`published`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from octavo.errors import UnsupportedModelError
+from octavo.weights.checkpoint import read_json
+
+Method = Literal["fp8", "awq", "gptq", "compressed-tensors", "mxfp4", "modelopt"]
+METHODS: dict[str, Method] = {
+    "fp8": "fp8",
+    "fbgemm_fp8": "fp8",
+    "awq": "awq",
+    "gptq": "gptq",
+    "auto-round": "gptq",
+    "intel/auto-round": "gptq",
+    "compressed-tensors": "compressed-tensors",
+    "mxfp4": "mxfp4",
+    "modelopt": "modelopt",
+}
+"""By `quant_method`. AutoRound stores what GPTQ, AWQ or compressed-tensors store."""
+_AUTO_ROUND: dict[str, tuple[Method, bool]] = {
+    "auto_round:auto_gptq": ("gptq", True),
+    "auto_round": ("gptq", False),
+    "auto_round:gptqmodel": ("gptq", False),
+    "auto_round:auto_awq": ("awq", False),
+    "auto_round:llm_compressor": ("compressed-tensors", False),
+}
+"""By `packing_format`: the method, and whether zeros are stored less one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """How the quantised tensors of a checkpoint are to be read."""
+
+    method: Method
+    bits: int | None = None
+    """Of a code, where the tensors do not tell it (GPTQ, AWQ)."""
+    group: int | None = None
+    """Columns that share a scale, where the config says so and tensors do not show it: a last group
+    that is smaller."""
+    zeros_less_one: bool = False
+    """Whether zeros are stored less one (the first format of GPTQ)."""
+    is_reordered: bool = False
+    """Whether columns may belong to groups out of order (GPTQ's `desc_act`)."""
+    block: tuple[int, int] | None = None
+    """Rows and columns that share a scale, where the config says so (FP8)."""
+
+
+def read_quantization(config: Mapping[str, Any], folder: Path | None) -> Quantization | None:
+    """Returns how a checkpoint is quantised, None if it is not.
+
+    `folder` may hold NVIDIA's hf_quant_config.json. Raises UnsupportedModelError naming the field,
+    its value and what is known.
+    """
+    fields = config.get("quantization_config")
+    if fields is None and isinstance(text := config.get("text_config"), dict):
+        fields = text.get("quantization_config")
+    if fields is None and folder is not None:
+        found = (read_json(folder / "hf_quant_config.json") or {}).get("quantization")
+        fields = found and {"quant_method": "modelopt", **found}
+    if fields is None:
+        return None
+    if not isinstance(fields, Mapping):
+        raise UnsupportedModelError(f"quantization_config must be an object, not {fields!r}")
+    return _read(fields)
+
+
+def _read(fields: Mapping[str, Any]) -> Quantization:
+    name = fields.get("quant_method")
+    method = METHODS.get(str(name))
+    if method is None:
+        near = difflib.get_close_matches(str(name), METHODS, 1, 0.5)
+        hint = f"; the nearest is {near[0]}" if near else ""
+        raise UnsupportedModelError(
+            f"quantization_config: quant_method {name!r} is not known: known are "
+            f"{', '.join(METHODS)}{hint}"
+        )
+    if name in ("auto-round", "intel/auto-round"):
+        return _auto_round(fields)
+    if method == "gptq":
+        return _gptq(fields)
+    if method == "awq":
+        version = str(fields.get("version") or "gemm").lower()
+        if version != "gemm":
+            _refuse("version", version, "gemm")
+        bits = fields.get("bits", fields.get("w_bit", 4))
+        if bits != 4:
+            _refuse("bits", bits, "4")
+        return Quantization(method="awq", bits=4, group=_group(fields))
+    if method == "fp8":
+        return Quantization(method="fp8", block=_block(fields.get("weight_block_size")))
+    return Quantization(method=method)
+
+
+def _auto_round(fields: Mapping[str, Any]) -> Quantization:
+    packing = str(fields.get("packing_format") or "auto_round:auto_gptq")
+    if packing not in _AUTO_ROUND:
+        _refuse("packing_format", packing, ", ".join(_AUTO_ROUND))
+    method, is_less = _AUTO_ROUND[packing]
+    return Quantization(
+        method=method, bits=_bits(fields), group=_group(fields), zeros_less_one=is_less
+    )
+
+
+def _gptq(fields: Mapping[str, Any]) -> Quantization:
+    kind = str(fields.get("checkpoint_format") or fields.get("format") or "gptq")
+    if kind not in ("gptq", "gptq_v2"):
+        _refuse("checkpoint_format", kind, "gptq, gptq_v2")
+    return Quantization(
+        method="gptq",
+        bits=_bits(fields),
+        group=_group(fields),
+        zeros_less_one=kind == "gptq",
+        is_reordered=bool(fields.get("desc_act")),
+    )
+
+
+def _bits(fields: Mapping[str, Any]) -> int:
+    bits = fields.get("bits", 4)
+    if bits not in (2, 3, 4, 8):
+        _refuse("bits", bits, "2, 3, 4, 8")
+    return bits
+
+
+def _group(fields: Mapping[str, Any]) -> int | None:
+    group = fields.get("group_size", fields.get("q_group_size", -1))
+    if type(group) is not int or group < -1 or group == 0:
+        _refuse("group_size", group, "a number of columns, or -1 for a whole row")
+    return None if group == -1 else group
+
+
+def _block(found: Any) -> tuple[int, int] | None:
+    if found is None:
+        return None
+    if not (
+        isinstance(found, list | tuple)
+        and len(found) == 2
+        and all(type(size) is int and size > 0 for size in found)
+    ):
+        _refuse("weight_block_size", found, "two sizes, as [128, 128]")
+    return found[0], found[1]
+
+
+def _refuse(field: str, value: Any, known: str) -> NoReturn:
+    raise UnsupportedModelError(
+        f"quantization_config: {field} {value!r} cannot be read; known: {known}"
+    )
