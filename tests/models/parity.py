@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from octavo.errors import ConfigError
+from octavo.formats import kv_formats
 from octavo.kernels.limits import attention_unfit
 from octavo.kernels.ops import Ops
 from octavo.kernels.registry import Needs, select_ops
@@ -71,7 +72,8 @@ def load(tiny: TinyModel, ops: Ops, max_model_len: int) -> Decoder:
 
 def load_or_skip(tiny: TinyModel, ops: Ops, max_model_len: int) -> Decoder:
     """As `load`; skips the test where the back end says that it cannot attend for the model."""
-    reason = attention_unfit(ops.name, read_spec(tiny.config)[0].attention_wants)
+    wants = read_spec(tiny.config)[0].attention_wants(kv_formats("float32"))
+    reason = attention_unfit(ops.name, wants)
     if reason is not None:
         pytest.skip(f"{ops.name}: {reason}")
     return load(tiny, ops, max_model_len)
