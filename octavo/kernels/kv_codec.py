@@ -6,11 +6,11 @@ the two parts of a latent vector) and nothing of pages.
 
     fp8    numbers e4m3, scale = largest / 448             x = number * scale
     int8   numbers -127..127, scale = largest / 127        x = number * scale
-    int4   numbers 0..15, scale = -extreme / 8             x = (number - 8) * scale
+    int4   numbers 0..15, scale = largest / 7.5            x = (number - 7.5) * scale
 
-The largest is that of |x| over the numbers that share a scale, the extreme the number that has it,
-with its sign (the positive one of two), so that it becomes 0 exactly. Scales are rounded to
-bfloat16 before anything is divided by them. Vectors of int4 go through `mix` first, and so do the
+The largest is that of |x| over the numbers that share a scale. Scales are rounded to bfloat16
+before anything is divided by them. int4 has no 0 but as many steps up as down: what `mix` makes of
+one large number are numbers of both signs that are almost as large as each other. Vectors of int4 go through `mix` first, and so do the
 queries that meet such keys; sums of such values go through it afterwards.
 """
 
@@ -23,7 +23,7 @@ from octavo.formats import KV_FORMATS, PACKED_BLOCK, KVFormat
 
 MAX_MIXED = 128
 """Numbers that one Hadamard matrix mixes at most."""
-_LARGEST = {"fp8": 448.0, "int8": 127.0}
+_LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.5}
 _FORMATS = {torch.float8_e4m3fn: "fp8", torch.int8: "int8", torch.uint8: "int4"}
 
 
@@ -68,7 +68,8 @@ def quantize(x: Tensor, format: KVFormat, scale: Tensor | None = None) -> tuple[
     num_scales = format.num_scales(x.shape[-1])
     groups = x.reshape(*x.shape[:-1], num_scales, -1)
     if scale is None:
-        scale = _scale(groups, format)
+        scale = groups.abs().amax(-1) / _LARGEST[format.name]
+    scale = scale + (groups * 0).sum(-1)  # NaN where a number is not finite
     scales = scale.to(torch.bfloat16).expand(groups.shape[:-1])
     divisor = scales.float().unsqueeze(-1)
     steps = torch.where(divisor == 0, 0.0, groups / divisor)
@@ -77,23 +78,16 @@ def quantize(x: Tensor, format: KVFormat, scale: Tensor | None = None) -> tuple[
     elif format.name == "int8":
         numbers = steps.nan_to_num(0).round().clamp(-127, 127).to(torch.int8)
     else:
-        numbers = (steps.nan_to_num(0).round().clamp(-8, 7) + 8).to(torch.uint8)
+        numbers = (steps.nan_to_num(0) + 7.5).round().clamp(0, 15).to(torch.uint8)
         return _packed(numbers.reshape(x.shape)), scales.contiguous()
     return numbers.reshape(x.shape), scales.contiguous()
-
-
-def _scale(groups: Tensor, format: KVFormat) -> Tensor:
-    if format.name in _LARGEST:
-        return groups.abs().amax(-1) / _LARGEST[format.name]
-    high, low = groups.amax(-1), groups.amin(-1)
-    return torch.where(high >= -low, high, low) / -8
 
 
 def dequantize(numbers: Tensor, scales: Tensor) -> Tensor:
     """Returns the float32 vectors [..., D] that `quantize` made these of; of int4, what `mix`
     made."""
     is_packed = numbers.dtype is torch.uint8
-    values = _unpacked(numbers).float() - 8 if is_packed else numbers.float()
+    values = _unpacked(numbers).float() - 7.5 if is_packed else numbers.float()
     groups = values.reshape(*scales.shape, -1)
     return (groups * scales.float().unsqueeze(-1)).reshape(values.shape)
 

@@ -60,14 +60,14 @@ struct FormatInt8 {
 
 // A vector of int4 as float32.
 inline void expand_int4(const uint8_t* numbers, const uint8_t* scales, int64_t size, float* to) {
-  const Lanes eight = broadcast(8.0f);
+  const Lanes middle = broadcast(7.5f);
   for (int64_t b = 0; b < size / kPacked; ++b, numbers += kPacked / 2, to += kPacked) {
     const Lanes low = broadcast(scale_at(scales, 2 * b));
     const Lanes high = broadcast(scale_at(scales, 2 * b + 1));
     for (int64_t k = 0; k < kScaled; k += 8) {
       const Ints both = bytes8(numbers + k);
-      const Lanes first = _mm256_sub_ps(_mm256_cvtepi32_ps(low_nibble(both)), eight);
-      const Lanes second = _mm256_sub_ps(_mm256_cvtepi32_ps(high_nibble(both)), eight);
+      const Lanes first = _mm256_sub_ps(_mm256_cvtepi32_ps(low_nibble(both)), middle);
+      const Lanes second = _mm256_sub_ps(_mm256_cvtepi32_ps(high_nibble(both)), middle);
       store(to + k, _mm256_mul_ps(first, low));
       store(to + kScaled + k, _mm256_mul_ps(second, high));
     }
@@ -99,30 +99,16 @@ inline void mix(float* x, int64_t size) {
   for (int64_t i = 0; i < size; ++i) x[i] *= factor;
 }
 
-// Numbers of one scale as they are quantised: `size` is no multiple of 8 only in its last lanes.
-struct Extremes {
-  float low, high;
-  bool is_finite;
-};
-inline Extremes extremes(const float* x, int64_t size) {
-  Lanes low = broadcast(std::numeric_limits<float>::infinity());
-  Lanes high = _mm256_sub_ps(zeros(), low), spoilt = zeros();
-  int64_t k = 0;
-  for (; k + 8 <= size; k += 8) {
-    const Lanes v = load(x + k);
-    low = _mm256_min_ps(low, v);
-    high = _mm256_max_ps(high, v);
+// The largest |x|, or NaN where a number is not finite.
+inline float largest_of(const float* x, int64_t size) {
+  const Lanes sign = broadcast(-0.0f);
+  Lanes largest = zeros(), spoilt = zeros();
+  for (int64_t k = 0; k < size; k += 8) {
+    const Lanes v = size - k >= 8 ? load(x + k) : load_some(x + k, size - k);
+    largest = _mm256_max_ps(largest, _mm256_andnot_ps(sign, v));
     spoilt = fma(v, zeros(), spoilt);  // NaN from the first NaN or infinity on
   }
-  Extremes found = {-max_lane(_mm256_sub_ps(zeros(), low)), max_lane(high), true};
-  float rest = sum(spoilt);
-  for (; k < size; ++k) {
-    found.low = std::min(found.low, x[k]);
-    found.high = std::max(found.high, x[k]);
-    rest += x[k] * 0.0f;
-  }
-  found.is_finite = rest == 0.0f;
-  return found;
+  return max_lane(largest) + sum(spoilt);
 }
 // Writes a scale in bfloat16 and returns what was written.
 inline float write_scale(float scale, uint8_t* to) {
@@ -170,7 +156,7 @@ inline void write_numbers(int64_t format, const float* x, int64_t size, float sc
     } else if (format == KV_INT8) {
       codes = int_codes(steps, -127.0f, 127.0f);
     } else {
-      codes = _mm_add_epi8(int_codes(steps, -8.0f, 7.0f), _mm_set1_epi8(8));
+      codes = int_codes(_mm256_add_ps(steps, broadcast(7.5f)), 0.0f, 15.0f);
     }
     std::memcpy(to + k, &codes, count);
   }
@@ -179,15 +165,9 @@ inline void write_numbers(int64_t format, const float* x, int64_t size, float sc
 // One scale, `given` or of the numbers, and the numbers.
 inline void quantize(int64_t format, const float* x, int64_t size, const float* given,
                      uint8_t* numbers, uint8_t* scales) {
-  const Extremes found = extremes(x, size);
-  float scale = std::numeric_limits<float>::quiet_NaN();
-  if (found.is_finite) {
-    const float largest = std::max(found.high, -found.low);
-    if (given != nullptr) scale = *given;
-    else if (format == KV_FP8) scale = largest / 448.0f;
-    else if (format == KV_INT8) scale = largest / 127.0f;
-    else scale = (found.high >= -found.low ? found.high : found.low) / -8.0f;
-  }
+  const float steps = format == KV_FP8 ? 448.0f : format == KV_INT8 ? 127.0f : 7.5f;
+  const float largest = largest_of(x, size);
+  const float scale = given != nullptr && largest == largest ? *given : largest / steps;
   write_numbers(format, x, size, write_scale(scale, scales), numbers);
 }
 
