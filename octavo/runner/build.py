@@ -29,6 +29,7 @@ from octavo.models.spec import ModelSpec
 from octavo.observe.progress import UNWATCHED, Progress
 from octavo.parallel import ALONE, Collectives
 from octavo.runner.device import device_equipment
+from octavo.runner.device_batch import largest_upload
 from octavo.runner.device_sampler import DeviceSampler
 from octavo.runner.graphs import StepGraphs
 from octavo.runner.host import host_equipment
@@ -124,7 +125,7 @@ def _device_runner(
 ) -> tuple[ModelRunner, Rehearsal]:
     # What a warm-up needs; the rest comes when it has shown what a step takes.
     storage = KVStorage(plan.groups, 1, plan.block_size, device)
-    transfer = make_transfer(device)
+    transfer = make_transfer(device, largest_upload(plan))
     vocab_size, max_num_seqs = decoder.spec.vocab_size, config.max_num_seqs
     sampler = DeviceSampler(vocab_size, max_num_seqs, device, sampling, transfer.upload)
     graphs = StepGraphs(is_on=device.type == "cuda" and not config.enforce_eager)

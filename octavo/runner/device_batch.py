@@ -19,6 +19,7 @@ from torch import Tensor
 
 from octavo.kernels.inputs import AttentionBatch
 from octavo.kernels.planning import StepAttention
+from octavo.kv_cache.planner import MemoryPlan
 from octavo.runner.graphs import StepShape
 from octavo.runner.input_batch import InputBatch, StepInputs
 from octavo.runner.transfer import Transfer, pack
@@ -28,6 +29,8 @@ QUERY_STARTS, SOURCES, SLOTS = 1, 4, 6
 """Places among the arrays of a step; the slots of all KV groups come last."""
 PER_ROW = (0, 1, 2)
 """The others have an entry for every token."""
+NUM_PER_TOKEN, NUM_PER_ROW = SLOTS - len(PER_ROW), 16
+"""Numbers of each token, beside its slots; of each row, with room for what attention plans."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +141,13 @@ class DeviceBatch:
             token_ids_T=torch.where(sources < 0, token_ids, sampled),
             batches=attention.on_device(batches, rest[num_groups:]),
         )
+
+
+def largest_upload(plan: MemoryPlan) -> int:
+    """Returns about how many numbers the largest step uploads at once."""
+    per_token, per_row = NUM_PER_TOKEN + len(plan.groups), NUM_PER_ROW
+    numbers = per_token * plan.max_num_batched_tokens + per_row * plan.max_num_seqs
+    return numbers + 64  # each array begins at a multiple of four
 
 
 def _padded(array: NDArray, more: int) -> NDArray:

@@ -94,12 +94,12 @@ class _UnderWay:
 class CUDATransfer:
     """Transfer over pinned memory and three streams."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, largest: int) -> None:
         self._device = device
         self._compute = torch.cuda.Stream(device)
         self._uploads = torch.cuda.Stream(device)
         self._downloads = torch.cuda.Stream(device)
-        self._slots = [self._make_slot(_SMALLEST) for _ in range(RING_SLOTS)]
+        self._slots = [self._make_slot(max(largest, _SMALLEST)) for _ in range(RING_SLOTS)]
         self._next = 0
         self._used: list[_Slot] = []
 
@@ -153,9 +153,10 @@ class CUDATransfer:
         return _UnderWay(hosts, list(tensors), arrived)
 
 
-def make_transfer(device: torch.device) -> Transfer:
-    """Returns the transfer that suits `device`."""
-    return CUDATransfer(device) if device.type == "cuda" else HostTransfer()
+def make_transfer(device: torch.device, largest: int = 0) -> Transfer:
+    """Returns the transfer that suits `device`. `largest`: numbers of the largest upload that is
+    expected; a larger one has to wait for memory, which takes the time of many uploads."""
+    return CUDATransfer(device, largest) if device.type == "cuda" else HostTransfer()
 
 
 def pack(parts: Sequence[NDArray]) -> tuple[Int32, list[slice]]:

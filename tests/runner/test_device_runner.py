@@ -26,7 +26,9 @@ from tests.runner.device_driver import DeviceDriver
 from tests.runner.driver import GREEDY, Tracked
 
 from octavo.kernels.triton.attention.plan import StepPlanner  # isort: skip
+from octavo.runner import device  # isort: skip
 from octavo.runner.device import COUNTS_PERIOD  # isort: skip
+from octavo.runner.device_batch import largest_upload  # isort: skip
 from octavo.runner.graphs import decode_size, mixed_size  # isort: skip
 from octavo.runner.warm_up import make_step  # isort: skip
 
@@ -408,3 +410,24 @@ def test_a_warm_up_leaves_no_trace() -> None:
         driver.decode([sequence], 3)
         check(sequence)
         assert rehearsal.step_bytes >= 0
+
+
+def test_the_room_for_uploads_holds_the_largest_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "padded_size", lambda plan: None)
+    sizes: list[int] = []
+    with FakeDriver() as driver:
+        transfer: Any = driver.runner._transfer
+        upload = transfer.upload
+        transfer.upload = lambda packed: (sizes.append(len(packed)), upload(packed))[1]
+        for lengths in ((90,), (30, 1, 44), (1,) * 8):
+            sequences = [driver.add(prompt(length, length)) for length in lengths]
+            driver.step([(one, one.prompt_len) for one in sequences])
+            plan: Any = SimpleNamespace(
+                groups=driver.groups,
+                max_num_batched_tokens=sum(lengths),
+                max_num_seqs=len(lengths),
+            )
+            assert max(sizes) <= largest_upload(plan)
+            sizes.clear()
+            for one in sequences:
+                driver.free(one)

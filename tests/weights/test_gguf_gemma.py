@@ -195,8 +195,8 @@ def dequantised(path: Path) -> PreTrainedModel:
     model.load_state_dict(tensors, assign=True)
     # What is computed of the config and not loaded.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    scale = model.model.embed_tokens
-    scale.embed_scale = torch.tensor(config.hidden_size**0.5)
+    scale = torch.tensor(config.hidden_size**0.5)
+    model.model.embed_tokens.register_buffer("embed_scale", scale, persistent=False)
     return model.eval()
 
 
