@@ -36,6 +36,12 @@ from octavo.server.protocol.chat import ChatRequest
 from octavo.server.protocol.completions import MAX_PROMPTS, CompletionRequest
 from octavo.server.protocol.decoding import MAX_DEPTH
 from octavo.server.protocol.messages import MessagesRequest
+from octavo.server.protocol.pooling import (
+    EmbeddingRequest,
+    PoolingRequest,
+    RerankRequest,
+    ScoreRequest,
+)
 from octavo.server.protocol.responses import Reasoning, ResponsesRequest, TextFormat
 from octavo.server.protocol.sampling import StreamOptions
 from octavo.server.protocol.strict import StrictModel
@@ -48,7 +54,15 @@ from octavo.server.uploads import MAX_FILE_BYTES
 from octavo.vllm_table import VLLM_OPTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("http.md", "messages.md", "responses.md", "operating.md", "python.md", "from_vllm.md")
+PAGES = (
+    "http.md",
+    "messages.md",
+    "responses.md",
+    "embeddings.md",
+    "operating.md",
+    "python.md",
+    "from_vllm.md",
+)
 MODELS: dict[str, tuple[type[StrictModel], ...]] = {
     "chat": (ChatRequest,),
     "completions": (CompletionRequest,),
@@ -57,6 +71,10 @@ MODELS: dict[str, tuple[type[StrictModel], ...]] = {
     "responses": (ResponsesRequest,),
     "reasoning": (Reasoning,),
     "text_format": (TextFormat,),
+    "embeddings": (EmbeddingRequest,),
+    "pooling": (PoolingRequest,),
+    "score": (ScoreRequest,),
+    "rerank": (RerankRequest,),
     "tokenize": (TokenizeTextRequest, TokenizeChatRequest),
     "detokenize": (DetokenizeRequest,),
 }

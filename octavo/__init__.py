@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from octavo.llm import LLM
     from octavo.outputs import CompletionOutput, RequestOutput
+    from octavo.pooling import PoolingParams, PoolingRequestOutput
     from octavo.request import SamplingParams
 
 __version__ = "0.1.0"
@@ -50,6 +51,8 @@ __all__ = [
     "ModelNotFoundError",
     "OctavoError",
     "OverloadedError",
+    "PoolingParams",
+    "PoolingRequestOutput",
     "RequestError",
     "RequestOutput",
     "SamplingParams",
@@ -66,6 +69,8 @@ _HOMES = {
     "EngineConfig": "octavo.config",
     "CompletionOutput": "octavo.outputs",
     "RequestOutput": "octavo.outputs",
+    "PoolingParams": "octavo.pooling",
+    "PoolingRequestOutput": "octavo.pooling",
     "SamplingParams": "octavo.request",
     "StructuredOutputsParams": "octavo.constraint",
 }

@@ -22,14 +22,24 @@ from octavo.engine.ipc import Deltas, Refused
 from octavo.engine.link import LinkOwner
 from octavo.engine.mailbox import Inbox, Mailbox
 from octavo.engine.output_processor import OutputProcessor
+from octavo.engine.pairs import PairWriter
+from octavo.engine.pooled_texts import Wanted, checked_params, pooled_output
 from octavo.engine.prompts import Prompt, read_prompt
 from octavo.engine.tokenizer import Tokenizer
+from octavo.engine.vectors import VectorReader
 from octavo.errors import ConfigError, EngineDeadError, OverloadedError, RequestError
 from octavo.kv_cache.explain import PrefixExplanation
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.observe.stats import EngineStats
 from octavo.outputs import OutputDelta, Receiver, RequestOutput, with_texts
-from octavo.request import Request, SamplingParams, checked_copy
+from octavo.pooling import (
+    EmbeddingRequestOutput,
+    PoolingOutput,
+    PoolingParams,
+    PoolingRequestOutput,
+    ScoringRequestOutput,
+)
+from octavo.request import PrefixCaching, Request, SamplingParams, checked_copy
 from octavo.request_fields import refuse_arguments
 from octavo.tools.answer_parser import AnswerFormat
 from octavo.tools.reasoning_tokens import NO_THOUGHT, Thought
@@ -214,6 +224,116 @@ class AsyncLLM:
         """Ends a submitted request without a word to its receiver; a late call is harmless."""
         if self._output is not None and self._output.close(request_id):
             self._client.link.abort(request_id)
+
+    @property
+    def vectors(self) -> VectorReader | None:
+        """How vectors are told; None for a model that generates."""
+        return self.front_end.vectors
+
+    @property
+    def pairs(self) -> PairWriter:
+        """How a query and a document become a prompt, of a model that scores them."""
+        return self.front_end.pairs
+
+    def check_generates(self) -> None:
+        """Raises RequestError for a model that does not, saying what it is."""
+        self._processor.check_generates()
+
+    def prepare_vector(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        prefix_caching: PrefixCaching | None = None,
+    ) -> Request:
+        """As `prepare`, for the vector of a prompt."""
+        self._check_alive()
+        return self._processor.process_vector(
+            self._client.link.prefix + str(next(self._ids)),
+            prompt,
+            priority=priority,
+            cache_salt=cache_salt,
+            arrival_time=time.monotonic(),
+            prefix_caching=prefix_caching,
+        )
+
+    async def encode(
+        self,
+        prompt: Prompt,
+        pooling_params: PoolingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        **unsupported: Any,
+    ) -> AsyncGenerator[PoolingRequestOutput[PoolingOutput], None]:
+        """Yields what the model makes of a prompt, once; closing it aborts the request.
+
+        Raises as `generate` does, and RequestError for a model that only generates.
+        """
+        refuse_arguments("AsyncLLM.encode", unsupported)
+        output = await self._pool(
+            "encode", prompt, pooling_params, request_id, priority, cache_salt
+        )
+        yield output
+
+    async def embed(
+        self,
+        prompt: Prompt,
+        pooling_params: PoolingParams | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> EmbeddingRequestOutput:
+        """Returns the embedding of a prompt. Raises as `encode`."""
+        return await self._pool("embed", prompt, pooling_params, None, priority, cache_salt)
+
+    async def score(
+        self,
+        text_1: str,
+        text_2: str,
+        pooling_params: PoolingParams | None = None,
+        *,
+        instruction: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> ScoringRequestOutput:
+        """Returns how well two texts belong together, of a model that reads both. Raises as
+        `encode`."""
+        self._processor.check_pools()
+        reader = self.vectors
+        assert reader is not None
+        reader.require("score", what="scores of pairs")
+        ids = await asyncio.to_thread(self.pairs.ids, text_1, text_2, instruction)
+        return await self._pool("score", ids, pooling_params, None, priority, cache_salt)
+
+    async def _pool(
+        self,
+        wanted: Wanted,
+        prompt: Prompt,
+        given: PoolingParams | None,
+        request_id: str | None,
+        priority: int,
+        cache_salt: str,
+    ) -> PoolingRequestOutput[Any]:
+        item = read_prompt(prompt)
+        salt = cache_salt if item.cache_salt is None else item.cache_salt
+        self._processor.check_pools()
+        reader = self.vectors
+        assert reader is not None
+        params = checked_params(given, wanted, reader)
+        content = item.content
+        if isinstance(content, str):
+            content = await asyncio.to_thread(self.tokenizer.encode, content)
+        request = self.prepare_vector(content, priority=priority, cache_salt=salt)
+        mailbox = Mailbox(max_waiting_tokens=None)
+        self.submit(request, Inbox(mailbox))
+        try:
+            [(_, delta, _)] = await mailbox.take()
+        finally:
+            self.cancel(request.request_id)
+        return pooled_output(request, delta, reader, params, wanted, request_id)
 
     async def generate(
         self,

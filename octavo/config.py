@@ -121,6 +121,18 @@ class EngineConfig:
         "defaults of sampling: auto takes the model's, vllm only those of the API",
         choices=("auto", "vllm"),
     )
+    runner: str = option(
+        "auto",
+        "whether the model generates or makes vectors and scores of texts; auto follows the "
+        "checkpoint, pooling makes an embedding model of one that says nothing",
+        choices=("auto", "generate", "pooling"),
+    )
+    label_tokens: tuple[str, ...] = option(
+        (),
+        "a reranker that answers with one of two tokens: the one for relevant, and the other, as "
+        "in yes,no",
+        separator=",",
+    )
     skip_tokenizer_init: bool = option(False, "token ids in, token ids out")
     poison_freed_blocks: bool = option(
         False, "test mode: fill freed blocks with NaN", is_hidden=True

@@ -1,7 +1,6 @@
 """LLM: the offline Python face, with the engine's core in this process.
 
-Names and arguments follow vLLM's, so that `from octavo.tools.reasoning_tokens import NO_THOUGHT
-from octavo import LLM, SamplingParams` replaces an
+Names and arguments follow vLLM's, so that `from octavo import LLM, SamplingParams` replaces an
 import.
 """
 
@@ -23,13 +22,29 @@ from octavo.engine.front_end import FrontEnd, format_of
 from octavo.engine.held_answers import held_params
 from octavo.engine.load import load_core
 from octavo.engine.messages import read_messages
+from octavo.engine.pooled_texts import (
+    Wanted,
+    checked_params,
+    cosine_output,
+    pooled_output,
+    text_pairs,
+)
 from octavo.engine.prompts import GivenPrompt, Prompt, read_prompts
 from octavo.engine.tokenizer import Tokenizer
+from octavo.engine.vectors import VectorReader
 from octavo.errors import OctavoError, OverloadedError, RequestError
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.models.spec import ModelSpec
 from octavo.observe.stats import EngineStats
 from octavo.outputs import OutputDelta, RequestOutput, with_texts
+from octavo.pooling import (
+    ClassificationRequestOutput,
+    EmbeddingRequestOutput,
+    PoolingOutput,
+    PoolingParams,
+    PoolingRequestOutput,
+    ScoringRequestOutput,
+)
 from octavo.request import Request, SamplingParams, checked_copy
 from octavo.request_fields import refuse_arguments
 from octavo.tools.answers import (
@@ -158,7 +173,7 @@ class LLM:
         ]
         for (request, _), collector in zip(requests, collectors, strict=True):
             self._output.open(request, collector, collector.marks)
-        self._run([request for request, _ in requests], collectors, use_tqdm)
+        self._run([request for request, _ in requests], use_tqdm)
         return [collector.output for collector in collectors]
 
     def chat(
@@ -204,6 +219,121 @@ class LLM:
         given = (items, sampling_params, use_tqdm, priority, cache_salt)
         return self._generate(*given, chats, tool_set)
 
+    def embed(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        *,
+        pooling_params: PoolingParams | None = None,
+        use_tqdm: bool = True,
+        cache_salt: str = "",
+        **unsupported: Any,
+    ) -> list[EmbeddingRequestOutput]:
+        """Returns the embedding of each prompt, in order. Raises RequestError, also for a model
+        that makes none."""
+        refuse_arguments("LLM.embed", unsupported)
+        return self._pool("embed", read_prompts(prompts), pooling_params, use_tqdm, cache_salt)
+
+    def classify(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        *,
+        pooling_params: PoolingParams | None = None,
+        use_tqdm: bool = True,
+        cache_salt: str = "",
+        **unsupported: Any,
+    ) -> list[ClassificationRequestOutput]:
+        """Returns the probabilities of the model's labels for each prompt. Raises RequestError."""
+        refuse_arguments("LLM.classify", unsupported)
+        return self._pool("classify", read_prompts(prompts), pooling_params, use_tqdm, cache_salt)
+
+    def encode(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        pooling_params: PoolingParams | None = None,
+        *,
+        use_tqdm: bool = True,
+        cache_salt: str = "",
+        **unsupported: Any,
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """Returns whatever the model makes of each prompt, as arrays. Raises RequestError."""
+        refuse_arguments("LLM.encode", unsupported)
+        return self._pool("encode", read_prompts(prompts), pooling_params, use_tqdm, cache_salt)
+
+    def score(
+        self,
+        text_1: str | Sequence[str],
+        text_2: str | Sequence[str],
+        *,
+        instruction: str | None = None,
+        pooling_params: PoolingParams | None = None,
+        use_tqdm: bool = True,
+        cache_salt: str = "",
+        **unsupported: Any,
+    ) -> list[ScoringRequestOutput]:
+        """Returns how well `text_1`, or each of its texts, goes with each of `text_2`.
+
+        A reranker reads both as one prompt, `instruction` included; of an embedding model it is the
+        cosine of the two vectors. Raises RequestError.
+        """
+        refuse_arguments("LLM.score", unsupported)
+        pairs = text_pairs(text_1, text_2, ("text_1", "text_2"))
+        reader = self._vectors()
+        reader.require("score", "embed", what="scores of pairs")
+        if reader.spec.kind == "embed":
+            if instruction is not None:
+                raise RequestError(
+                    "instruction has no place beside an embedding; put it into text_1",
+                    param="instruction",
+                )
+            each = list(dict.fromkeys(text for pair in pairs for text in pair))
+            items = [GivenPrompt(content=text) for text in each]
+            ran = dict(zip(each, self._run_vectors(items, use_tqdm, cache_salt), strict=True))
+            return [cosine_output(ran[one], ran[other]) for one, other in pairs]
+        writer = self._front_end.pairs
+        items = [GivenPrompt(content=writer.ids(*pair, instruction)) for pair in pairs]
+        return self._pool("score", items, pooling_params, use_tqdm, cache_salt)
+
+    def _vectors(self) -> VectorReader:
+        self._input.check_pools()
+        reader = self._front_end.vectors
+        assert reader is not None
+        return reader
+
+    def _pool(
+        self,
+        wanted: Wanted,
+        items: Sequence[GivenPrompt],
+        given: PoolingParams | None,
+        use_tqdm: bool,
+        cache_salt: str,
+    ) -> list[PoolingRequestOutput[Any]]:
+        reader = self._vectors()
+        params = checked_params(given, wanted, reader)
+        return [
+            pooled_output(request, delta, reader, params, wanted)
+            for request, delta in self._run_vectors(items, use_tqdm, cache_salt)
+        ]
+
+    def _run_vectors(
+        self, items: Sequence[GivenPrompt], use_tqdm: bool, cache_salt: str
+    ) -> list[tuple[Request, OutputDelta]]:
+        """Returns each prompt's request, and the delta with its vector."""
+        requests = []
+        for item in items:
+            request = self._input.process_vector(
+                f"llm-{self._num_requests}",
+                item.content,
+                cache_salt=cache_salt if item.cache_salt is None else item.cache_salt,
+                arrival_time=time.monotonic(),
+            )
+            self._num_requests += 1
+            requests.append(request)
+        collectors = [_VectorCollector() for _ in requests]
+        for request, collector in zip(requests, collectors, strict=True):
+            self._output.open(request, collector)
+        self._run(requests, use_tqdm)
+        return [(one, found.delta) for one, found in zip(requests, collectors, strict=True)]
+
     def _params_for(
         self, items: Sequence[object], given: SamplingParams | Iterable[SamplingParams] | None
     ) -> list[SamplingParams]:
@@ -220,9 +350,7 @@ class LLM:
             )
         return each
 
-    def _run(
-        self, requests: Sequence[Request], collectors: Sequence[_Collector], use_tqdm: bool
-    ) -> None:
+    def _run(self, requests: Sequence[Request], use_tqdm: bool) -> None:
         """Feeds the core as its queue takes it, and steps until all are finished."""
         todo = sorted(requests, key=_turn)[::-1]
         num_running = len(requests)
@@ -275,6 +403,19 @@ class _Collector:
 
     def receive(self, delta: OutputDelta, finished: bool) -> None:
         self.output.add(with_texts(delta, self._token_text))
+
+    def fail(self, error: OctavoError) -> None:
+        raise error
+
+
+class _VectorCollector:
+    """The receiver of one request that wants a vector."""
+
+    def __init__(self) -> None:
+        self.delta = OutputDelta(index=0)
+
+    def receive(self, delta: OutputDelta, finished: bool) -> None:
+        self.delta = delta
 
     def fail(self, error: OctavoError) -> None:
         raise error

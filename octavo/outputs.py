@@ -83,6 +83,8 @@ class OutputDelta(msgspec.Struct, kw_only=True):
     """When the request first entered a step; seconds of the monotonic clock."""
     time: float = 0.0
     """When the front end learned of it; seconds of the monotonic clock."""
+    vector: bytes | None = None
+    """float32: what a request that asked for no tokens has come to."""
 
 
 class DeltaSum:
@@ -125,6 +127,7 @@ class DeltaSum:
             num_cached_tokens=self._num_cached,
             scheduled_time=self._scheduled,
             time=last.time,
+            vector=last.vector,
         )
 
 

@@ -80,6 +80,8 @@ _ONE_HOST = "one engine on one host; --tensor-parallel-size shares a model betwe
 _COPIES = "one engine a server; run several servers behind a router"
 _EXPERTS = "experts are shared by tensor parallelism alone"
 _TEXT = "only text is generated, from text"
+_KINDS = "the checkpoint says what a model makes of texts; --runner pooling embeds with any"
+_POOLING = "the checkpoint's modules.json says how hidden states are pooled"
 _SWAP = "nothing is moved to the host's memory; what loses its blocks is computed again"
 _GRAPHS = "graphs are captured when their shape comes again; --enforce-eager turns them off"
 _STEPS = "one token budget is shared by all requests of a step; see --max-num-batched-tokens"
@@ -131,12 +133,12 @@ _TABLE: list[VllmOption] = [
     *_flags(_EXPERTS, "enable_expert_parallel", "enable_eplb", "enable_dbo"),
     *_values(_EXPERTS, "all2all_backend", "expert_placement_strategy", "eplb_config"),
     *_values(_EXPERTS, "num_redundant_experts", so=(0,)),
-    *_values(_TEXT, "task", so=("auto", "generate"), note="text is all that is generated"),
-    *_values(_TEXT, "runner", so=("auto", "generate"), note="text is all that is generated"),
-    *_values(_TEXT, "convert", so=("auto", "none")),
+    *_values(_KINDS, "task", so=("auto", "generate")),
+    *_values(_KINDS, "convert", so=("auto", "none")),
     *_values(_TEXT, "limit_mm_per_prompt", "mm_processor_kwargs", "media_io_kwargs", so=({},)),
     *_values(_TEXT, "allowed_local_media_path", so=("",)),
-    *_values(_TEXT, "pooler_config", "override_pooler_config", "mm_processor_cache_gb"),
+    *_values(_POOLING, "pooler_config", "override_pooler_config"),
+    *_values(_TEXT, "mm_processor_cache_gb"),
     *_flags(_TEXT, "interleave_mm_strings", "enable_prompt_embeds", "enable_mm_embeds"),
     *_flags(
         _TEXT, "language_model_only", "skip_mm_profiling", so=True, note="models are of text alone"

@@ -20,7 +20,7 @@ ENGINE_OPTIONS = """
 --kv-cache-dtype --prefix-caching
 --tensor-parallel-size --attention-backend --enforce-eager --deterministic --device --num-threads
 --watchdog-timeout --seed --chat-template --tool-call-parser --reasoning-parser --generation-config
---skip-tokenizer-init
+--runner --label-tokens --skip-tokenizer-init
 --poison-freed-blocks
 """.split()
 

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PUBLIC = """
 LLM AsyncLLM AttentionConfig CapacityError ChatTemplateError CompletionOutput ConfigError
 ContextLengthError EngineConfig EngineDeadError ModelError ModelNotFoundError OctavoError
-OverloadedError RequestError RequestOutput SamplingParams StructuredOutputsParams
-UnsupportedModelError WeightsError __version__
+OverloadedError PoolingParams PoolingRequestOutput RequestError RequestOutput SamplingParams
+StructuredOutputsParams UnsupportedModelError WeightsError __version__
 """.split()
 
 

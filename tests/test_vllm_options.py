@@ -18,7 +18,7 @@ SO_ANYWAY = """
 --swap-space 0 | --swap-space 0.0 | --cpu-offload-gb 0 | --no-enable-lora
 --no-enable-expert-parallel
 --async-scheduling | --scheduling-policy fcfs | -pp 1 | --pipeline-parallel-size 1 | -dp 1
---task generate | --runner auto | --convert none | --tokenizer-mode auto | --model-impl auto
+--task generate | --convert none | --tokenizer-mode auto | --model-impl auto
 --disable-custom-all-reduce | --enable-prompt-tokens-details | --enable-request-id-headers
 --prefix-caching-hash-algo sha256 | --response-role assistant | --guided-decoding-backend auto
 --allowed-methods ["*"] | --hf-overrides {} | --max-logprobs 100 | --config-format hf
@@ -33,7 +33,7 @@ REFUSED = """
 --speculative-config {"model":"x"} | --swap-space 4 | --cpu-offload-gb 8 | --otlp-traces-endpoint x
 --no-enable-chunked-prefill | --enable-log-requests | --disable-uvicorn-access-log
 --hf-overrides {"a":1} | --override-generation-config {"top_p":0.5} | --num-gpu-blocks-override 9
---max-logprobs 5 | --root-path /x | --config c.yaml | --task embed | --runner pooling
+--max-logprobs 5 | --root-path /x | --config c.yaml | --task embed | --convert embed
 --structured-outputs-config {"backend":"xgrammar"} | --compilation-config {"level":3} | -O3
 --no-async-scheduling | --limit-mm-per-prompt {"image":2} | --calculate-kv-scales
 --enable-force-include-usage | --middleware m.M | --uvicorn-log-level info | --ssl-cert-reqs 2

@@ -98,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
 def read_model(config: EngineConfig) -> tuple[ModelSpec, ModelFiles]:
     """Returns what the config alone says of a model, whose weights need not be there."""
+    from octavo.engine.model_kind import with_kind
     from octavo.models.registry import read_spec
     from octavo.weights.hub import resolve_model
 
@@ -108,7 +109,8 @@ def read_model(config: EngineConfig) -> tuple[ModelSpec, ModelFiles]:
         download_dir=config.download_dir,
         load_format="dummy",
     )
-    return read_spec(files.config)[0], files
+    files = with_kind(dataclasses.replace(config, label_tokens=()), files, None)
+    return read_spec(files.config, files.modules)[0], files
 
 
 class _Planner:

@@ -6,16 +6,20 @@ Owned by LLM and AsyncLLM, which differ only in where the core runs. Never impor
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from octavo.config import EngineConfig
 from octavo.engine.input_processor import InputProcessor
 from octavo.engine.memory import check_context
+from octavo.engine.model_kind import with_kind
 from octavo.engine.output_processor import OutputProcessor
+from octavo.engine.pairs import PairWriter
 from octavo.engine.tokenizer import Tokenizer, eos_token_ids, find_tokenizer
+from octavo.engine.vectors import VectorReader
 from octavo.errors import ChatTemplateError, ConfigError, ModelError, RequestError
-from octavo.models.registry import read_spec
+from octavo.models.registry import find_family, read_spec
 from octavo.tools.answer_parser import AnswerFormat
 from octavo.tools.detect import answer_format
 from octavo.weights.hub import ModelFiles, resolve_model
@@ -36,9 +40,11 @@ class FrontEnd:
             load_format=config.load_format,
             seed=config.seed,
         )
-        self.spec, _ = read_spec(self.files.config)
-        check_context(self.config, self.spec)
+        find_family(self.files.config)  # refused before a tokenizer is looked for
         self._tokenizer = _load_tokenizer(config, self.files)
+        self.files = with_kind(self.config, self.files, self._tokenizer)
+        self.spec, _ = read_spec(self.files.config, self.files.modules)
+        check_context(self.config, self.spec)
         if self._tokenizer is not None:
             _check_special_ids(self._tokenizer, self.spec.vocab_size)
         self.answer_format = format_of(self.config, self._tokenizer)
@@ -65,6 +71,19 @@ class FrontEnd:
             )
         return self._tokenizer
 
+    @property
+    def vectors(self) -> VectorReader | None:
+        """How vectors are told; None for a model that generates."""
+        pooling = self.spec.pooling
+        return None if pooling is None else VectorReader(pooling, self.spec.hidden_size)
+
+    @cached_property
+    def pairs(self) -> PairWriter:
+        """How a query and a document become a prompt, of a model that scores them. Raises
+        RequestError if the engine runs on token ids alone."""
+        assert self.spec.pooling is not None
+        return PairWriter(self.tokenizer, self.spec.pooling)
+
     def processors(self, max_model_len: int) -> tuple[InputProcessor, OutputProcessor]:
         """Returns the way in and the way out, once the core has fitted the context length."""
         eos = eos_token_ids(self.files.generation_config, self._tokenizer)
@@ -74,6 +93,7 @@ class FrontEnd:
                 max_model_len=max_model_len,
                 vocab_size=self.spec.vocab_size,
                 eos_token_ids=eos,
+                pooling=self.spec.pooling,
             ),
             OutputProcessor(self._tokenizer),
         )

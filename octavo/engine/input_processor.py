@@ -7,7 +7,7 @@ the engine could not serve; never changes what was asked for without saying so.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -15,10 +15,23 @@ import numpy as np
 
 from octavo.constraint import Constraint, StructuredOutputsParams
 from octavo.engine.tokenizer import Tokenizer
+from octavo.engine.vectors import WRONG_KIND
 from octavo.errors import ContextLengthError, RequestError, shown
 from octavo.grammar import Checker
-from octavo.request import Request, SamplingParams, pack_ids
+from octavo.models.pooling_spec import Kind, PoolingSpec
+from octavo.request import PrefixCaching, Request, SamplingParams, pack_ids
 from octavo.tools.reasoning_tokens import NO_THOUGHT, Thought
+
+_ASKED_FOR: Mapping[Kind, str] = {
+    "embed": "/v1/embeddings, or LLM.embed",
+    "classify": "/pooling, or LLM.classify",
+    "score": "/v1/score or /v1/rerank, or LLM.score",
+}
+VECTOR_PARAMS: Mapping[PrefixCaching | None, SamplingParams] = {
+    choice: SamplingParams(max_tokens=None, detokenize=False, prefix_caching=choice)
+    for choice in (None, "auto", "on", "off")
+}
+"""Of requests that draw no token."""
 
 
 class InputProcessor:
@@ -30,12 +43,15 @@ class InputProcessor:
         max_model_len: int,
         vocab_size: int,
         eos_token_ids: Sequence[int] = (),
+        pooling: PoolingSpec | None = None,
     ) -> None:
-        """`vocab_size` is the model's, which may be more than the tokenizer knows."""
+        """`vocab_size` is the model's, which may be more than the tokenizer knows; `pooling` is
+        what it makes of texts in place of tokens."""
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
         self.eos_token_ids = tuple(eos_token_ids)
+        self._pooling = pooling
         self._newest_bad_words: tuple[tuple[str, ...], list[tuple[int, ...]]] = ((), [])
         self._checker = None if tokenizer is None else Checker(tokenizer.special_strings)
 
@@ -71,6 +87,7 @@ class InputProcessor:
 
         Raises RequestError (ContextLengthError for lengths).
         """
+        self.check_generates()
         token_ids = self._ids(prompt)
         packed_prompt = self._packed(token_ids)
         self._check_params(params)
@@ -98,6 +115,58 @@ class InputProcessor:
             priority=priority,
             cache_salt=cache_salt,
             tenant=tenant,
+        )
+
+    def check_generates(self) -> None:
+        """Raises RequestError for a model that does not."""
+        if self._pooling is not None:
+            raise RequestError(
+                f"the model is {self._pooling.described}: it generates no text; ask for "
+                f"{_ASKED_FOR[self._pooling.kind]}",
+                param="model",
+                code=WRONG_KIND,
+            )
+
+    def check_pools(self) -> PoolingSpec:
+        """Returns what the model makes of texts. Raises RequestError if it only generates."""
+        if self._pooling is None:
+            raise RequestError(
+                "the model is a generation model: it makes no vectors or scores of texts; start "
+                "it with --runner pooling, or serve an embedding model or a reranker",
+                param="model",
+                code=WRONG_KIND,
+            )
+        return self._pooling
+
+    def process_vector(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        arrival_time: float = 0.0,
+        prefix_caching: PrefixCaching | None = None,
+    ) -> Request:
+        """Returns a request for the vector of a prompt. Raises RequestError (ContextLengthError for
+        lengths)."""
+        pooling = self.check_pools()
+        token_ids = self._ids(prompt)
+        packed_prompt = self._packed(token_ids)
+        if len(token_ids) > self.max_model_len:
+            raise ContextLengthError(
+                f"the prompt has {len(token_ids)} tokens, but the context holds "
+                f"{self.max_model_len}; shorten the text"
+            )
+        return Request(
+            request_id=request_id,
+            packed_prompt=packed_prompt,
+            params=VECTOR_PARAMS[prefix_caching],
+            arrival_time=arrival_time,
+            priority=priority,
+            cache_salt=cache_salt,
+            wants_vector=True,
+            needs_all_states=pooling.needs_all_states,
         )
 
     def _ids(self, prompt: str | Sequence[int]) -> Sequence[int]:

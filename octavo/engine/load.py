@@ -41,7 +41,9 @@ def load_core(
     if config.tensor_parallel_size == 1:
         runner, plan = load_runner(config, files, ALONE, progress)
     else:
-        read_spec(files.config)[0].of_rank(config.tensor_parallel_size)  # refused before it starts
+        read_spec(files.config, files.modules)[0].of_rank(
+            config.tensor_parallel_size
+        )  # refused before it starts
         load = partial(load_runner, config, files, progress=progress)
         runner, plan = start_ranks(config, files, load)
     identity = f"{files.identity}|{config.dtype}|{config.seed}"
@@ -65,7 +67,7 @@ def load_runner(
     progress: Progress = UNWATCHED,
 ) -> tuple[Runner, MemoryPlan]:
     """Returns one rank's runner and the plan that all ranks hold themselves to."""
-    spec, family = read_spec(files.config)
+    spec, family = read_spec(files.config, files.modules)
     shapes = weight_shapes(spec, family)
     source = open_source(files, config.dtype, shapes, config.seed)
     check_names(source, shapes, ignorable_names(spec, family))

@@ -120,6 +120,7 @@ def _advance(sequence: _Sequence, delta: TokenDelta, now: float) -> OutputDelta:
         num_cached_tokens=delta.num_cached_tokens,
         scheduled_time=delta.scheduled_time,
         time=now,
+        vector=delta.vector,
     )
 
 

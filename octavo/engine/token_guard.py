@@ -49,7 +49,7 @@ def encode_ids(core: tokenizers.Tokenizer, text: str, add_special_tokens: bool) 
     """Returns the ids of a text. Raises RequestError if it is no Unicode."""
     # A batch, for which the library gives the GIL back; for one text alone it keeps it. The fast
     # one leaves out where tokens lie in the text, which nobody asks.
-    batch = core.encode_batch_fast([_sound(text)], add_special_tokens=add_special_tokens)
+    batch = core.encode_batch_fast([sound_text(text)], add_special_tokens=add_special_tokens)
     return batch[0].ids
 
 
@@ -71,7 +71,7 @@ def _rename_in_model(model: dict[str, Any], names: Mapping[str, str]) -> None:
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
 
 
-def _sound(text: str) -> str:
+def sound_text(text: str) -> str:
     """Refuses text that is no Unicode (JSON can smuggle in half a surrogate pair)."""
     try:
         text.encode()

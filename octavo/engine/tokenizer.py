@@ -24,7 +24,7 @@ from octavo.engine.chat_template import (
     Message,
     RenderedChat,
 )
-from octavo.engine.token_guard import TokenGuard, encode_ids
+from octavo.engine.token_guard import TokenGuard, encode_ids, sound_text
 from octavo.errors import (
     ChatTemplateError,
     ModelError,
@@ -143,6 +143,11 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Returns ids; `add_special_tokens` puts BOS before where the model wants it."""
         return encode_ids(self._core, self._prefixed(text), add_special_tokens)
+
+    def encode_pair(self, first: str, second: str) -> list[int]:
+        """Returns the ids of two texts as one prompt, with what the model wants around each."""
+        one, other = (sound_text(self._prefixed(text)) for text in (first, second))
+        return self._core.encode(one, other).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Returns the text of ids; ids that do not exist are left out."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, LatentOp, QKNorm, RopeTable
 from octavo.kernels.ops import Ops
+from octavo.kernels.reference import dequantize_rows
 from octavo.kernels.weights import ExpertBiases, ExpertWeights, Router, SharedExpert, Weight
 from octavo.kv_cache.storage import KVStorage
 from octavo.layers.attention import Attention, norms_early
@@ -27,6 +28,8 @@ from octavo.models.attention_spec import AttentionSpec, LatentAttentionSpec
 from octavo.models.family import Family
 from octavo.models.mlp_spec import MLPSpec, MoESpec
 from octavo.models.parameter import Parameter
+from octavo.models.pooler import Pooler
+from octavo.models.pooling_spec import PoolingSpec
 from octavo.models.spec import ModelSpec
 from octavo.observe.progress import UNWATCHED, Progress
 from octavo.parallel import ALONE, Collectives
@@ -56,7 +59,10 @@ class Decoder:
     embedding: Weight
     layers: tuple[Layer, ...]
     final_norm: RMSNorm
-    lm_head: Weight
+    lm_head: Weight | None
+    """None for a model that has no use for logits of the whole vocabulary."""
+    pooler: Pooler | None = None
+    """Behind a model that makes vectors, or scores, of texts."""
     collectives: Collectives = ALONE
     progress: Progress = UNWATCHED
 
@@ -107,7 +113,8 @@ class Decoder:
         return x_TM if norm is None else self.ops.rms_norm(x_TM, norm.weight, norm.eps)
 
     def logits(self, hidden_SM: Tensor) -> Tensor:
-        """Returns [S, V] float32 of normed hidden states."""
+        """Returns [S, V] float32 of normed hidden states, of a model with a head for tokens."""
+        assert self.lm_head is not None
         logits, cap = self.ops.logits(hidden_SM, self.lm_head), self.spec.logit_soft_cap
         if self.lm_head.rows != self.spec.vocab_size:
             logits = self.collectives.all_gather_columns(logits)
@@ -129,18 +136,31 @@ def load_decoder(
     ropes = {rope: build_rope_table(rope, max_model_len, placement.device) for rope in spec.ropes}
     loader = _Loader(spec, family, placement, ropes, max_model_len, collectives)
     embedding = loader.matrix("embedding")
+    head = loader.label_head(embedding)
     decoder = Decoder(
         spec=spec,
         ops=ops,
         embedding=embedding,
         layers=tuple(loader.layer(index) for index in range(len(spec.layers))),
         final_norm=loader.norm("final_norm"),
-        lm_head=loader.lm_head(embedding),
+        lm_head=loader.lm_head(embedding) if spec.pooling is None else None,
         collectives=collectives,
     )
     placement.finish()
     layers = (replace(one, mixer=one.mixer.prepared(ops)) for one in decoder.layers)
-    return replace(decoder, layers=tuple(layers))
+    pooler = None if spec.pooling is None else _pooler(spec.pooling, head, spec.logit_soft_cap)
+    return replace(decoder, layers=tuple(layers), pooler=pooler)
+
+
+def _pooler(spec: PoolingSpec, head: Weight | None, soft_cap: float | None) -> Pooler:
+    """Returns the pooler over the rows of `head` that it needs, in the host's memory."""
+    if head is None:
+        return Pooler(spec=spec)
+    rows = list(spec.label_tokens or range(spec.num_labels))
+    chosen = replace(head, data=head.data[rows].cpu(), rows=len(rows))
+    numbers = dequantize_rows(chosen, slice(0, len(rows))) if head.format.is_block else chosen.data
+    weight = numbers.to(torch.float64).numpy()
+    return Pooler(spec=spec, weight_LM=weight, soft_cap=soft_cap if spec.label_tokens else None)
 
 
 class _Loader:
@@ -196,6 +216,15 @@ class _Loader:
             return embedding
         part = embedding.data[rank * num_rows : (rank + 1) * num_rows]
         return replace(embedding, data=part, rows=num_rows)
+
+    def label_head(self, embedding: Weight) -> Weight | None:
+        """Returns the matrix that has a row for each label among its own, whole on all ranks."""
+        pooling = self.spec.pooling
+        if pooling is None or pooling.kind == "embed":
+            return None
+        if pooling.num_labels:
+            return self.matrix("score")
+        return embedding if self.spec.tie_embeddings else self.matrix("lm_head")
 
     def layer(self, index: int) -> Layer:
         spec = self.spec.layers[index]

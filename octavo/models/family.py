@@ -20,6 +20,7 @@ DENSE_NAMES: dict[str, str] = {
     "embedding": "model.embed_tokens.weight",
     "final_norm": "model.norm.weight",
     "lm_head": "lm_head.weight",
+    "score": "score.weight",
     "attention_norm": f"{_LAYER}.input_layernorm.weight",
     **{
         f"{part}{suffix}": f"{_LAYER}.self_attn.{part}_proj.{kind}"
@@ -92,6 +93,7 @@ def weight_shapes(spec: ModelSpec, family: Family) -> dict[str, Shape]:
 
 def ignorable_names(spec: ModelSpec, family: Family) -> tuple[str, ...]:
     """Returns names that a checkpoint may have although the model does not need them."""
-    head = (family.weight_name(Parameter("lm_head")),) if spec.tie_embeddings else ()
+    is_beside = spec.tie_embeddings or not spec.has_lm_head
+    head = (family.weight_name(Parameter("lm_head")),) if is_beside else ()
     beside = (pattern.format(num_layers=len(spec.layers)) for pattern in family.ignorable)
     return (*beside, *head)

@@ -5,13 +5,15 @@ Called by everything that starts from a config. It never loads a weight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 from octavo.errors import UnsupportedModelError
 from octavo.models.family import Family
 from octavo.models.hf_config import HFConfig
+from octavo.models.pooling_spec import CLASSIFIER, read_pooling
 from octavo.models.spec import ModelSpec
 
 FAMILIES: dict[str, tuple[str, str]] = {
@@ -34,6 +36,8 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "Llama4ForConditionalGeneration": ("llama4", "LLAMA4_CONDITIONAL"),
 }
 """Architecture -> (module in octavo.models, name of the Family in it)."""
+_CAUSAL = "ForCausalLM"
+_OTHER_NAMES = {f"Gemma3Text{end}": f"Gemma3{_CAUSAL}" for end in ("Model", CLASSIFIER)}
 
 
 def find_family(config: Mapping[str, Any]) -> Family:
@@ -41,11 +45,11 @@ def find_family(config: Mapping[str, Any]) -> Family:
     names = config.get("architectures")
     if not isinstance(names, (list, tuple)) or not names or not isinstance(names[0], str):
         names = ["nothing"]
-    place = FAMILIES.get(names[0])
+    place = FAMILIES.get(_generator(names[0]))
     if place is None:
         raise UnsupportedModelError(
             f"config.json: architectures names {names[0]}, which is not known; "
-            f"known: {', '.join(FAMILIES)}"
+            f"known: {', '.join(FAMILIES)}; and with Model or {CLASSIFIER} in place of {_CAUSAL}"
         )
     module, name = place
     family = import_module(f"octavo.models.{module}").__dict__[name]
@@ -53,7 +57,26 @@ def find_family(config: Mapping[str, Any]) -> Family:
     return family
 
 
-def read_spec(config: Mapping[str, Any]) -> tuple[ModelSpec, Family]:
-    """Returns spec and family of a parsed config.json. Raises UnsupportedModelError."""
+def _generator(name: str) -> str:
+    """Returns the architecture that differs from `name` in its head alone, and generates."""
+    for end in (CLASSIFIER, "Model"):
+        if name.endswith(end):
+            return _OTHER_NAMES.get(name, name.removesuffix(end) + _CAUSAL)
+    return name
+
+
+def read_spec(
+    config: Mapping[str, Any], modules: Sequence[Mapping[str, Any]] = ()
+) -> tuple[ModelSpec, Family]:
+    """Returns spec and family of a parsed config.json, and of the modules behind the model
+    (`weights.modules`). Raises UnsupportedModelError."""
     family = find_family(config)
-    return family.read(HFConfig(config, config_class=family.config_class)), family
+    spec = family.read(HFConfig(config, config_class=family.config_class))
+    pooling = read_pooling(config, modules)
+    wrong = [one for one in pooling.label_tokens if one >= spec.vocab_size] if pooling else []
+    if wrong:
+        raise UnsupportedModelError(
+            f"token {wrong[0]} is to tell the score, but the vocabulary has {spec.vocab_size} "
+            f"tokens: 0..{spec.vocab_size - 1}"
+        )
+    return (spec if pooling is None else replace(spec, pooling=pooling)), family

@@ -17,6 +17,7 @@ from octavo.layers.rope_spec import RopeSpec
 from octavo.models.attention_spec import AttentionSpec, LatentAttentionSpec
 from octavo.models.mlp_spec import MLPSpec, MoESpec
 from octavo.models.parameter import Parameter, Shape
+from octavo.models.pooling_spec import PoolingSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +57,13 @@ class ModelSpec:
     """Logits s become logit_soft_cap * tanh(s / logit_soft_cap)."""
     lm_head_rows: int | None = None
     """Where ranks share the head: each one's rows. None: all have all."""
+    pooling: PoolingSpec | None = None
+    """What it makes of texts in place of tokens."""
+
+    @property
+    def has_lm_head(self) -> bool:
+        """Whether anything is made of logits of the vocabulary."""
+        return self.pooling is None or bool(self.pooling.label_tokens)
 
     @property
     def ropes(self) -> tuple[RopeSpec, ...]:
@@ -86,7 +94,8 @@ class ModelSpec:
         """
         if size == 1:
             return self
-        rows = self.vocab_size // size if self.vocab_size % size == 0 else None
+        is_shared = self.pooling is None and self.vocab_size % size == 0
+        rows = self.vocab_size // size if is_shared else None
         layers = tuple(layer.of_rank(size) for layer in self.layers)
         return replace(self, layers=layers, lm_head_rows=rows)
 
@@ -128,5 +137,7 @@ class ModelSpec:
             for name, expert, shape in layer.mlp.parameters(hidden):
                 yield Parameter(name, index, expert), shape
         yield Parameter("final_norm"), (hidden,)
-        if not self.tie_embeddings:
+        if self.has_lm_head and not self.tie_embeddings:
             yield Parameter("lm_head"), (self.lm_head_rows or self.vocab_size, hidden)
+        if self.pooling is not None and self.pooling.num_labels:
+            yield Parameter("score"), (self.pooling.num_labels, hidden)

@@ -241,6 +241,9 @@ class RequestTrack:
     def observe(self, delta: OutputDelta) -> None:
         """Notes what was added to one of the sequences."""
         if not delta.token_ids:
+            if delta.vector is not None:
+                self._scheduled = delta.scheduled_time
+                self.num_cached_tokens = delta.num_cached_tokens
             return
         self.num_tokens += len(delta.token_ids)
         now = delta.time

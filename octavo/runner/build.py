@@ -37,7 +37,7 @@ from octavo.runner.model_runner import ModelRunner
 from octavo.runner.rehearsal import Rehearsal
 from octavo.runner.sampler import Sampler
 from octavo.runner.transfer import make_transfer
-from octavo.runner.warm_up import steps_to_build, steps_to_run
+from octavo.runner.warm_up import steps_to_build, steps_to_run, without_tokens
 from octavo.step import Runner
 from octavo.weights.placement import DevicePlacement, HostPlacement
 from octavo.weights.source import TensorSource
@@ -91,7 +91,7 @@ def build_runner(
         return _host_runner(config, plan, decoder), plan
     runner, rehearsal = _device_runner(config, plan, decoder, backend.sampling, needs.device)
     if needs.device.type == "cuda":
-        warm_up(rehearsal, config, plan, spec.vocab_size, backend.builds, needs.num_threads)
+        warm_up(rehearsal, config, plan, spec, backend.builds, needs.num_threads)
     step_bytes = -collectives.least([-rehearsal.step_bytes])[0]
     if step_bytes > plan.activation_bytes:
         logger.warning(
@@ -177,18 +177,19 @@ def warm_up(
     rehearsal: Rehearsal,
     config: EngineConfig,
     plan: MemoryPlan,
-    vocab_size: int,
+    spec: ModelSpec,
     builds: KernelBuilds | None,
     num_threads: int,
 ) -> None:
     """Has the kernels built that steps will want, side by side, and runs some steps."""
     tokens = min(plan.max_num_batched_tokens, plan.max_model_len)
     sizes = config.max_num_seqs, tokens
+    fitting = iter if spec.pooling is None else without_tokens
     if builds is not None and builds.can_build():
         began = time.perf_counter()
         with builds.building(min(num_threads, MAX_BUILDERS)):
-            for step in steps_to_build(*sizes, plan.max_model_len, vocab_size):
+            for step in fitting(steps_to_build(*sizes, plan.max_model_len, spec.vocab_size)):
                 rehearsal.build(step)
         logger.info("kernels are there after %.1f s", time.perf_counter() - began)
-    for step in steps_to_run(*sizes, vocab_size):
+    for step in fitting(steps_to_run(*sizes, spec.vocab_size)):
         rehearsal.run(step)

@@ -57,6 +57,7 @@ class InputBatch:
         max_blocks = -(-max_model_len // block_size)
         self.tables = np.zeros((num_groups, max_num_seqs, max_blocks), np.int32)
         """Block tables [groups, rows, columns]."""
+        self.max_num_seqs = max_num_seqs
         self.num_started = 0
         """Sequences that have been given a row so far."""
         self._starts: list[RowStart | None] = [None] * max_num_seqs

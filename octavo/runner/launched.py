@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from octavo.models.pooler import Pooler
 from octavo.runner.input_batch import StepInputs
 from octavo.runner.transfer import Download
-from octavo.step import StepPlan, StepResult, TokenLogprobs, single_starts
+from octavo.step import Float32, Purpose, StepPlan, StepResult, TokenLogprobs, single_starts
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,8 @@ class Part:
     """Sampling rows that wait for their masks."""
     masked_logits_MV: Tensor | None
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]]
+    states: Download | None = None
+    """float32 [rows for a vector, M]: the hidden states that vectors are made of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +53,14 @@ class Launched:
     """Of experts, where they are read after this step."""
 
 
-def joined(plan: StepPlan, parts: Sequence[Part]) -> StepResult:
-    """Waits for a step's tokens and returns the results of its parts as those of the whole."""
+def joined(plan: StepPlan, parts: Sequence[Part], pooler: Pooler | None = None) -> StepResult:
+    """Waits for a step's tokens and returns the results of its parts as those of the whole;
+    `pooler` makes vectors of hidden states."""
     index_of = {row: index for index, row in enumerate(plan.rows.tolist())}
     tokens: list[NDArray[np.int32]] = [np.zeros(0, np.int32)]
     logprobs: dict[int, TokenLogprobs] = {}
     prompts: dict[int, tuple[TokenLogprobs, ...]] = {}
+    vectors: dict[int, Float32] = {}
     num_samples = 0
     for part in parts:
         token_ids = np.zeros(len(part.inputs.sampling_rows), np.int32)
@@ -68,11 +73,17 @@ def joined(plan: StepPlan, parts: Sequence[Part]) -> StepResult:
         for index, found in part.prompt_logprobs.items():
             whole = index_of[int(part.plan.rows[index])]
             prompts[whole] = prompts.get(whole, ()) + found
+        if part.states is not None:
+            assert pooler is not None
+            rows = part.plan.rows[part.plan.purposes == Purpose.VECTOR].tolist()
+            for row, state_M in zip(rows, part.states.wait()[0], strict=True):
+                vectors[index_of[row]] = pooler.vector(state_M)
     return StepResult(
         step_id=plan.step_id,
         token_ids=np.concatenate(tokens),
         token_starts=single_starts(plan.purposes),
         logprobs=logprobs,
         prompt_logprobs=prompts,
+        vectors=vectors,
         num_splits=max(0, len(parts) - 1),
     )

@@ -31,6 +31,7 @@ from octavo.runner.equipment import Equipment
 from octavo.runner.fence import Fence
 from octavo.runner.input_batch import PromptTargets, StepInputs
 from octavo.runner.launched import Launched, Part, Samples, joined
+from octavo.runner.pooled_rows import PooledRows
 from octavo.runner.sampler import prompt_logprobs
 from octavo.runner.split import split_plan
 from octavo.step import StepPlan, StepResult, TokenLogprobs, Words
@@ -76,6 +77,7 @@ class ModelRunner:
         self._forward = equipment.forward
         self._sampler = equipment.sampler
         self._counts = equipment.counts
+        self._pooled = PooledRows.of(decoder, equipment.batch.max_num_seqs, storage.arena.device)
         self._poison_freed_blocks = poison_freed_blocks
         self._fence = Fence()
         self._num_under_way = 0
@@ -136,7 +138,8 @@ class ModelRunner:
         launched = ticket.step.result()  # first, since it knows what went wrong
         if ticket.masked is not None:
             ticket.masked.result()
-        result, counts = joined(ticket.plan, launched.parts), launched.counts
+        result = joined(ticket.plan, launched.parts, self.decoder.pooler)
+        counts = launched.counts
         if counts is None and not self._num_under_way:
             with torch.inference_mode(), self._transfer.step():
                 counts = self._counts.read()
@@ -159,6 +162,8 @@ class ModelRunner:
         for start in plan.row_starts:
             self._batch.start(start)
             self._sampler.start_row(start)
+            if self._pooled is not None:
+                self._pooled.start(start)
         self.storage.copy(plan.copies, self.decoder.ops)
         self._forward.apply(plan.table_deltas)
 
@@ -199,6 +204,11 @@ class ModelRunner:
             self._sample_unmasked(hidden_TM, part)
         for targets in inputs.prompt_targets:
             part.prompt_logprobs[targets.plan_index] = self._prompt_logprobs(hidden_TM, targets)
+        if self._pooled is not None:
+            upload = self._transfer.upload
+            states_NM = self._pooled.read(hidden_TM, plan, inputs.query_starts, upload)
+            if states_NM is not None:
+                part.states = self._transfer.download([states_NM])
         return part
 
     def _sample_unmasked(self, hidden_TM: Tensor, part: Part) -> None:

@@ -6,7 +6,8 @@ nothing behind but kernels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -33,6 +34,12 @@ def steps_to_run(max_num_seqs: int, max_num_tokens: int, vocab_size: int) -> Ite
     yield make_step(1, max_num_tokens, vocab_size)
     for num_rows in sorted({min(rows, max_num_seqs) for rows in (*RUN_ROWS, max_num_seqs)}):
         yield make_step(num_rows, 1, vocab_size)
+
+
+def without_tokens(steps: Iterable[StepPlan]) -> Iterator[StepPlan]:
+    """Yields the steps for a model that has no logits of tokens."""
+    for step in steps:
+        yield replace(step, purposes=np.full_like(step.purposes, Purpose.NONE))
 
 
 def steps_to_build(

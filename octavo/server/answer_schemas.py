@@ -271,6 +271,30 @@ _FILE = _object(
 )
 
 
+_POOLED_USAGE = _object(
+    {
+        "prompt_tokens": _INT,
+        "total_tokens": _INT,
+        "prompt_tokens_details": _object({"cached_tokens": _INT}),
+    }
+)
+_VECTOR = {"anyOf": [_list(_NUMBER), {"type": "string", "format": "byte"}]}
+
+
+def _listed(kind: str, fields: Schema) -> Schema:
+    item = _object({"object": {"const": kind}, "index": _INT, **fields})
+    return _object(
+        {
+            "id": _TEXT,
+            "object": {"const": "list"},
+            "created": _INT,
+            "model": _TEXT,
+            "data": _list(item),
+            "usage": _POOLED_USAGE,
+        }
+    )
+
+
 ANSWERS: dict[str, Schema] = {
     "ChatCompletion": _answer(
         "chat.completion",
@@ -322,6 +346,22 @@ ANSWERS: dict[str, Schema] = {
         {"count": _INT, "max_model_len": _INT, "tokens": _IDS}, {"token_strs": _list(_TEXT)}
     ),
     "Detokenized": _object({"prompt": _TEXT}),
+    "Embeddings": _listed("embedding", {"embedding": _VECTOR}),
+    "Pooled": _listed("pooling", {"data": _VECTOR}),
+    "Scores": _listed("score", {"score": _NUMBER}),
+    "Reranked": _object(
+        {
+            "id": _TEXT,
+            "model": _TEXT,
+            "usage": _POOLED_USAGE,
+            "results": _list(
+                _object(
+                    {"index": _INT, "relevance_score": _NUMBER},
+                    {"document": _object({"text": _TEXT})},
+                )
+            ),
+        }
+    ),
     "Model": _MODEL,
     "Models": _object({"object": {"const": "list"}, "data": _list(_MODEL)}),
     "File": _FILE,

@@ -30,6 +30,7 @@ from octavo.server.parser import ParserProcess
 from octavo.server.routes import (
     chat,
     completions,
+    embeddings,
     explaining,
     files,
     health,
@@ -38,6 +39,7 @@ from octavo.server.routes import (
     rendering,
     responses,
     sagemaker,
+    scores,
     stored_responses,
     tokens,
 )
@@ -99,6 +101,8 @@ def create_app(engine: Engine, config: ServerConfig, siblings: Siblings | None =
         messages,
         responses,
         stored_responses,
+        embeddings,
+        scores,
         files,
         rendering,
         explaining,

@@ -29,6 +29,7 @@ async def chat_call(
     Raises RequestError, ApiError, OverloadedError, before anything runs."""
     state = server_state(request)
     state.check_model(body.model)
+    state.engine.check_generates()
     params = body.to_params(state.engine.default_sampling_params)
     rendered = body.rendered or render(state.engine.tokenizer, body)
     reading = chat_reading(body, state.engine.answer_format, rendered)

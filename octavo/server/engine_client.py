@@ -12,10 +12,12 @@ from typing import Any, Protocol
 from octavo.constraint import Constraint, StructuredOutputsParams
 from octavo.engine.chat_template import ChatRenderer, RenderedChat
 from octavo.engine.detokenizer import Pieces
+from octavo.engine.pairs import PairWriter
+from octavo.engine.vectors import VectorReader
 from octavo.kv_cache.explain import PrefixExplanation
 from octavo.observe.stats import EngineStats
 from octavo.outputs import Receiver
-from octavo.request import Request, SamplingParams
+from octavo.request import PrefixCaching, Request, SamplingParams
 from octavo.tools.answer_parser import AnswerFormat
 from octavo.tools.reasoning_tokens import NO_THOUGHT, Thought
 
@@ -80,6 +82,33 @@ class Engine(Protocol):
     @property
     def default_sampling_params(self) -> Mapping[str, Any]:
         """Values of the model's generation config, named as in SamplingParams."""
+        ...
+
+    @property
+    def vectors(self) -> VectorReader | None:
+        """How vectors are told; None for a model that generates."""
+        ...
+
+    @property
+    def pairs(self) -> PairWriter:
+        """How a query and a document become a prompt, of a model that scores them. Safe to use from
+        threads."""
+        ...
+
+    def check_generates(self) -> None:
+        """Raises RequestError for a model that does not, saying what it is."""
+        ...
+
+    def prepare_vector(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        prefix_caching: PrefixCaching | None = None,
+    ) -> Request:
+        """Returns a request for the vector of a prompt. Raises RequestError, also for a model that
+        has none, and EngineDeadError."""
         ...
 
     def knows_grammar(self, wanted: StructuredOutputsParams) -> bool:

@@ -61,6 +61,7 @@ async def new_call(
     state, known = server_state(request), request.scope["state"]
     check_priority(request, body.priority, state.config.priority_range)
     engine = state.engine
+    engine.check_generates()
     limit = body.truncate_prompt_tokens
     if limit == -1:
         limit = max(1, engine.max_model_len - (params.max_tokens or 1))

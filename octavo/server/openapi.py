@@ -40,6 +40,8 @@ _READS = (400, 404, 408, 413)
 """What a route that reads a body can answer, besides what every route can."""
 BYTES = "application/octet-stream"
 """The answer of a route that returns no JSON."""
+_CONTENTS = ("messages", "prompt", "tokens", "input", "text_1", "documents")
+"""Fields of which each body has one."""
 _SCHEMAS = "#/components/schemas/"
 
 
@@ -127,7 +129,7 @@ def _narrow(schema: Schema, state: ServerState) -> None:
     """Puts this server's limits into a body's schema: model, vocabulary, priorities."""
     low, high = state.config.priority_range
     fields: Schema = schema.get("properties", {})
-    if not {"messages", "prompt", "tokens", "input"}.isdisjoint(fields):
+    if not fields.keys().isdisjoint(_CONTENTS):
         fields.get("model", {})["anyOf"] = [{"enum": [*state.model_names]}, {"type": "null"}]
     if "anyOf" in fields.get("priority", {}):  # not where it changes nothing
         limits = {"type": "integer", "minimum": low, "maximum": high}

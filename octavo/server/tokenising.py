@@ -67,6 +67,35 @@ class Tokenising:
 
         return await self._run(work, sum(map(len, texts)))
 
+    async def encode_cut(
+        self, texts: Sequence[str], add_special_tokens: bool, limit: int
+    ) -> list[Sequence[int]]:
+        """As `encode`, with longer texts cut at their end; what the model wants around them stays.
+        Raises RequestError, OverloadedError."""
+        tokenizer, most = self._tokenizer, self._max_chars
+
+        def work() -> list[Sequence[int]]:
+            cut = (text if most is None else text[:most] for text in texts)
+            each = (_encoded_cut(tokenizer, text, add_special_tokens, limit) for text in cut)
+            return [array("I", ids) for ids in each]
+
+        return await self._run(work, sum(map(len, texts)))
+
+    async def encode_pairs(
+        self, pairs: Sequence[tuple[str, str]], instruction: str | None
+    ) -> list[Sequence[int]]:
+        """Returns the ids of each query with its document. Raises RequestError, OverloadedError."""
+        writer = self._engine.pairs
+        writer.check_instruction(instruction)
+        for pair in pairs:
+            self.check_length(sum(map(len, pair)), "prompt")
+
+        def work() -> list[Sequence[int]]:
+            return [array("I", writer.ids(*pair, instruction)) for pair in pairs]
+
+        # Templates take longer than their texts say.
+        return await self._in_thread(work, sum(len(one) + len(other) for one, other in pairs))
+
     async def encode_chat(self, body: TemplateFields) -> Sequence[int]:
         """Returns the ids of the messages in the model's chat template.
 
@@ -138,6 +167,21 @@ async def completion_ids(tokenising: Tokenising, body: CompletionRequest) -> lis
     if texts:
         return await tokenising.encode(texts, body.add_special_tokens)
     return [one for one in given if not isinstance(one, str)]
+
+
+def _encoded_cut(
+    tokenizer: ServerTokenizer, text: str, add_special_tokens: bool, limit: int
+) -> list[int]:
+    ids = tokenizer.encode(text, add_special_tokens)
+    if len(ids) <= limit:
+        return ids
+    plain = tokenizer.encode(text, False) if add_special_tokens else ids
+    num_around = len(ids) - len(plain)
+    places = range(num_around + 1)
+    before = next((n for n in places if ids[n : n + len(plain)] == plain), None)
+    if before is None or num_around >= limit:
+        return ids[:limit]
+    return ids[:before] + plain[: limit - num_around] + ids[before + len(plain) :]
 
 
 def _max_chars(engine: Engine) -> int | None:

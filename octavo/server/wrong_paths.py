@@ -14,7 +14,8 @@ _LONGEST = 128
 _FEW = 5
 """Routes that are named outright: those of the metrics' port."""
 
-_VECTORS = "embeddings, scores and classes are planned; only generation is served"
+_CLASSES = "use POST /pooling, which gives the probabilities of a classifier"
+_COHERE = "Cohere's API of embeddings is not served; use POST /v1/embeddings"
 _BATCHES = "batches of files are planned; send requests one by one, they are batched anyway"
 _ADAPTERS = "there are no adapters"
 _SLEEP = "the engine does not sleep"
@@ -22,10 +23,8 @@ _MEDIA = "only text is served"
 _OLLAMA = "this is no Ollama server; OpenAI's API is served, under /v1"
 
 UNSUPPORTED = {
-    **dict.fromkeys(
-        ("/v1/embeddings", "/pooling", "/classify", "/score", "/v1/score", "/rerank"), _VECTORS
-    ),
-    **dict.fromkeys(("/v1/rerank", "/v2/rerank", "/v2/embed", "/embed", "/embeddings"), _VECTORS),
+    "/classify": _CLASSES,
+    **dict.fromkeys(("/v2/embed", "/embed"), _COHERE),
     "/v1/batches": _BATCHES,
     **dict.fromkeys(("/v1/load_lora_adapter", "/v1/unload_lora_adapter"), _ADAPTERS),
     **dict.fromkeys(("/sleep", "/wake_up", "/is_sleeping"), _SLEEP),

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from octavo.weights.checkpoint import read_json, weight_files
 from octavo.weights.demo import DEMO_NAMES, demo_path
 from octavo.weights.gguf_config import config_of, generation_config_of
 from octavo.weights.gguf_file import read_gguf
+from octavo.weights.modules import MODULES_FILE, module_files, read_modules
 from octavo.weights.quantization import read_quantization
 
 ModelKind = Literal["safetensors", "gguf", "config"]
@@ -49,6 +50,8 @@ class ModelFiles:
     generation_config: dict[str, Any]
     identity: str
     """Hex digest that changes with the weights: root of the prefix cache's keys."""
+    modules: list[dict[str, Any]] = field(default_factory=list)
+    """What follows the model (`weights.modules`)."""
 
 
 def resolve_model(
@@ -125,6 +128,7 @@ def _from_folder(model: str, folder: Path, load_format: str) -> ModelFiles:
         config=config,
         generation_config=_generation_config(folder, config),
         identity=_digest((json.dumps(config, sort_keys=True), *_stamps(weights))),
+        modules=read_modules(folder),
     )
 
 
@@ -217,6 +221,13 @@ def _download(
             allow_patterns=wanted,
             ignore_patterns=None if one_file else list(_DUPLICATES),
         )
+        if (Path(str(folder)) / MODULES_FILE).is_file() and not one_file:
+            huggingface_hub.snapshot_download(
+                repo,
+                revision=revision,
+                cache_dir=cache,
+                allow_patterns=module_files(Path(str(folder))),
+            )
         found = Path(str(folder), one_file["file"]) if one_file else Path(str(folder))
         if one_file or (found / needed).exists():
             if not found.exists():

@@ -54,6 +54,8 @@ _TEXT_PREFIXES = {
     "language_model.lm_head.": "lm_head.",
 }
 """Where checkpoints of models that also see keep the text model; transformers 4 and 5."""
+_BARE = ("embed_tokens.", "layers.", "norm.")
+"""How names begin in checkpoints of a model without any head."""
 
 
 def expert_names(model_type: str) -> ExpertNames:
@@ -66,4 +68,4 @@ def text_name(name: str) -> str:
     for prefix, plain in _TEXT_PREFIXES.items():
         if name.startswith(prefix):
             return plain + name.removeprefix(prefix)
-    return name
+    return f"model.{name}" if name.startswith(_BARE) else name

@@ -23,7 +23,8 @@ from octavo.config import ServerConfig
 
 HTTP = (ROOT / "docs" / "http.md").read_text(encoding="utf-8")
 APIS = HTTP + "".join(
-    (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("messages.md", "responses.md")
+    (ROOT / "docs" / name).read_text(encoding="utf-8")
+    for name in ("messages.md", "responses.md", "embeddings.md")
 )
 OPERATING = (ROOT / "docs" / "operating.md").read_text(encoding="utf-8")
 

@@ -318,12 +318,15 @@ class TinyModel:
     """The saved config.json."""
 
 
-def save_tiny(case: str, folder: Path, seed: int = 0) -> TinyModel:
-    """Makes the model of `case` with weights large enough that a mistake shows in the logits."""
+def save_tiny(
+    case: str, folder: Path, seed: int = 0, auto: Any = AutoModelForCausalLM, **more: Any
+) -> TinyModel:
+    """Makes the model of `case` with weights large enough that a mistake shows in the logits;
+    `auto` is the class that gives it its head, `more` are fields of its config."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(**{**_BASE, **CASES[case]})
+    config = AutoConfig.for_model(**{**_BASE, **CASES[case], **more})
     config._attn_implementation = config._experts_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = auto.from_config(config, dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, std=0.2)
         if name.endswith("norm.weight") and not config.model_type.startswith("gemma"):

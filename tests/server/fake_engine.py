@@ -11,12 +11,21 @@ from typing import Any
 
 from octavo.constraint import Constraint, StructuredOutputsParams
 from octavo.engine.chat_template import ChatRenderer, RenderedChat
+from octavo.engine.pairs import PairWriter
+from octavo.engine.vectors import VectorReader
 from octavo.errors import ContextLengthError, EngineDeadError, RequestError
 from octavo.grammar import Checker
 from octavo.kv_cache.explain import PrefixExplanation
 from octavo.observe.stats import EngineStats
 from octavo.outputs import OutputDelta, Receiver
-from octavo.request import Logprob, PositionLogprobs, Request, SamplingParams, pack_ids
+from octavo.request import (
+    Logprob,
+    PositionLogprobs,
+    PrefixCaching,
+    Request,
+    SamplingParams,
+    pack_ids,
+)
 from octavo.tools.answer_parser import AnswerFormat
 from octavo.tools.reasoning_tokens import NO_THOUGHT, Thought
 
@@ -77,6 +86,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.tokenizer = FakeTokenizer()
+        self.vectors: VectorReader | None = None
         self.answer_format: AnswerFormat | None = None
         self._checker = Checker({})
         self.default_sampling_params: dict[str, Any] = {}
@@ -101,6 +111,10 @@ class FakeEngine:
         """Answers nothing, and dies only when it is told of a drain."""
         self._ids = itertools.count()
         self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    @property
+    def pairs(self) -> PairWriter:
+        raise RequestError("the model scores no pairs", param="model")
 
     def knows_grammar(self, wanted: StructuredOutputsParams) -> bool:
         return self._checker.knows(wanted)
@@ -132,6 +146,19 @@ class FakeEngine:
             tenant=tenant,
             arrival_time=time.monotonic(),
         )
+
+    def check_generates(self) -> None:
+        """It does."""
+
+    def prepare_vector(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        prefix_caching: PrefixCaching | None = None,
+    ) -> Request:
+        raise RequestError("the model is a generation model", param="model")
 
     def submit(
         self, request: Request, receiver: Receiver, marks: Mapping[int, str] | None = None

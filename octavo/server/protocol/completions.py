@@ -15,9 +15,13 @@ from octavo.request import MAX_LOGPROBS, SamplingParams
 from octavo.server.protocol.sampling import SamplingFields
 from octavo.server.protocol.strict import PackedIds, TokenId, integer, packed_ids
 
+MAX_PROMPTS = 1024
+"""Prompts in one call."""
 
-def check_prompt(prompt: object) -> object:
-    """Returns `prompt` if it is a text, ids, or a list of one of them. Raises RequestError.
+
+def check_prompt(prompt: object, name: str = "prompt", most: int = MAX_PROMPTS) -> object:
+    """Returns `prompt` if it is a text, ids, or a list of one of them, at most so many. Raises
+    RequestError, which calls it `name`.
 
     Its first element says what all must be, and ids are packed at C's speed: pydantic would try
     all four kinds on each of 100,000 ids. Whether the vocabulary has them is the engine's to say.
@@ -25,26 +29,20 @@ def check_prompt(prompt: object) -> object:
     if isinstance(prompt, str):
         return prompt
     if not isinstance(prompt, list):
-        raise RequestError(f"prompt must be {_KINDS}", param="prompt")
+        raise RequestError(f"{name} must be {_KINDS}", param=name)
+    if prompt and isinstance(prompt[0], list | str) and len(prompt) > most:
+        message = f"{name} holds {len(prompt)} prompts; at most {most} fit in one call"
+        raise RequestError(message, param=name)
     if prompt and isinstance(prompt[0], list):
-        _check_number(prompt)
-        return [packed_ids(ids, f"prompt[{index}]", "prompt") for index, ids in enumerate(prompt)]
+        return [packed_ids(ids, f"{name}[{index}]", name) for index, ids in enumerate(prompt)]
     if prompt and isinstance(prompt[0], str):
         if set(map(type, prompt)) != {str}:
-            raise RequestError("prompt holds texts and other things; send one kind", param="prompt")
-        _check_number(prompt)
+            message = f"{name} holds texts and other things; send one kind"
+            raise RequestError(message, param=name)
         return prompt
-    return packed_ids(prompt, "prompt", "prompt")
+    return packed_ids(prompt, name, name)
 
 
-def _check_number(prompts: list[object]) -> None:
-    if len(prompts) > MAX_PROMPTS:
-        message = f"prompt holds {len(prompts)} prompts; at most {MAX_PROMPTS} fit in one call"
-        raise RequestError(message, param="prompt")
-
-
-MAX_PROMPTS = 1024
-"""Prompts in one call."""
 _KINDS = "a text, a list of texts, a list of token ids or a list of such lists"
 _Ids = Annotated[list[TokenId], Field(min_length=1)]
 _Many = Annotated[list[str] | list[_Ids], Field(min_length=1)]

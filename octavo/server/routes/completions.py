@@ -45,6 +45,7 @@ async def answer_completion(request: Request, body: CompletionRequest) -> Respon
     """Returns the answer to a completion's body, whole or streamed."""
     state = server_state(request)
     state.check_model(body.model)
+    state.engine.check_generates()
     params = body.to_params(state.engine.default_sampling_params)
     prompts = await completion_ids(state.tokenising, body)
     call = await new_call(request, body, "cmpl-", params, prompts)
