@@ -130,6 +130,10 @@ class AsyncLLM:
         return self.config.max_num_seqs
 
     @property
+    def max_num_queued_requests(self) -> int:
+        return self.config.max_num_queued_requests
+
+    @property
     def vocab_size(self) -> int:
         return self.front_end.spec.vocab_size
 

@@ -257,6 +257,36 @@ def _page(items: Schema) -> Schema:
     return _object({"object": {"const": "list"}, "data": _list(items), **edges})
 
 
+_BATCH_TIMES = (
+    *("in_progress_at", "finalizing_at", "completed_at", "failed_at"),
+    *("expired_at", "cancelling_at", "cancelled_at"),
+)
+_BATCH_ERROR = _object(
+    {"code": _TEXT, "message": _TEXT, "line": _or_null(_INT), "param": _or_null(_TEXT)}
+)
+_BATCH_STATUSES = (
+    *("validating", "in_progress", "finalizing", "completed"),
+    *("failed", "expired", "cancelling", "cancelled"),
+)
+_BATCH = _object(
+    {
+        "id": _TEXT,
+        "object": {"const": "batch"},
+        "endpoint": _TEXT,
+        "model": _TEXT,
+        "input_file_id": _TEXT,
+        "completion_window": _TEXT,
+        "status": {"enum": [*_BATCH_STATUSES]},
+        "created_at": _INT,
+        "expires_at": _INT,
+        **dict.fromkeys(_BATCH_TIMES, _or_null(_INT)),
+        "metadata": _or_null({"type": "object", "additionalProperties": _TEXT}),
+        "output_file_id": _or_null(_TEXT),
+        "error_file_id": _or_null(_TEXT),
+        "errors": _or_null(_object({"object": {"const": "list"}, "data": _list(_BATCH_ERROR)})),
+        "request_counts": _object({"total": _INT, "completed": _INT, "failed": _INT}),
+    }
+)
 _FILE = _object(
     {
         "id": _TEXT,
@@ -364,6 +394,8 @@ ANSWERS: dict[str, Schema] = {
     ),
     "Model": _MODEL,
     "Models": _object({"object": {"const": "list"}, "data": _list(_MODEL)}),
+    "Batch": _BATCH,
+    "Batches": _page(_BATCH),
     "File": _FILE,
     "Files": _page(_FILE),
     "FileDeleted": _object({"id": _TEXT, "object": {"const": "file"}, "deleted": _BOOL}),

@@ -8,6 +8,7 @@ A request passes, from the outside: access (id, metrics, log), CORS, drain, keys
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
@@ -27,7 +28,9 @@ from octavo.server.drain import Drain, DrainMiddleware
 from octavo.server.engine_client import Engine
 from octavo.server.limits import BodyRoom, default_body_bytes
 from octavo.server.parser import ParserProcess
+from octavo.server.protocol.batches import ENDPOINTS
 from octavo.server.routes import (
+    batches,
     chat,
     completions,
     embeddings,
@@ -43,10 +46,17 @@ from octavo.server.routes import (
     stored_responses,
     tokens,
 )
-from octavo.server.state import ServerState, Siblings, no_siblings
+from octavo.server.state import Handler, ServerState, Siblings, no_siblings
 from octavo.server.store.store import Store
 from octavo.server.stored_responses import Responses
 from octavo.server.tokenising import Tokenising
+
+FAMILIES: tuple[Any, ...] = (
+    *(chat, completions, messages, responses, stored_responses),
+    *(embeddings, scores, files, batches),
+    *(rendering, explaining, sagemaker, tokens, operation, health),
+)
+"""Modules of routes."""
 
 
 def create_app(engine: Engine, config: ServerConfig, siblings: Siblings | None = None) -> FastAPI:
@@ -93,29 +103,26 @@ def create_app(engine: Engine, config: ServerConfig, siblings: Siblings | None =
         parser=ParserProcess(lambda: _renderer(engine)),
         store=store,
         responses=Responses(store),
+        batch_handlers=_batch_handlers(FAMILIES),
     )
     errors.install(app)
-    for family in (
-        chat,
-        completions,
-        messages,
-        responses,
-        stored_responses,
-        embeddings,
-        scores,
-        files,
-        rendering,
-        explaining,
-        sagemaker,
-        tokens,
-        operation,
-        health,
-    ):
+    for family in FAMILIES:
         app.include_router(family.router)
     openapi.install(app, app.state.server)
     page = docs_response(app.openapi())
     app.add_route("/docs", lambda _: page, include_in_schema=False)
     return app
+
+
+def _batch_handlers(families: tuple[Any, ...]) -> dict[str, Handler]:
+    """Returns the functions of the routes that lines of batches may be for."""
+    routes = {
+        route.path: route.endpoint
+        for family in families
+        for route in family.router.routes
+        if "POST" in route.methods
+    }
+    return {path: routes[path] for path in ENDPOINTS if path in routes}
 
 
 def _renderer(engine: Engine) -> ChatRenderer | None:

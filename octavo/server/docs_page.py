@@ -133,6 +133,7 @@ def _schema_of(body: Schema) -> Schema:
 _BODIES = {
     "/v1/chat/completions": '{"messages": [{"role": "user", "content": "Hello!"}]}',
     "/v1/completions": '{"prompt": "Once upon a time", "max_tokens": 20}',
+    "/v1/batches": '{"input_file_id": "file-...", "endpoint": "/v1/chat/completions"}',
     "/tokenize": '{"prompt": "Once upon a time"}',
     "/detokenize": '{"tokens": [1, 2, 3]}',
 }

@@ -64,6 +64,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def max_num_queued_requests(self) -> int:
+        """Requests that may wait."""
+        ...
+
+    @property
     def vocab_size(self) -> int: ...
 
     @property

@@ -68,6 +68,7 @@ async def new_call(
     salt, tenant = tenant_salt(known["api_key"], body.cache_salt), tenant_id(known["api_key"])
     if params.structured_outputs is not None:
         await server_state(request).tokenising.constrain(params.structured_outputs)
+    priority = state.priority_of(body.priority)
     requests = []
     for place, ids in enumerate(prompts):
         if place % PREPARED_AT_ONCE == PREPARED_AT_ONCE - 1:
@@ -77,7 +78,7 @@ async def new_call(
             engine.prepare(
                 ids,
                 params,
-                priority=body.priority,
+                priority=priority,
                 cache_salt=salt,
                 tenant=tenant,
                 thought=thought,

@@ -32,6 +32,7 @@ from octavo.observe.metrics import Metrics
 from octavo.observe.stats import EngineStats
 from octavo.observe.throughput import Throughput, in_words
 from octavo.server.app import create_app
+from octavo.server.batches.runner import BatchRunner
 from octavo.server.drain import Drain
 from octavo.server.engine_client import Engine
 from octavo.server.http_protocol import ConnectionLimits, protocol_factory
@@ -121,6 +122,7 @@ class Server(uvicorn.Server):
         once, when it answers."""
         app = create_app(engine, config, siblings)
         self._state: ServerState = app.state.server
+        self._batches = BatchRunner(self._state)
         self.drain: Drain = self._state.drain
         self.metrics: Metrics = self._state.metrics
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -169,10 +171,12 @@ class Server(uvicorn.Server):
             refresh = asyncio.create_task(keep_fresh(self.config.ssl, self._options))
         stats = asyncio.create_task(self._log_stats())
         await self._state.store.check()
+        self._batches.start()
         try:
             async with metrics_port(self._state, metrics_bound):
                 await self.serve(sockets=[] if bound is None else [bound])
         finally:
+            await self._batches.close()
             await self._state.parser.close()
             await self._state.responses.close()
             await self._state.store.close()

@@ -5,10 +5,12 @@ Made by `create_app`, found by the routes through `server_state`; changed only b
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
+from starlette.responses import Response
 
 from octavo.config import ServerConfig
 from octavo.engine.mailbox import Turns
@@ -28,6 +30,10 @@ BEGUN_AT_ONCE = 4
 
 Siblings = Callable[[], Awaitable[Sequence[bytes]]]
 """Asks the other front processes of this server for snapshots of their metrics."""
+
+
+Handler = Callable[[Request], Awaitable[Response]]
+"""The function of a route that reads its request itself."""
 
 
 async def no_siblings() -> Sequence[bytes]:
@@ -57,10 +63,20 @@ class ServerState:
     beginnings: Turns = field(default_factory=lambda: Turns(BEGUN_AT_ONCE))
     """Of new requests: tokens of running streams go out between them."""
     siblings: Siblings = no_siblings
+    priority: int | None = None
+    """Of all requests, whatever they ask for; None: what they ask for."""
+    batch_handlers: Mapping[str, Handler] = field(default_factory=dict)
+    """Of the routes that lines of batches may be for, by path."""
+    batch_news: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when a batch has come, or is to end."""
 
     @property
     def model_name(self) -> str:
         return self.model_names[0]
+
+    def priority_of(self, asked: int) -> int:
+        """Returns the priority of a request that asks for `asked`, which it may."""
+        return asked if self.priority is None else self.priority
 
     def check_model(self, model: str | None) -> None:
         """Raises a 404 ApiError if the client asks for a model that is not served here."""

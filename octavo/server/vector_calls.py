@@ -83,7 +83,10 @@ async def compute(
             await asyncio.sleep(0)
         requests.append(
             engine.prepare_vector(
-                ids, priority=body.priority, cache_salt=salt, prefix_caching=body.prefix_caching
+                ids,
+                priority=state.priority_of(body.priority),
+                cache_salt=salt,
+                prefix_caching=body.prefix_caching,
             )
         )
     exchange = known["exchange"]

@@ -16,7 +16,6 @@ _FEW = 5
 
 _CLASSES = "use POST /pooling, which gives the probabilities of a classifier"
 _COHERE = "Cohere's API of embeddings is not served; use POST /v1/embeddings"
-_BATCHES = "batches of files are planned; send requests one by one, they are batched anyway"
 _ADAPTERS = "there are no adapters"
 _SLEEP = "the engine does not sleep"
 _MEDIA = "only text is served"
@@ -25,7 +24,6 @@ _OLLAMA = "this is no Ollama server; OpenAI's API is served, under /v1"
 UNSUPPORTED = {
     "/classify": _CLASSES,
     **dict.fromkeys(("/v2/embed", "/embed"), _COHERE),
-    "/v1/batches": _BATCHES,
     **dict.fromkeys(("/v1/load_lora_adapter", "/v1/unload_lora_adapter"), _ADAPTERS),
     **dict.fromkeys(("/sleep", "/wake_up", "/is_sleeping"), _SLEEP),
     **dict.fromkeys(("/v1/images", "/v1/audio", "/v1/videos", "/v1/realtime"), _MEDIA),

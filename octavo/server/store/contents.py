@@ -68,15 +68,12 @@ class Contents:
         """Removes a content, if it is there."""
         await self.in_thread(lambda: self.path(id).unlink(missing_ok=True))
 
-    def stale(self, known: Callable[[Collection[str]], Collection[str]]) -> list[Path]:
-        """Returns files that belong to no object and are old enough not to be written now; `known`
-        tells which of some ids have objects. To be called in a thread."""
+    def old_names(self) -> list[str]:
+        """Returns the names of files that nobody writes to any more. To be called in a thread."""
         if not self._folder.is_dir():
             return []
         before = time.time() - STALE_SECONDS
-        old = [one for one in self._folder.iterdir() if one.stat().st_mtime < before]
-        kept = known([one.name for one in old])
-        return [one for one in old if one.name not in kept]
+        return [one.name for one in self._folder.iterdir() if one.stat().st_mtime < before]
 
 
 class Draft:

@@ -6,6 +6,7 @@ Used by the routes of files and by batches. Contents themselves are `contents`'.
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -61,3 +62,9 @@ def delete(db: sqlite3.Connection, name: Name, now: float) -> bool:
         message = f"batch {reader[0]} reads this file; cancel the batch first, or wait for its end"
         raise ApiError(409, message, code="file_in_use", param="file_id")
     return objects.delete(db, name, now)
+
+
+def known(db: sqlite3.Connection, ids: Iterable[str]) -> set[str]:
+    """Returns those of `ids` that are a file's, whoever's it is."""
+    query = "SELECT id FROM objects WHERE kind = ?"
+    return {row[0] for row in db.execute(query, (Kind.FILE,))}.intersection(ids)

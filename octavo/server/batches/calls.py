@@ -1,0 +1,137 @@
+"""One line of a batch through the code of its route: the same checks, the same answer.
+
+Called by `worker`. Neither sockets nor middlewares are on the way: who asks is known already, and
+batches have a priority, a room for bodies and an end of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+from starlette.requests import Request
+from starlette.types import Message, Scope
+
+from octavo.errors import EngineDeadError, OctavoError, OverloadedError
+from octavo.request import MAX_INT
+from octavo.server.access import Exchange
+from octavo.server.auth import Role, tenant_id
+from octavo.server.drain import Drain
+from octavo.server.errors import ApiError, error_response, on_error
+from octavo.server.limits import BodyRoom
+from octavo.server.state import ServerState
+
+PRIORITY = MAX_INT
+"""Behind all others."""
+
+
+class AgainError(OctavoError):
+    """The line was not at fault: it is to be run again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a route answered."""
+
+    status: int
+    body: bytes
+
+
+class LineCalls:
+    """Runs lines for the tenants that this server knows."""
+
+    def __init__(self, state: ServerState) -> None:
+        config = state.config
+        self._keys = {tenant_id(key): (key, Role.TENANT) for key in config.api_key}
+        self._keys |= {tenant_id(key): (key, Role.OPERATOR) for key in config.operator_key}
+        if not self._keys:
+            self._keys[tenant_id("")] = "", Role.OPERATOR
+        self._handlers = state.batch_handlers
+        room = BodyRoom(state.body_room.max_body_bytes)
+        own = replace(state, drain=Drain(), body_room=room, priority=PRIORITY)
+        self._app = SimpleNamespace(state=SimpleNamespace(server=own))
+
+    @property
+    def tenants(self) -> frozenset[str]:
+        return frozenset(self._keys)
+
+    async def run(self, tenant: str, endpoint: str, content: bytes, request_id: str) -> Answer:
+        """Returns the answer to a body, errors of the client and of the server among them.
+
+        Raises AgainError where the engine had no room, EngineDeadError.
+        """
+        key, role = self._keys[tenant]
+        handler = self._handlers.get(endpoint)
+        scope: Scope = {
+            "type": "http",
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": endpoint,
+            "raw_path": endpoint.encode(),
+            "root_path": "",
+            "query_string": b"",
+            "headers": [
+                (b"content-type", b"application/json"),
+                (b"content-length", b"%d" % len(content)),
+            ],
+            "client": None,
+            "server": None,
+            "app": self._app,
+            "extensions": {},
+            "state": {
+                "api_key": key,
+                "role": role,
+                "request_id": request_id,
+                "exchange": Exchange(request_id),
+            },
+        }
+        exchange = _Exchange(content)
+        request = Request(scope, exchange.receive)
+        try:
+            if handler is None:
+                message = f"{endpoint} is not served here; use another route"
+                raise ApiError(404, message, code="unsupported_route")
+            response = await handler(request)
+            await response(scope, exchange.receive, exchange.send)
+        except (OverloadedError, EngineDeadError) as error:
+            raise _again(error) from error
+        except ApiError as error:
+            if error.code == "aborted":
+                raise _again(error) from error
+            response = await on_error(request, error)
+            return Answer(response.status_code, bytes(response.body))
+        except OctavoError as error:
+            response = await on_error(request, error)
+            return Answer(response.status_code, bytes(response.body))
+        except Exception as error:
+            # The edge, as for a request: what no handler expected is logged and told as a 500.
+            response = error_response(error, scope)
+            return Answer(response.status_code, bytes(response.body))
+        return Answer(exchange.status, b"".join(exchange.pieces))
+
+
+def _again(error: OctavoError) -> OctavoError:
+    return error if isinstance(error, EngineDeadError) else AgainError(str(error))
+
+
+class _Exchange:
+    """Both ends of a request without a connection."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content: bytes | None = content
+        self.status = 0
+        self.pieces: list[bytes] = []
+
+    async def receive(self) -> Message:
+        if self._content is None:
+            await asyncio.Event().wait()  # The client never leaves.
+        content, self._content = self._content, None
+        return {"type": "http.request", "body": content, "more_body": False}
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        else:
+            self.pieces.append(message.get("body", b""))
