@@ -237,7 +237,7 @@ class ChatRequest(SamplingFields, TemplateFields):
 
     def field_name(self, param: str) -> str:
         """Returns the field of this body that the engine's `param` was read from."""
-        if param.startswith("structured_outputs") and self.structured_params() is None:
+        if param.startswith("structured_outputs") and not self.is_structured:
             return "tools"
         if param == "max_tokens" and self.max_completion_tokens is not None:
             return "max_completion_tokens"

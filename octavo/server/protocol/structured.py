@@ -146,6 +146,11 @@ class StructuredFields(RequestModel):
         except RequestError as error:
             raise RequestError(str(error), param=self.structured_field(error.param)) from error
 
+    @property
+    def is_structured(self) -> bool:
+        """Whether a field wants the answer to be bound, rightly or not."""
+        return any(wanted for _, wanted in self._spellings())
+
     def _spellings(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for name in ("response_format", "structured_outputs"):
             given = getattr(self, name)
