@@ -52,6 +52,7 @@ class FakeDecoder:
     """A decoder of one layer. Steps of more than `max_tokens` tokens find no memory."""
 
     collectives = ALONE
+    pooler = None
 
     def __init__(self) -> None:
         mixer = SimpleNamespace(op=SimpleNamespace(num_heads=1, num_kv_heads=1))
