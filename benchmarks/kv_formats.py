@@ -3,9 +3,9 @@
     python -m benchmarks.kv_formats quality MODEL [--texts N] [--formats ...] [FOLDER ...]
     python -m benchmarks.kv_formats speed MODEL [--tokens 4096] [--formats ...]
 
-`quality` reads texts through the model, with the KV in float32 and in each format, and compares
-the distributions of every eighth next token from the 256th on: `equal` is the share whose most likely
-token is the same, `kl` the mean Kullback-Leibler divergence from float32's, in nats.
+`quality` reads texts through the model, with the KV in float32 and in each format, and
+compares the distributions of every eighth next token from the 256th on: `equal` is the share whose
+most likely token is the same, `kl` the mean Kullback-Leibler divergence from float32's, in nats.
 `speed` times the attention of one decoding sequence through all layers of the model.
 """
 

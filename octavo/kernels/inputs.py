@@ -142,6 +142,9 @@ class AttentionOp:
     soft_cap: float | None = None
     """Scores s become soft_cap * tanh(s / soft_cap), after `scale`."""
     kv_scales: KVScales | None = None
+    key_shift_KD: Tensor | None = None
+    """float32 [K, D]: may be taken off every rotated key before it is quantised. The softmax does
+    not notice, so that there must be no sinks and no cap."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

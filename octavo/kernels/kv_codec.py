@@ -10,8 +10,9 @@ the two parts of a latent vector) and nothing of pages.
 
 The largest is that of |x| over the numbers that share a scale. Scales are rounded to bfloat16
 before anything is divided by them. int4 has no 0 but as many steps up as down: what `mix` makes of
-one large number are numbers of both signs that are almost as large as each other. Vectors of int4 go through `mix` first, and so do the
-queries that meet such keys; sums of such values go through it afterwards.
+one large number are numbers of both signs that are almost as large as each other. Vectors of int4
+go through `mix` first, and so do the queries that meet such keys; sums of such values go through it
+afterwards.
 """
 
 from __future__ import annotations

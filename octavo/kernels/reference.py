@@ -16,7 +16,7 @@ from octavo.kernels.activations import Activation, ClampedSwiGLU
 from octavo.kernels.composed import Composed
 from octavo.kernels.dequantize import dequantize_rows
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer, QKNorm
-from octavo.kernels.kv_pages import mixed_as, read_vectors, write_vectors
+from octavo.kernels.kv_pages import format_of, mixed_as, read_vectors, write_vectors
 from octavo.kernels.routing import RoutingRule, Score
 from octavo.kernels.weights import ExpertWeights, Router, SharedExpert, Weight
 from octavo.visibility import Chunk, Full, Visibility, Window
@@ -194,6 +194,8 @@ class ReferenceOps(Composed):
         scales = (None, None)
         if op.kv_scales is not None:
             scales = (op.kv_scales.key_K[:, None], op.kv_scales.value_K[:, None])
+        if op.key_shift_KD is not None and format_of(layer, "key").is_quantized:
+            k = k - op.key_shift_KD
         for name, part, scale in zip(("key", "value"), (k, v), scales, strict=True):
             write_vectors(layer, name, batch.slot_mapping_T, part, scale)
         return mixed_as(layer, "key", q).contiguous()

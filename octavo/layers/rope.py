@@ -14,6 +14,8 @@ from torch import Tensor
 from octavo.kernels.inputs import RopeTable
 from octavo.layers.rope_spec import QueryTemperature, RopeSpec
 
+MEAN_POSITIONS = 4096
+
 
 def build_rope_table(spec: RopeSpec, max_model_len: int, device: torch.device) -> RopeTable:
     """Returns the table for positions 0..max_model_len - 1, the same bits on every device.
@@ -78,6 +80,15 @@ def _yarn(spec: RopeSpec, frequencies: Tensor) -> Tensor:
         last += 0.001  # a step instead of a ramp
     ramp = torch.arange(dim // 2, dtype=torch.float32).sub_(first).div_(last - first).clamp_(0, 1)
     return frequencies * (1 - ramp) + frequencies / spec.factor * ramp
+
+
+def mean_rotated(x_KD: Tensor, rope: RopeTable) -> Tensor:
+    """Returns the mean of a vector that is rotated as if it stood at each of the first
+    MEAN_POSITIONS positions: slow dimensions keep it, fast ones lose it."""
+    half = rope.rotary_dim // 2
+    cos, sin = (table[:MEAN_POSITIONS].mean(0) for table in (rope.cos, rope.sin))
+    low, high, rest = x_KD.float().split([half, half, x_KD.shape[-1] - 2 * half], dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=-1)
 
 
 def build_temperatures(

@@ -22,7 +22,7 @@ from octavo.layers.latent import LatentAttention
 from octavo.layers.mlp import GatedMLP
 from octavo.layers.moe import MoE
 from octavo.layers.norm import RMSNorm
-from octavo.layers.rope import build_rope_table, build_temperatures
+from octavo.layers.rope import build_rope_table, build_temperatures, mean_rotated
 from octavo.layers.rope_spec import RopeSpec
 from octavo.models.attention_spec import AttentionSpec, LatentAttentionSpec
 from octavo.models.family import Family
@@ -291,10 +291,11 @@ class _Loader:
 
     def attention(self, spec: AttentionSpec, layer: int) -> Attention:
         splits = {"q": spec.query_split, "k": spec.key_split, "v": spec.value_split}
-        qkv_bias = o_bias = None
+        biases: list[Tensor] = []
         if spec.qkv_bias:
             biases = [self.vector(f"{part}_bias", layer, split) for part, split in splits.items()]
-            qkv_bias = torch.cat(biases)
+        qkv_bias = torch.cat(biases) if biases else None
+        o_bias = None
         if spec.o_bias and self.collectives.rank == 0:  # added once: the outputs are summed
             o_bias = self.vector("o_bias", layer)
         qk_norm = self.qk_norm(spec, layer)
@@ -313,6 +314,7 @@ class _Loader:
                 qk_norm=None if is_early else qk_norm,
                 sinks_H=self.vector("sinks", layer, heads) if spec.has_sinks else None,
                 soft_cap=spec.soft_cap,
+                key_shift_KD=self.key_shift(spec, biases),
             ),
             qkv=weights,
             output=self.matrix("o", layer, spec.output_split),
@@ -322,6 +324,16 @@ class _Loader:
             qkv_bias=qkv_bias,
             output_bias=o_bias,
         )
+
+    def key_shift(self, spec: AttentionSpec, biases: list[Tensor]) -> Tensor | None:
+        """Returns what of the keys' bias is the same at all positions, where nothing but the
+        rotation comes between the bias and the softmax: what is large in all keys of a model is
+        mostly that."""
+        is_plain = spec.qk_norm is None and spec.clip_qkv is None
+        is_plain = is_plain and not spec.has_sinks and spec.soft_cap is None
+        if not biases or not is_plain or spec.rope is None:
+            return None
+        return mean_rotated(biases[1].view(-1, spec.head_size), self.ropes[spec.rope])
 
     def qk_norm(self, spec: AttentionSpec, layer: int) -> QKNorm | None:
         if spec.qk_norm is None:

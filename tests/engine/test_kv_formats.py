@@ -61,9 +61,9 @@ MODELS = {"llama": _LLAMA, "windows": _WINDOWS, "latent": _LATENT}
 CASES = [
     ("llama", "int8/int4"),
     ("windows", "int4/fp8"),
-    ("latent", "int8"),
     ("latent", "int4"),
 ]
+IDS = [f"{name}-{formats.replace('/', '-')}" for name, formats in CASES]
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +115,7 @@ def scores(output: RequestOutput, choice: int = 0) -> list[list[tuple[int, float
     return [[(one.token_id, one.logprob) for one in place.values()] for place in logprobs]
 
 
-@pytest.mark.parametrize(
-    ("name", "formats"), CASES, ids=["-".join(case).replace("/", "-") for case in CASES]
-)
+@pytest.mark.parametrize(("name", "formats"), CASES, ids=IDS)
 def test_alone_batched_chunked_cached_forked_and_preempted_are_equal_bit_by_bit(
     folders: dict[str, str], name: str, formats: str
 ) -> None:

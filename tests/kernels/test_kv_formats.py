@@ -212,6 +212,31 @@ def test_scales_of_a_checkpoint_are_kept_and_clamp(ops: Ops, rng: np.random.Gene
     assert (keys[:, 1].abs() == 3.5).any()
 
 
+@pytest.mark.parametrize("formats", ["int8", "fp8", "int4"])
+def test_what_all_keys_have_in_common_may_be_taken_off(
+    ops: Ops, rng: np.random.Generator, formats: str
+) -> None:
+    shift = torch.zeros(2, 64)
+    shift[:, 5], shift[:, 40] = 60.0, -80.0
+    op = dataclasses.replace(kv_op(4, (2, 64)), scale=0.05)
+    qkv = floats(rng, 50, 8 * 64)
+    qkv[:, 4 * 64 : 6 * 64] += shift.flatten()
+    results = {}
+    for name, one in (
+        ("float32", op),
+        (formats, op),
+        ("shifted", dataclasses.replace(op, key_shift_KD=shift)),
+    ):
+        stored_as = formats if name == "shifted" else name
+        paged = make_stored(rng, [50], (2, 64), stored_as, is_written=False)
+        batch = paged.batch([50], [50])
+        results[name] = ops.rope_attention(qkv, one, paged.layer, batch)
+    exact = results.pop("float32")
+    errors = {name: (found - exact).square().mean().sqrt() for name, found in results.items()}
+    assert errors["shifted"] < 0.05
+    assert errors["shifted"] < errors[formats] / 2
+
+
 def test_a_format_needs_vectors_that_it_can_pack() -> None:
     assert [n for n in (8, 64, 80, 128, 576) if KV_FORMATS["int4"].takes(n)] == [64, 128, 576]
     assert KV_FORMATS["int8"].takes(12)

@@ -66,14 +66,18 @@ void store_plain(int64_t format, const float* x, int64_t size, uint8_t* to) {
   }
 }
 
-// Writes one head's vector to a slot, in the plane's format; x is given away.
+// Writes one head's vector to a slot, in the plane's format; x is given away. `shift` is taken off
+// what is quantised.
 void write(const KVLayer& layer, const KVPlane& plane, int64_t slot, int64_t head,
-           const float* scales, float* x) {
+           const float* scales, float* x, const float* shift) {
   const int64_t size = layer.head_size, block = slot / layer.block_size;
   const int64_t vector = slot % layer.block_size * layer.kv_heads + head;
   uint8_t* numbers = plane.data + block * plane.stride + vector * number_bytes(plane.format, size);
   if (!is_quantized(plane.format)) return store_plain(plane.format, x, size, numbers);
   uint8_t* to = plane.scales + block * plane.scale_stride + vector * 2 * plane.num_scales;
+  if (shift != nullptr) {
+    for (int64_t i = 0; i < size; ++i) x[i] -= shift[head * size + i];
+  }
   if (plane.format == KV_INT4) mix(x, size);
   write_vector(plane.format, x, size, scales == nullptr ? nullptr : scales + head, numbers, to);
 }
@@ -105,7 +109,7 @@ OCTAVO_API int64_t octavo_add_rms_norm(Pool* pool, const float* x, float* residu
 // `rope` nothing is rotated. Queries are mixed if keys are.
 OCTAVO_API int64_t octavo_rope_and_cache(Pool* pool, const float* qkv, int64_t heads,
                                          const Rope* rope, const QKNorm* norm, const KVLayer* layer,
-                                         const KVScales* kv_scales, const AttentionBatch* batch,
+                                         const Quantizing* quantizing, const AttentionBatch* batch,
                                          float* q_out) {
   std::lock_guard<std::mutex> lock(pool->op_mutex());
   const int64_t size = layer->head_size, kv_heads = layer->kv_heads;
@@ -143,9 +147,9 @@ OCTAVO_API int64_t octavo_rope_and_cache(Pool* pool, const float* qkv, int64_t h
     float* vector = scratch.floats(1, size);
     for (int64_t h = 0; h < kv_heads; ++h) {
       rotate_row(k + h * size, cos, sin, rotary_dim, size, vector);
-      write(*layer, layer->key, slot, h, kv_scales->key, vector);
+      write(*layer, layer->key, slot, h, quantizing->key_scales, vector, quantizing->key_shift);
       std::copy(v + h * size, v + (h + 1) * size, vector);
-      write(*layer, layer->value, slot, h, kv_scales->value, vector);
+      write(*layer, layer->value, slot, h, quantizing->value_scales, vector, nullptr);
     }
   });
   return OK;

@@ -13,7 +13,7 @@ from typing import Any
 
 from octavo.errors import ConfigError
 from octavo.kernels.cpu.fingerprint import fingerprint
-from octavo.kernels.cpu.structs import ActivationStruct, KVScalesStruct, MoEStruct, RouteStruct
+from octavo.kernels.cpu.structs import ActivationStruct, MoEStruct, QuantizingStruct, RouteStruct
 
 SIGNATURES: dict[str, list[Any]] = {
     "linear": [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p],
@@ -25,7 +25,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "route": [POINTER(RouteStruct)],
     "rope_and_cache": [
         *(c_void_p, c_int64, c_void_p, c_void_p, c_void_p),
-        *(POINTER(KVScalesStruct), c_void_p, c_void_p),
+        *(POINTER(QuantizingStruct), c_void_p, c_void_p),
     ],
     "attention": [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p],
 }

@@ -49,9 +49,10 @@ struct KVLayer {
   int64_t blocks, block_size, kv_heads, head_size, first_part;
 };
 
-// Scales of a checkpoint [kv_heads], or null.
-struct KVScales {
-  const float *key, *value;
+// What quantising is told: scales of a checkpoint [kv_heads], or null; what is taken off keys first
+// [kv_heads, head_size], or null.
+struct Quantizing {
+  const float *key_scales, *value_scales, *key_shift;
 };
 
 struct AttentionBatch {

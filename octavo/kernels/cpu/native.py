@@ -31,9 +31,9 @@ from octavo.kernels.cpu.structs import (
     expert_structs,
     head_size_of,
     kv_layer_struct,
-    kv_scales_struct,
     matrix_structs,
     qk_norm_struct,
+    quantizing_struct,
     rope_struct,
 )
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
@@ -269,7 +269,7 @@ class NativeOps(Composed):
         norm = None if op.qk_norm is None else self._struct(op.qk_norm, qk_norm_struct)
         table = None if op.rope is None else self._struct(op.rope, rope_struct)
         q = torch.empty(tokens, op.num_heads, op.head_size)
-        where = self._struct(layer, kv_layer_struct), kv_scales_struct(op.kv_scales)
+        where = self._struct(layer, kv_layer_struct), quantizing_struct(op)
         to = self._struct(batch, batch_struct), q.data_ptr()
         status = self._library.octavo_rope_and_cache(
             self._pool, qkv.data_ptr(), op.num_heads, table, norm, *where, *to

@@ -19,7 +19,6 @@ from octavo.kernels.inputs import (
     AttentionBatch,
     AttentionOp,
     KVLayer,
-    KVScales,
     QKNorm,
     RopeTable,
 )
@@ -58,8 +57,8 @@ class KVLayerStruct(ctypes.Structure):
     ]
 
 
-class KVScalesStruct(ctypes.Structure):
-    _fields_ = fields("key*", "value*")
+class QuantizingStruct(ctypes.Structure):
+    _fields_ = fields("key_scales*", "value_scales*", "key_shift*")
 
 
 class BatchStruct(ctypes.Structure):
@@ -187,10 +186,12 @@ def _plane_struct(numbers: Tensor, scales: Tensor | None, head_size: int) -> KVP
     return KVPlaneStruct(numbers.data_ptr(), pointer, *strides, num_scales, KV_CODES[stored.name])
 
 
-def kv_scales_struct(scales: KVScales | None) -> KVScalesStruct:
-    if scales is None:
-        return KVScalesStruct(None, None)
-    return KVScalesStruct(*(address_of(t, torch.float32) for t in (scales.key_K, scales.value_K)))
+def quantizing_struct(op: AttentionOp) -> QuantizingStruct:
+    scales, shift = op.kv_scales, op.key_shift_KD
+    tensors = (None, None) if scales is None else (scales.key_K, scales.value_K)
+    assert shift is None or shift.shape == (op.num_kv_heads, op.head_size)
+    pointers = (None if t is None else address_of(t, torch.float32) for t in (*tensors, shift))
+    return QuantizingStruct(*pointers)
 
 
 def batch_struct(batch: AttentionBatch) -> BatchStruct:
