@@ -27,7 +27,9 @@ from octavo.kv_cache.hash_memory import HashMemory, hash_of
 from octavo.observe.stats import MissReason
 from octavo.step import Int32
 
-PIECE_BLOCKS, _PIECES_REMEMBERED = 32, 1024
+PIECE_BLOCKS = 32
+_PIECES_REMEMBERED = 2560
+"""More than a context of a million tokens has, so that one is known whole when it comes again."""
 _EVICTED_REMEMBERED = 65_536
 _CONTENTS_REMEMBERED = 65_536
 _HASH_BITS = (1 << 64) - 1
