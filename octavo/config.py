@@ -57,7 +57,9 @@ class EngineConfig:
     )
     load_format: str = option("auto", "format of the weights files", choices=LOAD_FORMATS)
     quantization: str | None = option(
-        None, "quantise weights at load (none are known yet)", also=("-q",)
+        None,
+        "how the checkpoint is quantised: checked, and found without it",
+        also=("-q",),
     )
     max_model_len: int | None = option(
         None, "context length, like 4096 or 4K; fitted to the memory if auto", unit="tokens"
@@ -168,12 +170,6 @@ class EngineConfig:
                 f"gpu_memory_utilization must be above 0 and at most 1, got "
                 f"{self.gpu_memory_utilization}",
                 field="gpu_memory_utilization",
-            )
-        if self.quantization is not None:
-            raise ConfigError(
-                f"quantization {self.quantization!r} is unknown; leave it out (GGUF files keep "
-                "their own format)",
-                field="quantization",
             )
         if self.kv_cache_dtype != "auto":
             kv_formats(self.kv_cache_dtype)

@@ -23,6 +23,7 @@ from octavo.errors import CapacityError, ConfigError
 
 if TYPE_CHECKING:
     from octavo.kv_cache.planner import MemoryPlan
+    from octavo.models.family import Family
     from octavo.models.spec import ModelSpec
     from octavo.weights.gguf_file import GGUFFile
     from octavo.weights.hub import ModelFiles
@@ -79,9 +80,9 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the plan. Raises CapacityError, after what is known, if the model does not fit."""
     config = engine_config(args)
-    spec, files = read_model(config)
+    spec, family, files = read_model(config)
     device, memory = _device(config.device, args.memory)
-    planner = _Planner(spec, files.path, files.config, device, memory)
+    planner = _Planner(spec, family, files, device, memory)
     parts = planner.parts(config)
     if not args.json:
         print(_parts_text(config.model, spec, parts))
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_model(config: EngineConfig) -> tuple[ModelSpec, ModelFiles]:
+def read_model(config: EngineConfig) -> tuple[ModelSpec, Family, ModelFiles]:
     """Returns what the config alone says of a model, whose weights need not be there."""
     from octavo.engine.model_kind import with_kind
     from octavo.models.registry import read_spec
@@ -110,7 +111,7 @@ def read_model(config: EngineConfig) -> tuple[ModelSpec, ModelFiles]:
         load_format="dummy",
     )
     files = with_kind(dataclasses.replace(config, label_tokens=()), files, None)
-    return read_spec(files.config, files.modules)[0], files
+    return *read_spec(files.config, files.modules), files
 
 
 class _Planner:
@@ -119,17 +120,19 @@ class _Planner:
     def __init__(
         self,
         spec: ModelSpec,
-        path: Path,
-        hf_config: Mapping[str, Any],
+        family: Family,
+        files: ModelFiles,
         device: str,
         memory: DeviceMemory,
     ) -> None:
         self._spec = spec
-        self._path = path
-        self._hf_config = hf_config
+        self._family = family
+        self._path = path = files.path
+        self._hf_config = files.config
         self._device = device
         self._memory = memory
         self._file = _read_gguf(path) if path.suffix == ".gguf" else None
+        self._quantization = files.quantization
 
     def parts(self, config: EngineConfig) -> dict[str, int]:
         """Returns the bytes of the weights by part of the model."""
@@ -137,6 +140,8 @@ class _Planner:
 
         if config.dtype == "auto" and self._file is not None:
             return gguf_parts(self._file)
+        if config.dtype == "auto" and self._quantization is not None:
+            return packed_parts(self._spec, self._family, self._path)
         return spec_parts(
             self._spec, 4 if weights_dtype(config, self._hf_config) == "float32" else 2
         )
@@ -157,9 +162,13 @@ class _Planner:
     def _check_formats(self, config: EngineConfig) -> None:
         """Refuses what the loader would: weights that stay in a file's blocks, where they have to
         be copied. Raises UnsupportedModelError."""
-        from octavo.kernels.limits import check_copied_format
+        from octavo.kernels.limits import check_copied_format, refuse_packed
+        from octavo.weights.quantization import check_quantization
 
+        check_quantization(config.quantization, self._quantization)
         is_copied = self._device == "cuda" or config.tensor_parallel_size > 1
+        if self._quantization is not None and config.dtype == "auto" and is_copied:
+            refuse_packed(f"the model is quantised with {self._quantization.method}", self._device)
         if self._file is not None and config.dtype == "auto" and is_copied:
             for name, tensor in self._file.tensors.items():
                 if len(tensor.shape) > 1:
@@ -236,6 +245,28 @@ def gguf_parts(file: GGUFFile) -> dict[str, int]:
         part = next((part for pattern, part in _GGUF_PARTS if re.match(pattern, name)), "rest")
         *rows, cols = tensor.shape
         parts[part] += math.prod(rows) * tensor.format.row_bytes(cols)
+    return parts
+
+
+def packed_parts(spec: ModelSpec, family: Family, folder: Path) -> dict[str, int]:
+    """Returns the bytes of every part as a quantised checkpoint stores it, from its headers."""
+    from octavo.errors import UnsupportedModelError
+    from octavo.weights.names import text_name
+    from octavo.weights.sizes import stored_bytes
+
+    stored = stored_bytes(folder)
+    if not stored:
+        raise UnsupportedModelError(
+            "how large a quantised model is stands in the headers of its weights, and they are not "
+            "here: download it first, or plan it unpacked with --dtype bfloat16"
+        )
+    part_of = {family.weight_name(one): _part_of(one.name) for one, _ in spec.parameters()}
+    parts = dict.fromkeys(PART_NAMES, 0)
+    for name, size in stored.items():
+        plain = text_name(name)
+        other = "experts" if ".experts." in plain else "rest"
+        module = plain.rpartition(".")[0]
+        parts[part_of.get(plain) or part_of.get(f"{module}.weight", other)] += size
     return parts
 
 

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace, measure: Measure | None = None) -> int:
                 "tune",
                 field="device",
             )
-        spec, files = read_model(config)
+        spec, _, files = read_model(config)
     from octavo.engine.memory import weights_dtype
     from octavo.kernels.triton.tuning.shapes import save_shape, shapes_path
     from octavo.kernels.triton.tuning.tune import Tuner

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import NoReturn
 
 from octavo.errors import ConfigError, UnsupportedModelError
 from octavo.formats import KV_FORMATS, PACKED_BLOCK, KVFormats, WeightFormat, kv_formats
@@ -141,10 +142,15 @@ def check_copied_format(name: str, number_format: WeightFormat, device: str) -> 
     """Refuses a matrix in a format that cannot be copied to a device, which multiplies numbers
     alone. Raises UnsupportedModelError naming the matrix and the way out."""
     if number_format.is_block:
-        raise UnsupportedModelError(
-            f"{name} is in the block format {number_format.name}, which {device} cannot multiply "
-            "by yet; convert with --dtype bfloat16, or run it with --device cpu (and one process)"
-        )
+        refuse_packed(f"{name} is in the block format {number_format.name}", device)
+
+
+def refuse_packed(what: str, device: str) -> NoReturn:
+    """Raises UnsupportedModelError: a device, or a rank of several, multiplies numbers alone."""
+    raise UnsupportedModelError(
+        f"{what}, which {device} cannot multiply by yet; unpack it with --dtype bfloat16, or run "
+        "it with --device cpu (and one process)"
+    )
 
 
 def check_backend(backend: str, device: str, wants: AttentionWants) -> None:

@@ -18,13 +18,13 @@ from typing import Any, Literal
 import huggingface_hub
 from huggingface_hub import constants
 
-from octavo.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
+from octavo.errors import ConfigError, ModelNotFoundError
 from octavo.weights.checkpoint import read_json, weight_files
 from octavo.weights.demo import DEMO_NAMES, demo_path
 from octavo.weights.gguf_config import config_of, generation_config_of
 from octavo.weights.gguf_file import read_gguf
 from octavo.weights.modules import MODULES_FILE, module_files, read_modules
-from octavo.weights.quantization import read_quantization
+from octavo.weights.quantization import Quantization, read_quantization
 
 ModelKind = Literal["safetensors", "gguf", "config"]
 
@@ -52,6 +52,12 @@ class ModelFiles:
     """Hex digest that changes with the weights: root of the prefix cache's keys."""
     modules: list[dict[str, Any]] = field(default_factory=list)
     """What follows the model (`weights.modules`)."""
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the checkpoint is quantised; GGUF files say it of each tensor. Raises
+        UnsupportedModelError."""
+        return None if self.kind == "gguf" else read_quantization(self.config, self.path)
 
 
 def resolve_model(
@@ -107,12 +113,7 @@ def _from_folder(model: str, folder: Path, load_format: str) -> ModelFiles:
     config = read_json(folder / "config.json")
     if config is None:
         raise ModelNotFoundError(f"{folder} has no config.json and no .gguf file")
-    quantization = read_quantization(config, folder)
-    if quantization is not None and load_format == "dummy":
-        raise UnsupportedModelError(
-            f"{model} is quantised with {quantization.method}, and random weights are numbers: "
-            "take quantization_config out of its config.json"
-        )
+    read_quantization(config, folder)  # what cannot be read is refused at once
     weights = weight_files(folder) if load_format != "dummy" else ()
     if load_format != "dummy" and not weights:
         others = [p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt*"))]

@@ -15,7 +15,6 @@ from octavo.weights.dummy import DummySource
 from octavo.weights.gguf_source import open_gguf
 from octavo.weights.hub import ModelFiles
 from octavo.weights.published.source import PackedSource
-from octavo.weights.quantization import read_quantization
 from octavo.weights.safetensors_source import open_safetensors
 from octavo.weights.source import DTYPE_FORMATS, TensorSource
 
@@ -32,12 +31,17 @@ def open_source(
     `dtype` "auto" keeps the format of the file, else every matrix is converted when it is loaded.
     Raises WeightsError or UnsupportedModelError.
     """
+    quantization = files.quantization
     if files.kind == "config":
+        if quantization is not None:
+            raise UnsupportedModelError(
+                f"the model is quantised with {quantization.method}, and random weights are "
+                "numbers: take quantization_config out of its config.json"
+            )
         return DummySource(shapes, _config_dtype(files.config) if dtype == "auto" else dtype, seed)
     if files.kind == "gguf":
         source = open_gguf(files.path)
     else:
-        quantization = read_quantization(files.config, files.path)
         source = open_safetensors(files.path, str(files.config.get("model_type")), quantization)
     if dtype != "auto":
         return CastSource(source, dtype)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from octavo.errors import UnsupportedModelError
+from octavo.errors import ConfigError, UnsupportedModelError
 from octavo.weights.checkpoint import read_json
 
 Method = Literal["fp8", "awq", "gptq", "compressed-tensors", "mxfp4", "modelopt"]
@@ -73,6 +73,30 @@ def read_quantization(config: Mapping[str, Any], folder: Path | None) -> Quantiz
     if not isinstance(fields, Mapping):
         raise UnsupportedModelError(f"quantization_config must be an object, not {fields!r}")
     return _read(fields)
+
+
+_ALIASES = {"awq_marlin": "awq", "gptq_marlin": "gptq", "modelopt_fp4": "modelopt"}
+"""Words that vLLM has for the same checkpoints."""
+
+
+def check_quantization(asked: str | None, found: Quantization | None) -> None:
+    """Refuses a `quantization` option that is not how the checkpoint is quantised. Raises
+    ConfigError."""
+    if asked is None:
+        return
+    known = METHODS.get(_ALIASES.get(asked, asked))
+    if found is None:
+        raise ConfigError(
+            f"quantization {asked!r}: the model is not quantised, and quantising it when it is "
+            "loaded is not built; leave the option out",
+            field="quantization",
+        )
+    if known != found.method:
+        raise ConfigError(
+            f"quantization {asked!r}: the model is quantised with {found.method}; leave the option "
+            "out",
+            field="quantization",
+        )
 
 
 def _read(fields: Mapping[str, Any]) -> Quantization:

@@ -17,12 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from octavo import LLM, SamplingParams
-from octavo.errors import UnsupportedModelError, WeightsError
+from octavo.cli import main
+from octavo.errors import ConfigError, UnsupportedModelError, WeightsError
 from octavo.kernels.dequantize import dequantize_rows
 from octavo.weights.cast import CastSource
 from octavo.weights.names import expert_names
 from octavo.weights.published.source import PackedSource
-from octavo.weights.quantization import read_quantization
+from octavo.weights.quantization import check_quantization, read_quantization
 from octavo.weights.safetensors_source import open_safetensors
 from tests.weights.packing import Written, awq, compressed, fp8, gptq
 
@@ -314,6 +315,21 @@ def test_configs_that_cannot_be_read_say_what_is_known(config: Any, words: str) 
         read_quantization({"quantization_config": config}, None)
 
 
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [("awq", "quantised with gptq"), ("squeezellm", "quantised with gptq"), ("gptq_marlin", "")],
+)
+def test_the_option_must_name_what_the_checkpoint_is(asked: str, words: str) -> None:
+    found = read_quantization({"quantization_config": {"quant_method": "gptq"}}, None)
+    if not words:
+        check_quantization(asked, found)
+        return
+    with pytest.raises(ConfigError, match=words):
+        check_quantization(asked, found)
+    with pytest.raises(ConfigError, match="not quantised, and quantising it"):
+        check_quantization(asked, None)
+
+
 QWEN: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -333,7 +349,9 @@ QWEN: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("kind", ["awq", "gptq", "fp8"])
-def test_a_quantised_model_says_what_its_unpacked_weights_say(kind: str, tmp_path: Path) -> None:
+def test_a_quantised_model_says_what_its_unpacked_weights_say(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **QWEN))
     model.save_pretrained(tmp_path / "made")
@@ -369,3 +387,11 @@ def test_a_quantised_model_says_what_its_unpacked_weights_say(kind: str, tmp_pat
             params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
             texts.append([out.outputs[0].token_ids for out in llm.generate(prompts, params)])
     assert texts[0] == texts[1]
+    plan = ["plan", str(tmp_path / "packed"), "--memory", "1GiB"]
+    assert main([*plan, "--json", "--device", "cpu"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    stored = sum(tensor.nbytes for tensor in packed.values())
+    assert sum(planned["weights_parts_bytes"].values()) == stored
+    assert main([*plan, "--device", "cuda"]) != 0
+    assert f"quantised with {kind}, which cuda cannot multiply" in capsys.readouterr().err
+    assert main([*plan, "--device", "cuda", "--dtype", "bfloat16"]) == 0
