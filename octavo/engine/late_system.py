@@ -22,9 +22,12 @@ def has_late_system(messages: Sequence[Message]) -> bool:
 
 
 def keeps_late_system(render: Callable[[Sequence[Message]], str]) -> bool:
-    """Whether a template writes a system's words where they stand, told by a conversation."""
+    """Whether a template writes a system's words where they stand, told by a conversation.
+
+    Also as the last ones: else the same words would be the user's first, and the system's later."""
     messages = [{"role": r, "content": t} for r, t in zip(_ROLES, _TEXTS, strict=True)]
     try:
+        render(messages[:-1])
         text = render(messages)
     except ChatTemplateError:
         return False

@@ -233,6 +233,7 @@ RAISES = (
     "{% for m in messages %}{% if not loop.first and m.role == 'system' %}"
     "{{ raise_exception('late') }}{% endif %}[{{ m.role }}:{{ m.content }}]{% endfor %}"
 )
+ENDS = "{% if messages[-1].role == 'system' %}{{ raise_exception('last') }}{% endif %}" + EACH
 HOISTS = (
     "{% for m in messages if m.role == 'system' %}[system:{{ m.content }}]{% endfor %}"
     "{% for m in messages if m.role != 'system' %}[{{ m.role }}:{{ m.content }}]{% endfor %}"
@@ -243,5 +244,5 @@ def test_a_system_within_a_conversation_stands_where_it_stood():
     before = "[system:Be brief.][user:Hi][assistant:Hello]"
     assert ChatTemplate(EACH).render(LATE) == f"{before}[user:Go on][system:Be kind.][user:Now]"
     words = "Go on\n<system>\nBe kind.\n</system>\nNow"
-    for source in (DROPS, RAISES, HOISTS):
+    for source in (DROPS, RAISES, ENDS, HOISTS):
         assert ChatTemplate(source).render(LATE) == f"{before}[user:{words}]", source
