@@ -32,8 +32,8 @@ from octavo.formats import WEIGHT_FORMATS
 from octavo.kernels.composed import Composed
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer, QKNorm, RopeTable
 from octavo.kernels.routing import RoutingRule
-from octavo.kernels.triton.attention.decode import max_total_partials, partial_counts
 from octavo.kernels.triton.attention.device_plan import DevicePlan, plan_of
+from octavo.kernels.triton.attention.partials import max_total_partials, partial_counts
 from octavo.kernels.triton.backend import TritonOps
 from octavo.kernels.triton.experts import choose, grouped
 from octavo.kernels.triton.launching import overlap

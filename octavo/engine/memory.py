@@ -13,7 +13,7 @@ from octavo.config import EngineConfig
 from octavo.device import Device, DeviceMemory
 from octavo.errors import CapacityError, ConfigError
 from octavo.formats import KVFormats, kv_formats
-from octavo.kernels.facts import DETERMINISTIC_TOKENS, SHORT_SPLITS
+from octavo.kernels.facts import DETERMINISTIC_TOKENS, SHORT_SPLITS, UNPACKED_BYTES
 from octavo.kernels.limits import check_backend, check_kv_formats
 from octavo.kv_cache.planner import (
     ActivationShape,
@@ -26,6 +26,7 @@ from octavo.kv_cache.planner import (
 )
 from octavo.kv_cache.spec import group_layers
 from octavo.models.spec import LayerSpec, MLPSpec, ModelSpec, MoESpec
+from octavo.step import MAX_PADDED_TOKENS
 
 MIB = 2**20
 GRAPH_CAPTURES, GRAPH_BYTES, FIRST_GRAPH_BYTES = 32, 8 * MIB, 64 * MIB
@@ -100,7 +101,7 @@ def plan_model(
         room = max(budget.usable_bytes - weights_bytes, 0)
         groups = [group for group in group_layers(specs) if not group.is_state]
         kv_tokens = room // min(group.num_slots * group.spec.token_bytes for group in groups)
-        step_bytes = _gpu_step(spec, config, 4 if dtype == "float32" else 2, kv_tokens)
+        step_bytes = _gpu_step(spec, config, kv, 4 if dtype == "float32" else 2, kv_tokens)
     else:
         # The ranks of a host share its memory.
         available = memory.available_bytes // num_ranks
@@ -139,7 +140,7 @@ def _cpu_step(spec: ModelSpec, config: EngineConfig) -> Callable[[int], int]:
 
 
 def _gpu_step(
-    spec: ModelSpec, config: EngineConfig, element_bytes: int, kv_tokens: int
+    spec: ModelSpec, config: EngineConfig, kv: KVFormats, element_bytes: int, kv_tokens: int
 ) -> Callable[[int], int]:
     """Returns a bound on the bytes of a step of so many tokens in the Triton back end.
 
@@ -149,6 +150,7 @@ def _gpu_step(
     """
     longest = min(config.max_model_len or spec.default_len, kv_tokens)
     tables = 4 * longest * sum(rope.rotary_dim for rope in spec.ropes)
+    unpacked = UNPACKED_BYTES if kv.key.is_quantized or kv.value.is_quantized else 0
 
     def step_bytes(num_tokens: int) -> int:
         num_samples = min(num_tokens, config.max_num_seqs)
@@ -156,7 +158,8 @@ def _gpu_step(
         for layer in dict.fromkeys(spec.layers):
             partials = _partials(layer, config, num_tokens, longest)
             width = layer.attention.projected_size + layer.attention.attended_size
-            phases.append(num_tokens * width * element_bytes + partials)
+            room = unpacked if num_tokens > MAX_PADDED_TOKENS else 0
+            phases.append(num_tokens * width * element_bytes + partials + room)
             phases.append(num_tokens * _mlp_bytes(layer.mlp, spec.hidden_size, element_bytes))
         through = 2 * num_tokens * spec.hidden_size * element_bytes
         return int(ALLOCATOR_SLACK * (tables + through + max(phases)))

@@ -36,11 +36,10 @@ _SERVED: dict[str, frozenset[AttentionFeature]] = {
 }
 
 
-_PLAIN = frozenset(name for name, one in KV_FORMATS.items() if not one.is_quantized)
 _KV_SERVED: dict[str, frozenset[str]] = {
     "native": frozenset(KV_FORMATS),
     "reference": frozenset(KV_FORMATS),
-    "triton": _PLAIN,
+    "triton": frozenset(KV_FORMATS),
 }
 """Formats of keys, and of values."""
 _LATENT_SERVED = _KV_SERVED

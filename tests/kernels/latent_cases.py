@@ -10,7 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.kernels.inputs import AttentionBatch
+from octavo.formats import KV_FORMATS
+from octavo.kernels.inputs import AttentionBatch, KVLayer
+from octavo.kernels.kv_pages import write_vectors
+from octavo.kv_cache.spec import group_layers, latent_kv
+from octavo.kv_cache.storage import KVStorage
 from tests.kernels.cases import floats
 
 P = 16
@@ -79,3 +83,18 @@ def exact(
         weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
         parts.append(torch.einsum("hqk,kr->qhr", weights, seen[:, :rank]))
     return torch.cat(parts)
+
+
+def latent_layer(num_blocks: int, rank: int, rope_size: int, format: str) -> KVLayer:
+    """Returns poisoned pages of a layer that keeps latent vectors in a format."""
+    spec = latent_kv(rank, rope_size, KV_FORMATS[format])
+    storage = KVStorage(group_layers((spec, spec)), num_blocks, P)
+    storage.arena.fill_(0xFF)
+    return KVLayer((rank, rope_size), **storage.layer(1).planes)
+
+
+def write_tokens(layer: KVLayer, latents: PagedLatents) -> None:
+    """Writes what the sequences keep in the layer's format."""
+    for s, tokens in enumerate(latents.tokens):
+        at = torch.arange(len(tokens))
+        write_vectors(layer, "latent", latents.table[s, at // P].long() * P + at % P, tokens)

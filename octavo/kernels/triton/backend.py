@@ -23,7 +23,7 @@ from octavo.kernels.inputs import (
     Routed,
 )
 from octavo.kernels.planning import AttentionPlanner, PlanLimits, PlannedGroup
-from octavo.kernels.triton.attention.choose import attention
+from octavo.kernels.triton.attention.choose import attended, attention
 from octavo.kernels.triton.attention.decode import decode_attention, seq_len_bound
 from octavo.kernels.triton.attention.device_plan import plan_of
 from octavo.kernels.triton.attention.plan import MIN_SAVED_BYTES, StepPlanner
@@ -237,7 +237,7 @@ class TritonOps(Composed):
             is_qkv=True,
             tickets=self._tickets_on(out.device),
         )
-        return out.flatten(1)
+        return attended(out, layer)
 
     def prepare_latent(self, kv_b: Weight, num_heads: int, nope_size: int) -> object:
         return latent_views(numbers_of(kv_b), num_heads, nope_size)

@@ -7,13 +7,18 @@ branch), so every kind of kernel is compiled once. Prints a line a kernel.
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -23,7 +28,7 @@ from octavo.kernels.triton.launching import chip
 
 chip.is_hopper = lambda device: True  # before the kernels' modules ask it
 
-from octavo.formats import WEIGHT_FORMATS  # noqa: E402
+from octavo.formats import WEIGHT_FORMATS, kv_formats  # noqa: E402
 from octavo.kernels.inputs import (  # noqa: E402
     AttentionBatch,
     AttentionOp,
@@ -37,6 +42,8 @@ from octavo.kernels.triton.attention.decode import decode_attention  # noqa: E40
 from octavo.kernels.triton.attention.device_plan import DevicePlan  # noqa: E402
 from octavo.kernels.triton.backend import TritonOps  # noqa: E402
 from octavo.kernels.weights import Router, Weight  # noqa: E402
+from octavo.kv_cache.spec import attention_kv, group_layers, latent_kv  # noqa: E402
+from octavo.kv_cache.storage import KVStorage  # noqa: E402
 from octavo.visibility import Chunk, Full, Window  # noqa: E402
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -48,7 +55,7 @@ def compile_instead(function: Any, key: Any, signature: Any, device: int, *rest:
     constants, options, attributes = rest[:3]
     source = function.ASTSource(function, signature, constants, attributes)
     built = function.compile(source, target=HOPPER, options=options.__dict__)
-    print(function.__name__, built.metadata.shared, flush=True)
+    print(function.__name__, built.metadata.shared, *_registers(built.asm["cubin"]), flush=True)
     assert built.metadata.shared <= 227 << 10, function.__name__
     nothing = SimpleNamespace(
         run=lambda *arguments: None,
@@ -58,6 +65,16 @@ def compile_instead(function: Any, key: Any, signature: Any, device: int, *rest:
     )
     function.device_caches[device][0][key] = nothing
     return nothing
+
+
+def _registers(cubin: bytes) -> tuple[str, ...]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return tuple(re.findall(r"(?:REG|STACK):(\d+)", told))
 
 
 def zeros(*shape: int) -> Tensor:
@@ -119,7 +136,25 @@ def attention() -> None:
             )
 
 
-def latent(num_tokens: int, num_sequences: int, **bounds: int) -> None:
+def kv_formats_of(name: str) -> None:
+    """Decodes with and without the write, chunks of few queries and of many, unpacked and not."""
+    kv = kv_formats(name)
+    spec = attention_kv(2, 128, kv.key, value_format=kv.value)
+    layer = KVStorage(group_layers((spec, spec)), 4, 16).layer(0)
+    angles = torch.zeros(64, 64)
+    op = AttentionOp(
+        num_heads=8, num_kv_heads=2, head_size=128, scale=0.1, visibility=Full(), qk_norm=None,
+        rope=RopeTable(cos=angles, sin=angles, rotary_dim=128),
+    )  # fmt: skip
+    ops = TritonOps(1, is_deterministic=False)
+    ops.rope_attention(torch.zeros(2, 12 * 128, dtype=BF16), op, layer, batch_of(2, 2))
+    many = batch_of(2304, 2, max_seq_len=2000, max_query_len=1152, num_short_tokens=100)
+    ops.rope_attention(torch.zeros(2304, 12 * 128, dtype=BF16), op, layer, many)
+    q = torch.zeros(140, 8, 128, dtype=BF16)
+    choose.prefill_attention(q, op, layer, batch_of(140, 2), torch.zeros_like(q))
+
+
+def latent(num_tokens: int, num_sequences: int, format: str = "bfloat16", **bounds: int) -> None:
     heads, rank, nope, rope, value = 16, 512, 128, 64, 128
     ops = TritonOps(1, is_deterministic=False)
     up = torch.zeros(heads * (nope + value), rank, dtype=BF16)
@@ -137,7 +172,8 @@ def latent(num_tokens: int, num_sequences: int, **bounds: int) -> None:
         norm_eps=1e-6,
         weights=ops.prepare_latent(weight, heads, nope),
     )
-    layer = KVLayer(latent=torch.zeros(4, 16, rank + rope, dtype=BF16))
+    spec = latent_kv(rank, rope, kv_formats(format).key)
+    layer = KVStorage(group_layers((spec, spec)), 4, 16).layer(0)
     made = torch.zeros(num_tokens, heads * (nope + rope) + rank + rope, dtype=BF16)
     q_TN, latent_TC = made.split([heads * (nope + rope), rank + rope], dim=1)
     torch.bmm = lambda x, y, out: out  # type: ignore[assignment]
@@ -148,9 +184,13 @@ def latent(num_tokens: int, num_sequences: int, **bounds: int) -> None:
 CASES: dict[str, Callable[[], None]] = {
     "routing": routing,
     "attention": attention,
+    "kv fp8": lambda: kv_formats_of("fp8"),
+    "kv int8/int4": lambda: kv_formats_of("int8/int4"),
     "latent decode": lambda: latent(4, 4, max_query_len=1, num_short_tokens=0),
     "latent short": lambda: latent(64, 4, max_query_len=16, num_short_tokens=64),
     "latent long": lambda: latent(2304, 1, max_query_len=2304, num_short_tokens=0),
+    "latent int4": lambda: latent(4, 4, "int4", max_query_len=1, num_short_tokens=0),
+    "latent fp8": lambda: latent(2304, 1, "fp8", max_query_len=2304, num_short_tokens=0),
 }
 
 if __name__ == "__main__":

@@ -9,7 +9,10 @@ import sys
 import pytest
 
 pytest.importorskip("triton")
-CASES = ("routing", "attention", "latent decode", "latent short", "latent long")
+CASES = (
+    *("routing", "attention", "kv fp8", "kv int8/int4"),
+    *("latent decode", "latent short", "latent long", "latent int4", "latent fp8"),
+)
 
 
 @pytest.mark.slow

@@ -9,6 +9,8 @@
 | any, deterministic | decode.py: a row a query, splits of its own | the same |
 | all, before: rotation, and the write | write.py | the same |
 
-choose.py is the only place that chooses. splits.py says how many splits there are, partials.py
-keeps and merges what they leave.
+choose.py is the only place that chooses. splits.py says how many splits there are, rows.py what
+kernels of single queries do alike, partials.py keeps and merges what splits leave. planes.py says
+how keys and values lie; in formats with scales they are served by the portable kernels, or unpacked
+before (unpack.py).
 """

@@ -19,14 +19,20 @@ from torch import Tensor
 
 from octavo.kernels.facts import DETERMINISTIC_TOKENS, SHORT_SPLITS, SHORT_TOKENS
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
+from octavo.kernels.kv_codec import stored_format
 from octavo.kernels.triton.attention.decode import decode_attention, seq_len_bound
 from octavo.kernels.triton.attention.device_plan import plan_of
 from octavo.kernels.triton.attention.partials import make_partials
+from octavo.kernels.triton.attention.planes import is_plain
 from octavo.kernels.triton.attention.scores import scores_of
 from octavo.kernels.triton.attention.short_chunks import Limits, merge_short_chunks, short_plan_of
 from octavo.kernels.triton.attention.splits import tiling
 from octavo.kernels.triton.attention.tiles import attend_in_tiles
+from octavo.kernels.triton.attention.unpack import unpack_long_chunks
 from octavo.kernels.triton.launching.chip import KNOWN_TRITON, num_processors
+from octavo.kernels.triton.small.mixing import mix_rows
+from octavo.step import MAX_PADDED_TOKENS
+from octavo.visibility import Full
 
 if triton.__version__.startswith(KNOWN_TRITON):
     from octavo.kernels.triton.attention.hopper import kernel as hopper
@@ -120,7 +126,7 @@ def attention(
     bound, plan = seq_len_bound(layer, batch), plan_of(batch)
     if is_deterministic and plan.max_query_len != 1:
         _every_row_as_decode(q_THD, op, layer, batch, out, bound, tickets)
-        return out.flatten(1)
+        return attended(out, layer)
     if plan.max_partials != 0:
         decode_attention(
             q_THD,
@@ -133,7 +139,14 @@ def attention(
             is_invariant=is_deterministic,
         )
     tiles_attention(q_THD, op, layer, batch, out)
-    return out.flatten(1)
+    return attended(out, layer)
+
+
+def attended(sums_THD: Tensor, layer: KVLayer) -> Tensor:
+    """Returns [T, H * D]: weighted sums of values as they are stored, back in their own basis."""
+    if stored_format(layer.value).is_mixed:
+        mix_rows(sums_THD)
+    return sums_THD.flatten(1)
 
 
 def tiles_attention(
@@ -152,6 +165,11 @@ def tiles_attention(
         short_attention(q_THD, op, layer, batch, out, short, is_hopper=is_hopper)
     if longest <= SHORT_QUERIES:
         return
+    if num_tokens > MAX_PADDED_TOKENS and not is_plain(layer) and op.visibility == Full():
+        unpacked = unpack_long_chunks(q_THD, layer, batch, short=SHORT_QUERIES)
+        if unpacked is not None:
+            layer, batch = unpacked
+            is_hopper = fits_hopper(q_THD, op, layer)
     if is_hopper:
         hopper.long_chunks(q_THD, op, layer, batch, out, SHORT_QUERIES)
     else:

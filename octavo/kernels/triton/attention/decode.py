@@ -9,13 +9,14 @@ program of a row takes one even split: fewer partial results to write and to mer
 
 from __future__ import annotations
 
-import numpy as np
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.facts import LARGEST_SPLIT, SPLIT_CLASSES, split_partials
+from octavo.kernels.facts import split_partials
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
 from octavo.kernels.triton.attention.device_plan import plan_of
 from octavo.kernels.triton.attention.partials import (
@@ -24,9 +25,16 @@ from octavo.kernels.triton.attention.partials import (
     merge_kv_head,
     partials_of,
 )
+from octavo.kernels.triton.attention.planes import planes_of
+from octavo.kernels.triton.attention.rows import (
+    row_of_program,
+    run_of_program,
+    splits_of,
+    store_split,
+)
 from octavo.kernels.triton.attention.scores import most_visible, scores_of
 from octavo.kernels.triton.attention.write import (
-    kv_strides,
+    given_scales,
     rope_of_kv_head,
     rotation_arguments,
 )
@@ -34,40 +42,21 @@ from octavo.kernels.triton.launching.chip import next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import announce, launch_options, wait_turn
 from octavo.kernels.triton.launching.tickets import is_last, make_tickets
-from octavo.kernels.triton.tiles.softmax import capped, softmax_step, with_sinks
+from octavo.kernels.triton.tiles.kv import (
+    add_values,
+    both_planes,
+    key_scores,
+    kv_tile,
+    plane_of_head,
+)
+from octavo.kernels.triton.tiles.softmax import capped, softmax_step
 from octavo.kernels.triton.tiles.visible import first_visible
 
 TARGET_PROGRAMS = 528
-"""Programs that an H100 runs at once, in one wave; those of a row share its splits."""
-MAX_REGISTERS = 128
-"""Of a thread of the split kernel, which it needs for the splits; four programs then fit a
-multiprocessor, where merging alone would take more."""
+"""Four for each processor of an H100."""
 MERGE_ROWS = 2
 """Heads times partial results that `merge_heads` takes at a time; more cost the whole kernel
 registers."""
-
-
-@triton.jit
-def _split_size(visible):
-    """SPLIT_CLASSES on the device."""
-    size = tl.where(visible <= 4096, 128, tl.where(visible <= 16384, 256, 512))
-    return tl.where(visible <= 1024, 64, size)
-
-
-@triton.jit
-def splits_of(low, length, FIXED: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Returns where the first split of [low, length) begins, their size and how many they are.
-    FIXED: whatever the grid; else no more than there are programs."""
-    size = _split_size(length - low)
-    origin = low // size * size
-    if not FIXED:
-        origin = low // BLOCK_N * BLOCK_N
-        even = tl.cdiv(length - origin, tl.num_programs(2))
-        # Where rows fill the device alone, a short one is not worth a merge (32 of 96: 9.4 us by
-        # four programs, 8.8 by three).
-        size = tl.maximum(size, tl.where(tl.num_programs(2) < 8, 256, BLOCK_N))
-        size = tl.maximum(size, tl.cdiv(even, BLOCK_N) * BLOCK_N)
-    return origin, size, tl.cdiv(length - origin, size)
 
 
 @launchable
@@ -86,10 +75,15 @@ def _decode_kernel(
     tickets,
     q,
     key,
+    key_scale,
+    stride_key,
+    stride_key_scale,
     value,
+    value_scale,
+    stride_value,
+    stride_value_scale,
     token_sequences,
     block_table,
-    stride_block,
     stride_table,
     scale_log2,
     cap_log2,
@@ -101,13 +95,18 @@ def _decode_kernel(
     query_weight,
     key_weight,
     eps,
+    given_key,
+    given_value,
     H: tl.constexpr,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     P: tl.constexpr,
     IS_QKV: tl.constexpr,
     HALF: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    HAS_GIVEN: tl.constexpr,
     BY_TOKEN: tl.constexpr,
     VISIBLE: tl.constexpr,
     HAS_CAP: tl.constexpr,
@@ -135,48 +134,44 @@ def _decode_kernel(
     GROUP: tl.constexpr = H // K
     wait_turn(OVERLAP)
     announce(OVERLAP)
-    if BY_TOKEN:
-        t = tl.program_id(1).to(tl.int64)
-        sequence = tl.load(token_sequences + t).to(tl.int64)
-        length = tl.load(positions + t) + 1
-    else:
-        sequence = tl.program_id(1).to(tl.int64)
-        t = tl.load(query_starts + sequence).to(tl.int64)
-        beyond = tl.load(query_starts + sequence + 1)
-        length = tl.load(seq_lens + sequence)
-        if beyond - t != 1:
-            return
+    t, sequence, length, num_queries = row_of_program(
+        query_starts, seq_lens, positions, token_sequences, BY_TOKEN
+    )
+    if num_queries != 1:
+        return
     low, before = first_visible(length - 1, reach, VISIBLE), length * 0
     if HAS_SHARED:
         low = tl.maximum(low, tl.load(shared_tokens + sequence))
         before = tl.load(shared_partials + sequence)
     origin, size, count = splits_of(low, length, FIXED, BLOCK_N)
     kv_head, rows, offs_d = tl.program_id(0), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    row_mask = (rows < GROUP)[:, None] & (offs_d < D)[None, :]
+    is_head = rows < GROUP
+    row_mask = is_head[:, None] & (offs_d < D)[None, :]
     heads = t * H + kv_head * GROUP + rows
     out_at = out + heads[:, None] * D + offs_d[None, :]
     if (count <= 0) & (before == 0) & (tl.program_id(2) == 0):
         zero = tl.zeros([BLOCK_M, BLOCK_D], out.dtype.element_ty)
         tl.store(out_at, zero, mask=row_mask)
-    share = tl.maximum(tl.cdiv(count, tl.num_programs(2)), 1)
-    num_busy = tl.maximum(tl.cdiv(count, share), 1)
+    begin, stop, num_busy = run_of_program(count)
     if tl.program_id(2) >= num_busy:
         return
-    begin = tl.program_id(2) * share
-    stop = tl.minimum(begin + share, count)
     row = sequence if PACKED else t
     firsts = partials_of(row, partial_starts, num_partials, kv_head * GROUP + rows, H, PACKED)
+    keys, values = both_planes(
+        *(key, key_scale, stride_key, stride_key_scale),
+        *(value, value_scale, stride_value, stride_value_scale, KEY, VALUE),
+    )
     if IS_QKV:
         slot = tl.where(stop == count, tl.load(cache_slots + t), -1)
         q_tile = rope_of_kv_head(
-            *(q + t * ((H + 2 * K) * D), kv_head, tl.maximum(length - 1, 0)),
-            *(slot, key, value, stride_block, cos, sin, query_weight, key_weight, eps),
-            *(H, K, D, P, HALF, HAS_NORM, BLOCK_M, BLOCK_D),
+            *(q + t * ((H + 2 * K) * D), kv_head, tl.maximum(length - 1, 0), slot, keys, values),
+            *(cos, sin, query_weight, key_weight, eps, given_key, given_value),
+            *(H, K, D, P, HALF, HAS_NORM, KEY, VALUE, HAS_GIVEN, BLOCK_M, BLOCK_D),
         )
     else:
         q_tile = tl.load(q + heads[:, None] * D + offs_d[None, :], mask=row_mask, other=0.0)
     table_row = block_table + sequence * stride_table
-    key, value = key + kv_head * D, value + kv_head * D
+    keys, values = plane_of_head(keys, kv_head, D, KEY), plane_of_head(values, kv_head, D, VALUE)
     start = tl.maximum(origin + begin * size, low // BLOCK_N * BLOCK_N)
     end = tl.minimum(origin + stop * size, length)
     m, total = tl.full([BLOCK_M], -float("inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
@@ -185,32 +180,24 @@ def _decode_kernel(
         n = tile + tl.arange(0, BLOCK_N)
         live = (n < end) & (n >= low)
         page = tl.load(table_row + n // P, mask=live, other=0).to(tl.int64)
-        at = (page * stride_block + (n % P) * (K * D))[:, None] + offs_d[None, :]
-        mask = live[:, None]
-        if D != BLOCK_D:
-            mask = mask & (offs_d < D)[None, :]
-        k = tl.load(key + at, mask=mask, other=0.0).to(q_tile.dtype)
-        s = tl.dot(q_tile, tl.trans(k), input_precision="ieee")
+        k = kv_tile(keys, page, n % P, live, q_tile.dtype, K * D, D, KEY, True, BLOCK_D)
+        s = key_scores(q_tile, k, keys, page, n % P, live, K, KEY, True)
         if HAS_CAP:
             s = capped(s, scale_log2, cap_log2)
         s = tl.where(live[None, :], s, -float("inf"))
         p, m, total, acc = softmax_step(s, m, total, acc, scale_log2)
-        v = tl.load(value + at, mask=mask, other=0.0).to(q_tile.dtype)
-        acc = tl.dot(p.to(q_tile.dtype), v, acc, input_precision="ieee")
+        v = kv_tile(values, page, n % P, live, q_tile.dtype, K * D, D, VALUE, True, BLOCK_D)
+        acc = add_values(acc, p, v, values, page, n % P, live, K, VALUE, True)
         done = tile + BLOCK_N >= end
         if FIXED:
             done = done | (((tile + BLOCK_N) & (size - 1)) == 0)
         if done:
-            mean = acc / total[:, None]
-            if (count == 1) & (before == 0):
-                if HAS_SINKS:
-                    at_sink = sinks + kv_head * GROUP + rows
-                    mean = with_sinks(mean, m + tl.log2(total), at_sink, rows < GROUP)
-                tl.store(out_at, mean.to(out.dtype.element_ty), mask=row_mask)
-            else:
-                to = firsts + before + (tile - origin) // size
-                tl.store(partial_out + to[:, None] * D + offs_d[None, :], mean, mask=row_mask)
-                tl.store(partial_lse + to, m + tl.log2(total), mask=rows < GROUP)
+            store_split(
+                *(acc / total[:, None], m + tl.log2(total), (count == 1) & (before == 0)),
+                *(out_at, row_mask, partial_out, partial_lse),
+                *(firsts + before + (tile - origin) // size, is_head),
+                *(sinks + kv_head * GROUP + rows, D, HAS_SINKS),
+            )
         m = tl.where(done, -float("inf"), m)
         total = tl.where(done, 0.0, total)
         acc = tl.where(done, 0.0, acc)
@@ -223,57 +210,29 @@ def _decode_kernel(
         )
 
 
-def decode_shape(head_size: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Returns (BLOCK_N, num_warps, num_stages) of the split kernel."""
+class DecodeShape(NamedTuple):
+    """How the split kernel is launched."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None
+    """Of a thread, which the splits need; merging alone would take more."""
+    num_programs: int
+    """That an H100 runs at once, in one wave; those of a row share its splits."""
+
+
+def decode_shape(
+    head_size: int, dtype: torch.dtype, *, is_plain: bool = True, is_invariant: bool = False
+) -> DecodeShape:
+    """Returns the shape for products of `dtype` over keys and values that are plain numbers or not.
+    Where splits are fixed, none is shorter than a tile."""
     if head_size > 128 or dtype == torch.float32:
-        return 32, 4, 2
-    return 64, 4, 2
-
-
-def partial_counts(seq_lens: np.ndarray, window: int | None) -> np.ndarray:
-    """Returns how many partial results the single query of each sequence leaves at most, for
-    partial_starts_S.
-
-    Never less for longer sequences or windows: bounds of the lengths serve as well, and the counts
-    without a window serve windowed layers too.
-    """
-    visible = seq_lens if window is None else np.minimum(seq_lens, window)
-    counts = -(-visible // LARGEST_SPLIT)
-    for limit, size in SPLIT_CLASSES:
-        counts = np.maximum(counts, -(-np.minimum(visible, limit) // size))
-    return counts + 1  # The first split of a window may begin within.
-
-
-def max_total_partials(max_seqs: int, max_seq_len: int, kv_tokens: int) -> int:
-    """Returns a bound of the sum of `partial_counts` over up to `max_seqs` sequences of up to
-    `max_seq_len` tokens that have `kv_tokens` together.
-
-    Sequences that share blocks may have more tokens together than the cache has.
-    """
-    mean = min(max_seq_len, kv_tokens / max_seqs)
-    # Splits against tokens lie below a concave line, so equal lengths need most; it goes through
-    # (limit, limit / size) of every class.
-    splits = min(mean / 64, mean / 192 + 32 / 3, mean / 384 + 64 / 3, mean / 512 + 32)
-    return min(max_seqs * split_partials(max_seq_len), int(max_seqs * (splits + 2)))
-
-
-def compute_dtype(q: Tensor, layer: KVLayer) -> torch.dtype:
-    """Returns what the products multiply in: 16 bits where q and the cache agree, else float32."""
-    return q.dtype if q.dtype == layer.key.dtype else torch.float32
-
-
-def check_query(q_THD: Tensor, layer: KVLayer, batch: AttentionBatch) -> int:
-    """Returns the arena's block stride, after checking the shapes attention relies on."""
-    num_heads, head_size = q_THD.shape[1:]
-    num_kv_heads = layer.key.shape[2]
-    if head_size != layer.key.shape[3] or num_heads % num_kv_heads or head_size > 256:
-        raise ValueError(
-            f"{num_heads} query heads of size {head_size} do not fit {num_kv_heads} kv heads of "
-            f"size {layer.key.shape[3]} (a multiple of them, size at most 256)"
-        )
-    if not q_THD.is_contiguous() or batch.block_table.stride(1) != 1:
-        raise ValueError("queries and block table rows must be contiguous")
-    return kv_strides(layer)
+        return DecodeShape(32, 4, 2, None, TARGET_PROGRAMS)
+    if is_plain or is_invariant:
+        return DecodeShape(64, 4, 2, 128, TARGET_PROGRAMS)
+    # Unpacking wants registers, and large tiles for its fixed cost: three programs a processor.
+    return DecodeShape(128, 4, 2, 168, TARGET_PROGRAMS * 3 // 4)
 
 
 def seq_len_bound(layer: KVLayer, batch: AttentionBatch) -> int:
@@ -297,7 +256,7 @@ def decode_attention(
     partials: Partials | None = None,
     tickets: Tensor | None = None,
     is_invariant: bool = False,
-    shape: tuple[int, int, int] | None = None,
+    shape: DecodeShape | None = None,
 ) -> None:
     """Writes the rows of `out` [T, H, D] that belong to sequences with one query. With
     `is_invariant` a row has the same bits in every batch.
@@ -307,9 +266,9 @@ def decode_attention(
     of each token) it writes every row, each as if decoded. `shared` (tokens, partials; int32 [S])
     tells how much of every sequence already lies in `partials`. `tickets`: see `make_tickets`.
     """
-    stride_block = check_query(out, layer, batch)
+    planes = planes_of(out, layer, batch)
     num_tokens, num_heads, head_size = out.shape
-    block_size, num_kv_heads = layer.key.shape[1:3]
+    num_kv_heads, dtype = planes.num_heads, planes.dtype
     assert q_THD.is_contiguous()
     assert q_THD.shape[1] == num_heads + (2 * num_kv_heads if is_qkv else 0)
     rows = len(batch.seq_lens_S) if token_sequences is None else num_tokens
@@ -324,10 +283,11 @@ def decode_attention(
     if tickets is None:
         tickets = make_tickets(q_THD.device)
     assert rows * num_kv_heads <= len(tickets), (rows, num_kv_heads)
-    dtype = compute_dtype(q_THD, layer)
-    block_n, num_warps, num_stages = shape or decode_shape(head_size, dtype)
+    shape = shape or decode_shape(
+        head_size, dtype, is_plain=planes.is_plain, is_invariant=is_invariant
+    )
     group = num_heads // num_kv_heads
-    programs = min(most, max(1, TARGET_PROGRAMS // (rows * num_kv_heads)))
+    programs = min(most, max(1, shape.num_programs // (rows * num_kv_heads)))
     # Heads are fastest: what they read of a page lies side by side in memory.
     _decode_kernel[(num_kv_heads, rows, programs)](
         out,
@@ -341,22 +301,20 @@ def decode_attention(
         partials.num_partials,
         tickets,
         q_THD.to(dtype),
-        layer.key,
-        layer.value,
+        *planes.arguments,
         unused if token_sequences is None else token_sequences,
         batch.block_table,
-        stride_block,
         batch.block_table.stride(0),
         *scores.arguments,
         batch.slot_mapping_T,
         *rotation_arguments(op, unused),
+        *given_scales(op, unused),
         H=num_heads,
-        K=num_kv_heads,
-        D=head_size,
-        P=block_size,
+        **planes.constants,
         IS_QKV=is_qkv,
         HALF=0 if op.rope is None or not is_qkv else op.rope.rotary_dim // 2,
         HAS_NORM=is_qkv and op.qk_norm is not None,
+        HAS_GIVEN=op.kv_scales is not None,
         BY_TOKEN=token_sequences is not None,
         **scores.constants,
         HAS_SHARED=shared is not None,
@@ -365,10 +323,10 @@ def decode_attention(
         MERGE_M=next_power_of_2(group),
         MERGE_ROWS=MERGE_ROWS,
         BLOCK_M=max(16, next_power_of_2(group)),
-        BLOCK_N=block_n,
+        BLOCK_N=shape.block_n,
         BLOCK_D=max(16, next_power_of_2(head_size)),
-        num_warps=num_warps,
-        num_stages=num_stages,
-        **({"maxnreg": MAX_REGISTERS} if dtype.itemsize < 4 and head_size <= 128 else {}),
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
+        **({} if shape.max_registers is None else {"maxnreg": shape.max_registers}),
         **launch_options(q_THD.device),
     )

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.facts import LARGEST_SPLIT, SPLIT_CLASSES, split_partials
 from octavo.kernels.triton.tiles.softmax import with_sinks
 
 
@@ -46,6 +48,33 @@ def make_partials(
         num_partials=num_partials,
         starts=starts,
     )
+
+
+def partial_counts(seq_lens: np.ndarray, window: int | None) -> np.ndarray:
+    """Returns how many partial results the single query of each sequence leaves at most, for
+    partial_starts_S.
+
+    Never less for longer sequences or windows: bounds of the lengths serve as well, and the counts
+    without a window serve windowed layers too.
+    """
+    visible = seq_lens if window is None else np.minimum(seq_lens, window)
+    counts = -(-visible // LARGEST_SPLIT)
+    for limit, size in SPLIT_CLASSES:
+        counts = np.maximum(counts, -(-np.minimum(visible, limit) // size))
+    return counts + 1  # The first split of a window may begin within.
+
+
+def max_total_partials(max_seqs: int, max_seq_len: int, kv_tokens: int) -> int:
+    """Returns a bound of the sum of `partial_counts` over up to `max_seqs` sequences of up to
+    `max_seq_len` tokens that have `kv_tokens` together.
+
+    Sequences that share blocks may have more tokens together than the cache has.
+    """
+    mean = min(max_seq_len, kv_tokens / max_seqs)
+    # Splits against tokens lie below a concave line, so equal lengths need most; it goes through
+    # (limit, limit / size) of every class.
+    splits = min(mean / 64, mean / 192 + 32 / 3, mean / 384 + 64 / 3, mean / 512 + 32)
+    return min(max_seqs * split_partials(max_seq_len), int(max_seqs * (splits + 2)))
 
 
 @triton.jit

@@ -17,8 +17,8 @@ from octavo.kernels.facts import split_partials
 from octavo.kernels.inputs import AttentionBatch
 from octavo.kernels.planning import PlanLimits, PlannedGroup, StepRows
 from octavo.kernels.triton.attention.choose import SHORT_QUERIES
-from octavo.kernels.triton.attention.decode import max_total_partials, partial_counts
 from octavo.kernels.triton.attention.device_plan import DevicePlan
+from octavo.kernels.triton.attention.partials import max_total_partials, partial_counts
 from octavo.kernels.triton.attention.shared import MIN_BLOCKS, SharedPrefixPlan, plan_shared_prefix
 from octavo.kernels.triton.attention.splits import Tiling, tiling
 from octavo.step import Int32

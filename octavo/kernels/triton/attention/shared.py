@@ -19,16 +19,18 @@ from torch import Tensor
 
 from octavo.kernels.facts import split_partials
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
-from octavo.kernels.triton.attention.choose import fits_hopper, hopper, tiles_attention
-from octavo.kernels.triton.attention.decode import check_query, compute_dtype, decode_attention
+from octavo.kernels.triton.attention.choose import attended, fits_hopper, hopper, tiles_attention
+from octavo.kernels.triton.attention.decode import decode_attention
 from octavo.kernels.triton.attention.device_plan import SharedPrefix
 from octavo.kernels.triton.attention.partials import Partials, make_partials
+from octavo.kernels.triton.attention.planes import planes_of
 from octavo.kernels.triton.attention.scores import scores_of
 from octavo.kernels.triton.attention.splits import SPLIT_STEP, Tiling, split_size
-from octavo.kernels.triton.attention.tiles import attend_range, value_delta
+from octavo.kernels.triton.attention.tiles import attend_range
 from octavo.kernels.triton.launching.chip import cdiv, next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
+from octavo.kernels.triton.tiles.kv import both_planes
 
 MAX_SPLITS = 16
 """More leave too much to merge."""
@@ -209,7 +211,13 @@ def _children(rows: Sequence[np.ndarray], order: list[int], at: int) -> Iterator
 def _shared_kernel(
     q,
     key,
+    key_scale,
+    stride_key,
+    stride_key_scale,
     value,
+    value_scale,
+    stride_value,
+    stride_value_scale,
     partial_out,
     partial_lse,
     query_starts,
@@ -220,12 +228,13 @@ def _shared_kernel(
     shared_tokens,
     split_sizes,
     num_partials,
-    stride_block,
     stride_table,
     scale_log2,
     cap_log2,
     reach,
     H: tl.constexpr,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     P: tl.constexpr,
@@ -274,11 +283,15 @@ def _shared_kernel(
     heads = t * H + kv_head * GROUP + rows % PADDED_GROUP
     mask = live[:, None] & (offs_d < D)[None, :]
     q_tile = tl.load(q + heads[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+    keys, values = both_planes(
+        *(key, key_scale, stride_key, stride_key_scale),
+        *(value, value_scale, stride_value, stride_value_scale, KEY, VALUE),
+    )
     mean, lse = attend_range(
-        q_tile, position, key + kv_head * D, value + kv_head * D,
+        q_tile, position, kv_head, keys, values,
         block_table + leader * stride_table, start, end // BLOCK_N * BLOCK_N, end,
-        stride_block, K * D, scale_log2, cap_log2, reach,
-        D, P, DELTA, VISIBLE, HAS_CAP, BLOCK_N, BLOCK_D,
+        scale_log2, cap_log2, reach,
+        KEY, VALUE, K, D, P, DELTA, VISIBLE, HAS_CAP, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     place = heads * num_partials + tl.program_id(0)
     to = partial_out + place[:, None] * D + offs_d[None, :]
@@ -286,10 +299,15 @@ def _shared_kernel(
     tl.store(partial_lse + place, lse, mask=live)
 
 
-def shared_shape(rows: int, head_size: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Returns (BLOCK_M, BLOCK_N, num_warps, num_stages) for up to `rows` stacked query rows."""
+def shared_shape(
+    rows: int, head_size: int, dtype: torch.dtype, *, is_plain: bool = True
+) -> tuple[int, int, int, int]:
+    """Returns (BLOCK_M, BLOCK_N, num_warps, num_stages) for up to `rows` stacked query rows, over
+    keys and values that are plain numbers or not."""
     if dtype == torch.float32:
         return 32, 32, 4, 1
+    if not is_plain:
+        return (128 if rows > 64 and head_size <= 128 else 64), 64, 8, 2
     if head_size > 128:
         return 64, 64, 4, 2
     return (128, 64, 4, 3) if rows > 64 else (64, 64, 4, 3)
@@ -322,7 +340,7 @@ def shared_prefix_attention(
         tickets=tickets,
     )
     tiles_attention(q_THD, op, layer, batch, out)
-    return out.flatten(1)
+    return attended(out, layer)
 
 
 def _attend_shared(
@@ -336,20 +354,20 @@ def _attend_shared(
     if fits_hopper(q_THD, op, layer):
         hopper.shared_prefixes(q_THD, op, layer, batch, plan, partials)
         return
-    stride_block = check_query(q_THD, layer, batch)
+    planes = planes_of(q_THD, layer, batch)
     num_heads, head_size = q_THD.shape[1:]
-    block_size, num_kv_heads = layer.key.shape[1:3]
-    dtype = compute_dtype(q_THD, layer)
+    num_kv_heads, dtype = planes.num_heads, planes.dtype
     padded_group = next_power_of_2(num_heads // num_kv_heads)
     rows = plan.max_members * padded_group
-    block_m, block_n, num_warps, num_stages = shared_shape(rows, head_size, dtype)
+    block_m, block_n, num_warps, num_stages = shared_shape(
+        rows, head_size, dtype, is_plain=planes.is_plain
+    )
     block_m = max(block_m, padded_group)
     tiles = next_power_of_2(cdiv(rows, block_m))
     scores = scores_of(op, batch.seq_lens_S)
     _shared_kernel[(plan.max_splits, plan.num_groups * tiles, num_kv_heads)](
         q_THD.to(dtype),
-        layer.key,
-        layer.value,
+        *planes.arguments,
         partials.out,
         partials.lse,
         batch.query_starts,
@@ -360,14 +378,11 @@ def _attend_shared(
         plan.shared_tokens_S,
         plan.split_sizes,
         partials.num_partials,
-        stride_block,
         batch.block_table.stride(0),
         *(scores.scale_log2, scores.cap_log2, scores.reach),
         H=num_heads,
-        K=num_kv_heads,
-        D=head_size,
-        P=block_size,
-        DELTA=value_delta(layer),
+        **planes.constants,
+        DELTA=planes.value_delta,
         VISIBLE=scores.visible,
         HAS_CAP=scores.has_cap,
         TILES=tiles,

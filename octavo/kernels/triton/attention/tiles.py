@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
-from octavo.kernels.triton.attention.decode import check_query, compute_dtype
 from octavo.kernels.triton.attention.partials import Partials
+from octavo.kernels.triton.attention.planes import planes_of
 from octavo.kernels.triton.attention.scores import scores_of
 from octavo.kernels.triton.attention.short_chunks import (
     ShortPlan,
@@ -24,6 +24,13 @@ from octavo.kernels.triton.attention.short_chunks import (
 from octavo.kernels.triton.launching.chip import next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
+from octavo.kernels.triton.tiles.kv import (
+    add_values,
+    both_planes,
+    key_scores,
+    kv_tile,
+    plane_of_head,
+)
 from octavo.kernels.triton.tiles.softmax import capped, softmax_step, with_sinks
 from octavo.kernels.triton.tiles.visible import first_visible
 
@@ -35,20 +42,20 @@ def attend_tiles(
     total,
     q,
     position,
-    key,
-    value,
+    keys,
+    values,
     table_row,
     low,
     start,
     end,
-    stride_block,
-    stride_token,
     scale_log2,
     cap_log2,
     reach,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+    K: tl.constexpr,
     D: tl.constexpr,
     P: tl.constexpr,
-    DELTA: tl.constexpr,
     MASKED: tl.constexpr,
     VISIBLE: tl.constexpr,
     HAS_CAP: tl.constexpr,
@@ -59,34 +66,19 @@ def attend_tiles(
 
     Without MASKED every row sees the whole range, a multiple of BLOCK_N. Masked or not, the same
     operations run in the same order, and a tile a row sees nothing of leaves its bits alone.
-    DELTA: elements from a key to its value, where one address can serve both (0: it cannot).
     """
     offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    if DELTA > 0:
-        value = key + DELTA
     for tile in tl.range(start, end, BLOCK_N):
         n = tile + offs_n
+        live = n < end
         if MASKED:
-            live = (n < end) & (n >= low)
+            live = live & (n >= low)
             page = tl.load(table_row + n // P, mask=live, other=0).to(tl.int64)
         else:
             page = tl.load(table_row + n // P).to(tl.int64)
-        at = (page * stride_block + (n % P) * stride_token)[:, None] + offs_d[None, :]
-        if MASKED and D != BLOCK_D:
-            mask = live[:, None] & (offs_d < D)[None, :]
-            k = tl.load(key + at, mask=mask, other=0.0)
-            v = tl.load(value + at, mask=mask, other=0.0)
-        elif MASKED:
-            k = tl.load(key + at, mask=live[:, None], other=0.0)
-            v = tl.load(value + at, mask=live[:, None], other=0.0)
-        elif D != BLOCK_D:
-            k = tl.load(key + at, mask=(offs_d < D)[None, :], other=0.0)
-            v = tl.load(value + at, mask=(offs_d < D)[None, :], other=0.0)
-        else:
-            k = tl.load(key + at)
-            v = tl.load(value + at)
-        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+        k = kv_tile(keys, page, n % P, live, q.dtype, K * D, D, KEY, MASKED, BLOCK_D)
+        v = kv_tile(values, page, n % P, live, q.dtype, K * D, D, VALUE, MASKED, BLOCK_D)
+        s = key_scores(q, k, keys, page, n % P, live, K, KEY, MASKED)
         if HAS_CAP:
             s = capped(s, scale_log2, cap_log2)
         if MASKED:
@@ -95,7 +87,7 @@ def attend_tiles(
                 seen = seen & (n[None, :] >= first_visible(position, reach, VISIBLE)[:, None])
             s = tl.where(seen, s, -float("inf"))
         p, m, total, acc = softmax_step(s, m, total, acc, scale_log2)
-        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc, input_precision="ieee")
+        acc = add_values(acc, p, v, values, page, n % P, live, K, VALUE, MASKED)
     return acc, m, total
 
 
@@ -103,17 +95,19 @@ def attend_tiles(
 def attend_range(
     q,
     position,
-    key,
-    value,
+    kv_head,
+    keys,
+    values,
     table_row,
     start,
     middle,
     end,
-    stride_block,
-    stride_token,
     scale_log2,
     cap_log2,
     reach,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+    K: tl.constexpr,
     D: tl.constexpr,
     P: tl.constexpr,
     DELTA: tl.constexpr,
@@ -124,7 +118,11 @@ def attend_range(
 ):
     """Returns softmax(scale q k^T) v over positions [start, end) as [BLOCK_M, BLOCK_D] and its
     log2-sum-exp2: 0 and -inf where a row sees none. Every row sees all of [start, middle), but for
-    windows and chunks; both are multiples of BLOCK_N."""
+    windows and chunks; both are multiples of BLOCK_N. DELTA: numbers from a key to its value, where
+    one address can serve both (0: it cannot)."""
+    keys, values = plane_of_head(keys, kv_head, D, KEY), plane_of_head(values, kv_head, D, VALUE)
+    if DELTA > 0:
+        values = (keys[0] + DELTA, values[1], keys[2], values[3], values[4])
     m = tl.full([q.shape[0]], -float("inf"), tl.float32)
     total = tl.zeros([q.shape[0]], tl.float32)
     acc = tl.zeros([q.shape[0], BLOCK_D], tl.float32)
@@ -134,14 +132,14 @@ def attend_range(
         middle = tl.maximum(start, low // BLOCK_N * BLOCK_N)
     else:
         acc, m, total = attend_tiles(
-            acc, m, total, q, position, key, value, table_row, low, start, middle,
-            stride_block, stride_token, scale_log2, cap_log2, reach,
-            D, P, DELTA, False, VISIBLE, HAS_CAP, BLOCK_N, BLOCK_D,
+            acc, m, total, q, position, keys, values, table_row, low, start, middle,
+            scale_log2, cap_log2, reach,
+            KEY, VALUE, K, D, P, False, VISIBLE, HAS_CAP, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     acc, m, total = attend_tiles(
-        acc, m, total, q, position, key, value, table_row, low, middle, end,
-        stride_block, stride_token, scale_log2, cap_log2, reach,
-        D, P, DELTA, True, VISIBLE, HAS_CAP, BLOCK_N, BLOCK_D,
+        acc, m, total, q, position, keys, values, table_row, low, middle, end,
+        scale_log2, cap_log2, reach,
+        KEY, VALUE, K, D, P, True, VISIBLE, HAS_CAP, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     total = tl.where(total > 0, total, 1.0)
     return acc / total[:, None], m + tl.log2(total)
@@ -152,7 +150,13 @@ def attend_range(
 def _prefill_kernel(
     q,
     key,
+    key_scale,
+    stride_key,
+    stride_key_scale,
     value,
+    value_scale,
+    stride_value,
+    stride_value_scale,
     out,
     partial_out,
     partial_lse,
@@ -161,13 +165,14 @@ def _prefill_kernel(
     block_table,
     table,
     num_sequences,
-    stride_block,
     stride_table,
     scale_log2,
     cap_log2,
     reach,
     sinks,
     H: tl.constexpr,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     P: tl.constexpr,
@@ -187,7 +192,7 @@ def _prefill_kernel(
 
     A tile is BLOCK_M // PADDED_GROUP queries of one sequence times the GROUP = H // K heads of kv
     head `program 0`: row r is query r // PADDED_GROUP, head r % PADDED_GROUP. q, out [T, H, D];
-    key, value [B, P, K, D] with `stride_block`. Program 1 counts tiles from the last (the longest)
+    key, value [B, P, K, D], in their formats. Program 1 counts tiles from the last (the longest)
     to the first; sequence s owns those from query_starts[s] // queries + s on.
     Sequences with more than SHORT queries; IS_SPLIT: those with 2 to SHORT, and of their keys the
     `program 2`-th split of a plan (`ShortPlan.table`), to partial_out unless it is the only one.
@@ -226,11 +231,15 @@ def _prefill_kernel(
     mask = live[:, None] & (offs_d < D)[None, :]
     q_tile = tl.load(q + at, mask=mask, other=0.0)
     middle = tl.minimum(tl.maximum(computed + first_query + 1, start), end) // BLOCK_N * BLOCK_N
+    keys, values = both_planes(
+        *(key, key_scale, stride_key, stride_key_scale),
+        *(value, value_scale, stride_value, stride_value_scale, KEY, VALUE),
+    )
     mean, lse = attend_range(
-        q_tile, position, key + kv_head * D, value + kv_head * D,
+        q_tile, position, kv_head, keys, values,
         block_table + sequence.to(tl.int64) * stride_table, start, middle, end,
-        stride_block, K * D, scale_log2, cap_log2, reach,
-        D, P, DELTA, VISIBLE, HAS_CAP, BLOCK_N, BLOCK_D,
+        scale_log2, cap_log2, reach,
+        KEY, VALUE, K, D, P, DELTA, VISIBLE, HAS_CAP, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     whole = mean
     if HAS_SINKS:
@@ -247,21 +256,18 @@ def _prefill_kernel(
     tl.store(out + at, whole.to(out.dtype.element_ty), mask=mask)
 
 
-def prefill_shape(head_size: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Returns (BLOCK_M, BLOCK_N, num_warps, num_stages) of the tile kernel."""
+def prefill_shape(
+    head_size: int, dtype: torch.dtype, *, is_plain: bool = True
+) -> tuple[int, int, int, int]:
+    """Returns (BLOCK_M, BLOCK_N, num_warps, num_stages) of the tile kernel, over keys and values
+    that are plain numbers or not."""
+    if not is_plain and dtype != torch.float32:
+        return (128 if head_size <= 128 else 64), 64, 8, 2
     if dtype == torch.float32:
         return (32, 32, 4, 1) if head_size > 128 else (64, 32, 4, 2)
     if head_size <= 128:
         return 128, 64, 4, 3
     return 64, 64, 4, 2
-
-
-def value_delta(layer: KVLayer) -> int:
-    """Returns the elements from a key to its value where they are neighbours in the arena's page
-    (the values' alignment is then the keys'), else 0."""
-    page = layer.key[0].numel()
-    apart = layer.value.data_ptr() - layer.key.data_ptr()
-    return page if apart == page * layer.key.element_size() and page % 8 == 0 else 0
 
 
 def attend_in_tiles(
@@ -279,20 +285,20 @@ def attend_in_tiles(
 ) -> None:
     """Attends sequences among the first `num_tokens`: those with 2 to `short` queries by their plan
     (to `out` what is in one split, else to `partials`), or, without one, those with more."""
-    stride_block = check_query(q_THD, layer, batch)
+    planes = planes_of(q_THD, layer, batch)
     num_heads, head_size = q_THD.shape[1:]
-    block_size, num_kv_heads = layer.key.shape[1:3]
+    num_kv_heads, dtype = planes.num_heads, planes.dtype
     num_sequences = len(batch.seq_lens_S)
-    dtype = compute_dtype(q_THD, layer)
-    block_m, block_n, num_warps, num_stages = shape or prefill_shape(head_size, dtype)
+    block_m, block_n, num_warps, num_stages = shape or prefill_shape(
+        head_size, dtype, is_plain=planes.is_plain
+    )
     padded_group = next_power_of_2(num_heads // num_kv_heads)
     block_m = max(block_m, padded_group)
     tiles = num_tokens // (block_m // padded_group) + num_sequences
     scores = scores_of(op, batch.seq_lens_S)
     _prefill_kernel[(num_kv_heads, tiles, 1 if plan is None else plan.limits.splits)](
         q_THD.to(dtype),
-        layer.key,
-        layer.value,
+        *planes.arguments,
         out,
         partials.out,
         partials.lse,
@@ -301,14 +307,11 @@ def attend_in_tiles(
         batch.block_table,
         batch.seq_lens_S if plan is None else plan.table,
         num_sequences,
-        stride_block,
         batch.block_table.stride(0),
         *scores.arguments,
         H=num_heads,
-        K=num_kv_heads,
-        D=head_size,
-        P=block_size,
-        DELTA=value_delta(layer),
+        **planes.constants,
+        DELTA=planes.value_delta,
         **scores.constants,
         IS_SPLIT=plan is not None,
         SHORT=short,

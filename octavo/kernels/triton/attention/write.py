@@ -12,9 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
+from octavo.kernels.triton.attention.planes import planes_of
 from octavo.kernels.triton.launching.chip import cdiv, next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
+from octavo.kernels.triton.tiles.kv import both_planes
+from octavo.kernels.triton.tiles.kv_write import mixed, store_vectors
 
 HEADS_PER_PROGRAM = 8
 
@@ -57,25 +60,29 @@ def rope_of_kv_head(
     kv_head,
     position,
     slot,
-    key,
-    value,
-    stride_block,
+    keys,
+    values,
     cos,
     sin,
     query_weight,
     key_weight,
     eps,
+    given_key,
+    given_value,
     H: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     P: tl.constexpr,
     HALF: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+    HAS_GIVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Returns the queries [BLOCK_M, BLOCK_D] of one kv head, whose k and v go to `slot`, unless it
-    is negative: this program's threads can load them then."""
+    """Returns the queries [BLOCK_M, BLOCK_D] of one kv head, `mixed` as keys are; its k and v go to
+    `slot`, unless it is negative: this program's threads can load them then."""
     rows = tl.arange(0, BLOCK_M)
     is_head = rows < H // K
     q = rotated_heads(
@@ -88,12 +95,32 @@ def rope_of_kv_head(
             *(row, H + kv_head + one, one == 0, key_weight, position, cos, sin, eps),
             *(D, HALF, HAS_NORM, BLOCK_D),
         )
-        v = tl.load(row + (H + K + kv_head) * D + d, mask=d < D, other=0.0)
-        at = (slot // P).to(tl.int64) * stride_block + (slot % P) * (K * D) + kv_head * D + d
-        tl.store(key + at[None, :], k.to(key.dtype.element_ty), mask=(d < D)[None, :])
-        tl.store(value + at, v.to(value.dtype.element_ty), mask=d < D)
+        at = row + (H + K + kv_head + one)[:, None] * D + d[None, :]
+        v = tl.load(at, mask=(d < D)[None, :], other=0.0).to(tl.float32)
+        here = (slot, kv_head + one, one == 0)
+        store_heads(keys, *here, mixed(k, D, KEY), given_key, K, D, P, KEY, HAS_GIVEN)
+        store_heads(values, *here, mixed(v, D, VALUE), given_value, K, D, P, VALUE, HAS_GIVEN)
     tl.debug_barrier()
-    return q.to(row.dtype.element_ty)
+    return mixed(q, D, KEY).to(row.dtype.element_ty)
+
+
+@triton.jit
+def store_heads(
+    plane, slot, heads, mask, x, given, K: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
+    FORMAT: tl.constexpr, HAS_GIVEN: tl.constexpr,
+):  # fmt: skip
+    """Stores x [R, BLOCK_D] float32, `mixed`, as what `heads` [R] of the token at `slot` keep;
+    `given` [K] are scales of its heads, with HAS_GIVEN."""
+    numbers, scales, stride, stride_scales, _ = plane
+    page, inside = (slot // P).to(tl.int64), slot % P
+    WIDTH: tl.constexpr = D // 2 if FORMAT == "int4" else D
+    SCALES: tl.constexpr = D // 32 if FORMAT == "int4" else 1
+    row = page * stride + inside * (K * WIDTH) + heads * WIDTH
+    scale_row = page * stride_scales + (inside * K + heads) * SCALES
+    scale = tl.zeros(heads.shape, tl.float32)
+    if HAS_GIVEN:
+        scale = tl.load(given + heads, mask=mask, other=1.0)
+    store_vectors(numbers, row, scales, scale_row, x, mask, scale, D, FORMAT, HAS_GIVEN)
 
 
 @launchable
@@ -102,8 +129,13 @@ def _rope_and_cache_kernel(
     qkv,
     q_out,
     key,
+    key_scale,
+    stride_key,
+    stride_key_scale,
     value,
-    stride_block,
+    value_scale,
+    stride_value,
+    stride_value_scale,
     positions,
     slots,
     cos,
@@ -111,12 +143,17 @@ def _rope_and_cache_kernel(
     query_weight,
     key_weight,
     eps,
+    given_key,
+    given_value,
     H: tl.constexpr,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     P: tl.constexpr,
     HALF: tl.constexpr,
     NORM: tl.constexpr,
+    HAS_GIVEN: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -130,9 +167,10 @@ def _rope_and_cache_kernel(
         out[i]  = x'[i] cos[i - HALF] + x'[i - HALF] sin[i - HALF] i in [HALF, 2 HALF)
         out[i]  = x'[i]                                            beyond
 
-    qkv [T, (H + 2 K) D]; q_out [T, H, D]; key, value [B, P, K, D] with `stride_block`; cos, sin
-    [positions, HALF] float32. NORM 1: mean over a head, weights [D]; NORM 2: over the whole
-    projection, weights [H D] and [K D]. A slot < 0 is written nowhere.
+    qkv [T, (H + 2 K) D]; q_out [T, H, D]; key, value [B, P, K, D], in their formats, queries and
+    keys `mixed` as that of keys wants; cos, sin [positions, HALF] float32. NORM 1: mean over a
+    head, weights [D]; NORM 2: over the whole projection, weights [H D] and [K D]. A slot < 0 is
+    written nowhere.
     """
     wait_turn(OVERLAP)
     t = tl.program_id(0).to(tl.int64)
@@ -152,9 +190,9 @@ def _rope_and_cache_kernel(
         whole_q = tl.load(row + i, mask=i < H * D, other=0.0).to(tl.float32)
         j = tl.arange(0, BLOCK_K)
         whole_k = tl.load(row + H * D + j, mask=j < K * D, other=0.0).to(tl.float32)
-        query_scale = tl.rsqrt(tl.sum(whole_q * whole_q, axis=0) / (H * D) + eps)
-        key_scale = tl.rsqrt(tl.sum(whole_k * whole_k, axis=0) / (K * D) + eps)
-        scale = tl.where(is_query, query_scale, key_scale)
+        of_query = tl.rsqrt(tl.sum(whole_q * whole_q, axis=0) / (H * D) + eps)
+        of_key = tl.rsqrt(tl.sum(whole_k * whole_k, axis=0) / (K * D) + eps)
+        scale = tl.where(is_query, of_query, of_key)
     if NORM > 0:
         at = tl.zeros([BLOCK_H], tl.int32)
         if NORM == 2:
@@ -177,32 +215,27 @@ def _rope_and_cache_kernel(
     s = tl.load(sin + position * HALF + angle, mask=turned, other=0.0)
     s = tl.where(d < HALF, -s, s)
     rotated = x * c[None, :] + y * s[None, :]
+    rotated = mixed(rotated, D, KEY)
     q_at = (t * H + heads[:, None]) * D + d[None, :]
     tl.store(q_out + q_at, rotated.to(q_out.dtype.element_ty), mask=is_query[:, None] & here)
     slot = tl.load(slots + t).to(tl.int64)
-    written = here & (slot >= 0)
-    kv_at = (slot // P) * stride_block + (slot % P) * (K * D) + d[None, :]
-    k_head = (heads - H)[:, None] * D
-    k_mask = is_key[:, None] & written
-    tl.store(key + kv_at + k_head, rotated.to(key.dtype.element_ty), mask=k_mask)
-    v_head = (heads - H - K)[:, None] * D
-    v_mask = (heads >= H + K)[:, None] & written
-    tl.store(value + kv_at + v_head, x.to(value.dtype.element_ty), mask=v_mask)
+    is_written = slot >= 0
+    keys, values = both_planes(
+        *(key, key_scale, stride_key, stride_key_scale),
+        *(value, value_scale, stride_value, stride_value_scale, KEY, VALUE),
+    )
+    store_heads(
+        keys, slot, heads - H, is_key & is_written, rotated, given_key, K, D, P, KEY, HAS_GIVEN
+    )
+    is_value = (heads >= H + K) & (heads < H + 2 * K) & is_written
+    x = mixed(x, D, VALUE)
+    store_heads(values, slot, heads - H - K, is_value, x, given_value, K, D, P, VALUE, HAS_GIVEN)
 
 
-def kv_strides(layer: KVLayer) -> int:
-    """Returns the elements between blocks, after checking that pages are [P, K, D] contiguous."""
-    _, block_size, num_kv_heads, head_size = layer.key.shape
-    inner = (num_kv_heads * head_size, head_size, 1)
-    for name, pages in (("key", layer.key), ("value", layer.value)):
-        if pages.shape != layer.key.shape or pages.stride()[1:] != inner:
-            raise ValueError(
-                f"{name} pages must be views [B, {block_size}, {num_kv_heads}, {head_size}] with "
-                f"contiguous pages, got shape {tuple(pages.shape)}, strides {pages.stride()}"
-            )
-    if layer.key.stride(0) != layer.value.stride(0) or layer.key.dtype != layer.value.dtype:
-        raise ValueError("keys and values must lie in one arena and have one dtype")
-    return layer.key.stride(0)
+def given_scales(op: AttentionOp, unused: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the scales that a checkpoint brings for keys and for values, float32 [K] each."""
+    given = op.kv_scales
+    return (unused, unused) if given is None else (given.key_K, given.value_K)
 
 
 def rotation_arguments(op: AttentionOp, unused: Tensor) -> tuple[Tensor | float, ...]:
@@ -223,12 +256,12 @@ def rotation_arguments(op: AttentionOp, unused: Tensor) -> tuple[Tensor | float,
 def rope_and_cache(
     qkv_TN: Tensor, op: AttentionOp, layer: KVLayer, batch: AttentionBatch
 ) -> Tensor:
-    """Returns q_THD (dtype of qkv, contiguous), normed and rotated; writes k and v to the cache.
+    """Returns q_THD (dtype of qkv, contiguous), normed, rotated and mixed as keys are; writes k and
+    v to the cache.
 
     A token whose slot is negative (padding of a captured graph) writes nothing.
     """
-    stride_block = kv_strides(layer)
-    _, block_size, num_kv_heads, head_size = layer.key.shape
+    head_size, num_kv_heads = op.head_size, op.num_kv_heads
     num_heads, (num_tokens, columns) = op.num_heads, qkv_TN.shape
     total_heads = num_heads + 2 * num_kv_heads
     if columns != total_heads * head_size or not qkv_TN.is_contiguous():
@@ -238,24 +271,23 @@ def rope_and_cache(
     q_THD = torch.empty(num_tokens, num_heads, head_size, dtype=qkv_TN.dtype, device=qkv_TN.device)
     if num_tokens == 0:
         return q_THD
+    planes = planes_of(q_THD, layer, batch)
     norm = 0 if op.qk_norm is None else (1 if op.qk_norm.per_head else 2)
     # Decode: a program per few heads spreads one token over the chip.
     block_h = HEADS_PER_PROGRAM
     _rope_and_cache_kernel[(num_tokens, cdiv(total_heads, block_h))](
         qkv_TN,
         q_THD,
-        layer.key,
-        layer.value,
-        stride_block,
+        *planes.arguments,
         batch.positions_T,
         batch.slot_mapping_T,
         *rotation_arguments(op, batch.positions_T),
+        *given_scales(op, batch.positions_T),
         H=num_heads,
-        K=num_kv_heads,
-        D=head_size,
-        P=block_size,
+        **planes.constants,
         HALF=0 if op.rope is None else op.rope.rotary_dim // 2,
         NORM=norm,
+        HAS_GIVEN=op.kv_scales is not None,
         BLOCK_H=block_h,
         BLOCK_D=next_power_of_2(head_size),
         BLOCK_Q=next_power_of_2(num_heads * head_size),

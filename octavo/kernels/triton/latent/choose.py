@@ -29,10 +29,12 @@ from octavo.kernels.triton.attention.short_chunks import (
 from octavo.kernels.triton.attention.splits import Tiling
 from octavo.kernels.triton.latent.decode import latent_decode
 from octavo.kernels.triton.latent.expand import expanded_attention
+from octavo.kernels.triton.latent.pages import LatentPlane, latent_plane
 from octavo.kernels.triton.latent.shared import shared_latents
 from octavo.kernels.triton.latent.tiles import ABSORBED_ROWS, absorbed_chunks, stack_of
 from octavo.kernels.triton.latent.write import head_product, write_latents
 from octavo.kernels.triton.launching.chip import num_processors
+from octavo.kernels.triton.small.mixing import mix_rows
 from octavo.step import MAX_PADDED_TOKENS
 from octavo.visibility import Full
 
@@ -69,13 +71,13 @@ def latent_attention(
     tickets: Tensor,
 ) -> Tensor:
     """Returns [T, H * value]; see `Ops.latent_attention`."""
-    pages_BPC, weights = layer.planes["latent"], op.weights
+    plane, weights = latent_plane(layer, op.rank, op.rope_size), op.weights
     assert isinstance(weights, LatentViews)
     num_tokens, plan = len(q_TN), plan_of(batch)
     q_THD = q_TN.unflatten(1, (op.num_heads, -1))
     q_THC = q_TN.new_empty(num_tokens, op.num_heads, op.num_columns)
     write_latents(
-        *(q_THD, latent_TC, pages_BPC, op.norm_R, op.norm_eps, op.rope),
+        *(q_THD, latent_TC, plane, op.norm_R, op.norm_eps, op.rope),
         *(batch.positions_T, batch.slot_mapping_T, q_THC),
         is_interleaved=False,
     )
@@ -93,16 +95,20 @@ def latent_attention(
             **product,
         )
         out_THR = q_TN.new_empty(absorbed.stop, op.num_heads, op.rank)
+        if plane.is_mixed:
+            mix_rows(q_THC[absorbed, :, : op.rank])
         if is_deterministic:
-            _every_row_as_decode(q_THC, op, pages_BPC, batch, out_THR, tickets)
+            _every_row_as_decode(q_THC, op, plane, batch, out_THR, tickets)
         else:
             short = SHORT_QUERIES if is_expanded else ALL_QUERIES
-            _absorbed(q_THC, op, pages_BPC, batch, out_THR, short, tickets)
+            _absorbed(q_THC, op, plane, batch, out_THR, short, tickets)
+        if plane.is_mixed:
+            mix_rows(out_THR)
         head_product(out_THR, weights.values_HVR.transpose(1, 2), out_THV[absorbed], **product)
     if is_expanded and plan.max_query_len != 1:
         whole_THD = torch.cat((q_THD[..., : op.nope_size], q_THC[..., op.rank :]), dim=2)
         expanded_attention(
-            *(whole_THD, weights.both_NR, op, pages_BPC, batch, out_THV), short=SHORT_QUERIES
+            *(whole_THD, weights.both_NR, op, plane, batch, out_THV), short=SHORT_QUERIES
         )
     return out_THV.flatten(1)
 
@@ -115,7 +121,7 @@ def latent_tiling(num_heads: int, device: torch.device) -> Tiling:
 def _absorbed(
     q_THC: Tensor,
     op: LatentOp,
-    pages_BPC: Tensor,
+    plane: LatentPlane,
     batch: AttentionBatch,
     out_THR: Tensor,
     short: int,
@@ -123,8 +129,8 @@ def _absorbed(
 ) -> None:
     """Writes the rows of `out` whose sequences have up to `short` queries."""
     q_THC = q_THC[: len(out_THR)]
-    asked = (q_THC, pages_BPC, batch, op.scale, op.rank)
-    bound = batch.block_table.shape[1] * pages_BPC.shape[1]
+    asked = (q_THC, plane, batch, op.scale)
+    bound = batch.block_table.shape[1] * plane.block_size
     step, prefix = plan_of(batch), plan_of(batch).prefix
     bound = bound if step.max_seq_len is None else min(step.max_seq_len, bound)
     if prefix is not None:
@@ -158,7 +164,7 @@ def _absorbed(
 def _every_row_as_decode(
     q_THC: Tensor,
     op: LatentOp,
-    pages_BPC: Tensor,
+    plane: LatentPlane,
     batch: AttentionBatch,
     out_THR: Tensor,
     tickets: Tensor,
@@ -177,8 +183,8 @@ def _every_row_as_decode(
             block_table=batch.block_table,
         )
         latent_decode(
-            *(q_THC[rows], pages_BPC, part, op.scale, op.rank, out_THR[rows]),
-            max_seq_len=batch.block_table.shape[1] * pages_BPC.shape[1],
+            *(q_THC[rows], plane, part, op.scale, out_THR[rows]),
+            max_seq_len=batch.block_table.shape[1] * plane.block_size,
             token_sequences=sequences[rows],
             tickets=tickets,
             is_invariant=True,

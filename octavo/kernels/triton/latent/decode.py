@@ -14,7 +14,7 @@ from torch import Tensor
 
 from octavo.kernels.facts import split_partials
 from octavo.kernels.inputs import AttentionBatch
-from octavo.kernels.triton.attention.decode import MERGE_ROWS, splits_of
+from octavo.kernels.triton.attention.decode import MERGE_ROWS
 from octavo.kernels.triton.attention.device_plan import plan_of
 from octavo.kernels.triton.attention.partials import (
     Partials,
@@ -22,12 +22,19 @@ from octavo.kernels.triton.attention.partials import (
     merge_kv_head,
     partials_of,
 )
+from octavo.kernels.triton.attention.rows import (
+    row_of_program,
+    run_of_program,
+    splits_of,
+    store_split,
+)
 from octavo.kernels.triton.attention.scores import LOG2_E
-from octavo.kernels.triton.latent.pages import block_stride, load_pages
+from octavo.kernels.triton.latent.pages import LatentPlane, latent_scores, latent_tile
 from octavo.kernels.triton.launching.chip import next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import announce, launch_options, wait_turn
 from octavo.kernels.triton.launching.tickets import is_last, make_tickets
+from octavo.kernels.triton.tiles.kv import add_values
 from octavo.kernels.triton.tiles.softmax import softmax_step
 
 TARGET_PROGRAMS = 132
@@ -52,13 +59,16 @@ def _latent_decode_kernel(
     tickets,
     q,
     pages,
+    scales,
+    stride_block,
+    stride_scales,
     token_sequences,
     block_table,
-    stride_block,
     stride_table,
     scale_log2,
     H: tl.constexpr,
     GROUPS: tl.constexpr,
+    FORMAT: tl.constexpr,
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
     P: tl.constexpr,
@@ -83,17 +93,11 @@ def _latent_decode_kernel(
     GROUP: tl.constexpr = H // GROUPS
     wait_turn(OVERLAP)
     announce(OVERLAP)
-    if BY_TOKEN:
-        t = tl.program_id(1).to(tl.int64)
-        sequence = tl.load(token_sequences + t).to(tl.int64)
-        length = tl.load(positions + t) + 1
-    else:
-        sequence = tl.program_id(1).to(tl.int64)
-        t = tl.load(query_starts + sequence).to(tl.int64)
-        beyond = tl.load(query_starts + sequence + 1)
-        length = tl.load(seq_lens + sequence)
-        if beyond - t != 1:
-            return
+    t, sequence, length, num_queries = row_of_program(
+        query_starts, seq_lens, positions, token_sequences, BY_TOKEN
+    )
+    if num_queries != 1:
+        return
     low = length * 0
     before = length * 0
     if HAS_SHARED:
@@ -110,12 +114,9 @@ def _latent_decode_kernel(
     out_at = out + heads[:, None] * RANK + offs_r[None, :]
     if (count <= 0) & (before == 0) & (tl.program_id(2) == 0):
         tl.store(out_at, tl.zeros([BLOCK_M, BLOCK_R], out.dtype.element_ty), mask=row_mask)
-    share = tl.maximum(tl.cdiv(count, tl.num_programs(2)), 1)
-    num_busy = tl.maximum(tl.cdiv(count, share), 1)
+    begin, stop, num_busy = run_of_program(count)
     if tl.program_id(2) >= num_busy:
         return
-    begin = tl.program_id(2) * share
-    stop = tl.minimum(begin + share, count)
     row = sequence if PACKED else t
     firsts = partials_of(row, partial_starts, num_partials, group * GROUP + rows, H, PACKED)
     q_at = q + heads[:, None] * (RANK + ROPE)
@@ -123,6 +124,7 @@ def _latent_decode_kernel(
     mask_e = is_head[:, None] & (offs_e < ROPE)[None, :]
     q_rope = tl.load(q_at + RANK + offs_e[None, :], mask=mask_e, other=0.0)
     table_row = block_table + sequence * stride_table
+    plane = (pages, scales, stride_block, stride_scales, 0)
     start = tl.maximum(origin + begin * size, low // BLOCK_N * BLOCK_N)
     end = tl.minimum(origin + stop * size, length)
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
@@ -131,23 +133,24 @@ def _latent_decode_kernel(
     for tile in tl.range(start, end, BLOCK_N):
         n = tile + tl.arange(0, BLOCK_N)
         live = (n < end) & (n >= low)
-        c, r = load_pages(pages, table_row, n, live, stride_block, RANK, ROPE, P, BLOCK_R, BLOCK_E)
-        s = tl.dot(q_rank, tl.trans(c.to(q_rank.dtype)), input_precision="ieee")
-        s = tl.dot(q_rope, tl.trans(r.to(q_rope.dtype)), s, input_precision="ieee")
+        page = tl.load(table_row + n // P, mask=live, other=0).to(tl.int64)
+        c, r = latent_tile(
+            plane, page, n % P, live, q_rank.dtype, RANK, ROPE, FORMAT, BLOCK_R, BLOCK_E
+        )
+        s = latent_scores(q_rank, q_rope, c, r, plane, page, n % P, live, FORMAT)
         s = tl.where(live[None, :], s, -float("inf"))
         p, m, total, acc = softmax_step(s, m, total, acc, scale_log2)
-        acc = tl.dot(p.to(q_rank.dtype), c.to(q_rank.dtype), acc, input_precision="ieee")
+        acc = add_values(acc, p, c, plane, page, n % P, live, 2, FORMAT, True)
         done = tile + BLOCK_N >= end
         if FIXED:
             done = done | (((tile + BLOCK_N) & (size - 1)) == 0)
         if done:
-            mean = acc / total[:, None]
-            if (count == 1) & (before == 0):
-                tl.store(out_at, mean.to(out.dtype.element_ty), mask=row_mask)
-            else:
-                to = firsts + before + (tile - origin) // size
-                tl.store(partial_out + to[:, None] * RANK + offs_r[None, :], mean, mask=row_mask)
-                tl.store(partial_lse + to, m + tl.log2(total), mask=is_head)
+            store_split(
+                *(acc / total[:, None], m + tl.log2(total), (count == 1) & (before == 0)),
+                *(out_at, row_mask, partial_out, partial_lse),
+                *(firsts + before + (tile - origin) // size, is_head),
+                *(tickets, RANK, False),
+            )
         m = tl.where(done, -float("inf"), m)
         total = tl.where(done, 0.0, total)
         acc = tl.where(done, 0.0, acc)
@@ -156,18 +159,8 @@ def _latent_decode_kernel(
     if is_last(tickets + tl.program_id(1) * GROUPS + group, num_busy):
         merge_kv_head(
             *(out, partial_out, partial_lse, row, t, group, partial_starts, num_partials),
-            *(
-                before + count,
-                tickets,
-                H,
-                GROUPS,
-                RANK,
-                False,
-                PACKED,
-                MERGE_M,
-                MERGE_ROWS,
-                BLOCK_R,
-            ),
+            *(before + count, tickets, H, GROUPS, RANK, False, PACKED),
+            *(MERGE_M, MERGE_ROWS, BLOCK_R),
         )
 
 
@@ -178,10 +171,9 @@ def latent_decode_shape(dtype: torch.dtype) -> tuple[int, int, int]:
 
 def latent_decode(
     q_THC: Tensor,
-    pages_BPC: Tensor,
+    plane: LatentPlane,
     batch: AttentionBatch,
     scale: float,
-    rank: int,
     out_THR: Tensor,
     *,
     max_seq_len: int,
@@ -195,14 +187,14 @@ def latent_decode(
     """Writes the rows of `out` [T, H, rank] that belong to sequences with one query: the weighted
     sums of their latent vectors.
 
-    q [T, H, C] are absorbed queries, then rotated ones; pages [B, P, C], C = rank + rotated
-    columns. All else as `decode_attention` takes it.
+    q [T, H, C] are absorbed queries, then rotated ones, C = rank + rotated columns, in the basis of
+    what the plane keeps. All else as `decode_attention` takes it.
     """
-    stride_block = block_stride(pages_BPC)
     num_tokens, num_heads, columns = q_THC.shape
+    rank = plane.rank
     assert q_THC.is_contiguous()
     assert out_THR.shape == (num_tokens, num_heads, rank)
-    assert columns == pages_BPC.shape[2], (columns, pages_BPC.shape)
+    assert columns == rank + plane.rope_size, (columns, plane.rank, plane.rope_size)
     rows = len(batch.seq_lens_S) if token_sequences is None else num_tokens
     if rows == 0 or num_tokens == 0:
         return
@@ -213,7 +205,7 @@ def latent_decode(
         partials = make_partials(out_THR, most, plan.partial_starts_S, plan.max_partials)
     if tickets is None:
         tickets = make_tickets(q_THC.device)
-    dtype = q_THC.dtype if q_THC.dtype == pages_BPC.dtype else torch.float32
+    dtype = plane.dtype_with(q_THC)
     groups = -(-num_heads // MOST_HEADS)
     while num_heads % groups:
         groups += 1
@@ -233,17 +225,14 @@ def latent_decode(
         partials.num_partials,
         tickets,
         q_THC.to(dtype),
-        pages_BPC,
+        *plane.arguments,
         unused if token_sequences is None else token_sequences,
         batch.block_table,
-        stride_block,
         batch.block_table.stride(0),
         scale * LOG2_E,
         H=num_heads,
         GROUPS=groups,
-        RANK=rank,
-        ROPE=columns - rank,
-        P=pages_BPC.shape[1],
+        **plane.constants,
         BY_TOKEN=token_sequences is not None,
         HAS_SHARED=shared is not None,
         PACKED=partials.starts is not None,
@@ -253,7 +242,6 @@ def latent_decode(
         BLOCK_M=max(16, next_power_of_2(group)),
         BLOCK_N=block_n,
         BLOCK_R=max(16, next_power_of_2(rank)),
-        BLOCK_E=max(16, next_power_of_2(columns - rank)),
         num_warps=num_warps,
         num_stages=num_stages,
         **launch_options(q_THC.device),

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from octavo.kernels.inputs import AttentionBatch, LatentOp
 from octavo.kernels.triton.attention.device_plan import plan_of
+from octavo.kernels.triton.latent.pages import LatentPlane
 from octavo.kernels.triton.latent.tiles import expanded_chunks
+from octavo.kernels.triton.latent.unpack import unpacked_latents
 from octavo.kernels.triton.launching.chip import cdiv
 
 EXPANDED_TOKENS = 16384
@@ -26,7 +28,7 @@ def expanded_attention(
     q_THD: Tensor,
     both_NR: Tensor,
     op: LatentOp,
-    pages_BPC: Tensor,
+    plane: LatentPlane,
     batch: AttentionBatch,
     out_THV: Tensor,
     *,
@@ -34,14 +36,15 @@ def expanded_attention(
 ) -> None:
     """Writes the rows of `out` whose sequences have more than `short` queries.
 
-    q [T, H, nope + rope], rotated; both [H * (nope + value), rank] makes keys and values.
+    q [T, H, nope + rope], rotated, and mixed as the plane's rotated columns are; both
+    [H * (nope + value), rank] makes keys and values.
     """
     num_tokens, num_heads, _ = q_THD.shape
     num_sequences = len(batch.seq_lens_S)
     most = min(num_sequences, num_tokens // (short + 1))
     if most == 0:
         return
-    capacity = batch.block_table.shape[1] * pages_BPC.shape[1]
+    capacity = batch.block_table.shape[1] * plane.block_size
     bound = plan_of(batch).max_seq_len
     longest = capacity if bound is None else min(bound, capacity)
     size = max(STEP, min(EXPANDED_TOKENS // most // STEP, cdiv(longest, STEP)) * STEP)
@@ -49,15 +52,15 @@ def expanded_attention(
     order_S = is_long_S.cumsum(0, dtype=torch.int32)
     starts_S = (order_S - 1).clamp_(min=0) * size
     places = torch.arange(1, most + 1, dtype=torch.int32, device=q_THD.device)
-    which = torch.searchsorted(order_S, places).clamp_(max=num_sequences - 1)
+    which = torch.searchsorted(order_S, places, out_int32=True).clamp_(max=num_sequences - 1)
     lse_TH = torch.empty(num_tokens, num_heads, device=q_THD.device)
     for first in range(0, longest, size):
-        latents_NR = _latents(pages_BPC, batch, which, first, size)[:, : op.rank]
-        both_NHD = (latents_NR.to(both_NR.dtype) @ both_NR.T).unflatten(1, (num_heads, -1))
+        latents_NC = _latents(plane, batch, which, first, size, both_NR.dtype)
+        both_NHD = (latents_NC[:, : op.rank] @ both_NR.T).unflatten(1, (num_heads, -1))
         keys, values = both_NHD[..., : op.nope_size], both_NHD[..., op.nope_size :]
         target, lse = (out_THV, lse_TH) if first == 0 else (out_THV.clone(), lse_TH.clone())
         expanded_chunks(
-            *(q_THD, pages_BPC, keys, values, starts_S, batch, op.scale, op.rank),
+            *(q_THD, plane, keys, values, latents_NC[:, op.rank :], starts_S, batch, op.scale),
             *(target, lse, (first, first + size)),
             short=short,
         )
@@ -66,17 +69,24 @@ def expanded_attention(
 
 
 def _latents(
-    pages_BPC: Tensor, batch: AttentionBatch, which: Tensor, first: int, size: int
+    plane: LatentPlane,
+    batch: AttentionBatch,
+    which: Tensor,
+    first: int,
+    size: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Returns what tokens first .. first + size of the named sequences keep, one sequence after the
-    other; of positions behind their ends anything."""
-    block_size = pages_BPC.shape[1]
+    other, in `dtype`; of positions behind their ends anything."""
+    if not plane.is_plain:
+        return unpacked_latents(plane, batch, which, first, size, dtype)
+    pages_BPC, block_size = plane.numbers, plane.block_size
     positions = torch.arange(first, first + size, device=pages_BPC.device)
     columns = (positions // block_size).clamp_(max=batch.block_table.shape[1] - 1)
     blocks = batch.block_table[which][:, columns]
     is_there = positions < batch.seq_lens_S[which].unsqueeze(1)
     blocks = blocks.where(is_there, 0).long()
-    return pages_BPC[blocks, positions % block_size].flatten(0, 1)
+    return pages_BPC[blocks, positions % block_size].flatten(0, 1).to(dtype)
 
 
 def _long_rows(batch: AttentionBatch, is_long_S: Tensor, num_tokens: int) -> Tensor:

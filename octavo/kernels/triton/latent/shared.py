@@ -6,7 +6,6 @@ private tails are latent/decode.py's, which merges both.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,11 +14,10 @@ from octavo.kernels.inputs import AttentionBatch
 from octavo.kernels.triton.attention.device_plan import SharedPrefix
 from octavo.kernels.triton.attention.partials import Partials
 from octavo.kernels.triton.attention.scores import LOG2_E
-from octavo.kernels.triton.latent.pages import block_stride
+from octavo.kernels.triton.latent.pages import LatentPlane
 from octavo.kernels.triton.latent.tiles import (
     absorbed_shape,
     attend_latent,
-    page_constants,
     stack_of,
 )
 from octavo.kernels.triton.launching.chip import cdiv, next_power_of_2
@@ -32,6 +30,9 @@ from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
 def _latent_shared_kernel(
     q,
     pages,
+    scales,
+    stride_block,
+    stride_scales,
     partial_out,
     partial_lse,
     query_starts,
@@ -41,11 +42,11 @@ def _latent_shared_kernel(
     shared_tokens,
     split_sizes,
     num_partials,
-    stride_block,
     stride_table,
     scale_log2,
     H: tl.constexpr,
     STACK: tl.constexpr,
+    FORMAT: tl.constexpr,
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
     P: tl.constexpr,
@@ -86,6 +87,7 @@ def _latent_shared_kernel(
     q_tile = tl.load(q_at + offs_d[None, :], mask=mask, other=0.0)
     mask_e = live[:, None] & (offs_e < ROPE)[None, :]
     q_rope = tl.load(q_at + RANK + offs_e[None, :], mask=mask_e, other=0.0)
+    plane = (pages, scales, stride_block, stride_scales, 0)
     table_row = block_table + leader * stride_table
     middle = end // BLOCK_N * BLOCK_N  # Splits begin at multiples of BLOCK_N.
     position = rows * 0 + end
@@ -93,13 +95,13 @@ def _latent_shared_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     acc, m, total = attend_latent(
-        acc, m, total, q_tile, q_rope, position, pages, table_row, pages, pages, start, middle,
-        stride_block, 0, scale_log2, RANK, ROPE, RANK, RANK, P, True, False,
+        acc, m, total, q_tile, q_rope, position, plane, table_row, pages, pages, pages,
+        start, middle, 0, 0, scale_log2, FORMAT, RANK, ROPE, RANK, RANK, P, True, False,
         BLOCK_N, BLOCK_D, BLOCK_D, BLOCK_E,
     )  # fmt: skip
     acc, m, total = attend_latent(
-        acc, m, total, q_tile, q_rope, position, pages, table_row, pages, pages, middle, end,
-        stride_block, 0, scale_log2, RANK, ROPE, RANK, RANK, P, True, True,
+        acc, m, total, q_tile, q_rope, position, plane, table_row, pages, pages, pages,
+        middle, end, 0, 0, scale_log2, FORMAT, RANK, ROPE, RANK, RANK, P, True, True,
         BLOCK_N, BLOCK_D, BLOCK_D, BLOCK_E,
     )  # fmt: skip
     place = heads * num_partials + tl.program_id(0)
@@ -110,32 +112,32 @@ def _latent_shared_kernel(
 
 def shared_latents(
     q_THC: Tensor,
-    pages_BPC: Tensor,
+    plane: LatentPlane,
     batch: AttentionBatch,
     scale: float,
-    rank: int,
     plan: SharedPrefix,
     partials: Partials,
 ) -> None:
     """Writes to `partials` [T, H, partials, rank] what members of groups see of shared tokens."""
-    num_heads = q_THC.shape[1]
-    dtype = q_THC.dtype if q_THC.dtype == pages_BPC.dtype else torch.float32
+    assert q_THC.is_contiguous()
+    num_heads, dtype = q_THC.shape[1], plane.dtype_with(q_THC)
     block_m, block_n, num_warps, num_stages = absorbed_shape(dtype)
     stack = stack_of(num_heads, block_m)
     tiles = next_power_of_2(cdiv(plan.max_members * stack, block_m))
     _latent_shared_kernel[(plan.max_splits, plan.num_groups * tiles, num_heads // stack)](
         q_THC.to(dtype),
-        *(pages_BPC, partials.out, partials.lse, batch.query_starts, batch.block_table),
+        *plane.arguments,
+        *(partials.out, partials.lse, batch.query_starts, batch.block_table),
         *(plan.members, plan.group_starts, plan.shared_tokens_S, plan.split_sizes),
-        *(partials.num_partials, block_stride(pages_BPC), batch.block_table.stride(0)),
+        *(partials.num_partials, batch.block_table.stride(0)),
         scale * LOG2_E,
         H=num_heads,
         STACK=stack,
+        **plane.constants,
         TILES=tiles,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        BLOCK_D=max(16, next_power_of_2(rank)),
-        **page_constants(q_THC, pages_BPC, rank),
+        BLOCK_D=max(16, next_power_of_2(plane.rank)),
         num_warps=num_warps,
         num_stages=num_stages,
         **launch_options(q_THC.device),

@@ -17,10 +17,11 @@ from octavo.kernels.inputs import AttentionBatch
 from octavo.kernels.triton.attention.partials import Partials
 from octavo.kernels.triton.attention.scores import LOG2_E
 from octavo.kernels.triton.attention.short_chunks import ShortPlan, sequence_of, split_of
-from octavo.kernels.triton.latent.pages import block_stride, load_pages
+from octavo.kernels.triton.latent.pages import LatentPlane, latent_scores, latent_tile
 from octavo.kernels.triton.launching.chip import next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
+from octavo.kernels.triton.tiles.kv import add_values, load_rows
 from octavo.kernels.triton.tiles.softmax import softmax_step
 
 
@@ -32,15 +33,17 @@ def attend_latent(
     q,
     q_rope,
     position,
-    pages,
+    plane,
     table_row,
     keys,
     values,
+    rotated,
     start,
     end,
-    stride_block,
     stride_dense,
+    stride_rotated,
     scale_log2,
+    FORMAT: tl.constexpr,
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
     D: tl.constexpr,
@@ -55,39 +58,36 @@ def attend_latent(
 ):
     """Adds positions [start, end) to the running softmax of q [BLOCK_M, BLOCK_D] and q_rope.
 
-    ABSORBED: D = V = RANK, keys and values are the pages' latent vectors; else position n has keys
-    at keys + n * stride_keys [D] and values + n *
-    stride_values [V]. Without MASKED every row sees the whole range.
+    ABSORBED: D = V = RANK, keys and values are the latent vectors of the plane's pages; else
+    position n has its key at keys + n * stride_dense [D], its value at values + n * stride_dense
+    [V] and its rotated columns at rotated + n * stride_rotated. Without MASKED every row sees the
+    whole range.
     """
     offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_v = tl.arange(0, BLOCK_V)
-    offs_e = tl.arange(0, BLOCK_E)
     for tile in tl.range(start, end, BLOCK_N):
         n = tile + offs_n
         live = n < end
         if ABSORBED:
-            k, r = load_pages(
-                pages, table_row, n, live, stride_block, RANK, ROPE, P, BLOCK_D, BLOCK_E
-            )
-            v = k
-        else:
             page = tl.load(table_row + n // P, mask=live, other=0).to(tl.int64)
-            at = page * stride_block + (n % P) * (RANK + ROPE) + RANK
-            mask_e = live[:, None] & (offs_e < ROPE)[None, :]
-            r = tl.load(pages + at[:, None] + offs_e[None, :], mask=mask_e, other=0.0)
-            dense = (n.to(tl.int64) * stride_dense)[:, None]
-            mask_d = live[:, None] & (offs_d < D)[None, :]
-            mask_v = live[:, None] & (offs_v < V)[None, :]
-            k = tl.load(keys + dense + offs_d[None, :], mask=mask_d, other=0.0)
-            v = tl.load(values + dense + offs_v[None, :], mask=mask_v, other=0.0)
-        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
-        s = tl.dot(q_rope, tl.trans(r.to(q.dtype)), s, input_precision="ieee")
+            k, r = latent_tile(
+                plane, page, n % P, live, q.dtype, RANK, ROPE, FORMAT, BLOCK_D, BLOCK_E
+            )
+            s = latent_scores(q, q_rope, k, r, plane, page, n % P, live, FORMAT)
+        else:
+            there = n.to(tl.int64)
+            r = load_rows(rotated, there * stride_rotated, live, ROPE, True, BLOCK_E)
+            k = load_rows(keys, there * stride_dense, live, D, True, BLOCK_D)
+            v = load_rows(values, there * stride_dense, live, V, True, BLOCK_V)
+            s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+            s = tl.dot(q_rope, tl.trans(r.to(q.dtype)), s, input_precision="ieee")
         if MASKED:
             seen = live[None, :] & (n[None, :] <= position[:, None])
             s = tl.where(seen, s, -float("inf"))
         p, m, total, acc = softmax_step(s, m, total, acc, scale_log2)
-        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc, input_precision="ieee")
+        if ABSORBED:
+            acc = add_values(acc, p, k, plane, page, n % P, live, 2, FORMAT, True)
+        else:
+            acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc, input_precision="ieee")
     return acc, m, total
 
 
@@ -96,8 +96,12 @@ def attend_latent(
 def _latent_chunk_kernel(
     q,
     pages,
+    scales,
+    stride_block,
+    stride_scales,
     keys,
     values,
+    rotated,
     dense_starts,
     out,
     partial_out,
@@ -109,13 +113,14 @@ def _latent_chunk_kernel(
     num_sequences,
     first_position,
     last_position,
-    stride_block,
     stride_table,
     stride_dense,
     stride_head,
+    stride_rotated,
     scale_log2,
     H: tl.constexpr,
     STACK: tl.constexpr,
+    FORMAT: tl.constexpr,
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
     D: tl.constexpr,
@@ -136,8 +141,9 @@ def _latent_chunk_kernel(
     q [T, H, D + ROPE], out [T, H, V]; tiles are counted as in attention/tiles.py, and so are splits
     (IS_SPLIT: chunks of 2 to SHORT queries, by a plan). Else chunks of more than SHORT queries,
     keys in [first_position, last_position) alone, and partial_lse [T, H] is told their
-    log2-sum-exp2. Not ABSORBED: sequence s has position first_position's keys and values at row
-    dense_starts[s] of keys [N, H, D] and values [N, H, V], whose strides are equal.
+    log2-sum-exp2. Not ABSORBED: sequence s has position first_position's keys, values and rotated
+    columns at row dense_starts[s] of keys [N, H, D], values [N, H, V], whose strides are equal, and
+    rotated [N, ROPE]; pages are not read.
     """
     QUERIES: tl.constexpr = BLOCK_M // STACK
     wait_turn(OVERLAP)
@@ -181,6 +187,8 @@ def _latent_chunk_kernel(
         shift = tl.load(dense_starts + sequence).to(tl.int64) - first_position
         keys += shift * stride_dense + group * stride_head
         values += shift * stride_dense + group * stride_head
+        rotated += shift * stride_rotated
+    plane = (pages, scales, stride_block, stride_scales, 0)
     table_row = block_table + sequence.to(tl.int64) * stride_table
     middle = tl.minimum(tl.maximum(computed + first_query + 1, start), end)
     middle = start + (middle - start) // BLOCK_N * BLOCK_N
@@ -188,13 +196,15 @@ def _latent_chunk_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     acc, m, total = attend_latent(
-        acc, m, total, q_tile, q_rope, position, pages, table_row, keys, values, start, middle,
-        stride_block, stride_dense, scale_log2, RANK, ROPE, D, V, P, ABSORBED, False,
+        acc, m, total, q_tile, q_rope, position, plane, table_row, keys, values, rotated,
+        start, middle, stride_dense, stride_rotated, scale_log2,
+        FORMAT, RANK, ROPE, D, V, P, ABSORBED, False,
         BLOCK_N, BLOCK_D, BLOCK_V, BLOCK_E,
     )  # fmt: skip
     acc, m, total = attend_latent(
-        acc, m, total, q_tile, q_rope, position, pages, table_row, keys, values, middle, end,
-        stride_block, stride_dense, scale_log2, RANK, ROPE, D, V, P, ABSORBED, True,
+        acc, m, total, q_tile, q_rope, position, plane, table_row, keys, values, rotated,
+        middle, end, stride_dense, stride_rotated, scale_log2,
+        FORMAT, RANK, ROPE, D, V, P, ABSORBED, True,
         BLOCK_N, BLOCK_D, BLOCK_V, BLOCK_E,
     )  # fmt: skip
     total = tl.where(total > 0, total, 1.0)
@@ -234,24 +244,11 @@ def stack_of(num_heads: int, block_m: int) -> int:
     return min(num_heads & -num_heads, block_m)
 
 
-def page_constants(q_THC: Tensor, pages_BPC: Tensor, rank: int) -> dict[str, int]:
-    """Returns the constants of RANK and ROPE, after checking that queries are contiguous."""
-    assert q_THC.is_contiguous()
-    rope = pages_BPC.shape[2] - rank
-    return {
-        "RANK": rank,
-        "ROPE": rope,
-        "P": pages_BPC.shape[1],
-        "BLOCK_E": max(16, next_power_of_2(rope)),
-    }
-
-
 def absorbed_chunks(
     q_THC: Tensor,
-    pages_BPC: Tensor,
+    plane: LatentPlane,
     batch: AttentionBatch,
     scale: float,
-    rank: int,
     out_THR: Tensor,
     partials: Partials,
     plan: ShortPlan,
@@ -259,21 +256,25 @@ def absorbed_chunks(
 ) -> None:
     """Attends the short chunks of a plan, all among the first `num_tokens`: to `out` [T, H, rank]
     what is in one split, else to `partials`. Shapes as `latent_decode` takes them."""
-    num_heads, num_sequences = q_THC.shape[1], len(batch.seq_lens_S)
-    dtype = q_THC.dtype if q_THC.dtype == pages_BPC.dtype else torch.float32
+    assert q_THC.is_contiguous()
+    num_heads, num_sequences, rank = q_THC.shape[1], len(batch.seq_lens_S), plane.rank
+    dtype = plane.dtype_with(q_THC)
     block_m, block_n, num_warps, num_stages = absorbed_shape(dtype)
     stack = stack_of(num_heads, block_m)
     tiles = num_tokens // (block_m // stack) + num_sequences
     block_d = max(16, next_power_of_2(rank))
+    unused = plane.numbers
     _latent_chunk_kernel[(num_heads // stack, tiles, plan.limits.splits)](
         q_THC.to(dtype),
-        *(pages_BPC, pages_BPC, pages_BPC, batch.seq_lens_S),
+        *plane.arguments,
+        *(unused, unused, unused, batch.seq_lens_S),
         *(out_THR, partials.out, partials.lse),
         *(batch.query_starts, batch.seq_lens_S, batch.block_table, plan.table),
         *(num_sequences, 0, 0),
-        *(block_stride(pages_BPC), batch.block_table.stride(0), 0, 0, scale * LOG2_E),
+        *(batch.block_table.stride(0), 0, 0, 0, scale * LOG2_E),
         H=num_heads,
         STACK=stack,
+        **plane.constants,
         D=rank,
         V=rank,
         ABSORBED=True,
@@ -283,7 +284,6 @@ def absorbed_chunks(
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         BLOCK_V=block_d,
-        **page_constants(q_THC, pages_BPC, rank),
         num_warps=num_warps,
         num_stages=num_stages,
         **launch_options(q_THC.device),
@@ -292,13 +292,13 @@ def absorbed_chunks(
 
 def expanded_chunks(
     q_THD: Tensor,
-    pages_BPC: Tensor,
+    plane: LatentPlane,
     keys_NHD: Tensor,
     values_NHV: Tensor,
+    rotated_NE: Tensor,
     dense_starts_S: Tensor,
     batch: AttentionBatch,
     scale: float,
-    rank: int,
     out_THV: Tensor,
     lse_TH: Tensor,
     positions: tuple[int, int],
@@ -308,25 +308,28 @@ def expanded_chunks(
     """Attends chunks of more than `short` queries over keys at positions [first, beyond) alone.
 
     q [T, H, D + rotated columns]; sequence s has its key of position `first` at row
-    dense_starts_S[s] of keys and values. Writes means to `out` and log2-sum-exp2 to `lse` float32.
+    dense_starts_S[s] of keys, values and rotated columns; of the plane only sizes are asked.
+    Writes means to `out` and log2-sum-exp2 to `lse` float32.
     """
     num_heads, num_sequences = q_THD.shape[1], len(batch.seq_lens_S)
     head_size, value_size = keys_NHD.shape[2], values_NHV.shape[2]
+    assert q_THD.is_contiguous()
     assert keys_NHD.stride() == values_NHV.stride()
-    assert keys_NHD.stride(2) == 1
+    assert keys_NHD.stride(2) == rotated_NE.stride(1) == 1
     dtype = keys_NHD.dtype
     block_m, block_n, num_warps, num_stages = expanded_shape(dtype)
     tiles = len(q_THD) // block_m + num_sequences
     _latent_chunk_kernel[(num_heads, tiles, 1)](
         q_THD.to(dtype),
-        *(pages_BPC, keys_NHD, values_NHV, dense_starts_S),
+        *plane.arguments,
+        *(keys_NHD, values_NHV, rotated_NE, dense_starts_S),
         *(out_THV, lse_TH, lse_TH),
         *(batch.query_starts, batch.seq_lens_S, batch.block_table, batch.seq_lens_S),
-        *(num_sequences, *positions),
-        *(block_stride(pages_BPC), batch.block_table.stride(0)),
-        *(keys_NHD.stride(0), keys_NHD.stride(1), scale * LOG2_E),
+        *(num_sequences, *positions, batch.block_table.stride(0)),
+        *(keys_NHD.stride(0), keys_NHD.stride(1), rotated_NE.stride(0), scale * LOG2_E),
         H=num_heads,
         STACK=1,
+        **plane.constants,
         D=head_size,
         V=value_size,
         ABSORBED=False,
@@ -336,7 +339,6 @@ def expanded_chunks(
         BLOCK_N=block_n,
         BLOCK_D=max(16, next_power_of_2(head_size)),
         BLOCK_V=max(16, next_power_of_2(value_size)),
-        **page_constants(q_THD, pages_BPC, rank),
         num_warps=num_warps,
         num_stages=num_stages,
         **launch_options(q_THD.device),

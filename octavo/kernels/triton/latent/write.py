@@ -11,10 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.inputs import RopeTable
-from octavo.kernels.triton.latent.pages import block_stride
+from octavo.kernels.triton.latent.pages import LatentPlane
 from octavo.kernels.triton.launching.chip import cdiv, next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
+from octavo.kernels.triton.tiles.kv_write import mixed, store_vectors
 
 HEADS_PER_PROGRAM = 16
 FEW_TOKENS = 64
@@ -41,6 +42,38 @@ def rotated_pairs(
     return a * c - b * s, b * c + a * s
 
 
+@triton.jit
+def _whole(a, b):
+    """Returns [R, 2 N]: the columns of a [R, N], then those of b."""
+    both = tl.join(a, b).permute(0, 2, 1)
+    return both.reshape(a.shape[0], 2 * a.shape[1])
+
+
+@triton.jit
+def _halves(x):
+    """Returns the a and b that `_whole` made x of."""
+    return tl.split(x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1))
+
+
+@triton.jit
+def _store_part(
+    plane, slot, one, x, FIRST: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    P: tl.constexpr, FORMAT: tl.constexpr,
+):  # fmt: skip
+    """Stores x [1, BLOCK] float32 as the WIDTH columns from FIRST on of the token at `slot`."""
+    numbers, scales, stride, stride_scales, _ = plane
+    PACKED: tl.constexpr = 2 if FORMAT == "int4" else 1
+    SCALES: tl.constexpr = COLUMNS // 32 if FORMAT == "int4" else 2
+    NTH: tl.constexpr = FIRST // 32 if FORMAT == "int4" else (1 if FIRST > 0 else 0)
+    row = (slot // P) * stride + (slot % P) * (COLUMNS // PACKED) + FIRST // PACKED + one
+    scale_row = (slot // P) * stride_scales + (slot % P) * SCALES + NTH + one
+    is_live = (one == 0) & (slot >= 0)
+    x = mixed(x, WIDTH, FORMAT)
+    store_vectors(
+        numbers, row, scales, scale_row, x, is_live, one.to(tl.float32), WIDTH, FORMAT, False
+    )
+
+
 @launchable
 @triton.jit
 def _latent_write_kernel(
@@ -48,20 +81,24 @@ def _latent_write_kernel(
     q_out,
     latent,
     pages,
+    scales,
+    stride_block,
+    stride_scales,
     norm_weight,
     positions,
     slots,
     cos,
     sin,
     eps,
-    stride_block,
     stride_latent,
     stride_q,
     H: tl.constexpr,
     NOPE: tl.constexpr,
+    FORMAT: tl.constexpr,
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
     P: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     PAIRS: tl.constexpr,
     OUT: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -71,7 +108,7 @@ def _latent_write_kernel(
 ):
     """Program (t, 0) norms and rotates a token's latent row [RANK + ROPE] into its page; program
     (t, 1 + g) rotates the last ROPE columns of HEADS queries q [T, H, NOPE + ROPE] into the last
-    ROPE of q_out [T, H, OUT + ROPE]. A slot < 0 is written nowhere."""
+    ROPE of q_out [T, H, OUT + ROPE], `mixed` as FORMAT wants. A slot < 0 is written nowhere."""
     wait_turn(OVERLAP)
     HALF: tl.constexpr = ROPE // 2
     t = tl.program_id(0).to(tl.int64)
@@ -82,24 +119,31 @@ def _latent_write_kernel(
     if tl.program_id(1) == 0:
         slot = tl.load(slots + t).to(tl.int64)
         row = latent + t * stride_latent
-        to = pages + (slot // P) * stride_block + (slot % P) * (RANK + ROPE)
         d = tl.arange(0, BLOCK_R)
         x = tl.load(row + d, mask=d < RANK, other=0.0).to(tl.float32)
         x = x * tl.rsqrt(tl.sum(x * x, 0) / RANK + eps)
         x = x * tl.load(norm_weight + d, mask=d < RANK, other=0.0).to(tl.float32)
-        tl.store(to + d, x.to(pages.dtype.element_ty), mask=(d < RANK) & (slot >= 0))
         one = tl.arange(0, 1)
         a, b = rotated_pairs(row + RANK, 0, one, one == 0, cos, sin, HALF, PAIRS, BLOCK_H)
-        mask = (i < HALF)[None, :] & (slot >= 0)
-        at = to + RANK + i[None, :]
-        tl.store(at, a.to(pages.dtype.element_ty), mask=mask)
-        tl.store(at + HALF, b.to(pages.dtype.element_ty), mask=mask)
+        if FORMAT == "numbers":
+            to = pages + (slot // P) * stride_block + (slot % P) * (RANK + ROPE)
+            tl.store(to + d, x.to(pages.dtype.element_ty), mask=(d < RANK) & (slot >= 0))
+            mask = (i < HALF)[None, :] & (slot >= 0)
+            at = to + RANK + i[None, :]
+            tl.store(at, a.to(pages.dtype.element_ty), mask=mask)
+            tl.store(at + HALF, b.to(pages.dtype.element_ty), mask=mask)
+        else:
+            plane = (pages, scales, stride_block, stride_scales, 0)
+            _store_part(plane, slot, one, x[None, :], 0, RANK, RANK + ROPE, P, FORMAT)
+            _store_part(plane, slot, one, _whole(a, b), RANK, ROPE, RANK + ROPE, P, FORMAT)
     else:
         heads = (tl.program_id(1) - 1) * HEADS + tl.arange(0, HEADS)
         query = q + t * stride_q + NOPE
         a_q, b_q = rotated_pairs(
             query, NOPE + ROPE, heads, heads < H, cos, sin, HALF, PAIRS, BLOCK_H
         )
+        if FORMAT == "int4":
+            a_q, b_q = _halves(mixed(_whole(a_q, b_q), ROPE, FORMAT))
         q_mask = (heads < H)[:, None] & (i < HALF)[None, :]
         q_at = q_out + (t * H + heads[:, None]) * (OUT + ROPE) + OUT + i[None, :]
         tl.store(q_at, a_q.to(q_out.dtype.element_ty), mask=q_mask)
@@ -109,7 +153,7 @@ def _latent_write_kernel(
 def write_latents(
     q_THD: Tensor,
     latent_TC: Tensor,
-    pages_BPC: Tensor,
+    plane: LatentPlane,
     norm_R: Tensor,
     eps: float,
     rope: RopeTable,
@@ -127,7 +171,7 @@ def write_latents(
     has the second form, for queries and keys alike.
     """
     num_tokens, num_heads, _ = q_THD.shape
-    rank, rope_size = len(norm_R), pages_BPC.shape[2] - len(norm_R)
+    rope_size = plane.rope_size
     assert q_THD.stride()[1:] == (q_THD.shape[2], 1)
     assert q_out_THC.is_contiguous()
     assert latent_TC.stride(1) == 1
@@ -136,17 +180,15 @@ def write_latents(
         return
     heads = min(HEADS_PER_PROGRAM, next_power_of_2(num_heads))
     _latent_write_kernel[(num_tokens, 1 + cdiv(num_heads, heads))](
-        *(q_THD, q_out_THC, latent_TC, pages_BPC, norm_R, positions_T, slots_T),
-        *(rope.cos, rope.sin, eps, block_stride(pages_BPC)),
+        *(q_THD, q_out_THC, latent_TC, *plane.arguments, norm_R, positions_T, slots_T),
+        *(rope.cos, rope.sin, eps),
         *(latent_TC.stride(0), q_THD.stride(0)),
         H=num_heads,
         NOPE=q_THD.shape[2] - rope_size,
-        RANK=rank,
-        ROPE=rope_size,
-        P=pages_BPC.shape[1],
+        **plane.constants,
         PAIRS=is_interleaved,
         OUT=q_out_THC.shape[2] - rope_size,
-        BLOCK_R=next_power_of_2(rank),
+        BLOCK_R=next_power_of_2(plane.rank),
         BLOCK_H=next_power_of_2(max(2, rope_size // 2)),
         HEADS=heads,
         num_warps=4,

@@ -4,5 +4,6 @@
 | --- | --- |
 | RMSNorm, with the residual's addition and the sum of an expert layer's parts | norm.py |
 | rows of the embedding | embedding.py |
+| rows times a Hadamard matrix | mixing.py |
 | gated activations, a shared expert's gated addition | activation.py |
 """

@@ -3,6 +3,8 @@
 | piece | file |
 | --- | --- |
 | a tile of a weight, in any format | weight.py |
+| a tile of keys or values, in any format | kv.py, numbers.py |
+| vectors on their way into the KV cache | kv_write.py |
 | which tile a program computes | grid.py |
 | online softmax, and the merge of its parts | softmax.py |
 | which keys a query sees | visible.py |

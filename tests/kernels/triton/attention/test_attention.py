@@ -27,11 +27,8 @@ from tests.kernels.triton.interpreter import DEVICE
 
 from octavo.kernels.triton.attention import choose as tiles  # isort: skip
 from octavo.kernels.triton.attention import decode  # isort: skip
-from octavo.kernels.triton.attention.decode import (
-    max_total_partials,
-    partial_counts,
-    split_partials,
-)  # isort: skip
+from octavo.kernels.facts import split_partials  # isort: skip
+from octavo.kernels.triton.attention.partials import max_total_partials, partial_counts  # isort: skip
 
 from octavo.kernels.triton.attention.device_plan import DevicePlan  # isort: skip
 from octavo.kernels.triton.attention.write import rope_and_cache  # isort: skip

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.kernels.inputs import RopeTable
+from octavo.kernels.inputs import KVLayer, RopeTable
 from octavo.visibility import Full
 from tests.kernels.cases import floats
-from tests.kernels.latent_cases import P, exact, make_latents
+from tests.kernels.latent_cases import P, PagedLatents, exact, make_latents
 from tests.kernels.triton.cases import TOLERANCES, assert_near
 from tests.kernels.triton.interpreter import DEVICE
 
@@ -24,6 +24,7 @@ from octavo.kernels.facts import split_partials  # isort: skip
 from octavo.kernels.triton.attention.partials import make_partials  # isort: skip
 from octavo.kernels.triton.attention.scores import plain_scores  # isort: skip
 from octavo.kernels.triton.latent.decode import latent_decode  # isort: skip
+from octavo.kernels.triton.latent.pages import LatentPlane, latent_plane  # isort: skip
 from octavo.kernels.triton.latent.shared import shared_latents  # isort: skip
 from octavo.kernels.triton.latent.tiles import absorbed_chunks, expanded_chunks  # isort: skip
 from octavo.kernels.triton.latent.write import head_product, write_latents  # isort: skip
@@ -39,6 +40,11 @@ from octavo.kernels.triton.attention.splits import Tiling  # isort: skip
 DTYPES = list(TOLERANCES)
 SHAPES = [(4, 32, 16), (6, 24, 8), (16, 32, 16)]
 """Heads, rank, rotated columns."""
+
+
+def plane_of(latents: PagedLatents, rank: int) -> LatentPlane:
+    pages = latents.pages_BPC
+    return latent_plane(KVLayer(latent=pages), rank, pages.shape[2] - rank)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -58,7 +64,7 @@ def test_decode(
     q = floats(rng, len(lengths), heads, rank + rope).to(DEVICE, dtype)
     out = torch.full((len(lengths), heads, rank), math.nan, dtype=dtype, device=DEVICE)
     latent_decode(
-        *(q, latents.pages_BPC, batch, 0.2, rank, out),
+        *(q, plane_of(latents, rank), batch, 0.2, out),
         max_seq_len=max(lengths),
         is_invariant=is_invariant,
     )
@@ -79,7 +85,7 @@ def test_short_chunks_in_splits(
     plan = plan_short_chunks(batch, Tiling(heads, min(heads & -heads, 64), 132), Full(), limits)
     out = torch.full((total, heads, rank), math.nan, dtype=dtype, device=DEVICE)
     partials = make_partials(out, 4)
-    absorbed_chunks(q, latents.pages_BPC, batch, 0.2, rank, out, partials, plan, total)
+    absorbed_chunks(q, plane_of(latents, rank), batch, 0.2, out, partials, plan, total)
     merge_short_chunks(out, plain_scores(0.2, plan.table), batch, plan, partials, total)
     assert_near(out, exact(q, latents, batch, 0.2, rank), TOLERANCES[dtype])
 
@@ -103,9 +109,9 @@ def test_shared_prefix_is_what_each_sees_alone(
     prefix = plan.to_device(torch.device(DEVICE))
     out = torch.full((len(lengths), heads, rank), math.nan, dtype=dtype, device=DEVICE)
     partials = make_partials(out, prefix.max_splits + split_partials(prefix.max_tail))
-    shared_latents(q, latents.pages_BPC, batch, 0.2, rank, prefix, partials)
+    shared_latents(q, plane_of(latents, rank), batch, 0.2, prefix, partials)
     latent_decode(
-        *(q, latents.pages_BPC, batch, 0.2, rank, out),
+        *(q, plane_of(latents, rank), batch, 0.2, out),
         max_seq_len=prefix.max_tail,
         shared=(prefix.shared_tokens_S, prefix.shared_partials_S),
         partials=partials,
@@ -127,15 +133,16 @@ def test_expanded_chunks_over_ranges_of_keys(
     up, down = floats(rng, heads, nope, rank).to(dtype), floats(rng, heads, value, rank).to(dtype)
     means, lses = [], []
     for first, beyond in pairwise(edges):
-        dense = [tokens[first:beyond, :rank].float() for tokens in latents.tokens]
+        dense = [tokens[first:beyond].float() for tokens in latents.tokens]
         starts = torch.tensor([0, *map(len, dense)]).cumsum(0)[:-1].to(DEVICE, torch.int32)
-        both = torch.einsum("nr,hdr->nhd", torch.cat(dense), torch.cat((up, down), 1).float())
+        all_NC, both_HNR = torch.cat(dense), torch.cat((up, down), 1).float()
+        both = torch.einsum("nr,hdr->nhd", all_NC[:, :rank], both_HNR)
         keys, values = both.contiguous().to(DEVICE, dtype).split([nope, value], dim=2)
         out = torch.zeros(total, heads, value, dtype=dtype, device=DEVICE)
         lse = torch.zeros(total, heads, device=DEVICE)
         expanded_chunks(
-            *(q, latents.pages_BPC, keys, values, starts, batch),
-            *(0.2, rank, out, lse, (first, beyond)),
+            *(q, plane_of(latents, rank), keys, values),
+            *(all_NC[:, rank:].to(DEVICE, dtype), starts, batch, 0.2, out, lse, (first, beyond)),
             short=64,
         )
         means.append(out.double())
@@ -171,7 +178,8 @@ def test_pages_and_queries_are_normed_rotated_and_written(
     pages = torch.full((4, 2, P, rank + rope), math.nan, dtype=dtype, device=DEVICE)[:, 1]
     q_out = torch.full((count, heads, rank + rope), math.nan, dtype=dtype, device=DEVICE)
     write_latents(
-        *(q, latent, pages, norm, 1e-6, table, positions, slots, q_out),
+        *(q, latent, latent_plane(KVLayer(latent=pages), rank, rope), norm, 1e-6, table),
+        *(positions, slots, q_out),
         is_interleaved=is_interleaved,
     )
 

@@ -20,11 +20,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_wait
 
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
-from octavo.kernels.triton.attention.decode import check_query
 from octavo.kernels.triton.attention.device_plan import SharedPrefix
 from octavo.kernels.triton.attention.hopper.pieces import LONG, ROWS, SHARED, SHORT, piece, rows_of
 from octavo.kernels.triton.attention.hopper.tiles import attend, load_tile, pages_of, pass_by
 from octavo.kernels.triton.attention.partials import Partials
+from octavo.kernels.triton.attention.planes import planes_of
 from octavo.kernels.triton.attention.scores import scores_of
 from octavo.kernels.triton.attention.short_chunks import ShortPlan
 from octavo.kernels.triton.attention.splits import TILE_ROWS, tiling
@@ -338,7 +338,7 @@ def _launch(
     *,
     short: int = 0,
 ) -> None:
-    check_query(q_THD, layer, batch)
+    planes_of(q_THD, layer, batch)
     num_heads, head_size = q_THD.shape[1:]
     block_size, num_kv_heads = layer.key.shape[1:3]
     tiles = tiling(num_heads, num_kv_heads, num_processors(q_THD.device))

@@ -1,0 +1,140 @@
+"""Keys and values of formats with scales as plain numbers again: once a step and layer, for chunks
+of many queries, so that these are attended as fast as without such formats.
+
+Called by choose.py for steps that are too large to be replayed as graphs. Which sequences have many
+queries is found on the device; the host knows how many there are at most, and how long.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.kernels.facts import UNPACKED_BYTES
+from octavo.kernels.inputs import AttentionBatch, KVLayer
+from octavo.kernels.triton.attention.device_plan import plan_of
+from octavo.kernels.triton.attention.planes import planes_of
+from octavo.kernels.triton.launching.chip import cdiv, next_power_of_2
+from octavo.kernels.triton.launching.launchable import launchable
+from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
+from octavo.kernels.triton.tiles.kv import (
+    both_planes,
+    has_vector_scales,
+    kv_tile,
+    plane_of_head,
+    vector_scales,
+)
+
+
+@triton.jit
+def _unpack_head(
+    out, to, plane, head, page, inside, live, K: tl.constexpr, D: tl.constexpr,
+    FORMAT: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Writes to out + to [N] what one kv head has at `inside` [N] of pages."""
+    d = tl.arange(0, BLOCK_D)
+    plane = plane_of_head(plane, head, D, FORMAT)
+    x = kv_tile(plane, page, inside, live, tl.float32, K * D, D, FORMAT, True, BLOCK_D)
+    if has_vector_scales(FORMAT):
+        x = x * vector_scales(plane, page, inside, live, K, True)[:, None]
+    at = out + (to + head * D)[:, None] + d[None, :]
+    tl.store(at, x.to(out.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
+
+
+@launchable
+@triton.jit(do_not_specialize=["num_sequences", "num_columns"])
+def _unpack_kernel(
+    key_out,
+    value_out,
+    key,
+    key_scale,
+    stride_key,
+    stride_key_scale,
+    value,
+    value_scale,
+    stride_value,
+    stride_value_scale,
+    which,
+    seq_lens,
+    block_table,
+    num_sequences,
+    num_columns,
+    stride_table,
+    stride_out,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One kv head of one page: that of column `program 0` of sequence which[program 1] goes to page
+    program 1 * num_columns + program 0 of key_out and value_out [pages, P, K, D]."""
+    wait_turn(OVERLAP)
+    sequence = tl.load(which + tl.program_id(1))
+    if sequence >= num_sequences:
+        return
+    first = tl.program_id(0) * P
+    length = tl.load(seq_lens + sequence)
+    if first >= length:
+        return
+    inside = tl.arange(0, BLOCK_P)
+    live = (inside < P) & (first + inside < length)
+    table_row = block_table + sequence.to(tl.int64) * stride_table
+    page = tl.load(table_row + tl.program_id(0)).to(tl.int64) + inside * 0
+    to = (tl.program_id(1).to(tl.int64) * num_columns + tl.program_id(0)) * stride_out
+    to = to + inside * (K * D)
+    keys, values = both_planes(
+        *(key, key_scale, stride_key, stride_key_scale),
+        *(value, value_scale, stride_value, stride_value_scale, KEY, VALUE),
+    )
+    head = tl.program_id(2)
+    _unpack_head(key_out, to, keys, head, page, inside, live, K, D, KEY, BLOCK_D)
+    _unpack_head(value_out, to, values, head, page, inside, live, K, D, VALUE, BLOCK_D)
+
+
+def unpack_long_chunks(
+    q_THD: Tensor, layer: KVLayer, batch: AttentionBatch, *, short: int
+) -> tuple[KVLayer, AttentionBatch] | None:
+    """Returns plain pages, in the dtype of q, of the sequences with more than `short` queries, and
+    the batch whose table names them; None if they might take more than UNPACKED_BYTES."""
+    planes = planes_of(q_THD, layer, batch)
+    num_sequences, block_size = len(batch.seq_lens_S), planes.block_size
+    most = min(num_sequences, len(q_THD) // (short + 1))
+    num_columns = batch.block_table.shape[1]
+    if (bound := plan_of(batch).max_seq_len) is not None:
+        num_columns = min(num_columns, cdiv(bound, block_size))
+    shape = (most * num_columns, 2, block_size, planes.num_heads, planes.head_size)
+    page = 2 * block_size * planes.num_heads * planes.head_size
+    if most == 0 or shape[0] * page * q_THD.element_size() > UNPACKED_BYTES:
+        return None
+    pages = q_THD.new_empty(shape)
+    order_S = (batch.query_starts.diff() > short).cumsum(0, dtype=torch.int32)
+    places = torch.arange(1, most + 1, dtype=torch.int32, device=q_THD.device)
+    which = torch.searchsorted(order_S, places, out_int32=True)
+    _unpack_kernel[(num_columns, most, planes.num_heads)](
+        pages[:, 0],
+        pages[:, 1],
+        *planes.arguments,
+        which,
+        batch.seq_lens_S,
+        batch.block_table,
+        num_sequences,
+        num_columns,
+        batch.block_table.stride(0),
+        page,
+        **planes.constants,
+        BLOCK_P=next_power_of_2(block_size),
+        BLOCK_D=max(16, next_power_of_2(planes.head_size)),
+        num_warps=4,
+        **launch_options(q_THD.device),
+    )
+    columns = torch.arange(num_columns, dtype=torch.int32, device=q_THD.device)
+    table = (order_S - 1).clamp_(min=0).unsqueeze(1) * num_columns + columns
+    return KVLayer(key=pages[:, 0], value=pages[:, 1]), replace(batch, block_table=table)

@@ -1,0 +1,98 @@
+"""Latent vectors of formats with scales as plain numbers again, for the expanded form.
+
+Called by expand.py, which multiplies keys and values of the heads out of them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.kernels.inputs import AttentionBatch
+from octavo.kernels.triton.latent.pages import LatentPlane, latent_tile
+from octavo.kernels.triton.launching.chip import cdiv, next_power_of_2
+from octavo.kernels.triton.launching.launchable import launchable
+from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
+from octavo.kernels.triton.tiles.kv import has_vector_scales, vector_scales
+from octavo.kernels.triton.tiles.kv_write import mixed
+
+TOKENS = 8
+"""Of a program."""
+
+
+@launchable
+@triton.jit(do_not_specialize=["first_position", "num_positions"])
+def _unpack_latents_kernel(
+    out,
+    pages,
+    scales,
+    stride_block,
+    stride_scales,
+    which,
+    seq_lens,
+    block_table,
+    first_position,
+    num_positions,
+    stride_table,
+    FORMAT: tl.constexpr,
+    RANK: tl.constexpr,
+    ROPE: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """BLOCK_N of the positions first_position .. first_position + num_positions of sequence
+    which[program 1]: out [sequences * positions, RANK + ROPE], the first RANK columns no longer
+    mixed. 0 behind the sequence's end."""
+    wait_turn(OVERLAP)
+    sequence = tl.load(which + tl.program_id(1)).to(tl.int64)
+    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = first_position + i
+    live = (i < num_positions) & (n < tl.load(seq_lens + sequence))
+    page = tl.load(block_table + sequence * stride_table + n // P, mask=live, other=0).to(tl.int64)
+    plane = (pages, scales, stride_block, stride_scales, 0)
+    c, r = latent_tile(plane, page, n % P, live, tl.float32, RANK, ROPE, FORMAT, BLOCK_R, BLOCK_E)
+    if has_vector_scales(FORMAT):
+        c = c * vector_scales(plane, page, n % P, live, 2, True)[:, None]
+        r = r * vector_scales(plane, page, n % P, live, 2, True, 1)[:, None]
+    c = mixed(c, RANK, FORMAT)
+    d, e = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_E)
+    row = tl.program_id(1).to(tl.int64) * num_positions + i
+    at = out + row[:, None] * (RANK + ROPE)
+    here = (i < num_positions)[:, None]
+    tl.store(at + d[None, :], c.to(out.dtype.element_ty), mask=here & (d < RANK)[None, :])
+    tl.store(at + RANK + e[None, :], r.to(out.dtype.element_ty), mask=here & (e < ROPE)[None, :])
+
+
+def unpacked_latents(
+    plane: LatentPlane,
+    batch: AttentionBatch,
+    which: Tensor,
+    first: int,
+    size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Returns [sequences * size, rank + rope] of `dtype`: what tokens first .. first + size of the
+    sequences `which` int32 keep, one sequence after the other."""
+    num_columns = plane.rank + plane.rope_size
+    out_NC = torch.empty(len(which) * size, num_columns, dtype=dtype, device=which.device)
+    _unpack_latents_kernel[(cdiv(size, TOKENS), len(which))](
+        out_NC,
+        *plane.arguments,
+        which,
+        batch.seq_lens_S,
+        batch.block_table,
+        first,
+        size,
+        batch.block_table.stride(0),
+        **plane.constants,
+        BLOCK_R=max(16, next_power_of_2(plane.rank)),
+        BLOCK_N=TOKENS,
+        num_warps=4,
+        **launch_options(which.device),
+    )
+    return out_NC

@@ -1,0 +1,112 @@
+"""Vectors on their way into the KV cache: mixed, quantised and stored, as `kv_codec` specifies.
+
+Called by every kernel that writes keys, values or latent vectors. tiles/kv.py reads them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from octavo.kernels.triton.tiles.kv import has_vector_scales, mixed_size
+
+ROUNDER = tl.constexpr(12582912.0)
+"""1.5 * 2^23: what is added to it and taken off again is rounded half to even."""
+
+
+@triton.constexpr_function
+def _steps(size: int) -> int:
+    return size.bit_length() - 1
+
+
+@triton.jit
+def mixed(x, D: tl.constexpr, FORMAT: tl.constexpr):
+    """Returns x [R, BLOCK_D] float32 in the basis in which FORMAT keeps vectors of D numbers:
+    `kv_codec.mix`, or x."""
+    if FORMAT == "int4":
+        SIZE: tl.constexpr = mixed_size(D)
+        R: tl.constexpr = x.shape[0]
+        C: tl.constexpr = x.shape[1]
+        for step in tl.static_range(_steps(SIZE)):
+            pairs = x.reshape(R, C // (2 << step), 2, 1 << step).permute(0, 1, 3, 2)
+            low, high = tl.split(pairs)
+            x = tl.join(low + high, low - high).permute(0, 1, 3, 2).reshape(R, C)
+        x = x * SIZE**-0.5
+    return x
+
+
+@triton.jit
+def _rounded_scale(scale):
+    """Returns float32 as bfloat16 has it, half to even."""
+    bits = scale.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    return tl.where(scale == scale, bits.to(tl.float32, bitcast=True), scale)
+
+
+@triton.jit
+def _in_steps(x, scale, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):
+    """Returns x over its scale, clamped; 0 where that is 0."""
+    steps = tl.where(scale == 0, 0.0, tl.div_rn(x, tl.where(scale == 0, 1.0, scale)))
+    return tl.minimum(tl.maximum(steps, LOWEST), HIGHEST)
+
+
+@triton.jit
+def _rounded(steps):
+    return (steps + ROUNDER) - ROUNDER
+
+
+@triton.jit
+def store_vectors(
+    numbers, row, scales, scale_row, x, mask, given, D: tl.constexpr, FORMAT: tl.constexpr,
+    HAS_GIVEN: tl.constexpr,
+):  # fmt: skip
+    """Stores the R vectors x [R, BLOCK_D] float32, 0 beyond D and `mixed`, at numbers + row [R] and
+    scales + scale_row [R] where `mask` [R]. HAS_GIVEN: `given` [R] are the scales of 8 bits."""
+    BLOCK_D: tl.constexpr = x.shape[1]
+    d = tl.arange(0, BLOCK_D)
+    here = mask[:, None] & (d < D)[None, :]
+    if FORMAT == "numbers":
+        tl.store(numbers + (row[:, None] + d[None, :]), x.to(numbers.dtype.element_ty), mask=here)
+    elif FORMAT == "int4":
+        _store_packed(numbers, row, scales, scale_row, x, mask, D, BLOCK_D)
+    else:
+        tl.static_assert(has_vector_scales(FORMAT))
+        LARGEST: tl.constexpr = 448.0 if FORMAT == "fp8" else 127.0
+        # What is no finite number must reach the scale: a maximum drops NaN.
+        scale = tl.div_rn(tl.max(tl.abs(x), 1), LARGEST) + tl.sum(x * 0.0, 1)
+        if HAS_GIVEN:
+            scale = given + tl.sum(x * 0.0, 1)
+        scale = _rounded_scale(scale)
+        steps = _in_steps(x, scale[:, None], -LARGEST, LARGEST)
+        if FORMAT == "int8":
+            steps = _rounded(steps)
+        at = numbers + (row[:, None] + d[None, :])
+        tl.store(at, steps.to(numbers.dtype.element_ty), mask=here)
+        tl.store(scales + scale_row, scale.to(scales.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_packed(
+    numbers, row, scales, scale_row, x, mask, D: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    R: tl.constexpr = x.shape[0]
+    BLOCKS: tl.constexpr = BLOCK_D // 64
+    groups = x.reshape(R, 2 * BLOCKS, 32)
+    scale = tl.div_rn(tl.max(tl.abs(groups), 2), 7.5) + tl.sum(groups * 0.0, 2)
+    scale = _rounded_scale(scale)
+    steps = _rounded(_in_steps(groups, scale[:, :, None], -8.0, 8.0) + 7.5)
+    codes = (
+        tl.minimum(tl.maximum(steps, 0.0), 15.0)
+        .to(tl.int32)
+        .reshape(R, BLOCKS, 2, 32)
+        .permute(0, 1, 3, 2)
+    )
+    first, second = tl.split(codes)
+    packed = (first | (second << 4)).reshape(R, BLOCK_D // 2).to(tl.uint8)
+    i = tl.arange(0, BLOCK_D // 2)
+    here = mask[:, None] & (i < D // 2)[None, :]
+    tl.store(numbers + (row[:, None] + i[None, :]), packed, mask=here)
+    g = tl.arange(0, BLOCK_D // 32)
+    here = mask[:, None] & (g < D // 32)[None, :]
+    at = scales + (scale_row[:, None] + g[None, :])
+    tl.store(at, scale.to(scales.dtype.element_ty), mask=here)
