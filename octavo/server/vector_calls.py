@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
@@ -20,9 +20,12 @@ from octavo.outputs import OutputDelta
 from octavo.server.answer_wire import AnswerWire
 from octavo.server.auth import check_priority, tenant_salt
 from octavo.server.generation import PREPARED_AT_ONCE, Call, whole_call
+from octavo.server.pieces import SLICE_SECONDS
 from octavo.server.protocol.pooling import PoolingFields
 from octavo.server.state import server_state
 from octavo.server.streaming import run_attached
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +106,17 @@ async def compute(
     deltas = [one for sequences in found for one in sequences]
     num_cached = sum(one.num_cached_tokens for one in deltas)
     return Vectors(call=call, packed=list(map(_vector, deltas)), num_cached_tokens=num_cached)
+
+
+async def in_turns(values: Iterable[T]) -> list[T]:
+    """Returns the values as a list; others have their turn while they are made."""
+    found, begun = [], time.thread_time()
+    for value in values:
+        found.append(value)
+        if time.thread_time() - begun > SLICE_SECONDS:
+            await asyncio.sleep(0)
+            begun = time.thread_time()
+    return found
 
 
 def _vector(delta: OutputDelta) -> bytes:

@@ -28,11 +28,11 @@ from octavo.runner.sampler import Sampler
 from octavo.step import (
     Page,
     PageCopy,
+    Purpose,
     RowStart,
     StepPlan,
     StepResult,
     TableDelta,
-    token_purposes,
 )
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -70,6 +70,7 @@ class Tracked:
     num_pending: int = 0
     """Tokens sampled by steps not yet collected."""
     started: bool = False
+    wants_vector: bool = False
     logits: list[Tensor] = field(default_factory=list)
 
     @property
@@ -122,12 +123,18 @@ class Driver:
     def __exit__(self, *_: object) -> None:
         self.runner.close()
 
-    def add(self, tokens: Iterable[int], params: SamplingParams = GREEDY) -> Tracked:
+    def add(
+        self,
+        tokens: Iterable[int],
+        params: SamplingParams = GREEDY,
+        *,
+        wants_vector: bool = False,
+    ) -> Tracked:
         """Gives a row to a new sequence."""
         known = list(tokens)
         row = self.free_rows.pop()
         blocks: list[list[int]] = [[] for _ in self.groups]
-        return Tracked(row, len(known), known, params, blocks)
+        return Tracked(row, len(known), known, params, blocks, wants_vector=wants_vector)
 
     def free(self, sequence: Tracked) -> None:
         """Takes row and blocks away; the runner hears of it with the next plan."""
@@ -153,7 +160,7 @@ class Driver:
         deltas: list[TableDelta] = []
         row_starts: list[RowStart] = []
         token_ids: list[int] = []
-        samples: list[bool] = []
+        purposes: list[Purpose] = []
         for sequence, count in chunks:
             stop = sequence.num_computed + count
             deltas += self._grow(sequence, stop)
@@ -161,7 +168,9 @@ class Driver:
                 row_starts.append(self._row_start(sequence))
             known = sequence.tokens[sequence.num_computed : stop]
             token_ids += known or [0]
-            samples.append(stop == len(sequence.tokens) + sequence.num_pending)
+            is_last = stop == len(sequence.tokens) + sequence.num_pending
+            wanted = Purpose.VECTOR if sequence.wants_vector else Purpose.TOKEN
+            purposes.append(wanted if is_last else Purpose.NONE)
         plan = StepPlan(
             step_id=self.step_id,
             rows=np.array([s.row for s, _ in chunks], np.int32),
@@ -169,7 +178,7 @@ class Driver:
             query_lens=np.array([count for _, count in chunks], np.int32),
             token_ids=np.array(token_ids, np.int32),
             from_device=np.array([s.num_computed >= len(s.tokens) for s, _ in chunks]),
-            purposes=token_purposes(np.array(samples, np.bool_)),
+            purposes=np.array(purposes, np.int8),
             row_starts=tuple(row_starts),
             freed_rows=tuple(self._freed_rows),
             freed_pages=tuple(Page(0, block) for block in self._freed_blocks),
@@ -179,9 +188,9 @@ class Driver:
         for pending in (self._freed_rows, self._freed_blocks, self._copies):
             pending.clear()
         self.step_id += 1
-        for (sequence, count), is_sampled in zip(chunks, samples, strict=True):
+        for (sequence, count), purpose in zip(chunks, purposes, strict=True):
             sequence.num_computed += count
-            sequence.num_pending += is_sampled
+            sequence.num_pending += purpose is Purpose.TOKEN
             self._pass_windows(sequence)
         self.recording.logits.pop(plan.step_id, None)  # of a rehearsal, or a launch that raised
         return (plan, list(chunks)), self.runner.launch(plan)
@@ -220,6 +229,7 @@ class Driver:
             stop_token_ids=(),
             prompt_len=sequence.prompt_len,
             token_ids=np.array(sequence.tokens, np.int32),
+            wants_vector=sequence.wants_vector,
         )
 
     def _grow(self, sequence: Tracked, num_tokens: int) -> list[TableDelta]:

@@ -22,7 +22,7 @@ from octavo.server.pieces import Lazy
 from octavo.server.protocol.pooling import MAX_TEXTS, PoolingFields, RerankRequest, ScoreRequest
 from octavo.server.state import server_state
 from octavo.server.streaming import long_response
-from octavo.server.vector_calls import Vectors, begin, compute
+from octavo.server.vector_calls import Vectors, begin, compute, in_turns
 
 router = APIRouter(tags=["Scores"])
 
@@ -104,7 +104,7 @@ async def _scores(
         message = "truncate_prompt_tokens cannot cut a pair: its end is the question; cut the texts"
         raise RequestError(message, param="truncate_prompt_tokens")
     found = await compute(request, body, "score", prompts)
-    return found, [float(reader.read(one, params)[0]) for one in found.packed]
+    return found, await in_turns(float(reader.read(one, params)[0]) for one in found.packed)
 
 
 async def _cosines(
@@ -121,4 +121,5 @@ async def _cosines(
         prompts = await tokenising.encode_cut(list(place_of), True, limit)
     found = await compute(request, body, "score", prompts)
     packed = found.packed
-    return found, [similarity(packed[place_of[a]], packed[place_of[b]]) for a, b in pairs]
+    each = (similarity(packed[place_of[a]], packed[place_of[b]]) for a, b in pairs)
+    return found, await in_turns(each)
