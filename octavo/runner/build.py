@@ -25,6 +25,7 @@ from octavo.kv_cache.spec import KVGroup
 from octavo.kv_cache.storage import KVStorage
 from octavo.models.decoder import Decoder, load_decoder
 from octavo.models.family import Family
+from octavo.models.kv_scales import with_kv_scales
 from octavo.models.spec import ModelSpec
 from octavo.observe.progress import UNWATCHED, Progress
 from octavo.parallel import ALONE, Collectives
@@ -84,6 +85,8 @@ def build_runner(
         HostPlacement(source) if is_mapped else DevicePlacement(source, needs.device, rank, size)
     )
     decoder = load_decoder(spec, family, placement, ops, plan.max_model_len, collectives)
+    if needs.attention.kv.name == "fp8":
+        decoder = with_kv_scales(decoder, family, source)
     decoder = replace(decoder, progress=progress)
     if backend.builds is not None:
         backend.builds.tell_builds(progress)

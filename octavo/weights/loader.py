@@ -18,8 +18,19 @@ from octavo.weights.published.source import PackedSource
 from octavo.weights.safetensors_source import open_safetensors
 from octavo.weights.source import DTYPE_FORMATS, TensorSource
 
-ALWAYS_IGNORABLE = ("*.rotary_emb.inv_freq",)
-"""Buffers that old checkpoints saved although they follow from the config."""
+KV_SCALE_SUFFIXES = {
+    "keys": ("k_scale", "attn.k_scale", "k_proj.k_scale", "k_proj.output_scale"),
+    "values": ("v_scale", "attn.v_scale", "v_proj.v_scale", "v_proj.output_scale"),
+}
+"""What scales of fp8 keys and values are called, below a layer's attention."""
+ALWAYS_IGNORABLE = (
+    "*.rotary_emb.inv_freq",
+    *(f"*.self_attn.{name}" for names in KV_SCALE_SUFFIXES.values() for name in names),
+    "*.self_attn.q_scale",
+    "*.self_attn.prob_scale",
+)
+"""Buffers that old checkpoints saved although they follow from the config; scales of the KV cache,
+which is not always in the format that they are for; scales of what is never quantised here."""
 _NAMES_SHOWN = 5
 
 

@@ -83,7 +83,7 @@ class TensorSource(Protocol):
         ...
 
     def vector(self, name: str) -> Tensor:
-        """Returns a 1-D tensor as a float32 copy."""
+        """Returns a 1-D tensor, or a lone number as one, as a float32 copy."""
         ...
 
     @property
@@ -232,7 +232,7 @@ class MappedSource:
     def vector(self, name: str) -> Tensor:
         stored = self._find(name)
         number_format = _format_of(name, stored)
-        if len(stored.shape) != 1 or number_format.is_block:
+        if len(stored.shape) > 1 or number_format.is_block:
             raise WeightsError(
                 f"{name} is no vector of numbers: its shape is {list(stored.shape)}, its format "
                 f"{stored.format_name}"

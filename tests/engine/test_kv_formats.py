@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from octavo import LLM, ConfigError, RequestOutput, SamplingParams
+from octavo.errors import WeightsError
+from tests.models.tiny import save_tiny
 
 VOCAB = 211
 _LLAMA = {
@@ -200,3 +204,58 @@ def test_formats_that_cannot_be_served_are_refused_with_those_that_can(
     ):
         pass
     assert caught.value.field == "kv_cache_dtype"
+
+
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with scales, those of the values of the second layer too small."""
+    folder = tmp_path_factory.mktemp("scaled")
+    tiny = save_tiny("llama", folder)
+    tensors = load_file(folder / "model.safetensors")
+    for layer in range(tiny.config["num_hidden_layers"]):
+        at = f"model.layers.{layer}.self_attn"
+        tensors[f"{at}.k_scale"] = torch.tensor(0.0625)
+        tensors[f"{at}.v_scale"] = torch.tensor([0.03125])
+        tensors[f"{at}.q_scale"] = torch.tensor(1.0)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_scales_of_a_checkpoint_are_what_fp8_is_divided_by(scaled: Path) -> None:
+    (prompt,) = prompts_of(30)
+    first: dict[str, torch.Tensor] = {}
+    for formats in ("float32", "fp8"):
+        with engine(str(scaled), formats, load_format="auto") as llm:
+            (found,) = llm.generate(prompt, greedy(4), use_tqdm=False)
+            first[formats] = torch.tensor([score for _, score in scores(found)[0]])
+            runner: Any = llm._core._runner
+            if formats == "fp8":
+                for name, scale in (("key_scale", 0.0625), ("value_scale", 0.03125)):
+                    plane = runner.storage.layer(0).planes[name].float()
+                    assert (plane == scale).any()
+                    assert ((plane == scale) | plane.isnan() | (plane == 0)).all()
+    assert (first["fp8"] - first["float32"]).abs().max() < 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("k_scale", [-1.0], "must be above 0"),
+        ("v_scale", [1.0, 2.0, 3.0, 4.0, 5.0], "has 5 numbers"),
+    ],
+)
+def test_scales_that_are_none_are_refused(
+    scaled: Path, tmp_path: Path, name: str, value: list[float], message: str
+) -> None:
+    for path in scaled.iterdir():
+        shutil.copy(path, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[f"model.layers.1.self_attn.{name}"] = torch.tensor(value)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with (
+        pytest.raises(WeightsError, match=message),
+        engine(str(tmp_path), "fp8", load_format="auto"),
+    ):
+        pass
+    with engine(str(tmp_path), "int8", load_format="auto"):
+        pass  # they are fp8's alone
