@@ -138,6 +138,14 @@ def test_responses_are_answered_too(client: openai.OpenAI):
     assert told["output"][0]["content"][0]["text"]
 
 
+def test_embeddings_of_a_model_that_makes_none_are_errors_of_their_lines(client: openai.OpenAI):
+    url = "/v1/embeddings"
+    over = ended(client, begin(client, line("e", {"input": "Hello"}, url), url).id)
+    [found] = results(client, over.error_file_id)
+    assert found["response"]["status_code"] == 400
+    assert over.request_counts.failed == 1
+
+
 def test_a_broken_line_gets_its_own_error_and_the_others_run(client: openai.OpenAI):
     good = {"prompt": "Hello", "max_tokens": 2}
     lines = [
@@ -157,21 +165,22 @@ def test_a_broken_line_gets_its_own_error_and_the_others_run(client: openai.Open
         line("long", {"prompt": "x" * 600}),
         b'{"custom_id": "twice", "custom_id": "twice"}',
         b"\xff",
+        line("background", {**good, "background": True}),
         line("last", good),
     ]
     over = ended(client, begin(client, b"\n".join(lines)).id)
     assert over.status == "completed"
-    assert over.request_counts.to_dict() == {"total": 16, "completed": 2, "failed": 14}
+    assert over.request_counts.to_dict() == {"total": 17, "completed": 2, "failed": 15}
     assert [one["custom_id"] for one in results(client, over.output_file_id)] == ["good", "last"]
     wrong = results(client, over.error_file_id)
     refused = {one["error"]["line"]: one for one in wrong if one["error"]}
     answered = {one["custom_id"]: one["response"] for one in wrong if one["response"]}
-    assert sorted(refused) == [2, 4, 5, 6, 7, 8, 9, 10, 11, 15, 16]
+    assert sorted(refused) == [2, 4, 5, 6, 7, 8, 9, 10, 11, 15, 16, 17]
     assert all(f"line {number}: " in one["error"]["message"] for number, one in refused.items())
     params = {number: one["error"]["param"] for number, one in refused.items()}
     assert params[5] == params[6] == "custom_id"
     assert (params[7], params[8], params[9]) == ("url", "method", "body.stream")
-    assert (params[10], params[11]) == ("priority", "body")
+    assert (params[10], params[11], params[17]) == ("priority", "body", "body.background")
     assert refused[6]["error"]["code"] == "custom_id_repeated"
     assert "that of line 1" in refused[6]["error"]["message"]
     statuses = {id: response["status_code"] for id, response in answered.items()}
