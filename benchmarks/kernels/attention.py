@@ -13,7 +13,7 @@ of their own, as they may hang. splits.py times its parts.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -132,7 +132,7 @@ def check() -> None:
             print(line, flush=True)
 
 
-def graph_ms(calls: list[Callable[[], object]], repeats: int = 20) -> float:
+def graph_ms(calls: Sequence[Callable[[], object]], repeats: int = 20) -> float:
     """Milliseconds a call, replaying all of `calls` (on different memory) as one graph."""
     for call in calls[:2]:
         call()
