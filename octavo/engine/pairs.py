@@ -25,10 +25,10 @@ YES_NO_TEMPLATE = (
     "| first }}\n"
     '<Document>: {{ messages | selectattr("role", "eq", "document") | map(attribute="content") '
     "| first }}<|im_end|>\n"
-    "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    "<|im_start|>assistant\n<think>\n\n</think>\n\n\n"
 )
 """The prompt that Qwen3-Reranker was trained with (its model card); others of its kind bring theirs
-as a chat template. The two line ends after the thought are put back behind the template."""
+as a chat template. Two line ends follow the thought: Jinja drops the last of a template."""
 _PROBES = ("octavo-probe-one", "octavo-probe-two", "octavo-probe-three")
 
 
