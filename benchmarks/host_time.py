@@ -116,13 +116,15 @@ def stubbed_core(options: argparse.Namespace) -> EngineCore:
     from tests.runner import binaries
 
     log = binaries.Log()
-    vars(binaries).update(
-        print=lambda *anything: None,
-        SMALLER={"num_hidden_layers": options.layers, "vocab_size": VOCAB_SIZE},
-        MAX_LEN=MAX_MODEL_LEN,
-        MAX_TOKENS=MAX_BATCHED_TOKENS,
-        NUM_BLOCKS=NUM_BLOCKS,
-    )
+    changed: dict[str, Any] = {
+        "print": lambda *anything: None,
+        "SMALLER": {"num_hidden_layers": options.layers, "vocab_size": VOCAB_SIZE},
+        "MAX_LEN": MAX_MODEL_LEN,
+        "MAX_TOKENS": MAX_BATCHED_TOKENS,
+        "NUM_BLOCKS": NUM_BLOCKS,
+    }
+    for name, value in changed.items():
+        setattr(binaries, name, value)
     binaries.pretend(log)
     runner, _ = binaries.make_runner(options.model)
     plan = MemoryPlan(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -279,3 +280,13 @@ def test_every_module_says_what_it_owns():
         for path, text in texts.items()
         if text.strip() and not ast.get_docstring(ast.parse(text))
     ]
+
+
+def test_the_walk_names_files_and_methods_that_are_there():
+    text = (ROOT / "docs" / "walk.md").read_text()
+    paths = set(re.findall(r"`([a-z_0-9/]+\.py|[a-z_]+/)`", text))
+    assert len(paths) > 40
+    assert [path for path in sorted(paths) if not (PACKAGE / path).exists()] == []
+    package = "\n".join(path.read_text() for path in FILES)
+    for owner, method in re.findall(r"`([A-Z]\w+)\.(\w+)`", text):
+        assert re.search(rf"class {owner}\b[\s\S]*?def {method}\(", package), (owner, method)

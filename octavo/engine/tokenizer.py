@@ -25,6 +25,14 @@ from octavo.engine.chat_template import (
     RenderedChat,
 )
 from octavo.engine.token_guard import TokenGuard, encode_ids, sound_text
+from octavo.engine.tokenizer_files import (
+    add_missing_tokens,
+    apply_bos_eos,
+    chat_template,
+    folder_config,
+    longest_spelling,
+    special_tokens,
+)
 from octavo.errors import (
     ChatTemplateError,
     ModelError,
@@ -33,19 +41,15 @@ from octavo.errors import (
     UnsupportedModelError,
 )
 from octavo.grammar import Vocabulary
-from octavo.weights.checkpoint import read_json, read_text
+from octavo.weights.checkpoint import read_text
 from octavo.weights.gguf_tokenizer import (
     byte_spelling,
-    ends_template,
     tokenizer_files_from_gguf,
 )
 from octavo.weights.hub import ModelFiles, resolve_tokenizer
 
-_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "eot_token")
 _SLOW_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tiktoken.model")
 _BYTE_OF = {char: byte for byte, char in enumerate(byte_spelling())}
-_KEEPING_NORMALIZERS = frozenset({"Replace", "Prepend", "NFC", "Lowercase", "ByteLevel"})
-"""Normalizers after which a text is about as long as before; `Replace` is used for spaces."""
 _BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 _TENSOR_OPTIONS = {
@@ -87,10 +91,10 @@ class Tokenizer:
         self._core.no_padding()
         self._config = config
         self._has_dummy_prefix = has_dummy_prefix
-        self.special_tokens: dict[str, str] = _special_tokens(config)
+        self.special_tokens: dict[str, str] = special_tokens(config)
         """By role: bos_token, eos_token, ... as templates know them."""
-        _add_missing_tokens(self._core, config)
-        _apply_bos_eos(self._core, config, self.special_tokens)
+        add_missing_tokens(self._core, config)
+        apply_bos_eos(self._core, config, self.special_tokens)
         added = self._core.get_added_tokens_decoder()
         self.added_tokens: dict[str, int] = {str(t.content): i for i, t in added.items()}
         self.special_ids: frozenset[int] = frozenset(i for i, t in added.items() if t.special)
@@ -98,7 +102,7 @@ class Tokenizer:
         self.bos_token_id = self._role_id("bos_token")
         self.eos_token_id = self._role_id("eos_token")
         self.eot_token_id = self._role_id("eot_token")
-        self.chat_template: str | None = _chat_template(config)
+        self.chat_template: str | None = chat_template(config)
         self.is_byte_level = isinstance(self._core.decoder, decoders.ByteLevel)
         """Whether a token's bytes do not depend on its neighbours."""
         self._bytes: dict[int, bytes] = {}
@@ -118,18 +122,7 @@ class Tokenizer:
                     "transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
                 )
             raise ModelNotFoundError(f"there is no tokenizer.json in {folder}")
-        config = {
-            **(read_json(folder / "special_tokens_map.json") or {}),
-            **(read_json(folder / "tokenizer_config.json") or {}),
-        }
-        # As in transformers, tokenizer.json alone says whether BOS and EOS are added.
-        ends = False if _drops_post_processor(folder, config) else None
-        config |= {"add_bos_token": ends, "add_eos_token": ends}
-        template = folder / "chat_template.jinja"
-        if template.is_file():
-            config["chat_template"] = read_text(template)
-        elif (old := read_json(folder / "chat_template.json")) and "chat_template" not in config:
-            config["chat_template"] = old.get("chat_template")
+        config = folder_config(folder)
         return Tokenizer(read_text(folder / "tokenizer.json"), config)
 
     @staticmethod
@@ -208,7 +201,7 @@ class Tokenizer:
     @property
     def longest_spelling(self) -> int | None:
         """Characters of a text that one token stands for at most; None: any number. Slow."""
-        return _longest_spelling(self._core)
+        return longest_spelling(self._core)
 
     @property
     def chat_renderer(self) -> ChatRenderer:
@@ -314,15 +307,6 @@ class Tokenizer:
         return None if token is None else self._core.token_to_id(token)
 
 
-def _drops_post_processor(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether the tokenizer's class in transformers makes its own post-processor, of no tokens."""
-    name = config.get("tokenizer_class")
-    if name is None and (folder / "config.json").is_file():
-        is_olmoe = (read_json(folder / "config.json") or {}).get("model_type") == "olmoe"
-        name = "GPTNeoXTokenizer" if is_olmoe else None
-    return str(name).removesuffix("Fast") == "GPTNeoXTokenizer"
-
-
 def find_tokenizer(config: EngineConfig, files: ModelFiles) -> Tokenizer:
     """Returns the tokenizer that the operator gave, else the model's own."""
     given = config.tokenizer
@@ -355,79 +339,3 @@ def eos_token_ids(
     if tokenizer is not None:
         ids += [i for i in (tokenizer.eos_token_id, tokenizer.eot_token_id) if i is not None]
     return tuple(dict.fromkeys(ids))
-
-
-def _longest_spelling(core: tokenizers.Tokenizer) -> int | None:
-    """Returns how many characters of a text one token stands for at most, None if any number.
-
-    Where normalising may drop characters, or unknown ones become one token together, no length
-    of a text says that its tokens are too many.
-    """
-    data = json.loads(core.to_str())
-    normalizer, model = data["normalizer"], data["model"]
-    steps = [normalizer] if normalizer is not None else []
-    while any(step["type"] == "Sequence" for step in steps):
-        steps = [
-            inner
-            for step in steps
-            for inner in (step["normalizers"] if step["type"] == "Sequence" else [step])
-        ]
-    keeps_length = all(step["type"] in _KEEPING_NORMALIZERS for step in steps)
-    has_unknown = model.get("unk_token") or model.get("unk_id") is not None
-    if not keeps_length or (has_unknown and not model.get("byte_fallback")):
-        return None
-    return max(map(len, core.get_vocab(with_added_tokens=True)), default=1)
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the special tokens by role; old files wrap them in an object."""
-    found: dict[str, str] = {}
-    for role in _ROLES:
-        value = config.get(role)
-        text = value.get("content") if isinstance(value, Mapping) else value
-        if isinstance(text, str) and text:
-            found[role] = text
-    return found
-
-
-def _add_missing_tokens(core: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
-    """Adds the tokens that only tokenizer_config.json knows, at the ids it says."""
-    known = core.get_added_tokens_decoder()
-    listed: Mapping[str, Any] = config.get("added_tokens_decoder") or {}
-    for key, spec in sorted(listed.items(), key=lambda item: int(item[0])):
-        if int(key) in known:
-            continue
-        names = ("single_word", "lstrip", "rstrip", "normalized", "special")
-        flags = {name: bool(spec.get(name, False)) for name in names}
-        core.add_tokens([tokenizers.AddedToken(spec["content"], **flags)])
-        if core.token_to_id(spec["content"]) != int(key):
-            raise ModelError(
-                f"tokenizer_config.json puts {spec['content']!r} at id {key}, tokenizer.json at "
-                f"{core.token_to_id(spec['content'])}; the two files do not belong together"
-            )
-
-
-def _apply_bos_eos(
-    core: tokenizers.Tokenizer, config: Mapping[str, Any], special: Mapping[str, str]
-) -> None:
-    """Lets add_bos_token and add_eos_token rule over tokenizer.json, each where it is given: absent
-    and null leave what tokenizer.json does."""
-    given = {role: config.get(f"add_{role}_token") for role in ("bos", "eos")}
-    if given == {"bos": None, "eos": None}:
-        return
-    added = core.encode("a", add_special_tokens=True).special_tokens_mask
-    is_added = {"bos": added[:1] == [1], "eos": added[-1:] == [1]}
-    tokens: dict[str, str | None] = {}
-    for role, flag in given.items():
-        wanted = is_added[role] if flag is None else bool(flag)
-        tokens[role] = special.get(f"{role}_token") if wanted else None
-    core.post_processor = ends_template(tokens["bos"], tokens["eos"], core.token_to_id)
-
-
-def _chat_template(config: Mapping[str, Any]) -> str | None:
-    """Returns the template called default, or the only one."""
-    given = config.get("chat_template")
-    if not isinstance(given, list):
-        return given
-    named = {entry["name"]: entry["template"] for entry in given}
-    return named.get("default") or (next(iter(named.values())) if len(named) == 1 else None)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 from octavo.errors import ConfigError
 from octavo.formats import KVFormats
@@ -18,6 +18,16 @@ from octavo.layers.rope_spec import QueryTemperature, RopeSpec
 from octavo.models.parameter import Shape
 from octavo.visibility import Full, Visibility
 from octavo.weights.split import RowPairs, Split
+
+Mixer_co = TypeVar("Mixer_co", covariant=True)
+
+
+class Mixers(Protocol[Mixer_co]):
+    """Who makes something of each kind of attention: a method a kind."""
+
+    def attention(self, spec: AttentionSpec, layer: int) -> Mixer_co: ...
+
+    def latent_attention(self, spec: LatentAttentionSpec, layer: int) -> Mixer_co: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +52,9 @@ class AttentionSpec:
     soft_cap: float | None = None
     """Scores s become soft_cap * tanh(s / soft_cap)."""
     temperature: QueryTemperature | None = None
+
+    def made_by(self, mixers: Mixers[Mixer_co], layer: int) -> Mixer_co:
+        return mixers.attention(self, layer)
 
     @property
     def wants(self) -> AttentionWants:
@@ -171,6 +184,9 @@ class LatentAttentionSpec:
     bias: bool = False
     """The products that make the latent vectors, and the output, have biases."""
     visibility: Visibility = Full()
+
+    def made_by(self, mixers: Mixers[Mixer_co], layer: int) -> Mixer_co:
+        return mixers.latent_attention(self, layer)
 
     @property
     def wants(self) -> AttentionWants:

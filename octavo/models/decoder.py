@@ -228,26 +228,18 @@ class _Loader:
 
     def layer(self, index: int) -> Layer:
         spec = self.spec.layers[index]
-        if isinstance(spec.mlp, MoESpec):
-            mlp = self.moe(spec.mlp, index)
-        else:
-            gate, up, down = self.gated("", spec.mlp, index)
-            mlp = GatedMLP(gate=gate, up=up, down=down, activation=spec.mlp.activation)
         return Layer(
             mixer_norm=self.norm("attention_norm", index),
-            mixer=self.mixer(spec.attention, index),
+            mixer=spec.attention.made_by(self, index),
             mlp_norm=self.norm("mlp_norm", index),
-            mlp=mlp,
+            mlp=spec.mlp.made_by(self, index),
             mixer_post_norm=self.norm("attention_post_norm", index) if spec.post_norms else None,
             mlp_post_norm=self.norm("mlp_post_norm", index) if spec.post_norms else None,
         )
 
-    def mixer(
-        self, spec: AttentionSpec | LatentAttentionSpec, layer: int
-    ) -> Attention | LatentAttention:
-        if isinstance(spec, LatentAttentionSpec):
-            return self.latent_attention(spec, layer)
-        return self.attention(spec, layer)
+    def dense(self, spec: MLPSpec, layer: int) -> GatedMLP:
+        gate, up, down = self.gated("", spec, layer)
+        return GatedMLP(gate=gate, up=up, down=down, activation=spec.activation)
 
     def latent_attention(self, spec: LatentAttentionSpec, layer: int) -> LatentAttention:
         has_rank = spec.q_rank is not None

@@ -7,11 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 from octavo.kernels.activations import Activation
 from octavo.kernels.routing import RoutingRule
 from octavo.models.parameter import Shape
 from octavo.weights.split import Split
+
+MLP_co = TypeVar("MLP_co", covariant=True)
+
+
+class MLPs(Protocol[MLP_co]):
+    """Who makes something of each kind of MLP: a method a kind."""
+
+    def dense(self, spec: MLPSpec, layer: int) -> MLP_co: ...
+
+    def moe(self, spec: MoESpec, layer: int) -> MLP_co: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +31,9 @@ class MLPSpec:
 
     size: int
     activation: Activation
+
+    def made_by(self, mlps: MLPs[MLP_co], layer: int) -> MLP_co:
+        return mlps.dense(self, layer)
 
     @property
     def split(self) -> Split:
@@ -49,6 +63,9 @@ class MoESpec:
     """Hidden size of the shared expert; 0: there is none."""
     shared_gate: bool = False
     """The shared expert's output is multiplied by a sigmoid gate of the token."""
+
+    def made_by(self, mlps: MLPs[MLP_co], layer: int) -> MLP_co:
+        return mlps.moe(self, layer)
 
     @property
     def top_k(self) -> int:

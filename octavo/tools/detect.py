@@ -10,8 +10,9 @@ from typing import TypeVar
 
 from octavo.tools.answer_parser import AnswerFormat
 from octavo.tools.marks import Marks
+from octavo.tools.reasoning_table import REASONING_FORMATS
 from octavo.tools.shapes import ReasoningFormat, ToolFormat
-from octavo.tools.table import REASONING_FORMATS, TOOL_FORMATS
+from octavo.tools.table import TOOL_FORMATS
 
 AUTO, NONE = "auto", "none"
 _Row = TypeVar("_Row", ToolFormat, ReasoningFormat)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from octavo.tools.answer_parser import AnswerFormat, AnswerParser
 from octavo.tools.detect import REASONING_PARSERS, TOOL_PARSERS, answer_format
 from octavo.tools.marks import Marks
-from octavo.tools.table import REASONING_FORMATS, TOOL_FORMATS
+from octavo.tools.reasoning_table import REASONING_FORMATS
+from octavo.tools.table import TOOL_FORMATS
 from tests.tools.rendering import RENDERINGS, Answer, Call, read
 
 FORMATS = sorted(RENDERINGS)
