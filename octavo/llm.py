@@ -12,11 +12,11 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from octavo.engine.chat_template import ChatOptions, Message
+from octavo.engine.collectors import ChatCollector, Collector, VectorCollector
 from octavo.engine.core import EngineCore
 from octavo.engine.front_end import FrontEnd, format_of
 from octavo.engine.held_answers import held_params
@@ -32,11 +32,11 @@ from octavo.engine.pooled_texts import (
 from octavo.engine.prompts import GivenPrompt, Prompt, read_prompts
 from octavo.engine.tokenizer import Tokenizer
 from octavo.engine.vectors import VectorReader
-from octavo.errors import OctavoError, OverloadedError, RequestError
+from octavo.errors import OverloadedError, RequestError
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.models.spec import ModelSpec
 from octavo.observe.stats import EngineStats
-from octavo.outputs import OutputDelta, RequestOutput, with_texts
+from octavo.outputs import OutputDelta, RequestOutput
 from octavo.pooling import (
     ClassificationRequestOutput,
     EmbeddingRequestOutput,
@@ -48,10 +48,7 @@ from octavo.pooling import (
 from octavo.request import Request, SamplingParams, checked_copy
 from octavo.request_fields import refuse_arguments
 from octavo.tools.answers import (
-    AnswerReader,
     AnswerReading,
-    AnswerSum,
-    message_of,
     reading_of,
 )
 from octavo.tools.definitions import NO_TOOLS, Tools, read_tools, with_choice
@@ -165,10 +162,10 @@ class LLM:
             )
             self._num_requests += 1
             requests.append((request, prompt if isinstance(prompt, str) else None))
-        collectors: list[_Collector] = [
-            _ChatCollector(request, self._token_text, readings[place])
+        collectors: list[Collector] = [
+            ChatCollector(request, self._token_text, readings[place])
             if chats
-            else _Collector(request, text, self._token_text)
+            else Collector(request, text, self._token_text)
             for place, (request, text) in enumerate(requests)
         ]
         for (request, _), collector in zip(requests, collectors, strict=True):
@@ -328,7 +325,7 @@ class LLM:
             )
             self._num_requests += 1
             requests.append(request)
-        collectors = [_VectorCollector() for _ in requests]
+        collectors = [VectorCollector() for _ in requests]
         for request, collector in zip(requests, collectors, strict=True):
             self._output.open(request, collector)
         self._run(requests, use_tqdm)
@@ -387,74 +384,6 @@ class LLM:
     def close(self) -> None:
         """Lets the runner's thread go."""
         self._core.close()
-
-
-class _Collector:
-    """The receiver that adds up one request's output."""
-
-    def __init__(
-        self, request: Request, prompt: str | None, token_text: Callable[[int], str | None]
-    ) -> None:
-        self.output = RequestOutput.empty(request, request.request_id, prompt)
-        self._token_text = token_text
-
-    marks: Mapping[int, str] | None = None
-    """What stands in the text of deltas for the tokens of these ids."""
-
-    def receive(self, delta: OutputDelta, finished: bool) -> None:
-        self.output.add(with_texts(delta, self._token_text))
-
-    def fail(self, error: OctavoError) -> None:
-        raise error
-
-
-class _VectorCollector:
-    """The receiver of one request that wants a vector."""
-
-    def __init__(self) -> None:
-        self.delta = OutputDelta(index=0)
-
-    def receive(self, delta: OutputDelta, finished: bool) -> None:
-        self.delta = delta
-
-    def fail(self, error: OctavoError) -> None:
-        raise error
-
-
-class _ChatCollector(_Collector):
-    """The receiver of one chat: it adds up the message of every sequence, too."""
-
-    def __init__(
-        self,
-        request: Request,
-        token_text: Callable[[int], str | None],
-        reading: AnswerReading | None,
-    ) -> None:
-        super().__init__(request, None, token_text)
-        self._skips_special_tokens = request.params.skip_special_tokens
-        self._reading = reading
-        self._readers: list[AnswerReader] = []
-        self._sums: list[AnswerSum] = []
-        if reading is not None:
-            self.marks = reading.marks.by_id
-            self._readers = [reading.begin() for _ in range(request.params.n)]
-            self._sums = [AnswerSum() for _ in self._readers]
-
-    def receive(self, delta: OutputDelta, finished: bool) -> None:
-        sequence = self.output.outputs[delta.index]
-        reason = delta.finish_reason
-        if self._reading is None:
-            super().receive(delta, finished)
-            if reason is not None:
-                sequence.message = {"role": "assistant", "content": sequence.text}
-            return
-        total = self._sums[delta.index]
-        total.add(self._readers[delta.index].push(delta.text, delta.token_ids, reason))
-        marks = self._reading.marks
-        text = marks.drop(delta.text) if self._skips_special_tokens else marks.show(delta.text)
-        super().receive(msgspec.structs.replace(delta, text=text), finished)
-        if reason is not None:
-            sequence.message = message_of(total.total())
 
 
 @contextmanager
