@@ -135,6 +135,7 @@ def unpack_long_chunks(
         num_warps=4,
         **launch_options(q_THD.device),
     )
-    columns = torch.arange(num_columns, dtype=torch.int32, device=q_THD.device)
+    # As wide as the table it stands for: one binary of those who read it serves every step.
+    columns = torch.arange(batch.block_table.shape[1], dtype=torch.int32, device=q_THD.device)
     table = (order_S - 1).clamp_(min=0).unsqueeze(1) * num_columns + columns
     return KVLayer(key=pages[:, 0], value=pages[:, 1]), replace(batch, block_table=table)
