@@ -253,7 +253,7 @@ def main(shape: str, *, is_built: bool) -> None:
     runner, rehearsal = make_runner(shape)
     config = EngineConfig(model="none", max_num_seqs=MAX_SEQS).resolve()
     plan: Any = SimpleNamespace(max_num_batched_tokens=MAX_TOKENS, max_model_len=MAX_LEN)
-    build.warm_up(rehearsal, config, plan, runner.decoder.spec.vocab_size, building, 2)
+    build.warm_up(rehearsal, config, plan, runner.decoder.spec, building, 2)
     if is_built:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda asked: compile_for_hopper(*asked), log.asked))
