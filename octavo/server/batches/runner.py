@@ -69,9 +69,14 @@ class BatchRunner:
                 await self._look()
             except OctavoError as error:
                 logger.debug("no look at batches: %s", error)  # The store's check has warned.
+            except Exception as error:
+                # The edge: one mistake must not end the work on all batches.
+                logger.error("a look at batches failed", exc_info=error)
             news.clear()
+            # Not wait_for: that of Python 3.11 may lose a cancellation.
             with suppress(TimeoutError):
-                await asyncio.wait_for(news.wait(), LOOK_SECONDS)
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await news.wait()
 
     async def _look(self) -> None:
         store, now = self._store, self._store.clock()

@@ -6,6 +6,7 @@ Made by `runner`, asked by all its workers before a line begins. Never runs anyt
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 from octavo.server.state import ServerState
 
@@ -38,10 +39,9 @@ class Slots:
         async with self._turn:
             while not self._has_room(num_bytes):
                 self._freed.clear()
-                try:
-                    await asyncio.wait_for(self._freed.wait(), LOOK_SECONDS)
-                except TimeoutError:
-                    continue
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_SECONDS):
+                        await self._freed.wait()
             self.num_used += 1
             self._num_bytes += num_bytes
 
