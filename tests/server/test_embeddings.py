@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import concurrent.futures
 import json
@@ -17,6 +18,15 @@ import pytest
 
 from octavo.async_llm import AsyncLLM
 from octavo.config import EngineConfig, ServerConfig
+from octavo.engine.vectors import VectorReader, similarity
+from octavo.errors import RequestError
+from octavo.models.pooling_spec import PoolingSpec
+from octavo.observe.loop_holds import PROMISED_SECONDS, LoopHoldMonitor
+from octavo.pooling import PoolingParams
+from octavo.server.pieces import Lazy, pieces_of, sliced
+from octavo.server.protocol.pooling import Encoding
+from octavo.server.routes.embeddings import written
+from octavo.server.vector_calls import in_turns
 from tests.server.conftest import ServerThread
 from tests.server.tiny_engine import write_model
 
@@ -326,3 +336,37 @@ def test_base64_holds_little_endian_float32(http: httpx.Client) -> None:
     [other] = http.post("/v1/embeddings", json={"input": TEXTS[0]}).json()["data"]
     decoded = np.frombuffer(base64.b64decode(one["embedding"]), "<f4")
     np.testing.assert_array_equal(decoded, np.array(other["embedding"], np.float32))
+
+
+@pytest.mark.parametrize("encoding", ["float", "base64"])
+async def test_long_vectors_leave_the_loop_to_others(encoding: Encoding) -> None:
+    """Both as they are written and as they are compared."""
+    reader = VectorReader(PoolingSpec(kind="embed", normalize=True), 10_000)
+    packed = np.random.default_rng(1).standard_normal(10_000, dtype=np.float32).tobytes()
+    monitor = LoopHoldMonitor()
+    monitor.install(asyncio.get_running_loop())
+    vectors = (written(reader.read(packed, PoolingParams()), encoding) for _ in range(100))
+
+    async def work() -> int:
+        return sum([len(piece) async for piece in sliced(pieces_of({"data": Lazy(vectors)}))])
+
+    assert await asyncio.create_task(work()) > 100 * 40_000
+    cosines = in_turns(similarity(packed, packed) for _ in range(1000))
+    assert await asyncio.create_task(cosines) == pytest.approx([1.0] * 1000)
+    assert monitor.longest_seconds < PROMISED_SECONDS, monitor.longest_callback
+
+
+def test_async_programs_get_the_same(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with engine_of(tmp_path, {}, 512, label_tokens=("y", "n")) as engine:
+            scored = await engine.score("hello", "there was", instruction="Find greetings")
+            ids = engine.front_end.pairs.ids("hello", "there was", "Find greetings")
+            [raw] = [one async for one in engine.encode({"prompt_token_ids": ids})]
+            assert scored.outputs.score == raw.outputs.data[0]
+            assert scored.prompt_token_ids == ids
+            with pytest.raises(RequestError, match="scores pairs"):
+                await engine.embed("hello")
+            with pytest.raises(RequestError, match="it generates no text"):
+                await anext(engine.generate("hello"))
+
+    asyncio.run(run())

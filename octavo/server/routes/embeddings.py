@@ -57,7 +57,7 @@ async def _answer(
 
     def data() -> Iterator[dict[str, Any]]:
         for index, packed in enumerate(found.packed):
-            vector = _written(reader.read(packed, params), body.encoding_format)
+            vector = written(reader.read(packed, params), body.encoding_format)
             yield {"object": item, "index": index, field: vector}
 
     answer = {
@@ -81,7 +81,7 @@ async def _prompts(request: Request, body: InputFields) -> Sequence[Sequence[int
     return await state.tokenising.encode_cut(texts, body.add_special_tokens, limit)
 
 
-def _written(vector: Float32, encoding: Encoding) -> list[float] | str:
+def written(vector: Float32, encoding: Encoding) -> list[float] | str:
     if encoding == "float":
         return vector.tolist()
     return base64.b64encode(vector.astype(np.dtype("<f4")).tobytes()).decode()
