@@ -207,7 +207,7 @@ def _children(rows: Sequence[np.ndarray], order: list[int], at: int) -> Iterator
 
 
 @launchable
-@triton.jit(do_not_specialize=["num_partials"])
+@triton.jit(do_not_specialize=["num_partials", "num_tiles"])
 def _shared_kernel(
     q,
     key,
@@ -228,6 +228,7 @@ def _shared_kernel(
     shared_tokens,
     split_sizes,
     num_partials,
+    num_tiles,
     stride_table,
     scale_log2,
     cap_log2,
@@ -241,7 +242,6 @@ def _shared_kernel(
     DELTA: tl.constexpr,
     VISIBLE: tl.constexpr,
     HAS_CAP: tl.constexpr,
-    TILES: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -251,17 +251,17 @@ def _shared_kernel(
     """One split of what a group shares, for BLOCK_M // PADDED_GROUP of its members at once.
 
     partial_out[t, h, split] = softmax(scale q k^T) v over the split, partial_lse its log2-sum-exp2.
-    Program 0: split; 1: group * TILES + tile of members; 2: kv head. Row r is member
+    Program 0: split; 1: group * num_tiles + tile of members; 2: kv head. Row r is member
     r // PADDED_GROUP, head r % PADDED_GROUP; every shared key is visible to every member, but for
     windows and chunks. q [T, H, D]; key, value [B, P, K, D]; partial_out [T, H, partials, D].
     """
     GROUP: tl.constexpr = H // K
     MEMBERS: tl.constexpr = BLOCK_M // PADDED_GROUP
     wait_turn(OVERLAP)
-    group = tl.program_id(1) // TILES
+    group = tl.program_id(1) // num_tiles
     first = tl.load(group_starts + group)
     count = tl.load(group_starts + group + 1) - first
-    first_member = (tl.program_id(1) % TILES) * MEMBERS
+    first_member = (tl.program_id(1) % num_tiles) * MEMBERS
     if first_member >= count:
         return
     leader = tl.load(members + first).to(tl.int64)
@@ -307,7 +307,7 @@ def shared_shape(
     if dtype == torch.float32:
         return 32, 32, 4, 1
     if not is_plain:
-        return (128 if rows > 64 and head_size <= 128 else 64), 64, 8, 2
+        return (128 if head_size <= 128 else 64), 64, 8, 2
     if head_size > 128:
         return 64, 64, 4, 2
     return (128, 64, 4, 3) if rows > 64 else (64, 64, 4, 3)
@@ -378,6 +378,7 @@ def _attend_shared(
         plan.shared_tokens_S,
         plan.split_sizes,
         partials.num_partials,
+        tiles,
         batch.block_table.stride(0),
         *(scores.scale_log2, scores.cap_log2, scores.reach),
         H=num_heads,
@@ -385,7 +386,6 @@ def _attend_shared(
         DELTA=planes.value_delta,
         VISIBLE=scores.visible,
         HAS_CAP=scores.has_cap,
-        TILES=tiles,
         PADDED_GROUP=padded_group,
         BLOCK_M=block_m,
         BLOCK_N=block_n,

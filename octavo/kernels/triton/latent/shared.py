@@ -26,7 +26,7 @@ from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
 
 
 @launchable
-@triton.jit(do_not_specialize=["num_partials"])
+@triton.jit(do_not_specialize=["num_partials", "num_tiles"])
 def _latent_shared_kernel(
     q,
     pages,
@@ -42,6 +42,7 @@ def _latent_shared_kernel(
     shared_tokens,
     split_sizes,
     num_partials,
+    num_tiles,
     stride_table,
     scale_log2,
     H: tl.constexpr,
@@ -50,7 +51,6 @@ def _latent_shared_kernel(
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
     P: tl.constexpr,
-    TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -61,10 +61,10 @@ def _latent_shared_kernel(
     its members at once: as `_shared_kernel` of attention/shared.py; program 2: STACK heads."""
     MEMBERS: tl.constexpr = BLOCK_M // STACK
     wait_turn(OVERLAP)
-    group = tl.program_id(1) // TILES
+    group = tl.program_id(1) // num_tiles
     first = tl.load(group_starts + group)
     count = tl.load(group_starts + group + 1) - first
-    first_member = (tl.program_id(1) % TILES) * MEMBERS
+    first_member = (tl.program_id(1) % num_tiles) * MEMBERS
     if first_member >= count:
         return
     leader = tl.load(members + first).to(tl.int64)
@@ -129,12 +129,11 @@ def shared_latents(
         *plane.arguments,
         *(partials.out, partials.lse, batch.query_starts, batch.block_table),
         *(plan.members, plan.group_starts, plan.shared_tokens_S, plan.split_sizes),
-        *(partials.num_partials, batch.block_table.stride(0)),
+        *(partials.num_partials, tiles, batch.block_table.stride(0)),
         scale * LOG2_E,
         H=num_heads,
         STACK=stack,
         **plane.constants,
-        TILES=tiles,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_D=max(16, next_power_of_2(plane.rank)),
