@@ -183,7 +183,7 @@ _TABLE: list[VllmOption] = [
         note="blocks are found by SHA-256",
     ),
     *_values("use --kv-cache-memory-bytes", "num_gpu_blocks_override"),
-    *_flags("the KV cache has no scales", "calculate_kv_scales"),
+    *_flags("every vector of the KV cache has its own scale", "calculate_kv_scales"),
     *_flags("every layer has its own keys and values", "kv_sharing_fast_prefill"),
     *_flags(
         "ranks speak through NCCL",
