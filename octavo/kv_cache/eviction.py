@@ -10,8 +10,9 @@ age counts PATIENCE times less with every queue.
 
 How patient the order is, it learns from what it regrets. Asked for again is a block of one use that
 was evicted just now: there should be fewer old ones (patience falls). Asked for is one of more uses
-that was about to go: there should be more. So blocks that nobody asks for again cannot drive out
-useful ones, and these go when what made them useful is over.
+that was about to go: there should be more, but that counts half, as it is not gone yet. So blocks
+that nobody asks for again cannot drive out useful ones, and these go when what made them useful is
+over.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ _LEARNING = 16
 """Times that patience is doubled when as many blocks as are watched are asked for."""
 _WATCHED_SHARE, _MIN_WATCHED = 1 / 8, 32
 _MAX_REMEMBERED = 1 << 18
+_ABOUT_TO_GO = 0.5
+"""What a regret of a block that is about to go counts, against one of a block that is gone."""
 _QUEUE_OF = np.array(
     [0, *(min(uses.bit_length() - 1, _NUM_QUEUES - 1) for uses in range(1, 256))], np.uint8
 )
@@ -96,10 +99,11 @@ class EvictionOrder:
         if self._watched_until >= 0:
             is_old = (uses > 1) & (self._times[blocks] < self._watched_until)
             known = blocks[is_old]
-            self._learn(sum(int(np.count_nonzero(q.has(known))) for q in self._queues[1:]))
+            regrets = sum(int(np.count_nonzero(q.has(known))) for q in self._queues[1:])
+            self._learn(_ABOUT_TO_GO * regrets)
         self._uses[blocks] = np.minimum(uses, 254) + 1
 
-    def _learn(self, regrets: int) -> None:
+    def _learn(self, regrets: float) -> None:
         """`regrets`: of blocks of several uses, less those of blocks of one use."""
         patience = self._patience * 2 ** (_LEARNING * regrets / self._num_watched)
         self._patience = min(max(patience, 1.0), _MAX_PATIENCE)

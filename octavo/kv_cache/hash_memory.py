@@ -8,35 +8,56 @@ from __future__ import annotations
 
 from array import array
 
+_REACH = 8
+_NOTHING = 0
+
 
 def hash_of(digest: bytes) -> int:
     return int.from_bytes(digest[:8], "little")
 
 
 class HashMemory:
-    """About the latest `num_places` hashes, rounded up to a power of two; 16 bytes each."""
+    """About the latest `num_places` hashes, rounded up to a power of two; 16 bytes each.
+
+    A hash lies at one of the few places from that which it names: so hardly one is lost while half
+    of the places are empty.
+    """
 
     def __init__(self, num_places: int) -> None:
         self._mask = (1 << max(num_places - 1, 1).bit_length()) - 1
-        self._hashes = array("Q", bytes(8 * (self._mask + 1)))
-        self._numbers = array("Q", bytes(8 * (self._mask + 1)))
+        size = 8 * (self._mask + _REACH)
+        self._hashes = array("Q", bytes(size))
+        self._numbers = array("Q", bytes(size))
         self.is_used = False
         """Whether anything was ever remembered: spares who asks for each of many."""
 
     def put(self, hash_: int, number: int) -> None:
         """Remembers `number` (0..2^64 - 1) for `hash_` (the same; not 0)."""
-        place = hash_ & self._mask
+        place = self._find(hash_)
+        if place is None:
+            place = self._find(_NOTHING, hash_)
+        if place is None:
+            place = (hash_ & self._mask) + (hash_ >> 32) % _REACH
         self.is_used = True
         self._hashes[place] = hash_
         self._numbers[place] = number
 
     def get(self, hash_: int) -> int | None:
-        place = hash_ & self._mask
-        return self._numbers[place] if self._hashes[place] == hash_ else None
+        place = self._find(hash_)
+        return None if place is None else self._numbers[place]
 
     def pop(self, hash_: int) -> int | None:
         """Forgets `hash_`; returns its number, None if it is not remembered."""
-        number = self.get(hash_)
-        if number is not None:
-            self._hashes[hash_ & self._mask] = 0
-        return number
+        place = self._find(hash_)
+        if place is None:
+            return None
+        self._hashes[place] = _NOTHING
+        return self._numbers[place]
+
+    def _find(self, wanted: int, near: int | None = None) -> int | None:
+        """Returns where `wanted` lies among the places of the hash `near`, or its own."""
+        first = (wanted if near is None else near) & self._mask
+        try:
+            return self._hashes.index(wanted, first, first + _REACH)
+        except ValueError:
+            return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.kv_cache.eviction import EvictionOrder
@@ -18,6 +18,7 @@ def ids(blocks: list[int]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
     return np.array(blocks, np.int32)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_blocks_of_equal_use_go_in_the_order_in_which_they_came(data: st.DataObject) -> None:
     order = EvictionOrder(NUM_BLOCKS)
@@ -94,6 +95,15 @@ def test_what_is_remembered_is_what_was_put_last(pairs: list[tuple[int, int]]) -
     if pairs:
         assert memory.pop(pairs[-1][0]) == pairs[-1][1]
         assert memory.get(pairs[-1][0]) is None
+
+
+def test_hardly_a_hash_is_lost_while_half_of_the_places_are_empty() -> None:
+    memory = HashMemory(1 << 12)
+    hashes = [hash_of(hashlib.sha256(bytes([i % 256, i // 256])).digest()) for i in range(1 << 11)]
+    for number, hash_ in enumerate(hashes):
+        memory.put(hash_, number)
+    kept = [number for number, hash_ in enumerate(hashes) if memory.get(hash_) == number]
+    assert len(kept) > 0.99 * len(hashes)
 
 
 def test_hashes_of_digests_are_their_first_bytes() -> None:
