@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.config import ServerConfig
+from octavo.engine.chat_template import ChatRenderer
 from octavo.errors import EngineDeadError
 from octavo.outputs import OutputDelta
 from octavo.server.protocol.parsing import parse
@@ -29,6 +30,7 @@ from octavo.tools.detect import answer_format
 from tests.server.conftest import ServerThread
 from tests.server.fake_engine import FakeEngine
 from tests.server.response_events import checked, parsed
+from tests.server.test_agent_session import THINKS
 from tests.server.tiny_engine import tiny_engine
 
 PATH = "/v1/responses"
@@ -311,7 +313,11 @@ def deltas_of(text: str, sizes: list[int], reason: str) -> list[OutputDelta]:
 
 def response_of(deltas: list[OutputDelta]) -> list[dict[str, Any]]:
     """Returns the events of an answer that comes in these rounds."""
-    body = parse(ResponsesRequest, {"input": "Hi", "tools": TOOLS})
+    return answer_of(parse(ResponsesRequest, {"input": "Hi", "tools": TOOLS}), deltas)
+
+
+def answer_of(body: ResponsesRequest, deltas: list[OutputDelta]) -> list[dict[str, Any]]:
+    """Returns the same for a request of its own."""
     reading = reading_of(FORMAT, body.chat.tool_set(), "")
     state: Any = SimpleNamespace(model_name="fake")
     params = SimpleNamespace(temperature=1.0, top_p=1.0, n=1)
@@ -398,3 +404,25 @@ def test_log_probabilities_are_those_of_the_text(real: openai.OpenAI) -> None:
     assert part.type == "output_text"
     assert part.logprobs
     assert all(len(one.top_logprobs) == 3 for one in part.logprobs)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_reasoning_and_arguments_come_back_in_the_words_of_the_model(is_packed: bool) -> None:
+    renderer = ChatRenderer(THINKS, {}, ())
+    include = ["reasoning.encrypted_content"] if is_packed else []
+    items: list[Any] = [{"role": "user", "content": "What does it say?"}]
+    for turn in range(4):
+        body = parse(ResponsesRequest, {"input": items, "tools": TOOLS, "include": include})
+        before = body.chat.render(renderer).text
+        given = f'{{"city": "\xe9/{turn}",  "days": [1, 2.5]}}'
+        call = f'<tool_call>\n{{"name": "get_weather", "arguments": {given}}}\n</tool_call>'
+        text = f"<think>\nTurn {turn}.\n</think>\n\nLook.\n{call}\n{RUN}"
+        answer = answer_of(body, deltas_of(text, [7], "stop"))[-1]["response"]["output"]
+        if is_packed:
+            del answer[0]["content"]
+        items += [
+            *answer,
+            *_results(SimpleNamespace(output=[SimpleNamespace(**o) for o in answer])),
+        ]
+        now = parse(ResponsesRequest, {"input": items, "tools": TOOLS}).chat.render(renderer).text
+        assert now.startswith(before + text)
