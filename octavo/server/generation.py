@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.requests import Request as HttpRequest
 
@@ -94,6 +94,13 @@ async def new_call(
         exchange=exchange,
         marks=marks,
     )
+
+
+def check_params(state: ServerState, params: SamplingParams) -> None:
+    """Raises RequestError for parameters with which nothing could be generated; for routes that
+    generate nothing."""
+    bare = replace(params, max_tokens=1, min_tokens=0, structured_outputs=None)
+    state.engine.prepare([0], bare)
 
 
 class StreamedCall:

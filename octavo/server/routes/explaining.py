@@ -16,6 +16,7 @@ from octavo.errors import RequestError
 from octavo.request import SamplingParams
 from octavo.server.auth import tenant_id, tenant_salt
 from octavo.server.body import read_body
+from octavo.server.generation import check_params
 from octavo.server.openapi import described
 from octavo.server.prefix_answers import explanation_body
 from octavo.server.protocol.chat import ChatRequest
@@ -64,6 +65,7 @@ async def _explained(
 ) -> Response:
     state, key = server_state(request), request.scope["state"]["api_key"]
     state.check_model(body.model)
+    check_params(state, params)
     asked = SamplingParams(
         max_tokens=1,
         prefix_caching=params.prefix_caching,
