@@ -96,9 +96,11 @@ async def new_call(
     )
 
 
-def check_params(state: ServerState, params: SamplingParams) -> None:
-    """Raises RequestError for parameters with which nothing could be generated; for routes that
-    generate nothing."""
+def check_params(request: HttpRequest, body: SamplingFields, params: SamplingParams) -> None:
+    """Raises RequestError for what would be refused if it were generated; for routes that generate
+    nothing."""
+    state = server_state(request)
+    check_priority(request, body.priority, state.config.priority_range)
     bare = replace(params, max_tokens=1, min_tokens=0, structured_outputs=None)
     state.engine.prepare([0], bare)
 

@@ -131,7 +131,8 @@ def _narrow(schema: Schema, state: ServerState) -> None:
     fields: Schema = schema.get("properties", {})
     if not fields.keys().isdisjoint(_CONTENTS):
         fields.get("model", {})["anyOf"] = [{"enum": [*state.model_names]}, {"type": "null"}]
-    if "anyOf" in fields.get("priority", {}):  # not where it changes nothing
+    # Not where it changes nothing, nor where operators have keys: for them there are no limits.
+    if "anyOf" in fields.get("priority", {}) and not state.config.operator_key:
         limits = {"type": "integer", "minimum": low, "maximum": high}
         fields["priority"]["anyOf"] = [limits, {"type": "null"}]
     for field in fields.values():

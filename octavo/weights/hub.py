@@ -57,7 +57,7 @@ class ModelFiles:
     def quantization(self) -> Quantization | None:
         """How the checkpoint is quantised; GGUF files say it of each tensor. Raises
         UnsupportedModelError."""
-        return None if self.kind == "gguf" else read_quantization(self.config, self.path)
+        return read_quantization(self.config, self.path) if self.path.is_dir() else None
 
 
 def resolve_model(

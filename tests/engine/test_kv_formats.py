@@ -232,8 +232,8 @@ def test_scales_of_a_checkpoint_are_what_fp8_is_divided_by(scaled: Path) -> None
             if formats == "fp8":
                 for name, scale in (("key_scale", 0.0625), ("value_scale", 0.03125)):
                     plane = runner.storage.layer(0).planes[name].float()
-                    assert (plane == scale).any()
-                    assert ((plane == scale) | plane.isnan() | (plane == 0)).all()
+                    # Of a cached block at the least; what was never written may be anything.
+                    assert (plane == scale).sum() >= plane[0].numel()
     assert (first["fp8"] - first["float32"]).abs().max() < 0.5
 
 

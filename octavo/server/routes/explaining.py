@@ -65,7 +65,7 @@ async def _explained(
 ) -> Response:
     state, key = server_state(request), request.scope["state"]["api_key"]
     state.check_model(body.model)
-    check_params(state, params)
+    check_params(request, body, params)
     asked = SamplingParams(
         max_tokens=1,
         prefix_caching=params.prefix_caching,

@@ -31,7 +31,7 @@ async def render_chat(request: Request) -> Response:
     body = await read_body(request, ChatRequest)
     state = server_state(request)
     state.check_model(body.model)
-    check_params(state, body.to_params(state.engine.default_sampling_params))
+    check_params(request, body, body.to_params(state.engine.default_sampling_params))
     rendered = body.rendered or render(state.engine.tokenizer, body)
     ids = await state.tokenising.encode_rendered(rendered)
     return await long_response({"text": rendered.shown, **_ids(ids)}, state.drain)
@@ -43,7 +43,7 @@ async def render_completion(request: Request) -> Response:
     body = await read_body(request, CompletionRequest)
     state = server_state(request)
     state.check_model(body.model)
-    check_params(state, body.to_params(state.engine.default_sampling_params))
+    check_params(request, body, body.to_params(state.engine.default_sampling_params))
     prompts = await completion_ids(state.tokenising, body)
 
     def data() -> Iterator[dict[str, Any]]:
