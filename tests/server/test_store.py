@@ -105,6 +105,24 @@ async def test_changes_from_several_stores_never_overwrite_each_other(tmp_path: 
         await store.close()
 
 
+async def test_a_store_opens_while_others_write(tmp_path: Path):
+    writer, is_over = new_store(tmp_path), asyncio.Event()
+    await writer.put(Kind.BATCH, "", "b", b"0")
+
+    async def write() -> None:
+        while not is_over.is_set():
+            await writer.update(Kind.BATCH, "", "b", lambda body: body)
+
+    writing = asyncio.ensure_future(write())
+    for _ in range(100):
+        store = new_store(tmp_path)
+        assert await store.get(Kind.BATCH, "", "b") == b"0"
+        await store.close()
+    is_over.set()
+    await writing
+    await writer.close()
+
+
 async def test_a_transaction_that_raises_leaves_nothing(tmp_path: Path):
     store = new_store(tmp_path)
 

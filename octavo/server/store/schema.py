@@ -92,8 +92,11 @@ def prepare(connection: sqlite3.Connection) -> None:
             f"{VERSION}); start the server with another --store-dir"
         )
         raise ApiError(503, message, code="store_unavailable")
+    if version == VERSION:
+        return  # Others write already, and are not to be waited for.
     if version == 0:
         # Before the first table: pages that are free can then be given back.
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
         connection.execute("PRAGMA journal_mode = WAL")
-    connection.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {VERSION}; COMMIT;")
+    # Immediate: a transaction that reads first cannot wait for a writer afterwards.
+    connection.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {VERSION}; COMMIT;")
