@@ -121,6 +121,8 @@ def _read(fields: Mapping[str, Any]) -> Quantization:
         if bits != 4:
             _refuse("bits", bits, "4")
         return Quantization(method="awq", bits=4, group=_group(fields))
+    if fields.get("transform_config"):
+        _refuse("transform_config", "...", "weights that are not rotated")
     if method == "fp8":
         return Quantization(method="fp8", block=_block(fields.get("weight_block_size")))
     return Quantization(method=method)

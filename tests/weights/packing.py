@@ -77,9 +77,16 @@ def gptq(
     if reordered:
         of = torch.from_numpy(rng.permutation(of.numpy()))
         values = (codes - zeros[:, of]).float() * scales.float()[:, of]
+    if bits == 3:
+        packed_zeros = words_of((zeros - int(less_one)).T, bits, 1)
+    else:  # gptqmodel counts whole words down: a zero of 0 borrows from the next field
+        zeros[::3] = 0
+        values = (codes - zeros[:, of]).float() * scales.float()[:, of]
+        ones = sum(1 << place for place in range(0, 32, bits)) * less_one
+        packed_zeros = (words_of(zeros.T, bits, 1).long() - ones).to(torch.int32)
     tensors = {
         "qweight": words_of(codes.T, bits, 0),
-        "qzeros": words_of((zeros - int(less_one)).T, bits, 1),
+        "qzeros": packed_zeros,
         "scales": scales.T.contiguous(),
         "g_idx": of.int(),
     }

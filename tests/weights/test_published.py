@@ -305,6 +305,7 @@ def test_a_config_that_says_more_than_the_weights_is_refused(tmp_path: Path) -> 
         ({"quant_method": "awq", "version": "gemv"}, "version 'gemv' .* gemm"),
         ({"quant_method": "gptq", "bits": 5}, "bits 5"),
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "'marlin' .* gptq_v2"),
+        ({"quant_method": CT, "transform_config": {"a": 1}}, "transform_config .* not rotated"),
         ({"quant_method": "bitsandbytes"}, "'bitsandbytes' is not known"),
         ({"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size 128"),
         ([], r"must be an object, not \[\]"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from octavo.formats import FP8, GROUP, NVFP4, WEIGHT_FORMATS
 from octavo.kernels.dequantize import e4m3_scales
-from octavo.weights.published.repack import fp8_rows, mxfp4_rows, number_rows, nvfp4_rows
+from octavo.weights.published.repack import fp8_rows, mxfp4_rows, nvfp4_rows
 from octavo.weights.published.tensors import Module, PackedMatrix, check_scales
 from octavo.weights.quantization import Quantization
 
@@ -26,8 +26,8 @@ def fp8(module: Module, quantization: Quantization) -> PackedMatrix:
     rows, cols = module.shape("weight")
     part = "weight_scale_inv" if "weight_scale_inv" in module.parts else "weight_scale"
     block = fp8_block(module.name, (rows, cols), module.shape(part), quantization)
-    is_packed = cols % GROUP == 0 and (block[1] % FP8.block_size == 0 or block[1] >= cols)
-    why = None if is_packed else f"its scales are for {block[1]} of {cols} columns"
+    why = fp8_unpacked_because(cols, block[1])
+    is_packed = why is None
 
     def read() -> tuple[Tensor, Tensor | None]:
         numbers, scales = module.tensor("weight"), module.tensor(part)
@@ -40,6 +40,13 @@ def fp8(module: Module, quantization: Quantization) -> PackedMatrix:
         stored=tuple(module.parts.values()),
         unpacked_because=why,
     )
+
+
+def fp8_unpacked_because(cols: int, width: int) -> str | None:
+    """Returns why rows whose scales are for `width` columns cannot be blocks of the format fp8."""
+    if cols % GROUP == 0 and (width % FP8.block_size == 0 or width >= cols):
+        return None
+    return f"its scales are for {width} of {cols} columns"
 
 
 def fp8_block(
@@ -75,7 +82,7 @@ def fp8_values(
     width = FP8.block_size if is_packed else 1
     columns = torch.arange(0, cols, width) // block[1]
     wide = of_rows[:, columns.clamp_(max=of_rows.shape[1] - 1)]
-    return fp8_rows(numbers, wide) if is_packed else number_rows(numbers.float() * wide)[0]
+    return fp8_rows(numbers, wide) if is_packed else numbers.float() * wide
 
 
 def nvfp4(module: Module, quantization: Quantization) -> PackedMatrix:

@@ -12,8 +12,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from octavo.formats import GROUP, INT_GROUPS, WeightFormat, int4_format, int8_format
-from octavo.weights.published.repack import int4_rows, int8_rows, number_rows, unpack_codes
+from octavo.formats import (
+    GROUP,
+    INT_GROUPS,
+    WEIGHT_FORMATS,
+    WeightFormat,
+    int4_format,
+    int8_format,
+)
+from octavo.weights.published.repack import int4_rows, int8_rows, unpack_codes
 from octavo.weights.published.tensors import Module, PackedMatrix, check_scales
 from octavo.weights.quantization import Quantization
 
@@ -155,7 +162,7 @@ def _matrix(
         if form is None:
             of_column = torch.arange(cols) // group if order is None else order
             values = (codes.float() - zeros[:, of_column].float()) * scales[:, of_column].float()
-            return number_rows(values)[0], None
+            return values, None
         of_block = torch.arange(0, cols, form.block_size) // group
         wide = [one[:, of_block] for one in (scales, zeros)]
         rows_of = int4_rows if bits <= 4 else int8_rows
@@ -163,7 +170,7 @@ def _matrix(
 
     return PackedMatrix(
         shape=shape,
-        format=form or _NUMBERS,
+        format=form or WEIGHT_FORMATS["f32"],
         read=read_rows,
         stored=tuple(module.parts.values()),
         unpacked_because=why,
@@ -184,6 +191,3 @@ def _format(
     if scale_type not in ("F16", "BF16"):
         return None, f"its scales are {scale_type}"
     return int4_format(sizes[-1], "f16" if scale_type == "F16" else "bf16"), None
-
-
-_NUMBERS = number_rows(torch.zeros(1, 1))[1]

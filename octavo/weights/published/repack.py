@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from octavo.formats import FP8, NVFP4, WEIGHT_FORMATS, WeightFormat
+from octavo.formats import FP8, NVFP4, WeightFormat
 from octavo.formats import GROUP as SUB
 
 
@@ -63,11 +63,6 @@ def nvfp4_rows(pairs: Tensor, scales: Tensor) -> Tensor:
     whole = torch.zeros(len(scales), packed.shape[1] * 4, dtype=torch.uint8)
     whole[:, : scales.shape[1]] = scales.view(torch.uint8)
     return torch.cat((whole.unflatten(-1, (-1, 4)), packed), dim=-1).flatten(1)
-
-
-def number_rows(values: Tensor) -> tuple[Tensor, WeightFormat]:
-    """Returns float32 values [N, K] as they are, with their format."""
-    return values.float().contiguous(), WEIGHT_FORMATS["f32"]
 
 
 def _codes(pairs: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ _PARTS = frozenset(
 _MARKS = frozenset(("qweight", "weight_packed", "weight_scale", "weight_scale_inv"))
 """Those that no plain matrix has."""
 _STACK = re.compile(
-    r"model\.layers\.(\d+)\.(?:mlp|feed_forward)\.experts\.(gate_up_proj|down_proj)"
+    r"(model\.layers\.(\d+)\.(?:mlp|feed_forward)\.experts\.(gate_up_proj|down_proj))"
     r"(_blocks|_scales|_scale_inv|_activation_scale|)"
 )
 
@@ -87,7 +87,8 @@ class PackedSource:
 
     @property
     def nbytes(self) -> int:
-        packed = (one.format.row_bytes(one.shape[1]) * one.shape[0] for one in self._all())
+        all_packed = self._matrices.values()
+        packed = (one.format.row_bytes(one.shape[1]) * one.shape[0] for one in all_packed)
         return self._plain.nbytes + sum(packed)
 
     def check_packed(self) -> None:
@@ -99,9 +100,6 @@ class PackedSource:
                     "is loaded, with --dtype bfloat16"
                 )
 
-    def _all(self) -> Iterator[PackedMatrix]:
-        return iter(self._matrices.values())
-
 
 def packed_source(
     tensors: Mapping[str, StoredTensor], names: ExpertNames, quantization: Quantization
@@ -109,12 +107,12 @@ def packed_source(
     """Returns the matrices that `tensors` make up. Raises WeightsError where they do not fit each
     other or the config."""
     modules: dict[str, dict[str, StoredTensor]] = {}
-    stacks: dict[tuple[str, str], dict[str, StoredTensor]] = {}
+    stacks: dict[tuple[str, str, str], dict[str, StoredTensor]] = {}
     plain: dict[str, StoredTensor] = {}
     for name, stored in tensors.items():
         module, _, part = name.rpartition(".")
         if stack := _STACK.fullmatch(name):
-            stacks.setdefault((stack[1], stack[2]), {})[stack[3]] = stored
+            stacks.setdefault((stack[1], stack[2], stack[3]), {})[stack[4]] = stored
         elif part in _PARTS:
             modules.setdefault(module, {})[part] = stored
         else:
@@ -126,8 +124,7 @@ def packed_source(
             matrices[f"{name}.weight"] = read(Module(name, parts), quantization)
         else:
             plain |= {f"{name}.{part}": stored for part, stored in parts.items()}
-    for (layer, part), parts in stacks.items():
-        name = f"model.layers.{layer}.mlp.experts.{part}"
+    for (name, layer, part), parts in stacks.items():
         found = dict(_stack(Module(name, parts), layer, part, names, quantization))
         matrices |= found
         if not found:
@@ -215,6 +212,8 @@ def _fp8_experts(
 ) -> Iterator[tuple[str, PackedMatrix]]:
     """transformers' stacks: numbers [E, 2F, M] and [E, M, F], and for each expert the scales of a
     matrix; or of gate and up apart, where their rows are no whole blocks."""
+    if names.layout != "rows":
+        stack.refuse("a stack of FP8 whose matrices are transposed cannot be read yet")
     numbers, scales = stack.stored(""), stack.stored("_scale_inv")
     count, rows, cols = numbers.shape
     parts = ("gate", "up") if part == "gate_up_proj" else ("down",)
@@ -226,7 +225,8 @@ def _fp8_experts(
     of_one = (height, cols) if is_apart else (rows, cols)
     grid = scales.shape[1] // len(parts) if is_apart else scales.shape[1]
     block = floats.fp8_block(stack.name, of_one, (grid, *scales.shape[2:]), quantization)
-    is_packed = cols % GROUP == 0 and (block[1] % FP8.block_size == 0 or block[1] >= cols)
+    why = floats.fp8_unpacked_because(cols, block[1])
+    is_packed = why is None
 
     def read(expert: int, index: int) -> tuple[Tensor, None]:
         found = view(stack.name, numbers)[expert]
@@ -245,7 +245,7 @@ def _fp8_experts(
                     format=FP8 if is_packed else WEIGHT_FORMATS["f32"],
                     read=partial(read, expert, index),
                     stored=(),
-                    unpacked_because=None if is_packed else f"scales for {block[1]} columns",
+                    unpacked_because=why,
                 ),
             )
 
