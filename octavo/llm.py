@@ -21,7 +21,7 @@ from octavo.engine.core import EngineCore
 from octavo.engine.front_end import FrontEnd, format_of
 from octavo.engine.held_answers import held_params
 from octavo.engine.load import load_core
-from octavo.engine.messages import read_messages
+from octavo.engine.messages import conversations, read_messages
 from octavo.engine.pooled_texts import (
     Wanted,
     checked_params,
@@ -209,7 +209,7 @@ class LLM:
         if chat_template is not None:
             tokenizer = tokenizer.with_chat_template(chat_template)
             found = format_of(self.config, tokenizer)
-        read = [read_messages(chat, place) for place, chat in _conversations(messages)]
+        read = [read_messages(chat, place) for place, chat in conversations(messages)]
         prompts = [tokenizer.encode_chat(chat, options) for chat in read]
         items = [GivenPrompt(content=prompt.token_ids) for prompt in prompts]
         chats = [reading_of(found, tool_set, prompt.text) for prompt in prompts]
@@ -401,13 +401,3 @@ def _turn(request: Request) -> tuple[int, int]:
     that is known of lengths; where they say nothing the order is as good as another.
     """
     return request.priority, -(request.params.max_tokens or 0)
-
-
-def _conversations(messages: Any) -> list[tuple[str, Any]]:
-    """Returns each conversation and where it stands in what was given."""
-    if isinstance(messages, str | Mapping) or not isinstance(messages, Iterable):
-        return [("messages", messages)]
-    listed = list(messages)
-    if not listed or isinstance(listed[0], Mapping):
-        return [("messages", listed)]
-    return [(f"messages[{place}]", chat) for place, chat in enumerate(listed)]

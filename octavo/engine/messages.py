@@ -6,7 +6,7 @@ renders them: that is the chat template's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from octavo.engine.tool_messages import read_calls
@@ -143,3 +143,13 @@ def _checked_text(value: object, where: str, wanted: str) -> str:
     if not is_unicode(value):
         raise RequestError(f"{where} has half a surrogate pair; send valid Unicode", param=where)
     return value
+
+
+def conversations(messages: Any) -> list[tuple[str, Any]]:
+    """Returns each conversation and where it stands in what was given."""
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Iterable):
+        return [("messages", messages)]
+    listed = list(messages)
+    if not listed or isinstance(listed[0], Mapping):
+        return [("messages", listed)]
+    return [(f"messages[{place}]", chat) for place, chat in enumerate(listed)]
