@@ -1,4 +1,4 @@
-# serve: the demo model on 127.0.0.1:8000    test: the whole suite    lint: style, types, layers
+# serve: the demo model on 127.0.0.1:8000    test, test-slow: the suite    lint: style, types, layers
 # Everything runs in .venv, which is made when it is missing and updated when its inputs change.
 
 SHELL := /bin/bash
@@ -13,6 +13,8 @@ FIND_PYTHON := for p in python3 python3.13 python3.12 python3.11; do \
   && { command -v $$p; break; }; done
 PYTHON ?= $(shell $(FIND_PYTHON))
 
+# Halves of the list, so that what a file's tests share is made once; who is done first helps the other.
+SPREAD := -n 2 --dist worksteal
 INPUTS := pyproject.toml constraints.txt setup.py \
   $(wildcard octavo/kernels/cpu/*.cpp octavo/kernels/cpu/*.h)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -21,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_INDEX ?=
 PIP_INSTALL := $(PIP) install -q -c constraints.txt $(addprefix --extra-index-url ,$(TORCH_INDEX))
 
-.PHONY: help serve test test-gpu lint bench docs clean
+.PHONY: help serve test test-slow test-gpu lint bench docs clean
 
 # Without a target: serve, which is the first one.
 serve: $(VENV)/.installed
@@ -29,7 +31,8 @@ serve: $(VENV)/.installed
 
 help:
 	@echo 'make serve     the demo model on http://127.0.0.1:8000 (MODEL=..., ARGS="--port 80")'
-	@echo 'make test      the whole test suite, with all set-up'
+	@echo 'make test      the test suite, with all set-up, but for what is marked slow'
+	@echo 'make test-slow the rest of it: soaks, and programs of others that are large'
 	@echo 'make test-gpu  what a GPU changes, on a machine that has one'
 	@echo 'make lint      style, types, layers'
 	@echo 'make bench     the figures of README.md, as JSON lines in bench.jsonl'
@@ -38,7 +41,11 @@ help:
 	@echo 'The command is .venv/bin/octavo; PYTHON=... and TORCH_INDEX=... choose Python and torch.'
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest $(SPREAD) -m "not slow" $(ARGS)
+
+# Soaks, and programs of others that are large.
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(SPREAD) -m slow $(ARGS)
 
 # What a GPU changes, on a machine that has one.
 test-gpu: $(VENV)/.installed-dev
