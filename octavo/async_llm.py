@@ -420,9 +420,10 @@ class AsyncLLM:
         """From now on a step without progress is not waited for as long."""
         self._client.begin_drain()
 
-    async def stats(self) -> EngineStats:
-        """Returns a snapshot of the engine's counters. Raises EngineDeadError."""
-        return await self._client.link.stats()
+    async def stats(self, is_detailed: bool = False) -> EngineStats:
+        """Returns a snapshot of the engine's counters; `is_detailed`: each expert's and each
+        sequence's too. Raises EngineDeadError."""
+        return await self._client.link.stats(is_detailed)
 
     def _check_alive(self) -> None:
         error = self._client.link.error

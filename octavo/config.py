@@ -209,6 +209,9 @@ class ServerConfig:
     metrics_port: int | None = option(
         None, "second port that answers /metrics, /health and /ready alone, in plain HTTP, no key"
     )
+    expert_metrics: bool = option(
+        False, "tell in /metrics of every expert of every layer, which are thousands of series"
+    )
     allow_priority: str = option(
         "0..0", "priorities that clients may ask for, like -10..10, or all; operators may always"
     )

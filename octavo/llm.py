@@ -103,7 +103,7 @@ class LLM:
         return SamplingParams(**self._front_end.default_sampling_params)
 
     def stats(self) -> EngineStats:
-        return self._core.stats()
+        return self._core.stats(is_detailed=True)
 
     def reset_prefix_cache(self) -> bool:
         return self._core.reset_prefix_cache()

@@ -26,7 +26,7 @@ ENGINE_OPTIONS = """
 
 SERVER_OPTIONS = """
 --host --port --api-key --api-key-file --operator-key --operator-key-file --public-metrics
---metrics-port --allow-priority --served-model-name --api-processes --max-body-bytes
+--metrics-port --expert-metrics --allow-priority --served-model-name --api-processes --max-body-bytes
 --store-dir --max-store-bytes --allowed-origins
 --ssl-certfile --ssl-keyfile --enable-ssl-refresh --disable-access-log-for-endpoints --log-format
 --log-level --disable-log-stats --shutdown-timeout --debug-loop-holds

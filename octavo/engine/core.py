@@ -11,13 +11,14 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as PySequence
-from dataclasses import asdict
 
 import numpy as np
-from numpy.typing import NDArray
 
 from octavo.config import EngineConfig
 from octavo.constraint import Constraint
+from octavo.engine.expert_load import ExpertLoad
+from octavo.engine.figures import engine_stats
+from octavo.engine.step_times import StepTimes
 from octavo.errors import CapacityError, EngineDeadError, OutOfMemoryError
 from octavo.grammar import Guide, Guides
 from octavo.kv_cache.explain import PrefixExplanation
@@ -29,7 +30,7 @@ from octavo.request import Request, TokenDelta
 from octavo.scheduler import Scheduler, SchedulerLimits
 from octavo.scheduler.pace import STRETCH, Pace
 from octavo.scheduler.sequence import Sequence
-from octavo.step import Runner, StepPlan, Words
+from octavo.step import Runner, StepPlan, StepResult, Words
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,8 @@ class EngineCore:
         """The newest step whose masked rows are sampled."""
         self._aborted: list[TokenDelta] = []
         self._num_requests = 0
-        self._expert_counts: NDArray[np.int64] | None = None
+        self._experts = ExpertLoad()
+        self._times = StepTimes()
 
     def add(self, request: Request) -> None:
         """Queues a request. Raises OverloadedError."""
@@ -147,6 +149,7 @@ class EngineCore:
         if plan is not None:
             if self._pace is not None:
                 self._pace.launched(plan)
+            self._times.launched()
             self._launched.append((plan, self._runner.launch(plan)))
         deltas, self._aborted = self._aborted, []
         if self._launched and (plan is None or len(self._launched) > 1):
@@ -177,7 +180,7 @@ class EngineCore:
 
     def _collect(self, plan: StepPlan, ticket: object) -> list[TokenDelta]:
         try:
-            result = self._runner.collect(ticket)
+            result = self._result_of(ticket)
         except EngineDeadError:
             logger.exception("step %d ended the engine", plan.step_id)
             self._launched.clear()
@@ -194,10 +197,14 @@ class EngineCore:
         if self._pace is not None:
             self._pace.collected(plan)
         if result.expert_counts is not None:
-            if self._expert_counts is None:
-                self._expert_counts = np.zeros_like(result.expert_counts)
-            self._expert_counts += result.expert_counts
+            self._experts.add(result.expert_counts)
         return self.scheduler.commit(plan, result)
+
+    def _result_of(self, ticket: object) -> StepResult:
+        try:
+            return self._runner.collect(ticket)
+        finally:
+            self._times.collected()
 
     def _forget_time(self, plan: StepPlan) -> None:
         if self._pace is not None:
@@ -210,26 +217,12 @@ class EngineCore:
             self.scheduler.forget_recent()
         return has_forgotten
 
-    def stats(self) -> EngineStats:
-        """Returns a snapshot of all counters and gauges."""
-        pools = self._manager.pools
-        experts = () if self._expert_counts is None else self._expert_counts.tolist()
-        return EngineStats(
-            num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
-            num_blocks=pools.num_pages,
-            num_used_blocks=pools.num_referenced,
-            num_cached_blocks=pools.num_cached,
-            waste_share=self.scheduler.waste_share,
-            run_share=self._manager.run_share,
-            **asdict(self.scheduler.counters),
-            expert_counts=tuple(tuple(layer) for layer in experts),
-            cache_config={
-                "block_size": str(self.plan.block_size),
-                "num_gpu_blocks": str(self.plan.num_blocks),
-                "cache_dtype": ", ".join(dict.fromkeys(g.spec.formats for g in self.plan.groups)),
-                "enable_prefix_caching": str(self.config.prefix_caching != "off"),
-            },
+    def stats(self, is_detailed: bool = False) -> EngineStats:
+        """Returns a snapshot of all counters and gauges; `is_detailed`: also of each expert and
+        each sequence."""
+        is_caching = self.config.prefix_caching != "off"
+        return engine_stats(
+            self.scheduler, self.plan, self._times, self._experts, is_caching, is_detailed
         )
 
     def check(self) -> None:

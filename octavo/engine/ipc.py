@@ -26,6 +26,8 @@ class GetStats(msgspec.Struct, frozen=True, tag=True):
     call_id: int
     front: int = 0
     """Whom to answer."""
+    is_detailed: bool = False
+    """Whether each expert and each sequence is told of, too."""
 
 
 class ResetPrefixCache(msgspec.Struct, frozen=True, tag=True):

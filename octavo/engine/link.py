@@ -128,9 +128,9 @@ class EngineLink:
         if self.error is None:
             self.send(AbortSequence(request_id, index))
 
-    async def stats(self) -> EngineStats:
+    async def stats(self, is_detailed: bool = False) -> EngineStats:
         call_id = next(self._call_ids)
-        value = await self._call(call_id, GetStats(call_id, self.front))
+        value = await self._call(call_id, GetStats(call_id, self.front, is_detailed))
         assert isinstance(value, EngineStats)
         return value
 

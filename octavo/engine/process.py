@@ -99,8 +99,8 @@ class _Loop:
                     fronts.send(front_of(request.request_id), refused)
             case AbortSequence(request_id, index):
                 core.abort(request_id, index)
-            case GetStats(call_id, front):
-                fronts.send(front, Answer(call_id, core.stats()))
+            case GetStats(call_id, front, is_detailed):
+                fronts.send(front, Answer(call_id, core.stats(is_detailed)))
             case ResetPrefixCache(call_id, front):
                 fronts.send(front, Answer(call_id, core.reset_prefix_cache()))
             case ExplainPrefix(call_id, request, front):

@@ -6,6 +6,8 @@ here once a step. Column j of a row holds tokens [j * block_size, (j + 1) * bloc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from octavo.kv_cache.block_pool import NULL_BLOCK, Blocks
@@ -29,6 +31,14 @@ class BlockTable:
     def runs(self, row: int) -> Runs:
         """Returns the pieces of memory that `row` consists of."""
         return runs_of(self.row(row))
+
+    def num_distinct(self, rows: Sequence[int], num_blocks: int) -> int:
+        """Returns how many of `num_blocks` physical blocks `rows` name, each once."""
+        longest = max(self.lengths[row] for row in rows)
+        is_named = np.zeros(num_blocks, np.bool_)
+        is_named[self._blocks[list(rows), :longest]] = True
+        is_named[NULL_BLOCK] = False
+        return int(np.count_nonzero(is_named))
 
     def append(self, row: int, blocks: Blocks) -> None:
         """Adds blocks at the end of a row."""

@@ -40,6 +40,8 @@ REQUEST_BUCKETS = (
     *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
     *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
+HTTP_BUCKETS = (0.1, 1.0, 10.0)
+"""Few: every route has them, and requests for text have histograms of their own."""
 SAMPLES_BUCKETS = (1, 2, 5, 10, 20)
 
 SECONDS_HISTOGRAMS = {
@@ -55,7 +57,13 @@ TOKEN_HISTOGRAMS = {
     "request_prompt_tokens": "Prompt tokens of a request",
     "request_generation_tokens": "Generated tokens of a request",
     "request_params_max_tokens": "max_tokens of a request",
+    "request_max_num_generation_tokens": "Generated tokens of a request's longest sequence",
+    "request_prefill_kv_computed_tokens": "Prompt tokens of a request that were not cached",
 }
+
+GAPS = "inter_token_latency_seconds"
+OLD_GAPS = "time_per_output_token_seconds"
+"""vLLM's first name of the same, which autoscalers ask for."""
 
 
 def token_buckets(max_model_len: int) -> tuple[int, ...]:
@@ -81,7 +89,7 @@ class Metrics:
             for name, (text, buckets) in SECONDS_HISTOGRAMS.items()
         }
         gaps = "Time between outputs of a request"
-        self._gaps = self._histogram("inter_token_latency_seconds", gaps, TOKEN_GAP_BUCKETS)
+        self._gaps = self._histogram(GAPS, gaps, TOKEN_GAP_BUCKETS)
         for name, text in TOKEN_HISTOGRAMS.items():
             self._histograms[name] = self._histogram(name, text, tokens)
         self._histograms["request_params_n"] = self._histogram(
@@ -108,7 +116,7 @@ class Metrics:
             "Duration of HTTP exchanges, streams to their end",
             ("handler", "method"),
             registry=self._http,
-            buckets=FIRST_TOKEN_BUCKETS,
+            buckets=HTTP_BUCKETS,
         )
 
         dropped = Gauge(
@@ -162,6 +170,9 @@ class Metrics:
         finished.inc()
         self.observe("request_prompt_tokens", request.num_prompt_tokens)
         self.observe("request_generation_tokens", request.num_generation_tokens)
+        self.observe("request_max_num_generation_tokens", request.max_generation_tokens)
+        computed = request.num_prompt_tokens - request.num_cached_tokens
+        self.observe("request_prefill_kv_computed_tokens", computed)
         self.observe("request_params_n", request.n)
         if request.max_tokens is not None:
             self.observe("request_params_max_tokens", request.max_tokens)
@@ -193,19 +204,25 @@ class Metrics:
             families = total([*shared, *http], siblings)
             shared = [family for family in families if family.name not in names]
             http = [family for family in families if family.name in names]
-        return generate_latest(_Page([*self._prefixed(shared), *http]))  # type: ignore[arg-type]
+        page = _Page([*self._prefixed(shared), *map(_renamed, http)])
+        return generate_latest(page)  # type: ignore[arg-type]
 
     def _prefixed(self, shared: Sequence[Metric]) -> Iterable[Metric]:
-        """Yields the shared families under every prefix, and the engine's own."""
+        """Yields the shared families under every prefix, and the engine's own. Histograms have one
+        name: half of a page would be copies."""
         labels: dict[str, str] = dict(zip(LABELS, self._labels, strict=True))
         both = [*shared, *engine_families(self._stats, labels)]
         for prefix in PREFIXES:
             for family in both:
-                yield _prefixed(family, prefix)
+                if prefix == "vllm:" or family.type != "histogram":
+                    yield _renamed(family, prefix)
+        for family in shared:
+            if family.name == GAPS:
+                yield _renamed(_called(family, OLD_GAPS), "vllm:")
         for family in vllm_aliases(self._stats, labels):
-            yield _prefixed(family, "vllm:")
+            yield _renamed(family, "vllm:")
         for family in own_families(self._stats, labels):
-            yield _prefixed(family, "octavo:")
+            yield _renamed(family, "octavo:")
 
 
 class RequestTrack:
@@ -216,6 +233,7 @@ class RequestTrack:
         "_gaps",
         "_last",
         "_metrics",
+        "_num_tokens_by_index",
         "_request",
         "_scheduled",
         "num_cached_tokens",
@@ -229,6 +247,8 @@ class RequestTrack:
         self.num_tokens = 0
         """Generated so far, by all sequences."""
         self.num_cached_tokens = 0
+        self._num_tokens_by_index: dict[int, int] | None = {} if request.params.n > 1 else None
+        """Of each sequence, where there are several."""
         self._scheduled: float | None = None
         self._first: float | None = None
         self._last = 0.0
@@ -246,6 +266,9 @@ class RequestTrack:
                 self.num_cached_tokens = delta.num_cached_tokens
             return
         self.num_tokens += len(delta.token_ids)
+        if self._num_tokens_by_index is not None:
+            earlier = self._num_tokens_by_index.get(delta.index, 0)
+            self._num_tokens_by_index[delta.index] = earlier + len(delta.token_ids)
         now = delta.time
         if self._first is None:
             self._first, self._scheduled = now, delta.scheduled_time
@@ -255,6 +278,12 @@ class RequestTrack:
             self._gaps.observe(now - self._last)
         self._last = now
 
+    @property
+    def _longest(self) -> int:
+        """Tokens of the longest sequence."""
+        by_index = self._num_tokens_by_index
+        return max(by_index.values()) if by_index else self.num_tokens
+
     def end(self, reason: str) -> None:
         """Counts the request as finished."""
         request = self._request
@@ -262,7 +291,9 @@ class RequestTrack:
             FinishedRequest(
                 finish_reason=reason,
                 num_prompt_tokens=request.prompt_len,
+                num_cached_tokens=self.num_cached_tokens,
                 num_generation_tokens=self.num_tokens,
+                max_generation_tokens=self._longest,
                 n=request.params.n,
                 max_tokens=request.params.max_tokens,
                 arrival_time=request.arrival_time,
@@ -313,7 +344,17 @@ class _Page:
         return self._families
 
 
-def _prefixed(family: Metric, prefix: str) -> Metric:
+def _called(family: Metric, name: str) -> Metric:
+    """Returns the same series under another name."""
+    renamed = Metric(name, f"See {family.name}", family.type)
+    start = len(family.name)
+    renamed.samples = [Sample(name + one.name[start:], *one[1:]) for one in family.samples]
+    return renamed
+
+
+def _renamed(family: Metric, prefix: str = "") -> Metric:
+    """Returns a family with `prefix` before its names, and without the times of its creation, which
+    nobody asks for and which are as many as its series."""
     renamed = Metric(prefix + family.name, family.documentation, family.type)
     renamed.samples = [
         Sample(prefix + sample.name, *sample[1:])

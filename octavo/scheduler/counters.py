@@ -5,7 +5,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass, field
 
-from octavo.observe.stats import STEP_TOKEN_BUCKETS, MissReason
+from octavo.observe.stats import (
+    SCHEDULER_SECONDS_BUCKETS,
+    STEP_ROW_BUCKETS,
+    STEP_TOKEN_BUCKETS,
+    MissReason,
+)
 
 
 @dataclass(slots=True)
@@ -27,13 +32,21 @@ class SchedulerCounters:
     step_token_counts: list[int] = field(
         default_factory=lambda: [0] * (len(STEP_TOKEN_BUCKETS) + 1)
     )
+    num_step_rows: int = 0
+    step_row_counts: list[int] = field(default_factory=lambda: [0] * (len(STEP_ROW_BUCKETS) + 1))
     scheduler_seconds: float = 0.0
+    step_scheduler_counts: list[int] = field(
+        default_factory=lambda: [0] * (len(SCHEDULER_SECONDS_BUCKETS) + 1)
+    )
 
-    def count_step(self, num_tokens: int, seconds: float) -> None:
+    def count_step(self, num_tokens: int, num_rows: int, seconds: float) -> None:
         self.num_steps += 1
         self.num_step_tokens += num_tokens
         self.step_token_counts[bisect_left(STEP_TOKEN_BUCKETS, num_tokens)] += 1
+        self.num_step_rows += num_rows
+        self.step_row_counts[bisect_left(STEP_ROW_BUCKETS, num_rows)] += 1
         self.scheduler_seconds += seconds
+        self.step_scheduler_counts[bisect_left(SCHEDULER_SECONDS_BUCKETS, seconds)] += 1
 
     def count_lookup(
         self, num_tokens: int, num_hit: int, num_cacheable: int, reason: MissReason | None

@@ -165,7 +165,7 @@ class Scheduler:
         self._next_step += 1
         plan = builder.build(step_id, self._queues.take_freed_rows(), self.manager)
         self._outcomes.launch(step_id, builder)
-        self.counters.count_step(plan.num_tokens, time.perf_counter() - began)
+        self.counters.count_step(plan.num_tokens, plan.num_rows, time.perf_counter() - began)
         return plan
 
     def _max_step_tokens(self) -> int:

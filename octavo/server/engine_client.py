@@ -169,6 +169,7 @@ class Engine(Protocol):
         """The server ends: from now on a step without progress is not waited for as long."""
         ...
 
-    async def stats(self) -> EngineStats:
-        """Returns a snapshot. Raises EngineDeadError."""
+    async def stats(self, is_detailed: bool = False) -> EngineStats:
+        """Returns a snapshot; `is_detailed`: of each expert and each sequence, too. Raises
+        EngineDeadError."""
         ...

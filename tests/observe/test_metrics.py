@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import get_args
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from octavo.observe.metrics import Metrics, token_buckets
-from octavo.observe.stats import STEP_TOKEN_BUCKETS, EngineStats, FinishedRequest
+from octavo.observe.stats import (
+    MAX_TENANTS,
+    SCHEDULER_SECONDS_BUCKETS,
+    STEP_ROW_BUCKETS,
+    STEP_SECONDS_BUCKETS,
+    STEP_TOKEN_BUCKETS,
+    EngineStats,
+    FinishedRequest,
+    GroupUsage,
+    MissReason,
+    TenantUsage,
+)
 from octavo.outputs import OutputDelta
-from octavo.request import Request, SamplingParams, pack_ids
+from octavo.request import FinishReason, Request, SamplingParams, pack_ids
+from octavo.server.app import FAMILIES
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -26,9 +41,14 @@ HISTOGRAMS = (
     *("request_queue_time_seconds", "request_inference_time_seconds"),
     *("request_prefill_time_seconds", "request_decode_time_seconds", "request_prompt_tokens"),
     *("request_generation_tokens", "request_params_n", "request_params_max_tokens"),
-    "iteration_tokens_total",
+    *("iteration_tokens_total", "time_per_output_token_seconds"),
+    *("request_max_num_generation_tokens", "request_prefill_kv_computed_tokens"),
 )
+CACHE_CONFIG = {"block_size": "16", "num_gpu_blocks": "100"}
 OLD = {
+    "vllm:gpu_prefix_cache_hit_rate",
+    "vllm:num_requests_swapped",
+    "vllm:cpu_cache_usage_perc",
     "vllm:gpu_cache_usage_perc",
     "vllm:gpu_prefix_cache_hits_total",
     "vllm:gpu_prefix_cache_queries_total",
@@ -54,13 +74,23 @@ STATS = EngineStats(
     num_step_tokens=90_042,
     step_token_counts=(1, 2, *[0] * (len(STEP_TOKEN_BUCKETS) - 2), 1),
     scheduler_seconds=0.25,
+    num_step_rows=9,
+    step_row_counts=(1, 3, *[0] * (len(STEP_ROW_BUCKETS) - 1)),
+    step_scheduler_counts=(4, *[0] * len(SCHEDULER_SECONDS_BUCKETS)),
+    step_seconds=1.5,
+    step_seconds_counts=(3, 0, 1, *[0] * (len(STEP_SECONDS_BUCKETS) - 2)),
     expert_counts=((5, 6), (7, 8)),
+    expert_imbalance=(1.0, 1.5),
+    groups=(GroupUsage(name="all tokens", num_layers=2, formats="int8", used_bytes=4096),),
+    tenants=(TenantUsage(tenant="abc", num_running=1, num_waiting=2, kv_bytes=2048),),
     cache_config={"block_size": "16"},
 )
 FINISHED = FinishedRequest(
     finish_reason="stop",
     num_prompt_tokens=10,
+    num_cached_tokens=4,
     num_generation_tokens=12,
+    max_generation_tokens=7,
     n=2,
     max_tokens=20,
     arrival_time=100.0,
@@ -94,10 +124,79 @@ def test_every_name_of_vllm_is_there_under_both_prefixes(metrics: Metrics) -> No
     for prefix in ("vllm:", "octavo:"):
         assert {prefix + name for name in GAUGES} <= names
         assert {f"{prefix}{name}_total" for name in COUNTERS} <= names
-        for part in ("bucket", "sum", "count"):
-            assert {f"{prefix}{name}_{part}" for name in HISTOGRAMS} <= names
+    for part in ("bucket", "sum", "count"):
+        assert {f"vllm:{name}_{part}" for name in HISTOGRAMS} <= names
     assert names >= OLD
-    assert not any(name.endswith("_created") for name in names if "http" not in name)
+    assert not any(name.endswith("_created") for name in names)
+
+
+def test_what_pickers_and_autoscalers_ask_for_has_its_value(metrics: Metrics) -> None:
+    metrics.observe_finished(FINISHED)
+    stats = replace(STATS, num_cached_prompt_tokens=320, cache_config=CACHE_CONFIG)
+    found = series(metrics, stats)
+    assert value(found, "vllm:gpu_prefix_cache_hit_rate") == 0.5
+    assert value(found, "vllm:prompt_tokens_recomputed_total") == 17
+    for source, tokens in (("local_compute", 380), ("local_cache_hit", 320)):
+        assert value(found, "vllm:prompt_tokens_by_source_total", source=source) == tokens
+    assert value(found, "vllm:cache_config_info", **CACHE_CONFIG) == 1
+    assert value(found, "vllm:request_max_num_generation_tokens_sum") == 7
+    assert value(found, "vllm:request_prefill_kv_computed_tokens_sum") == 6
+    for name in ("num_requests_swapped", "cpu_cache_usage_perc"):
+        assert value(found, f"vllm:{name}") == 0
+
+
+def test_gaps_between_tokens_have_both_names(metrics: Metrics) -> None:
+    track = metrics.track(Request(request_id="r", packed_prompt=b"", params=SamplingParams()))
+    for time in (1.0, 1.03):
+        track.observe(OutputDelta(index=0, token_ids=(7,), time=time))
+    found = series(metrics)
+    for name in ("inter_token_latency_seconds", "time_per_output_token_seconds"):
+        assert value(found, f"vllm:{name}_sum") == pytest.approx(0.03)
+        assert value(found, f"vllm:{name}_bucket", le="0.05") == 1
+
+
+def test_the_longest_sequence_of_a_request_is_told(metrics: Metrics) -> None:
+    params = SamplingParams(n=2)
+    track = metrics.track(Request(request_id="r", packed_prompt=b"", params=params))
+    for index, count in ((0, 1), (1, 3), (0, 1), (1, 1)):
+        track.observe(OutputDelta(index=index, token_ids=(7,) * count, time=1.0))
+    track.end("stop")
+    assert value(series(metrics), "vllm:request_max_num_generation_tokens_sum") == 4
+
+
+def test_steps_groups_tenants_and_experts_are_told(metrics: Metrics) -> None:
+    found = series(metrics, STATS)
+    assert value(found, "octavo:step_seconds_sum") == 1.5
+    assert value(found, "octavo:step_seconds_bucket", le="0.001") == 3
+    assert value(found, "octavo:step_seconds_count") == 4
+    assert value(found, "octavo:step_sequences_sum") == 9
+    assert value(found, "octavo:step_scheduling_seconds_count") == 4
+    group = {"group": "0", "sees": "all tokens", "formats": "int8"}
+    assert value(found, "octavo:kv_cache_group_bytes", **group) == 4096
+    assert value(found, "octavo:tenant_kv_cache_bytes", tenant="abc") == 2048
+    assert value(found, "octavo:tenant_sequences", tenant="abc", state="waiting") == 2
+    assert value(found, "octavo:moe_expert_imbalance", layer="1") == 1.5
+
+
+def test_a_page_stays_under_100_kilobytes_however_much_there_is_to_tell(metrics: Metrics) -> None:
+    large = Metrics("organisation/model-235B-A22B", 262_144)
+    for family in FAMILIES:
+        for route in family.router.routes:
+            for method in route.methods:
+                for status in (200, 404)[: 1 + len(route.path) % 2]:
+                    large.observe_http(route.path, method, status, 0.01)
+    for reason in FinishReason:
+        large.observe_finished(replace(FINISHED, finish_reason=reason))
+    usage = (f"tenant-{i:05}" for i in range(MAX_TENANTS + 1))
+    stats = replace(
+        STATS,
+        expert_counts=(),
+        expert_imbalance=(1.2345,) * 94,
+        groups=STATS.groups * 6,
+        tenants=tuple(replace(STATS.tenants[0], tenant=tenant) for tenant in usage),
+        prefix_miss_tokens=dict.fromkeys(get_args(MissReason), 10**9),
+    )
+    assert len(large.render(stats)) < 100_000
 
 
 def test_the_engines_numbers_are_rendered_as_they_are(metrics: Metrics) -> None:

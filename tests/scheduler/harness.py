@@ -99,6 +99,7 @@ class Engine:
         n: int = 1,
         priority: int = 0,
         salt: str = "",
+        tenant: str = "",
         caching: bool = True,
         wants_vector: bool = False,
         needs_all_states: bool = False,
@@ -109,6 +110,7 @@ class Engine:
             packed_prompt=pack_ids(prompt),
             params=params,
             priority=priority,
+            tenant=tenant,
             wants_vector=wants_vector,
             needs_all_states=needs_all_states,
         )

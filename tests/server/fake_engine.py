@@ -260,7 +260,7 @@ class FakeEngine:
     def begin_drain(self) -> None:
         self.is_dead |= self.is_hung
 
-    async def stats(self) -> EngineStats:
+    async def stats(self, is_detailed: bool = False) -> EngineStats:
         await self.check_health()
         if self.is_hung:
             await asyncio.Event().wait()

@@ -176,5 +176,5 @@ def test_metrics_count_exchanges_by_route_and_requests_by_reason(start_server: A
     for prefix in ("vllm:", "octavo:"):
         common = (("engine", "0"), ("finished_reason", "length"), ("model_name", "fake"))
         assert values[(f"{prefix}request_success_total", *common)] == 1
-        tokens = f"{prefix}request_generation_tokens_sum"
+        tokens = "vllm:request_generation_tokens_sum"
         assert values[(tokens, ("engine", "0"), ("model_name", "fake"))] == 24

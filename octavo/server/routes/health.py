@@ -56,7 +56,8 @@ async def metrics(request: Request) -> Response:
     require_operator(request)
     state = server_state(request)
     try:
-        stats = await asyncio.wait_for(state.engine.stats(), STATS_SECONDS)
+        asked = state.engine.stats(is_detailed=state.config.expert_metrics)
+        stats = await asyncio.wait_for(asked, STATS_SECONDS)
     except (EngineDeadError, TimeoutError):
         stats = None  # The last numbers stay: they tell how it was when the engine fell silent.
     siblings = await state.siblings()
