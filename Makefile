@@ -4,6 +4,7 @@
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
+CLIENTS := .venv-clients
 MODEL ?= demo-moe
 ARGS ?=
 
@@ -23,7 +24,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_INDEX ?=
 PIP_INSTALL := $(PIP) install -q -c constraints.txt $(addprefix --extra-index-url ,$(TORCH_INDEX))
 
-.PHONY: help serve test test-slow test-gpu lint bench docs clean
+.PHONY: help serve test test-slow test-gpu lint bench docs clients clean
 
 # Without a target: serve, which is the first one.
 serve: $(VENV)/.installed
@@ -36,6 +37,7 @@ help:
 	@echo 'make test-gpu  what a GPU changes, on a machine that has one'
 	@echo 'make lint      style, types, layers'
 	@echo 'make bench     the figures of README.md, as JSON lines in bench.jsonl'
+	@echo 'make clients   chat, stream, tools and data through the frameworks of applications'
 	@echo 'make docs      the pages that are made of the code and of figures'
 	@echo 'make clean     remove .venv and all that was built'
 	@echo 'The command is .venv/bin/octavo; PYTHON=... and TORCH_INDEX=... choose Python and torch.'
@@ -69,8 +71,12 @@ docs: $(VENV)/.installed
 	$(BIN)/python -m docs.make_figures
 	$(BIN)/python -m docs.make_reference
 
+# What the frameworks of applications make of a server; they have an environment of their own.
+clients: $(VENV)/.installed $(CLIENTS)/.installed
+	$(CLIENTS)/bin/python benchmarks/clients.py --octavo $(BIN)/octavo $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find octavo -name '*.so' -delete
 	find octavo tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -78,6 +84,13 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with venv is needed (on Debian and" \
 	  "Ubuntu: apt install python3-venv), or say which: make PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+
+$(CLIENTS)/.installed: Makefile | $(BIN)/python
+	@echo "installing the frameworks into $(CLIENTS) (once) ..."
+	@$(BIN)/python -m venv $(CLIENTS)
+	@$(CLIENTS)/bin/python -m pip --disable-pip-version-check install -q \
+	  langchain-openai litellm llama-index-llms-openai-like instructor
+	@touch $@
 
 $(VENV)/.installed: $(INPUTS) | $(BIN)/python
 	@echo "installing octavo into $(VENV) (once; minutes if torch must be fetched) ..."

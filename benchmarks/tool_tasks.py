@@ -2,8 +2,9 @@
 
     python -m benchmarks.tool_tasks MODEL [--choice auto|required] > tool_tasks.jsonl
 
-Prints a line a task and a summary. What the model called is found a second time without the parser:
-every JSON object in the raw text that names a tool of the task and has arguments.
+Prints a line a task and turn, then a summary; fails if a call was missed or made up, or if held
+arguments do not fit. What the model called is found a second time without the parser: every JSON
+object in the raw text that names a tool of the task and has arguments.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
+
+import jsonschema_rs
 
 from octavo import LLM, SamplingParams
 
@@ -118,13 +123,49 @@ def told_in(message: dict[str, Any]) -> list[tuple[str, Any]]:
     return found
 
 
+@dataclass(slots=True, kw_only=True)
+class Summary:
+    """Of all answers."""
+
+    answers: int = 0
+    answers_with_calls: int = 0
+    calls: int = 0
+    differing_answers: int = 0
+    held_calls: int = 0
+    held_calls_that_do_not_fit: int = 0
+
+    @property
+    def is_well(self) -> bool:
+        return not self.differing_answers and not self.held_calls_that_do_not_fit
+
+    def add(
+        self, wanted: list[tuple[str, Any]], found: list[tuple[str, Any]], is_held: bool
+    ) -> None:
+        self.answers += 1
+        self.answers_with_calls += bool(found)
+        self.calls += len(found)
+        self.differing_answers += wanted != found
+        if is_held:
+            self.held_calls += len(found)
+            self.held_calls_that_do_not_fit += sum(not fits(*call) for call in found)
+
+
+def fits(name: str, arguments: Any) -> bool:
+    return jsonschema_rs.is_valid(TOOLS[name]["function"]["parameters"], arguments)
+
+
 def turn(
-    llm: LLM, chats: list[list[dict[str, Any]]], tasks: Sequence[int], choice: str, number: int
+    llm: LLM,
+    chats: list[list[dict[str, Any]]],
+    tasks: Sequence[int],
+    choice: str,
+    number: int,
+    summary: Summary,
 ) -> list[int]:
     """Answers one turn of the given tasks; prints a line each. Returns those that called."""
     outputs = llm.chat(
         [chats[task] for task in tasks],
-        SamplingParams(temperature=0, max_tokens=64),
+        SamplingParams(temperature=0, max_tokens=80),
         use_tqdm=False,
         tools=list(TOOLS.values()),
         tool_choice=choice,
@@ -135,6 +176,7 @@ def turn(
         message = sequence.message
         assert message is not None
         wanted, found = list(calls_in(sequence.text, [*TOOLS])), told_in(message)
+        summary.add(wanted, found, choice == "required")
         line = {
             "turn": number,
             "task": TASKS[task],
@@ -158,17 +200,20 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--choice", default="auto")
     parser.add_argument("--tasks", type=int, default=len(TASKS))
-    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int)
     given = parser.parse_args()
     llm = LLM(given.model, max_model_len=2048, max_num_seqs=40, num_threads=given.threads)
     chats: list[list[dict[str, Any]]] = [[{"role": "user", "content": text}] for text in TASKS]
     tasks: Sequence[int] = range(given.tasks)
+    summary = Summary()
     for number in range(given.turns):
-        tasks = turn(llm, chats, tasks, given.choice if number == 0 else "auto", number)
+        tasks = turn(llm, chats, tasks, given.choice if number == 0 else "auto", number, summary)
         if not tasks:
             break
     llm.close()
+    print(json.dumps({"choice": given.choice, **asdict(summary)}))
+    sys.exit(not summary.is_well)
 
 
 if __name__ == "__main__":
