@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from octavo.errors import ConfigError
 from octavo.formats import KV_FORMATS, kv_formats
+from octavo.kv_events_config import read_kv_events
 from octavo.option_values import kind_of, read_value
 from octavo.request import MAX_INT, PrefixCaching
 from octavo.tools.detect import REASONING_PARSERS, TOOL_PARSERS
@@ -91,6 +92,9 @@ class EngineConfig:
     )
     prefix_caching: PrefixCaching = option(
         "auto", "share computed prefixes between requests", choices=("auto", "on", "off")
+    )
+    kv_events_config: str | None = option(
+        None, "JSON object: where to publish which prefixes are cached, as vLLM's", is_object=True
     )
     tensor_parallel_size: int = option(1, "devices that share every layer", also=("-tp",))
     attention_backend: str | AttentionConfig = option("auto", "kernel that computes attention")
@@ -173,6 +177,8 @@ class EngineConfig:
             )
         if self.kv_cache_dtype != "auto":
             kv_formats(self.kv_cache_dtype)
+        if self.kv_events_config is not None:
+            read_kv_events(self.kv_events_config)
         self.resolved_attention_backend()
 
     def resolved_attention_backend(self) -> str:

@@ -45,6 +45,8 @@ def read_value(name: str, kind: str, metadata: Mapping[str, Any], value: Any) ->
     """
     if value is None:
         return None
+    if metadata.get("is_object") and isinstance(value, Mapping):
+        value = json.dumps(dict(value))
     value = metadata.get("aliases", {}).get(value, value) if isinstance(value, str) else value
     choices = metadata.get("choices")
     if choices is not None:

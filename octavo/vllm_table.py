@@ -217,7 +217,6 @@ _TABLE: list[VllmOption] = [
     *_flags("a running engine is not put to sleep", "enable_sleep_mode"),
     *_values(_TRACES, "otlp_traces_endpoint", "collect_detailed_traces", "profiler_config"),
     *_values("metrics have one version", "show_hidden_metrics_for_version"),
-    *_values("events of the KV cache are not published yet", "kv_events_config"),
     *_values(
         "KV is not moved between engines; an OffloadingConnector is taken, but has no effect",
         "kv_transfer_config",

@@ -17,7 +17,7 @@ ENGINE_OPTIONS = """
 --tokenizer --revision --download-dir --dtype --load-format --quantization --max-model-len
 --allow-longer-than-trained --max-num-seqs --max-num-batched-tokens --step-stretch
 --max-num-queued-requests --block-size --gpu-memory-utilization --kv-cache-memory-bytes
---kv-cache-dtype --prefix-caching
+--kv-cache-dtype --prefix-caching --kv-events-config
 --tensor-parallel-size --attention-backend --enforce-eager --deterministic --device --num-threads
 --watchdog-timeout --seed --chat-template --tool-call-parser --reasoning-parser --generation-config
 --runner --label-tokens --skip-tokenizer-init
@@ -26,7 +26,8 @@ ENGINE_OPTIONS = """
 
 SERVER_OPTIONS = """
 --host --port --api-key --api-key-file --operator-key --operator-key-file --public-metrics
---metrics-port --expert-metrics --allow-priority --served-model-name --api-processes --max-body-bytes
+--metrics-port --expert-metrics --allow-priority --served-model-name --api-processes
+--max-body-bytes
 --store-dir --max-store-bytes --allowed-origins
 --ssl-certfile --ssl-keyfile --enable-ssl-refresh --disable-access-log-for-endpoints --log-format
 --log-level --disable-log-stats --shutdown-timeout --debug-loop-holds

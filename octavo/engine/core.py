@@ -11,6 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as PySequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -18,13 +19,16 @@ from octavo.config import EngineConfig
 from octavo.constraint import Constraint
 from octavo.engine.expert_load import ExpertLoad
 from octavo.engine.figures import engine_stats
+from octavo.engine.kv_events import EventEncoder, EventPublisher
 from octavo.engine.step_times import StepTimes
 from octavo.errors import CapacityError, EngineDeadError, OutOfMemoryError
 from octavo.grammar import Guide, Guides
 from octavo.kv_cache.explain import PrefixExplanation
 from octavo.kv_cache.manager import KVCacheManager
+from octavo.kv_cache.news import CacheNews
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.kv_cache.prefix_index import prefix_root
+from octavo.kv_events_config import read_kv_events
 from octavo.observe.stats import EngineStats
 from octavo.request import Request, TokenDelta
 from octavo.scheduler import Scheduler, SchedulerLimits
@@ -58,6 +62,11 @@ class EngineCore:
         self._runner = runner
         self._identity = identity
         self._guides = guides
+        self._events = _event_publisher(config, plan)
+        self._news = None
+        if self._events is not None:
+            told = (place for place, group in enumerate(plan.groups) if not group.is_state)
+            self._news = CacheNews(told, plan.block_size)
         self._manager = KVCacheManager(
             plan.groups,
             num_chunks=plan.num_chunks,
@@ -65,6 +74,7 @@ class EngineCore:
             max_rows=config.max_num_seqs,
             max_model_len=plan.max_model_len,
             poison=config.poison_freed_blocks,
+            news=self._news,
         )
         layout = self._manager.layout
         need = self._manager.need(plan.max_model_len, plan.max_num_batched_tokens)
@@ -158,7 +168,13 @@ class EngineCore:
             self._sample_masked(*self._launched[-1])
         else:
             self._guides.settle(IDLE_COMPILE_SECONDS)
+        self._publish_news()
         return deltas
+
+    def _publish_news(self) -> None:
+        """Tells subscribers what has changed in the prefix cache."""
+        if self._events is not None and self._news is not None and (news := self._news.take()):
+            self._events.publish(news)
 
     def _sample_masked(self, plan: StepPlan, ticket: object) -> None:
         """Has a step's masked rows sampled. All tokens before theirs are known now, since it is the
@@ -215,15 +231,19 @@ class EngineCore:
         has_forgotten = self._manager.reset_prefix_cache()
         if has_forgotten:
             self.scheduler.forget_recent()
+            self._publish_news()
         return has_forgotten
 
     def stats(self, is_detailed: bool = False) -> EngineStats:
         """Returns a snapshot of all counters and gauges; `is_detailed`: also of each expert and
         each sequence."""
         is_caching = self.config.prefix_caching != "off"
-        return engine_stats(
+        stats = engine_stats(
             self.scheduler, self.plan, self._times, self._experts, is_caching, is_detailed
         )
+        if self._events is not None:
+            stats = replace(stats, num_dropped_events=self._events.num_dropped)
+        return stats
 
     def check(self) -> None:
         """Raises AssertionError if queues, tables, counts and keys contradict each other."""
@@ -237,6 +257,8 @@ class EngineCore:
         finally:
             self._runner.close()
             self._guides.close()
+            if self._events is not None:
+                self._events.close()
 
 
 def ban_words(mask: Words, words: Iterable[PySequence[int]], token_ids: PySequence[int]) -> None:
@@ -250,6 +272,16 @@ def ban_words(mask: Words, words: Iterable[PySequence[int]], token_ids: PySequen
         mask[index] &= ~np.uint32(1 << bit)
         if not mask.any():
             mask[index] = before
+
+
+def _event_publisher(config: EngineConfig, plan: MemoryPlan) -> EventPublisher | None:
+    """Returns who publishes events of the KV cache, if anybody wants them. Raises ConfigError."""
+    if config.kv_events_config is None:
+        return None
+    wanted = read_kv_events(config.kv_events_config)
+    if not wanted.is_on:
+        return None
+    return EventPublisher(wanted, EventEncoder(plan.groups, plan.block_size, wanted.encoding))
 
 
 def _headroom(tokens_per_row: int, block_size: int) -> int:

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from octavo.engine.expert_load import ExpertLoad
 from octavo.engine.step_times import StepTimes
 from octavo.kv_cache.planner import MemoryPlan
-from octavo.kv_cache.usage import group_bytes
+from octavo.kv_cache.usage import group_bytes, run_share
 from octavo.observe.stats import (
     MAX_LISTED_REQUESTS,
     MAX_TENANTS,
@@ -50,7 +50,7 @@ def engine_stats(
         num_used_blocks=pools.num_referenced,
         num_cached_blocks=pools.num_cached,
         waste_share=scheduler.waste_share,
-        run_share=manager.run_share,
+        run_share=run_share(manager),
         **counters,
         step_seconds=times.seconds,
         step_seconds_counts=tuple(times.counts),

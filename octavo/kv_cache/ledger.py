@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from octavo.kv_cache.block_pool import NULL_BLOCK, BlockKey, BlockPool, Blocks
 from octavo.kv_cache.layout import ArenaLayout
+from octavo.kv_cache.news import CacheNews
 from octavo.kv_cache.page_pools import PagePools
 from octavo.kv_cache.prefix_index import PrefixIndex
 from octavo.step import Page, PageCopy
@@ -17,7 +18,11 @@ from octavo.step import Page, PageCopy
 class PageLedger:
     """Every page that changes hands does so here. Callers name groups, plans name page classes."""
 
-    def __init__(self, layout: ArenaLayout, num_chunks: int, *, poison: bool) -> None:
+    def __init__(
+        self, layout: ArenaLayout, num_chunks: int, *, poison: bool, news: CacheNews | None = None
+    ) -> None:
+        """`news` is told what can be found, and what no more."""
+        self._news = news
         self.pools = PagePools(layout, num_chunks)
         self.index = PrefixIndex(len(layout.class_of))
         self._class_of = layout.class_of
@@ -34,6 +39,8 @@ class PageLedger:
         """The pages of these keys hold something else from now on."""
         for key in keys:
             self.index.remove(key)
+            if self._news is not None:
+                self._news.remove(key)
 
     def take(self, group: int, count: int, after: int = NULL_BLOCK) -> list[int]:
         """Returns `count` pages with one reference each; they must have been reserved."""
@@ -58,6 +65,8 @@ class PageLedger:
         pool = self.pool(key.group)
         if pool.key(page) is None and self.index.insert(key, page, content, root):
             pool.set_key(page, key, parent)
+            if self._news is not None:
+                self._news.insert(key)
 
     def copy(self, group: int, source: int, target: int) -> None:
         """Copies a page before the next step; its content is kept until then."""
@@ -78,6 +87,8 @@ class PageLedger:
     def reset(self) -> None:
         """Forgets every prefix; nobody holds a page."""
         self.index.clear()
+        if self._news is not None:
+            self._news.clear()
         for page_class, pool in enumerate(self.pools.pools):
             emptied = pool.forget_keys()
             if self._poison:

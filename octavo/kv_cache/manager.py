@@ -30,11 +30,11 @@ from octavo.kv_cache.block_pool import NULL_BLOCK
 from octavo.kv_cache.block_table import BlockTable
 from octavo.kv_cache.layout import Need, arena_layout
 from octavo.kv_cache.ledger import PageLedger
+from octavo.kv_cache.news import CacheNews
 from octavo.kv_cache.page_pools import PagePools, Room
 from octavo.kv_cache.prefix_index import Digester, PrefixIndex
 from octavo.kv_cache.records import Demand, PrefixHit, SequenceKV
 from octavo.kv_cache.resume import can_resume
-from octavo.kv_cache.runs import share_in_runs
 from octavo.kv_cache.spec import KVGroup
 from octavo.kv_cache.state_pages import StatePages
 from octavo.kv_cache.token_pages import TokenPages
@@ -54,11 +54,14 @@ class KVCacheManager:
         max_rows: int,
         max_model_len: int,
         poison: bool = False,
+        news: CacheNews | None = None,
     ) -> None:
-        """`num_chunks` of `arena_layout(groups)`: pages, where all groups' have one size."""
+        """`num_chunks` of `arena_layout(groups)`: pages, where all groups' have one size; `news` is
+        told what others can find."""
         self.block_size = block_size
         self.layout = arena_layout(groups, block_size)
-        self._ledger = PageLedger(self.layout, num_chunks, poison=poison)
+        self._news = news
+        self._ledger = PageLedger(self.layout, num_chunks, poison=poison, news=news)
         self._digester = Digester()
         self._groups: list[TokenPages | StatePages] = []
         for index, group in enumerate(groups):
@@ -82,6 +85,10 @@ class KVCacheManager:
     @property
     def tables(self) -> tuple[BlockTable, ...]:
         return tuple(group.table for group in self._groups)
+
+    @property
+    def groups(self) -> tuple[KVGroup, ...]:
+        return tuple(group.group for group in self._groups)
 
     @property
     def has_states(self) -> bool:
@@ -144,12 +151,6 @@ class KVCacheManager:
         Returns False, with nothing changed, if there are too few chunks."""
         kv.has_claim = self._reserve_need(self.need(num_tokens, step_tokens))
         return kv.has_claim
-
-    @property
-    def run_share(self) -> float:
-        """Share of the blocks of long sequences that lie in runs (see share_in_runs)."""
-        rows = (table.row(row) for table in self.tables for row in range(len(table.lengths)))
-        return share_in_runs(rows, self.block_size)
 
     # -- prefix ------------------------------------------------------------------------------
 
@@ -316,6 +317,8 @@ class KVCacheManager:
         first, content = kv.num_published, partial(self._content, token_ids)
         for group in self._groups:
             group.publish(kv.row, first, last, kv.digests, content, kv.root)
+            if self._news is not None:
+                self._news.store(group.table.group, kv, first, last, token_ids)
         kv.num_published = last
         self._announce(kv)
 
@@ -369,14 +372,6 @@ class KVCacheManager:
         return tuple(delta for table in self.tables for delta in table.take_deltas())
 
     # -- checks ------------------------------------------------------------------------------
-
-    def waste_share(self, unused_tokens: int) -> float:
-        """Returns the share of used slots for tokens that hold none, if so many of every group's
-        do."""
-        tokens = [group for group in self._groups if not group.group.is_state]
-        pages = {self.layout.class_of[group.table.group] for group in tokens}
-        slots = sum(self.pools.pools[one].num_referenced for one in pages) * self.block_size
-        return len(tokens) * unused_tokens / slots if slots else 0.0
 
     def check_writable(self, kv: SequenceKV, num_computed: int) -> None:
         """Raises AssertionError if a page that `kv` has yet to write is shared or published."""

@@ -26,6 +26,8 @@ class SequenceKV:
     writes_cache: bool = True
     prompt_blocks: int = 0
     """Full blocks of the prompt: those another sequence may wait for."""
+    salt: str = ""
+    """What of the root keeps its prompt apart from others', for those who are told of blocks."""
     extras: Mapping[int, bytes] = field(default_factory=dict)
     """What blocks hold beside their token ids, by block: an image behind placeholders."""
     row: int | None = None

@@ -96,6 +96,9 @@ def own_families(stats: EngineStats, labels: Labels) -> Iterator[Metric]:
     text = "Prompt tokens not found, by reason"
     misses = stats.prefix_miss_tokens
     yield _by(CounterMetricFamily, "prefix_cache_misses", text, ("reason",), misses, labels)
+    if stats.num_dropped_events is not None:
+        text = "Messages of KV events that found their queue full"
+        yield _counter("kv_events_dropped", text, stats.num_dropped_events, labels)
     yield from _steps(stats, labels)
     yield from _usage(stats, labels)
     yield from _experts(stats, labels)

@@ -134,6 +134,8 @@ class EngineStats:
     sequences: tuple[SequenceNow, ...] = ()
     """Running ones, then waiting ones, each oldest first, at most MAX_LISTED_REQUESTS; in detailed
     snapshots alone."""
+    num_dropped_events: int | None = None
+    """Messages on the prefix cache that found the publisher's queue full; None: it has none."""
     cache_config: Mapping[str, str] = field(default_factory=dict)
     """Labels of `cache_config_info`: block_size, num_gpu_blocks, cache_dtype, ..."""
 

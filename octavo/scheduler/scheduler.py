@@ -23,6 +23,7 @@ from octavo.grammar import Guide
 from octavo.kv_cache.explain import PrefixExplanation, explain
 from octavo.kv_cache.manager import KVCacheManager
 from octavo.kv_cache.records import SequenceKV
+from octavo.kv_cache.usage import waste_share
 from octavo.request import FinishReason, Request, TokenDelta
 from octavo.scheduler.admission import Admission, chunk_end
 from octavo.scheduler.counters import SchedulerCounters
@@ -114,6 +115,7 @@ class Scheduler:
             reads_cache=caching and not needs_all,
             writes_cache=caching,
             prompt_blocks=request.prompt_len // self.manager.block_size,
+            salt=request.cache_salt,
         )
 
     def explain(self, request: Request, root: bytes, caching: bool) -> PrefixExplanation:
@@ -279,7 +281,8 @@ class Scheduler:
     @property
     def waste_share(self) -> float:
         """Slots of referenced blocks that hold no token, over all slots of referenced blocks."""
-        return self.manager.waste_share(sum(s.kv.capacity - s.num_computed for s in self.running))
+        unused = sum(s.kv.capacity - s.num_computed for s in self.running)
+        return waste_share(self.manager, unused)
 
     def check(self) -> None:
         """Raises AssertionError if queues, rows and blocks contradict each other."""

@@ -10,6 +10,7 @@ import numpy as np
 from octavo.errors import OctavoError, OutOfMemoryError
 from octavo.formats import kv_format
 from octavo.kv_cache.manager import KVCacheManager
+from octavo.kv_cache.news import CacheNews
 from octavo.kv_cache.planner import chunks_of_sequence
 from octavo.kv_cache.prefix_index import prefix_root
 from octavo.kv_cache.spec import KVSpec, Plane, attention_kv, group_layers, state_kv
@@ -56,6 +57,7 @@ class Engine:
         headroom: int = 0,
         failing: Container[int] = (),
         faults: Sequence[Fault] = (),
+        news: CacheNews | None = None,
     ) -> None:
         """Steps in `failing` find no memory, those that compute a token of `faults` raise;
         `spare_chunks` are there beside those of one sequence of `room_for` tokens, if given."""
@@ -70,6 +72,7 @@ class Engine:
             max_rows=max_num_seqs,
             max_model_len=max_model_len,
             poison=True,
+            news=news,
         )
         self.scheduler = Scheduler(
             self.manager,
