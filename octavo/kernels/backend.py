@@ -34,6 +34,16 @@ class KernelBuilds(Protocol):
         ...
 
 
+class StepRecorder(Protocol):
+    """Runs again what ops were asked for, without asking each."""
+
+    def record(self, body: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None] | None]:
+        """Runs `body`, and returns its result and what runs it again: over the same addresses, so
+        that inputs are read where they were, and the result is written where it was. None where
+        something but ops had a part in it."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingKernels:
     """Chooses tokens where the logits are. S sampled rows, R persistent ones, V vocabulary."""
@@ -64,3 +74,4 @@ class Backend:
     """With these, ops return before they have run, and sampled tokens stay where they are; a
     runner that waits for nothing is for them. None: ops have run when they return."""
     builds: KernelBuilds | None = None
+    recorder: StepRecorder | None = None

@@ -69,7 +69,8 @@ def _native(needs: Needs) -> Backend:
     if reason is not None:
         raise UnfitError(reason)
     _check_attention("native", needs)
-    return Backend(ops=NativeOps(needs.num_threads), maps_weights=True)
+    ops = NativeOps(needs.num_threads)
+    return Backend(ops=ops, maps_weights=True, recorder=ops)
 
 
 def _reference(needs: Needs) -> Backend:

@@ -17,7 +17,7 @@ import torch
 from octavo.config import EngineConfig, tuned_dir
 from octavo.device import select_device
 from octavo.formats import kv_formats
-from octavo.kernels.backend import KernelBuilds, SamplingKernels
+from octavo.kernels.backend import KernelBuilds, SamplingKernels, StepRecorder
 from octavo.kernels.planning import AttentionPlanner, PlanLimits, PlannedGroup
 from octavo.kernels.registry import Needs, select_backend
 from octavo.kv_cache.planner import MemoryPlan, gib
@@ -91,7 +91,7 @@ def build_runner(
     if backend.builds is not None:
         backend.builds.tell_builds(progress)
     if backend.sampling is None:
-        return _host_runner(config, plan, decoder), plan
+        return _host_runner(config, plan, decoder, backend.recorder), plan
     runner, rehearsal = _device_runner(config, plan, decoder, backend.sampling, needs.device)
     if needs.device.type == "cuda":
         warm_up(rehearsal, config, plan, spec, backend.builds, needs.num_threads)
@@ -107,14 +107,16 @@ def build_runner(
     return runner, plan
 
 
-def _host_runner(config: EngineConfig, plan: MemoryPlan, decoder: Decoder) -> ModelRunner:
+def _host_runner(
+    config: EngineConfig, plan: MemoryPlan, decoder: Decoder, recorder: StepRecorder | None
+) -> ModelRunner:
     storage = KVStorage(plan.groups, plan.num_chunks, plan.block_size)
     sampler = Sampler(decoder.spec.vocab_size, config.max_num_seqs)
     attention = _attention_planner(config, plan, decoder, torch.device("cpu"))
     return ModelRunner(
         decoder,
         storage,
-        host_equipment(decoder, storage, attention, sampler, plan.max_model_len),
+        host_equipment(decoder, storage, attention, sampler, plan.max_model_len, recorder),
         poison_freed_blocks=config.poison_freed_blocks,
     )
 

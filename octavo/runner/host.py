@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from octavo.kernels.backend import StepRecorder
 from octavo.kernels.inputs import AttentionBatch
 from octavo.kernels.planning import AttentionPlanner, StepAttention
 from octavo.kv_cache.storage import KVStorage
@@ -19,6 +20,7 @@ from octavo.runner.equipment import Equipment, RowSampler
 from octavo.runner.expert_counts import ExpertCounts
 from octavo.runner.input_batch import InputBatch, StepInputs
 from octavo.runner.lane import ThreadLane
+from octavo.runner.recorded import RecordedDecodes
 from octavo.runner.transfer import HostTransfer
 from octavo.step import StepPlan, TableDelta
 
@@ -33,24 +35,32 @@ class HostForward:
         batch: InputBatch,
         last_sampled: Tensor,
         counts_LE: Tensor,
+        recorder: StepRecorder | None = None,
     ) -> None:
         self._decoder = decoder
         self._storage = storage
         self._batch = batch
         self._last_sampled = last_sampled.numpy()
         self._counts_LE = counts_LE
+        self._recorded: RecordedDecodes | None = None
+        if recorder is not None and decoder.collectives.size == 1:
+            columns = [table.shape[1] for table in batch.tables]
+            self._recorded = RecordedDecodes(recorder, self._hidden, columns)
 
     def apply(self, deltas: Sequence[TableDelta]) -> None:
         for delta in deltas:
             self._batch.apply(delta)
 
     def run(self, plan: StepPlan, inputs: StepInputs, attention: StepAttention) -> Tensor:
-        return self._decoder.forward(
-            self.token_ids(plan, inputs),
-            self.attention_batches(plan, inputs, attention),
-            self._storage,
-            self._counts_LE,
-        )
+        token_ids = self.token_ids(plan, inputs)
+        batches = self.attention_batches(plan, inputs, attention)
+        if self._recorded is not None and self._recorded.takes(plan.num_rows, plan.num_tokens):
+            self._decoder.progress.beat()
+            return self._recorded.run(token_ids, batches)
+        return self._hidden(token_ids, batches)
+
+    def _hidden(self, token_ids: Tensor, batches: tuple[AttentionBatch, ...]) -> Tensor:
+        return self._decoder.forward(token_ids, batches, self._storage, self._counts_LE)
 
     def token_ids(self, plan: StepPlan, inputs: StepInputs) -> Tensor:
         """Returns the input ids int32 [T], sampled ones filled in."""
@@ -86,6 +96,7 @@ def host_equipment(
     planner: AttentionPlanner,
     sampler: RowSampler,
     max_model_len: int,
+    recorder: StepRecorder | None = None,
 ) -> Equipment:
     """Returns what a runner needs on the host, for as many rows as `sampler` has."""
     transfer = HostTransfer()
@@ -97,7 +108,7 @@ def host_equipment(
     )
     # Read after every step: it costs nothing here.
     counts = ExpertCounts(decoder.spec, torch.device("cpu"), transfer, period=1)
-    forward = HostForward(decoder, storage, batch, sampler.last_sampled, counts.counts_LE)
+    forward = HostForward(decoder, storage, batch, sampler.last_sampled, counts.counts_LE, recorder)
     return Equipment(
         lane=ThreadLane(),
         transfer=transfer,

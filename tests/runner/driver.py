@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from octavo.formats import kv_formats
+from octavo.kernels.cpu.native import NativeOps
 from octavo.kernels.planning import StepAttention, Unplanned
 from octavo.kv_cache.spec import group_layers
 from octavo.kv_cache.storage import KVStorage
@@ -112,7 +113,8 @@ class Driver:
         self, decoder: Decoder, storage: KVStorage, max_num_seqs: int, max_model_len: int
     ) -> Equipment:
         sampler = Sampler(decoder.spec.vocab_size, max_num_seqs)
-        return host_equipment(decoder, storage, Unplanned(), sampler, max_model_len)
+        recorder = decoder.ops if isinstance(decoder.ops, NativeOps) else None
+        return host_equipment(decoder, storage, Unplanned(), sampler, max_model_len, recorder)
 
     def wait(self) -> None:
         """Waits for what comes after the tokens of the steps collected so far."""

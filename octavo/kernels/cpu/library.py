@@ -13,6 +13,7 @@ from typing import Any
 
 from octavo.errors import ConfigError
 from octavo.kernels.cpu.fingerprint import fingerprint
+from octavo.kernels.cpu.recording import CallStruct
 from octavo.kernels.cpu.structs import ActivationStruct, MoEStruct, QuantizingStruct, RouteStruct
 
 SIGNATURES: dict[str, list[Any]] = {
@@ -59,6 +60,8 @@ def load_library() -> ctypes.CDLL:
     library.octavo_isa.restype = c_char_p
     library.octavo_create.argtypes, library.octavo_create.restype = [c_int64], c_void_p
     library.octavo_destroy.argtypes, library.octavo_destroy.restype = [c_void_p], None
+    library.octavo_replay.argtypes = [c_void_p, POINTER(CallStruct), c_int64]
+    library.octavo_replay.restype = c_int64
     for name, arguments in SIGNATURES.items():
         function = getattr(library, f"octavo_{name}")
         function.argtypes, function.restype = [c_void_p, *arguments], c_int64

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from octavo.kernels.activations import Activation
 from octavo.kernels.composed import Composed
-from octavo.kernels.cpu.library import load_library
+from octavo.kernels.cpu.library import SIGNATURES, load_library
+from octavo.kernels.cpu.recording import Tape, watched
 from octavo.kernels.cpu.structs import (
     SCORE_CODES,
     WEIGHTING_CODES,
@@ -76,9 +77,8 @@ def _floats(x: Tensor) -> Tensor:
     return x.float().contiguous()
 
 
-def _check(status: int, op: str) -> None:
-    if status:
-        raise IndexError(f"{op}: a token id, position, slot, block or expert id is out of range")
+def _out_of_range(op: str) -> IndexError:
+    return IndexError(f"{op}: a token id, position, slot, block or expert id is out of range")
 
 
 def _destroy(library: ctypes.CDLL, pool: int, creator: int) -> None:
@@ -95,9 +95,37 @@ class NativeOps(Composed):
 
     def __init__(self, num_threads: int) -> None:
         self._library = load_library()
+        self._functions = {name: getattr(self._library, f"octavo_{name}") for name in SIGNATURES}
         self._pool: int = self._library.octavo_create(max(1, num_threads))
         self._structs = Descriptors()
+        self._tape: Tape | None = None
         weakref.finalize(self, _destroy, self._library, self._pool, os.getpid())
+
+    def _run(self, op: str, args: tuple[Any, ...], kept: tuple[Any, ...]) -> None:
+        """Calls the compiled op; `kept` is what its addresses lie in."""
+        if self._tape is not None:
+            self._tape.add(op, args, kept)
+        if self._functions[op](self._pool, *args):
+            raise _out_of_range(op)
+
+    def record(self, body: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None] | None]:
+        """See `StepRecorder`. One thread computes at that time."""
+        assert self._tape is None, "a recording is under way"
+        self._tape = tape = Tape()
+        try:
+            result, has_missed = watched(body)
+        finally:
+            self._tape = None
+        return result, None if has_missed else self._replayed(tape)
+
+    def _replayed(self, tape: Tape) -> Callable[[], None]:
+        calls, replay, pool = tape.calls(), self._library.octavo_replay, self._pool
+
+        def run() -> None:
+            if failed := replay(pool, calls, len(calls)):
+                raise _out_of_range(tape.names[failed - 1])
+
+        return run
 
     def _struct(self, value: Any, describe: Callable[[Any], Any]) -> int:
         """Returns the address of what `describe` makes of `value`, made at the first call."""
@@ -112,10 +140,8 @@ class NativeOps(Composed):
         tokens = len(token_ids_T)
         ids = token_ids_T.to(torch.int32).contiguous()
         out = torch.empty(tokens, weight.cols)
-        status = self._library.octavo_embedding(
-            self._pool, ids.data_ptr(), tokens, self._weights((weight,)), out.data_ptr()
-        )
-        _check(status, "embedding")
+        matrix = self._weights((weight,))
+        self._run("embedding", (ids.data_ptr(), tokens, matrix, out.data_ptr()), (ids, weight, out))
         return out
 
     def rms_norm(self, x_TM: Tensor, weight_M: Tensor, eps: float) -> Tensor:
@@ -123,9 +149,8 @@ class NativeOps(Composed):
         tokens, size = x.shape
         assert weight.shape == (size,)
         out = torch.empty_like(x)
-        self._library.octavo_rms_norm(
-            self._pool, x.data_ptr(), tokens, size, weight.data_ptr(), eps, out.data_ptr()
-        )
+        args = x.data_ptr(), tokens, size, weight.data_ptr(), eps, out.data_ptr()
+        self._run("rms_norm", args, (x, weight, out))
         return out
 
     def add_rms_norm(
@@ -136,9 +161,8 @@ class NativeOps(Composed):
         assert (residual_TM.shape, weight.shape) == (x.shape, (size,))
         out = torch.empty_like(x)
         pointers = x.data_ptr(), address_of(residual_TM, torch.float32)
-        self._library.octavo_add_rms_norm(
-            self._pool, *pointers, tokens, size, weight.data_ptr(), eps, out.data_ptr()
-        )
+        args = *pointers, tokens, size, weight.data_ptr(), eps, out.data_ptr()
+        self._run("add_rms_norm", args, (x, residual_TM, weight, out))
         return out
 
     def linear(
@@ -157,9 +181,8 @@ class NativeOps(Composed):
             assert bias_N.shape == (columns,)
             bias = bias_N.data_ptr()
         matrices = self._weights(weights)
-        self._library.octavo_linear(
-            self._pool, x.data_ptr(), tokens, matrices, len(weights), bias, out.data_ptr()
-        )
+        args = x.data_ptr(), tokens, matrices, len(weights), bias, out.data_ptr()
+        self._run("linear", args, (x, weights, bias_N, out))
         return out
 
     def gated_mlp(
@@ -171,9 +194,8 @@ class NativeOps(Composed):
         assert gate.rows == up.rows == down.cols
         hidden, out = torch.empty(tokens, gate.rows), torch.empty(tokens, down.rows)
         kind, matrices = activation_struct(activation), self._weights((gate, up, down))
-        self._library.octavo_gated_mlp(
-            self._pool, x.data_ptr(), tokens, matrices, kind, hidden.data_ptr(), out.data_ptr()
-        )
+        args = x.data_ptr(), tokens, matrices, kind, hidden.data_ptr(), out.data_ptr()
+        self._run("gated_mlp", args, (x, gate, up, down, hidden, out))
         return out
 
     def route(
@@ -184,9 +206,9 @@ class NativeOps(Composed):
         num_live: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         assert num_live is None, "nothing pads a step on the CPU"
-        weights, ids = self._choose(logits_TE, router.rule, router.correction_E, router.scale_E)
-        counts_E += torch.bincount(ids.flatten(), minlength=len(counts_E))
-        return weights, ids
+        return self._choose(
+            logits_TE, router.rule, router.correction_E, router.scale_E, counts_E=counts_E
+        )
 
     def _choose(
         self,
@@ -194,6 +216,7 @@ class NativeOps(Composed):
         rule: RoutingRule,
         correction_E: Tensor | None = None,
         scale_E: Tensor | None = None,
+        counts_E: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         logits = _floats(logits_TE)
         tokens, experts = logits.shape
@@ -210,8 +233,9 @@ class NativeOps(Composed):
             *(rule.top_groups, 2 if rule.group_score == "best_two" else 1),
             *(WEIGHTING_CODES[rule.weighting], int(rule.renormalize)),
             *(rule.sum_epsilon, rule.least_sum, rule.scale),
+            None if counts_E is None else address_of(counts_E, torch.int64),
         )
-        self._library.octavo_route(self._pool, args)
+        self._run("route", (args,), (logits, correction_E, scale_E, counts_E, weights, ids))
         return weights, ids
 
     def add_gated(self, out_TM: Tensor, x_TM: Tensor, gate_T1: Tensor | None) -> None:
@@ -255,7 +279,7 @@ class NativeOps(Composed):
             *biases,
             activation_struct(activation),
         )
-        _check(self._library.octavo_moe(self._pool, args), "moe")
+        self._run("moe", (args,), (x, experts, weights, ids, order, hidden, parts, out))
         return self.add_shared(out, x, shared, gate_T1, activation)
 
     def rope_and_cache(
@@ -271,10 +295,8 @@ class NativeOps(Composed):
         q = torch.empty(tokens, op.num_heads, op.head_size)
         where = self._struct(layer, kv_layer_struct), quantizing_struct(op)
         to = self._struct(batch, batch_struct), q.data_ptr()
-        status = self._library.octavo_rope_and_cache(
-            self._pool, qkv.data_ptr(), op.num_heads, table, norm, *where, *to
-        )
-        _check(status, "rope_and_cache")
+        args = qkv.data_ptr(), op.num_heads, table, norm, *where, *to
+        self._run("rope_and_cache", args, (qkv, op, layer, batch, q))
         return q
 
     def attention(
@@ -287,8 +309,6 @@ class NativeOps(Composed):
         asked = self._struct(op, attention_op_struct)
         out = torch.empty(tokens, heads * head_size)
         where = self._struct(layer, kv_layer_struct), self._struct(batch, batch_struct)
-        status = self._library.octavo_attention(
-            self._pool, q.data_ptr(), heads, *where, asked, out.data_ptr()
-        )
-        _check(status, "attention")
+        args = q.data_ptr(), heads, *where, asked, out.data_ptr()
+        self._run("attention", args, (q, op, layer, batch, out))
         return out

@@ -14,13 +14,14 @@ namespace octavo {
 enum Score : int64_t { SOFTMAX, SIGMOID, SQRT_SOFTPLUS, LOGIT };
 enum Weighting : int64_t { BY_SCORE, BY_SOFTMAX, BY_SIGMOID };
 
-// correction and scales: [experts], or null.
+// correction and scales: [experts], or null; counts: [experts] that the picks are added to, or null.
 struct Route {
   const float *logits, *correction, *scales;
   float* weights;
   int32_t* ids;
   int64_t tokens, experts, top_k, score, groups, top_groups, group_best, weighting, renormalize;
   double sum_epsilon, least_sum, scale;
+  int64_t* counts;
 };
 
 namespace {
@@ -143,6 +144,9 @@ OCTAVO_API int64_t octavo_route(Pool* pool, const Route* args) {
   std::lock_guard<std::mutex> lock(pool->op_mutex());
   const Route& r = *args;
   pool->run(r.tokens, kTokenGrain, [&](int64_t t, Scratch& scratch) { route_row(r, t, scratch); });
+  if (r.counts != nullptr) {
+    for (int64_t i = 0; i < r.tokens * r.top_k; ++i) ++r.counts[r.ids[i]];
+  }
   return OK;
 }
 

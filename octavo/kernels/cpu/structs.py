@@ -102,6 +102,7 @@ class RouteStruct(ctypes.Structure):
         *fields("tokens", "experts", "top_k", "score", "groups", "top_groups", "group_best"),
         *fields("weighting", "renormalize"),
         *(("sum_epsilon", c_double), ("least_sum", c_double), ("scale", c_double)),
+        *fields("counts*"),
     ]
 
 
