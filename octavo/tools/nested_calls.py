@@ -13,6 +13,7 @@ from typing import Any
 from octavo.tools.calls import MAX_NAME_LENGTH, Calls
 from octavo.tools.frames import Frame
 from octavo.tools.marks import Marks
+from octavo.tools.nested_frames import Braces, Elements
 from octavo.tools.source import BrokenCallError, Markers, Source, Step
 from octavo.tools.typed_values import dumped, property_of, types_of, value_of
 
@@ -28,7 +29,8 @@ class BraceCall:
     prefix: str = "call:"
 
     def frame(self, name: str, schema: Mapping[str, Any]) -> Frame:
-        raise NotImplementedError("rows of this shape have no layout")
+        content = Braces(name, schema, self.quote).object(schema, 0)
+        return Frame(begin=f"{self.prefix}{name}", content=content)
 
     def bound(self, marks: Marks) -> BraceCall:
         return BraceCall(quote=marks.bind(self.quote), prefix=self.prefix)
@@ -111,7 +113,8 @@ class ElementCall:
     prefix: str
 
     def frame(self, name: str, schema: Mapping[str, Any]) -> Frame:
-        raise NotImplementedError("rows of this shape have no layout")
+        content = Elements(name, schema, self.prefix).object(schema, 0)
+        return Frame(begin=f'"{name}">', content=content)
 
     def bound(self, marks: Marks) -> ElementCall:
         return ElementCall(prefix=marks.bind(self.prefix))

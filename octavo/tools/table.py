@@ -152,8 +152,18 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
             parameter="<|open|>argument key=",
             key_end="<|sep|>",
             value_end="<|close|>argument<|sep|>",
+            written='"NAME" index="NUMBER"<|sep|>',
+            written_parameter=(
+                '<|open|>argument key="KEY" type="TYPE"<|sep|>VALUE<|close|>argument<|sep|>'
+            ),
         ),
         signs=(("<|open|>", "<|sep|>"),),
+        layout=Layout(
+            begin="<|open|>tools<|sep|>",
+            open="<|open|>call tool=",
+            close="<|close|>call<|sep|>",
+            end="<|close|>tools<|sep|>",
+        ),
     ),
     ToolFormat(
         name="minimax_m3",
@@ -163,6 +173,12 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         ends=("]<]minimax[>[</minimax:tool_call>", "]<]minimax[>[</tool_call>"),
         shape=ElementCall(prefix="]<]minimax[>["),
         signs=(("]<]minimax[>[",),),
+        layout=Layout(
+            begin="]<]minimax[>[<tool_call>",
+            open="]<]minimax[>[<invoke name=",
+            close="]<]minimax[>[</invoke>",
+            end="]<]minimax[>[</tool_call>",
+        ),
     ),
     ToolFormat(
         name="minimax_m2",
@@ -265,6 +281,7 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         closes=("<tool_call|>",),
         shape=BraceCall(quote='<|"|>'),
         signs=(("<|tool_call>",),),
+        layout=Layout(open="<|tool_call>", close="<tool_call|>"),
     ),
     ToolFormat(
         name="granite",

@@ -52,16 +52,20 @@ class TaggedCall:
     """Whether all arguments may come as one JSON object instead."""
 
     written: str = "NAME>"
-    """How the tool's name stands."""
+    """How the tool's name stands, and the NUMBER of the call."""
     written_parameter: str = ""
-    """How a parameter stands, for KEY, VALUE, and TEXT (whether it is a text: true or false)."""
+    """How a parameter stands, for KEY, VALUE, TEXT (whether it is a text: true or false) and TYPE
+    (string, or the JSON type of its values)."""
 
     def frame(self, name: str, schema: Mapping[str, Any]) -> Frame:
         required, optional = parameters_of(schema)
         parts = [self._written(key, schema) for key in required]
         parts += [either(constant(""), self._written(key, schema)) for key in optional]
+        begin, number, rest = self.written.replace("NAME", name).partition("NUMBER")
+        if number:
+            parts = [{"type": "regex", "pattern": "[0-9]"}, constant(rest), *parts]
         content = sequence(*parts) if parts else constant("")
-        return Frame(begin=self.written.replace("NAME", name), content=content)
+        return Frame(begin=begin, content=content)
 
     def _written(self, key: str, schema: Mapping[str, Any]) -> Node:
         """Returns one parameter: JSON of its schema, or text up to what ends it."""
@@ -69,8 +73,10 @@ class TaggedCall:
         types = types_of(inner, schema)
         options = inner.get("enum") if isinstance(inner, Mapping) else None
         has_text = "string" in types or not types
-        text = self.written_parameter.replace("KEY", key)
+        kind = next(iter(types)) if len(types) == 1 else "object"
+        text = self.written_parameter.replace("TYPE", "string" if has_text else kind)
         begin, _, end = text.replace("TEXT", "true" if has_text else "false").partition("VALUE")
+        begin = begin.replace("KEY", key)
         if isinstance(options, list) and options and all(isinstance(o, str) for o in options):
             return sequence(constant(begin), either(*map(constant, options)), constant(end))
         if has_text:

@@ -23,7 +23,7 @@ def types_of(schema: object, root: Mapping[str, Any], depth: int = 0) -> frozens
         return frozenset()
     reference = schema.get("$ref")
     if isinstance(reference, str):
-        return types_of(_referred(reference, root), root, depth + 1)
+        return types_of(referred(reference, root), root, depth + 1)
     given = schema.get("type")
     found = {given} if isinstance(given, str) else set()
     if isinstance(given, list):
@@ -90,7 +90,7 @@ def _type_of(value: object) -> str:
     return "array" if isinstance(value, Sequence) else "object"
 
 
-def _referred(reference: str, root: Mapping[str, Any]) -> object:
+def referred(reference: str, root: Mapping[str, Any]) -> object:
     found: object = root
     for part in reference.removeprefix("#").split("/"):
         name = part.replace("~1", "/").replace("~0", "~")

@@ -10,7 +10,7 @@ import pytest
 
 from octavo.errors import RequestError
 from octavo.tools.constrained import held_tag, structural_tag
-from octavo.tools.definitions import Tools, read_tools, with_choice
+from octavo.tools.definitions import read_tools, with_choice
 from octavo.tools.table import TOOL_FORMATS
 from tests.tools.rendering import read
 
@@ -60,8 +60,7 @@ class Writer:
         return "".join(map(self.write, node["elements"]))
 
     def regex(self, node: dict[str, Any]) -> str:
-        assert node["pattern"] == "[0-9]"
-        return str(self.rng.randrange(10))
+        return str(self.rng.randrange(10)) if node["pattern"] == "[0-9]" else "key"
 
     def any_text(self, node: dict[str, Any]) -> str:
         return self.rng.choice(("Rome", 'say "hi"', "a\nb", "\u00fc \U0001f600", "<b>", ""))
@@ -70,8 +69,7 @@ class Writer:
         return node["begin"] + self.write(node["content"]) + node["end"]
 
     def tags_with_separator(self, node: dict[str, Any]) -> str:
-        assert node["at_least_one"]
-        number = 1 if node["stop_after_first"] else self.rng.randrange(1, 4)
+        number = 1 if node["stop_after_first"] else self.rng.randrange(node["at_least_one"], 4)
         tags = [self.write(self.rng.choice(node["tags"])) for _ in range(number)]
         return node["separator"].join(tags)
 
@@ -91,6 +89,7 @@ class Writer:
         if "enum" in schema:
             return self.rng.choice(schema["enum"])
         kind = schema.get("type", "string")
+        kind = self.rng.choice(kind) if isinstance(kind, list) else kind
         if kind == "object":
             return {
                 name: self.value(inner, root)
@@ -104,6 +103,7 @@ class Writer:
             "integer": [0, -7, 12],
             "number": [1.5, 3],
             "boolean": [True, False],
+            "null": [None],
         }
         return self.rng.choice(choices[kind])
 
@@ -151,13 +151,58 @@ def test_a_named_tool_is_called_once_and_no_other(row: Any) -> None:
         assert answer.names == ["mark"]
 
 
-def test_a_format_that_cannot_be_held_to_says_so() -> None:
-    tools: Tools = with_choice(read_tools(TOOLS), "required")
-    loose = [row for row in TOOL_FORMATS if row.layout is None]
-    assert {row.name for row in loose} == {"kimi_k3", "minimax_m3", "gemma4"}
-    for row in loose:
-        with pytest.raises(RequestError, match=row.name):
-            structural_tag(row, tools, has_thought=False)
+NESTED = [row for row in TOOL_FORMATS if row.name in ("gemma4", "minimax_m3")]
+DEEP: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "route": {
+            "type": "array",
+            "minItems": 2,
+            "maxItems": 3,
+            "items": {"$ref": "#/$defs/Stop"},
+        },
+        "mode": {"anyOf": [{"const": "walk"}, {"enum": [1, 2]}]},
+        "note": {"type": ["string", "null"]},
+    },
+    "required": ["route"],
+    "$defs": {
+        "Stop": {
+            "type": "object",
+            "properties": {"name": {"type": "string"}, "at": {"type": "array"}},
+            "required": ["name"],
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("row", NESTED, ids=lambda row: row.name)
+def test_values_that_nest_are_read_as_they_were_written(row: Any) -> None:
+    given = {"type": "function", "function": {"name": "go", "parameters": DEEP}}
+    tools = with_choice(read_tools([given]), "required")
+    tag = structural_tag(row, tools, has_thought=False)
+    rng, seen = random.Random(row.name), set[str]()
+    for _ in range(60):
+        answer = read(
+            row.name, [Writer(rng).write(tag["format"])], schemas=dict(tools.schemas or {})
+        )
+        assert answer.content == ""
+        for name, arguments in answer.calls:
+            assert name == "go"
+            assert 2 <= len(arguments["route"]) <= 3
+            assert all(isinstance(stop["name"], str) for stop in arguments["route"])
+            assert arguments.get("mode", "walk") in ("walk", 1, 2)
+            assert isinstance(arguments.get("note"), str | None)
+            seen |= arguments.keys()
+    assert seen == {"route", "mode", "note"}
+
+
+@pytest.mark.parametrize("row", NESTED, ids=lambda row: row.name)
+def test_a_schema_without_end_is_refused_where_calls_are_no_json(row: Any) -> None:
+    tree = {"type": "object", "properties": {"next": {"$ref": "#"}}}
+    given = {"type": "function", "function": {"name": "grow", "parameters": tree}}
+    tools = with_choice(read_tools([given]), "required")
+    with pytest.raises(RequestError, match=r"tool grow .* refers to itself"):
+        structural_tag(row, tools, has_thought=False)
 
 
 MARKED = [
@@ -194,7 +239,7 @@ def test_a_schema_for_the_answer_leaves_calls_as_the_other_way(row: Any) -> None
     assert held_tag(row, read_tools([]), has_thought=False, answer=answer) == {"format": answer}
 
 
-@pytest.mark.parametrize("name", ["llama3_json", "pythonic", "gemma4"])
+@pytest.mark.parametrize("name", ["llama3_json", "pythonic"])
 def test_calls_without_a_marker_are_free(name: str) -> None:
     row = next(one for one in TOOL_FORMATS if one.name == name)
     strict = json.loads(json.dumps(TOOLS[:1]))
