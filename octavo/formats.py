@@ -135,8 +135,14 @@ class KVFormat:
 
     @property
     def is_mixed(self) -> bool:
-        """Whether vectors go through a Hadamard matrix before they are rounded."""
+        """Whether all vectors go through a Hadamard matrix before they are rounded."""
         return self.bits < 8
+
+    @property
+    def mixes_keys(self) -> bool:
+        """Whether keys do: steps of equal size want numbers of like size. Values would have to
+        come back from it, for less."""
+        return self.name.startswith("int")
 
     def num_scales(self, size: int) -> int:
         """Returns how many scales a vector of `size` numbers has."""

@@ -22,7 +22,8 @@ def format_of(layer: KVLayer, name: str) -> KVFormat:
 
 def mixed_as(layer: KVLayer, name: str, x: Tensor) -> Tensor:
     """Returns x [..., D] float32 in the basis of what plane `name` stores, or back from it."""
-    if not format_of(layer, name).is_mixed:
+    stored = format_of(layer, name)
+    if not (stored.mixes_keys if name == "key" else stored.is_mixed):
         return x
     return _by_part(layer.parts, mix, x)
 

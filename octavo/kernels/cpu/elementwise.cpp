@@ -69,7 +69,7 @@ void store_plain(int64_t format, const float* x, int64_t size, uint8_t* to) {
 // Writes one head's vector to a slot, in the plane's format; x is given away. `shift` is taken off
 // what is quantised.
 void write(const KVLayer& layer, const KVPlane& plane, int64_t slot, int64_t head,
-           const float* scales, float* x, const float* shift) {
+           const float* scales, float* x, const float* shift, bool is_mixed) {
   const int64_t size = layer.head_size, block = slot / layer.block_size;
   const int64_t vector = slot % layer.block_size * layer.kv_heads + head;
   uint8_t* numbers = plane.data + block * plane.stride + vector * number_bytes(plane.format, size);
@@ -78,7 +78,7 @@ void write(const KVLayer& layer, const KVPlane& plane, int64_t slot, int64_t hea
   if (shift != nullptr) {
     for (int64_t i = 0; i < size; ++i) x[i] -= shift[head * size + i];
   }
-  if (plane.format == KV_INT4) mix(x, size);
+  if (is_mixed) mix(x, size);
   write_vector(plane.format, x, size, scales == nullptr ? nullptr : scales + head, numbers, to);
 }
 
@@ -115,6 +115,7 @@ OCTAVO_API int64_t octavo_rope_and_cache(Pool* pool, const float* qkv, int64_t h
   const int64_t size = layer->head_size, kv_heads = layer->kv_heads;
   const int64_t width = (heads + 2 * kv_heads) * size, rotary_dim = rope ? rope->rotary_dim : 0;
   const int64_t slots = layer->blocks * layer->block_size;
+  const KVPlane &key = layer->key, &value = layer->value;
   for (int64_t t = 0; t < batch->tokens; ++t) {
     const int64_t position = batch->positions[t], slot = batch->slot_mapping[t];
     if (position < 0 || slot < 0 || slot >= slots) return BAD_INDEX;
@@ -141,15 +142,17 @@ OCTAVO_API int64_t octavo_rope_and_cache(Pool* pool, const float* qkv, int64_t h
     for (int64_t h = 0; h < heads; ++h) {
       float* to = q_out + (t * heads + h) * size;
       rotate_row(q + h * size, cos, sin, rotary_dim, size, to);
-      if (layer->key.format == KV_INT4) mix(to, size);
+      if (mixes_keys(key.format)) mix(to, size);
     }
     const int64_t slot = batch->slot_mapping[t];
     float* vector = scratch.floats(1, size);
     for (int64_t h = 0; h < kv_heads; ++h) {
       rotate_row(k + h * size, cos, sin, rotary_dim, size, vector);
-      write(*layer, layer->key, slot, h, quantizing->key_scales, vector, quantizing->key_shift);
+      write(*layer, key, slot, h, quantizing->key_scales, vector, quantizing->key_shift,
+            mixes_keys(key.format));
       std::copy(v + h * size, v + (h + 1) * size, vector);
-      write(*layer, layer->value, slot, h, quantizing->value_scales, vector, nullptr);
+      write(*layer, value, slot, h, quantizing->value_scales, vector, nullptr,
+            value.format == KV_INT4);
     }
   });
   return OK;

@@ -10,7 +10,9 @@ namespace octavo {
 
 constexpr int64_t kScaled = 32, kPacked = 64;  // numbers of int4: with one scale, in one block
 constexpr int64_t kMaxMixed = 128;             // numbers of a Hadamard matrix
+constexpr float kLeastAlong = 1e-30f;          // see kv_codec.LEAST_ALONG
 
+inline bool mixes_keys(int64_t format) { return format == KV_INT8 || format == KV_INT4; }
 inline bool is_quantized(int64_t format) { return format >= KV_FP8; }
 inline int64_t number_bytes(int64_t format, int64_t size) {
   switch (format) {
@@ -171,16 +173,49 @@ inline void quantize(int64_t format, const float* x, int64_t size, const float* 
   write_numbers(format, x, size, write_scale(scale, scales), numbers);
 }
 
+// The dot product of `size` numbers with what was stored of them.
+inline float along(const float* x, const uint8_t* codes, int64_t size, float scale) {
+  Lanes total = zeros();
+  for (int64_t k = 0; k < size; k += 8) {
+    const Lanes steps = _mm256_sub_ps(_mm256_cvtepi32_ps(bytes8(codes + k)), broadcast(7.5f));
+    total = fma(load(x + k), _mm256_mul_ps(steps, broadcast(scale)), total);
+  }
+  return sum(total);
+}
+inline float square(const float* x, int64_t size) {
+  Lanes total = zeros();
+  for (int64_t k = 0; k < size; k += 8) total = fma(load(x + k), load(x + k), total);
+  return sum(total);
+}
+
+// Writes a mixed vector of int4, and then its scales once more: times what makes of it a vector that
+// is as long along x as x is.
+inline void write_int4(const float* x, int64_t size, uint8_t* numbers, uint8_t* scales) {
+  float stored = 0.0f;
+  for (int64_t b = 0; b < size / kPacked; ++b, numbers += kPacked / 2) {
+    uint8_t codes[kPacked];
+    for (int64_t half = 0; half < 2; ++half) {
+      const int64_t group = 2 * b + half;
+      const float* from = x + group * kScaled;
+      uint8_t* to = codes + half * kScaled;
+      quantize(KV_INT4, from, kScaled, nullptr, to, scales + 2 * group);
+      stored += along(from, to, kScaled, scale_at(scales, group));
+    }
+    for (int64_t i = 0; i < kPacked / 2; ++i) numbers[i] = codes[i] | codes[kPacked / 2 + i] << 4;
+  }
+  const float whole = square(x, size), infinity = std::numeric_limits<float>::infinity();
+  if (!(stored > kLeastAlong && stored + whole < infinity)) return;
+  const float factor = whole / stored;
+  for (int64_t group = 0; group < size / kScaled; ++group) {
+    write_scale(scale_at(scales, group) * factor, scales + 2 * group);
+  }
+}
+
 // Writes a vector in a quantised format; x of int4 was mixed.
 inline void write_vector(int64_t format, const float* x, int64_t size, const float* given,
                          uint8_t* numbers, uint8_t* scales) {
-  if (format != KV_INT4) return quantize(format, x, size, given, numbers, scales);
-  for (int64_t b = 0; b < size / kPacked; ++b, x += kPacked, numbers += kPacked / 2, scales += 4) {
-    uint8_t codes[kPacked];
-    quantize(format, x, kScaled, nullptr, codes, scales);
-    quantize(format, x + kScaled, kScaled, nullptr, codes + kScaled, scales + 2);
-    for (int64_t i = 0; i < kPacked / 2; ++i) numbers[i] = codes[i] | codes[kPacked / 2 + i] << 4;
-  }
+  if (format == KV_INT4) return write_int4(x, size, numbers, scales);
+  quantize(format, x, size, given, numbers, scales);
 }
 
 }  // namespace octavo

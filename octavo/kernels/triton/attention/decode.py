@@ -34,7 +34,7 @@ from octavo.kernels.triton.attention.rows import (
 )
 from octavo.kernels.triton.attention.scores import most_visible, scores_of
 from octavo.kernels.triton.attention.write import (
-    given_scales,
+    quantizing_of,
     rope_of_kv_head,
     rotation_arguments,
 )
@@ -97,6 +97,7 @@ def _decode_kernel(
     eps,
     given_key,
     given_value,
+    key_shift,
     H: tl.constexpr,
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
@@ -107,6 +108,7 @@ def _decode_kernel(
     HALF: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_GIVEN: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
     BY_TOKEN: tl.constexpr,
     VISIBLE: tl.constexpr,
     HAS_CAP: tl.constexpr,
@@ -165,8 +167,8 @@ def _decode_kernel(
         slot = tl.where(stop == count, tl.load(cache_slots + t), -1)
         q_tile = rope_of_kv_head(
             *(q + t * ((H + 2 * K) * D), kv_head, tl.maximum(length - 1, 0), slot, keys, values),
-            *(cos, sin, query_weight, key_weight, eps, given_key, given_value),
-            *(H, K, D, P, HALF, HAS_NORM, KEY, VALUE, HAS_GIVEN, BLOCK_M, BLOCK_D),
+            *(cos, sin, query_weight, key_weight, eps, given_key, given_value, key_shift),
+            *(H, K, D, P, HALF, HAS_NORM, KEY, VALUE, HAS_GIVEN, HAS_SHIFT, BLOCK_M, BLOCK_D),
         )
     else:
         q_tile = tl.load(q + heads[:, None] * D + offs_d[None, :], mask=row_mask, other=0.0)
@@ -276,7 +278,7 @@ def decode_attention(
         return
     unused = batch.seq_lens_S
     most = split_partials(most_visible(op.visibility, max_seq_len))
-    scores = scores_of(op, unused)
+    scores, quantizing = scores_of(op, unused), quantizing_of(op, planes, unused)
     if partials is None:
         plan = plan_of(batch)
         partials = make_partials(out, most, plan.partial_starts_S, plan.max_partials)
@@ -308,13 +310,13 @@ def decode_attention(
         *scores.arguments,
         batch.slot_mapping_T,
         *rotation_arguments(op, unused),
-        *given_scales(op, unused),
+        *quantizing.arguments,
         H=num_heads,
         **planes.constants,
         IS_QKV=is_qkv,
         HALF=0 if op.rope is None or not is_qkv else op.rope.rotary_dim // 2,
         HAS_NORM=is_qkv and op.qk_norm is not None,
-        HAS_GIVEN=op.kv_scales is not None,
+        **quantizing.constants,
         BY_TOKEN=token_sequences is not None,
         **scores.constants,
         HAS_SHARED=shared is not None,

@@ -6,17 +6,19 @@ Never looks at other tokens: row t depends on row t alone.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
-from octavo.kernels.triton.attention.planes import planes_of
+from octavo.kernels.triton.attention.planes import NUMBERS, KVPlanes, planes_of
 from octavo.kernels.triton.launching.chip import cdiv, next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
-from octavo.kernels.triton.tiles.kv import both_planes
+from octavo.kernels.triton.tiles.kv import both_planes, is_mixed, mixes_keys
 from octavo.kernels.triton.tiles.kv_write import mixed, store_vectors
 
 HEADS_PER_PROGRAM = 8
@@ -69,6 +71,7 @@ def rope_of_kv_head(
     eps,
     given_key,
     given_value,
+    key_shift,
     H: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
@@ -78,6 +81,7 @@ def rope_of_kv_head(
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
     HAS_GIVEN: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -95,13 +99,17 @@ def rope_of_kv_head(
             *(row, H + kv_head + one, one == 0, key_weight, position, cos, sin, eps),
             *(D, HALF, HAS_NORM, BLOCK_D),
         )
+        if HAS_SHIFT:
+            k -= tl.load(key_shift + kv_head * D + d, mask=d < D, other=0.0)[None, :]
         at = row + (H + K + kv_head + one)[:, None] * D + d[None, :]
         v = tl.load(at, mask=(d < D)[None, :], other=0.0).to(tl.float32)
         here = (slot, kv_head + one, one == 0)
-        store_heads(keys, *here, mixed(k, D, KEY), given_key, K, D, P, KEY, HAS_GIVEN)
-        store_heads(values, *here, mixed(v, D, VALUE), given_value, K, D, P, VALUE, HAS_GIVEN)
+        store_heads(keys, *here, mixed(k, D, mixes_keys(KEY)), given_key, K, D, P, KEY, HAS_GIVEN)
+        store_heads(
+            values, *here, mixed(v, D, is_mixed(VALUE)), given_value, K, D, P, VALUE, HAS_GIVEN
+        )
     tl.debug_barrier()
-    return mixed(q, D, KEY).to(row.dtype.element_ty)
+    return mixed(q, D, mixes_keys(KEY)).to(row.dtype.element_ty)
 
 
 @triton.jit
@@ -145,6 +153,7 @@ def _rope_and_cache_kernel(
     eps,
     given_key,
     given_value,
+    key_shift,
     H: tl.constexpr,
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
@@ -154,6 +163,7 @@ def _rope_and_cache_kernel(
     HALF: tl.constexpr,
     NORM: tl.constexpr,
     HAS_GIVEN: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -169,8 +179,8 @@ def _rope_and_cache_kernel(
 
     qkv [T, (H + 2 K) D]; q_out [T, H, D]; key, value [B, P, K, D], in their formats, queries and
     keys `mixed` as that of keys wants; cos, sin [positions, HALF] float32. NORM 1: mean over a
-    head, weights [D]; NORM 2: over the whole projection, weights [H D] and [K D]. A slot < 0 is
-    written nowhere.
+    head, weights [D]; NORM 2: over the whole projection, weights [H D] and [K D]. HAS_SHIFT: keys
+    lose key_shift [K, D] float32 before they are mixed. A slot < 0 is written nowhere.
     """
     wait_turn(OVERLAP)
     t = tl.program_id(0).to(tl.int64)
@@ -215,7 +225,10 @@ def _rope_and_cache_kernel(
     s = tl.load(sin + position * HALF + angle, mask=turned, other=0.0)
     s = tl.where(d < HALF, -s, s)
     rotated = x * c[None, :] + y * s[None, :]
-    rotated = mixed(rotated, D, KEY)
+    if HAS_SHIFT:
+        shift_at = key_shift + ((heads - H) * D)[:, None] + d[None, :]
+        rotated -= tl.load(shift_at, mask=is_key[:, None] & here, other=0.0)
+    rotated = mixed(rotated, D, mixes_keys(KEY))
     q_at = (t * H + heads[:, None]) * D + d[None, :]
     tl.store(q_out + q_at, rotated.to(q_out.dtype.element_ty), mask=is_query[:, None] & here)
     slot = tl.load(slots + t).to(tl.int64)
@@ -228,14 +241,31 @@ def _rope_and_cache_kernel(
         keys, slot, heads - H, is_key & is_written, rotated, given_key, K, D, P, KEY, HAS_GIVEN
     )
     is_value = (heads >= H + K) & (heads < H + 2 * K) & is_written
-    x = mixed(x, D, VALUE)
+    x = mixed(x, D, is_mixed(VALUE))
     store_heads(values, slot, heads - H - K, is_value, x, given_value, K, D, P, VALUE, HAS_GIVEN)
 
 
-def given_scales(op: AttentionOp, unused: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the scales that a checkpoint brings for keys and for values, float32 [K] each."""
-    given = op.kv_scales
-    return (unused, unused) if given is None else (given.key_K, given.value_K)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Quantizing:
+    """What a launch that writes keys and values is told of how they are quantised."""
+
+    arguments: tuple[Tensor, Tensor, Tensor]
+    """Scales that a checkpoint brings for keys and for values, float32 [K] each, and what keys
+    lose, float32 [K, D]."""
+    constants: dict[str, bool]
+
+
+def quantizing_of(op: AttentionOp, planes: KVPlanes, unused: Tensor) -> Quantizing:
+    """Returns what of `op` concerns the formats of `planes`."""
+    given, shift = op.kv_scales, op.key_shift_KD
+    scales = (unused, unused) if given is None else (given.key_K, given.value_K)
+    if planes.key_format == NUMBERS:
+        shift = None
+    assert shift is None or shift.is_contiguous()
+    return Quantizing(
+        arguments=(*scales, unused if shift is None else shift),
+        constants={"HAS_GIVEN": given is not None, "HAS_SHIFT": shift is not None},
+    )
 
 
 def rotation_arguments(op: AttentionOp, unused: Tensor) -> tuple[Tensor | float, ...]:
@@ -272,6 +302,7 @@ def rope_and_cache(
     if num_tokens == 0:
         return q_THD
     planes = planes_of(q_THD, layer, batch)
+    quantizing = quantizing_of(op, planes, batch.positions_T)
     norm = 0 if op.qk_norm is None else (1 if op.qk_norm.per_head else 2)
     # Decode: a program per few heads spreads one token over the chip.
     block_h = HEADS_PER_PROGRAM
@@ -282,12 +313,12 @@ def rope_and_cache(
         batch.positions_T,
         batch.slot_mapping_T,
         *rotation_arguments(op, batch.positions_T),
-        *given_scales(op, batch.positions_T),
+        *quantizing.arguments,
         H=num_heads,
         **planes.constants,
         HALF=0 if op.rope is None else op.rope.rotary_dim // 2,
         NORM=norm,
-        HAS_GIVEN=op.kv_scales is not None,
+        **quantizing.constants,
         BLOCK_H=block_h,
         BLOCK_D=next_power_of_2(head_size),
         BLOCK_Q=next_power_of_2(num_heads * head_size),

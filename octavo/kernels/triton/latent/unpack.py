@@ -15,7 +15,7 @@ from octavo.kernels.triton.latent.pages import LatentPlane, latent_tile
 from octavo.kernels.triton.launching.chip import cdiv, next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
-from octavo.kernels.triton.tiles.kv import has_vector_scales, vector_scales
+from octavo.kernels.triton.tiles.kv import has_vector_scales, is_mixed, vector_scales
 from octavo.kernels.triton.tiles.kv_write import mixed
 
 TOKENS = 8
@@ -59,7 +59,7 @@ def _unpack_latents_kernel(
     if has_vector_scales(FORMAT):
         c = c * vector_scales(plane, page, n % P, live, 2, True)[:, None]
         r = r * vector_scales(plane, page, n % P, live, 2, True, 1)[:, None]
-    c = mixed(c, RANK, FORMAT)
+    c = mixed(c, RANK, is_mixed(FORMAT))
     d, e = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_E)
     row = tl.program_id(1).to(tl.int64) * num_positions + i
     at = out + row[:, None] * (RANK + ROPE)

@@ -15,6 +15,7 @@ from octavo.kernels.triton.latent.pages import LatentPlane
 from octavo.kernels.triton.launching.chip import cdiv, next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
+from octavo.kernels.triton.tiles.kv import is_mixed
 from octavo.kernels.triton.tiles.kv_write import mixed, store_vectors
 
 HEADS_PER_PROGRAM = 16
@@ -68,7 +69,7 @@ def _store_part(
     row = (slot // P) * stride + (slot % P) * (COLUMNS // PACKED) + FIRST // PACKED + one
     scale_row = (slot // P) * stride_scales + (slot % P) * SCALES + NTH + one
     is_live = (one == 0) & (slot >= 0)
-    x = mixed(x, WIDTH, FORMAT)
+    x = mixed(x, WIDTH, is_mixed(FORMAT))
     store_vectors(
         numbers, row, scales, scale_row, x, is_live, one.to(tl.float32), WIDTH, FORMAT, False
     )
@@ -143,7 +144,7 @@ def _latent_write_kernel(
             query, NOPE + ROPE, heads, heads < H, cos, sin, HALF, PAIRS, BLOCK_H
         )
         if FORMAT == "int4":
-            a_q, b_q = _halves(mixed(_whole(a_q, b_q), ROPE, FORMAT))
+            a_q, b_q = _halves(mixed(_whole(a_q, b_q), ROPE, is_mixed(FORMAT)))
         q_mask = (heads < H)[:, None] & (i < HALF)[None, :]
         q_at = q_out + (t * H + heads[:, None]) * (OUT + ROPE) + OUT + i[None, :]
         tl.store(q_at, a_q.to(q_out.dtype.element_ty), mask=q_mask)

@@ -38,7 +38,7 @@ def _mix_kernel(
     d = tl.arange(0, BLOCK_D)
     at = x + (row // H * stride_t + row % H * stride_h)[:, None] + d[None, :]
     mask = (row < num_rows)[:, None] & (d < D)[None, :]
-    y = mixed(tl.load(at, mask=mask, other=0.0).to(tl.float32), D, "int4")
+    y = mixed(tl.load(at, mask=mask, other=0.0).to(tl.float32), D, True)
     tl.store(at, y.to(x.dtype.element_ty), mask=mask)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from octavo.formats import KV_FORMATS
 from octavo.kernels import kv_codec
 from octavo.kernels.triton.tiles.numbers import numbers_of
 
@@ -28,6 +29,18 @@ mixed_size = triton.constexpr_function(kv_codec.mixed_size)
 def has_vector_scales(format: str) -> bool:
     """Whether all numbers of a vector share one scale."""
     return format in ("fp8", "int8")
+
+
+@triton.constexpr_function
+def is_mixed(format: str) -> bool:
+    """Whether vectors that are no keys lie in the basis of `kv_codec.mix`."""
+    return format in KV_FORMATS and KV_FORMATS[format].is_mixed
+
+
+@triton.constexpr_function
+def mixes_keys(format: str) -> bool:
+    """Whether keys lie in the basis of `kv_codec.mix`."""
+    return format in KV_FORMATS and KV_FORMATS[format].mixes_keys
 
 
 @triton.jit

@@ -8,8 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from octavo.kernels import kv_codec
 from octavo.kernels.triton.tiles.kv import has_vector_scales, mixed_size
 
+LEAST_ALONG = tl.constexpr(kv_codec.LEAST_ALONG)
 ROUNDER = tl.constexpr(12582912.0)
 """1.5 * 2^23: what is added to it and taken off again is rounded half to even."""
 
@@ -20,10 +22,9 @@ def _steps(size: int) -> int:
 
 
 @triton.jit
-def mixed(x, D: tl.constexpr, FORMAT: tl.constexpr):
-    """Returns x [R, BLOCK_D] float32 in the basis in which FORMAT keeps vectors of D numbers:
-    `kv_codec.mix`, or x."""
-    if FORMAT == "int4":
+def mixed(x, D: tl.constexpr, IS_MIXED: tl.constexpr):
+    """Returns x [R, BLOCK_D] float32, vectors of D numbers, as `kv_codec.mix` does if IS_MIXED."""
+    if IS_MIXED:
         SIZE: tl.constexpr = mixed_size(D)
         R: tl.constexpr = x.shape[0]
         C: tl.constexpr = x.shape[1]
@@ -95,12 +96,14 @@ def _store_packed(
     scale = tl.div_rn(tl.max(tl.abs(groups), 2), 7.5) + tl.sum(groups * 0.0, 2)
     scale = _rounded_scale(scale)
     steps = _rounded(_in_steps(groups, scale[:, :, None], -8.0, 8.0) + 7.5)
-    codes = (
-        tl.minimum(tl.maximum(steps, 0.0), 15.0)
-        .to(tl.int32)
-        .reshape(R, BLOCKS, 2, 32)
-        .permute(0, 1, 3, 2)
-    )
+    steps = tl.minimum(tl.maximum(steps, 0.0), 15.0)
+    # As long along x as x is: `kv_codec`.
+    along = tl.sum(tl.sum(groups * ((steps - 7.5) * scale[:, :, None]), 2), 1)
+    square = tl.sum(tl.sum(groups * groups, 2), 1)
+    is_sound = (along > LEAST_ALONG) & (along + square < float("inf"))
+    factor = tl.where(is_sound, tl.div_rn(square, tl.where(is_sound, along, 1.0)), 1.0)
+    scale = _rounded_scale(scale * factor[:, None])
+    codes = steps.to(tl.int32).reshape(R, BLOCKS, 2, 32).permute(0, 1, 3, 2)
     first, second = tl.split(codes)
     packed = (first | (second << 4)).reshape(R, BLOCK_D // 2).to(tl.uint8)
     i = tl.arange(0, BLOCK_D // 2)

@@ -148,7 +148,8 @@ def asked(rng: np.random.Generator, norm: str) -> AttentionOp:
     query, key = (floats(rng, n * size).to(DEVICE) for n in wide)
     qk_norm = QKNorm(query=query, key=key, eps=1e-6, per_head=norm == "head")
     rope = RopeTable(cos=angles.cos(), sin=angles.sin(), rotary_dim=size)
-    return replace(kv_op(6, (2, size)), rope=rope, qk_norm=qk_norm)
+    shift = 3 * floats(rng, 2, size).to(DEVICE)
+    return replace(kv_op(6, (2, size)), rope=rope, qk_norm=qk_norm, key_shift_KD=shift)
 
 
 def on_host(op: AttentionOp) -> AttentionOp:
@@ -160,6 +161,7 @@ def on_host(op: AttentionOp) -> AttentionOp:
         rope=replace(rope, cos=rope.cos.cpu(), sin=rope.sin.cpu()),
         qk_norm=replace(norm, query=norm.query.cpu(), key=norm.key.cpu()),
         kv_scales=given and KVScales(key_K=given.key_K.cpu(), value_K=given.value_K.cpu()),
+        key_shift_KD=None if op.key_shift_KD is None else op.key_shift_KD.cpu(),
     )
 
 
