@@ -16,6 +16,7 @@ from octavo.errors import ConfigError
 from octavo.formats import KV_FORMATS, kv_formats
 from octavo.kv_events_config import read_kv_events
 from octavo.option_values import kind_of, read_value
+from octavo.plain_keys import all_keys
 from octavo.request import MAX_INT, PrefixCaching
 from octavo.tools.detect import REASONING_PARSERS, TOOL_PARSERS
 
@@ -211,6 +212,9 @@ class ServerConfig:
         is_secret=True,
     )
     operator_key_file: str | None = option(None, "file of operator keys, one a line")
+    keys: str | None = option(
+        None, "file of keys (their hashes), tenants with limits, and issuers of tokens"
+    )
     public_metrics: bool = option(False, "answer /metrics and /version without a key")
     metrics_port: int | None = option(
         None, "second port that answers /metrics, /health and /ready alone, in plain HTTP, no key"
@@ -285,13 +289,23 @@ class ServerConfig:
         _seconds("shutdown_timeout", self.shutdown_timeout)
         _ = self.priority_range
         keys = {
-            name: _all_keys(name, getattr(self, name), getattr(self, f"{name}_file"))
+            name: all_keys(
+                name,
+                getattr(self, name),
+                getattr(self, f"{name}_file"),
+                os.environ.get(f"OCTAVO_{name.upper()}"),
+            )
             for name in ("api_key", "operator_key")
         }
         if both := set(keys["api_key"]) & set(keys["operator_key"]):
             message = f"{len(both)} of the api_key are operator_key, too; a key has one role"
             raise ConfigError(message, field="operator_key")
         return replace(self, **keys, api_key_file=None, operator_key_file=None)
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether somebody needs a key."""
+        return bool(self.api_key or self.operator_key or self.keys)
 
     @property
     def priority_range(self) -> tuple[int, int]:
@@ -344,38 +358,6 @@ def store_dir() -> str:
     home = os.path.expanduser("~")
     base = os.environ.get("XDG_DATA_HOME") or os.path.join(home, ".local", "share")
     return os.path.join(base, "octavo", "store")
-
-
-def _all_keys(name: str, given: tuple[str, ...], path: str | None) -> tuple[str, ...]:
-    """Returns the keys of an option, of its file and of its environment variable, each once.
-
-    Raises ConfigError for a key that no client could send; its message never shows a key.
-    """
-    keys = [*given]
-    if path is not None:
-        keys += _keys_of_file(f"{name}_file", path)
-    # An empty variable is how shells and Compose files spell an unset one.
-    keys += [key for key in (os.environ.get(f"OCTAVO_{name.upper()}"),) if key]
-    for key in keys:
-        if not key.strip():
-            message = f"{name} is empty; leave the option out to serve without keys"
-            raise ConfigError(message, field=name)
-        if key != key.strip() or not key.isprintable():
-            message = f"a key in {name} has spaces around it or characters that cannot be sent"
-            raise ConfigError(message, field=name)
-    return tuple(dict.fromkeys(keys))
-
-
-def _keys_of_file(name: str, path: str) -> list[str]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            keys = [line.strip() for line in file.read().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{name} {path!r} cannot be read: {error}", field=name) from error
-    if not keys:
-        # Taken for no keys at all, it would open the server to everyone.
-        raise ConfigError(f"{name} {path!r} holds no key", field=name)
-    return keys
 
 
 def _values_of(config: Any) -> dict[str, Any]:

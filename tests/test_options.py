@@ -25,7 +25,7 @@ ENGINE_OPTIONS = """
 """.split()
 
 SERVER_OPTIONS = """
---host --port --api-key --api-key-file --operator-key --operator-key-file --public-metrics
+--host --port --api-key --api-key-file --operator-key --operator-key-file --keys --public-metrics
 --metrics-port --expert-metrics --allow-priority --served-model-name --api-processes
 --max-body-bytes
 --store-dir --max-store-bytes --allowed-origins

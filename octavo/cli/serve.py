@@ -177,7 +177,7 @@ def announce(
         "messages": [{"role": "user", "content": "Why is the sky blue?"}],
         "max_tokens": 100,
     }
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if server.api_key or server.operator_key else ""
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if server.has_keys else ""
     key += " --cacert CERTIFICATE" if server.ssl_certfile else ""
     if server.log_format == "json":
         facts = {"url": url, "model": name, "memory_plan": describe(engine.plan)}

@@ -49,6 +49,8 @@ from octavo.server.routes import (
 from octavo.server.state import Handler, ServerState, Siblings, no_siblings
 from octavo.server.store.store import Store
 from octavo.server.stored_responses import Responses
+from octavo.server.tenants.keyring import Keyring
+from octavo.server.tenants.route_scopes import RouteScopes, check, paths_of
 from octavo.server.tokenising import Tokenising
 
 FAMILIES: tuple[Any, ...] = (
@@ -65,12 +67,13 @@ def create_app(engine: Engine, config: ServerConfig, siblings: Siblings | None =
     metrics = Metrics(names[0], engine.max_model_len)
     drain = Drain()
     store = Store(config)
+    keyring, route_scopes = Keyring(config), RouteScopes(config.public_metrics)
     middleware = [
         Middleware(
             AccessMiddleware, metrics=metrics, silent=config.disable_access_log_for_endpoints
         ),
         Middleware(DrainMiddleware, drain=drain),
-        Middleware(AuthMiddleware, config=config),
+        Middleware(AuthMiddleware, keyring=keyring, route_scopes=route_scopes),
     ]
     if config.allowed_origins:
         cors = Middleware(
@@ -102,6 +105,7 @@ def create_app(engine: Engine, config: ServerConfig, siblings: Siblings | None =
         body_room=BodyRoom(config.max_body_bytes or default_body_bytes(engine.max_model_len)),
         parser=ParserProcess(lambda: _renderer(engine)),
         store=store,
+        keyring=keyring,
         responses=Responses(store),
         batch_handlers=_batch_handlers(FAMILIES),
     )
@@ -111,6 +115,7 @@ def create_app(engine: Engine, config: ServerConfig, siblings: Siblings | None =
     openapi.install(app, app.state.server)
     page = docs_response(app.openapi())
     app.add_route("/docs", lambda _: page, include_in_schema=False)
+    check(paths_of(app, [family.router for family in FAMILIES]))
     return app
 
 

@@ -19,10 +19,11 @@ from octavo.observe.metrics import RequestTrack
 from octavo.outputs import DeltaSum, OutputDelta
 from octavo.request import FinishReason, Request, SamplingParams
 from octavo.server.access import Exchange
-from octavo.server.auth import check_priority, tenant_id, tenant_salt
+from octavo.server.auth import check_priority
 from octavo.server.errors import ApiError
 from octavo.server.protocol.sampling import SamplingFields
 from octavo.server.state import ServerState, server_state
+from octavo.server.tenants.callers import caller_of
 from octavo.tools.reasoning_tokens import NO_THOUGHT, Thought
 
 PREPARED_AT_ONCE = 4
@@ -65,7 +66,8 @@ async def new_call(
     limit = body.truncate_prompt_tokens
     if limit == -1:
         limit = max(1, engine.max_model_len - (params.max_tokens or 1))
-    salt, tenant = tenant_salt(known["api_key"], body.cache_salt), tenant_id(known["api_key"])
+    tenant = caller_of(request).tenant
+    salt = tenant.salt(body.cache_salt)
     if params.structured_outputs is not None:
         await server_state(request).tokenising.constrain(params.structured_outputs)
     priority = state.priority_of(body.priority)
@@ -80,7 +82,7 @@ async def new_call(
                 params,
                 priority=priority,
                 cache_salt=salt,
-                tenant=tenant,
+                tenant=tenant.id,
                 thought=thought,
             )
         )

@@ -23,6 +23,8 @@ from octavo.server.drain import PROBES
 from octavo.server.http_protocol import ConnectionLimits, protocol_factory
 from octavo.server.routes import health
 from octavo.server.state import ServerState
+from octavo.server.tenants.keyring import Keyring
+from octavo.server.tenants.route_scopes import RouteScopes
 
 _CLOSE_SECONDS = 1
 
@@ -31,7 +33,7 @@ def create_metrics_app(state: ServerState) -> FastAPI:
     """Returns the application of the second port, which tells of the server of `state`."""
     middleware = [
         Middleware(AccessMiddleware, metrics=state.metrics, silent=tuple(PROBES)),
-        Middleware(AuthMiddleware, config=ServerConfig()),
+        Middleware(AuthMiddleware, keyring=Keyring(ServerConfig()), route_scopes=RouteScopes()),
     ]
     app = FastAPI(
         title="Octavo's metrics",

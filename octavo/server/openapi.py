@@ -16,17 +16,18 @@ from starlette.responses import Response
 
 from octavo.request import MAX_INT
 from octavo.server.answer_schemas import ANSWERS
-from octavo.server.auth import METRICS_PATHS, OPEN_PATHS, OPERATOR_PATHS
 from octavo.server.message_errors import OVERLOADED, is_message_path
 from octavo.server.protocol.strict import StrictModel
 from octavo.server.state import ServerState
+from octavo.server.tenants.callers import ALL_SCOPES
+from octavo.server.tenants.route_scopes import RouteScopes
 
 Schema = dict[str, Any]
 
 STATUSES = {
     400: "The request makes no sense; the error names the field.",
     401: "A key is missing or wrong.",
-    403: "For the operator alone.",
+    403: "The key has no scope that lets it in here.",
     404: "There is no such model, or no such object of yours.",
     408: "The body did not come in time.",
     409: "What it asks for is in use, or over.",
@@ -82,7 +83,6 @@ def described(
 
 def install(app: FastAPI, state: ServerState) -> None:
     """Makes the description once, as `app.openapi()`, with the limits of this very server."""
-    config = state.config
     made = get_openapi(
         title=app.title,
         version=app.version,
@@ -94,22 +94,22 @@ def install(app: FastAPI, state: ServerState) -> None:
     document = deepcopy(made)  # It shares parts with the routes, which other apps have, too.
     schemas = deepcopy(ANSWERS)
     document["components"] = {"schemas": schemas}
-    has_keys = bool(config.api_key or config.operator_key)
+    has_keys = not state.keyring.is_open
     if has_keys:
         bearer = {"type": "http", "scheme": "bearer", "description": "An API key."}
         own = {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same."}
         document["components"]["securitySchemes"] = {"key": bearer, "x-api-key": own}
-    is_open = OPEN_PATHS | (METRICS_PATHS if config.public_metrics else frozenset())
+    routes = RouteScopes(state.config.public_metrics)
     for path, operations in document["paths"].items():
         for operation in operations.values():
             # FastAPI's own, for what it would have parsed.
             operation["responses"].pop("422", None)
             for kind in operation.get("requestBody", {"content": {}})["content"].values():
                 schemas |= kind["schema"].pop("$defs")
-            if has_keys and path not in is_open:
+            if has_keys and not routes.is_open(path):
                 operation["security"] = [{"key": []}, {"x-api-key": []}]
                 operation["responses"]["401"] = _error(401)
-                if path in OPERATOR_PATHS:
+                if routes.needed(path) != ALL_SCOPES:
                     operation["responses"]["403"] = _error(403)
             if is_message_path(path):
                 _in_anthropics_form(operation["responses"])
@@ -132,7 +132,8 @@ def _narrow(schema: Schema, state: ServerState) -> None:
     if not fields.keys().isdisjoint(_CONTENTS):
         fields.get("model", {})["anyOf"] = [{"enum": [*state.model_names]}, {"type": "null"}]
     # Not where it changes nothing, nor where operators have keys: for them there are no limits.
-    if "anyOf" in fields.get("priority", {}) and not state.config.operator_key:
+    has_others = state.config.operator_key or not state.keyring.is_plain
+    if "anyOf" in fields.get("priority", {}) and not has_others:
         limits = {"type": "integer", "minimum": low, "maximum": high}
         fields["priority"]["anyOf"] = [limits, {"type": "null"}]
     for field in fields.values():

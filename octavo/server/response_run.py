@@ -13,7 +13,6 @@ import msgspec
 from starlette.requests import Request
 
 from octavo.errors import OctavoError
-from octavo.server.auth import tenant_of
 from octavo.server.drain import shutting_down
 from octavo.server.generation import Call, StreamedCall, whole_call
 from octavo.server.pieces import pieces_of
@@ -22,6 +21,7 @@ from octavo.server.response_answer import CancelledResponseError, ResponseAnswer
 from octavo.server.response_output import IN_PROGRESS
 from octavo.server.state import server_state
 from octavo.server.stored_responses import StoredResponse
+from octavo.server.tenants.callers import tenant_of
 
 logger = logging.getLogger(__name__)
 

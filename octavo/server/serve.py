@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -39,6 +40,7 @@ from octavo.server.http_protocol import ConnectionLimits, protocol_factory
 from octavo.server.metrics_port import metrics_port
 from octavo.server.signals import SIGNALS, StopSignals
 from octavo.server.state import ServerState, Siblings
+from octavo.server.tenants.key_file import read_key_file
 from octavo.server.tls import check_certificate, keep_fresh
 
 logger = logging.getLogger(__name__)
@@ -53,8 +55,11 @@ _DEAD_SECONDS = 2.0
 
 
 def bind(config: ServerConfig) -> socket.socket:
-    """Returns a bound socket. Raises ConfigError if host, port or certificate cannot be used."""
+    """Returns a bound socket. Raises ConfigError if host, port, certificate or keys cannot be
+    used."""
     check_certificate(config)
+    if config.keys is not None:
+        read_key_file(Path(config.keys))
     return _listen(config, "port", config.port)
 
 
@@ -170,6 +175,7 @@ class Server(uvicorn.Server):
         if self._options.enable_ssl_refresh and self.config.ssl is not None:
             refresh = asyncio.create_task(keep_fresh(self.config.ssl, self._options))
         stats = asyncio.create_task(self._log_stats())
+        keys = asyncio.create_task(self._state.keyring.keep_fresh())
         await self._state.store.check()
         self._batches.start()
         try:
@@ -182,6 +188,7 @@ class Server(uvicorn.Server):
             await self._state.store.close()
             self._loop = None
             stats.cancel()
+            keys.cancel()
             if refresh is not None:
                 refresh.cancel()
 

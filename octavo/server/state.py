@@ -23,6 +23,7 @@ from octavo.server.limits import BodyRoom
 from octavo.server.parser import ParserProcess
 from octavo.server.store.store import Store
 from octavo.server.stored_responses import Responses
+from octavo.server.tenants.keyring import Keyring
 from octavo.server.tokenising import Tokenising
 
 BEGUN_AT_ONCE = 4
@@ -57,6 +58,7 @@ class ServerState:
     parser: ParserProcess
     store: Store
     responses: Responses
+    keyring: Keyring
     drain: Drain = field(default_factory=Drain)
     turns: Turns = field(default_factory=Turns)
     """Of the streams' readers."""

@@ -18,12 +18,13 @@ from octavo.engine.vectors import VectorReader
 from octavo.errors import RequestError
 from octavo.outputs import OutputDelta
 from octavo.server.answer_wire import AnswerWire
-from octavo.server.auth import check_priority, tenant_salt
+from octavo.server.auth import check_priority
 from octavo.server.generation import PREPARED_AT_ONCE, Call, whole_call
 from octavo.server.pieces import SLICE_SECONDS
 from octavo.server.protocol.pooling import PoolingFields
 from octavo.server.state import server_state
 from octavo.server.streaming import run_attached
+from octavo.server.tenants.callers import caller_of
 
 T = TypeVar("T")
 
@@ -79,7 +80,7 @@ async def compute(
     """
     state, known = server_state(request), request.scope["state"]
     check_priority(request, body.priority, state.config.priority_range)
-    salt, engine = tenant_salt(known["api_key"], body.cache_salt), state.engine
+    salt, engine = caller_of(request).tenant.salt(body.cache_salt), state.engine
     requests = []
     for place, ids in enumerate(prompts):
         if place % PREPARED_AT_ONCE == PREPARED_AT_ONCE - 1:

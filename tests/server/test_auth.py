@@ -8,7 +8,7 @@ import httpx
 import pytest
 from starlette.routing import Route
 
-from octavo.server.auth import tenant_salt
+from octavo.server.tenants.callers import NOBODY, named_secret, plain_tenant
 
 MESSAGES = "/v1/messages"
 KEYS = ("first-key", "second-key")
@@ -103,10 +103,11 @@ def test_every_key_is_let_in_and_has_its_own_salt(start_server: Any) -> None:
 
 
 def test_no_client_salt_reaches_the_salt_of_another_key() -> None:
-    victim = tenant_salt("victim", "")
+    victim = plain_tenant("victim").salt("")
     for guess in ("", "victim", victim):
-        assert tenant_salt("attacker", guess) != victim
-    assert tenant_salt("", "plain") == "plain"
+        assert plain_tenant("attacker").salt(guess) != victim
+    assert NOBODY.salt("plain") == "plain"
+    assert len({named_secret(name) for name in ("a", "a\0", "b")}) == 3
 
 
 def test_a_browser_of_an_allowed_origin_may_ask_first(start_server: Any) -> None:
@@ -183,7 +184,7 @@ def test_a_key_outside_ascii_is_one_tenant_however_it_is_sent(
         content='{"prompt": "x"}',
         headers=bearer(key.encode(spelling)),
     )
-    assert [salt for *_, salt in server.engine.requests] == [tenant_salt(key, "")]
+    assert [salt for *_, salt in server.engine.requests] == [plain_tenant(key).salt("")]
 
 
 def test_a_key_of_signs_that_latin_1_has_not_works(start_server: Any) -> None:

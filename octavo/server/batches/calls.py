@@ -16,11 +16,11 @@ from starlette.types import Message, Scope
 from octavo.errors import EngineDeadError, OctavoError, OverloadedError
 from octavo.request import MAX_INT
 from octavo.server.access import Exchange
-from octavo.server.auth import Role, tenant_id
 from octavo.server.drain import Drain
 from octavo.server.errors import ApiError, error_response, on_error
 from octavo.server.limits import BodyRoom
 from octavo.server.state import ServerState
+from octavo.server.tenants.callers import TENANT_SCOPES, Caller
 
 PRIORITY = MAX_INT
 """Behind all others."""
@@ -42,26 +42,26 @@ class LineCalls:
     """Runs lines for the tenants that this server knows."""
 
     def __init__(self, state: ServerState) -> None:
-        config = state.config
-        self._keys = {tenant_id(key): (key, Role.TENANT) for key in config.api_key}
-        self._keys |= {tenant_id(key): (key, Role.OPERATOR) for key in config.operator_key}
-        if not self._keys:
-            self._keys[tenant_id("")] = "", Role.OPERATOR
+        self._keyring = state.keyring
         self._handlers = state.batch_handlers
         room = BodyRoom(state.body_room.max_body_bytes)
         own = replace(state, drain=Drain(), body_room=room, priority=PRIORITY)
         self._app = SimpleNamespace(state=SimpleNamespace(server=own))
 
-    @property
-    def tenants(self) -> frozenset[str]:
-        return frozenset(self._keys)
+    def knows(self, tenant: str) -> bool:
+        """Whether the tenant of that id may still ask for anything."""
+        return self._keyring.tenant_of_id(tenant) is not None
 
     async def run(self, tenant: str, endpoint: str, content: bytes, request_id: str) -> Answer:
         """Returns the answer to a body, errors of the client and of the server among them.
 
         Raises AgainError where the engine had no room, EngineDeadError.
         """
-        key, role = self._keys[tenant]
+        known = self._keyring.tenant_of_id(tenant)
+        if known is None:
+            raise AgainError("its tenant is not let in any more")
+        # What lines may do was checked when the batch was made.
+        caller = Caller(name="batch", tenant=known, scopes=TENANT_SCOPES)
         handler = self._handlers.get(endpoint)
         scope: Scope = {
             "type": "http",
@@ -81,8 +81,7 @@ class LineCalls:
             "app": self._app,
             "extensions": {},
             "state": {
-                "api_key": key,
-                "role": role,
+                "caller": caller,
                 "request_id": request_id,
                 "exchange": Exchange(request_id),
             },

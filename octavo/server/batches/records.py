@@ -7,7 +7,7 @@ the routes, and by the workers, which lose a batch (LostError) if another proces
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import msgspec
@@ -149,7 +149,7 @@ def cancel(db: sqlite3.Connection, tenant: str, id: str, now: float) -> Batch | 
 def claim(
     db: sqlite3.Connection,
     owner: Owner,
-    tenants: Collection[str],
+    knows: Callable[[str], bool],
     models: Collection[str],
     now: float,
     limit: int,
@@ -168,7 +168,7 @@ def claim(
     for id, tenant, model, held_by, expires_at in rows:
         if held_by is not None and alive[held_by]:
             running[tenant] = running.get(tenant, 0) + 1
-        elif (tenant in tenants and model in models) or expires_at <= now:
+        elif (knows(tenant) and model in models) or expires_at <= now:
             free.append((tenant, id))
     taken = []
     while free and len(taken) < limit:

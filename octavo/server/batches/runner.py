@@ -88,10 +88,8 @@ class BatchRunner:
             self._active[id][0].stop()
         room = MAX_ACTIVE - len(self._active)
         if room and not self._state.drain.is_draining:
-            tenants, models = self._calls.tenants, self._state.model_names
-            claimed = await store.run(
-                lambda db: records.claim(db, owner, tenants, models, now, room)
-            )
+            knows, models = self._calls.knows, self._state.model_names
+            claimed = await store.run(lambda db: records.claim(db, owner, knows, models, now, room))
             for tenant, id in claimed:
                 self._begin(owner, tenant, id)
         if time.monotonic() - self._swept_at >= SWEEP_SECONDS:

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.errors import RequestError, shown
-from octavo.server.auth import tenant_of
+from octavo.server.auth import require_scope
 from octavo.server.batches import records
 from octavo.server.batches.records import Batch
 from octavo.server.body import read_body
@@ -27,6 +27,8 @@ from octavo.server.store import objects
 from octavo.server.store.bounds import Kind
 from octavo.server.store.objects import Part
 from octavo.server.streaming import json_response
+from octavo.server.tenants.callers import tenant_of
+from octavo.server.tenants.route_scopes import scopes_of
 
 router = APIRouter(tags=["Batches"])
 
@@ -40,6 +42,7 @@ async def create_batch(request: Request) -> Response:
         served = ", ".join(state.batch_handlers)
         message = f"endpoint must be one of {served}, got {shown(body.endpoint)}"
         raise RequestError(message, param="endpoint", code="invalid_value")
+    require_scope(request, scopes_of(body.endpoint))
     store, seconds = state.store, body.window_seconds()
     now = int(store.clock())
     expiry = body.output_expires_after

@@ -14,7 +14,6 @@ from starlette.responses import Response
 
 from octavo.errors import RequestError
 from octavo.request import SamplingParams
-from octavo.server.auth import tenant_id, tenant_salt
 from octavo.server.body import read_body
 from octavo.server.generation import check_params
 from octavo.server.openapi import described
@@ -27,6 +26,7 @@ from octavo.server.protocol.sampling import SamplingFields
 from octavo.server.protocol.strict import StrictModel
 from octavo.server.state import server_state
 from octavo.server.streaming import json_response
+from octavo.server.tenants.callers import caller_of
 from octavo.server.tokenising import completion_ids
 
 router = APIRouter(tags=["Tokens"])
@@ -63,7 +63,7 @@ async def explain_message(request: Request) -> Response:
 async def _explained(
     request: Request, body: SamplingFields, params: SamplingParams, ids: Sequence[int]
 ) -> Response:
-    state, key = server_state(request), request.scope["state"]["api_key"]
+    state, tenant = server_state(request), caller_of(request).tenant
     state.check_model(body.model)
     check_params(request, body, params)
     asked = SamplingParams(
@@ -72,7 +72,7 @@ async def _explained(
         prompt_logprobs=params.prompt_logprobs,
     )
     prepared = state.engine.prepare(
-        ids, asked, cache_salt=tenant_salt(key, body.cache_salt), tenant=tenant_id(key)
+        ids, asked, cache_salt=tenant.salt(body.cache_salt), tenant=tenant.id
     )
     found = await state.engine.explain_prefix(prepared)
     return json_response(await explanation_body(found, ids, state.tokenising))

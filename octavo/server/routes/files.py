@@ -12,7 +12,6 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
 from octavo.errors import RequestError, shown
-from octavo.server.auth import tenant_of
 from octavo.server.errors import ApiError
 from octavo.server.lists import listed
 from octavo.server.openapi import BYTES, described
@@ -24,6 +23,7 @@ from octavo.server.store.bounds import Amount, Kind
 from octavo.server.store.objects import Name, Part, make_room
 from octavo.server.store.store import Store
 from octavo.server.streaming import json_response
+from octavo.server.tenants.callers import tenant_of
 from octavo.server.uploads import check_length, received
 
 router = APIRouter(tags=["Files"])

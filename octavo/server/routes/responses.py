@@ -13,7 +13,6 @@ from starlette.responses import Response
 
 from octavo.errors import RequestError
 from octavo.server.answer_wire import AnswerWire
-from octavo.server.auth import tenant_of
 from octavo.server.body import parsed, read_body
 from octavo.server.chat_calls import chat_call
 from octavo.server.generation import Call
@@ -23,6 +22,7 @@ from octavo.server.response_answer import CancelledResponseError, ResponseAnswer
 from octavo.server.response_run import ResponseRun
 from octavo.server.state import server_state
 from octavo.server.streaming import long_response, run_attached, stream_response
+from octavo.server.tenants.callers import tenant_of
 from octavo.tools.answers import AnswerReading
 
 router = APIRouter(tags=["OpenAI"])

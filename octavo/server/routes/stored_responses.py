@@ -11,7 +11,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.errors import RequestError
-from octavo.server.auth import tenant_of
 from octavo.server.errors import ApiError
 from octavo.server.lists import listed
 from octavo.server.openapi import described
@@ -20,6 +19,7 @@ from octavo.server.protocol.responses import ItemsQuery
 from octavo.server.query import read_query
 from octavo.server.state import server_state
 from octavo.server.streaming import json_response
+from octavo.server.tenants.callers import tenant_of
 
 router = APIRouter(tags=["OpenAI"])
 

@@ -33,7 +33,7 @@ class Store:
 
     def __init__(self, config: ServerConfig, clock: Callable[[], float] = time.time) -> None:
         """`clock` tells Unix seconds."""
-        num_tenants = len(config.api_key) + len(config.operator_key)
+        num_tenants = len(config.api_key) + len(config.operator_key) + 2 * bool(config.keys)
         self.bounds = Bounds(config.max_store_bytes, num_tenants)
         self.folder = Path(config.store_dir or store_dir())
         self.clock = clock
