@@ -10,11 +10,27 @@ from torch import Tensor
 from octavo.kernels.activations import Activation
 from octavo.kernels.triton.experts.biases import add_biases
 from octavo.kernels.triton.experts.dispatch import SHARED_TOKENS, is_few
+from octavo.kernels.triton.experts.fp8 import fp8_experts
 from octavo.kernels.triton.experts.grouped import grouped_experts
+from octavo.kernels.triton.experts.packed_pairs import packed_experts_of_pairs
 from octavo.kernels.triton.experts.pairs import experts_of_pairs
+from octavo.kernels.triton.experts.shapes import (
+    ExpertsShape,
+    experts_shape,
+    fp8_experts_shape,
+    packed_pairs_shape,
+)
 from octavo.kernels.triton.experts.stacks import StackedExperts, shared_parts
+from octavo.kernels.triton.experts.unpacked import unpacked_experts
+from octavo.kernels.triton.launching.chip import is_hopper
 from octavo.kernels.triton.tuning.shapes import Shapes
 from octavo.kernels.weights import SharedExpert
+
+FP8_ROWS = 32
+"""Of an expert, in the mean: from here on activations are rounded to FP8 where weights are FP8."""
+UNPACKED_ROWS = 256
+"""Of an expert, in the mean: from here on packed weights are made numbers once a layer, rather than
+anew for every tile of tokens."""
 
 
 def run_experts(
@@ -37,11 +53,20 @@ def run_experts(
     is_of_pairs = shape.is_direct and not is_deterministic
     parts = None
     most = 1 if is_of_pairs else SHARED_TOKENS
-    if len(x_TM) <= most and is_few(topk_ids) and not is_deterministic:
+    is_fitting = len(x_TM) <= most and not experts.is_packed
+    if is_fitting and is_few(topk_ids) and not is_deterministic:
         parts = shared_parts(shared, gate_T1, experts.inner_size)
     is_whole = shared is None or parts is not None
     chosen = x_TM, topk_weights, topk_ids, experts, activation
-    if is_of_pairs:
+    if experts.is_packed:
+        in_parts = in_parts and is_whole and experts.biases is None
+        out = _run_packed(
+            *(*chosen, shape),
+            is_of_pairs=is_of_pairs,
+            is_deterministic=is_deterministic,
+            in_parts=in_parts,
+        )
+    elif is_of_pairs:
         out = experts_of_pairs(*chosen, shapes.pairs(x_TM, top_k, experts), parts)
     else:
         in_parts = in_parts and is_whole and experts.biases is None
@@ -49,3 +74,35 @@ def run_experts(
     if experts.biases is not None:
         add_biases(out, topk_weights, topk_ids, experts.biases.down_EM)
     return out, is_whole
+
+
+def _run_packed(
+    x_TM: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    experts: StackedExperts,
+    activation: Activation,
+    shape: ExpertsShape,
+    *,
+    is_of_pairs: bool,
+    is_deterministic: bool,
+    in_parts: bool,
+) -> Tensor:
+    """Returns what `run_experts` does of experts with packed weights, or with some of them."""
+    gate, down = experts.gate_layout, experts.down_layout
+    chosen = x_TM, topk_weights, topk_ids, experts, activation
+    if is_of_pairs and gate is not None and down is not None:
+        sizes = experts.hidden_size, experts.inner_size, topk_ids.shape[1]
+        return packed_experts_of_pairs(*chosen, packed_pairs_shape(gate, down, *sizes))
+    num_pairs = 0 if is_deterministic else topk_ids.numel()
+    if experts.is_fp8 and num_pairs >= FP8_ROWS * experts.count:
+        of_fp8 = fp8_experts_shape(*topk_ids.shape, experts.count, by_block=experts.is_by_block)
+        return fp8_experts(*chosen, of_fp8, in_parts=in_parts)
+    if num_pairs >= UNPACKED_ROWS * experts.count:
+        numbers = unpacked_experts(experts, x_TM.dtype)
+        many = experts_shape(
+            *(len(x_TM), topk_ids.shape[1], experts.count, experts.inner_size),
+            can_tma=is_hopper(x_TM.device),
+        )
+        chosen, shape = (x_TM, topk_weights, topk_ids, numbers, activation), many
+    return grouped_experts(*chosen, shape, in_parts=in_parts)

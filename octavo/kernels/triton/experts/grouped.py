@@ -39,7 +39,6 @@ from octavo.kernels.triton.experts.stacks import (
     has_gate,
 )
 from octavo.kernels.triton.launching.launchable import launchable
-from octavo.kernels.triton.launching.numbers import compute_type
 from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
 from octavo.kernels.triton.tiles.activation import activation_constant
 
@@ -110,7 +109,7 @@ def gate_up_kernel(
             *(BLOCK_N, BLOCK_K, TMA, EVEN_K, False, ACTIVATION, COMPUTE, FORMAT),
         )
     else:
-        if not TMA:
+        if FORMAT == "numbers" and not TMA:
             gate_EFM += expert.to(tl.int64) * gate_stride
             up_EFM += expert.to(tl.int64) * up_stride
         num_pairs = num_tokens * TOP_K
@@ -212,7 +211,7 @@ def down_kernel(
             *(BLOCK_N, BLOCK_K, TMA, EVEN_K, COMPUTE, FORMAT),
         )
     else:
-        if not TMA:
+        if FORMAT == "numbers" and not TMA:
             down_EMF += expert.to(tl.int64) * down_stride
         num_pairs = num_tokens * TOP_K
         if ROWS_FROM == "scan":
@@ -307,21 +306,21 @@ def gate_up(
     gate, up, *of_shared = gate_up_arguments(experts, shared)
     gate_up_kernel[dispatch.grid(experts.inner_size, shape)](
         x_TM,
-        _tiles(gate, shape) if is_tma else gate,
-        _tiles(up, shape) if is_tma else up,
+        _tiles(experts.gate_EFM, shape) if is_tma else gate,
+        _tiles(experts.up_EFM, shape) if is_tma else up,
         *of_shared,
         hidden,
         *dispatch.arguments(),
         experts.hidden_size,
         experts.inner_size,
-        gate.stride(0),
-        up.stride(0),
+        experts.gate_EFM.stride(0),
+        experts.up_EFM.stride(0),
         **dispatch.constants(),
-        **shape.constants(experts.hidden_size, is_tma=is_tma),
+        **shape.constants(experts.hidden_size, is_tma=is_tma, layout=experts.gate_layout),
         HAS_BIAS=experts.biases is not None,
         ACTIVATION=activation_constant(activation),
-        COMPUTE=compute_type(x_TM, gate, experts.down_EMF),
-        FORMAT="numbers",
+        COMPUTE=experts.compute_type(x_TM),
+        FORMAT=experts.gate_format,
         **launch_options(x_TM.device),
     )
     return hidden
@@ -348,7 +347,7 @@ def down(
     down_kernel[dispatch.grid(experts.hidden_size, shape)](
         rows,
         half,
-        _tiles(stack, shape) if is_tma else stack,
+        _tiles(experts.down_EMF, shape) if is_tma else stack,
         shared_down,
         gate_T1,
         parts,
@@ -356,13 +355,13 @@ def down(
         *dispatch.arguments(),
         experts.hidden_size,
         experts.inner_size,
-        stack.stride(0),
+        experts.down_EMF.stride(0),
         gate_T1.stride(0),
         **dispatch.constants(),
         HAS_GATE=has_gate(shared),
-        **shape.constants(experts.inner_size, is_tma=is_tma),
-        COMPUTE=compute_type(hidden_RF, experts.gate_EFM, stack),
-        FORMAT="numbers",
+        **shape.constants(experts.inner_size, is_tma=is_tma, layout=experts.down_layout),
+        COMPUTE=experts.compute_type(hidden_RF),
+        FORMAT=experts.down_format,
         **launch_options(hidden_RF.device),
     )
     return parts

@@ -12,6 +12,14 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.triton.tiles.activation import gated
+from octavo.kernels.triton.tiles.codes import parts_of
+from octavo.kernels.triton.tiles.packed import (
+    dot_packed,
+    dot_step,
+    packed_at,
+    scaled_rows,
+    x_tiles,
+)
 from octavo.kernels.triton.tiles.weight import stacked_tile, weight_at, weight_tile
 
 
@@ -39,18 +47,91 @@ def gate_up_rows(
 ):
     """hidden[row] = act(x[token] @ gate.T, x[token] @ up.T) in BLOCK_N columns of one expert, its
     biases added to both products (HAS_BIAS), for the rows that are some; TMA: gate and up are
-    descriptors of all experts."""
+    descriptors of all experts. Packed ones are planes of all."""
     _, token, row, _, is_row = rows
     column = first_column + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
     safe_token = tl.where(is_row, token, 0).to(tl.int64)
-    x_at = x_TM + safe_token[:, None] * hidden_size + k[None, :]
+    x_rows = x_TM + safe_token[:, None] * hidden_size
+    if FORMAT == "numbers":
+        gate, up = _gate_up_of_numbers(
+            *(x_rows, gate_FM, up_FM, hidden_size, inner_size, expert, first_column, is_row),
+            *(BLOCK_N, BLOCK_K, TMA, EVEN_K, COMPUTE, FORMAT),
+        )
+    else:
+        gate, up = _gate_up_of_packed(
+            *(x_rows, gate_FM, up_FM, hidden_size, inner_size, expert, column, is_row),
+            *(BLOCK_K, EVEN_K, COMPUTE, FORMAT),
+        )
+    if HAS_BIAS:
+        bias_at = expert.to(tl.int64) * inner_size + column
+        gate += tl.load(gate_bias_EF + bias_at, mask=column < inner_size, other=0.0)[None, :]
+        up += tl.load(up_bias_EF + bias_at, mask=column < inner_size, other=0.0)[None, :]
+    value = gated(gate, up, ACTIVATION)
+    out = hidden_RF + row.to(tl.int64)[:, None] * inner_size + column[None, :]
+    is_out = is_row[:, None] & (column < inner_size)[None, :]
+    tl.store(out, value.to(hidden_RF.dtype.element_ty), mask=is_out)
+
+
+@triton.jit
+def _gate_up_of_packed(
+    x_rows,
+    gate,
+    up,
+    hidden_size,
+    inner_size,
+    expert,
+    column,
+    is_row,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """Returns the products of x with gate and up, planes of all experts."""
+    STEP: tl.constexpr = dot_step(BLOCK_K, FORMAT)
+    WORDS: tl.constexpr = STEP // parts_of(FORMAT)
+    row = expert.to(tl.int64) * inner_size + tl.where(column < inner_size, column, 0)[None, :]
+    gate_at = packed_at(gate, row, hidden_size, WORDS, FORMAT)
+    up_at = packed_at(up, row, hidden_size, WORDS, FORMAT)
+    of_gate = tl.zeros([is_row.shape[0], column.shape[0]], tl.float32)
+    of_up = tl.zeros([is_row.shape[0], column.shape[0]], tl.float32)
+    for first in range(0, hidden_size, BLOCK_K):
+        for one in tl.static_range(BLOCK_K // STEP):
+            start = first + one * STEP
+            xs = x_tiles(x_rows, is_row[:, None], start, hidden_size, WORDS, FORMAT, EVEN_K)
+            of_gate = dot_packed(of_gate, xs, gate, gate_at, start, COMPUTE, FORMAT)
+            of_up = dot_packed(of_up, xs, up, up_at, start, COMPUTE, FORMAT)
+    of_gate = scaled_rows(of_gate, gate, gate_at, FORMAT)
+    return of_gate, scaled_rows(of_up, up, up_at, FORMAT)
+
+
+@triton.jit
+def _gate_up_of_numbers(
+    x_rows,
+    gate_FM,
+    up_FM,
+    hidden_size,
+    inner_size,
+    expert,
+    first_column,
+    is_row,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """Returns the products of x with gate and up, an expert's or, with TMA, descriptors of all."""
+    column = first_column + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    x_at = x_rows + k[None, :]
     if not TMA:
         safe = tl.where(column < inner_size, column, 0)[None, :]
         gate_at = weight_at((gate_FM,), safe, hidden_size, k[:, None], FORMAT)
         up_at = weight_at((up_FM,), safe, hidden_size, k[:, None], FORMAT)
-    gate = tl.zeros([token.shape[0], BLOCK_N], tl.float32)
-    up = tl.zeros([token.shape[0], BLOCK_N], tl.float32)
+    gate = tl.zeros([is_row.shape[0], BLOCK_N], tl.float32)
+    up = tl.zeros([is_row.shape[0], BLOCK_N], tl.float32)
     for start in range(0, hidden_size, BLOCK_K):
         is_k = k < hidden_size - start
         is_in = is_row[:, None] if EVEN_K else is_row[:, None] & is_k[None, :]
@@ -64,14 +145,7 @@ def gate_up_rows(
         x = x.to(COMPUTE)
         gate = tl.dot(x, g.to(COMPUTE), gate, input_precision="ieee")
         up = tl.dot(x, u.to(COMPUTE), up, input_precision="ieee")
-    if HAS_BIAS:
-        bias_at = expert.to(tl.int64) * inner_size + column
-        gate += tl.load(gate_bias_EF + bias_at, mask=column < inner_size, other=0.0)[None, :]
-        up += tl.load(up_bias_EF + bias_at, mask=column < inner_size, other=0.0)[None, :]
-    value = gated(gate, up, ACTIVATION)
-    out = hidden_RF + row.to(tl.int64)[:, None] * inner_size + column[None, :]
-    is_out = is_row[:, None] & (column < inner_size)[None, :]
-    tl.store(out, value.to(hidden_RF.dtype.element_ty), mask=is_out)
+    return gate, up
 
 
 @triton.jit
@@ -99,6 +173,73 @@ def down_rows(
     follow each other from first on."""
     _, _, row, part, is_row = rows
     column = first_column + tl.arange(0, BLOCK_N)
+    if FORMAT == "numbers":
+        total = _down_of_numbers(
+            *(hidden_RF, down_MF, hidden_size, inner_size, down_stride, expert, first_column),
+            *(first, row, is_row, BLOCK_N, BLOCK_K, TMA, EVEN_K, COMPUTE, FORMAT),
+        )
+    else:
+        total = _down_of_packed(
+            *(hidden_RF, down_MF, hidden_size, inner_size, expert, column, row, is_row),
+            *(BLOCK_K, EVEN_K, COMPUTE, FORMAT),
+        )
+    total *= weight[:, None]
+    out = parts_RM + part.to(tl.int64)[:, None] * hidden_size + column[None, :]
+    is_out = is_row[:, None] & (column < hidden_size)[None, :]
+    tl.store(out, total.to(parts_RM.dtype.element_ty), mask=is_out)
+
+
+@triton.jit
+def _down_of_packed(
+    hidden_RF,
+    down,
+    hidden_size,
+    inner_size,
+    expert,
+    column,
+    row,
+    is_row,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """Returns the products of hidden with down, planes of all experts."""
+    STEP: tl.constexpr = dot_step(BLOCK_K, FORMAT)
+    WORDS: tl.constexpr = STEP // parts_of(FORMAT)
+    rows = hidden_RF + tl.where(is_row, row, 0).to(tl.int64)[:, None] * inner_size
+    of_down = expert.to(tl.int64) * hidden_size + tl.where(column < hidden_size, column, 0)[None, :]
+    at = packed_at(down, of_down, inner_size, WORDS, FORMAT)
+    total = tl.zeros([is_row.shape[0], column.shape[0]], tl.float32)
+    for start_of_block in range(0, inner_size, BLOCK_K):
+        for one in tl.static_range(BLOCK_K // STEP):
+            start = start_of_block + one * STEP
+            xs = x_tiles(rows, is_row[:, None], start, inner_size, WORDS, FORMAT, EVEN_K)
+            total = dot_packed(total, xs, down, at, start, COMPUTE, FORMAT)
+    return scaled_rows(total, down, at, FORMAT)
+
+
+@triton.jit
+def _down_of_numbers(
+    hidden_RF,
+    down_MF,
+    hidden_size,
+    inner_size,
+    down_stride,
+    expert,
+    first_column,
+    first,
+    row,
+    is_row,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """Returns the products of hidden with down, an expert's or, with TMA, descriptors."""
+    column = first_column + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     if not TMA:
         safe_row = tl.where(is_row, row, 0).to(tl.int64)
@@ -116,7 +257,4 @@ def down_rows(
             h = tl.load(hidden_at + start, mask=is_in, other=0.0)
             w = weight_tile(down_at, start, is_k[:, None], FORMAT, EVEN_K)
         total = tl.dot(h.to(COMPUTE), w.to(COMPUTE), total, input_precision="ieee")
-    total *= weight[:, None]
-    out = parts_RM + part.to(tl.int64)[:, None] * hidden_size + column[None, :]
-    is_out = is_row[:, None] & (column < hidden_size)[None, :]
-    tl.store(out, total.to(parts_RM.dtype.element_ty), mask=is_out)
+    return total

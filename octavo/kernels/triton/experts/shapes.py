@@ -9,7 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
+from octavo.kernels.triton.launching.chip import next_power_of_2
+from octavo.kernels.triton.product.packed_shapes import Fp8Shape, SumsShape, block_constants
 from octavo.kernels.triton.product.shapes import RowsShape, step_of
+from octavo.planes import PlaneLayout
 
 
 class TileConstants(TypedDict):
@@ -35,14 +38,17 @@ class TileShape:
     num_stages: int
     tma: bool = False
 
-    def constants(self, length: int, *, is_tma: bool) -> TileConstants:
-        """Returns the arguments of a launch whose sums have `length` numbers."""
+    def constants(
+        self, length: int, *, is_tma: bool, layout: PlaneLayout | None = None
+    ) -> TileConstants:
+        """Returns the arguments of a launch whose sums have `length` numbers, or packed ones."""
+        block = block_constants(layout, self.block_k, length) if layout else None
         return {
             "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k,
+            "BLOCK_K": self.block_k if block is None else block["BLOCK_K"],
             "GROUP": self.group,
             "TMA": is_tma,
-            "EVEN_K": length % self.block_k == 0,
+            "EVEN_K": length % self.block_k == 0 if block is None else block["EVEN_K"],
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
         }
@@ -114,4 +120,67 @@ def pairs_shape(hidden_size: int, inner_size: int, top_k: int) -> PairsShape:
 def _tile(block_n: int, block_k: int, num_stages: int, group: int = 1) -> TileShape:
     return TileShape(
         block_n=block_n, block_k=block_k, group=group, num_warps=4, num_stages=num_stages
+    )
+
+
+def packed_experts_shape(num_tokens: int, top_k: int, num_experts: int) -> ExpertsShape:
+    """Returns the launch shapes of experts whose weights are packed. Deterministic sums need no
+    others: bits depend on `is_direct` alone."""
+    mean = num_tokens * top_k / num_experts
+    is_direct = num_tokens == 1 or (num_tokens == 2 and 16 * top_k <= num_experts)
+    if mean <= 12:
+        both = TileShape(block_n=32, block_k=128, group=1, num_warps=4, num_stages=5)
+        return ExpertsShape(is_direct=is_direct, block_p=16, gate_up=both, down=both)
+    if mean <= 24:
+        both = TileShape(block_n=64, block_k=128, group=4, num_warps=4, num_stages=4)
+        return ExpertsShape(is_direct=False, block_p=32, gate_up=both, down=both)
+    if mean <= 48:
+        both = TileShape(block_n=64, block_k=128, group=4, num_warps=4, num_stages=3)
+        return ExpertsShape(is_direct=False, block_p=64, gate_up=both, down=both)
+    gate_up = TileShape(block_n=64, block_k=128, group=4, num_warps=8, num_stages=3)
+    down = TileShape(block_n=128, block_k=128, group=8, num_warps=8, num_stages=3)
+    return ExpertsShape(is_direct=False, block_p=128, gate_up=gate_up, down=down)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedPairsShape:
+    """The launch shapes of `pairs.py` where weights are packed."""
+
+    gate_up: SumsShape
+    down: SumsShape
+
+
+def packed_pairs_shape(
+    gate: PlaneLayout, down: PlaneLayout, hidden_size: int, inner_size: int, top_k: int
+) -> PackedPairsShape:
+    """Returns the launch shapes of the kernels of `pairs.py` where weights are packed."""
+    of_gate = min(1024, next_power_of_2(gate.words(hidden_size)))
+    choices = next_power_of_2(top_k)
+    of_down = min(1024 // min(choices, 8), next_power_of_2(down.words(inner_size)))
+    return PackedPairsShape(
+        gate_up=SumsShape(block_n=2, words=max(16, of_gate), num_warps=4 if of_gate > 512 else 2),
+        down=SumsShape(block_n=2 if choices > 2 else 4, words=max(16, of_down), num_warps=4),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fp8ExpertsShape:
+    """The launch shapes of `fp8.py`."""
+
+    rows: int
+    """Of a block of pairs."""
+    gate_up: Fp8Shape
+    down: Fp8Shape
+
+
+def fp8_experts_shape(
+    num_tokens: int, top_k: int, num_experts: int, *, by_block: bool
+) -> Fp8ExpertsShape:
+    """Returns the launch shapes of FP8 weights with FP8 activations."""
+    rows = 64 if num_tokens * top_k <= 64 * num_experts else 128
+    width = 64 if by_block else 128
+    return Fp8ExpertsShape(
+        rows=rows,
+        gate_up=Fp8Shape(block_t=rows, block_n=width, block_k=128, num_warps=8, num_stages=3),
+        down=Fp8Shape(block_t=rows, block_n=128, block_k=128, num_warps=8, num_stages=4),
     )

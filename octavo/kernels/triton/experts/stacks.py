@@ -5,20 +5,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.planes import Planes
+from octavo.kernels.triton.launching.numbers import compute_type
 from octavo.kernels.triton.product.matrices import numbers_of
 from octavo.kernels.weights import ExpertBiases, ExpertWeights, SharedExpert, Weight
+from octavo.planes import PlaneLayout
+
+Operand = Tensor | tuple[Tensor, ...]
+"""A stack of numbers, or the planes of a packed one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StackedExperts:
-    """The experts of a layer as strided [E, rows, cols] views of whole stacks."""
+    """The experts of a layer as strided [E, rows, cols] views of whole stacks; of packed ones the
+    codes, and beside them all planes [E * rows, ..]."""
 
     gate_EFM: Tensor
     up_EFM: Tensor
     down_EMF: Tensor
     biases: ExpertBiases | None = None
+    gate_up_planes: tuple[Planes, Planes] | None = None
+    gate_layout: PlaneLayout | None = None
+    """Of up too."""
+    down_planes: Planes | None = None
+    down_layout: PlaneLayout | None = None
 
     @property
     def count(self) -> int:
@@ -30,7 +43,39 @@ class StackedExperts:
 
     @property
     def hidden_size(self) -> int:
-        return self.gate_EFM.shape[2]
+        return self.down_EMF.shape[1]
+
+    @property
+    def gate_format(self) -> str:
+        """As the kernels call it."""
+        return "numbers" if self.gate_layout is None else self.gate_layout.name
+
+    @property
+    def down_format(self) -> str:
+        """As the kernels call it."""
+        return "numbers" if self.down_layout is None else self.down_layout.name
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether any of the matrices are."""
+        return self.gate_layout is not None or self.down_layout is not None
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether all matrices are."""
+        layouts = self.gate_layout, self.down_layout
+        return all(one is not None and one.values == "e4m3" for one in layouts)
+
+    @property
+    def is_by_block(self) -> bool:
+        """Whether any of the matrices has scales by groups of columns."""
+        layouts = self.gate_layout, self.down_layout
+        return any(one is not None and one.group > 0 for one in layouts)
+
+    def compute_type(self, x: Tensor) -> tl.dtype:
+        """Returns what the factors of the products become."""
+        layouts = (self.gate_EFM, self.gate_layout), (self.down_EMF, self.down_layout)
+        return compute_type(x, *(tensor for tensor, layout in layouts if layout is None))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -47,23 +92,29 @@ class SharedParts:
 
 def gate_up_arguments(
     experts: StackedExperts, shared: SharedParts | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Operand, Operand, Tensor, Tensor, Tensor, Tensor]:
     """Returns gate and up, those of the shared expert, and the experts' biases; anything where
     there are none."""
-    routed = experts.gate_EFM, experts.up_EFM
-    of_shared = routed if shared is None else (shared.gate_NM, shared.up_NM)
+    anything = experts.gate_EFM, experts.up_EFM
+    of_shared = anything if shared is None else (shared.gate_NM, shared.up_NM)
     biases = experts.biases
-    return *routed, *of_shared, *(routed if biases is None else (biases.gate_EF, biases.up_EF))
+    of_biases = anything if biases is None else (biases.gate_EF, biases.up_EF)
+    routed = experts.gate_up_planes
+    if routed is None:
+        return *anything, *of_shared, *of_biases
+    return *(tuple(planes) for planes in routed), *of_shared, *of_biases
 
 
 def down_arguments(
     experts: StackedExperts, shared: SharedParts | None, topk_weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Operand, Tensor, Tensor]:
     """Returns down, that of the shared expert and its gate, or anything where there is none."""
+    planes = experts.down_planes
+    routed = experts.down_EMF if planes is None else tuple(planes)
     if shared is None:
-        return experts.down_EMF, experts.down_EMF, topk_weights
+        return routed, experts.down_EMF, topk_weights
     gate_T1 = topk_weights if shared.gate_T1 is None else shared.gate_T1
-    return experts.down_EMF, shared.down_MN, gate_T1
+    return routed, shared.down_MN, gate_T1
 
 
 def count_of_shared(shared: SharedParts | None) -> int:

@@ -28,7 +28,8 @@ _INT32_MAX = 2**31 - 1
 class Launchable:
     """A jitted function, launched as ever: kernel[grid](*arguments, **constants_and_options).
 
-    Arguments that are no constants are positional. Remembers the binaries it has launched, as
+    Arguments that are no constants are positional: numbers, tensors, descriptors of tensors, or
+    tuples of tensors. Remembers the binaries it has launched, as
     Triton does.
     """
 
@@ -67,6 +68,12 @@ class Launchable:
                 values.append(argument)
                 device = argument.base.get_device()
                 has_maps = True
+            elif kind is tuple:
+                pointers = tuple([one.data_ptr() for one in argument])
+                pairs = zip(argument, pointers, strict=True)
+                key += [(one.dtype, pointer & 15 == 0) for one, pointer in pairs]
+                values.append(pointers)
+                device = argument[0].get_device()
             else:
                 key.append(kind)
                 values.append(argument)

@@ -8,13 +8,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from octavo.kernels.planes import Planes
+from octavo.kernels.triton.product.fp8 import fp8_product
 from octavo.kernels.triton.product.linear import product
 from octavo.kernels.triton.product.matvec import matvec
+from octavo.kernels.triton.product.packed import packed_matvec, packed_product, unpack
+from octavo.kernels.triton.product.packed_shapes import fp8_shape, packed_shape, sums_shape
 from octavo.kernels.triton.tuning.shapes import Shapes
+from octavo.planes import PlaneLayout
 
 SKINNY_TOKENS = 64
 """Up to here Triton multiplies: as fast as cuBLAS, which splits the sum there (H100, 2026-11-22).
 Above, and for row counts that 8 divides, cuBLAS gave Triton's bits in all but one shape."""
+
+FP8_TOKENS = 256
+"""From here on activations are rounded to FP8 where weights are FP8."""
+UNPACKED_TOKENS = 512
+"""From here on other packed weights are made numbers, rather than anew for every tile of tokens."""
 
 
 def multiply(
@@ -44,3 +54,32 @@ def multiply(
         torch.mm(x_TM, matrix_NM.T, out=out_TN)
     else:
         torch.addmm(bias_N.to(x_TM.dtype), x_TM, matrix_NM.T, out=out_TN)
+
+
+def multiply_packed(
+    x_TM: Tensor,
+    planes: Planes,
+    layout: PlaneLayout,
+    bias_N: Tensor | None,
+    out_TN: Tensor,
+    *,
+    is_deterministic: bool,
+) -> None:
+    """As `multiply`, with a packed weight. Deterministic products are tiles, whatever the rows."""
+    num_tokens, length = x_TM.shape
+    if is_deterministic:
+        shape = packed_shape(num_tokens, len(planes.codes))
+        packed_product(x_TM, planes, layout, bias_N, out_TN, shape)
+    elif num_tokens == 1:
+        packed_matvec(x_TM, planes, layout, bias_N, out_TN, sums_shape(layout, length))
+    elif layout.values == "e4m3" and num_tokens >= FP8_TOKENS:
+        fp8_product(x_TM, planes, layout, bias_N, out_TN, fp8_shape(num_tokens))
+    elif num_tokens >= UNPACKED_TOKENS and out_TN.dtype == x_TM.dtype:
+        matrix = unpack(planes, layout, length, x_TM.dtype)
+        if bias_N is None:
+            torch.mm(x_TM, matrix.T, out=out_TN)
+        else:
+            torch.addmm(bias_N.to(x_TM.dtype), x_TM, matrix.T, out=out_TN)
+    else:
+        shape = packed_shape(num_tokens, len(planes.codes))
+        packed_product(x_TM, planes, layout, bias_N, out_TN, shape)

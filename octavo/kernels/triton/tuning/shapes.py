@@ -27,6 +27,7 @@ from octavo.kernels.triton.experts.shapes import (
     ExpertsShape,
     PairsShape,
     experts_shape,
+    packed_experts_shape,
     pairs_shape,
 )
 from octavo.kernels.triton.experts.stacks import StackedExperts
@@ -66,7 +67,10 @@ class Shapes:
         return rows_shape(*weight_NM.shape) if found is None else found
 
     def experts(self, x_TM: Tensor, top_k: int, experts: StackedExperts) -> ExpertsShape:
-        count, inner_size, hidden_size = experts.gate_EFM.shape
+        count, inner_size = experts.count, experts.inner_size
+        hidden_size = experts.hidden_size
+        if experts.is_packed:
+            return packed_experts_shape(len(x_TM), top_k, count)
         found = self._find("moe", x_TM, experts.gate_EFM, top_k, count, inner_size, hidden_size)
         if found is not None:
             return found
@@ -75,7 +79,8 @@ class Shapes:
         return shape if _is_short(x_TM) else shape.of_floats()
 
     def pairs(self, x_TM: Tensor, top_k: int, experts: StackedExperts) -> PairsShape:
-        count, inner_size, hidden_size = experts.gate_EFM.shape
+        count, inner_size = experts.count, experts.inner_size
+        hidden_size = experts.hidden_size
         found = self._find("pairs", x_TM, experts.gate_EFM, top_k, count, inner_size, hidden_size)
         return pairs_shape(hidden_size, inner_size, top_k) if found is None else found
 

@@ -1,0 +1,78 @@
+"""The launch shapes of products with packed weights. Pure arithmetic."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypedDict
+
+from octavo.kernels.triton.launching.chip import next_power_of_2
+from octavo.planes import PlaneLayout
+
+
+class BlockConstants(TypedDict):
+    """How a sum over a packed row goes on."""
+
+    BLOCK_K: int
+    EVEN_K: bool
+
+
+def block_constants(layout: PlaneLayout, block_k: int, length: int) -> BlockConstants:
+    """Returns the constants of a sum over `length` columns, by about `block_k` at a time: steps of
+    the layout, and never beyond the end of a row."""
+    steps = math.gcd(max(1, block_k // layout.step), layout.padded(length) // layout.step)
+    return {"BLOCK_K": steps * layout.step, "EVEN_K": length % layout.step == 0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedShape:
+    """The launch shape of a product of some tokens."""
+
+    block_t: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SumsShape:
+    """The launch shape of a product of one token."""
+
+    block_n: int
+    words: int
+    num_warps: int
+
+
+def packed_shape(num_tokens: int, num_rows: int) -> PackedShape:
+    """Returns the launch shape of a dense product."""
+    block_t = (
+        16 if num_tokens <= 16 else 32 if num_tokens <= 32 else 64 if num_tokens <= 64 else 128
+    )
+    if block_t == 128:
+        return PackedShape(block_t=128, block_n=128, block_k=128, num_warps=8, num_stages=3)
+    block_n = 32 if num_rows <= 8192 else 64
+    return PackedShape(block_t=block_t, block_n=block_n, block_k=128, num_warps=4, num_stages=5)
+
+
+def sums_shape(layout: PlaneLayout, hidden_size: int) -> SumsShape:
+    """Returns the launch shape of a product of one token."""
+    step = min(1024, next_power_of_2(layout.words(hidden_size)))
+    return SumsShape(block_n=4, words=max(16, step), num_warps=4 if step > 512 else 2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fp8Shape:
+    """The launch shape of a product of FP8 with FP8."""
+
+    block_t: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def fp8_shape(num_tokens: int) -> Fp8Shape:
+    """Returns the launch shape of a dense product."""
+    block_t = 64 if num_tokens <= 64 else 128
+    return Fp8Shape(block_t=block_t, block_n=128, block_k=128, num_warps=8, num_stages=4)

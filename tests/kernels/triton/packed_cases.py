@@ -1,0 +1,50 @@
+"""Random packed weights at small shapes, and experts made of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from octavo.kernels.planes import Planes, empty_planes, values_of
+from octavo.kernels.triton.experts.stacks import StackedExperts
+from octavo.planes import PLANE_LAYOUTS, PlaneLayout
+from octavo.weights.random_planes import fill_random
+from tests.kernels.triton.interpreter import DEVICE
+
+
+def planes(layout: PlaneLayout, rows: int, cols: int, seed: int = 0) -> Planes:
+    made = empty_planes(layout, rows, cols, torch.device(DEVICE))
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    fill_random(layout, made, 1.0, generator)
+    if layout.offset == "zero":
+        made.offsets.random_(0, 1 << layout.bits, generator=generator)
+    return made
+
+
+def error_of(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.double(), expected.double()
+    return float((found - expected).norm() / expected.norm())
+
+
+def packed_experts(
+    gate: str, down: str, count: int, hidden: int, inner: int
+) -> tuple[StackedExperts, tuple[Tensor, Tensor, Tensor]]:
+    """Returns experts with gate and up in one layout and down in another, and their values."""
+    of_gate, of_down = PLANE_LAYOUTS[gate], PLANE_LAYOUTS[down]
+    gates, ups = (planes(of_gate, count * inner, hidden, seed) for seed in (1, 2))
+    downs = planes(of_down, count * hidden, inner, 3)
+    experts = StackedExperts(
+        gate_EFM=gates.codes.view(count, inner, -1),
+        up_EFM=ups.codes.view(count, inner, -1),
+        down_EMF=downs.codes.view(count, hidden, -1),
+        gate_up_planes=(gates, ups),
+        gate_layout=of_gate,
+        down_planes=downs,
+        down_layout=of_down,
+    )
+    exact = (
+        values_of(of_gate, gates, hidden).view(count, inner, hidden).double(),
+        values_of(of_gate, ups, hidden).view(count, inner, hidden).double(),
+        values_of(of_down, downs, inner).view(count, hidden, inner).double(),
+    )
+    return experts, exact

@@ -1,0 +1,84 @@
+"""Dense products with packed weights equal those with the values that their planes stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from octavo.kernels.planes import pack_codes, unpack_codes, values_of
+from octavo.planes import PLANE_LAYOUTS
+from tests.kernels.triton.interpreter import DEVICE
+from tests.kernels.triton.packed_cases import error_of, planes
+
+from octavo.kernels.triton.product.choose import multiply_packed  # isort: skip
+from octavo.kernels.triton.product.fp8 import fp8_product  # isort: skip
+from octavo.kernels.triton.product.packed import packed_product, unpack  # isort: skip
+from octavo.kernels.triton.product.packed_shapes import Fp8Shape, PackedShape  # isort: skip
+
+ROWS = 20
+KINDS = (
+    "int4_128_f16",
+    "int4_32_bf16",
+    "int8_64",
+    "fp8",
+    "fp8_row",
+    "q8_0",
+    "q4_0",
+    "q4_1",
+    "mxfp4",
+)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_packed_products_equal_float64(name: str):
+    layout, cols = PLANE_LAYOUTS[name], 160
+    weight = planes(layout, ROWS, cols)
+    values = values_of(layout, weight, cols).double()
+    bias = torch.linspace(-1, 1, ROWS, device=DEVICE)
+    x = torch.randn(5, cols, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    for some in (x[:1], x):
+        out = torch.empty(len(some), ROWS, device=DEVICE)
+        multiply_packed(some, weight, layout, bias, out, is_deterministic=False)
+        assert error_of(out, some.double() @ values.T + bias) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["int4_32_f16", "int8_128", "q4_1", "fp8", "fp8_row"])
+def test_rows_are_unpacked_and_unknown_ones_are_nan(name: str):
+    layout, cols = PLANE_LAYOUTS[name], 224
+    weight = planes(layout, ROWS, cols)
+    ids = torch.tensor([3, 19, -1, 20], dtype=torch.int32, device=DEVICE)
+    found = unpack(weight, layout, cols, torch.float32, ids)
+    assert torch.equal(found[:2], values_of(layout, weight, cols)[[3, 19]])
+    assert bool(found[2:].isnan().all())
+
+
+def test_several_steps_of_a_block_have_the_bits_of_single_ones():
+    layout, cols = PLANE_LAYOUTS["int4_64_f16"], 256
+    weight = planes(layout, ROWS, cols)
+    x = torch.randn(3, cols, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    found = []
+    for block_k in (64, 256):
+        out = torch.empty(3, ROWS, device=DEVICE)
+        shape = PackedShape(block_t=16, block_n=32, block_k=block_k, num_warps=4, num_stages=2)
+        packed_product(x, weight, layout, None, out, shape)
+        found.append(out)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("name", ["fp8_row", "fp8"])
+def test_activations_in_fp8_come_close(name: str):
+    layout, cols = PLANE_LAYOUTS[name], 160
+    weight = planes(layout, ROWS, cols)
+    x = torch.randn(9, cols, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    out = torch.empty(9, ROWS, device=DEVICE)
+    shape = Fp8Shape(block_t=16, block_n=32, block_k=128, num_warps=4, num_stages=2)
+    fp8_product(x, weight, layout, None, out, shape)
+    error = error_of(out, x.double() @ values_of(layout, weight, cols).double().T)
+    assert 1e-3 < error < 4e-2
+
+
+@pytest.mark.parametrize("name", ["int4_32_f16", "fp8"])
+def test_words_give_their_codes_back(name: str):
+    layout = PLANE_LAYOUTS[name]
+    codes = torch.randint(0, 1 << layout.bits, (3, 384), dtype=torch.uint8)
+    assert torch.equal(unpack_codes(layout, pack_codes(layout, codes)), codes)
