@@ -26,14 +26,14 @@ from octavo.kernels.triton.attention.short_chunks import (
     merge_short_chunks,
     short_plan_of,
 )
-from octavo.kernels.triton.attention.splits import Tiling
 from octavo.kernels.triton.latent.decode import latent_decode
 from octavo.kernels.triton.latent.expand import expanded_attention
+from octavo.kernels.triton.latent.hopper.chunks import short_latents
+from octavo.kernels.triton.latent.hopper.tiles import fits
 from octavo.kernels.triton.latent.pages import LatentPlane, latent_plane
 from octavo.kernels.triton.latent.shared import shared_latents
-from octavo.kernels.triton.latent.tiles import ABSORBED_ROWS, absorbed_chunks, stack_of
+from octavo.kernels.triton.latent.tiles import absorbed_chunks, latent_tiling
 from octavo.kernels.triton.latent.write import head_product, write_latents
-from octavo.kernels.triton.launching.chip import num_processors
 from octavo.kernels.triton.small.mixing import mix_rows
 from octavo.step import MAX_PADDED_TOKENS
 from octavo.visibility import Full
@@ -113,11 +113,6 @@ def latent_attention(
     return out_THV.flatten(1)
 
 
-def latent_tiling(num_heads: int, device: torch.device) -> Tiling:
-    """Returns how many pieces the absorbed kernels make of queries."""
-    return Tiling(num_heads, stack_of(num_heads, ABSORBED_ROWS), num_processors(device))
-
-
 def _absorbed(
     q_THC: Tensor,
     op: LatentOp,
@@ -155,9 +150,13 @@ def _absorbed(
     limits = Limits(
         queries=short, splits=SHORT_SPLITS, shortest=SHORTEST_SPLIT, partials=rows * SHORT_SPLITS
     )
-    plan = short_plan_of(batch, latent_tiling(op.num_heads, q_THC.device), FULL, limits)
+    tiles = latent_tiling(op.num_heads, q_THC.device)
+    plan = short_plan_of(batch, tiles, FULL, limits)
     partials = make_partials(out_THR[:rows], SHORT_SPLITS)
-    absorbed_chunks(*asked, out_THR, partials, plan, count)
+    if fits(q_THC, plane):
+        short_latents(*asked, out_THR, partials, plan, count, tiles)
+    else:
+        absorbed_chunks(*asked, out_THR, partials, plan, count)
     merge_short_chunks(out_THR, plain_scores(op.scale, plan.table), batch, plan, partials, count)
 
 

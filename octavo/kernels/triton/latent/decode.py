@@ -29,6 +29,8 @@ from octavo.kernels.triton.attention.rows import (
     store_split,
 )
 from octavo.kernels.triton.attention.scores import LOG2_E
+from octavo.kernels.triton.latent.hopper.lone import lone_latents
+from octavo.kernels.triton.latent.hopper.tiles import fits
 from octavo.kernels.triton.latent.pages import LatentPlane, latent_scores, latent_tile
 from octavo.kernels.triton.launching.chip import next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
@@ -205,6 +207,9 @@ def latent_decode(
         partials = make_partials(out_THR, most, plan.partial_starts_S, plan.max_partials)
     if tickets is None:
         tickets = make_tickets(q_THC.device)
+    if token_sequences is None and not is_invariant and shape is None and fits(q_THC, plane):
+        lone_latents(q_THC, plane, batch, scale, out_THR, partials, tickets, shared, most)
+        return
     dtype = plane.dtype_with(q_THC)
     groups = -(-num_heads // MOST_HEADS)
     while num_heads % groups:

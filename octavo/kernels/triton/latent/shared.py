@@ -14,10 +14,13 @@ from octavo.kernels.inputs import AttentionBatch
 from octavo.kernels.triton.attention.device_plan import SharedPrefix
 from octavo.kernels.triton.attention.partials import Partials
 from octavo.kernels.triton.attention.scores import LOG2_E
+from octavo.kernels.triton.latent.hopper.chunks import shared_prefixes
+from octavo.kernels.triton.latent.hopper.tiles import fits
 from octavo.kernels.triton.latent.pages import LatentPlane
 from octavo.kernels.triton.latent.tiles import (
     absorbed_shape,
     attend_latent,
+    latent_tiling,
     stack_of,
 )
 from octavo.kernels.triton.launching.chip import cdiv, next_power_of_2
@@ -119,17 +122,21 @@ def shared_latents(
     partials: Partials,
 ) -> None:
     """Writes to `partials` [T, H, partials, rank] what members of groups see of shared tokens."""
+    if fits(q_THC, plane):
+        tiles = latent_tiling(q_THC.shape[1], q_THC.device)
+        shared_prefixes(q_THC, plane, batch, scale, plan, partials, tiles)
+        return
     assert q_THC.is_contiguous()
     num_heads, dtype = q_THC.shape[1], plane.dtype_with(q_THC)
     block_m, block_n, num_warps, num_stages = absorbed_shape(dtype)
     stack = stack_of(num_heads, block_m)
-    tiles = next_power_of_2(cdiv(plan.max_members * stack, block_m))
-    _latent_shared_kernel[(plan.max_splits, plan.num_groups * tiles, num_heads // stack)](
+    num_tiles = next_power_of_2(cdiv(plan.max_members * stack, block_m))
+    _latent_shared_kernel[(plan.max_splits, plan.num_groups * num_tiles, num_heads // stack)](
         q_THC.to(dtype),
         *plane.arguments,
         *(partials.out, partials.lse, batch.query_starts, batch.block_table),
         *(plan.members, plan.group_starts, plan.shared_tokens_S, plan.split_sizes),
-        *(partials.num_partials, tiles, batch.block_table.stride(0)),
+        *(partials.num_partials, num_tiles, batch.block_table.stride(0)),
         scale * LOG2_E,
         H=num_heads,
         STACK=stack,

@@ -17,8 +17,9 @@ from octavo.kernels.inputs import AttentionBatch
 from octavo.kernels.triton.attention.partials import Partials
 from octavo.kernels.triton.attention.scores import LOG2_E
 from octavo.kernels.triton.attention.short_chunks import ShortPlan, sequence_of, split_of
+from octavo.kernels.triton.attention.splits import Tiling
 from octavo.kernels.triton.latent.pages import LatentPlane, latent_scores, latent_tile
-from octavo.kernels.triton.launching.chip import next_power_of_2
+from octavo.kernels.triton.launching.chip import next_power_of_2, num_processors
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
 from octavo.kernels.triton.tiles.kv import add_values, load_rows
@@ -242,6 +243,11 @@ def stack_of(num_heads: int, block_m: int) -> int:
     """Returns the heads that are rows of one tile: the largest power of two that divides them and
     fits."""
     return min(num_heads & -num_heads, block_m)
+
+
+def latent_tiling(num_heads: int, device: torch.device) -> Tiling:
+    """Returns how many pieces the absorbed kernels make of queries."""
+    return Tiling(num_heads, stack_of(num_heads, ABSORBED_ROWS), num_processors(device))
 
 
 def absorbed_chunks(

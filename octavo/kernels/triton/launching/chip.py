@@ -30,6 +30,12 @@ def is_hopper(device: torch.device) -> bool:
 
 
 @lru_cache
+def has_wgmma(device: torch.device) -> bool:
+    """Whether `device` is Hopper itself: its successors have other products."""
+    return is_hopper(device) and triton.runtime.driver.active.get_current_target().arch == 90
+
+
+@lru_cache
 def num_processors(device: torch.device) -> int:
     """Returns the multiprocessors of a GPU; for the interpreter, as many as an H100 has."""
     if device.type == "cpu" or triton.knobs.runtime.interpret:

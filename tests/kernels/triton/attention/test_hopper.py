@@ -35,7 +35,7 @@ from octavo.kernels.triton.attention.shared import plan_shared_prefix, shared_pr
 from octavo.kernels.triton.attention.splits import tiling
 
 on_hopper = pytest.mark.skipif(
-    not hopper._has_wgmma(torch.device(DEVICE)), reason="needs a Hopper GPU"
+    not hopper.has_wgmma(torch.device(DEVICE)), reason="needs a Hopper GPU"
 )
 
 
@@ -70,7 +70,7 @@ def test_it_takes_what_it_can(
     layer = _pages(case["block_size"], case["head_size"], case["kv_dtype"])
     op = attention_op(4, layer, 0.1, case["window"])
     assert not hopper.fits(q, op, layer), "a CPU is no Hopper"
-    monkeypatch.setattr(hopper, "_has_wgmma", lambda device: True)
+    monkeypatch.setattr(hopper, "has_wgmma", lambda device: True)
     assert hopper.fits(q, op, layer) == is_taken
 
 

@@ -7,11 +7,9 @@ anything.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -28,7 +26,7 @@ from octavo.kernels.triton.attention.planes import planes_of
 from octavo.kernels.triton.attention.scores import scores_of
 from octavo.kernels.triton.attention.short_chunks import ShortPlan
 from octavo.kernels.triton.attention.splits import TILE_ROWS, tiling
-from octavo.kernels.triton.launching.chip import cdiv, is_hopper, num_processors
+from octavo.kernels.triton.launching.chip import cdiv, has_wgmma, num_processors
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options
 from octavo.visibility import Full
@@ -228,12 +226,6 @@ def _hopper_kernel(
     )
 
 
-@lru_cache
-def _has_wgmma(device: torch.device) -> bool:
-    """Whether `device` is Hopper itself: its successors have other products."""
-    return is_hopper(device) and triton.runtime.driver.active.get_current_target().arch == 90
-
-
 def fits(q_THD: Tensor, op: AttentionOp, layer: KVLayer) -> bool:
     """Whether the functions below can take a layer; never depends on the step, so that a row's
     bits do not."""
@@ -245,7 +237,7 @@ def fits(q_THD: Tensor, op: AttentionOp, layer: KVLayer) -> bool:
         and all(x.dtype == q_THD.dtype and x.data_ptr() % 16 == 0 for x in (q_THD, *pages))
         and q_THD.shape[2] in (64, 128)
         and layer.key.shape[1] in (16, 32, 64, 128)
-        and _has_wgmma(q_THD.device)
+        and has_wgmma(q_THD.device)
     )
 
 

@@ -48,7 +48,7 @@ def pages_of(table_row, tile, length, N: gl.constexpr, P: gl.constexpr):
 
 
 @gluon.jit
-def _zero_tail(v, stage, length, P: gl.constexpr):
+def zero_tail(v, stage, length, P: gl.constexpr):
     """Clears the values behind the sequence's end in its last page: 0 times NaN would be NaN.
 
     Both consumers do it, writing what the other may read already as the same bits.
@@ -153,7 +153,7 @@ def attend(
     last = base + tiles - 1
     mbarrier.wait(v_full.index(last % S), last // S & 1)
     if (length < (first_tile + tiles) * N) & (length % P > 0):
-        _zero_tail(v, last % S, length, P)
+        zero_tail(v, last % S, length, P)
     acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc_layout))[:, None]
     acc = warpgroup_mma(p, v.index(last % S), acc)
     mbarrier.arrive(v_empty.index(last % S))

@@ -1,0 +1,240 @@
+"""Absorbed latent attention of many rows on Hopper: short chunks, and prefixes that decodes share.
+
+Called by choose.py and shared.py where `fits` of tiles.py says so. Pieces of work are those of
+attention/hopper; a program takes one in halves of ROWS rows, as a latent vector's sums leave no
+room for more. Never takes formats with scales.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_wait
+
+from octavo.kernels.inputs import AttentionBatch
+from octavo.kernels.triton.attention.device_plan import SharedPrefix
+from octavo.kernels.triton.attention.hopper.pieces import ROWS, SHARED, SHORT, piece, rows_of
+from octavo.kernels.triton.attention.partials import Partials
+from octavo.kernels.triton.attention.scores import LOG2_E
+from octavo.kernels.triton.attention.short_chunks import ShortPlan
+from octavo.kernels.triton.attention.splits import Tiling
+from octavo.kernels.triton.latent.hopper.tiles import (
+    PRODUCER_REGISTERS,
+    TILE,
+    attend,
+    described,
+    load_queries,
+    make_buffers,
+    produce,
+)
+from octavo.kernels.triton.latent.pages import LatentPlane
+from octavo.kernels.triton.launching.launchable import launchable
+from octavo.kernels.triton.launching.overlap import launch_options
+
+UNSPECIALISED = ["num_owners", "num_partials", "stride_table"]
+
+
+@gluon.jit
+def _produce(
+    H: gl.constexpr, STACK: gl.constexpr, FORM: gl.constexpr, pages, block_table, stride_table,
+    turns, plan, rings,
+):  # fmt: skip
+    """Keeps the ring of tiles full."""
+    N: gl.constexpr = rings[0].shape[1]
+    base = turns * 0
+    for turn in range(turns):
+        _, _, sequence, _, count, first, first_tile, tiles, length, _, _ = piece(
+            turn, plan, N, H, STACK, FORM, 0
+        )
+        table_row = block_table + sequence.to(gl.int64) * stride_table
+        for half in range(2):
+            mine = tiles
+            if first + half * (ROWS // STACK) >= count:
+                mine = tiles * 0
+            produce(pages, table_row, length, first_tile, mine, base, rings)
+            base += mine
+
+
+@gluon.jit
+def _consume(
+    H: gl.constexpr, STACK: gl.constexpr, FORM: gl.constexpr, P: gl.constexpr, q, out, partial_out,
+    partial_lse, num_partials, scale_log2, buffers, turns, plan, rings,
+):  # fmt: skip
+    """Attends the pieces."""
+    q_rank, q_rotated, weights = buffers
+    M: gl.constexpr = q_rank.shape[0]
+    RANK: gl.constexpr = q_rank.shape[1]
+    N: gl.constexpr = weights.shape[1]
+    wide: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0]))
+    narrow: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
+    s_rows: gl.constexpr = gl.SliceLayout(
+        1, gl.NVMMADistributedLayout([3, 0], [4, 2], [16, N // 2, 16])
+    )
+    base = turns * 0
+    for turn in range(turns):
+        heads, split, _, row, count, first, first_tile, tiles, length, parts, base_partial = piece(
+            turn, plan, N, H, STACK, FORM, 0
+        )
+        for half in range(2):
+            here = first + half * (ROWS // STACK)
+            if (tiles > 0) & (here < count):
+                at, live = rows_of(plan, heads, row, here, count, H, STACK, FORM, M, wide)
+                also, same = rows_of(plan, heads, row, here, count, H, STACK, FORM, M, narrow)
+                load_queries(q, at, live, also, same, q_rank, q_rotated)
+                if FORM == SHARED:
+                    seen = length
+                    position = length - 1 + gl.zeros([M], gl.int32, s_rows)
+                else:
+                    seen = length - count + here + 1
+                    query = here + gl.arange(0, M, s_rows) // STACK
+                    position = length - count + gl.minimum(query, count - 1)
+                mean, lse = attend(
+                    buffers, length * 0, position, seen, first_tile, tiles, base, length,
+                    scale_log2, rings, P,
+                )  # fmt: skip
+                rows: gl.constexpr = lse.type.layout
+                at, live = rows_of(plan, heads, row, here, count, H, STACK, FORM, M, rows)
+                columns = gl.arange(0, RANK, gl.SliceLayout(0, rows.parent))[None, :]
+                is_partial = live
+                place = at * num_partials + split
+                if FORM == SHORT:
+                    is_partial = live & (parts > 1)
+                    place = (at - row.to(gl.int64) * H) * parts + base_partial * H + split
+                    whole = out + at[:, None] * RANK + columns
+                    gl.store(whole, mean.to(out.dtype.element_ty), (live & (parts < 2))[:, None])
+                gl.store(partial_out + place[:, None] * RANK + columns, mean, is_partial[:, None])
+                gl.store(partial_lse + place, lse, is_partial)
+                base += tiles
+
+
+@launchable
+@gluon.jit(do_not_specialize=UNSPECIALISED)
+def _latent_pieces_kernel(
+    q,
+    pages,
+    out,
+    partial_out,
+    partial_lse,
+    starts,
+    lengths,
+    members,
+    query_starts,
+    sizes,
+    piece_starts,
+    block_table,
+    num_owners,
+    num_partials,
+    stride_table,
+    scale_log2,
+    H: gl.constexpr,
+    STACK: gl.constexpr,
+    RANK: gl.constexpr,
+    FORM: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    REGISTERS: gl.constexpr,
+    OVERLAP: gl.constexpr,
+):
+    """softmax(scale q (c, r)^T + causal mask) c by pieces of 2 * ROWS rows, c the first RANK
+    columns of a token's page row, r the others.
+
+    q [T, H, RANK + 64], out [T, H, RANK], pages [B, P, RANK + 64]. FORM SHORT or SHARED, owners and
+    pieces as `_hopper_kernel` of attention has them. One warp loads, eight attend.
+    """
+    buffers, rings = make_buffers(pages.dtype, ROWS, RANK, BLOCK_N)
+    if OVERLAP:  # The other warp begins at warp_specialize, thus after it.
+        gdc_wait()
+    pieces = H // STACK * gl.load(piece_starts + num_owners)
+    plan = (starts, lengths, members, query_starts, sizes, piece_starts, num_owners, 0, pieces)
+    turns = gl.cdiv(pieces, gl.num_programs(0))
+    P: gl.constexpr = pages.block_shape[1]
+    result = (q, out, partial_out, partial_lse, num_partials, scale_log2, buffers, turns, plan,
+              rings)  # fmt: skip
+    source = (pages, block_table, stride_table, turns, plan, rings)
+    gl.warp_specialize(
+        [  # Numbers that variables hold would no longer be constants.
+            (_consume, (H, STACK, FORM, P) + result),  # noqa: RUF005
+            (_produce, (H, STACK, FORM) + source),  # noqa: RUF005
+        ],
+        [1],
+        [REGISTERS],
+    )
+
+
+def short_latents(
+    q_THC: Tensor,
+    plane: LatentPlane,
+    batch: AttentionBatch,
+    scale: float,
+    out_THR: Tensor,
+    partials: Partials,
+    plan: ShortPlan,
+    num_tokens: int,
+    tiles: Tiling,
+) -> None:
+    """Attends the chunks of a plan, all among the first `num_tokens`: to `out` [T, H, rank] what is
+    in one split, else to `partials`."""
+    num_sequences = len(batch.seq_lens_S)
+    most = (num_tokens // tiles.queries + num_sequences) * plan.limits.splits
+    owners = (batch.query_starts, batch.seq_lens_S, batch.query_starts)
+    _launch(
+        *(SHORT, q_THC, plane, batch, scale, out_THR, partials),
+        *(owners, plan.table, plan.table, most, tiles),
+    )
+
+
+def shared_prefixes(
+    q_THC: Tensor,
+    plane: LatentPlane,
+    batch: AttentionBatch,
+    scale: float,
+    plan: SharedPrefix,
+    partials: Partials,
+    tiles: Tiling,
+) -> None:
+    """Writes to `partials` [T, H, partials] what the members of groups see of the shared tokens."""
+    most = (len(plan.members) // tiles.queries + plan.num_groups) * plan.max_splits
+    owners = (plan.group_starts, plan.shared_tokens_S, plan.members)
+    _launch(
+        *(SHARED, q_THC, plane, batch, scale, q_THC, partials),
+        *(owners, plan.split_sizes, plan.piece_starts, most, tiles),
+    )
+
+
+def _launch(
+    form: gl.constexpr,
+    q_THC: Tensor,
+    plane: LatentPlane,
+    batch: AttentionBatch,
+    scale: float,
+    out: Tensor,
+    partials: Partials,
+    owners: tuple[Tensor, Tensor, Tensor],
+    sizes: Tensor,
+    piece_starts: Tensor,
+    most_pieces: int,
+    tiles: Tiling,
+) -> None:
+    assert q_THC.is_contiguous()
+    _latent_pieces_kernel[(min(most_pieces * tiles.head_groups, tiles.processors),)](
+        q_THC,
+        described(plane),
+        *(out, partials.out, partials.lse),
+        *owners,
+        batch.query_starts,
+        sizes,
+        piece_starts,
+        batch.block_table,
+        len(owners[0]) - 1,
+        partials.num_partials,
+        batch.block_table.stride(0),
+        scale * LOG2_E,
+        H=q_THC.shape[1],
+        STACK=tiles.stack,
+        RANK=plane.rank,
+        FORM=form.value,
+        BLOCK_N=TILE,
+        REGISTERS=PRODUCER_REGISTERS,
+        num_warps=8,
+        **launch_options(q_THC.device),
+    )
