@@ -32,10 +32,12 @@ from octavo.kernels.triton.attention.short_chunks import (
     merge_short_chunks,
     plan_short_chunks,
 )
+from octavo.kernels.triton.attention.splits import latent_tiling
 from octavo.kernels.triton.latent import choose, decode, shared
 from octavo.kernels.triton.latent.choose import FULL, SHORTEST_SPLIT
 from octavo.kernels.triton.latent.pages import LatentPlane
-from octavo.kernels.triton.latent.tiles import absorbed_chunks, latent_tiling
+from octavo.kernels.triton.latent.tiles import absorbed_chunks
+from octavo.kernels.triton.launching.chip import num_processors
 from octavo.kernels.triton.launching.tickets import make_tickets
 
 CUDA = torch.device("cuda", 0)
@@ -85,7 +87,7 @@ def chunks(q: torch.Tensor, plane: LatentPlane, batch: AttentionBatch, out: torc
     limits = Limits(
         queries=64, splits=SHORT_SPLITS, shortest=SHORTEST_SPLIT, partials=count * SHORT_SPLITS
     )
-    tiles = latent_tiling(H, CUDA)
+    tiles = latent_tiling(H, num_processors(CUDA))
     plan = plan_short_chunks(batch, tiles, FULL, limits)
     partials = make_partials(out, SHORT_SPLITS)
     if choose.fits(q, plane):
@@ -125,7 +127,9 @@ def told(case: str, found: torch.Tensor, expected: torch.Tensor) -> None:
 def prefix_of(batch: AttentionBatch, lens: list[int], blocks: int, H: int) -> SharedPrefix:
     table = share_blocks(batch, blocks)
     ones = np.ones(len(lens), np.int32)
-    plan = plan_shared_prefix(table, np.array(lens, np.int32), ones, latent_tiling(H, CUDA))
+    plan = plan_shared_prefix(
+        table, np.array(lens, np.int32), ones, latent_tiling(H, num_processors(CUDA))
+    )
     assert plan is not None
     return plan.to_device(CUDA)
 

@@ -28,6 +28,8 @@ class PlannedGroup:
 
     num_heads: int
     num_kv_heads: int
+    is_latent: bool = False
+    """Whether all heads read one latent vector a token."""
     visibility: KVVisibility
     token_bytes: int
     """What attention reads of one token in all layers of the group."""

@@ -18,6 +18,7 @@ from octavo.config import EngineConfig, tuned_dir
 from octavo.device import select_device
 from octavo.formats import kv_formats
 from octavo.kernels.backend import KernelBuilds, SamplingKernels, StepRecorder
+from octavo.kernels.inputs import LatentOp
 from octavo.kernels.planning import AttentionPlanner, PlanLimits, PlannedGroup
 from octavo.kernels.registry import Needs, select_backend
 from octavo.kv_cache.planner import MemoryPlan, gib
@@ -170,6 +171,7 @@ def planned_groups(
             PlannedGroup(
                 num_heads=num_heads,
                 num_kv_heads=num_kv_heads,
+                is_latent=all(isinstance(op, LatentOp) for op in asked),
                 visibility=group.spec.visibility,
                 token_bytes=len(group.layers) * group.spec.token_bytes,
                 block_size=block_size,

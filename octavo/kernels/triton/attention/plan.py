@@ -20,7 +20,7 @@ from octavo.kernels.triton.attention.choose import SHORT_QUERIES
 from octavo.kernels.triton.attention.device_plan import DevicePlan
 from octavo.kernels.triton.attention.partials import max_total_partials, partial_counts
 from octavo.kernels.triton.attention.shared import MIN_BLOCKS, SharedPrefixPlan, plan_shared_prefix
-from octavo.kernels.triton.attention.splits import Tiling, tiling
+from octavo.kernels.triton.attention.splits import Tiling, latent_tiling, tiling
 from octavo.step import Int32
 from octavo.visibility import Full
 
@@ -117,7 +117,7 @@ class StepPlanner:
         never, so that no bit depends on who else is in the batch."""
         self._groups = groups
         self._limits = limits
-        self._tilings = [tiling(one.num_heads, one.num_kv_heads, processors) for one in groups]
+        self._tilings = [_tiling(one, processors) for one in groups]
         self._min_saved_bytes = min_saved_bytes
         self._max_partials = limits.max_num_seqs * split_partials(limits.max_model_len)
         self._known: list[SharedPrefixPlan | None] = []
@@ -156,6 +156,12 @@ class StepPlanner:
         grown = [known and known.grown(rows.seq_lens, rows.query_lens) for known in self._known]
         most = self._max_partials // len(rows.rows)
         return [plan if plan and plan.max_partials <= most else None for plan in grown]
+
+
+def _tiling(group: PlannedGroup, processors: int) -> Tiling:
+    if group.is_latent:
+        return latent_tiling(group.num_heads, processors)
+    return tiling(group.num_heads, group.num_kv_heads, processors)
 
 
 def plan_prefix(

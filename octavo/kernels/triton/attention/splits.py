@@ -14,6 +14,8 @@ from octavo.kernels.triton.launching.chip import cdiv
 
 TILE_ROWS = 128
 """Rows (queries times heads of a kv head) that one program attends at a time."""
+LATENT_ROWS = 64
+"""The same over latent vectors."""
 SPLIT_STEP = 128
 """Splits have whole tiles of keys."""
 PIECE_TOKENS = 256
@@ -30,11 +32,12 @@ class Tiling(NamedTuple):
     stack: int
     """Heads of one kv head that are rows of one tile."""
     processors: int
+    rows: int = TILE_ROWS
 
     @property
     def queries(self) -> int:
         """Queries of one tile."""
-        return TILE_ROWS // self.stack
+        return self.rows // self.stack
 
     @property
     def head_groups(self) -> int:
@@ -47,6 +50,13 @@ def tiling(num_heads: int, num_kv_heads: int, processors: int) -> Tiling:
     """Returns the tiling of Hopper's kernel, which the portable ones are near enough to."""
     group = num_heads // num_kv_heads
     return Tiling(num_heads, min(group & -group, TILE_ROWS // 2), processors)
+
+
+@lru_cache
+def latent_tiling(num_heads: int, processors: int) -> Tiling:
+    """Returns the tiling of absorbed latent attention: its sums are long, so that tiles are low."""
+    stack = min(num_heads & -num_heads, LATENT_ROWS)
+    return Tiling(num_heads, stack, processors, LATENT_ROWS)
 
 
 def cost(size: int, work: Sequence[tuple[int, int]], tiles: Tiling) -> float:

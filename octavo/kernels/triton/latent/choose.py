@@ -26,14 +26,16 @@ from octavo.kernels.triton.attention.short_chunks import (
     merge_short_chunks,
     short_plan_of,
 )
+from octavo.kernels.triton.attention.splits import latent_tiling
 from octavo.kernels.triton.latent.decode import latent_decode
 from octavo.kernels.triton.latent.expand import expanded_attention
 from octavo.kernels.triton.latent.hopper.chunks import short_latents
 from octavo.kernels.triton.latent.hopper.tiles import fits
 from octavo.kernels.triton.latent.pages import LatentPlane, latent_plane
 from octavo.kernels.triton.latent.shared import shared_latents
-from octavo.kernels.triton.latent.tiles import absorbed_chunks, latent_tiling
+from octavo.kernels.triton.latent.tiles import absorbed_chunks
 from octavo.kernels.triton.latent.write import head_product, write_latents
+from octavo.kernels.triton.launching.chip import num_processors
 from octavo.kernels.triton.small.mixing import mix_rows
 from octavo.step import MAX_PADDED_TOKENS
 from octavo.visibility import Full
@@ -150,7 +152,7 @@ def _absorbed(
     limits = Limits(
         queries=short, splits=SHORT_SPLITS, shortest=SHORTEST_SPLIT, partials=rows * SHORT_SPLITS
     )
-    tiles = latent_tiling(op.num_heads, q_THC.device)
+    tiles = latent_tiling(op.num_heads, num_processors(q_THC.device))
     plan = short_plan_of(batch, tiles, FULL, limits)
     partials = make_partials(out_THR[:rows], SHORT_SPLITS)
     if fits(q_THC, plane):

@@ -14,16 +14,16 @@ from octavo.kernels.inputs import AttentionBatch
 from octavo.kernels.triton.attention.device_plan import SharedPrefix
 from octavo.kernels.triton.attention.partials import Partials
 from octavo.kernels.triton.attention.scores import LOG2_E
+from octavo.kernels.triton.attention.splits import latent_tiling
 from octavo.kernels.triton.latent.hopper.chunks import shared_prefixes
 from octavo.kernels.triton.latent.hopper.tiles import fits
 from octavo.kernels.triton.latent.pages import LatentPlane
 from octavo.kernels.triton.latent.tiles import (
     absorbed_shape,
     attend_latent,
-    latent_tiling,
     stack_of,
 )
-from octavo.kernels.triton.launching.chip import cdiv, next_power_of_2
+from octavo.kernels.triton.launching.chip import cdiv, next_power_of_2, num_processors
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
 
@@ -123,7 +123,7 @@ def shared_latents(
 ) -> None:
     """Writes to `partials` [T, H, partials, rank] what members of groups see of shared tokens."""
     if fits(q_THC, plane):
-        tiles = latent_tiling(q_THC.shape[1], q_THC.device)
+        tiles = latent_tiling(q_THC.shape[1], num_processors(q_THC.device))
         shared_prefixes(q_THC, plane, batch, scale, plan, partials, tiles)
         return
     assert q_THC.is_contiguous()

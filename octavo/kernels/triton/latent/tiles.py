@@ -17,9 +17,9 @@ from octavo.kernels.inputs import AttentionBatch
 from octavo.kernels.triton.attention.partials import Partials
 from octavo.kernels.triton.attention.scores import LOG2_E
 from octavo.kernels.triton.attention.short_chunks import ShortPlan, sequence_of, split_of
-from octavo.kernels.triton.attention.splits import Tiling
+from octavo.kernels.triton.attention.splits import LATENT_ROWS
 from octavo.kernels.triton.latent.pages import LatentPlane, latent_scores, latent_tile
-from octavo.kernels.triton.launching.chip import next_power_of_2, num_processors
+from octavo.kernels.triton.launching.chip import next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
 from octavo.kernels.triton.tiles.kv import add_values, load_rows
@@ -225,13 +225,9 @@ def _latent_chunk_kernel(
     tl.store(out + at, mean.to(out.dtype.element_ty), mask=mask)
 
 
-ABSORBED_ROWS = 64
-"""Queries times heads of a tile over latent vectors."""
-
-
 def absorbed_shape(dtype: torch.dtype) -> tuple[int, int, int, int]:
     """Returns (BLOCK_M, BLOCK_N, num_warps, num_stages) of tiles over latent vectors."""
-    return (16, 16, 4, 1) if dtype == torch.float32 else (ABSORBED_ROWS, 64, 8, 2)
+    return (16, 16, 4, 1) if dtype == torch.float32 else (LATENT_ROWS, 64, 8, 2)
 
 
 def expanded_shape(dtype: torch.dtype) -> tuple[int, int, int, int]:
@@ -243,11 +239,6 @@ def stack_of(num_heads: int, block_m: int) -> int:
     """Returns the heads that are rows of one tile: the largest power of two that divides them and
     fits."""
     return min(num_heads & -num_heads, block_m)
-
-
-def latent_tiling(num_heads: int, device: torch.device) -> Tiling:
-    """Returns how many pieces the absorbed kernels make of queries."""
-    return Tiling(num_heads, stack_of(num_heads, ABSORBED_ROWS), num_processors(device))
 
 
 def absorbed_chunks(

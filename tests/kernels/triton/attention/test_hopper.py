@@ -146,11 +146,11 @@ def _pieces(
             cdiv=lambda a, b: -(-a // b),
             int64=int,
         )
-        names = {"gl": device, "LONG": 0, "SHORT": 1, "SHARED": 2, "ROWS": 64}
+        names = {"gl": device, "LONG": 0, "SHORT": 1, "SHARED": 2}
         names["find"] = FunctionType(pieces.find.fn.__code__, names)
         piece = FunctionType(pieces.piece.fn.__code__, names)
         turns = range(-(-plan[8] // programs))
-        done = [piece(_Number(turn), plan, 128, heads, stack, form, 64) for turn in turns]
+        done = [piece(_Number(turn), plan, 128, heads, stack, form, 64, 128) for turn in turns]
         found.append([one for one in done if one[7] > 0])
     return found
 

@@ -56,7 +56,7 @@ def _produce(
     base = turns * 0
     for turn in range(turns):
         heads, _, sequence, _, _, _, first_tile, tiles, length, _, _ = piece(
-            turn, plan, N, H, STACK, FORM, MOST
+            turn, plan, N, H, STACK, FORM, MOST, 2 * ROWS
         )
         table_row = block_table + sequence.to(gl.int64) * stride_table
         column = heads * STACK // GROUP * D
@@ -90,7 +90,7 @@ def _consume(
     base = turns * 0
     for turn in range(turns):
         heads, split, _, row, count, first, first_tile, tiles, length, parts, base_partial = piece(
-            turn, plan, N, H, STACK, FORM, MOST
+            turn, plan, N, H, STACK, FORM, MOST, 2 * ROWS
         )
         first = first + INDEX * (M // STACK)
         if (tiles > 0) & (first >= count):

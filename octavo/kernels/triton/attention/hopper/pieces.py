@@ -35,11 +35,12 @@ def find(starts, num_sequences, tile, QUERIES: gl.constexpr):
 @gluon.jit
 def piece(
     turn, plan, N: gl.constexpr, H: gl.constexpr, STACK: gl.constexpr, FORM: gl.constexpr,
-    MOST: gl.constexpr,
+    MOST: gl.constexpr, M: gl.constexpr,
 ):  # fmt: skip
     """Returns what this program does `turn`-th: (heads, split, sequence whose KV it is, row of the
     first query, queries, first query here, first KV tile, KV tiles, length, splits of it, partials
-    before the sequence's). No KV tiles: nothing. Only SHORT counts splits and partials.
+    before the sequence's), pieces of M rows. No KV tiles: nothing. Only SHORT counts splits and
+    partials.
 
     LONG: from the last (the longest) queries to the first, heads fastest; programs take pieces in
     turn, every other time in reverse, so that all have as much to do. Else by owners, queries
@@ -48,7 +49,7 @@ def piece(
     """
     starts, lengths, members, _, sizes, piece_starts, num_owners, num_tiles, pieces = plan
     GROUPS: gl.constexpr = H // STACK
-    QUERIES: gl.constexpr = 2 * ROWS // STACK
+    QUERIES: gl.constexpr = M // STACK
     programs = gl.num_programs(0)
     place = gl.program_id(0)
     place = place + turn % 2 * (programs - 1 - 2 * place)

@@ -18,7 +18,7 @@ from octavo.kernels.triton.attention.hopper.pieces import ROWS, SHARED, SHORT, p
 from octavo.kernels.triton.attention.partials import Partials
 from octavo.kernels.triton.attention.scores import LOG2_E
 from octavo.kernels.triton.attention.short_chunks import ShortPlan
-from octavo.kernels.triton.attention.splits import Tiling
+from octavo.kernels.triton.attention.splits import LATENT_ROWS, Tiling
 from octavo.kernels.triton.latent.hopper.tiles import (
     PRODUCER_REGISTERS,
     TILE,
@@ -32,28 +32,25 @@ from octavo.kernels.triton.latent.pages import LatentPlane
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options
 
+assert ROWS.value == LATENT_ROWS  # Plans count its pieces.
 UNSPECIALISED = ["num_owners", "num_partials", "stride_table"]
 
 
 @gluon.jit
 def _produce(
-    H: gl.constexpr, STACK: gl.constexpr, FORM: gl.constexpr, pages, block_table, stride_table,
-    turns, plan, rings,
+    INDEX: gl.constexpr, H: gl.constexpr, STACK: gl.constexpr, FORM: gl.constexpr, pages,
+    block_table, stride_table, turns, plan, rings,
 ):  # fmt: skip
-    """Keeps the ring of tiles full."""
+    """Keeps a share of the ring of tiles full."""
     N: gl.constexpr = rings[0].shape[1]
     base = turns * 0
     for turn in range(turns):
-        _, _, sequence, _, count, first, first_tile, tiles, length, _, _ = piece(
-            turn, plan, N, H, STACK, FORM, 0
+        _, _, sequence, _, _, _, first_tile, tiles, length, _, _ = piece(
+            turn, plan, N, H, STACK, FORM, 0, ROWS
         )
         table_row = block_table + sequence.to(gl.int64) * stride_table
-        for half in range(2):
-            mine = tiles
-            if first + half * (ROWS // STACK) >= count:
-                mine = tiles * 0
-            produce(pages, table_row, length, first_tile, mine, base, rings)
-            base += mine
+        produce(pages, table_row, length, first_tile, tiles, base, rings, INDEX)
+        base += tiles
 
 
 @gluon.jit
@@ -74,38 +71,34 @@ def _consume(
     base = turns * 0
     for turn in range(turns):
         heads, split, _, row, count, first, first_tile, tiles, length, parts, base_partial = piece(
-            turn, plan, N, H, STACK, FORM, 0
+            turn, plan, N, H, STACK, FORM, 0, ROWS
         )
-        for half in range(2):
-            here = first + half * (ROWS // STACK)
-            if (tiles > 0) & (here < count):
-                at, live = rows_of(plan, heads, row, here, count, H, STACK, FORM, M, wide)
-                also, same = rows_of(plan, heads, row, here, count, H, STACK, FORM, M, narrow)
-                load_queries(q, at, live, also, same, q_rank, q_rotated)
-                if FORM == SHARED:
-                    seen = length
-                    position = length - 1 + gl.zeros([M], gl.int32, s_rows)
-                else:
-                    seen = length - count + here + 1
-                    query = here + gl.arange(0, M, s_rows) // STACK
-                    position = length - count + gl.minimum(query, count - 1)
-                mean, lse = attend(
-                    buffers, length * 0, position, seen, first_tile, tiles, base, length,
-                    scale_log2, rings, P,
-                )  # fmt: skip
-                rows: gl.constexpr = lse.type.layout
-                at, live = rows_of(plan, heads, row, here, count, H, STACK, FORM, M, rows)
-                columns = gl.arange(0, RANK, gl.SliceLayout(0, rows.parent))[None, :]
-                is_partial = live
-                place = at * num_partials + split
-                if FORM == SHORT:
-                    is_partial = live & (parts > 1)
-                    place = (at - row.to(gl.int64) * H) * parts + base_partial * H + split
-                    whole = out + at[:, None] * RANK + columns
-                    gl.store(whole, mean.to(out.dtype.element_ty), (live & (parts < 2))[:, None])
-                gl.store(partial_out + place[:, None] * RANK + columns, mean, is_partial[:, None])
-                gl.store(partial_lse + place, lse, is_partial)
-                base += tiles
+        if tiles > 0:
+            at, live = rows_of(plan, heads, row, first, count, H, STACK, FORM, M, wide)
+            also, same = rows_of(plan, heads, row, first, count, H, STACK, FORM, M, narrow)
+            load_queries(q, at, live, also, same, q_rank, q_rotated)
+            if FORM == SHARED:
+                position = length - 1 + gl.zeros([M], gl.int32, s_rows)
+            else:
+                query = first + gl.arange(0, M, s_rows) // STACK
+                position = length - count + gl.minimum(query, count - 1)
+            mean, lse = attend(
+                buffers, length * 0, position, first_tile, tiles, base, length,
+                scale_log2, rings, P,
+            )  # fmt: skip
+            rows: gl.constexpr = lse.type.layout
+            at, live = rows_of(plan, heads, row, first, count, H, STACK, FORM, M, rows)
+            columns = gl.arange(0, RANK, gl.SliceLayout(0, rows.parent))[None, :]
+            is_partial = live
+            place = at * num_partials + split
+            if FORM == SHORT:
+                is_partial = live & (parts > 1)
+                place = (at - row.to(gl.int64) * H) * parts + base_partial * H + split
+                whole = out + at[:, None] * RANK + columns
+                gl.store(whole, mean.to(out.dtype.element_ty), (live & (parts < 2))[:, None])
+            gl.store(partial_out + place[:, None] * RANK + columns, mean, is_partial[:, None])
+            gl.store(partial_lse + place, lse, is_partial)
+            base += tiles
 
 
 @launchable
@@ -135,14 +128,14 @@ def _latent_pieces_kernel(
     REGISTERS: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):
-    """softmax(scale q (c, r)^T + causal mask) c by pieces of 2 * ROWS rows, c the first RANK
+    """softmax(scale q (c, r)^T + causal mask) c by pieces of ROWS rows, c the first RANK
     columns of a token's page row, r the others.
 
     q [T, H, RANK + 64], out [T, H, RANK], pages [B, P, RANK + 64]. FORM SHORT or SHARED, owners and
-    pieces as `_hopper_kernel` of attention has them. One warp loads, eight attend.
+    pieces as `_hopper_kernel` of attention has them. Four warps ask for tiles, eight attend.
     """
     buffers, rings = make_buffers(pages.dtype, ROWS, RANK, BLOCK_N)
-    if OVERLAP:  # The other warp begins at warp_specialize, thus after it.
+    if OVERLAP:  # The other warps begin at warp_specialize, thus after it.
         gdc_wait()
     pieces = H // STACK * gl.load(piece_starts + num_owners)
     plan = (starts, lengths, members, query_starts, sizes, piece_starts, num_owners, 0, pieces)
@@ -154,10 +147,13 @@ def _latent_pieces_kernel(
     gl.warp_specialize(
         [  # Numbers that variables hold would no longer be constants.
             (_consume, (H, STACK, FORM, P) + result),  # noqa: RUF005
-            (_produce, (H, STACK, FORM) + source),  # noqa: RUF005
+            (_produce, (0, H, STACK, FORM) + source),  # noqa: RUF005
+            (_produce, (1, H, STACK, FORM) + source),  # noqa: RUF005
+            (_produce, (2, H, STACK, FORM) + source),  # noqa: RUF005
+            (_produce, (3, H, STACK, FORM) + source),  # noqa: RUF005
         ],
-        [1],
-        [REGISTERS],
+        [1, 1, 1, 1],
+        [REGISTERS, REGISTERS, REGISTERS, REGISTERS],
     )
 
 

@@ -31,62 +31,59 @@ from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options
 
 UNSPECIALISED = ["num_partials", "stride_table"]
-LEAST_TILES = gl.constexpr(3)
-"""Of a program, where there are programs to spare: a shorter share is not worth its merge."""
-MERGED = gl.constexpr(128)
-"""Columns of one head that a program merges at a time."""
-SLOTS = gl.constexpr(32)
-"""Partial results that it loads at a time."""
+LOADED = gl.constexpr(16)
+"""Partial results that a program loads at a time, of one head or more."""
 
 
 @gluon.jit
-def _produce(pages, table_row, length, first_tile, tiles, rings):
-    produce(pages, table_row, length, first_tile, tiles, 0, rings)
+def _produce(INDEX: gl.constexpr, pages, table_row, length, first_tile, tiles, rings):
+    produce(pages, table_row, length, first_tile, tiles, 0, rings, INDEX)
 
 
 @gluon.jit
 def _merge(
     out, partial_out, partial_lse, heads, t, firsts, stride, count, begin, step,
-    H: gl.constexpr, GROUP: gl.constexpr, RANK: gl.constexpr,
+    H: gl.constexpr, GROUP: gl.constexpr, RANK: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     """out[t, heads + h] = sum_i w_i o_i / sum_i w_i, w_i = 2^lse_i, over the `count` partials of
-    each head h < GROUP from firsts + h * stride on, by parts of MERGED columns: `begin`, `begin`
-    + `step` and so on."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [1, 8], [1, 0])
-    of_slots: gl.constexpr = gl.SliceLayout(1, layout)
-    slots = gl.arange(0, SLOTS, of_slots)
-    columns = gl.arange(0, MERGED, gl.SliceLayout(0, layout))
-    for part in range(begin, GROUP * (RANK // MERGED), step):
-        head = part // (RANK // MERGED)
-        column = part % (RANK // MERGED) * MERGED
-        first = firsts + head * stride
-        top = gl.full([SLOTS], -float("inf"), gl.float32, of_slots)
+    each head h < GROUP from firsts + h * stride on, HEADS at a time: `begin`, `begin + step` ..."""
+    SLOTS: gl.constexpr = LOADED // HEADS
+    layout: gl.constexpr = gl.BlockedLayout([1, 1, 2], [1, 1, 32], [1, 1, 8], [2, 1, 0])
+    pairs: gl.constexpr = gl.SliceLayout(2, layout)
+    ends: gl.constexpr = gl.SliceLayout(1, layout)
+    slots = gl.arange(0, SLOTS, gl.SliceLayout(0, pairs))[None, :]
+    columns = gl.arange(0, RANK, gl.SliceLayout(0, ends))[None, :]
+    for unit in range(begin, (GROUP + HEADS - 1) // HEADS, step):
+        head = unit * HEADS + gl.arange(0, HEADS, gl.SliceLayout(1, pairs))[:, None]
+        top = gl.full([HEADS, SLOTS], -float("inf"), gl.float32, pairs)
+        total = gl.zeros([HEADS, SLOTS], gl.float32, pairs)
+        acc = gl.zeros([HEADS, SLOTS, RANK], gl.float32, layout)
         for start in range(0, count, SLOTS):
-            live = start + slots < count
-            at = partial_lse + first + start + slots
-            top = gl.maximum(top, gl.load(at, mask=live, other=-float("inf"), cache_modifier=".cg"))
-        highest = gl.max(top, 0)
-        acc = gl.zeros([SLOTS, MERGED], gl.float32, layout)
-        total = gl.zeros([SLOTS], gl.float32, of_slots)
-        for start in range(0, count, SLOTS):
-            live = start + slots < count
-            at = first + start + slots
+            at = firsts + head * stride + (start + slots)
+            live = (start + slots < count) & (head < GROUP)
             lse = gl.load(partial_lse + at, mask=live, other=-float("inf"), cache_modifier=".cg")
-            w = gl.exp2(lse - highest)
-            there = partial_out + at[:, None] * RANK + column + columns[None, :]
-            x = gl.load(there, mask=live[:, None], other=0.0, cache_modifier=".cg")
-            acc += w[:, None] * x
-            total += w
-        mean = gl.sum(acc, 0) / gl.sum(total, 0)
-        to = out + (t * H + heads + head) * RANK + column + columns
-        gl.store(to, mean.to(out.dtype.element_ty))
+            there = partial_out + at[:, :, None] * RANK + columns[:, None, :]
+            x = gl.load(there, mask=live[:, :, None], other=0.0, cache_modifier=".cg")
+            higher = gl.maximum(top, lse)
+            floor = gl.where(higher == -float("inf"), 0.0, higher)
+            w, shrink = gl.exp2(lse - floor), gl.exp2(top - floor)
+            acc = acc * shrink[:, :, None] + x * w[:, :, None]
+            total = total * shrink + w
+            top = higher
+        highest = gl.max(top, 1)
+        w = gl.exp2(top - gl.where(highest == -float("inf"), 0.0, highest)[:, None])
+        whole = gl.convert_layout(gl.sum(total * w, 1), gl.SliceLayout(1, ends))
+        mean = gl.sum(acc * w[:, :, None], 1) / gl.where(whole > 0, whole, 1.0)[:, None]
+        mine = unit * HEADS + gl.arange(0, HEADS, gl.SliceLayout(1, ends))
+        to = out + (t * H + heads + mine)[:, None] * RANK + columns
+        gl.store(to, mean.to(out.dtype.element_ty), mask=(mine < GROUP)[:, None])
 
 
 @gluon.jit
 def _consume(
-    H: gl.constexpr, GROUP: gl.constexpr, P: gl.constexpr, PACKED: gl.constexpr, q, out,
-    partial_out, partial_lse, partial_starts, num_partials, ticket, scale_log2, buffers, place,
-    work, rings,
+    H: gl.constexpr, GROUP: gl.constexpr, P: gl.constexpr, PACKED: gl.constexpr,
+    HEADS: gl.constexpr, q, out, partial_out, partial_lse, partial_starts, num_partials, ticket,
+    scale_log2, buffers, place, work, rings,
 ):  # fmt: skip
     """Attends this program's share, and merges its part of the row's results."""
     q_rank, q_rotated, weights = buffers
@@ -113,16 +110,13 @@ def _consume(
     columns = gl.arange(0, RANK, gl.SliceLayout(0, acc_layout))[None, :]
     whole = out + (row + head)[:, None] * RANK + columns
     is_alone = (num_busy == 1) & (before == 0)
-    if (tiles == 0) & is_alone & (split == 0):
-        nothing = gl.zeros([M, RANK], out.dtype.element_ty, acc_layout)
-        gl.store(whole, nothing, (head < GROUP)[:, None])
     if tiles > 0:
         at = gl.arange(0, M, wide)
         also = gl.arange(0, M, narrow)
         load_queries(q, row + at, at < GROUP, row + also, also < GROUP, q_rank, q_rotated)
         position = end - 1 + gl.zeros([M], gl.int32, s_rows)
         mean, lse = attend(
-            buffers, low, position, end, first_tile, tiles, tiles * 0, length, scale_log2, rings, P
+            buffers, low, position, first_tile, tiles, tiles * 0, length, scale_log2, rings, P
         )
         live = head < GROUP
         gl.store(whole, mean.to(out.dtype.element_ty), (live & is_alone)[:, None])
@@ -130,7 +124,8 @@ def _consume(
         is_partial = live & (num_busy + before > 1)
         gl.store(partial_out + to[:, None] * RANK + columns, mean, is_partial[:, None])
         gl.store(partial_lse + to, lse, is_partial)
-    if (num_busy + before > 1) & (split < num_busy):
+    # Where there was nothing to see, a merge of nothing stores zeros.
+    if ((num_busy + before > 1) | (tiles == 0)) & (split < num_busy):
         if num_busy > 1:
             gl.thread_barrier()  # All threads have stored before one of them tells so.
             arrived = gl.atomic_add(ticket, 1, sem="acq_rel") + 1
@@ -142,7 +137,7 @@ def _consume(
             count = before
         _merge(
             out, partial_out, partial_lse, heads, t, firsts, stride, count, split, num_busy, H,
-            GROUP, RANK,
+            GROUP, RANK, HEADS,
         )  # fmt: skip
         if num_busy > 1:
             left = gl.atomic_add(ticket, 65536, sem="relaxed") // 65536 + 1
@@ -173,6 +168,7 @@ def _lone_latents_kernel(
     RANK: gl.constexpr,
     HAS_SHARED: gl.constexpr,
     PACKED: gl.constexpr,
+    HEADS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     REGISTERS: gl.constexpr,
     OVERLAP: gl.constexpr,
@@ -184,7 +180,7 @@ def _lone_latents_kernel(
     share leaves one. Programs of a row must be able to run at the same time.
     """
     buffers, rings = make_buffers(pages.dtype, ROWS, RANK, BLOCK_N)
-    if OVERLAP:  # The other warp begins at warp_specialize, thus after it.
+    if OVERLAP:  # The other warps begin at warp_specialize, thus after it.
         gdc_wait()
         gdc_launch_dependents()
     sequence = gl.program_id(1).to(gl.int64)
@@ -202,7 +198,8 @@ def _lone_latents_kernel(
     all_tiles = gl.where(length > low, all_tiles, 0)
     # No more partial results than SPLIT_CLASSES has splits.
     least = gl.where(length - low <= 16384, 256 // BLOCK_N, 512 // BLOCK_N)
-    least = gl.where(length - low <= 4096, LEAST_TILES, least)
+    least = gl.where(length - low <= 4096, 128 // BLOCK_N, least)
+    least = gl.where(length - low <= 1024, 1, least)
     share = gl.maximum(gl.cdiv(all_tiles, gl.num_programs(2)), least)
     num_busy = gl.maximum(gl.cdiv(all_tiles, share), 1)
     tiles = gl.maximum(gl.minimum(share, all_tiles - split * share), 0)
@@ -220,13 +217,17 @@ def _lone_latents_kernel(
     table_row = block_table + sequence * stride_table
     result = (q, out, partial_out, partial_lse, partial_starts, num_partials, ticket, scale_log2,
               buffers, place, work, rings)  # fmt: skip
+    source = (pages, table_row, length, first_tile, tiles, rings)
     gl.warp_specialize(
         [  # Numbers that variables hold would no longer be constants.
-            (_consume, (H, GROUP, P, PACKED) + result),  # noqa: RUF005
-            (_produce, (pages, table_row, length, first_tile, tiles, rings)),
+            (_consume, (H, GROUP, P, PACKED, HEADS) + result),  # noqa: RUF005
+            (_produce, (0,) + source),  # noqa: RUF005
+            (_produce, (1,) + source),  # noqa: RUF005
+            (_produce, (2,) + source),  # noqa: RUF005
+            (_produce, (3,) + source),  # noqa: RUF005
         ],
-        [1],
-        [REGISTERS],
+        [1, 1, 1, 1],
+        [REGISTERS, REGISTERS, REGISTERS, REGISTERS],
     )
 
 
@@ -266,6 +267,7 @@ def lone_latents(
         RANK=plane.rank,
         HAS_SHARED=shared is not None,
         PACKED=partials.starts is not None,
+        HEADS=2 if shared is not None or programs <= 8 else 1,
         BLOCK_N=TILE,
         REGISTERS=PRODUCER_REGISTERS,
         num_warps=8,

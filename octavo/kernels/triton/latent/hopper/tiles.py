@@ -29,6 +29,8 @@ ROTATED = gl.constexpr(64)
 TILE = 64
 """Tokens of a tile: two of them and the rows of queries fill the shared memory."""
 STAGES = gl.constexpr(2)
+PRODUCERS = gl.constexpr(4)
+"""Warps that ask for tiles: one alone takes as long to ask as the others take to attend."""
 PRODUCER_REGISTERS = 40
 
 
@@ -46,34 +48,41 @@ def make_buffers(dtype: gl.constexpr, M: gl.constexpr, RANK: gl.constexpr, N: gl
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(full.index(i), count=PRODUCERS)
         mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
     return (q_rank, q_rotated, weights), (c, r, full, empty)
 
 
 @gluon.jit
-def _bring(pages, source, c, r, stage, full):
-    """Brings a tile of latent vectors [N, RANK] and their rotated columns [N, ROTATED]."""
+def _bring(pages, source, c, r, stage, full, INDEX: gl.constexpr):
+    """Brings the INDEX-th share of a tile: latent vectors [N, RANK] and rotated columns [N,
+    ROTATED], by pages and ROTATED columns."""
     N: gl.constexpr = c.shape[1]
     P: gl.constexpr = source.block_shape[1]
+    PAGES: gl.constexpr = N // P
     PARTS: gl.constexpr = c.shape[2] // ROTATED
-    c_pages = c.index(stage)._reinterpret(c.dtype, [PARTS * N // P, 1, P, ROTATED], source.layout)
-    r_pages = r.index(stage)._reinterpret(r.dtype, [N // P, 1, P, ROTATED], source.layout)
+    BOXES: gl.constexpr = (PARTS + 1) * PAGES
+    c_pages = c.index(stage)._reinterpret(c.dtype, [PARTS * PAGES, 1, P, ROTATED], source.layout)
+    r_pages = r.index(stage)._reinterpret(r.dtype, [PAGES, 1, P, ROTATED], source.layout)
     barrier = full.index(stage)
-    mbarrier.expect(barrier, N * (PARTS + 1) * ROTATED * 2)
-    for part in gl.static_range(PARTS):
-        for i in gl.static_range(N // P):
-            to = c_pages.index(part * (N // P) + i)
-            tma.async_copy_global_to_shared(source, [pages[i], 0, part * ROTATED], barrier, to)
-    for i in gl.static_range(N // P):
-        to = r_pages.index(i)
-        tma.async_copy_global_to_shared(source, [pages[i], 0, PARTS * ROTATED], barrier, to)
+    mine: gl.constexpr = (BOXES + PRODUCERS - 1 - INDEX) // PRODUCERS
+    mbarrier.expect(barrier, mine * P * ROTATED * 2)
+    for box in gl.static_range(INDEX, BOXES, PRODUCERS):
+        at = [pages[box % PAGES], 0, box // PAGES * ROTATED]
+        if box < PARTS * PAGES:
+            tma.async_copy_global_to_shared(source, at, barrier, c_pages.index(box))
+        else:
+            to = r_pages.index(box - PARTS * PAGES)
+            tma.async_copy_global_to_shared(source, at, barrier, to)
 
 
 @gluon.jit
-def produce(pages, table_row, length, first_tile, tiles, base, rings):
-    """Brings `tiles` tiles of a sequence from `first_tile` on; `base`: tiles brought before."""
+def produce(
+    pages, table_row, length, first_tile, tiles, base, rings, INDEX: gl.constexpr
+):  # fmt: skip
+    """Brings a producer's share of `tiles` tiles of a sequence from `first_tile` on; `base`: tiles
+    brought before."""
     c, r, full, empty = rings
     S: gl.constexpr = c.shape[0]
     N: gl.constexpr = c.shape[1]
@@ -81,7 +90,7 @@ def produce(pages, table_row, length, first_tile, tiles, base, rings):
         stage = (base + tile) % S
         here = pages_of(table_row, first_tile + tile, length, N, pages.block_shape[1])
         mbarrier.wait(empty.index(stage), (base + tile) // S & 1 ^ 1)
-        _bring(here, pages, c, r, stage, full)
+        _bring(here, pages, c, r, stage, full, INDEX)
 
 
 @gluon.jit
@@ -103,7 +112,7 @@ def load_queries(q, at_wide, live_wide, at_narrow, live_narrow, q_rank, q_rotate
 @gluon.jit
 def _attend_tile(
     acc, m, total, buffers, low, position, now, tile, length, is_last, scale_log2, rings,
-    MASKED: gl.constexpr, P: gl.constexpr,
+    P: gl.constexpr,
 ):  # fmt: skip
     """Adds the tile of positions from tile * N on, the `now`-th of the program, to the running
     softmax."""
@@ -118,14 +127,13 @@ def _attend_tile(
     s = warpgroup_mma(q_rank, c.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
     s = warpgroup_mma(q_rotated, r.index(stage).permute((1, 0)), s, is_async=True)
     s = warpgroup_mma_wait(0, deps=(s,))
-    if MASKED:
-        n = tile * N + gl.arange(0, N, gl.SliceLayout(0, s_layout))
-        s = gl.where((n >= low)[None, :], s, -float("inf"))
-    p, m, total, shrink = softmax(s, m, total, position, tile * N, scale_log2, MASKED)
+    # Every tile is masked: a loop without would be as long again, and code comes from memory too.
+    n = tile * N + gl.arange(0, N, gl.SliceLayout(0, s_layout))
+    s = gl.where((n >= low)[None, :], s, -float("inf"))
+    p, m, total, shrink = softmax(s, m, total, position, tile * N, scale_log2, True)
     weights.store(p.to(weights.dtype))
-    if MASKED:  # noqa: SIM102 (a constant)
-        if is_last & (length < (tile + 1) * N) & (length % P > 0):
-            zero_tail(c, stage, length, P)
+    if is_last & (length < (tile + 1) * N) & (length % P > 0):
+        zero_tail(c, stage, length, P)
     acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
     fence_async_shared()
     gl.thread_barrier()
@@ -138,37 +146,24 @@ def _attend_tile(
 
 @gluon.jit
 def attend(
-    buffers, low, position, seen, first_tile, tiles, base, length, scale_log2, rings,
+    buffers, low, position, first_tile, tiles, base, length, scale_log2, rings,
     P: gl.constexpr,
 ):  # fmt: skip
     """Returns (mean [M, RANK], log2-sum-exp2 [M]) of the running softmax of positions in [low,
-    position[row]] over the tiles; every row sees [low, seen). Layouts as `layouts` has them."""
+    position[row]] over the tiles. Layouts as `layouts` has them."""
     q_rank, _, _ = buffers
     M: gl.constexpr = q_rank.shape[0]
     RANK: gl.constexpr = q_rank.shape[1]
-    N: gl.constexpr = rings[0].shape[1]
     s_rows: gl.constexpr = position.type.layout
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, RANK // 2, 16])
     acc_rows: gl.constexpr = gl.SliceLayout(1, acc_layout)
     m = gl.full([M], -float("inf"), gl.float32, s_rows)
     total = gl.zeros([M], gl.float32, s_rows)
     acc = gl.zeros([M, RANK], gl.float32, acc_layout)
-    begin = gl.minimum(gl.cdiv(gl.maximum(low - first_tile * N, 0), N), tiles)
-    whole = gl.minimum(gl.maximum(seen // N - first_tile, begin), tiles)
-    for tile in range(begin):
+    for tile in range(tiles):
         acc, m, total = _attend_tile(
             acc, m, total, buffers, low, position, base + tile, first_tile + tile, length,
-            tile + 1 == tiles, scale_log2, rings, True, P,
-        )  # fmt: skip
-    for tile in range(begin, whole):
-        acc, m, total = _attend_tile(
-            acc, m, total, buffers, low, position, base + tile, first_tile + tile, length,
-            False, scale_log2, rings, False, P,
-        )  # fmt: skip
-    for tile in range(whole, tiles):
-        acc, m, total = _attend_tile(
-            acc, m, total, buffers, low, position, base + tile, first_tile + tile, length,
-            tile + 1 == tiles, scale_log2, rings, True, P,
+            tile + 1 == tiles, scale_log2, rings, P,
         )  # fmt: skip
     total = gl.where(total > 0, total, 1.0)
     lse = gl.convert_layout(m + gl.log2(total), acc_rows)
