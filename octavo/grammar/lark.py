@@ -94,11 +94,12 @@ class LarkWriter:
     def any_text(self) -> str:
         return self.rule(ANY_TEXT)
 
-    def text_until(self, end: str) -> str:
-        """Returns any text and the first `end` after it, after which something may follow."""
+    def text_until(self, end: str, text: str = ANY_TEXT) -> str:
+        """Returns a text, any or of a pattern, and the first `end` after it, after which something
+        may follow."""
         if self.starts_special(end):
-            return f"{self.any_text()} {self.literal(end)}"
-        return self.rule(f"{ANY_TEXT} {_quoted(end)}", "[lazy]")
+            return f"{self.rule(text)} {self.literal(end)}"
+        return self.rule(f"{text} {_quoted(end)}", "[lazy]")
 
     def either(self, options: Iterable[str]) -> str:
         """Returns any one of the options."""

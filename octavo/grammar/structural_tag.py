@@ -132,6 +132,9 @@ class _Reader:
         content = node.get("content")
         if end and isinstance(content, Mapping) and content.get("type") == "any_text":
             return f"{writer.literal(begin)} {writer.text_until(end)}"
+        if end and isinstance(content, Mapping) and content.get("is_lazy") is True:
+            pattern = _field(content, "pattern", str, f"{place}.content")
+            return f"{writer.literal(begin)} {writer.text_until(end, writer.regex(pattern))}"
         body = self.read(content, f"{place}.content", depth + 1)
         return writer.rule(f"{writer.literal(begin)} {body} {writer.literal(end)}")
 

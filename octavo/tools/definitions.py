@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from octavo.errors import RequestError, shown
+from octavo.tools.frames import LARK
 
 MAX_TOOLS = 1024
 """Of one request."""
@@ -19,6 +20,8 @@ NAME_PATTERN = r"[A-Za-z_][A-Za-z0-9_.:/-]{0,127}"
 """Of a tool: every format can write it, whatever stands around names there."""
 CUSTOM_INPUT = "input"
 """The one parameter that a free-form tool has for the model."""
+MAX_GRAMMAR_LENGTH = 65_536
+"""Characters of the grammar of a free-form tool's input."""
 
 Kind = Literal["function", "custom"]
 Choice = Literal["auto", "none", "required"]
@@ -205,15 +208,45 @@ def _tool(given: object, where: str) -> Tool:
 
 
 def _custom_tool(name: str, description: str | None, given: object, where: str) -> Tool:
-    if given is not None and (not isinstance(given, Mapping) or given.get("type") != "text"):
-        message = f"{where}.format must be of type text: inputs are not held to a grammar yet"
-        raise RequestError(message, param=f"{where}.format", code="unsupported_field")
+    form = _custom_form(given, f"{where}.format")
     parameters = {
         "type": "object",
-        "properties": {CUSTOM_INPUT: {"type": "string"}},
+        "properties": {CUSTOM_INPUT: {"type": "string", **form}},
         "required": [CUSTOM_INPUT],
     }
-    return Tool(name=name, kind="custom", description=description, parameters=parameters)
+    return Tool(
+        name=name,
+        kind="custom",
+        description=description,
+        parameters=parameters,
+        is_strict=bool(form),
+    )
+
+
+def _custom_form(given: object, where: str) -> dict[str, Any]:
+    """Returns what a custom tool's format adds to the schema of its input."""
+    if given is None:
+        return {}
+    kind = given.get("type") if isinstance(given, Mapping) else None
+    if not isinstance(given, Mapping) or kind not in ("text", "grammar"):
+        message = f"{where} must be an object of type text or grammar, got {shown(given)}"
+        raise RequestError(message, param=where)
+    if kind == "text":
+        return {}
+    # In chats it stands one level deeper than in responses.
+    inner = given.get("grammar", given)
+    syntax = inner.get("syntax") if isinstance(inner, Mapping) else None
+    definition = inner.get("definition") if isinstance(inner, Mapping) else None
+    if syntax not in ("lark", "regex"):
+        message = f"{where}.syntax must be lark or regex, got {shown(syntax)}"
+        raise RequestError(message, param=where)
+    if not isinstance(definition, str) or not 0 < len(definition) <= MAX_GRAMMAR_LENGTH:
+        message = f"{where}.definition must be a text of 1 to {MAX_GRAMMAR_LENGTH} characters"
+        raise RequestError(message, param=where)
+    if syntax == "regex":
+        return {"pattern": f"^(?:{definition})$"}
+    note = f"A text of this grammar, in Lark's form: {definition}"
+    return {"description": note, LARK: definition}
 
 
 def _parameters(given: object, where: str) -> Mapping[str, Any]:

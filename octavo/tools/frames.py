@@ -5,11 +5,16 @@ Used by the shapes; `constrained` puts them together.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from octavo.errors import RequestError
+
 Node = dict[str, Any]
+LARK = "x-lark"
+"""In the schema of a text: the grammar, in Lark's form, that it is held to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +39,44 @@ def either(*elements: Node) -> Node:
 
 
 def schema_node(schema: object, root: Mapping[str, Any]) -> Node:
-    """Returns JSON of a schema that may refer into `root`."""
+    """Returns JSON of a schema that may refer into `root`. Raises RequestError for texts of a
+    grammar, whose terminals have no form within JSON's quotes."""
     given = closed(schema)
+    if _has_lark(given):
+        message = (
+            "a custom tool's grammar of syntax lark cannot be held to in this model's format of "
+            "calls, where inputs stand within JSON; use syntax regex, or a function"
+        )
+        raise RequestError(message, param="tools", code="unsupported_field")
     if isinstance(given, dict):
         given |= {key: closed_all(root[key]) for key in _DEFINITIONS if key in root}
     return {"type": "json_schema", "json_schema": given}
+
+
+def _has_lark(schema: object) -> bool:
+    if not isinstance(schema, Mapping):
+        return False
+    properties = schema.get("properties")
+    inner = properties.values() if isinstance(properties, Mapping) else ()
+    return any(isinstance(one, Mapping) and LARK in one for one in (schema, *inner))
+
+
+def text_node(schema: object, begin: str, end: str) -> Node:
+    """Returns a text of a schema that is written as it is, between two others; patterns are held
+    to where they are anchored as a whole."""
+    content: Node = {"type": "any_text"}
+    if isinstance(schema, Mapping):
+        pattern = schema.get("pattern")
+        whole = _WHOLE.fullmatch(pattern) if isinstance(pattern, str) else None
+        if LARK in schema:
+            content = {"type": "grammar", "grammar": schema[LARK]}
+        elif whole is not None:
+            content = {"type": "regex", "pattern": whole[1], "is_lazy": True}
+    return {"type": "tag", "begin": begin, "content": content, "end": end}
+
+
+_WHOLE = re.compile(r"\^(\(\?:.*\)|(?:[^|\\]|\\.)*)\$", re.DOTALL)
+"""A pattern that begins and ends a text, in all its alternatives."""
 
 
 def closed(schema: object) -> object:

@@ -12,7 +12,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from octavo.errors import RequestError
-from octavo.tools.frames import Node, constant, either, parameters_of, schema_node, sequence
+from octavo.tools.frames import (
+    Node,
+    constant,
+    either,
+    parameters_of,
+    schema_node,
+    sequence,
+    text_node,
+)
 from octavo.tools.typed_values import dumped, property_of, referred, types_of
 
 MAX_DEPTH = 12
@@ -42,8 +50,8 @@ class Notation(ABC):
         """Returns a list of so many items."""
 
     @abstractmethod
-    def text(self) -> Node:
-        """Returns any text."""
+    def text(self, schema: Mapping[str, Any]) -> Node:
+        """Returns a text."""
 
     @abstractmethod
     def constant(self, value: Any) -> Node:
@@ -93,7 +101,7 @@ class Notation(ABC):
 
     def _composed(self, kind: str, schema: Mapping[str, Any], depth: int) -> Node:
         if kind == "string":
-            return self.text()
+            return self.text(schema)
         if kind == "object":
             return self.object(schema, depth)
         low, high = schema.get("minItems", 0), schema.get("maxItems")
@@ -150,8 +158,8 @@ class Braces(Notation):
         items = _listed(self.value(item, depth + 1), ",", bounds)
         return sequence(constant("["), items, constant("]"))
 
-    def text(self) -> Node:
-        return _text_until(self._quote, self._quote)
+    def text(self, schema: Mapping[str, Any]) -> Node:
+        return text_node(schema, self._quote, self._quote)
 
     def constant(self, value: Any) -> Node:
         return constant(self._written(value))
@@ -183,7 +191,7 @@ class Elements(Notation):
             return either(*(self.element(name, one, depth + 1) for one in ways))
         types = types_of(given, self._root)
         if ("string" in types or not types) and not {"enum", "const"} & given.keys():
-            return _text_until(begin, end)
+            return text_node(given, begin, end)
         return sequence(constant(begin), self.value(given, depth), constant(end))
 
     def object(self, schema: Mapping[str, Any], depth: int) -> Node:
@@ -199,7 +207,7 @@ class Elements(Notation):
     def array(self, item: Any, bounds: tuple[int, int | None], depth: int) -> Node:
         return _listed(self.element("item", item, depth + 1), "", bounds)
 
-    def text(self) -> Node:
+    def text(self, schema: Mapping[str, Any]) -> Node:
         """Returns one that needs no tag to end it."""
         return {"type": "regex", "pattern": r"[^<>\[\]]*"}
 
@@ -214,10 +222,6 @@ class Elements(Notation):
                 for key, one in fields
             )
         return value if isinstance(value, str) else dumped(value)
-
-
-def _text_until(begin: str, end: str) -> Node:
-    return {"type": "tag", "begin": begin, "content": {"type": "any_text"}, "end": end}
 
 
 def _listed(item: Node, joint: str, bounds: tuple[int, int | None]) -> Node:

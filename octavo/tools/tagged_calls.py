@@ -20,6 +20,7 @@ from octavo.tools.frames import (
     parameters_of,
     schema_node,
     sequence,
+    text_node,
 )
 from octavo.tools.json_calls import pass_arguments
 from octavo.tools.marks import Marks
@@ -80,7 +81,7 @@ class TaggedCall:
         if isinstance(options, list) and options and all(isinstance(o, str) for o in options):
             return sequence(constant(begin), either(*map(constant, options)), constant(end))
         if has_text:
-            return {"type": "tag", "begin": begin, "content": {"type": "any_text"}, "end": end}
+            return text_node(inner, begin, end)
         return sequence(constant(begin), schema_node(inner, schema), constant(end))
 
     def bound(self, marks: Marks) -> TaggedCall:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from typing import Any
 
 import pytest
 
+from octavo.constraint import StructuredOutputsParams
 from octavo.errors import RequestError
 from octavo.tools.constrained import held_tag, structural_tag
-from octavo.tools.definitions import read_tools, with_choice
+from octavo.tools.definitions import Tools, read_tools, with_choice
 from octavo.tools.table import TOOL_FORMATS
+from tests.grammar.bytes_model import draw, guide_of, make_guides
 from tests.tools.rendering import read
 
 PROPERTIES: dict[str, Any] = {
@@ -245,3 +248,54 @@ def test_calls_without_a_marker_are_free(name: str) -> None:
     strict = json.loads(json.dumps(TOOLS[:1]))
     strict[0]["function"]["strict"] = True
     assert held_tag(row, read_tools(strict), has_thought=False) is None
+
+
+def custom(name: str, form: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "custom", "custom": {"name": name, "format": form}}
+
+
+REGEX = {"type": "grammar", "syntax": "regex", "definition": r"[a-c]+ = \"[0-9]{2}\"|none"}
+LARK = {
+    "type": "grammar",
+    "grammar": {"syntax": "lark", "definition": 'start: "go " WAY\nWAY: /[a-c]{2}/'},
+}
+IN_JSON = [row for row in HELD if "Json" in type(row.shape or row.written_shape).__name__]
+
+
+@pytest.mark.parametrize("row", HELD, ids=lambda row: row.name)
+def test_the_input_of_a_custom_tool_is_of_its_pattern(row: Any) -> None:
+    tools = with_choice(read_tools([custom("set", REGEX)]), "required", False)
+    seen = drawn_inputs(row, tools)
+    assert seen
+    for text in seen:
+        assert re.fullmatch(r'[a-c]+ = "[0-9]{2}"|none', text), text
+
+
+@pytest.mark.parametrize("row", HELD, ids=lambda row: row.name)
+def test_the_input_of_a_custom_tool_is_of_its_grammar_or_it_is_refused(row: Any) -> None:
+    tools = with_choice(read_tools([custom("set", LARK)]), "required", False)
+    if row in IN_JSON or "Python" in type(row.shape).__name__:
+        with pytest.raises(RequestError, match="syntax regex"):
+            structural_tag(row, tools, has_thought=False)
+        return
+    seen = drawn_inputs(row, tools)
+    assert seen
+    for text in seen:
+        assert re.fullmatch("go [a-c]{2}", text), text
+
+
+def drawn_inputs(row: Any, tools: Tools) -> list[str]:
+    """Returns the inputs of calls that a random model makes."""
+    wanted = StructuredOutputsParams(structural_tag=structural_tag(row, tools, has_thought=False))
+    guides, found = make_guides(), []
+    try:
+        for seed in range(3):
+            output = draw(guides, guide_of(guides, wanted), seed, 400)
+            assert output.end in ("eos", "over", "cut"), output
+            if output.end != "cut":
+                answer = read(row.name, [output.text], schemas=dict(tools.schemas or {}))
+                assert answer.content == "", output.text
+                found += [arguments["input"] for _, arguments in answer.calls]
+    finally:
+        guides.close()
+    return found
