@@ -21,6 +21,7 @@ from typing import Protocol
 
 from octavo.formats import kv_format
 from octavo.kv_cache.manager import KVCacheManager, SequenceKV
+from octavo.kv_cache.news import CacheNews
 from octavo.kv_cache.spec import attention_kv, group_layers
 
 BLOCK = 16
@@ -79,7 +80,9 @@ def prefixes(token_ids: Sequence[array[int]]) -> list[Request]:
 
 
 class Ours:
-    def __init__(self, token_ids: Sequence[array[int]], num_blocks: int) -> None:
+    def __init__(
+        self, token_ids: Sequence[array[int]], num_blocks: int, news: CacheNews | None = None
+    ) -> None:
         self.token_ids = token_ids
         spec = attention_kv(1, 1, kv_format("float32"))
         self.manager = KVCacheManager(
@@ -88,6 +91,7 @@ class Ours:
             block_size=BLOCK,
             max_rows=1,
             max_model_len=PROMPT_TOKENS + OUTPUT_TOKENS,
+            news=news,
         )
 
     def ask(self, place: int) -> int:

@@ -16,9 +16,10 @@ from typing import Any
 from octavo.config import EngineConfig
 from octavo.constraint import Constraint, StructuredOutputsParams
 from octavo.engine.client import Client, EngineClient
+from octavo.engine.fleet import Fleet
 from octavo.engine.front_end import FrontEnd
 from octavo.engine.input_processor import InputProcessor
-from octavo.engine.ipc import Deltas, Refused
+from octavo.engine.ipc import Deltas
 from octavo.engine.link import LinkOwner
 from octavo.engine.mailbox import Inbox, Mailbox
 from octavo.engine.output_processor import OutputProcessor
@@ -27,7 +28,13 @@ from octavo.engine.pooled_texts import Wanted, checked_params, pooled_output
 from octavo.engine.prompts import Prompt, read_prompt
 from octavo.engine.tokenizer import Tokenizer
 from octavo.engine.vectors import VectorReader
-from octavo.errors import ConfigError, EngineDeadError, OverloadedError, RequestError
+from octavo.errors import (
+    ConfigError,
+    EngineDeadError,
+    OctavoError,
+    OverloadedError,
+    RequestError,
+)
 from octavo.kv_cache.explain import PrefixExplanation
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.observe.stats import EngineStats
@@ -47,8 +54,8 @@ from octavo.vllm_options import log_verdicts, read_options
 
 
 class AsyncLLM:
-    """One engine process and its requests. Use it from one event loop: start, generate, close;
-    `async with AsyncLLM(...)` starts and closes it."""
+    """One engine process, or a fleet of them, and its requests. Use it from one event loop: start,
+    generate, close; `async with AsyncLLM(...)` starts and closes it."""
 
     def __init__(
         self,
@@ -56,14 +63,14 @@ class AsyncLLM:
         *,
         log_format: str = "text",
         log_level: str = "info",
-        connect: Callable[[LinkOwner], Client] = EngineClient,
+        connect: Callable[[LinkOwner], Client] | None = None,
         **options: Any,
     ) -> None:
         """`options` are those of LLM, for a model given by its name; `connect` says whose the
-        engine process is: one of its own if not given. Raises ConfigError."""
+        engine processes are: its own if not given. Raises ConfigError."""
         self.config = _config_of(model, options)
         self._log = (log_format, log_level)
-        self._client = connect(self)
+        self._client = self._own_client() if connect is None else connect(self)
         self._ids = itertools.count()
         self._labels: dict[str, str] = {}
         """Ids that users of `generate` chose, to ours, while they are open."""
@@ -72,6 +79,11 @@ class AsyncLLM:
         self._plan: MemoryPlan | None = None
         self._input: InputProcessor | None = None
         self._output: OutputProcessor | None = None
+
+    def _own_client(self) -> Client:
+        if self.config.data_parallel_size == 1:
+            return EngineClient(self)
+        return Fleet(self, self.config)
 
     async def __aenter__(self) -> AsyncLLM:
         try:
@@ -127,11 +139,11 @@ class AsyncLLM:
 
     @property
     def max_num_seqs(self) -> int:
-        return self.config.max_num_seqs
+        return self.config.max_num_seqs * self.config.data_parallel_size
 
     @property
     def max_num_queued_requests(self) -> int:
-        return self.config.max_num_queued_requests
+        return self.config.max_num_queued_requests * self.config.data_parallel_size
 
     @property
     def vocab_size(self) -> int:
@@ -215,7 +227,7 @@ class AsyncLLM:
         Raises OverloadedError if as many sequences are open as may run and wait, EngineDeadError.
         """
         assert self._output is not None, "a request is prepared by a started engine"
-        limit = self.config.max_num_seqs + self.config.max_num_queued_requests
+        limit = self.max_num_seqs + self.max_num_queued_requests
         if self._output.num_sequences + request.params.n > limit:
             raise OverloadedError(
                 f"{self._output.num_sequences} sequences run and wait already (limit {limit}); "
@@ -443,9 +455,9 @@ class AsyncLLM:
         for request_id, index in self._output.process(message.deltas, time.monotonic()):
             self._client.link.abort(request_id, index)
 
-    def on_refused(self, message: Refused) -> None:
+    def on_failed(self, request_id: str, error: OctavoError) -> None:
         if self._output is not None:
-            self._output.fail(message.request_id, OverloadedError(message.message))
+            self._output.fail(request_id, error)
 
     def on_death(self, error: EngineDeadError) -> None:
         if self._output is not None:

@@ -98,6 +98,11 @@ class EngineConfig:
         None, "JSON object: where to publish which prefixes are cached, as vLLM's", is_object=True
     )
     tensor_parallel_size: int = option(1, "devices that share every layer", also=("-tp",))
+    data_parallel_size: int = option(
+        1,
+        "engines on this host, each with all of the model; requests go where their prefix is",
+        also=("-dp",),
+    )
     attention_backend: str | AttentionConfig = option("auto", "kernel that computes attention")
     enforce_eager: bool = option(False, "never capture device graphs")
     deterministic: bool = option(
@@ -157,7 +162,10 @@ class EngineConfig:
     def _check(self) -> None:
         if not self.model:
             raise ConfigError("model is empty; give a folder, a .gguf file or an id", field="model")
-        for name in ("max_num_seqs", "max_num_queued_requests", "tensor_parallel_size"):
+        for name in (
+            *("max_num_seqs", "max_num_queued_requests"),
+            *("tensor_parallel_size", "data_parallel_size"),
+        ):
             _positive(name, getattr(self, name))
         for name in ("max_model_len", "max_num_batched_tokens", "num_threads"):
             value = getattr(self, name)
@@ -181,6 +189,12 @@ class EngineConfig:
         if self.kv_events_config is not None:
             read_kv_events(self.kv_events_config)
         self.resolved_attention_backend()
+        if self.kv_events_config is not None and self.data_parallel_size > 1:
+            raise ConfigError(
+                "kv_events_config tells of one engine, and data_parallel_size is "
+                f"{self.data_parallel_size}: leave one out; a fleet routes its requests itself",
+                field="kv_events_config",
+            )
 
     def resolved_attention_backend(self) -> str:
         """Returns one of ATTENTION_BACKENDS. Raises ConfigError with the list of valid names."""

@@ -256,8 +256,8 @@ def select_device(
         return CPUDevice(root)
     if index >= probe.num_devices():
         raise ConfigError(
-            f"tensor_parallel_size {index + 1} needs as many GPUs, {probe.num_devices()} are there;"
-            f" use at most {probe.num_devices()}",
+            f"tensor_parallel_size times data_parallel_size needs {index + 1} GPUs or more, "
+            f"{probe.num_devices()} are there; let it be at most {probe.num_devices()}",
             field="tensor_parallel_size",
         )
     return CUDADevice(index, probe=probe, root=root)

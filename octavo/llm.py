@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from octavo.engine.chat_template import ChatOptions, Message
 from octavo.engine.collectors import ChatCollector, Collector, VectorCollector
 from octavo.engine.core import EngineCore
+from octavo.engine.fleet_core import Core, FleetCore
 from octavo.engine.front_end import FrontEnd, format_of
 from octavo.engine.held_answers import held_params
 from octavo.engine.load import load_core
@@ -32,7 +33,7 @@ from octavo.engine.pooled_texts import (
 from octavo.engine.prompts import GivenPrompt, Prompt, read_prompts
 from octavo.engine.tokenizer import Tokenizer
 from octavo.engine.vectors import VectorReader
-from octavo.errors import OverloadedError, RequestError
+from octavo.errors import ConfigError, OverloadedError, RequestError
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.models.spec import ModelSpec
 from octavo.observe.stats import EngineStats
@@ -57,7 +58,8 @@ from octavo.vllm_options import log_verdicts, read_options
 
 
 class LLM:
-    """A model in this process, for batches of prompts. Not thread-safe."""
+    """A model in this process, or several engines of it in others, for batches of prompts. Not
+    thread-safe."""
 
     def __init__(self, model: str, **options: Any) -> None:
         """`options` are the fields of EngineConfig, and those of vLLM's that ask for what is so
@@ -67,9 +69,12 @@ class LLM:
         # Nobody watches single tokens come.
         self.config = replace(config, step_stretch=config.step_stretch or 0.0)
         self._front_end = FrontEnd(self.config)
-        self._core = load_core(
-            self.config, self._front_end.files, tokenizer=self._front_end.optional_tokenizer
-        )
+        self._core: Core
+        files, tokenizer = self._front_end.files, self._front_end.optional_tokenizer
+        if self.config.data_parallel_size == 1:
+            self._core = load_core(self.config, files, tokenizer=tokenizer)
+        else:
+            self._core = FleetCore(self.config, files)
         self._input, self._output = self._front_end.processors(self._core.plan.max_model_len)
         self._num_requests = 0
 
@@ -79,7 +84,14 @@ class LLM:
 
     @property
     def core(self) -> EngineCore:
-        """The engine's loop, for tools that step it themselves; never beside `generate`."""
+        """The engine's loop, for tools that step it themselves; never beside `generate`. Raises
+        ConfigError for several engines, which have processes of their own."""
+        if not isinstance(self._core, EngineCore):
+            raise ConfigError(
+                "data_parallel_size is above 1: the engines run in processes of their own, and "
+                "only generate and chat reach them",
+                field="data_parallel_size",
+            )
         return self._core
 
     @property
@@ -382,7 +394,7 @@ class LLM:
         return None if tokenizer is None else tokenizer.token_text(token_id)
 
     def close(self) -> None:
-        """Lets the runner's thread go."""
+        """Lets the runner's thread go, and ends the processes of several engines."""
         self._core.close()
 
 

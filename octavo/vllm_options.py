@@ -137,6 +137,9 @@ _SERVERS_ALONE = {"disable_log_stats": "only octavo serve writes lines on throug
 SYNONYMS = {
     "tp": "tensor_parallel_size",
     "tp_size": "tensor_parallel_size",
+    "dp": "data_parallel_size",
+    "dp_size": "data_parallel_size",
+    "num_replicas": "data_parallel_size",
     "context_length": "max_model_len",
     "ctx_size": "max_model_len",
     "max_context_len": "max_model_len",

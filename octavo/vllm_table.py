@@ -77,7 +77,7 @@ _SCHEMAS = "there is one library for structured output; requests say all else"
 _LORA = "LoRA adapters are not built yet"
 _DRAFTS = "speculative decoding is not built yet"
 _ONE_HOST = "one engine on one host; --tensor-parallel-size shares a model between its GPUs"
-_COPIES = "one engine a server; run several servers behind a router"
+_COPIES = "--data-parallel-size starts the engines of a host, and its router is their only one"
 _EXPERTS = "experts are shared by tensor parallelism alone"
 _TEXT = "only text is generated, from text"
 _KINDS = "the checkpoint says what a model makes of texts; --runner pooling embeds with any"
@@ -123,7 +123,6 @@ _TABLE: list[VllmOption] = [
     *_values(_ONE_HOST, "node_rank", so=(0,)),
     *_values(_ONE_HOST, "master_addr", "master_port"),
     *_values("ranks are processes of this host", "distributed_executor_backend", so=("mp", "uni")),
-    *_values(_COPIES, "data_parallel_size", so=(1,), short=("-dp",)),
     *_values(_COPIES, "data_parallel_size_local", so=(1,), short=("-dpl",)),
     *_values(_COPIES, "data_parallel_rank", "data_parallel_start_rank", so=(0,)),
     *_values(_COPIES, "data_parallel_address", "data_parallel_rpc_port", "data_parallel_backend"),

@@ -110,7 +110,6 @@ async def _serve(
     verdicts: Sequence[Verdict],
 ) -> int:
     from octavo.async_llm import AsyncLLM
-    from octavo.engine.client import EngineClient
     from octavo.server.fronts import Fronts
     from octavo.server.serve import serve, url_of
 
@@ -120,7 +119,7 @@ async def _serve(
         config,
         log_format=server.log_format,
         log_level=server.log_level,
-        connect=EngineClient if fronts is None else fronts.connect,
+        connect=None if fronts is None else fronts.connect,
     )
     say(f"loading {config.model} ...")
     try:

@@ -19,8 +19,8 @@ import zmq
 from octavo import errors
 from octavo.config import EngineConfig
 from octavo.engine.child import EngineProcess, SocketFolder, describe_end
-from octavo.engine.ipc import Died, FromEngine, Ready, Shutdown
-from octavo.engine.link import EngineLink, LinkOwner
+from octavo.engine.ipc import Died, FromEngine, Held, Ready, Shutdown
+from octavo.engine.link import EngineLink, Link, LinkOwner
 from octavo.engine.vitals import Vitals
 from octavo.engine.watchdog import Watchdog, await_silence, end_hung
 from octavo.errors import EngineDeadError, OctavoError
@@ -38,7 +38,8 @@ BindFronts = Callable[[SocketFolder], Awaitable[None]]
 class Client(Protocol):
     """What AsyncLLM needs of whoever holds its link."""
 
-    link: EngineLink
+    @property
+    def link(self) -> Link: ...
 
     async def start(
         self, config: EngineConfig, files: ModelFiles, log_format: str, log_level: str
@@ -62,11 +63,20 @@ class EngineClient:
     """One engine process, for the front end `link` and for others that are its guests."""
 
     def __init__(
-        self, owner: LinkOwner, num_fronts: int = 1, bind_others: BindFronts | None = None
+        self,
+        owner: LinkOwner,
+        num_fronts: int = 1,
+        bind_others: BindFronts | None = None,
+        *,
+        first_device: int = 0,
+        on_held: Callable[[Held], None] | None = None,
     ) -> None:
-        """`num_fronts` counts this one; `bind_others` is called if there are more."""
+        """`num_fronts` counts this one; `bind_others` is called if there are more. An engine of a
+        fleet has GPUs from `first_device` on, and tells what it holds."""
         self.link = EngineLink(owner, 0, self._on_message)
         self._num_fronts = num_fronts
+        self._first_device = first_device
+        self._on_held = on_held
         self._bind_others = bind_others
         self._process: EngineProcess | None = None
         self._vitals: Vitals | None = None
@@ -105,6 +115,7 @@ class EngineClient:
             "files": files,
             "log_format": log_format,
             "log_level": log_level,
+            "first_device": self._first_device,
         }
         self._ready = asyncio.get_running_loop().create_future()
         self._vitals = Vitals.create()
@@ -135,6 +146,8 @@ class EngineClient:
                 self._guard = asyncio.create_task(self._end_if_hung())
                 if self._ready is not None and not self._ready.done():
                     self._ready.set_result(plan)
+            case Held() if self._on_held is not None:
+                self._on_held(message)
             case Died(kind, text):
                 self._fail_start(kind, text)
                 self._die(EngineDeadError(f"the engine process ended: {text}"))

@@ -20,14 +20,15 @@ from octavo.constraint import Constraint
 from octavo.engine.expert_load import ExpertLoad
 from octavo.engine.figures import engine_stats
 from octavo.engine.kv_events import EventEncoder, EventPublisher
+from octavo.engine.prefixes import is_caching, request_root
 from octavo.engine.step_times import StepTimes
 from octavo.errors import CapacityError, EngineDeadError, OutOfMemoryError
 from octavo.grammar import Guide, Guides
 from octavo.kv_cache.explain import PrefixExplanation
+from octavo.kv_cache.journal import Changes, Journal, widest_group
 from octavo.kv_cache.manager import KVCacheManager
 from octavo.kv_cache.news import CacheNews
 from octavo.kv_cache.planner import MemoryPlan
-from octavo.kv_cache.prefix_index import prefix_root
 from octavo.kv_events_config import read_kv_events
 from octavo.observe.stats import EngineStats
 from octavo.request import Request, TokenDelta
@@ -63,8 +64,10 @@ class EngineCore:
         self._identity = identity
         self._guides = guides
         self._events = _event_publisher(config, plan)
+        is_in_fleet = config.data_parallel_size > 1
+        self._journal = Journal(widest_group(plan.groups)) if is_in_fleet else None
         self._news = None
-        if self._events is not None:
+        if self._events is not None or is_in_fleet:
             told = (place for place, group in enumerate(plan.groups) if not group.is_state)
             self._news = CacheNews(told, plan.block_size)
         self._manager = KVCacheManager(
@@ -118,19 +121,21 @@ class EngineCore:
 
     def _prefix_of(self, request: Request) -> tuple[bytes, bool]:
         """Returns the root of a request's prefix, and whether it uses the prefix cache."""
-        wanted = request.params.prefix_caching
-        caching = wanted == "on" or (wanted != "off" and self.config.prefix_caching != "off")
-        root = prefix_root(
-            model=self._identity,
-            kv="; ".join(dict.fromkeys(group.spec.identity for group in self.plan.groups)),
-            block=str(self.plan.block_size),
-            salt=request.cache_salt,
-        )
-        return root, caching
+        root = request_root(self._identity, self.plan, request.cache_salt)
+        return root, is_caching(self.config, request)
 
     def explain_prefix(self, request: Request) -> PrefixExplanation:
         """Returns what of a request's prompt is cached now, and why not more. Runs nothing."""
         return self.scheduler.explain(request, *self._prefix_of(request))
+
+    def take_changes(self) -> Changes | None:
+        """Returns what prefixes came and went since the last call, in an engine of a fleet."""
+        return None if self._journal is None else self._journal.take()
+
+    @property
+    def num_open(self) -> int:
+        """Requests that run and wait."""
+        return len(self.scheduler.running) + len(self.scheduler.waiting)
 
     def warm_up(self) -> None:
         """Begins to load what the first grammar needs; returns at once."""
@@ -172,9 +177,13 @@ class EngineCore:
         return deltas
 
     def _publish_news(self) -> None:
-        """Tells subscribers what has changed in the prefix cache."""
-        if self._events is not None and self._news is not None and (news := self._news.take()):
+        """Tells subscribers, and the routers of a fleet, what has changed in the prefix cache."""
+        if self._news is None or not (news := self._news.take()):
+            return
+        if self._events is not None:
             self._events.publish(news)
+        if self._journal is not None:
+            self._journal.note(news)
 
     def _sample_masked(self, plan: StepPlan, ticket: object) -> None:
         """Has a step's masked rows sampled. All tokens before theirs are known now, since it is the

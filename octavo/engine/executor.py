@@ -52,6 +52,8 @@ class RankArguments(NamedTuple):
     rank: int
     folder: Path
     """Where the ranks find each other."""
+    device_index: int
+    """Of the GPUs that its process sees."""
 
 
 class RankFailure(NamedTuple):
@@ -65,13 +67,13 @@ Loader = Callable[[Collectives], tuple[Runner, MemoryPlan]]
 
 
 def start_ranks(
-    config: EngineConfig, files: ModelFiles, load: Loader
+    config: EngineConfig, files: ModelFiles, load: Loader, first_device: int = 0
 ) -> tuple[Executor, MemoryPlan]:
     """Starts all ranks, loads this process's with `load`; returns when all can take plans.
 
     Raises the OctavoError of whichever rank cannot, or EngineDeadError.
     """
-    executor = Executor(config, files)
+    executor = Executor(config, files, first_device)
     try:
         return executor, executor.load(load)
     except BaseException:
@@ -82,11 +84,11 @@ def start_ranks(
 class Executor:
     """A Runner over all ranks. Any failure of a rank raises EngineDeadError from `collect`."""
 
-    def __init__(self, config: EngineConfig, files: ModelFiles) -> None:
+    def __init__(self, config: EngineConfig, files: ModelFiles, first_device: int) -> None:
         """Starts the processes. Raises ConfigError if there are fewer GPUs than ranks."""
         size = config.tensor_parallel_size
-        select_device(config.device, size - 1)
-        self._device = torch.device(select_device(config.device).torch_name)
+        select_device(config.device, first_device + size - 1)
+        self._device = torch.device(select_device(config.device, first_device).torch_name)
         self._size = size
         self._folder = temporary_folder()
         self._runner: Runner | None = None
@@ -95,7 +97,10 @@ class Executor:
         self._is_closing = False
         self._arrivals: SimpleQueue[None] = SimpleQueue()
         folder = Path(self._folder.name)
-        started = [_start(RankArguments(config, files, rank, folder)) for rank in range(1, size)]
+        started = [
+            _start(RankArguments(config, files, rank, folder, first_device + rank))
+            for rank in range(1, size)
+        ]
         self._processes = [process for process, *_ in started]
         self._lifelines = [lifeline for _, lifeline, _ in started]
         self._connections = [connection for *_, connection in started]

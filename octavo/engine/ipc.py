@@ -57,6 +57,17 @@ class Deltas(msgspec.Struct, frozen=True, tag=True):
     deltas: list[TokenDelta]
 
 
+class Held(msgspec.Struct, frozen=True, tag=True):
+    """What an engine of a fleet tells all fronts, before the deltas of the same step."""
+
+    num_open: int
+    """Requests that it has, of all fronts."""
+    stored: bytes = b""
+    """Of `kv_cache.journal.Changes`."""
+    removed: bytes = b""
+    is_cleared: bool = False
+
+
 class Refused(msgspec.Struct, frozen=True, tag=True):
     """The queue is full."""
 
@@ -81,7 +92,7 @@ class Died(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-FromEngine = Ready | Deltas | Refused | Answer | Explained | Died
+FromEngine = Ready | Deltas | Held | Refused | Answer | Explained | Died
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

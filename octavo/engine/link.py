@@ -28,7 +28,7 @@ from octavo.engine.ipc import (
     decode_from_engine,
     encode,
 )
-from octavo.errors import EngineDeadError
+from octavo.errors import EngineDeadError, OctavoError, OverloadedError
 from octavo.kv_cache.explain import PrefixExplanation
 from octavo.observe.stats import EngineStats
 from octavo.request import Request
@@ -42,9 +42,34 @@ class LinkOwner(Protocol):
 
     def on_deltas(self, message: Deltas) -> None: ...
 
-    def on_refused(self, message: Refused) -> None: ...
+    def on_failed(self, request_id: str, error: OctavoError) -> None:
+        """One request has ended without an answer."""
+        ...
 
     def on_death(self, error: EngineDeadError) -> None: ...
+
+
+class Link(Protocol):
+    """What AsyncLLM asks of its engine, or of a fleet of them. `add` and what is awaited raise
+    EngineDeadError."""
+
+    prefix: str
+    """Of the ids of this front end's requests, by which engines find whom to tell."""
+
+    @property
+    def error(self) -> EngineDeadError | None:
+        """Why nothing can be sent any more."""
+        ...
+
+    def add(self, request: Request) -> None: ...
+
+    def abort(self, request_id: str, index: int | None = None) -> None: ...
+
+    async def stats(self, is_detailed: bool = False) -> EngineStats: ...
+
+    async def reset_prefix_cache(self) -> bool: ...
+
+    async def explain_prefix(self, request: Request) -> PrefixExplanation: ...
 
 
 class EngineLink:
@@ -56,13 +81,16 @@ class EngineLink:
         """`on_other` is told what speaks of the engine process itself."""
         self.front = front
         self.prefix = f"{front}-"
-        """Of the ids of this front end's requests, by which the engine finds whom to tell."""
-        self.error: EngineDeadError | None = None
+        self._error: EngineDeadError | None = None
         self._owner = owner
         self._on_other = on_other
         self._calls: dict[int, asyncio.Future[Value]] = {}
         self._call_ids = itertools.count()
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+
+    @property
+    def error(self) -> EngineDeadError | None:
+        return self._error
 
     def bind(self, inbox_of_engine: str, outbox_of_engine: str) -> None:
         """Binds the two sockets, named as the engine sees them, and listens."""
@@ -88,7 +116,7 @@ class EngineLink:
                 case Deltas():
                     self._owner.on_deltas(message)
                 case Refused():
-                    self._owner.on_refused(message)
+                    self._owner.on_failed(message.request_id, OverloadedError(message.message))
                 case Answer(call_id, value) | Explained(call_id, value):
                     call = self._calls.pop(call_id, None)
                     if call is not None and not call.done():
@@ -98,9 +126,9 @@ class EngineLink:
 
     def die(self, error: EngineDeadError) -> None:
         """Fails all that waits, once; from now on nothing can be sent."""
-        if self.error is not None:
+        if self._error is not None:
             return
-        self.error = error
+        self._error = error
         for call in self._calls.values():
             if not call.done():
                 call.set_exception(error)

@@ -14,6 +14,7 @@ from octavo.device import select_device
 from octavo.engine.core import EngineCore
 from octavo.engine.executor import start_ranks
 from octavo.engine.memory import plan_model, weights_dtype, with_others
+from octavo.engine.prefixes import model_identity
 from octavo.engine.tokenizer import Tokenizer, find_tokenizer
 from octavo.errors import CapacityError
 from octavo.grammar import Guides, Vocabulary
@@ -36,24 +37,29 @@ def load_core(
     files: ModelFiles,
     progress: Progress = UNWATCHED,
     tokenizer: Tokenizer | None = None,
+    first_device: int = 0,
 ) -> EngineCore:
     """Returns an engine core that is ready to step; `tokenizer` is the model's, if this process has
-    it already. Raises ModelError, CapacityError."""
+    it already, and `first_device` the first of its ranks' GPUs. Raises ModelError, CapacityError.
+    """
     if config.tensor_parallel_size == 1:
-        runner, plan = load_runner(config, files, ALONE, progress)
+        runner, plan = load_runner(config, files, ALONE, progress, first_device)
     else:
         read_spec(files.config, files.modules)[0].of_rank(
             config.tensor_parallel_size
         )  # refused before it starts
-        load = partial(load_runner, config, files, progress=progress)
-        runner, plan = start_ranks(config, files, load)
-    identity = f"{files.identity}|{config.dtype}|{config.seed}"
+        load = partial(load_runner, config, files, progress=progress, device_index=first_device)
+        runner, plan = start_ranks(config, files, load, first_device)
+    identity = model_identity(config, files)
     return EngineCore(config, plan, runner, identity, _guides(config, files, tokenizer))
 
 
 def _guides(config: EngineConfig, files: ModelFiles, tokenizer: Tokenizer | None) -> Guides:
     vocab_size = read_spec(files.config)[0].vocab_size
-    num_threads = min(MAX_MASK_THREADS, select_device(config.device).num_cores())
+    num_threads = min(
+        MAX_MASK_THREADS,
+        max(1, select_device(config.device).num_cores() // config.data_parallel_size),
+    )
 
     def vocabulary() -> Vocabulary:
         return (tokenizer or find_tokenizer(config, files)).vocabulary()
@@ -66,6 +72,7 @@ def load_runner(
     files: ModelFiles,
     collectives: Collectives,
     progress: Progress = UNWATCHED,
+    device_index: int = 0,
 ) -> tuple[Runner, MemoryPlan]:
     """Returns one rank's runner and the plan that all ranks hold themselves to."""
     spec, family = read_spec(files.config, files.modules)
@@ -73,7 +80,7 @@ def load_runner(
     shapes = weight_shapes(spec, family)
     source = open_source(files, config.dtype, shapes, config.seed)
     check_names(source, shapes, ignorable_names(spec, family))
-    device = select_device(config.device, collectives.rank)
+    device = select_device(config.device, device_index)
     memory = device.memory()
 
     def plan_with(activation_bytes: int | None = None) -> MemoryPlan:
@@ -91,7 +98,9 @@ def load_runner(
             raise with_others(error, device) from error
         return _agreed(plan, collectives)
 
-    return build_runner(config, spec, family, source, plan_with, collectives, progress)
+    return build_runner(
+        config, spec, family, source, plan_with, collectives, progress, device_index
+    )
 
 
 def _agreed(plan: MemoryPlan, collectives: Collectives) -> MemoryPlan:

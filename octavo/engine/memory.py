@@ -103,8 +103,8 @@ def plan_model(
         kv_tokens = room // min(group.num_slots * group.spec.token_bytes for group in groups)
         step_bytes = _gpu_step(spec, config, kv, 4 if dtype == "float32" else 2, kv_tokens)
     else:
-        # The ranks of a host share its memory.
-        available = memory.available_bytes // num_ranks
+        # The ranks and the engines of a host share its memory.
+        available = memory.available_bytes // (num_ranks * config.data_parallel_size)
         budget = host_budget(available, config.gpu_memory_utilization)
         step_bytes = _cpu_step(spec, config)
     return plan_memory(

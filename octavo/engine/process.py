@@ -26,6 +26,7 @@ from octavo.engine.ipc import (
     ExplainPrefix,
     FromEngine,
     GetStats,
+    Held,
     Ready,
     Refused,
     ResetPrefixCache,
@@ -50,6 +51,8 @@ class EngineArguments(msgspec.Struct, frozen=True, kw_only=True):
     files: ModelFiles
     log_format: LogFormat
     log_level: str
+    first_device: int = 0
+    """Of the GPUs of its ranks."""
 
 
 class _Loop:
@@ -66,6 +69,8 @@ class _Loop:
         self._inbox = inbox
         self._fronts = fronts
         self._vitals = vitals
+        self._is_in_fleet = core.config.data_parallel_size > 1
+        self._num_told = 0
         self._is_running = True
 
     def run(self) -> None:
@@ -75,8 +80,22 @@ class _Loop:
                 continue
             self._read_inbox()
             deltas = self._core.step()
+            if self._is_in_fleet:
+                self._tell_held()
             if deltas:
                 self._fronts.tell(deltas)
+
+    def _tell_held(self) -> None:
+        """Before the deltas of the step: who reads those knows what can be asked for again."""
+        changes, num_open = self._core.take_changes(), self._core.num_open
+        if changes is None and num_open == self._num_told:
+            return
+        self._num_told = num_open
+        if changes is None:
+            self._fronts.send_all(Held(num_open))
+        else:
+            held = Held(num_open, changes.stored, changes.removed, changes.is_cleared)
+            self._fronts.send_all(held)
 
     def _read_inbox(self) -> None:
         while True:
@@ -159,7 +178,7 @@ def main(arguments: str, beats: str, stacks: str, *addresses: str) -> int:
         inbox.connect(address)
     fronts = Fronts([_connected(context, address) for address in addresses[1::2]])
     try:
-        core = load_core(given.config, given.files, vitals)
+        core = load_core(given.config, given.files, vitals, first_device=given.first_device)
         # What is loaded lives as long as the process: the collector need not look at it again.
         gc.collect()
         gc.freeze()

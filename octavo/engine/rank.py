@@ -30,13 +30,13 @@ from octavo.step import StepPlan
 
 def run(connection: Connection) -> None:
     """Loads this rank's part and repeats the parent's calls until the end."""
-    config, files, rank, folder = connection.recv()
-    device = torch.device(select_device(config.device, rank).torch_name)
+    config, files, rank, folder, device_index = connection.recv()
+    device = torch.device(select_device(config.device, device_index).torch_name)
     if device.type != "cpu":
-        torch.accelerator.set_device_index(rank)
+        torch.accelerator.set_device_index(device_index)
     connection.send(ARRIVED)
     collectives = TorchCollectives(folder, rank, config.tensor_parallel_size, device)
-    runner, _ = load_runner(config, files, collectives)
+    runner, _ = load_runner(config, files, collectives, device_index=device_index)
     gc.collect()
     gc.freeze()
     inbox: SimpleQueue[bytes] = SimpleQueue()

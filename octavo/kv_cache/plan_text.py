@@ -47,6 +47,7 @@ def describe(plan: MemoryPlan) -> str:
         *rest,
     )
     each = f" of each of {plan.num_devices} devices" if plan.num_devices > 1 else ""
+    each += f" of each of {plan.num_engines} engines" if plan.num_engines > 1 else ""
     sizes = f"{gib(plan.usable_bytes)} of {gib(plan.available_bytes)} free memory"
     head = f"memory plan{each}: {sizes}"
     body = [f"  {name:<12}{gib(size):>12}  {note}".rstrip() for name, size, note in rows]

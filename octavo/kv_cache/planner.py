@@ -115,6 +115,8 @@ class MemoryPlan:
     max_num_seqs: int
     num_devices: int = 1
     """That share every layer; all sizes are those of each."""
+    num_engines: int = 1
+    """That have as much each."""
     is_default_kv: bool = False
     """Whether the KV cache could be larger, but nobody asked for it."""
 
@@ -227,6 +229,7 @@ def plan_memory(
         max_position_embeddings=max_position_embeddings,
         max_num_seqs=config.max_num_seqs,
         num_devices=config.tensor_parallel_size,
+        num_engines=config.data_parallel_size,
         is_default_kv=config.kv_cache_memory_bytes is None
         and kv_bytes == budget.max_default_kv_bytes,
     )

@@ -161,6 +161,16 @@ def _experts(stats: EngineStats, labels: Labels) -> Iterator[Metric]:
     yield _by(CounterMetricFamily, "moe_expert_tokens", text, names, counts, labels)
 
 
+def fleet_family(stats: EngineStats, model_name: str) -> Metric:
+    """Returns which engines take requests: one of its own, or those of a fleet."""
+    family = GaugeMetricFamily(
+        "engine_up", "1 while the engine takes requests", labels=["model_name", "engine"]
+    )
+    for engine, one in enumerate(stats.engines or (stats,)):
+        family.add_metric([model_name, str(engine)], float(one is not None))
+    return family
+
+
 def _gauge(name: str, text: str, value: float, labels: Labels) -> Metric:
     family = GaugeMetricFamily(name, text, labels=list(labels))
     family.add_metric(list(labels.values()), value)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -17,7 +17,12 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 
-from octavo.observe.engine_families import engine_families, own_families, vllm_aliases
+from octavo.observe.engine_families import (
+    engine_families,
+    fleet_family,
+    own_families,
+    vllm_aliases,
+)
 from octavo.observe.logs import num_dropped_lines
 from octavo.observe.loop_holds import LoopHoldMonitor
 from octavo.observe.snapshot import pack, total
@@ -208,10 +213,9 @@ class Metrics:
         return generate_latest(page)  # type: ignore[arg-type]
 
     def _prefixed(self, shared: Sequence[Metric]) -> Iterable[Metric]:
-        """Yields the shared families under every prefix, and the engine's own. Histograms have one
+        """Yields the shared families under every prefix, and the engines' own. Histograms have one
         name: half of a page would be copies."""
-        labels: dict[str, str] = dict(zip(LABELS, self._labels, strict=True))
-        both = [*shared, *engine_families(self._stats, labels)]
+        both = [*shared, *self._of_engines(engine_families)]
         for prefix in PREFIXES:
             for family in both:
                 if prefix == "vllm:" or family.type != "histogram":
@@ -219,10 +223,27 @@ class Metrics:
         for family in shared:
             if family.name == GAPS:
                 yield _renamed(_called(family, OLD_GAPS), "vllm:")
-        for family in vllm_aliases(self._stats, labels):
+        for family in self._of_engines(vllm_aliases):
             yield _renamed(family, "vllm:")
-        for family in own_families(self._stats, labels):
+        for family in self._of_engines(own_families):
             yield _renamed(family, "octavo:")
+        yield _renamed(fleet_family(self._stats, self._labels[0]), "octavo:")
+
+    def _of_engines(
+        self, families: Callable[[EngineStats, Mapping[str, str]], Iterable[Metric]]
+    ) -> list[Metric]:
+        """Returns the families of one engine, or of all of a fleet, each under its label."""
+        model, engine = self._labels
+        each = {str(place): one for place, one in enumerate(self._stats.engines)}
+        merged: dict[str, Metric] = {}
+        for label, stats in (each or {engine: self._stats}).items():
+            if stats is None:
+                continue
+            for family in families(stats, dict(zip(LABELS, (model, label), strict=True))):
+                merged.setdefault(family.name, family)
+                if merged[family.name] is not family:
+                    merged[family.name].samples += family.samples
+        return list(merged.values())
 
 
 class RequestTrack:

@@ -138,6 +138,8 @@ class EngineStats:
     """Messages on the prefix cache that found the publisher's queue full; None: it has none."""
     cache_config: Mapping[str, str] = field(default_factory=dict)
     """Labels of `cache_config_info`: block_size, num_gpu_blocks, cache_dtype, ..."""
+    engines: tuple[EngineStats | None, ...] = ()
+    """Of a fleet, whose sum this is: each engine's, None for one that does not answer."""
 
     @property
     def usage_share(self) -> float:

@@ -23,14 +23,15 @@ class Throughput:
         """Returns the numbers since the last call, None if nothing happens and nothing did."""
         last, seconds = self._last, max(now - self._time, 1e-6)
         self._last, self._time = stats, now
-        num_prompt = stats.num_prompt_tokens - last.num_prompt_tokens
-        num_generated = stats.num_generation_tokens - last.num_generation_tokens
+        # An engine of a fleet that is started again counts from nothing.
+        num_prompt = max(stats.num_prompt_tokens - last.num_prompt_tokens, 0)
+        num_generated = max(stats.num_generation_tokens - last.num_generation_tokens, 0)
         is_busy = bool(num_prompt or num_generated or stats.num_running or stats.num_waiting)
         was_busy, self._was_busy = self._was_busy, is_busy
         if not is_busy and not was_busy:
             return None
-        queries = stats.prefix_query_tokens - last.prefix_query_tokens
-        hits = stats.prefix_hit_tokens - last.prefix_hit_tokens
+        queries = max(stats.prefix_query_tokens - last.prefix_query_tokens, 0)
+        hits = max(stats.prefix_hit_tokens - last.prefix_hit_tokens, 0)
         return {
             "running": stats.num_running,
             "waiting": stats.num_waiting,

@@ -61,19 +61,22 @@ def build_runner(
     planner: Planner,
     collectives: Collectives = ALONE,
     progress: Progress = UNWATCHED,
+    device_index: int = 0,
 ) -> tuple[Runner, MemoryPlan]:
     """Returns a rank's runner with weights loaded, and the plan that it holds itself to.
 
-    Sets torch's threads for the whole process, to what the chosen ops leave it. Raises ConfigError
-    if no back end fits and WeightsError on a broken tensor.
+    `device_index` counts the GPUs that this process sees. Sets torch's threads for the whole
+    process, to what the chosen ops leave it. Raises ConfigError if no back end fits and
+    WeightsError on a broken tensor.
     """
     rank, size = collectives.rank, collectives.size
-    device = select_device(config.device, rank)
+    device = select_device(config.device, device_index)
     plan = planner(None)
     needs = Needs(
         device=torch.device(device.torch_name),
-        # The ranks of a host share its cores.
-        num_threads=config.num_threads or max(1, device.num_cores() // size),
+        # The ranks and the engines of a host share its cores.
+        num_threads=config.num_threads
+        or max(1, device.num_cores() // (size * config.data_parallel_size)),
         attention=spec.attention_wants(kv_formats(plan.groups[0].spec.formats)),
         is_deterministic=config.deterministic,
         tuned_folder=Path(tuned_dir()),

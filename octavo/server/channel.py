@@ -16,8 +16,17 @@ MAX_MESSAGE_BYTES = 128 * 1024
 _MAX_DESCRIPTORS = 1
 
 
+class Bind(msgspec.Struct, frozen=True, tag=True):
+    """An engine is about to be started, perhaps again: what it reads and writes has these names."""
+
+    engine: int
+    addresses: tuple[str, str]
+
+
 class Bound(msgspec.Struct, frozen=True, tag=True):
-    """A front's sockets to the engine are there: the engine may be started."""
+    """A front's sockets to an engine are there: the engine may be started."""
+
+    engine: int
 
 
 class Serving(msgspec.Struct, frozen=True, tag=True):
@@ -50,6 +59,8 @@ class Alive(msgspec.Struct, frozen=True, tag=True):
 
 class EngineDied(msgspec.Struct, frozen=True, tag=True):
     message: str
+    engine: int | None = None
+    """None: all of them."""
 
 
 class AskSiblings(msgspec.Struct, frozen=True, tag=True):
@@ -73,7 +84,7 @@ class Numbers(msgspec.Struct, frozen=True, tag=True):
     snapshot: bytes
 
 
-ToFront = Connection | Stop | Leave | AskAlive | EngineDied | AskNumbers | Numbers
+ToFront = Bind | Connection | Stop | Leave | AskAlive | EngineDied | AskNumbers | Numbers
 ToParent = Bound | Serving | Drained | Alive | AskSiblings | Numbers
 
 _encode = msgspec.msgpack.Encoder().encode

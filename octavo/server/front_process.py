@@ -17,7 +17,8 @@ import msgspec
 
 from octavo.async_llm import AsyncLLM
 from octavo.config import EngineConfig, ServerConfig
-from octavo.engine.attached import AttachedClient
+from octavo.engine.attached import Attached, AttachedClient
+from octavo.engine.fleet import AttachedFleet
 from octavo.engine.link import LinkOwner
 from octavo.errors import EngineDeadError
 from octavo.observe.logs import configure_logging
@@ -26,6 +27,7 @@ from octavo.server.channel import (
     AskAlive,
     AskNumbers,
     AskSiblings,
+    Bind,
     Bound,
     Channel,
     Connection,
@@ -54,7 +56,6 @@ class FrontArguments(msgspec.Struct, frozen=True, kw_only=True):
     """From 1 on; the parent's own link to the engine is 0."""
     num_fronts: int
     """Front processes in all."""
-    addresses: tuple[str, str]
     server: ServerConfig
     engine: EngineConfig
     metrics_socket: int | None = None
@@ -106,7 +107,6 @@ class _Front:
             log_level=given.server.log_level,
             connect=self._connect,
         )
-        self._channel.send(Bound())
         try:
             await engine.start()
             settle_memory()
@@ -127,8 +127,10 @@ class _Front:
             self._channel.close()
         return 0 if server.error is None else 1
 
-    def _connect(self, owner: LinkOwner) -> AttachedClient:
-        self._client = AttachedClient(owner, self._given.front, self._given.addresses)
+    def _connect(self, owner: LinkOwner) -> Attached:
+        front, size = self._given.front, self._given.engine.data_parallel_size
+        one = size == 1
+        self._client = AttachedClient(owner, front) if one else AttachedFleet(owner, front, size)
         return self._client
 
     def _on_message(self, data: bytes, descriptor: int | None) -> None:
@@ -136,6 +138,9 @@ class _Front:
         match message:
             case Connection():
                 self._take(descriptor)
+            case Bind(number, addresses):
+                self._client.bind(number, addresses)
+                self._channel.send(Bound(number))
             case Stop():
                 self._num_stops += 1
                 if self._server is not None:
@@ -145,8 +150,8 @@ class _Front:
                     self._server.may_leave = True
             case AskAlive():
                 self._channel.send(Alive())
-            case EngineDied(text):
-                self._client.die(EngineDeadError(text))
+            case EngineDied(text, number):
+                self._client.die(EngineDeadError(text), number)
             case AskNumbers(asker, call_id):
                 if self._server is not None:
                     snapshot = self._server.metrics.snapshot()

@@ -3,7 +3,7 @@
 Called by the `serve` command in place of `serve.serve`. Accepts connections and deals them out in
 turn, passes on signals, the engine's end and questions about numbers; never reads a request.
 
-    start   each front binds its sockets to the engine; then the engine process is started
+    start   each front binds its sockets to the engines; then each engine process is started
     serve   connections are dealt out until a signal comes, the engine dies or a front does;
             one that hangs gets none, and is ended after the watchdog's time
     end     the fronts drain, each as `serve.Server` does; whoever stays too long is killed
@@ -19,12 +19,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import msgspec
 
 from octavo.config import EngineConfig, ServerConfig
 from octavo.engine.child import ChildProcess, SocketFolder, describe_end
 from octavo.engine.client import EngineClient, socket_names
+from octavo.engine.fleet import Fleet
+from octavo.engine.fleet_link import MemberOwner
+from octavo.engine.ipc import Held
 from octavo.engine.link import LinkOwner
 from octavo.errors import EngineDeadError
 from octavo.server.channel import (
@@ -32,6 +36,7 @@ from octavo.server.channel import (
     AskAlive,
     AskNumbers,
     AskSiblings,
+    Bind,
     Bound,
     Channel,
     Connection,
@@ -65,9 +70,10 @@ GRACE_SECONDS = 8.0
 class _Front:
     """One front process, as its parent sees it."""
 
-    def __init__(self, fronts: Fronts, number: int, folder: SocketFolder) -> None:
+    def __init__(self, fronts: Fronts, number: int) -> None:
         self.number = number
-        self.is_bound = asyncio.Event()
+        self.is_bound: dict[int, asyncio.Event] = {}
+        """By engine."""
         self.is_serving = asyncio.Event()
         self.is_drained = False
         self.silent_seconds = 0.0
@@ -79,11 +85,9 @@ class _Front:
             server = replace(server, disable_log_stats=True)  # one line for all is enough
         metrics_bound = fronts.metrics_bound if number == 1 else None
         inherited = [] if metrics_bound is None else [metrics_bound.fileno()]
-        inbox, outbox = map(folder.address, socket_names(number))
         arguments = FrontArguments(
             front=number,
             num_fronts=fronts.config.api_processes,
-            addresses=(inbox, outbox),
             server=server,
             engine=fronts.engine_config,
             metrics_socket=inherited[0] if inherited else None,
@@ -102,6 +106,13 @@ class _Front:
     def is_running(self) -> bool:
         return self.process.returncode is None
 
+    def bind(self, engine: int, folder: SocketFolder) -> asyncio.Event:
+        """Returns what is set once its sockets to an engine are there."""
+        bound = self.is_bound[engine] = asyncio.Event()
+        inbox, outbox = map(folder.address, socket_names(self.number))
+        self.channel.send(Bind(engine, (inbox, outbox)))
+        return bound
+
     def look(self) -> None:
         """Asks whether it still moves; to be called every `LOOK_SECONDS`, which are counted, not
         measured: a parent that was suspended itself would blame its fronts."""
@@ -114,8 +125,8 @@ class _Front:
     def _on_message(self, data: bytes, descriptor: int | None) -> None:
         message = decode_to_parent(data)
         match message:
-            case Bound():
-                self.is_bound.set()
+            case Bound(engine):
+                self.is_bound[engine].set()
             case Serving():
                 self.is_serving.set()
             case Drained():
@@ -145,14 +156,36 @@ class Fronts:
         self._turn = 0
         self._num_stops = 0
 
-    def connect(self, owner: LinkOwner) -> EngineClient:
-        """Returns the client of an engine process that all fronts share."""
-        return EngineClient(owner, 1 + self.config.api_processes, self._start)
+    def connect(self, owner: LinkOwner) -> EngineClient | Fleet:
+        """Returns the client of an engine process that all fronts share, or of a fleet of them."""
+        if self.engine_config.data_parallel_size == 1:
+            return self._client(owner, 0)
+        return Fleet(owner, self.engine_config, self._member, self._tell_death)
 
-    async def _start(self, folder: SocketFolder) -> None:
-        numbers = range(1, 1 + self.config.api_processes)
-        self._fronts = [_Front(self, number, folder) for number in numbers]
-        await self._all(*(front.is_bound for front in self._fronts))
+    def _client(
+        self, owner: LinkOwner, engine: int, on_held: Callable[[Held], None] | None = None
+    ) -> EngineClient:
+        return EngineClient(
+            owner,
+            1 + self.config.api_processes,
+            partial(self._bind, engine),
+            first_device=engine * self.engine_config.tensor_parallel_size,
+            on_held=on_held,
+        )
+
+    def _member(self, owner: MemberOwner, engine: int) -> EngineClient:
+        return self._client(owner, engine, owner.on_held)
+
+    def _tell_death(self, engine: int, error: EngineDeadError) -> None:
+        """Of one engine of a fleet, which is started again."""
+        self.send_others(0, EngineDied(str(error), engine))
+
+    async def _bind(self, engine: int, folder: SocketFolder) -> None:
+        """Has all fronts bind their sockets to an engine."""
+        if not self._fronts:
+            numbers = range(1, 1 + self.config.api_processes)
+            self._fronts = [_Front(self, number) for number in numbers]
+        await self._all(*[front.bind(engine, folder) for front in self._fronts])
 
     async def _all(self, *events: asyncio.Event) -> None:
         """Waits for all events. Raises EngineDeadError if a front ends before."""

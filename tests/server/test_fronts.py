@@ -186,3 +186,33 @@ def _is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+@pytest.mark.slow
+def test_fronts_over_a_fleet_go_on_when_an_engine_dies(tmp_path: Path):
+    (tmp_path / "model").mkdir()
+    options = ("--api-processes=2", "--data-parallel-size=2", "--shutdown-timeout=5")
+    server = Fronts(write_model(tmp_path / "model"), tmp_path / "log", *options)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(ask, [server.url] * 8))
+            assert all(status == 200 and text.endswith("[DONE]\n\n") for status, text in answers)
+            assert metric(server.url, "octavo:engine_up{") == 2
+            # Wherever a request comes in, its prefix is found where it is.
+            assert metric(server.url, "vllm:prefix_cache_hits_total{") == 0  # too short for a block
+            os.kill(server.children("octavo.engine.process")[0], signal.SIGKILL)
+            again = list(pool.map(ask, [server.url] * 8))
+        statuses = [status for status, _ in again]
+        assert set(statuses) <= {200, 503}, again
+        assert httpx.get(f"{server.url}/health", timeout=10).status_code == 200
+        deadline = time.monotonic() + 90
+        while metric(server.url, "octavo:engine_up{") < 2:
+            assert time.monotonic() < deadline, server.log.read_text()
+            time.sleep(0.3)
+        assert all(ask(server.url)[0] == 200 for _ in range(8))
+        assert "engine 0" in server.log.read_text() or "engine 1" in server.log.read_text()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end() == 0
+    finally:
+        server.process.kill()
+        server.process.wait()
