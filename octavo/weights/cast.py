@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from octavo.formats import WEIGHT_FORMATS, WeightFormat
 from octavo.kernels.dequantize import dequantize_rows
 from octavo.kernels.weights import Weight
+from octavo.weights.large_pages import LargePages
 from octavo.weights.published.source import PackedSource
 from octavo.weights.source import DTYPE_FORMATS, NUMBER_DTYPES, MappedSource, Staging, part_of
 
@@ -27,6 +27,7 @@ class CastSource:
     def __init__(self, source: MappedSource | PackedSource, dtype: str) -> None:
         self._source = source
         self._format = WEIGHT_FORMATS[DTYPE_FORMATS[dtype]]
+        self._memory = LargePages()
 
     def names(self) -> frozenset[str]:
         return self._source.names()
@@ -41,7 +42,8 @@ class CastSource:
         weight = self._source.matrix(name)
         if weight.format == self._format:
             return weight
-        data = convert(weight, NUMBER_DTYPES[self._format.name])
+        data = self._memory.empty((weight.rows, weight.cols), NUMBER_DTYPES[self._format.name])
+        convert_into(data, weight)
         self._source.release(name)
         return Weight(data=data, format=self._format, rows=weight.rows, cols=weight.cols)
 
@@ -60,13 +62,12 @@ class CastSource:
         return elements * self._format.block_bytes
 
 
-def convert(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """Returns the values of `weight` as a new tensor [rows, cols]."""
+def convert_into(out: Tensor, weight: Weight) -> None:
+    """Writes the values of `weight` to `out` [rows, cols], in its dtype."""
     if not weight.format.is_block:
-        return weight.data.to(dtype, copy=True)
-    out = torch.empty((weight.rows, weight.cols), dtype=dtype)
+        out.copy_(weight.data)
+        return
     step = max(1, _CHUNK_ELEMENTS // weight.cols)
     for start in range(0, weight.rows, step):
         rows = slice(start, start + step)
         out[rows] = dequantize_rows(weight, rows)
-    return out

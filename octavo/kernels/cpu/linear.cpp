@@ -13,11 +13,10 @@ namespace octavo {
 
 namespace {
 
-// Weights in bytes that make it worth waking another thread for one portion.
-int64_t grain_of(const Matrix& w, int64_t tokens, int64_t count, int threads) {
+// Panels that make it worth waking another thread.
+int64_t least_of(const Matrix& w, int64_t tokens) {
   const int64_t panel_work = w.row_bytes * kPanelRows * (tokens < 4 ? 1 : tokens / 4);
-  const int64_t at_least = (1 << 15) / std::max<int64_t>(panel_work, 1);
-  return std::max<int64_t>({1, at_least, grain_for(count, threads)});
+  return std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(panel_work, 1));
 }
 
 struct Silu {
@@ -108,8 +107,7 @@ OCTAVO_API int64_t octavo_linear(Pool* pool, const float* x, int64_t tokens, con
     columns += weights[i].rows;
   }
   const Rows rows = {x, weights[0].cols, nullptr};
-  const int64_t grain = grain_of(weights[0], tokens, total, pool->threads());
-  pool->run(total, grain, [&](int64_t index, Scratch& scratch) {
+  pool->share(total, least_of(weights[0], tokens), [&](int64_t index, Scratch& scratch) {
     const Matrix* w = weights;
     int64_t column = 0;
     while (index >= panels(w->rows)) {
@@ -137,12 +135,11 @@ OCTAVO_API int64_t octavo_gated_mlp(Pool* pool, const float* x, int64_t tokens,
   const Matrix &gate = weights[0], &up = weights[1], &down = weights[2];
   const Rows rows = {x, gate.cols, nullptr}, inner = {hidden, gate.rows, nullptr};
   const int64_t total = panels(gate.rows), down_total = panels(down.rows);
-  pool->run(total, grain_of(gate, tokens, total, pool->threads()), [&](int64_t i, Scratch& s) {
+  pool->share(total, least_of(gate, tokens), [&](int64_t i, Scratch& s) {
     gate_and_up(rows, tokens, {&gate, &up, nullptr, nullptr, *activation}, i * kPanelRows, hidden,
                 s);
   });
-  const int64_t grain = grain_of(down, tokens, down_total, pool->threads());
-  pool->run(down_total, grain, [&](int64_t i, Scratch& s) {
+  pool->share(down_total, least_of(down, tokens), [&](int64_t i, Scratch& s) {
     const int64_t first = i * kPanelRows, count = std::min(kPanelRows, down.rows - first);
     product(inner, tokens, down, first, count, out + first, down.rows, s);
   });
@@ -185,10 +182,7 @@ OCTAVO_API int64_t octavo_moe(Pool* pool, const MoeArgs* args) {
   }
   const int64_t width = panels(inner), down_width = panels(outer);
   const int64_t num_active = static_cast<int64_t>(active.size()), per = picks / num_active;
-  const auto grain = [&](const Matrix& w, int64_t count) {
-    return grain_of(w, per, count, pool->threads());
-  };
-  pool->run(num_active * width, grain(gates[0], num_active * width), [&](int64_t i, Scratch& s) {
+  pool->share(num_active * width, least_of(gates[0], per), [&](int64_t i, Scratch& s) {
     const int64_t e = active[i / width], start = starts[e];
     const Rows rows = {a.x, gates[e].cols, a.order + start};
     const GateUp of = {&gates[e], &ups[e], at(a.gate_bias, e * inner), at(a.up_bias, e * inner),
@@ -197,7 +191,7 @@ OCTAVO_API int64_t octavo_moe(Pool* pool, const MoeArgs* args) {
                 s);
   });
   const int64_t down_total = num_active * down_width;
-  pool->run(down_total, grain(downs[0], down_total), [&](int64_t i, Scratch& s) {
+  pool->share(down_total, least_of(downs[0], per), [&](int64_t i, Scratch& s) {
     const int64_t e = active[i / down_width], start = starts[e];
     const int64_t first = i % down_width * kPanelRows, count = std::min(kPanelRows, outer - first);
     const Rows rows = {a.hidden + start * inner, inner, nullptr};

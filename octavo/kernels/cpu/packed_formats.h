@@ -181,10 +181,25 @@ struct HasTable : std::false_type {};
 template <class F>
 struct HasTable<F, std::enable_if_t<F::kTable>> : std::true_type {};
 
-// 32 elements of any format.
+// What a row keeps from group to group: the scales of a block of several.
+struct Stateless {};
+template <class F, class = void>
+struct StateOf {
+  using Type = Stateless;
+};
 template <class F>
-inline void group_of(const uint8_t* row, int64_t g, const float* table, Lanes v[4]) {
-  if constexpr (HasTable<F>::value) {
+struct StateOf<F, std::void_t<typename F::State>> {
+  using Type = typename F::State;
+};
+
+// 32 elements of any format; a row's groups are asked for in order, from the first on.
+template <class F>
+inline void group_of(const uint8_t* row, int64_t g, const float* table,
+                     typename StateOf<F>::Type& state, Lanes v[4]) {
+  if constexpr (!std::is_same_v<typename StateOf<F>::Type, Stateless>) {
+    if (g % 8 == 0) F::enter(row, g, state);
+    F::group(row, g, state, v);
+  } else if constexpr (HasTable<F>::value) {
     F::group(row, g, table, v);
   } else if constexpr (F::kBlocks) {
     F::group(row, g, v);

@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstdlib>
 #include <new>
@@ -52,7 +53,7 @@ Pool::~Pool() {
   for (std::thread& worker : workers_) worker.join();
 }
 
-void Pool::dispatch(Call call, const void* context, int64_t count, int64_t grain) {
+void Pool::dispatch(Call call, const void* context, int64_t count, int64_t grain, int64_t parts) {
   if (workers_.empty() || count <= grain) {
     if (count > 0) call(context, 0, count, *scratch_[0]);
     return;
@@ -61,6 +62,7 @@ void Pool::dispatch(Call call, const void* context, int64_t count, int64_t grain
   context_ = context;
   count_ = count;
   grain_ = grain;
+  parts_ = parts;
   next_.store(0, std::memory_order_relaxed);
   const uint64_t generation = (state_.load(std::memory_order_relaxed) >> 16) + 1;
   state_.store(generation << 16 | kOpen, std::memory_order_seq_cst);
@@ -78,11 +80,16 @@ void Pool::dispatch(Call call, const void* context, int64_t count, int64_t grain
 }
 
 void Pool::work(Scratch& scratch) {
-  const int64_t count = count_, grain = grain_;
+  const int64_t count = count_, grain = grain_, parts = parts_;
+  int64_t begin = next_.load(std::memory_order_relaxed), end;
   for (;;) {
-    const int64_t begin = next_.fetch_add(grain, std::memory_order_relaxed);
-    if (begin >= count) return;
-    call_(context_, begin, begin + grain < count ? begin + grain : count, scratch);
+    do {
+      if (begin >= count) return;
+      const int64_t share = parts ? (count - begin) / parts : 0;
+      end = std::min(count, begin + std::max(grain, share));
+    } while (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed));
+    call_(context_, begin, end, scratch);
+    begin = next_.load(std::memory_order_relaxed);
   }
 }
 

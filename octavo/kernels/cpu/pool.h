@@ -37,16 +37,28 @@ class Pool {
   // Calls body(index, scratch) for every index below count, `grain` consecutive ones at a time.
   template <class Body>
   void run(int64_t count, int64_t grain, const Body& body) {
+    start(count, grain, 0, body);
+  }
+
+  // The same for indices of equal cost, in ever smaller portions, `least` at least: a thread stays
+  // long where it reads on in order, and none waits long for the last portion of another.
+  template <class Body>
+  void share(int64_t count, int64_t least, const Body& body) {
+    start(count, least, 2 * threads(), body);
+  }
+
+ private:
+  template <class Body>
+  void start(int64_t count, int64_t grain, int64_t parts, const Body& body) {
     auto call = [](const void* context, int64_t begin, int64_t end, Scratch& scratch) {
       const Body& typed = *static_cast<const Body*>(context);
       for (int64_t index = begin; index < end; ++index) typed(index, scratch);
     };
-    dispatch(call, &body, count, grain);
+    dispatch(call, &body, count, grain, parts);
   }
 
- private:
   using Call = void (*)(const void*, int64_t, int64_t, Scratch&);
-  void dispatch(Call call, const void* context, int64_t count, int64_t grain);
+  void dispatch(Call call, const void* context, int64_t count, int64_t grain, int64_t parts);
   void work(Scratch& scratch);
   void serve(int thread);
   bool join(uint64_t seen);
@@ -58,6 +70,7 @@ class Pool {
   alignas(64) Call call_ = nullptr;
   const void* context_ = nullptr;
   int64_t count_ = 0, grain_ = 1;
+  int64_t parts_ = 0;  // a portion is the rest over this; 0: grain_ indices
   std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
   std::mutex op_mutex_, sleep_mutex_;

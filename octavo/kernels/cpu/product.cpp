@@ -27,12 +27,13 @@ inline void stream_tile(const float* const* x, const Matrix& matrix, const uint8
   const int64_t row_bytes = matrix.row_bytes, cols = matrix.cols;
   const int64_t groups = cols / 32, ahead = N * row_bytes;
   const int64_t group_bytes = row_bytes / (groups ? groups : 1);
+  typename StateOf<F>::Type states[N];
   for (int64_t g = 0; g < groups; ++g) {
     for (int n = 0; n < N; ++n) {
       const uint8_t* row = w + n * row_bytes;
       _mm_prefetch(reinterpret_cast<const char*>(row + ahead + g * group_bytes), _MM_HINT_T0);
       Lanes v[4];
-      group_of<F>(row, g, matrix.table, v);
+      group_of<F>(row, g, matrix.table, states[n], v);
       for (int i = 0; i < 4; ++i) {
         for (int m = 0; m < M; ++m) acc[m][n] = fma(load(x[m] + 32 * g + 8 * i), v[i], acc[m][n]);
       }
@@ -166,9 +167,10 @@ template <class F>
 void unpack(const Matrix& w, int64_t index, float* out) {
   const uint8_t* row = w.data + index * w.row_bytes;
   const int64_t cols = w.cols, groups = cols / 32;
+  typename StateOf<F>::Type state;
   for (int64_t g = 0; g < groups; ++g) {
     Lanes v[4];
-    group_of<F>(row, g, w.table, v);
+    group_of<F>(row, g, w.table, state, v);
     for (int i = 0; i < 4; ++i) store(out + 32 * g + 8 * i, v[i]);
   }
   if constexpr (!F::kBlocks) {

@@ -29,12 +29,6 @@ void product(const Rows& x, int64_t tokens, const Matrix& w, int64_t first, int6
 // Row `index` of a matrix as float32; `out` has room for cols.
 void unpack_row(const Matrix& w, int64_t index, float* out);
 
-// Consecutive indices of a job that one thread takes at a time: some 8 portions a thread.
-inline int64_t grain_for(int64_t count, int threads) {
-  const int64_t grain = count / (8 * threads);
-  return grain < 1 ? 1 : grain;
-}
-
 inline int64_t panels(int64_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
 
 }  // namespace octavo
