@@ -21,7 +21,7 @@ DETERMINISTIC_TOKENS = 256
 """Prompt tokens that share one buffer of partial results in the deterministic mode, where each has
 the splits of a decode."""
 
-UNPACKED_BYTES = 128 << 20
+UNPACKED_BYTES = 512 << 20
 """Of keys and values that are plain numbers for one layer, where the cache keeps them in a format
 with scales and a step has chunks of many queries."""
 
