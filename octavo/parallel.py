@@ -6,9 +6,9 @@ whole process, so that two engines in one process do not meet.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 from threading import Thread
 from typing import Protocol, cast
 
@@ -16,9 +16,13 @@ import torch
 from torch import Tensor
 from torch._C import _distributed_c10d as c10d
 
+from octavo.errors import EngineDeadError
+
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others: some read the weights from a colder page cache."""
 _ABORT_SECONDS = 5.0
+MEETING_SECONDS = 60.0
+"""How long ranks look for each other, once all are started."""
 
 
 class Collectives(Protocol):
@@ -79,16 +83,73 @@ class _Backend(Protocol):
     def abort(self) -> None: ...
 
 
-class TorchCollectives:
-    """Collectives over torch's back ends: NCCL between GPUs, gloo between processes of a host."""
+class Meeting:
+    """Where ranks find each other: a store that rank 0 keeps, at an address that all can reach."""
 
-    def __init__(self, folder: Path, rank: int, size: int, device: torch.device) -> None:
-        """Returns when all ranks are there: they find each other through a file in `folder`, which
-        is theirs alone."""
-        self.rank = rank
+    def __init__(self, host: str, size: int, port: int = 0, *, is_keeper: bool = True) -> None:
+        """Rank 0 opens it on a free port of `host`. Raises EngineDeadError if it cannot."""
         self.size = size
-        store = c10d.FileStore(str(folder / "ranks"), size)
-        self._host = _gloo(c10d.PrefixStore("host", store), rank, size)
+        try:
+            self.store = c10d.TCPStore(
+                host,
+                port,
+                size,
+                is_master=is_keeper,
+                timeout=timedelta(seconds=MEETING_SECONDS),
+                wait_for_workers=False,
+            )
+        except RuntimeError as error:
+            where = f"{host}:{port}" if port else host
+            raise EngineDeadError(
+                f"ranks cannot meet at {where}, tried for {MEETING_SECONDS:g} s: {_first(error)}"
+            ) from error
+        self.host = host
+        self.address = f"{host}:{self.store.port}"
+
+    @classmethod
+    def at(cls, address: str, size: int) -> Meeting:
+        """Joins the meeting that rank 0 has opened at host:port. Raises EngineDeadError."""
+        host, _, port = address.rpartition(":")
+        return cls(host, size, int(port), is_keeper=False)
+
+    def await_all(self, rank: int, seconds: float = MEETING_SECONDS) -> None:
+        """Returns when all ranks have called it. Raises EngineDeadError naming those that have
+        not."""
+        self.store.set(f"here/{rank}", "1")
+        missing = [f"here/{one}" for one in range(self.size)]
+        try:
+            self.store.wait(missing, timedelta(seconds=seconds))
+        except RuntimeError as error:
+            absent = [one.partition("/")[2] for one in missing if not self.store.check([one])]
+            raise EngineDeadError(
+                f"rank {', '.join(absent)} of {self.size} did not come to {self.address} within "
+                f"{seconds:g} s"
+            ) from error
+
+    @property
+    def own_host(self) -> str:
+        """The address of this machine from which it reaches the meeting."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((self.host, 9))  # sends nothing
+            return probe.getsockname()[0]
+
+
+def _first(error: Exception) -> str:
+    """Returns the first line of a message; what follows are torch's own stacks."""
+    return str(error).partition("\n")[0]
+
+
+class TorchCollectives:
+    """Collectives over torch's back ends: NCCL between GPUs, gloo between processes."""
+
+    def __init__(self, meeting: Meeting, rank: int, device: torch.device) -> None:
+        """Returns when all ranks are there. Raises EngineDeadError naming those that are not."""
+        self.rank = rank
+        self.size = size = meeting.size
+        self._meeting = meeting  # which ends with its store
+        meeting.await_all(rank)
+        store = meeting.store
+        self._host = _gloo(c10d.PrefixStore("host", store), rank, size, meeting.own_host)
         self._group = self._host
         self._is_on_host = device.type == "cpu"
         if not self._is_on_host:
@@ -138,12 +199,12 @@ def _wait(work: c10d.Work | None) -> None:
         work.wait()
 
 
-def _gloo(store: c10d.Store, rank: int, size: int) -> _Backend:
+def _gloo(store: c10d.Store, rank: int, size: int, host: str) -> _Backend:
     # The stubs have another name for it than the module.
     options = c10d.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
     options._timeout = COLLECTIVE_TIMEOUT
-    # By name, as the default listens where others can reach it.
-    options._devices = [c10d.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    # By its name, as the default listens where others can reach it.
+    options._devices = [c10d.ProcessGroupGloo.create_device(hostname=host)]
     return cast("_Backend", c10d.ProcessGroupGloo(store, rank, size, options))
 
 

@@ -19,7 +19,7 @@ import zmq
 from octavo import errors
 from octavo.config import EngineConfig
 from octavo.engine.child import EngineProcess, SocketFolder, describe_end
-from octavo.engine.ipc import Died, FromEngine, Held, Ready, Shutdown
+from octavo.engine.ipc import AwaitRanks, Died, FromEngine, Held, Ready, Shutdown
 from octavo.engine.link import EngineLink, Link, LinkOwner
 from octavo.engine.vitals import Vitals
 from octavo.engine.watchdog import Watchdog, await_silence, end_hung
@@ -33,6 +33,17 @@ SHUTDOWN_SECONDS = 10.0
 
 BindFronts = Callable[[SocketFolder], Awaitable[None]]
 """Has the other front ends bind their sockets (`socket_names`) in the folder."""
+
+
+class RemoteStart(Protocol):
+    """Starts the ranks of an engine elsewhere."""
+
+    host: str
+    """The address of this host that they come to."""
+
+    def start(self, address: str, key: bytes) -> None:
+        """Has ranks 1 and up come to host:port with this key; must not wait for them."""
+        ...
 
 
 class Client(Protocol):
@@ -70,13 +81,16 @@ class EngineClient:
         *,
         first_device: int = 0,
         on_held: Callable[[Held], None] | None = None,
+        remote_ranks: RemoteStart | None = None,
     ) -> None:
         """`num_fronts` counts this one; `bind_others` is called if there are more. An engine of a
-        fleet has GPUs from `first_device` on, and tells what it holds."""
+        fleet has GPUs from `first_device` on, and tells what it holds. `remote_ranks`: who starts
+        its tensor parallel ranks, if not the engine process."""
         self.link = EngineLink(owner, 0, self._on_message)
         self._num_fronts = num_fronts
         self._first_device = first_device
         self._on_held = on_held
+        self._remote_ranks = remote_ranks
         self._bind_others = bind_others
         self._process: EngineProcess | None = None
         self._vitals: Vitals | None = None
@@ -116,6 +130,7 @@ class EngineClient:
             "log_format": log_format,
             "log_level": log_level,
             "first_device": self._first_device,
+            "rank_host": self._remote_ranks and self._remote_ranks.host,
         }
         self._ready = asyncio.get_running_loop().create_future()
         self._vitals = Vitals.create()
@@ -146,6 +161,9 @@ class EngineClient:
                 self._guard = asyncio.create_task(self._end_if_hung())
                 if self._ready is not None and not self._ready.done():
                     self._ready.set_result(plan)
+            case AwaitRanks(address, key):
+                assert self._remote_ranks is not None
+                self._remote_ranks.start(address, key)
             case Held() if self._on_held is not None:
                 self._on_held(message)
             case Died(kind, text):

@@ -1,4 +1,4 @@
-"""The ranks of one engine: the first in this process, each other in one of its own.
+"""The ranks of one engine: the first in this process, the others in processes of their own.
 
 Made by `engine.load` where tensor_parallel_size is above 1; the core calls it as its runner. Every
 rank makes the same calls in the same order and so computes the same tokens; those of rank 0 count.
@@ -13,13 +13,9 @@ It never restarts anything: a rank that fails or dies ends the engine.
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
-import subprocess
 from collections.abc import Callable
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from typing import NamedTuple
@@ -29,11 +25,10 @@ import torch
 from octavo import errors
 from octavo.config import EngineConfig
 from octavo.device import select_device
-from octavo.engine.child import start_child
+from octavo.engine.rank_transport import LocalRanks, RankProcess, RankTransport
 from octavo.errors import EngineDeadError, OctavoError
-from octavo.folders import temporary_folder
 from octavo.kv_cache.planner import MemoryPlan
-from octavo.parallel import Collectives, TorchCollectives
+from octavo.parallel import Collectives, Meeting, TorchCollectives
 from octavo.step import Runner, StepPlan, StepResult, Words
 from octavo.weights.hub import ModelFiles
 
@@ -50,8 +45,8 @@ class RankArguments(NamedTuple):
     config: EngineConfig
     files: ModelFiles
     rank: int
-    folder: Path
-    """Where the ranks find each other."""
+    address: str
+    """Where the ranks find each other, as host:port."""
     device_index: int
     """Of the GPUs that its process sees."""
 
@@ -67,13 +62,18 @@ Loader = Callable[[Collectives], tuple[Runner, MemoryPlan]]
 
 
 def start_ranks(
-    config: EngineConfig, files: ModelFiles, load: Loader, first_device: int = 0
+    config: EngineConfig,
+    files: ModelFiles,
+    load: Loader,
+    first_device: int = 0,
+    transport: RankTransport | None = None,
 ) -> tuple[Executor, MemoryPlan]:
     """Starts all ranks, loads this process's with `load`; returns when all can take plans.
+    `transport` says how they are started: as processes of this host, if not given.
 
     Raises the OctavoError of whichever rank cannot, or EngineDeadError.
     """
-    executor = Executor(config, files, first_device)
+    executor = Executor(config, files, first_device, transport or LocalRanks())
     try:
         return executor, executor.load(load)
     except BaseException:
@@ -84,26 +84,31 @@ def start_ranks(
 class Executor:
     """A Runner over all ranks. Any failure of a rank raises EngineDeadError from `collect`."""
 
-    def __init__(self, config: EngineConfig, files: ModelFiles, first_device: int) -> None:
-        """Starts the processes. Raises ConfigError if there are fewer GPUs than ranks."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        files: ModelFiles,
+        first_device: int,
+        transport: RankTransport,
+    ) -> None:
+        """Starts the ranks. Raises ConfigError if there are fewer GPUs than ranks here, and
+        EngineDeadError if one does not come."""
         size = config.tensor_parallel_size
-        select_device(config.device, first_device + size - 1)
+        if isinstance(transport, LocalRanks):
+            select_device(config.device, first_device + size - 1)
         self._device = torch.device(select_device(config.device, first_device).torch_name)
         self._size = size
-        self._folder = temporary_folder()
         self._runner: Runner | None = None
         self._collectives: Collectives | None = None
         self._error: OctavoError | None = None
         self._is_closing = False
         self._arrivals: SimpleQueue[None] = SimpleQueue()
-        folder = Path(self._folder.name)
-        started = [
-            _start(RankArguments(config, files, rank, folder, first_device + rank))
-            for rank in range(1, size)
-        ]
-        self._processes = [process for process, *_ in started]
-        self._lifelines = [lifeline for _, lifeline, _ in started]
-        self._connections = [connection for *_, connection in started]
+        self._meeting = Meeting(transport.host, size)
+        self._ranks: list[RankProcess] = []
+        for rank, (process, index) in enumerate(transport.start(size, first_device), start=1):
+            arguments = RankArguments(config, files, rank, self._meeting.address, index)
+            process.connection.send(arguments)
+            self._ranks.append(process)
         self._watcher = Thread(target=self._watch, name="octavo-ranks", daemon=True)
         self._watcher.start()
 
@@ -111,8 +116,7 @@ class Executor:
         """Joins the ranks and loads rank 0's part; returns when every rank has loaded."""
         try:
             self._await_arrivals()
-            folder = Path(self._folder.name)
-            self._collectives = TorchCollectives(folder, 0, self._size, self._device)
+            self._collectives = TorchCollectives(self._meeting, 0, self._device)
             self._runner, plan = load(self._collectives)
             self._await_arrivals()
         except OctavoError:
@@ -156,25 +160,22 @@ class Executor:
         if self._runner is not None:
             self._runner.close()
             self._runner = None  # with its graphs, for which NCCL waits
-        for process in self._processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(SHUTDOWN_SECONDS)
+        for rank in self._ranks:
+            rank.wait(SHUTDOWN_SECONDS)
         self._kill()
         self._watcher.join()
-        for connection, lifeline in zip(self._connections, self._lifelines, strict=True):
-            connection.close()
-            os.close(lifeline)
+        for rank in self._ranks:
+            rank.close()
         if self._collectives is not None:
             self._collectives.abort()
-        self._folder.cleanup()
 
     def _send(self, data: bytes) -> None:
-        for connection in self._connections:
+        for rank in self._ranks:
             with contextlib.suppress(OSError):  # it is gone, which the watcher sees too
-                connection.send_bytes(data)
+                rank.connection.send_bytes(data)
 
     def _await_arrivals(self) -> None:
-        for _ in self._processes:
+        for _ in self._ranks:
             self._arrivals.get()
             if self._error is not None:
                 raise self._error
@@ -189,7 +190,7 @@ class Executor:
 
     def _watch(self) -> None:
         """Ends with the first rank that dies, or when all have ended as they were told."""
-        ranks = {connection: rank for rank, connection in enumerate(self._connections, start=1)}
+        ranks = {one.connection: rank for rank, one in enumerate(self._ranks, start=1)}
         while ranks:
             for connection in wait(list(ranks)):
                 assert isinstance(connection, Connection)
@@ -206,10 +207,8 @@ class Executor:
         return None
 
     def _death(self, rank: int) -> EngineDeadError:
-        process = self._processes[rank - 1]
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(1)
-        return EngineDeadError(f"the process of rank {rank} ended with code {process.returncode}")
+        how = self._ranks[rank - 1].wait(1) or "closed its connection"
+        return EngineDeadError(f"the process of rank {rank} {how}")
 
     def _fail(self, error: OctavoError) -> None:
         if self._error is None:
@@ -217,23 +216,12 @@ class Executor:
         self._kill()
         if self._collectives is not None:
             self._collectives.abort()
-        for _ in self._processes:
+        for _ in self._ranks:
             self._arrivals.put(None)
 
     def _kill(self) -> None:
-        for process in self._processes:
-            process.kill()
-            process.wait()
-
-
-def _start(arguments: RankArguments) -> tuple[subprocess.Popen[bytes], int, Connection]:
-    """Not through multiprocessing, which would run the user's main module again."""
-    ours, theirs = Pipe()
-    with theirs:
-        number = theirs.fileno()
-        started = start_child("octavo.engine.rank", str(number), descriptors=(number,))
-    ours.send(arguments)
-    return *started, ours
+        for rank in self._ranks:
+            rank.kill()
 
 
 def _failure(rank: int, failure: RankFailure) -> OctavoError:

@@ -49,6 +49,13 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
 ToEngine = AddRequest | AbortSequence | GetStats | ResetPrefixCache | ExplainPrefix | Shutdown
 
 
+class AwaitRanks(msgspec.Struct, frozen=True, tag=True):
+    """Ranks that somebody else starts are to come to host:port, with this key."""
+
+    address: str
+    key: bytes
+
+
 class Ready(msgspec.Struct, frozen=True, tag=True):
     plan: MemoryPlan
 
@@ -92,7 +99,7 @@ class Died(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-FromEngine = Ready | Deltas | Held | Refused | Answer | Explained | Died
+FromEngine = AwaitRanks | Ready | Deltas | Held | Refused | Answer | Explained | Died
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

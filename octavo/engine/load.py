@@ -15,6 +15,7 @@ from octavo.engine.core import EngineCore
 from octavo.engine.executor import start_ranks
 from octavo.engine.memory import plan_model, weights_dtype, with_others
 from octavo.engine.prefixes import model_identity
+from octavo.engine.rank_transport import RankTransport
 from octavo.engine.tokenizer import Tokenizer, find_tokenizer
 from octavo.errors import CapacityError
 from octavo.grammar import Guides, Vocabulary
@@ -38,10 +39,11 @@ def load_core(
     progress: Progress = UNWATCHED,
     tokenizer: Tokenizer | None = None,
     first_device: int = 0,
+    transport: RankTransport | None = None,
 ) -> EngineCore:
     """Returns an engine core that is ready to step; `tokenizer` is the model's, if this process has
-    it already, and `first_device` the first of its ranks' GPUs. Raises ModelError, CapacityError.
-    """
+    it already, `first_device` the first of its ranks' GPUs, `transport` how they are started.
+    Raises ModelError, CapacityError."""
     if config.tensor_parallel_size == 1:
         runner, plan = load_runner(config, files, ALONE, progress, first_device)
     else:
@@ -49,7 +51,7 @@ def load_core(
             config.tensor_parallel_size
         )  # refused before it starts
         load = partial(load_runner, config, files, progress=progress, device_index=first_device)
-        runner, plan = start_ranks(config, files, load, first_device)
+        runner, plan = start_ranks(config, files, load, first_device, transport)
     identity = model_identity(config, files)
     return EngineCore(config, plan, runner, identity, _guides(config, files, tokenizer))
 

@@ -20,6 +20,7 @@ from octavo.engine.ipc import (
     AbortSequence,
     AddRequest,
     Answer,
+    AwaitRanks,
     Deltas,
     Died,
     Explained,
@@ -35,6 +36,7 @@ from octavo.engine.ipc import (
     encode,
 )
 from octavo.engine.load import load_core
+from octavo.engine.rank_transport import RankTransport, RemoteRanks
 from octavo.engine.vitals import Vitals
 from octavo.errors import OctavoError, OverloadedError
 from octavo.observe.logs import LogFormat, configure_logging
@@ -53,6 +55,8 @@ class EngineArguments(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str
     first_device: int = 0
     """Of the GPUs of its ranks."""
+    rank_host: str | None = None
+    """An address of this host that its ranks come to, if somebody else starts them."""
 
 
 class _Loop:
@@ -178,7 +182,13 @@ def main(arguments: str, beats: str, stacks: str, *addresses: str) -> int:
         inbox.connect(address)
     fronts = Fronts([_connected(context, address) for address in addresses[1::2]])
     try:
-        core = load_core(given.config, given.files, vitals, first_device=given.first_device)
+        core = load_core(
+            given.config,
+            given.files,
+            vitals,
+            first_device=given.first_device,
+            transport=_transport(given, fronts),
+        )
         # What is loaded lives as long as the process: the collector need not look at it again.
         gc.collect()
         gc.freeze()
@@ -196,6 +206,15 @@ def main(arguments: str, beats: str, stacks: str, *addresses: str) -> int:
     finally:
         context.destroy(linger=2000)
     return 0
+
+
+def _transport(given: EngineArguments, fronts: Fronts) -> RankTransport | None:
+    """Returns how ranks are started if not by this process: the first front end sees to it."""
+    if given.rank_host is None:
+        return None
+    return RemoteRanks(
+        given.rank_host, lambda address, key: fronts.send(0, AwaitRanks(address, key))
+    )
 
 
 def _connected(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[bytes]:

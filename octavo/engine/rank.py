@@ -1,12 +1,13 @@
 """A tensor parallel rank in a process of its own: `main` is run by `engine.parent`.
 
-Started by `engine.executor`, whose calls it repeats: it launches the plans that it is sent and
-collects them when told to. Ends when told to or with a RankFailure; `engine.parent` ends it when
-its parent is gone.
+Started through `engine.rank_transport`; repeats the calls of `engine.executor`: it launches the
+plans that it is sent and collects them when told to. Ends when told to or with a RankFailure;
+`engine.parent` ends it when its parent is gone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import pickle
@@ -24,18 +25,19 @@ from octavo.device import select_device
 from octavo.engine.executor import ARRIVED, COLLECT, END, RankFailure
 from octavo.engine.load import load_runner
 from octavo.errors import OctavoError
-from octavo.parallel import TorchCollectives
+from octavo.parallel import Meeting, TorchCollectives
 from octavo.step import StepPlan
 
 
 def run(connection: Connection) -> None:
     """Loads this rank's part and repeats the parent's calls until the end."""
-    config, files, rank, folder, device_index = connection.recv()
+    config, files, rank, address, device_index = connection.recv()
     device = torch.device(select_device(config.device, device_index).torch_name)
     if device.type != "cpu":
         torch.accelerator.set_device_index(device_index)
     connection.send(ARRIVED)
-    collectives = TorchCollectives(folder, rank, config.tensor_parallel_size, device)
+    meeting = Meeting.at(address, config.tensor_parallel_size)
+    collectives = TorchCollectives(meeting, rank, device)
     runner, _ = load_runner(config, files, collectives, device_index=device_index)
     gc.collect()
     gc.freeze()
@@ -64,15 +66,20 @@ def _read(connection: Connection, inbox: SimpleQueue[bytes]) -> None:
             return inbox.put(END)
 
 
-def main(number: str) -> NoReturn:
-    """Leaves at once at the end: what is left are destructors that wait for other ranks."""
-    connection = Connection(int(number))
-    code = 0
+def repeat(connection: Connection) -> bool:
+    """Runs a rank to its end; returns False, having told why, if it failed."""
     try:
         run(connection)
     except Exception as error:  # the edge of the process
         kind = type(error).__name__ if isinstance(error, OctavoError) else ""
-        connection.send(RankFailure(kind, str(error) if kind else traceback.format_exc()))
-        code = 1
+        with contextlib.suppress(OSError):  # rank 0 is gone, which is why it failed
+            connection.send(RankFailure(kind, str(error) if kind else traceback.format_exc()))
+        return False
+    return True
+
+
+def main(number: str) -> NoReturn:
+    """Leaves at once at the end: what is left are destructors that wait for other ranks."""
+    is_well = repeat(Connection(int(number)))
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(0 if is_well else 1)

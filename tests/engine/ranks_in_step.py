@@ -19,7 +19,7 @@ from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
 from octavo.engine.load import load_runner
 from octavo.grammar import Guides, Vocabulary
-from octavo.parallel import Collectives, TorchCollectives
+from octavo.parallel import Collectives, Meeting, TorchCollectives
 from octavo.request import Request, SamplingParams, pack_ids
 from octavo.weights.hub import resolve_model
 from tests.engine.test_llm import prompts_of
@@ -81,9 +81,9 @@ def _no_vocabulary() -> Vocabulary:
     raise AssertionError("nobody asks for a grammar")
 
 
-def main(folder: str, *models: str) -> None:
+def main(address: str, *models: str) -> None:
     torch.set_num_threads(1)
-    collectives = TorchCollectives(Path(folder), 1, SIZE, torch.device("cpu"))
+    collectives = TorchCollectives(Meeting.at(address, SIZE), 1, torch.device("cpu"))
     for model in models:
         outputs_of(Path(model), collectives)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +17,10 @@ import torch
 
 from octavo import LLM, AsyncLLM, ConfigError, EngineConfig, SamplingParams
 from octavo.engine.executor import Executor
-from octavo.errors import EngineDeadError, WeightsError
+from octavo.engine.front_end import FrontEnd
+from octavo.engine.load import load_core
+from octavo.engine.rank_transport import RemoteRanks
+from octavo.errors import EngineDeadError, OctavoError, WeightsError
 from tests.engine.test_llm import greedy, prompts_of, tokens
 from tests.models import tiny
 
@@ -29,6 +35,7 @@ OPTIONS: dict[str, Any] = {
     "max_model_len": 128,
 }
 NUM_BLOCKS = 16
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @contextmanager
@@ -97,7 +104,7 @@ def test_a_killed_rank_ends_the_engine_with_its_exit_code(qwen3_moe: Path) -> No
         llm.generate(prompts_of((20,)), greedy(4), use_tqdm=False)
         runner = llm._core._runner
         assert isinstance(runner, Executor)
-        runner._processes[0].kill()
+        runner._ranks[0].kill()
         for _ in range(2):
             with pytest.raises(EngineDeadError, match="rank 1 ended with code -9"):
                 llm.generate(prompts_of((20,)), greedy(4), use_tqdm=False)
@@ -107,7 +114,7 @@ def test_a_failing_rank_ends_the_engine_with_its_traceback(qwen3_moe: Path) -> N
     with engine(qwen3_moe, 2) as llm:
         runner = llm._core._runner
         assert isinstance(runner, Executor)
-        runner._connections[0].send_bytes(b"no plan")
+        runner._ranks[0].connection.send_bytes(b"no plan")
         with pytest.raises(EngineDeadError, match=r"(?s)rank 1 failed.*Traceback.*pickle"):
             llm.generate(prompts_of((20,)), greedy(4), use_tqdm=False)
 
@@ -150,3 +157,57 @@ def test_sizes_that_cannot_share_are_refused_before_anything_starts(
     with pytest.raises(ConfigError, match=says) as caught, engine(qwen3_moe, size):
         pass
     assert caught.value.field == "tensor_parallel_size"
+
+
+JOIN = """
+import sys
+from octavo.engine.rank import repeat
+from octavo.engine.rank_transport import join
+address, key, rank = sys.argv[1:]
+sys.exit(not repeat(join(address, bytes.fromhex(key), int(rank))))
+"""
+
+
+def test_ranks_that_others_start_come_by_address_and_draw_the_same_tokens(qwen3_moe: Path) -> None:
+    prompts = prompts_of((20, 33), seed=3)
+    with engine(qwen3_moe, 1) as llm:
+        expected = tokens(llm.generate(prompts, greedy(6), use_tqdm=False))
+    started: list[subprocess.Popen[bytes]] = []
+
+    def announce(address: str, key: bytes) -> None:
+        host, _, port = address.rpartition(":")
+        with socket.create_connection((host, int(port))) as stranger:
+            stranger.sendall(bytes(100))  # whoever has no key is no rank
+        command = [sys.executable, "-c", JOIN, address, key.hex(), "1"]
+        started.append(subprocess.Popen(command, cwd=ROOT))
+
+    config = EngineConfig(model=str(qwen3_moe), tensor_parallel_size=2, **OPTIONS).resolve()
+    llm = LLM.__new__(LLM)
+    llm.config = config
+    llm._front_end = FrontEnd(config)
+    llm._core = load_core(
+        config, llm._front_end.files, transport=RemoteRanks("127.0.0.1", announce)
+    )
+    llm._input, llm._output = llm._front_end.processors(llm._core.plan.max_model_len)
+    llm._num_requests = 0
+    try:
+        assert tokens(llm.generate(prompts, greedy(6), use_tqdm=False)) == expected
+    finally:
+        llm.close()
+    assert started[0].wait(30) == 0
+
+
+def test_ranks_that_do_not_come_are_named_with_the_address(qwen3_moe: Path) -> None:
+    config = EngineConfig(model=str(qwen3_moe), tensor_parallel_size=2, **OPTIONS).resolve()
+    transport = RemoteRanks("127.0.0.1", lambda address, key: None, arrival_seconds=0.2)
+    files = FrontEnd(config).files
+    wanted = r"rank 1 of 2 did not come to 127\.0\.0\.1:\d+ within 0\.2 s"
+    with pytest.raises(EngineDeadError, match=wanted):
+        load_core(config, files, transport=transport)
+
+
+def test_a_host_that_is_not_here_is_refused(qwen3_moe: Path) -> None:
+    config = EngineConfig(model=str(qwen3_moe), tensor_parallel_size=2, **OPTIONS).resolve()
+    transport = RemoteRanks("192.0.2.1", lambda address, key: None)
+    with pytest.raises(OctavoError, match=r"cannot (come to|meet at) 192"):
+        load_core(config, FrontEnd(config).files, transport=transport)

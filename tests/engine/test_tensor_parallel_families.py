@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from octavo.parallel import ALONE, TorchCollectives
+from octavo.parallel import ALONE, Meeting, TorchCollectives
 from tests.engine.ranks_in_step import SIZE, Output, outputs_of
 from tests.models import tiny
 
@@ -54,12 +54,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def pairs(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Found]:
-    meeting = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "tests.engine.ranks_in_step", str(meeting)]
+def pairs(folders: dict[str, Path]) -> Iterator[Found]:
+    meeting = Meeting("127.0.0.1", SIZE)
+    command = [sys.executable, "-m", "tests.engine.ranks_in_step", meeting.address]
     other = subprocess.Popen([*command, *map(str, folders.values())])
     try:
-        collectives = TorchCollectives(meeting, 0, SIZE, torch.device("cpu"))
+        collectives = TorchCollectives(meeting, 0, torch.device("cpu"))
         yield {case: outputs_of(folder, collectives) for case, folder in folders.items()}
         assert other.wait(60) == 0
     finally:

@@ -1,0 +1,214 @@
+"""How the ranks of an engine are started and spoken to: processes of this host, or elsewhere.
+
+Used by the executor, which knows ranks as connections that carry pickled plans, and by nobody else.
+`LocalRanks` starts processes that end with this one; `RemoteRanks` says where it can be reached and
+waits for ranks that somebody else starts, on this host or on others: Ray actors, say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Callable
+from multiprocessing import AuthenticationError, Pipe
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
+from typing import Protocol
+
+from octavo.engine.child import start_child
+from octavo.errors import ConfigError, EngineDeadError
+
+LOCAL_HOST = "127.0.0.1"
+ARRIVAL_SECONDS = 120.0
+"""How long ranks get to be started and to come."""
+KEY_BYTES = 32
+GREETING_SECONDS = 5
+
+
+class RankProcess(Protocol):
+    """One rank that was started."""
+
+    connection: Connection
+
+    def wait(self, seconds: float) -> str | None:
+        """Returns how it ended, for people, or None if it has not after so long."""
+        ...
+
+    def kill(self) -> None:
+        """Ends it; may be called again."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of what has ended."""
+        ...
+
+
+class RankTransport(Protocol):
+    """Starts ranks."""
+
+    host: str
+    """Where the ranks find rank 0, which is in this process."""
+
+    def start(self, size: int, first_device: int) -> list[tuple[RankProcess, int]]:
+        """Starts ranks 1 to size - 1; returns each with the index of its GPU among those that it
+        sees. Raises EngineDeadError naming those that did not come."""
+        ...
+
+
+class LocalRank:
+    """A process of this host, which ends with this one."""
+
+    def __init__(self) -> None:
+        ours, theirs = Pipe()
+        with theirs:
+            number = theirs.fileno()
+            # Not through multiprocessing, which would run the user's main module again.
+            self._process, self._lifeline = start_child(
+                "octavo.engine.rank", str(number), descriptors=(number,)
+            )
+        self.connection: Connection = ours
+
+    def wait(self, seconds: float) -> str | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return f"ended with code {self._process.wait(seconds)}"
+        return None
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def close(self) -> None:
+        self.connection.close()
+        os.close(self._lifeline)
+
+
+class LocalRanks:
+    """Ranks of this host, each with a GPU of its own."""
+
+    host = LOCAL_HOST
+
+    def start(self, size: int, first_device: int) -> list[tuple[RankProcess, int]]:
+        return [(LocalRank(), first_device + rank) for rank in range(1, size)]
+
+
+class RemoteRank:
+    """A rank at the other end of a TCP connection; whoever has started it ends it."""
+
+    def __init__(self, connection: Connection, peer: str) -> None:
+        self.connection = connection
+        self._peer = peer
+
+    def wait(self, seconds: float) -> str | None:
+        return f"at {self._peer} has left or cannot be reached any more"
+
+    def kill(self) -> None:
+        """Without its connection it ends by itself."""
+        with (
+            contextlib.suppress(OSError),  # it is closed already
+            socket.socket(fileno=os.dup(self.connection.fileno())) as end,
+        ):
+            end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+Announce = Callable[[str, bytes], None]
+"""Is told the address (host:port) to come to, and the key that lets a rank in."""
+
+
+class RemoteRanks:
+    """Ranks that come to an address of this host."""
+
+    def __init__(
+        self, host: str, announce: Announce, arrival_seconds: float = ARRIVAL_SECONDS
+    ) -> None:
+        """`announce` has the ranks started; it must not wait for them."""
+        self.host = host
+        self._announce = announce
+        self._seconds = arrival_seconds
+
+    def start(self, size: int, first_device: int) -> list[tuple[RankProcess, int]]:
+        try:
+            server = socket.create_server((self.host, 0))
+        except OSError as error:
+            message = f"ranks cannot come to {self.host}: {error.strerror}; is it of this host?"
+            raise ConfigError(message) from error
+        with server:
+            address = f"{self.host}:{server.getsockname()[1]}"
+            key = secrets.token_bytes(KEY_BYTES)
+            self._announce(address, key)
+            found: dict[int, RemoteRank] = {}
+            deadline = time.monotonic() + self._seconds
+            while len(found) < size - 1:
+                server.settimeout(max(deadline - time.monotonic(), 0.01))
+                try:
+                    end, peer = server.accept()
+                except TimeoutError:
+                    for rank in found.values():
+                        rank.close()
+                    raise EngineDeadError(_missing(size, found, address, self._seconds)) from None
+                come = _let_in(end, key)
+                if come is None:
+                    continue
+                rank, connection = come
+                if 1 <= rank < size and rank not in found:
+                    found[rank] = RemoteRank(connection, f"{peer[0]}:{peer[1]}")
+                else:
+                    connection.close()
+        # Elsewhere a rank sees its own GPU alone.
+        return [(found[rank], 0) for rank in range(1, size)]
+
+
+def _missing(size: int, found: dict[int, RemoteRank], address: str, seconds: float) -> str:
+    missing = [str(rank) for rank in range(1, size) if rank not in found]
+    return (
+        f"rank {', '.join(missing)} of {size} did not come to {address} within {seconds:g} s; "
+        "are they started, and can they reach this address and port?"
+    )
+
+
+def _let_in(end: socket.socket, key: bytes) -> tuple[int, Connection] | None:
+    """Returns a rank's number and connection, None for whoever does not know the key."""
+    end.settimeout(None)
+    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # Whoever says nothing must not keep others waiting.
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", GREETING_SECONDS, 0))
+    other = socket.socket(fileno=os.dup(end.fileno()))
+    connection = Connection(end.detach())
+    try:
+        deliver_challenge(connection, key)
+        answer_challenge(connection, key)
+        rank = int(connection.recv_bytes().decode())
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, 0))
+        return rank, connection
+    except (AuthenticationError, EOFError, OSError, ValueError):
+        connection.close()
+        return None
+    finally:
+        other.close()
+
+
+def join(address: str, key: bytes, rank: int, seconds: float = ARRIVAL_SECONDS) -> Connection:
+    """Returns the connection of a rank that was started elsewhere to rank 0 at host:port.
+
+    Raises EngineDeadError if nobody is there, or the key is not theirs.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        end = socket.create_connection((host, int(port)), timeout=seconds)
+        end.settimeout(None)
+        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection = Connection(end.detach())
+        answer_challenge(connection, key)
+        deliver_challenge(connection, key)
+        connection.send_bytes(str(rank).encode())
+    except (AuthenticationError, EOFError, OSError) as error:
+        raise EngineDeadError(
+            f"rank {rank} does not reach rank 0 at {address} within {seconds:g} s: {error}"
+        ) from error
+    return connection
