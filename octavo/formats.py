@@ -23,13 +23,17 @@ class WeightFormat:
     block_bytes: int
     is_padded: bool = False
     """Whether the last block of a row may be only partly used; it has all its bytes."""
-    has_table: bool = False
-    """Whether blocks point into a table of 256 float32 numbers that the matrix brings along."""
+    table_size: int = 0
+    """Float32 numbers of the table that blocks point into, which the matrix brings along."""
 
     @property
     def is_block(self) -> bool:
         """Whether elements share scales, so that rows are bytes rather than numbers."""
         return self.block_size > 1
+
+    @property
+    def has_table(self) -> bool:
+        return self.table_size > 0
 
     def row_bytes(self, cols: int) -> int:
         """Bytes of a row of `cols` elements. Raises ConfigError where blocks do not divide it."""
@@ -66,7 +70,7 @@ INT_GROUPS = (32, 64, 128)
 """Elements of a row that share a scale; larger groups repeat theirs."""
 FP8 = _own("fp8", 128, 132)
 """A float32 scale, then 128 numbers of 8 bits (e4m3) that it multiplies."""
-NVFP4 = WeightFormat(name="nvfp4", block_size=64, block_bytes=36, is_padded=True, has_table=True)
+NVFP4 = WeightFormat(name="nvfp4", block_size=64, block_bytes=36, is_padded=True, table_size=256)
 """ggml's: four e4m3 scales, then four times eight bytes; what a scale means is in the table."""
 
 
@@ -92,6 +96,20 @@ GGUF_FORMATS: dict[str, WeightFormat] = _table(
     ("iq4_xs", 256, 136),
     ("mxfp4", 32, 17),
 ) | {"nvfp4": NVFP4}
+GRID_FORMATS: dict[str, WeightFormat] = {
+    name: WeightFormat(name=name, block_size=256, block_bytes=size, table_size=entries * width)
+    for name, size, entries, width in (
+        ("iq2_xxs", 66, 256, 8),
+        ("iq2_xs", 74, 512, 8),
+        ("iq2_s", 82, 1024, 8),
+        ("iq3_xxs", 98, 256, 4),
+        ("iq3_s", 110, 512, 4),
+        ("iq1_s", 50, 2048, 8),
+        ("iq1_m", 56, 2048, 8),
+    )
+}
+"""ggml's whose codes point into a grid of vectors: their table."""
+GGUF_FORMATS |= GRID_FORMATS | _table(("tq1_0", 256, 54), ("tq2_0", 256, 66))
 PACKED_FORMATS: dict[str, WeightFormat] = {
     one.name: one
     for one in (

@@ -6,13 +6,16 @@ what the library says that defines a published format.
 
 from __future__ import annotations
 
+from functools import cache
+
 import gguf
 import numpy as np
 import torch
+from gguf import quants
 from gguf.quants import dequantize
 from torch import Tensor
 
-from octavo.formats import FP8, NVFP4, PACKED_FORMATS, WeightFormat
+from octavo.formats import FP8, GRID_FORMATS, NVFP4, PACKED_FORMATS, WeightFormat
 from octavo.kernels.weights import Weight
 
 TWICE_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
@@ -30,6 +33,20 @@ def gguf_scale_table() -> Tensor:
     half = e4m3_scales()[:128].nan_to_num_(nan=480.0).mul_(0.5)
     table = torch.cat((half, half))
     table[0x7F] = 0.0
+    return table
+
+
+@cache
+def gguf_table(form: WeightFormat) -> Tensor | None:
+    """Returns the table of a format of GGUF files, one for all matrices; None if it has none."""
+    if form is NVFP4:
+        return gguf_scale_table()
+    if form.name not in GRID_FORMATS:
+        return None
+    kind = getattr(quants, form.name.upper())
+    kind.init_grid()
+    table = torch.from_numpy(kind.grid.astype(np.float32).flatten())
+    assert table.shape == (form.table_size,), form.name
     return table
 
 

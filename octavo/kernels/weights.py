@@ -27,7 +27,7 @@ class Weight:
     rows: int
     cols: int
     table: Tensor | None = None
-    """[256] float32, for formats that have a table."""
+    """float32 [format.table_size], for formats that have a table."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from octavo.errors import UnsupportedModelError, WeightsError
 from octavo.formats import WEIGHT_FORMATS, WeightFormat
-from octavo.kernels.dequantize import gguf_scale_table
+from octavo.kernels.dequantize import gguf_table
 from octavo.kernels.weights import Weight
 
 NUMBER_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -210,7 +210,7 @@ class MappedSource:
         if stored.interleaved_heads:
             data = half_split_rows(data, stored.interleaved_heads)
             stored.file.release(stored.start, stored.nbytes)
-        table = gguf_scale_table() if number_format.has_table else None
+        table = gguf_table(number_format)
         return Weight(data=data, format=number_format, rows=rows, cols=cols, table=table)
 
     def copy_into(self, name: str, out: Tensor, staging: Staging, row: int, col: int) -> None:

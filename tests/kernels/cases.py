@@ -13,9 +13,9 @@ from gguf.quants import dequantize, quantize
 from torch import Tensor
 from torch.nn import functional
 
-from octavo.formats import FP8, PACKED_FORMATS, WEIGHT_FORMATS, WeightFormat
+from octavo.formats import FP8, NVFP4, PACKED_FORMATS, WEIGHT_FORMATS, WeightFormat
 from octavo.kernels.activations import Activation, ClampedSwiGLU
-from octavo.kernels.dequantize import dequantize_rows
+from octavo.kernels.dequantize import dequantize_rows, gguf_table
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer, QKNorm, RopeTable
 from octavo.kernels.routing import RoutingRule
 from octavo.kernels.weights import ExpertBiases, Router, Weight
@@ -31,6 +31,10 @@ SCALE_OFFSETS = {
     "iq4_nl": (0,),
     "iq4_xs": (0,),
     "nvfp4": (),
+    "iq1_m": (),
+    **dict.fromkeys(("iq1_s", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s"), (0,)),
+    "tq1_0": (52,),
+    "tq2_0": (64,),
 }
 """Where the float16 scales of the formats that gguf cannot quantise to lie in a block."""
 
@@ -71,7 +75,7 @@ def make_weight(name: str, rows: int, cols: int, rng: np.random.Generator) -> We
         data = torch.from_numpy(quantize(values, gguf.GGMLQuantizationType[name.upper()]))
     else:
         data = random_blocks(form, rows, cols, rng)
-    table = torch.rand(256).mul_(0.02) if form.has_table else None
+    table = torch.rand(256).mul_(0.02) if form is NVFP4 else gguf_table(form)
     return Weight(data=data, format=form, rows=rows, cols=cols, table=table)
 
 
@@ -85,6 +89,11 @@ def random_blocks(form: WeightFormat, rows: int, cols: int, rng: np.random.Gener
     for offset in SCALE_OFFSETS.get(form.name, (0,) if own else ()):
         data = scales.to(dtype).view(torch.uint8).numpy()
         blocks[..., offset : offset + data.shape[-1]] = data
+    if form.name == "iq1_m":  # four bits each in the high half of four words
+        bits = scales.to(torch.float16).view(torch.int16).numpy().view(np.uint16)
+        for word in range(4):
+            high = (bits[..., 0] >> 4 * word & 15).astype(np.uint8) << 4
+            blocks[..., 49 + 2 * word] = blocks[..., 49 + 2 * word] & 15 | high
     if form is FP8:
         codes = blocks[..., 4:]
         codes[codes & 0x7F == 0x7F] = 0x38  # no NaN
@@ -95,7 +104,7 @@ def exact(weight: Weight) -> Tensor:
     """Returns what `weight` means as float64, of gguf's formats by gguf's own dequantisation."""
     if not weight.format.is_block:
         return weight.data.double()
-    if weight.format.name in PACKED_FORMATS or weight.format.has_table:
+    if weight.format.name in PACKED_FORMATS or weight.format is NVFP4:
         return dequantize_rows(weight, slice(None)).double()
     kind = gguf.GGMLQuantizationType[weight.format.name.upper()]
     return torch.from_numpy(dequantize(weight.data.numpy(), kind)).double()

@@ -11,15 +11,16 @@ namespace octavo {
 // The order is that of WEIGHT_FORMATS in octavo/formats.py.
 enum Format : int64_t {
   F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, Q2_K, Q3_K, IQ4_NL, IQ4_XS, MXFP4,
-  NVFP4, INT4_32_F16, INT4_32_BF16, INT4_64_F16, INT4_64_BF16, INT4_128_F16, INT4_128_BF16, INT8_32,
-  INT8_64, INT8_128, FP8
+  NVFP4, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S, IQ1_S, IQ1_M, TQ1_0, TQ2_0, INT4_32_F16,
+  INT4_32_BF16, INT4_64_F16, INT4_64_BF16, INT4_128_F16, INT4_128_BF16, INT8_32, INT8_64, INT8_128,
+  FP8
 };
 enum ActivationKind : int64_t { SILU, GELU_TANH, CLAMPED_SWIGLU };
 enum Visibility : int64_t { FULL, WINDOW, CHUNK };
 enum Status : int64_t { OK, BAD_INDEX };
 
-// [rows, cols] in `format`, rows `row_bytes` apart; data need not be aligned. `table`: 256 numbers,
-// or null for formats without one.
+// [rows, cols] in `format`, rows `row_bytes` apart; data need not be aligned. `table`: what
+// codes point to, or null for formats without one.
 struct Matrix {
   const uint8_t* data;
   int64_t rows, cols, row_bytes, format;

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "formats.h"
+#include "grid_formats.h"
 
 namespace octavo {
 
@@ -229,6 +230,15 @@ inline void with_format(int64_t format, const Use& use) {
     case IQ4_XS: return use(FormatIQ4_XS{});
     case MXFP4: return use(FormatMXFP4{});
     case NVFP4: return use(FormatNVFP4{});
+    case IQ2_XXS: return use(FormatIQ2_XXS{});
+    case IQ2_XS: return use(FormatIQ2_XS{});
+    case IQ2_S: return use(FormatIQ2_S{});
+    case IQ3_XXS: return use(FormatIQ3_XXS{});
+    case IQ3_S: return use(FormatIQ3_S{});
+    case IQ1_S: return use(FormatIQ1_S{});
+    case IQ1_M: return use(FormatIQ1_M{});
+    case TQ1_0: return use(FormatTQ1_0{});
+    case TQ2_0: return use(FormatTQ2_0{});
     case INT4_32_F16: return use(FormatInt4<ScaleF16, 32>{});
     case INT4_32_BF16: return use(FormatInt4<ScaleBF16, 32>{});
     case INT4_64_F16: return use(FormatInt4<ScaleF16, 64>{});

@@ -113,7 +113,7 @@ def matrix_struct(weight: Weight) -> MatrixStruct:
     shape = data.shape[0], data.shape[1] * data.element_size()
     assert shape == (weight.rows, form.row_bytes(weight.cols)), form.name
     code, table = FORMAT_CODES[form.name], weight.table
-    assert (table is not None) == form.has_table, form.name
+    assert (0 if table is None else len(table)) == form.table_size, form.name
     pointer = None if table is None else address_of(table, torch.float32)
     return MatrixStruct(data.data_ptr(), weight.rows, weight.cols, row_bytes, code, pointer)
 
