@@ -6,10 +6,12 @@ torch only once a GPU's driver is there; outside `runner/` no other file says to
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -236,6 +238,13 @@ class CUDADevice:
         if is_ours_known and all(size.isdigit() for size in mib.values()):
             used = sum(int(size) for size in mib.values()) * 2**20
         return OtherProcesses(count=count, used_bytes=max(used, 0))
+
+
+def return_free_memory() -> None:
+    """Gives the system back what the C allocator keeps of free memory, where it can be asked to
+    (glibc): loading leaves tens of megabytes."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def select_device(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -10,8 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from octavo.device import CPUDevice, CUDADevice, OtherProcesses, select_device
+from octavo.device import (
+    CPUDevice,
+    CUDADevice,
+    OtherProcesses,
+    return_free_memory,
+    select_device,
+)
 from octavo.errors import ConfigError
+from tests.weights.reading import anonymous_bytes
 
 MIB, GIB = 2**20, 2**30
 
@@ -197,3 +205,20 @@ def test_others_on_the_gpu_are_counted_without_us(listed: str, others: OtherProc
 
 def test_the_whole_host_has_no_others() -> None:
     assert CPUDevice().other_processes() is None
+
+
+def test_memory_that_the_allocator_keeps_goes_back_to_the_system():
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    size, count = 64 << 10, 1024
+    blocks = [libc.malloc(size) for _ in range(count)]
+    for block in blocks:
+        ctypes.memset(block, 1, size)
+    for block in blocks[:-1]:  # the last keeps the heap from shrinking by itself
+        libc.free(block)
+    before = anonymous_bytes()
+    return_free_memory()
+    after = anonymous_bytes()
+    libc.free(blocks[-1])
+    assert before - after > size * count // 2

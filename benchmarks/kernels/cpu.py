@@ -2,9 +2,11 @@
 
     python benchmarks/kernels/cpu.py [--backend native] [--formats bf16,q4_1] [--only linear,mlp]
 
-floor_us is the larger of bytes read over the measured read bandwidth and FLOPs over the measured
-float32 peak of torch's matrix product. Times are the least of many runs, since other work may
-share the cores; weights rotate through more memory than the caches hold, as in a model.
+floor_us is the larger of bytes read over the read bandwidth, measured again before each line, and
+FLOPs over the measured float32 peak of torch's matrix product. Times are the least of many runs,
+since other work may share the cores (cpu_us is what a run took of them, least as well); weights
+rotate through more memory than the caches hold, as in a model. Formats whose blocks 576 columns
+do not fill have 768.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 from torch.nn import functional
 
 from octavo.formats import WEIGHT_FORMATS
+from octavo.kernels.dequantize import gguf_table
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
 from octavo.kernels.ops import Ops
 from octavo.kernels.registry import Needs, select_ops
@@ -29,7 +32,9 @@ from octavo.visibility import Full
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_SIZE, VOCABULARY = 576, 1536, 9, 3, 64, 49152
 ROUTER = Router(weights=(), rule=RoutingRule(top_k=2, renormalize=True))
 TOKENS = (1, 4, 16, 128, 1024)
-ROTATED_BYTES = 128 << 20
+FORMATS = "bf16,q4_1,q4_k,q5_0,q6_k,q8_0,int4_128_f16,iq2_xs,f32"
+ROTATED_BYTES = 320 << 20
+PROBE = torch.ones(64 << 20)
 NUMBER_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -56,24 +61,39 @@ class Case:
     torch_run: Callable[[int], object] | None = None
 
 
-def least_seconds(run: Callable[[int], object], copies: int, budget: float = 0.4) -> float:
+def hidden_size(name: str) -> int:
+    """Returns the columns of a row of the model's width in a format."""
+    form = WEIGHT_FORMATS[name]
+    return HIDDEN if form.is_padded or HIDDEN % form.block_size == 0 else 768
+
+
+def least_seconds(
+    run: Callable[[int], object],
+    copies: int,
+    budget: float = 0.4,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Returns the least time of one call in about `budget` seconds, at least 5 calls."""
     least, count, end = float("inf"), 0, time.perf_counter() + budget
     while count < 5 or time.perf_counter() < end:
-        start = time.perf_counter()
+        start = clock()
         run(count % copies)
-        least = min(least, time.perf_counter() - start)
+        least = min(least, clock() - start)
         count += 1
     return least
 
 
+def read_rate(budget: float) -> float:
+    """Returns the bytes that torch's threads read in a second."""
+    return PROBE.nbytes / least_seconds(lambda _: PROBE.sum(), 1, budget)
+
+
 def measure_machine(threads: int) -> Machine:
     torch.set_num_threads(threads)
-    big, square = torch.ones(64 << 20), torch.ones(1024, 1024)
-    read = least_seconds(lambda _: big.sum(), 1, 1.0)
+    square = torch.ones(1024, 1024)
     product = least_seconds(lambda _: square @ square, 1, 1.0)
     return Machine(
-        bytes_per_second=big.nbytes / read,
+        bytes_per_second=read_rate(1.0),
         flops_per_second=2 * 1024**3 / product,
         threads=threads,
     )
@@ -85,23 +105,24 @@ def make_weight(name: str, rows: int, cols: int) -> Weight:
         data = torch.randint(0, 50, (rows, form.row_bytes(cols)), dtype=torch.uint8)
     else:
         data = (torch.randn(rows, cols) * 0.02).to(NUMBER_DTYPES[name])
-    return Weight(data=data, format=form, rows=rows, cols=cols)
+    return Weight(data=data, format=form, rows=rows, cols=cols, table=gguf_table(form))
 
 
 def linear_cases(ops: Ops, name: str, tokens: int) -> Iterator[Case]:
+    hidden = hidden_size(name)
     shapes = {"qkv": (576, 192, 192), "output": (576,), "vocabulary": (VOCABULARY,)}
     for label, rows in shapes.items():
-        size = sum(WEIGHT_FORMATS[name].row_bytes(HIDDEN) * n for n in rows)
+        size = sum(WEIGHT_FORMATS[name].row_bytes(hidden) * n for n in rows)
         copies = max(1, ROTATED_BYTES // size)
-        sets = [tuple(make_weight(name, n, HIDDEN) for n in rows) for _ in range(copies)]
-        dense = [torch.randn(sum(rows), HIDDEN) for _ in range(min(copies, ROTATED_BYTES // size))]
-        x = torch.randn(tokens, HIDDEN)
+        sets = [tuple(make_weight(name, n, hidden) for n in rows) for _ in range(copies)]
+        dense = [torch.randn(sum(rows), hidden) for _ in range(min(copies, ROTATED_BYTES // size))]
+        x = torch.randn(tokens, hidden)
         yield Case(
             op=f"linear {label}",
-            shape=f"{HIDDEN}x{sum(rows)}",
+            shape=f"{hidden}x{sum(rows)}",
             tokens=tokens,
             bytes=size,
-            flops=2 * tokens * HIDDEN * sum(rows),
+            flops=2 * tokens * hidden * sum(rows),
             copies=copies,
             run=lambda i, x=x, sets=sets: ops.linear(x, sets[i]),
             torch_run=lambda i, x=x, dense=dense: functional.linear(x, dense[i]),
@@ -109,21 +130,23 @@ def linear_cases(ops: Ops, name: str, tokens: int) -> Iterator[Case]:
 
 
 def mlp_cases(ops: Ops, name: str, tokens: int) -> Iterator[Case]:
-    size = 3 * WEIGHT_FORMATS[name].row_bytes(HIDDEN) * INNER
+    hidden = hidden_size(name)
+    form = WEIGHT_FORMATS[name]
+    size = 2 * form.row_bytes(hidden) * INNER + form.row_bytes(INNER) * hidden
     copies = max(4, ROTATED_BYTES // size)
-    shapes = ((INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER))
+    shapes = ((INNER, hidden), (INNER, hidden), (hidden, INNER))
     sets = [tuple(make_weight(name, *shape) for shape in shapes) for _ in range(copies)]
     dense = [tuple(torch.randn(shape) for shape in shapes) for _ in range(min(copies, 16))]
-    x = torch.randn(tokens, HIDDEN)
+    x = torch.randn(tokens, hidden)
 
     def torch_run(i: int) -> torch.Tensor:
         gate, up, down = dense[i % len(dense)]
         return (functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
-    flops = 6 * tokens * HIDDEN * INNER
+    flops = 6 * tokens * hidden * INNER
     yield Case(
         op="gated_mlp",
-        shape=f"{HIDDEN}x{INNER}",
+        shape=f"{hidden}x{INNER}",
         tokens=tokens,
         bytes=size,
         flops=flops,
@@ -143,7 +166,7 @@ def mlp_cases(ops: Ops, name: str, tokens: int) -> Iterator[Case]:
     weights, ids = ops.route(torch.randn(tokens, 4), ROUTER, torch.zeros(4, dtype=torch.int64))
     yield Case(
         op="moe 4 experts top 2",
-        shape=f"{HIDDEN}x{INNER}",
+        shape=f"{hidden}x{INNER}",
         tokens=tokens,
         bytes=size * len(ids.unique()),
         flops=2 * flops,
@@ -220,9 +243,12 @@ def small_cases(ops: Ops, tokens: int) -> Iterator[Case]:
 
 
 def report(case: Case, name: str, ops: Ops, machine: Machine) -> None:
+    torch.set_num_threads(machine.threads)
+    bytes_per_second = read_rate(0.1)
     torch.set_num_threads(ops.torch_threads)
     seconds = least_seconds(case.run, case.copies)
-    memory, compute = case.bytes / machine.bytes_per_second, case.flops / machine.flops_per_second
+    cpu_seconds = least_seconds(case.run, case.copies, clock=time.process_time)
+    memory, compute = case.bytes / bytes_per_second, case.flops / machine.flops_per_second
     line = {
         "op": case.op,
         "backend": ops.name,
@@ -230,6 +256,7 @@ def report(case: Case, name: str, ops: Ops, machine: Machine) -> None:
         "shape": case.shape,
         "tokens": case.tokens,
         "us": round(seconds * 1e6, 1),
+        "cpu_us": round(cpu_seconds * 1e6, 1),
         "floor_us": round(max(memory, compute) * 1e6, 1),
         "of_floor": round(max(memory, compute) / seconds, 2),
         "gb_per_second": round(case.bytes / seconds / 1e9, 1),
@@ -247,7 +274,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--formats", default="bf16,q4_1,q8_0,f32")
+    parser.add_argument(
+        "--formats", default="bf16,q4_1,q4_k,q5_0,q6_k,q8_0,int4_128_f16,iq2_xs,f32"
+    )
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--only", default="linear,mlp,attention,small")
     arguments = parser.parse_args()
