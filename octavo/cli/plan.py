@@ -163,9 +163,10 @@ class _Planner:
         """Refuses what the loader would: weights that stay in a file's blocks, where they have to
         be copied. Raises UnsupportedModelError."""
         from octavo.kernels.limits import check_copied_format, refuse_packed
-        from octavo.weights.quantization import check_quantization
+        from octavo.weights.quantization import check_kv_cache, check_quantization
 
         check_quantization(config.quantization, self._quantization)
+        check_kv_cache(config.kv_cache_dtype, self._quantization)
         is_copied = self._device == "cuda" or config.tensor_parallel_size > 1
         if self._quantization is not None and config.dtype == "auto" and is_copied:
             refuse_packed(f"the model is quantised with {self._quantization.method}", self._device)

@@ -28,7 +28,7 @@ from octavo.runner.build import build_runner
 from octavo.step import Runner
 from octavo.weights.hub import ModelFiles
 from octavo.weights.loader import check_names, open_source
-from octavo.weights.quantization import check_quantization
+from octavo.weights.quantization import check_kv_cache, check_quantization
 
 MAX_MASK_THREADS = 8
 
@@ -79,6 +79,7 @@ def load_runner(
     """Returns one rank's runner and the plan that all ranks hold themselves to."""
     spec, family = read_spec(files.config, files.modules)
     check_quantization(config.quantization, files.quantization)
+    check_kv_cache(config.kv_cache_dtype, files.quantization)
     shapes = weight_shapes(spec, family)
     source = open_source(files, config.dtype, shapes, config.seed)
     check_names(source, shapes, ignorable_names(spec, family))

@@ -54,6 +54,8 @@ class AttentionWants:
     features: frozenset[AttentionFeature] = frozenset()
     vector_sizes: frozenset[int] = frozenset()
     """Of what is kept of a token, where each part has scales of its own."""
+    rotated_sizes: frozenset[int] = frozenset()
+    """Of the rotated numbers behind latent vectors."""
     kv: KVFormats = kv_formats("float32")
 
     @staticmethod
@@ -64,6 +66,7 @@ class AttentionWants:
             head_sizes=frozenset().union(*(one.head_sizes for one in each)),
             features=frozenset().union(*(one.features for one in each)),
             vector_sizes=frozenset().union(*(one.vector_sizes for one in each)),
+            rotated_sizes=frozenset().union(*(one.rotated_sizes for one in each)),
         )
 
 
@@ -105,6 +108,9 @@ def _kv_unfit(backend: str, wants: AttentionWants) -> str | None:
         sizes = [size for size in sorted(wants.vector_sizes) if not one.takes(size)]
         if sizes:
             return f"{one.name} packs {PACKED_BLOCK} numbers, and vectors have {sizes[0]}"
+        odd = [size for size in sorted(wants.rotated_sizes) if size & (size - 1)]
+        if backend == "triton" and one.is_quantized and odd:
+            return f"{one.name} takes a power of two rotated numbers, and there are {odd[0]}"
     if {one.name for one in stored} <= _served_formats(backend, wants):
         return None
     return f"it has no kernel for {wants.kv.name} keys and values"

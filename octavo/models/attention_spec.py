@@ -194,6 +194,7 @@ class LatentAttentionSpec:
         return AttentionWants(
             features=frozenset((AttentionFeature.LATENT,)),
             vector_sizes=frozenset((self.kv_rank, self.rope_size)),
+            rotated_sizes=frozenset((self.rope_size,)),
         )
 
     @property

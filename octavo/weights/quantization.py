@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from octavo.errors import ConfigError, UnsupportedModelError
+from octavo.formats import kv_formats
 from octavo.weights.checkpoint import read_json
 
 Method = Literal["fp8", "awq", "gptq", "compressed-tensors", "mxfp4", "modelopt"]
@@ -54,6 +55,9 @@ class Quantization:
     """Whether columns may belong to groups out of order (GPTQ's `desc_act`)."""
     block: tuple[int, int] | None = None
     """Rows and columns that share a scale, where the config says so (FP8)."""
+    kv_cache: str | None = None
+    """What the checkpoint's scales of keys and values are for, "fp8" or another name; None: it
+    has none, or each vector is to have its own."""
 
 
 def read_quantization(config: Mapping[str, Any], folder: Path | None) -> Quantization | None:
@@ -72,7 +76,7 @@ def read_quantization(config: Mapping[str, Any], folder: Path | None) -> Quantiz
         return None
     if not isinstance(fields, Mapping):
         raise UnsupportedModelError(f"quantization_config must be an object, not {fields!r}")
-    return _read(fields)
+    return replace(_read(fields), kv_cache=_kv_cache(fields))
 
 
 _ALIASES = {"awq_marlin": "awq", "gptq_marlin": "gptq", "modelopt_fp4": "modelopt"}
@@ -97,6 +101,36 @@ def check_quantization(asked: str | None, found: Quantization | None) -> None:
             "out",
             field="quantization",
         )
+
+
+def check_kv_cache(formats: str, found: Quantization | None) -> None:
+    """Refuses the KV formats called `formats` where they would read a checkpoint's scales, which
+    are for others. Raises ConfigError."""
+    stored = None if found is None else found.kv_cache
+    if formats != "auto" and kv_formats(formats).name == "fp8" and stored not in (None, "fp8"):
+        raise ConfigError(
+            f"kv_cache_dtype {formats!r}: the checkpoint's scales of keys and values are for "
+            f"{stored} (quantization_config: kv_cache_scheme, kv_cache_quant_algo); use int8 or "
+            "auto, which need none of them",
+            field="kv_cache_dtype",
+        )
+
+
+def _kv_cache(fields: Mapping[str, Any]) -> str | None:
+    """Reads `kv_cache_scheme` of compressed-tensors and of ModelOpt, or the latter's
+    `kv_cache_quant_algo`."""
+    scheme, algorithm = fields.get("kv_cache_scheme"), fields.get("kv_cache_quant_algo")
+    if scheme is None:
+        return None if algorithm is None else str(algorithm).lower()
+    if not isinstance(scheme, Mapping):
+        _refuse("kv_cache_scheme", scheme, "an object with type, num_bits, strategy and dynamic")
+    if scheme.get("dynamic"):
+        return None
+    bits, kind, strategy = (scheme.get(name) for name in ("num_bits", "type", "strategy"))
+    is_known = strategy in (None, "tensor", "attn_head") and scheme.get("symmetric") is not False
+    if is_known and (kind, bits) == ("float", 8):
+        return "fp8"
+    return " ".join(str(word) for word in (kind, bits, strategy) if word is not None)
 
 
 def _read(fields: Mapping[str, Any]) -> Quantization:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
 from octavo.errors import ConfigError
+from octavo.formats import kv_formats
 from octavo.kernels import limits
 from octavo.kernels.cpu import library
 from octavo.kernels.cpu.fingerprint import fingerprint
@@ -133,3 +135,18 @@ def test_what_no_layer_wants_is_not_asked_of_a_back_end() -> None:
     assert PLAIN.features == frozenset()
     for backend, device in (("auto", "cuda"), ("triton", "cuda"), ("native", "cpu")):
         check_backend(backend, device, PLAIN)
+
+
+def test_latent_vectors_that_a_gpu_cannot_quantise_are_refused_at_start() -> None:
+    latent = AttentionWants(vector_sizes=frozenset((512, 48)), rotated_sizes=frozenset((48,)))
+    wants = dataclasses.replace(latent, features=frozenset((limits.AttentionFeature.LATENT,)))
+    for name in ("fp8", "int8"):
+        asked = dataclasses.replace(wants, kv=kv_formats(name))
+        match = f"kv_cache_dtype {name} .*power of two rotated numbers, and there are 48.*use float"
+        with pytest.raises(ConfigError, match=match) as caught:
+            limits.check_kv_formats("auto", "cuda", asked)
+        assert caught.value.field == "kv_cache_dtype"
+        limits.check_kv_formats("auto", "cpu", asked)
+    limits.check_kv_formats("auto", "cuda", dataclasses.replace(wants, kv=kv_formats("bfloat16")))
+    even = dataclasses.replace(wants, rotated_sizes=frozenset((64,)), kv=kv_formats("fp8"))
+    limits.check_kv_formats("auto", "cuda", even)

@@ -23,7 +23,7 @@ from octavo.kernels.dequantize import dequantize_rows
 from octavo.weights.cast import CastSource
 from octavo.weights.names import expert_names
 from octavo.weights.published.source import PackedSource
-from octavo.weights.quantization import check_quantization, read_quantization
+from octavo.weights.quantization import check_kv_cache, check_quantization, read_quantization
 from octavo.weights.safetensors_source import open_safetensors
 from tests.weights.packing import Written, awq, compressed, fp8, gptq
 
@@ -396,3 +396,44 @@ def test_a_quantised_model_says_what_its_unpacked_weights_say(
     assert main([*plan, "--device", "cuda"]) != 0
     assert f"quantised with {kind}, which cuda cannot multiply" in capsys.readouterr().err
     assert main([*plan, "--device", "cuda", "--dtype", "bfloat16"]) == 0
+
+
+SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+
+
+@pytest.mark.parametrize(
+    ("fields", "stored"),
+    [
+        ({}, None),
+        ({"kv_cache_scheme": None}, None),
+        ({"kv_cache_scheme": SCHEME}, "fp8"),
+        ({"kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": False}}, "fp8"),
+        ({"kv_cache_scheme": SCHEME | {"strategy": "attn_head"}}, "fp8"),
+        ({"kv_cache_scheme": SCHEME | {"dynamic": True}}, None),
+        ({"kv_cache_scheme": SCHEME | {"type": "int"}}, "int 8 tensor"),
+        ({"kv_cache_scheme": SCHEME | {"symmetric": False}}, "float 8 tensor"),
+        ({"kv_cache_scheme": SCHEME | {"strategy": "channel"}}, "float 8 channel"),
+        ({"kv_cache_quant_algo": "FP8"}, "fp8"),
+        ({"kv_cache_quant_algo": "NVFP4"}, "nvfp4"),
+    ],
+)
+def test_scales_of_keys_and_values_are_for_the_format_that_the_config_names(
+    fields: dict[str, Any], stored: str | None
+) -> None:
+    config = {"quant_method": "compressed-tensors"} | fields
+    found = read_quantization({"quantization_config": config}, None)
+    assert found is not None
+    assert found.kv_cache == stored
+    for formats in ("auto", "int8", "int4", "bfloat16", "fp8/int8"):
+        check_kv_cache(formats, found)
+    if stored in (None, "fp8"):
+        check_kv_cache("fp8", found)
+        return
+    with pytest.raises(ConfigError, match=f"kv_cache_dtype 'fp8'.* are for {stored}.*use int8"):
+        check_kv_cache("fp8", found)
+
+
+def test_a_scheme_of_the_kv_cache_that_is_none_is_refused() -> None:
+    config = {"quant_method": "compressed-tensors", "kv_cache_scheme": "fp8"}
+    with pytest.raises(UnsupportedModelError, match="kv_cache_scheme 'fp8' cannot be read"):
+        read_quantization({"quantization_config": config}, None)
