@@ -41,6 +41,7 @@ MAX_TO_END = 4000
 """Bytes that may follow what was cut, until it is whole."""
 ENDS = 8.0
 """What ends of texts have over all other tokens, in a model of random weights."""
+ATTEMPTS = 8
 PROMPT = "Write what fits this JSON schema, nothing else: "
 
 
@@ -121,7 +122,9 @@ class Judge:
     def fault(self, schema: Any, text: str, is_cut: bool) -> str:
         """Returns what is wrong; empty: nothing."""
         if is_cut:
-            whole = self._completed(schema, text.rstrip("\ufffd"))
+            beginning = text.rstrip("\ufffd")
+            ways = (self._completed(schema, beginning, random.Random(n)) for n in range(ATTEMPTS))
+            whole = next((one for one in ways if one is not None), None)
             if whole is None:
                 return "cut, and nothing makes it whole"
             text = whole
@@ -132,7 +135,7 @@ class Judge:
         validator = jsonschema_rs.validator_for(schema, validate_formats=True)
         return "" if validator.is_valid(value) else "not valid"
 
-    def _completed(self, schema: Any, text: str) -> str | None:
+    def _completed(self, schema: Any, text: str, chance: random.Random) -> str | None:
         """Returns a whole text that begins with `text`, by the first way to its end that is found;
         what a pattern still wants is guessed from the schema's own letters."""
         matcher, hints = self.matcher(schema), json.dumps(schema).encode()
@@ -140,7 +143,7 @@ class Judge:
         if matcher.accepts(ids) < len(ids):
             return None
         matcher.advance(ids)
-        chance, data = random.Random(0), bytearray(text.encode())
+        data = bytearray(text.encode())
         first = len(self._vocabulary.tokens) - 256
         for _ in range(MAX_TO_END):
             if matcher.can_end:

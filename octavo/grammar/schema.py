@@ -1,8 +1,8 @@
 """A JSON schema made fit for the library: what it would get wrong is refused or rewritten here.
 
 Called by `sources`. Pure functions over parsed JSON; knows nothing of the library but its gaps:
-it counts a key twice where an object has it twice, lets seconds be 60, and finds out only while
-generating that a schema has no finite instance.
+it counts a key twice where an object has it twice, lets seconds be 60 and any February have 29
+days, and finds out only while generating that a schema has no finite instance.
 """
 
 from __future__ import annotations
@@ -36,13 +36,20 @@ _OBJECT_KEYS = ("properties", "patternProperties", "required", "additionalProper
 _HOUR, _SIXTY = "(?:[01][0-9]|2[0-3])", "[0-5][0-9]"
 _TIME = rf"{_HOUR}:{_SIXTY}:{_SIXTY}(?:\.[0-9]{{1,9}})?(?:[Zz]|[+-]{_HOUR}:{_SIXTY})"
 _LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_ANY_YEAR = (
+    "[0-9]{4}-(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])"
+    "|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)"
+)
+_LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)-02-29"
+_DATE = f"(?:{_ANY_YEAR}|{_LEAP_YEAR})"
 _SPANS = {
+    "date": f"^{_DATE}$",
     "time": f"^{_TIME}$",
-    "date-time": f"^[0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}}[Tt]{_TIME}$",
+    "date-time": f"^{_DATE}[Tt]{_TIME}$",
     "email": rf"^[^@]{{1,64}}@{_LABEL}(?:\.{_LABEL}){{0,2}}$",
 }
-"""Beside the library's own form of these: seconds end at 59, addresses have the lengths that
-readers take."""
+"""Beside the library's own form of these: February has 29 days in leap years alone, seconds end at
+59, addresses have the lengths that readers take."""
 _STANDARD_FORMATS = frozenset(
     {
         *("date-time", "date", "time", "duration", "email", "idn-email", "hostname"),

@@ -200,6 +200,19 @@ def test_formats_are_what_their_readers_take(seed: int, kind: str) -> None:
     assert validator.is_valid(json.loads(output.text)), output.text
 
 
+@pytest.mark.parametrize(("format", "rest"), [("date", ""), ("date-time", "T00:00:00Z")])
+def test_every_day_that_there_is_can_be_written_and_no_other(
+    format: str, rest: str, compiler: Compiler
+) -> None:
+    schema = {"type": "string", "format": format}
+    matcher = compiler.compile(grammar_text(StructuredOutputsParams(json=schema)))
+    is_there = jsonschema_rs.validator_for({"format": "date"}, validate_formats=True).is_valid
+    days = [f"{year}-02-{day}" for year in (1683, 1900, 2000, 2023, 2024) for day in (28, 29, 30)]
+    days += [f"2023-{month:02}-{day}" for month in range(14) for day in (30, 31, 32)]
+    for day in (*days, "2023-01-00", "0000-01-01", "2023-12-09", "2023-10-10", "2023-1-01"):
+        assert is_accepted(matcher, f'"{day}{rest}"') == is_there(day), day
+
+
 def test_white_space_is_as_asked(compiler: Compiler) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "array"}}, "required": ["a"]}
     texts = ('{"a":[1,2]}', '{"a": [1, 2]}', '{ "a" : [ 1 , 2 ] }')
