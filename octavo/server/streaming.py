@@ -99,8 +99,14 @@ async def long_response(body: dict[str, Any], drain: Drain) -> Response:
 class PiecesResponse(Response):
     """An answer of unknown length: `first`, then all of `rest`."""
 
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], drain: Drain) -> None:
-        super().__init__(media_type="application/json")
+    def __init__(
+        self,
+        first: bytes,
+        rest: AsyncGenerator[bytes, None],
+        drain: Drain,
+        media_type: str = "application/json",
+    ) -> None:
+        super().__init__(media_type=media_type)
         del self.headers["content-length"]
         self._first = first
         self._rest = rest

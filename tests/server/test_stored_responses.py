@@ -241,6 +241,54 @@ def test_a_wrong_item_is_named_as_it_was_sent(client: openai.OpenAI) -> None:
     assert refused.value.param == "input[0].content[0]"
 
 
+def replayed(server: ServerThread[Any], response_id: str, query: str = "") -> list[dict[str, Any]]:
+    url = f"{server.url}{PATH}/{response_id}?stream=true{query}"
+    answer = httpx.get(url, headers={"Authorization": "Bearer key-a"}, timeout=30)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    return parsed(answer.text)
+
+
+def test_a_stored_response_is_streamed_again_from_any_event(
+    servers: Servers, engine: NotingEngine, client: openai.OpenAI, other: openai.OpenAI
+) -> None:
+    engine.answer = ANSWER
+    made = ask(client, tools=TOOLS, include=["reasoning.encrypted_content"])
+    events = replayed(servers[1], made.id)
+    assert checked(events) == json.loads(other.responses.with_raw_response.retrieve(made.id).text)
+    assert {"message", "reasoning", "function_call"} <= {one.type for one in made.output}
+    for after in (0, 3, len(events) - 2):
+        rest = replayed(servers[0], made.id, f"&starting_after={after}")
+        assert rest == events[after + 1 :]
+    with other.responses.retrieve(made.id, stream=True, starting_after=1) as stream:
+        assert [event.sequence_number for event in stream] == list(range(2, len(events)))
+
+
+def test_a_response_that_is_being_made_is_waited_for(
+    servers: Servers, engine: NotingEngine, client: openai.OpenAI, other: openai.OpenAI
+) -> None:
+    engine.is_endless, engine.answer = True, None
+    made = ask(client, background=True)
+    with other.responses.retrieve(made.id, stream=True) as stream:
+        kinds = [next(stream).type for _ in range(2)]
+        other.responses.cancel(made.id)
+        kinds += [event.type for event in stream]
+    assert kinds[:2] == ["response.created", "response.in_progress"]
+    assert kinds[-1] == "response.incomplete"
+
+
+@pytest.mark.parametrize(
+    "query", ["stream=maybe", "starting_after=3", "stream=true&starting_after=-1"]
+)
+def test_a_replay_that_cannot_be_is_refused(
+    servers: Servers, client: openai.OpenAI, query: str
+) -> None:
+    made = ask(client)
+    url = f"{servers[0].url}{PATH}/{made.id}?{query}"
+    answer = httpx.get(url, headers={"Authorization": "Bearer key-a"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] in ("stream", "starting_after")
+
+
 def test_a_stream_is_stored_before_its_last_event(servers: Servers) -> None:
     headers = {"Authorization": "Bearer key-a"}
     body = {"input": "Hi", "stream": True}

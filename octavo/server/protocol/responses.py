@@ -138,6 +138,19 @@ class ItemsQuery(ListQuery):
     order: Literal["asc", "desc"] = Field("desc", description="Last or first items first.")
 
 
+class RetrieveQuery(StrictModel):
+    """How a stored response is told."""
+
+    ignored_fields = frozenset({"include", "include[]", "include_obfuscation"})
+
+    stream: Literal["true", "false"] = Field(
+        "false", description="true: as server-sent events, each text in one piece."
+    )
+    starting_after: int | None = integer(
+        "With stream: the sequence number of the last event that is not told again.", 0
+    )
+
+
 class ResponseStreamOptions(StrictModel):
     """Nothing that changes a stream."""
 

@@ -5,6 +5,8 @@ A response is its tenant's: to all others it does not exist.
 
 from __future__ import annotations
 
+from functools import partial
+
 import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -15,22 +17,34 @@ from octavo.server.errors import ApiError
 from octavo.server.lists import listed
 from octavo.server.openapi import described
 from octavo.server.protocol.response_items import listed_items
-from octavo.server.protocol.responses import ItemsQuery
+from octavo.server.protocol.responses import ItemsQuery, RetrieveQuery
 from octavo.server.query import read_query
+from octavo.server.response_replay import replay
 from octavo.server.state import server_state
-from octavo.server.streaming import json_response
+from octavo.server.streaming import PiecesResponse, json_response
 from octavo.server.tenants.callers import tenant_of
 
 router = APIRouter(tags=["OpenAI"])
 
 
-@router.get("/v1/responses/{response_id}", **described("Response", statuses=(400, 404)))
+@router.get(
+    "/v1/responses/{response_id}",
+    **described("Response", query=RetrieveQuery, statuses=(400, 404)),
+)
 async def retrieve_response(request: Request, response_id: str) -> Response:
-    """Returns a stored response."""
-    if request.query_params.get("stream") == "true":
-        message = "stream: stored responses are not streamed; ask again until the status is final"
-        raise RequestError(message, param="stream", code="unsupported_field")
-    stored = await server_state(request).responses.get(tenant_of(request), response_id)
+    """Returns a stored response, or its events if `stream` is true: one that is being made is
+    waited for."""
+    query = read_query(request, RetrieveQuery)
+    after = -1 if query.starting_after is None else query.starting_after
+    if query.starting_after is not None and (after < 0 or query.stream != "true"):
+        message = f"starting_after is {after}: it must be at least 0, and needs stream=true"
+        raise RequestError(message, param="starting_after")
+    state, tenant = server_state(request), tenant_of(request)
+    stored = await state.responses.get(tenant, response_id)
+    if query.stream == "true":
+        look = partial(state.responses.get, tenant, response_id)
+        events = replay(stored, look, after)
+        return PiecesResponse(await anext(events), events, state.drain, "text/event-stream")
     return Response(bytes(stored.response), media_type="application/json")
 
 
