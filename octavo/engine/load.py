@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 from octavo.config import EngineConfig
-from octavo.device import select_device
+from octavo.device import return_free_memory, select_device
 from octavo.engine.core import EngineCore
 from octavo.engine.executor import start_ranks
 from octavo.engine.memory import plan_model, weights_dtype, with_others
@@ -101,9 +101,11 @@ def load_runner(
             raise with_others(error, device) from error
         return _agreed(plan, collectives)
 
-    return build_runner(
+    built = build_runner(
         config, spec, family, source, plan_with, collectives, progress, device_index
     )
+    return_free_memory()
+    return built
 
 
 def _agreed(plan: MemoryPlan, collectives: Collectives) -> MemoryPlan:
