@@ -94,6 +94,8 @@ class BlockPool:
 
     def num_unreferenced(self, blocks: Int32) -> int:
         """Returns how many of `blocks` nobody references."""
+        if not len(blocks):
+            return 0
         return len(blocks) - int(np.count_nonzero(self._ref_counts[blocks]))
 
     def key(self, block: int) -> BlockKey | None:
@@ -178,6 +180,8 @@ class BlockPool:
 
         `is_hit`: somebody came back for what they hold, so that it is worth more from now on.
         """
+        if not len(blocks):
+            return  # most often: a prompt that hits nothing
         blocks = np.asarray(blocks, np.int32)
         blocks = blocks[blocks != NULL_BLOCK]
         if is_hit:
@@ -190,6 +194,8 @@ class BlockPool:
 
         Release a sequence's blocks last first: then its tail is evicted before its head.
         """
+        if not len(blocks):
+            return []
         blocks = np.asarray(blocks, np.int32)
         counts = self._ref_counts[blocks] - 1
         assert (counts >= 0).all(), f"double free of block {blocks[counts.argmin()]}"

@@ -22,6 +22,8 @@ REGION = 8
 _REGIONS_IN_EXTENT = 16
 EXTENT = REGION * _REGIONS_IN_EXTENT
 """Pages: 2,048 tokens in pages of 16."""
+_FEW = 8 * REGION
+"""Pages in a row that are sooner taken out region by region than by arrays."""
 _WHOLE = bytes([REGION])
 _ONES, _HIGHEST = np.uint64(0x0101010101010101), np.uint64(56)
 
@@ -88,17 +90,21 @@ class FreePages:
         self._in_region[regions] = self._regions[regions] * _ONES >> _HIGHEST
         extents = regions // _REGIONS_IN_EXTENT
         counts = self._in_region.reshape(-1, _REGIONS_IN_EXTENT)[extents]
-        self._whole_in_extent[extents] = np.count_nonzero(counts == REGION, axis=1)
+        self._whole_in_extent[extents] = (counts == REGION).sum(axis=1, dtype=np.uint8)
         self.num_whole = int(self._whole_in_extent.sum(dtype=np.int64))
 
-    def _remove_one(self, page: int) -> None:
-        region = page // REGION
-        self._free[page] = 0
-        self._length -= 1
-        if self._counts[region] == REGION:
-            self._whole_in_extent[region // _REGIONS_IN_EXTENT] -= 1
-            self.num_whole -= 1
-        self._counts[region] -= 1
+    def _remove_range(self, first: int, last: int) -> None:
+        """Takes out a few pages in a row, which are here, several times faster than `remove`."""
+        self._length -= last - first
+        while first < last:
+            region = first // REGION
+            end = min(last, (region + 1) * REGION)
+            self._free[first:end] = bytes(end - first)
+            if self._counts[region] == REGION:
+                self._whole_in_extent[region // _REGIONS_IN_EXTENT] -= 1
+                self.num_whole -= 1
+            self._counts[region] -= end - first
+            first = end
 
     def take_behind(self, page: int, count: int) -> list[int]:
         """Takes out the pages that follow `page` without a gap, `count` at most."""
@@ -106,9 +112,9 @@ class FreePages:
         last = self._free.find(0, first, first + count)
         last = min(first + count, len(self._free)) if last < 0 else last
         taken = list(range(first, last))
-        if len(taken) == 1:
-            self._remove_one(first)
-        elif taken:
+        if len(taken) <= _FEW:
+            self._remove_range(first, last)
+        else:
             self.remove(np.arange(first, last, dtype=np.int32))
         return taken
 

@@ -36,6 +36,8 @@ class Room:
         loose, per_chunk = self.loose, self.pages_per_chunk
         if need.ndim > 1:
             loose, per_chunk = loose[:, None], per_chunk[:, None]
+        if not self.spare_chunks:  # pages of one size: most models, several times a request
+            return bool((need <= loose).all())
         chunks = -(-np.maximum(need - loose, 0) // per_chunk)
         return bool((chunks.sum(axis=0) <= self.spare_chunks).all())
 

@@ -19,7 +19,7 @@ def can_resume(visibility: KVVisibility, known: Bool, block_size: int) -> Bool:
     ends = np.arange(len(known) + 1) * block_size
     match visibility:
         case Full():
-            return _is_known_from(np.zeros_like(ends), known)
+            return np.concatenate((np.ones(1, np.bool_), np.logical_and.accumulate(known)))
         case Window(size):
             return _is_known_from(np.maximum(ends - size + 1, 0) // block_size, known)
         case Chunk(size):
