@@ -1,7 +1,7 @@
 """What holding outputs to a form costs: steps with and without it, and a new schema's first token.
 
 Prints one JSON line. Both kinds of steps alternate, round by round, on the same engine, so that a
-busy machine slows both.
+busy machine slows both; `--cpu-only` prints CPU times of forms alone, without an engine.
 
     python -m benchmarks.structured --model demo --rows 8
 """
@@ -11,14 +11,23 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from octavo import LLM, SamplingParams, StructuredOutputsParams
+from octavo.config import EngineConfig
+from octavo.constraint import Constraint
 from octavo.engine.core import EngineCore
+from octavo.engine.front_end import FrontEnd
+from octavo.grammar import Checker, Guide, Guides
 from octavo.request import Request
+
+NUM_CPU_TIMES = 40
 
 
 def schema_of(number: int) -> dict[str, Any]:
@@ -79,6 +88,40 @@ class Bench:
         raise AssertionError("no token came")
 
 
+def cpu_seconds(model: str, rows: int, number: int) -> dict[str, list[float]]:
+    """Returns the CPU seconds of what forms need beside a model: of new schemas, their check,
+    compilation and first mask; of steps, the masks of `rows` sequences and their advance."""
+    front_end = FrontEnd(EngineConfig(model=model).resolve())
+    tokenizer, chance = front_end.tokenizer, random.Random(0)
+    checker = Checker(tokenizer.special_strings)
+    guides = Guides(tokenizer.vocabulary, front_end.spec.vocab_size)
+    checker.load()
+
+    def guide(schema: int) -> Guide:
+        wanted = StructuredOutputsParams(json=schema_of(schema))
+        return guides.guide(Constraint(grammar=checker.grammar(wanted)), [0])
+
+    found: dict[str, list[float]] = {"new_schema": [], "step": []}
+    guides.masks([guide(0)], [True])  # loads the library and the vocabulary
+    for schema in range(1, number + 1):
+        began = time.process_time()
+        guides.masks([guide(schema)], [True])
+        found["new_schema"].append(time.process_time() - began)
+    bound = [guide(0) for _ in range(rows)]
+    for _ in range(number):
+        began = time.process_time()
+        masks = guides.masks(bound, [True] * rows)
+        spent = time.process_time() - began
+        bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")
+        drawn = [int(chance.choice(np.flatnonzero(row))) for row in bits]
+        began = time.process_time()
+        for one, token_id in zip(bound, drawn, strict=True):
+            one.advance(token_id)
+        found["step"].append(spent + time.process_time() - began)
+    guides.close()
+    return found
+
+
 def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
     return {
         "median": round(1e3 * statistics.median(seconds), 3),
@@ -92,7 +135,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--cpu-only", action="store_true", help="no model is loaded")
     given = parser.parse_args()
+    cpu = {
+        name: milliseconds(seconds)
+        for name, seconds in cpu_seconds(given.model, given.rows, NUM_CPU_TIMES).items()
+    }
+    if given.cpu_only:
+        print(json.dumps({"benchmark": "structured", "rows": given.rows, "cpu_ms": cpu}))
+        return
     llm = LLM(given.model, max_model_len=1024, max_num_seqs=max(8, given.rows))
     llm._input.warm_up()
     bench = Bench(llm, llm.tokenizer.encode("List what you know, as JSON:"))
@@ -110,6 +161,7 @@ def main() -> None:
         "model": given.model,
         "machine": platform.machine(),
         "rows": given.rows,
+        "cpu_ms": cpu,
         "step_ms": {"free": milliseconds(free), "bound": milliseconds(bound)},
         "step_ratio": round(statistics.median(bound) / statistics.median(free), 4),
         "first_token_ms": {
