@@ -60,7 +60,8 @@ class EngineConfig:
     load_format: str = option("auto", "format of the weights files", choices=LOAD_FORMATS)
     quantization: str | None = option(
         None,
-        "how the checkpoint is quantised: checked, and found without it",
+        "fp8, int8 or int4 to quantise weights when they are loaded; of a checkpoint that is "
+        "quantised its method, which is checked, and found without it",
         also=("-q",),
     )
     max_model_len: int | None = option(

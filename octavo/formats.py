@@ -45,6 +45,8 @@ class WeightFormat:
         return -(-cols // self.block_size) * self.block_bytes
 
 
+TWICE_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+"""Twice the 16 values of an e2m1 code, as ggml has them; scales are halved for it."""
 GROUP = 32
 """Elements that the kernels unpack at a time; blocks are multiples of it, or numbers."""
 

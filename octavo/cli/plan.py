@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from octavo.models.spec import ModelSpec
     from octavo.weights.gguf_file import GGUFFile
     from octavo.weights.hub import ModelFiles
+    from octavo.weights.quantization import LoadQuantization
 
 HELP = "show weights, KV cache and what fits, from the config alone"
 EXAMPLES = """examples:
@@ -137,14 +138,17 @@ class _Planner:
     def parts(self, config: EngineConfig) -> dict[str, int]:
         """Returns the bytes of the weights by part of the model."""
         from octavo.engine.memory import weights_dtype
+        from octavo.weights.quantization import LOAD_QUANTIZATIONS
 
         if config.dtype == "auto" and self._file is not None:
             return gguf_parts(self._file)
         if config.dtype == "auto" and self._quantization is not None:
             return packed_parts(self._spec, self._family, self._path)
-        return spec_parts(
-            self._spec, 4 if weights_dtype(config, self._hf_config) == "float32" else 2
-        )
+        number_bytes = 4 if weights_dtype(config, self._hf_config) == "float32" else 2
+        made = LOAD_QUANTIZATIONS.get(config.quantization or "")
+        if made is not None and self._quantization is None:
+            return made_parts(self._spec, self._family, number_bytes, made)
+        return spec_parts(self._spec, number_bytes)
 
     def plan(self, config: EngineConfig) -> MemoryPlan:
         from octavo.engine.memory import plan_model, weights_dtype
@@ -164,16 +168,22 @@ class _Planner:
         be copied. Raises UnsupportedModelError."""
         from octavo.kernels.limits import check_copied_format, refuse_packed
         from octavo.weights.quantization import check_kv_cache, check_quantization
+        from octavo.weights.sizes import has_nvfp4
 
         check_quantization(config.quantization, self._quantization)
         check_kv_cache(config.kv_cache_dtype, self._quantization)
         is_copied = self._device == "cuda" or config.tensor_parallel_size > 1
-        if self._quantization is not None and config.dtype == "auto" and is_copied:
+        keeps_packed = self._device == "cuda"
+        is_packed = self._quantization is not None and config.dtype == "auto" and is_copied
+        if is_packed and (not keeps_packed or has_nvfp4(self._path)):
+            assert self._quantization is not None
             refuse_packed(f"the model is quantised with {self._quantization.method}", self._device)
         if self._file is not None and config.dtype == "auto" and is_copied:
             for name, tensor in self._file.tensors.items():
                 if len(tensor.shape) > 1:
-                    check_copied_format(name, tensor.format, self._device)
+                    check_copied_format(
+                        name, tensor.format, self._device, keeps_packed=keeps_packed
+                    )
 
     def changes(self, config: EngineConfig, plan: MemoryPlan) -> dict[str, MemoryPlan | str]:
         """Returns for each option that changes the plan the other plan, or why there is none."""
@@ -230,6 +240,21 @@ def spec_parts(spec: ModelSpec, element_bytes: int) -> dict[str, int]:
     parts = dict.fromkeys(PART_NAMES, 0)
     for parameter, shape in spec.parameters():
         parts[_part_of(parameter.name)] += math.prod(shape) * element_bytes
+    return parts
+
+
+def made_parts(
+    spec: ModelSpec, family: Family, number_bytes: int, made: LoadQuantization
+) -> dict[str, int]:
+    """Returns the bytes of every part when weights are quantised as they are loaded."""
+    from octavo.weights.quantization import LOAD_FORMATS, is_quantized_at_load
+
+    parts = dict.fromkeys(PART_NAMES, 0)
+    for parameter, shape in spec.parameters():
+        row_bytes = shape[-1] * number_bytes
+        if is_quantized_at_load(family.weight_name(parameter), shape):
+            row_bytes = LOAD_FORMATS[made].row_bytes(shape[-1])
+        parts[_part_of(parameter.name)] += math.prod(shape[:-1]) * row_bytes
     return parts
 
 

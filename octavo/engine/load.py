@@ -81,7 +81,7 @@ def load_runner(
     check_quantization(config.quantization, files.quantization)
     check_kv_cache(config.kv_cache_dtype, files.quantization)
     shapes = weight_shapes(spec, family)
-    source = open_source(files, config.dtype, shapes, config.seed)
+    source = open_source(files, config.dtype, shapes, config.seed, config.quantization)
     check_names(source, shapes, ignorable_names(spec, family))
     device = select_device(config.device, device_index)
     memory = device.memory()

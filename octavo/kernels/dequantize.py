@@ -15,11 +15,16 @@ from gguf import quants
 from gguf.quants import dequantize
 from torch import Tensor
 
-from octavo.formats import FP8, GRID_FORMATS, NVFP4, PACKED_FORMATS, WeightFormat
+from octavo.formats import (
+    FP8,
+    GRID_FORMATS,
+    NVFP4,
+    PACKED_FORMATS,
+    TWICE_E2M1,
+    WeightFormat,
+)
 from octavo.kernels.weights import Weight
 
-TWICE_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
-"""Twice the 16 values of an e2m1 code, as ggml has them; scales are halved for it."""
 _SCALE_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 
 

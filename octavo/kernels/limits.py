@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from octavo.errors import ConfigError, UnsupportedModelError
 from octavo.formats import KV_FORMATS, PACKED_BLOCK, KVFormats, WeightFormat, kv_formats
+from octavo.planes import PLANE_LAYOUTS, plane_layout
 from octavo.visibility import Chunk, Visibility
 
 TRITON_HEAD_SIZE = 256
@@ -143,18 +144,22 @@ def check_kv_formats(backend: str, device: str, wants: AttentionWants) -> None:
     )
 
 
-def check_copied_format(name: str, number_format: WeightFormat, device: str) -> None:
-    """Refuses a matrix in a format that cannot be copied to a device, which multiplies numbers
-    alone. Raises UnsupportedModelError naming the matrix and the way out."""
-    if number_format.is_block:
-        refuse_packed(f"{name} is in the block format {number_format.name}", device)
+def check_copied_format(
+    name: str, number_format: WeightFormat, device: str, *, keeps_packed: bool
+) -> None:
+    """Refuses a matrix in a format that cannot be copied to a device: a GPU (`keeps_packed`) has
+    those of `PLANE_LAYOUTS`, ranks of a CPU numbers alone. Raises UnsupportedModelError naming the
+    matrix, what is known and the way out."""
+    if number_format.is_block and not (keeps_packed and plane_layout(number_format.name)):
+        known = f"; it keeps {', '.join(PLANE_LAYOUTS)} packed" if keeps_packed else ""
+        refuse_packed(f"{name} is in the block format {number_format.name}", device, known)
 
 
-def refuse_packed(what: str, device: str) -> NoReturn:
+def refuse_packed(what: str, device: str, known: str = "") -> NoReturn:
     """Raises UnsupportedModelError: a device, or a rank of several, multiplies numbers alone."""
     raise UnsupportedModelError(
-        f"{what}, which {device} cannot multiply by yet; unpack it with --dtype bfloat16, or run "
-        "it with --device cpu (and one process)"
+        f"{what}, which {device} cannot multiply by yet{known}; unpack it with --dtype bfloat16, "
+        "or run it with --device cpu (and one process)"
     )
 
 

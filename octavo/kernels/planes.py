@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from octavo.kernels.dequantize import TWICE_E2M1
+from octavo.formats import TWICE_E2M1
 from octavo.planes import RUN, PlaneLayout
 
 SCALE_DTYPES = {
@@ -37,6 +37,15 @@ class Planes(NamedTuple):
     def rows(self, start: int, stop: int) -> Planes:
         """Returns a view of some rows."""
         return Planes(*(plane[start:stop] for plane in self))
+
+    def columns(self, layout: PlaneLayout, start: int, stop: int) -> Planes:
+        """Returns a view of some columns, whole steps of the layout or up to the end of a row."""
+        assert start % layout.step == 0
+        codes = self.codes[:, start // layout.parts : layout.padded(stop) // layout.parts]
+        if layout.group == 0:
+            return Planes(codes, self.scales, self.offsets)
+        groups = slice(start // layout.group, layout.padded(stop) // layout.group)
+        return Planes(codes, self.scales[:, groups], self.offsets[:, groups])
 
 
 def empty_planes(layout: PlaneLayout, rows: int, cols: int, device: torch.device) -> Planes:

@@ -5,13 +5,16 @@ Made by the loader, held by the layers. Shapes as in `ops.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from octavo.formats import WeightFormat
+from octavo.kernels.planes import Planes
 from octavo.kernels.routing import RoutingRule
+from octavo.planes import PlaneLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
@@ -28,15 +31,66 @@ class Weight:
     cols: int
     table: Tensor | None = None
     """float32 [format.table_size], for formats that have a table."""
+    planes: Planes | None = None
+    """On a device, what packed rows became there; `data` has the codes."""
+    layout: PlaneLayout | None = None
+    """Of the planes."""
+    within: Within | None = None
+    """Where it lies among others, if it was placed with them."""
+
+    def part(self, start: int, stop: int) -> Weight:
+        """Returns the weight of some rows, a view."""
+        return replace(
+            self,
+            data=self.data[start:stop],
+            rows=stop - start,
+            planes=None if self.planes is None else self.planes.rows(start, stop),
+            within=None,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Within:
+    """A place among matrices that lie one after the other, so that one product serves several."""
+
+    whole: Weight
+    start: int
+    """The first row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
+class Stack(Sequence[Weight]):
+    """Matrices of one shape and format that lie one after the other: an expert's each."""
+
+    whole: Weight
+    """[num_matrices * rows, cols]."""
+    num_matrices: int
+
+    @property
+    def rows(self) -> int:
+        """Of one of them."""
+        return self.whole.rows // self.num_matrices
+
+    def __len__(self) -> int:
+        return self.num_matrices
+
+    def __getitem__(self, index: int) -> Weight:  # type: ignore[override]
+        if not 0 <= index < self.num_matrices:
+            raise IndexError(index)
+        return self.whole.part(index * self.rows, (index + 1) * self.rows)
+
+    def __iter__(self) -> Iterator[Weight]:
+        return (self[index] for index in range(self.num_matrices))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class ExpertWeights:
     """The gated MLPs of a MoE layer: act(x @ gate.T, x @ up.T) @ down.T, each of length E."""
 
-    gate: tuple[Weight, ...]
-    up: tuple[Weight, ...]
-    down: tuple[Weight, ...]
+    gate: Sequence[Weight]
+    up: Sequence[Weight]
+    down: Sequence[Weight]
+    """A `Stack` each on a device; else matrices where their file has them."""
     biases: ExpertBiases | None = None
 
 

@@ -6,6 +6,7 @@ step comes in as arguments.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, LatentOp, QKNorm, RopeTable
 from octavo.kernels.ops import Ops
+from octavo.kernels.planes import Planes, values_of
 from octavo.kernels.reference import dequantize_rows
 from octavo.kernels.weights import ExpertBiases, ExpertWeights, Router, SharedExpert, Weight
 from octavo.kv_cache.storage import KVStorage
@@ -157,8 +159,13 @@ def _pooler(spec: PoolingSpec, head: Weight | None, soft_cap: float | None) -> P
     if head is None:
         return Pooler(spec=spec)
     rows = list(spec.label_tokens or range(spec.num_labels))
-    chosen = replace(head, data=head.data[rows].cpu(), rows=len(rows))
-    numbers = dequantize_rows(chosen, slice(0, len(rows))) if head.format.is_block else chosen.data
+    if head.planes is not None and head.layout is not None:
+        planes = Planes(*(plane[rows].cpu() for plane in head.planes))
+        numbers = values_of(head.layout, planes, head.cols)
+    else:
+        chosen = replace(head, data=head.data[rows].cpu(), rows=len(rows))
+        is_block = head.format.is_block
+        numbers = dequantize_rows(chosen, slice(0, len(rows))) if is_block else chosen.data
     weight = numbers.to(torch.float64).numpy()
     return Pooler(spec=spec, weight_LM=weight, soft_cap=soft_cap if spec.label_tokens else None)
 
@@ -189,6 +196,11 @@ class _Loader:
         names = {self.family.weight_name(one): split for one, split in splits.items()}
         return self.placement.matrices(names)
 
+    def stack(self, splits: dict[Parameter, Split | None]) -> Sequence[Weight]:
+        """Returns the matrices of experts."""
+        names = {self.family.weight_name(one): split for one, split in splits.items()}
+        return self.placement.stack(names)
+
     def matrix(self, name: str, layer: int = -1, split: Split | None = None) -> Weight:
         return self.matrices({Parameter(name, layer): split})[0]
 
@@ -214,8 +226,7 @@ class _Loader:
             return self.matrix("lm_head", split=split if num_rows else None)
         if num_rows is None:
             return embedding
-        part = embedding.data[rank * num_rows : (rank + 1) * num_rows]
-        return replace(embedding, data=part, rows=num_rows)
+        return embedding.part(rank * num_rows, (rank + 1) * num_rows)
 
     def label_head(self, embedding: Weight) -> Weight | None:
         """Returns the matrix that has a row for each label among its own, whole on all ranks."""
@@ -352,7 +363,7 @@ class _Loader:
     def experts(self, spec: MoESpec, layer: int) -> ExpertWeights:
         rows = spec.split
         gate, up, down = (
-            self.matrices({Parameter(part, layer, e): split for e in range(spec.num_experts)})
+            self.stack({Parameter(part, layer, e): split for e in range(spec.num_experts)})
             for part, split in (
                 ("expert_gate", rows),
                 ("expert_up", rows),

@@ -86,7 +86,11 @@ def build_runner(
     torch.set_num_threads(ops.torch_threads)
     is_mapped = backend.maps_weights and size == 1
     placement = (
-        HostPlacement(source) if is_mapped else DevicePlacement(source, needs.device, rank, size)
+        HostPlacement(source)
+        if is_mapped
+        else DevicePlacement(
+            *(source, needs.device, rank, size), keeps_packed=not backend.maps_weights
+        )
     )
     decoder = load_decoder(spec, family, placement, ops, plan.max_model_len, collectives)
     if needs.attention.kv.name == "fp8":

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from octavo.formats import WEIGHT_FORMATS, WeightFormat
 from octavo.kernels.dequantize import dequantize_rows
+from octavo.kernels.planes import Planes
 from octavo.kernels.weights import Weight
+from octavo.planes import PlaneLayout
 from octavo.weights.large_pages import LargePages
 from octavo.weights.published.source import PackedSource
 from octavo.weights.source import DTYPE_FORMATS, NUMBER_DTYPES, MappedSource, Staging, part_of
@@ -52,6 +54,12 @@ class CastSource:
             out.copy_(part_of(self.matrix(name).data, out, row, col))
         else:
             self._source.copy_into(name, out, staging, row, col)
+
+    def layout(self, name: str) -> PlaneLayout | None:
+        return None
+
+    def copy_planes(self, name: str, out: Planes, staging: Staging, row: int, cols: range) -> None:
+        raise AssertionError(f"{name} is numbers")
 
     def vector(self, name: str) -> Tensor:
         return self._source.vector(name)

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from octavo.errors import WeightsError
 from octavo.formats import WEIGHT_FORMATS, WeightFormat
+from octavo.kernels.planes import Planes
 from octavo.kernels.weights import Weight
+from octavo.planes import PlaneLayout
 from octavo.weights.source import DTYPE_FORMATS, NUMBER_DTYPES, Staging, part_of
 
 _BOUND = 1e-3
@@ -84,6 +86,17 @@ class DummySource:
             place = 0
         if name.endswith(_EMBEDDING):
             out.mul_(_EMBEDDING_FACTOR)
+
+    def layout(self, name: str) -> PlaneLayout | None:
+        return None
+
+    def copy_planes(self, name: str, out: Planes, staging: Staging, row: int, cols: range) -> None:
+        raise AssertionError(f"{name} is numbers")
+
+    def generator(self, name: str, device: torch.device) -> torch.Generator:
+        """Returns what draws the codes of a packed matrix called `name` on `device`."""
+        digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(digest[:6], "little"))
 
     def vector(self, name: str) -> Tensor:
         fill = 0.0 if name.endswith("bias") else 1.0

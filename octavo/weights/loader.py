@@ -9,12 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from octavo.errors import UnsupportedModelError, WeightsError
+from octavo.errors import ConfigError, UnsupportedModelError, WeightsError
 from octavo.weights.cast import CastSource
 from octavo.weights.dummy import DummySource
 from octavo.weights.gguf_source import open_gguf
 from octavo.weights.hub import ModelFiles
 from octavo.weights.published.source import PackedSource
+from octavo.weights.quantization import LOAD_QUANTIZATIONS
+from octavo.weights.quantized import QuantizedSource
 from octavo.weights.safetensors_source import open_safetensors
 from octavo.weights.source import DTYPE_FORMATS, TensorSource
 
@@ -35,13 +37,40 @@ _NAMES_SHOWN = 5
 
 
 def open_source(
-    files: ModelFiles, dtype: str, shapes: Mapping[str, tuple[int, ...]], seed: int
+    files: ModelFiles,
+    dtype: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    seed: int,
+    quantization: str | None = None,
 ) -> TensorSource:
     """Returns the weights of `files`; `shapes` and `seed` are for dummy weights.
 
     `dtype` "auto" keeps the format of the file, else every matrix is converted when it is loaded.
-    Raises WeightsError or UnsupportedModelError.
+    `quantization` (see `check_quantization`) is what weights that are not quantised become. Raises
+    ConfigError, WeightsError or UnsupportedModelError.
     """
+    source = _open_stored(files, dtype, shapes, seed)
+    wanted = LOAD_QUANTIZATIONS.get(quantization or "")
+    if wanted is None or files.quantization is not None:
+        return source
+    packed = sorted(name for name in source.names() if _is_packed(source, name))
+    if packed:
+        raise ConfigError(
+            f"quantization {quantization!r}: {packed[0]} is in {source.format(packed[0]).name} "
+            "already; leave the option out, or convert it first with --dtype bfloat16",
+            field="quantization",
+        )
+    return QuantizedSource(source, wanted)
+
+
+def _is_packed(source: TensorSource, name: str) -> bool:
+    return len(source.shape(name)) == 2 and source.format(name).is_block
+
+
+def _open_stored(
+    files: ModelFiles, dtype: str, shapes: Mapping[str, tuple[int, ...]], seed: int
+) -> TensorSource:
+    """Returns the weights as they are stored, or in `dtype`."""
     quantization = files.quantization
     if files.kind == "config":
         if quantization is not None:

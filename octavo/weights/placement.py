@@ -6,18 +6,20 @@ together and how ranks share them are arguments.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import groupby
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from octavo.errors import UnsupportedModelError
-from octavo.formats import WeightFormat
+from octavo.errors import ConfigError, UnsupportedModelError
 from octavo.kernels.limits import check_copied_format
-from octavo.kernels.weights import Weight
+from octavo.kernels.planes import empty_planes
+from octavo.kernels.weights import Stack, Weight, Within
+from octavo.planes import PlaneLayout
 from octavo.weights.source import NUMBER_DTYPES, Staging, TensorSource, half_split_rows
 from octavo.weights.split import Split
 
@@ -38,6 +40,11 @@ class Placement(Protocol):
         and the experts of a layer are one [E, rows, cols] stack. Their numbers may not be there
         before `finish`. Raises ConfigError, UnsupportedModelError or WeightsError.
         """
+        ...
+
+    def stack(self, splits: Mapping[str, Split | None]) -> Sequence[Weight]:
+        """Returns the named matrices, of one shape and format, as `matrices` does; a device has
+        them as one `Stack`."""
         ...
 
     def vector(self, name: str, split: Split | None = None) -> Tensor:
@@ -72,6 +79,9 @@ class HostPlacement:
             for name, weight in weights.items()
         )
 
+    def stack(self, splits: Mapping[str, Split | None]) -> Sequence[Weight]:
+        return self.matrices(splits)
+
     def vector(self, name: str, split: Split | None = None) -> Tensor:
         return _ordered(self._source.vector(name), split)
 
@@ -80,12 +90,12 @@ class HostPlacement:
 
 
 class _Copy(NamedTuple):
-    """The part of a matrix from [row, col] on that fills `out`."""
+    """The part of a matrix from [row, first of cols] on that fills `out`."""
 
     name: str
     row: int
-    col: int
-    out: Tensor
+    cols: range
+    out: Weight
     split: Split | None
 
 
@@ -96,32 +106,100 @@ class DevicePlacement:
     """
 
     def __init__(
-        self, source: TensorSource, device: torch.device, rank: int = 0, size: int = 1
+        self,
+        source: TensorSource,
+        device: torch.device,
+        rank: int = 0,
+        size: int = 1,
+        *,
+        keeps_packed: bool = True,
     ) -> None:
+        """`keeps_packed`: whether packed matrices may become planes; else they are refused."""
         self.device = device
+        self._keeps_packed = keeps_packed
         self._source = source
         self._rank = rank
         self._size = size
         self._copies: list[_Copy] = []
 
     def matrices(self, splits: Mapping[str, Split | None]) -> tuple[Weight, ...]:
-        number_format = self._common_format(splits)
+        placed: list[Weight] = []
+        for alike in self._alike(splits):
+            whole = self._placed(alike)
+            start = 0
+            for name, split in alike.items():
+                rows = len(self._range(name, "rows", split))
+                part = whole.part(start, start + rows)
+                placed.append(replace(part, within=Within(whole=whole, start=start)))
+                start += rows
+        return tuple(placed)
+
+    def stack(self, splits: Mapping[str, Split | None]) -> Sequence[Weight]:
+        runs = list(self._alike(splits))
+        if len(runs) > 1:
+            first, other = (next(iter(run)) for run in runs[:2])
+            raise UnsupportedModelError(
+                f"{first} is in {self._format_name(first)} but {other} in "
+                f"{self._format_name(other)}, and {self.device} multiplies both at once; choose "
+                "one with --dtype bfloat16"
+            )
+        return Stack(whole=self._placed(splits), num_matrices=len(splits))
+
+    def _alike(self, splits: Mapping[str, Split | None]) -> Iterator[dict[str, Split | None]]:
+        """Yields the matrices in runs of one format."""
+        for _, run in groupby(splits.items(), lambda item: self._format_name(item[0])):
+            yield dict(run)
+
+    def _format_name(self, name: str) -> str:
+        layout = self._layout(name)
+        return self._source.format(name).name if layout is None else layout.name
+
+    def _layout(self, name: str) -> PlaneLayout | None:
+        return self._source.layout(name) if self._keeps_packed else None
+
+    def _placed(self, splits: Mapping[str, Split | None]) -> Weight:
+        """Returns matrices of one format as one, which `finish` fills."""
+        first = next(iter(splits))
+        number_format, layout = self._source.format(first), self._layout(first)
+        if layout is None:
+            device = str(self.device)
+            check_copied_format(first, number_format, device, keeps_packed=self._keeps_packed)
         rows = [self._range(name, "rows", split) for name, split in splits.items()]
         cols = [self._range(name, "cols", split) for name, split in splits.items()]
-        stack = torch.empty(
-            (sum(len(one) for one in rows), len(cols[0])),
-            dtype=NUMBER_DTYPES[number_format.name],
-            device=self.device,
+        shape = sum(len(one) for one in rows), len(cols[0])
+        planes = None
+        if layout is None:
+            dtype = NUMBER_DTYPES[number_format.name]
+            data = torch.empty(shape, dtype=dtype, device=self.device)
+        else:
+            self._check_borders(first, layout, cols[0])
+            planes = empty_planes(layout, *shape, self.device)
+            data = planes.codes
+        whole = Weight(
+            data=data,
+            format=number_format,
+            rows=shape[0],
+            cols=shape[1],
+            planes=planes,
+            layout=layout,
         )
-        parts = stack.split([len(one) for one in rows])
-        self._copies += [
-            _Copy(name, row.start, col.start, part, splits[name])
-            for name, row, col, part in zip(splits, rows, cols, parts, strict=True)
-        ]
-        return tuple(
-            Weight(data=part, format=number_format, rows=part.shape[0], cols=part.shape[1])
-            for part in parts
-        )
+        start = 0
+        for name, row, col in zip(splits, rows, cols, strict=True):
+            part = whole.part(start, start + len(row))
+            self._copies.append(_Copy(name, row.start, col, part, splits[name]))
+            start += len(row)
+        return whole
+
+    def _check_borders(self, name: str, layout: PlaneLayout, cols: range) -> None:
+        """Raises ConfigError if a rank's columns do not begin and end with whole groups."""
+        whole = self._source.shape(name)[1]
+        if cols.start % layout.step or (cols.stop % layout.step and cols.stop != whole):
+            raise ConfigError(
+                f"tensor_parallel_size {self._size} cuts the {whole} columns of {name} within a "
+                f"group of {layout.step} that {layout.name} keeps together; use fewer ranks, or "
+                "--dtype bfloat16",
+                field="tensor_parallel_size",
+            )
 
     def vector(self, name: str, split: Split | None = None) -> Tensor:
         vector = self._source.vector(name)
@@ -144,26 +222,18 @@ class DevicePlacement:
         """Makes those copies that no other worker takes; taking from a list is atomic."""
         staging = Staging(self.device)
         try:
-            for name, row, col, out, split in copies:
-                self._source.copy_into(name, out, staging, row, col)
+            for name, row, cols, out, split in copies:
+                if out.planes is None:
+                    self._source.copy_into(name, out.data, staging, row, cols.start)
+                else:
+                    self._source.copy_planes(name, out.planes, staging, row, cols)
                 if split is not None and split.pairs is not None:
-                    out.copy_(_ordered(out, split))
+                    for plane in out.planes or (out.data,):
+                        plane.copy_(_ordered(plane, split))
         except BaseException:
             for _ in copies:  # so that the other workers stop
                 pass
             raise
-
-    def _common_format(self, names: Iterable[str]) -> WeightFormat:
-        first, *others = names
-        found = self._source.format(first)
-        for name in others:
-            if self._source.format(name) != found:
-                raise UnsupportedModelError(
-                    f"{first} is in {found.name} but {name} in {self._source.format(name).name}, "
-                    f"and {self.device} multiplies both at once; choose one with --dtype bfloat16"
-                )
-        check_copied_format(first, found, str(self.device))
-        return found
 
     def _range(self, name: str, axis: Literal["rows", "cols"], split: Split | None) -> range:
         length = self._source.shape(name)[axis == "cols"]

@@ -21,7 +21,10 @@ from torch import Tensor
 from octavo.errors import UnsupportedModelError, WeightsError
 from octavo.formats import WEIGHT_FORMATS, WeightFormat
 from octavo.kernels.dequantize import gguf_table
+from octavo.kernels.planes import Planes
 from octavo.kernels.weights import Weight
+from octavo.planes import PlaneLayout, plane_layout
+from octavo.weights.laid_out import copy_packed
 
 NUMBER_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 """Torch dtypes of the formats that are no blocks."""
@@ -80,6 +83,16 @@ class TensorSource(Protocol):
         still be on their way when this returns. Threads may call it at once, each with its own
         `staging`.
         """
+        ...
+
+    def layout(self, name: str) -> PlaneLayout | None:
+        """Returns how a device lays out the matrix, None for numbers and for what it cannot keep
+        packed."""
+        ...
+
+    def copy_planes(self, name: str, out: Planes, staging: Staging, row: int, cols: range) -> None:
+        """Fills `out`, planes of the matrix's layout on any device, from row `row` on, with columns
+        that begin and end with steps of the layout or with the row. Threads may call it at once."""
         ...
 
     def vector(self, name: str) -> Tensor:
@@ -228,6 +241,15 @@ class MappedSource:
             piece.copy_(part_of(numbers, piece, 0, col), non_blocking=True)
             staging.sent()
             row += len(piece)
+
+    def layout(self, name: str) -> PlaneLayout | None:
+        return plane_layout(self.format(name).name)
+
+    def copy_planes(self, name: str, out: Planes, staging: Staging, row: int, cols: range) -> None:
+        layout = self.layout(name)
+        assert layout is not None
+        copy_packed(self.matrix(name), layout, out, row, cols)
+        self.release(name)
 
     def vector(self, name: str) -> Tensor:
         stored = self._find(name)

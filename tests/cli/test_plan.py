@@ -148,10 +148,11 @@ def test_a_plan_refuses_what_the_loader_refuses(
     tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     quantised = str(write_quantised_gguf(tmp_path / "m.gguf"))
+    other = str(write_quantised_gguf(tmp_path / "n.gguf", gguf.GGMLQuantizationType.Q5_0))
     on_card = ["--device", "cuda", "--gpu-memory", "24GiB"]
     for argv, words in (
         ([tiny_model, "--max-model-len", "513"], "more than the 512 tokens"),
-        ([quantised, *on_card], "is in the block format q8_0, which cuda cannot multiply"),
+        ([other, *on_card], "is in the block format q5_0, which cuda cannot multiply"),
         ([quantised, "--device", "cpu", "--tensor-parallel-size", "2"], "block format q8_0"),
         ([tiny_model, *on_card, "--attention-backend", "native"], "computes on the CPU"),
     ):
@@ -159,14 +160,17 @@ def test_a_plan_refuses_what_the_loader_refuses(
         assert words in capsys.readouterr().err
     for argv in (
         [tiny_model, "--max-model-len", "513", "--allow-longer-than-trained"],
-        [quantised, *on_card, "--dtype", "bfloat16"],
+        [quantised, *on_card],
+        [other, *on_card, "--dtype", "bfloat16"],
         [quantised, "--device", "cpu"],
     ):
         assert plan(argv, capsys)["num_blocks"] > 0
 
 
-def write_quantised_gguf(path: Path) -> Path:
-    """Writes a header that says Llama, and matrices of zeros in Q8_0."""
+def write_quantised_gguf(
+    path: Path, kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.Q8_0
+) -> Path:
+    """Writes a header that says Llama, and matrices of zeros in Q8_0, or another format."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(128)
     writer.add_embedding_length(32)
@@ -174,8 +178,7 @@ def write_quantised_gguf(path: Path) -> Path:
     writer.add_feed_forward_length(32)
     writer.add_head_count(2)
     writer.add_layer_norm_rms_eps(1e-5)
-    blocks = np.zeros((64, 34), np.uint8)
-    kind = gguf.GGMLQuantizationType.Q8_0
+    blocks = np.zeros((64, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
     writer.add_tensor("token_embd.weight", blocks, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

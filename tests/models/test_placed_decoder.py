@@ -14,7 +14,7 @@ from torch import Tensor
 
 from octavo.errors import ConfigError
 from octavo.kernels.reference import ReferenceOps
-from octavo.kernels.weights import Weight
+from octavo.kernels.weights import Stack, Weight
 from octavo.layers.mlp import GatedMLP
 from octavo.layers.moe import MoE
 from octavo.models.decoder import Decoder, load_decoder
@@ -46,11 +46,13 @@ def tensors(part: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yields every tensor below a dataclass or tuple with its path."""
     if isinstance(part, Tensor):
         yield path, part
-    elif isinstance(part, tuple):
+    elif isinstance(part, tuple | Stack):
         for index, one in enumerate(part):
             yield from tensors(one, f"{path}.{index}")
     elif is_dataclass(part):
         for field in fields(part):
+            if field.name == "within":  # the others beside it
+                continue
             yield from tensors(getattr(part, field.name), f"{path}.{field.name}")
 
 

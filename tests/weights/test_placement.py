@@ -13,11 +13,14 @@ from gguf.quants import quantize
 from safetensors.torch import save_file
 
 from octavo.errors import ConfigError, UnsupportedModelError, WeightsError
+from octavo.kernels.dequantize import dequantize_rows
+from octavo.kernels.planes import values_of
 from octavo.weights import source as source_module
 from octavo.weights.cast import CastSource
 from octavo.weights.dummy import DummySource
 from octavo.weights.gguf_source import open_gguf
 from octavo.weights.placement import DevicePlacement, HostPlacement, Split
+from octavo.weights.quantized import QuantizedSource
 from octavo.weights.safetensors_source import open_safetensors
 from octavo.weights.source import TensorSource
 from tests.models.tiny import save_tiny
@@ -133,22 +136,39 @@ def test_matrices_of_two_formats_cannot_be_one_stack(tmp_path: Path):
     save_file(tensors, tmp_path / "model.safetensors")
     source = open_safetensors(tmp_path, "llama")
     with pytest.raises(UnsupportedModelError, match=r"q is in f32 but k in bf16.*--dtype bfloat16"):
-        DevicePlacement(source, CPU).matrices({"q": None, "k": None})
+        DevicePlacement(source, CPU).stack({"q": None, "k": None})
     placement = DevicePlacement(CastSource(source, "bfloat16"), CPU)
     weights = placement.matrices({"q": None, "k": None})
     placement.finish()
     assert all(torch.equal(w.data, torch.ones(2, 2, dtype=torch.bfloat16)) for w in weights)
 
 
-def test_a_block_format_is_refused_unless_it_is_cast(tmp_path: Path):
-    kind = gguf.GGMLQuantizationType.Q8_0
+def test_packed_rows_become_planes_of_whole_groups(tmp_path: Path):
+    values = torch.randn(4, 128, generator=torch.Generator().manual_seed(0))
+    save_file({"up.weight": values}, tmp_path / "model.safetensors")
+    source = QuantizedSource(open_safetensors(tmp_path, "llama"), "int8")
+    expected = dequantize_rows(source.matrix("up.weight"), slice(0, 4))
+    rows = Split(axis="rows", unit="rows", num_units=4)
+    placement = DevicePlacement(source, CPU, rank=1, size=2)
+    (weight,) = placement.matrices({"up.weight": rows})
+    placement.finish()
+    assert weight.planes is not None
+    assert weight.layout is not None
+    assert torch.equal(values_of(weight.layout, weight.planes, 128), expected[2:])
+    cols = Split(axis="cols", unit="columns", num_units=2)
+    with pytest.raises(ConfigError, match=r"cuts the 128 columns of up\.weight"):
+        placement.matrices({"up.weight": cols})
+
+
+def test_a_block_format_that_has_no_planes_is_refused_unless_it_is_cast(tmp_path: Path):
+    kind = gguf.GGMLQuantizationType.Q5_0
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen2")
     raw = quantize(torch.randn(4, 64).numpy(), kind)
     writer.add_tensor("output.weight", raw, raw_dtype=kind)
     finish(writer)
     source = open_gguf(tmp_path / "m.gguf")
     names = {"lm_head.weight": None}
-    with pytest.raises(UnsupportedModelError, match=r"block format q8_0.*--dtype bfloat16"):
+    with pytest.raises(UnsupportedModelError, match=r"block format q5_0.*--dtype bfloat16"):
         DevicePlacement(source, CPU).matrices(names)
     cast = CastSource(source, "bfloat16")
     cols = Split(axis="cols", unit="columns", num_units=2)

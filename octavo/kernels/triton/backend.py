@@ -1,7 +1,7 @@
 """The Triton back end: the ops of `octavo.kernels.ops.Ops` on the device of their tensors.
 
 Built by the registry. Launches on torch's current stream and never waits for the device.
-Weights are numbers (f32, f16, bf16); GGUF block formats need the CPU back end for now.
+Weights are numbers (f32, f16, bf16), or packed ones in planes (`octavo.planes`).
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ from octavo.kernels.triton.experts.stacks import StackedExperts, stacked_experts
 from octavo.kernels.triton.latent.choose import latent_attention, latent_views
 from octavo.kernels.triton.launching.chip import num_processors
 from octavo.kernels.triton.launching.tickets import make_tickets
-from octavo.kernels.triton.product.choose import multiply
-from octavo.kernels.triton.product.matrices import merged_matrices, numbers_of
+from octavo.kernels.triton.product.choose import multiply, multiply_packed
+from octavo.kernels.triton.product.matrices import joined, merged_matrices, numbers_of
 from octavo.kernels.triton.product.norm_matvec import MAX_COLUMNS, norm_matvec, norm_route
+from octavo.kernels.triton.product.packed import unpack
 from octavo.kernels.triton.product.shapes import norm_rows_shape
 from octavo.kernels.triton.small import activation as activations
 from octavo.kernels.triton.small import embedding as embeddings
@@ -63,13 +64,15 @@ class TritonOps(Composed):
         self._is_deterministic = is_deterministic
         self._shapes = shapes or Shapes()
         self._tickets: Tensor | None = None
-        self._matrices: dict[tuple[Weight, ...], list[Tensor]] = {}
+        self._matrices: dict[tuple[Weight, ...], list[Tensor | Weight]] = {}
         """What `merged_matrices` made of weights that were multiplied side by side."""
         self._stacks: weakref.WeakKeyDictionary[ExpertWeights, StackedExperts] = (
             weakref.WeakKeyDictionary()
         )
 
     def embedding(self, token_ids_T: Tensor, weight: Weight) -> Tensor:
+        if weight.planes is not None and weight.layout is not None:
+            return unpack(weight.planes, weight.layout, weight.cols, torch.bfloat16, token_ids_T)
         return embeddings.embedding(token_ids_T, numbers_of(weight))
 
     def rms_norm(self, x_TM: Tensor, weight_M: Tensor, eps: float) -> Tensor:
@@ -84,33 +87,39 @@ class TritonOps(Composed):
         self, x_TM: Tensor, weights: Sequence[Weight], bias_N: Tensor | None = None
     ) -> Tensor:
         matrices = self._matrices_of(weights)
-        out = x_TM.new_empty((x_TM.shape[0], sum([matrix.shape[0] for matrix in matrices])))
+        rows = [_rows_of(matrix) for matrix in matrices]
+        out = x_TM.new_empty((x_TM.shape[0], sum(rows)))
         if len(matrices) == 1:
             self._multiply(x_TM, matrices[0], bias_N, out)
             return out
         column = 0
-        for matrix in matrices:
-            columns = slice(column, column + matrix.shape[0])
+        for matrix, count in zip(matrices, rows, strict=True):
+            columns = slice(column, column + count)
             bias = None if bias_N is None else bias_N[columns]
             self._multiply(x_TM, matrix, bias, out[:, columns])
             column = columns.stop
         return out
 
-    def _matrices_of(self, weights: Sequence[Weight]) -> list[Tensor]:
+    def _matrices_of(self, weights: Sequence[Weight]) -> list[Tensor | Weight]:
+        """Returns the weights as matrices of numbers, or packed ones, as few as they can be."""
         key = tuple(weights)
         matrices = self._matrices.get(key)
         if matrices is None:
-            matrices = self._matrices[key] = merged_matrices([numbers_of(weight) for weight in key])
+            if any(weight.planes is not None for weight in key):
+                matrices = [one if one.planes else numbers_of(one) for one in joined(key)]
+            else:
+                matrices = [*merged_matrices([numbers_of(weight) for weight in key])]
+            self._matrices[key] = matrices
         return matrices
 
     def norm_linear(
         self, rows: NormInput, weights: Sequence[Weight], bias_N: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         matrices = self._matrices_of(weights)
-        if not self._is_lone(rows.residual_TM) or len(matrices) > 1:
+        first = matrices[0]
+        if not self._is_lone(rows.residual_TM) or len(matrices) > 1 or isinstance(first, Weight):
             return super().norm_linear(rows, weights, bias_N)
-        shape = norm_rows_shape(matrices[0].shape[1])
-        return norm_matvec(rows, matrices[0], bias_N, shape)
+        return norm_matvec(rows, first, bias_N, norm_rows_shape(first.shape[1]))
 
     def _is_lone(self, row_TM: Tensor) -> bool:
         """Whether one row runs alone, in kernels that give it other bits than a batch would."""
@@ -120,12 +129,20 @@ class TritonOps(Composed):
     def _multiply(
         self,
         x_TM: Tensor,
-        matrix_NM: Tensor,
+        matrix_NM: Tensor | Weight,
         bias_N: Tensor | None,
         out: Tensor,
         *,
         by_vendor: bool = True,
     ) -> None:
+        if isinstance(matrix_NM, Weight):
+            assert matrix_NM.planes is not None
+            assert matrix_NM.layout is not None
+            multiply_packed(
+                *(x_TM, matrix_NM.planes, matrix_NM.layout, bias_N, out),
+                is_deterministic=self._is_deterministic,
+            )
+            return
         multiply(
             x_TM,
             matrix_NM,
@@ -144,8 +161,8 @@ class TritonOps(Composed):
         return self.linear(activations.activate_and_mul(both, activation), (down,))
 
     def logits(self, x_SM: Tensor, weight: Weight) -> Tensor:
-        matrix = numbers_of(weight)
-        out = torch.empty(len(x_SM), len(matrix), dtype=torch.float32, device=x_SM.device)
+        (matrix,) = self._matrices_of((weight,))
+        out = torch.empty(len(x_SM), weight.rows, dtype=torch.float32, device=x_SM.device)
         self._multiply(x_SM, matrix, None, out, by_vendor=False)
         return out
 
@@ -165,11 +182,12 @@ class TritonOps(Composed):
         self, rows: NormInput, router: Router, counts_E: Tensor, num_live: Tensor | None = None
     ) -> Routed:
         matrices = self._matrices_of(router.weights)
-        is_fused = router.is_plain and len(matrices) == 1
+        first = matrices[0]
+        is_fused = router.is_plain and len(matrices) == 1 and not isinstance(first, Weight)
         if not is_fused or not self._is_lone(rows.residual_TM):
             return super().norm_route(rows, router, counts_E, num_live)
         tickets = self._tickets_on(counts_E.device)
-        return norm_route(rows, router, matrices[0], counts_E, num_live, tickets)
+        return norm_route(rows, router, first, counts_E, num_live, tickets)
 
     def add_gated(self, out_TM: Tensor, x_TM: Tensor, gate_T1: Tensor | None) -> None:
         activations.add_gated(out_TM, x_TM, gate_T1)
@@ -262,3 +280,7 @@ class TritonOps(Composed):
         if self._tickets is None:
             self._tickets = make_tickets(device)
         return self._tickets
+
+
+def _rows_of(matrix: Tensor | Weight) -> int:
+    return matrix.rows if isinstance(matrix, Weight) else matrix.shape[0]

@@ -38,6 +38,7 @@ def fp8(module: Module, quantization: Quantization) -> PackedMatrix:
         format=FP8 if is_packed else WEIGHT_FORMATS["f32"],
         read=read,
         stored=tuple(module.parts.values()),
+        has_row_scales=block[1] >= cols,
         unpacked_because=why,
     )
 

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from octavo.errors import UnsupportedModelError, WeightsError
 from octavo.formats import FP8, GROUP, WEIGHT_FORMATS, WeightFormat
+from octavo.kernels.planes import Planes
 from octavo.kernels.weights import Weight
+from octavo.planes import FP8_ROW, PlaneLayout, plane_layout
+from octavo.weights.laid_out import copy_packed
 from octavo.weights.names import ExpertNames
 from octavo.weights.published import floats, ints
 from octavo.weights.published.repack import mxfp4_rows
@@ -71,6 +74,19 @@ class PackedSource:
             out.copy_(part_of(self.matrix(name).data, out, row, col))
         else:
             self._plain.copy_into(name, out, staging, row, col)
+
+    def layout(self, name: str) -> PlaneLayout | None:
+        found = self._matrices.get(name)
+        if found is None:
+            return self._plain.layout(name)
+        if found.format is FP8 and found.has_row_scales:
+            return FP8_ROW
+        return plane_layout(found.format.name)
+
+    def copy_planes(self, name: str, out: Planes, staging: Staging, row: int, cols: range) -> None:
+        layout = self.layout(name)
+        assert layout is not None
+        copy_packed(self.matrix(name), layout, out, row, cols)
 
     def vector(self, name: str) -> Tensor:
         return self._plain.vector(name)

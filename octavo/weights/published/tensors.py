@@ -41,6 +41,8 @@ class PackedMatrix:
     read: Callable[[], tuple[Tensor, Tensor | None]]
     """Returns the rows, as `Weight.data`, and the table of formats that have one."""
     stored: tuple[StoredTensor, ...]
+    has_row_scales: bool = False
+    """Whether all scales of a row are one number."""
     unpacked_because: str | None = None
     """Why it is numbers in memory."""
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from types import SimpleNamespace
@@ -36,14 +37,20 @@ from octavo.kernels.inputs import (  # noqa: E402
     LatentOp,
     RopeTable,
 )
+from octavo.kernels.planes import empty_planes  # noqa: E402
 from octavo.kernels.routing import RoutingRule  # noqa: E402
 from octavo.kernels.triton.attention import choose  # noqa: E402
 from octavo.kernels.triton.attention.decode import decode_attention  # noqa: E402
 from octavo.kernels.triton.attention.device_plan import DevicePlan  # noqa: E402
 from octavo.kernels.triton.backend import TritonOps  # noqa: E402
+from octavo.kernels.triton.experts.choose import run_experts  # noqa: E402
+from octavo.kernels.triton.experts.stacks import StackedExperts  # noqa: E402
+from octavo.kernels.triton.product.choose import multiply_packed  # noqa: E402
+from octavo.kernels.triton.tuning.shapes import Shapes  # noqa: E402
 from octavo.kernels.weights import Router, Weight  # noqa: E402
 from octavo.kv_cache.spec import attention_kv, group_layers, latent_kv  # noqa: E402
 from octavo.kv_cache.storage import KVStorage  # noqa: E402
+from octavo.planes import PLANE_LAYOUTS  # noqa: E402
 from octavo.visibility import Chunk, Full, Window  # noqa: E402
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -181,6 +188,34 @@ def latent(num_tokens: int, num_sequences: int, format: str = "bfloat16", **boun
     ops.latent_attention(q_TN, latent_TC, op, layer, batch)
 
 
+def packed(name: str) -> None:
+    """Dense products and experts of few tokens, of some, and of many, unpacked rows."""
+    layout = PLANE_LAYOUTS[name]
+    weight = empty_planes(layout, 256, 1184, torch.device("cpu"))
+    torch.mm = lambda x, y, out: out  # type: ignore[assignment]
+    for count in (1, 30, 60, 600):
+        x, out = torch.zeros(count, 1184, dtype=BF16), torch.zeros(count, 256, dtype=BF16)
+        multiply_packed(x, weight, layout, None, out, is_deterministic=False)
+    gates = empty_planes(layout, 8 * 512, 1024, torch.device("cpu"))
+    downs = empty_planes(layout, 8 * 1024, 512, torch.device("cpu"))
+    experts = StackedExperts(
+        gate_EFM=gates.codes.view(8, 512, -1),
+        up_EFM=gates.codes.view(8, 512, -1),
+        down_EMF=downs.codes.view(8, 1024, -1),
+        gate_up_planes=(gates, gates),
+        gate_layout=layout,
+        down_planes=downs,
+        down_layout=layout,
+    )
+    for count in (1, 40, 120, 400):
+        run_experts(
+            *(torch.zeros(count, 1024, dtype=BF16), torch.zeros(count, 2), zeros(count, 2)),
+            *(experts, "silu", None, None, Shapes()),
+            is_deterministic=False,
+            in_parts=False,
+        )
+
+
 CASES: dict[str, Callable[[], None]] = {
     "routing": routing,
     "attention": attention,
@@ -190,6 +225,7 @@ CASES: dict[str, Callable[[], None]] = {
     "latent short": lambda: latent(64, 4, max_query_len=16, num_short_tokens=64),
     "latent long": lambda: latent(2304, 1, max_query_len=2304, num_short_tokens=0),
     "latent int4": lambda: latent(4, 4, "int4", max_query_len=1, num_short_tokens=0),
+    **{f"packed {name}": partial(packed, name) for name in PLANE_LAYOUTS},
     "latent fp8": lambda: latent(2304, 1, "fp8", max_query_len=2304, num_short_tokens=0),
 }
 

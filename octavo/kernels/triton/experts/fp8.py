@@ -94,22 +94,25 @@ def fp8_gate_up_kernel(
     )
     gate = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    # Scales of the next block travel while this one is multiplied.
+    x_scale, g_scale, u_scale = tl.load(token_at), tl.load(gate_at), tl.load(up_at)
     for start in range(0, padded, BLOCK_K):
         x = tl.load(x_at + start)
         g = gate_NM.load([start_row, start]).T
         u = up_NM.load([start_row, start]).T
         if BY_BLOCK:
-            block = start // BLOCK_K
-            x_scale = tl.load(token_at + block)[:, None]
-            gate += tl.dot(x, g) * (x_scale * tl.load(gate_at + block)[None, :])
-            up += tl.dot(x, u) * (x_scale * tl.load(up_at + block)[None, :])
+            following = tl.minimum(start // BLOCK_K + 1, num_scales - 1)
+            next_x, next_g = tl.load(token_at + following), tl.load(gate_at + following)
+            next_u = tl.load(up_at + following)
+            gate += tl.dot(x, g) * (x_scale[:, None] * g_scale[None, :])
+            up += tl.dot(x, u) * (x_scale[:, None] * u_scale[None, :])
+            x_scale, g_scale, u_scale = next_x, next_g, next_u
         else:
             gate = tl.dot(x, g, gate)
             up = tl.dot(x, u, up)
     if not BY_BLOCK:
-        x_scale = tl.load(token_at)[:, None]
-        gate *= x_scale * tl.load(gate_at)[None, :]
-        up *= x_scale * tl.load(up_at)[None, :]
+        gate *= x_scale[:, None] * g_scale[None, :]
+        up *= x_scale[:, None] * u_scale[None, :]
     if HAS_BIAS:
         bias_at = expert.to(tl.int64) * inner_size + column
         gate += tl.load(gate_bias_EF + bias_at, mask=is_column, other=0.0)[None, :]
@@ -163,17 +166,19 @@ def fp8_down_kernel(
     row_at = hidden_scales_RG + tl.where(is_row, row, 0).to(tl.int64) * num_scales
     column_at = scales_NG + weight_row * num_scales
     total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    h_scale, w_scale = tl.load(row_at), tl.load(column_at)
     for start in range(0, padded, BLOCK_K):
         h = hidden_RF.load([first, start])
         w = down_NF.load([start_row, start]).T
         if BY_BLOCK:
-            block = start // BLOCK_K
-            scale = tl.load(row_at + block)[:, None] * tl.load(column_at + block)[None, :]
-            total += tl.dot(h, w) * scale
+            following = tl.minimum(start // BLOCK_K + 1, num_scales - 1)
+            next_h, next_w = tl.load(row_at + following), tl.load(column_at + following)
+            total += tl.dot(h, w) * (h_scale[:, None] * w_scale[None, :])
+            h_scale, w_scale = next_h, next_w
         else:
             total = tl.dot(h, w, total)
     if not BY_BLOCK:
-        total *= tl.load(row_at)[:, None] * tl.load(column_at)[None, :]
+        total *= h_scale[:, None] * w_scale[None, :]
     total *= tl.load(weights_P + pair, mask=is_row, other=0.0)[:, None]
     out = parts_PM + pair.to(tl.int64)[:, None] * hidden_size + column[None, :]
     tl.store(out, total.to(parts_PM.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])

@@ -123,13 +123,16 @@ def _tile(block_n: int, block_k: int, num_stages: int, group: int = 1) -> TileSh
     )
 
 
-def packed_experts_shape(num_tokens: int, top_k: int, num_experts: int) -> ExpertsShape:
+def packed_experts_shape(
+    num_tokens: int, top_k: int, num_experts: int, bits: int = 4
+) -> ExpertsShape:
     """Returns the launch shapes of experts whose weights are packed. Deterministic sums need no
     others: bits depend on `is_direct` alone."""
     mean = num_tokens * top_k / num_experts
     is_direct = num_tokens == 1 or (num_tokens == 2 and 16 * top_k <= num_experts)
     if mean <= 12:
-        both = TileShape(block_n=32, block_k=128, group=1, num_warps=4, num_stages=5)
+        block_k = 256 if bits == 8 else 128
+        both = TileShape(block_n=64, block_k=block_k, group=1, num_warps=4, num_stages=3)
         return ExpertsShape(is_direct=is_direct, block_p=16, gate_up=both, down=both)
     if mean <= 24:
         both = TileShape(block_n=64, block_k=128, group=4, num_warps=4, num_stages=4)
@@ -154,12 +157,19 @@ def packed_pairs_shape(
     gate: PlaneLayout, down: PlaneLayout, hidden_size: int, inner_size: int, top_k: int
 ) -> PackedPairsShape:
     """Returns the launch shapes of the kernels of `pairs.py` where weights are packed."""
-    of_gate = min(1024, next_power_of_2(gate.words(hidden_size)))
-    choices = next_power_of_2(top_k)
-    of_down = min(1024 // min(choices, 8), next_power_of_2(down.words(inner_size)))
+    of_gate = min(512, next_power_of_2(gate.words(hidden_size)))
+    of_down = min(512 if top_k <= 2 else 128, next_power_of_2(down.words(inner_size)))
     return PackedPairsShape(
-        gate_up=SumsShape(block_n=2, words=max(16, of_gate), num_warps=4 if of_gate > 512 else 2),
-        down=SumsShape(block_n=2 if choices > 2 else 4, words=max(16, of_down), num_warps=4),
+        gate_up=SumsShape(
+            block_n=4 if gate.bits == 4 and inner_size >= 4096 else 2,
+            words=max(16, of_gate),
+            num_warps=2 if inner_size >= 4096 else 4,
+        ),
+        down=SumsShape(
+            block_n=2 if top_k <= 2 or down.bits == 8 else 4,
+            words=max(16, of_down),
+            num_warps=2 if top_k <= 2 and down.bits == 4 else 4,
+        ),
     )
 
 
@@ -181,6 +191,14 @@ def fp8_experts_shape(
     width = 64 if by_block else 128
     return Fp8ExpertsShape(
         rows=rows,
-        gate_up=Fp8Shape(block_t=rows, block_n=width, block_k=128, num_warps=8, num_stages=3),
-        down=Fp8Shape(block_t=rows, block_n=128, block_k=128, num_warps=8, num_stages=4),
+        gate_up=Fp8Shape(
+            block_t=rows, block_n=width, block_k=128, num_warps=8, num_stages=3 if by_block else 4
+        ),
+        down=Fp8Shape(
+            block_t=rows,
+            block_n=128 if by_block else 256,
+            block_k=128,
+            num_warps=8,
+            num_stages=4 if by_block else 3,
+        ),
     )

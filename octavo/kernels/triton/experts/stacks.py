@@ -11,7 +11,13 @@ from torch import Tensor
 from octavo.kernels.planes import Planes
 from octavo.kernels.triton.launching.numbers import compute_type
 from octavo.kernels.triton.product.matrices import numbers_of
-from octavo.kernels.weights import ExpertBiases, ExpertWeights, SharedExpert, Weight
+from octavo.kernels.weights import (
+    ExpertBiases,
+    ExpertWeights,
+    SharedExpert,
+    Stack,
+    Weight,
+)
 from octavo.planes import PlaneLayout
 
 Operand = Tensor | tuple[Tensor, ...]
@@ -129,6 +135,20 @@ def has_gate(shared: SharedParts | None) -> bool:
 
 def stacked_experts(experts: ExpertWeights) -> StackedExperts:
     """Returns the experts of a layer as whole stacks; see `stacked_view`."""
+    gate, up, down = experts.gate, experts.up, experts.down
+    if isinstance(gate, Stack) and isinstance(up, Stack) and isinstance(down, Stack):
+        assert gate.whole.layout == up.whole.layout
+        of_gate, of_up = gate.whole.planes, up.whole.planes
+        return StackedExperts(
+            gate_EFM=gate.whole.data.view(gate.num_matrices, gate.rows, -1),
+            up_EFM=up.whole.data.view(up.num_matrices, up.rows, -1),
+            down_EMF=down.whole.data.view(down.num_matrices, down.rows, -1),
+            biases=experts.biases,
+            gate_up_planes=None if of_gate is None or of_up is None else (of_gate, of_up),
+            gate_layout=gate.whole.layout,
+            down_planes=down.whole.planes,
+            down_layout=down.whole.layout,
+        )
     return StackedExperts(
         gate_EFM=stacked_view(experts.gate),
         up_EFM=stacked_view(experts.up),
@@ -166,6 +186,8 @@ def shared_parts(
     """Returns the shared expert as experts of `inner_size`, or None where it is not some of them
     side by side."""
     if shared is None or shared.gate.rows % inner_size:
+        return None
+    if any(one.planes is not None for one in (shared.gate, shared.up, shared.down)):
         return None
     gate, up, down = numbers_of(shared.gate), numbers_of(shared.up), numbers_of(shared.down)
     assert gate.is_contiguous()

@@ -61,18 +61,20 @@ def fp8_product_kernel(
     token_at = x_scales_TG + tl.where(is_token, token, 0).to(tl.int64) * num_scales
     column_at = scales_NG + tl.where(is_column, column, 0).to(tl.int64) * num_scales
     total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    # Scales of the next block travel while this one is multiplied.
+    x_scale, w_scale = tl.load(token_at), tl.load(column_at)
     for start in range(0, padded, BLOCK_K):
         x = x_TM.load([row_block * BLOCK_T, start])
         w = weight_NM.load([column_block * BLOCK_N, start]).T
         if BY_BLOCK:
-            block = start // BLOCK_K
-            x_scale = tl.load(token_at + block)
-            w_scale = tl.load(column_at + block)
+            following = tl.minimum(start // BLOCK_K + 1, num_scales - 1)
+            next_x, next_w = tl.load(token_at + following), tl.load(column_at + following)
             total += tl.dot(x, w) * (x_scale[:, None] * w_scale[None, :])
+            x_scale, w_scale = next_x, next_w
         else:
             total = tl.dot(x, w, total)
     if not BY_BLOCK:
-        total *= tl.load(token_at)[:, None] * tl.load(column_at)[None, :]
+        total *= x_scale[:, None] * w_scale[None, :]
     if HAS_BIAS:
         total += tl.load(bias_N + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
     out = out_TN + token.to(tl.int64)[:, None] * out_stride + column[None, :]

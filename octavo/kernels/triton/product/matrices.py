@@ -2,18 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
 from octavo.errors import UnsupportedModelError
+from octavo.kernels.triton.product.packed import unpack
 from octavo.kernels.weights import Weight
 
 
+def joined(weights: Sequence[Weight]) -> list[Weight]:
+    """Joins packed weights that follow each other where they were placed, so that one product
+    serves all."""
+    made: list[Weight] = []
+    for weight in weights:
+        last, place = made[-1] if made else None, weight.within
+        follows = (
+            last is not None
+            and last.within is not None
+            and place is not None
+            and weight.planes is not None
+            and place.whole is last.within.whole
+            and place.start == last.within.start + last.rows
+        )
+        if follows:
+            assert last is not None
+            assert last.within is not None
+            assert place is not None
+            start, whole = last.within.start, place.whole
+            part = whole.part(start, place.start + weight.rows)
+            made[-1] = replace(part, within=last.within)
+        else:
+            made.append(weight)
+    return made
+
+
 def numbers_of(weight: Weight) -> Tensor:
-    """Returns the matrix [rows, cols]. Raises UnsupportedModelError for block formats."""
+    """Returns the matrix [rows, cols], unpacked where it is packed. Raises UnsupportedModelError
+    for rows of blocks."""
+    if weight.planes is not None:
+        assert weight.layout is not None
+        return unpack(weight.planes, weight.layout, weight.cols, torch.bfloat16)
     if weight.format.is_block:
         raise UnsupportedModelError(
-            f"weights in {weight.format.name} cannot be multiplied by the triton back end: GGUF "
-            "block formats need the CPU back end for now (bf16, f16 and f32 run here)"
+            f"weights in {weight.format.name} cannot be multiplied by the triton back end before "
+            "they are laid out in planes (`DevicePlacement`)"
         )
     return weight.data
 

@@ -51,14 +51,13 @@ def packed_shape(num_tokens: int, num_rows: int) -> PackedShape:
     )
     if block_t == 128:
         return PackedShape(block_t=128, block_n=128, block_k=128, num_warps=8, num_stages=3)
-    block_n = 32 if num_rows <= 8192 else 64
-    return PackedShape(block_t=block_t, block_n=block_n, block_k=128, num_warps=4, num_stages=5)
+    return PackedShape(block_t=block_t, block_n=64, block_k=256, num_warps=4, num_stages=4)
 
 
 def sums_shape(layout: PlaneLayout, hidden_size: int) -> SumsShape:
     """Returns the launch shape of a product of one token."""
-    step = min(1024, next_power_of_2(layout.words(hidden_size)))
-    return SumsShape(block_n=4, words=max(16, step), num_warps=4 if step > 512 else 2)
+    step = max(16, min(512, next_power_of_2(layout.words(hidden_size))))
+    return SumsShape(block_n=8 if layout.bits == 4 else 2, words=step, num_warps=2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,5 +73,6 @@ class Fp8Shape:
 
 def fp8_shape(num_tokens: int) -> Fp8Shape:
     """Returns the launch shape of a dense product."""
-    block_t = 64 if num_tokens <= 64 else 128
-    return Fp8Shape(block_t=block_t, block_n=128, block_k=128, num_warps=8, num_stages=4)
+    if num_tokens <= 64:
+        return Fp8Shape(block_t=64, block_n=128, block_k=128, num_warps=4, num_stages=4)
+    return Fp8Shape(block_t=128, block_n=256, block_k=128, num_warps=8, num_stages=3)

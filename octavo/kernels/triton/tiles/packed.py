@@ -71,6 +71,13 @@ def ends_group(part: int, format: str) -> bool:
 
 
 @triton.constexpr_function
+def first_of_group(part: int, format: str) -> int:
+    """Returns the first part of a word that has the scale of `part`, the last that has it."""
+    layout = PLANE_LAYOUTS[format]
+    return part + 1 - min(layout.group // _RUN, layout.parts)
+
+
+@triton.constexpr_function
 def group_in_run(part: int, format: str) -> int:
     """Which of the scales of a run of words a part has."""
     group = PLANE_LAYOUTS[format].group
@@ -189,13 +196,11 @@ def dot_packed(total, xs, planes, at, start, COMPUTE: tl.constexpr, FORMAT: tl.c
             scale = scale_at(planes, here, FORMAT)
             total += sums * scale
             if RUN * parts_of(FORMAT) > GROUP and offset_of(FORMAT) == "zero":
-                first: tl.constexpr = part + 1 - GROUP // RUN
-                of_x = _sums_of(xs, first, part + 1)
+                of_x = _sums_of(xs, first_of_group(part, FORMAT), part + 1)
                 zero = zero_at(planes, here, FORMAT) + bias_of(COMPUTE, FORMAT)
                 total -= of_x * (zero * scale)
             if offset_of(FORMAT) == "min":
-                first: tl.constexpr = part + 1 - min(GROUP // RUN, parts_of(FORMAT))
-                of_x = _sums_of(xs, first, part + 1)
+                of_x = _sums_of(xs, first_of_group(part, FORMAT), part + 1)
                 total += of_x * tl.load(planes[2] + here).to(tl.float32)
             sums = tl.zeros(total.shape, tl.float32)
     if GROUP == 0:
@@ -218,6 +223,13 @@ def scaled_rows(total, planes, at, FORMAT: tl.constexpr):
     if group_of(FORMAT) == 0:
         total *= scale_at(planes, at[1], FORMAT)
     return total
+
+
+@triton.jit
+def chunk_sums(values, CHUNKS: tl.constexpr):
+    """Returns [.., CHUNKS]: the sums of CHUNK neighbours."""
+    wide = values.reshape(*values.shape[:-1], CHUNKS, CHUNK)
+    return tl.sum(wide, len(values.shape))
 
 
 @triton.jit
@@ -260,10 +272,9 @@ def sums_packed(
         kept = products
         kept_x = of_x
         if ends_group(part, FORMAT):
-            DIM: tl.constexpr = len(products.shape)
-            sums = tl.sum(products.reshape(*products.shape[:-1], CHUNKS, CHUNK), DIM)
+            sums = chunk_sums(products, CHUNKS)
             if HAS_X:
-                x_sums = tl.sum(of_x.reshape(*of_x.shape[:-1], CHUNKS, CHUNK), DIM)
+                x_sums = chunk_sums(of_x, CHUNKS)
             here = place + group_in_run(part, FORMAT)
             if offset_of(FORMAT) == "zero":
                 zero = tl.load(planes[2] + here).to(tl.float32)

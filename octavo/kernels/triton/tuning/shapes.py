@@ -70,7 +70,9 @@ class Shapes:
         count, inner_size = experts.count, experts.inner_size
         hidden_size = experts.hidden_size
         if experts.is_packed:
-            return packed_experts_shape(len(x_TM), top_k, count)
+            layout = experts.gate_layout or experts.down_layout
+            bits = 4 if layout is None else layout.bits
+            return packed_experts_shape(len(x_TM), top_k, count, bits)
         found = self._find("moe", x_TM, experts.gate_EFM, top_k, count, inner_size, hidden_size)
         if found is not None:
             return found
