@@ -17,7 +17,7 @@ from octavo.weights.hub import ModelFiles
 
 def model_identity(config: EngineConfig, files: ModelFiles) -> str:
     """Returns what names the weights and their version."""
-    return f"{files.identity}|{config.dtype}|{config.seed}"
+    return f"{files.identity}|{config.dtype}|{config.seed}|{config.quantization}"
 
 
 def request_root(identity: str, plan: MemoryPlan, salt: str) -> bytes:
