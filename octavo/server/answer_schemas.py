@@ -5,321 +5,226 @@ Read by `openapi`; answers are made by the routes as plain dicts, and a test hol
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import get_args
 
 from octavo.kv_cache.explain import Reason
 from octavo.server.message_errors import TYPES
+from octavo.server.response_schemas import RESPONSE
+from octavo.server.schema_words import (
+    ANY_OBJECT,
+    BOOL,
+    CHAT_LOGPROBS,
+    IDS,
+    INT,
+    NUMBER,
+    TEXT,
+    Schema,
+    list_of,
+    object_of,
+    or_null,
+)
 
-Schema = dict[str, Any]
-
-_TEXT: Schema = {"type": "string"}
-_INT: Schema = {"type": "integer"}
-_BOOL: Schema = {"type": "boolean"}
-_NUMBER: Schema = {"type": "number"}
-_IDS: Schema = {"type": "array", "items": _INT}
-
-
-def _or_null(schema: Schema) -> Schema:
-    return {"anyOf": [schema, {"type": "null"}]}
-
-
-def _list(items: Schema) -> Schema:
-    return {"type": "array", "items": items}
-
-
-def _object(fields: Schema, optional: Schema | None = None) -> Schema:
-    """Returns the schema of an object that has all of `fields` and may have `optional` ones."""
-    properties = {**fields, **(optional or {})}
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": [*fields],
-        "additionalProperties": False,
-    }
-
-
-_USAGE = _object(
+_USAGE = object_of(
     {
-        "prompt_tokens": _INT,
-        "completion_tokens": _INT,
-        "total_tokens": _INT,
-        "prompt_tokens_details": _object({"cached_tokens": _INT}),
+        "prompt_tokens": INT,
+        "completion_tokens": INT,
+        "total_tokens": INT,
+        "prompt_tokens_details": object_of({"cached_tokens": INT}),
     },
-    {"completion_tokens_details": _object({"reasoning_tokens": _INT})},
+    {"completion_tokens_details": object_of({"reasoning_tokens": INT})},
 )
 _END: Schema = {
     "finish_reason": {"enum": ["stop", "length", "tool_calls", None]},
     "stop_reason": {
         "description": "The stop text or token that ended it.",
-        "anyOf": [_TEXT, _INT, {"type": "null"}],
+        "anyOf": [TEXT, INT, {"type": "null"}],
     },
 }
-_CHANCE: Schema = {"token": _TEXT, "logprob": _NUMBER, "bytes": _list(_INT)}
-_CHAT_LOGPROBS = _object(
-    {"content": _list(_object({**_CHANCE, "top_logprobs": _list(_object(_CHANCE))}))}
-)
-_PROMPT_LOGPROBS = _list(
-    _or_null(
+_PROMPT_LOGPROBS = list_of(
+    or_null(
         {
             "description": "By token id.",
             "type": "object",
-            "additionalProperties": _object(
-                {"logprob": _NUMBER, "rank": _or_null(_INT), "decoded_token": _or_null(_TEXT)}
+            "additionalProperties": object_of(
+                {"logprob": NUMBER, "rank": or_null(INT), "decoded_token": or_null(TEXT)}
             ),
         }
     )
 )
-_COMPLETION_LOGPROBS = _object(
+_COMPLETION_LOGPROBS = object_of(
     {
-        "tokens": _list(_TEXT),
-        "token_logprobs": _list(_or_null(_NUMBER)),
-        "top_logprobs": _list(_or_null({"type": "object", "additionalProperties": _NUMBER})),
-        "text_offset": _list(_INT),
+        "tokens": list_of(TEXT),
+        "token_logprobs": list_of(or_null(NUMBER)),
+        "top_logprobs": list_of(or_null({"type": "object", "additionalProperties": NUMBER})),
+        "text_offset": list_of(INT),
     }
 )
 _CALL = {
     "anyOf": [
-        _object(
+        object_of(
             {
-                "id": _TEXT,
+                "id": TEXT,
                 "type": {"const": kind},
-                kind: _object({"name": _TEXT, given: _TEXT}),
+                kind: object_of({"name": TEXT, given: TEXT}),
             }
         )
         for kind, given in (("function", "arguments"), ("custom", "input"))
     ]
 }
-_CHAT_CHOICE = _object(
+_CHAT_CHOICE = object_of(
     {
-        "index": _INT,
-        "message": _object(
+        "index": INT,
+        "message": object_of(
             {
                 "role": {"const": "assistant"},
-                "content": _or_null(_TEXT),
+                "content": or_null(TEXT),
                 "refusal": {"type": "null"},
             },
-            {"reasoning": _TEXT, "reasoning_content": _TEXT, "tool_calls": _list(_CALL)},
+            {"reasoning": TEXT, "reasoning_content": TEXT, "tool_calls": list_of(_CALL)},
         ),
-        "logprobs": _or_null(_CHAT_LOGPROBS),
+        "logprobs": or_null(CHAT_LOGPROBS),
         **_END,
     },
-    {"token_ids": _IDS},
+    {"token_ids": IDS},
 )
-_TEXT_CHOICE = _object(
-    {"index": _INT, "text": _TEXT, "logprobs": _or_null(_COMPLETION_LOGPROBS), **_END},
+_TEXT_CHOICE = object_of(
+    {"index": INT, "text": TEXT, "logprobs": or_null(_COMPLETION_LOGPROBS), **_END},
     {
-        "token_ids": _IDS,
-        "prompt_token_ids": _IDS,
-        "prompt_logprobs": _or_null(_PROMPT_LOGPROBS),
+        "token_ids": IDS,
+        "prompt_token_ids": IDS,
+        "prompt_logprobs": or_null(_PROMPT_LOGPROBS),
     },
 )
-_MODEL = _object(
+_MODEL = object_of(
     {
-        "id": _TEXT,
+        "id": TEXT,
         "object": {"const": "model"},
-        "created": _INT,
-        "owned_by": _TEXT,
-        "root": _TEXT,
-        "max_model_len": _INT,
+        "created": INT,
+        "owned_by": TEXT,
+        "root": TEXT,
+        "max_model_len": INT,
     }
 )
 
 
 _BLOCK = {
     "anyOf": [
-        _object({"type": {"const": "text"}, "text": _TEXT}),
-        _object({"type": {"const": "thinking"}, "thinking": _TEXT, "signature": _TEXT}),
-        _object(
+        object_of({"type": {"const": "text"}, "text": TEXT}),
+        object_of({"type": {"const": "thinking"}, "thinking": TEXT, "signature": TEXT}),
+        object_of(
             {
                 "type": {"const": "tool_use"},
-                "id": _TEXT,
-                "name": _TEXT,
+                "id": TEXT,
+                "name": TEXT,
                 "input": {"type": "object"},
             }
         ),
     ]
 }
 _STOP_REASONS = ("end_turn", "max_tokens", "stop_sequence", "tool_use")
-_MESSAGE = _object(
+_MESSAGE = object_of(
     {
-        "id": _TEXT,
+        "id": TEXT,
         "type": {"const": "message"},
         "role": {"const": "assistant"},
-        "model": _TEXT,
-        "content": _list(_BLOCK),
+        "model": TEXT,
+        "content": list_of(_BLOCK),
         "stop_reason": {"enum": [*_STOP_REASONS, "model_context_window_exceeded"]},
-        "stop_sequence": _or_null(_TEXT),
-        "usage": _object(
+        "stop_sequence": or_null(TEXT),
+        "usage": object_of(
             {
-                "input_tokens": _INT,
-                "cache_creation_input_tokens": _INT,
-                "cache_read_input_tokens": _INT,
-                "output_tokens": _INT,
+                "input_tokens": INT,
+                "cache_creation_input_tokens": INT,
+                "cache_read_input_tokens": INT,
+                "output_tokens": INT,
             },
-            {"output_tokens_details": _object({"thinking_tokens": _INT})},
+            {"output_tokens_details": object_of({"thinking_tokens": INT})},
         ),
-    }
-)
-_ANY: Schema = {"type": "object"}
-_STATUS: Schema = {"enum": ["in_progress", "completed", "incomplete"]}
-
-
-def _item(kind: str, fields: Schema, optional: Schema | None = None) -> Schema:
-    """Returns the schema of a response's output item."""
-    return _object({"id": _TEXT, "type": {"const": kind}, "status": _STATUS, **fields}, optional)
-
-
-def _part(kind: str, fields: Schema | None = None) -> Schema:
-    return _list(_object({"type": {"const": kind}, "text": _TEXT, **(fields or {})}))
-
-
-_OUTPUT_ITEM = {
-    "anyOf": [
-        _item(
-            "message",
-            {
-                "role": {"const": "assistant"},
-                "content": _part(
-                    "output_text",
-                    {
-                        "annotations": _list(_ANY),
-                        "logprobs": _CHAT_LOGPROBS["properties"]["content"],
-                    },
-                ),
-            },
-        ),
-        _item(
-            "reasoning",
-            {"summary": _list(_ANY), "content": _part("reasoning_text")},
-            {"encrypted_content": _TEXT},
-        ),
-        _item("function_call", {"call_id": _TEXT, "name": _TEXT, "arguments": _TEXT}),
-        _item("custom_tool_call", {"call_id": _TEXT, "name": _TEXT, "input": _TEXT}),
-    ]
-}
-_RESPONSE_USAGE = _object(
-    {
-        "input_tokens": _INT,
-        "input_tokens_details": _object({"cached_tokens": _INT, "cache_write_tokens": _INT}),
-        "output_tokens": _INT,
-        "output_tokens_details": _object({"reasoning_tokens": _INT}),
-        "total_tokens": _INT,
-    }
-)
-_RESPONSE = _object(
-    {
-        "id": _TEXT,
-        "object": {"const": "response"},
-        "created_at": _INT,
-        "completed_at": _or_null(_INT),
-        "status": {"enum": ["in_progress", "completed", "incomplete", "failed", "cancelled"]},
-        "error": _or_null(_object({"code": _TEXT, "message": _TEXT})),
-        "incomplete_details": _or_null(_object({"reason": _TEXT})),
-        "background": {"type": "boolean"},
-        "instructions": _or_null(_TEXT),
-        "max_output_tokens": _or_null(_INT),
-        "max_tool_calls": _or_null(_INT),
-        "metadata": {"type": "object", "additionalProperties": _TEXT},
-        "model": _TEXT,
-        "output": _list(_OUTPUT_ITEM),
-        "parallel_tool_calls": {"type": "boolean"},
-        "previous_response_id": _or_null(_TEXT),
-        "reasoning": _object({"effort": _or_null(_TEXT), "summary": _or_null(_TEXT)}),
-        "service_tier": _TEXT,
-        "store": {"type": "boolean"},
-        "temperature": _NUMBER,
-        "text": _object({"format": _ANY}, {"verbosity": _TEXT}),
-        "tool_choice": {"anyOf": [_TEXT, _ANY]},
-        "tools": _list(_ANY),
-        "top_logprobs": _INT,
-        "top_p": _NUMBER,
-        "truncation": _TEXT,
-        "usage": _or_null(_RESPONSE_USAGE),
     }
 )
 
 
 def _answer(kind: str, choice: Schema, optional: Schema | None = None) -> Schema:
     fields = {
-        "id": _TEXT,
+        "id": TEXT,
         "object": {"const": kind},
-        "created": _INT,
-        "model": _TEXT,
-        "choices": _list(choice),
+        "created": INT,
+        "model": TEXT,
+        "choices": list_of(choice),
         "usage": _USAGE,
     }
-    return _object(fields, optional)
+    return object_of(fields, optional)
 
 
 def _page(items: Schema) -> Schema:
     """Returns the schema of one page of a list."""
-    edges = {"first_id": _or_null(_TEXT), "last_id": _or_null(_TEXT), "has_more": _BOOL}
-    return _object({"object": {"const": "list"}, "data": _list(items), **edges})
+    edges = {"first_id": or_null(TEXT), "last_id": or_null(TEXT), "has_more": BOOL}
+    return object_of({"object": {"const": "list"}, "data": list_of(items), **edges})
 
 
 _BATCH_TIMES = (
     *("in_progress_at", "finalizing_at", "completed_at", "failed_at"),
     *("expired_at", "cancelling_at", "cancelled_at"),
 )
-_BATCH_ERROR = _object(
-    {"code": _TEXT, "message": _TEXT, "line": _or_null(_INT), "param": _or_null(_TEXT)}
+_BATCH_ERROR = object_of(
+    {"code": TEXT, "message": TEXT, "line": or_null(INT), "param": or_null(TEXT)}
 )
 _BATCH_STATUSES = (
     *("validating", "in_progress", "finalizing", "completed"),
     *("failed", "expired", "cancelling", "cancelled"),
 )
-_BATCH = _object(
+_BATCH = object_of(
     {
-        "id": _TEXT,
+        "id": TEXT,
         "object": {"const": "batch"},
-        "endpoint": _TEXT,
-        "model": _TEXT,
-        "input_file_id": _TEXT,
-        "completion_window": _TEXT,
+        "endpoint": TEXT,
+        "model": TEXT,
+        "input_file_id": TEXT,
+        "completion_window": TEXT,
         "status": {"enum": [*_BATCH_STATUSES]},
-        "created_at": _INT,
-        "expires_at": _INT,
-        **dict.fromkeys(_BATCH_TIMES, _or_null(_INT)),
-        "metadata": _or_null({"type": "object", "additionalProperties": _TEXT}),
-        "output_file_id": _or_null(_TEXT),
-        "error_file_id": _or_null(_TEXT),
-        "errors": _or_null(_object({"object": {"const": "list"}, "data": _list(_BATCH_ERROR)})),
-        "request_counts": _object({"total": _INT, "completed": _INT, "failed": _INT}),
+        "created_at": INT,
+        "expires_at": INT,
+        **dict.fromkeys(_BATCH_TIMES, or_null(INT)),
+        "metadata": or_null({"type": "object", "additionalProperties": TEXT}),
+        "output_file_id": or_null(TEXT),
+        "error_file_id": or_null(TEXT),
+        "errors": or_null(object_of({"object": {"const": "list"}, "data": list_of(_BATCH_ERROR)})),
+        "request_counts": object_of({"total": INT, "completed": INT, "failed": INT}),
     }
 )
-_FILE = _object(
+_FILE = object_of(
     {
-        "id": _TEXT,
+        "id": TEXT,
         "object": {"const": "file"},
-        "bytes": _INT,
-        "created_at": _INT,
-        "filename": _TEXT,
+        "bytes": INT,
+        "created_at": INT,
+        "filename": TEXT,
         "purpose": {"enum": ["batch", "batch_output"]},
         "status": {"const": "processed"},
     },
-    {"expires_at": _INT},
+    {"expires_at": INT},
 )
 
 
-_POOLED_USAGE = _object(
+_POOLED_USAGE = object_of(
     {
-        "prompt_tokens": _INT,
-        "total_tokens": _INT,
-        "prompt_tokens_details": _object({"cached_tokens": _INT}),
+        "prompt_tokens": INT,
+        "total_tokens": INT,
+        "prompt_tokens_details": object_of({"cached_tokens": INT}),
     }
 )
-_VECTOR = {"anyOf": [_list(_NUMBER), {"type": "string", "format": "byte"}]}
+_VECTOR = {"anyOf": [list_of(NUMBER), {"type": "string", "format": "byte"}]}
 
 
 def _listed(kind: str, fields: Schema) -> Schema:
-    item = _object({"object": {"const": kind}, "index": _INT, **fields})
-    return _object(
+    item = object_of({"object": {"const": kind}, "index": INT, **fields})
+    return object_of(
         {
-            "id": _TEXT,
+            "id": TEXT,
             "object": {"const": "list"},
-            "created": _INT,
-            "model": _TEXT,
-            "data": _list(item),
+            "created": INT,
+            "model": TEXT,
+            "data": list_of(item),
             "usage": _POOLED_USAGE,
         }
     )
@@ -329,93 +234,93 @@ ANSWERS: dict[str, Schema] = {
     "ChatCompletion": _answer(
         "chat.completion",
         _CHAT_CHOICE,
-        {"prompt_logprobs": _or_null(_PROMPT_LOGPROBS), "prompt_token_ids": _IDS},
+        {"prompt_logprobs": or_null(_PROMPT_LOGPROBS), "prompt_token_ids": IDS},
     ),
     "Completion": _answer("text_completion", _TEXT_CHOICE),
     "Message": _MESSAGE,
-    "TokenCount": _object({"input_tokens": _INT}),
+    "TokenCount": object_of({"input_tokens": INT}),
     "Invocation": {
         "anyOf": [
             {"$ref": "#/components/schemas/ChatCompletion"},
             {"$ref": "#/components/schemas/Completion"},
         ]
     },
-    "PrefixExplanation": _object(
+    "PrefixExplanation": object_of(
         {
             "object": {"const": "prefix_explanation"},
-            "num_tokens": _INT,
-            "cached_tokens": _INT,
-            "block_size": _INT,
+            "num_tokens": INT,
+            "cached_tokens": INT,
+            "block_size": INT,
             "reason": {"enum": [*get_args(Reason)]},
-            "message": _TEXT,
-            "nearest": _or_null(_object({"num_tokens": _INT, "shared_tokens": _INT})),
-            "parts_at": _or_null(
-                _object(
+            "message": TEXT,
+            "nearest": or_null(object_of({"num_tokens": INT, "shared_tokens": INT})),
+            "parts_at": or_null(
+                object_of(
                     {
-                        "token": _INT,
-                        "before": _or_null(_TEXT),
-                        "prompt": _or_null(_TEXT),
-                        "cached": _or_null(_TEXT),
+                        "token": INT,
+                        "before": or_null(TEXT),
+                        "prompt": or_null(TEXT),
+                        "cached": or_null(TEXT),
                     }
                 )
             ),
-            "other_salt_tokens": _or_null(_INT),
+            "other_salt_tokens": or_null(INT),
         }
     ),
-    "RenderedPrompt": _object({"text": _TEXT, "num_tokens": _INT, "token_ids": _IDS}),
-    "RenderedPrompts": _object(
+    "RenderedPrompt": object_of({"text": TEXT, "num_tokens": INT, "token_ids": IDS}),
+    "RenderedPrompts": object_of(
         {
             "object": {"const": "list"},
-            "data": _list(_object({"num_tokens": _INT, "token_ids": _IDS})),
+            "data": list_of(object_of({"num_tokens": INT, "token_ids": IDS})),
         }
     ),
-    "Response": _RESPONSE,
-    "ResponseDeleted": _object({"id": _TEXT, "object": {"const": "response"}, "deleted": _BOOL}),
-    "ResponseItems": _page(_ANY),
-    "Tokens": _object(
-        {"count": _INT, "max_model_len": _INT, "tokens": _IDS}, {"token_strs": _list(_TEXT)}
+    "Response": RESPONSE,
+    "ResponseDeleted": object_of({"id": TEXT, "object": {"const": "response"}, "deleted": BOOL}),
+    "ResponseItems": _page(ANY_OBJECT),
+    "Tokens": object_of(
+        {"count": INT, "max_model_len": INT, "tokens": IDS}, {"token_strs": list_of(TEXT)}
     ),
-    "Detokenized": _object({"prompt": _TEXT}),
+    "Detokenized": object_of({"prompt": TEXT}),
     "Embeddings": _listed("embedding", {"embedding": _VECTOR}),
     "Pooled": _listed("pooling", {"data": _VECTOR}),
-    "Scores": _listed("score", {"score": _NUMBER}),
-    "Reranked": _object(
+    "Scores": _listed("score", {"score": NUMBER}),
+    "Reranked": object_of(
         {
-            "id": _TEXT,
-            "model": _TEXT,
+            "id": TEXT,
+            "model": TEXT,
             "usage": _POOLED_USAGE,
-            "results": _list(
-                _object(
-                    {"index": _INT, "relevance_score": _NUMBER},
-                    {"document": _object({"text": _TEXT})},
+            "results": list_of(
+                object_of(
+                    {"index": INT, "relevance_score": NUMBER},
+                    {"document": object_of({"text": TEXT})},
                 )
             ),
         }
     ),
     "Model": _MODEL,
-    "Models": _object({"object": {"const": "list"}, "data": _list(_MODEL)}),
+    "Models": object_of({"object": {"const": "list"}, "data": list_of(_MODEL)}),
     "Batch": _BATCH,
     "Batches": _page(_BATCH),
     "File": _FILE,
     "Files": _page(_FILE),
-    "FileDeleted": _object({"id": _TEXT, "object": {"const": "file"}, "deleted": _BOOL}),
-    "Status": _object({"status": _TEXT}),
-    "Version": _object({"version": _TEXT}),
-    "MessageError": _object(
+    "FileDeleted": object_of({"id": TEXT, "object": {"const": "file"}, "deleted": BOOL}),
+    "Status": object_of({"status": TEXT}),
+    "Version": object_of({"version": TEXT}),
+    "MessageError": object_of(
         {
             "type": {"const": "error"},
-            "error": _object({"type": {"enum": [*TYPES]}, "message": _TEXT}),
-            "request_id": _TEXT,
+            "error": object_of({"type": {"enum": [*TYPES]}, "message": TEXT}),
+            "request_id": TEXT,
         }
     ),
-    "Error": _object(
+    "Error": object_of(
         {
-            "error": _object(
+            "error": object_of(
                 {
-                    "message": _TEXT,
+                    "message": TEXT,
                     "type": {"enum": ["invalid_request_error", "server_error"]},
-                    "param": {**_or_null(_TEXT), "description": "The field that is wrong."},
-                    "code": _or_null(_TEXT),
+                    "param": {**or_null(TEXT), "description": "The field that is wrong."},
+                    "code": or_null(TEXT),
                 }
             )
         }

@@ -98,7 +98,20 @@ TOOL_CHOICE_SCHEMA: dict[str, Any] = {
 }
 
 
-class TemplateFields(RequestModel):
+class TemplateVariables(RequestModel):
+    """What a request says to the chat template itself."""
+
+    enable_thinking: bool | None = Field(
+        None, description="A variable of the template: whether the model reasons first."
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None,
+        description="Variables of the template, such as enable_thinking; those that it does not "
+        "read change nothing.",
+    )
+
+
+class TemplateFields(TemplateVariables):
     """What becomes a prompt through the chat template."""
 
     # Special tokens are looked for in the text, and messages are read and rendered in Python.
@@ -127,14 +140,6 @@ class TemplateFields(RequestModel):
         None,
         description="Functions, or custom tools with a text as input, that the model may call.",
         json_schema_extra={"items": TOOL_SCHEMA},
-    )
-    enable_thinking: bool | None = Field(
-        None, description="A variable of the template: whether the model reasons first."
-    )
-    chat_template_kwargs: dict[str, Any] | None = Field(
-        None,
-        description="Variables of the template, such as enable_thinking; those that it does not "
-        "read change nothing.",
     )
     reasoning_effort: ReasoningEffort | None = Field(
         None, description="A variable of the template; changes nothing where it is not read."

@@ -22,6 +22,7 @@ from octavo.server.protocol.chat import (
     ChatRequest,
     ReasoningEffort,
     TemplateFields,
+    TemplateVariables,
 )
 from octavo.server.protocol.files import ListQuery
 from octavo.server.protocol.response_items import ChatHistory, chat_history, reference_of
@@ -158,7 +159,7 @@ class ResponseStreamOptions(StrictModel):
     ignored_fields = frozenset({"include_obfuscation"})
 
 
-class ResponsesRequest(GenerationFields):
+class ResponsesRequest(GenerationFields, TemplateVariables):
     """OpenAI's request for a response, with the fields of chats that it lacks."""
 
     max_quick_bytes = TemplateFields.max_quick_bytes
@@ -234,14 +235,6 @@ class ResponsesRequest(GenerationFields):
         "response later.",
     )
     stream_options: ResponseStreamOptions | None = Field(None, description="Changes nothing.")
-    enable_thinking: bool | None = Field(
-        None, description="A variable of the template: whether the model reasons first."
-    )
-    chat_template_kwargs: dict[str, Any] | None = Field(
-        None,
-        description="Variables of the template, such as enable_thinking; those that it does not "
-        "read change nothing.",
-    )
     structured_outputs: StructuredOutputs | None = Field(
         None, description="The form of the text: patterns, choices, grammars."
     )
