@@ -19,6 +19,7 @@ from octavo.option_values import kind_of, read_value
 from octavo.plain_keys import all_keys
 from octavo.request import MAX_INT, PrefixCaching
 from octavo.tools.detect import REASONING_PARSERS, TOOL_PARSERS
+from octavo.traces_config import check_traces
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
@@ -237,6 +238,17 @@ class ServerConfig:
     expert_metrics: bool = option(
         False, "tell in /metrics of every expert of every layer, which are thousands of series"
     )
+    otlp_traces_endpoint: str | None = option(
+        None, "collector of OpenTelemetry traces, like http://localhost:4317; extra otel"
+    )
+    otlp_traces_protocol: str = option(
+        "auto",
+        "how traces travel; auto is http for port 4318 and paths, else grpc",
+        choices=("auto", "grpc", "http"),
+    )
+    otlp_traces_sampling: float = option(
+        1.0, "share of requests that are traced, if their traceparent does not say"
+    )
     allow_priority: str = option(
         "0..0", "priorities that clients may ask for, like -10..10, or all; operators may always"
     )
@@ -302,6 +314,7 @@ class ServerConfig:
             message = f"max_store_bytes must be at least 0, got {self.max_store_bytes}"
             raise ConfigError(message, field="max_store_bytes")
         _seconds("shutdown_timeout", self.shutdown_timeout)
+        check_traces(self.otlp_traces_endpoint, self.otlp_traces_sampling)
         _ = self.priority_range
         keys = {
             name: all_keys(

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from octavo.errors import OctavoError
+from octavo.moments import Moment
 from octavo.request import Logprob, PackedLogprobs, PackedPrompt, PositionLogprobs, Request
 
 
@@ -85,6 +86,8 @@ class OutputDelta(msgspec.Struct, kw_only=True):
     """When the front end learned of it; seconds of the monotonic clock."""
     vector: bytes | None = None
     """float32: what a request that asked for no tokens has come to."""
+    moments: Sequence[Moment] = ()
+    """As in TokenDelta."""
 
 
 class DeltaSum:

@@ -17,6 +17,7 @@ import msgspec
 
 from octavo.constraint import Constraint, StructuredOutputsParams
 from octavo.errors import RequestError, shown
+from octavo.moments import Moment
 from octavo.request_fields import REFUSED_PARAMS, refuse_field
 
 PrefixCaching = Literal["auto", "on", "off"]
@@ -339,6 +340,8 @@ class Request(PackedPrompt):
     """Separates prefix caches of tenants; bound by the server to the key."""
     tenant: str = ""
     """Whose it is: who asks what is cached is told of no other's."""
+    is_traced: bool = False
+    """Whether what happens to it in the engine is told (`TokenDelta.moments`)."""
     wants_vector: bool = False
     """Whether it ends with its prompt, and the vector that the model makes of that."""
     needs_all_states: bool = False
@@ -402,3 +405,5 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """When the request first entered a step, with its first token; seconds of `monotonic`."""
     vector: bytes | None = None
     """float32, of a request that wants one, with its finish reason."""
+    moments: tuple[Moment, ...] = ()
+    """Of a traced request: what has happened since it was told last."""

@@ -88,7 +88,7 @@ _STEPS = "one token budget is shared by all requests of a step; see --max-num-ba
 _CODE = "families of models are built in; none runs code of its own"
 _LOGS = "requests have an access line; prompts are never logged"
 _CORS = "every method and header is allowed to --allowed-origins, cookies are not used"
-_TRACES = "traces are not built yet; GET /metrics has the times"
+_TRACES = "traces have all details; see --otlp-traces-endpoint"
 _MODEL_FILES = "a model is read as its folder or file says"
 
 _TABLE: list[VllmOption] = [
@@ -214,7 +214,7 @@ _TABLE: list[VllmOption] = [
     *_values("give defaults of sampling with each request", "override_generation_config", so=({},)),
     *_values("the limit is 100 tokens a position", "max_logprobs", so=(100,)),
     *_flags("a running engine is not put to sleep", "enable_sleep_mode"),
-    *_values(_TRACES, "otlp_traces_endpoint", "collect_detailed_traces", "profiler_config"),
+    *_values(_TRACES, "collect_detailed_traces", "profiler_config"),
     *_values("metrics have one version", "show_hidden_metrics_for_version"),
     *_values(
         "KV is not moved between engines; an OffloadingConnector is taken, but has no effect",

@@ -27,7 +27,8 @@ ENGINE_OPTIONS = """
 
 SERVER_OPTIONS = """
 --host --port --api-key --api-key-file --operator-key --operator-key-file --keys --public-metrics
---metrics-port --expert-metrics --allow-priority --served-model-name --api-processes
+--metrics-port --expert-metrics --otlp-traces-endpoint --otlp-traces-protocol
+--otlp-traces-sampling --allow-priority --served-model-name --api-processes
 --max-body-bytes
 --store-dir --max-store-bytes --allowed-origins
 --ssl-certfile --ssl-keyfile --enable-ssl-refresh --disable-access-log-for-endpoints --log-format

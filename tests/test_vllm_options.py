@@ -30,7 +30,8 @@ SO_ANYWAY = """
 REFUSED = """
 --tool-parser-plugin x.py | --tool-server demo | --reasoning-parser-plugin x.py | --enable-lora
 --lora-modules a=b c=d | -pp 2 | --data-parallel-rank 1 | --enable-expert-parallel | --headless
---speculative-config {"model":"x"} | --swap-space 4 | --cpu-offload-gb 8 | --otlp-traces-endpoint x
+--speculative-config {"model":"x"} | --swap-space 4 | --cpu-offload-gb 8
+--collect-detailed-traces x
 --no-enable-chunked-prefill | --enable-log-requests | --disable-uvicorn-access-log
 --hf-overrides {"a":1} | --override-generation-config {"top_p":0.5} | --num-gpu-blocks-override 9
 --max-logprobs 5 | --root-path /x | --config c.yaml | --task embed | --convert embed

@@ -121,6 +121,7 @@ def _advance(sequence: _Sequence, delta: TokenDelta, now: float) -> OutputDelta:
         scheduled_time=delta.scheduled_time,
         time=now,
         vector=delta.vector,
+        moments=delta.moments,
     )
 
 

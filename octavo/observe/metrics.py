@@ -12,11 +12,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.metrics_core import HistogramMetricFamily, Metric
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 
+from octavo.moments import Moment
 from octavo.observe.engine_families import (
     engine_families,
     fleet_family,
@@ -130,6 +135,10 @@ class Metrics:
             registry=self._http,
         )
         dropped.set_function(num_dropped_lines)
+
+    def watch_traces(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        """Exports what became of spans from now on."""
+        self._http.register(_SpanCounts(counts))
 
     def watch_loop(self, monitor: LoopHoldMonitor) -> None:
         """Exports the longest hold of the event loop from now on."""
@@ -250,15 +259,16 @@ class RequestTrack:
     """Times one request from its arrival to `end`, which makes its FinishedRequest."""
 
     __slots__ = (
-        "_first",
         "_gaps",
-        "_last",
         "_metrics",
         "_num_tokens_by_index",
         "_request",
-        "_scheduled",
+        "first_token_time",
+        "last_token_time",
+        "moments",
         "num_cached_tokens",
         "num_tokens",
+        "scheduled_time",
     )
 
     def __init__(self, metrics: Metrics, gaps: FastHistogram, request: Request) -> None:
@@ -270,20 +280,28 @@ class RequestTrack:
         self.num_cached_tokens = 0
         self._num_tokens_by_index: dict[int, int] | None = {} if request.params.n > 1 else None
         """Of each sequence, where there are several."""
-        self._scheduled: float | None = None
-        self._first: float | None = None
-        self._last = 0.0
+        self.moments: list[Moment] = []
+        """What happened in the engine, if the request is traced."""
+        self.scheduled_time: float | None = None
+        self.first_token_time: float | None = None
+        self.last_token_time = 0.0
 
     @property
     def first_token_seconds(self) -> float | None:
         """From arrival to the first token."""
-        return None if self._first is None else self._first - self._request.arrival_time
+        return (
+            None
+            if self.first_token_time is None
+            else self.first_token_time - self._request.arrival_time
+        )
 
     def observe(self, delta: OutputDelta) -> None:
         """Notes what was added to one of the sequences."""
+        if delta.moments:
+            self.moments += delta.moments
         if not delta.token_ids:
             if delta.vector is not None:
-                self._scheduled = delta.scheduled_time
+                self.scheduled_time = delta.scheduled_time
                 self.num_cached_tokens = delta.num_cached_tokens
             return
         self.num_tokens += len(delta.token_ids)
@@ -291,13 +309,13 @@ class RequestTrack:
             earlier = self._num_tokens_by_index.get(delta.index, 0)
             self._num_tokens_by_index[delta.index] = earlier + len(delta.token_ids)
         now = delta.time
-        if self._first is None:
-            self._first, self._scheduled = now, delta.scheduled_time
+        if self.first_token_time is None:
+            self.first_token_time, self.scheduled_time = now, delta.scheduled_time
             self.num_cached_tokens = delta.num_cached_tokens
             self._metrics.observe("time_to_first_token_seconds", now - self._request.arrival_time)
-        elif now > self._last:  # sequences of one request come together
-            self._gaps.observe(now - self._last)
-        self._last = now
+        elif now > self.last_token_time:  # sequences of one request come together
+            self._gaps.observe(now - self.last_token_time)
+        self.last_token_time = now
 
     @property
     def _longest(self) -> int:
@@ -319,8 +337,8 @@ class RequestTrack:
                 max_tokens=request.params.max_tokens,
                 arrival_time=request.arrival_time,
                 finished_time=time.monotonic(),
-                scheduled_time=self._scheduled,
-                first_token_time=self._first,
+                scheduled_time=self.scheduled_time,
+                first_token_time=self.first_token_time,
             )
         )
 
@@ -349,6 +367,23 @@ class FastHistogram(Collector):
         family.add_metric(
             list(self._labels.values()), list(zip(bounds, cumulative, strict=True)), self._sum
         )
+        yield family
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+
+class _SpanCounts(Collector):
+    """Spans of traces by what became of them."""
+
+    def __init__(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterable[Metric]:
+        text = "Spans of traces: exported, dropped for want of room, or not taken by a collector"
+        family = CounterMetricFamily("octavo:trace_spans", text, labels=["outcome"])
+        for outcome, count in self._counts().items():
+            family.add_metric([outcome], count)
         yield family
 
     def describe(self) -> Iterable[Metric]:

@@ -6,8 +6,11 @@ Called by the scheduler once the running ones have their tokens.
 
 from __future__ import annotations
 
+import time
+
 from octavo.kv_cache.manager import KVCacheManager
 from octavo.kv_cache.records import PrefixHit
+from octavo.moments import Moment
 from octavo.scheduler.counters import SchedulerCounters
 from octavo.scheduler.forecast import Forecast, Growing
 from octavo.scheduler.limits import SchedulerLimits
@@ -171,6 +174,8 @@ class Admission:
         """Only the first admission is a query: recomputing after preemption is not a hit."""
         size = self._manager.block_size
         cached = hit.num_blocks * size
+        if sequence.moments is not None:
+            self._note_lookup(sequence, hit, cached)
         if sequence.num_preemptions:
             lost = sequence.num_recomputed - cached
             self._counters.num_recomputed_tokens += max(lost, 0)
@@ -181,6 +186,14 @@ class Admission:
             length = sequence.prompt_len
             cacheable = (length - 1) // size * size
             self._counters.count_lookup(length, cached, cacheable, hit.miss_reason)
+
+    def _note_lookup(self, sequence: Sequence, hit: PrefixHit, cached: int) -> None:
+        assert sequence.moments is not None
+        now, reason = time.monotonic(), hit.miss_reason or ""
+        if not sequence.kv.reads_cache:
+            reason = "off"
+        moment = Moment("lookup", now, now, len(sequence.token_ids), cached, reason)
+        sequence.moments.append(moment)
 
 
 def chunk_end(sequence: Sequence, manager: KVCacheManager, start: int, end: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence as PySequence
 
 import numpy as np
 
+from octavo.moments import Moment
 from octavo.request import FinishReason, Logprob, PackedLogprobs, PositionLogprobs, TokenDelta
 from octavo.scheduler.sequence import Sequence
 from octavo.step import TokenLogprobs
@@ -55,7 +56,16 @@ def token_delta(
         num_cached_tokens=sequence.num_cached_tokens,
         scheduled_time=sequence.scheduled_time,
         vector=vector,
+        moments=_told(sequence) if sequence.moments else (),
     )
+
+
+def _told(sequence: Sequence) -> tuple[Moment, ...]:
+    """Returns what has happened to a traced sequence since the last call; of prefills those that
+    are computed: others never will be, or are told later."""
+    assert sequence.moments is not None
+    moments, sequence.moments = sequence.moments, []
+    return tuple(one for one in moments if one.end)
 
 
 def packed_logprobs(positions: PySequence[TokenLogprobs]) -> PackedLogprobs:

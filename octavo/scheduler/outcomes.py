@@ -6,6 +6,7 @@ is decided here.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +42,13 @@ class Launched:
         """Returns its sequences that have not ended since, and the tokens it computed of each."""
         pairs = zip(self.sequences, self.computed, strict=True)
         return {sequence: count for sequence, count in pairs if not sequence.is_finished}
+
+
+def _end_prefill(sequence: Sequence, start: int) -> None:
+    """A chunk of a traced sequence from token `start` on is computed."""
+    for moment in sequence.moments or ():
+        if moment.kind == "prefill" and not moment.end and moment.first == start:
+            moment.end = time.monotonic()
 
 
 class Outcomes:
@@ -80,6 +88,8 @@ class Outcomes:
             if sequence.is_finished:
                 continue
             purpose, known = step.purposes[i], len(sequence.token_ids)
+            if sequence.moments:
+                _end_prefill(sequence, int(plan.starts[i]))
             if i in result.prompt_logprobs:
                 self._keep_prompt_logprobs(sequence, int(plan.starts[i]), result.prompt_logprobs[i])
             if purpose is not Purpose.NONE:
@@ -134,7 +144,12 @@ class Outcomes:
             reason = finish_reason(sequence)
         if known == sequence.prompt_len:
             self._count_prompt(sequence)
-        elif reason is None and length == known + 1 and first not in result.logprobs:
+        elif (
+            reason is None
+            and length == known + 1
+            and first not in result.logprobs
+            and not sequence.moments
+        ):
             # nearly always
             return TokenDelta(
                 request_id=sequence.request.request_id,

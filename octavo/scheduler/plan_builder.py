@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Iterator
 
 import numpy as np
 
 from octavo.kv_cache.manager import KVCacheManager
+from octavo.moments import Moment
 from octavo.scheduler.sequence import Sequence
 from octavo.step import Purpose, RowStart, StepPlan
 
@@ -76,6 +78,9 @@ class PlanBuilder:
             self._token_ids.extend(sequence.token_ids[start:end])
         if start < sequence.prompt_len:
             self._prefill_starts[sequence] = start
+        if sequence.moments is not None and (count > 1 or start < sequence.prompt_len):
+            moment = Moment("prefill", time.monotonic(), first=start, count=count)
+            sequence.moments.append(moment)
         sequence.num_computed = end
         is_last = end == known + sequence.num_pending
         purpose = Purpose.NONE

@@ -11,6 +11,7 @@ from bisect import insort
 
 from octavo.kv_cache.manager import KVCacheManager
 from octavo.kv_cache.recent_prompts import RecentPrompt, RecentPrompts
+from octavo.moments import Moment
 from octavo.scheduler.counters import SchedulerCounters
 from octavo.scheduler.sequence import Sequence
 from octavo.scheduler.suspects import Suspects
@@ -81,6 +82,9 @@ class Queues:
     def preempt(self, sequence: Sequence) -> None:
         """Takes pages and row away; what it published stays cached while nobody needs the room."""
         self.running.remove(sequence)
+        if sequence.moments is not None:
+            now = time.monotonic()
+            sequence.moments.append(Moment("preempted", now, now, count=sequence.num_computed))
         sequence.num_preemptions += 1
         sequence.num_recomputed += sequence.num_computed
         sequence.num_computed = 0

@@ -9,6 +9,7 @@ from array import array
 
 from octavo.grammar import Guide
 from octavo.kv_cache.records import SequenceKV
+from octavo.moments import Moment
 from octavo.request import Request
 from octavo.step import TokenLogprobs
 
@@ -31,6 +32,7 @@ class Sequence:
         "kv",
         "lost_at",
         "max_len",
+        "moments",
         "num_cached_tokens",
         "num_computed",
         "num_pending",
@@ -85,6 +87,8 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprobs] | None = (
             None if params.prompt_logprobs is None or index else []
         )
+        self.moments: list[Moment] | None = [] if request.is_traced else None
+        """What has happened since it was told last, if it is traced."""
         self.scheduled_time: float | None = None
         self.is_finished = False
 

@@ -22,11 +22,10 @@ from octavo.server.drain import PROBES
 from octavo.server.errors import error_response
 from octavo.server.headers import header
 from octavo.server.message_errors import is_message_path
+from octavo.server.tracing.middleware import CLIENT_CLOSED, Trace
 
 logger = logging.getLogger(__name__)
 
-CLIENT_CLOSED = 499
-"""Status in log and metrics of an answer that broke off because its client left."""
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 _METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
 _MAX_ERROR_BYTES = 16384
@@ -49,6 +48,10 @@ class Exchange:
     """From the arrival of the first of its prompts that got one."""
     reason: str = ""
     """Why it failed, if its answer had begun by then; else the answer itself tells."""
+    tokenising: tuple[float, float] | None = None
+    """When texts became ids: beginning and end, seconds of the monotonic clock."""
+    trace: Trace | None = None
+    """Where its way is noted, if it is traced."""
     started: float = field(default_factory=time.monotonic)
 
 

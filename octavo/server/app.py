@@ -2,7 +2,7 @@
 
 Made by `serve` and by tests with `create_app`; never binds a port.
 
-A request passes, from the outside: access (id, metrics, log), CORS, drain, keys, routes.
+A request passes, from the outside: access (id, metrics, log), traces, CORS, drain, keys, routes.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ from octavo.server.stored_responses import Responses
 from octavo.server.tenants.keyring import Keyring
 from octavo.server.tenants.route_scopes import RouteScopes, check, paths_of
 from octavo.server.tokenising import Tokenising
+from octavo.server.tracing.middleware import TraceMiddleware, Tracer
 
 FAMILIES: tuple[Any, ...] = (
     *(chat, completions, messages, responses, stored_responses),
@@ -61,8 +62,14 @@ FAMILIES: tuple[Any, ...] = (
 """Modules of routes."""
 
 
-def create_app(engine: Engine, config: ServerConfig, siblings: Siblings | None = None) -> FastAPI:
-    """Returns the application that serves `engine`; its ServerState is `app.state.server`."""
+def create_app(
+    engine: Engine,
+    config: ServerConfig,
+    siblings: Siblings | None = None,
+    tracer: Tracer | None = None,
+) -> FastAPI:
+    """Returns the application that serves `engine`; its ServerState is `app.state.server`. With a
+    `tracer`, requests are traced."""
     names = config.served_model_name or (engine.model_name,)
     metrics = Metrics(names[0], engine.max_model_len)
     drain = Drain()
@@ -75,6 +82,8 @@ def create_app(engine: Engine, config: ServerConfig, siblings: Siblings | None =
         Middleware(DrainMiddleware, drain=drain),
         Middleware(AuthMiddleware, keyring=keyring, route_scopes=route_scopes),
     ]
+    if tracer is not None:
+        middleware.insert(1, Middleware(TraceMiddleware, tracer=tracer))
     if config.allowed_origins:
         cors = Middleware(
             CORSMiddleware,
@@ -83,7 +92,7 @@ def create_app(engine: Engine, config: ServerConfig, siblings: Siblings | None =
             allow_headers=["*"],
             expose_headers=["X-Request-Id"],
         )
-        middleware.insert(1, cors)
+        middleware.insert(1 + (tracer is not None), cors)
     app = App(
         middleware,
         direct=(chat.router, completions.router, messages.router, responses.router),

@@ -5,6 +5,7 @@ Called by the routes of chats and of the APIs that are made chats. Never formats
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 from starlette.requests import Request
@@ -36,7 +37,9 @@ async def chat_call(
     params = held_params(params, body.tool_set(), reading)
     marks = None if reading is None else reading.marks.by_id
     thought = NO_THOUGHT if reading is None else reading.thought
+    began = time.monotonic()
     prompt = await state.tokenising.encode_rendered(rendered)
+    request.scope["state"]["exchange"].tokenising = (began, time.monotonic())
     if is_clipped:
         params = _within(params, state.engine.max_model_len - len(prompt))
     return await new_call(request, body, kind, params, [prompt], marks, thought), reading

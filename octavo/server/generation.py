@@ -87,6 +87,10 @@ async def new_call(
             )
         )
     exchange: Exchange = known["exchange"]
+    if exchange.trace is not None:
+        requests = [replace(one, is_traced=True) for one in requests]
+        if exchange.tokenising is not None:
+            exchange.trace.add_tokenising(*exchange.tokenising)
     exchange.num_prompt_tokens = sum(one.prompt_len for one in requests)
     return Call(
         id=f"{kind}{body.request_id or known['request_id']}",
@@ -206,23 +210,25 @@ class _Running:
         open_now, self._open = self._open, {}
         for progress in open_now.values():
             self._engine.cancel(progress.request.request_id)
-            self._end(progress.track, reason)
+            self._end(progress, reason)
 
     def ended(self, tag: int, reason: str) -> None:
         """Takes leave of one request, and lets the next begin."""
         progress = self._open.pop(tag, None)
         if progress is None:
             return
-        self._end(progress.track, reason)
+        self._end(progress, reason)
         self.num_unfinished -= 1
         try:
             self._submit()
         except OctavoError as error:
             self.fail(error)
 
-    def _end(self, track: RequestTrack, reason: str) -> None:
+    def _end(self, progress: _Progress, reason: str) -> None:
+        track, exchange = progress.track, self._exchange
         track.end(reason)
-        exchange = self._exchange
+        if exchange.trace is not None:
+            exchange.trace.add_request(progress.request, track, reason)
         exchange.num_output_tokens += track.num_tokens
         exchange.num_cached_tokens += track.num_cached_tokens
         if exchange.first_token_seconds is None:

@@ -42,6 +42,7 @@ from octavo.server.signals import SIGNALS, StopSignals
 from octavo.server.state import ServerState, Siblings
 from octavo.server.tenants.key_file import read_key_file
 from octavo.server.tls import check_certificate, keep_fresh
+from octavo.server.tracing.start import check_tracing, new_tracer
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +56,10 @@ _DEAD_SECONDS = 2.0
 
 
 def bind(config: ServerConfig) -> socket.socket:
-    """Returns a bound socket. Raises ConfigError if host, port, certificate or keys cannot be
-    used."""
+    """Returns a bound socket. Raises ConfigError if host, port, certificate, keys or traces cannot
+    be had."""
     check_certificate(config)
+    check_tracing(config)
     if config.keys is not None:
         read_key_file(Path(config.keys))
     return _listen(config, "port", config.port)
@@ -125,7 +127,8 @@ class Server(uvicorn.Server):
     ) -> None:
         """Listens to `signals`, or to those of the process while it serves; `on_serving` is called
         once, when it answers."""
-        app = create_app(engine, config, siblings)
+        self._tracer = new_tracer(config, engine.model_name)
+        app = create_app(engine, config, siblings, self._tracer)
         self._state: ServerState = app.state.server
         self._batches = BatchRunner(self._state)
         self.drain: Drain = self._state.drain
@@ -145,6 +148,9 @@ class Server(uvicorn.Server):
         self._monitor = LoopHoldMonitor() if config.debug_loop_holds else None
         if self._monitor is not None:
             self.metrics.watch_loop(self._monitor)
+        if self._tracer is not None:
+            tracer = self._tracer
+            self.metrics.watch_traces(lambda: tracer.counts)
         super().__init__(
             uvicorn.Config(
                 app,
@@ -186,6 +192,8 @@ class Server(uvicorn.Server):
             await self._state.parser.close()
             await self._state.responses.close()
             await self._state.store.close()
+            if self._tracer is not None:
+                await asyncio.to_thread(self._tracer.close)
             self._loop = None
             stats.cancel()
             keys.cancel()

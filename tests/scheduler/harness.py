@@ -14,6 +14,7 @@ from octavo.kv_cache.news import CacheNews
 from octavo.kv_cache.planner import chunks_of_sequence
 from octavo.kv_cache.prefix_index import prefix_root
 from octavo.kv_cache.spec import KVSpec, Plane, attention_kv, group_layers, state_kv
+from octavo.moments import Moment
 from octavo.request import FinishReason, Request, SamplingParams, TokenDelta, pack_ids
 from octavo.scheduler import Scheduler, SchedulerLimits
 from octavo.step import StepPlan
@@ -87,6 +88,7 @@ class Engine:
         self.machine = PagedMachine(groups, num_blocks, BLOCK, failing, faults)
         self.launched: deque[tuple[StepPlan, object]] = deque()
         self.tokens: dict[tuple[str, int], list[int]] = defaultdict(list)
+        self.moments: dict[tuple[str, int], list[Moment]] = defaultdict(list)
         self.vectors: dict[str, list[float]] = {}
         self.num_cached: dict[tuple[str, int], int] = {}
         self.reasons: dict[tuple[str, int], FinishReason] = {}
@@ -106,6 +108,7 @@ class Engine:
         caching: bool = True,
         wants_vector: bool = False,
         needs_all_states: bool = False,
+        is_traced: bool = False,
     ) -> None:
         params = SamplingParams(max_tokens=max_tokens, n=n)
         request = Request(
@@ -116,6 +119,7 @@ class Engine:
             tenant=tenant,
             wants_vector=wants_vector,
             needs_all_states=needs_all_states,
+            is_traced=is_traced,
         )
         self.scheduler.add(request, prefix_root(salt=salt), caching, range(n))
         self.requests[name] = request
@@ -143,6 +147,7 @@ class Engine:
     def hear(self, deltas: list[TokenDelta]) -> None:
         for delta in deltas:
             key = (delta.request_id, delta.index)
+            self.moments[key] += delta.moments
             assert key not in self.reasons, "news of a finished sequence"
             self.tokens[key] += delta.token_ids
             if delta.vector is not None:

@@ -5,6 +5,7 @@ Parses, asks the engine through `generation`, formats. Never holds state between
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -47,7 +48,9 @@ async def answer_completion(request: Request, body: CompletionRequest) -> Respon
     state.check_model(body.model)
     state.engine.check_generates()
     params = body.to_params(state.engine.default_sampling_params)
+    began = time.monotonic()
     prompts = await completion_ids(state.tokenising, body)
+    request.scope["state"]["exchange"].tokenising = (began, time.monotonic())
     call = await new_call(request, body, "cmpl-", params, prompts)
     echoed = await _echoed_texts(state, body, call)
     wire = AnswerWire.of(request.scope)
