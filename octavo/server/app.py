@@ -37,6 +37,7 @@ from octavo.server.routes import (
     explaining,
     files,
     health,
+    live,
     messages,
     operation,
     rendering,
@@ -57,7 +58,7 @@ from octavo.server.tracing.middleware import TraceMiddleware, Tracer
 FAMILIES: tuple[Any, ...] = (
     *(chat, completions, messages, responses, stored_responses),
     *(embeddings, scores, files, batches),
-    *(rendering, explaining, sagemaker, tokens, operation, health),
+    *(rendering, explaining, sagemaker, tokens, operation, health, live),
 )
 """Modules of routes."""
 

@@ -15,6 +15,7 @@ from octavo.engine.detokenizer import Pieces
 from octavo.engine.pairs import PairWriter
 from octavo.engine.vectors import VectorReader
 from octavo.kv_cache.explain import PrefixExplanation
+from octavo.kv_cache.planner import MemoryPlan
 from octavo.observe.stats import EngineStats
 from octavo.outputs import Receiver
 from octavo.request import PrefixCaching, Request, SamplingParams
@@ -57,6 +58,11 @@ class Engine(Protocol):
 
     @property
     def max_model_len(self) -> int: ...
+
+    @property
+    def plan(self) -> MemoryPlan | None:
+        """What goes where in the memory, if it is known."""
+        ...
 
     @property
     def max_num_seqs(self) -> int:

@@ -81,6 +81,7 @@ class FakeEngine:
     model_name = "fake"
     max_model_len = 512
     max_num_seqs = 256
+    plan = None
     max_num_queued_requests = 4096
     vocab_size = 0x110000
     is_ready = True

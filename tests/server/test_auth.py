@@ -33,7 +33,7 @@ def routes_of(server: Any) -> list[tuple[str, str]]:
     found = [(m, r.path) for r in app.routes if isinstance(r, Route) for m in r.methods or ()]
     for path, methods in app.openapi()["paths"].items():
         found += [(method.upper(), path.replace("{model_id}", "fake")) for method in methods]
-    return [*found, ("GET", "/")]
+    return [*found, *(("GET", path) for path in ("/", "/live", "/live.css", "/live.js"))]
 
 
 def test_a_key_is_taken_in_anthropics_header_where_there_is_no_bearer(start_server: Any) -> None:
@@ -44,17 +44,18 @@ def test_a_key_is_taken_in_anthropics_header_where_there_is_no_bearer(start_serv
     assert httpx.get(url, headers=both).status_code == 401
 
 
-def test_every_route_but_health_asks_for_a_key(start_server: Any) -> None:
+def test_every_route_but_health_and_the_bare_page_asks_for_a_key(start_server: Any) -> None:
     server = start_server(api_key=KEYS)
     routes = routes_of(server)
     assert ("POST", "/v1/chat/completions") in routes
     assert ("GET", "/metrics") in routes
+    assert ("GET", "/live") in routes
     assert ("GET", "/docs") in routes
     assert ("GET", "/v1/models/fake") in routes
     with httpx.Client(base_url=server.url) as http:
         for method, path in [*routes, ("GET", "/unknown"), ("POST", "/v1/unknown")]:
             response = http.request(method, path)
-            if path in ("/health", "/ready", "/ping"):
+            if path in ("/health", "/ready", "/ping", "/", "/live.css", "/live.js"):
                 assert response.status_code == 200
             else:
                 assert response.status_code == 401, path

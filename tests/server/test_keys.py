@@ -275,7 +275,7 @@ def test_a_new_key_is_told_once_and_its_file_has_the_hash(
         assert len(list(tmp_path.iterdir())) == (1 if name.endswith("toml") else 2)
 
 
-def test_the_table_has_no_unguarded_route_but_the_probes() -> None:
+def test_the_table_has_no_unguarded_route_but_the_probes_and_the_bare_page() -> None:
     opened = {path for path, scopes in ROUTE_SCOPES.items() if scopes == route_scopes.OPEN}
-    assert opened == {"/health", "/ready", "/ping"}
+    assert opened == {"/health", "/ready", "/ping", "/", "/live.css", "/live.js"}
     assert ROUTE_SCOPES["/docs"] == ALL_SCOPES

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import Response
 
 from octavo import __version__
 from octavo.server.body import read_body, require_json
@@ -82,9 +82,3 @@ async def reset_prefix_cache(request: Request) -> Response:
         )
         raise ApiError(409, message, code="prefix_cache_in_use")
     return json_response({"status": "reset"})
-
-
-@router.get("/", include_in_schema=False, response_model=None)
-async def root() -> Response:
-    """Leads to the description of the API."""
-    return RedirectResponse("/docs")

@@ -24,7 +24,8 @@ _OPERATION = frozenset({Scope.OPERATE})
 
 ROUTE_SCOPES: Mapping[str, frozenset[Scope]] = {
     **dict.fromkeys(("/health", "/ready", "/ping"), OPEN),
-    **dict.fromkeys(("/", "/docs", "/openapi.json", "/version"), _ANY),
+    **dict.fromkeys(("/", "/live.css", "/live.js"), OPEN),  # the page itself tells nothing
+    **dict.fromkeys(("/docs", "/openapi.json", "/version"), _ANY),
     **dict.fromkeys(("/v1/models", "/v1/models/{model_id:path}"), _ANY),
     **dict.fromkeys(("/v1/chat/completions", "/v1/chat/completions/render"), _TEXTS),
     **dict.fromkeys(("/v1/completions", "/v1/completions/render"), _TEXTS),
@@ -45,6 +46,7 @@ ROUTE_SCOPES: Mapping[str, frozenset[Scope]] = {
     "/v1/batches/{batch_id}": _EITHER,
     "/v1/batches/{batch_id}/cancel": _EITHER,
     "/metrics": _NUMBERS,
+    "/live": _OPERATION,
     "/reset_prefix_cache": _OPERATION,
 }
 """By path template: a caller needs one of the scopes; OPEN routes need no caller."""

@@ -1,0 +1,61 @@
+"""Series that are kept by ourselves, and told when somebody scrapes.
+
+Made by `observe.metrics`. Labels and names are the maker's.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
+
+from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+
+class FastHistogram(Collector):
+    """One histogram for what is observed at every token: a search and two additions."""
+
+    def __init__(
+        self, name: str, text: str, buckets: Sequence[float], labels: dict[str, str]
+    ) -> None:
+        self._name = name
+        self._text = text
+        self._bounds = list(buckets)
+        self._labels = labels
+        self._counts = [0] * (len(buckets) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def collect(self) -> Iterable[Metric]:
+        family = HistogramMetricFamily(self._name, self._text, labels=list(self._labels))
+        bounds = [*map(floatToGoString, self._bounds), "+Inf"]
+        cumulative = accumulate(self._counts)
+        family.add_metric(
+            list(self._labels.values()), list(zip(bounds, cumulative, strict=True)), self._sum
+        )
+        yield family
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+
+class SpanCounts(Collector):
+    """Spans of traces by what became of them."""
+
+    def __init__(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterable[Metric]:
+        text = "Spans of traces: exported, dropped for want of room, or not taken by a collector"
+        family = CounterMetricFamily("octavo:trace_spans", text, labels=["outcome"])
+        for outcome, count in self._counts().items():
+            family.add_metric([outcome], count)
+        yield family
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
