@@ -32,6 +32,7 @@ from octavo.kernels.triton.experts.shapes import (
     Fp8ExpertsShape,
     PackedPairsShape,
     TileShape,
+    fp8_experts_shape,
     packed_experts_shape,
 )
 from octavo.kernels.triton.experts.stacks import StackedExperts
@@ -72,6 +73,7 @@ MODELS = {
     "qwen3-30b": Model(2048, 768, 128, 8, ((5120, 2048), (2048, 4096))),
 }
 TOKENS = (1, 32, 8192)
+EXPERT_TOKENS = (1, 32, 128, 512, 8192)
 ROWS = 400
 """Of weights that are checked."""
 RESULTS: list[dict[str, object]] = []
@@ -157,7 +159,7 @@ def checks() -> Iterator[tuple[str, Callable[[], Tensor], Callable[[], Tensor], 
             yield f"{name} {cols} unpacked", unpacked, exact, 3e-3
             for count in (1, 30, 60, 600):
                 x = rows_of(count, cols)
-                is_fp8 = layout.values == "e4m3" and count >= 256
+                is_fp8 = name == "fp8_row" and count >= 256
 
                 def found(
                     x: Tensor = x, weight: Planes = weight, of: PlaneLayout = layout
@@ -174,7 +176,7 @@ def checks() -> Iterator[tuple[str, Callable[[], Tensor], Callable[[], Tensor], 
         experts = stack(model, name)
         for count in (1, 40, 200, 2200):
             x, chosen = rows_of(count, model.hidden), routes(model, count)
-            is_fp8 = layout.values == "e4m3" and count * 2 >= 32 * 8
+            is_fp8 = name == "fp8_row" and count * 2 >= 32 * 8
             yield (
                 f"{name} experts {count}",
                 partial(run, x, *chosen, experts),
@@ -274,13 +276,19 @@ def experts() -> None:
     for title, model in MODELS.items():
         base: dict[int, float] = {}
         for name in FORMATS:
-            made = stack(model, name)
-            for count in TOKENS:
+            made, floor = stack(model, name), 0.0
+            for count in EXPERT_TOKENS:
                 calls, floor = expert_calls(model, made, name, count)
                 ms = graph_ms(calls, 8)
                 of_bf16 = base.get(count)
                 case = f"{title} experts x {count}"
                 base[count] = report(case, name, floor, ms, of_bf16)
+            if name == "fp8":
+                shape = fp8_experts_shape(8192, model.top_k, model.experts, by_block=True)
+                x, chosen = rows_of(8192, model.hidden), routes(model, 8192)
+                call = partial(fp8_experts, x, *chosen, made, "silu", shape)
+                case = f"{title} experts x 8192, activations in FP8"
+                report(case, name, floor, graph_ms([call], 8), base[8192])
 
 
 # Launch shapes
@@ -416,7 +424,7 @@ def build(jobs: list[str]) -> None:
         if "experts" in jobs:
             for model, name in every(MODELS.values(), FORMATS):
                 made = stack(model, name)
-                for count in TOKENS:
+                for count in EXPERT_TOKENS:
                     expert_calls(model, made, name, count)[0][0]()
                 del made
         if "shapes" in jobs:

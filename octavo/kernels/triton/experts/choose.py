@@ -27,7 +27,8 @@ from octavo.kernels.triton.tuning.shapes import Shapes
 from octavo.kernels.weights import SharedExpert
 
 FP8_ROWS = 32
-"""Of an expert, in the mean: from here on activations are rounded to FP8 where weights are FP8."""
+"""Of an expert, in the mean: from here on activations are rounded to FP8 where weights are FP8 with
+a scale a row. With scales by blocks, tensor cores of FP8 are slower than those of bfloat16."""
 UNPACKED_ROWS = 256
 """Of an expert, in the mean: from here on packed weights are made numbers once a layer, rather than
 anew for every tile of tokens."""
@@ -95,8 +96,9 @@ def _run_packed(
         sizes = experts.hidden_size, experts.inner_size, topk_ids.shape[1]
         return packed_experts_of_pairs(*chosen, packed_pairs_shape(gate, down, *sizes))
     num_pairs = 0 if is_deterministic else topk_ids.numel()
-    if experts.is_fp8 and num_pairs >= FP8_ROWS * experts.count:
-        of_fp8 = fp8_experts_shape(*topk_ids.shape, experts.count, by_block=experts.is_by_block)
+    is_fp8 = experts.is_fp8 and not experts.is_by_block
+    if is_fp8 and num_pairs >= FP8_ROWS * experts.count:
+        of_fp8 = fp8_experts_shape(*topk_ids.shape, experts.count, by_block=False)
         return fp8_experts(*chosen, of_fp8, in_parts=in_parts)
     if num_pairs >= UNPACKED_ROWS * experts.count:
         numbers = unpacked_experts(experts, x_TM.dtype)

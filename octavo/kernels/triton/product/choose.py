@@ -22,7 +22,7 @@ SKINNY_TOKENS = 64
 Above, and for row counts that 8 divides, cuBLAS gave Triton's bits in all but one shape."""
 
 FP8_TOKENS = 256
-"""From here on activations are rounded to FP8 where weights are FP8."""
+"""From here on activations are rounded to FP8 where weights are FP8 with a scale a row."""
 UNPACKED_TOKENS = 512
 """From here on other packed weights are made numbers, rather than anew for every tile of tokens."""
 
@@ -72,7 +72,7 @@ def multiply_packed(
         packed_product(x_TM, planes, layout, bias_N, out_TN, shape)
     elif num_tokens == 1:
         packed_matvec(x_TM, planes, layout, bias_N, out_TN, sums_shape(layout, length))
-    elif layout.values == "e4m3" and num_tokens >= FP8_TOKENS:
+    elif layout.values == "e4m3" and layout.group == 0 and num_tokens >= FP8_TOKENS:
         fp8_product(x_TM, planes, layout, bias_N, out_TN, fp8_shape(num_tokens))
     elif num_tokens >= UNPACKED_TOKENS and out_TN.dtype == x_TM.dtype:
         matrix = unpack(planes, layout, length, x_TM.dtype)

@@ -65,7 +65,7 @@ def test_many_tokens_are_sorted_unpacked_or_rounded_to_fp8(monkeypatch: pytest.M
     experts, values = packed_experts("int4_64_f16", "int4_64_f16", COUNT, HIDDEN, INNER)
     monkeypatch.setattr(choose, "UNPACKED_ROWS", 1)
     assert error_of(found(case, experts), expected(*case, values)) < 2e-6
-    experts, values = packed_experts("fp8", "fp8_row", COUNT, HIDDEN, INNER)
+    experts, values = packed_experts("fp8_row", "fp8_row", COUNT, HIDDEN, INNER)
     monkeypatch.setattr(choose, "FP8_ROWS", 1)
     assert 1e-3 < error_of(found(case, experts), expected(*case, values)) < 6e-2
     exact = found(case, experts, is_deterministic=True)
