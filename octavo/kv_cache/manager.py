@@ -18,7 +18,6 @@ Side effects of a sequence's life, in order:
 
 from __future__ import annotations
 
-import sys
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -109,19 +108,13 @@ class KVCacheManager:
     def demands(self, step_tokens: int) -> tuple[Demand, ...]:
         """Returns how groups grow with a sequence (see Forecast)."""
         found = Counter(
-            (page_class, self._most_pages(group.group, step_tokens), group.group.is_state)
-            for page_class, group in zip(self.layout.class_of, self._groups, strict=True)
+            (page_class, group.most_pages_ever(self.block_size, step_tokens), group.is_state)
+            for page_class, group in zip(self.layout.class_of, self.groups, strict=True)
         )
         return tuple(
             Demand(page_class, most_pages, count, is_constant)
             for (page_class, most_pages, is_constant), count in found.items()
         )
-
-    def _most_pages(self, group: KVGroup, step_tokens: int) -> int | None:
-        """Returns the most pages of a sequence of any length; None: there is no bound."""
-        if group.spec.visibility.most_visible is None:
-            return None
-        return group.most_pages(sys.maxsize, self.block_size, step_tokens)
 
     def room(self, hit: PrefixHit) -> Room:
         """Returns what could be allocated beside the pages that `hit` would take into use."""

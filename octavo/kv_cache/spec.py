@@ -13,6 +13,7 @@ one padded. Pages of different sizes come from one arena (`layout`).
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from math import prod
 
@@ -160,6 +161,12 @@ class KVGroup:
     def first_column(self, position: int, block_size: int) -> int:
         """Returns the first column that a token at `position`, or a later one, sees."""
         return 0 if self.is_state else self.spec.visibility.first_visible(position) // block_size
+
+    def most_pages_ever(self, block_size: int, step_tokens: int) -> int | None:
+        """Returns the most pages of a sequence of any length; None: there is no bound."""
+        if self.spec.visibility.most_visible is None:
+            return None
+        return self.most_pages(sys.maxsize, block_size, step_tokens)
 
     def most_pages(self, num_tokens: int, block_size: int, step_tokens: int) -> int:
         """Returns the most pages that a sequence holds at one time until it has `num_tokens` tokens
