@@ -1,0 +1,42 @@
+# docker build -t octavo .                                  for CPUs
+# docker build -t octavo:cuda --build-arg VARIANT=cuda .    for GPUs
+# How to run it: docs/deploy/docker.md.
+ARG PYTHON=3.12
+ARG VARIANT=cpu
+
+FROM python:${PYTHON}-slim AS wheel
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends g++ \
+ && rm -rf /var/lib/apt/lists/*
+WORKDIR /src
+COPY pyproject.toml setup.py README.md LICENSE ./
+COPY octavo octavo
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
+
+# CPU: torch without CUDA, and no compiler.
+FROM python:${PYTHON}-slim AS cpu
+ENV PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+
+# CUDA: PyPI's torch brings CUDA and Triton, which builds its launchers with a C compiler.
+FROM python:${PYTHON}-slim AS cuda
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends gcc libc6-dev \
+ && rm -rf /var/lib/apt/lists/*
+
+FROM ${VARIANT}
+COPY constraints.txt /tmp/constraints.txt
+RUN --mount=from=wheel,source=/wheels,target=/wheels \
+    pip install --no-cache-dir -c /tmp/constraints.txt /wheels/*.whl \
+ && rm /tmp/constraints.txt \
+ && useradd --create-home --uid 10001 octavo
+# The root file system may be read-only: what is made lies below the home, which is a volume.
+USER 10001
+ENV HOME=/home/octavo PYTHONDONTWRITEBYTECODE=1
+VOLUME /home/octavo
+WORKDIR /home/octavo
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=3s --start-period=10m --retries=3 \
+  CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health', timeout=2)"]
+ENTRYPOINT ["octavo"]
+CMD ["serve", "demo-moe", "--host", "0.0.0.0", "--port", "8000"]

@@ -1,0 +1,67 @@
+"""Octavo as a BentoML service: `bentoml serve service:Octavo`.
+
+MODEL and ENGINE_OPTIONS (JSON of EngineConfig's fields) say what is served; the routes are those of
+`octavo serve`. The engine starts with the service, never when this file is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import bentoml
+
+from octavo.async_llm import AsyncLLM
+from octavo.config import EngineConfig, ServerConfig
+from octavo.server.app import create_app
+
+Message = MutableMapping[str, Any]
+
+
+class Entry:
+    """An ASGI app that is another one from the service's start on."""
+
+    def __init__(self) -> None:
+        self.app: Callable[..., Awaitable[None]] | None = None
+
+    async def __call__(
+        self,
+        scope: Message,
+        receive: Callable[[], Awaitable[Message]],
+        send: Callable[[Message], Awaitable[None]],
+    ) -> None:
+        if self.app is not None:
+            await self.app(scope, receive, send)
+        elif scope["type"] == "http":
+            headers = [(b"retry-after", b"1")]
+            await send({"type": "http.response.start", "status": 503, "headers": headers})
+            await send({"type": "http.response.body", "body": b"the engine is being started"})
+
+
+entry = Entry()
+
+
+@bentoml.service(workers=1, traffic={"timeout": 3600, "concurrency": 64})
+@bentoml.asgi_app(entry, path="/")
+class Octavo:
+    """One engine, and the HTTP API of `octavo serve` over it."""
+
+    def __init__(self) -> None:
+        options = json.loads(os.environ.get("ENGINE_OPTIONS", "{}"))
+        config = EngineConfig(model=os.environ.get("MODEL", "demo-moe"), **options)
+        self.engine = AsyncLLM(config)
+
+    @bentoml.on_startup
+    async def start(self) -> None:
+        await self.engine.start()
+        entry.app = create_app(self.engine, ServerConfig())
+
+    @bentoml.on_shutdown
+    async def stop(self) -> None:
+        entry.app = None
+        await self.engine.close()
+
+    async def __is_ready__(self) -> bool:
+        return entry.app is not None
