@@ -6,6 +6,7 @@ Names are those of OpenTelemetry's conventions for HTTP servers and for generati
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,6 +81,8 @@ def new_exporter(config: ServerConfig) -> SpanExporter:
     """Returns what sends spans to the endpoint; nothing is sent before there are some."""
     endpoint = config.otlp_traces_endpoint
     assert endpoint is not None
+    # Else a line for every attempt: the queue says once that a collector takes nothing, and counts.
+    logging.getLogger("opentelemetry.exporter").setLevel(logging.CRITICAL)
     if is_http(endpoint, config.otlp_traces_protocol):
         path = endpoint if "/v1/" in endpoint else endpoint.rstrip("/") + "/v1/traces"
         return HttpExporter(path, timeout=_TIMEOUT_SECONDS)
