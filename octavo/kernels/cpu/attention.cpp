@@ -16,15 +16,15 @@
 
 #include "kv_pages.h"
 #include "product.h"
+#include "softmax.h"
 #include "tiles.h"
 
 namespace octavo {
 
 namespace {
 
-constexpr int64_t kTile = 64, kSplit = 256;
+constexpr int64_t kSplit = 256;
 constexpr int64_t kRows = 64;  // query rows (queries x query heads of a kv head) of a work item
-constexpr float kNever = -std::numeric_limits<float>::infinity();
 
 // Consecutive queries of one sequence, for some kv heads, over splits [split_begin, split_end).
 // partial: the place of the states of an item of one split, to be merged with others; -1: none.
@@ -32,11 +32,6 @@ struct Item {
   int64_t sequence, head_begin, head_end, query_begin, query_end, split_begin, split_end, partial;
 
   int64_t queries() const { return query_end - query_begin; }
-};
-
-// Running softmax of some rows: their maximum, sum of exponentials and weighted values.
-struct State {
-  float *best, *total, *values;
 };
 
 struct Job {
@@ -59,41 +54,6 @@ struct Job {
   int64_t state_floats(int64_t rows) const { return rows * (padded + 2); }
 };
 
-State state_at(float* base, int64_t rows) { return {base, base + rows, base + 2 * rows}; }
-
-// cap * tanh(score / cap) = cap - 2 cap / (exp(2 score / cap) + 1) of a whole tile's columns, those
-// that hold no score too.
-void cap_scores(float* scores, float cap) {
-  const Lanes one = broadcast(1.0f), twice = broadcast(2.0f * cap), limit = broadcast(cap);
-  const Lanes stretch = broadcast(2.0f / cap);
-  for (int64_t j = 0; j < kTile; j += 8) {
-    const Lanes e = exp(_mm256_mul_ps(load(scores + j), stretch));
-    const Lanes below = _mm256_div_ps(twice, _mm256_add_ps(e, one));
-    store(scores + j, _mm256_sub_ps(limit, below));
-  }
-}
-
-// Scores of one row become probabilities relative to the new maximum; returns the old state's
-// factor. Columns outside [begin, end) become 0.
-float soften(float* scores, int64_t begin, int64_t end, float& best, float& total) {
-  std::fill(scores, scores + begin, kNever);
-  std::fill(scores + end, scores + kTile, kNever);
-  Lanes highest = load(scores);
-  for (int64_t j = 8; j < kTile; j += 8) highest = _mm256_max_ps(highest, load(scores + j));
-  const float higher = std::max(best, max_lane(highest));
-  const Lanes reference = broadcast(higher);
-  Lanes sums = zeros();
-  for (int64_t j = 0; j < kTile; j += 8) {
-    const Lanes p = exp(_mm256_sub_ps(load(scores + j), reference));
-    store(scores + j, p);
-    sums = _mm256_add_ps(sums, p);
-  }
-  const float factor = best == kNever ? 0.0f : exp1(best - higher);
-  total = total * factor + sum(sums);
-  best = higher;
-  return factor;
-}
-
 // What one work item reads, and its buffers from the thread's scratch.
 struct Work {
   Vectors keys, values;
@@ -111,9 +71,10 @@ template <class F>
 const float* column_scales(const Vectors& from, const Tokens& now, const Work& work) {
   if constexpr (std::is_same_v<F, FormatFP8> || std::is_same_v<F, FormatInt8>) {
     std::fill(work.scales, work.scales + kTile, 0.0f);
-    Walk scales(from.scales, now);
     float* to = work.scales + now.begin % kTile;
-    for (; scales.has_next(); ++to) *to = scale_at(scales.next(), 0) * F::kFactor;
+    for_each_vector(from.scales, now, [&](int64_t i, const uint8_t* at) {
+      to[i] = scale_at(at, 0) * F::kFactor;
+    });
     return work.scales;
   }
   return nullptr;
@@ -200,11 +161,8 @@ void with_vectors(const Job& job, const Vectors& from, const Tokens& now, const 
 void fold_tile(const Job& job, const Item& item, const Tokens& now, const Tokens& next,
                const Work& work) {
   const uint8_t *k[kTile], *v[kTile];
-  Walk keys(work.keys.numbers, now), values(work.values.numbers, now);
-  for (int64_t i = 0; i < now.count; ++i) {
-    k[i] = keys.next();
-    v[i] = values.next();
-  }
+  for_each_vector(work.keys.numbers, now, [&](int64_t i, const uint8_t* at) { k[i] = at; });
+  for_each_vector(work.values.numbers, now, [&](int64_t i, const uint8_t* at) { v[i] = at; });
   Coming keys_ahead(work.keys.numbers, next), values_ahead(work.values.numbers, next);
   with_vectors(job, work.keys, now, k, work, [&](auto format, const float* scales) {
     score<decltype(format)>(job, item, now, k, scales, keys_ahead, work);
@@ -212,29 +170,6 @@ void fold_tile(const Job& job, const Item& item, const Tokens& now, const Tokens
   with_vectors(job, work.values, now, v, work, [&](auto format, const float* scales) {
     weigh<decltype(format)>(job, item, now, v, scales, values_ahead, work);
   });
-}
-
-void clear(const State& state, int64_t rows, int64_t padded) {
-  std::fill(state.best, state.best + rows, kNever);
-  std::fill(state.total, state.total + rows, 0.0f);
-  std::fill(state.values, state.values + rows * padded, 0.0f);
-}
-
-// into = into (earlier tokens) joined with `later`; a state that saw nothing changes nothing.
-void merge(const State& into, const State& later, int64_t rows, int64_t padded) {
-  for (int64_t r = 0; r < rows; ++r) {
-    if (later.best[r] == kNever && later.total[r] == 0.0f) continue;
-    const float best = std::max(into.best[r], later.best[r]);
-    const float a = into.best[r] == kNever ? 0.0f : exp1(into.best[r] - best);
-    const float b = exp1(later.best[r] - best);
-    into.best[r] = best;
-    into.total[r] = into.total[r] * a + later.total[r] * b;
-    const Lanes first = broadcast(a), second = broadcast(b);
-    for (int64_t d = r * padded; d < (r + 1) * padded; d += 8) {
-      const Lanes old = _mm256_mul_ps(load(into.values + d), first);
-      store(into.values + d, fma(load(later.values + d), second, old));
-    }
-  }
 }
 
 // The state of queries that have met no key: a sink is a score without a value.

@@ -16,6 +16,19 @@ struct Pages {
   int64_t block_stride, block_size, token_stride, vector_bytes;
   const int32_t* table;
 };
+// Calls use(i, vector) for the i-th of some tokens: a loop a page.
+template <class Use>
+void for_each_vector(const Pages& pages, const Tokens& tokens, const Use& use) {
+  const int64_t head = tokens.head * pages.vector_bytes;
+  int64_t column = tokens.begin / pages.block_size, offset = tokens.begin % pages.block_size;
+  for (int64_t i = 0; i < tokens.count; ++column, offset = 0) {
+    const uint8_t* at = pages.base + pages.table[column] * pages.block_stride + head +
+                        offset * pages.token_stride;
+    const int64_t stop = std::min(tokens.count, i + pages.block_size - offset);
+    for (; i < stop; ++i, at += pages.token_stride) use(i, at);
+  }
+}
+
 // Walks over consecutive tokens' vectors of one head (a division for every token would cost more
 // than the token's scores).
 class Walk {
