@@ -33,6 +33,7 @@ from octavo.errors import (
     EngineDeadError,
     OctavoError,
     OverloadedError,
+    PreemptedError,
     RequestError,
 )
 from octavo.kv_cache.explain import PrefixExplanation
@@ -431,6 +432,20 @@ class AsyncLLM:
     def begin_drain(self) -> None:
         """From now on a step without progress is not waited for as long."""
         self._client.begin_drain()
+
+    def hand_back(self) -> int:
+        """Fails all requests that have not begun with PreemptedError, for their clients to send
+        them elsewhere; returns how many."""
+        if self._output is None:
+            return 0
+        error = PreemptedError(
+            "this machine is about to be taken away and has not begun the request; send it again"
+        )
+        request_ids = self._output.not_begun()
+        for request_id in request_ids:
+            self._client.link.abort(request_id)
+            self._output.fail(request_id, error)
+        return len(request_ids)
 
     async def stats(self, is_detailed: bool = False) -> EngineStats:
         """Returns a snapshot of the engine's counters; `is_detailed`: each expert's and each

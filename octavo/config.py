@@ -105,6 +105,11 @@ class EngineConfig:
         "engines on this host, each with all of the model; requests go where their prefix is",
         also=("-dp",),
     )
+    enable_expert_parallel: bool = option(
+        False,
+        "with tensor_parallel_size: each device has some experts whole, not a part of each",
+        also=("-ep",),
+    )
     attention_backend: str | AttentionConfig = option("auto", "kernel that computes attention")
     enforce_eager: bool = option(False, "never capture device graphs")
     deterministic: bool = option(
@@ -283,6 +288,11 @@ class ServerConfig:
     )
     disable_log_stats: bool = option(False, "no line on throughput every ten seconds under load")
     shutdown_timeout: float = option(30.0, "seconds that running requests get at shutdown")
+    preemption_notice: str | None = option(
+        None,
+        "file that appears, or URL that answers, when this machine is about to be taken away: "
+        "requests that have not begun are handed back",
+    )
     debug_loop_holds: bool = option(
         False, "debug mode: measure how long one callback holds the event loop, log and export it"
     )

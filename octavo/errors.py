@@ -81,6 +81,13 @@ class OverloadedError(OctavoError):
         self.retry_after_seconds = retry_after_seconds
 
 
+class PreemptedError(OverloadedError):
+    """The machine is taken away; nothing of the request was done, it may be sent again at once."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, retry_after_seconds=0)
+
+
 class SlowReaderError(OctavoError):
     """Whoever asked is too far behind with reading; nothing more is kept for it."""
 

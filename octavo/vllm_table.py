@@ -78,7 +78,7 @@ _LORA = "LoRA adapters are not built yet"
 _DRAFTS = "speculative decoding is not built yet"
 _ONE_HOST = "one engine on one host; --tensor-parallel-size shares a model between its GPUs"
 _COPIES = "--data-parallel-size starts the engines of a host, and its router is their only one"
-_EXPERTS = "experts are shared by tensor parallelism alone"
+_EXPERTS = "experts lie in equal shares on the ranks of tensor parallelism, in their order"
 _TEXT = "only text is generated, from text"
 _KINDS = "the checkpoint says what a model makes of texts; --runner pooling embeds with any"
 _POOLING = "the checkpoint's modules.json says how hidden states are pooled"
@@ -129,7 +129,7 @@ _TABLE: list[VllmOption] = [
     *_flags(_COPIES, "data_parallel_hybrid_lb", "data_parallel_external_lb"),
     *_flags(_COPIES, "headless", face="server"),
     *_values("use --api-processes", "api_server_count", so=(1,), face="server", short=("-asc",)),
-    *_flags(_EXPERTS, "enable_expert_parallel", "enable_eplb", "enable_dbo"),
+    *_flags(_EXPERTS, "enable_eplb", "enable_dbo"),
     *_values(_EXPERTS, "all2all_backend", "expert_placement_strategy", "eplb_config"),
     *_values(_EXPERTS, "num_redundant_experts", so=(0,)),
     *_values(_KINDS, "task", so=("auto", "generate")),

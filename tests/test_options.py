@@ -18,7 +18,8 @@ ENGINE_OPTIONS = """
 --allow-longer-than-trained --max-num-seqs --max-num-batched-tokens --step-stretch
 --max-num-queued-requests --block-size --gpu-memory-utilization --kv-cache-memory-bytes
 --kv-cache-dtype --prefix-caching --kv-events-config
---tensor-parallel-size --data-parallel-size --attention-backend --enforce-eager --deterministic
+--tensor-parallel-size --data-parallel-size --enable-expert-parallel --attention-backend
+--enforce-eager --deterministic
 --device --num-threads
 --watchdog-timeout --seed --chat-template --tool-call-parser --reasoning-parser --generation-config
 --runner --label-tokens --skip-tokenizer-init
@@ -32,7 +33,7 @@ SERVER_OPTIONS = """
 --max-body-bytes
 --store-dir --max-store-bytes --allowed-origins
 --ssl-certfile --ssl-keyfile --enable-ssl-refresh --disable-access-log-for-endpoints --log-format
---log-level --disable-log-stats --shutdown-timeout --debug-loop-holds
+--log-level --disable-log-stats --shutdown-timeout --preemption-notice --debug-loop-holds
 """.split()
 
 

@@ -16,7 +16,7 @@ from octavo.vllm_options import log_verdicts, nearest, read_options
 SO_ANYWAY = """
 --trust-remote-code | --no-trust-remote-code | --enable-chunked-prefill | --disable-log-requests
 --swap-space 0 | --swap-space 0.0 | --cpu-offload-gb 0 | --no-enable-lora
---no-enable-expert-parallel
+--no-enable-eplb
 --async-scheduling | --scheduling-policy fcfs | -pp 1 | --pipeline-parallel-size 1 | -dpl 1
 --task generate | --convert none | --tokenizer-mode auto | --model-impl auto
 --disable-custom-all-reduce | --enable-prompt-tokens-details | --enable-request-id-headers
@@ -29,7 +29,7 @@ SO_ANYWAY = """
 
 REFUSED = """
 --tool-parser-plugin x.py | --tool-server demo | --reasoning-parser-plugin x.py | --enable-lora
---lora-modules a=b c=d | -pp 2 | --data-parallel-rank 1 | --enable-expert-parallel | --headless
+--lora-modules a=b c=d | -pp 2 | --data-parallel-rank 1 | --enable-eplb | --headless
 --speculative-config {"model":"x"} | --swap-space 4 | --cpu-offload-gb 8
 --collect-detailed-traces x
 --no-enable-chunked-prefill | --enable-log-requests | --disable-uvicorn-access-log

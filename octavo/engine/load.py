@@ -13,7 +13,7 @@ from octavo.config import EngineConfig
 from octavo.device import return_free_memory, select_device
 from octavo.engine.core import EngineCore
 from octavo.engine.executor import start_ranks
-from octavo.engine.memory import plan_model, weights_dtype, with_others
+from octavo.engine.memory import as_shared, plan_model, weights_dtype, with_others
 from octavo.engine.prefixes import model_identity
 from octavo.engine.rank_transport import RankTransport
 from octavo.engine.tokenizer import Tokenizer, find_tokenizer
@@ -47,7 +47,7 @@ def load_core(
     if config.tensor_parallel_size == 1:
         runner, plan = load_runner(config, files, ALONE, progress, first_device)
     else:
-        read_spec(files.config, files.modules)[0].of_rank(
+        as_shared(read_spec(files.config, files.modules)[0], config).of_rank(
             config.tensor_parallel_size
         )  # refused before it starts
         load = partial(load_runner, config, files, progress=progress, device_index=first_device)
@@ -78,6 +78,7 @@ def load_runner(
 ) -> tuple[Runner, MemoryPlan]:
     """Returns one rank's runner and the plan that all ranks hold themselves to."""
     spec, family = read_spec(files.config, files.modules)
+    spec = as_shared(spec, config)
     check_quantization(config.quantization, files.quantization)
     check_kv_cache(config.kv_cache_dtype, files.quantization)
     shapes = weight_shapes(spec, family)

@@ -68,6 +68,11 @@ def check_context(config: EngineConfig, spec: ModelSpec) -> None:
     )
 
 
+def as_shared(spec: ModelSpec, config: EngineConfig) -> ModelSpec:
+    """Returns a model as its ranks are to share it. Raises ConfigError if they cannot."""
+    return spec.with_whole_experts() if config.enable_expert_parallel else spec
+
+
 def plan_model(
     spec: ModelSpec,
     *,
@@ -92,7 +97,7 @@ def plan_model(
     check_backend(backend, device, wants)
     num_ranks = config.tensor_parallel_size
     if num_ranks > 1:
-        whole, spec = spec, spec.of_rank(num_ranks)
+        whole, spec = spec, as_shared(spec, config).of_rank(num_ranks)
         weights_bytes = weights_bytes * spec.num_parameters // whole.num_parameters
     specs = spec.kv_specs(kv)
     if device == "cuda":

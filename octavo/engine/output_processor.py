@@ -70,6 +70,7 @@ class OutputProcessor:
                 if not opened.num_running:
                     finished = True
                     self.close(delta.request_id)
+            opened.has_begun = True
             opened.receiver.receive(added, finished)
         return aborts
 
@@ -87,6 +88,10 @@ class OutputProcessor:
         if opened is not None:
             self.close(request_id)
             opened.receiver.fail(error)
+
+    def not_begun(self) -> list[str]:
+        """Returns the open requests of which nothing was told yet."""
+        return [key for key, opened in self._requests.items() if not opened.has_begun]
 
     def fail_all(self, error: OctavoError) -> None:
         """Ends every open request with an error."""
@@ -147,7 +152,7 @@ class _Sequence:
 class _Open:
     """A request that has not ended."""
 
-    __slots__ = ("num_running", "receiver", "sequences")
+    __slots__ = ("has_begun", "num_running", "receiver", "sequences")
 
     def __init__(
         self,
@@ -159,3 +164,5 @@ class _Open:
         self.receiver = receiver
         self.sequences = [_Sequence(request, tokenizer, marks) for _ in range(request.params.n)]
         self.num_running = request.params.n
+        self.has_begun = False
+        """Whether anything of it was told."""

@@ -361,29 +361,36 @@ class _Loader:
         return gate, up, self.matrix(f"{prefix}down", layer, replace(rows, axis="cols"))
 
     def experts(self, spec: MoESpec, layer: int) -> ExpertWeights:
-        rows = spec.split
+        rows = None if spec.is_whole else spec.split
         gate, up, down = (
-            self.stack({Parameter(part, layer, e): split for e in range(spec.num_experts)})
+            self.stack({Parameter(part, layer, e): split for e in self.held(spec)})
             for part, split in (
                 ("expert_gate", rows),
                 ("expert_up", rows),
-                ("expert_down", replace(rows, axis="cols")),
+                ("expert_down", rows and replace(rows, axis="cols")),
             )
         )
         biases = self.expert_biases(spec, layer) if spec.expert_bias else None
         return ExpertWeights(gate=gate, up=up, down=down, biases=biases)
 
+    def held(self, spec: MoESpec) -> range:
+        """Returns the experts that this rank has, or has a part of."""
+        if not spec.is_whole:
+            return range(spec.num_experts)
+        count = spec.expert_split.share(self.collectives.size)
+        return range(self.collectives.rank * count, (self.collectives.rank + 1) * count)
+
     def expert_biases(self, spec: MoESpec, layer: int) -> ExpertBiases:
         def stack(name: str, split: Split | None) -> Tensor:
-            each = (self.vector(name, layer, split, e) for e in range(spec.num_experts))
+            each = (self.vector(name, layer, split, e) for e in self.held(spec))
             return torch.stack(list(each))
 
         down_EM = stack("expert_down_bias", None)
-        if self.collectives.rank > 0:  # added once: the outputs are summed
+        if self.collectives.rank > 0 and not spec.is_whole:  # added once: outputs are summed
             down_EM.zero_()
         return ExpertBiases(
-            gate_EF=stack("expert_gate_bias", spec.split),
-            up_EF=stack("expert_up_bias", spec.split),
+            gate_EF=stack("expert_gate_bias", None if spec.is_whole else spec.split),
+            up_EF=stack("expert_up_bias", None if spec.is_whole else spec.split),
             down_EM=down_EM,
         )
 
@@ -403,6 +410,7 @@ class _Loader:
             counts_row=self.spec.moe_layers.index(layer),
             router=router,
             experts=self.experts(spec, layer),
+            held=self.held(spec) if spec.is_whole and self.collectives.size > 1 else None,
             shared=shared,
             activation=spec.activation,
         )

@@ -63,6 +63,10 @@ class MoESpec:
     """Hidden size of the shared expert; 0: there is none."""
     shared_gate: bool = False
     """The shared expert's output is multiplied by a sigmoid gate of the token."""
+    is_whole: bool = False
+    """Ranks share the experts, each of which one rank has whole; else all have a part of each."""
+    num_held: int | None = None
+    """Experts that a rank has; None: all."""
 
     def made_by(self, mlps: MLPs[MLP_co], layer: int) -> MLP_co:
         return mlps.moe(self, layer)
@@ -77,6 +81,11 @@ class MoESpec:
         return Split(axis="rows", unit="hidden units of an expert", num_units=self.expert_size)
 
     @property
+    def expert_split(self) -> Split:
+        """How ranks share whole experts."""
+        return Split(axis="rows", unit="experts", num_units=self.num_experts)
+
+    @property
     def shared(self) -> MLPSpec | None:
         """The expert that every token goes to."""
         return (
@@ -85,6 +94,9 @@ class MoESpec:
 
     def of_rank(self, size: int) -> MoESpec:
         shared_size = self.shared.of_rank(size).size if self.shared else 0
+        if self.is_whole:
+            num_held = self.expert_split.share(size)
+            return replace(self, num_held=num_held, shared_size=shared_size)
         return replace(self, expert_size=self.split.share(size), shared_size=shared_size)
 
     def parameters(self, hidden: int) -> Iterator[tuple[str, int, Shape]]:
@@ -94,7 +106,7 @@ class MoESpec:
             yield "router_bias", -1, (self.num_experts,)
         if self.has_correction:
             yield "router_correction", -1, (self.num_experts,)
-        for expert in range(self.num_experts):
+        for expert in range(self.num_held or self.num_experts):
             yield from _gated("expert_", expert, self.expert_size, hidden)
             if self.expert_bias:
                 yield "expert_gate_bias", expert, (self.expert_size,)

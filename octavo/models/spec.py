@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
+from octavo.errors import ConfigError
 from octavo.formats import KVFormats
 from octavo.kernels.limits import AttentionWants
 from octavo.kv_cache.spec import KVSpec
@@ -98,6 +99,23 @@ class ModelSpec:
         rows = self.vocab_size // size if is_shared else None
         layers = tuple(layer.of_rank(size) for layer in self.layers)
         return replace(self, layers=layers, lm_head_rows=rows)
+
+    def with_whole_experts(self) -> ModelSpec:
+        """Returns the same model, of which each rank is to have some experts whole (expert
+        parallel). Raises ConfigError for one without experts."""
+        if not self.moe_layers:
+            raise ConfigError(
+                "enable_expert_parallel shares experts between ranks, and this model has none; "
+                "leave it out",
+                field="enable_expert_parallel",
+            )
+        layers = (
+            replace(one, mlp=replace(one.mlp, is_whole=True))
+            if isinstance(one.mlp, MoESpec)
+            else one
+            for one in self.layers
+        )
+        return replace(self, layers=tuple(layers))
 
     def kv_specs(self, kv: KVFormats) -> tuple[KVSpec, ...]:
         """Returns one KVSpec per layer, for `octavo.kv_cache.spec.group_layers`."""

@@ -41,6 +41,10 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     """A signal has come: the first begins the drain, the second ends it."""
 
 
+class Preempt(msgspec.Struct, frozen=True, tag=True):
+    """The machine is about to go: the drain begins, what has not begun is handed back."""
+
+
 class Drained(msgspec.Struct, frozen=True, tag=True):
     """A front has nothing open any more; it goes on answering probes."""
 
@@ -84,7 +88,7 @@ class Numbers(msgspec.Struct, frozen=True, tag=True):
     snapshot: bytes
 
 
-ToFront = Bind | Connection | Stop | Leave | AskAlive | EngineDied | AskNumbers | Numbers
+ToFront = Bind | Connection | Stop | Preempt | Leave | AskAlive | EngineDied | AskNumbers | Numbers
 ToParent = Bound | Serving | Drained | Alive | AskSiblings | Numbers
 
 _encode = msgspec.msgpack.Encoder().encode

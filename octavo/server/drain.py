@@ -44,14 +44,16 @@ class Drain:
     """First a server is not ready any more, later running requests are cut off."""
 
     is_draining: bool = False
+    is_preempted: bool = False
+    """Whether the machine goes away: what is refused need not wait for this server."""
     expired: Expiry = field(default_factory=Expiry)
     num_open: int = 0
     """Exchanges other than probes that are not answered to the end."""
 
 
-def shutting_down() -> ApiError:
+def shutting_down(is_preempted: bool = False) -> ApiError:
     """Returns what whoever comes too late is told."""
-    headers = {"Connection": "close", "Retry-After": "1"}
+    headers = {"Connection": "close", "Retry-After": "0" if is_preempted else "1"}
     return ApiError(503, "the server is shutting down", code="shutting_down", headers=headers)
 
 
@@ -66,7 +68,8 @@ class DrainMiddleware:
         if scope["type"] != "http" or scope["path"] in PROBES:
             await self._app(scope, receive, send)
         elif self._drain.is_draining and scope["method"] == "POST":
-            await error_response(shutting_down(), scope)(scope, receive, send)
+            refusal = shutting_down(self._drain.is_preempted)
+            await error_response(refusal, scope)(scope, receive, send)
         else:
             self._drain.num_open += 1
             try:

@@ -175,6 +175,10 @@ class Engine(Protocol):
         """The server ends: from now on a step without progress is not waited for as long."""
         ...
 
+    def hand_back(self) -> int:
+        """Fails what has not begun with PreemptedError; returns how many requests that were."""
+        ...
+
     async def stats(self, is_detailed: bool = False) -> EngineStats:
         """Returns a snapshot; `is_detailed`: of each expert and each sequence, too. Raises
         EngineDeadError."""

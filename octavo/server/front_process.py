@@ -35,6 +35,7 @@ from octavo.server.channel import (
     EngineDied,
     Leave,
     Numbers,
+    Preempt,
     Serving,
     Stop,
     decode_to_front,
@@ -145,6 +146,10 @@ class _Front:
                 self._num_stops += 1
                 if self._server is not None:
                     self._server.stop()
+            case Preempt():
+                self._num_stops = max(self._num_stops, 1)
+                if self._server is not None:
+                    self._server.preempt()
             case Leave():
                 if self._server is not None:
                     self._server.may_leave = True

@@ -44,6 +44,7 @@ from octavo.server.channel import (
     EngineDied,
     Leave,
     Numbers,
+    Preempt,
     Serving,
     Stop,
     ToFront,
@@ -52,6 +53,7 @@ from octavo.server.channel import (
 )
 from octavo.server.engine_client import Engine
 from octavo.server.front_process import FrontArguments
+from octavo.server.notice import watch_notice
 from octavo.server.signals import StopSignals
 
 logger = logging.getLogger(__name__)
@@ -80,7 +82,7 @@ class _Front:
         """How long it has owed an answer."""
         self._is_asked = False
         self._all_fronts = fronts
-        server = fronts.config
+        server = replace(fronts.config, preemption_notice=None)  # the parent watches
         if number > 1:
             server = replace(server, disable_log_stats=True)  # one line for all is enough
         metrics_bound = fronts.metrics_bound if number == 1 else None
@@ -230,8 +232,11 @@ class Fronts:
         loop = asyncio.get_running_loop()
         # Signals and hung fronts count from here on, not only once all fronts serve.
         signals.take_over(lambda: loop.call_soon_threadsafe(self._stop, engine))
+        preempt = partial(self._preempt, engine)
+        signals.listen_to_notice(lambda: loop.call_soon_threadsafe(preempt))
         tasks = [
             asyncio.ensure_future(self._watch()),
+            asyncio.ensure_future(watch_notice(self.config, preempt)),
             asyncio.ensure_future(self._accept_when_serving(bound, on_serving)),
         ]
         try:
@@ -305,6 +310,12 @@ class Fronts:
             engine.begin_drain()
         self._num_stops += 1
         self.send_others(0, Stop())
+
+    def _preempt(self, engine: Engine) -> None:
+        if not self._num_stops:
+            engine.begin_drain()
+            self._num_stops = 1
+        self.send_others(0, Preempt())
 
     def _accept(self, bound: socket.socket) -> None:
         """Deals out what waits: in turn, so that no process gets more than another."""

@@ -38,6 +38,7 @@ from octavo.server.drain import Drain
 from octavo.server.engine_client import Engine
 from octavo.server.http_protocol import ConnectionLimits, protocol_factory
 from octavo.server.metrics_port import metrics_port
+from octavo.server.notice import watch_notice
 from octavo.server.signals import SIGNALS, StopSignals
 from octavo.server.state import ServerState, Siblings
 from octavo.server.tenants.key_file import read_key_file
@@ -174,6 +175,7 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         if self._signals is not None:
             self._signals.take_over(self.stop)
+            self._signals.listen_to_notice(self.preempt)
         if self._monitor is not None:
             self._monitor.install(self._loop)
         self.config.load()
@@ -181,6 +183,7 @@ class Server(uvicorn.Server):
         if self._options.enable_ssl_refresh and self.config.ssl is not None:
             refresh = asyncio.create_task(keep_fresh(self.config.ssl, self._options))
         stats = asyncio.create_task(self._log_stats())
+        notice = asyncio.create_task(watch_notice(self._options, self.preempt))
         keys = asyncio.create_task(self._state.keyring.keep_fresh())
         await self._state.store.check()
         self._batches.start()
@@ -196,6 +199,7 @@ class Server(uvicorn.Server):
                 await asyncio.to_thread(self._tracer.close)
             self._loop = None
             stats.cancel()
+            notice.cancel()
             keys.cancel()
             if refresh is not None:
                 refresh.cancel()
@@ -247,6 +251,18 @@ class Server(uvicorn.Server):
         elif self.drain.is_draining and self._loop is not None:
             self._loop.call_soon_threadsafe(self.drain.expired.set)
         self.drain.is_draining = True
+
+    def preempt(self) -> None:
+        """The machine is about to go: begins the end, and hands back what has not begun. Safe in
+        signal handlers and threads."""
+        self.drain.is_preempted = True
+        if not self.drain.is_draining:
+            self.stop()
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._hand_back)
+
+    def _hand_back(self) -> None:
+        logger.warning("%d requests that have not begun are handed back", self._engine.hand_back())
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; returns whether it is over."""

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+NOTICE = signal.SIGUSR1
+"""The machine is about to be taken away."""
 _AT_ONCE = 3
 """Whoever sends so many will not wait for anything."""
 
@@ -26,10 +28,13 @@ class StopSignals:
         self.num_received = 0
         self.first = signal.SIGTERM
         self._listener: Callable[[], object] | None = None
+        self._on_notice: Callable[[], object] | None = None
+        self._has_notice = False
 
     def install(self) -> None:
         for number in SIGNALS:
             signal.signal(number, self._handle)
+        signal.signal(NOTICE, self._handle_notice)
 
     def listen(self, listener: Callable[[], object]) -> None:
         """From now on `listener` is called in the main thread for every signal."""
@@ -41,6 +46,18 @@ class StopSignals:
         self._listener = listener
         for _ in range(self.num_received):
             listener()
+
+    def listen_to_notice(self, listener: Callable[[], object]) -> None:
+        """`listener` is called in the main thread when the machine is about to go, at once if it is
+        known already."""
+        self._on_notice = listener
+        if self._has_notice:
+            listener()
+
+    def _handle_notice(self, number: int, frame: FrameType | None) -> None:
+        self._has_notice = True
+        if self._on_notice is not None:
+            self._on_notice()
 
     @property
     def exit_code(self) -> int:

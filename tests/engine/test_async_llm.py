@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from octavo import AsyncLLM, EngineConfig, SamplingParams
-from octavo.errors import ConfigError, EngineDeadError, ModelError, OverloadedError, RequestError
+from octavo.errors import (
+    ConfigError,
+    EngineDeadError,
+    ModelError,
+    OverloadedError,
+    PreemptedError,
+    RequestError,
+)
 from octavo.outputs import RequestOutput
 from tests.models.tiny import save_tiny
 
@@ -193,3 +200,18 @@ def test_options_are_refused_as_those_of_llm_are(model: str) -> None:
         AsyncLLM(model, max_modl_len=5)
     with pytest.raises(ConfigError, match="max_model_len: give options either in EngineConfig or"):
         AsyncLLM(config(model), max_model_len=5)
+
+
+async def test_what_has_not_begun_is_handed_back_and_what_has_goes_on(engine: AsyncLLM) -> None:
+    running = engine.generate(PROMPT, greedy(30))
+    await anext(running)
+    waiting = [asyncio.create_task(collect(engine, f"w{i}", 30)) for i in range(3)]
+    while engine._output is None or engine._output.num_requests < 4:
+        await asyncio.sleep(0)
+    assert engine.hand_back() == 3
+    for one in waiting:
+        with pytest.raises(PreemptedError, match="send it again"):
+            await one
+    outputs = [output async for output in running]
+    assert len(outputs[-1].outputs[0].token_ids) == 30
+    assert (await collect(engine, "w0", 4))[-1].finished

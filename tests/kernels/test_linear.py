@@ -123,6 +123,17 @@ def test_moe_is_the_weighted_sum_of_the_chosen_experts(
         assert_close(ops.moe(x, weights, topk_ids, experts, "silu"), expected)
 
 
+def test_experts_that_are_not_here_add_nothing(ops: Ops, rng: np.random.Generator) -> None:
+    experts = make_experts(rng, "bf16", 5, 44)
+    experts = replace(experts, biases=make_biases(rng, 5, 44, 64))
+    for ids in ([[0, 3], [-1, 2], [4, -1], [-1, -1]], [[-1, -1]]):
+        x, weights = floats(rng, len(ids), 64), floats(rng, len(ids), 2).abs()
+        topk_ids = torch.tensor(ids, dtype=torch.int32)
+        here = torch.where(topk_ids < 0, 0.0, weights)
+        expected = ops.moe(x, here, topk_ids.clamp(min=0), experts, "silu")
+        assert_close(ops.moe(x, weights, topk_ids, experts, "silu"), expected.double())
+
+
 def test_biased_experts_with_clamps_equal_float64(ops: Ops, rng: np.random.Generator) -> None:
     experts, biases = make_experts(rng, "bf16", 5, 44), make_biases(rng, 5, 44, 64)
     experts = replace(experts, biases=biases)

@@ -13,7 +13,7 @@ from octavo.constraint import Constraint, StructuredOutputsParams
 from octavo.engine.chat_template import ChatRenderer, RenderedChat
 from octavo.engine.pairs import PairWriter
 from octavo.engine.vectors import VectorReader
-from octavo.errors import ContextLengthError, EngineDeadError, RequestError
+from octavo.errors import ContextLengthError, EngineDeadError, PreemptedError, RequestError
 from octavo.grammar import Checker
 from octavo.kv_cache.explain import PrefixExplanation
 from octavo.observe.stats import EngineStats
@@ -113,6 +113,7 @@ class FakeEngine:
         """Answers nothing, and dies only when it is told of a drain."""
         self._ids = itertools.count()
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._not_begun: dict[str, Receiver] = {}
 
     @property
     def pairs(self) -> PairWriter:
@@ -173,9 +174,11 @@ class FakeEngine:
         self.num_running += 1
         task = asyncio.get_running_loop().create_task(self._generate(request, receiver))
         self._tasks[request.request_id] = task
+        self._not_begun[request.request_id] = receiver
         self.begun.set()
 
     def cancel(self, request_id: str) -> None:
+        self._not_begun.pop(request_id, None)
         task = self._tasks.pop(request_id, None)
         if task is not None:
             task.cancel()
@@ -202,6 +205,7 @@ class FakeEngine:
 
     def _told(self, request: Request, receiver: Receiver, step: int) -> bool:
         """Tells each sequence's token of a step; returns whether it was the last."""
+        self._not_begun.pop(request.request_id, None)
         ids, params = request.prompt_token_ids, request.params
         limit = params.max_tokens or self.max_model_len - len(ids)
         length = NATURAL_LENGTH if self.answer is None else len(self.answer)
@@ -257,6 +261,13 @@ class FakeEngine:
     async def check_health(self) -> None:
         if self.is_dead:
             raise EngineDeadError("the engine process ended with code 9")
+
+    def hand_back(self) -> int:
+        found, self._not_begun = self._not_begun, {}
+        for request_id, receiver in found.items():
+            self.cancel(request_id)
+            receiver.fail(PreemptedError("this machine is about to be taken away"))
+        return len(found)
 
     def begin_drain(self) -> None:
         self.is_dead |= self.is_hung

@@ -167,21 +167,22 @@ OCTAVO_API int64_t octavo_moe(Pool* pool, const MoeArgs* args) {
   const int64_t picks = a.tokens * a.top_k, inner = gates[0].rows, outer = downs[0].rows;
   std::vector<int64_t> starts(a.experts + 1, 0);
   for (int64_t i = 0; i < picks; ++i) {
-    if (a.topk_ids[i] < 0 || a.topk_ids[i] >= a.experts) return BAD_INDEX;
-    ++starts[a.topk_ids[i] + 1];
+    if (a.topk_ids[i] < -1 || a.topk_ids[i] >= a.experts) return BAD_INDEX;
+    if (a.topk_ids[i] >= 0) ++starts[a.topk_ids[i] + 1];
   }
   for (int64_t e = 0; e < a.experts; ++e) starts[e + 1] += starts[e];
   std::vector<int64_t> next(starts.begin(), starts.end() - 1), active;
   for (int64_t i = 0; i < picks; ++i) {
-    const int64_t slot = next[a.topk_ids[i]]++;
-    a.order[slot] = static_cast<int32_t>(i / a.top_k);
+    const int64_t slot = a.topk_ids[i] < 0 ? -1 : next[a.topk_ids[i]]++;
     a.slots[i] = static_cast<int32_t>(slot);
+    if (slot < 0) continue;  // an expert that is not here
+    a.order[slot] = static_cast<int32_t>(i / a.top_k);
   }
   for (int64_t e = 0; e < a.experts; ++e) {
     if (starts[e + 1] > starts[e]) active.push_back(e);
   }
   const int64_t width = panels(inner), down_width = panels(outer);
-  const int64_t num_active = static_cast<int64_t>(active.size()), per = picks / num_active;
+  const int64_t num_active = static_cast<int64_t>(active.size()), per = picks / std::max<int64_t>(num_active, 1);
   pool->share(num_active * width, least_of(gates[0], per), [&](int64_t i, Scratch& s) {
     const int64_t e = active[i / width], start = starts[e];
     const Rows rows = {a.x, gates[e].cols, a.order + start};
@@ -204,7 +205,12 @@ OCTAVO_API int64_t octavo_moe(Pool* pool, const MoeArgs* args) {
   pool->run(a.tokens, 8, [&](int64_t t, Scratch&) {
     float* to = a.out + t * outer;
     for (int64_t j = 0; j < a.top_k; ++j) {
-      const float* part = a.parts + a.slots[t * a.top_k + j] * outer;
+      const int32_t slot = a.slots[t * a.top_k + j];
+      if (slot < 0) {
+        if (j == 0) std::fill_n(to, outer, 0.0f);
+        continue;
+      }
+      const float* part = a.parts + slot * outer;
       const float weight = a.topk_weights[t * a.top_k + j];
       for (int64_t m = 0; m < outer; ++m) {
         to[m] = j == 0 ? part[m] * weight : to[m] + part[m] * weight;
