@@ -47,7 +47,7 @@ from octavo.pooling import (
     PoolingRequestOutput,
     ScoringRequestOutput,
 )
-from octavo.request import PrefixCaching, Request, SamplingParams, checked_copy
+from octavo.request import NO_SHARE, PrefixCaching, Request, SamplingParams, Share, checked_copy
 from octavo.request_fields import refuse_arguments
 from octavo.tools.answer_parser import AnswerFormat
 from octavo.tools.reasoning_tokens import NO_THOUGHT, Thought
@@ -200,7 +200,7 @@ class AsyncLLM:
         *,
         priority: int = 0,
         cache_salt: str = "",
-        tenant: str = "",
+        share: Share = NO_SHARE,
         thought: Thought = NO_THOUGHT,
     ) -> Request:
         """Returns the request of a prompt, under an id that no other request ever has.
@@ -214,7 +214,7 @@ class AsyncLLM:
             params,
             priority=priority,
             cache_salt=cache_salt,
-            tenant=tenant,
+            share=share,
             arrival_time=time.monotonic(),
             thought=thought,
         )
@@ -263,6 +263,7 @@ class AsyncLLM:
         priority: int = 0,
         cache_salt: str = "",
         prefix_caching: PrefixCaching | None = None,
+        share: Share = NO_SHARE,
     ) -> Request:
         """As `prepare`, for the vector of a prompt."""
         self._check_alive()
@@ -273,6 +274,7 @@ class AsyncLLM:
             cache_salt=cache_salt,
             arrival_time=time.monotonic(),
             prefix_caching=prefix_caching,
+            share=share,
         )
 
     async def encode(

@@ -319,6 +319,22 @@ class PackedPrompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What a tenant gets where others have work, too. Not checked: operators set it."""
+
+    tenant: str = ""
+    weight: float = 1.0
+    """Its part of computed tokens, rows and room, in proportion to those of the others."""
+    kv_share: float = 1.0
+    """Part of the KV cache that its running sequences hold at most when one more starts."""
+
+
+NO_SHARE = Share()
+NAMED = "tenant:"
+"""How the ids of tenants begin that have a name; those of others are digests."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request(PackedPrompt):
     """What enters the engine. Owns `params.n` sequences.
 
@@ -338,15 +354,20 @@ class Request(PackedPrompt):
     """Lower runs first, as in vLLM; equal ones first come first served."""
     cache_salt: str = ""
     """Separates prefix caches of tenants; bound by the server to the key."""
-    tenant: str = ""
-    """Whose it is: who asks what is cached is told of no other's."""
     is_traced: bool = False
     """Whether what happens to it in the engine is told (`TokenDelta.moments`)."""
+    share: Share = NO_SHARE
+    """Whose it is, and what it gets beside others'."""
     wants_vector: bool = False
     """Whether it ends with its prompt, and the vector that the model makes of that."""
     needs_all_states: bool = False
     """Whether that is made of more than the last hidden state: of a cached prefix there are none,
     so that it is computed again."""
+
+    @property
+    def tenant(self) -> str:
+        """Whose it is: who asks what is cached is told of no other's."""
+        return self.share.tenant
 
     def __post_init__(self) -> None:
         if not _is_int(self.priority, -MAX_INT):

@@ -96,6 +96,7 @@ class EngineCore:
                 max_num_batched_tokens=plan.max_num_batched_tokens,
                 max_model_len=plan.max_model_len,
                 max_num_queued_requests=config.max_num_queued_requests,
+                num_kv_tokens=plan.num_tokens,
                 headroom_tokens=_headroom(plan.num_tokens // config.max_num_seqs, plan.block_size),
             ),
             self._pace,

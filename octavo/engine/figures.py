@@ -23,11 +23,12 @@ from octavo.observe.stats import (
     SequenceNow,
     TenantUsage,
 )
+from octavo.request import NAMED
 from octavo.scheduler import Scheduler
 from octavo.scheduler.sequence import Sequence
 
 TENANT_CHARS = 12
-"""Of a tenant's name in figures: it is a digest, which these tell apart."""
+"""Of a tenant without a name in figures: it is a digest, which these tell apart."""
 
 
 def engine_stats(
@@ -85,6 +86,12 @@ def _rows(sequences: Iterable[Sequence]) -> list[int]:
     return [one.row for one in sequences if one.row is not None]
 
 
+def shown_tenant(tenant: str) -> str:
+    """Returns how figures call a tenant: by its name, or by the beginning of its digest."""
+    name = tenant.removeprefix(NAMED)
+    return name if name != tenant else tenant[:TENANT_CHARS]
+
+
 def tenant_usage(scheduler: Scheduler) -> tuple[TenantUsage, ...]:
     """Returns who has something here, the largest first, the smallest in one."""
     running: dict[str, list[Sequence]] = {}
@@ -96,7 +103,7 @@ def tenant_usage(scheduler: Scheduler) -> tuple[TenantUsage, ...]:
         waiting[tenant] = waiting.get(tenant, 0) + 1
     found = [
         TenantUsage(
-            tenant=tenant[:TENANT_CHARS],
+            tenant=shown_tenant(tenant),
             num_running=len(running.get(tenant, ())),
             num_waiting=waiting.get(tenant, 0),
             kv_bytes=sum(group_bytes(scheduler.manager, _rows(running.get(tenant, ())))),
@@ -125,7 +132,7 @@ def _sequences(
         SequenceNow(
             request_id=one.request.request_id,
             index=one.index,
-            tenant=one.request.tenant[:TENANT_CHARS],
+            tenant=shown_tenant(one.request.tenant),
             is_running=one.row is not None,
             prompt_len=one.prompt_len,
             num_computed=one.num_computed,

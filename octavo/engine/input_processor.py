@@ -19,7 +19,7 @@ from octavo.engine.vectors import WRONG_KIND
 from octavo.errors import ContextLengthError, RequestError, shown
 from octavo.grammar import Checker
 from octavo.models.pooling_spec import Kind, PoolingSpec
-from octavo.request import PrefixCaching, Request, SamplingParams, pack_ids
+from octavo.request import NO_SHARE, PrefixCaching, Request, SamplingParams, Share, pack_ids
 from octavo.tools.reasoning_tokens import NO_THOUGHT, Thought
 
 _ASKED_FOR: Mapping[Kind, str] = {
@@ -81,7 +81,7 @@ class InputProcessor:
         cache_salt: str = "",
         arrival_time: float = 0.0,
         thought: Thought = NO_THOUGHT,
-        tenant: str = "",
+        share: Share = NO_SHARE,
     ) -> Request:
         """Returns the request; what it is held to begins behind `thought`.
 
@@ -114,7 +114,7 @@ class InputProcessor:
             arrival_time=arrival_time,
             priority=priority,
             cache_salt=cache_salt,
-            tenant=tenant,
+            share=share,
         )
 
     def check_generates(self) -> None:
@@ -147,6 +147,7 @@ class InputProcessor:
         cache_salt: str = "",
         arrival_time: float = 0.0,
         prefix_caching: PrefixCaching | None = None,
+        share: Share = NO_SHARE,
     ) -> Request:
         """Returns a request for the vector of a prompt. Raises RequestError (ContextLengthError for
         lengths)."""
@@ -165,6 +166,7 @@ class InputProcessor:
             arrival_time=arrival_time,
             priority=priority,
             cache_salt=cache_salt,
+            share=share,
             wants_vector=True,
             needs_all_states=pooling.needs_all_states,
         )

@@ -12,15 +12,17 @@ from octavo.kv_cache.manager import KVCacheManager
 from octavo.kv_cache.records import PrefixHit
 from octavo.moments import Moment
 from octavo.scheduler.counters import SchedulerCounters
+from octavo.scheduler.fair_share import Account
 from octavo.scheduler.forecast import Forecast, Growing
 from octavo.scheduler.limits import SchedulerLimits
 from octavo.scheduler.plan_builder import PlanBuilder
 from octavo.scheduler.queues import Queues
+from octavo.scheduler.rivals import Rivals, turn
 from octavo.scheduler.sequence import Sequence
 
 
 class Admission:
-    """First come, first served, while rows, budget and pages last."""
+    """First come, first served, tenants in turn, while rows, budget and pages last."""
 
     def __init__(
         self,
@@ -28,20 +30,25 @@ class Admission:
         manager: KVCacheManager,
         limits: SchedulerLimits,
         counters: SchedulerCounters,
+        rivals: Rivals,
     ) -> None:
         self._queues = queues
+        self._rivals = rivals
         self._manager = manager
         self._limits = limits
         self._counters = counters
         self._demands = manager.demands(limits.max_num_batched_tokens)
 
     def schedule(self, builder: PlanBuilder) -> None:
-        """Admits waiting sequences in order."""
-        forecast = self._forecast()
-        for sequence in list(self._queues.waiting):
+        """Admits waiting sequences in turn."""
+        forecast, left_out = self._forecast(), set[Account]()
+        for sequence in self._queues.fair_share.in_turn(left_out):
             budget = self._budget(builder)
             if not budget or self._keeps_out(sequence):
                 return
+            if self._rivals.is_beyond_kv_share(sequence):
+                left_out.add(sequence.account)
+                continue
             if self._must_wait(sequence, builder):
                 if sequence.runs_alone:
                     return  # whoever started now would run beside it
@@ -51,6 +58,43 @@ class Admission:
                 return
             if count:
                 self._join(sequence, count, builder, forecast)
+
+    def claim(self, builder: PlanBuilder, num_decodes: int) -> None:
+        """Admits those first whose tenants have had less than all whose prompts are under way, and
+        has others make way for them; called before running ones have their tokens."""
+        prefills, forecast, left_out = self._rivals.prefills(), None, set[Account]()
+        for sequence in self._queues.fair_share.in_turn(left_out):
+            others = [one for account, one in prefills.items() if account is not sequence.account]
+            budget = builder.room - num_decodes
+            if (others and turn(sequence) >= min(others)) or budget <= 0:
+                return
+            if self._keeps_out(sequence):
+                return
+            is_late = self._must_wait(sequence, builder) or self._queues.leader_of(sequence)
+            if is_late or self._rivals.is_beyond_kv_share(sequence):
+                left_out.add(sequence.account)  # It has its turn behind those that run.
+                continue
+            if not self._budget(builder) and not self._take_row(sequence, builder):
+                return
+            forecast = forecast or self._forecast()
+            count = self._admit(sequence, budget, forecast)
+            while count is None:
+                victim = self._rivals.victim_for_room(sequence, builder.sequences)
+                if victim is None:
+                    return
+                self._queues.preempt(victim)
+                forecast = self._forecast()
+                count = self._admit(sequence, budget, forecast)
+            if count:
+                self._join(sequence, count, builder, forecast)
+
+    def _take_row(self, sequence: Sequence, builder: PlanBuilder) -> bool:
+        """Has somebody give up its row; returns whether there is one now."""
+        victim = self._rivals.victim_for_row(sequence, builder.sequences)
+        if victim is None:
+            return False
+        self._queues.preempt(victim)
+        return bool(self._budget(builder))
 
     def schedule_suspects(self, builder: PlanBuilder) -> None:
         """Admits the waiting ones of those that are computed with nobody beside them."""

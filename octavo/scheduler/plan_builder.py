@@ -59,6 +59,7 @@ class PlanBuilder:
         self._masked.append(sequence.is_masked)
         sequence.num_computed = start + 1
         sequence.num_pending += 1
+        sequence.account.computed += 1
 
     def add(self, sequence: Sequence, count: int) -> None:
         """Computes `count` more tokens of `sequence` and advances its counters."""
@@ -82,6 +83,7 @@ class PlanBuilder:
             moment = Moment("prefill", time.monotonic(), first=start, count=count)
             sequence.moments.append(moment)
         sequence.num_computed = end
+        sequence.account.computed += count
         is_last = end == known + sequence.num_pending
         purpose = Purpose.NONE
         if is_last:

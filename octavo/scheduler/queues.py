@@ -7,18 +7,16 @@ back again, and outcomes end them.
 from __future__ import annotations
 
 import time
-from bisect import insort
+from bisect import bisect_left, insort
+from heapq import merge
 
 from octavo.kv_cache.manager import KVCacheManager
 from octavo.kv_cache.recent_prompts import RecentPrompt, RecentPrompts
 from octavo.moments import Moment
 from octavo.scheduler.counters import SchedulerCounters
+from octavo.scheduler.fair_share import FairShare, arrival
 from octavo.scheduler.sequence import Sequence
 from octavo.scheduler.suspects import Suspects
-
-
-def _order(sequence: Sequence) -> tuple[int, int]:
-    return sequence.order
 
 
 def prompt_of(sequence: Sequence) -> RecentPrompt:
@@ -28,12 +26,13 @@ def prompt_of(sequence: Sequence) -> RecentPrompt:
 
 
 class Queues:
-    """`waiting` and `running` are kept in order of priority and arrival."""
+    """Who waits is kept by tenant, who runs in order of priority and arrival."""
 
     def __init__(
         self, manager: KVCacheManager, counters: SchedulerCounters, max_num_seqs: int
     ) -> None:
-        self.waiting: list[Sequence] = []
+        self.fair_share = FairShare()
+        self.num_waiting = 0
         self.running: list[Sequence] = []
         self.suspects = Suspects()
         self.recent = RecentPrompts()
@@ -48,11 +47,21 @@ class Queues:
     def has_unfinished(self) -> bool:
         return bool(self._requests)
 
+    @property
+    def waiting(self) -> list[Sequence]:
+        """In order of priority and arrival, whosever they are."""
+        return list(merge(*(one.waiting for one in self.fair_share.active), key=arrival))
+
     def add(self, request_id: str, sequences: list[Sequence]) -> None:
         """Queues the sequences of a new request."""
+        self.fair_share.begin(sequences[0].account, len(sequences))
         for sequence in sequences:
-            insort(self.waiting, sequence, key=_order)
+            self._wait(sequence)
         self._requests[request_id] = sequences
+
+    def _wait(self, sequence: Sequence) -> None:
+        sequence.account.wait(sequence)
+        self.num_waiting += 1
 
     def unfinished_of(self, request_id: str) -> list[Sequence]:
         return [one for one in self._requests.get(request_id, ()) if not one.is_finished]
@@ -76,12 +85,23 @@ class Queues:
         sequence.num_computed = num_computed
         if sequence.scheduled_time is None:
             sequence.scheduled_time = time.monotonic()
-        self.waiting.remove(sequence)
-        insort(self.running, sequence, key=_order)
+        self._stop_waiting(sequence)
+        sequence.account.num_running += 1
+        insort(self.running, sequence, key=arrival)
+
+    def _stop_waiting(self, sequence: Sequence) -> None:
+        sequence.account.leave(sequence)
+        self.num_waiting -= 1
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        place = bisect_left(self.running, sequence.order, key=arrival)
+        assert self.running[place] is sequence
+        del self.running[place]
+        sequence.account.num_running -= 1
 
     def preempt(self, sequence: Sequence) -> None:
         """Takes pages and row away; what it published stays cached while nobody needs the room."""
-        self.running.remove(sequence)
+        self._stop_running(sequence)
         if sequence.moments is not None:
             now = time.monotonic()
             sequence.moments.append(Moment("preempted", now, now, count=sequence.num_computed))
@@ -89,7 +109,7 @@ class Queues:
         sequence.num_recomputed += sequence.num_computed
         sequence.num_computed = 0
         self._release(sequence)
-        insort(self.waiting, sequence, key=_order)
+        self._wait(sequence)
         self._counters.num_preemptions += 1
 
     def finish(self, sequence: Sequence) -> None:
@@ -98,8 +118,11 @@ class Queues:
             return
         sequence.is_finished = True
         self.suspects.forget(sequence)
-        queue = self.waiting if sequence.row is None else self.running
-        queue.remove(sequence)
+        if sequence.row is None:
+            self._stop_waiting(sequence)
+        else:
+            self._stop_running(sequence)
+        self.fair_share.end(sequence.account)
         self.recent.remember(prompt_of(sequence))
         self._release(sequence)
         siblings = self._requests[sequence.request.request_id]
@@ -123,7 +146,13 @@ class Queues:
         rows = [s.row for s in self.running if s.row is not None]
         assert len(rows) == len(self.running)
         assert sorted(self._free_rows + rows) == list(range(self._max_num_seqs))
-        assert all(s.row is None and s.kv.row is None for s in self.waiting)
+        waiting = self.waiting
+        assert len(waiting) == self.num_waiting
+        assert all(s.row is None and s.kv.row is None for s in waiting)
+        for account in self.fair_share.active:
+            own = [s for s in self.running if s.account is account]
+            assert account.num_running == len(own)
+            assert account.num_unfinished == len(own) + len(account.waiting)
         assert all(s.kv.row == s.row for s in self.running)
         for s in self.running:
             self._manager.check_writable(s.kv, s.num_computed)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from octavo.errors import OverloadedError
 from octavo.grammar import Guide
@@ -33,6 +33,7 @@ from octavo.scheduler.outcomes import Outcomes
 from octavo.scheduler.pace import Pace
 from octavo.scheduler.plan_builder import PlanBuilder
 from octavo.scheduler.queues import Queues, prompt_of
+from octavo.scheduler.rivals import Rivals
 from octavo.scheduler.sequence import Sequence
 from octavo.step import StepPlan, StepResult
 
@@ -49,7 +50,8 @@ class Scheduler:
         self.limits = limits
         self.counters = SchedulerCounters()
         self._queues = Queues(manager, self.counters, limits.max_num_seqs)
-        self._admission = Admission(self._queues, manager, limits, self.counters)
+        self._rivals = Rivals(self._queues, limits)
+        self._admission = Admission(self._queues, manager, limits, self.counters, self._rivals)
         self._outcomes = Outcomes(self._queues, manager, self.counters)
         self._has_prefills = False
         """Whether a running sequence may have more than one token to compute."""
@@ -70,7 +72,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self.waiting)
+        return self._queues.num_waiting
 
     # -- requests ----------------------------------------------------------------------------
 
@@ -88,15 +90,16 @@ class Scheduler:
         `new_guide` makes what leads each sequence through a grammar.
         """
         limit = self.limits.max_num_queued_requests
-        if len(self.waiting) >= limit:
-            raise OverloadedError(f"{len(self.waiting)} requests wait already (limit {limit})")
-        sequences = []
+        if self.num_waiting >= limit:
+            raise OverloadedError(f"{self.num_waiting} requests wait already (limit {limit})")
+        sequences, account = [], self._queues.fair_share.account(request.share)
         for index, seed in enumerate(seeds):
             kv = self._new_kv(request, root, caching)
             sequence = Sequence(
                 request,
                 index,
                 kv,
+                account,
                 seed=seed,
                 order=self._next_order,
                 max_len=self.limits.max_model_len,
@@ -156,8 +159,12 @@ class Scheduler:
             if self._outcomes:
                 return None  # whose fault it is, the step under way will tell
             self._schedule_suspects(builder)
-        elif not self._schedule_running(builder) and self.waiting:
-            self._admit(self._admission.schedule, builder)
+        else:
+            if self._has_rivals and self.num_waiting:
+                num_decodes = self._num_decodes()
+                self._admission.claim(builder, num_decodes)
+            if not self._schedule_running(builder) and self.num_waiting:
+                self._admit(self._admission.schedule, builder)
         if builder.is_empty:
             return None
         if self.manager.has_states:
@@ -173,24 +180,31 @@ class Scheduler:
     def _max_step_tokens(self) -> int:
         """Returns how many tokens the next step may compute, its decodes always among them."""
         most = self.limits.max_num_batched_tokens
-        has_prefills = self._has_prefills or self.waiting
+        has_prefills = self._has_prefills or self.num_waiting
         if self._pace is None or not has_prefills or self._queues.suspects:
             return most
         num_decodes = self._num_decodes()
-        num_prompts = len(self.running) - num_decodes + len(self.waiting)
+        num_prompts = len(self.running) - num_decodes + self.num_waiting
         budget = self._pace.prefill_budget(num_decodes, num_prompts)
         return most if budget is None else min(most, num_decodes + budget)
 
     def _schedule_running(self, builder: PlanBuilder) -> bool:
         """Gives every running sequence its tokens; returns whether one was preempted for it."""
-        running = self.running
-        prefill_budget = builder.max_tokens - self._num_decodes()
-        self._has_prefills = was_preempted = False
+        running, claimed = self.running, frozenset(builder.sequences)
+        num_claimed = builder.num_tokens
+        prefill_budget = builder.max_tokens - self._num_decodes(claimed) - num_claimed
+        grants = None
+        if self._has_rivals and self._has_prefills:
+            grants = self._rivals.grants(prefill_budget)
+        self._has_prefills = bool(claimed)
+        was_preempted = False
         position = 0
         # The list shrinks from its end while it is walked: victims are the youngest.
         while position < len(running):
             sequence = running[position]
             position += 1
+            if sequence in claimed:
+                continue
             num_pending = sequence.num_pending
             num_tokens = len(sequence.token_ids) + num_pending
             if num_pending and num_tokens >= sequence.max_len:
@@ -201,14 +215,15 @@ class Scheduler:
             count = num_tokens - start
             if count != 1:
                 self._has_prefills = True
-                count = min(count, prefill_budget)
+                count = min(count, prefill_budget if grants is None else grants.get(sequence, 0))
                 if count <= 0:
                     continue
                 count = chunk_end(sequence, self.manager, start, start + count) - start
                 prefill_budget -= count
             if start + count > sequence.kv.capacity:
-                was_preempted |= self._make_room(sequence, start + count)
+                was_preempted |= self._make_room(sequence, start + count, position - 1, claimed)
                 if sequence.row is None:
+                    position -= 1  # Others have moved up.
                     continue
             if count == 1 and num_pending:
                 builder.add_next(sequence)
@@ -216,13 +231,24 @@ class Scheduler:
                 builder.add(sequence, count)
         return was_preempted
 
-    def _num_decodes(self) -> int:
+    @property
+    def _has_rivals(self) -> bool:
+        return self._queues.fair_share.has_rivals
+
+    def _num_decodes(self, but: Collection[Sequence] = ()) -> int:
         """Running sequences that compute one token; counted only while some compute more."""
         if not self._has_prefills:
-            return len(self.running)
-        return sum(len(s.token_ids) + s.num_pending - s.num_computed == 1 for s in self.running)
+            return len(self.running) - len(but)
+        running = [one for one in self.running if one not in but] if but else self.running
+        return sum(len(s.token_ids) + s.num_pending - s.num_computed == 1 for s in running)
 
-    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+    def _make_room(
+        self,
+        sequence: Sequence,
+        num_tokens: int,
+        position: int,
+        claimed: Collection[Sequence],
+    ) -> bool:
         """Allocates blocks for `num_tokens`. While there are too few, first all give back what they
         only keep for others, then the youngest are preempted, in the end `sequence` itself, which
         begins again alone if nobody else runs; returns whether anyone was preempted."""
@@ -231,12 +257,21 @@ class Scheduler:
             if any(self.manager.give_way(one.kv) for one in reversed(self.running)):
                 continue
             was_preempted = True
-            victim = self.running[-1]
+            victim = self._victim(sequence, position, claimed)
             victim.runs_alone |= len(self.running) == 1
             self._queues.preempt(victim)
             if victim is sequence:
                 break
         return was_preempted
+
+    def _victim(self, sequence: Sequence, position: int, claimed: Collection[Sequence]) -> Sequence:
+        """Returns who gives up its blocks to what runs at `position`, or that itself."""
+        if self._has_rivals:
+            victim = self._rivals.victim_of_growth(position, claimed)
+            if victim is not None:
+                return victim
+        # All that are claimed have their tokens in this step.
+        return next((one for one in reversed(self.running) if one not in claimed), sequence)
 
     def _schedule_suspects(self, builder: PlanBuilder) -> None:
         """Computes suspects with nobody beside them. The others give up their blocks, so that there

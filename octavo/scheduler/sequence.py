@@ -11,6 +11,7 @@ from octavo.grammar import Guide
 from octavo.kv_cache.records import SequenceKV
 from octavo.moments import Moment
 from octavo.request import Request
+from octavo.scheduler.fair_share import Account
 from octavo.step import TokenLogprobs
 
 
@@ -24,6 +25,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "account",
         "eos_token_ids",
         "guide",
         "index",
@@ -51,12 +53,22 @@ class Sequence:
     )
 
     def __init__(
-        self, request: Request, index: int, kv: SequenceKV, *, seed: int, order: int, max_len: int
+        self,
+        request: Request,
+        index: int,
+        kv: SequenceKV,
+        account: Account,
+        *,
+        seed: int,
+        order: int,
+        max_len: int,
     ) -> None:
         params = request.params
         self.request = request
         self.index = index
         self.kv = kv
+        self.account = account
+        """Of its tenant."""
         self.seed = seed
         self.order = (request.priority, order)
         """Smaller goes first: priority, then arrival."""

@@ -18,7 +18,7 @@ from octavo.kv_cache.explain import PrefixExplanation
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.observe.stats import EngineStats
 from octavo.outputs import Receiver
-from octavo.request import PrefixCaching, Request, SamplingParams
+from octavo.request import NO_SHARE, PrefixCaching, Request, SamplingParams, Share
 from octavo.tools.answer_parser import AnswerFormat
 from octavo.tools.reasoning_tokens import NO_THOUGHT, Thought
 
@@ -117,6 +117,7 @@ class Engine(Protocol):
         priority: int = 0,
         cache_salt: str = "",
         prefix_caching: PrefixCaching | None = None,
+        share: Share = NO_SHARE,
     ) -> Request:
         """Returns a request for the vector of a prompt. Raises RequestError, also for a model that
         has none, and EngineDeadError."""
@@ -138,7 +139,7 @@ class Engine(Protocol):
         *,
         priority: int = 0,
         cache_salt: str = "",
-        tenant: str = "",
+        share: Share = NO_SHARE,
         thought: Thought = NO_THOUGHT,
     ) -> Request:
         """Returns a request under an id of its own. Raises RequestError, EngineDeadError."""

@@ -82,7 +82,7 @@ async def new_call(
                 params,
                 priority=priority,
                 cache_salt=salt,
-                tenant=tenant.id,
+                share=tenant.share,
                 thought=thought,
             )
         )

@@ -42,6 +42,7 @@ from octavo.server.notice import watch_notice
 from octavo.server.signals import SIGNALS, StopSignals
 from octavo.server.state import ServerState, Siblings
 from octavo.server.tenants.key_file import read_key_file
+from octavo.server.tenants.keyring import tokens_of
 from octavo.server.tls import check_certificate, keep_fresh
 from octavo.server.tracing.start import check_tracing, new_tracer
 
@@ -62,7 +63,7 @@ def bind(config: ServerConfig) -> socket.socket:
     check_certificate(config)
     check_tracing(config)
     if config.keys is not None:
-        read_key_file(Path(config.keys))
+        tokens_of(read_key_file(Path(config.keys)))
     return _listen(config, "port", config.port)
 
 

@@ -80,7 +80,8 @@ async def compute(
     """
     state, known = server_state(request), request.scope["state"]
     check_priority(request, body.priority, state.config.priority_range)
-    salt, engine = caller_of(request).tenant.salt(body.cache_salt), state.engine
+    tenant, engine = caller_of(request).tenant, state.engine
+    salt = tenant.salt(body.cache_salt)
     requests = []
     for place, ids in enumerate(prompts):
         if place % PREPARED_AT_ONCE == PREPARED_AT_ONCE - 1:
@@ -91,6 +92,7 @@ async def compute(
                 priority=state.priority_of(body.priority),
                 cache_salt=salt,
                 prefix_caching=body.prefix_caching,
+                share=tenant.share,
             )
         )
     exchange = known["exchange"]

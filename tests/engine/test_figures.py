@@ -9,6 +9,7 @@ from octavo.engine.figures import tenant_usage
 from octavo.engine.step_times import StepTimes
 from octavo.kv_cache.usage import group_bytes
 from octavo.observe.stats import MAX_TENANTS, OTHER_TENANTS, STEP_SECONDS_BUCKETS, TenantUsage
+from octavo.request import Share
 from octavo.visibility import Full, Window
 from tests.scheduler.harness import BLOCK, Engine, spec_of
 
@@ -47,7 +48,7 @@ def test_pages_that_sequences_share_count_once_and_only_those_held_count() -> No
     engine = Engine(specs=specs, num_blocks=200, budget=60, max_num_seqs=8)
     prompt = list(range(4 * BLOCK))
     assert group_bytes(engine.manager, []) == [0, 0]
-    engine.add("a", prompt, 8, tenant="one", n=3)
+    engine.add("a", prompt, 8, share=Share(tenant="one"), n=3)
     for _ in range(4):
         engine.step()
     rows = [one.row for one in engine.scheduler.running]
@@ -65,7 +66,13 @@ def test_tenants_are_told_apart_and_those_beyond_a_limit_together() -> None:
     engine = Engine(num_blocks=400, budget=400, max_num_seqs=24)
     names = [f"{i:02}" * 20 for i in range(MAX_TENANTS + 2)]
     for i, name in enumerate(names):
-        engine.add(f"r{i}", list(range(i, i + BLOCK * (1 + (i == 0)))), 4, tenant=name, salt=name)
+        engine.add(
+            f"r{i}",
+            list(range(i, i + BLOCK * (1 + (i == 0)))),
+            4,
+            share=Share(tenant=name),
+            salt=name,
+        )
     waiting = tenant_usage(engine.scheduler)
     assert [one.num_waiting for one in waiting] == [*[1] * MAX_TENANTS, 2]
     engine.step()

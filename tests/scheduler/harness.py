@@ -15,7 +15,15 @@ from octavo.kv_cache.planner import chunks_of_sequence
 from octavo.kv_cache.prefix_index import prefix_root
 from octavo.kv_cache.spec import KVSpec, Plane, attention_kv, group_layers, state_kv
 from octavo.moments import Moment
-from octavo.request import FinishReason, Request, SamplingParams, TokenDelta, pack_ids
+from octavo.request import (
+    NO_SHARE,
+    FinishReason,
+    Request,
+    SamplingParams,
+    Share,
+    TokenDelta,
+    pack_ids,
+)
 from octavo.scheduler import Scheduler, SchedulerLimits
 from octavo.step import StepPlan
 from octavo.visibility import Full, Visibility
@@ -56,6 +64,7 @@ class Engine:
         max_model_len: int = 64,
         max_num_queued_requests: int = 4096,
         headroom: int = 0,
+        num_kv_tokens: int = 0,
         failing: Container[int] = (),
         faults: Sequence[Fault] = (),
         news: CacheNews | None = None,
@@ -83,6 +92,7 @@ class Engine:
                 max_model_len=max_model_len,
                 max_num_queued_requests=max_num_queued_requests,
                 headroom_tokens=headroom,
+                num_kv_tokens=num_kv_tokens,
             ),
         )
         self.machine = PagedMachine(groups, num_blocks, BLOCK, failing, faults)
@@ -104,11 +114,11 @@ class Engine:
         n: int = 1,
         priority: int = 0,
         salt: str = "",
-        tenant: str = "",
         caching: bool = True,
         wants_vector: bool = False,
         needs_all_states: bool = False,
         is_traced: bool = False,
+        share: Share = NO_SHARE,
     ) -> None:
         params = SamplingParams(max_tokens=max_tokens, n=n)
         request = Request(
@@ -116,10 +126,10 @@ class Engine:
             packed_prompt=pack_ids(prompt),
             params=params,
             priority=priority,
-            tenant=tenant,
             wants_vector=wants_vector,
             needs_all_states=needs_all_states,
             is_traced=is_traced,
+            share=share,
         )
         self.scheduler.add(request, prefix_root(salt=salt), caching, range(n))
         self.requests[name] = request

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.kv_cache.spec import KVSpec
-from octavo.request import FinishReason
+from octavo.request import NO_SHARE, FinishReason, Share
 from octavo.scheduler.outcomes import MAX_LOSSES
 from octavo.visibility import Chunk, Full, Window
 from tests.scheduler.harness import FULL, Engine, spec_of, state_of
@@ -16,6 +16,11 @@ from tests.scheduler.paged_machine import (
     Fault,
 )
 
+SHARES = {
+    "": NO_SHARE,
+    "a": Share(tenant="a", weight=0.5),
+    "b": Share(tenant="b", weight=3.0, kv_share=0.3),
+}
 REQUEST = st.fixed_dictionaries(
     {
         "shared": st.integers(0, 30),
@@ -24,6 +29,7 @@ REQUEST = st.fixed_dictionaries(
         "n": st.sampled_from([1, 1, 1, 2, 3]),
         "priority": st.sampled_from([0, 0, 0, 1]),
         "salt": st.sampled_from(["", "", "x"]),
+        "tenant": st.sampled_from(sorted(SHARES)),
         "caching": st.sampled_from([True, True, True, False]),
         "wait": st.integers(0, 4),
         "abort_after": st.one_of(st.none(), st.none(), st.none(), st.integers(0, 12)),
@@ -97,6 +103,7 @@ def test_random_arrivals_forks_cancels_preemptions_and_faults_change_no_token(
             priority=r["priority"],
             salt=str(r["salt"]),
             caching=bool(r["caching"]),
+            share=SHARES[str(r["tenant"])],
         )
         if r["abort_after"] is not None:
             aborts[step + r["abort_after"]].append(f"r{i}")

@@ -19,11 +19,13 @@ from octavo.kv_cache.explain import PrefixExplanation
 from octavo.observe.stats import EngineStats
 from octavo.outputs import OutputDelta, Receiver
 from octavo.request import (
+    NO_SHARE,
     Logprob,
     PositionLogprobs,
     PrefixCaching,
     Request,
     SamplingParams,
+    Share,
     pack_ids,
 )
 from octavo.tools.answer_parser import AnswerFormat
@@ -132,7 +134,7 @@ class FakeEngine:
         *,
         priority: int = 0,
         cache_salt: str = "",
-        tenant: str = "",
+        share: Share = NO_SHARE,
         thought: Thought = NO_THOUGHT,
     ) -> Request:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -146,7 +148,7 @@ class FakeEngine:
             params=params,
             priority=priority,
             cache_salt=cache_salt,
-            tenant=tenant,
+            share=share,
             arrival_time=time.monotonic(),
         )
 
@@ -160,6 +162,7 @@ class FakeEngine:
         priority: int = 0,
         cache_salt: str = "",
         prefix_caching: PrefixCaching | None = None,
+        share: Share = NO_SHARE,
     ) -> Request:
         raise RequestError("the model is a generation model", param="model")
 

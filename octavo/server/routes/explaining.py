@@ -72,7 +72,7 @@ async def _explained(
         prompt_logprobs=params.prompt_logprobs,
     )
     prepared = state.engine.prepare(
-        ids, asked, cache_salt=tenant.salt(body.cache_salt), tenant=tenant.id
+        ids, asked, cache_salt=tenant.salt(body.cache_salt), share=tenant.share
     )
     found = await state.engine.explain_prefix(prepared)
     return json_response(await explanation_body(found, ids, state.tokenising))

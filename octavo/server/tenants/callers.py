@@ -12,6 +12,8 @@ from enum import StrEnum
 
 from starlette.requests import Request
 
+from octavo.request import NAMED, Share
+
 
 class Scope(StrEnum):
     """What a key may be for."""
@@ -69,6 +71,12 @@ class Tenant:
     priorities: tuple[int, int] | None = None
     """Lowest and highest that it may ask for; None: those of `--allow-priority`."""
 
+    @property
+    def share(self) -> Share:
+        """What the engine is told of it."""
+        limit = self.limits.kv_share
+        return Share(tenant=self.id, weight=self.weight, kv_share=1.0 if limit is None else limit)
+
     def salt(self, client_salt: str) -> str:
         """Returns the cache salt of a request: the client's, bound to the tenant.
 
@@ -109,7 +117,7 @@ def plain_tenant(key: str) -> Tenant:
 
 def named_id(name: str) -> str:
     """Returns the id of a tenant with a name; no key's id has a colon."""
-    return f"tenant:{name}"
+    return NAMED + name
 
 
 def named_secret(name: str) -> bytes:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from octavo.errors import ConfigError
-from octavo.request import MAX_INT
+from octavo.request import MAX_INT, NAMED
 from octavo.server.tenants.callers import (
     TENANT_SCOPES,
     Caller,
@@ -112,9 +112,11 @@ class IssuerRow(_Strict):
     algorithms: tuple[Literal["RS256", "ES256", "EdDSA"], ...] = Field(
         ("RS256", "ES256", "EdDSA"), min_length=1, strict=False
     )
+    tenant_prefix: str = Field("", max_length=64)
+    """Before its tenants' names, so that those of two issuers are told apart."""
     tenant_claim: str = Field("sub", min_length=1, max_length=256)
     scope_claim: str = Field("scope", min_length=1, max_length=256)
-    scopes: Mapping[str, Scope] | None = Field(None, strict=False)
+    scopes: Mapping[str, Annotated[Scope, Field(strict=False)]] | None = None
     """What the issuer calls our scopes; by their own names if there is none."""
     leeway_seconds: int = Field(30, ge=0, le=600)
 
@@ -155,7 +157,7 @@ class KeyFile:
 
     def tenant_of_id(self, id: str) -> Tenant | None:
         """Returns the tenant to whom stored objects belong, or None: the file does not know it."""
-        name = id.removeprefix("tenant:")
+        name = id.removeprefix(NAMED)
         if name == id or not (name in self._tenants or self.issuers):
             return None
         return self.tenant(name)

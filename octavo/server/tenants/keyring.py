@@ -11,6 +11,7 @@ import hmac
 import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from octavo.config import ServerConfig
 from octavo.errors import ConfigError
@@ -24,6 +25,9 @@ from octavo.server.tenants.callers import (
     plain_tenant,
 )
 from octavo.server.tenants.key_file import KeyFile, read_key_file
+
+if TYPE_CHECKING:
+    from octavo.server.tenants.tokens import Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +59,7 @@ class Keyring:
         ]
         self._path = None if config.keys is None else Path(config.keys)
         self._file: KeyFile | None = None
+        self._tokens: Tokens | None = None
         self.num_failures = 0
         """Times that a changed file could not be used."""
         self.is_stale = False
@@ -63,7 +68,12 @@ class Keyring:
         self._seen: Stamp | None = None
         if self._path is not None:
             self._read = self._seen = _stamp(self._path)
-            self._file = read_key_file(self._path)
+            self._take(self._path)
+
+    def _take(self, path: Path) -> None:
+        file = read_key_file(path)
+        self._tokens = tokens_of(file)
+        self._file = file
 
     @property
     def is_open(self) -> bool:
@@ -85,6 +95,8 @@ class Keyring:
                 found = caller
         if found is None and self._file is not None:
             found = self._file.find(sent)
+        if found is None and self._tokens is not None:
+            found = await self._tokens.find(sent)
         return found
 
     def tenant_of_id(self, id: str) -> Tenant | None:
@@ -113,7 +125,7 @@ class Keyring:
             return
         self._read = stamp
         try:
-            self._file = read_key_file(self._path)
+            self._take(self._path)
         except ConfigError as error:
             self.num_failures += 1
             self.is_stale = True
@@ -121,6 +133,19 @@ class Keyring:
         else:
             self.is_stale = False
             logger.info("the keys were read again: %s", self._path)
+
+
+def tokens_of(file: KeyFile) -> Tokens | None:
+    """Returns what knows the tokens of a file's issuers; None if it names none. Raises
+    ConfigError."""
+    if not file.issuers:
+        return None
+    try:
+        from octavo.server.tenants.tokens import Tokens
+    except ImportError as error:
+        message = f"keys with issuers need PyJWT ({error}); pip install 'octavo[jwt]'"
+        raise ConfigError(message, field="keys") from error
+    return Tokens(file.issuers, file.tenant)
 
 
 def _plain_caller(key: str, scopes: frozenset[Scope]) -> Caller:
