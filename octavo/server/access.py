@@ -46,6 +46,10 @@ class Exchange:
     num_output_tokens: int = 0
     first_token_seconds: float | None = None
     """From the arrival of the first of its prompts that got one."""
+    is_message: bool = False
+    """Whether its route is one of Anthropic's API."""
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    """That the answer gets besides its own."""
     reason: str = ""
     """Why it failed, if its answer had begun by then; else the answer itself tells."""
     tokenising: tuple[float, float] | None = None
@@ -105,12 +109,13 @@ class AccessMiddleware:
         headers = [(b"x-request-id", request_id.encode())]
         if is_message_path(scope["path"]):
             headers.append((b"request-id", request_id.encode()))  # where its clients look
+            exchange.is_message = True
 
         def send_with_id(message: Message) -> Awaitable[None]:
             answer.note(message)
             if message["type"] == "http.response.start":
                 # A new list: the response may be one that is sent many times.
-                message["headers"] = [*message.get("headers", ()), *headers]
+                message["headers"] = [*message.get("headers", ()), *headers, *exchange.headers]
             return send(message)
 
         try:

@@ -50,6 +50,8 @@ from octavo.server.routes import (
 from octavo.server.state import Handler, ServerState, Siblings, no_siblings
 from octavo.server.store.store import Store
 from octavo.server.stored_responses import Responses
+from octavo.server.tenants.budgets import Budgets
+from octavo.server.tenants.counts import SharedCounts
 from octavo.server.tenants.keyring import Keyring
 from octavo.server.tenants.route_scopes import RouteScopes, check, paths_of
 from octavo.server.tokenising import Tokenising
@@ -68,20 +70,22 @@ def create_app(
     config: ServerConfig,
     siblings: Siblings | None = None,
     tracer: Tracer | None = None,
+    counts: SharedCounts | None = None,
 ) -> FastAPI:
     """Returns the application that serves `engine`; its ServerState is `app.state.server`. With a
-    `tracer`, requests are traced."""
+    `tracer`, requests are traced; `counts` are shared with its siblings."""
     names = config.served_model_name or (engine.model_name,)
     metrics = Metrics(names[0], engine.max_model_len)
     drain = Drain()
     store = Store(config)
+    budgets = Budgets(counts or SharedCounts())
     keyring, route_scopes = Keyring(config), RouteScopes(config.public_metrics)
     middleware = [
         Middleware(
             AccessMiddleware, metrics=metrics, silent=config.disable_access_log_for_endpoints
         ),
         Middleware(DrainMiddleware, drain=drain),
-        Middleware(AuthMiddleware, keyring=keyring, route_scopes=route_scopes),
+        Middleware(AuthMiddleware, keyring=keyring, route_scopes=route_scopes, budgets=budgets),
     ]
     if tracer is not None:
         middleware.insert(1, Middleware(TraceMiddleware, tracer=tracer))
@@ -116,6 +120,7 @@ def create_app(
         parser=ParserProcess(lambda: _renderer(engine)),
         store=store,
         keyring=keyring,
+        budgets=budgets,
         responses=Responses(store),
         batch_handlers=_batch_handlers(FAMILIES),
     )

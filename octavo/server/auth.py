@@ -13,9 +13,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from octavo.errors import RequestError
 from octavo.server.errors import ApiError, error_response
 from octavo.server.tenants import callers
+from octavo.server.tenants.budgets import Budgets
 from octavo.server.tenants.callers import ANYONE, STRANGER, Caller, caller_of
 from octavo.server.tenants.keyring import Keyring
-from octavo.server.tenants.route_scopes import RouteScopes
+from octavo.server.tenants.route_scopes import COUNTED, RouteScopes
 
 _KEY_HEADERS = frozenset({b"authorization", b"x-api-key"})
 
@@ -28,8 +29,16 @@ class AuthMiddleware:
     Leaves the Caller in `request.state.caller`.
     """
 
-    def __init__(self, app: ASGIApp, keyring: Keyring, route_scopes: RouteScopes) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keyring: Keyring,
+        route_scopes: RouteScopes,
+        budgets: Budgets | None = None,
+    ) -> None:
+        """Whoever has used up one of `budgets` is told so before its body is read."""
         self._app = app
+        self._budgets = budgets
         self._keyring = keyring
         self._routes = route_scopes
 
@@ -51,6 +60,12 @@ class AuthMiddleware:
                     error = _missing_scope(scope, needed)
                     await error_response(error, scope)(scope, receive, send)
                     return
+                if self._budgets is not None and scope["path"] in COUNTED:
+                    try:
+                        self._budgets.check(caller.tenant)
+                    except ApiError as error:
+                        await error_response(error, scope)(scope, receive, send)
+                        return
         scope.setdefault("state", {})["caller"] = caller
         await self._app(scope, receive, send)
 

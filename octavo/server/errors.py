@@ -47,12 +47,15 @@ class ApiError(OctavoError):
         code: str | None = None,
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
+        kind: str | None = None,
     ) -> None:
+        """`kind` is the type of OpenAI's error object, if not that of its status."""
         super().__init__(message)
         self.status = status
         self.code = code
         self.param = param
         self.headers = headers
+        self.kind = kind
 
 
 class ClientDisconnectedError(OctavoError):
@@ -82,7 +85,7 @@ def _describe(error: Exception) -> ApiError:
 def error_body(error: Exception) -> dict[str, Any]:
     """Returns OpenAI's error object for `error`."""
     told = _describe(error)
-    kind = INVALID_REQUEST if told.status < 500 else SERVER_ERROR
+    kind = told.kind or (INVALID_REQUEST if told.status < 500 else SERVER_ERROR)
     fields = {"message": str(told), "type": kind, "param": told.param, "code": told.code}
     return {"error": fields}
 

@@ -43,6 +43,7 @@ from octavo.server.channel import (
 from octavo.server.http_protocol import new_event_loop
 from octavo.server.serve import Server, settle_memory
 from octavo.server.signals import StopSignals
+from octavo.server.tenants.counts import SharedCounts
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ class FrontArguments(msgspec.Struct, frozen=True, kw_only=True):
     """Front processes in all."""
     server: ServerConfig
     engine: EngineConfig
+    counts: int
+    """The descriptor of what all fronts count for tenants."""
     metrics_socket: int | None = None
     """The descriptor of the port for metrics, if this front serves it."""
 
@@ -112,7 +115,11 @@ class _Front:
             await engine.start()
             settle_memory()
             self._server = server = _FrontServer(
-                engine, given.server, signals=StopSignals(), siblings=self._ask_siblings
+                engine,
+                given.server,
+                signals=StopSignals(),
+                siblings=self._ask_siblings,
+                counts=SharedCounts(given.counts),
             )
             server.channel = self._channel
             for _ in range(self._num_stops):

@@ -55,6 +55,7 @@ from octavo.server.engine_client import Engine
 from octavo.server.front_process import FrontArguments
 from octavo.server.notice import watch_notice
 from octavo.server.signals import StopSignals
+from octavo.server.tenants.counts import SharedCounts
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,9 @@ class _Front:
             server=server,
             engine=fronts.engine_config,
             metrics_socket=inherited[0] if inherited else None,
+            counts=fronts.counts.descriptor,
         )
+        inherited.append(fronts.counts.descriptor)
         ours, theirs = channel_pair()
         with tempfile.TemporaryFile() as file, theirs:
             file.write(msgspec.msgpack.encode(arguments))
@@ -154,6 +157,7 @@ class Fronts:
         self.config = config
         self.metrics_bound = metrics_bound
         self.engine_config = engine_config
+        self.counts = SharedCounts()
         self._fronts: list[_Front] = []
         self._turn = 0
         self._num_stops = 0
@@ -347,3 +351,4 @@ class Fronts:
         for front in self._fronts:
             await front.process.wait()
             front.channel.close()
+        self.counts.close()

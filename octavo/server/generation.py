@@ -23,7 +23,8 @@ from octavo.server.auth import check_priority
 from octavo.server.errors import ApiError
 from octavo.server.protocol.sampling import SamplingFields
 from octavo.server.state import ServerState, server_state
-from octavo.server.tenants.callers import caller_of
+from octavo.server.tenants.budgets import NO_LEASE, header_list, reserved
+from octavo.server.tenants.callers import NOBODY, Tenant, caller_of
 from octavo.tools.reasoning_tokens import NO_THOUGHT, Thought
 
 PREPARED_AT_ONCE = 4
@@ -41,6 +42,8 @@ class Call:
     requests: tuple[Request, ...]
     exchange: Exchange
     """Where the access log finds what the call came to."""
+    tenant: Tenant = NOBODY
+    """Who pays for it."""
     marks: Mapping[int, str] | None = None
     """What stands in the text for the tokens of these ids."""
 
@@ -98,6 +101,7 @@ async def new_call(
         params=params,
         requests=tuple(requests),
         exchange=exchange,
+        tenant=tenant,
         marks=marks,
     )
 
@@ -187,6 +191,9 @@ class _Running:
         self.num_unfinished = len(call.requests)
         self.deliver = deliver
         self.fail = fail
+        self._call = call
+        self._state = state
+        self._lease = NO_LEASE
         self._engine = state.engine
         self._metrics = state.metrics
         self._exchange = call.exchange
@@ -196,8 +203,21 @@ class _Running:
         self._open: dict[int, _Progress] = {}
 
     def __enter__(self) -> _Running:
-        self._submit()
+        call, state = self._call, self._state
+        if call.tenant.limits.is_counted:
+            is_batch = state.priority is not None
+            num_tokens = sum(map(self._num_taken, call.requests))
+            self._lease = state.budgets.take(call.tenant, num_tokens, is_batch)
+            call.exchange.headers += header_list(self._lease.facts, call.exchange.is_message)
+        try:
+            self._submit()
+        except BaseException:
+            self.cancel(FinishReason.ERROR)
+            raise
         return self
+
+    def _num_taken(self, request: Request) -> int:
+        return reserved(request, self._call.params.max_tokens is not None)
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         """Ends what runs: the client has left, or one of the requests has failed."""
@@ -206,11 +226,14 @@ class _Running:
 
     def cancel(self, reason: FinishReason) -> None:
         """Ends all that runs, and what would have followed."""
+        for _, request in self._todo:
+            self._lease.settle(self._num_taken(request), 0)
         self._todo.clear()
         open_now, self._open = self._open, {}
         for progress in open_now.values():
             self._engine.cancel(progress.request.request_id)
             self._end(progress, reason)
+        self._lease.close()
 
     def ended(self, tag: int, reason: str) -> None:
         """Takes leave of one request, and lets the next begin."""
@@ -219,6 +242,8 @@ class _Running:
             return
         self._end(progress, reason)
         self.num_unfinished -= 1
+        if not self.num_unfinished:
+            self._lease.close()
         try:
             self._submit()
         except OctavoError as error:
@@ -229,6 +254,9 @@ class _Running:
         track.end(reason)
         if exchange.trace is not None:
             exchange.trace.add_request(progress.request, track, reason)
+        if self._lease is not NO_LEASE:
+            request = progress.request
+            self._lease.settle(self._num_taken(request), request.prompt_len + track.num_tokens)
         exchange.num_output_tokens += track.num_tokens
         exchange.num_cached_tokens += track.num_cached_tokens
         if exchange.first_token_seconds is None:

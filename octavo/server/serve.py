@@ -41,6 +41,7 @@ from octavo.server.metrics_port import metrics_port
 from octavo.server.notice import watch_notice
 from octavo.server.signals import SIGNALS, StopSignals
 from octavo.server.state import ServerState, Siblings
+from octavo.server.tenants.counts import SharedCounts
 from octavo.server.tenants.key_file import read_key_file
 from octavo.server.tenants.keyring import tokens_of
 from octavo.server.tls import check_certificate, keep_fresh
@@ -126,11 +127,12 @@ class Server(uvicorn.Server):
         signals: StopSignals | None = None,
         siblings: Siblings | None = None,
         on_serving: Callable[[], None] | None = None,
+        counts: SharedCounts | None = None,
     ) -> None:
         """Listens to `signals`, or to those of the process while it serves; `on_serving` is called
         once, when it answers."""
         self._tracer = new_tracer(config, engine.model_name)
-        app = create_app(engine, config, siblings, self._tracer)
+        app = create_app(engine, config, siblings, self._tracer, counts)
         self._state: ServerState = app.state.server
         self._batches = BatchRunner(self._state)
         self.drain: Drain = self._state.drain
@@ -202,6 +204,7 @@ class Server(uvicorn.Server):
             stats.cancel()
             notice.cancel()
             keys.cancel()
+            self._state.budgets.end()
             if refresh is not None:
                 refresh.cancel()
 

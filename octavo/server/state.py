@@ -23,6 +23,7 @@ from octavo.server.limits import BodyRoom
 from octavo.server.parser import ParserProcess
 from octavo.server.store.store import Store
 from octavo.server.stored_responses import Responses
+from octavo.server.tenants.budgets import Budgets
 from octavo.server.tenants.keyring import Keyring
 from octavo.server.tokenising import Tokenising
 
@@ -59,6 +60,7 @@ class ServerState:
     store: Store
     responses: Responses
     keyring: Keyring
+    budgets: Budgets
     drain: Drain = field(default_factory=Drain)
     turns: Turns = field(default_factory=Turns)
     """Of the streams' readers."""

@@ -103,6 +103,7 @@ async def compute(
         params=requests[0].params,
         requests=tuple(requests),
         exchange=exchange,
+        tenant=tenant,
     )
     work, wire = whole_call(state, call), AnswerWire.of(request.scope)
     found = await run_attached(work, request.receive, state.drain, wire)

@@ -20,6 +20,7 @@ from octavo.server.drain import Drain
 from octavo.server.errors import ApiError, error_response, on_error
 from octavo.server.limits import BodyRoom
 from octavo.server.state import ServerState
+from octavo.server.tenants.budgets import CODE
 from octavo.server.tenants.callers import TENANT_SCOPES, Caller
 
 PRIORITY = MAX_INT
@@ -97,7 +98,7 @@ class LineCalls:
         except (OverloadedError, EngineDeadError) as error:
             raise _again(error) from error
         except ApiError as error:
-            if error.code == "aborted":
+            if error.code in ("aborted", CODE):
                 raise _again(error) from error
             response = await on_error(request, error)
             return Answer(response.status_code, bytes(response.body))

@@ -50,6 +50,14 @@ ROUTE_SCOPES: Mapping[str, frozenset[Scope]] = {
     "/reset_prefix_cache": _OPERATION,
 }
 """By path template: a caller needs one of the scopes; OPEN routes need no caller."""
+COUNTED = frozenset(
+    {
+        *("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"),
+        *("/v1/embeddings", "/pooling", "/v1/score", "/score", "/invocations"),
+        *("/v1/rerank", "/v2/rerank", "/rerank"),
+    }
+)
+"""A POST to these is a request of a tenant's budget."""
 PUBLIC_METRICS = frozenset({"/metrics", "/version"})
 """Open as well with `--public-metrics`."""
 
