@@ -229,6 +229,11 @@ class KVCacheManager:
         kv.capacity = -(-num_tokens // self.block_size) * self.block_size
         return True
 
+    @property
+    def has_bounds(self) -> bool:
+        """Whether some layers see only so far back: then `passes` has something to do."""
+        return self._has_bounds
+
     def passes(self, kv: SequenceKV, num_computed: int) -> None:
         """The next step begins behind `num_computed` tokens: gives back what none of them sees any
         more, where that is a block and more. What the step under way computes stays until others

@@ -71,12 +71,13 @@ class RecentPrompts:
         continues, is not needed."""
         if not new.num_blocks or len(new.token_ids) > self._max_tokens:
             return
-        siblings = self._of_root.get(new.root, [])
+        first = new.digests[0]
+        siblings = [one for one in self._of_root.get(new.root, ()) if one.digests[0] == first]
         longer = next((one for one in siblings if one.continues(new)), None)
         if longer is not None and not new.continues(longer):
             self._all.move_to_end(longer)
             return
-        for one in [one for one in siblings if new.continues(one)]:
+        for one in filter(new.continues, siblings):
             self._forget(one)
         self._all[new] = None
         self._of_root.setdefault(new.root, []).append(new)

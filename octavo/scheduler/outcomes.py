@@ -82,27 +82,32 @@ class Outcomes:
         if step.is_lost:
             return []
         token_ids, starts = result.token_ids.tolist(), result.token_starts.tolist()
-        block_size = self._manager.block_size
+        block_size, prompt_logprobs = self._manager.block_size, result.prompt_logprobs
         deltas: list[TokenDelta] = []
-        for i, sequence in enumerate(step.sequences):
+        rows = zip(step.sequences, step.purposes, step.computed, step.preemptions, strict=True)
+        for i, (sequence, purpose, computed, num_preemptions) in enumerate(rows):
             if sequence.is_finished:
                 continue
-            purpose, known = step.purposes[i], len(sequence.token_ids)
+            known = len(sequence.token_ids)
             if sequence.moments:
                 _end_prefill(sequence, int(plan.starts[i]))
-            if i in result.prompt_logprobs:
-                self._keep_prompt_logprobs(sequence, int(plan.starts[i]), result.prompt_logprobs[i])
+            if prompt_logprobs and i in prompt_logprobs:
+                self._keep_prompt_logprobs(sequence, int(plan.starts[i]), prompt_logprobs[i])
             if purpose is not Purpose.NONE:
                 sequence.num_pending -= 1
-                error = self._append(sequence, token_ids[starts[i] : starts[i + 1]])
+                first, end, error = starts[i], starts[i + 1], None
+                if end == first + 1 and sequence.guide is None and token_ids[first] != NO_TOKEN:
+                    sequence.token_ids.append(token_ids[first])  # nearly always
+                else:
+                    error = self._append(sequence, token_ids[first:end])
                 if purpose is Purpose.VECTOR and not np.isfinite(result.vectors[i]).all():
                     error = BROKEN_STATES
                 if error is not None:
                     deltas.append(self._fail(sequence, error))
                     continue
-            is_block_full = step.computed[i] // block_size > sequence.kv.num_published
-            if is_block_full and sequence.num_preemptions == step.preemptions[i]:
-                self._manager.publish(sequence.kv, sequence.token_ids, step.computed[i])
+            is_block_full = computed // block_size > sequence.kv.num_published
+            if is_block_full and sequence.num_preemptions == num_preemptions:
+                self._manager.publish(sequence.kv, sequence.token_ids, computed)
             if purpose is Purpose.TOKEN:
                 deltas.append(self._tell(sequence, known, result, starts[i]))
             elif purpose is Purpose.VECTOR:

@@ -46,20 +46,21 @@ class PlanBuilder:
             )
         )
 
-    def add_next(self, sequence: Sequence) -> None:
-        """Computes the one token that the device sampled last: most rows of most steps."""
-        start = sequence.num_computed
-        self.sequences.append(sequence)
-        self._rows.append(sequence.row)
-        self._starts.append(start)
-        self._lens.append(1)
-        self._from_device.append(True)
-        self._token_ids.append(0)
-        self.purposes.append(Purpose.TOKEN)
-        self._masked.append(sequence.is_masked)
-        sequence.num_computed = start + 1
-        sequence.num_pending += 1
-        sequence.account.computed += 1
+    def add_decodes(self, sequences: list[Sequence]) -> None:
+        """Computes of each the one token that the device sampled last."""
+        count = len(sequences)
+        self.sequences += sequences
+        self._rows += [one.row for one in sequences]
+        self._starts += [one.num_computed for one in sequences]
+        self._lens += [1] * count
+        self._from_device += [True] * count
+        self._token_ids.extend([0] * count)
+        self.purposes += [Purpose.TOKEN] * count
+        self._masked += [one.is_masked for one in sequences]
+        for sequence in sequences:
+            sequence.num_computed += 1
+            sequence.num_pending += 1
+            sequence.account.computed += 1
 
     def add(self, sequence: Sequence, count: int) -> None:
         """Computes `count` more tokens of `sequence` and advances its counters."""
@@ -122,7 +123,7 @@ class PlanBuilder:
             query_lens=np.array(self._lens, np.int32),
             token_ids=np.array(self._token_ids, np.int32),
             from_device=np.array(self._from_device, np.bool_),
-            purposes=np.array(self.purposes, np.int8),
+            purposes=np.frombuffer(bytes(self.purposes), np.int8),
             masked=np.array(self._masked, np.bool_) if any(self._masked) else None,
             row_starts=tuple(self._row_starts),
             freed_rows=freed_rows,

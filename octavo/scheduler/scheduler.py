@@ -198,21 +198,29 @@ class Scheduler:
             grants = self._rivals.grants(prefill_budget)
         self._has_prefills = bool(claimed)
         was_preempted = False
+        passes = self.manager.passes if self.manager.has_bounds else None
         position = 0
+        decodes: list[Sequence] = []  # which the builder takes at once: most rows of most steps
         # The list shrinks from its end while it is walked: victims are the youngest.
         while position < len(running):
             sequence = running[position]
             position += 1
-            if sequence in claimed:
+            if claimed and sequence in claimed:
                 continue
             num_pending = sequence.num_pending
             num_tokens = len(sequence.token_ids) + num_pending
             if num_pending and num_tokens >= sequence.max_len:
                 continue  # its last token is on its way
             start = sequence.num_computed
-            if start != sequence.prompt_len or sequence.request.params.n == 1:
-                self.manager.passes(sequence.kv, start)  # else samples are about to fork
+            if passes and (start != sequence.prompt_len or sequence.request.params.n == 1):
+                passes(sequence.kv, start)  # else samples are about to fork
             count = num_tokens - start
+            if count == 1 and num_pending and num_tokens <= sequence.kv.capacity:
+                decodes.append(sequence)
+                continue
+            if decodes:
+                builder.add_decodes(decodes)
+                decodes = []
             if count != 1:
                 self._has_prefills = True
                 count = min(count, prefill_budget if grants is None else grants.get(sequence, 0))
@@ -226,9 +234,11 @@ class Scheduler:
                     position -= 1  # Others have moved up.
                     continue
             if count == 1 and num_pending:
-                builder.add_next(sequence)
+                builder.add_decodes([sequence])
             else:
                 builder.add(sequence, count)
+        if decodes:
+            builder.add_decodes(decodes)
         return was_preempted
 
     @property
