@@ -13,9 +13,9 @@ import httpx
 import jsonschema_rs
 import pytest
 
-from octavo.server.tenants.callers import ALL_SCOPES
-from octavo.server.tenants.route_scopes import OPEN, ROUTE_SCOPES
 from octavo.config import ServerConfig
+from octavo.server.tenants.callers import ALL_SCOPES
+from octavo.server.tenants.route_scopes import OPEN, RouteScopes
 from octavo.server.wrong_paths import UNSUPPORTED
 from tests.server.conftest import ServerThread
 from tests.server.fake_engine import FakeEngine
@@ -85,7 +85,7 @@ def test_keys_and_what_needs_none_are_told(start_server: Any) -> None:
             is_open = path in ("/health", "/ready", "/ping")
             assert ("security" in operation) != is_open, path
             assert ("401" in operation["responses"]) != is_open, path
-            is_for_some = ROUTE_SCOPES[path] not in (OPEN, ALL_SCOPES)
+            is_for_some = RouteScopes().needed(path) not in (OPEN, ALL_SCOPES)
             assert ("403" in operation["responses"]) == is_for_some, path
     priority = document["components"]["schemas"]["ChatRequest"]["properties"]["priority"]
     assert priority["anyOf"][0] == {"type": "integer", "minimum": -3, "maximum": 4}
