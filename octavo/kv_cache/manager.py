@@ -221,7 +221,8 @@ class KVCacheManager:
         Returns False, with no page taken, if there are too few: then let others `give_way`.
         """
         assert kv.row is not None
-        self._forget(kv, num_computed, self._kept_from(kv))
+        if self._has_bounds:
+            self._forget(kv, num_computed, self._kept_from(kv))
         if not self._reserve([group.num_missing(kv.row, num_tokens) for group in self._groups]):
             return False
         for group in self._groups:
