@@ -9,15 +9,12 @@ from octavo.cli import main
 from octavo.cli.commands import COMMANDS
 
 
-@pytest.mark.parametrize(
-    "command", ["serve", "chat", "bench", "plan", "tune", "demo", "render", "key"]
-)
+@pytest.mark.parametrize("command", [command.__name__.rpartition(".")[2] for command in COMMANDS])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
     assert ended.value.code == 0
     assert f"octavo {command}" in capsys.readouterr().out
-    assert len(COMMANDS) == 8
 
 
 def fail(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:

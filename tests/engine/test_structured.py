@@ -345,8 +345,8 @@ def test_a_request_that_waits_for_its_grammar_can_be_aborted(
 def test_a_step_that_raises_leaves_grammars_where_they_stood(
     llm: LLM, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoder = llm.core._runner.decoder  # type: ignore[attr-defined]
-    forward, failures = type(decoder).forward, [5, 9]
+    host = llm.core._runner._forward  # type: ignore[attr-defined]
+    run, failures = type(host).run, [5, 9]
     calls = 0
 
     def failing(self: Any, *args: Any) -> Any:
@@ -354,12 +354,12 @@ def test_a_step_that_raises_leaves_grammars_where_they_stood(
         calls += 1
         if calls in failures:
             raise RuntimeError("a step that raises")
-        return forward(self, *args)
+        return run(self, *args)
 
     params = [params_of(FORMS[i % 3], temperature=1.0, seed=i) for i in range(4)]
     prompts = [[5 + i] * 3 for i in range(4)]
     whole = generate(llm, prompts, params)
-    monkeypatch.setattr(type(decoder), "forward", failing)
+    monkeypatch.setattr(type(host), "run", failing)
     found = generate(llm, prompts, params)
     assert calls > 9
     for place, result in enumerate(found):

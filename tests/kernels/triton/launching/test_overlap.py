@@ -12,7 +12,10 @@ import octavo.kernels.triton
 
 READ_EARLY = {"weight_M", "weight_tile(w_at", "weight_tile(down_at"}
 """Weights, which no kernel writes."""
-WRITTEN_BEFORE = {"pairs.down_and_combine_kernel": {"ids_P", "weights_P", "shared_gate"}}
+WRITTEN_BEFORE = {
+    "pairs.down_and_combine_kernel": {"ids_P", "weights_P", "shared_gate"},
+    "packed_pairs.down_and_combine_packed_kernel": {"ids_P", "weights_P"},
+}
 """What kernels before the last one wrote: here the router, before gate and up."""
 TOUCHING = ("tl.load", "tl.store", "tl.atomic", "gl.load", "gl.store", "gl.atomic", "_tile(")
 WAITS = ("wait_turn(OVERLAP)", "if OVERLAP:\n    gdc_wait()")

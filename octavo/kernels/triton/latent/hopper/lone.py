@@ -182,6 +182,7 @@ def _lone_latents_kernel(
     buffers, rings = make_buffers(pages.dtype, ROWS, RANK, BLOCK_N)
     if OVERLAP:  # The other warps begin at warp_specialize, thus after it.
         gdc_wait()
+    if OVERLAP:
         gdc_launch_dependents()
     sequence = gl.program_id(1).to(gl.int64)
     t = gl.load(query_starts + sequence).to(gl.int64)
