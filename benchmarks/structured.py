@@ -1,9 +1,11 @@
 """What holding outputs to a form costs: steps with and without it, and a new schema's first token.
 
 Prints one JSON line. Both kinds of steps alternate, round by round, on the same engine, so that a
-busy machine slows both; `--cpu-only` prints CPU times of forms alone, without an engine.
+busy machine slows both; `--cpu-only` prints CPU times of forms alone, without an engine. A model
+that is the name of a public shape has random weights, and a vocabulary as large as its own.
 
     python -m benchmarks.structured --model demo --rows 8
+    python -m benchmarks.structured --model qwen3-30b-a3b --rows 32 --device cuda
 """
 
 from __future__ import annotations
@@ -13,13 +15,17 @@ import json
 import platform
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.large_vocabulary import write_tokenizer
 from octavo import LLM, SamplingParams, StructuredOutputsParams
+from octavo.cli.bench.shapes import MODELS, engine_values
 from octavo.config import EngineConfig
 from octavo.constraint import Constraint
 from octavo.engine.core import EngineCore
@@ -88,10 +94,10 @@ class Bench:
         raise AssertionError("no token came")
 
 
-def cpu_seconds(model: str, rows: int, number: int) -> dict[str, list[float]]:
+def cpu_seconds(values: dict[str, Any], rows: int, number: int) -> dict[str, list[float]]:
     """Returns the CPU seconds of what forms need beside a model: of new schemas, their check,
     compilation and first mask; of steps, the masks of `rows` sequences and their advance."""
-    front_end = FrontEnd(EngineConfig(model=model).resolve())
+    front_end = FrontEnd(EngineConfig(**values).resolve())
     tokenizer, chance = front_end.tokenizer, random.Random(0)
     checker = Checker(tokenizer.special_strings)
     guides = Guides(tokenizer.vocabulary, front_end.spec.vocab_size)
@@ -125,28 +131,26 @@ def cpu_seconds(model: str, rows: int, number: int) -> dict[str, list[float]]:
 def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
     return {
         "median": round(1e3 * statistics.median(seconds), 3),
+        "mean": round(1e3 * statistics.fmean(seconds), 3),
         "least": round(1e3 * min(seconds), 3),
+        "most": round(1e3 * max(seconds), 3),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--cpu-only", action="store_true", help="no model is loaded")
-    given = parser.parse_args()
-    cpu = {
-        name: milliseconds(seconds)
-        for name, seconds in cpu_seconds(given.model, given.rows, NUM_CPU_TIMES).items()
-    }
-    if given.cpu_only:
-        print(json.dumps({"benchmark": "structured", "rows": given.rows, "cpu_ms": cpu}))
-        return
-    llm = LLM(given.model, max_model_len=1024, max_num_seqs=max(8, given.rows))
-    llm._input.warm_up()
-    bench = Bench(llm, llm.tokenizer.encode("List what you know, as JSON:"))
+def model_values(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Returns the engine's options that load the model."""
+    options = {"max_model_len": 1024, "max_num_seqs": max(8, given.rows)}
+    if given.device is not None:
+        options["device"] = given.device
+    values = engine_values(given.model, options, folder, given.layers)
+    if given.model in MODELS:
+        write_tokenizer(folder, MODELS[given.model].config["eos_token_id"])
+        values["skip_tokenizer_init"] = False
+    return values
+
+
+def measured(bench: Bench, given: argparse.Namespace) -> dict[str, Any]:
+    """Returns the times of steps and of first tokens, with and without a form."""
     bench.steps(schema_of(0), given.rows, 4)  # loads the library and the vocabulary
     free: list[float] = []
     bound: list[float] = []
@@ -156,12 +160,7 @@ def main() -> None:
     plain = [bench.first_token(None) for _ in range(10)]
     new = [bench.first_token(schema_of(number)) for number in range(1, 11)]
     known = [bench.first_token(schema_of(1)) for _ in range(10)]
-    report = {
-        "benchmark": "structured",
-        "model": given.model,
-        "machine": platform.machine(),
-        "rows": given.rows,
-        "cpu_ms": cpu,
+    return {
         "step_ms": {"free": milliseconds(free), "bound": milliseconds(bound)},
         "step_ratio": round(statistics.median(bound) / statistics.median(free), 4),
         "first_token_ms": {
@@ -170,8 +169,36 @@ def main() -> None:
             "known_schema": milliseconds(known),
         },
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--device")
+    parser.add_argument("--layers", type=int, help="of a public shape: so many alone")
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--cpu-only", action="store_true", help="no model is loaded")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        values = model_values(given, Path(folder))
+        report: dict[str, Any] = {
+            "benchmark": "structured",
+            "model": given.model,
+            "rows": given.rows,
+            "cpu_ms": {
+                name: milliseconds(seconds)
+                for name, seconds in cpu_seconds(values, given.rows, NUM_CPU_TIMES).items()
+            },
+        }
+        if not given.cpu_only:
+            llm = LLM(**values)
+            llm._input.warm_up()
+            bench = Bench(llm, llm.tokenizer.encode("List what you know, as JSON:"))
+            report |= {"machine": platform.machine(), **measured(bench, given)}
+            llm.close()
     print(json.dumps(report))
-    llm.close()
 
 
 if __name__ == "__main__":
