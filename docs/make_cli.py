@@ -12,7 +12,7 @@ from octavo.config import EngineConfig, ServerConfig
 
 HEAD = """# The command line
 
-Made by `make docs` from `octavo/config.py` and the commands; do not edit by hand.
+Made by `make docs` from `octavo/config/` and the commands; do not edit by hand.
 
 | command | what it does |
 | --- | --- |

@@ -1,6 +1,6 @@
 """How the value of an option is read, whichever face it came through: text or Python value.
 
-Called by config.py for every field, and by the command line. Never knows what an option means.
+Called by config/ for every field, and by the command line. Never knows what an option means.
 """
 
 from __future__ import annotations

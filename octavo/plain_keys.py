@@ -1,6 +1,6 @@
 """Keys as options give them: in the option itself, in a file, in a variable of the environment.
 
-Called by config.py for each kind of key. No message shows a key.
+Called by config/ for each kind of key. No message shows a key.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Options by which vLLM's users know things: what is so here anyway, and what is not supported.
 
 Called by the command line, LLM and AsyncLLM, which so accept and refuse the same ones in the same
-words. Never sets anything: an option that changes what Octavo does is a field of config.py.
+words. Never sets anything: an option that changes what Octavo does is a field of config/.
 """
 
 from __future__ import annotations

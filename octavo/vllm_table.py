@@ -1,4 +1,4 @@
-"""The options of vLLM that have no field in config.py, each with what is to be said of it.
+"""The options of vLLM that have no field in config/, each with what is to be said of it.
 
 Read by vllm_options.py and the command line. Never holds code but what makes its rows shorter.
 """
@@ -13,7 +13,7 @@ Face = Literal["engine", "server"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmOption:
-    """One option that has no field in config.py."""
+    """One option that has no field in config/."""
 
     name: str
     """As a keyword argument; the command line's flag has dashes."""
