@@ -24,9 +24,11 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 
 FROM ${VARIANT}
+# Traces and tokens of issuers: options of the server that need packages of their own.
+ARG EXTRAS=otel,jwt
 COPY constraints.txt /tmp/constraints.txt
 RUN --mount=from=wheel,source=/wheels,target=/wheels \
-    pip install --no-cache-dir -c /tmp/constraints.txt /wheels/*.whl \
+    pip install --no-cache-dir -c /tmp/constraints.txt "$(ls /wheels/*.whl)[${EXTRAS}]" \
  && rm /tmp/constraints.txt \
  && useradd --create-home --uid 10001 octavo
 # The root file system may be read-only: what is made lies below the home, which is a volume.

@@ -130,7 +130,8 @@ def test_promtool_takes_configuration_and_rules(
     debian_program: Callable[[str, str], str],
 ) -> None:
     promtool = debian_program("promtool", "prometheus")
-    for command in (("config", ROOT / "prometheus" / "prometheus.yml"), ("rules", *RULES)):
+    configs = [("config", ROOT / "prometheus" / name) for name in ("prometheus.yml", "compose.yml")]
+    for command in (*configs, ("rules", *RULES)):
         checked = subprocess.run(
             (promtool, "check", *map(str, command)), capture_output=True, text=True, timeout=60
         )
