@@ -130,6 +130,7 @@ class EngineClient:
             "log_format": log_format,
             "log_level": log_level,
             "first_device": self._first_device,
+            "is_in_fleet": self._on_held is not None,
             "rank_host": self._remote_ranks and self._remote_ranks.host,
         }
         self._ready = asyncio.get_running_loop().create_future()

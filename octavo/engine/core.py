@@ -55,16 +55,17 @@ class EngineCore:
         runner: Runner,
         identity: str,
         guides: Guides,
+        is_in_fleet: bool = False,
     ) -> None:
         """`identity` names the weights and their version: the root of all prefix keys. `guides`
-        say what bound outputs may go on with."""
+        say what bound outputs may go on with. `is_in_fleet`: what it holds is noted."""
         self.config = config
         self.plan = plan
         self._runner = runner
         self._identity = identity
         self._guides = guides
         self._events = _event_publisher(config, plan)
-        is_in_fleet = config.data_parallel_size > 1
+        self.is_in_fleet = is_in_fleet
         self._journal = Journal(widest_group(plan.groups)) if is_in_fleet else None
         self._news = None
         if self._events is not None or is_in_fleet:

@@ -4,8 +4,10 @@ Owned by `fleet`, in whose event loop it lives; to AsyncLLM it is what `link` is
 Never starts or ends an engine.
 
     add       routed (octavo.fleet), sent; one that the engine has no room for goes to the next
-    a death   what has begun there fails; what has not is sent to another engine, once more
-    the end   when no engine is left
+    leave     an engine gets nothing new; what it has it ends
+    a death   what has begun there fails; what has not is sent to another engine, but not for ever:
+              it may be what engines die of
+    the end   when no engine is left, unless others start new ones
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 from octavo.engine.ipc import Deltas, Held
-from octavo.engine.link import EngineLink, LinkOwner
+from octavo.engine.link import Link, LinkOwner
 from octavo.engine.prefixes import RequestHasher
 from octavo.errors import EngineDeadError, OctavoError, OverloadedError
 from octavo.fleet.router import Ask, Router
@@ -29,6 +31,9 @@ from octavo.request import MAX_INT, Request
 
 logger = logging.getLogger(__name__)
 
+MAX_DEATHS = 2
+"""A request that so many engines have died under is sent to no other."""
+
 
 @dataclass(slots=True)
 class _Open:
@@ -37,8 +42,11 @@ class _Open:
     request: Request
     ask: Ask
     engine: int
+    link: Link
     num_running: int
     """Of its sequences."""
+    num_deaths: int = 0
+    """Of engines that had it."""
     has_begun: bool = False
     """Whether anything of the answer was passed on: then it cannot be computed elsewhere."""
     is_aborted: bool = False
@@ -73,15 +81,21 @@ class FleetLink:
         front: int,
         size: int,
         on_leave: Callable[[int, EngineDeadError], None] | None = None,
+        *,
+        is_lasting: bool = False,
     ) -> None:
-        """`on_leave` is told which engine takes no requests any more, and why."""
+        """`on_leave` is told which engine has died, and why. `is_lasting`: it does not end with its
+        last engine, as others start new ones."""
         self.front = front
         self.prefix = f"{front}-"
         self._owner = owner
         self._size = size
         self._on_leave = on_leave
+        self._is_lasting = is_lasting
         self._error: EngineDeadError | None = None
-        self._links: dict[int, EngineLink] = {}
+        self._links: dict[int, Link] = {}
+        self._names: dict[int, str] = {}
+        """Of engines that take requests, as routers know them."""
         self._router: Router | None = None
         self._hasher: RequestHasher | None = None
         self._open: dict[str, _Open] = {}
@@ -102,16 +116,23 @@ class FleetLink:
         """To be called once, before the first engine joins."""
         self._hasher, self._router = hasher, Router(hasher.block_size)
 
-    def join(self, engine: int, link: EngineLink, plan: MemoryPlan) -> None:
-        """From now on an engine takes requests."""
+    def join(self, engine: int, link: Link, plan: MemoryPlan, name: str | None = None) -> None:
+        """From now on an engine takes requests; `name` is the same for all front ends, its number
+        if not given."""
         assert self._router is not None, "prepared"
         self._links[engine] = link
-        self._router.join(str(engine), plan.num_blocks)
+        self._names[engine] = name or str(engine)
+        self._router.join(self._names[engine], plan.num_blocks)
+
+    def leave(self, engine: int) -> None:
+        """It gets no requests any more, and ends those that it has. A late call is harmless."""
+        if self._links.pop(engine, None) is not None and self._router is not None:
+            self._router.leave(self._names.pop(engine))
 
     def on_held(self, engine: int, message: Held) -> None:
-        if self._router is None:
+        name = self._names.get(engine)
+        if self._router is None or name is None:
             return
-        name = str(engine)
         if message.is_cleared:
             self._router.cleared(name)
         self._router.removed(name, array("Q", message.removed))
@@ -120,22 +141,32 @@ class FleetLink:
 
     def on_death(self, engine: int, error: EngineDeadError) -> None:
         """Its requests fail or go elsewhere; the last one's death is the fleet's."""
-        if self._links.pop(engine, None) is None or self._router is None:
+        if engine not in self._links:
             return  # it had not joined
-        self._router.leave(str(engine))
+        self.leave(engine)
         if self._on_leave is not None:
             self._on_leave(engine, error)
-        if not self._links:
+        if not self._links and not self._is_lasting:
             self.die(EngineDeadError(f"engine {engine}, the last of {self._size}: {error}"))
             return
         lost = EngineDeadError(
             f"engine {engine} of {self._size}: {error}; the others go on, send the request again"
         )
         for opened in [one for one in self._open.values() if one.engine == engine]:
-            if opened.has_begun or opened.is_aborted:
-                self._fail(opened, lost)
-            else:
-                self._send_again(opened, lost)
+            self._lose(opened, lost)
+
+    def on_lost(self, engine: int, request_id: str, error: EngineDeadError) -> None:
+        """An engine has died under a request of ours, or lost it."""
+        opened = self._open.get(request_id)
+        if opened is not None and opened.engine == engine:
+            self._lose(opened, error, {engine})
+
+    def _lose(self, opened: _Open, error: EngineDeadError, without: Collection[int] = ()) -> None:
+        opened.num_deaths += 1
+        if opened.has_begun or opened.is_aborted or opened.num_deaths >= MAX_DEATHS:
+            self._fail(opened, error)
+        else:
+            self._send_again(opened, error, without)
 
     def die(self, error: EngineDeadError) -> None:
         """Nothing can be sent any more."""
@@ -160,33 +191,37 @@ class FleetLink:
             hashes=self._hasher.hashes(request),
             tenant=request.tenant or request.cache_salt,
         )
-        engine = self._send(request, ask)
-        if engine is None:
+        sent = self._send(request, ask)
+        if sent is None:
             raise EngineDeadError("no engine of the fleet takes requests; try again later")
-        self._open[ask.request_id] = _Open(request, ask, engine, params.n)
+        self._open[ask.request_id] = _Open(request, ask, *sent, params.n)
 
-    def _send(self, request: Request, ask: Ask, without: Collection[int] = ()) -> int | None:
+    def _send(
+        self, request: Request, ask: Ask, without: Collection[int] = ()
+    ) -> tuple[int, Link] | None:
         """Returns the engine that has got it; None if there is none but `without`."""
         assert self._router is not None
-        gone = set(without)
+        gone = {self._names[engine] for engine in without if engine in self._names}
+        engines = {name: engine for engine, name in self._names.items()}
         while True:
-            choice = self._router.route(ask, [str(one) for one in gone])
+            choice = self._router.route(ask, gone)
             if choice is None:
                 return None
-            engine = int(choice.name)
+            engine = engines[choice.name]
+            link = self._links[engine]
             try:
-                self._links[engine].add(request)
+                link.add(request)
             except EngineDeadError:  # which its client is about to be told
-                gone.add(engine)
+                gone.add(choice.name)
                 continue
-            return engine
+            return engine, link
 
     def _send_again(self, opened: _Open, error: OctavoError, without: Collection[int] = ()) -> None:
-        engine = self._send(opened.request, opened.ask, without)
-        if engine is None:
+        sent = self._send(opened.request, opened.ask, without)
+        if sent is None:
             self._fail(opened, error)
         else:
-            opened.engine = engine
+            opened.engine, opened.link = sent
 
     def _fail(self, opened: _Open, error: OctavoError) -> None:
         self._end(opened.request.request_id)
@@ -231,16 +266,15 @@ class FleetLink:
         if opened is None:
             return
         opened.is_aborted = opened.is_aborted or index is None
-        link = self._links.get(opened.engine)
-        if link is not None:
-            link.abort(request_id, index)
+        opened.link.abort(request_id, index)
 
     # -- questions -------------------------------------------------------------------------------
 
     async def stats(self, is_detailed: bool = False) -> EngineStats:
         """Returns the sum, and each engine's beside it."""
-        found: list[EngineStats | None] = [None] * self._size
         links = dict(self._links)
+        size = max(links, default=-1) + 1 if self._is_lasting else self._size
+        found: list[EngineStats | None] = [None] * size
         told = await asyncio.gather(
             *(link.stats(is_detailed) for link in links.values()), return_exceptions=True
         )

@@ -40,9 +40,11 @@ def load_core(
     tokenizer: Tokenizer | None = None,
     first_device: int = 0,
     transport: RankTransport | None = None,
+    is_in_fleet: bool = False,
 ) -> EngineCore:
     """Returns an engine core that is ready to step; `tokenizer` is the model's, if this process has
     it already, `first_device` the first of its ranks' GPUs, `transport` how they are started.
+    One of a fleet notes what it holds (`take_changes`).
     Raises ModelError, CapacityError."""
     if config.tensor_parallel_size == 1:
         runner, plan = load_runner(config, files, ALONE, progress, first_device)
@@ -53,7 +55,8 @@ def load_core(
         load = partial(load_runner, config, files, progress=progress, device_index=first_device)
         runner, plan = start_ranks(config, files, load, first_device, transport)
     identity = model_identity(config, files)
-    return EngineCore(config, plan, runner, identity, _guides(config, files, tokenizer))
+    guides = _guides(config, files, tokenizer)
+    return EngineCore(config, plan, runner, identity, guides, is_in_fleet)
 
 
 def _guides(config: EngineConfig, files: ModelFiles, tokenizer: Tokenizer | None) -> Guides:

@@ -55,6 +55,8 @@ class EngineArguments(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str
     first_device: int = 0
     """Of the GPUs of its ranks."""
+    is_in_fleet: bool = False
+    """Whether it tells its front ends what it holds."""
     rank_host: str | None = None
     """An address of this host that its ranks come to, if somebody else starts them."""
 
@@ -73,7 +75,7 @@ class _Loop:
         self._inbox = inbox
         self._fronts = fronts
         self._vitals = vitals
-        self._is_in_fleet = core.config.data_parallel_size > 1
+        self._is_in_fleet = core.is_in_fleet
         self._num_told = 0
         self._is_running = True
 
@@ -188,6 +190,7 @@ def main(arguments: str, beats: str, stacks: str, *addresses: str) -> int:
             vitals,
             first_device=given.first_device,
             transport=_transport(given, fronts),
+            is_in_fleet=given.is_in_fleet,
         )
         # What is loaded lives as long as the process: the collector need not look at it again.
         gc.collect()

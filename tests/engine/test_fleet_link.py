@@ -62,11 +62,11 @@ class FakeLink:
 class Front:
     """Owns the fleet's link, as AsyncLLM does, and plays the engines."""
 
-    def __init__(self, size: int = 2) -> None:
+    def __init__(self, size: int = 2, is_lasting: bool = False) -> None:
         self.deltas: list[TokenDelta] = []
         self.failed: dict[str, OctavoError] = {}
         self.death: EngineDeadError | None = None
-        self.fleet = FleetLink(self, 0, size)
+        self.fleet = FleetLink(self, 0, size, is_lasting=is_lasting)
         self.fleet.prepare(cast("RequestHasher", Hasher()))
         self.engines: dict[int, FakeLink] = {}
         self.owners = [MemberOwner(self.fleet, engine) for engine in range(size)]
@@ -171,6 +171,62 @@ def test_the_last_death_is_the_end() -> None:
     assert "engine 1, the last of 2: it was killed" in str(front.death)
     with pytest.raises(EngineDeadError, match="last of 2"):
         front.fleet.add(request(1))
+
+
+def test_a_request_that_engines_die_of_is_not_sent_to_all_of_them() -> None:
+    front = Front(4)
+    front.fleet.add(request(1))
+    for _ in range(2):
+        assert not front.failed
+        front.kill(*front.has("0-1"))
+    assert not front.has("0-1")
+    assert "it was killed" in str(front.failed["0-1"])
+    assert len(front.engines) == 2
+
+
+def test_an_engine_that_leaves_ends_what_it_has() -> None:
+    front = Front()
+    front.fleet.add(request(1))
+    (engine,) = front.has("0-1")
+    front.fleet.leave(engine)
+    front.fleet.leave(engine)
+    front.fleet.add(request(2))
+    assert front.has("0-2") == [1 - engine]
+    front.fleet.abort("0-1", 0)
+    assert front.engines[engine].aborted == ["0-1"]
+    front.tell(engine, "0-1", token_ids=(5,), finish_reason=FinishReason.STOP)
+    assert not front.failed
+    assert list(front.fleet._open) == ["0-2"]
+
+
+def test_one_lost_request_goes_elsewhere_and_its_engine_goes_on() -> None:
+    front = Front()
+    for number in (1, 2):
+        front.fleet.add(request(number))
+    (engine,) = front.has("0-1")
+    lost = EngineDeadError("the replica died")
+    front.fleet.on_lost(engine, "0-1", lost)
+    assert front.has("0-1") == [0, 1]
+    front.fleet.on_lost(engine, "0-1", lost)  # late: another has it
+    assert not front.failed
+    assert front.has("0-2") == [engine]
+    front.tell(engine, "0-2", token_ids=(5,))
+    front.fleet.on_lost(engine, "0-2", lost)
+    assert list(front.failed) == ["0-2"]
+
+
+def test_a_fleet_whose_engines_others_start_outlives_the_last() -> None:
+    front = Front(1, is_lasting=True)
+    front.fleet.add(request(1))
+    front.kill(0)
+    assert list(front.failed) == ["0-1"]
+    assert front.death is None
+    with pytest.raises(EngineDeadError, match="no engine"):
+        front.fleet.add(request(2))
+    front.engines[7] = FakeLink()
+    front.fleet.join(7, cast("EngineLink", front.engines[7]), PLAN, "replica-a")
+    front.fleet.add(request(3))
+    assert front.has("0-3") == [7]
 
 
 def test_nothing_is_kept_of_what_has_ended() -> None:
