@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import AsyncExitStack
 from typing import Any
 
 import bentoml
@@ -16,6 +17,7 @@ import bentoml
 from octavo.async_llm import AsyncLLM
 from octavo.config import EngineConfig, ServerConfig
 from octavo.server.app import create_app
+from octavo.server.beside import beside
 
 Message = MutableMapping[str, Any]
 
@@ -52,15 +54,19 @@ class Octavo:
         options = json.loads(os.environ.get("ENGINE_OPTIONS", "{}"))
         config = EngineConfig(model=os.environ.get("MODEL", "demo-moe"), **options)
         self.engine = AsyncLLM(config)
+        self.running = AsyncExitStack()
 
     @bentoml.on_startup
     async def start(self) -> None:
         await self.engine.start()
-        entry.app = create_app(self.engine, ServerConfig())
+        app = create_app(self.engine, ServerConfig())
+        await self.running.enter_async_context(beside(app.state.server))
+        entry.app = app
 
     @bentoml.on_shutdown
     async def stop(self) -> None:
         entry.app = None
+        await self.running.aclose()
         await self.engine.close()
 
     async def __is_ready__(self) -> bool:

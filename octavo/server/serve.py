@@ -33,7 +33,7 @@ from octavo.observe.metrics import Metrics
 from octavo.observe.stats import EngineStats
 from octavo.observe.throughput import Throughput, in_words
 from octavo.server.app import create_app
-from octavo.server.batches.runner import BatchRunner
+from octavo.server.beside import beside
 from octavo.server.drain import Drain
 from octavo.server.engine_client import Engine
 from octavo.server.http_protocol import ConnectionLimits, protocol_factory
@@ -134,7 +134,6 @@ class Server(uvicorn.Server):
         self._tracer = new_tracer(config, engine.model_name)
         app = create_app(engine, config, siblings, self._tracer, counts)
         self._state: ServerState = app.state.server
-        self._batches = BatchRunner(self._state)
         self.drain: Drain = self._state.drain
         self.metrics: Metrics = self._state.metrics
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -187,24 +186,15 @@ class Server(uvicorn.Server):
             refresh = asyncio.create_task(keep_fresh(self.config.ssl, self._options))
         stats = asyncio.create_task(self._log_stats())
         notice = asyncio.create_task(watch_notice(self._options, self.preempt))
-        keys = asyncio.create_task(self._state.keyring.keep_fresh())
-        await self._state.store.check()
-        self._batches.start()
         try:
-            async with metrics_port(self._state, metrics_bound):
+            async with beside(self._state), metrics_port(self._state, metrics_bound):
                 await self.serve(sockets=[] if bound is None else [bound])
         finally:
-            await self._batches.close()
-            await self._state.parser.close()
-            await self._state.responses.close()
-            await self._state.store.close()
             if self._tracer is not None:
                 await asyncio.to_thread(self._tracer.close)
             self._loop = None
             stats.cancel()
             notice.cancel()
-            keys.cancel()
-            self._state.budgets.end()
             if refresh is not None:
                 refresh.cancel()
 
