@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from octavo.cli.bench.shapes import MODELS, engine_values
 from octavo.cli.options import Subparsers, add_options, config_values
-from octavo.cli.plan import read_model
+from octavo.cli.plan.planner import read_model
 from octavo.config import EngineConfig, tuned_dir
 from octavo.device import select_device
 from octavo.errors import ConfigError

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from octavo.cli import main
-from octavo.cli.plan import PART_NAMES, spec_parts
+from octavo.cli.plan.parts import PART_NAMES, spec_parts
 from octavo.models.registry import read_spec
 
 
