@@ -402,17 +402,21 @@ class PackedLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """int32 [positions], of the tokens themselves"""
 
 
-class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+class TokenDelta(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What the engine core says of one sequence after a step (crosses processes).
 
     A Struct and not a dataclass, which would take ten times as long to make: a step of 256
-    sequences makes 256 of them.
+    sequences makes 256 of them, of the first five fields alone.
     """
 
     request_id: str
     index: int
     """Which of the request's `n` sequences."""
     token_ids: tuple[int, ...] = ()
+    num_cached_tokens: int = 0
+    """Prompt tokens that came from the prefix cache."""
+    scheduled_time: float | None = None
+    """When the request first entered a step, with its first token; seconds of `monotonic`."""
     logprobs: tuple[PositionLogprobs, ...] = ()
     """Parallel to `token_ids` where asked, else empty."""
     prompt_logprobs: PackedLogprobs | None = None
@@ -420,10 +424,6 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     """The stop id that ended it (None for EOS); or the message of an error."""
-    num_cached_tokens: int = 0
-    """Prompt tokens that came from the prefix cache."""
-    scheduled_time: float | None = None
-    """When the request first entered a step, with its first token; seconds of `monotonic`."""
     vector: bytes | None = None
     """float32, of a request that wants one, with its finish reason."""
     moments: tuple[Moment, ...] = ()

@@ -32,7 +32,7 @@ from octavo.kv_cache.ledger import PageLedger
 from octavo.kv_cache.news import CacheNews
 from octavo.kv_cache.page_pools import PagePools, Room
 from octavo.kv_cache.prefix_index import Digester, PrefixIndex
-from octavo.kv_cache.records import Demand, PrefixHit, SequenceKV
+from octavo.kv_cache.records import Demand, KVRows, PrefixHit, SequenceKV
 from octavo.kv_cache.resume import can_resume
 from octavo.kv_cache.spec import KVGroup
 from octavo.kv_cache.state_pages import StatePages
@@ -72,6 +72,7 @@ class KVCacheManager:
         self._save_every = min((one.every for one in states if isinstance(one, State)), default=0)
         self._has_bounds = any(g.spec.visibility.most_visible is not None for g in groups)
         self._computing: dict[bytes, int] = {}
+        self.rows = KVRows(max_rows)
 
     @property
     def pools(self) -> PagePools:
@@ -212,6 +213,7 @@ class KVCacheManager:
         kv.row = row
         kv.num_published = hit.num_blocks
         kv.capacity = -(-num_tokens // self.block_size) * self.block_size
+        self.rows.write(kv)
         self._announce(kv)
         return True
 
@@ -228,6 +230,7 @@ class KVCacheManager:
         for group in self._groups:
             group.extend(kv.row, num_tokens)
         kv.capacity = -(-num_tokens // self.block_size) * self.block_size
+        self.rows.write(kv)
         return True
 
     @property
@@ -260,6 +263,7 @@ class KVCacheManager:
             kv.seen_from, kv.kept_behind = kept_from * self.block_size, num_computed
         else:
             kv.seen_from, kv.kept_behind = num_computed, 0
+        self.rows.write(kv)
 
     def fork(
         self, parent: SequenceKV, child: SequenceKV, row: int, num_tokens: int, num_computed: int
@@ -283,6 +287,7 @@ class KVCacheManager:
         child.capacity = (full + 1) * self.block_size
         child.digests = parent.digests[:full]
         child.num_published = min(parent.num_published, full)
+        self.rows.write(child)
         return True
 
     def chunk_end(self, kv: SequenceKV, start: int, end: int, stops: Sequence[int]) -> int:
@@ -319,6 +324,7 @@ class KVCacheManager:
             if self._news is not None:
                 self._news.store(group.table.group, kv, first, last, token_ids)
         kv.num_published = last
+        self.rows.write(kv)
         self._announce(kv)
 
     def _announce(self, kv: SequenceKV) -> None:
@@ -375,6 +381,7 @@ class KVCacheManager:
     def check_writable(self, kv: SequenceKV, num_computed: int) -> None:
         """Raises AssertionError if a page that `kv` has yet to write is shared or published."""
         assert kv.row is not None
+        self.rows.check(kv)
         for group in self._groups:
             pool = self._ledger.pool(group.table.group)
             for page in group.written(kv.row, num_computed):

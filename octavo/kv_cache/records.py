@@ -46,6 +46,28 @@ class SequenceKV:
     """Digest of its next unpublished prompt block, on which others may wait."""
 
 
+class KVRows:
+    """What the scheduler asks of all running sequences at once: arrays [max_rows], as in their
+    `SequenceKV`; of a row that nobody has, nothing counts."""
+
+    def __init__(self, max_rows: int) -> None:
+        self.capacity = np.zeros(max_rows, np.int32)
+        self.num_published = np.zeros(max_rows, np.int32)
+        self.seen_from = np.zeros(max_rows, np.int32)
+
+    def write(self, kv: SequenceKV) -> None:
+        """Something of `kv` has changed."""
+        self.capacity[kv.row] = kv.capacity
+        self.num_published[kv.row] = kv.num_published
+        self.seen_from[kv.row] = kv.seen_from
+
+    def check(self, kv: SequenceKV) -> None:
+        """Raises AssertionError unless it is as in `kv`."""
+        row = kv.row
+        there = (self.capacity[row], self.num_published[row], self.seen_from[row])
+        assert there == (kv.capacity, kv.num_published, kv.seen_from), f"row {row} is another"
+
+
 @dataclass(frozen=True, slots=True)
 class PrefixHit:
     """What of a sequence's known tokens is cached."""

@@ -7,18 +7,27 @@ is decided here.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from octavo.kv_cache.manager import KVCacheManager
 from octavo.request import FinishReason, TokenDelta
 from octavo.scheduler.counters import SchedulerCounters
 from octavo.scheduler.finish import finish_reason, stop_reason, token_delta
-from octavo.scheduler.plan_builder import PlanBuilder
 from octavo.scheduler.queues import Queues
 from octavo.scheduler.sequence import Sequence
-from octavo.step import NO_TOKEN, Float32, Purpose, StepPlan, StepResult, TokenLogprobs
+from octavo.step import (
+    NO_TOKEN,
+    Bool,
+    Float32,
+    Int32,
+    Purpose,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 
 MAX_LOSSES = 3
 """Times that a sequence is computed again, without a new token, because a step of it alone found no
@@ -29,18 +38,20 @@ BROKEN_STATES = "the vector holds a NaN or an infinity: the weights, or this KV,
 
 @dataclass(slots=True)
 class Launched:
-    """A step between schedule and commit. Epochs tell whether a row is still the same holder."""
+    """A step between schedule and commit."""
 
     sequences: list[Sequence]
-    purposes: list[Purpose]
-    computed: list[int]
-    preemptions: list[int]
+    plan: StepPlan
+    holders: NDArray[np.int64]
+    """Of the plan's rows: whether a row still has the same holder."""
+    computed: Int32
+    """Tokens of each that are computed when the step is over."""
     is_lost: bool = False
     """It, or one that it may build on, did not run: its sequences are computed again, or ended."""
 
     def unfinished(self) -> dict[Sequence, int]:
         """Returns its sequences that have not ended since, and the tokens it computed of each."""
-        pairs = zip(self.sequences, self.computed, strict=True)
+        pairs = zip(self.sequences, self.computed.tolist(), strict=True)
         return {sequence: count for sequence, count in pairs if not sequence.is_finished}
 
 
@@ -66,14 +77,11 @@ class Outcomes:
         """Steps that are on their way."""
         return len(self._launched)
 
-    def launch(self, step_id: int, builder: PlanBuilder) -> None:
-        """A step goes to the runner."""
-        self._launched[step_id] = Launched(
-            builder.sequences,
-            builder.purposes,
-            builder.computed(),
-            [sequence.num_preemptions for sequence in builder.sequences],
-        )
+    def launch(self, plan: StepPlan, sequences: list[Sequence]) -> None:
+        """A step of `sequences` goes to the runner."""
+        holders = self._queues.rows.holders[plan.rows]
+        computed = plan.starts + plan.query_lens
+        self._launched[plan.step_id] = Launched(sequences, plan, holders, computed)
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
         """Takes over what a step produced: appends, finishes, frees, publishes block digests."""
@@ -81,41 +89,86 @@ class Outcomes:
         self._counters.num_splits += result.num_splits
         if step.is_lost:
             return []
-        token_ids, starts = result.token_ids.tolist(), result.token_starts.tolist()
-        block_size, prompt_logprobs = self._manager.block_size, result.prompt_logprobs
+        rows, tokens = plan.rows, np.full(plan.num_rows, NO_TOKEN, np.int32)
+        is_single = np.diff(result.token_starts) == 1
+        tokens[is_single] = result.token_ids[result.token_starts[:-1][is_single]]
+        is_kept = self._queues.rows.holders[rows] == step.holders
+        goes_on = is_kept & self._go_on(rows, tokens)
+        full = step.computed // self._manager.block_size > self._manager.rows.num_published[rows]
+        told = self._tell_all(rows[goes_on], tokens[goes_on])
         deltas: list[TokenDelta] = []
-        rows = zip(step.sequences, step.purposes, step.computed, step.preemptions, strict=True)
-        for i, (sequence, purpose, computed, num_preemptions) in enumerate(rows):
-            if sequence.is_finished:
-                continue
-            known = len(sequence.token_ids)
-            if sequence.moments:
-                _end_prefill(sequence, int(plan.starts[i]))
-            if prompt_logprobs and i in prompt_logprobs:
-                self._keep_prompt_logprobs(sequence, int(plan.starts[i]), prompt_logprobs[i])
-            if purpose is not Purpose.NONE:
-                sequence.num_pending -= 1
-                first, end, error = starts[i], starts[i + 1], None
-                if end == first + 1 and sequence.guide is None and token_ids[first] != NO_TOKEN:
-                    sequence.token_ids.append(token_ids[first])  # nearly always
-                else:
-                    error = self._append(sequence, token_ids[first:end])
-                if purpose is Purpose.VECTOR and not np.isfinite(result.vectors[i]).all():
-                    error = BROKEN_STATES
-                if error is not None:
-                    deltas.append(self._fail(sequence, error))
-                    continue
-            is_block_full = computed // block_size > sequence.kv.num_published
-            if is_block_full and sequence.num_preemptions == num_preemptions:
+        done = 0
+        num_told = np.cumsum(goes_on)
+        for i in np.flatnonzero(full | ~goes_on).tolist():
+            sequence, computed = step.sequences[i], int(step.computed[i])
+            if goes_on[i]:
                 self._manager.publish(sequence.kv, sequence.token_ids, computed)
-            if purpose is Purpose.TOKEN:
-                deltas.append(self._tell(sequence, known, result, starts[i]))
-            elif purpose is Purpose.VECTOR:
-                deltas.append(self._end_with(sequence, result.vectors[i]))
+            elif not sequence.is_finished:
+                delta = self._commit_one(step, i, result, bool(full[i] and is_kept[i]))
+                if delta is not None:
+                    deltas += told[done : num_told[i]]
+                    deltas.append(delta)
+                    done = num_told[i]
+        deltas += told[done:]
         if self._queues.suspects:
-            for sequence, computed in zip(step.sequences, step.computed, strict=True):
-                self._queues.suspects.clear(sequence, computed)
+            for sequence, count in zip(step.sequences, step.computed.tolist(), strict=True):
+                self._queues.suspects.clear(sequence, count)
         return deltas
+
+    def _go_on(self, rows: Int32, tokens: Int32) -> Bool:
+        """Returns which rows have nothing but a token to take over, which is neither their first
+        nor their last."""
+        there = self._queues.rows
+        known = there.known[rows]
+        goes_on = there.is_plain[rows] & (tokens != NO_TOKEN)
+        goes_on &= (known > there.prompt_lens[rows]) & (known + 1 < there.max_lens[rows])
+        return goes_on & ~there.end_with(rows, tokens)
+
+    def _tell_all(self, rows: Int32, tokens: Int32) -> list[TokenDelta]:
+        """Appends a token to each of the rows; returns the news of them."""
+        there = self._queues.rows
+        there.known[rows] += 1
+        there.pending[rows] -= 1
+        self._counters.num_generation_tokens += len(rows)
+        ids = tokens.tolist()
+        for token_ids, token in zip(there.token_ids[rows].tolist(), ids, strict=True):
+            token_ids.append(token)
+        return list(
+            map(
+                TokenDelta,
+                there.request_ids[rows].tolist(),
+                there.indices[rows].tolist(),
+                zip(ids, strict=True),
+                there.num_cached_tokens[rows].tolist(),
+                there.scheduled_times[rows].tolist(),
+            )
+        )
+
+    def _commit_one(
+        self, step: Launched, i: int, result: StepResult, is_block_full: bool
+    ) -> TokenDelta | None:
+        """Takes over what row `i` of a step came to; returns the news of its sequence."""
+        sequence, start, computed = step.sequences[i], int(step.plan.starts[i]), step.computed[i]
+        purpose, known, first = step.plan.purposes[i], len(sequence.token_ids), 0
+        if sequence.moments:
+            _end_prefill(sequence, start)
+        if i in result.prompt_logprobs:
+            self._keep_prompt_logprobs(sequence, start, result.prompt_logprobs[i])
+        if purpose != Purpose.NONE:
+            sequence.num_pending -= 1
+            first, end = result.token_starts[i : i + 2].tolist()
+            error = self._append(sequence, result.token_ids[first:end].tolist())
+            if purpose == Purpose.VECTOR and not np.isfinite(result.vectors[i]).all():
+                error = BROKEN_STATES
+            if error is not None:
+                return self._fail(sequence, error)
+        if is_block_full:
+            self._manager.publish(sequence.kv, sequence.token_ids, int(computed))
+        if purpose == Purpose.TOKEN:
+            return self._tell(sequence, known, result, first)
+        if purpose == Purpose.VECTOR:
+            return self._end_with(sequence, result.vectors[i])
+        return None
 
     def _append(self, sequence: Sequence, token_ids: list[int]) -> str | None:
         """Appends a row's tokens as far as the sequence goes; returns what is wrong with one."""
@@ -126,7 +179,7 @@ class Outcomes:
                 sequence.guide.advance(token)
                 if sequence.guide.error:
                     return sequence.guide.error
-            sequence.token_ids.append(token)
+            sequence.append(token)
             if len(token_ids) > 1 and finish_reason(sequence) is not None:
                 break
         return None
@@ -149,20 +202,6 @@ class Outcomes:
             reason = finish_reason(sequence)
         if known == sequence.prompt_len:
             self._count_prompt(sequence)
-        elif (
-            reason is None
-            and length == known + 1
-            and first not in result.logprobs
-            and not sequence.moments
-        ):
-            # nearly always
-            return TokenDelta(
-                request_id=sequence.request.request_id,
-                index=sequence.index,
-                token_ids=(token,),
-                num_cached_tokens=sequence.num_cached_tokens,
-                scheduled_time=sequence.scheduled_time,
-            )
         tokens = tuple(sequence.token_ids[known:])
         places = range(first, first + len(tokens))
         logprobs = [result.logprobs[place] for place in places if place in result.logprobs]
@@ -227,7 +266,7 @@ class Outcomes:
         """
         step = self._launched.pop(plan.step_id)
         if step.is_lost:
-            return Launched([], [], [], [])
+            return replace(step, sequences=[], computed=step.computed[:0])
         for lost in (step, *self._launched.values()):
             lost.is_lost = True
             for sequence in lost.sequences:

@@ -7,16 +7,20 @@ back again, and outcomes end them.
 from __future__ import annotations
 
 import time
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from heapq import merge
+
+import numpy as np
 
 from octavo.kv_cache.manager import KVCacheManager
 from octavo.kv_cache.recent_prompts import RecentPrompt, RecentPrompts
 from octavo.moments import Moment
 from octavo.scheduler.counters import SchedulerCounters
 from octavo.scheduler.fair_share import FairShare, arrival
+from octavo.scheduler.rows import Rows
 from octavo.scheduler.sequence import Sequence
 from octavo.scheduler.suspects import Suspects
+from octavo.step import Int32
 
 
 def prompt_of(sequence: Sequence) -> RecentPrompt:
@@ -34,6 +38,9 @@ class Queues:
         self.fair_share = FairShare()
         self.num_waiting = 0
         self.running: list[Sequence] = []
+        self.rows = Rows(max_num_seqs)
+        self._running_rows = np.zeros(max_num_seqs, np.int32)
+        """Parallel to `running`, then anything."""
         self.suspects = Suspects()
         self.recent = RecentPrompts()
         self._manager = manager
@@ -75,28 +82,43 @@ class Queues:
         return None if leader.is_finished else leader
 
     @property
+    def running_rows(self) -> Int32:
+        """[running] the row of each, until one starts or stops."""
+        return self._running_rows[: len(self.running)]
+
+    def place_of(self, sequence: Sequence) -> int:
+        """Returns where a running sequence stands among the running ones."""
+        place = bisect_left(self.running, sequence.order, key=arrival)
+        assert self.running[place] is sequence
+        return place
+
+    @property
     def next_row(self) -> int | None:
         """The row that the next to start will have; None if all are taken."""
         return self._free_rows[-1] if self._free_rows else None
 
     def start(self, sequence: Sequence, num_computed: int) -> None:
         """A waiting sequence runs, in `next_row`, with so many tokens computed already."""
-        sequence.row = self._free_rows.pop()
-        sequence.num_computed = num_computed
         if sequence.scheduled_time is None:
             sequence.scheduled_time = time.monotonic()
+        sequence.num_computed = num_computed
+        row = self._free_rows.pop()
+        sequence.take_row(self.rows, row)
         self._stop_waiting(sequence)
         sequence.account.num_running += 1
-        insort(self.running, sequence, key=arrival)
+        place, count = bisect_left(self.running, sequence.order, key=arrival), len(self.running)
+        self.running.insert(place, sequence)
+        self._running_rows[place + 1 : count + 1] = self._running_rows[place:count]
+        self._running_rows[place] = row
 
     def _stop_waiting(self, sequence: Sequence) -> None:
         sequence.account.leave(sequence)
         self.num_waiting -= 1
 
     def _stop_running(self, sequence: Sequence) -> None:
-        place = bisect_left(self.running, sequence.order, key=arrival)
-        assert self.running[place] is sequence
+        place, count = self.place_of(sequence), len(self.running)
         del self.running[place]
+        self._running_rows[place : count - 1] = self._running_rows[place + 1 : count]
         sequence.account.num_running -= 1
 
     def preempt(self, sequence: Sequence) -> None:
@@ -134,7 +156,7 @@ class Queues:
         if sequence.row is not None:
             self._freed_rows.append(sequence.row)
             self._free_rows.append(sequence.row)
-            sequence.row = None
+            sequence.leave_row()
 
     def take_freed_rows(self) -> tuple[int, ...]:
         """Returns the rows given back since the last call."""
@@ -144,7 +166,9 @@ class Queues:
     def check(self) -> None:
         """Raises AssertionError if queues, rows and pages contradict each other."""
         rows = [s.row for s in self.running if s.row is not None]
-        assert len(rows) == len(self.running)
+        assert rows == self.running_rows.tolist()
+        assert self.rows.known[rows].tolist() == [len(s.token_ids) for s in self.running]
+        assert self.rows.sequences[rows].tolist() == self.running
         assert sorted(self._free_rows + rows) == list(range(self._max_num_seqs))
         waiting = self.waiting
         assert len(waiting) == self.num_waiting

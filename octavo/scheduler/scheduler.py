@@ -18,6 +18,8 @@ import time
 from array import array
 from collections.abc import Callable, Collection, Iterable
 
+import numpy as np
+
 from octavo.errors import OverloadedError
 from octavo.grammar import Guide
 from octavo.kv_cache.explain import PrefixExplanation, explain
@@ -35,7 +37,7 @@ from octavo.scheduler.plan_builder import PlanBuilder
 from octavo.scheduler.queues import Queues, prompt_of
 from octavo.scheduler.rivals import Rivals
 from octavo.scheduler.sequence import Sequence
-from octavo.step import StepPlan, StepResult
+from octavo.step import Int32, StepPlan, StepResult
 
 
 class Scheduler:
@@ -53,6 +55,8 @@ class Scheduler:
         self._rivals = Rivals(self._queues, limits)
         self._admission = Admission(self._queues, manager, limits, self.counters, self._rivals)
         self._outcomes = Outcomes(self._queues, manager, self.counters)
+        self._counts = np.zeros(limits.max_num_seqs, np.int32)
+        """[rows] the tokens that the step under way computes of running sequences."""
         self._has_prefills = False
         """Whether a running sequence may have more than one token to compute."""
         self._next_order = 0
@@ -154,7 +158,7 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """Returns the next step, or None if nothing can be computed before a commit."""
         began = time.perf_counter()
-        builder = PlanBuilder(self._max_step_tokens())
+        builder = PlanBuilder(self._max_step_tokens(), self._queues.rows)
         if self._queues.suspects:
             if self._outcomes:
                 return None  # whose fault it is, the step under way will tell
@@ -173,7 +177,7 @@ class Scheduler:
         step_id = self._next_step
         self._next_step += 1
         plan = builder.build(step_id, self._queues.take_freed_rows(), self.manager)
-        self._outcomes.launch(step_id, builder)
+        self._outcomes.launch(plan, builder.sequences)
         self.counters.count_step(plan.num_tokens, plan.num_rows, time.perf_counter() - began)
         return plan
 
@@ -190,37 +194,25 @@ class Scheduler:
 
     def _schedule_running(self, builder: PlanBuilder) -> bool:
         """Gives every running sequence its tokens; returns whether one was preempted for it."""
-        running, claimed = self.running, frozenset(builder.sequences)
-        num_claimed = builder.num_tokens
-        prefill_budget = builder.max_tokens - self._num_decodes(claimed) - num_claimed
+        rows, claimed = self._queues.running_rows, frozenset(builder.sequences)
+        prefill_budget = builder.max_tokens - self._num_decodes(claimed) - builder.num_tokens
         grants = None
         if self._has_rivals and self._has_prefills:
             grants = self._rivals.grants(prefill_budget)
         self._has_prefills = bool(claimed)
         was_preempted = False
         passes = self.manager.passes if self.manager.has_bounds else None
-        position = 0
-        decodes: list[Sequence] = []  # which the builder takes at once: most rows of most steps
-        # The list shrinks from its end while it is walked: victims are the youngest.
-        while position < len(running):
-            sequence = running[position]
-            position += 1
-            if claimed and sequence in claimed:
-                continue
-            num_pending = sequence.num_pending
-            num_tokens = len(sequence.token_ids) + num_pending
-            if num_pending and num_tokens >= sequence.max_len:
-                continue  # its last token is on its way
-            start = sequence.num_computed
+        counts = self._counts
+        others = self._count_decodes(rows)
+        counts[[one.row for one in claimed]] = 0
+        for sequence in others:
+            row = sequence.row
+            if row is None or (claimed and sequence in claimed):
+                continue  # One has been preempted for another, the others have their tokens.
+            start, num_tokens = sequence.num_computed, sequence.num_tokens
             if passes and (start != sequence.prompt_len or sequence.request.params.n == 1):
                 passes(sequence.kv, start)  # else samples are about to fork
             count = num_tokens - start
-            if count == 1 and num_pending and num_tokens <= sequence.kv.capacity:
-                decodes.append(sequence)
-                continue
-            if decodes:
-                builder.add_decodes(decodes)
-                decodes = []
             if count != 1:
                 self._has_prefills = True
                 count = min(count, prefill_budget if grants is None else grants.get(sequence, 0))
@@ -229,17 +221,28 @@ class Scheduler:
                 count = chunk_end(sequence, self.manager, start, start + count) - start
                 prefill_budget -= count
             if start + count > sequence.kv.capacity:
-                was_preempted |= self._make_room(sequence, start + count, position - 1, claimed)
-                if sequence.row is None:
-                    position -= 1  # Others have moved up.
-                    continue
-            if count == 1 and num_pending:
-                builder.add_decodes([sequence])
-            else:
-                builder.add(sequence, count)
-        if decodes:
-            builder.add_decodes(decodes)
+                was_preempted |= self._make_room(sequence, start + count, claimed)
+            counts[row] = count
+        rows = self._queues.running_rows
+        rows = rows[counts[rows] > 0]
+        if len(rows):
+            builder.add_rows(rows, counts[rows])
         return was_preempted
+
+    def _count_decodes(self, rows: Int32) -> list[Sequence]:
+        """Notes in `_counts` the one token of each running sequence that only goes on, and none of
+        the others; returns, in order, of those who may compute more than that."""
+        there, kv = self._queues.rows, self.manager.rows
+        num_tokens, pending = there.num_tokens(rows), there.pending[rows] > 0
+        # Its last token is on its way.
+        is_over = pending & (num_tokens >= there.max_lens[rows])
+        goes_on = ~is_over & pending & (num_tokens - there.computed[rows] == 1)
+        goes_on &= num_tokens <= kv.capacity[rows]
+        if self.manager.has_bounds:
+            # What is passed is given back, a block at a time.
+            goes_on &= there.computed[rows] - kv.seen_from[rows] < self.manager.block_size
+        self._counts[rows] = goes_on
+        return there.sequences[rows[~(goes_on | is_over)]].tolist()
 
     @property
     def _has_rivals(self) -> bool:
@@ -249,14 +252,16 @@ class Scheduler:
         """Running sequences that compute one token; counted only while some compute more."""
         if not self._has_prefills:
             return len(self.running) - len(but)
-        running = [one for one in self.running if one not in but] if but else self.running
-        return sum(len(s.token_ids) + s.num_pending - s.num_computed == 1 for s in running)
+        rows = self._queues.running_rows
+        rows = rows[self._queues.rows.are_decoding(rows)]
+        if not but:
+            return len(rows)
+        return sum(one not in but for one in self._queues.rows.sequences[rows])
 
     def _make_room(
         self,
         sequence: Sequence,
         num_tokens: int,
-        position: int,
         claimed: Collection[Sequence],
     ) -> bool:
         """Allocates blocks for `num_tokens`. While there are too few, first all give back what they
@@ -267,17 +272,17 @@ class Scheduler:
             if any(self.manager.give_way(one.kv) for one in reversed(self.running)):
                 continue
             was_preempted = True
-            victim = self._victim(sequence, position, claimed)
+            victim = self._victim(sequence, claimed)
             victim.runs_alone |= len(self.running) == 1
             self._queues.preempt(victim)
             if victim is sequence:
                 break
         return was_preempted
 
-    def _victim(self, sequence: Sequence, position: int, claimed: Collection[Sequence]) -> Sequence:
-        """Returns who gives up its blocks to what runs at `position`, or that itself."""
+    def _victim(self, sequence: Sequence, claimed: Collection[Sequence]) -> Sequence:
+        """Returns who gives up its blocks to a running sequence, or that itself."""
         if self._has_rivals:
-            victim = self._rivals.victim_of_growth(position, claimed)
+            victim = self._rivals.victim_of_growth(self._queues.place_of(sequence), claimed)
             if victim is not None:
                 return victim
         # All that are claimed have their tokens in this step.

@@ -12,6 +12,7 @@ from octavo.kv_cache.records import SequenceKV
 from octavo.moments import Moment
 from octavo.request import Request
 from octavo.scheduler.fair_share import Account
+from octavo.scheduler.rows import Rows
 from octavo.step import TokenLogprobs
 
 
@@ -21,10 +22,14 @@ class Sequence:
     `num_computed` chases `num_tokens`: prefill, chunks, prefix hits and recomputing after
     preemption are all the same catching up. `num_pending` tokens are sampled on the device but
     not known to the host yet, since scheduling runs one step ahead. A vector on its way is counted
-    as such a token: it ends the sequence, whose limit is its prompt.
+    as such a token: it ends the sequence, whose limit is its prompt. Both are kept by `Rows` while
+    it has a row.
     """
 
     __slots__ = (
+        "_num_computed",
+        "_num_pending",
+        "_rows",
         "account",
         "eos_token_ids",
         "guide",
@@ -36,8 +41,6 @@ class Sequence:
         "max_len",
         "moments",
         "num_cached_tokens",
-        "num_computed",
-        "num_pending",
         "num_preemptions",
         "num_recomputed",
         "order",
@@ -84,9 +87,9 @@ class Sequence:
         self.is_masked = any(len(word) > 1 for word in params.bad_words_token_ids)
         """Whether what it may go on with depends on its newest token."""
         self.row: int | None = None
-        self.num_computed = 0
-        """Tokens whose KV is computed by a launched step."""
-        self.num_pending = 0
+        self._rows: Rows | None = None
+        """Where its counters are while it has a row."""
+        self._num_computed = self._num_pending = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.num_recomputed = 0
@@ -103,6 +106,52 @@ class Sequence:
         """What has happened since it was told last, if it is traced."""
         self.scheduled_time: float | None = None
         self.is_finished = False
+
+    def take_row(self, rows: Rows, row: int) -> None:
+        """It runs, in a row that is free."""
+        rows.take(row, self)
+        self._rows, self.row = rows, row
+
+    def leave_row(self) -> None:
+        """It runs no more; its counters stay."""
+        rows, row = self._rows, self.row
+        assert rows is not None
+        assert row is not None
+        self._num_computed, self._num_pending = self.num_computed, self.num_pending
+        rows.leave(row)
+        self._rows = self.row = None
+
+    def append(self, token: int) -> None:
+        """The host knows one token more."""
+        self.token_ids.append(token)
+        if self._rows is not None:
+            self._rows.known[self.row] += 1
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens whose KV is computed by a launched step."""
+        rows, row = self._rows, self.row
+        return self._num_computed if rows is None or row is None else rows.computed.item(row)
+
+    @num_computed.setter
+    def num_computed(self, count: int) -> None:
+        if self._rows is None:
+            self._num_computed = count
+        else:
+            self._rows.computed[self.row] = count
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that were sampled on the device and are not known to the host yet."""
+        rows, row = self._rows, self.row
+        return self._num_pending if rows is None or row is None else rows.pending.item(row)
+
+    @num_pending.setter
+    def num_pending(self, count: int) -> None:
+        if self._rows is None:
+            self._num_pending = count
+        else:
+            self._rows.pending[self.row] = count
 
     @property
     def num_tokens(self) -> int:
