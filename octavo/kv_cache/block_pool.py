@@ -62,6 +62,8 @@ class BlockPool:
         self._free = FreePages(num_blocks)
         self._free.add(np.arange(1, num_blocks, dtype=np.int32))
         self._cached = EvictionOrder(num_blocks)
+        self._enough = 0
+        """While more are free, nobody is evicted that a few pages may lie well."""
 
     @property
     def num_free(self) -> int:
@@ -128,6 +130,8 @@ class BlockPool:
         The oldest go until there are whole regions; what is free beside `count` is room to grow.
         """
         evicted = self._evict_oldest(count - len(self._free))
+        if count < REGION and len(self._free) - count > self._enough:
+            return evicted  # one who grows would look anew for every page
         max_room = int(MAX_ROOM_SHARE * self.num_referenced)
         max_scattered = int(_MAX_SCATTERED_SHARE * self.num_referenced)
         step = REGION
@@ -139,6 +143,8 @@ class BlockPool:
                 break
             evicted += self._evict_oldest(num)
             step *= 2
+        spare, is_found = len(self._free) - count, self._free.num_whole * REGION >= count
+        self._enough = spare if is_found else spare - max(spare // 8, 1)
         return evicted
 
     def _num_for_regions(self, count: int, room: int) -> int:

@@ -73,9 +73,23 @@ class FreePages:
         """Takes in pages that are not here."""
         if not len(pages):
             return
-        self._is_free[pages] = True
         self._length += len(pages)
+        if len(pages) <= REGION:
+            self._add_few(pages.tolist())
+            return
+        self._is_free[pages] = True
         self._recount(pages)
+
+    def _add_few(self, pages: list[int]) -> None:
+        """As `add`, several times faster than arrays."""
+        free, counts = self._free, self._counts
+        for page in pages:
+            region = page // REGION
+            free[page] = 1
+            counts[region] += 1
+            if counts[region] == REGION:
+                self._whole_in_extent[region // _REGIONS_IN_EXTENT] += 1
+                self.num_whole += 1
 
     def remove(self, pages: Int32) -> None:
         """Takes out pages that are here."""
@@ -177,14 +191,17 @@ class FreePages:
     def _take_from_parts(self, count: int) -> list[int]:
         """Takes out `count` pages while no region is whole: from those that have most."""
         taken: list[int] = []
-        while count:
-            most = int(self._in_region.max())
-            regions = np.flatnonzero(self._in_region == most)[: -(-count // most)]
-            places, offsets = np.nonzero(self._is_free.reshape(-1, REGION)[regions])
-            pages = (regions[places] * REGION + offsets)[:count].astype(np.int32)
-            self.remove(pages)
-            taken += pages.tolist()
-            count -= len(pages)
+        while len(taken) < count:
+            at = -1
+            for most in range(REGION - 1, 0, -1):
+                at = self._counts.find(most)
+                if at >= 0:
+                    break
+            page = at * REGION - 1
+            for _ in range(min(self._counts[at], count - len(taken))):
+                page = self._free.find(1, page + 1)
+                self._remove_range(page, page + 1)
+                taken.append(page)
         return taken
 
     def check(self) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
+
 from octavo.kv_cache.manager import KVCacheManager
 from octavo.kv_cache.records import PrefixHit
 from octavo.moments import Moment
@@ -41,7 +43,7 @@ class Admission:
 
     def schedule(self, builder: PlanBuilder) -> None:
         """Admits waiting sequences in turn."""
-        forecast, left_out = self._forecast(), set[Account]()
+        forecast, left_out = None, set[Account]()
         for sequence in self._queues.fair_share.in_turn(left_out):
             budget = self._budget(builder)
             if not budget or self._keeps_out(sequence):
@@ -53,6 +55,7 @@ class Admission:
                 if sequence.runs_alone:
                     return  # whoever started now would run beside it
                 continue
+            forecast = forecast or self._forecast()
             count = self._fork(sequence, builder) or self._admit(sequence, budget, forecast)
             if count is None:
                 return
@@ -126,7 +129,7 @@ class Admission:
         self, sequence: Sequence, count: int, builder: PlanBuilder, forecast: Forecast
     ) -> None:
         """An admitted sequence runs from this step on, which computes `count` tokens of it."""
-        forecast.add((self._growing(sequence),))
+        forecast.add(self._growing(sequence))
         builder.start_row(sequence)
         builder.add(sequence, count)
 
@@ -141,21 +144,24 @@ class Admission:
             len(manager.layout.classes),
             self._demands,
         )
-        running = self._queues.running
-        held = [sequence.kv.capacity // manager.block_size for sequence in running]
-        forecast.add(map(self._growing, running, held))
+        rows, size = self._queues.running_rows, manager.block_size
+        num_tokens = self._queues.rows.num_tokens(rows)
+        left = np.maximum(self._queues.rows.max_lens[rows] - num_tokens, 0)
+        held = manager.rows.capacity[rows] // size
+        missing = np.maximum(-(-num_tokens // size) - held, 0)
+        forecast.add_all(np.stack((num_tokens, left, missing, held)))
         forecast.share(manager.pools.referenced)
         return forecast
 
-    def _growing(self, sequence: Sequence, num_held: int = 0) -> Growing:
-        """What has just been admitted gives nothing back, as far as the forecast cares: what of it
+    def _growing(self, sequence: Sequence) -> Growing:
+        """Returns what a sequence that starts will need. What has just been admitted gives nothing back, as far as the forecast cares: what of it
         is shared is known a step later. What one that waits lacks now, its admission counts."""
         num_tokens, size = sequence.num_tokens, self._manager.block_size
         missing = (
             0 if sequence.row is None else -(-num_tokens // size) - sequence.kv.capacity // size
         )
         num_left = max(sequence.max_len - num_tokens, 0)
-        return Growing(num_tokens, num_left, max(missing, 0), num_held)
+        return Growing(num_tokens, num_left, max(missing, 0), 0)
 
     # -- where it starts from ----------------------------------------------------------------
 

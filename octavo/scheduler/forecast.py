@@ -6,7 +6,7 @@ the pages of a KV group grow with a sequence is what the manager says (`Demand`)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -48,36 +48,43 @@ class Forecast:
         self._demands = demands
         self._taken = np.zeros((num_classes, horizon + 1), np.int64)
         self._given_back = np.zeros((num_classes, horizon + 1), np.int64)
-        self._added: list[Growing] = []
+        self._added: list[NDArray[np.int32]] = []
         """Counted in `_most`, but not in the arrays yet: where there is room for the most, nobody
         asks further."""
         self._most = np.zeros(num_classes, np.int64)
         self._held = np.zeros(num_classes, np.int64)
+        self._num_referenced: Need | None = None
         self._shared = np.zeros((num_classes, 1), np.int64)
 
-    def add(self, sequences: Iterable[Growing]) -> None:
-        """Counts sequences in."""
-        added = list(sequences)
-        self._added += added
-        self._most += self._most_of(added)
+    def add(self, sequence: Growing) -> None:
+        """Counts a sequence in, beside what `share` speaks of."""
+        self._added.append(_columns(sequence))
+        self._most += self._most_of(sequence)
+
+    def add_all(self, columns: NDArray[np.int32]) -> None:
+        """Counts sequences in: [4, sequences] in the order of `Growing`."""
+        self._added.append(columns)
+        _, left, missing, _ = columns
+        steps = np.minimum(left, self._horizon)
+        self._most += self._of_blocks(int((missing - -steps // self._block_size).sum()))
 
     def share(self, num_referenced: Need) -> None:
-        """What was added holds no more than `num_referenced` pages: where it seems to hold more, so
-        many fewer come back when holders end, whoever they are."""
-        self._count_in()
-        self._shared = np.maximum(self._held - num_referenced, 0)[:, None]
+        """What was added first holds no more than `num_referenced` pages: where it seems to hold
+        more, so many fewer come back when holders end, whoever they are."""
+        self._num_referenced = num_referenced
 
     def fits(self, sequence: Growing, room: Room, needed: Need) -> bool:
         """Whether there is room at every step if `sequence` takes `needed` pages and runs too."""
-        most = self._most + self._most_of((sequence,)) + needed
+        most = self._most + self._most_of(sequence) + needed
         return room.fits(most) or room.fits(self.wanted_with(sequence) + needed[:, None])
 
-    def _most_of(self, sequences: Sequence[Growing]) -> Need:
-        """Returns what they take at most, if nothing comes back."""
-        blocks = 0
-        for one in sequences:
-            steps = min(self._horizon, one.num_left)
-            blocks += one.num_missing - -steps // self._block_size
+    def _most_of(self, one: Growing) -> Need:
+        """Returns what it takes at most, if nothing comes back."""
+        steps = min(self._horizon, one.num_left)
+        return self._of_blocks(one.num_missing - -steps // self._block_size)
+
+    def _of_blocks(self, blocks: int) -> Need:
+        """Returns the pages of so many blocks that come at any time."""
         most = np.zeros(len(self._most), np.int64)
         for demand in self._demands:
             if not demand.is_constant:
@@ -87,33 +94,56 @@ class Forecast:
     def wanted_with(self, sequence: Growing) -> Need:
         """Returns [classes, horizon + 1]: the pages wanted at each step if `sequence` runs too."""
         self._count_in()
-        taken, given_back, _ = self._of((sequence,))
+        taken, given_back, _ = self._of(_columns(sequence))
         returned = np.maximum(self._given_back + given_back - self._shared, 0)
         return np.maximum(self._taken + taken - returned, 0)
 
     def _count_in(self) -> None:
-        if self._added:
-            taken, given_back, held = self._of(self._added)
+        for columns in self._added:
+            taken, given_back, held = self._of(columns)
             self._taken += taken
             self._given_back += given_back
             self._held += held
-            self._added = []
+            if self._num_referenced is not None:
+                self._shared = np.maximum(self._held - self._num_referenced, 0)[:, None]
+                self._num_referenced = None
+        self._added = []
 
-    def _of(self, sequences: Sequence[Growing]) -> tuple[Need, Need, Need]:
-        """Returns what they take and give back at each step, and what they hold now."""
-        columns = np.array(sequences, np.int64).reshape(-1, 4, 1).transpose(1, 0, 2)
-        tokens, left, missing, held = columns
-        size, steps = self._block_size, np.arange(self._horizon + 1)
-        grown = tokens + np.minimum(steps, left)
-        wanted = held + missing - -grown // size + -tokens // size
-        is_over = steps > left + END_LAG
+    def _of(self, columns: NDArray[np.int32]) -> tuple[Need, Need, Need]:
+        """Returns what they take and give back at each step, and what they hold now.
+
+        A sequence of `tokens` takes its next block at the step that brings the first token of it,
+        and one more every `block_size` steps: only these steps are looked at, not all."""
+        tokens, left, missing, held = columns.astype(np.int64)
+        size, horizon = self._block_size, self._horizon
+        first, end = -tokens % size + 1, left + END_LAG + 1
+        nth = np.arange(1, -(-horizon // size) + 1)[:, None]
+        steps = first + (nth - 1) * size
+        is_taken = (steps <= left) & (steps <= horizon)
+        num_taken = np.maximum((left - first) // size + 1, 0)
+        is_over = end <= horizon
         taken, given_back = np.zeros_like(self._taken), np.zeros_like(self._given_back)
         held_now = np.zeros_like(self._held)
         for demand in self._demands:
+            at, count = demand.page_class, demand.num_groups
             holds = demand.bound(held)
-            takes = 0 if demand.is_constant else demand.bound(wanted) - holds
-            at = demand.page_class
-            taken[at] += np.where(is_over, 0, takes).sum(axis=0) * demand.num_groups
-            given_back[at] += (is_over * holds).sum(axis=0) * demand.num_groups
-            held_now[at] += holds.sum() * demand.num_groups
+            held_now[at] += holds.sum() * count
+            given_back[at] += self._from_steps(end[is_over], holds[is_over]) * count
+            if demand.is_constant:
+                continue
+            more = demand.bound(held + missing + nth) > demand.bound(held + missing + nth - 1)
+            grows = self._from_steps(steps[is_taken & more], None)
+            grows += (demand.bound(held + missing) - holds).sum()
+            all_taken = demand.bound(held + missing + num_taken) - holds
+            grows -= self._from_steps(end[is_over], all_taken[is_over])
+            taken[at] += grows * count
         return taken, given_back, held_now
+
+    def _from_steps(self, steps: Int64, pages: Int64 | None) -> Int64:
+        """Returns [horizon + 1]: the sum of `pages` (None: one each) of all steps up to each."""
+        found = np.bincount(steps, pages, minlength=self._horizon + 1)
+        return found.cumsum().astype(np.int64)
+
+
+def _columns(sequence: Growing) -> NDArray[np.int32]:
+    return np.array(sequence, np.int32)[:, None]

@@ -36,6 +36,10 @@ BROKEN_LOGITS = "the logits hold a NaN or nothing finite: the weights, or this K
 BROKEN_STATES = "the vector holds a NaN or an infinity: the weights, or this KV, are broken"
 
 
+# An enumeration's members are looked up slowly.
+_NONE, _TOKEN, _VECTOR = Purpose.NONE, Purpose.TOKEN, Purpose.VECTOR
+
+
 @dataclass(slots=True)
 class Launched:
     """A step between schedule and commit."""
@@ -154,19 +158,19 @@ class Outcomes:
             _end_prefill(sequence, start)
         if i in result.prompt_logprobs:
             self._keep_prompt_logprobs(sequence, start, result.prompt_logprobs[i])
-        if purpose != Purpose.NONE:
+        if purpose != _NONE:
             sequence.num_pending -= 1
             first, end = result.token_starts[i : i + 2].tolist()
             error = self._append(sequence, result.token_ids[first:end].tolist())
-            if purpose == Purpose.VECTOR and not np.isfinite(result.vectors[i]).all():
+            if purpose == _VECTOR and not np.isfinite(result.vectors[i]).all():
                 error = BROKEN_STATES
             if error is not None:
                 return self._fail(sequence, error)
         if is_block_full:
             self._manager.publish(sequence.kv, sequence.token_ids, int(computed))
-        if purpose == Purpose.TOKEN:
+        if purpose == _TOKEN:
             return self._tell(sequence, known, result, first)
-        if purpose == Purpose.VECTOR:
+        if purpose == _VECTOR:
             return self._end_with(sequence, result.vectors[i])
         return None
 

@@ -68,7 +68,7 @@ def test_what_is_wanted_is_what_counting_says(
     shared: list[int],
 ) -> None:
     forecast = Forecast(horizon, size, 2, demands)
-    forecast.add(running)
+    forecast.add_all(np.array(running, np.int32).reshape(-1, 4).T)
     held = [0, 0]
     for one in running:
         for demand in demands:
@@ -83,7 +83,7 @@ def test_what_is_wanted_is_what_counting_says(
         room = Room(peak + more, 0, np.ones(2, np.int64))
         assert forecast.fits(candidate, room, none) == (fits or bool((peak + more >= peak).all()))
         assert forecast.fits(candidate, Room(peak + more + 3, 0, none + 1), none + 3) == fits
-    forecast.add((candidate,))
+    forecast.add(candidate)
     three = [*both, candidate]
     expected = np.array(counted(three, horizon, size, demands, shared)).T
     assert forecast.wanted_with(candidate).tolist() == expected.tolist()
