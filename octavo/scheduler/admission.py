@@ -154,8 +154,9 @@ class Admission:
         return forecast
 
     def _growing(self, sequence: Sequence) -> Growing:
-        """Returns what a sequence that starts will need. What has just been admitted gives nothing back, as far as the forecast cares: what of it
-        is shared is known a step later. What one that waits lacks now, its admission counts."""
+        """Returns what a sequence that starts will need. It gives nothing back, as far as the
+        forecast cares: what of it is shared is known a step later. What one that waits lacks now,
+        its admission counts."""
         num_tokens, size = sequence.num_tokens, self._manager.block_size
         missing = (
             0 if sequence.row is None else -(-num_tokens // size) - sequence.kv.capacity // size

@@ -204,7 +204,7 @@ class Scheduler:
         passes = self.manager.passes if self.manager.has_bounds else None
         counts = self._counts
         others = self._count_decodes(rows)
-        counts[[one.row for one in claimed]] = 0
+        counts[[one.row for one in claimed if one.row is not None]] = 0
         for sequence in others:
             row = sequence.row
             if row is None or (claimed and sequence in claimed):
