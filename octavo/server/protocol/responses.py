@@ -215,8 +215,10 @@ class ResponsesRequest(GenerationFields, TemplateVariables):
     metadata: Metadata | None = Field(
         None, description="Names and texts that the response carries."
     )
-    truncation: Literal["disabled"] | None = Field(
-        None, description="What is too long for the context is refused."
+    truncation: Literal["auto", "disabled"] | None = Field(
+        None,
+        description="auto: of what is too long for the context the oldest items are left out. "
+        "disabled, or left out: it is refused.",
     )
     previous_response_id: str | None = Field(
         None,
@@ -302,10 +304,14 @@ class ResponsesRequest(GenerationFields, TemplateVariables):
         own = msgspec.json.decode(self.items_json, type=list[msgspec.Raw])
         if known:
             own = [known.get(_reference(item) or "", item) for item in own]
+        return self.with_input([*before, *own])
+
+    def with_input(self, items: list[msgspec.Raw]) -> bytes:
+        """Returns the body of the same request with these items alone, and nothing stored."""
         names = {"input", "tools", "previous_response_id", "store", "background"}
         rest = self.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude=names)
         tools = {} if self.tools_json == b"[]" else {"tools": msgspec.Raw(self.tools_json)}
-        return msgspec.json.encode({**rest, **tools, "input": [*before, *own]})
+        return msgspec.json.encode({**rest, **tools, "input": items})
 
     @property
     def text_json(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from octavo.errors import RequestError
+from octavo.errors import ContextLengthError, RequestError
 from octavo.server.answer_wire import AnswerWire
 from octavo.server.body import parsed, read_body
 from octavo.server.chat_calls import chat_call
@@ -23,6 +23,7 @@ from octavo.server.response_run import ResponseRun
 from octavo.server.state import server_state
 from octavo.server.streaming import long_response, run_attached, stream_response
 from octavo.server.tenants.callers import tenant_of
+from octavo.server.truncation import fitted
 from octavo.tools.answers import AnswerReading
 
 router = APIRouter(tags=["OpenAI"])
@@ -64,7 +65,13 @@ def _check_background(body: ResponsesRequest) -> None:
 async def _call(request: Request, body: ResponsesRequest) -> tuple[Call, AnswerReading | None]:
     whole = await _with_stored(request, body) if body.needs_store else body
     try:
-        return await chat_call(request, whole.chat, "resp_", is_clipped=True)
+        try:
+            return await chat_call(request, whole.chat, "resp_", is_clipped=True)
+        except ContextLengthError:
+            shorter = body.truncation == "auto" and await fitted(server_state(request), whole)
+            if not shorter:
+                raise
+            return await chat_call(request, shorter.chat, "resp_", is_clipped=True)
     except RequestError as error:
         raise whole.renamed(error) from None
 
