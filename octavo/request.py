@@ -50,6 +50,8 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    CONTENT_FILTER = "content_filter"
+    """Of the server alone: its guard ended the sequence."""
 
 
 def _is_int(value: Any, low: int, high: int = MAX_INT) -> bool:

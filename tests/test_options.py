@@ -32,7 +32,10 @@ SERVER_OPTIONS = """
 --otlp-traces-sampling --allow-priority --served-model-name --api-processes
 --max-body-bytes
 --store-dir --max-store-bytes --allowed-origins
---ssl-certfile --ssl-keyfile --enable-ssl-refresh --disable-access-log-for-endpoints --log-format
+--ssl-certfile --ssl-keyfile --enable-ssl-refresh
+--guard --guard-url --guard-stages --guard-timeout --guard-fail-open --guard-max-concurrent
+--guard-max-waiting --guard-window
+--disable-access-log-for-endpoints --log-format
 --log-level --disable-log-stats --shutdown-timeout --preemption-notice --debug-loop-holds
 """.split()
 

@@ -79,6 +79,21 @@ class ServerConfig:
     enable_ssl_refresh: bool = option(
         False, "read the certificate again when its file changes; new connections get it"
     )
+    guard: str | None = option(
+        None, "function that judges texts before the model and before the client, like my.module:f"
+    )
+    guard_url: str | None = option(None, "the same, asked by HTTP: POST of JSON to this URL")
+    guard_stages: str = option("both", "what the guard judges", choices=("both", "input", "output"))
+    guard_timeout: float = option(2.0, "seconds that the guard gets for one check")
+    guard_fail_open: bool = option(
+        False, "let texts through that the guard has not judged in time; else they are refused"
+    )
+    guard_max_concurrent: int = option(32, "checks that the guard gets at once")
+    guard_max_waiting: int = option(1024, "checks that may wait for the guard")
+    guard_window: int = option(
+        256,
+        "characters of a streamed answer that are held back and judged at once; 0: all of it",
+    )
     disable_access_log_for_endpoints: tuple[str, ...] = option(
         (), "paths whose requests are not logged, like /health,/metrics", separator=","
     )
@@ -123,6 +138,7 @@ class ServerConfig:
         if self.max_store_bytes < 0:
             message = f"max_store_bytes must be at least 0, got {self.max_store_bytes}"
             raise ConfigError(message, field="max_store_bytes")
+        self._check_guard()
         check_seconds("shutdown_timeout", self.shutdown_timeout)
         check_traces(self.otlp_traces_endpoint, self.otlp_traces_sampling)
         _ = self.priority_range
@@ -159,6 +175,25 @@ class ServerConfig:
                 field="allow_priority",
             )
         return low, high
+
+    def _check_guard(self) -> None:
+        if self.guard is not None and self.guard_url is not None:
+            raise ConfigError("guard and guard_url are both given; keep one", field="guard_url")
+        if self.guard is not None and not re.fullmatch(r"[\w.]+:[\w.]+", self.guard):
+            message = f"guard must be like my.module:function, got {self.guard!r}"
+            raise ConfigError(message, field="guard")
+        if self.guard_url is not None and not re.match(r"https?://[^/\s]+", self.guard_url):
+            message = f"guard_url must be like http://127.0.0.1:9000/check, got {self.guard_url!r}"
+            raise ConfigError(message, field="guard_url")
+        check_positive("guard_max_concurrent", self.guard_max_concurrent)
+        for name in ("guard_max_waiting", "guard_window"):
+            if getattr(self, name) < 0:
+                message = f"{name} must be at least 0, got {getattr(self, name)}"
+                raise ConfigError(message, field=name)
+        check_seconds("guard_timeout", self.guard_timeout)
+        if not self.guard_timeout:
+            message = "guard_timeout must be above 0 seconds, got 0"
+            raise ConfigError(message, field="guard_timeout")
 
     def _check_texts(self) -> None:
         for name, pattern, wanted in _TEXT_CHECKS:

@@ -8,8 +8,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
+from typing import Protocol
 
-from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
@@ -56,6 +62,40 @@ class SpanCounts(Collector):
         for outcome, count in self._counts().items():
             family.add_metric([outcome], count)
         yield family
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+
+class GuardNumbers(Protocol):
+    """Whoever asks the guard."""
+
+    num_running: int
+    num_waiting: int
+    seconds: FastHistogram
+
+    @property
+    def counts(self) -> Mapping[tuple[str, str], int]:
+        """Checks by stage and outcome."""
+        ...
+
+
+class GuardCounts(Collector):
+    """Checks by the guard: what became of them, and how many are under way."""
+
+    def __init__(self, gate: GuardNumbers) -> None:
+        self._gate = gate
+
+    def collect(self) -> Iterable[Metric]:
+        text = "Checks by the guard, by stage and outcome"
+        family = CounterMetricFamily("octavo:guard_checks", text, labels=["stage", "outcome"])
+        for labels, count in self._gate.counts.items():
+            family.add_metric(labels, count)
+        yield family
+        gate = self._gate
+        for name, count in (("running", gate.num_running), ("waiting", gate.num_waiting)):
+            text = f"Checks by the guard that are {name}"
+            yield GaugeMetricFamily(f"octavo:guard_checks_{name}", text, value=count)
 
     def describe(self) -> Iterable[Metric]:
         return ()

@@ -16,7 +16,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.samples import Sample
 
 from octavo.moments import Moment
-from octavo.observe.collectors import FastHistogram, SpanCounts
+from octavo.observe.collectors import FastHistogram, GuardCounts, GuardNumbers, SpanCounts
 from octavo.observe.engine_families import (
     engine_families,
     fleet_family,
@@ -134,6 +134,11 @@ class Metrics:
     def watch_traces(self, counts: Callable[[], Mapping[str, int]]) -> None:
         """Exports what became of spans from now on."""
         self._http.register(SpanCounts(counts))
+
+    def watch_guard(self, gate: GuardNumbers) -> None:
+        """Exports what the guard is asked and says from now on."""
+        self._http.register(GuardCounts(gate))
+        self._http.register(gate.seconds)
 
     def watch_loop(self, monitor: LoopHoldMonitor) -> None:
         """Exports the longest hold of the event loop from now on."""

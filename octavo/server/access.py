@@ -50,6 +50,8 @@ class Exchange:
     """Whether its route is one of Anthropic's API."""
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
     """That the answer gets besides its own."""
+    guarded: dict[str, int] | None = None
+    """How often its guard has refused or rewritten, by `input_refused` and the like."""
     reason: str = ""
     """Why it failed, if its answer had begun by then; else the answer itself tells."""
     tokenising: tuple[float, float] | None = None

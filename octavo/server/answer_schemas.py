@@ -34,9 +34,9 @@ _USAGE = object_of(
     {"completion_tokens_details": object_of({"reasoning_tokens": INT})},
 )
 _END: Schema = {
-    "finish_reason": {"enum": ["stop", "length", "tool_calls", None]},
+    "finish_reason": {"enum": ["stop", "length", "tool_calls", "content_filter", None]},
     "stop_reason": {
-        "description": "The stop text or token that ended it.",
+        "description": "The stop text or token that ended it, or why the guard did.",
         "anyOf": [TEXT, INT, {"type": "null"}],
     },
 }
@@ -121,7 +121,7 @@ _BLOCK = {
         ),
     ]
 }
-_STOP_REASONS = ("end_turn", "max_tokens", "stop_sequence", "tool_use")
+_STOP_REASONS = ("end_turn", "max_tokens", "stop_sequence", "tool_use", "refusal")
 _MESSAGE = object_of(
     {
         "id": TEXT,

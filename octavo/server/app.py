@@ -26,6 +26,7 @@ from octavo.server.direct_routes import App
 from octavo.server.docs_page import docs_response
 from octavo.server.drain import Drain, DrainMiddleware
 from octavo.server.engine_client import Engine
+from octavo.server.guards.load import new_gate
 from octavo.server.limits import BodyRoom, default_body_bytes
 from octavo.server.parser import ParserProcess
 from octavo.server.protocol.batches import ENDPOINTS
@@ -79,6 +80,9 @@ def create_app(
     drain = Drain()
     store = Store(config)
     budgets = Budgets(counts or SharedCounts())
+    guard = new_gate(config)
+    if guard is not None:
+        metrics.watch_guard(guard)
     keyring, route_scopes = Keyring(config), RouteScopes(config.public_metrics)
     middleware = [
         Middleware(
@@ -117,10 +121,12 @@ def create_app(
         siblings=siblings or no_siblings,
         tokenising=Tokenising(engine),
         body_room=BodyRoom(config.max_body_bytes or default_body_bytes(engine.max_model_len)),
-        parser=ParserProcess(lambda: _renderer(engine)),
+        # A guard sees messages before they are rendered.
+        parser=ParserProcess(lambda: _renderer(engine) if guard is None else None),
         store=store,
         keyring=keyring,
         budgets=budgets,
+        guard=guard,
         responses=Responses(store),
         batch_handlers=_batch_handlers(FAMILIES),
     )

@@ -1,4 +1,5 @@
-"""What runs beside an app while it serves: batches, fresh keys, its stores; whoever serves it.
+"""What runs beside an app while it serves, whoever serves it: batches, fresh keys; its stores, its
+guard.
 
 Entered by `serve.Server`, and by the deployments that hand the app to a server of others. Without
 it an app answers, but batches do not run and files of keys are read once.
@@ -29,5 +30,7 @@ async def beside(state: ServerState) -> AsyncIterator[None]:
         await state.parser.close()
         await state.responses.close()
         await state.store.close()
+        if state.guard is not None:
+            await state.guard.close()
         keys.cancel()
         state.budgets.end()

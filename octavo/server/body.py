@@ -10,6 +10,7 @@ from typing import TypeVar
 from starlette.requests import Request
 
 from octavo.server.errors import ApiError, ClientDisconnectedError
+from octavo.server.guards.inputs import checked_prompts
 from octavo.server.headers import header
 from octavo.server.limits import BodyRoom
 from octavo.server.protocol.decoding import decode
@@ -34,7 +35,7 @@ async def read_body(request: Request, model: type[Body]) -> Body:
     finally:
         room.give_back(len(received))
     request.scope["state"]["body"] = body  # Errors ask it for the names of its fields.
-    return body
+    return body if state.guard is None else await checked_prompts(request, body, state.guard)
 
 
 async def parsed(state: ServerState, content: bytes, model: type[Body]) -> Body:

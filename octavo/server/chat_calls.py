@@ -14,6 +14,7 @@ from octavo.engine.held_answers import held_params
 from octavo.request import SamplingParams
 from octavo.server.chat_answers import chat_reading
 from octavo.server.generation import Call, new_call
+from octavo.server.guards.inputs import checked_chat
 from octavo.server.protocol.chat import ChatRequest
 from octavo.server.state import server_state
 from octavo.server.tokenising import render
@@ -32,6 +33,8 @@ async def chat_call(
     state.check_model(body.model)
     state.engine.check_generates()
     params = body.to_params(state.engine.default_sampling_params)
+    if state.guard is not None:
+        body = await checked_chat(request, body, state.guard)
     rendered = body.rendered or render(state.engine.tokenizer, body)
     reading = chat_reading(body, state.engine.answer_format, rendered)
     params = held_params(params, body.tool_set(), reading)

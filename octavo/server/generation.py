@@ -21,6 +21,9 @@ from octavo.request import FinishReason, Request, SamplingParams
 from octavo.server.access import Exchange
 from octavo.server.auth import check_priority
 from octavo.server.errors import ApiError
+from octavo.server.guards.call import CallGuard, ShownMarks
+from octavo.server.guards.inputs import KEY
+from octavo.server.guards.outputs import HeldOutput
 from octavo.server.protocol.sampling import SamplingFields
 from octavo.server.state import ServerState, server_state
 from octavo.server.tenants.budgets import NO_LEASE, header_list, reserved
@@ -46,6 +49,8 @@ class Call:
     """Who pays for it."""
     marks: Mapping[int, str] | None = None
     """What stands in the text for the tokens of these ids."""
+    guard: CallGuard | None = None
+    """Who sees the answers before the client does."""
 
 
 async def new_call(
@@ -63,6 +68,7 @@ async def new_call(
     Raises RequestError if one of the prompts cannot be served, before any of them runs.
     """
     state, known = server_state(request), request.scope["state"]
+    guard = guard_of(request)
     check_priority(request, body.priority, state.config.priority_range)
     engine = state.engine
     engine.check_generates()
@@ -103,7 +109,14 @@ async def new_call(
         exchange=exchange,
         tenant=tenant,
         marks=marks,
+        guard=guard if guard is not None and guard.sees_output else None,
     )
+
+
+def guard_of(request: HttpRequest) -> CallGuard | None:
+    """Returns the guard that has let a request's texts through, if there is a guard. A request
+    that has not passed it is a mistake of ours, and goes no further."""
+    return None if server_state(request).guard is None else request.scope["state"][KEY]
 
 
 def check_params(request: HttpRequest, body: SamplingFields, params: SamplingParams) -> None:
@@ -126,7 +139,7 @@ class StreamedCall:
 
     def __init__(self, state: ServerState, call: Call) -> None:
         self._mailbox = Mailbox(turns=state.turns)
-        self._running = _Running(state, call, self._deliver, self._mailbox.fail)
+        self._running = _Running(state, call, self._deliver, self._mailbox.fail, is_streamed=True)
         self.take = self._mailbox.take
         self.hang_up: Callable[[], None] | None = None
 
@@ -187,7 +200,10 @@ class _Running:
         call: Call,
         deliver: Callable[[int, OutputDelta, bool], None],
         fail: Callable[[OctavoError], None],
+        *,
+        is_streamed: bool = False,
     ) -> None:
+        self._is_streamed = is_streamed
         self.num_unfinished = len(call.requests)
         self.deliver = deliver
         self.fail = fail
@@ -232,6 +248,7 @@ class _Running:
         open_now, self._open = self._open, {}
         for progress in open_now.values():
             self._engine.cancel(progress.request.request_id)
+            progress.stop()
             self._end(progress, reason)
         self._lease.close()
 
@@ -265,7 +282,7 @@ class _Running:
     def _submit(self) -> None:
         while self._todo and len(self._open) < self._most:
             tag, request = self._todo[0]
-            progress = _Progress(self, tag, request, self._metrics.track(request))
+            progress = self._progress(tag, request)
             self._open[tag] = progress
             try:
                 self._engine.submit(request, progress, self._marks)
@@ -275,6 +292,21 @@ class _Running:
                     return  # others fill the queue: the next try is when one of ours has ended
                 raise
             self._todo.popleft()
+
+    def _progress(self, tag: int, request: Request) -> _Progress:
+        track, guard = self._metrics.track(request), self._call.guard
+        if guard is None:
+            return _Progress(self, tag, request, track)
+        window = guard.window if self._is_streamed else 0
+        return _GuardedProgress(self, tag, request, track, guard, window)
+
+    def abandon(self, request: Request) -> None:
+        """Has the engine end a request of which nothing more is wanted."""
+        self._engine.cancel(request.request_id)
+
+    @property
+    def marks(self) -> Mapping[int, str] | None:
+        return self._marks
 
 
 class _Progress:
@@ -290,17 +322,68 @@ class _Progress:
 
     def receive(self, delta: OutputDelta, finished: bool) -> None:
         self.track.observe(delta)
+        if delta.finish_reason is not None:
+            self.end(delta, finished)
+        self._running.deliver(self._tag, delta, finished)
+
+    def end(self, delta: OutputDelta, finished: bool) -> None:
+        """Takes the end of a sequence, and of the request if it is the last."""
         reason = delta.finish_reason
-        if reason is None:
-            pass  # nearly always
-        elif reason == FinishReason.ERROR:
+        if reason == FinishReason.ERROR:
             message = f"the engine could not finish this request: {delta.stop_reason}"
             self._running.fail(ApiError(500, message, code="engine_error"))
         elif reason == FinishReason.ABORT:
             self._running.fail(ApiError(503, "the request was aborted", code="aborted"))
         if finished:
             self._running.ended(self._tag, reason or FinishReason.STOP)
-        self._running.deliver(self._tag, delta, finished)
 
     def fail(self, error: OctavoError) -> None:
         self._running.fail(error)
+
+    def stop(self) -> None:
+        """Nothing more is wanted."""
+
+
+class _GuardedProgress(_Progress):
+    """The same, with a guard before the reader: tokens count when they come, not when they go."""
+
+    __slots__ = ("_output",)
+
+    def __init__(
+        self,
+        running: _Running,
+        tag: int,
+        request: Request,
+        track: RequestTrack,
+        guard: CallGuard,
+        window: int,
+    ) -> None:
+        super().__init__(running, tag, request, track)
+        n = request.params.n
+        self._output = HeldOutput(
+            guard,
+            ShownMarks(running.marks, guard.tokenizer),
+            first_index=tag * n,
+            num_sequences=n,
+            window=window,
+            pass_on=self._pass_on,
+            fail=running.fail,
+        )
+
+    def receive(self, delta: OutputDelta, finished: bool) -> None:
+        self.track.observe(delta)
+        self._output.take(delta)
+
+    def _pass_on(self, delta: OutputDelta, finished: bool) -> None:
+        if finished and delta.finish_reason == FinishReason.CONTENT_FILTER:
+            self._running.abandon(self.request)
+        if delta.finish_reason is not None:
+            self.end(delta, finished)
+        self._running.deliver(self._tag, delta, finished)
+
+    def fail(self, error: OctavoError) -> None:
+        self._output.close()
+        super().fail(error)
+
+    def stop(self) -> None:
+        self._output.close()

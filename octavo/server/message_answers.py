@@ -59,6 +59,8 @@ class MessageHead:
         if last.finish_reason == "length":
             is_short = num_tokens < self.max_tokens
             reason = "model_context_window_exceeded" if is_short else "max_tokens"
+        elif last.finish_reason == "content_filter":
+            reason = "refusal"
         elif isinstance(last.stop_reason, str):
             reason, sequence = "stop_sequence", last.stop_reason
         elif has_calls:

@@ -16,7 +16,7 @@ import msgspec
 
 from octavo.engine.mailbox import News
 from octavo.outputs import OutputDelta
-from octavo.request import PositionLogprobs
+from octavo.request import FinishReason, PositionLogprobs
 from octavo.server.answers import Usage
 from octavo.server.errors import ApiError, error_body
 from octavo.server.generation import Call
@@ -36,6 +36,11 @@ from octavo.tools.answers import AnswerDelta, AnswerReading
 
 FAILED, CANCELLED = "failed", "cancelled"
 _KEY_BYTES = 16
+_INCOMPLETE = {
+    FinishReason.LENGTH.value: "max_output_tokens",
+    FinishReason.CONTENT_FILTER.value: "content_filter",
+}
+"""Why a response has not all that it might have, by why its sequence ended."""
 
 
 class CancelledResponseError(ApiError):
@@ -69,6 +74,7 @@ class ResponseAnswer:
         """Of tokens whose text is held back until it is known what it belongs to."""
         self._completed_at: int | None = None
         self._error: dict[str, Any] | None = None
+        self._incomplete: str | None = None
 
     def take(self, new: OutputDelta) -> Iterator[Event]:
         """Yields the events of what the answer gained."""
@@ -78,7 +84,8 @@ class ResponseAnswer:
         for step in self._steps(new):
             yield from self._items.add(step, self._positions_of(step.content))
         if new.finish_reason is not None:
-            status = INCOMPLETE if new.finish_reason == "length" else COMPLETED
+            self._incomplete = _INCOMPLETE.get(new.finish_reason)
+            status = COMPLETED if self._incomplete is None else INCOMPLETE
             yield from self._ended(status)
 
     def fail(self, error: Exception) -> Iterator[Event]:
@@ -97,7 +104,7 @@ class ResponseAnswer:
         """Returns the response object as it stands."""
         body, params = self._body, self._call.params
         is_over = self.status in (COMPLETED, INCOMPLETE)
-        reason = {"reason": "max_output_tokens"} if self.status == INCOMPLETE else None
+        reason = {"reason": self._incomplete} if self.status == INCOMPLETE else None
         return {
             "id": self.id,
             "object": "response",

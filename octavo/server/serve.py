@@ -36,6 +36,7 @@ from octavo.server.app import create_app
 from octavo.server.beside import beside
 from octavo.server.drain import Drain
 from octavo.server.engine_client import Engine
+from octavo.server.guards.load import check_guard
 from octavo.server.http_protocol import ConnectionLimits, protocol_factory
 from octavo.server.metrics_port import metrics_port
 from octavo.server.notice import watch_notice
@@ -59,10 +60,11 @@ _DEAD_SECONDS = 2.0
 
 
 def bind(config: ServerConfig) -> socket.socket:
-    """Returns a bound socket. Raises ConfigError if host, port, certificate, keys or traces cannot
-    be had."""
+    """Returns a bound socket. Raises ConfigError if host, port, certificate, keys, guard or
+    traces cannot be had."""
     check_certificate(config)
     check_tracing(config)
+    check_guard(config)
     if config.keys is not None:
         tokens_of(read_key_file(Path(config.keys)))
     return _listen(config, "port", config.port)

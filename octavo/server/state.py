@@ -19,6 +19,7 @@ from octavo.observe.metrics import Metrics
 from octavo.server.drain import Drain
 from octavo.server.engine_client import Engine
 from octavo.server.errors import ApiError
+from octavo.server.guards.gate import Gate
 from octavo.server.limits import BodyRoom
 from octavo.server.parser import ParserProcess
 from octavo.server.store.store import Store
@@ -61,6 +62,8 @@ class ServerState:
     responses: Responses
     keyring: Keyring
     budgets: Budgets
+    guard: Gate | None = None
+    """Whom texts must pass, if there is somebody."""
     drain: Drain = field(default_factory=Drain)
     turns: Turns = field(default_factory=Turns)
     """Of the streams' readers."""

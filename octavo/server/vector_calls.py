@@ -19,7 +19,7 @@ from octavo.errors import RequestError
 from octavo.outputs import OutputDelta
 from octavo.server.answer_wire import AnswerWire
 from octavo.server.auth import check_priority
-from octavo.server.generation import PREPARED_AT_ONCE, Call, whole_call
+from octavo.server.generation import PREPARED_AT_ONCE, Call, guard_of, whole_call
 from octavo.server.pieces import SLICE_SECONDS
 from octavo.server.protocol.pooling import PoolingFields
 from octavo.server.state import server_state
@@ -79,6 +79,7 @@ async def compute(
     `generation.whole_call` raises.
     """
     state, known = server_state(request), request.scope["state"]
+    guard_of(request)
     check_priority(request, body.priority, state.config.priority_range)
     tenant, engine = caller_of(request).tenant, state.engine
     salt = tenant.salt(body.cache_salt)

@@ -20,6 +20,9 @@ from octavo.tools.reasoning_tokens import NO_THOUGHT, Thought
 INPUTS: dict[Kind, str] = {"function": "arguments", "custom": "input"}
 """What a call of each kind gives its tool."""
 
+_CUT = frozenset({"length", "content_filter"})
+"""Why a sequence ended that had more to say."""
+
 
 @dataclass(slots=True, kw_only=True)
 class CallDelta:
@@ -184,7 +187,7 @@ class AnswerReader:
         self._tokens.add(token_ids)
         pieces = self._parser.push(text)
         if finish_reason is not None:
-            pieces += self._parser.finish(is_cut=finish_reason == "length")
+            pieces += self._parser.finish(is_cut=finish_reason in _CUT)
         return pieces
 
     def _take(self, delta: AnswerDelta, piece: Piece) -> None:

@@ -18,6 +18,7 @@ from octavo.request import MAX_INT
 from octavo.server.access import Exchange
 from octavo.server.drain import Drain
 from octavo.server.errors import ApiError, error_response, on_error
+from octavo.server.guards.gate import UNAVAILABLE
 from octavo.server.limits import BodyRoom
 from octavo.server.state import ServerState
 from octavo.server.tenants.budgets import CODE
@@ -98,7 +99,7 @@ class LineCalls:
         except (OverloadedError, EngineDeadError) as error:
             raise _again(error) from error
         except ApiError as error:
-            if error.code in ("aborted", CODE):
+            if error.code in ("aborted", CODE, UNAVAILABLE):
                 raise _again(error) from error
             response = await on_error(request, error)
             return Answer(response.status_code, bytes(response.body))
