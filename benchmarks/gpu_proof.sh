@@ -27,6 +27,6 @@ CUDA_VISIBLE_DEVICES=0 part soak 440 "$PYTHON" benchmarks/soak.py qwen3-30b-a3b 
 soak=$!
 CUDA_VISIBLE_DEVICES=1 part suite 440 benchmarks/gpu_suite.sh -n 12 -p no:cacheprovider || failed=1
 wait "$soak" || failed=1
-part tensor_parallel 140 "$PYTHON" benchmarks/tensor_parallel.py --layers 2 --dtypes float32 ||
+part tensor_parallel 160 "$PYTHON" -m benchmarks.tensor_parallel --stages check,tokens --seconds 120 ||
   failed=1
 exit "$failed"

@@ -1,125 +1,215 @@
-"""Compares one rank with several on the GPUs of one host: equal tokens, and the time of decoding.
+"""Two GPUs of one host beside one: sums, speed and equal tokens of every layout.
 
-    python benchmarks/tensor_parallel.py [--model qwen3-30b-a3b] [--layers 8] [--sizes 1,2]
+    python -m benchmarks.tensor_parallel [--stages check,times,engines,tokens] [--seconds 360]
+        [--model qwen3-30b-a3b] [--layers N] [--layouts one,library,peers,experts]
 
-Weights are random, of a public shape with few layers. Sums over ranks round differently in bf16, so
-some sequences part there; in float32 all tokens must be equal. A decode is timed as (a run of
-1 + N tokens - a run of 1) / N, the median of several. Prints one JSON object; exits with 1 if
-float32 tokens differ.
+Layouts: `one` GPU; two with their sums through the `library` (NCCL) or through each other's memory
+(`peers`); two that have whole `experts`, with the latter sums. Stages: `check` and `times` of sums
+are benchmarks/peers.py; `engines` are the workloads D1, D32 and P of `octavo bench workloads`;
+`tokens` are greedy ones of two layers in float32, which must be those of one GPU. Weights are
+random.
+
+Every stage is a process with a time-out, and prints as it comes. At the end a table and a JSON
+object; exits with 1 if something was wrong or did not end. After --seconds no stage begins.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import signal
+import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from octavo import LLM, SamplingParams
-from octavo.cli.bench.shapes import fixed_prompts, write_model
-
-PROMPT_LENGTH, NUM_PROMPTS, NUM_TOKENS = 100, 8, 64
-BATCHES = (1, 32)
-TIMED_TOKENS, REPEATS = 128, 5
-KV_BYTES = 2**30
-"""Room for the longest of the batches, whatever else uses the GPUs."""
-
-Tokens = list[list[int]]
-
-
-def greedy(max_tokens: int) -> SamplingParams:
-    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one": {"tensor_parallel_size": 1},
+    "library": {"tensor_parallel_size": 2},
+    "peers": {"tensor_parallel_size": 2},
+    "experts": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+}
+STAGE_SECONDS = {"check": 100, "times": 100, "engines": 150, "tokens": 90}
+WORKLOADS = "D1,D32,P"
+SHOWN = ("D1", "D32", "P 8192", "P 32768")
+TOKENS_LAYERS, PROMPT_LENGTH, NUM_PROMPTS, NUM_TOKENS = 2, 100, 8, 32
 
 
-def say(words: str) -> None:
-    """To stderr, so that what takes long can be told from what hangs."""
-    print(f"{time.perf_counter():.1f} {words}", file=sys.stderr, flush=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """What a stage's process came to."""
+
+    objects: list[dict[str, Any]]
+    """The JSON objects among its lines."""
+    is_well: bool
 
 
-def decode_ms(llm: LLM, batch: int) -> float:
-    """Returns the median milliseconds of one decode step of `batch` sequences."""
-
-    def seconds(num_tokens: int, seed: int) -> float:
-        prompts = fixed_prompts(llm.vocab_size, batch, PROMPT_LENGTH, seed)
-        began = time.perf_counter()
-        llm.generate(prompts, greedy(num_tokens), use_tqdm=False)
-        return time.perf_counter() - began
-
-    say(f"batch {batch}: building kernels")
-    seconds(TIMED_TOKENS, seed=1)  # builds kernels, captures graphs
-    steps = [
-        (seconds(1 + TIMED_TOKENS, 2 * i) - seconds(1, 2 * i + 1)) / TIMED_TOKENS
-        for i in range(1, 1 + REPEATS)
-    ]
-    return 1e3 * statistics.median(steps)
-
-
-def measure(folder: Path, dtype: str, size: int, device: str) -> tuple[Tokens, dict[str, float]]:
-    """Returns greedy tokens of the prompts, and milliseconds and bytes by name."""
-    say(f"{dtype}, {size} ranks: loading")
+def run_stage(name: str, command: list[str], seconds: float) -> Done:
+    """Runs a Python module, printing its lines as they come."""
     began = time.perf_counter()
-    llm = LLM(
-        str(folder),
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        dtype=dtype,
-        device=device,
-        max_model_len=2048,
-        max_num_seqs=max(BATCHES),
-        prefix_caching="off",
-        kv_cache_memory_bytes=KV_BYTES,
-        tensor_parallel_size=size,
+    print(f"== {name}: {' '.join(command)}", flush=True)
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", *command],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
-    figures = {
-        "start_seconds": time.perf_counter() - began,
-        "weights_bytes": llm.plan.weights_bytes,
-        "kv_tokens": llm.plan.num_tokens,
-    }
+    assert process.stdout is not None
+    objects: list[dict[str, Any]] = []
+    watch = subprocess.Popen(  # ends the stage and all that it has started
+        [
+            sys.executable,
+            "-c",
+            f"import time, os; time.sleep({seconds}); os.killpg({process.pid}, 9)",
+        ]
+    )
+    for line in process.stdout:
+        if line.startswith("{"):
+            objects.append(json.loads(line))
+        print(line, end="", flush=True)
+    code = process.wait()
+    watch.kill()
+    how = "well" if code == 0 else f"with {signal.Signals(-code).name if code < 0 else code}"
+    print(f"== {name} ended {how} after {time.perf_counter() - began:.0f} s", flush=True)
+    return Done(objects=objects, is_well=code == 0)
+
+
+def without_peers() -> None:
+    """Has the ranks of this process's engines sum through the library: all do if one must."""
+    from octavo.parallel import TorchCollectives
+
+    reach = TorchCollectives.unreachable
+    TorchCollectives.unreachable = lambda self: reach(self) or "the library is asked for"
+
+
+def run_engine(model: str, layout: str, layers: int | None, only: str) -> int:
+    """Runs the workloads in this process."""
+    from octavo.cli import main
+
+    if layout == "library":
+        without_peers()
+    options = ["bench", "workloads", model, "--only", only]
+    options += ["--tensor-parallel-size", str(LAYOUTS[layout]["tensor_parallel_size"])]
+    if LAYOUTS[layout].get("enable_expert_parallel"):
+        options.append("--enable-expert-parallel")
+    if layers is not None:
+        options += ["--layers", str(layers)]
+    return main(options)
+
+
+def run_tokens(model: str, layout: str, device: str) -> int:
+    """Prints the greedy tokens of some prompts as a JSON object."""
+    from octavo import LLM, SamplingParams
+    from octavo.cli.bench.shapes import fixed_prompts, write_model
+
+    if layout == "library":
+        without_peers()
+    with tempfile.TemporaryDirectory(prefix="octavo-bench-") as folder:
+        write_model(model, Path(folder), TOKENS_LAYERS)
+        llm = LLM(
+            folder,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            dtype="float32",
+            device=device,
+            max_model_len=512,
+            max_num_seqs=NUM_PROMPTS,
+            prefix_caching="off",
+            kv_cache_memory_bytes=2**28,
+            **LAYOUTS[layout],
+        )
     try:
-        say(f"loaded in {figures['start_seconds']:.1f} s; greedy tokens")
+        params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
         prompts = fixed_prompts(llm.vocab_size, NUM_PROMPTS, PROMPT_LENGTH, 0)
-        outputs = llm.generate(prompts, greedy(NUM_TOKENS), use_tqdm=False)
-        if dtype != "float32":  # that is for equal tokens
-            figures |= {f"decode_ms_batch_{batch}": decode_ms(llm, batch) for batch in BATCHES}
+        found = llm.generate(prompts, params, use_tqdm=False)
+        alone = llm.generate(prompts[:1], params, use_tqdm=False)  # a lone row's kernels
     finally:
         llm.close()
-    return [output.outputs[0].token_ids for output in outputs], figures
+    print(json.dumps({"tokens": [one.outputs[0].token_ids for one in (*found, *alone)]}))
+    return 0
 
 
-def agreement(one: Tokens, other: Tokens) -> dict[str, float]:
-    pairs = [(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True)]
-    return {
-        "equal_sequences": sum(x == y for x, y in zip(one, other, strict=True)),
-        "num_sequences": len(one),
-        "equal_token_share": sum(a == b for a, b in pairs) / len(pairs),
-    }
+class Run:
+    """The stages asked for, and what they have told."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._began = time.perf_counter()
+        self._layouts: list[str] = arguments.layouts.split(",")
+        self.report: dict[str, Any] = {"model": arguments.model, "layers": arguments.layers}
+        self.is_wrong = False
+
+    def run(self, stage: str) -> None:
+        if stage in ("check", "times"):
+            done = self._stage(stage, stage, ["benchmarks.peers", stage])
+            for one in done.objects:
+                self.report |= one
+            return
+        for layout in self._layouts:
+            name = f"{stage} {layout}"
+            command = ["benchmarks.tensor_parallel", "--run", stage, "--layouts", layout]
+            command += ["--model", self._arguments.model, "--device", self._arguments.device]
+            command += ["--only", self._arguments.only]
+            if self._arguments.layers is not None:
+                command += ["--layers", str(self._arguments.layers)]
+            if stage == "engines" and layout == "one":
+                continue
+            done = self._stage(stage, name, command)
+            for one in done.objects:
+                if stage == "tokens":
+                    self._compare(layout, one["tokens"])
+                else:
+                    self.report.setdefault(layout, {})[one["name"]] = one["figures"]
+
+    def _stage(self, stage: str, name: str, command: list[str]) -> Done:
+        left = self._arguments.seconds - (time.perf_counter() - self._began)
+        if left <= 0:
+            print(f"== {name} is left out: the time is up", flush=True)
+            return Done(objects=[], is_well=False)
+        done = run_stage(name, command, min(STAGE_SECONDS[stage], left + 30))
+        self.is_wrong |= not done.is_well
+        return done
+
+    def _compare(self, layout: str, tokens: list[list[int]]) -> None:
+        wanted = self.report.setdefault("tokens", tokens)
+        self.report.setdefault("equal_tokens", {})[layout] = tokens == wanted
+        self.is_wrong |= tokens != wanted
+        print(f"tokens of {layout}: {'equal' if tokens == wanted else 'WRONG'}", flush=True)
+
+    def print_report(self) -> None:
+        self.report.pop("tokens", None)
+        for name in SHOWN:
+            found = {one: self.report[one][name] for one in self._layouts
+                     if name in self.report.get(one, {})}  # fmt: skip
+            cells = (f"{one} {value['median']} {value['unit']}" for one, value in found.items())
+            print(f"{name:8} {' | '.join(cells)}")
+        print(json.dumps(self.report))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--stages", default="check,times,engines,tokens")
+    parser.add_argument("--layouts", default=",".join(LAYOUTS))
     parser.add_argument("--model", default="qwen3-30b-a3b", help="a shape of octavo bench")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--sizes", default="1,2")
-    parser.add_argument("--dtypes", default="bfloat16,float32")
+    parser.add_argument("--layers", type=int, default=None, help="of engines; default: all")
+    parser.add_argument("--only", default=WORKLOADS, help="workloads of engines")
+    parser.add_argument("--seconds", type=float, default=360)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--run", choices=("engines", "tokens"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    sizes = [int(size) for size in arguments.sizes.split(",")]
-    report: dict[str, object] = {"model": arguments.model, "layers": arguments.layers}
-    is_wrong = False
-    with tempfile.TemporaryDirectory(prefix="octavo-bench-") as name:
-        write_model(arguments.model, Path(name), arguments.layers)
-        for dtype in arguments.dtypes.split(","):
-            found = {size: measure(Path(name), dtype, size, arguments.device) for size in sizes}
-            first = found[sizes[0]][0]
-            for size, (tokens, figures) in found.items():
-                same = agreement(first, tokens)
-                report[f"{dtype}, {size} ranks"] = figures | same
-                is_wrong |= dtype == "float32" and tokens != first
-    print(json.dumps(report, indent=2))
-    return int(is_wrong)
+    if arguments.run == "engines":
+        only = arguments.only
+        return run_engine(arguments.model, arguments.layouts, arguments.layers, only)
+    if arguments.run == "tokens":
+        return run_tokens(arguments.model, arguments.layouts, arguments.device)
+    run = Run(arguments)
+    for stage in arguments.stages.split(","):
+        run.run(stage)
+    run.print_report()
+    return int(run.is_wrong)
 
 
 if __name__ == "__main__":

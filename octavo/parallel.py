@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from threading import Thread
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch._C import _distributed_c10d as c10d
 
+from octavo.config.environment import forbid_multicast
 from octavo.errors import EngineDeadError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -25,15 +28,43 @@ MEETING_SECONDS = 60.0
 """How long ranks look for each other, once all are started."""
 
 
+class UnreachableError(Exception):
+    """Ranks cannot address each other's memory; the message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PeerMemory:
+    """Memory of every rank that this one can address."""
+
+    buffers: tuple[Tensor, ...]
+    """uint8 [N] of each rank, as seen from this one."""
+    stop: Tensor
+    """int32 [1] of the host, which kernels see: 0 until nobody is to wait for other ranks."""
+    keeper: object = None
+    """What holds the memory."""
+
+
 class Collectives(Protocol):
     """One rank's way to the others. All ranks call the same methods in the same order."""
 
     rank: int
     size: int
 
+    @property
+    def takes_parts(self) -> bool:
+        """Whether `add_rms_norm` adds up parts [T, S, M] first, as `Ops.add_rms_norm` may."""
+        ...
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """Returns the sum over all ranks, with the same bits on each; may overwrite x, which is
         contiguous. On a GPU it is enqueued on the current stream, and a graph can capture it."""
+        ...
+
+    def add_rms_norm(
+        self, x_TM: Tensor, residual_TM: Tensor, weight_M: Tensor, eps: float
+    ) -> Tensor | None:
+        """residual += the sum of x over all ranks, in place; returns its RMS norm. None, having
+        done nothing, where that is no single kernel; never for parts, if it takes some."""
         ...
 
     def all_gather_columns(self, x: Tensor) -> Tensor:
@@ -42,6 +73,15 @@ class Collectives(Protocol):
 
     def least(self, values: Sequence[int]) -> list[int]:
         """Returns the smallest of all ranks for each of the values; waits for all ranks."""
+        ...
+
+    def peer_memory(self, num_bytes: int, device: torch.device) -> PeerMemory:
+        """Returns new memory of every rank on its device; waits for all ranks. Raises
+        UnreachableError."""
+        ...
+
+    def check(self) -> None:
+        """Raises EngineDeadError if a sum that has ended had given up waiting for a rank."""
         ...
 
     def abort(self) -> None:
@@ -54,15 +94,27 @@ class Alone:
 
     rank = 0
     size = 1
+    takes_parts = True
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x
+
+    def add_rms_norm(
+        self, x_TM: Tensor, residual_TM: Tensor, weight_M: Tensor, eps: float
+    ) -> Tensor | None:
+        return None
 
     def all_gather_columns(self, x: Tensor) -> Tensor:
         return x
 
     def least(self, values: Sequence[int]) -> list[int]:
         return list(values)
+
+    def peer_memory(self, num_bytes: int, device: torch.device) -> PeerMemory:
+        raise UnreachableError("there is one rank")
+
+    def check(self) -> None:
+        """Nobody waits."""
 
     def abort(self) -> None:
         """Nobody waits."""
@@ -142,6 +194,8 @@ def _first(error: Exception) -> str:
 class TorchCollectives:
     """Collectives over torch's back ends: NCCL between GPUs, gloo between processes."""
 
+    takes_parts = False
+
     def __init__(self, meeting: Meeting, rank: int, device: torch.device) -> None:
         """Returns when all ranks are there. Raises EngineDeadError naming those that are not."""
         self.rank = rank
@@ -152,6 +206,7 @@ class TorchCollectives:
         self._host = _gloo(c10d.PrefixStore("host", store), rank, size, meeting.own_host)
         self._group = self._host
         self._is_on_host = device.type == "cpu"
+        self._peers: list[PeerMemory] = []
         if not self._is_on_host:
             self._group = _nccl(c10d.PrefixStore("device", store), rank, size)
             # So that NCCL's buffers are there before memory is planned or a graph captured.
@@ -173,7 +228,39 @@ class TorchCollectives:
         found = torch.tensor(values, dtype=torch.int64)
         return self._reduce(self._host, found, c10d.ReduceOp.MIN).tolist()
 
+    def add_rms_norm(
+        self, x_TM: Tensor, residual_TM: Tensor, weight_M: Tensor, eps: float
+    ) -> Tensor | None:
+        return None
+
+    def peer_memory(self, num_bytes: int, device: torch.device) -> PeerMemory:
+        reason = self.unreachable()
+        if not self.least([not reason])[0]:
+            raise UnreachableError(reason or "another rank cannot reach the others' memory")
+        name = f"octavo-{self._meeting.address}-{len(self._peers)}"
+        store = c10d.PrefixStore(name, self._meeting.store)
+        memory = _symmetric_memory(name, store, self.rank, self.size, num_bytes, device)
+        self._peers.append(memory)
+        return memory
+
+    def unreachable(self) -> str:
+        """Returns why this rank cannot reach the others' memory; empty if it may try. All ranks
+        must call it."""
+        store, boot = self._meeting.store, Path("/proc/sys/kernel/random/boot_id")
+        store.set(
+            f"boot/{self.rank}", boot.read_text() if boot.exists() else self._meeting.own_host
+        )
+        boots = {store.get(f"boot/{rank}") for rank in range(self.size)}
+        if self._is_on_host:
+            return "ranks on CPUs share no memory"
+        return "" if len(boots) == 1 else "they are on several hosts"
+
+    def check(self) -> None:
+        """What waits in vain raises by itself."""
+
     def abort(self) -> None:
+        for memory in self._peers:
+            memory.stop.fill_(1)
         # NCCL sets its kernels free at once, but returns only when no graph refers to it any more.
         thread = Thread(target=self._abort, name="octavo-abort", daemon=True)
         thread.start()
@@ -212,3 +299,26 @@ def _nccl(store: c10d.Store, rank: int, size: int) -> _Backend:
     options = c10d.ProcessGroupNCCL.Options()
     options._timeout = COLLECTIVE_TIMEOUT
     return cast("_Backend", c10d.ProcessGroupNCCL(store, rank, size, options))
+
+
+def _symmetric_memory(
+    name: str, store: c10d.Store, rank: int, size: int, num_bytes: int, device: torch.device
+) -> PeerMemory:
+    """Returns memory by torch's symmetric memory, whose interface may change: whatever it raises
+    is an UnreachableError."""
+    forbid_multicast()  # which nothing here uses
+    try:
+        module = cast("Any", c10d)  # whose stubs differ from version to version
+        symmetric = module._SymmetricMemory
+        module._register_process_group(name, c10d.ProcessGroup(store, rank, size))
+        try:
+            symmetric.set_group_info(name, rank, size, store)
+            own = symmetric.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device, name)
+            handle = symmetric.rendezvous(own, name)
+        finally:
+            module._unregister_process_group(name)
+        buffers = [handle.get_buffer(peer, (num_bytes,), torch.uint8) for peer in range(size)]
+        stop = torch.zeros(1, dtype=torch.int32).pin_memory()
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise UnreachableError(f"torch's symmetric memory: {_first(error)}") from error
+    return PeerMemory(buffers=tuple(buffers), stop=stop, keeper=(own, handle))

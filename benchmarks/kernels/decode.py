@@ -17,6 +17,7 @@ from experts import BYTES_PER_US, replay_us
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from octavo.kernels.routing import RoutingRule
 from octavo.kernels.triton.experts import route, sort
 from octavo.kernels.triton.experts.dispatch import Dispatch
 from octavo.kernels.triton.experts.grouped import down as grouped_down
@@ -32,6 +33,7 @@ from octavo.kernels.triton.product.shapes import (
     product_shape,
     rows_shape,
 )
+from octavo.kernels.weights import Router
 
 DENSE = {
     "qwen3 qkv": (5120, 2048),
@@ -201,9 +203,10 @@ def time_experts_of_many(pool: Tensor, name: str, num_tokens: int) -> None:
     experts = make_experts(pool, name)
     x = torch.randn(num_tokens, hidden_size).bfloat16()
     weights, all_ids = [], []
+    router = Router(weights=(), rule=RoutingRule(top_k=top_k, renormalize=True))
     for _ in range(4):
         counts = torch.zeros(count, dtype=torch.int32)
-        found = route.route(torch.randn(num_tokens, count), top_k, True, counts, None)
+        found = route.route(torch.randn(num_tokens, count), router, counts, None)
         weights.append(found[0])
         all_ids.append(found[1])
     shape = experts_shape(num_tokens, top_k, count, inner, can_tma=True)

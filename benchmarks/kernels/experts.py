@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from octavo.kernels.routing import RoutingRule
 from octavo.kernels.triton.experts.combine import combine
 from octavo.kernels.triton.experts.dispatch import is_few
 from octavo.kernels.triton.experts.grouped import grouped_experts
@@ -22,6 +23,7 @@ from octavo.kernels.triton.experts.route import route
 from octavo.kernels.triton.experts.shapes import experts_shape, pairs_shape
 from octavo.kernels.triton.experts.sort import sort_pairs
 from octavo.kernels.triton.experts.stacks import StackedExperts
+from octavo.kernels.weights import Router
 
 SHAPES = {
     "qwen3": (2048, 128, 8, 768),
@@ -68,12 +70,12 @@ def make_experts(model: str) -> StackedExperts:
 def time_layer(model: str, num_tokens: int, experts: StackedExperts) -> str:
     hidden, count, top_k, inner = SHAPES[model]
     sets = 8 if num_tokens <= 64 else 4 if num_tokens <= 512 else 1
-    cases = []
+    cases, router = [], Router(weights=(), rule=RoutingRule(top_k=top_k, renormalize=True))
     for _ in range(sets):
         x = torch.randn(num_tokens, hidden, device="cuda").bfloat16()
         logits = torch.randn(num_tokens, count, device="cuda")
         counts = torch.zeros(count, dtype=torch.int32, device="cuda")
-        cases.append((x, *route(logits, top_k, True, counts, None)))
+        cases.append((x, *route(logits, router, counts, None)))
     distinct = sum(len(ids.unique()) for _, _, ids in cases) / sets
     flops = num_tokens * top_k * 6 * hidden * inner
     floor = max(distinct * 6 * hidden * inner / BYTES_PER_US, flops / FLOPS_PER_US)

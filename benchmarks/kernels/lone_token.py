@@ -109,7 +109,7 @@ def time_router(pool: Tensor, name: str) -> None:
 
     def apart(at: int) -> Tensor:
         matvec(normed(row), weights[at], None, logits, shape)
-        return route.route(logits[:, :count], top_k, True, counts, None)[0]
+        return route.route(logits[:, :count], router, counts, None)[0]
 
     exact = apart(0).clone().double()
     row.residual_TM.copy_(kept)

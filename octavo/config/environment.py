@@ -30,3 +30,8 @@ def store_dir() -> str:
     home = os.path.expanduser("~")
     base = os.environ.get("XDG_DATA_HOME") or os.path.join(home, ".local", "share")
     return os.path.join(base, "octavo", "store")
+
+
+def forbid_multicast() -> None:
+    """Keeps torch from asking GPUs for memory that one write reaches on all of them."""
+    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"

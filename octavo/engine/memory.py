@@ -13,7 +13,7 @@ from octavo.config import EngineConfig
 from octavo.device import Device, DeviceMemory
 from octavo.errors import CapacityError, ConfigError
 from octavo.formats import KVFormats, kv_formats
-from octavo.kernels.facts import DETERMINISTIC_TOKENS, SHORT_SPLITS, UNPACKED_BYTES
+from octavo.kernels.facts import DETERMINISTIC_TOKENS, PEER_BYTES, SHORT_SPLITS, UNPACKED_BYTES
 from octavo.kernels.limits import check_backend, check_kv_formats
 from octavo.kv_cache.planner import (
     ActivationShape,
@@ -102,6 +102,8 @@ def plan_model(
     specs = spec.kv_specs(kv)
     if device == "cuda":
         graphs = 0 if config.enforce_eager else FIRST_GRAPH_BYTES + GRAPH_CAPTURES * GRAPH_BYTES
+        if num_ranks > 1:
+            graphs += PEER_BYTES
         budget = gpu_budget(memory, config.gpu_memory_utilization, graphs)
         room = max(budget.usable_bytes - weights_bytes, 0)
         groups = [group for group in group_layers(specs) if not group.is_state]

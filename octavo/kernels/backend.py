@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from octavo.kernels.ops import Ops
 from octavo.observe.progress import Progress
+from octavo.parallel import Collectives
 
 
 class KernelBuilds(Protocol):
@@ -74,4 +76,7 @@ class Backend:
     """With these, ops return before they have run, and sampled tokens stay where they are; a
     runner that waits for nothing is for them. None: ops have run when they return."""
     builds: KernelBuilds | None = None
+    over_peers: Callable[[Collectives, int, torch.dtype, torch.device], Collectives] | None = None
+    """(collectives, columns, dtype, device): returns some that sum rows of so many columns by this
+    back end's kernels, where ranks can reach each other's memory."""
     recorder: StepRecorder | None = None

@@ -25,6 +25,10 @@ UNPACKED_BYTES = 512 << 20
 """Of keys and values that are plain numbers for one layer, where the cache keeps them in a format
 with scales and a step has chunks of many queries."""
 
+PEER_BYTES = 72 << 20
+"""Of a rank's memory that other ranks write into: two sums of 8,192 rows of 2,048 numbers of 2
+bytes, or fewer of wider ones, and the few rows' own place."""
+
 
 def short_tokens(num_heads: int, partial_size: int) -> int:
     """Returns of how many tokens the buffer of short chunks' partial results holds all splits."""

@@ -5,11 +5,12 @@ Made by the layers and the runner. Shapes as in `ops.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from octavo.parallel import Collectives
 from octavo.visibility import Visibility
 
 if TYPE_CHECKING:
@@ -26,12 +27,26 @@ class NormInput:
     """Given away: the op that takes the rows returns residual + x, perhaps in this tensor."""
     weight_M: Tensor
     eps: float
+    ranks: Collectives | None = None
+    """Over which x is still to be summed."""
+
+    def summed(self) -> NormInput:
+        """Returns the rows with x summed over the ranks; x is given away."""
+        if self.x_TM is None or self.ranks is None:
+            return self
+        return replace(self, x_TM=self.ranks.all_reduce(self.x_TM), ranks=None)
 
     def normed(self, ops: Ops) -> Tensor:
         """Adds x to the residual in place and returns the normed residual."""
         if self.x_TM is None:
             return ops.rms_norm(self.residual_TM, self.weight_M, self.eps)
-        return ops.add_rms_norm(self.x_TM, self.residual_TM, self.weight_M, self.eps)
+        norm = self.residual_TM, self.weight_M, self.eps
+        found = None if self.ranks is None else self.ranks.add_rms_norm(self.x_TM, *norm)
+        if found is not None:
+            return found
+        x_TM = self.summed().x_TM
+        assert x_TM is not None
+        return ops.add_rms_norm(x_TM, *norm)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

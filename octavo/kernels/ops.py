@@ -85,7 +85,7 @@ class Ops(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Returns topk_weights float32 [T, top_k] and topk_ids int32 [T, top_k], best first, as
         the router's rule has it. A row of NaN takes experts 0, 1, ... Adds the tokens of each
-        expert to counts_E (integers, at least E).
+        expert to counts_E (integers, at least E). Ids are those of `Router.held`.
 
         Tokens from num_live (int32 [1]) on pad a captured graph: their ids are -1, nobody counts
         them."""

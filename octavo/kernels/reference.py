@@ -138,7 +138,7 @@ class ReferenceOps(Composed):
             ids[int(num_live) :] = -1
         live = ids[: None if num_live is None else int(num_live)]
         counts_E += torch.bincount(live.flatten(), minlength=len(counts_E))
-        return weights, ids
+        return weights, router.held_ids(ids)
 
     def moe(
         self,

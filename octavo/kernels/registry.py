@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,6 +52,7 @@ def _triton(needs: Needs) -> Backend:
     _check_attention("triton", needs)
     from octavo.kernels.triton.backend import TritonOps
     from octavo.kernels.triton.launching import building
+    from octavo.kernels.triton.peers.sums import over_peers
     from octavo.kernels.triton.sampling.kernels import KERNELS
     from octavo.kernels.triton.tuning.shapes import Shapes, read_shapes, shapes_path
 
@@ -58,7 +60,13 @@ def _triton(needs: Needs) -> Backend:
     if needs.tuned_folder is not None:
         shapes = read_shapes(shapes_path(needs.tuned_folder, needs.device))
     ops = TritonOps(needs.num_threads, is_deterministic=needs.is_deterministic, shapes=shapes)
-    return Backend(ops=ops, maps_weights=False, sampling=KERNELS, builds=building)
+    return Backend(
+        ops=ops,
+        maps_weights=False,
+        sampling=KERNELS,
+        builds=building,
+        over_peers=partial(over_peers, is_deterministic=needs.is_deterministic),
+    )
 
 
 def _native(needs: Needs) -> Backend:

@@ -124,6 +124,21 @@ class Router:
     """float32, added to the scores for the choice alone."""
     scale_E: Tensor | None = None
     """float32, multiplies the weights of the chosen experts."""
+    held: range | None = None
+    """Where ranks share whole experts, those that this one has: ids count from the first of them,
+    and are -1 for the others."""
+
+    def held_of(self, num_experts: int) -> tuple[int, int]:
+        """Returns the first expert that is held, and how many are."""
+        held = range(num_experts) if self.held is None else self.held
+        return held.start, len(held)
+
+    def held_ids(self, topk_ids: Tensor) -> Tensor:
+        """Returns ids among the experts that are held, -1 for those of other ranks."""
+        if self.held is None:
+            return topk_ids
+        local = topk_ids - self.held.start
+        return torch.where((local >= 0) & (local < len(self.held)), local, -1)
 
     @property
     def is_plain(self) -> bool:

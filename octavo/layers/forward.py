@@ -32,9 +32,9 @@ class Forward:
 
     @property
     def in_parts(self) -> bool:
-        """Whether an MLP may return parts of its sum (see `Ops.moe`): nobody sums them over ranks
-        before they are added up."""
-        return self.collectives.size == 1
+        """Whether an MLP may return parts of its sum (see `Ops.moe`): whoever sums them over ranks
+        adds them up first."""
+        return self.collectives.takes_parts
 
     def kv(self, layer: int) -> tuple[KVLayer, AttentionBatch]:
         """Returns where a layer's keys and values lie, and its group's rows."""

@@ -6,7 +6,7 @@ so that a back end can fuse them; the layer never sees which tokens went where.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,9 +26,8 @@ class MoE:
     """Which row of the step's expert counts is this layer's."""
     router: Router
     experts: ExpertWeights
-    held: range | None
-    """Which of the router's experts `experts` are, where ranks share whole ones; None: all. Every
-    rank has all tokens, so that nothing is exchanged: what the ranks add is summed as ever."""
+    """Those of `Router.held`, where ranks share whole ones. Every rank has all tokens, so that
+    nothing is exchanged: what the ranks add is summed as ever."""
     shared: SharedExpert | None
     activation: Activation
 
@@ -36,8 +35,6 @@ class MoE:
         """Returns [T, M], or parts of it where the step allows them, and the residual."""
         counts_E = forward.expert_counts_LE[self.counts_row]
         routed = forward.ops.norm_route(rows, self.router, counts_E, forward.num_live)
-        if self.held is not None:
-            routed = replace(routed, topk_ids=_held_ids(routed.topk_ids, self.held))
         if self.router.rule.scales_input:
             return self._of_scaled_inputs(routed, forward.ops), routed.residual_TM
         out_TM = forward.ops.moe(
@@ -48,7 +45,8 @@ class MoE:
             self.activation,
             self.shared,
             routed.gate_T1,
-            in_parts=forward.in_parts,
+            # Of experts that other ranks hold there are none, and what lies there is anything.
+            in_parts=forward.in_parts and self.router.held is None,
         )
         return out_TM, routed.residual_TM
 
@@ -65,9 +63,3 @@ class MoE:
         out_PM = ops.moe(rows_PM, ones_P1, ids_P1, self.experts, self.activation)
         out_TM = out_PM if top_k == 1 else out_PM.view(num_tokens, top_k, -1).sum(1)
         return ops.add_shared(out_TM, x_TM, self.shared, routed.gate_T1, self.activation)
-
-
-def _held_ids(topk_ids: Tensor, held: range) -> Tensor:
-    """Returns ids among the experts that are held, -1 for those of other ranks."""
-    local = topk_ids - held.start
-    return torch.where((local >= 0) & (local < len(held)), local, -1)

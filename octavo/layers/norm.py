@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from octavo.kernels.inputs import NormInput
+from octavo.parallel import Collectives
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +20,11 @@ class RMSNorm:
     weight: Tensor
     eps: float
 
-    def of(self, x_TM: Tensor | None, residual_TM: Tensor) -> NormInput:
-        """Returns y = residual + x, to be normed; the residual is given away."""
-        return NormInput(x_TM=x_TM, residual_TM=residual_TM, weight_M=self.weight, eps=self.eps)
+    def of(
+        self, x_TM: Tensor | None, residual_TM: Tensor, ranks: Collectives | None = None
+    ) -> NormInput:
+        """Returns y = residual + x, to be normed; the residual is given away. `ranks`: those over
+        which x is still to be summed."""
+        return NormInput(
+            x_TM=x_TM, residual_TM=residual_TM, weight_M=self.weight, eps=self.eps, ranks=ranks
+        )

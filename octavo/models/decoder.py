@@ -85,7 +85,6 @@ class Decoder:
         Each rank computes its heads and its part of every MLP, and so a part of each sum that goes
         into the residual; the residual is whole and equal on all ranks.
         """
-        all_reduce = self.collectives.all_reduce
         forward = Forward(
             ops=self.ops,
             batches=batches,
@@ -94,16 +93,16 @@ class Decoder:
             num_live=num_live,
             collectives=self.collectives,
         )
-        x_TM, residual_TM = None, self._embedded(token_ids_T)
+        x_TM, residual_TM, ranks = None, self._embedded(token_ids_T), None
         for layer in self.layers:
             self.progress.beat()
-            rows = layer.mixer_norm.of(x_TM, residual_TM)
+            rows = layer.mixer_norm.of(x_TM, residual_TM, ranks)
             x_TM, residual_TM = layer.mixer.run(rows, forward)
-            x_TM = self._post_normed(all_reduce(x_TM), layer.mixer_post_norm)
-            rows = layer.mlp_norm.of(x_TM, residual_TM)
+            x_TM, ranks = self._post_normed(x_TM, layer.mixer_post_norm)
+            rows = layer.mlp_norm.of(x_TM, residual_TM, ranks)
             x_TM, residual_TM = layer.mlp.run(rows, forward)
-            x_TM = self._post_normed(all_reduce(x_TM), layer.mlp_post_norm)
-        return self.final_norm.of(x_TM, residual_TM).normed(self.ops)
+            x_TM, ranks = self._post_normed(x_TM, layer.mlp_post_norm)
+        return self.final_norm.of(x_TM, residual_TM, ranks).normed(self.ops)
 
     def _embedded(self, token_ids_T: Tensor) -> Tensor:
         x_TM = self.ops.embedding(token_ids_T, self.embedding)
@@ -111,8 +110,13 @@ class Decoder:
             return x_TM
         return x_TM.mul_(torch.tensor(self.spec.embedding_scale, dtype=x_TM.dtype))
 
-    def _post_normed(self, x_TM: Tensor, norm: RMSNorm | None) -> Tensor:
-        return x_TM if norm is None else self.ops.rms_norm(x_TM, norm.weight, norm.eps)
+    def _post_normed(self, x_TM: Tensor, norm: RMSNorm | None) -> tuple[Tensor, Collectives | None]:
+        """Returns what is added to the residual, and over whom it is still to be summed: the next
+        norm does that on the way, unless another comes first."""
+        if norm is None:
+            return x_TM, self.collectives
+        x_TM = self.collectives.all_reduce(x_TM)
+        return self.ops.rms_norm(x_TM, norm.weight, norm.eps), None
 
     def logits(self, hidden_SM: Tensor) -> Tensor:
         """Returns [S, V] float32 of normed hidden states, of a model with a head for tokens."""
@@ -401,6 +405,7 @@ class _Loader:
             rule=spec.rule,
             bias_E=self.vector("router_bias", layer) if spec.router_bias else None,
             correction_E=self.vector("router_correction", layer) if spec.has_correction else None,
+            held=self.held(spec) if spec.is_whole and self.collectives.size > 1 else None,
         )
         shared = None
         if spec.shared is not None:
@@ -410,7 +415,6 @@ class _Loader:
             counts_row=self.spec.moe_layers.index(layer),
             router=router,
             experts=self.experts(spec, layer),
-            held=self.held(spec) if spec.is_whole and self.collectives.size > 1 else None,
             shared=shared,
             activation=spec.activation,
         )

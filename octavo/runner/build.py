@@ -93,6 +93,11 @@ def build_runner(
         )
     )
     decoder = load_decoder(spec, family, placement, ops, plan.max_model_len, collectives)
+    if backend.over_peers is not None and size > 1:
+        table = decoder.embedding
+        dtype = table.data.dtype if table.planes is None else torch.bfloat16
+        collectives = backend.over_peers(collectives, spec.hidden_size, dtype, needs.device)
+        decoder = replace(decoder, collectives=collectives)
     if needs.attention.kv.name == "fp8":
         decoder = with_kv_scales(decoder, family, source)
     decoder = replace(decoder, progress=progress)

@@ -139,6 +139,7 @@ class ModelRunner:
         if ticket.masked is not None:
             ticket.masked.result()
         result = joined(ticket.plan, launched.parts, self.decoder.pooler)
+        self.decoder.collectives.check()
         counts = launched.counts
         if counts is None and not self._num_under_way:
             with torch.inference_mode(), self._transfer.step():

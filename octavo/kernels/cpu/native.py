@@ -206,9 +206,10 @@ class NativeOps(Composed):
         num_live: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         assert num_live is None, "nothing pads a step on the CPU"
-        return self._choose(
+        weights, ids = self._choose(
             logits_TE, router.rule, router.correction_E, router.scale_E, counts_E=counts_E
         )
+        return weights, router.held_ids(ids)
 
     def _choose(
         self,

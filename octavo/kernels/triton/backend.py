@@ -174,8 +174,7 @@ class TritonOps(Composed):
         num_live: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         if router.is_plain:
-            rule = router.rule
-            return routes.route(logits_TE, rule.top_k, rule.renormalize, counts_E, num_live)
+            return routes.route(logits_TE, router, counts_E, num_live)
         return route_by_rule(logits_TE, router, counts_E, num_live)
 
     def norm_route(

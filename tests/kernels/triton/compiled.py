@@ -30,6 +30,7 @@ from octavo.kernels.triton.launching import chip
 chip.is_hopper = lambda device: True  # before the kernels' modules ask it
 
 from octavo.formats import WEIGHT_FORMATS, kv_formats  # noqa: E402
+from octavo.kernels.facts import PEER_BYTES  # noqa: E402
 from octavo.kernels.inputs import (  # noqa: E402
     AttentionBatch,
     AttentionOp,
@@ -45,11 +46,13 @@ from octavo.kernels.triton.attention.device_plan import DevicePlan  # noqa: E402
 from octavo.kernels.triton.backend import TritonOps  # noqa: E402
 from octavo.kernels.triton.experts.choose import run_experts  # noqa: E402
 from octavo.kernels.triton.experts.stacks import StackedExperts  # noqa: E402
+from octavo.kernels.triton.peers.sums import PeerSums  # noqa: E402
 from octavo.kernels.triton.product.choose import multiply_packed  # noqa: E402
 from octavo.kernels.triton.tuning.shapes import Shapes  # noqa: E402
 from octavo.kernels.weights import Router, Weight  # noqa: E402
 from octavo.kv_cache.spec import attention_kv, group_layers, latent_kv  # noqa: E402
 from octavo.kv_cache.storage import KVStorage  # noqa: E402
+from octavo.parallel import PeerMemory  # noqa: E402
 from octavo.planes import PLANE_LAYOUTS  # noqa: E402
 from octavo.visibility import Chunk, Full, Window  # noqa: E402
 
@@ -216,6 +219,21 @@ def packed(name: str) -> None:
         )
 
 
+def sums(size: int) -> None:
+    """Of few rows and of many, with and without the norm, of rows and of parts."""
+    base = SimpleNamespace(rank=1, size=size, least=list)
+    buffers = tuple(torch.zeros(PEER_BYTES, dtype=torch.uint8) for _ in range(size))
+    memory = PeerMemory(buffers=buffers, stop=zeros(1))
+    for dtype in (BF16, torch.float32):
+        over = PeerSums(base, memory, 2048, dtype, is_deterministic=False)  # type: ignore[arg-type]
+        for count in (1, 300) if size == 2 else (1,):
+            x, weight = torch.zeros(count, 2048, dtype=dtype), torch.zeros(2048, dtype=dtype)
+            over.all_reduce(x)
+            over.add_rms_norm(x, torch.zeros_like(x), weight, 1e-6)
+            parts = torch.zeros(count, 8, 2048, dtype=dtype)
+            over.add_rms_norm(parts, torch.zeros_like(x), weight, 1e-6)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "routing": routing,
     "attention": attention,
@@ -226,6 +244,8 @@ CASES: dict[str, Callable[[], None]] = {
     "latent long": lambda: latent(2304, 1, max_query_len=2304, num_short_tokens=0),
     "latent int4": lambda: latent(4, 4, "int4", max_query_len=1, num_short_tokens=0),
     **{f"packed {name}": partial(packed, name) for name in PLANE_LAYOUTS},
+    "sums of 2": lambda: sums(2),
+    "sums of 4": lambda: sums(4),
     "latent fp8": lambda: latent(2304, 1, "fp8", max_query_len=2304, num_short_tokens=0),
 }
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from octavo.kernels.triton.launching.chip import cdiv, next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import announce, launch_options, wait_turn
+from octavo.kernels.weights import Router
 
 ROUTE_ROWS = 4
 """Tokens of a program; fixed, so that a row's sum has one order whatever the batch."""
@@ -29,6 +30,8 @@ def route_rows(
     num_live,
     num_tokens,
     num_experts,
+    first_held,
+    num_held,
     row_stride,
     TOP_K: tl.constexpr,
     RENORMALIZE: tl.constexpr,
@@ -40,7 +43,8 @@ def route_rows(
     """For the tokens first_row .. first_row + ROWS: p = softmax(logits); ids = the TOP_K largest p,
     of equal ones the lower id; weights = p[ids] (over their sum where RENORMALIZE). A NaN row takes
     experts 0, 1, ... with weight NaN.
-    counts[e] += tokens that chose e. HAS_PADDING: rows from num_live[0] on get ids of -1.
+    counts[e] += tokens that chose e. Ids count from first_held; those of others than the num_held
+    experts from there on are -1, and with HAS_PADDING those of rows from num_live[0] on.
 
     logits_TE [T, E] any float; weights_TK float32 and ids_TK int32 [T, TOP_K]; counts_E integers.
     """
@@ -73,7 +77,7 @@ def route_rows(
     if RENORMALIZE:
         kept = kept / total[:, None]
     store_routes(
-        *(row, kept, ids, weights_TK, ids_TK, counts_E, num_live, num_tokens),
+        *(row, kept, ids, weights_TK, ids_TK, counts_E, num_live, num_tokens, first_held, num_held),
         *(TOP_K, HAS_PADDING, ROWS, SLOTS),
     )
 
@@ -88,6 +92,8 @@ def store_routes(
     counts_E,
     num_live,
     num_tokens,
+    first_held,
+    num_held,
     TOP_K: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     ROWS: tl.constexpr,
@@ -101,7 +107,9 @@ def store_routes(
     if HAS_PADDING:
         is_live = is_out & (row < tl.load(num_live))[:, None]
     tl.store(weights_TK + out, weights, mask=is_out)
-    tl.store(ids_TK + out, tl.where(is_live, ids, -1), mask=is_out)
+    local = ids - first_held
+    is_here = is_live & (local >= 0) & (local < num_held)
+    tl.store(ids_TK + out, tl.where(is_here, local, -1), mask=is_out)
     # Integers: the order of the additions does not show.
     one = tl.full([ROWS, SLOTS], 1, counts_E.dtype.element_ty)
     tl.atomic_add(counts_E + ids, one, mask=is_live, sem="relaxed")
@@ -117,6 +125,8 @@ def route_kernel(
     num_live,
     num_tokens,
     num_experts,
+    first_held,
+    num_held,
     row_stride,
     TOP_K: tl.constexpr,
     RENORMALIZE: tl.constexpr,
@@ -131,16 +141,18 @@ def route_kernel(
     announce(OVERLAP)
     route_rows(
         tl.program_id(0) * ROWS,
-        *(logits_TE, weights_TK, ids_TK, counts_E, num_live, num_tokens, num_experts, row_stride),
+        *(logits_TE, weights_TK, ids_TK, counts_E, num_live, num_tokens, num_experts),
+        *(first_held, num_held, row_stride),
         *(TOP_K, RENORMALIZE, HAS_PADDING, ROWS, EXPERTS, SLOTS),
     )
 
 
 def route(
-    logits_TE: Tensor, top_k: int, renormalize: bool, counts_E: Tensor, num_live: Tensor | None
+    logits_TE: Tensor, router: Router, counts_E: Tensor, num_live: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Returns weights float32 [T, top_k] and ids int32 [T, top_k], best first; see `Ops.route`."""
     num_tokens, num_experts = logits_TE.shape
+    top_k = router.rule.top_k
     assert 0 < top_k <= num_experts, (top_k, num_experts)
     assert logits_TE.stride(1) == 1 or num_experts == 1
     assert counts_E.is_contiguous()
@@ -156,9 +168,10 @@ def route(
             ids if num_live is None else num_live,
             num_tokens,
             num_experts,
+            *router.held_of(num_experts),
             logits_TE.stride(0),
             TOP_K=top_k,
-            RENORMALIZE=renormalize,
+            RENORMALIZE=router.rule.renormalize,
             HAS_PADDING=num_live is not None,
             ROWS=ROUTE_ROWS,
             EXPERTS=next_power_of_2(num_experts),

@@ -127,6 +127,8 @@ def route_by_rule_kernel(
     num_live,
     num_tokens,
     group_size,
+    first_held,
+    num_held,
     row_stride,
     sum_epsilon,
     least_sum,
@@ -150,7 +152,8 @@ def route_by_rule_kernel(
     """`RoutingRule` for ROWS tokens. Each group of `group_size` experts has SIZE lanes.
 
     logits_TE [T, E] any float, rows strided; correction_E, scale_E float32; weights_TK float32 and
-    ids_TK int32 [T, TOP_K]; counts_E integers. HAS_PADDING: see `route_rows`.
+    ids_TK int32 [T, TOP_K]; counts_E integers. HAS_PADDING, first_held and num_held: see
+    `route_rows`.
     """
     wait_turn(OVERLAP)
     announce(OVERLAP)
@@ -188,6 +191,7 @@ def route_by_rule_kernel(
         weights *= tl.load(scale_E + ids, mask=is_slot, other=0.0)
     store_routes(
         *(row, weights, ids, weights_TK, ids_TK, counts_E, num_live, num_tokens),
+        *(first_held, num_held),
         *(TOP_K, HAS_PADDING, ROWS, SLOTS),
     )
 
@@ -219,6 +223,7 @@ def route_by_rule(
             ids if num_live is None else num_live,
             num_tokens,
             group_size,
+            *router.held_of(num_experts),
             logits_TE.stride(0),
             rule.sum_epsilon,
             rule.least_sum,

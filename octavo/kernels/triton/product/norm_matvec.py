@@ -105,6 +105,8 @@ def norm_route_kernel(
     num_live,
     ticket,
     num_experts,
+    first_held,
+    num_held,
     HAS_X: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -134,7 +136,8 @@ def norm_route_kernel(
     tl.store(logits_N + row + tl.arange(0, 1), logit.to(logits_N.dtype.element_ty))
     if is_last(ticket, tl.num_programs(0)):
         route_rows(
-            *(0, logits_N, weights_K, ids_K, counts_E, num_live, 1, num_experts, 0),
+            *(0, logits_N, weights_K, ids_K, counts_E, num_live, 1),
+            *(num_experts, first_held, num_held, 0),
             *(TOP_K, RENORMALIZE, HAS_PADDING, ROWS, EXPERTS, SLOTS),
         )
 
@@ -143,7 +146,7 @@ def norm_matvec(
     rows: NormInput, weight_NM: Tensor, bias_N: Tensor | None, shape: RowsShape
 ) -> tuple[Tensor, Tensor]:
     """Returns normed row @ weight.T (+ bias) and the residual, for one row."""
-    num_rows = len(weight_NM)
+    num_rows, rows = len(weight_NM), rows.summed()
     added = _summed(rows)
     out = added.new_empty((1, num_rows))
     norm_matvec_kernel[(cdiv(num_rows, shape.block_n),)](
@@ -174,6 +177,7 @@ def norm_route(
     num_rows, hidden_size = weight_NM.shape
     num_experts = router.weights[0].rows
     assert 0 < router.rule.top_k <= num_experts <= len(counts_E)
+    rows = rows.summed()
     added = _summed(rows)
     normed, logits = torch.empty_like(added), added.new_empty((1, num_rows))
     weights = added.new_empty((1, router.rule.top_k), dtype=torch.float32)
@@ -188,6 +192,7 @@ def norm_route(
         ids if num_live is None else num_live,
         tickets,
         num_experts,
+        *router.held_of(num_experts),
         HAS_X=rows.x_TM is not None,
         BLOCK_K=max(8, next_power_of_2(hidden_size)),
         TOP_K=router.rule.top_k,

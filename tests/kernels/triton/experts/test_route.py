@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from octavo.formats import WEIGHT_FORMATS
+from octavo.kernels.inputs import NormInput
+from octavo.kernels.routing import RoutingRule
+from octavo.kernels.weights import Router, Weight
 from tests.kernels.cases import floats, plain_router
 from tests.kernels.triton.cases import assert_near, make_ops
 from tests.kernels.triton.interpreter import DEVICE
@@ -40,6 +45,36 @@ def test_padding_is_routed_nowhere_and_not_counted(rng: np.random.Generator) -> 
     assert (ids[6:] == -1).all()
     assert (ids[:6] >= 0).all()
     assert int(counts.sum()) == 12
+
+
+def test_experts_of_other_ranks_are_counted_but_not_here(rng: np.random.Generator) -> None:
+    logits = floats(rng, 9, 8).to(DEVICE)
+    live = torch.tensor([7], dtype=torch.int32, device=DEVICE)
+    matrix = floats(rng, 8, 24).to(DEVICE)
+    weight = Weight(data=matrix, format=WEIGHT_FORMATS["f32"], rows=8, cols=24)
+    rows = NormInput(
+        x_TM=None,
+        residual_TM=floats(rng, 1, 24).to(DEVICE),
+        weight_M=torch.ones(24, device=DEVICE),
+        eps=1e-6,
+    )
+    for rule in (
+        RoutingRule(top_k=3, renormalize=True),
+        RoutingRule(top_k=3, score="sigmoid", renormalize=True, sum_epsilon=1e-20),
+    ):
+        router = Router(weights=(weight,), rule=rule)
+        counts = torch.zeros(2, 8, dtype=torch.int32, device=DEVICE)
+        expected, all_ids = make_ops().route(logits, router, counts[0], live)
+        for held in (range(4), range(4, 8)):
+            part = replace(router, held=held)
+            found, ids = make_ops().route(logits, part, counts[1].zero_(), live)
+            assert torch.equal(found, expected)
+            assert torch.equal(*counts)
+            assert torch.equal(ids, part.held_ids(all_ids).where(all_ids >= 0, -1))
+            ops = make_ops(is_deterministic=False)
+            lone = ops.norm_route(rows, part, torch.zeros_like(counts[0])).topk_ids
+            whole = ops.norm_route(rows, router, torch.zeros_like(counts[0])).topk_ids
+            assert torch.equal(lone, part.held_ids(whole))
 
 
 def test_route_takes_the_lower_of_equal_experts_and_knows_nan() -> None:

@@ -1,0 +1,273 @@
+"""Sums over the GPUs of one host: whether they are right, and how long they take.
+
+    python -m benchmarks.peers check|times [--size 2]
+
+Starts a process a GPU. `check` compares with float64 and between ranks, launched one by one and as
+CUDA graphs; `times` gives microseconds of a sum as a graph of many replays it, through the library
+(NCCL) and through the ranks' memory, alone and with the norm that follows. A line a case as it
+comes, a JSON object at the end of `times`; exits with 1 if something is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from octavo.kernels.facts import PEER_BYTES
+from octavo.kernels.triton.peers.sums import CHUNKS, PeerSums, over_peers
+from octavo.kernels.triton.small.norm import rms_norm
+from octavo.parallel import Collectives, Meeting, TorchCollectives
+
+COLUMNS, EPS = 2048, 1e-6
+ROWS = (1, 2, 8, 32, 100, 256, 257, 1000, 2048, 8192)
+TIMED_ROWS = (1, 8, 32, 128, 256, 512, 2048, 8192)
+REPLAYS = 1000
+BF16 = torch.bfloat16
+SHAPES = {
+    "4 rows": CHUNKS,
+    "2 rows": replace(CHUNKS, rows=2, num_warps=4, programs=4),
+    "8 rows": replace(CHUNKS, rows=8, programs=1),
+    "1 ahead": replace(CHUNKS, ahead=1),
+    "4 ahead": replace(CHUNKS, ahead=4),
+    "3 programs": replace(CHUNKS, programs=3),
+    "1 program": replace(CHUNKS, programs=1),
+}
+"""Of launches for many rows."""
+
+
+class Rank:
+    """One of the processes."""
+
+    def __init__(self, rank: int, address: str, size: int) -> None:
+        self.device = torch.device("cuda", rank)
+        torch.cuda.set_device(self.device)
+        meeting = Meeting.at(address, size)
+        self.base = TorchCollectives(meeting, rank, self.device)
+        self.is_wrong = False
+
+    def say(self, words: str) -> None:
+        if self.base.rank == 0:
+            print(words, flush=True)
+
+    def fail(self, words: str) -> None:
+        self.is_wrong = True
+        print(f"WRONG on rank {self.base.rank}: {words}", flush=True)
+
+    def parts(self, seed: int, *shape: int, dtype: torch.dtype = BF16) -> list[Tensor]:
+        """Returns what every rank adds, alike on all."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return [
+            torch.randn(shape, generator=generator, device=self.device).to(dtype)
+            for _ in range(self.base.size)
+        ]
+
+
+def is_same_everywhere(base: Collectives, x: Tensor) -> bool:
+    words = x.view(torch.int16 if x.itemsize == 2 else torch.int32).long().flatten()
+    places = torch.arange(len(words), device=x.device) % 8191 + 1
+    digest = int((words * places).sum() % (1 << 61))
+    least, most = base.least([digest, -digest])
+    return least == -most
+
+
+def exact_sum(parts: list[Tensor]) -> Tensor:
+    """Returns the sum in rank order in float32, rounded once."""
+    total = torch.zeros_like(parts[0], dtype=torch.float32)
+    for part in parts:
+        total += part.float()
+    return total.to(parts[0].dtype)
+
+
+def check(rank: Rank) -> None:
+    for dtype in (BF16, torch.float32):
+        sums = over_peers(rank.base, COLUMNS, dtype, rank.device, is_deterministic=False)
+        if not isinstance(sums, PeerSums):
+            return rank.fail("the ranks' memory is not used")
+        for count in ROWS:
+            check_rows(rank, sums, count, dtype)
+        sums.check()
+    check_graph(rank, sums)
+    return None
+
+
+def check_rows(rank: Rank, sums: PeerSums, count: int, dtype: torch.dtype) -> None:
+    base, error = rank.base, 0.0
+    for seed in range(3):
+        parts = rank.parts(seed, count, COLUMNS, dtype=dtype)
+        exact = torch.stack(parts).double().sum(0)
+        expected = exact_sum(parts)
+        found = sums.all_reduce(parts[base.rank].clone())
+        error = ((found.double() - exact).abs() / exact.abs().clamp_min(1)).max().item()
+        if not torch.equal(found, expected):
+            rank.fail(f"{dtype} {count} rows: a sum")
+        weight = torch.linspace(0.5, 2, COLUMNS, device=rank.device).to(dtype)
+        residual = rank.parts(100 + seed, count, COLUMNS, dtype=dtype)[0]
+        kept = residual.clone()
+        normed = rms_norm(expected, kept, weight, EPS)
+        out = sums.add_rms_norm(parts[base.rank], residual, weight, EPS)
+        if out is None or not torch.equal(residual, kept):
+            rank.fail(f"{dtype} {count} rows: the residual")
+        elif not torch.allclose(out.float(), normed.float(), rtol=1e-2, atol=1e-2):
+            rank.fail(f"{dtype} {count} rows: the norm")
+        elif not (is_same_everywhere(base, out) and is_same_everywhere(base, found)):
+            rank.fail(f"{dtype} {count} rows: other bits on other ranks")
+        of_parts = rank.parts(200 + seed, count, 8, COLUMNS, dtype=dtype)
+        whole = [part.float().sum(1).to(dtype) for part in of_parts]
+        residual.zero_()
+        sums.add_rms_norm(of_parts[base.rank], residual, weight, EPS)
+        if not torch.allclose(residual.float(), exact_sum(whole).float(), rtol=2e-2, atol=5e-2):
+            rank.fail(f"{dtype} {count} rows: parts")
+    rank.say(f"check {dtype} {count:5} rows: error {error:.1e} {'WRONG' if rank.is_wrong else ''}")
+
+
+def check_graph(rank: Rank, sums: PeerSums) -> None:
+    """Many replays of a graph of sums of several sizes, between launches one by one."""
+    base, counts, dtype = rank.base, (1, 32, 600, 1, 8192), sums._dtype
+    inputs = [torch.empty(count, COLUMNS, device=rank.device, dtype=dtype) for count in counts]
+    outputs = [torch.empty_like(one) for one in inputs]
+    parts: list[list[Tensor]] = []
+
+    def body() -> None:
+        for one, out in zip(inputs, outputs, strict=True):
+            out.copy_(sums.all_reduce(one.clone()))
+
+    body()
+    graph = captured(body)
+    began = time.perf_counter()
+    for step in range(REPLAYS):
+        if step % 100 == 0:
+            parts = [rank.parts(step + index, *one.shape, dtype=dtype)
+                     for index, one in enumerate(inputs)]  # fmt: skip
+            for one, part in zip(inputs, parts, strict=True):
+                one.copy_(part[base.rank])
+        graph.replay()
+        if step % 100 in (0, 99):
+            for part, out in zip(parts, outputs, strict=True):
+                if not torch.equal(out, exact_sum(part)):
+                    rank.fail(f"replay {step}: a sum of {len(out)} rows")
+            body()
+            sums.check()
+    torch.cuda.synchronize()
+    rank.say(f"check {REPLAYS} replays: {time.perf_counter() - began:.1f} s")
+
+
+def captured(body: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        body()
+    return graph
+
+
+def times(rank: Rank) -> None:
+    base, dtype = rank.base, BF16
+    report: dict[str, dict[int, float]] = {}
+    kinds: dict[str, PeerSums] = {}
+    for name, few_rows, shape in (("few", 512, CHUNKS), *((n, 1, s) for n, s in SHAPES.items())):
+        memory = base.peer_memory(PEER_BYTES, rank.device)
+        kinds[name] = PeerSums(
+            base, memory, COLUMNS, dtype, is_deterministic=False, few_rows=few_rows, chunks=shape
+        )
+    weight = torch.ones(COLUMNS, device=rank.device, dtype=dtype)
+    for count in TIMED_ROWS:
+        x = torch.zeros(count, COLUMNS, device=rank.device, dtype=dtype)
+        residual = torch.zeros_like(x)
+        for name, body in bodies(base, kinds, x, residual, weight):
+            found = microseconds(base, body, 96 if count <= 512 else 16)
+            report.setdefault(name, {})[count] = found
+            rank.say(f"times {count:5} rows {name:28} {found:8.1f} us")
+        for one in kinds.values():
+            one.check()
+    rank.say(json.dumps({"sum_microseconds": report}))
+
+
+def bodies(
+    base: Collectives, kinds: dict[str, PeerSums], x: Tensor, residual: Tensor, weight: Tensor
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    def library_and_norm() -> None:
+        rms_norm(base.all_reduce(x), residual, weight, EPS)
+
+    yield "library", lambda: base.all_reduce(x)
+    yield "library, norm", library_and_norm
+    yield "norm alone", lambda: rms_norm(x, residual, weight, EPS)
+    for name, sums in kinds.items():
+        is_few = name == "few"
+        if is_few != (len(x) <= 512) and not (len(x) in (32, 128, 256, 512) and name == "4 rows"):
+            continue
+        yield f"{name}", lambda sums=sums: sums.all_reduce(x)
+        yield f"{name}, with norm", lambda sums=sums: sums.add_rms_norm(x, residual, weight, EPS)
+
+
+def microseconds(base: Collectives, body: Callable[[], object], count: int) -> float:
+    """Returns the median time of one of `count` that a graph runs one after the other."""
+    body()
+    body()
+
+    def many() -> None:
+        for _ in range(count):
+            body()
+
+    graph = captured(many)
+    found: list[float] = []
+    for _ in range(7):
+        base.least([0])
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        graph.replay()
+        first.record()
+        graph.replay()
+        last.record()
+        torch.cuda.synchronize()
+        found.append(1e3 * first.elapsed_time(last) / count)
+    return sorted(found)[len(found) // 2]
+
+
+def run_rank(stage: str, rank: int, address: str, size: int) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    one = Rank(rank, address, size)
+    with torch.inference_mode():
+        {"check": check, "times": times}[stage](one)
+    one.base.least([0])  # nobody leaves while another may still write
+    one.base.abort()
+    return int(one.is_wrong)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stage", choices=("check", "times"))
+    parser.add_argument("--size", type=int, default=2)
+    parser.add_argument("--rank", type=int, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--address", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rank is not None:
+        return run_rank(arguments.stage, arguments.rank, arguments.address, arguments.size)
+    keeper = Meeting("127.0.0.1", arguments.size)
+    command = [sys.executable, "-m", "benchmarks.peers", arguments.stage]
+    command += ["--size", str(arguments.size), "--address", keeper.address]
+    ranks = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(arguments.size)]
+    try:
+        while all(one.poll() is None for one in ranks):
+            time.sleep(0.1)
+        if any(one.poll() for one in ranks):  # the others would wait for it
+            time.sleep(5)
+        else:
+            for one in ranks:
+                one.wait(30)
+    finally:
+        for one in ranks:
+            with suppress(ProcessLookupError):
+                one.kill()
+    return int(any(one.wait() != 0 for one in ranks))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

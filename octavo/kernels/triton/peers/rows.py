@@ -1,0 +1,133 @@
+"""A sum of a few rows over ranks, each row pushed into the other ranks' memory; with the norm that
+comes next, if that is wanted.
+
+Called by `sums.py`. Every word that is sent says by itself that it is there: where none has come
+lies EMPTY, the bits of -0.0, which is sent as 0.0. So no flag follows the data, and nobody waits
+for the data to have arrived before it says so. The reader puts EMPTY back. Sums take two places in
+turn: a rank sends the sum after the next only when it has this one's successor from every other
+rank, which those sent when they had read and emptied this one.
+
+Shape legend: T rows, M columns, R ranks.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from octavo.kernels.triton.launching.launchable import launchable
+from octavo.kernels.triton.launching.overlap import announce, wait_turn
+
+POLLS = tl.constexpr(1024)
+"""Tries between two looks at whether to go on."""
+
+
+@triton.jit
+def part_of_row(x_at, is_in, num_columns, PARTS: tl.constexpr):
+    """Returns a row [BLOCK] in x's format: what lies at `x_at`, or PARTS rows there, added up in
+    order and rounded."""
+    y = tl.load(x_at, mask=is_in, other=0.0)
+    if PARTS > 1:
+        total = y.to(tl.float32)
+        for part in tl.static_range(1, PARTS):
+            other = tl.load(x_at + part * num_columns, mask=is_in, other=0.0)
+            total += other.to(tl.float32)
+        y = total.to(y.dtype)
+    return y
+
+
+@triton.jit
+def normed_of(total, residual_at, is_in, weight, num_columns, eps):
+    """residual += total, rounded to its format; returns the RMS norm of that, float32."""
+    y = total + tl.load(residual_at, mask=is_in, other=0.0).to(tl.float32)
+    rounded = y.to(residual_at.dtype.element_ty)
+    tl.store(residual_at, rounded, mask=is_in)
+    exact = rounded.to(tl.float32)
+    axis: tl.constexpr = len(exact.shape) - 1
+    mean = tl.sum(exact * exact, axis, keep_dims=True) / num_columns
+    return exact * tl.rsqrt(mean + eps) * weight
+
+
+@triton.jit
+def arrived(words_at, is_in, stop, limit, EMPTY: tl.constexpr):
+    """Returns the words when none of them is EMPTY, and leaves EMPTY in their place. Gives up after
+    `limit` tries, or when stop[0] is not 0; sets that if it gives up."""
+    words = tl.load(words_at, mask=is_in, other=0, volatile=True)
+    missing = tl.max((words == EMPTY).to(tl.int32), 0)
+    tries = 0
+    while (missing > 0) & (tries < limit):
+        words = tl.load(words_at, mask=is_in, other=0, volatile=True)
+        missing = tl.max((words == EMPTY).to(tl.int32), 0)
+        tries += 1
+        if tries % POLLS == 0:  # noqa: SIM102 Triton would load both sides of an `and`
+            if tl.load(stop, volatile=True) != 0:
+                tries = limit
+    if missing > 0:
+        tl.store(stop, 1)
+    tl.store(words_at, tl.full(words.shape, EMPTY, words.dtype), mask=is_in)
+    return words
+
+
+@launchable
+@triton.jit
+def sum_row_kernel(
+    stop,
+    x_TM,
+    residual_TM,
+    weight_M,
+    out_TM,
+    turns_T,
+    words,
+    num_columns,
+    x_stride,
+    residual_stride,
+    eps,
+    max_rows,
+    limit,
+    RANK: tl.constexpr,
+    SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    NORM: tl.constexpr,
+    EMPTY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """out = the sum of x over ranks, in rank order, rounded; with NORM residual += that in place
+    and out = its RMS norm.
+
+    x [T, M], or parts [T, PARTS, M]; residual, out [T, M]; rows of x and residual strided. words: a
+    tensor of integers a rank, [2, R - 1, max_rows, M], of which words[RANK] is here: what the other
+    ranks send, in rank order. turns [max_rows] counts the sums of a row.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    is_in = column < num_columns
+    weight = tl.zeros([BLOCK], tl.float32)
+    if NORM:
+        weight = tl.load(weight_M + column, mask=is_in, other=0.0).to(tl.float32)
+    wait_turn(OVERLAP)
+    announce(OVERLAP)
+    turn = tl.load(turns_T + row, volatile=True)
+    part = part_of_row(x_TM + row * x_stride + column, is_in, num_columns, PARTS)
+    sent = part.to(words[RANK].dtype.element_ty, bitcast=True)
+    sent = tl.where(sent == EMPTY, tl.zeros_like(sent), sent)
+    place = (turn & 1).to(tl.int64) * (SIZE - 1)
+    for target in tl.static_range(SIZE):
+        if target != RANK:
+            mine = place + (RANK if target > RANK else RANK - 1)
+            at = words[target] + (mine * max_rows + row) * num_columns + column
+            tl.store(at, sent, mask=is_in)
+    total = tl.zeros([BLOCK], tl.float32)
+    for source in tl.static_range(SIZE):
+        found = sent
+        if source != RANK:
+            theirs = place + (source if source < RANK else source - 1)
+            at = words[RANK] + (theirs * max_rows + row) * num_columns + column
+            found = arrived(at, is_in, stop, limit, EMPTY)
+        total += found.to(part.dtype, bitcast=True).to(tl.float32)
+    total = total.to(part.dtype).to(tl.float32)
+    if NORM:
+        at = residual_TM + row * residual_stride + column
+        total = normed_of(total, at, is_in, weight, num_columns, eps)
+    tl.store(out_TM + row * num_columns + column, total.to(out_TM.dtype.element_ty), mask=is_in)
+    tl.store(turns_T + row, turn + 1)

@@ -1,0 +1,135 @@
+"""Sums over ranks through their memory: two processes, whose memory is files that both map."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from octavo.errors import EngineDeadError
+from octavo.parallel import ALONE, Meeting, PeerMemory, TorchCollectives
+from tests.kernels.triton.interpreter import DEVICE
+from tests.kernels.triton.peers.two_ranks import CPU, SIZE, MappedRanks, parts_of
+
+from octavo.kernels.triton.peers import sums  # isort: skip
+from octavo.kernels.triton.small.norm import rms_norm  # isort: skip
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="benchmarks/peers.py is for GPUs")
+COLUMNS, EPS = 40, 1e-5
+
+
+class Sum(NamedTuple):
+    name: str
+    found: tuple[Tensor, ...]
+    expected: tuple[Tensor, ...]
+
+
+def all_sums(ranks: MappedRanks) -> Iterator[Sum]:
+    """Makes the same sums on whichever rank it is."""
+    for dtype in (torch.bfloat16, torch.float32):
+        over = sums.over_peers(ranks, COLUMNS, dtype, CPU, is_deterministic=False, few_rows=5)
+        assert isinstance(over, sums.PeerSums), "the check at start has failed"
+        few, many = over._places.few, over._places.many
+        for case, count in enumerate((1, few, few + 1, many + 3, 2)):
+            weight = torch.linspace(0.5, 2, COLUMNS)
+            for num_parts in (0, 2):
+                shape = (count, num_parts, COLUMNS) if num_parts else (count, COLUMNS)
+                parts = [*parts_of(case, shape, dtype)]
+                whole = [summed(part) if num_parts else part for part in parts]
+                expected = summed(torch.stack(whole, 1))
+                found = () if num_parts else (over.all_reduce(parts[ranks.rank].clone()),)
+                residual = torch.linspace(-1, 1, count * COLUMNS).view(count, COLUMNS).to(dtype)
+                kept = residual.clone()
+                normed = rms_norm(expected, kept, weight, EPS)
+                out = over.add_rms_norm(parts[ranks.rank].clone(), residual, weight, EPS)
+                assert out is not None
+                yield Sum(
+                    f"{dtype} {shape}",
+                    (*found, residual, out),
+                    (*(expected for _ in found), kept, normed),
+                )
+
+
+def summed(parts_TSM: Tensor) -> Tensor:
+    return parts_TSM.float().sum(1).to(parts_TSM.dtype)
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Iterator[MappedRanks]:
+    meeting = Meeting("127.0.0.1", SIZE)
+    command = [sys.executable, "-m", "tests.kernels.triton.peers.two_ranks"]
+    with subprocess.Popen([*command, meeting.address, str(tmp_path)]) as other:
+        found = MappedRanks(meeting, 0, tmp_path)
+        try:
+            yield found
+        finally:
+            found.abort()
+            other.kill()
+
+
+def test_sums_and_the_norm_after_them_are_those_made_one_after_the_other(
+    ranks: MappedRanks,
+) -> None:
+    torch.set_num_threads(1)
+    for one in all_sums(ranks):
+        for found, expected in zip(one.found, one.expected, strict=True):
+            assert torch.equal(found, expected), one.name
+
+
+class OneOfTwo(type(ALONE)):
+    """A rank whose other one never comes."""
+
+    size = SIZE
+
+    def peer_memory(self, num_bytes: int, device: torch.device) -> PeerMemory:
+        buffers = tuple(torch.zeros(1 << 13, dtype=torch.uint8) for _ in range(SIZE))
+        return PeerMemory(buffers=buffers, stop=torch.zeros(1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("count", [2, 7])
+def test_who_waits_for_a_rank_in_vain_gives_up_and_says_so(count: int) -> None:
+    base = OneOfTwo()
+    over = sums.PeerSums(
+        base, base.peer_memory(0, CPU), COLUMNS, torch.float32, is_deterministic=False, few_rows=3
+    )
+    over.check()
+    over.tries = 20
+    over.all_reduce(torch.ones(count, COLUMNS))
+    with pytest.raises(EngineDeadError, match="rank 0 of 2 waited in vain"):
+        over.check()
+
+
+def test_an_abort_ends_all_waiting() -> None:
+    base = OneOfTwo()
+    over = sums.PeerSums(
+        base, base.peer_memory(0, CPU), COLUMNS, torch.float32, is_deterministic=False, few_rows=3
+    )
+    over.abort()
+    for count in (1, 7):  # looks at the flag long before it has tried often enough
+        over.all_reduce(torch.ones(count, COLUMNS))
+
+
+def test_sums_are_the_librarys_where_the_check_at_start_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sums, "CHECK_TRIES", 20)
+    base = OneOfTwo()
+    found = sums.over_peers(base, COLUMNS, torch.float32, CPU, is_deterministic=False, few_rows=3)
+    assert found is base
+    assert "the library's: another rank's part of a sum did not come" in caplog.text
+
+
+def test_sums_are_the_librarys_where_no_memory_is_reached(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ranks = TorchCollectives(Meeting("127.0.0.1", 1), 0, CPU)
+    found = sums.over_peers(ranks, COLUMNS, torch.float32, CPU, is_deterministic=False)
+    assert found is ranks
+    assert "the library's: ranks on CPUs share no memory" in caplog.text
+    ranks.abort()
