@@ -5,9 +5,9 @@
 
 Layouts: `one` GPU; two with their sums through the `library` (NCCL) or through each other's memory
 (`peers`); two that have whole `experts`, with the latter sums. Stages: `check` and `times` of sums
-are benchmarks/peers.py; `engines` are the workloads D1, D32 and P of `octavo bench workloads`;
-`tokens` are greedy ones of two layers in float32, which must be those of one GPU. Weights are
-random.
+are benchmarks/peers.py; `engines` are the workloads D1, D32 and P of `octavo bench workloads`, of
+two GPUs (for `peers` K, too: where the time goes); `tokens` are greedy ones of two layers in
+float32, which must be those of one GPU. Weights are random.
 
 Every stage is a process with a time-out, and prints as it comes. At the end a table and a JSON
 object; exits with 1 if something was wrong or did not end. After --seconds no stage begins.
@@ -28,11 +28,11 @@ from typing import Any
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one": {"tensor_parallel_size": 1},
-    "library": {"tensor_parallel_size": 2},
     "peers": {"tensor_parallel_size": 2},
     "experts": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+    "library": {"tensor_parallel_size": 2},
 }
-STAGE_SECONDS = {"check": 100, "times": 100, "engines": 150, "tokens": 90}
+STAGE_SECONDS = {"check": 100, "times": 100, "engines": 180, "tokens": 90}
 WORKLOADS = "D1,D32,P"
 SHOWN = ("D1", "D32", "P 8192", "P 32768")
 TOKENS_LAYERS, PROMPT_LENGTH, NUM_PROMPTS, NUM_TOKENS = 2, 100, 8, 32
@@ -152,7 +152,8 @@ class Run:
             name = f"{stage} {layout}"
             command = ["benchmarks.tensor_parallel", "--run", stage, "--layouts", layout]
             command += ["--model", self._arguments.model, "--device", self._arguments.device]
-            command += ["--only", self._arguments.only]
+            only = self._arguments.only + (",K" if layout == "peers" else "")
+            command += ["--only", only]
             if self._arguments.layers is not None:
                 command += ["--layers", str(self._arguments.layers)]
             if stage == "engines" and layout == "one":

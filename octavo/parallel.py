@@ -310,7 +310,8 @@ def _symmetric_memory(
     try:
         module = cast("Any", c10d)  # whose stubs differ from version to version
         symmetric = module._SymmetricMemory
-        module._register_process_group(name, c10d.ProcessGroup(store, rank, size))
+        group = c10d.ProcessGroup(store, rank, size)  # kept: the registry does not
+        module._register_process_group(name, group)
         try:
             symmetric.set_group_info(name, rank, size, store)
             own = symmetric.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device, name)
@@ -321,4 +322,4 @@ def _symmetric_memory(
         stop = torch.zeros(1, dtype=torch.int32).pin_memory()
     except (RuntimeError, AttributeError, TypeError) as error:
         raise UnreachableError(f"torch's symmetric memory: {_first(error)}") from error
-    return PeerMemory(buffers=tuple(buffers), stop=stop, keeper=(own, handle))
+    return PeerMemory(buffers=tuple(buffers), stop=stop, keeper=(own, handle, group))

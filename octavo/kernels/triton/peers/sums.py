@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 FEW_ROWS = 256
 """Up to here every word says by itself that it has come, beyond flags do: emptying what was read
 costs as much as reading it."""
-PUSHED_BYTES = 1 << 20
+PUSHED_BYTES = 2 << 20
 """That a rank sends for a sum of few rows. Beyond it, among more than two ranks, the collectives
 send less: there every rank need not hear of all the others' rows."""
 WAIT_TRIES, CHECK_TRIES = 100_000_000, 5_000_000
@@ -37,6 +37,8 @@ WAIT_TRIES, CHECK_TRIES = 100_000_000, 5_000_000
 microsecond or more. The latter at start."""
 EMPTY = {torch.int16: -(1 << 15), torch.int32: -(1 << 31)}
 """The bits of -0.0, which nobody sends."""
+REGISTERS = 1 << 16
+"""Of a multiprocessor."""
 _ALIGNMENT = 256
 
 
@@ -138,7 +140,8 @@ class PeerSums:
 
     @property
     def takes_parts(self) -> bool:
-        return self._places.many > 0
+        # Only where sums of all sizes add them up alike.
+        return self._places.many > 0 and not self._is_deterministic
 
     def all_reduce(self, x: Tensor) -> Tensor:
         if x.dtype != self._dtype or x.numel() == 0 or x.numel() % self._columns:
@@ -204,8 +207,8 @@ class PeerSums:
         words = self._places.words
         sum_row_kernel[(len(x),)](
             *self._rows(x, residual, weight, out),
-            self._row_turns,
             words,
+            self._row_turns,
             *self._numbers(x, residual, eps),
             self._places.few,
             self.tries,
@@ -221,9 +224,9 @@ class PeerSums:
         shape = self._chunks
         sum_chunks_kernel[(min(self._programs, cdiv(len(x), shape.rows)),)](
             *self._rows(x, residual, weight, out),
-            self._chunk_turns,
             self._places.flags,
             self._places.numbers,
+            self._chunk_turns,
             len(x),
             *self._numbers(x, residual, eps),
             self._places.many,
@@ -232,6 +235,7 @@ class PeerSums:
             ROWS=shape.rows,
             AHEAD=shape.ahead,
             num_warps=shape.num_warps,
+            maxnreg=min(255, REGISTERS // (32 * shape.num_warps * shape.programs)),
         )
 
     def _rows(
