@@ -33,6 +33,7 @@ SERVER_OPTIONS = """
 --max-body-bytes
 --store-dir --max-store-bytes --allowed-origins
 --ssl-certfile --ssl-keyfile --enable-ssl-refresh
+--audit-log --audit-log-text
 --guard --guard-url --guard-stages --guard-timeout --guard-fail-open --guard-max-concurrent
 --guard-max-waiting --guard-window
 --disable-access-log-for-endpoints --log-format

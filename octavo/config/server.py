@@ -79,6 +79,10 @@ class ServerConfig:
     enable_ssl_refresh: bool = option(
         False, "read the certificate again when its file changes; new connections get it"
     )
+    audit_log: str | None = option(
+        None, "file of JSON lines: who asked for what, sizes and decisions; no texts"
+    )
+    audit_log_text: bool = option(False, "with audit_log: what was sent and told, too")
     guard: str | None = option(
         None, "function that judges texts before the model and before the client, like my.module:f"
     )
@@ -139,6 +143,9 @@ class ServerConfig:
             message = f"max_store_bytes must be at least 0, got {self.max_store_bytes}"
             raise ConfigError(message, field="max_store_bytes")
         self._check_guard()
+        if self.audit_log_text and self.audit_log is None:
+            message = "audit_log_text needs audit_log, the file"
+            raise ConfigError(message, field="audit_log_text")
         check_seconds("shutdown_timeout", self.shutdown_timeout)
         check_traces(self.otlp_traces_endpoint, self.otlp_traces_sampling)
         _ = self.priority_range

@@ -50,15 +50,16 @@ class FastHistogram(Collector):
         return ()
 
 
-class SpanCounts(Collector):
-    """Spans of traces by what became of them."""
+class OutcomeCounts(Collector):
+    """Something by what became of it, as somebody else counts it."""
 
-    def __init__(self, counts: Callable[[], Mapping[str, int]]) -> None:
+    def __init__(self, name: str, text: str, counts: Callable[[], Mapping[str, int]]) -> None:
+        self._name = name
+        self._text = text
         self._counts = counts
 
     def collect(self) -> Iterable[Metric]:
-        text = "Spans of traces: exported, dropped for want of room, or not taken by a collector"
-        family = CounterMetricFamily("octavo:trace_spans", text, labels=["outcome"])
+        family = CounterMetricFamily(self._name, self._text, labels=["outcome"])
         for outcome, count in self._counts().items():
             family.add_metric([outcome], count)
         yield family

@@ -1,7 +1,8 @@
 """Lines to a descriptor without ever waiting for whoever reads it.
 
-Made by `observe.logs`. A thread writes what a queue holds; when nobody reads, the queue fills, and
-further lines are dropped and counted. Never formats a line of its own but the one that tells so.
+Made by `observe.logs`, and for files by `observe.file_writer`. A thread writes what a queue holds;
+when nobody reads, the queue fills, and further lines are dropped and counted. Never formats a line
+of its own but the one that tells so.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import select
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
+from typing import Any
 
 MAX_LINES = 10_000
 """What may wait; a line more is dropped."""
@@ -25,7 +27,8 @@ class LogWriter:
         """`tell_dropped` makes a text of the number of lines that were lost."""
         self._descriptor = descriptor
         self._tell_dropped = tell_dropped
-        self._queue: SimpleQueue[str | threading.Event | None] = SimpleQueue()
+        self._queue: SimpleQueue[Any] = SimpleQueue()
+        """Of lines, of events that tell how far it is, and None for the end."""
         self.num_dropped = 0
         self._num_told = 0
         self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
@@ -50,34 +53,39 @@ class LogWriter:
         self._queue.put(None)
 
     def _run(self) -> None:
-        batch = b""
+        batch, num_lines = b"", 0
         while (item := self._queue.get()) is not None:
-            if isinstance(item, str):
-                data = item.encode("utf-8", "backslashreplace")
+            is_line = not isinstance(item, threading.Event)
+            if is_line:
+                data = self._text(item).encode("utf-8", "backslashreplace")
                 if batch and len(batch) + len(data) > _BATCH_BYTES:
-                    self._write(batch)
-                    batch = b""
+                    self._write(batch, num_lines)
+                    batch, num_lines = b"", 0
                 batch += data
-            if isinstance(item, threading.Event) or self._queue.empty():
-                self._write(batch)
-                batch = b""
+                num_lines += 1
+            if not is_line or self._queue.empty():
+                self._write(batch, num_lines)
+                batch, num_lines = b"", 0
                 self._tell()
-            if isinstance(item, threading.Event):
+            if not is_line:
                 item.set()
+
+    def _text(self, item: Any) -> str:
+        return item
 
     def _tell(self) -> None:
         """Says how many lines are missing, where they are missing."""
         if (lost := self.num_dropped - self._num_told) > 0:
             self._num_told += lost
-            self._write(self._tell_dropped(lost).encode())
+            self._write(self._tell_dropped(lost).encode(), 0)
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes, num_lines: int) -> None:
         while data:
             try:
                 data = data[os.write(self._descriptor, data) :]
             except BlockingIOError:
                 select.select([], [self._descriptor], [])
             except OSError:  # nobody will ever read it
-                self.num_dropped += 1
-                self._num_told += 1
+                self.num_dropped += num_lines
+                self._num_told += num_lines
                 return

@@ -16,7 +16,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.samples import Sample
 
 from octavo.moments import Moment
-from octavo.observe.collectors import FastHistogram, GuardCounts, GuardNumbers, SpanCounts
+from octavo.observe.collectors import FastHistogram, GuardCounts, GuardNumbers, OutcomeCounts
 from octavo.observe.engine_families import (
     engine_families,
     fleet_family,
@@ -133,7 +133,13 @@ class Metrics:
 
     def watch_traces(self, counts: Callable[[], Mapping[str, int]]) -> None:
         """Exports what became of spans from now on."""
-        self._http.register(SpanCounts(counts))
+        text = "Spans of traces: exported, dropped for want of room, or not taken by a collector"
+        self._http.register(OutcomeCounts("octavo:trace_spans", text, counts))
+
+    def watch_audit(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        """Exports what became of lines of the audit log from now on."""
+        text = "Lines of the audit log: taken, or dropped because they could not be written"
+        self._http.register(OutcomeCounts("octavo:audit_lines", text, counts))
 
     def watch_guard(self, gate: GuardNumbers) -> None:
         """Exports what the guard is asked and says from now on."""

@@ -6,23 +6,24 @@ logs what the client is told.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import time
 from collections.abc import Awaitable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.observe.metrics import Metrics
+from octavo.server.audit import AuditLog
 from octavo.server.drain import PROBES
-from octavo.server.errors import error_response
+from octavo.server.errors import error_field, error_response
+from octavo.server.exchange import Exchange, client_of
 from octavo.server.headers import header
 from octavo.server.message_errors import is_message_path
-from octavo.server.tracing.middleware import CLIENT_CLOSED, Trace
+from octavo.server.tracing.middleware import CLIENT_CLOSED
 
 logger = logging.getLogger(__name__)
 
@@ -33,35 +34,6 @@ _MAX_REASON_CHARS = 300
 
 
 @dataclass(slots=True)
-class Exchange:
-    """What the log line tells of one exchange; tokens are those of all prompts and sequences.
-
-    Routes find it as `request.state.exchange` and fill in what they know.
-    """
-
-    request_id: str
-    num_prompt_tokens: int | None = None
-    """Known once a generation has begun."""
-    num_cached_tokens: int = 0
-    num_output_tokens: int = 0
-    first_token_seconds: float | None = None
-    """From the arrival of the first of its prompts that got one."""
-    is_message: bool = False
-    """Whether its route is one of Anthropic's API."""
-    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
-    """That the answer gets besides its own."""
-    guarded: dict[str, int] | None = None
-    """How often its guard has refused or rewritten, by `input_refused` and the like."""
-    reason: str = ""
-    """Why it failed, if its answer had begun by then; else the answer itself tells."""
-    tokenising: tuple[float, float] | None = None
-    """When texts became ids: beginning and end, seconds of the monotonic clock."""
-    trace: Trace | None = None
-    """Where its way is noted, if it is traced."""
-    started: float = field(default_factory=time.monotonic)
-
-
-@dataclass(slots=True)
 class _Answer:
     """What went to the client."""
 
@@ -69,24 +41,26 @@ class _Answer:
     is_complete: bool = False
     error: bytes = b""
     """Body of an error."""
+    num_bytes: int = 0
+    """Of the body, but for streams that are written to their connection."""
 
     def note(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
         elif message["type"] == "http.response.body":
             self.is_complete = not message.get("more_body", False)
+            self.num_bytes += len(message.get("body", b""))
             if self.status >= 400 and len(self.error) < _MAX_ERROR_BYTES:
                 self.error += message.get("body", b"")
 
     def reason(self) -> str:
         """Returns the message of the error object; empty if the answer is none."""
-        if not self.error:
-            return ""  # nearly always: not even tried, for an exception costs
-        try:
-            told = json.loads(self.error)["error"]["message"]
-        except (ValueError, KeyError, TypeError):
-            return ""
-        return str(told)
+        return error_field(self.error, "message")
+
+    def code(self) -> str:
+        """Returns the code of the error object, its type if it has none; empty if the answer is
+        none."""
+        return error_field(self.error, "code") or error_field(self.error, "type")
 
 
 class AccessMiddleware:
@@ -95,9 +69,16 @@ class AccessMiddleware:
     The id is in `request.state.request_id` and in the response's headers.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, silent: Collection[str] = ()) -> None:
-        """`silent` are paths whose exchanges are not logged."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        silent: Collection[str] = (),
+        audit: AuditLog | None = None,
+    ) -> None:
+        """`silent` are paths whose exchanges are not logged; `audit` is told of all but probes."""
         self._app = app
+        self._audit = audit
         self._metrics = metrics
         self._silent = frozenset(silent)
 
@@ -108,6 +89,8 @@ class AccessMiddleware:
         request_id = _request_id(scope)
         exchange, answer = Exchange(request_id), _Answer()
         scope.setdefault("state", {}).update(request_id=request_id, exchange=exchange)
+        if self._audit is not None:
+            self._audit.begin(exchange)
         headers = [(b"x-request-id", request_id.encode())]
         if is_message_path(scope["path"]):
             headers.append((b"request-id", request_id.encode()))  # where its clients look
@@ -140,13 +123,22 @@ class AccessMiddleware:
         status = answer.status if answer.is_complete else CLIENT_CLOSED
         seconds = time.monotonic() - exchange.started
         self._metrics.observe_http(handler, method, status, seconds)
+        if self._audit is not None and scope["path"] not in PROBES:
+            self._audit.record(
+                exchange,
+                scope,
+                route=handler,
+                status=status,
+                seconds=seconds,
+                code=answer.code(),
+                num_bytes=answer.num_bytes,
+            )
         level = logging.DEBUG if scope["path"] in PROBES else logging.INFO
         if scope["path"] in self._silent or not logger.isEnabledFor(level):
             return
-        host, port = scope.get("client") or ("unknown", 0)
         extra = {
             "request_id": exchange.request_id,
-            "client": f"{host}:{port}",
+            "client": client_of(scope),
             "method": method,
             "path": scope["path"],
             "status": status,

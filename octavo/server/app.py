@@ -21,6 +21,7 @@ from octavo.errors import RequestError
 from octavo.observe.metrics import Metrics
 from octavo.server import errors, openapi
 from octavo.server.access import AccessMiddleware
+from octavo.server.audit import AuditLog
 from octavo.server.auth import AuthMiddleware
 from octavo.server.direct_routes import App
 from octavo.server.docs_page import docs_response
@@ -83,10 +84,17 @@ def create_app(
     guard = new_gate(config)
     if guard is not None:
         metrics.watch_guard(guard)
+    audit = None
+    if config.audit_log is not None:
+        audit = AuditLog(config.audit_log, names[0], config.audit_log_text)
+        metrics.watch_audit(lambda: audit.counts)
     keyring, route_scopes = Keyring(config), RouteScopes(config.public_metrics)
     middleware = [
         Middleware(
-            AccessMiddleware, metrics=metrics, silent=config.disable_access_log_for_endpoints
+            AccessMiddleware,
+            metrics=metrics,
+            silent=config.disable_access_log_for_endpoints,
+            audit=audit,
         ),
         Middleware(DrainMiddleware, drain=drain),
         Middleware(AuthMiddleware, keyring=keyring, route_scopes=route_scopes, budgets=budgets),
@@ -127,6 +135,7 @@ def create_app(
         keyring=keyring,
         budgets=budgets,
         guard=guard,
+        audit=audit,
         responses=Responses(store),
         batch_handlers=_batch_handlers(FAMILIES),
     )

@@ -1,5 +1,5 @@
 """What runs beside an app while it serves, whoever serves it: batches, fresh keys; its stores, its
-guard.
+guard, its audit log.
 
 Entered by `serve.Server`, and by the deployments that hand the app to a server of others. Without
 it an app answers, but batches do not run and files of keys are read once.
@@ -32,5 +32,7 @@ async def beside(state: ServerState) -> AsyncIterator[None]:
         await state.store.close()
         if state.guard is not None:
             await state.guard.close()
+        if state.audit is not None:
+            await asyncio.to_thread(state.audit.close)
         keys.cancel()
         state.budgets.end()

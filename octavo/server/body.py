@@ -10,6 +10,7 @@ from typing import TypeVar
 from starlette.requests import Request
 
 from octavo.server.errors import ApiError, ClientDisconnectedError
+from octavo.server.exchange import Exchange
 from octavo.server.guards.inputs import checked_prompts
 from octavo.server.headers import header
 from octavo.server.limits import BodyRoom
@@ -30,12 +31,20 @@ async def read_body(request: Request, model: type[Body]) -> Body:
     try:
         await _receive(request, room, received)
         content = bytes(received)
+        _note(request, content)
         await state.beginnings.wait()
         body = await parsed(state, content, model)
     finally:
         room.give_back(len(received))
     request.scope["state"]["body"] = body  # Errors ask it for the names of its fields.
     return body if state.guard is None else await checked_prompts(request, body, state.guard)
+
+
+def _note(request: Request, content: bytes) -> None:
+    exchange: Exchange = request.scope["state"]["exchange"]
+    exchange.num_body_bytes = len(content)
+    if exchange.sent is not None:
+        exchange.sent = content.decode("utf-8", "backslashreplace")
 
 
 async def parsed(state: ServerState, content: bytes, model: type[Body]) -> Body:

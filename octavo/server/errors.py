@@ -111,6 +111,17 @@ def error_response(error: Exception, scope: Scope) -> Response:
     return Response(json.dumps(body), status, headers, media_type="application/json")
 
 
+def error_field(content: bytes, field: str) -> str:
+    """Returns a field of the error object that is an answer; empty if it has none."""
+    if not content:
+        return ""  # nearly always: not even tried, for an exception costs
+    try:
+        told = json.loads(content)["error"].get(field)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return ""
+    return "" if told is None else str(told)
+
+
 def install(app: FastAPI) -> None:
     """Makes every expected error of `app` an error object."""
     app.add_exception_handler(OctavoError, on_error)

@@ -18,9 +18,10 @@ from octavo.errors import OctavoError, OverloadedError
 from octavo.observe.metrics import RequestTrack
 from octavo.outputs import DeltaSum, OutputDelta
 from octavo.request import FinishReason, Request, SamplingParams
-from octavo.server.access import Exchange
+from octavo.server.audit import kept
 from octavo.server.auth import check_priority
 from octavo.server.errors import ApiError
+from octavo.server.exchange import Exchange
 from octavo.server.guards.call import CallGuard, ShownMarks
 from octavo.server.guards.inputs import KEY
 from octavo.server.guards.outputs import HeldOutput
@@ -205,7 +206,8 @@ class _Running:
     ) -> None:
         self._is_streamed = is_streamed
         self.num_unfinished = len(call.requests)
-        self.deliver = deliver
+        told = call.exchange.told
+        self.deliver = deliver if told is None else kept(told, call.params.n, deliver)
         self.fail = fail
         self._call = call
         self._state = state

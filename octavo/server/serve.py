@@ -33,6 +33,7 @@ from octavo.observe.metrics import Metrics
 from octavo.observe.stats import EngineStats
 from octavo.observe.throughput import Throughput, in_words
 from octavo.server.app import create_app
+from octavo.server.audit import check_audit
 from octavo.server.beside import beside
 from octavo.server.drain import Drain
 from octavo.server.engine_client import Engine
@@ -60,11 +61,12 @@ _DEAD_SECONDS = 2.0
 
 
 def bind(config: ServerConfig) -> socket.socket:
-    """Returns a bound socket. Raises ConfigError if host, port, certificate, keys, guard or
-    traces cannot be had."""
+    """Returns a bound socket. Raises ConfigError if host, port, certificate, keys, guard,
+    traces or audit log cannot be had."""
     check_certificate(config)
     check_tracing(config)
     check_guard(config)
+    check_audit(config)
     if config.keys is not None:
         tokens_of(read_key_file(Path(config.keys)))
     return _listen(config, "port", config.port)

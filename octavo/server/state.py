@@ -16,6 +16,7 @@ from octavo.config import ServerConfig
 from octavo.engine.mailbox import Turns
 from octavo.errors import shown
 from octavo.observe.metrics import Metrics
+from octavo.server.audit import AuditLog
 from octavo.server.drain import Drain
 from octavo.server.engine_client import Engine
 from octavo.server.errors import ApiError
@@ -64,6 +65,7 @@ class ServerState:
     budgets: Budgets
     guard: Gate | None = None
     """Whom texts must pass, if there is somebody."""
+    audit: AuditLog | None = None
     drain: Drain = field(default_factory=Drain)
     turns: Turns = field(default_factory=Turns)
     """Of the streams' readers."""

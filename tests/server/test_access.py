@@ -16,7 +16,8 @@ from starlette.routing import Route
 
 from octavo.observe.logs import JsonFormatter
 from octavo.observe.metrics import Metrics
-from octavo.server.access import AccessMiddleware, Exchange
+from octavo.server.access import AccessMiddleware
+from octavo.server.exchange import Exchange
 
 ACCESS = "octavo.server.access"
 

@@ -15,7 +15,7 @@ from octavo.async_llm import AsyncLLM
 from octavo.config import EngineConfig, ServerConfig
 from octavo.engine.chat_template import ChatRenderer
 from octavo.outputs import OutputDelta
-from octavo.server.access import Exchange
+from octavo.server.exchange import Exchange
 from octavo.server.generation import Call
 from octavo.server.message_answers import MessageHead, whole_message
 from octavo.server.protocol.messages import MessagesRequest

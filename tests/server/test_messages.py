@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from octavo.config import ServerConfig
 from octavo.errors import OverloadedError, RequestError
 from octavo.outputs import OutputDelta
-from octavo.server.access import Exchange
+from octavo.server.exchange import Exchange
 from octavo.server.generation import Call
 from octavo.server.message_answers import MessageEvents, MessageHead, call_input, whole_message
 from octavo.server.protocol.message_blocks import chat_messages

@@ -7,6 +7,7 @@ batches have a priority, a room for bodies and an end of their own.
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -15,14 +16,15 @@ from starlette.types import Message, Scope
 
 from octavo.errors import EngineDeadError, OctavoError, OverloadedError
 from octavo.request import MAX_INT
-from octavo.server.access import Exchange
+from octavo.server.audit import AuditLog
 from octavo.server.drain import Drain
-from octavo.server.errors import ApiError, error_response, on_error
+from octavo.server.errors import ApiError, error_field, error_response, on_error
+from octavo.server.exchange import Exchange
 from octavo.server.guards.gate import UNAVAILABLE
 from octavo.server.limits import BodyRoom
 from octavo.server.state import ServerState
 from octavo.server.tenants.budgets import CODE
-from octavo.server.tenants.callers import TENANT_SCOPES, Caller
+from octavo.server.tenants.callers import TENANT_SCOPES, Caller, Tenant
 
 PRIORITY = MAX_INT
 """Behind all others."""
@@ -45,6 +47,7 @@ class LineCalls:
 
     def __init__(self, state: ServerState) -> None:
         self._keyring = state.keyring
+        self._audit = state.audit
         self._handlers = state.batch_handlers
         room = BodyRoom(state.body_room.max_body_bytes)
         own = replace(state, drain=Drain(), body_room=room, priority=PRIORITY)
@@ -62,10 +65,31 @@ class LineCalls:
         known = self._keyring.tenant_of_id(tenant)
         if known is None:
             raise AgainError("its tenant is not let in any more")
+        scope = self._scope(known, endpoint, content, request_id)
+        answer = await self._answer(scope, content)
+        if self._audit is not None:
+            self._record(self._audit, scope, answer)
+        return answer
+
+    def _record(self, audit: AuditLog, scope: Scope, answer: Answer) -> None:
+        exchange: Exchange = scope["state"]["exchange"]
+        audit.record(
+            exchange,
+            scope,
+            route=scope["path"],
+            status=answer.status,
+            seconds=time.monotonic() - exchange.started,
+            code=error_field(answer.body, "code") if answer.status >= 400 else "",
+            num_bytes=len(answer.body),
+        )
+
+    def _scope(self, known: Tenant, endpoint: str, content: bytes, request_id: str) -> Scope:
         # What lines may do was checked when the batch was made.
         caller = Caller(name="batch", tenant=known, scopes=TENANT_SCOPES)
-        handler = self._handlers.get(endpoint)
-        scope: Scope = {
+        exchange = Exchange(request_id)
+        if self._audit is not None:
+            self._audit.begin(exchange)
+        return {
             "type": "http",
             "http_version": "1.1",
             "method": "POST",
@@ -85,9 +109,13 @@ class LineCalls:
             "state": {
                 "caller": caller,
                 "request_id": request_id,
-                "exchange": Exchange(request_id),
+                "exchange": exchange,
             },
         }
+
+    async def _answer(self, scope: Scope, content: bytes) -> Answer:
+        endpoint = scope["path"]
+        handler = self._handlers.get(endpoint)
         exchange = _Exchange(content)
         request = Request(scope, exchange.receive)
         try:

@@ -12,8 +12,8 @@ from starlette.requests import Request
 
 from octavo.guard import GuardCheck, GuardText, Refuse, Stage, Verdict
 from octavo.outputs import OutputDelta
-from octavo.server.access import Exchange
 from octavo.server.engine_client import ServerTokenizer
+from octavo.server.exchange import Exchange
 from octavo.server.guards.gate import Gate
 from octavo.server.state import server_state
 from octavo.server.tenants.callers import caller_of
