@@ -14,7 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import islice, repeat
 
 import torch
@@ -30,6 +30,7 @@ from octavo.kernels.triton.attention.shared import plan_shared_prefix, shared_pr
 from octavo.kernels.triton.attention.write import rope_and_cache
 from octavo.kernels.triton.latent.decode import latent_decode
 from octavo.kernels.triton.latent.pages import latent_plane
+from octavo.kernels.triton.launching.tickets import make_tickets
 from octavo.kernels.triton.small.mixing import mix_rows
 from octavo.kv_cache.spec import KVSpec, attention_kv, group_layers, latent_kv
 from octavo.kv_cache.storage import KVStorage
@@ -69,6 +70,12 @@ def plain_of(layer: KVLayer) -> KVLayer:
             for name in ("key", "value")
         }
     )
+
+
+@cache
+def tickets() -> torch.Tensor:
+    """Of all launches here, as a back end has its own."""
+    return make_tickets(CUDA)
 
 
 def spec_of(name: str, K: int, D: int) -> KVSpec:
@@ -124,14 +131,17 @@ def check() -> None:
                 batch = make_batch(lens, query_lens, num_blocks)
                 q, mixed = queries(layer, sum(query_lens), H, D)
                 expected = exact(q, plain, batch, None)
-                told(f"{form} {(H, K, D)} {name}", attention(mixed, op, layer, batch), expected)
+                found = attention(mixed, op, layer, batch, tickets=tickets())
+                told(f"{form} {(H, K, D)} {name}", found, expected)
             batch = make_batch([2100] * 3, [1] * 3, num_blocks)
             batch.block_table[:, :128] = batch.block_table[0, :128]
             table, ones = batch.block_table.cpu().numpy(), torch.ones(3, dtype=torch.int32).numpy()
             plan = plan_shared_prefix(table, ones * 2100, ones, tiles_of(H, K))
             assert plan is not None
             q, mixed = queries(layer, 3, H, D)
-            found = shared_prefix_attention(mixed, op, layer, batch, plan.to_device(CUDA))
+            found = shared_prefix_attention(
+                *(mixed, op, layer, batch, plan.to_device(CUDA), tickets())
+            )
             told(f"shared {(H, K, D)} {name}", found, exact(q, plain, batch, None))
 
 
@@ -152,7 +162,9 @@ def decode() -> None:
                 batch = replace(batch, plan=DevicePlan(max_query_len=1, num_short_tokens=0))
                 q = torch.randn(size, H, D, device=CUDA).bfloat16()
                 floor = (size * context * spec.token_bytes + 4 * q.numel()) / BYTES_PER_SECOND
-                ms = graph_ms([partial(attention, q, op, layer, batch) for layer in layers])
+                ms = graph_ms(
+                    [partial(attention, q, op, layer, batch, tickets=tickets()) for layer in layers]
+                )
                 base = report(f"decode {model} {size} x {context}", name, floor, ms, base)
 
 
@@ -171,7 +183,9 @@ def prefill() -> None:
                 q = torch.randn(new, H, D, device=CUDA).bfloat16()
                 pairs = new * before + new * (new + 1) / 2
                 floor = 4 * H * D * pairs / FLOPS_PER_SECOND
-                ms = graph_ms([partial(attention, q, op, layer, batch) for layer in layers])
+                ms = graph_ms(
+                    [partial(attention, q, op, layer, batch, tickets=tickets()) for layer in layers]
+                )
                 base = report(f"prefill {model} {new} after {before}", name, floor, ms, base)
 
 
@@ -208,7 +222,11 @@ def latent_cases(
         floor = size * context * spec.token_bytes / BYTES_PER_SECOND
         for layer in islice(layers_of(spec, num_blocks, (rank, rope)), 8):
             plane = latent_plane(layer, rank, rope)
-            call = partial(latent_decode, q, plane, batch, 0.1, out, max_seq_len=context)
+            call = partial(
+                *(latent_decode, q, plane, batch, 0.1, out),
+                max_seq_len=context,
+                tickets=tickets(),
+            )
             yield name, floor, call
 
 

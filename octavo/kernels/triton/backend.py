@@ -26,6 +26,7 @@ from octavo.kernels.planning import AttentionPlanner, PlanLimits, PlannedGroup
 from octavo.kernels.triton.attention.choose import attended, attention
 from octavo.kernels.triton.attention.decode import decode_attention, seq_len_bound
 from octavo.kernels.triton.attention.device_plan import plan_of
+from octavo.kernels.triton.attention.hopper import lone
 from octavo.kernels.triton.attention.plan import MIN_SAVED_BYTES, StepPlanner
 from octavo.kernels.triton.attention.shared import shared_prefix_attention
 from octavo.kernels.triton.attention.write import rope_and_cache
@@ -245,6 +246,7 @@ class TritonOps(Composed):
             or self._is_deterministic
             or not (op.qk_norm is None or op.qk_norm.per_head)
             or plan.prefix is not None
+            or lone.fits(qkv_TN, op, layer)
         ):
             return super().rope_attention(qkv_TN, op, layer, batch)
         out = qkv_TN.new_empty((num_tokens, op.num_heads, op.head_size))

@@ -19,6 +19,7 @@ from torch import Tensor
 from octavo.kernels.facts import split_partials
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
 from octavo.kernels.triton.attention.device_plan import plan_of
+from octavo.kernels.triton.attention.hopper import lone
 from octavo.kernels.triton.attention.partials import (
     Partials,
     make_partials,
@@ -285,6 +286,10 @@ def decode_attention(
     if tickets is None:
         tickets = make_tickets(q_THD.device)
     assert rows * num_kv_heads <= len(tickets), (rows, num_kv_heads)
+    may_share = token_sequences is None and not (is_qkv or is_invariant) and shape is None
+    if may_share and lone.fits(q_THD, op, layer):
+        lone.lone_rows(q_THD, op, layer, batch, out, partials, tickets, shared, most)
+        return
     shape = shape or decode_shape(
         head_size, dtype, is_plain=planes.is_plain, is_invariant=is_invariant
     )

@@ -1,8 +1,9 @@
 """The numbers of formats of 8 and 4 bits as floats: what tiles of the KV cache are unpacked with.
 
-Called by tiles/kv.py. Numbers come as they lie in words of 32 bits, and leave as float16, which has
-all of them exactly. On a GPU a few instructions of PTX make four of them; Triton's interpreter,
-which knows none, does the same with the bits.
+Called by tiles/kv.py; attention/hopper/packed_tiles.py takes the instructions. Numbers come as they
+lie in words of 32 bits, and leave as float16, which has all of them exactly. On a GPU a few
+instructions of PTX make four of them; Triton's interpreter, which knows none, does the same with
+the bits.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ IS_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))  # pyright: 
 
 # A float16 that begins with 0x64 is 1024 and the number in its last byte; with 0x54, 64 and a
 # sixteenth of it.
-_FROM_INT8 = tl.constexpr("""{
+FROM_INT8 = tl.constexpr("""{
     .reg .b32 x, low, high, bias;
     xor.b32 x, $4, 0x80808080;
     prmt.b32 low, x, 0x64646464, 0x4140;
@@ -25,7 +26,7 @@ _FROM_INT8 = tl.constexpr("""{
     mov.b32 {$0, $1}, low;
     mov.b32 {$2, $3}, high;
 }""")
-_FROM_FP8 = tl.constexpr("""{
+FROM_FP8 = tl.constexpr("""{
     .reg .b16 first, second;
     .reg .b32 low, high;
     mov.b32 {first, second}, $4;
@@ -34,7 +35,7 @@ _FROM_FP8 = tl.constexpr("""{
     mov.b32 {$0, $1}, low;
     mov.b32 {$2, $3}, high;
 }""")
-_FROM_INT4 = tl.constexpr("""{
+FROM_INT4 = tl.constexpr("""{
     .reg .b32 x, low, high, bias;
     and.b32 x, $4, 0xf0f0f0f0;
     prmt.b32 low, x, 0x54545454, 0x4140;
@@ -83,10 +84,10 @@ def numbers_of(words, FORMAT: tl.constexpr):
         a, b = _number(words, 0, FORMAT), _number(words, 1, FORMAT)
         c, d = _number(words, 2, FORMAT), _number(words, 3, FORMAT)
     elif FORMAT == "fp8":
-        a, b, c, d = _by_ptx(words, _FROM_FP8)
+        a, b, c, d = _by_ptx(words, FROM_FP8)
     elif FORMAT == "int8":
-        a, b, c, d = _by_ptx(words, _FROM_INT8)
+        a, b, c, d = _by_ptx(words, FROM_INT8)
     else:
         tl.static_assert(FORMAT == "int4")
-        a, b, c, d = _by_ptx(words, _FROM_INT4)
+        a, b, c, d = _by_ptx(words, FROM_INT4)
     return tl.join(tl.join(a, c), tl.join(b, d)).reshape(N, 4 * W)

@@ -217,9 +217,9 @@ def _hopper_kernel(
     source = (key, value, block_table, stride_table, turns, plan, rings)
     gl.warp_specialize(
         [  # Numbers that variables hold would no longer be constants.
-            (_consume, (H, STACK, FORM, MOST, 0, P, HAS_SINKS) + result),  # noqa: RUF005
-            (_consume, (H, STACK, FORM, MOST, 1, P, HAS_SINKS) + result),  # noqa: RUF005
-            (_produce, (H, STACK, FORM, MOST, GROUP) + source),  # noqa: RUF005
+            (_consume, (H, STACK, FORM, MOST, 0, P, HAS_SINKS) + result),
+            (_consume, (H, STACK, FORM, MOST, 1, P, HAS_SINKS) + result),
+            (_produce, (H, STACK, FORM, MOST, GROUP) + source),
         ],
         [4, 1],
         [232, 40],

@@ -43,7 +43,7 @@ def pages_of(table_row, tile, length, N: gl.constexpr, P: gl.constexpr):
     for i in gl.static_range(N // P):
         at = tile * (N // P) + i
         page = gl.load(table_row + at, mask=at * P < length, other=-1)
-        pages = pages + (page,)  # noqa: RUF005 (Gluon has no stars)
+        pages = pages + (page,)
     return pages
 
 

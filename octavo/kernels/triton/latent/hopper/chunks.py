@@ -146,11 +146,11 @@ def _latent_pieces_kernel(
     source = (pages, block_table, stride_table, turns, plan, rings)
     gl.warp_specialize(
         [  # Numbers that variables hold would no longer be constants.
-            (_consume, (H, STACK, FORM, P) + result),  # noqa: RUF005
-            (_produce, (0, H, STACK, FORM) + source),  # noqa: RUF005
-            (_produce, (1, H, STACK, FORM) + source),  # noqa: RUF005
-            (_produce, (2, H, STACK, FORM) + source),  # noqa: RUF005
-            (_produce, (3, H, STACK, FORM) + source),  # noqa: RUF005
+            (_consume, (H, STACK, FORM, P) + result),
+            (_produce, (0, H, STACK, FORM) + source),
+            (_produce, (1, H, STACK, FORM) + source),
+            (_produce, (2, H, STACK, FORM) + source),
+            (_produce, (3, H, STACK, FORM) + source),
         ],
         [1, 1, 1, 1],
         [REGISTERS, REGISTERS, REGISTERS, REGISTERS],

@@ -1,8 +1,7 @@
 """Absorbed latent attention of single queries on Hopper: all heads of a token are rows of one tile.
 
 Called by latent/decode.py where `fits` of tiles.py says so and no row is to be invariant. A row's
-keys are shared out among programs that run at the same time; each waits for the others' partial
-results, and merges its share of them: one kernel, whatever the length.
+keys are shared out among programs that run at the same time (attention/hopper/shares.py).
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.kernels.inputs import AttentionBatch
 from octavo.kernels.triton.attention.hopper.pieces import ROWS
+from octavo.kernels.triton.attention.hopper.shares import merge_shares, partials_of, share_of
 from octavo.kernels.triton.attention.partials import Partials
 from octavo.kernels.triton.attention.scores import LOG2_E
 from octavo.kernels.triton.latent.hopper.tiles import (
@@ -31,52 +31,11 @@ from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options
 
 UNSPECIALISED = ["num_partials", "stride_table"]
-LOADED = gl.constexpr(16)
-"""Partial results that a program loads at a time, of one head or more."""
 
 
 @gluon.jit
 def _produce(INDEX: gl.constexpr, pages, table_row, length, first_tile, tiles, rings):
     produce(pages, table_row, length, first_tile, tiles, 0, rings, INDEX)
-
-
-@gluon.jit
-def _merge(
-    out, partial_out, partial_lse, heads, t, firsts, stride, count, begin, step,
-    H: gl.constexpr, GROUP: gl.constexpr, RANK: gl.constexpr, HEADS: gl.constexpr,
-):  # fmt: skip
-    """out[t, heads + h] = sum_i w_i o_i / sum_i w_i, w_i = 2^lse_i, over the `count` partials of
-    each head h < GROUP from firsts + h * stride on, HEADS at a time: `begin`, `begin + step` ..."""
-    SLOTS: gl.constexpr = LOADED // HEADS
-    layout: gl.constexpr = gl.BlockedLayout([1, 1, 2], [1, 1, 32], [1, 1, 8], [2, 1, 0])
-    pairs: gl.constexpr = gl.SliceLayout(2, layout)
-    ends: gl.constexpr = gl.SliceLayout(1, layout)
-    slots = gl.arange(0, SLOTS, gl.SliceLayout(0, pairs))[None, :]
-    columns = gl.arange(0, RANK, gl.SliceLayout(0, ends))[None, :]
-    for unit in range(begin, (GROUP + HEADS - 1) // HEADS, step):
-        head = unit * HEADS + gl.arange(0, HEADS, gl.SliceLayout(1, pairs))[:, None]
-        top = gl.full([HEADS, SLOTS], -float("inf"), gl.float32, pairs)
-        total = gl.zeros([HEADS, SLOTS], gl.float32, pairs)
-        acc = gl.zeros([HEADS, SLOTS, RANK], gl.float32, layout)
-        for start in range(0, count, SLOTS):
-            at = firsts + head * stride + (start + slots)
-            live = (start + slots < count) & (head < GROUP)
-            lse = gl.load(partial_lse + at, mask=live, other=-float("inf"), cache_modifier=".cg")
-            there = partial_out + at[:, :, None] * RANK + columns[:, None, :]
-            x = gl.load(there, mask=live[:, :, None], other=0.0, cache_modifier=".cg")
-            higher = gl.maximum(top, lse)
-            floor = gl.where(higher == -float("inf"), 0.0, higher)
-            w, shrink = gl.exp2(lse - floor), gl.exp2(top - floor)
-            acc = acc * shrink[:, :, None] + x * w[:, :, None]
-            total = total * shrink + w
-            top = higher
-        highest = gl.max(top, 1)
-        w = gl.exp2(top - gl.where(highest == -float("inf"), 0.0, highest)[:, None])
-        whole = gl.convert_layout(gl.sum(total * w, 1), gl.SliceLayout(1, ends))
-        mean = gl.sum(acc * w[:, :, None], 1) / gl.where(whole > 0, whole, 1.0)[:, None]
-        mine = unit * HEADS + gl.arange(0, HEADS, gl.SliceLayout(1, ends))
-        to = out + (t * H + heads + mine)[:, None] * RANK + columns
-        gl.store(to, mean.to(out.dtype.element_ty), mask=(mine < GROUP)[:, None])
 
 
 @gluon.jit
@@ -90,7 +49,7 @@ def _consume(
     M: gl.constexpr = q_rank.shape[0]
     RANK: gl.constexpr = q_rank.shape[1]
     N: gl.constexpr = weights.shape[1]
-    t, sequence, heads, split, num_busy, before = place
+    t, _, heads, split, num_busy, before = place
     low, length, end, first_tile, tiles = work
     wide: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0]))
     narrow: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
@@ -99,12 +58,7 @@ def _consume(
     )
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, RANK // 2, 16])
     acc_rows: gl.constexpr = gl.SliceLayout(1, acc_layout)
-    first = sequence * num_partials
-    stride = num_partials.to(gl.int64)
-    if PACKED:
-        first = gl.load(partial_starts + sequence).to(gl.int64)
-        stride = gl.load(partial_starts + sequence + 1) - first
-    firsts = first * H + heads * stride
+    firsts, stride = partials_of(place, partial_starts, num_partials, H, PACKED)
     row = t * H + heads
     head = gl.arange(0, M, acc_rows)
     columns = gl.arange(0, RANK, gl.SliceLayout(0, acc_layout))[None, :]
@@ -124,25 +78,9 @@ def _consume(
         is_partial = live & (num_busy + before > 1)
         gl.store(partial_out + to[:, None] * RANK + columns, mean, is_partial[:, None])
         gl.store(partial_lse + to, lse, is_partial)
-    # Where there was nothing to see, a merge of nothing stores zeros.
-    if ((num_busy + before > 1) | (tiles == 0)) & (split < num_busy):
-        if num_busy > 1:
-            gl.thread_barrier()  # All threads have stored before one of them tells so.
-            arrived = gl.atomic_add(ticket, 1, sem="acq_rel") + 1
-            while arrived % 65536 < num_busy:
-                arrived = gl.atomic_add(ticket, 0, sem="acquire")
-            gl.thread_barrier()
-        count = before + num_busy
-        if tiles == 0:
-            count = before
-        _merge(
-            out, partial_out, partial_lse, heads, t, firsts, stride, count, split, num_busy, H,
-            GROUP, RANK, HEADS,
-        )  # fmt: skip
-        if num_busy > 1:
-            left = gl.atomic_add(ticket, 65536, sem="relaxed") // 65536 + 1
-            if left == num_busy:
-                gl.store(ticket, 0)
+    merge_shares(
+        out, partial_out, partial_lse, place, tiles, firsts, stride, ticket, H, GROUP, RANK, HEADS
+    )
 
 
 @launchable
@@ -184,48 +122,24 @@ def _lone_latents_kernel(
         gdc_wait()
     if OVERLAP:
         gdc_launch_dependents()
-    sequence = gl.program_id(1).to(gl.int64)
-    t = gl.load(query_starts + sequence).to(gl.int64)
-    num_queries = gl.load(query_starts + sequence + 1) - t
-    length = gl.load(seq_lens + sequence)
-    low = length * 0
-    before = length * 0
-    if HAS_SHARED:
-        low = gl.load(shared_tokens + sequence)
-        before = gl.load(shared_partials + sequence)
-    split = gl.program_id(2)
-    origin = low // BLOCK_N
-    all_tiles = gl.maximum(gl.cdiv(length, BLOCK_N) - origin, 0)
-    all_tiles = gl.where(length > low, all_tiles, 0)
-    # No more partial results than SPLIT_CLASSES has splits.
-    least = gl.where(length - low <= 16384, 256 // BLOCK_N, 512 // BLOCK_N)
-    least = gl.where(length - low <= 4096, 128 // BLOCK_N, least)
-    least = gl.where(length - low <= 1024, 1, least)
-    share = gl.maximum(gl.cdiv(all_tiles, gl.num_programs(2)), least)
-    num_busy = gl.maximum(gl.cdiv(all_tiles, share), 1)
-    tiles = gl.maximum(gl.minimum(share, all_tiles - split * share), 0)
-    first_tile = origin + split * share
-    end = gl.minimum((first_tile + tiles) * BLOCK_N, length)
-    if num_queries != 1:
-        tiles = tiles * 0
-        before = before * 0
-        num_busy = num_busy * 0
-    heads = gl.program_id(0) * GROUP
+    place, work = share_of(
+        query_starts, seq_lens, shared_tokens, shared_partials, GROUP, HAS_SHARED, BLOCK_N
+    )
+    _, sequence, _, _, _, _ = place
+    _, length, _, first_tile, tiles = work
     ticket = tickets + gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
     P: gl.constexpr = pages.block_shape[1]
-    place = (t, sequence, heads, split, num_busy, before)
-    work = (low, length, end, first_tile, tiles)
     table_row = block_table + sequence * stride_table
     result = (q, out, partial_out, partial_lse, partial_starts, num_partials, ticket, scale_log2,
               buffers, place, work, rings)  # fmt: skip
     source = (pages, table_row, length, first_tile, tiles, rings)
     gl.warp_specialize(
         [  # Numbers that variables hold would no longer be constants.
-            (_consume, (H, GROUP, P, PACKED, HEADS) + result),  # noqa: RUF005
-            (_produce, (0,) + source),  # noqa: RUF005
-            (_produce, (1,) + source),  # noqa: RUF005
-            (_produce, (2,) + source),  # noqa: RUF005
-            (_produce, (3,) + source),  # noqa: RUF005
+            (_consume, (H, GROUP, P, PACKED, HEADS) + result),
+            (_produce, (0,) + source),
+            (_produce, (1,) + source),
+            (_produce, (2,) + source),
+            (_produce, (3,) + source),
         ],
         [1, 1, 1, 1],
         [REGISTERS, REGISTERS, REGISTERS, REGISTERS],

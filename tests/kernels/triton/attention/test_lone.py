@@ -1,0 +1,147 @@
+"""Single queries over compressed keys and values: what the kernel takes, that it compiles for
+Hopper without one, and on a GPU what it says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from octavo.kernels.kv_pages import mixed_as
+from octavo.visibility import Full, Visibility, Window
+from tests.kernels.cases import exact_attention, floats
+from tests.kernels.kv_cases import kv_op, make_stored
+from tests.kernels.triton.cases import TOLERANCES, assert_near
+from tests.kernels.triton.interpreter import DEVICE
+
+from octavo.kernels.triton.attention.choose import attention  # isort: skip
+from octavo.kernels.triton.attention.hopper import lone  # isort: skip
+from octavo.kernels.triton.attention.shared import (  # isort: skip
+    plan_shared_prefix,
+    shared_prefix_attention,
+)
+from octavo.kernels.triton.attention.splits import tiling  # isort: skip
+from octavo.kernels.triton.launching.chip import has_wgmma  # isort: skip
+from octavo.kernels.triton.launching.tickets import make_tickets  # isort: skip
+from tests.kernels.triton.attention.test_kv_formats import on_device  # isort: skip
+
+on_hopper = pytest.mark.skipif(not has_wgmma(torch.device(DEVICE)), reason="needs a Hopper GPU")
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "heads", "visibility", "soft_cap", "is_taken"),
+    [
+        ("int8", 64, 8, None, None, True),
+        ("int4", 256, 8, None, None, True),
+        ("int8/int4", 128, 32, None, None, True),
+        ("int8", 192, 8, None, None, False),
+        ("int8", 64, 64, None, None, False),
+        ("int8", 64, 8, Window(40), None, False),
+        ("fp8", 64, 8, None, 30.0, False),
+    ],
+)
+def test_it_takes_what_it_can(
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    size: int,
+    heads: int,
+    visibility: Visibility | None,
+    soft_cap: float | None,
+    is_taken: bool,
+) -> None:
+    layer = make_stored(rng, [3], (2, size), name).layer
+    op = replace(kv_op(heads, (2, size)), visibility=visibility or Full(), soft_cap=soft_cap)
+    q = torch.zeros(1, heads, size, dtype=BF16)
+    assert not lone.fits(q, op, layer), "a CPU is no Hopper"
+    monkeypatch.setattr(lone, "has_wgmma", lambda device: True)
+    assert lone.fits(q, op, layer) == is_taken
+    assert not lone.fits(q.float(), op, layer)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from octavo.kernels.triton.attention.hopper import lone
+
+kernel = lone._lone_rows_kernel._function
+types = {"out": "*bf16", "q": "*bf16", "scale_log2": "fp32"}
+types |= dict.fromkeys(("partial_out", "partial_lse"), "*fp32")
+types |= dict.fromkeys(("key_scale", "value_scale"), "*bf16")
+types |= dict.fromkeys(("query_starts", "seq_lens", "shared_tokens", "shared_partials"), "*i32")
+types |= dict.fromkeys(("partial_starts", "tickets", "block_table"), "*i32")
+types |= dict.fromkeys((n for n in kernel.arg_names if n.startswith("stride")), "i32")
+types |= dict.fromkeys(lone.UNSPECIALISED, "i32")
+numbers = {"int8": "*i8", "fp8": "*fp8e4nv", "int4": "*u8"}
+
+
+def build(KEY, VALUE, D, HEADS, **values):
+    values |= {"H": 2 * HEADS, "K": 2, "P": 16, "KEY": KEY, "VALUE": VALUE, "D": D, "HEADS": HEADS}
+    kinds = types | {"key": numbers[KEY], "value": numbers[VALUE]}
+    signature = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
+    at = {(kernel.arg_names.index(name),): value for name, value in values.items()}
+    options = {"num_warps": lone.WARPS, "maxnreg": lone.USUAL.registers}
+    source = GluonASTSource(kernel, signature, at)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert built.asm["ptx"].count("mma.sync") > 0
+
+
+build("int8", "int4", 64, 16, HAS_SHARED=False, PACKED=True, MERGED=1, OVERLAP=1)
+build("int4", "fp8", 128, 8, HAS_SHARED=True, PACKED=False, MERGED=4, OVERLAP=1)
+"""
+
+
+def test_it_compiles_for_hopper_without_one() -> None:
+    compiler = {**os.environ, "TRITON_INTERPRET": "0"}
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=compiler, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+@on_hopper
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4", "int8/int4", "int4/fp8"])
+@pytest.mark.parametrize(("heads", "size"), [((8, 2), 64), ((32, 4), 128), ((16, 1), 256)])
+@pytest.mark.parametrize("lengths", [[1, 15, 64, 65, 1023, 4097, 20000, 0], [700] * 150])
+def test_single_queries(
+    rng: np.random.Generator, name: str, heads: tuple[int, int], size: int, lengths: list[int]
+) -> None:
+    paged = make_stored(rng, lengths, (heads[1], size), name)
+    batch = paged.batch(lengths, [int(n > 0) for n in lengths])
+    q = floats(rng, sum(n > 0 for n in lengths), heads[0], size).to(BF16)
+    op = kv_op(heads[0], (heads[1], size))
+    layer, moved = on_device(paged.layer, batch)
+    mixed = mixed_as(paged.layer, "key", q.float()).to(DEVICE, BF16)
+    assert lone.fits(mixed, op, layer)
+    tickets = make_tickets(torch.device(DEVICE))
+    for _ in range(3):
+        found = attention(mixed, op, layer, moved, tickets=tickets)
+        assert_near(found, exact_attention(q, paged, batch, op), TOLERANCES[BF16])
+        assert not tickets.any()
+
+
+@on_hopper
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_tails_behind_a_shared_prefix(rng: np.random.Generator, name: str) -> None:
+    lengths = [2100] * 3
+    paged = make_stored(rng, lengths, (4, 128), name)
+    batch = paged.batch(lengths, [1] * 3)
+    for s in (1, 2):
+        paged.table[s, :128] = paged.table[0, :128]
+        paged.keys[s][:2048], paged.values[s][:2048] = paged.keys[0][:2048], paged.values[0][:2048]
+    ones = np.ones(3, np.int32)
+    plan = plan_shared_prefix(paged.table.numpy(), ones * 2100, ones, tiling(32, 4, 132))
+    assert plan is not None
+    q = floats(rng, 3, 32, 128).to(BF16)
+    op = kv_op(32, (4, 128))
+    layer, moved = on_device(paged.layer, batch)
+    mixed = mixed_as(paged.layer, "key", q.float()).to(DEVICE, BF16)
+    found = shared_prefix_attention(mixed, op, layer, moved, plan.to_device(torch.device(DEVICE)))
+    assert_near(found, exact_attention(q, paged, batch, op), TOLERANCES[BF16])
