@@ -50,8 +50,10 @@ def own_options(parser: argparse.ArgumentParser) -> str:
     for action in parser._actions:
         name = ", ".join(action.option_strings) or str(action.metavar)
         if action.help == argparse.SUPPRESS or (
-            action.dest in shared | {"help", "model"} and action.dest != "api_key"
+            action.dest in shared | {"help"} and action.dest != "api_key"
         ):
+            continue
+        if action.dest == "model" and not action.option_strings:
             continue
         help = (action.help or "").replace("%(default)s", str(action.default))
         rows.append(f"| `{name}` | {_value(action)} | {help} |".replace("|  |", "| |"))

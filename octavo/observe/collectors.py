@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Protocol
 
 from prometheus_client.metrics_core import (
     CounterMetricFamily,
-    GaugeMetricFamily,
     HistogramMetricFamily,
     Metric,
 )
@@ -48,6 +48,18 @@ class FastHistogram(Collector):
 
     def describe(self) -> Iterable[Metric]:
         return ()
+
+
+@dataclass(slots=True)
+class BatchCounts:
+    """What became of batches in this process."""
+
+    lines: dict[str, int] = field(default_factory=lambda: {"completed": 0, "failed": 0})
+    ended: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("completed", "failed", "expired", "cancelled"), 0)
+    )
+    num_open: int = 0
+    """Batches that are not over, of all processes."""
 
 
 class OutcomeCounts(Collector):

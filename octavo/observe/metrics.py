@@ -16,7 +16,13 @@ from prometheus_client.metrics_core import (
 from prometheus_client.samples import Sample
 
 from octavo.moments import Moment
-from octavo.observe.collectors import FastHistogram, GuardCounts, GuardNumbers, OutcomeCounts
+from octavo.observe.collectors import (
+    BatchCounts,
+    FastHistogram,
+    GuardCounts,
+    GuardNumbers,
+    OutcomeCounts,
+)
 from octavo.observe.engine_families import (
     engine_families,
     fleet_family,
@@ -145,6 +151,15 @@ class Metrics:
         """Exports what the guard is asked and says from now on."""
         self._http.register(GuardCounts(gate))
         self._http.register(gate.seconds)
+
+    def watch_batches(self, counts: BatchCounts) -> None:
+        """Exports what becomes of batches from now on."""
+        lines, ended = "Lines of batches by what became of them", "Batches that are over by status"
+        self._http.register(OutcomeCounts("octavo:batch_lines", lines, lambda: counts.lines))
+        self._http.register(OutcomeCounts("octavo:batches", ended, lambda: counts.ended))
+        text = "Batches that are not over"
+        gauge = Gauge("octavo:open_batches", text, registry=self._http)
+        gauge.set_function(lambda: counts.num_open)
 
     def watch_loop(self, monitor: LoopHoldMonitor) -> None:
         """Exports the longest hold of the event loop from now on."""

@@ -8,8 +8,10 @@ from octavo import __version__
 from octavo.cli import main
 from octavo.cli.commands import COMMANDS
 
+NAMES = [one.__name__.rpartition(".")[2].replace("_", "-") for one in COMMANDS]
 
-@pytest.mark.parametrize("command", [command.__name__.rpartition(".")[2] for command in COMMANDS])
+
+@pytest.mark.parametrize("command", NAMES)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
@@ -109,5 +111,5 @@ def test_a_peer_that_is_not_there_is_said_before_anything_is_loaded(
 def test_shells_get_every_command(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", shell]) == 0
     script = capsys.readouterr().out
-    for command in COMMANDS:
-        assert command.__name__.rpartition(".")[2] in script
+    for command in NAMES:
+        assert command in script

@@ -310,10 +310,11 @@ def test_what_is_not_run_in_time_says_so(start_server: StartServer, tmp_path: Pa
     assert codes == ["batch_expired"] * 3 + ["bad_json"]
 
 
-def test_lines_leave_room_for_others(start_server: StartServer, tmp_path: Path):
+def test_lines_leave_room_for_others(
+    start_server: StartServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(FakeEngine, "max_num_seqs", 8)
     server, client = start(start_server, tmp_path)
-    server.engine.max_num_seqs = 8
-    server.server._batches._slots._most = 7
     server.engine.is_silent = True
     batch = begin(client, prompts(30))
     wait_for(lambda: server.engine.num_running == 7)
@@ -400,7 +401,7 @@ def test_every_line_that_is_not_empty_is_read_once_with_its_number(
 ):
     path = tmp_path_factory.mktemp("lines") / "file"
     path.write_bytes(b"\n".join(content) + b"\n" * has_end)
-    reader = LineReader(path, TEXT, 80)
+    reader = LineReader(path, (TEXT,), 80)
     found = []
     while (lines := reader.next({2, 5})) is not None:
         found += lines
@@ -423,3 +424,23 @@ def test_an_owner_is_alive_until_it_ends(tmp_path: Path):
     one.remove_dead()
     assert [path.name for path in (tmp_path / "owners").iterdir()] == [one.name]
     one.close()
+
+
+def test_metrics_tell_what_became_of_batches(start_server: StartServer, tmp_path: Path):
+    server = start_server(store_dir=str(tmp_path))
+    with client_of(server.url, "none") as one:
+        content = prompts(3) + b"\n{broken"
+        file = one.files.create(file=("in.jsonl", content), purpose="batch")
+        made = one.batches.create(input_file_id=file.id, endpoint=TEXT, completion_window="24h")
+        while one.batches.retrieve(made.id).status not in ENDS:
+            time.sleep(0.05)
+    deadline = time.monotonic() + 20
+    wanted = {
+        'octavo:batch_lines_total{outcome="completed"} 3.0',
+        'octavo:batch_lines_total{outcome="failed"} 1.0',
+        'octavo:batches_total{outcome="completed"} 1.0',
+        "octavo:open_batches 0.0",
+    }
+    while not wanted <= set(httpx.get(f"{server.url}/metrics").text.splitlines()):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)

@@ -30,6 +30,10 @@ PRIORITY = MAX_INT
 """Behind all others."""
 
 
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.05, 5.0
+"""Before something is tried again, twice as long each time."""
+
+
 class AgainError(OctavoError):
     """The line was not at fault: it is to be run again."""
 
@@ -56,6 +60,18 @@ class LineCalls:
     def knows(self, tenant: str) -> bool:
         """Whether the tenant of that id may still ask for anything."""
         return self._keyring.tenant_of_id(tenant) is not None
+
+    async def run_patiently(
+        self, tenant: str, endpoint: str, content: bytes, request_id: str
+    ) -> Answer:
+        """As `run`, again and again while the engine has no room."""
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                return await self.run(tenant, endpoint, content, request_id)
+            except AgainError:
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     async def run(self, tenant: str, endpoint: str, content: bytes, request_id: str) -> Answer:
         """Returns the answer to a body, errors of the client and of the server among them.

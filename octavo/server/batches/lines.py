@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from octavo.server.protocol.decoding import decode
 from octavo.server.protocol.parsing import parse
 
 MAX_LINES = 50_000
+MAX_BESIDES_BYTES = 8192
+"""Of a line beside its body."""
 CHUNK_BYTES = 2**20
 """Read at once, and what is over to the end of the line."""
 
@@ -29,6 +31,8 @@ class Line:
     number: int
     """From 1 on; empty lines count."""
     custom_id: str | None
+    url: str = ""
+    """The route that it is for."""
     body: bytes = b""
     """The JSON of its request."""
     error: RequestError | None = None
@@ -37,10 +41,10 @@ class Line:
 class LineReader:
     """Reads a file in chunks of lines. `next` is to be called in one thread at a time."""
 
-    def __init__(self, path: Path, endpoint: str, max_line_bytes: int) -> None:
-        """Raises OSError."""
+    def __init__(self, path: Path, endpoints: Sequence[str], max_line_bytes: int) -> None:
+        """`endpoints` are the routes that lines may be for. Raises OSError."""
         self._file = path.open("rb")
-        self._endpoint = endpoint
+        self._endpoints = endpoints
         self._max_line_bytes = max_line_bytes
         self._number = 0
 
@@ -78,10 +82,12 @@ class LineReader:
             data = decode(content)
             custom_id = _custom_id(data)
             line = parse(BatchLine, data)
-            if line.url != self._endpoint:
-                message = (
-                    f"url must be the batch's endpoint, {self._endpoint}, got {shown(line.url)}"
+            if line.url not in self._endpoints:
+                one, *more = self._endpoints
+                wanted = (
+                    f"one of {one}, {', '.join(more)}" if more else f"the batch's endpoint, {one}"
                 )
+                message = f"url must be {wanted}, got {shown(line.url)}"
                 raise RequestError(message, param="url", code="invalid_value")
             for name in ("stream", "background"):
                 if line.body.get(name):
@@ -90,7 +96,7 @@ class LineReader:
         except RequestError as error:
             told = RequestError(f"line {number}: {error}", param=error.param, code=error.code)
             return Line(number, custom_id, error=told)
-        return Line(number, line.custom_id, json.dumps(line.body).encode())
+        return Line(number, line.custom_id, line.url, json.dumps(line.body).encode())
 
     def close(self) -> None:
         self._file.close()

@@ -200,6 +200,11 @@ def check_owner(db: sqlite3.Connection, owner: Owner, id: str) -> None:
         raise LostError(f"batch {id} is another process's now")
 
 
+def num_open(db: sqlite3.Connection) -> int:
+    """Returns how many batches are not over."""
+    return db.execute("SELECT COUNT(*) FROM open_batches").fetchone()[0]
+
+
 def lines_done(db: sqlite3.Connection, id: str) -> set[int]:
     """Returns the numbers of the lines that have a result."""
     return {row[0] for row in db.execute("SELECT line FROM batch_lines WHERE batch = ?", (id,))}

@@ -12,11 +12,12 @@ import time
 from contextlib import suppress
 
 from octavo.errors import EngineDeadError, OctavoError, RequestError
+from octavo.observe.collectors import BatchCounts
 from octavo.server.batches import records
 from octavo.server.batches.calls import LineCalls
 from octavo.server.batches.records import BatchError, LostError
 from octavo.server.batches.slots import Slots
-from octavo.server.batches.worker import Worker
+from octavo.server.batches.worker import Shared, Worker
 from octavo.server.state import ServerState
 from octavo.server.store import files, objects
 from octavo.server.store.owners import Owner
@@ -38,6 +39,8 @@ class BatchRunner:
         self._store = state.store
         self._calls = LineCalls(state)
         self._slots = Slots(state)
+        self._counts = BatchCounts()
+        state.metrics.watch_batches(self._counts)
         self._owner: Owner | None = None
         self._active: dict[str, tuple[Worker, asyncio.Task[None]]] = {}
         self._swept_at = -SWEEP_SECONDS
@@ -84,6 +87,7 @@ class BatchRunner:
             self._owner = await self._new_owner()
         owner = self._owner
         stopped = await store.run(lambda db: records.to_stop(db, owner, now))
+        self._counts.num_open = await store.run(records.num_open)
         for id in stopped & self._active.keys():
             self._active[id][0].stop()
         room = MAX_ACTIVE - len(self._active)
@@ -101,7 +105,8 @@ class BatchRunner:
         return await self._store.contents.in_thread(lambda: Owner(self._store.folder))
 
     def _begin(self, owner: Owner, tenant: str, id: str) -> None:
-        worker = Worker(self._state, owner, self._calls, self._slots, tenant, id)
+        shared = Shared(self._calls, self._slots, self._counts)
+        worker = Worker(self._state, owner, shared, tenant, id)
         task = asyncio.ensure_future(self._work(worker))
         self._active[id] = worker, task
 

@@ -15,13 +15,15 @@ import logging
 import sqlite3
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 from octavo.errors import OverloadedError, RequestError
+from octavo.observe.collectors import BatchCounts
 from octavo.server.batches import outputs, records
-from octavo.server.batches.calls import AgainError, LineCalls
-from octavo.server.batches.lines import MAX_LINES, Line, LineReader, Repetitions
+from octavo.server.batches.calls import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, LineCalls
+from octavo.server.batches.lines import MAX_BESIDES_BYTES, MAX_LINES, Line, LineReader, Repetitions
 from octavo.server.batches.records import Batch, BatchError, LineResult
 from octavo.server.batches.slots import Slots
 from octavo.server.errors import ApiError
@@ -32,25 +34,30 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MAX_BESIDES_BYTES = 8192
-"""Of a line beside its body."""
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.05, 5.0
-"""Before something is tried again, twice as long each time."""
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the workers of one process have in common."""
+
+    calls: LineCalls
+    slots: Slots
+    counts: BatchCounts
 
 
 class Worker:
     """Works on one batch."""
 
     def __init__(
-        self, state: ServerState, owner: Owner, calls: LineCalls, slots: Slots, tenant: str, id: str
+        self, state: ServerState, owner: Owner, shared: Shared, tenant: str, id: str
     ) -> None:
         self.tenant = tenant
         self.id = id
         self._state = state
         self._store = state.store
         self._owner = owner
-        self._calls = calls
-        self._slots = slots
+        self._calls = shared.calls
+        self._slots = shared.slots
+        self._counts = shared.counts
         self._stopped = asyncio.Event()
 
     def stop(self) -> None:
@@ -88,6 +95,7 @@ class Worker:
                 lambda db: records.end(db, self._owner, self.tenant, self.id, now, (), **ended)
             )
         )
+        self._counts.ended["failed"] += 1
         logger.info("%s failed: %s", self.id, error.message)
 
     async def _until_stopped(self, step: Awaitable[None]) -> bool:
@@ -142,7 +150,7 @@ class Worker:
     async def _reader(self, batch: Batch) -> AsyncGenerator[LineReader, None]:
         path = self._store.contents.path(batch.input_file_id)
         limit = self._state.body_room.max_body_bytes + MAX_BESIDES_BYTES
-        reader = await asyncio.to_thread(LineReader, path, batch.endpoint, limit)
+        reader = await asyncio.to_thread(LineReader, path, (batch.endpoint,), limit)
         try:
             yield reader
         finally:
@@ -182,13 +190,9 @@ class Worker:
         self._slots.give_back(num_bytes)
 
     async def _run_line(self, batch: Batch, line: Line) -> None:
-        id, pause, answer = outputs.request_id(batch.id, line.number), FIRST_PAUSE_SECONDS, None
-        while answer is None:
-            try:
-                answer = await self._calls.run(self.tenant, batch.endpoint, line.body, id)
-            except AgainError:
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+        answer = await self._calls.run_patiently(
+            self.tenant, line.url, line.body, outputs.request_id(batch.id, line.number)
+        )
         await self._keep([outputs.answered(batch.id, line, answer)])
 
     async def _keep(self, results: Collection[LineResult]) -> None:
@@ -202,6 +206,8 @@ class Worker:
                 )
             )
         )
+        for result in results:
+            self._counts.lines["failed" if result.is_error else "completed"] += 1
 
     async def _refuse_the_rest(self, batch: Batch) -> None:
         """Gives all lines without a result the one that their time is over."""
@@ -232,6 +238,7 @@ class Worker:
                 lambda db: records.end(db, self._owner, self.tenant, self.id, now, written, **ended)
             )
         )
+        self._counts.ended[over.status] += 1
         seconds = int(now) - batch.created_at
         message = "%s %s after %d s: %d of %d lines done, %d failed"
         logger.info(message, self.id, over.status, seconds, over.completed, over.total, over.failed)

@@ -14,7 +14,10 @@ from octavo.errors import RequestError, shown
 from octavo.server.protocol.files import MAX_EXPIRY_SECONDS, MIN_EXPIRY_SECONDS
 from octavo.server.protocol.strict import StrictModel
 
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
+ENDPOINTS = (
+    *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"),
+    *("/v1/score", "/score", "/v1/rerank", "/v2/rerank", "/rerank", "/pooling"),
+)
 MAX_WINDOW_SECONDS = 30 * 86400
 MAX_METADATA = 16
 _UNIT_SECONDS = {"m": 60, "h": 3600, "d": 86400}
