@@ -231,7 +231,6 @@ _TABLE: list[VllmOption] = [
     ),
     *_flags(_CORS, "allow_credentials", face="server"),
     *_values(_CORS, "allowed_methods", "allowed_headers", so=(["*"],), face="server"),
-    *_values("let a proxy in front take prefixes away", "root_path", so=("",), face="server"),
     *_values("put a proxy in front", "middleware", face="server"),
     *_values("listen on --host and --port", "uds", face="server"),
     *_flags(

@@ -30,9 +30,10 @@ SERVER_OPTIONS = """
 --host --port --api-key --api-key-file --operator-key --operator-key-file --keys --public-metrics
 --metrics-port --expert-metrics --otlp-traces-endpoint --otlp-traces-protocol
 --otlp-traces-sampling --allow-priority --served-model-name --api-processes
---max-body-bytes
+--max-body-bytes --max-prompt-tokens --max-messages
 --store-dir --max-store-bytes --allowed-origins
 --ssl-certfile --ssl-keyfile --enable-ssl-refresh
+--root-path --forwarded-allow-ips
 --audit-log --audit-log-text
 --guard --guard-url --guard-stages --guard-timeout --guard-fail-open --guard-max-concurrent
 --guard-max-waiting --guard-window

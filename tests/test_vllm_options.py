@@ -34,7 +34,7 @@ REFUSED = """
 --collect-detailed-traces x
 --no-enable-chunked-prefill | --enable-log-requests | --disable-uvicorn-access-log
 --hf-overrides {"a":1} | --override-generation-config {"top_p":0.5} | --num-gpu-blocks-override 9
---max-logprobs 5 | --root-path /x | --config c.yaml | --task embed | --convert embed
+--max-logprobs 5 | --config c.yaml | --task embed | --convert embed
 --structured-outputs-config {"backend":"xgrammar"} | --compilation-config {"level":3} | -O3
 --no-async-scheduling | --limit-mm-per-prompt {"image":2} | --calculate-kv-scales
 --enable-force-include-usage | --middleware m.M | --uvicorn-log-level info | --ssl-cert-reqs 2

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from ipaddress import ip_network
 from typing import Literal
 
 from octavo.config.environment import environment_keys
@@ -64,6 +65,10 @@ class ServerConfig:
     max_body_bytes: int | None = option(
         None, "largest request body; as the context needs if not given, at most 4 MiB"
     )
+    max_prompt_tokens: int | None = option(
+        None, "longest prompt that is taken; as the context allows if not given", unit="tokens"
+    )
+    max_messages: int | None = option(None, "most messages of a chat; any number if not given")
     store_dir: str | None = option(
         None,
         "folder of stored responses, files and batches; in the user's data folder if not given",
@@ -78,6 +83,12 @@ class ServerConfig:
     ssl_keyfile: str | None = option(None, "key of the certificate, if not in the same file")
     enable_ssl_refresh: bool = option(
         False, "read the certificate again when its file changes; new connections get it"
+    )
+    root_path: str = option("", "prefix under which a proxy serves this server, like /llm")
+    forwarded_allow_ips: tuple[str, ...] = option(
+        (),
+        "proxies whose X-Forwarded-For and -Proto are believed: addresses or networks",
+        separator=",",
     )
     audit_log: str | None = option(
         None, "file of JSON lines: who asked for what, sizes and decisions; no texts"
@@ -137,8 +148,10 @@ class ServerConfig:
             field = "ssl_keyfile" if self.ssl_keyfile else "enable_ssl_refresh"
             raise ConfigError(f"{field} needs ssl_certfile, the certificate", field=field)
         check_positive("api_processes", self.api_processes)
-        if self.max_body_bytes is not None:
-            check_positive("max_body_bytes", self.max_body_bytes)
+        for name in ("max_body_bytes", "max_prompt_tokens", "max_messages"):
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
+        self._check_proxies()
         if self.max_store_bytes < 0:
             message = f"max_store_bytes must be at least 0, got {self.max_store_bytes}"
             raise ConfigError(message, field="max_store_bytes")
@@ -182,6 +195,18 @@ class ServerConfig:
                 field="allow_priority",
             )
         return low, high
+
+    def _check_proxies(self) -> None:
+        if not re.fullmatch(r"((/[\w.~-]+)+)?", self.root_path):
+            message = f"root_path must be like /llm, with no / at its end, got {self.root_path!r}"
+            raise ConfigError(message, field="root_path")
+        for one in self.forwarded_allow_ips:
+            # A name, or an address with bits behind its network, would be taken for nobody.
+            try:
+                ip_network(one)
+            except ValueError as error:
+                message = f"forwarded_allow_ips must be like 10.0.0.7 or 10.0.0.0/8, got {one!r}"
+                raise ConfigError(message, field="forwarded_allow_ips") from error
 
     def _check_guard(self) -> None:
         if self.guard is not None and self.guard_url is not None:

@@ -112,6 +112,7 @@ def create_app(
         middleware.insert(1 + (tracer is not None), cors)
     app = App(
         middleware,
+        prefix=config.root_path,
         direct=(chat.router, completions.router, messages.router, responses.router),
         title="Octavo",
         version=__version__,

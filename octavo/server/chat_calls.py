@@ -15,6 +15,7 @@ from octavo.request import SamplingParams
 from octavo.server.chat_answers import chat_reading
 from octavo.server.generation import Call, new_call
 from octavo.server.guards.inputs import checked_chat
+from octavo.server.limits import check_messages
 from octavo.server.protocol.chat import ChatRequest
 from octavo.server.state import server_state
 from octavo.server.tokenising import render
@@ -32,6 +33,7 @@ async def chat_call(
     state = server_state(request)
     state.check_model(body.model)
     state.engine.check_generates()
+    check_messages(body.num_messages, state.config.max_messages)
     params = body.to_params(state.engine.default_sampling_params)
     if state.guard is not None:
         body = await checked_chat(request, body, state.guard)

@@ -39,7 +39,7 @@ def _page(document: Schema) -> Iterator[str]:
     yield "<meta name='viewport' content='width=device-width, initial-scale=1'>"
     yield f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body>\n"
     yield f"<h1>{_text(title)}</h1><p>{_text(document['info']['description'])}</p>\n"
-    yield "<p>For programs: <a href='/openapi.json'>/openapi.json</a>.</p>\n<ul>"
+    yield "<p>For programs: <a href='openapi.json'>openapi.json</a>.</p>\n<ul>"
     operations = [
         (method, path, operation)
         for path, methods in document["paths"].items()

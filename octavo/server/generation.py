@@ -25,6 +25,7 @@ from octavo.server.exchange import Exchange
 from octavo.server.guards.call import CallGuard, ShownMarks
 from octavo.server.guards.inputs import KEY
 from octavo.server.guards.outputs import HeldOutput
+from octavo.server.limits import check_prompt
 from octavo.server.protocol.sampling import SamplingFields
 from octavo.server.state import ServerState, server_state
 from octavo.server.tenants.budgets import NO_LEASE, header_list, reserved
@@ -86,6 +87,7 @@ async def new_call(
         if place % PREPARED_AT_ONCE == PREPARED_AT_ONCE - 1:
             await asyncio.sleep(0)
         ids = ids if limit is None else ids[-limit:]
+        check_prompt(len(ids), state.config.max_prompt_tokens)
         requests.append(
             engine.prepare(
                 ids,

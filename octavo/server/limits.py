@@ -5,7 +5,7 @@ Made with the app, asked by `server.body` while it reads. Never keeps a body.
 
 from __future__ import annotations
 
-from octavo.errors import OverloadedError
+from octavo.errors import OverloadedError, RequestError
 from octavo.server.errors import ApiError
 
 MAX_DEFAULT_BODY_BYTES = 4 * 2**20
@@ -21,6 +21,26 @@ def default_body_bytes(max_model_len: int) -> int:
     """Returns the largest body that a model of this context has use for, at most 4 MiB."""
     wanted = _BODY_BYTES_BESIDES + _BODY_BYTES_A_TOKEN * max_model_len
     return min(wanted, MAX_DEFAULT_BODY_BYTES)
+
+
+def check_prompt(num_tokens: int, most: int | None) -> None:
+    """Raises RequestError if a prompt has more tokens than the operator takes."""
+    if most is not None and num_tokens > most:
+        message = (
+            f"the prompt has {num_tokens} tokens, and this server takes at most {most} "
+            "(--max-prompt-tokens); shorten it"
+        )
+        raise RequestError(message, param="prompt", code="prompt_too_long")
+
+
+def check_messages(num_messages: int, most: int | None) -> None:
+    """Raises RequestError if a chat has more messages than the operator takes."""
+    if most is not None and num_messages > most:
+        message = (
+            f"there are {num_messages} messages, and this server takes at most {most} "
+            "(--max-messages); send fewer"
+        )
+        raise RequestError(message, param="messages", code="too_many_messages")
 
 
 class BodyRoom:

@@ -94,6 +94,8 @@ def install(app: FastAPI, state: ServerState) -> None:
     document = deepcopy(made)  # It shares parts with the routes, which other apps have, too.
     schemas = deepcopy(ANSWERS)
     document["components"] = {"schemas": schemas}
+    if state.config.root_path:
+        document["servers"] = [{"url": state.config.root_path}]
     has_keys = not state.keyring.is_open
     if has_keys:
         bearer = {"type": "http", "scheme": "bearer", "description": "An API key."}

@@ -35,6 +35,7 @@ from octavo.observe.throughput import Throughput, in_words
 from octavo.server.app import create_app
 from octavo.server.audit import check_audit
 from octavo.server.beside import beside
+from octavo.server.direct_routes import check_prefix
 from octavo.server.drain import Drain
 from octavo.server.engine_client import Engine
 from octavo.server.guards.load import check_guard
@@ -46,6 +47,7 @@ from octavo.server.state import ServerState, Siblings
 from octavo.server.tenants.counts import SharedCounts
 from octavo.server.tenants.key_file import read_key_file
 from octavo.server.tenants.keyring import tokens_of
+from octavo.server.tenants.route_scopes import ROUTE_SCOPES
 from octavo.server.tls import check_certificate, keep_fresh
 from octavo.server.tracing.start import check_tracing, new_tracer
 
@@ -61,12 +63,13 @@ _DEAD_SECONDS = 2.0
 
 
 def bind(config: ServerConfig) -> socket.socket:
-    """Returns a bound socket. Raises ConfigError if host, port, certificate, keys, guard,
-    traces or audit log cannot be had."""
+    """Returns a bound socket. Raises ConfigError if an option names what cannot be had: host, port,
+    root path, certificate, keys, guard, traces, audit log."""
     check_certificate(config)
     check_tracing(config)
     check_guard(config)
     check_audit(config)
+    check_prefix(config.root_path, ROUTE_SCOPES)
     if config.keys is not None:
         tokens_of(read_key_file(Path(config.keys)))
     return _listen(config, "port", config.port)
@@ -170,6 +173,9 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=_CLOSE_SECONDS,
                 ssl_certfile=config.ssl_certfile,
                 ssl_keyfile=config.ssl_keyfile,
+                # An empty list believes nobody; None would ask the environment.
+                proxy_headers=bool(config.forwarded_allow_ips),
+                forwarded_allow_ips=list(config.forwarded_allow_ips),
             )
         )
 

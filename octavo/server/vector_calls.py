@@ -20,6 +20,7 @@ from octavo.outputs import OutputDelta
 from octavo.server.answer_wire import AnswerWire
 from octavo.server.auth import check_priority
 from octavo.server.generation import PREPARED_AT_ONCE, Call, guard_of, whole_call
+from octavo.server.limits import check_prompt
 from octavo.server.pieces import SLICE_SECONDS
 from octavo.server.protocol.pooling import PoolingFields
 from octavo.server.state import server_state
@@ -87,6 +88,7 @@ async def compute(
     for place, ids in enumerate(prompts):
         if place % PREPARED_AT_ONCE == PREPARED_AT_ONCE - 1:
             await asyncio.sleep(0)
+        check_prompt(len(ids), state.config.max_prompt_tokens)
         requests.append(
             engine.prepare_vector(
                 ids,

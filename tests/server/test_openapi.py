@@ -132,7 +132,8 @@ def test_the_page_needs_nothing_from_outside_and_names_every_field(
     page = _References()
     page.feed(response.text)
     assert page.found
-    assert all(one.startswith(("/", "#")) for one in page.found)
+    # Relative, so that a proxy may put a prefix before the page.
+    assert all(one == "openapi.json" or one.startswith("#") for one in page.found)
     for path in document["paths"]:
         assert path in page.text
     for _, schema in bodies(document):

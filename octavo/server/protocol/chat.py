@@ -146,6 +146,12 @@ class TemplateFields(TemplateVariables):
     )
     _rendered: RenderedChat | None = PrivateAttr(None)
     _tools: Tools | None = PrivateAttr(None)
+    _num_messages: int | None = PrivateAttr(None)
+
+    @property
+    def num_messages(self) -> int:
+        """How many messages were sent, whatever is left of them here."""
+        return len(self.messages) if self._num_messages is None else self._num_messages
 
     def field_name(self, param: str) -> str:
         """Returns the field of this body that the engine's `param` was read from."""
@@ -191,6 +197,7 @@ class TemplateFields(TemplateVariables):
         }
         copy = self.model_copy(update=less)
         copy._rendered, copy._tools = rendered, self._tools
+        copy._num_messages = self.num_messages
         return copy
 
     def template_kwargs(self) -> dict[str, Any]:
