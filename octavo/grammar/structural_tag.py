@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from octavo.errors import RequestError, shown
+from octavo.grammar.json_quoted import quoted_lark
 from octavo.grammar.lark import LarkWriter, as_lark
 from octavo.grammar.schema import fit_schema
 
@@ -109,7 +110,8 @@ class _Reader:
         return self._writer.regex(_field(node, "pattern", str, place))
 
     def _grammar(self, node: Node, place: str, depth: int) -> str:
-        return self._writer.grammar(as_lark(_field(node, "grammar", str, place)))
+        lark = as_lark(_field(node, "grammar", str, place))
+        return self._writer.grammar(quoted_lark(lark) if node.get("is_quoted") is True else lark)
 
     def _sequence(self, node: Node, place: str, depth: int) -> str:
         return self._writer.rule(" ".join(self._elements(node, place, depth)))

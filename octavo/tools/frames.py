@@ -5,12 +5,11 @@ Used by the shapes; `constrained` puts them together.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from octavo.errors import RequestError
 
 Node = dict[str, Any]
 LARK = "x-lark"
@@ -39,26 +38,24 @@ def either(*elements: Node) -> Node:
 
 
 def schema_node(schema: object, root: Mapping[str, Any]) -> Node:
-    """Returns JSON of a schema that may refer into `root`. Raises RequestError for texts of a
-    grammar, whose terminals have no form within JSON's quotes."""
+    """Returns JSON of a schema that may refer into `root`."""
     given = closed(schema)
-    if _has_lark(given):
-        message = (
-            "a custom tool's grammar of syntax lark cannot be held to in this model's format of "
-            "calls, where inputs stand within JSON; use syntax regex, or a function"
-        )
-        raise RequestError(message, param="tools", code="unsupported_field")
     if isinstance(given, dict):
+        if LARK in given:
+            return _quoted_text(given[LARK])
+        properties = given.get("properties")
+        if isinstance(properties, Mapping) and any(LARK in one for one in properties.values()):
+            ((name, one),) = properties.items()  # a custom tool has its input alone
+            key = json.dumps(name, ensure_ascii=False)
+            return sequence(constant(f"{{{key}: "), _quoted_text(one[LARK]), constant("}"))
         given |= {key: closed_all(root[key]) for key in _DEFINITIONS if key in root}
     return {"type": "json_schema", "json_schema": given}
 
 
-def _has_lark(schema: object) -> bool:
-    if not isinstance(schema, Mapping):
-        return False
-    properties = schema.get("properties")
-    inner = properties.values() if isinstance(properties, Mapping) else ()
-    return any(isinstance(one, Mapping) and LARK in one for one in (schema, *inner))
+def _quoted_text(lark: str) -> Node:
+    """Returns a text of a grammar as JSON."""
+    inner = {"type": "grammar", "grammar": lark, "is_quoted": True}
+    return sequence(constant('"'), inner, constant('"'))
 
 
 def text_node(schema: object, begin: str, end: str) -> Node:
