@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from starlette.requests import Request as HttpRequest
 
-from octavo.engine.mailbox import Mailbox
+from octavo.engine.mailbox import MAX_WAITING_TOKENS, Mailbox
 from octavo.errors import OctavoError, OverloadedError
 from octavo.observe.metrics import RequestTrack
 from octavo.outputs import DeltaSum, OutputDelta
@@ -141,7 +141,9 @@ class StreamedCall:
     __slots__ = ("_mailbox", "_running", "hang_up", "take")
 
     def __init__(self, state: ServerState, call: Call) -> None:
-        self._mailbox = Mailbox(turns=state.turns)
+        # What a guard has held back may come at once: the reader is not behind with it.
+        most = MAX_WAITING_TOKENS if call.guard is None else None
+        self._mailbox = Mailbox(most, turns=state.turns)
         self._running = _Running(state, call, self._deliver, self._mailbox.fail, is_streamed=True)
         self.take = self._mailbox.take
         self.hang_up: Callable[[], None] | None = None

@@ -38,6 +38,11 @@ def hanging(check: GuardCheck) -> None:
     RELEASE.wait(30)
 
 
+async def hanging_async(check: GuardCheck) -> None:
+    SEEN.append(check)
+    await asyncio.sleep(30)
+
+
 async def slow(check: GuardCheck) -> None:
     SEEN.append(check)
     await asyncio.sleep(0.01)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -285,6 +286,22 @@ def test_the_engine_stops_when_a_stream_is_refused(guarded: Any) -> None:
     told = events(complete(server, stream=True, max_tokens=500))
     assert told[-1]["choices"][0]["finish_reason"] == "content_filter"
     assert server.engine.aborted.wait(10)
+    assert server.engine.num_running == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_during_a_check_leaves_nothing_behind(
+    guarded: Any, stream: bool
+) -> None:
+    server = guarded("hanging_async", guard_stages="output", guard_window=2, guard_timeout=30.0)
+    body = {"prompt": "x", "stream": stream}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/completions", json=body, timeout=0.5)
+    assert checks("output")
+    deadline = time.monotonic() + 10
+    while series(server)["octavo:guard_checks_running"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     assert server.engine.num_running == 0
 
 

@@ -96,6 +96,18 @@ def test_the_example_asks_a_classifier_of_octavos(
         guarded.end()
 
 
+def test_a_long_answer_that_comes_at_once_is_no_slow_reader() -> None:
+    server = ServerThread(LongEngine(), ServerConfig(port=0, guard=STRICT, guard_window=0))
+    try:
+        server.engine.answer = "x" * 6000
+        body = {"prompt": "x", "max_tokens": 8000, "stream": True}
+        told = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).text
+        assert "x" * 6000 in told
+        assert told.endswith("data: [DONE]\n\n")
+    finally:
+        server.end()
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_calls_of_tools_are_judged_as_text_and_still_read(
     server: ServerThread[FakeEngine], monkeypatch: pytest.MonkeyPatch, stream: bool
