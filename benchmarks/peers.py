@@ -18,30 +18,24 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from octavo.kernels.facts import PEER_BYTES
-from octavo.kernels.triton.peers.sums import CHUNKS, PeerSums, over_peers
+from octavo.kernels.triton.peers.sums import PeerSums, over_peers
 from octavo.kernels.triton.small.norm import rms_norm
 from octavo.parallel import Collectives, Meeting, TorchCollectives
 
 COLUMNS, EPS = 2048, 1e-6
 ROWS = (1, 2, 8, 32, 100, 256, 257, 1000, 2048, 8192)
-TIMED_ROWS = (1, 8, 32, 128, 256, 512, 2048, 8192)
+TIMED_ROWS = (1, 32, 128, 512, 2048, 8192)
 REPLAYS = 1000
 BF16 = torch.bfloat16
-SHAPES = {
-    "4 rows": CHUNKS,
-    "2 rows": replace(CHUNKS, rows=2, num_warps=4, programs=4),
-    "8 rows": replace(CHUNKS, rows=8, programs=1),
-    "1 ahead": replace(CHUNKS, ahead=1),
-    "4 ahead": replace(CHUNKS, ahead=4),
-    "1 program": replace(CHUNKS, programs=1),
-}
-"""Of launches for many rows."""
+GATES = {"ungated": 1 << 30, "gated": 0}
+"""Up to how many rows all words are looked at, by kind of sum."""
+LATE_CYCLES = 200_000
+"""That one rank comes later than the other: some 0.1 ms."""
 
 
 class Rank:
@@ -89,7 +83,7 @@ def exact_sum(parts: list[Tensor]) -> Tensor:
 
 def check(rank: Rank) -> None:
     for dtype in (torch.float32, BF16):
-        sums = over_peers(rank.base, COLUMNS, dtype, rank.device, is_deterministic=False)
+        sums = over_peers(rank.base, COLUMNS, dtype, rank.device)
         if not isinstance(sums, PeerSums):
             return rank.fail("the ranks' memory is not used")
         for count in ROWS:
@@ -172,16 +166,14 @@ def times(rank: Rank) -> None:
     base, dtype = rank.base, BF16
     report: dict[str, dict[int, float]] = {}
     kinds: dict[str, PeerSums] = {}
-    for name, few_rows, shape in (("few", 512, CHUNKS), *((n, 1, s) for n, s in SHAPES.items())):
+    for name, ungated_rows in GATES.items():
         memory = base.peer_memory(PEER_BYTES, rank.device)
-        kinds[name] = PeerSums(
-            base, memory, COLUMNS, dtype, is_deterministic=False, few_rows=few_rows, chunks=shape
-        )
+        kinds[name] = PeerSums(base, memory, COLUMNS, dtype)
+        kinds[name].ungated_rows = ungated_rows
     weight = torch.ones(COLUMNS, device=rank.device, dtype=dtype)
     for count in TIMED_ROWS:
         x = torch.zeros(count, COLUMNS, device=rank.device, dtype=dtype)
-        residual = torch.zeros_like(x)
-        for name, body in bodies(base, kinds, x, residual, weight):
+        for name, body in bodies(rank, kinds, x, weight):
             found = microseconds(base, body, 96 if count <= 512 else 16)
             report.setdefault(name, {})[count] = found
             rank.say(f"times {count:5} rows {name:28} {found:8.1f} us")
@@ -191,20 +183,29 @@ def times(rank: Rank) -> None:
 
 
 def bodies(
-    base: Collectives, kinds: dict[str, PeerSums], x: Tensor, residual: Tensor, weight: Tensor
+    rank: Rank, kinds: dict[str, PeerSums], x: Tensor, weight: Tensor
 ) -> Iterator[tuple[str, Callable[[], object]]]:
+    base, residual = rank.base, torch.zeros_like(x)
+
     def library_and_norm() -> None:
         rms_norm(base.all_reduce(x), residual, weight, EPS)
+
+    def late(sums: PeerSums, which: int) -> None:
+        if base.rank == which:
+            torch.cuda._sleep(LATE_CYCLES)
+        sums.add_rms_norm(x, residual, weight, EPS)
 
     yield "library", lambda: base.all_reduce(x)
     yield "library, norm", library_and_norm
     yield "norm alone", lambda: rms_norm(x, residual, weight, EPS)
+    yield "waiting alone", lambda: torch.cuda._sleep(LATE_CYCLES)
+    parts = x.unsqueeze(1).repeat(1, 8, 1)
     for name, sums in kinds.items():
-        is_few = name == "few"
-        if is_few != (len(x) <= 512) and not (len(x) in (32, 128, 256, 512) and name == "4 rows"):
-            continue
-        yield f"{name}", lambda sums=sums: sums.all_reduce(x)
-        yield f"{name}, with norm", lambda sums=sums: sums.add_rms_norm(x, residual, weight, EPS)
+        yield name, lambda sums=sums: sums.all_reduce(x)
+        yield f"{name}, norm", lambda sums=sums: sums.add_rms_norm(x, residual, weight, EPS)
+        yield f"{name}, 8 parts", lambda sums=sums: sums.add_rms_norm(parts, residual, weight, EPS)
+        for which in range(base.size):
+            yield f"{name}, {which} waits", lambda sums=sums, which=which: late(sums, which)
 
 
 def microseconds(base: Collectives, body: Callable[[], object], count: int) -> float:

@@ -6,7 +6,7 @@
 Layouts: `one` GPU; two with their sums through the `library` (NCCL) or through each other's memory
 (`peers`); two that have whole `experts`, with the latter sums. Stages: `check` and `times` of sums
 are benchmarks/peers.py; `engines` are the workloads D1, D32 and P of `octavo bench workloads`, of
-two GPUs (for `peers` K, too: where the time goes); `tokens` are greedy ones of two layers in
+two GPUs (with `--only D1,D32,P,K` their kernels, too); `tokens` are greedy ones of two layers in
 float32, which must be those of one GPU. Weights are random.
 
 Every stage is a process with a time-out, and prints as it comes. At the end a table and a JSON
@@ -152,8 +152,7 @@ class Run:
             name = f"{stage} {layout}"
             command = ["benchmarks.tensor_parallel", "--run", stage, "--layouts", layout]
             command += ["--model", self._arguments.model, "--device", self._arguments.device]
-            only = self._arguments.only + (",K" if layout == "peers" else "")
-            command += ["--only", only]
+            command += ["--only", self._arguments.only]
             if self._arguments.layers is not None:
                 command += ["--layers", str(self._arguments.layers)]
             if stage == "engines" and layout == "one":

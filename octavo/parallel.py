@@ -319,7 +319,8 @@ def _symmetric_memory(
         finally:
             module._unregister_process_group(name)
         buffers = [handle.get_buffer(peer, (num_bytes,), torch.uint8) for peer in range(size)]
-        stop = torch.zeros(1, dtype=torch.int32).pin_memory()
+        with torch.inference_mode(False):  # whoever aborts is in no inference
+            stop = torch.zeros(1, dtype=torch.int32).pin_memory()
     except (RuntimeError, AttributeError, TypeError) as error:
         raise UnreachableError(f"torch's symmetric memory: {_first(error)}") from error
     return PeerMemory(buffers=tuple(buffers), stop=stop, keeper=(own, handle, group))

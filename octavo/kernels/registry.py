@@ -9,7 +9,6 @@ import importlib.util
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -65,7 +64,7 @@ def _triton(needs: Needs) -> Backend:
         maps_weights=False,
         sampling=KERNELS,
         builds=building,
-        over_peers=partial(over_peers, is_deterministic=needs.is_deterministic),
+        over_peers=over_peers,
     )
 
 

@@ -1,11 +1,14 @@
-"""A sum of a few rows over ranks, each row pushed into the other ranks' memory; with the norm that
-comes next, if that is wanted.
+"""A sum of rows over ranks, each row pushed into the other ranks' memory; with the norm that comes
+next, if that is wanted.
 
 Called by `sums.py`. Every word that is sent says by itself that it is there: where none has come
-lies EMPTY, the bits of -0.0, which is sent as 0.0. So no flag follows the data, and nobody waits
-for the data to have arrived before it says so. The reader puts EMPTY back. Sums take two places in
-turn: a rank sends the sum after the next only when it has this one's successor from every other
-rank, which those sent when they had read and emptied this one.
+lies EMPTY, the bits of -0.0, which is sent as 0.0. So no flag follows the data, nothing is fenced,
+and nobody waits for the data to have arrived before it says so. The reader puts EMPTY back. A row
+takes two places in turn: a rank sends the sum after the next only when it has this one's successor
+from every other rank, which those sent when they had read and emptied this one.
+
+A program has a row: it sends, and then waits. Programs start in order on every rank, so that of the
+rows that some rank still waits for the first has been sent, however many are there at once.
 
 Shape legend: T rows, M columns, R ranks.
 """
@@ -49,6 +52,19 @@ def normed_of(total, residual_at, is_in, weight, num_columns, eps):
 
 
 @triton.jit
+def await_word(word, stop, limit, EMPTY: tl.constexpr):
+    """Returns when the word is not EMPTY; gives up as `arrived` does, and leaves that to it."""
+    tries = 0
+    found = tl.load(word, volatile=True)
+    while (found == EMPTY) & (tries < limit):
+        found = tl.load(word, volatile=True)
+        tries += 1
+        if tries % POLLS == 0:  # noqa: SIM102 Triton would load both sides of an `and`
+            if tl.load(stop, volatile=True) != 0:
+                tries = limit
+
+
+@triton.jit
 def arrived(words_at, is_in, stop, limit, EMPTY: tl.constexpr):
     """Returns the words when none of them is EMPTY, and leaves EMPTY in their place. Gives up after
     `limit` tries, or when stop[0] is not 0; sets that if it gives up."""
@@ -88,6 +104,7 @@ def sum_row_kernel(
     SIZE: tl.constexpr,
     PARTS: tl.constexpr,
     NORM: tl.constexpr,
+    GATED: tl.constexpr,
     EMPTY: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -97,7 +114,9 @@ def sum_row_kernel(
 
     x [T, M], or parts [T, PARTS, M]; residual, out [T, M]; rows of x and residual strided. words: a
     tensor of integers a rank, [2, R - 1, max_rows, M], of which words[RANK] is here: what the other
-    ranks send, in rank order. turns [max_rows] counts the sums of a row.
+    ranks send, in rank order. turns [max_rows] counts the sums of a row. GATED: looks at a row's
+    last word alone until it is there; else at all of them, which is sooner by a look, but where
+    many programs wait keeps the memory from those that write.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -122,7 +141,10 @@ def sum_row_kernel(
         found = sent
         if source != RANK:
             theirs = place + (source if source < RANK else source - 1)
-            at = words[RANK] + (theirs * max_rows + row) * num_columns + column
+            first = words[RANK] + (theirs * max_rows + row) * num_columns
+            at = first + column
+            if GATED:
+                await_word(first + num_columns - 1, stop, limit, EMPTY)
             found = arrived(at, is_in, stop, limit, EMPTY)
         total += found.to(part.dtype, bitcast=True).to(tl.float32)
     total = total.to(part.dtype).to(tl.float32)

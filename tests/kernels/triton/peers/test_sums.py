@@ -15,7 +15,7 @@ from torch import Tensor
 from octavo.errors import EngineDeadError
 from octavo.parallel import ALONE, Meeting, PeerMemory, TorchCollectives
 from tests.kernels.triton.interpreter import DEVICE
-from tests.kernels.triton.peers.two_ranks import CPU, SIZE, MappedRanks, parts_of
+from tests.kernels.triton.peers.two_ranks import CPU, SIZE, UNGATED_ROWS, MappedRanks, parts_of
 
 from octavo.kernels.triton.peers import sums  # isort: skip
 from octavo.kernels.triton.small.norm import rms_norm  # isort: skip
@@ -33,10 +33,10 @@ class Sum(NamedTuple):
 def all_sums(ranks: MappedRanks) -> Iterator[Sum]:
     """Makes the same sums on whichever rank it is."""
     for dtype in (torch.bfloat16, torch.float32):
-        over = sums.over_peers(ranks, COLUMNS, dtype, CPU, is_deterministic=False, few_rows=5)
+        over = sums.over_peers(ranks, COLUMNS, dtype, CPU)
         assert isinstance(over, sums.PeerSums), "the check at start has failed"
-        few, many = over._places.few, over._places.many
-        for case, count in enumerate((1, few, few + 1, many + 3, 2)):
+        few, most = over.ungated_rows, over.max_rows
+        for case, count in enumerate((1, few, few + 1, most + 3, 2)):
             weight = torch.linspace(0.5, 2, COLUMNS)
             for num_parts in (0, 2):
                 shape = (count, num_parts, COLUMNS) if num_parts else (count, COLUMNS)
@@ -74,9 +74,10 @@ def ranks(tmp_path: Path) -> Iterator[MappedRanks]:
 
 
 def test_sums_and_the_norm_after_them_are_those_made_one_after_the_other(
-    ranks: MappedRanks,
+    ranks: MappedRanks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.set_num_threads(1)
+    monkeypatch.setattr(sums, "UNGATED_ROWS", UNGATED_ROWS)
     for one in all_sums(ranks):
         for found, expected in zip(one.found, one.expected, strict=True):
             assert torch.equal(found, expected), one.name
@@ -92,14 +93,12 @@ class OneOfTwo(type(ALONE)):
         return PeerMemory(buffers=buffers, stop=torch.zeros(1, dtype=torch.int32))
 
 
-@pytest.mark.parametrize("count", [2, 7])
+@pytest.mark.parametrize("count", [2, 4])
 def test_who_waits_for_a_rank_in_vain_gives_up_and_says_so(count: int) -> None:
     base = OneOfTwo()
-    over = sums.PeerSums(
-        base, base.peer_memory(0, CPU), COLUMNS, torch.float32, is_deterministic=False, few_rows=3
-    )
+    over = sums.PeerSums(base, base.peer_memory(0, CPU), COLUMNS, torch.float32)
     over.check()
-    over.tries = 20
+    over.tries, over.ungated_rows = 20, 3
     over.all_reduce(torch.ones(count, COLUMNS))
     with pytest.raises(EngineDeadError, match="rank 0 of 2 waited in vain"):
         over.check()
@@ -107,11 +106,10 @@ def test_who_waits_for_a_rank_in_vain_gives_up_and_says_so(count: int) -> None:
 
 def test_an_abort_ends_all_waiting() -> None:
     base = OneOfTwo()
-    over = sums.PeerSums(
-        base, base.peer_memory(0, CPU), COLUMNS, torch.float32, is_deterministic=False, few_rows=3
-    )
+    over = sums.PeerSums(base, base.peer_memory(0, CPU), COLUMNS, torch.float32)
     over.abort()
-    for count in (1, 7):  # looks at the flag long before it has tried often enough
+    over.ungated_rows = 1
+    for count in (1, 3):  # looks at the flag long before it has tried often enough
         over.all_reduce(torch.ones(count, COLUMNS))
 
 
@@ -119,8 +117,9 @@ def test_sums_are_the_librarys_where_the_check_at_start_fails(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(sums, "CHECK_TRIES", 20)
+    monkeypatch.setattr(sums, "UNGATED_ROWS", UNGATED_ROWS)
     base = OneOfTwo()
-    found = sums.over_peers(base, COLUMNS, torch.float32, CPU, is_deterministic=False, few_rows=3)
+    found = sums.over_peers(base, COLUMNS, torch.float32, CPU)
     assert found is base
     assert "the library's: another rank's part of a sum did not come" in caplog.text
 
@@ -129,7 +128,7 @@ def test_sums_are_the_librarys_where_no_memory_is_reached(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     ranks = TorchCollectives(Meeting("127.0.0.1", 1), 0, CPU)
-    found = sums.over_peers(ranks, COLUMNS, torch.float32, CPU, is_deterministic=False)
+    found = sums.over_peers(ranks, COLUMNS, torch.float32, CPU)
     assert found is ranks
     assert "the library's: ranks on CPUs share no memory" in caplog.text
     ranks.abort()

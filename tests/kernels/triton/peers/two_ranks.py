@@ -17,13 +17,16 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
+from octavo.kernels.triton.peers import sums
 from octavo.parallel import Meeting, PeerMemory, TorchCollectives
 from tests.kernels.triton import interpreter  # noqa: F401
 from tests.kernels.triton.interpreter import DEVICE
 
 SIZE = 2
-NUM_BYTES = 1 << 13
+NUM_BYTES = 1 << 11
 CPU = torch.device("cpu")
+UNGATED_ROWS = 2
+"""So that few rows are many for the kernel."""
 
 
 class MappedRanks(TorchCollectives):
@@ -68,6 +71,7 @@ def main(address: str, folder: str) -> None:
 
     assert DEVICE == "cpu"
     torch.set_num_threads(1)
+    sums.UNGATED_ROWS = UNGATED_ROWS
     ranks = MappedRanks(Meeting.at(address, SIZE), 1, Path(folder))
     for _ in all_sums(ranks):
         pass
