@@ -24,6 +24,11 @@ def tuned_dir() -> str:
     return os.path.join(cache_dir(), "tuned")
 
 
+def bench_dir() -> str:
+    """Where `octavo bench --keep` leaves its lines and `octavo plan --price` looks for them."""
+    return os.path.join(cache_dir(), "bench")
+
+
 def store_dir() -> str:
     """Where a server keeps what clients leave with it: XDG_DATA_HOME/octavo/store, else
     ~/.local/share. No cache: it cannot be made again."""

@@ -80,6 +80,9 @@ def _new(
     parser = benches.add_parser(name, help=help, description=help, epilog=_EXAMPLES[name])
     parser.set_defaults(run=run, parser=parser)
     parser.add_argument("--output", metavar="FILE", help="append JSON lines here, not to stdout")
+    parser.add_argument(
+        "--keep", action="store_true", help="leave lines where octavo plan --price finds them, too"
+    )
     parser.add_argument("--workload-seed", type=int, default=seed, metavar="INT", help=seed_help)
     return parser
 

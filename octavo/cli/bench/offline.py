@@ -18,7 +18,7 @@ from octavo.cli.bench.report import Report, Value, percentiles, progress, settin
 from octavo.cli.bench.workload import PromptSource, read_text_ids
 from octavo.cli.options import config_values
 from octavo.config import EngineConfig
-from octavo.device import CPUDevice
+from octavo.device import CPUDevice, select_device
 from octavo.errors import OctavoError
 from octavo.outputs import RequestOutput
 from octavo.request import SamplingParams
@@ -43,7 +43,7 @@ class Measured:
 def run_latency(args: argparse.Namespace) -> int:
     """One batch at a time: time to first token, time per output token, rates."""
     llm, source = load(args)
-    report = Report(bench="latency", settings=settings_of(args), output=args.output)
+    report = _report("latency", args)
 
     def prompts(round_: int) -> list[list[int]]:
         return source.draw(args.batch_size, args.input_len, round_)
@@ -65,7 +65,7 @@ def run_latency(args: argparse.Namespace) -> int:
 def run_throughput(args: argparse.Namespace) -> int:
     """All requests at once; the engine batches as it sees fit."""
     llm, source = load(args)
-    report = Report(bench="throughput", settings=settings_of(args), output=args.output)
+    report = _report("throughput", args)
     rng = random.Random(args.workload_seed)
     prompts = source.draw(args.num_prompts, args.input_len)
     outputs = [args.output_len.draw(rng) for _ in prompts]
@@ -78,6 +78,19 @@ def run_throughput(args: argparse.Namespace) -> int:
         figures |= _peer_figures(args, figures, lambda _: prompts, args.output_len.high)
     report.add(f"{len(prompts)} requests", figures)
     return 0
+
+
+def _report(bench: str, args: argparse.Namespace) -> Report:
+    from octavo.cli.bench.device_profile import card_name
+
+    config = EngineConfig(model=args.model, **config_values(args, EngineConfig)).resolve()
+    return Report(
+        bench=bench,
+        settings=settings_of(args),
+        output=args.output,
+        computes_on=card_name(select_device(config.device).torch_name),
+        is_kept=args.keep,
+    )
 
 
 def load(args: argparse.Namespace) -> tuple[LLM, PromptSource]:

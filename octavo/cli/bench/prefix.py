@@ -38,7 +38,9 @@ TAIL = 16
 
 def run_prefix(args: argparse.Namespace) -> int:
     """Runs the measurements with a model (if one is given), then those without."""
-    report = Report(bench="prefix", settings=settings_of(args), output=args.output)
+    report = Report(
+        bench="prefix", settings=settings_of(args), output=args.output, is_kept=args.keep
+    )
     if args.model:
         llm, source = load(args)
         report.add("hit against cold", measure_hit(llm, source, args.prefix_len, args.repeat))

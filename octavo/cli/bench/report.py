@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from octavo import __version__
+from octavo.config import bench_dir
 from octavo.device import CPUDevice
 from octavo.errors import ConfigError
 
@@ -34,6 +36,8 @@ class Report:
     output: str | None = None
     computes_on: str = "cpu"
     """Name of the device that computes."""
+    is_kept: bool = False
+    """Whether lines are left where `octavo plan --price` finds them, too."""
 
     def add(self, name: str, figures: Mapping[str, Value]) -> None:
         """Writes one result: a JSON line and a table."""
@@ -48,21 +52,27 @@ class Report:
                 "figures": {key: _rounded(value) for key, value in figures.items()},
             }
         )
-        if self.output is None:
-            if not sys.stdout.isatty():  # a person reads the table
-                print(line, flush=True)
-        else:
-            try:
-                with open(self.output, "a", encoding="utf-8") as file:
-                    file.write(line + "\n")
-            except OSError as error:
-                raise ConfigError(f"--output {self.output}: {error.strerror}") from error
+        if self.output is not None:
+            _append("--output", self.output, line)
+        elif not sys.stdout.isatty():  # a person reads the table
+            print(line, flush=True)
+        if self.is_kept:
+            os.makedirs(bench_dir(), exist_ok=True)
+            _append("--keep", os.path.join(bench_dir(), f"{self.bench}.jsonl"), line)
         _print_table(f"{self.bench}: {name}", figures)
+
+
+def _append(option: str, path: str, line: str) -> None:
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: {error.strerror}") from error
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Value]:
     """Returns what was asked for, as far as it is not secret or a function."""
-    hidden = {"run", "parser", "command", "bench", "output", "api_key", "verdicts"}
+    hidden = {"run", "parser", "command", "bench", "output", "keep", "api_key", "verdicts"}
     return {
         name: value if isinstance(value, (int, float, bool)) or value is None else str(value)
         for name, value in vars(args).items()

@@ -31,7 +31,7 @@ def run_serve(args: argparse.Namespace) -> int:
     seed = secrets.randbits(48) if args.workload_seed is None else args.workload_seed
     loads = loads_of(args, seed)
     settings = settings_of(args) | {"prompt_seed": seed}
-    report = Report(bench="serve", settings=settings, output=args.output)
+    report = Report(bench="serve", settings=settings, output=args.output, is_kept=args.keep)
     with progress("serve", sum(len(load.shots) for load in loads)) as done:
         results, start = run_clients(loads, done)
     served = [one for result in results for one in result.served]

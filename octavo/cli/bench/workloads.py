@@ -85,6 +85,7 @@ class Workloads:
             bench="workloads",
             settings=settings_of(args),
             output=args.output,
+            is_kept=args.keep,
             computes_on=card,
         )
 

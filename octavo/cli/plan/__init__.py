@@ -10,7 +10,10 @@ import argparse
 import json
 
 from octavo.cli.options import Subparsers, add_options, engine_config, parse_size
+from octavo.cli.plan.costs import WORKLOADS, parse_price, parse_workloads
 from octavo.cli.plan.planner import Planner, read_model
+from octavo.cli.plan.pricing import machine_name, price_plans
+from octavo.cli.plan.pricing_text import pricing_json, pricing_text
 from octavo.cli.plan.text import as_json, changes_text, device_text, parts_text, plan_text
 from octavo.cli.serve import add_model
 from octavo.config import EngineConfig
@@ -20,7 +23,8 @@ HELP = "show weights, KV cache and what fits, from the config alone"
 EXAMPLES = """examples:
   octavo plan demo-moe                                     on this machine
   octavo plan MODEL --device cuda --memory 80GiB           on a GPU of 80 GiB, here or not
-  octavo plan MODEL --device cuda --memory 80GiB --tensor-parallel-size 2"""
+  octavo plan MODEL --device cuda --memory 80GiB --tensor-parallel-size 2
+  octavo plan MODEL --device cuda --memory 80GiB --price 3.0 --max-model-len 40K"""
 LENGTHS = (1024, 4096, 16384, 65536, 131072)
 
 
@@ -45,6 +49,27 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="N,N",
         help="say how many requests of these lengths fit",
     )
+    add(
+        "--price",
+        type=parse_price,
+        metavar="DOLLARS",
+        help="dollars an hour and GPU: say what a million tokens cost, and what would change it",
+    )
+    add(
+        "--workloads",
+        type=parse_workloads,
+        default=WORKLOADS,
+        metavar="IN:OUT,...",
+        help="what --price counts: tokens of prompt and output, or of prompt, its cached part and "
+        "output (default: 1000:300, 32000:30000:400, 8000:300, 500:4000)",
+    )
+    add(
+        "--measured",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="lines of octavo bench (--output) that --price uses; those of --keep if not given",
+    )
     add("--json", action="store_true", help="print one JSON object")
     add_options(parser, EngineConfig)
     parser.set_defaults(run=run, parser=parser)
@@ -61,12 +86,26 @@ def run(args: argparse.Namespace) -> int:
         print(parts_text(config.model, spec, parts))
     plan = planner.plan(config)
     changes = planner.changes(config, plan)
+    pricing = None
+    if args.price is not None:
+        pricing = price_plans(
+            planner,
+            config,
+            plan,
+            price=args.price,
+            workloads=args.workloads,
+            machine=machine_name(device, args.memory),
+            measured=args.measured,
+        )
     if args.json:
-        print(json.dumps(as_json(spec, parts, plan, changes, args.lengths)))
+        costs = {} if pricing is None else {"costs": pricing_json(pricing)}
+        print(json.dumps(as_json(spec, parts, plan, changes, args.lengths) | costs))
     else:
         print(device_text(device, args.memory))
         print(plan_text(plan, args.lengths))
         print(changes_text(changes))
+        if pricing is not None:
+            print(pricing_text(pricing))
     return 0
 
 

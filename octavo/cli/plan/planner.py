@@ -51,7 +51,7 @@ class Planner:
     ) -> None:
         from octavo.weights.gguf_file import read_gguf
 
-        self._spec = spec
+        self.spec = spec
         self._family = family
         self._path = path = files.path
         self._hf_config = files.config
@@ -68,19 +68,19 @@ class Planner:
         if config.dtype == "auto" and self._file is not None:
             return gguf_parts(self._file)
         if config.dtype == "auto" and self._quantization is not None:
-            return packed_parts(self._spec, self._family, self._path)
+            return packed_parts(self.spec, self._family, self._path)
         number_bytes = 4 if weights_dtype(config, self._hf_config) == "float32" else 2
         made = LOAD_QUANTIZATIONS.get(config.quantization or "")
         if made is not None and self._quantization is None:
-            return made_parts(self._spec, self._family, number_bytes, made)
-        return spec_parts(self._spec, number_bytes)
+            return made_parts(self.spec, self._family, number_bytes, made)
+        return spec_parts(self.spec, number_bytes)
 
     def plan(self, config: EngineConfig) -> MemoryPlan:
         from octavo.engine.memory import plan_model, weights_dtype
 
         self._check_formats(config)
         return plan_model(
-            self._spec,
+            self.spec,
             weights_bytes=sum(self.parts(config).values()),
             dtype=weights_dtype(config, self._hf_config),
             config=config,
