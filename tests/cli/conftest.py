@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,6 +23,9 @@ class FakeServer:
     bodies: list[dict[str, Any]] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
     refuse: str | None = None
+    delay: float = 0.0
+    """Seconds before each piece."""
+    tells_usage: bool = True
     cut_after: int | None = None
     """Events after which a stream's connection is reset."""
     num_open: int = 0
@@ -71,6 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
             if index == self.fake.cut_after:
                 self.close_connection = True
                 return
+            time.sleep(self.fake.delay)
             piece = f"w{index} "
             choice = (
                 {"index": 0, "delta": {"content": piece}}
@@ -84,7 +89,8 @@ class _Handler(BaseHTTPRequestHandler):
             "completion_tokens": count,
             "prompt_tokens_details": {"cached_tokens": 1},
         }
-        self._event({"choices": [], "usage": usage})
+        if self.fake.tells_usage:
+            self._event({"choices": [], "usage": usage})
         self._chunk(b"data: [DONE]\n\n")
         self._chunk(b"")
 
@@ -102,8 +108,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
-@pytest.fixture
-def fake_server() -> Iterator[FakeServer]:
+@contextlib.contextmanager
+def served_fake() -> Iterator[FakeServer]:
     fake = FakeServer()
     handler = type("Handler", (_Handler,), {"fake": fake})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -111,7 +117,15 @@ def fake_server() -> Iterator[FakeServer]:
     fake.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
-    yield fake
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    try:
+        yield fake
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture
+def fake_server() -> Iterator[FakeServer]:
+    with served_fake() as fake:
+        yield fake

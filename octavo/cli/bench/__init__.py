@@ -19,6 +19,7 @@ _HOMES = {
     "latency": ("octavo.cli.bench.offline", "run_latency"),
     "throughput": ("octavo.cli.bench.offline", "run_throughput"),
     "serve": ("octavo.cli.bench.serve", "run_serve"),
+    "compare": ("octavo.cli.bench.compare", "run_compare"),
     "prefix": ("octavo.cli.bench.prefix", "run_prefix"),
     "workloads": ("octavo.cli.bench.workloads", "run_workloads"),
 }
@@ -35,6 +36,8 @@ _EXAMPLES = {
     "serve": """examples:
   octavo bench serve --concurrency 64 --waves 4 --clients 4 --input-len 512
   octavo bench serve --url http://host:8000 --request-rate 5 --goodput ttft:500""",
+    "compare": """example:
+  octavo bench compare --url http://127.0.0.1:8000 --url http://127.0.0.1:9000""",
     "prefix": """example:
   octavo bench prefix demo-moe --prefix-len 1024""",
     "workloads": """example:
@@ -44,7 +47,7 @@ _EXAMPLES = {
 
 def add_parser(subparsers: Subparsers) -> None:
     """Adds `bench` with its benchmarks."""
-    help = "measure throughput, latency, a server, prefix caching, or named workloads"
+    help = "measure throughput, latency, one server or two, prefix caching, or named workloads"
     parser = subparsers.add_parser("bench", help=help, description=help, epilog=EXAMPLES)
     parser.set_defaults(run=lambda _: parser.print_help() or 0)
     benches = cast(
@@ -59,6 +62,7 @@ def add_parser(subparsers: Subparsers) -> None:
     _add_latency(benches)
     _add_throughput(benches)
     _add_serve(benches)
+    _add_compare(benches)
     _add_prefix(benches)
     _add_workloads(benches)
 
@@ -182,6 +186,33 @@ def _add_serve(benches: Subparsers) -> None:
         help="count requests within ttft:MS, tpot:MS or e2e:MS (repeat for several)",
     )
     _add_lengths(parser, 128, 128)
+
+
+def _add_compare(benches: Subparsers) -> None:
+    help = "two OpenAI-compatible servers on the same requests in turn: ratios and their spread"
+    parser = _new(benches, "compare", help)
+    add = parser.add_argument
+    for flag, what in (
+        ("--url", "of a server: give two"),
+        ("--api-key", "key that the servers want; given twice, one each"),
+        ("--served-model", "model name, or one each; a server's first if not given"),
+    ):
+        metavar = "URL" if flag == "--url" else "TEXT"
+        add(flag, action="append", default=[], metavar=metavar, help=what)
+    for flag, default, what in (
+        ("--rounds", 5, "times that both get the same requests"),
+        ("--num-prompts", 16, "requests a round"),
+        ("--concurrency", 4, "requests that are open at once"),
+    ):
+        shown = f"{what} (default: {default})"
+        add(flag, type=positive, default=default, metavar="INT", help=shown)
+    add("--temperature", type=float, default=0.0, metavar="FLOAT", help="of sampling (default: 0)")
+    add(
+        "--ignore-eos",
+        action="store_true",
+        help="make answers equally long, where both servers know the field ignore_eos",
+    )
+    _add_lengths(parser, 128, 64)
 
 
 def _add_prefix(benches: Subparsers) -> None:

@@ -39,7 +39,7 @@ class Target:
 class Shot:
     """One request to send."""
 
-    prompt: list[int]
+    prompt: list[int] | str
     max_tokens: int
     at: float = 0.0
     """Not before so many seconds after the start."""

@@ -39,8 +39,13 @@ class Report:
     is_kept: bool = False
     """Whether lines are left where `octavo plan --price` finds them, too."""
 
-    def add(self, name: str, figures: Mapping[str, Value]) -> None:
-        """Writes one result: a JSON line and a table."""
+    def add(
+        self,
+        name: str,
+        figures: Mapping[str, Value],
+        show: Callable[[str, Mapping[str, Value]], None] | None = None,
+    ) -> None:
+        """Writes one result: a JSON line, and a table, which `show` prints if it is given."""
         line = json.dumps(
             {
                 "bench": self.bench,
@@ -59,7 +64,7 @@ class Report:
         if self.is_kept:
             os.makedirs(bench_dir(), exist_ok=True)
             _append("--keep", os.path.join(bench_dir(), f"{self.bench}.jsonl"), line)
-        _print_table(f"{self.bench}: {name}", figures)
+        (show or _print_table)(f"{self.bench}: {name}", figures)
 
 
 def _append(option: str, path: str, line: str) -> None:
