@@ -50,6 +50,12 @@ def cpu_seconds(stat: Path) -> float:
     return (int(fields[11]) + int(fields[12])) * TICK_SECONDS
 
 
+def cpu_times(pid: int) -> tuple[float, float]:
+    """Returns user and system time of a process."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) * TICK_SECONDS, int(fields[12]) * TICK_SECONDS
+
+
 def children_of(pid: int) -> list[int]:
     """Returns all descendants."""
     children = [

@@ -5,8 +5,10 @@ Run in place of `octavo.engine.process` by `front_scaling.py`: the front is what
 
 from __future__ import annotations
 
+import os
 import random
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,9 @@ from octavo.observe.stats import EngineStats
 from octavo.parallel import ALONE
 from octavo.request import FinishReason, Request, TokenDelta
 
-STEP_SECONDS = 0.004
+STEP_SECONDS = float(os.environ.get("STEP_MS", "4")) / 1000
+PROMPT_TOKENS = 2048
+"""That a step computes: requests start and end in different steps, as in an engine."""
 
 
 def main(arguments: str, beats: str, stacks: str, *addresses: str) -> int:
@@ -49,13 +53,13 @@ def main(arguments: str, beats: str, stacks: str, *addresses: str) -> int:
         outbox.set_hwm(0)
         outbox.connect(address)
     fronts = Fronts(outboxes)
-    fronts.send_all(Ready(_plan(given)))
+    fronts.send_all(Ready(plan_of(given)))
     _run(inbox, fronts, vitals)
     context.destroy(linger=1000)
     return 0
 
 
-def _plan(given: EngineArguments) -> MemoryPlan:
+def plan_of(given: EngineArguments) -> MemoryPlan:
     found: list[MemoryPlan] = []
 
     def build(config: Any, spec: Any, family: Any, source: Any, plan_with: Any, *_: Any) -> Any:
@@ -67,13 +71,57 @@ def _plan(given: EngineArguments) -> MemoryPlan:
     return found[0]
 
 
+class Requests:
+    """What is open: requests whose prompts wait, and those that gain a token a step."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Request] = deque()
+        self._running: dict[str, tuple[Request, int]] = {}
+        self._draw = random.Random(0)
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def add(self, request: Request) -> None:
+        self._waiting.append(request)
+
+    def abort(self, request_id: str) -> None:
+        self._running.pop(request_id, None)
+        self._waiting = deque(one for one in self._waiting if one.request_id != request_id)
+
+    def step(self, now: float) -> list[TokenDelta]:
+        """Returns a token of every request that runs, after some have begun to."""
+        room = PROMPT_TOKENS
+        while self._waiting and (room > 0 or not self._running):
+            request = self._waiting.popleft()
+            room -= request.prompt_len
+            self._running[request.request_id] = (request, 0)
+        tokens = {front: (self._draw.randrange(300, 40000),) for front in range(8)}
+        deltas = []
+        for request_id, (request, count) in list(self._running.items()):
+            finished = count + 1 >= (request.params.max_tokens or 1)
+            if finished:
+                del self._running[request_id]
+            else:
+                self._running[request_id] = (request, count + 1)
+            deltas.append(
+                TokenDelta(
+                    request_id=request_id,
+                    index=0,
+                    token_ids=tokens[front_of(request_id) % 8],
+                    finish_reason=FinishReason.LENGTH if finished else None,
+                    scheduled_time=now if count == 0 else None,
+                )
+            )
+        return deltas
+
+
 def _run(inbox: zmq.Socket[bytes], fronts: Fronts, vitals: Vitals) -> None:
-    open_requests: dict[str, tuple[Request, int]] = {}
-    draw = random.Random(0)
+    requests = Requests()
     while True:
         began = time.perf_counter()
         vitals.beat()
-        if not open_requests:
+        if not requests:
             inbox.poll(500)
         while True:
             try:
@@ -82,30 +130,14 @@ def _run(inbox: zmq.Socket[bytes], fronts: Fronts, vitals: Vitals) -> None:
                 break
             match message:
                 case AddRequest(request):
-                    open_requests[request.request_id] = (request, 0)
+                    requests.add(request)
                 case AbortSequence(request_id):
-                    open_requests.pop(request_id, None)
+                    requests.abort(request_id)
                 case GetStats(call_id, front):
                     fronts.send(front, Answer(call_id, EngineStats()))
                 case Shutdown():
                     return
-        tokens = {front: (draw.randrange(300, 40000),) for front in range(8)}
-        deltas = []
-        for request_id, (request, count) in list(open_requests.items()):
-            finished = count + 1 >= (request.params.max_tokens or 1)
-            if finished:
-                del open_requests[request_id]
-            else:
-                open_requests[request_id] = (request, count + 1)
-            deltas.append(
-                TokenDelta(
-                    request_id=request_id,
-                    index=0,
-                    token_ids=tokens[front_of(request_id) % 8],
-                    finish_reason=FinishReason.LENGTH if finished else None,
-                    scheduled_time=began,
-                )
-            )
+        deltas = requests.step(time.monotonic())
         if deltas:
             fronts.tell(deltas)
         # As a device would: no faster than this, however few there are.

@@ -62,10 +62,11 @@ class PromptLogprobs(Sequence[PositionLogprobs | None]):
         return tuple(Logprob(token_id=i, logprob=value, rank=rank) for i, value, rank in entries)
 
 
-class OutputDelta(msgspec.Struct, kw_only=True):
+class OutputDelta(msgspec.Struct, kw_only=True, gc=False):
     """What one round added to one sequence of a request.
 
-    A Struct and not a dataclass: one is made for every streamed token.
+    A Struct and not a dataclass: one is made for every streamed token. Nothing in it refers back
+    to it: no collector need know it.
     """
 
     index: int

@@ -65,21 +65,28 @@ class ByteStream:
     """For byte-level vocabularies, where a token is bytes and text is their UTF-8."""
 
     def __init__(self, tokenizer: Pieces, skip_special_tokens: bool) -> None:
-        self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._whole_text = tokenizer.whole_text
+        self._token_bytes = tokenizer.token_bytes
+        self._rest = b""
+        """Bytes of a character that has begun."""
 
     def push(self, token_id: int) -> str:
         if token_id in self._skipped:
             return ""
-        if not self._decoder.buffer:
-            text = self._tokenizer.whole_text(token_id)
+        if not self._rest:
+            text = self._whole_text(token_id)
             if text is not None:
                 return text
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        return self._decode(self._rest + self._token_bytes(token_id), is_final=False)
 
     def flush(self) -> str:
-        return self._decoder.decode(b"", final=True)
+        return self._decode(self._rest, is_final=True) if self._rest else ""
+
+    def _decode(self, data: bytes, *, is_final: bool) -> str:
+        text, num_read = codecs.utf_8_decode(data, "replace", is_final)
+        self._rest = data[num_read:]
+        return text
 
 
 class WindowStream:
@@ -162,6 +169,8 @@ class Detokenizer:
         """Tokens still to come in whose text no stop string may end."""
         self._held = ""
         """Text that could be the beginning of a stop string."""
+        self.push = None if self._stops else self._stream.push
+        """As `update` of one id, where no text can stop it: returns the text alone."""
 
     def update(self, token_ids: Sequence[int]) -> TextDelta:
         """Returns what the next ids add; after a stop string was found, call no more."""

@@ -20,6 +20,10 @@ News = tuple[int, OutputDelta, bool]
 """Whose (the tag of its inbox), what was added, and whether the request has ended with it."""
 
 
+Deliver = Callable[[int, OutputDelta, bool], bool]
+"""Takes what the sequence of a request with this tag gained, and whether the request has ended;
+returns whether more is welcome."""
+
 Reader = Callable[[list[News]], bool]
 """Takes news as they come, without waiting; or returns False, and has not taken them."""
 
@@ -98,8 +102,8 @@ class Mailbox:
         if self._error is not None:
             return False
         self._news.append((tag, delta, finished))
-        self._num_tokens += len(delta.token_ids)
-        if self._max_tokens is not None and self._num_tokens > self._max_tokens:
+        self._num_tokens = num_tokens = self._num_tokens + len(delta.token_ids)
+        if self._max_tokens is not None and num_tokens > self._max_tokens:
             self._news.clear()
             self.fail(
                 SlowReaderError(
@@ -108,7 +112,8 @@ class Mailbox:
                 )
             )
             return False
-        self._wake()
+        if not self._is_due:
+            self._wake()
         return True
 
     def fail(self, error: OctavoError) -> None:

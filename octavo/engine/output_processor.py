@@ -103,6 +103,21 @@ def _advance(sequence: _Sequence, delta: TokenDelta, now: float) -> OutputDelta:
     """Returns what a delta adds to its sequence."""
     token_ids, text = delta.token_ids, ""
     reason, stop_reason = delta.finish_reason, delta.stop_reason
+    if (
+        reason is None
+        and sequence.push is not None
+        and len(token_ids) == 1
+        and not (delta.logprobs or delta.prompt_logprobs or delta.moments)
+    ):
+        # nearly always
+        return OutputDelta(
+            index=delta.index,
+            text=sequence.push(token_ids[0]),
+            token_ids=token_ids,
+            num_cached_tokens=delta.num_cached_tokens,
+            scheduled_time=delta.scheduled_time,
+            time=now,
+        )
     detokenizer = sequence.detokenizer
     if detokenizer is not None:
         shown = token_ids
@@ -131,13 +146,15 @@ def _advance(sequence: _Sequence, delta: TokenDelta, now: float) -> OutputDelta:
 
 
 class _Sequence:
-    __slots__ = ("_hidden_ids", "detokenizer", "is_finished")
+    __slots__ = ("_hidden_ids", "detokenizer", "is_finished", "push")
 
     def __init__(
         self, request: Request, tokenizer: Tokenizer | None, marks: Mapping[int, str] | None
     ) -> None:
         params = request.params
         self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, params, marks)
+        self.push = None if self.detokenizer is None else self.detokenizer.push
+        """Of the detokenizer, where it has one."""
         self._hidden_ids: tuple[int, ...] = ()
         if not params.include_stop_str_in_output:
             eos = () if params.ignore_eos else request.eos_token_ids

@@ -33,9 +33,15 @@ class FastHistogram(Collector):
         self._labels = labels
         self._counts = [0] * (len(buckets) + 1)
         self._sum = 0.0
+        self._newest = (0.0, bisect_left(self._bounds, 0.0))
+        """A value and its bucket: the streams of one step have the same one."""
 
     def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
+        known, place = self._newest
+        if value != known:
+            place = bisect_left(self._bounds, value)
+            self._newest = (value, place)
+        self._counts[place] += 1
         self._sum += value
 
     def collect(self) -> Iterable[Metric]:

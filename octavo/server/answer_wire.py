@@ -12,6 +12,8 @@ from collections.abc import Callable
 from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
+_SIZES = tuple(b"%x\r\n" % size for size in range(1024))
+"""How pieces begin of so many bytes: nearly all are short."""
 WIRE = "octavo.wire"
 """The key in a scope's `extensions` of its AnswerWire."""
 
@@ -66,7 +68,9 @@ class AnswerWire:
         """Writes one piece that is not empty; nothing if the client is gone."""
         cycle = self._cycle
         if not cycle.disconnected:
-            cycle.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+            num_bytes = len(piece)
+            size = _SIZES[num_bytes] if num_bytes < len(_SIZES) else b"%x\r\n" % num_bytes
+            cycle.transport.write(b"".join((size, piece, b"\r\n")))
 
     def hang_up(self) -> None:
         """Ends the connection at once, whatever of the answer is still to be sent: a client that

@@ -8,7 +8,7 @@ never a key. Never waits: see `observe.file_writer`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from starlette.types import Scope
 
 from octavo.config import ServerConfig
+from octavo.engine.mailbox import Deliver
 from octavo.errors import ConfigError
 from octavo.observe.file_writer import FileWriter, check_file
 from octavo.outputs import OutputDelta
@@ -23,7 +24,6 @@ from octavo.server.exchange import Exchange, client_of
 from octavo.server.tenants.callers import STRANGER, Caller
 from octavo.server.tracing.middleware import CLIENT_CLOSED
 
-Deliver = Callable[[int, OutputDelta, bool], None]
 
 MAX_WAITING_BYTES = 64 * 2**20
 _LINE_BYTES = 1024
@@ -120,10 +120,10 @@ class AuditLog:
 def kept(told: dict[int, list[str]], n: int, deliver: Deliver) -> Deliver:
     """Returns what delivers the news of prompts with `n` answers each, and keeps their texts."""
 
-    def keep(tag: int, delta: OutputDelta, finished: bool) -> None:
+    def keep(tag: int, delta: OutputDelta, finished: bool) -> bool:
         if delta.text:
             told.setdefault(tag * n + delta.index, []).append(delta.text)
-        deliver(tag, delta, finished)
+        return deliver(tag, delta, finished)
 
     return keep
 

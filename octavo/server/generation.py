@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from starlette.requests import Request as HttpRequest
 
-from octavo.engine.mailbox import MAX_WAITING_TOKENS, Mailbox
+from octavo.engine.mailbox import MAX_WAITING_TOKENS, Deliver, Mailbox
 from octavo.errors import OctavoError, OverloadedError
 from octavo.observe.metrics import RequestTrack
 from octavo.outputs import DeltaSum, OutputDelta
@@ -143,8 +143,10 @@ class StreamedCall:
     def __init__(self, state: ServerState, call: Call) -> None:
         # What a guard has held back may come at once: the reader is not behind with it.
         most = MAX_WAITING_TOKENS if call.guard is None else None
-        self._mailbox = Mailbox(most, turns=state.turns)
-        self._running = _Running(state, call, self._deliver, self._mailbox.fail, is_streamed=True)
+        self._mailbox = mailbox = Mailbox(most, turns=state.turns)
+        self._running = _Running(
+            state, call, mailbox.put, mailbox.fail, refuse=self._refuse, is_streamed=True
+        )
         self.take = self._mailbox.take
         self.hang_up: Callable[[], None] | None = None
 
@@ -164,12 +166,11 @@ class StreamedCall:
         self._running.cancel(FinishReason.ABORT)
         self._mailbox.fail(error)
 
-    def _deliver(self, tag: int, delta: OutputDelta, finished: bool) -> None:
-        if not self._mailbox.put(tag, delta, finished):
-            # At once: whoever is slow may never read again.
-            self._running.cancel(FinishReason.ABORT)
-            if self.hang_up is not None:
-                self.hang_up()
+    def _refuse(self) -> None:
+        # At once: whoever is slow may never read again.
+        self._running.cancel(FinishReason.ABORT)
+        if self.hang_up is not None:
+            self.hang_up()
 
 
 async def whole_call(state: ServerState, call: Call) -> list[list[OutputDelta]]:
@@ -177,7 +178,7 @@ async def whole_call(state: ServerState, call: Call) -> list[list[OutputDelta]]:
     end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     sums: list[dict[int, DeltaSum]] = [{} for _ in call.requests]
 
-    def deliver(tag: int, delta: OutputDelta, finished: bool) -> None:
+    def deliver(tag: int, delta: OutputDelta, finished: bool) -> bool:
         earlier = sums[tag].get(delta.index)
         if earlier is None:
             sums[tag][delta.index] = DeltaSum(delta)
@@ -185,6 +186,7 @@ async def whole_call(state: ServerState, call: Call) -> list[list[OutputDelta]]:
             earlier.add(delta)
         if finished and running.num_unfinished == 0 and not end.done():
             end.set_result(None)
+        return True
 
     def fail(error: OctavoError) -> None:
         if not end.done():
@@ -203,16 +205,19 @@ class _Running:
         self,
         state: ServerState,
         call: Call,
-        deliver: Callable[[int, OutputDelta, bool], None],
+        deliver: Deliver,
         fail: Callable[[OctavoError], None],
         *,
+        refuse: Callable[[], None] = lambda: None,
         is_streamed: bool = False,
     ) -> None:
+        """`refuse` is called when `deliver` takes no more."""
         self._is_streamed = is_streamed
         self.num_unfinished = len(call.requests)
         told = call.exchange.told
         self.deliver = deliver if told is None else kept(told, call.params.n, deliver)
         self.fail = fail
+        self.refuse = refuse
         self._call = call
         self._state = state
         self._lease = NO_LEASE
@@ -318,19 +323,21 @@ class _Running:
 class _Progress:
     """The receiver of one request of a call."""
 
-    __slots__ = ("_running", "_tag", "request", "track")
+    __slots__ = ("_deliver", "_observe", "_running", "_tag", "request", "track")
 
     def __init__(self, running: _Running, tag: int, request: Request, track: RequestTrack) -> None:
         self._running = running
+        self._deliver, self._observe = running.deliver, track.observe
         self._tag = tag
         self.request = request
         self.track = track
 
     def receive(self, delta: OutputDelta, finished: bool) -> None:
-        self.track.observe(delta)
+        self._observe(delta)
         if delta.finish_reason is not None:
             self.end(delta, finished)
-        self._running.deliver(self._tag, delta, finished)
+        if not self._deliver(self._tag, delta, finished):
+            self._running.refuse()
 
     def end(self, delta: OutputDelta, finished: bool) -> None:
         """Takes the end of a sequence, and of the request if it is the last."""
@@ -377,7 +384,7 @@ class _GuardedProgress(_Progress):
         )
 
     def receive(self, delta: OutputDelta, finished: bool) -> None:
-        self.track.observe(delta)
+        self._observe(delta)
         self._output.take(delta)
 
     def _pass_on(self, delta: OutputDelta, finished: bool) -> None:
@@ -385,7 +392,8 @@ class _GuardedProgress(_Progress):
             self._running.abandon(self.request)
         if delta.finish_reason is not None:
             self.end(delta, finished)
-        self._running.deliver(self._tag, delta, finished)
+        if not self._deliver(self._tag, delta, finished):
+            self._running.refuse()
 
     def fail(self, error: OctavoError) -> None:
         self._output.close()

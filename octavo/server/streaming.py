@@ -304,7 +304,8 @@ class EventStream(Response):
         rounds, events = self._rounds, self._writer.events
 
         def write(news: list[News]) -> bool:
-            if rounds.is_over or wire.is_paused:
+            # The end of a call comes with that of a request.
+            if (news[-1][2] and rounds.is_over) or wire.is_paused:
                 return False
             piece = events(news)
             assert isinstance(piece, bytes), "the writer is brief"
