@@ -40,6 +40,7 @@ class Turns:
         self._at_once = at_once
         self._due: deque[Callable[[], object]] = deque()
         self._is_scheduled = False
+        self._num_passed = 0  # of this round, who did not have to wait
 
     def add(self, turn: Callable[[], object]) -> None:
         """Has `turn` called soon; it must not raise."""
@@ -48,7 +49,12 @@ class Turns:
             self._schedule()
 
     async def wait(self) -> None:
-        """Returns when it is the caller's turn."""
+        """Returns when it is the caller's turn: at once for the first of a round."""
+        if not self._due and self._num_passed < self._at_once:
+            self._num_passed += 1
+            if not self._is_scheduled:
+                self._schedule()
+            return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.add(lambda: turn.done() or turn.set_result(None))
         await turn
@@ -62,6 +68,7 @@ class Turns:
         for _ in range(min(len(due), self._at_once)):
             due.popleft()()
         self._is_scheduled = False
+        self._num_passed = 0
         if due:
             self._schedule()
 

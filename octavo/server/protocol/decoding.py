@@ -7,8 +7,10 @@ own for all else. Never imports the HTTP stack: that process would load it, too.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn, TypeVar
+
+import msgspec
 
 from octavo.engine.chat_template import ChatRenderer
 from octavo.engine.messages import is_unicode
@@ -39,6 +41,56 @@ def decode(content: bytes) -> object:
     pair, a byte order mark among it) and for more than MAX_DEPTH levels.
     """
     try:
+        data = _decode_quickly(content)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        data = _decode_slowly(content)  # which says what is wrong, or takes it
+    # Counting is quick, and what opens few lists and objects cannot be deep.
+    if content.count(b"[") + content.count(b"{") > MAX_DEPTH and isinstance(data, list | dict):
+        _check_depth(data)
+    return data
+
+
+def _decode_quickly(content: bytes) -> object:
+    """Returns what most bodies spell, in a fifth of the time. Raises MsgspecError, ValueError or
+    RecursionError for all that is wrong, and for some that is right."""
+    data = _QUICK.decode(content)
+    if _num_names(data, content.count(b"{")) < _most_names(content):
+        raise ValueError("a name may stand twice in one object")
+    return data
+
+
+def _most_names(content: bytes) -> int:
+    """Returns how many names all objects have together, or more than that."""
+    if any(space + b":" in content for space in (b" ", b"\n", b"\t", b"\r")):
+        return content.count(b":")
+    return content.count(b'":')
+
+
+def _num_names(data: object, most_objects: int) -> int:
+    """Returns how many names all objects have together, of which there are `most_objects` or
+    fewer: where all are found, long lists need no look."""
+    num_names = num_objects = 0
+    objects = [data] if isinstance(data, dict) else []
+    lists = [data] if isinstance(data, list) else []
+    while objects or (lists and num_objects < most_objects):
+        inner: Iterable[object]
+        if objects:
+            found = objects.pop()
+            num_names, num_objects = num_names + len(found), num_objects + 1
+            inner = found.values()
+        else:
+            inner = lists.pop()
+        for one in inner:
+            if isinstance(one, dict):
+                objects.append(one)
+            elif isinstance(one, list):
+                lists.append(one)
+    return num_names
+
+
+def _decode_slowly(content: bytes) -> object:
+    """As `decode`, but for the depth."""
+    try:
         text = content.decode("utf-8")
         data = _DECODER.decode(text)
     except UnicodeDecodeError as error:
@@ -49,9 +101,6 @@ def decode(content: bytes) -> object:
         raise _bad_json(str(error)) from error
     except RecursionError as error:
         raise _too_deep() from error
-    # Counting is quick, and what opens few lists and objects cannot be deep.
-    if text.count("[") + text.count("{") > MAX_DEPTH and isinstance(data, list | dict):
-        _check_depth(data)
     if "\\ud" in text or "\\uD" in text:
         for place in _broken_texts(data, ""):
             message = f"{place or 'the body'} has half a surrogate pair; send valid Unicode"
@@ -72,6 +121,7 @@ def _no_number(literal: str) -> NoReturn:
     raise ValueError(f"{literal} is no JSON number")
 
 
+_QUICK = msgspec.json.Decoder()
 _DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_no_number)
 
 
