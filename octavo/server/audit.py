@@ -24,7 +24,6 @@ from octavo.server.exchange import Exchange, client_of
 from octavo.server.tenants.callers import STRANGER, Caller
 from octavo.server.tracing.middleware import CLIENT_CLOSED
 
-
 MAX_WAITING_BYTES = 64 * 2**20
 _LINE_BYTES = 1024
 """About what a line has besides texts."""
