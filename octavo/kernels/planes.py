@@ -1,9 +1,9 @@
-"""Packed rows taken apart into the planes that a device multiplies with, and what planes mean.
+"""Packed matrices as the planes that a device multiplies with, and what planes mean.
 
-Called by placements once a matrix, on the device that it goes to, and by tests. `octavo.planes`
-says which planes there are.
+Made by placements on the device that they go to, and by tests. `octavo.planes` says which planes
+there are, `block_rows.py` how rows of blocks become some.
 
-Shape legend: R rows, K columns, B blocks of a row, G scales of a row.
+Shape legend: R rows, K columns, G scales of a row.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ import torch
 from torch import Tensor
 
 from octavo.formats import TWICE_E2M1
-from octavo.planes import RUN, PlaneLayout
+from octavo.planes import BLOCK, IQ4_VALUES, RUN, WORD_BITS, PlaneLayout
 
 SCALE_DTYPES = {
     "f16": torch.float16,
     "bf16": torch.bfloat16,
     "f32": torch.float32,
     "e8m0": torch.uint8,
+    "e4m3": torch.uint8,
+    "i8": torch.int8,
+    "u8": torch.uint8,
+    "u4": torch.uint8,
 }
 
 
@@ -30,9 +34,13 @@ class Planes(NamedTuple):
     codes: Tensor
     """int16 [R, words of a row's codes]."""
     scales: Tensor
-    """[R, G]."""
+    """[R, G], of which a column lies in one piece; so do those of offsets and factors."""
     offsets: Tensor
     """[R, G]."""
+    high: Tensor
+    """int16 [R, words of the codes' high bits]."""
+    factors: Tensor
+    """[R, factors of a row]."""
 
     def rows(self, start: int, stop: int) -> Planes:
         """Returns a view of some rows."""
@@ -41,87 +49,122 @@ class Planes(NamedTuple):
     def columns(self, layout: PlaneLayout, start: int, stop: int) -> Planes:
         """Returns a view of some columns, whole steps of the layout or up to the end of a row."""
         assert start % layout.step == 0
-        codes = self.codes[:, start // layout.parts : layout.padded(stop) // layout.parts]
-        if layout.group == 0:
-            return Planes(codes, self.scales, self.offsets)
-        groups = slice(start // layout.group, layout.padded(stop) // layout.group)
-        return Planes(codes, self.scales[:, groups], self.offsets[:, groups])
+
+        def part(plane: Tensor, count: int) -> Tensor:
+            """Of a plane that has `count` columns in a step."""
+            steps = slice(start // layout.step * count, layout.padded(stop) // layout.step * count)
+            return plane[:, steps]
+
+        step = layout.step
+        return Planes(
+            part(self.codes, layout.words(step)),
+            part(self.scales, layout.num_scales(step)) if layout.group else self.scales,
+            part(self.offsets, layout.num_offsets(step)) if layout.group else self.offsets,
+            part(self.high, layout.high_words(step)),
+            self.factors if layout.factor == "row" else part(self.factors, layout.num_factors(step)),
+        )
+
+    def arguments(self) -> tuple[Tensor | int, ...]:
+        """Returns what kernels take: the planes, and how far their columns are apart."""
+        assert self.scales.stride(0) == 1 or len(self.scales) == 1
+        return (*self, self.scales.stride(1))
 
 
 def empty_planes(layout: PlaneLayout, rows: int, cols: int, device: torch.device) -> Planes:
     """Returns planes of a matrix that are yet to be filled."""
-    scales, scale_dtype = layout.num_scales(cols), SCALE_DTYPES[layout.scale]
-    offset_dtype = torch.uint8 if layout.offset == "zero" else scale_dtype
-    shape = rows, 0 if layout.offset == "none" else scales
+    scale_dtype = SCALE_DTYPES[layout.scale]
+
+    def by_columns(columns: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty((columns, rows), dtype=dtype, device=device).T
+
     return Planes(
         torch.empty((rows, layout.words(cols)), dtype=torch.int16, device=device),
-        torch.empty((rows, scales), dtype=scale_dtype, device=device),
-        torch.empty(shape, dtype=offset_dtype, device=device),
+        by_columns(layout.num_scales(cols), scale_dtype),
+        by_columns(
+            layout.num_offsets(cols), torch.uint8 if layout.offset == "zero" else scale_dtype
+        ),
+        torch.empty((rows, layout.high_words(cols)), dtype=torch.int16, device=device),
+        by_columns(
+            layout.num_factors(cols), torch.float32 if layout.factor == "row" else torch.float16
+        ),
     )
 
 
 def pack_codes(layout: PlaneLayout, codes: Tensor) -> Tensor:
-    """Returns the words int16 [R, words] of codes uint8 [R, padded columns]."""
-    runs = codes.view(len(codes), -1, layout.parts, RUN).to(torch.int32)
-    shifts = torch.arange(0, 16, layout.bits, dtype=torch.int32, device=codes.device)[:, None]
-    return (runs << shifts).sum(2, dtype=torch.int32).to(torch.int16).flatten(1)
+    """Returns the words int16 [R, words] of codes uint8 [R, padded columns], less high bits."""
+    return _packed(codes & ((1 << layout.bits) - 1), layout.parts, layout.bits)
 
 
-def unpack_codes(layout: PlaneLayout, words: Tensor) -> Tensor:
-    """Returns the codes uint8 [R, padded columns] of words int16 [R, words]."""
+def pack_high(layout: PlaneLayout, codes: Tensor) -> Tensor:
+    """Returns the words int16 [R, words] of the high bits of codes uint8 [R, padded columns]."""
+    if not layout.high:
+        return torch.empty((len(codes), 0), dtype=torch.int16, device=codes.device)
+    return _packed(codes >> layout.bits, layout.parts * layout.runs, layout.high)
+
+
+def _packed(codes: Tensor, parts: int, bits: int) -> Tensor:
+    runs = codes.view(len(codes), -1, parts, RUN).to(torch.int32)
+    return (runs << _shifts(bits, codes)).sum(2, dtype=torch.int32).to(torch.int16).flatten(1)
+
+
+def _unpacked(words: Tensor, bits: int) -> Tensor:
     runs = words.view(len(words), -1, 1, RUN).to(torch.int32)
-    shifts = torch.arange(0, 16, layout.bits, dtype=torch.int32, device=words.device)[:, None]
-    return ((runs >> shifts) & (1 << layout.bits) - 1).to(torch.uint8).flatten(1)
+    return ((runs >> _shifts(bits, words)) & ((1 << bits) - 1)).to(torch.uint8).flatten(1)
 
 
-def planes_of(layout: PlaneLayout, rows: Tensor, block_bytes: int, cols: int) -> Planes:
-    """Returns the planes of packed rows uint8 [R, B * block_bytes], as in `octavo.formats`."""
-    blocks = rows.view(len(rows), -1, block_bytes)
-    width = SCALE_DTYPES[layout.scale].itemsize
-    scales = blocks[..., :width].contiguous().view(SCALE_DTYPES[layout.scale]).flatten(1)
-    offsets = scales[:, :0]
-    if layout.offset == "zero":
-        offsets = blocks[..., width].contiguous()
-        width += 1
-    elif layout.offset == "min":
-        offsets = blocks[..., width : 2 * width].contiguous().view(scales.dtype).flatten(1)
-        width *= 2
-    codes = blocks[..., width:]
-    if layout.bits == 4:  # byte i of 16 has the codes of columns i and i + 16
-        codes = codes.unflatten(-1, (-1, 16))
-        codes = torch.cat((codes & 15, codes >> 4), dim=-1)
-    codes = codes.flatten(1)
-    if layout.name == "q8_0":  # two's complement
-        codes = codes ^ 0x80
-    if layout.group == 0:
-        scales = scales[:, :1].contiguous()
-    missing = layout.padded(cols) - codes.shape[1]
-    if missing:
-        codes = torch.nn.functional.pad(codes, (0, missing))
-        wanted = layout.num_scales(cols) - scales.shape[1]
-        scales = torch.nn.functional.pad(scales, (0, wanted))
-        if layout.offset != "none":
-            offsets = torch.nn.functional.pad(offsets, (0, wanted))
-    return Planes(pack_codes(layout, codes), scales, offsets)
+def _shifts(bits: int, like: Tensor) -> Tensor:
+    return torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=like.device)[:, None]
+
+
+def unpack_codes(layout: PlaneLayout, words: Tensor, high: Tensor | None = None) -> Tensor:
+    """Returns the codes uint8 [R, padded columns] of words int16 [R, words], with their high bits
+    where those are given."""
+    codes = _unpacked(words, layout.bits)
+    if layout.high and high is not None:
+        codes |= _unpacked(high, layout.high) << layout.bits
+    return codes
 
 
 def values_of(layout: PlaneLayout, planes: Planes, cols: int) -> Tensor:
     """Returns the float32 values [R, cols] of a packed matrix: what kernels are compared with."""
-    codes = unpack_codes(layout, planes.codes)
+    codes = unpack_codes(layout, planes.codes, planes.high)
     if layout.values == "e4m3":
         numbers = codes.view(torch.float8_e4m3fn).float()
-    elif layout.values == "e2m1":
-        table = torch.tensor(TWICE_E2M1, dtype=torch.float32, device=codes.device) / 2
-        numbers = table[codes.int()]
-    else:
+    elif layout.values == "uint":
         numbers = codes.float() - layout.centre
-    scales = planes.scales
-    if layout.scale == "e8m0":
-        scales = torch.exp2(scales.double() - 127)
+    else:
+        values = IQ4_VALUES if layout.values == "iq4" else [one / 2 for one in TWICE_E2M1]
+        numbers = torch.tensor(values, dtype=torch.float32, device=codes.device)[codes.int()]
+    scales, minima = _scales(layout, planes)
     width = codes.shape[1] // scales.shape[1]
-    scales = scales.float().repeat_interleave(width, 1)
-    offsets = planes.offsets.float().repeat_interleave(width, 1)
     if layout.offset == "zero":
-        numbers = numbers - offsets
-    numbers = numbers * scales
-    return (numbers + offsets if layout.offset == "min" else numbers)[:, :cols]
+        numbers = numbers - planes.offsets.float().repeat_interleave(width, 1)
+    numbers = numbers * scales.repeat_interleave(width, 1)
+    if minima is not None:
+        numbers = numbers + minima.repeat_interleave(width, 1)
+    return numbers[:, :cols]
+
+
+def _scales(layout: PlaneLayout, planes: Planes) -> tuple[Tensor, Tensor | None]:
+    """Returns the float32 scales [R, G], and the minima."""
+    scales, minima = planes.scales, planes.offsets if layout.offset == "min" else None
+    if layout.scale == "u4":
+        scales, minima = scales & 15, scales >> 4
+    elif layout.scale == "e8m0":
+        scales = torch.exp2(scales.double() - 127)
+    elif layout.scale == "e4m3":
+        scales = scales.contiguous().view(torch.float8_e4m3fn)
+    scales, minima = scales.float(), None if minima is None else minima.float()
+    if layout.factor == "row":
+        scales = scales * planes.factors
+    elif layout.factor == "block":
+        in_block = BLOCK // layout.group
+        factors = planes.factors.float().repeat_interleave(in_block, 1)
+        if minima is not None:
+            factors, of_minima = (
+                one.float().repeat_interleave(in_block, 1)
+                for one in (planes.factors[:, ::2], planes.factors[:, 1::2])
+            )
+            minima = minima * of_minima * -1
+        scales = scales * factors
+    return scales, minima

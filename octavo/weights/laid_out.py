@@ -5,7 +5,8 @@ Called by sources whose matrices are packed. Never decides on a layout.
 
 from __future__ import annotations
 
-from octavo.kernels.planes import Planes, planes_of
+from octavo.kernels.block_rows import planes_of
+from octavo.kernels.planes import Planes
 from octavo.kernels.weights import Weight
 from octavo.planes import PlaneLayout
 
@@ -21,7 +22,9 @@ def copy_packed(weight: Weight, layout: PlaneLayout, out: Planes, row: int, cols
     for start in range(0, len(out.codes), step):
         stop = min(start + step, len(out.codes))
         data = weight.data[row + start : row + stop].to(device)
-        planes = planes_of(layout, data, weight.format.block_bytes, weight.cols)
+        planes = planes_of(
+            layout, data, weight.format.block_bytes, weight.cols, weight.table
+        )
         part = planes.columns(layout, cols.start, cols.stop)
         for plane, source in zip(out.rows(start, stop), part, strict=True):
             plane.copy_(source)

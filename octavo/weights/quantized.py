@@ -106,7 +106,8 @@ class QuantizedSource:
         zero = 8 if self._kind == "int4" else 128
         offsets = torch.full(scales.shape, zero, dtype=torch.uint8, device=device)
         offsets = offsets if layout.offset == "zero" else offsets[:, :0]
-        made = Planes(pack_codes(layout, codes), scales.to(out.scales.dtype), offsets)
+        words = pack_codes(layout, codes)
+        made = Planes(words, scales.to(out.scales.dtype), offsets, words[:, :0], scales[:, :0])
         for plane, part in zip(out, made.columns(layout, cols.start, cols.stop), strict=True):
             plane.copy_(part)
 

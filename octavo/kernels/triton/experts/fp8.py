@@ -56,6 +56,7 @@ def fp8_gate_up_kernel(
     num_experts,
     padded,
     num_scales,
+    scale_stride,
     inner_size,
     TOP_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -88,10 +89,7 @@ def fp8_gate_up_kernel(
     k = tl.arange(0, BLOCK_K)
     x_at = x_TM + token.to(tl.int64)[:, None] * padded + k[None, :]
     token_at = x_scales_TG + token.to(tl.int64) * num_scales
-    gate_at, up_at = (
-        gate_scales_NG + weight_row * num_scales,
-        up_scales_NG + weight_row * num_scales,
-    )
+    gate_at, up_at = gate_scales_NG + weight_row, up_scales_NG + weight_row
     gate = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     # Scales of the next block travel while this one is multiplied.
@@ -102,8 +100,8 @@ def fp8_gate_up_kernel(
         u = up_NM.load([start_row, start]).T
         if BY_BLOCK:
             following = tl.minimum(start // BLOCK_K + 1, num_scales - 1)
-            next_x, next_g = tl.load(token_at + following), tl.load(gate_at + following)
-            next_u = tl.load(up_at + following)
+            next_x, further = tl.load(token_at + following), following.to(tl.int64) * scale_stride
+            next_g, next_u = tl.load(gate_at + further), tl.load(up_at + further)
             gate += tl.dot(x, g) * (x_scale[:, None] * g_scale[None, :])
             up += tl.dot(x, u) * (x_scale[:, None] * u_scale[None, :])
             x_scale, g_scale, u_scale = next_x, next_g, next_u
@@ -137,6 +135,7 @@ def fp8_down_kernel(
     num_experts,
     padded,
     num_scales,
+    scale_stride,
     hidden_size,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -164,7 +163,7 @@ def fp8_down_kernel(
     start_row = expert * hidden_size + column_block * BLOCK_N
     weight_row = expert.to(tl.int64) * hidden_size + tl.where(is_column, column, 0)
     row_at = hidden_scales_RG + tl.where(is_row, row, 0).to(tl.int64) * num_scales
-    column_at = scales_NG + weight_row * num_scales
+    column_at = scales_NG + weight_row
     total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     h_scale, w_scale = tl.load(row_at), tl.load(column_at)
     for start in range(0, padded, BLOCK_K):
@@ -172,7 +171,8 @@ def fp8_down_kernel(
         w = down_NF.load([start_row, start]).T
         if BY_BLOCK:
             following = tl.minimum(start // BLOCK_K + 1, num_scales - 1)
-            next_h, next_w = tl.load(row_at + following), tl.load(column_at + following)
+            next_h = tl.load(row_at + following)
+            next_w = tl.load(column_at + following.to(tl.int64) * scale_stride)
             total += tl.dot(h, w) * (h_scale[:, None] * w_scale[None, :])
             h_scale, w_scale = next_h, next_w
         else:
@@ -238,6 +238,7 @@ def _gate_up(
         experts.count,
         x.numbers.shape[1],
         x.scales.shape[1],
+        gate.scales.stride(1),
         experts.inner_size,
         TOP_K=top_k,
         **_constants(shape, by_block=layout.group > 0),
@@ -274,6 +275,7 @@ def _down(
         experts.count,
         rows.numbers.shape[1],
         rows.scales.shape[1],
+        planes.scales.stride(1),
         experts.hidden_size,
         **_constants(shape, by_block=layout.group > 0),
         **launch_options(parts.device),

@@ -40,6 +40,7 @@ from octavo.kernels.triton.experts.stacks import (
 )
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
+from octavo.kernels.triton.small.group_sums import group_sums
 from octavo.kernels.triton.tiles.activation import activation_constant
 
 
@@ -47,6 +48,7 @@ from octavo.kernels.triton.tiles.activation import activation_constant
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
 def gate_up_kernel(
     x_TM,
+    sums_GT,
     gate_EFM,
     up_EFM,
     shared_gate_NM,
@@ -73,6 +75,7 @@ def gate_up_kernel(
     TILE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
     GROUP: tl.constexpr,
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -85,6 +88,7 @@ def gate_up_kernel(
     """hidden[r] = act(x[t] @ gate[e].T, x[t] @ up[e].T) for every pair of an expert e.
 
     x_TM [T, M]; gate and up [E, F, M] with stride_E given; biases float32 [E, F], HAS_BIAS.
+    sums_GT: `group_sums` of x, where packed weights want them.
     ROWS_FROM "order": a program has a block of up to ROWS ordered pairs; HALVES: one that is at
     most half full runs at half height; TMA: gate and up are tensor descriptors of blocks
     [1, BLOCK_N, BLOCK_K]. "scan": it has an expert, ROWS pairs at a time, or one of the SHARED
@@ -103,10 +107,10 @@ def gate_up_kernel(
         part = expert + SHARED
         skipped = part.to(tl.int64) * inner_size * hidden_size
         gate_up_rows(
-            *(x_TM, shared_gate_NM + skipped, shared_up_NM + skipped, gate_bias_EF, up_bias_EF),
-            *(hidden_RF, hidden_size, inner_size, expert, column),
+            *(x_TM, sums_GT, num_tokens, shared_gate_NM + skipped, shared_up_NM + skipped),
+            *(gate_bias_EF, up_bias_EF, hidden_RF, hidden_size, inner_size, expert, column),
             rows_of_shared(part, num_tokens, TOP_K, SHARED, SHARED_ROWS),
-            *(BLOCK_N, BLOCK_K, TMA, EVEN_K, False, ACTIVATION, COMPUTE, FORMAT),
+            *(BLOCK_N, BLOCK_K, STAGES, TMA, EVEN_K, False, ACTIVATION, COMPUTE, FORMAT),
         )
     else:
         if FORMAT == "numbers" and not TMA:
@@ -117,33 +121,33 @@ def gate_up_kernel(
             count = count_of(expert, ids_P, num_pairs, TILE)
             for start in range(0, count, ROWS):
                 gate_up_rows(
-                    *(x_TM, gate_EFM, up_EFM, gate_bias_EF, up_bias_EF, hidden_RF),
+                    *(x_TM, sums_GT, num_tokens, gate_EFM, up_EFM, gate_bias_EF, up_bias_EF, hidden_RF),
                     *(hidden_size, inner_size, expert, column),
                     rows_at(
                         *(start, count, expert, ids_P, order_P, num_pairs),
                         *(ROWS_FROM, TOP_K, SHARED, ROWS, TILE),
                     ),
-                    *(BLOCK_N, BLOCK_K, TMA, EVEN_K, HAS_BIAS, ACTIVATION, COMPUTE, FORMAT),
+                    *(BLOCK_N, BLOCK_K, STAGES, TMA, EVEN_K, HAS_BIAS, ACTIVATION, COMPUTE, FORMAT),
                 )
         elif HALVES and end - first <= ROWS // 2:
             gate_up_rows(
-                *(x_TM, gate_EFM, up_EFM, gate_bias_EF, up_bias_EF, hidden_RF),
+                *(x_TM, sums_GT, num_tokens, gate_EFM, up_EFM, gate_bias_EF, up_bias_EF, hidden_RF),
                 *(hidden_size, inner_size, expert, column),
                 rows_at(
                     *(first, end, expert, ids_P, order_P, num_pairs),
                     *(ROWS_FROM, TOP_K, SHARED, ROWS // 2, TILE),
                 ),
-                *(BLOCK_N, BLOCK_K, TMA, EVEN_K, HAS_BIAS, ACTIVATION, COMPUTE, FORMAT),
+                *(BLOCK_N, BLOCK_K, STAGES, TMA, EVEN_K, HAS_BIAS, ACTIVATION, COMPUTE, FORMAT),
             )
         else:
             gate_up_rows(
-                *(x_TM, gate_EFM, up_EFM, gate_bias_EF, up_bias_EF, hidden_RF),
+                *(x_TM, sums_GT, num_tokens, gate_EFM, up_EFM, gate_bias_EF, up_bias_EF, hidden_RF),
                 *(hidden_size, inner_size, expert, column),
                 rows_at(
                     *(first, end, expert, ids_P, order_P, num_pairs),
                     *(ROWS_FROM, TOP_K, SHARED, ROWS, TILE),
                 ),
-                *(BLOCK_N, BLOCK_K, TMA, EVEN_K, HAS_BIAS, ACTIVATION, COMPUTE, FORMAT),
+                *(BLOCK_N, BLOCK_K, STAGES, TMA, EVEN_K, HAS_BIAS, ACTIVATION, COMPUTE, FORMAT),
             )
 
 
@@ -152,6 +156,7 @@ def gate_up_kernel(
 def down_kernel(
     hidden_RF,
     half_RF,
+    sums_GR,
     down_EMF,
     shared_down_MN,
     shared_gate_T1,
@@ -177,6 +182,7 @@ def down_kernel(
     HAS_GATE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
     GROUP: tl.constexpr,
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -199,6 +205,7 @@ def down_kernel(
     if ROWS_FROM == "order" and (expert < 0) | (expert >= num_experts):
         return
     column *= BLOCK_N
+    num_rows = num_tokens * (TOP_K + SHARED)
     if SHARED > 0 and expert < 0:
         rows = rows_of_shared(expert + SHARED, num_tokens, TOP_K, SHARED, SHARED_ROWS)
         weight = tl.full([SHARED_ROWS], 1.0, tl.float32)
@@ -206,9 +213,9 @@ def down_kernel(
             gate = tl.load(shared_gate_T1 + rows[1] * shared_stride, mask=rows[4], other=0.0)
             weight = 1.0 / (1.0 + tl.exp(-gate.to(tl.float32)))
         down_rows(
-            *(hidden_RF, shared_down_MN + (expert + SHARED) * inner_size, parts_RM),
+            *(hidden_RF, sums_GR, num_rows, shared_down_MN + (expert + SHARED) * inner_size, parts_RM),
             *(hidden_size, inner_size, inner_size * SHARED, expert, column, 0, rows, weight),
-            *(BLOCK_N, BLOCK_K, TMA, EVEN_K, COMPUTE, FORMAT),
+            *(BLOCK_N, BLOCK_K, STAGES, TMA, EVEN_K, COMPUTE, FORMAT),
         )
     else:
         if FORMAT == "numbers" and not TMA:
@@ -222,10 +229,10 @@ def down_kernel(
                     *(ROWS_FROM, TOP_K, SHARED, ROWS, TILE),
                 )
                 down_rows(
-                    *(hidden_RF, down_EMF, parts_RM, hidden_size, inner_size, inner_size),
+                    *(hidden_RF, sums_GR, num_rows, down_EMF, parts_RM, hidden_size, inner_size, inner_size),
                     *(expert, column, 0, found),
                     tl.load(weights_P + found[0], mask=found[4], other=0.0),
-                    *(BLOCK_N, BLOCK_K, TMA, EVEN_K, COMPUTE, FORMAT),
+                    *(BLOCK_N, BLOCK_K, STAGES, TMA, EVEN_K, COMPUTE, FORMAT),
                 )
         elif HALVES and end - first <= ROWS // 2:
             half = rows_at(
@@ -233,10 +240,10 @@ def down_kernel(
                 *(ROWS_FROM, TOP_K, SHARED, ROWS // 2, TILE),
             )
             down_rows(
-                *(half_RF, down_EMF, parts_RM, hidden_size, inner_size, inner_size),
+                *(half_RF, sums_GR, num_rows, down_EMF, parts_RM, hidden_size, inner_size, inner_size),
                 *(expert, column, first, half),
                 tl.load(weights_P + half[0], mask=half[4], other=0.0),
-                *(BLOCK_N, BLOCK_K, TMA, EVEN_K, COMPUTE, FORMAT),
+                *(BLOCK_N, BLOCK_K, STAGES, TMA, EVEN_K, COMPUTE, FORMAT),
             )
         else:
             whole = rows_at(
@@ -244,10 +251,10 @@ def down_kernel(
                 *(ROWS_FROM, TOP_K, SHARED, ROWS, TILE),
             )
             down_rows(
-                *(hidden_RF, down_EMF, parts_RM, hidden_size, inner_size, inner_size),
+                *(hidden_RF, sums_GR, num_rows, down_EMF, parts_RM, hidden_size, inner_size, inner_size),
                 *(expert, column, first, whole),
                 tl.load(weights_P + whole[0], mask=whole[4], other=0.0),
-                *(BLOCK_N, BLOCK_K, TMA, EVEN_K, COMPUTE, FORMAT),
+                *(BLOCK_N, BLOCK_K, STAGES, TMA, EVEN_K, COMPUTE, FORMAT),
             )
 
 
@@ -306,6 +313,7 @@ def gate_up(
     gate, up, *of_shared = gate_up_arguments(experts, shared)
     gate_up_kernel[dispatch.grid(experts.inner_size, shape)](
         x_TM,
+        group_sums(x_TM, experts.gate_layout),
         _tiles(experts.gate_EFM, shape) if is_tma else gate,
         _tiles(experts.up_EFM, shape) if is_tma else up,
         *of_shared,
@@ -347,6 +355,7 @@ def down(
     down_kernel[dispatch.grid(experts.hidden_size, shape)](
         rows,
         half,
+        group_sums(hidden_RF, experts.down_layout),
         _tiles(experts.down_EMF, shape) if is_tma else stack,
         shared_down,
         gate_T1,

@@ -20,7 +20,7 @@ from octavo.kernels.triton.launching.overlap import announce, launch_options, wa
 from octavo.kernels.triton.product.packed_shapes import SumsShape
 from octavo.kernels.triton.tiles.activation import activation_constant, gated
 from octavo.kernels.triton.tiles.codes import parts_of
-from octavo.kernels.triton.tiles.packed import CHUNK, group_of, scale_at, sums_packed
+from octavo.kernels.triton.tiles.packed import CHUNK, scaled_rows, sums_packed
 
 
 @launchable
@@ -70,10 +70,8 @@ def gate_up_of_packed_pair_kernel(
         of_up = sums_packed(
             of_up, up, row[:, None], x_row, every, start, hidden_size, WORDS, FORMAT
         )
-    gate_sum, up_sum = tl.sum(of_gate, 1), tl.sum(of_up, 1)
-    if group_of(FORMAT) == 0:
-        gate_sum *= scale_at(gate, row, FORMAT)
-        up_sum *= scale_at(up, row, FORMAT)
+    gate_sum = scaled_rows(tl.sum(of_gate, 1), gate, row, FORMAT)
+    up_sum = scaled_rows(tl.sum(of_up, 1), up, row, FORMAT)
     if HAS_BIAS:
         bias_at = expert.to(tl.int64) * inner_size + column
         gate_sum += tl.load(gate_bias_EF + bias_at, mask=is_column, other=0.0)
@@ -125,9 +123,7 @@ def down_and_combine_packed_kernel(
             *(total, down, row[:, :, None], rows[None, :, None], is_here[None, :, None]),
             *(start, inner_size, WORDS, FORMAT),
         )
-    of_choice = tl.sum(total, 2)
-    if group_of(FORMAT) == 0:
-        of_choice *= scale_at(down, row, FORMAT)
+    of_choice = scaled_rows(tl.sum(total, 2), down, row, FORMAT)
     out = tl.sum(of_choice * weight[None, :], 1)
     at = out_TM + token.to(tl.int64) * hidden_size + column
     tl.store(at, out.to(out_TM.dtype.element_ty), mask=is_column)

@@ -12,20 +12,15 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.triton.tiles.activation import gated
-from octavo.kernels.triton.tiles.codes import parts_of
-from octavo.kernels.triton.tiles.packed import (
-    dot_packed,
-    dot_step,
-    packed_at,
-    scaled_rows,
-    x_tiles,
-)
+from octavo.kernels.triton.tiles.packed import packed_pair_of_rows, packed_rows
 from octavo.kernels.triton.tiles.weight import stacked_tile, weight_at, weight_tile
 
 
 @triton.jit
 def gate_up_rows(
     x_TM,
+    sums_GT,
+    num_tokens,
     gate_FM,
     up_FM,
     gate_bias_EF,
@@ -38,6 +33,7 @@ def gate_up_rows(
     rows,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -47,21 +43,23 @@ def gate_up_rows(
 ):
     """hidden[row] = act(x[token] @ gate.T, x[token] @ up.T) in BLOCK_N columns of one expert, its
     biases added to both products (HAS_BIAS), for the rows that are some; TMA: gate and up are
-    descriptors of all experts. Packed ones are planes of all."""
+    descriptors of all experts. Packed ones are planes of all, sums the `group_sums` of x."""
     _, token, row, _, is_row = rows
     column = first_column + tl.arange(0, BLOCK_N)
-    safe_token = tl.where(is_row, token, 0).to(tl.int64)
-    x_rows = x_TM + safe_token[:, None] * hidden_size
+    safe_token = tl.where(is_row, token, 0)
     if FORMAT == "numbers":
+        x_rows = x_TM + safe_token.to(tl.int64)[:, None] * hidden_size
         gate, up = _gate_up_of_numbers(
             *(x_rows, gate_FM, up_FM, hidden_size, inner_size, expert, first_column, is_row),
             *(BLOCK_N, BLOCK_K, TMA, EVEN_K, COMPUTE, FORMAT),
         )
     else:
-        gate, up = _gate_up_of_packed(
-            *(x_rows, gate_FM, up_FM, hidden_size, inner_size, expert, column, is_row),
-            *(BLOCK_K, EVEN_K, COMPUTE, FORMAT),
+        of_weight = expert.to(tl.int64) * inner_size + tl.where(column < inner_size, column, 0)
+        gate_T, up_T = packed_pair_of_rows(
+            *(x_TM, sums_GT, gate_FM, up_FM, safe_token, is_row, num_tokens, of_weight),
+            *(hidden_size, BLOCK_K, STAGES, EVEN_K, COMPUTE, FORMAT),
         )
+        gate, up = gate_T.T, up_T.T
     if HAS_BIAS:
         bias_at = expert.to(tl.int64) * inner_size + column
         gate += tl.load(gate_bias_EF + bias_at, mask=column < inner_size, other=0.0)[None, :]
@@ -70,39 +68,6 @@ def gate_up_rows(
     out = hidden_RF + row.to(tl.int64)[:, None] * inner_size + column[None, :]
     is_out = is_row[:, None] & (column < inner_size)[None, :]
     tl.store(out, value.to(hidden_RF.dtype.element_ty), mask=is_out)
-
-
-@triton.jit
-def _gate_up_of_packed(
-    x_rows,
-    gate,
-    up,
-    hidden_size,
-    inner_size,
-    expert,
-    column,
-    is_row,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    FORMAT: tl.constexpr,
-):
-    """Returns the products of x with gate and up, planes of all experts."""
-    STEP: tl.constexpr = dot_step(BLOCK_K, FORMAT)
-    WORDS: tl.constexpr = STEP // parts_of(FORMAT)
-    row = expert.to(tl.int64) * inner_size + tl.where(column < inner_size, column, 0)[None, :]
-    gate_at = packed_at(gate, row, hidden_size, WORDS, FORMAT)
-    up_at = packed_at(up, row, hidden_size, WORDS, FORMAT)
-    of_gate = tl.zeros([is_row.shape[0], column.shape[0]], tl.float32)
-    of_up = tl.zeros([is_row.shape[0], column.shape[0]], tl.float32)
-    for first in range(0, hidden_size, BLOCK_K):
-        for one in tl.static_range(BLOCK_K // STEP):
-            start = first + one * STEP
-            xs = x_tiles(x_rows, is_row[:, None], start, hidden_size, WORDS, FORMAT, EVEN_K)
-            of_gate = dot_packed(of_gate, xs, gate, gate_at, start, COMPUTE, FORMAT)
-            of_up = dot_packed(of_up, xs, up, up_at, start, COMPUTE, FORMAT)
-    of_gate = scaled_rows(of_gate, gate, gate_at, FORMAT)
-    return of_gate, scaled_rows(of_up, up, up_at, FORMAT)
 
 
 @triton.jit
@@ -151,6 +116,8 @@ def _gate_up_of_numbers(
 @triton.jit
 def down_rows(
     hidden_RF,
+    sums_GR,
+    num_rows,
     down_MF,
     parts_RM,
     hidden_size,
@@ -163,6 +130,7 @@ def down_rows(
     weight,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
     TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -170,7 +138,8 @@ def down_rows(
 ):
     """parts[part] = weight * hidden[row] @ down.T in BLOCK_N columns of one expert, whose rows are
     down_stride apart, for the rows that are some; TMA: hidden and down are descriptors, and rows
-    follow each other from first on."""
+    follow each other from first on. Packed ones are planes of all, sums the `group_sums` of hidden,
+    which has num_rows."""
     _, _, row, part, is_row = rows
     column = first_column + tl.arange(0, BLOCK_N)
     if FORMAT == "numbers":
@@ -179,44 +148,15 @@ def down_rows(
             *(first, row, is_row, BLOCK_N, BLOCK_K, TMA, EVEN_K, COMPUTE, FORMAT),
         )
     else:
-        total = _down_of_packed(
-            *(hidden_RF, down_MF, hidden_size, inner_size, expert, column, row, is_row),
-            *(BLOCK_K, EVEN_K, COMPUTE, FORMAT),
-        )
+        of_weight = expert.to(tl.int64) * hidden_size + tl.where(column < hidden_size, column, 0)
+        total = packed_rows(
+            *(hidden_RF, sums_GR, down_MF, tl.where(is_row, row, 0), is_row, num_rows),
+            *(of_weight, inner_size, BLOCK_K, STAGES, EVEN_K, COMPUTE, FORMAT),
+        ).T
     total *= weight[:, None]
     out = parts_RM + part.to(tl.int64)[:, None] * hidden_size + column[None, :]
     is_out = is_row[:, None] & (column < hidden_size)[None, :]
     tl.store(out, total.to(parts_RM.dtype.element_ty), mask=is_out)
-
-
-@triton.jit
-def _down_of_packed(
-    hidden_RF,
-    down,
-    hidden_size,
-    inner_size,
-    expert,
-    column,
-    row,
-    is_row,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    FORMAT: tl.constexpr,
-):
-    """Returns the products of hidden with down, planes of all experts."""
-    STEP: tl.constexpr = dot_step(BLOCK_K, FORMAT)
-    WORDS: tl.constexpr = STEP // parts_of(FORMAT)
-    rows = hidden_RF + tl.where(is_row, row, 0).to(tl.int64)[:, None] * inner_size
-    of_down = expert.to(tl.int64) * hidden_size + tl.where(column < hidden_size, column, 0)[None, :]
-    at = packed_at(down, of_down, inner_size, WORDS, FORMAT)
-    total = tl.zeros([is_row.shape[0], column.shape[0]], tl.float32)
-    for start_of_block in range(0, inner_size, BLOCK_K):
-        for one in tl.static_range(BLOCK_K // STEP):
-            start = start_of_block + one * STEP
-            xs = x_tiles(rows, is_row[:, None], start, inner_size, WORDS, FORMAT, EVEN_K)
-            total = dot_packed(total, xs, down, at, start, COMPUTE, FORMAT)
-    return scaled_rows(total, down, at, FORMAT)
 
 
 @triton.jit

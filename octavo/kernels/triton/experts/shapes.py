@@ -20,6 +20,7 @@ class TileConstants(TypedDict):
 
     BLOCK_N: int
     BLOCK_K: int
+    STAGES: int
     GROUP: int
     TMA: bool
     EVEN_K: bool
@@ -46,6 +47,7 @@ class TileShape:
         return {
             "BLOCK_N": self.block_n,
             "BLOCK_K": self.block_k if block is None else block["BLOCK_K"],
+            "STAGES": self.num_stages,
             "GROUP": self.group,
             "TMA": is_tma,
             "EVEN_K": length % self.block_k == 0 if block is None else block["EVEN_K"],

@@ -20,8 +20,8 @@ from octavo.kernels.weights import (
 )
 from octavo.planes import PlaneLayout
 
-Operand = Tensor | tuple[Tensor, ...]
-"""A stack of numbers, or the planes of a packed one."""
+Operand = Tensor | tuple[Tensor | int, ...]
+"""A stack of numbers, or the planes of a packed one (`Planes.arguments`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -108,7 +108,7 @@ def gate_up_arguments(
     routed = experts.gate_up_planes
     if routed is None:
         return *anything, *of_shared, *of_biases
-    return *(tuple(planes) for planes in routed), *of_shared, *of_biases
+    return *(planes.arguments() for planes in routed), *of_shared, *of_biases
 
 
 def down_arguments(
@@ -116,7 +116,7 @@ def down_arguments(
 ) -> tuple[Operand, Tensor, Tensor]:
     """Returns down, that of the shared expert and its gate, or anything where there is none."""
     planes = experts.down_planes
-    routed = experts.down_EMF if planes is None else tuple(planes)
+    routed = experts.down_EMF if planes is None else planes.arguments()
     if shared is None:
         return routed, experts.down_EMF, topk_weights
     gate_T1 = topk_weights if shared.gate_T1 is None else shared.gate_T1

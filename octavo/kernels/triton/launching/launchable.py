@@ -29,7 +29,7 @@ class Launchable:
     """A jitted function, launched as ever: kernel[grid](*arguments, **constants_and_options).
 
     Arguments that are no constants are positional: numbers, tensors, descriptors of tensors, or
-    tuples of tensors. Remembers the binaries it has launched, as
+    tuples of tensors and numbers, a tensor first. Remembers the binaries it has launched, as
     Triton does.
     """
 
@@ -69,10 +69,9 @@ class Launchable:
                 device = argument.base.get_device()
                 has_maps = True
             elif kind is tuple:
-                pointers = tuple([one.data_ptr() for one in argument])
-                pairs = zip(argument, pointers, strict=True)
-                key += [(one.dtype, pointer & 15 == 0) for one, pointer in pairs]
-                values.append(pointers)
+                parts, classes = _parts(argument)
+                key += classes
+                values.append(parts)
                 device = argument[0].get_device()
             else:
                 key.append(kind)
@@ -121,6 +120,16 @@ def _runner(run: Any, has_maps: bool) -> Callable[..., None] | None:
 def launchable(function: Any) -> Launchable:
     """Marks a jitted function as one that the host launches."""
     return Launchable(function)
+
+
+def _parts(argument: tuple[Tensor | int, ...]) -> tuple[tuple[int, ...], list[Any]]:
+    """Returns the values of a tuple, and what Triton builds different binaries for."""
+    values = tuple([one if type(one) is int else one.data_ptr() for one in argument])
+    classes = [
+        _int_class(value) if type(one) is int else (one.dtype, value & 15 == 0)
+        for one, value in zip(argument, values, strict=True)
+    ]
+    return values, classes
 
 
 def _int_class(value: int) -> int:

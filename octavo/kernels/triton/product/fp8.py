@@ -36,6 +36,7 @@ def fp8_product_kernel(
     num_rows,
     padded,
     num_scales,
+    scale_stride,
     out_stride,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -48,7 +49,7 @@ def fp8_product_kernel(
     """out[t, n] = sum over m of x[t, m] * weight[n, m], times their scales (+ bias[n]).
 
     x_TM and weight_NM are descriptors of e4m3 [T, padded] and [N, padded] in blocks [BLOCK_T or
-    BLOCK_N, BLOCK_K]; out_TN [T, N] with a row stride, bias_N [N] any float. BY_BLOCK: every
+    BLOCK_N, BLOCK_K]; scales_NG by columns; out_TN [T, N] with a row stride, bias_N [N] any float. BY_BLOCK: every
     BLOCK_K columns have scales of their own, else rows have one.
     """
     row_block, column_block = tile_of_program(
@@ -59,7 +60,7 @@ def fp8_product_kernel(
     column = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     is_token, is_column = token < num_tokens, column < num_rows
     token_at = x_scales_TG + tl.where(is_token, token, 0).to(tl.int64) * num_scales
-    column_at = scales_NG + tl.where(is_column, column, 0).to(tl.int64) * num_scales
+    column_at = scales_NG + tl.where(is_column, column, 0).to(tl.int64)
     total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     # Scales of the next block travel while this one is multiplied.
     x_scale, w_scale = tl.load(token_at), tl.load(column_at)
@@ -68,7 +69,8 @@ def fp8_product_kernel(
         w = weight_NM.load([column_block * BLOCK_N, start]).T
         if BY_BLOCK:
             following = tl.minimum(start // BLOCK_K + 1, num_scales - 1)
-            next_x, next_w = tl.load(token_at + following), tl.load(column_at + following)
+            next_x = tl.load(token_at + following)
+            next_w = tl.load(column_at + following.to(tl.int64) * scale_stride)
             total += tl.dot(x, w) * (x_scale[:, None] * w_scale[None, :])
             x_scale, w_scale = next_x, next_w
         else:
@@ -124,6 +126,7 @@ def fp8_product_of(
         num_rows,
         padded,
         rows.scales.shape[1],
+        planes.scales.stride(1),
         out_TN.stride(0),
         BLOCK_T=shape.block_t,
         BLOCK_N=shape.block_n,

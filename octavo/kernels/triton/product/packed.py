@@ -20,22 +20,21 @@ from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.numbers import TL_DTYPES
 from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
 from octavo.kernels.triton.product.packed_shapes import PackedShape, SumsShape, block_constants
-from octavo.kernels.triton.tiles.codes import parts_of
+from octavo.kernels.triton.small.group_sums import group_sums
+from octavo.kernels.triton.tiles.codes import high_of, parts_of
 from octavo.kernels.triton.tiles.grid import tile_of_program
 from octavo.kernels.triton.tiles.packed import (
     CHUNK,
     RUN,
     columns_of,
-    dot_packed,
-    dot_step,
-    group_of,
+    high_word,
+    num_high_words,
     num_words,
-    packed_at,
-    scale_at,
+    packed_rows,
+    runs_of,
     scaled_rows,
     sums_packed,
     value_packed,
-    x_tiles,
 )
 from octavo.planes import PlaneLayout
 
@@ -71,9 +70,7 @@ def packed_matvec_kernel(
         total = sums_packed(
             total, planes, safe[:, None], x_M + none, every, start, hidden_size, WORDS, FORMAT
         )
-    out = tl.sum(total, 1)
-    if group_of(FORMAT) == 0:
-        out *= scale_at(planes, safe.to(tl.int64), FORMAT)
+    out = scaled_rows(tl.sum(total, 1), planes, safe.to(tl.int64), FORMAT)
     if HAS_BIAS:
         out += tl.load(bias_N + row, mask=is_row, other=0.0).to(tl.float32)
     tl.store(out_N + row, out.to(out_N.dtype.element_ty), mask=is_row)
@@ -83,6 +80,7 @@ def packed_matvec_kernel(
 @triton.jit(do_not_specialize=["num_tokens"])
 def packed_product_kernel(
     x_TM,
+    sums_GT,
     planes,
     bias_N,
     out_TN,
@@ -93,6 +91,7 @@ def packed_product_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -102,31 +101,27 @@ def packed_product_kernel(
 ):
     """out[t, n] = sum over m of x[t, m] * weight[n, m], in rising m, (+ bias[n]).
 
-    x_TM [T, M] contiguous, planes of a weight [N, M], out_TN [T, N] with a row stride, bias_N [N]
-    any float. EVEN_K: rows of the weight have no columns beyond M.
+    x_TM [T, M] contiguous, sums_GT its `group_sums`, planes of a weight [N, M], out_TN [T, N] with
+    a row stride, bias_N [N] any float. EVEN_K: rows of the weight have no columns beyond M.
     """
-    STEP: tl.constexpr = dot_step(BLOCK_K, FORMAT)
-    WORDS: tl.constexpr = STEP // parts_of(FORMAT)
     row_block, column_block = tile_of_program(
         tl.cdiv(num_tokens, BLOCK_T), tl.cdiv(num_rows, BLOCK_N), GROUP
     )
     wait_turn(OVERLAP)
     token = row_block * BLOCK_T + tl.arange(0, BLOCK_T)
     column = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_token, is_column = (token < num_tokens)[:, None], column < num_rows
-    x_rows = x_TM + tl.where(token < num_tokens, token, 0).to(tl.int64)[:, None] * hidden_size
-    at = packed_at(planes, tl.where(is_column, column, 0)[None, :], hidden_size, WORDS, FORMAT)
-    total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-    for first in range(0, hidden_size, BLOCK_K):
-        for one in tl.static_range(BLOCK_K // STEP):
-            start = first + one * STEP
-            xs = x_tiles(x_rows, is_token, start, hidden_size, WORDS, FORMAT, EVEN_K)
-            total = dot_packed(total, xs, planes, at, start, COMPUTE, FORMAT)
-    total = scaled_rows(total, planes, at, FORMAT)
+    is_token, is_column = token < num_tokens, column < num_rows
+    safe_token = tl.where(is_token, token, 0)
+    total = packed_rows(
+        *(x_TM, sums_GT, planes, safe_token, is_token, num_tokens),
+        *(tl.where(is_column, column, 0), hidden_size),
+        *(BLOCK_K, STAGES, EVEN_K, COMPUTE, FORMAT),
+    ).T
     if HAS_BIAS:
         total += tl.load(bias_N + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
     out = out_TN + token.to(tl.int64)[:, None] * out_stride + column[None, :]
-    tl.store(out, total.to(out_TN.dtype.element_ty), mask=is_token & is_column[None, :])
+    is_out = is_token[:, None] & is_column[None, :]
+    tl.store(out, total.to(out_TN.dtype.element_ty), mask=is_out)
 
 
 @launchable
@@ -153,11 +148,15 @@ def unpack_kernel(
     word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
     count = num_words(hidden_size, FORMAT)
     words = tl.load(planes[0] + row * count + word, mask=word < count, other=0)
+    high = words
+    if high_of(FORMAT) > 0:
+        at = planes[3] + row * num_high_words(hidden_size, FORMAT) + high_word(word, FORMAT)
+        high = tl.load(at, mask=word < count, other=0)
     for part in tl.static_range(parts_of(FORMAT)):
         column = columns_of(word, FORMAT) + part * RUN
         is_in = (word < count) & (column < hidden_size)
-        safe = tl.where(is_in, column, 0)
-        value = value_packed(planes, words, row, safe, hidden_size, part, FORMAT)
+        safe, sub = tl.where(is_in, column, 0), word // RUN % runs_of(FORMAT)
+        value = value_packed(planes, words, high, row, safe, part, sub, FORMAT)
         value = tl.where(is_known, value, float("nan"))
         at = out_NM + place * hidden_size + column
         tl.store(at, value.to(out_NM.dtype.element_ty), mask=is_in)
@@ -178,7 +177,7 @@ def packed_matvec(
     assert x_TM.stride(1) == 1
     packed_matvec_kernel[(cdiv(num_rows, shape.block_n),)](
         x_TM,
-        tuple(planes),
+        planes.arguments(),
         x_TM if bias_N is None else bias_N,
         out_TN,
         num_rows,
@@ -210,7 +209,8 @@ def packed_product(
     grid = cdiv(num_tokens, shape.block_t) * cdiv(num_rows, shape.block_n)
     packed_product_kernel[(grid,)](
         x_TM,
-        tuple(planes),
+        group_sums(x_TM, layout),
+        planes.arguments(),
         x_TM if bias_N is None else bias_N,
         out_TN,
         num_tokens,
@@ -220,6 +220,7 @@ def packed_product(
         BLOCK_T=shape.block_t,
         BLOCK_N=shape.block_n,
         **block_constants(layout, shape.block_k, hidden_size),
+        STAGES=shape.num_stages,
         GROUP=16,
         HAS_BIAS=bias_N is not None,
         COMPUTE=TL_DTYPES[x_TM.dtype],
@@ -244,7 +245,7 @@ def unpack(
         return out
     words = min(1024, next_power_of_2(layout.words(cols)))
     unpack_kernel[(count, cdiv(layout.words(cols), words))](
-        tuple(planes),
+        planes.arguments(),
         out if ids is None else ids,
         out,
         len(planes.codes),

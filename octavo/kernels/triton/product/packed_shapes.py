@@ -18,10 +18,11 @@ class BlockConstants(TypedDict):
 
 
 def block_constants(layout: PlaneLayout, block_k: int, length: int) -> BlockConstants:
-    """Returns the constants of a sum over `length` columns, by about `block_k` at a time: steps of
+    """Returns the constants of a sum over `length` columns, by about `block_k` at a time: units of
     the layout, and never beyond the end of a row."""
-    steps = math.gcd(max(1, block_k // layout.step), layout.padded(length) // layout.step)
-    return {"BLOCK_K": steps * layout.step, "EVEN_K": length % layout.step == 0}
+    unit = layout.unit
+    steps = math.gcd(max(1, block_k // unit), layout.padded(length) // unit)
+    return {"BLOCK_K": steps * unit, "EVEN_K": length % layout.step == 0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

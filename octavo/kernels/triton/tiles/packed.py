@@ -1,11 +1,16 @@
 """Packed weights in the sums of products: the one place that knows how their planes are read.
 
 Called by every loop that multiplies with a packed weight. A weight is its planes (codes, scales,
-offsets), rows follow each other in each; FORMAT names its `PlaneLayout`. Codes become floats in
-registers (`tiles/codes.py`); what is summed within a group is multiplied by its scale once.
+offsets, high bits, factors) and how far their columns are apart (`Planes.arguments`); FORMAT names
+its `PlaneLayout`. Codes become floats in registers (`tiles/codes.py`).
 
-Two kinds of sums: `dot_packed` for tiles of tokens by `tl.dot`, `sums_packed` for one token, in
-registers. `values_packed` gives the values themselves.
+What is summed within a group is multiplied by its scale once, and what all codes of a group have
+in common (a zero, a minimum, the bias of `raw_parts`) by the sum of x over the group, which is
+known beforehand (`small/group_sums.py`): total += scale * (codes . x) + shift * sum(x).
+
+Two kinds of sums: `dot_packed` for tiles of tokens by `tl.dot`, whose rows are the weight's, so
+that codes go from registers to the tensor cores; `sums_packed` for one token, in registers.
+`value_packed` gives the values themselves.
 """
 
 from __future__ import annotations
@@ -16,22 +21,28 @@ import triton.language as tl
 from octavo.kernels.triton.tiles.codes import (
     IS_INTERPRETED,
     bias_of,
-    parts_less,
+    high_of,
     parts_of,
     raw_parts,
-    values_of,
 )
+from octavo.kernels.triton.tiles.scales import (
+    factor_of,
+    group_of,
+    has_offsets,
+    has_sums,
+    num_factors,
+    scale_and_shift,
+    scale_number,
+    scale_zero_minimum,
+)
+from octavo.planes import BLOCK as _BLOCK
 from octavo.planes import PLANE_LAYOUTS
 from octavo.planes import RUN as _RUN
 
 RUN = tl.constexpr(_RUN)
+BLOCK = tl.constexpr(_BLOCK)
 CHUNK = tl.constexpr(8)
 """Words that a thread loads at once."""
-
-
-@triton.constexpr_function
-def group_of(format: str) -> int:
-    return PLANE_LAYOUTS[format].group
 
 
 @triton.constexpr_function
@@ -40,25 +51,16 @@ def step_of(format: str) -> int:
 
 
 @triton.constexpr_function
-def scale_of(format: str) -> str:
-    return PLANE_LAYOUTS[format].scale
-
-
-@triton.constexpr_function
-def offset_of(format: str) -> str:
-    return PLANE_LAYOUTS[format].offset
-
-
-@triton.constexpr_function
-def centre_of(format: str) -> int:
-    return PLANE_LAYOUTS[format].centre
+def runs_of(format: str) -> int:
+    """Runs of words that share a run of high words."""
+    return PLANE_LAYOUTS[format].runs
 
 
 @triton.constexpr_function
 def dot_step(block_k: int, format: str) -> int:
-    """Returns the columns of one `dot_packed`, for blocks of a sum that are multiples of a step."""
+    """Returns the columns of one `dot_packed`: all with one scale, or one run of words."""
     layout = PLANE_LAYOUTS[format]
-    return layout.step if layout.group else block_k
+    return max(layout.group, _RUN * layout.parts) if layout.group else block_k
 
 
 @triton.constexpr_function
@@ -71,27 +73,17 @@ def ends_group(part: int, format: str) -> bool:
 
 
 @triton.constexpr_function
-def first_of_group(part: int, format: str) -> int:
-    """Returns the first part of a word that has the scale of `part`, the last that has it."""
-    layout = PLANE_LAYOUTS[format]
-    return part + 1 - min(layout.group // _RUN, layout.parts)
-
-
-@triton.constexpr_function
 def group_in_run(part: int, format: str) -> int:
     """Which of the scales of a run of words a part has."""
     group = PLANE_LAYOUTS[format].group
     return part * _RUN // group if group else 0
 
 
-@triton.jit
-def num_groups(length, FORMAT: tl.constexpr):
-    """Returns the scales of a row of `length` columns."""
-    if group_of(FORMAT) > 0:
-        count = tl.cdiv(length, step_of(FORMAT)) * (step_of(FORMAT) // group_of(FORMAT))
-    else:
-        count = 1
-    return count
+@triton.constexpr_function
+def groups_in(columns: int, format: str) -> int:
+    """Returns the scales of so many columns."""
+    group = PLANE_LAYOUTS[format].group
+    return columns // group if group else 0
 
 
 @triton.jit
@@ -101,24 +93,9 @@ def num_words(length, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def scale_at(planes, place, FORMAT: tl.constexpr):
-    """Returns the float32 scales at `place` of the plane."""
-    scale = tl.load(planes[1] + place)
-    if scale_of(FORMAT) == "e8m0":
-        # 2^-127, which is no normal number, is as good as 2^-126.
-        bits = tl.maximum(scale.to(tl.int32), 1) << 23
-        scale = bits.to(tl.float32, bitcast=True)
-    return scale.to(tl.float32)
-
-
-@triton.jit
-def zero_at(planes, place, FORMAT: tl.constexpr):
-    """Returns what codes at `place` mean 0, float32."""
-    if offset_of(FORMAT) == "zero":
-        zero = tl.load(planes[2] + place).to(tl.float32)
-    else:
-        zero = tl.full([1, 1], centre_of(FORMAT), tl.float32)
-    return zero
+def num_high_words(length, FORMAT: tl.constexpr):
+    """Returns the words of the high bits of a row's codes."""
+    return tl.cdiv(length, step_of(FORMAT)) * (step_of(FORMAT) * high_of(FORMAT) // 16)
 
 
 @triton.jit
@@ -128,12 +105,45 @@ def columns_of(word, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def high_word(word, FORMAT: tl.constexpr):
+    """Returns which word has the high bits of a word's codes."""
+    return word // (RUN * runs_of(FORMAT)) * RUN + word % RUN
+
+
+@triton.jit
 def packed_at(planes, row, length, WORDS: tl.constexpr, FORMAT: tl.constexpr):
-    """Returns where rows `row` [1, N] of a packed weight begin: pointers to the first WORDS of
-    codes [WORDS, N], and the places of the first scales [1, N]."""
+    """Returns where rows `row` [N, 1] of a packed weight begin: pointers to the first WORDS of
+    codes [N, WORDS] and of high bits, and the rows."""
     wide = row.to(tl.int64)
-    words = planes[0] + wide * num_words(length, FORMAT) + tl.arange(0, WORDS)[:, None]
-    return words, wide * num_groups(length, FORMAT)
+    word = tl.arange(0, WORDS)[None, :]
+    words = planes[0] + wide * num_words(length, FORMAT) + word
+    high = words
+    if high_of(FORMAT) > 0:
+        high = planes[3] + wide * num_high_words(length, FORMAT) + word
+    return words, high, wide
+
+
+@triton.jit
+def block_scales(planes, at, start, BLOCK_K: tl.constexpr, FORMAT: tl.constexpr):
+    """Returns the scales and offsets [N, 1] of each group of a block of columns, and the factors of
+    them all, as they lie in memory: what `dot_packed` of the block takes. Loaded a block ahead."""
+    if group_of(FORMAT) == 0:
+        raw = (start,)
+    else:
+        place = at[2] + start // group_of(FORMAT) * planes[5]
+        raw = (tl.load(planes[1] + place),)
+        if has_offsets(FORMAT):
+            raw += (tl.load(planes[2] + place),)
+        for group in tl.static_range(1, groups_in(BLOCK_K, FORMAT)):
+            raw += (tl.load(planes[1] + place + group * planes[5]),)
+            if has_offsets(FORMAT):
+                raw += (tl.load(planes[2] + place + group * planes[5]),)
+        COUNT: tl.constexpr = num_factors(BLOCK_K, FORMAT)
+        if COUNT > 0:
+            of_block = at[2] + start // BLOCK * num_factors(BLOCK, FORMAT) * planes[5]
+            for factor in tl.static_range(COUNT):
+                raw += (tl.load(planes[4] + of_block + factor * planes[5]),)
+    return raw
 
 
 @triton.jit
@@ -159,49 +169,62 @@ def x_tiles(
     x_rows, is_row, start, length, WORDS: tl.constexpr, FORMAT: tl.constexpr, EVEN_K: tl.constexpr
 ):
     """Returns `x_tile` for each part."""
-    a = x_tile(x_rows, is_row, start, length, 0, WORDS, FORMAT, EVEN_K)
-    b = x_tile(x_rows, is_row, start, length, 1, WORDS, FORMAT, EVEN_K)
-    if parts_of(FORMAT) == 2:
-        tiles = (a, b)
-    else:
-        c = x_tile(x_rows, is_row, start, length, 2, WORDS, FORMAT, EVEN_K)
-        d = x_tile(x_rows, is_row, start, length, 3, WORDS, FORMAT, EVEN_K)
-        tiles = (a, b, c, d)
+    tiles = (x_tile(x_rows, is_row, start, length, 0, WORDS, FORMAT, EVEN_K),)
+    for part in tl.static_range(1, parts_of(FORMAT)):
+        tiles += (x_tile(x_rows, is_row, start, length, part, WORDS, FORMAT, EVEN_K),)
     return tiles
 
 
 @triton.jit
-def dot_packed(total, xs, planes, at, start, COMPUTE: tl.constexpr, FORMAT: tl.constexpr):
-    """Returns total [T, N] + x @ weight.T over the columns of `x_tiles`, which are a `step` of the
-    layout or, where that is one run of words, several groups; of weights with one scale a row
-    without it, see `scaled_rows`."""
+def sums_of_x(sums_GR, row, is_row, num_rows, start, STEP: tl.constexpr, FORMAT: tl.constexpr):
+    """Returns the sums of x [1, T] over each group of a `dot_packed`; row, is_row [T]. sums_GR: of
+    all rows of x, of a product whose format wants them, else anything."""
+    sums = (0.0,)
+    if has_sums(FORMAT):
+        at = sums_GR + start // group_of(FORMAT) * num_rows + row[None, :]
+        sums = (tl.load(at, mask=is_row[None, :], other=0.0),)
+        for group in tl.static_range(1, groups_in(STEP, FORMAT)):
+            sums += (tl.load(at + group * num_rows, mask=is_row[None, :], other=0.0),)
+    return sums
+
+
+@triton.jit
+def dot_packed(
+    total,
+    xs,
+    x_sums,
+    at,
+    raw,
+    start,
+    ONE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """Returns total [N, T] + weight @ x.T over the columns of `x_tiles`, the `dot_step` number ONE
+    of the block of BLOCK_K that `raw` is of; of weights with a scale or a factor a row without it,
+    see `scaled_rows`."""
     GROUP: tl.constexpr = group_of(FORMAT)
+    STEP: tl.constexpr = dot_step(BLOCK_K, FORMAT)
     words = tl.load(at[0] + start // parts_of(FORMAT))
-    place = at[1]
-    if GROUP > 0:
-        place += start // GROUP
-    if values_of(FORMAT) != "uint":
-        numbers = raw_parts(words, COMPUTE, FORMAT)
-    elif GROUP == 0 or RUN * parts_of(FORMAT) <= GROUP or offset_of(FORMAT) != "zero":
-        numbers = parts_less(words, zero_at(planes, place, FORMAT), COMPUTE, FORMAT)
-    else:
-        numbers = raw_parts(words, COMPUTE, FORMAT)
+    high = words
+    if high_of(FORMAT) > 0:
+        high = tl.load(at[1] + start // (RUN * parts_of(FORMAT) * runs_of(FORMAT)) * RUN)
+    numbers = raw_parts(words, high, ONE % runs_of(FORMAT), COMPUTE, FORMAT)
     sums = tl.zeros(total.shape, tl.float32)
     if GROUP == 0:
         sums = total
     for part in tl.static_range(parts_of(FORMAT)):
-        sums = tl.dot(xs[part].to(COMPUTE), numbers[part], sums, input_precision="ieee")
+        x = xs[part].to(COMPUTE).T
+        sums = tl.dot(numbers[part], x, sums, input_precision="ieee")
         if GROUP > 0 and ends_group(part, FORMAT):
-            here = place + group_in_run(part, FORMAT)
-            scale = scale_at(planes, here, FORMAT)
+            index: tl.constexpr = group_in_run(part, FORMAT)
+            scale, shift = scale_and_shift(
+                raw, ONE * groups_in(STEP, FORMAT) + index, BLOCK_K, COMPUTE, FORMAT
+            )
             total += sums * scale
-            if RUN * parts_of(FORMAT) > GROUP and offset_of(FORMAT) == "zero":
-                of_x = _sums_of(xs, first_of_group(part, FORMAT), part + 1)
-                zero = zero_at(planes, here, FORMAT) + bias_of(COMPUTE, FORMAT)
-                total -= of_x * (zero * scale)
-            if offset_of(FORMAT) == "min":
-                of_x = _sums_of(xs, first_of_group(part, FORMAT), part + 1)
-                total += of_x * tl.load(planes[2] + here).to(tl.float32)
+            if has_sums(FORMAT):
+                total += x_sums[index] * shift
             sums = tl.zeros(total.shape, tl.float32)
     if GROUP == 0:
         total = sums
@@ -209,20 +232,101 @@ def dot_packed(total, xs, planes, at, start, COMPUTE: tl.constexpr, FORMAT: tl.c
 
 
 @triton.jit
-def _sums_of(xs, FIRST: tl.constexpr, END: tl.constexpr):
-    """Returns [T, 1]: the sums of rows of some tiles."""
-    total = tl.sum(xs[FIRST].to(tl.float32), 1)
-    for part in tl.static_range(FIRST + 1, END):
-        total += tl.sum(xs[part].to(tl.float32), 1)
-    return total[:, None]
+def scaled_rows(total, planes, row, FORMAT: tl.constexpr):
+    """Returns whole sums, times the scale or factor of their rows where rows have one; row
+    broadcasts to them."""
+    if group_of(FORMAT) == 0:
+        total *= scale_number(tl.load(planes[1] + row), FORMAT)
+    elif factor_of(FORMAT) == "row":
+        total *= tl.load(planes[4] + row)
+    return total
 
 
 @triton.jit
-def scaled_rows(total, planes, at, FORMAT: tl.constexpr):
-    """Returns a whole sum of `dot_packed`, times the scale of its row where rows have one."""
-    if group_of(FORMAT) == 0:
-        total *= scale_at(planes, at[1], FORMAT)
-    return total
+def packed_rows(
+    x_RM,
+    sums_GR,
+    planes,
+    row,
+    is_row,
+    num_rows,
+    weight_row,
+    length,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """Returns weight @ x.T [N, T] of some rows of a weight and of x: weight_row [N], row [T], which
+    are those that is_row. x_RM: rows of `length` numbers, num_rows in all; sums_GR their
+    `group_sums`."""
+    STEP: tl.constexpr = dot_step(BLOCK_K, FORMAT)
+    WORDS: tl.constexpr = STEP // parts_of(FORMAT)
+    x_rows = x_RM + row.to(tl.int64)[:, None] * length
+    at = packed_at(planes, weight_row[:, None], length, WORDS, FORMAT)
+    total = tl.zeros([weight_row.shape[0], row.shape[0]], tl.float32)
+    raw = block_scales(planes, at, 0, BLOCK_K, FORMAT)
+    last = tl.cdiv(length, BLOCK_K) * BLOCK_K - BLOCK_K
+    for first in tl.range(0, length, BLOCK_K, num_stages=STAGES):
+        following = block_scales(planes, at, tl.minimum(first + BLOCK_K, last), BLOCK_K, FORMAT)
+        for one in tl.static_range(BLOCK_K // STEP):
+            start = first + one * STEP
+            xs = x_tiles(x_rows, is_row[:, None], start, length, WORDS, FORMAT, EVEN_K)
+            sums = sums_of_x(sums_GR, row, is_row, num_rows, start, STEP, FORMAT)
+            total = dot_packed(total, xs, sums, at, raw, start, one, BLOCK_K, COMPUTE, FORMAT)
+        raw = following
+    return scaled_rows(total, planes, at[2], FORMAT)
+
+
+@triton.jit
+def packed_pair_of_rows(
+    x_RM,
+    sums_GR,
+    first_planes,
+    second_planes,
+    row,
+    is_row,
+    num_rows,
+    weight_row,
+    length,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """Returns `packed_rows` of two weights at once, which meet the same x."""
+    STEP: tl.constexpr = dot_step(BLOCK_K, FORMAT)
+    WORDS: tl.constexpr = STEP // parts_of(FORMAT)
+    x_rows = x_RM + row.to(tl.int64)[:, None] * length
+    at_first = packed_at(first_planes, weight_row[:, None], length, WORDS, FORMAT)
+    at_second = packed_at(second_planes, weight_row[:, None], length, WORDS, FORMAT)
+    first_total = tl.zeros([weight_row.shape[0], row.shape[0]], tl.float32)
+    second_total = tl.zeros([weight_row.shape[0], row.shape[0]], tl.float32)
+    raw_first = block_scales(first_planes, at_first, 0, BLOCK_K, FORMAT)
+    raw_second = block_scales(second_planes, at_second, 0, BLOCK_K, FORMAT)
+    last = tl.cdiv(length, BLOCK_K) * BLOCK_K - BLOCK_K
+    for block in tl.range(0, length, BLOCK_K, num_stages=STAGES):
+        ahead = tl.minimum(block + BLOCK_K, last)
+        next_first = block_scales(first_planes, at_first, ahead, BLOCK_K, FORMAT)
+        next_second = block_scales(second_planes, at_second, ahead, BLOCK_K, FORMAT)
+        for one in tl.static_range(BLOCK_K // STEP):
+            start = block + one * STEP
+            xs = x_tiles(x_rows, is_row[:, None], start, length, WORDS, FORMAT, EVEN_K)
+            sums = sums_of_x(sums_GR, row, is_row, num_rows, start, STEP, FORMAT)
+            first_total = dot_packed(
+                *(first_total, xs, sums, at_first, raw_first, start),
+                *(one, BLOCK_K, COMPUTE, FORMAT),
+            )
+            second_total = dot_packed(
+                *(second_total, xs, sums, at_second, raw_second, start),
+                *(one, BLOCK_K, COMPUTE, FORMAT),
+            )
+        raw_first = next_first
+        raw_second = next_second
+    first_total = scaled_rows(first_total, first_planes, at_first[2], FORMAT)
+    return first_total, scaled_rows(second_total, second_planes, at_second[2], FORMAT)
 
 
 @triton.jit
@@ -233,6 +337,21 @@ def chunk_sums(values, CHUNKS: tl.constexpr):
 
 
 @triton.jit
+def raw_scales(planes, row, group, FORMAT: tl.constexpr):
+    """Returns the `block_scales` of one group of each row, which broadcast."""
+    place = row + group * planes[5]
+    raw = (tl.load(planes[1] + place),)
+    if has_offsets(FORMAT):
+        raw += (tl.load(planes[2] + place),)
+    COUNT: tl.constexpr = num_factors(BLOCK, FORMAT)
+    if COUNT > 0:
+        of_block = row + group // (BLOCK // group_of(FORMAT)) * COUNT * planes[5]
+        for factor in tl.static_range(COUNT):
+            raw += (tl.load(planes[4] + of_block + factor * planes[5]),)
+    return raw
+
+
+@triton.jit
 def sums_packed(
     total, planes, row, x_rows, is_row, start, length, WORDS: tl.constexpr, FORMAT: tl.constexpr
 ):  # fmt: skip
@@ -240,7 +359,6 @@ def sums_packed(
     have, for WORDS of them from column `start` on. row (of the weight), x_rows (pointers to rows of
     x), is_row: of one column, and so many dimensions more."""
     GROUP: tl.constexpr = group_of(FORMAT)
-    PARTS: tl.constexpr = parts_of(FORMAT)
     CHUNKS: tl.constexpr = WORDS // CHUNK
     dtype: tl.constexpr = tl.float32 if IS_INTERPRETED else tl.bfloat16
     wide = row.to(tl.int64)
@@ -251,17 +369,20 @@ def sums_packed(
         word, chunk = word[None, :], chunk[None, :]
     column = start + columns_of(word, FORMAT)
     first = start + columns_of(chunk * CHUNK, FORMAT)  # of a chunk
-    words_at = planes[0] + wide * num_words(length, FORMAT) + start // PARTS + word
-    words = tl.load(words_at, mask=is_row & (column < length), other=0)
-    numbers = raw_parts(words, dtype, FORMAT)
-    place = tl.where(is_row & (first < length), wide * num_groups(length, FORMAT), 0)
-    if GROUP > 0:
-        place += tl.where(first < length, first // GROUP, 0)
-    BIAS: tl.constexpr = bias_of(dtype, FORMAT) + centre_of(FORMAT)
-    HAS_X: tl.constexpr = BIAS > 0 or offset_of(FORMAT) != "none"
+    is_there = is_row & (column < length)
+    word += start // parts_of(FORMAT)
+    words = tl.load(planes[0] + wide * num_words(length, FORMAT) + word, mask=is_there, other=0)
+    high = words
+    if high_of(FORMAT) > 0:
+        at = planes[3] + wide * num_high_words(length, FORMAT) + high_word(word, FORMAT)
+        high = tl.load(at, mask=is_there, other=0).to(tl.uint16, bitcast=True)
+        run = word // RUN % runs_of(FORMAT) * (high_of(FORMAT) * parts_of(FORMAT))
+        high = (high >> run.to(tl.uint16)).to(tl.int16, bitcast=True)
+    numbers = raw_parts(words, high, 0, dtype, FORMAT)
+    safe = tl.where(is_row, wide, 0)
     kept = tl.zeros([1], tl.float32)
     kept_x = kept
-    for part in tl.static_range(PARTS):
+    for part in tl.static_range(parts_of(FORMAT)):
         is_in = is_row & (column + part * RUN < length)
         x = tl.load(x_rows + column + part * RUN, mask=is_in, other=0.0).to(tl.float32)
         products = numbers[part].to(tl.float32) * x
@@ -273,36 +394,31 @@ def sums_packed(
         kept_x = of_x
         if ends_group(part, FORMAT):
             sums = chunk_sums(products, CHUNKS)
-            if HAS_X:
-                x_sums = chunk_sums(of_x, CHUNKS)
-            here = place + group_in_run(part, FORMAT)
-            if offset_of(FORMAT) == "zero":
-                zero = tl.load(planes[2] + here).to(tl.float32)
-                sums -= (zero + bias_of(dtype, FORMAT)) * x_sums
-            elif BIAS > 0:
-                sums -= BIAS * x_sums
             if GROUP > 0:
-                sums *= scale_at(planes, here, FORMAT)
-            if offset_of(FORMAT) == "min":
-                sums += x_sums * tl.load(planes[2] + here).to(tl.float32)
+                group = tl.where(first < length, first // GROUP + group_in_run(part, FORMAT), 0)
+                raw = raw_scales(planes, safe, group, FORMAT)
+                scale, shift = scale_and_shift(raw, 0, GROUP, dtype, FORMAT)
+                sums *= scale
+                if has_sums(FORMAT):
+                    sums += chunk_sums(of_x, CHUNKS) * shift
             total += sums
     return total
 
 
 @triton.jit
-def value_packed(planes, words, row, column, length, PART: tl.constexpr, FORMAT: tl.constexpr):
-    """Returns the float32 values of part PART of words int16, which are in `column` of `row`."""
+def value_packed(
+    planes, words, high, row, column, PART: tl.constexpr, SUB, FORMAT: tl.constexpr
+):  # fmt: skip
+    """Returns the float32 values of part PART of words int16, which are in `column` of `row`, their
+    high bits the part SUB of the high words."""
     wide = row.to(tl.int64)
-    place = wide * num_groups(length, FORMAT)
-    if group_of(FORMAT) > 0:
-        place += column // group_of(FORMAT)
-    parts = raw_parts(words, tl.float32, FORMAT)
-    value = parts[PART]
-    if offset_of(FORMAT) == "zero":
-        value -= tl.load(planes[2] + place).to(tl.float32)
-    elif centre_of(FORMAT) > 0:
-        value -= centre_of(FORMAT)
-    value *= scale_at(planes, place, FORMAT)
-    if offset_of(FORMAT) == "min":
-        value += tl.load(planes[2] + place).to(tl.float32)
-    return value
+    if high_of(FORMAT) > 0:
+        run = SUB * (high_of(FORMAT) * parts_of(FORMAT))
+        high = (high.to(tl.int32) >> run).to(tl.int16)
+    value = raw_parts(words, high, 0, tl.float32, FORMAT)[PART]
+    if group_of(FORMAT) == 0:
+        return scaled_rows(value, planes, wide, FORMAT)
+    raw = raw_scales(planes, wide, column // group_of(FORMAT), FORMAT)
+    scale, zero, minimum = scale_zero_minimum(raw, 0, group_of(FORMAT), FORMAT)
+    scale = scaled_rows(scale, planes, wide, FORMAT)
+    return (value - zero) * scale + minimum
