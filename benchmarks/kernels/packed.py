@@ -1,6 +1,7 @@
 """Checks and times products with packed weights beside bf16 on one GPU.
 
 python benchmarks/kernels/packed.py [check] [dense] [experts] [shapes] [--json FILE]
+    [--formats q4_k,q6_k] [--models mixtral-8x7b] [--tokens 1,32]
 
 `check` compares with float64 over the values that the planes stand for. A floor is the bytes that
 are read over 3.0 TB/s, or operations over 780 TFLOP/s (1,560 of FP8), whichever is longer. Times
@@ -10,6 +11,7 @@ of the kernels of few tokens, best first. All kernels are built before anything 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -25,37 +27,51 @@ from torch import Tensor
 
 from octavo.kernels.planes import Planes, empty_planes, values_of
 from octavo.kernels.triton.experts.choose import run_experts
-from octavo.kernels.triton.experts.fp8 import fp8_experts
 from octavo.kernels.triton.experts.grouped import grouped_experts
 from octavo.kernels.triton.experts.packed_pairs import packed_experts_of_pairs
 from octavo.kernels.triton.experts.shapes import (
-    Fp8ExpertsShape,
+    ExpertsShape,
     PackedPairsShape,
     TileShape,
-    fp8_experts_shape,
     packed_experts_shape,
 )
 from octavo.kernels.triton.experts.stacks import StackedExperts
+from octavo.kernels.triton.experts.unpacked import unpacked_experts
 from octavo.kernels.triton.launching import building
 from octavo.kernels.triton.launching.tickets import make_tickets
 from octavo.kernels.triton.product.choose import multiply, multiply_packed
-from octavo.kernels.triton.product.fp8 import fp8_product
 from octavo.kernels.triton.product.packed import packed_matvec, packed_product, unpack
-from octavo.kernels.triton.product.packed_shapes import Fp8Shape, PackedShape, SumsShape
+from octavo.kernels.triton.product.packed_shapes import PackedShape, SumsShape
 from octavo.kernels.triton.tuning.shapes import Shapes
 from octavo.planes import PLANE_LAYOUTS, PlaneLayout
 from octavo.weights.random_planes import fill_random
 
 CUDA = torch.device("cuda", 0)
-FORMATS = ("bf16", "int4_128_f16", "fp8_row", "fp8")
-FLOPS = {"bf16": 780e12, "int4_128_f16": 780e12, "fp8_row": 1560e12, "fp8": 1560e12}
+FORMATS = (
+    *("bf16", "int4_128_f16", "fp8_row", "fp8", "mxfp4", "nvfp4", "q8_0", "q4_k", "q5_k", "q6_k"),
+    *("q2_k", "q3_k", "q5_0", "q5_1", "iq4_xs"),
+)
+FLOPS, FP8_FLOPS = 780e12, 1560e12
 LEAST_BYTES = 256 << 20
 CHECKED = (
     *("int4_128_f16", "int4_64_bf16", "int4_32_f16", "int8_128", "fp8_row", "fp8"),
-    *("q8_0", "q4_0", "q4_1", "mxfp4"),
+    *("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "mxfp4", "nvfp4", "iq4_nl", "iq4_xs"),
+    *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
 )
-ODD = ("int4_64_bf16", "fp8", "q8_0")
+ODD = ("int4_64_bf16", "fp8", "q8_0", "q5_1", "q6_k")
 """Checked with a number of columns that is no multiple of theirs."""
+
+
+TOKENS = (1, 8, 32, 128, 512, 2048)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is run, where not all of it is."""
+
+    formats: tuple[str, ...] = FORMATS
+    models: tuple[str, ...] = ()
+    tokens: tuple[int, ...] = TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +88,15 @@ MODELS = {
     "mixtral-8x7b": Model(4096, 14336, 8, 2, ((6144, 4096), (4096, 4096))),
     "qwen3-30b": Model(2048, 768, 128, 8, ((5120, 2048), (2048, 4096))),
 }
-TOKENS = (1, 32, 8192)
-EXPERT_TOKENS = (1, 32, 128, 512, 8192)
 ROWS = 400
 """Of weights that are checked."""
 RESULTS: list[dict[str, object]] = []
 Call = Callable[[], object]
+
+
+def flops_of(name: str) -> float:
+    """Returns operations a second of the tensor cores that a format could use."""
+    return FP8_FLOPS if name.startswith("fp8") else FLOPS
 
 
 def generator() -> torch.Generator:
@@ -148,11 +167,15 @@ def told(case: str, found: Tensor, expected: Tensor, limit: float) -> None:
 # Checks
 
 
-def checks() -> Iterator[tuple[str, Callable[[], Tensor], Callable[[], Tensor], float]]:
+def checks(
+    wanted: Wanted,
+) -> Iterator[tuple[str, Callable[[], Tensor], Callable[[], Tensor], float]]:
     """Yields cases, what is found, what is expected, and the error that is let pass."""
     for name in CHECKED:
+        if wanted.formats != FORMATS and name not in wanted.formats:
+            continue
         layout = PLANE_LAYOUTS[name]
-        for cols in (1184,) if name in ODD else (512,):
+        for cols in (1184 if layout.step < 256 else 1120,) if name in ODD else (512,):
             weight = planes(layout, ROWS, cols)
             exact = partial(values_of, layout, weight, cols)
             unpacked = partial(unpack, weight, layout, cols, torch.bfloat16)
@@ -215,12 +238,16 @@ def exact_experts(
     return out
 
 
-def check() -> None:
-    for case, found, expected, limit in checks():
+def check(wanted: Wanted) -> None:
+    for case, found, expected, limit in checks(wanted):
         told(case, found(), expected(), limit)
 
 
 # Times
+
+
+def models(wanted: Wanted) -> dict[str, Model]:
+    return {name: model for name, model in MODELS.items() if name in (wanted.models or MODELS)}
 
 
 def dense_calls(
@@ -241,7 +268,7 @@ def dense_calls(
         for _ in range(copies):
             rest = (planes(layout, rows, cols), layout, None, out)
             calls.append(partial(multiply_packed, x, *rest, is_deterministic=False))
-    floor = max(rows * row_bytes / BYTES_PER_SECOND, 2 * count * rows * cols / FLOPS[name])
+    floor = max(rows * row_bytes / BYTES_PER_SECOND, 2 * count * rows * cols / flops_of(name))
     return calls, floor
 
 
@@ -259,141 +286,117 @@ def expert_calls(
 
     moved = hit * (2 * model.inner * row(model.hidden) + model.hidden * row(model.inner))
     flops = count * model.top_k * 6 * model.hidden * model.inner
-    return calls, max(moved / BYTES_PER_SECOND, flops / FLOPS[name])
+    return calls, max(moved / BYTES_PER_SECOND, flops / flops_of(name))
 
 
-def dense() -> None:
-    for (title, model), count in every(MODELS.items(), TOKENS):
+def dense(wanted: Wanted) -> None:
+    for (title, model), count in every(models(wanted).items(), wanted.tokens):
         for rows, cols in model.dense:
             base = None
-            for name in FORMATS:
+            for name in wanted.formats:
                 calls, floor = dense_calls(model, rows, cols, name, count)
                 ms = graph_ms(calls, 10)
                 base = report(f"{title} [{rows}, {cols}] x {count}", name, floor, ms, base)
 
 
-def experts() -> None:
-    for title, model in MODELS.items():
+def experts(wanted: Wanted) -> None:
+    for title, model in models(wanted).items():
         base: dict[int, float] = {}
-        for name in FORMATS:
-            made, floor = stack(model, name), 0.0
-            for count in EXPERT_TOKENS:
+        for name in wanted.formats:
+            made = stack(model, name)
+            for count in wanted.tokens:
                 calls, floor = expert_calls(model, made, name, count)
                 ms = graph_ms(calls, 8)
                 of_bf16 = base.get(count)
                 case = f"{title} experts x {count}"
                 base[count] = report(case, name, floor, ms, of_bf16)
-            if name == "fp8":
-                shape = fp8_experts_shape(8192, model.top_k, model.experts, by_block=True)
-                x, chosen = rows_of(8192, model.hidden), routes(model, 8192)
-                call = partial(fp8_experts, x, *chosen, made, "silu", shape)
-                case = f"{title} experts x 8192, activations in FP8"
-                report(case, name, floor, graph_ms([call], 8), base[8192])
 
 
 # Launch shapes
 
 
-def shape_cases() -> Iterator[tuple[str, str, object, Callable[[], list[Call]]]]:
-    """Yields a case, a format, a launch shape, and what makes its calls."""
-    for name in ("int4_128_f16", "fp8_row"):
-        layout = PLANE_LAYOUTS[name]
-        weights = [planes(layout, 6144, 4096) for _ in range(8)]
-        out = torch.empty(32, 6144, device=CUDA, dtype=torch.bfloat16)
-        for block_n, words, warps in every((2, 4, 8), (512, 1024), (2, 4)):
-            shape = SumsShape(block_n=block_n, words=words, num_warps=warps)
-            x = rows_of(1, 4096)
-            yield (
-                "matvec [6144, 4096]",
-                name,
-                shape,
-                partial(_each, packed_matvec, x, weights, layout, out[:1], shape),
-            )
-        for block_n, block_k, stages in every((32, 64), (128, 256), (4, 6)):
-            wide = PackedShape(
-                block_t=32, block_n=block_n, block_k=block_k, num_warps=4, num_stages=stages
-            )
-            yield (
-                "product [6144, 4096] x 32",
-                name,
-                wide,
-                partial(_each, packed_product, rows_of(32, 4096), weights, layout, out, wide),
-            )
-        yield from _expert_shapes(name)
-    yield from _fp8_shapes()
+ShapeCase = tuple[str, str, object, Callable[[], list[Call]]]
+"""A case, a format, a launch shape, and what makes its calls."""
 
 
-def _each(
-    call: Callable[..., object],
-    x: Tensor,
-    weights: list[Planes],
-    layout: PlaneLayout,
-    out: Tensor,
-    shape: object,
-) -> list[Call]:
-    return [partial(call, x, one, layout, None, out, shape) for one in weights]
+def shape_cases(wanted: Wanted) -> Iterator[ShapeCase]:
+    formats = ("int4_128_f16", "q4_k") if wanted.formats == FORMATS else wanted.formats
+    for name in formats:
+        yield from _dense_shapes(name)
+        for title, model in models(wanted).items():
+            made = stack(model, name)
+            yield from _lone_shapes(title, model, name, made)
+            for count in (one for one in wanted.tokens if 1 < one < 8192):
+                yield from _expert_shapes(title, model, name, made, count)
 
 
-def _expert_shapes(name: str) -> Iterator[tuple[str, str, object, Callable[[], list[Call]]]]:
-    for title, model in MODELS.items():
-        made, one = stack(model, name), rows_of(1, model.hidden)
-        few, chosen = rows_of(32, model.hidden), routes(model, 32)
-        lone = [(one, *routes(model, 1, seed), made, "silu") for seed in range(4)]
-        usual = SumsShape(block_n=2, words=512, num_warps=4)
-        sizes = [
-            SumsShape(block_n=n, words=w, num_warps=4) for n, w in every((1, 2, 4), (128, 512))
+def _dense_shapes(name: str) -> Iterator[ShapeCase]:
+    layout = PLANE_LAYOUTS[name]
+    weights = [planes(layout, 6144, 4096) for _ in range(8)]
+    out = torch.empty(32, 6144, device=CUDA, dtype=torch.bfloat16)
+
+    def each(call: Callable[..., object], x: Tensor, shape: object) -> Callable[[], list[Call]]:
+        calls: list[Call] = [
+            partial(call, x, one, layout, None, out[: len(x)], shape) for one in weights
         ]
-        sizes += [SumsShape(block_n=n, words=512, num_warps=2) for n in (2, 4)]
-        for size in sizes:
-            for pair in (
-                PackedPairsShape(gate_up=size, down=usual),
-                PackedPairsShape(gate_up=usual, down=size),
-            ):
-                calls: list[Call] = [partial(packed_experts_of_pairs, *c, pair) for c in lone]
-                yield f"{title} experts x 1", name, pair, partial(list, calls)
-        base = packed_experts_shape(32, model.top_k, model.experts)
-        for block_n, block_k, stages in every((32, 64, 128), (128, 256), (3, 5)):
-            tile = TileShape(
-                block_n=block_n, block_k=block_k, group=1, num_warps=4, num_stages=stages
-            )
-            shape = replace(base, gate_up=tile, down=tile)
-            call = partial(grouped_experts, few, *chosen, made, "silu", shape)
-            yield f"{title} experts x 32", name, shape, partial(list, [call] * 3)
+        return partial(list, calls)
+
+    for block_n, words, warps in every((4, 8), (512, 1024), (2, 4)):
+        shape = SumsShape(block_n=block_n, words=words, num_warps=warps)
+        yield "[6144, 4096] x 1", name, shape, each(packed_matvec, rows_of(1, 4096), shape)
+    for count, block_k, stages in every((1, 32), (128, 256), (3, 4, 6)):
+        tile = PackedShape(
+            block_t=max(16, count), block_n=64, block_k=block_k, num_warps=4, num_stages=stages
+        )
+        case = f"[6144, 4096] x {count}"
+        yield case, name, tile, each(packed_product, rows_of(count, 4096), tile)
 
 
-def _fp8_shapes() -> Iterator[tuple[str, str, object, Callable[[], list[Call]]]]:
-    for name in ("fp8_row", "fp8"):
-        layout = PLANE_LAYOUTS[name]
-        weight, x = planes(layout, 6144, 4096), rows_of(8192, 4096)
-        out = torch.empty(8192, 6144, device=CUDA, dtype=torch.bfloat16)
-        for block_n, warps, stages in (
-            (128, 8, 3),
-            (128, 8, 4),
-            (128, 4, 4),
-            (256, 8, 3),
-            (64, 4, 5),
+def _lone_shapes(title: str, model: Model, name: str, made: StackedExperts) -> Iterator[ShapeCase]:
+    lone = [(rows_of(1, model.hidden), *routes(model, 1, seed), made, "silu") for seed in range(4)]
+    usual = SumsShape(block_n=2, words=512, num_warps=4)
+    for block_n, words in every((2, 4, 8), (128, 512)):
+        size = SumsShape(block_n=block_n, words=words, num_warps=4)
+        for pair in (
+            PackedPairsShape(gate_up=size, down=usual),
+            PackedPairsShape(gate_up=usual, down=size),
         ):
-            shape = Fp8Shape(
-                block_t=128, block_n=block_n, block_k=128, num_warps=warps, num_stages=stages
-            )
-            call = partial(fp8_product, x, weight, layout, None, out, shape)
-            yield "fp8 [6144, 4096] x 8192", name, shape, partial(list, [call] * 4)
-        for title, model in MODELS.items():
-            made, chosen = stack(model, name), routes(model, 8192)
-            tokens = rows_of(8192, model.hidden)
-            usual = Fp8Shape(block_t=128, block_n=128, block_k=128, num_warps=8, num_stages=4)
-            for block_n, warps, stages in ((64, 8, 3), (64, 4, 4), (128, 8, 3), (128, 8, 4)):
-                gate_up = Fp8Shape(
-                    block_t=128, block_n=block_n, block_k=128, num_warps=warps, num_stages=stages
-                )
-                whole = Fp8ExpertsShape(rows=128, gate_up=gate_up, down=usual)
-                one = partial(fp8_experts, tokens, *chosen, made, "silu", whole)
-                yield f"{title} experts x 8192", name, whole, partial(list, [one] * 2)
+            calls: list[Call] = [partial(packed_experts_of_pairs, *c, pair) for c in lone]
+            yield f"{title} experts x 1", name, pair, partial(list, calls)
+    for block_k, stages in every((128, 256), (4, 6)):
+        tile = TileShape(block_n=64, block_k=block_k, group=1, num_warps=4, num_stages=stages)
+        shape = ExpertsShape(is_direct=False, block_p=16, gate_up=tile, down=tile)
+        calls = [partial(grouped_experts, *c, shape) for c in lone]
+        yield f"{title} experts x 1", name, shape, partial(list, calls)
 
 
-def shapes() -> None:
+def _expert_shapes(
+    title: str, model: Model, name: str, made: StackedExperts, count: int
+) -> Iterator[ShapeCase]:
+    x, chosen = rows_of(count, model.hidden), routes(model, count)
+    base = packed_experts_shape(count, model.top_k, model.experts)
+    rows = {base.block_p, max(16, base.block_p // 2)}
+    for block_p, block_n, block_k, stages in every(rows, (64, 128), (128, 256), (3, 5)):
+        if block_n * block_p > 64 * 64:
+            continue
+        tile = TileShape(block_n=block_n, block_k=block_k, group=4, num_warps=4, num_stages=stages)
+        for shape in (
+            replace(base, block_p=block_p, gate_up=tile),
+            replace(base, block_p=block_p, down=tile),
+        ):
+            call = partial(grouped_experts, x, *chosen, made, "silu", shape)
+            yield f"{title} experts x {count}", name, shape, partial(list, [call] * 3)
+    numbers = partial(_by_numbers, x, chosen, made)
+    yield f"{title} experts x {count}", name, "unpacked", partial(list, [numbers] * 2)
+
+
+def _by_numbers(x: Tensor, chosen: tuple[Tensor, Tensor], made: StackedExperts) -> Tensor:
+    return run(x, *chosen, unpacked_experts(made, x.dtype))
+
+
+def shapes(wanted: Wanted) -> None:
     times: dict[tuple[str, str], list[tuple[float, str]]] = {}
-    for case, name, shape, calls in shape_cases():
+    for case, name, shape, calls in shape_cases(wanted):
         try:
             ms = graph_ms(calls(), 6)
         except Exception as error:  # a shape may want more than there is
@@ -410,25 +413,25 @@ def shapes() -> None:
 # All
 
 
-def build(jobs: list[str]) -> None:
+def build(jobs: list[str], wanted: Wanted) -> None:
     """Builds the kernels of the jobs side by side; runs none of them."""
     began = time.perf_counter()
     with building.building(min(32, os.cpu_count() or 1)):
         if "check" in jobs:
-            for _, found, _, _ in checks():
+            for _, found, _, _ in checks(wanted):
                 found()
         if "dense" in jobs:
-            for (_, model), count in every(MODELS.items(), TOKENS):
-                for (rows, cols), name in every(model.dense, FORMATS):
+            for (_, model), count in every(models(wanted).items(), wanted.tokens):
+                for (rows, cols), name in every(model.dense, wanted.formats):
                     dense_calls(model, rows, cols, name, count)[0][0]()
         if "experts" in jobs:
-            for model, name in every(MODELS.values(), FORMATS):
+            for model, name in every(models(wanted).values(), wanted.formats):
                 made = stack(model, name)
-                for count in EXPERT_TOKENS:
+                for count in wanted.tokens:
                     expert_calls(model, made, name, count)[0][0]()
                 del made
         if "shapes" in jobs:
-            for _, _, _, calls in shape_cases():
+            for _, _, _, calls in shape_cases(wanted):
                 calls()[0]()
     torch.cuda.synchronize()
     print(f"kernels are built after {time.perf_counter() - began:.1f} s", flush=True)
@@ -436,27 +439,36 @@ def build(jobs: list[str]) -> None:
 
 def main() -> None:
     jobs = {"check": check, "dense": dense, "experts": experts, "shapes": shapes}
-    wanted, target = sys.argv[1:], None
-    if "--json" in wanted:
-        at = wanted.index("--json")
-        target = wanted[at + 1]
-        del wanted[at : at + 2]
-    wanted = wanted or list(jobs)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("jobs", nargs="*", choices=[[], *jobs], default=list(jobs))
+    parser.add_argument("--json", dest="target")
+    for name in ("formats", "models", "tokens"):
+        parser.add_argument(f"--{name}", type=lambda text: tuple(text.split(",")))
+    given = parser.parse_args()
+    wanted = Wanted(
+        formats=given.formats or FORMATS,
+        models=given.models or (),
+        tokens=tuple(map(int, given.tokens or TOKENS)),
+    )
     torch.manual_seed(0)
     print(torch.__version__, torch.cuda.get_device_name())
-    build(wanted)
-    for name in wanted:
+    build(given.jobs, wanted)
+    for name in given.jobs:
         print(f"== {name}: case, format, floor us, measured us, ratio, against bf16")
         began = time.perf_counter()
         try:
-            jobs[name]()
+            jobs[name](wanted)
         finally:
-            if target is not None:
-                device = torch.cuda.get_device_name()
-                with open(target, "w", encoding="utf-8") as file:
-                    for one in RESULTS:
-                        file.write(json.dumps(one | {"device": device}) + "\n")
+            if given.target is not None:
+                write(given.target)
         print(f"{name} took {time.perf_counter() - began:.1f} s", flush=True)
+
+
+def write(target: str) -> None:
+    device = torch.cuda.get_device_name()
+    with open(target, "w", encoding="utf-8") as file:
+        for one in RESULTS:
+            file.write(json.dumps(one | {"device": device}) + "\n")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ def planes_of(
     parts = _READERS.get(layout.name, _own)(layout, blocks)
     codes, scales = parts.codes.flatten(1), parts.scales.flatten(1)
     offsets, factors = (
-        scales[:, :0] if part is None else part.flatten(1) for part in (parts.offsets, parts.factors)
+        scales[:, :0] if part is None else part.flatten(1)
+        for part in (parts.offsets, parts.factors)
     )
     if layout.factor == "row":
         assert table is not None
@@ -162,7 +163,9 @@ def _iq4_xs(layout: PlaneLayout, blocks: Tensor) -> Parts:
     shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=blocks.device)
     high = ((blocks[..., 2:4, None] >> shifts) & 3).flatten(-2)
     scales = (low | high << 4).to(torch.int8) - 32
-    return Parts(_halves(blocks[..., 8:], 16), scales, None, _numbers(blocks[..., :2], torch.float16))
+    return Parts(
+        _halves(blocks[..., 8:], 16), scales, None, _numbers(blocks[..., :2], torch.float16)
+    )
 
 
 _READERS: dict[str, Callable[[PlaneLayout, Tensor], Parts]] = {

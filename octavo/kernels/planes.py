@@ -56,12 +56,13 @@ class Planes(NamedTuple):
             return plane[:, steps]
 
         step = layout.step
+        by_block = layout.factor == "block"
         return Planes(
             part(self.codes, layout.words(step)),
             part(self.scales, layout.num_scales(step)) if layout.group else self.scales,
             part(self.offsets, layout.num_offsets(step)) if layout.group else self.offsets,
             part(self.high, layout.high_words(step)),
-            self.factors if layout.factor == "row" else part(self.factors, layout.num_factors(step)),
+            part(self.factors, layout.num_factors(step)) if by_block else self.factors,
         )
 
     def arguments(self) -> tuple[Tensor | int, ...]:

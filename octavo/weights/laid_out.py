@@ -22,9 +22,7 @@ def copy_packed(weight: Weight, layout: PlaneLayout, out: Planes, row: int, cols
     for start in range(0, len(out.codes), step):
         stop = min(start + step, len(out.codes))
         data = weight.data[row + start : row + stop].to(device)
-        planes = planes_of(
-            layout, data, weight.format.block_bytes, weight.cols, weight.table
-        )
+        planes = planes_of(layout, data, weight.format.block_bytes, weight.cols, weight.table)
         part = planes.columns(layout, cols.start, cols.stop)
         for plane, source in zip(out.rows(start, stop), part, strict=True):
             plane.copy_(source)

@@ -15,12 +15,6 @@ from octavo.weights.checkpoint import weight_files
 _BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "I16": 16}
 
 
-def has_nvfp4(folder: Path) -> bool:
-    """Whether some matrix has the scale beside its scales that NVFP4 has. Raises WeightsError."""
-    marks = (".weight_global_scale", ".weight_scale_2")
-    return any(name.endswith(marks) for name in stored_bytes(folder))
-
-
 def stored_bytes(folder: Path) -> dict[str, int]:
     """Returns the bytes of every tensor by name; empty if no weights are there. Raises
     WeightsError."""

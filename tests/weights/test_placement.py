@@ -161,21 +161,21 @@ def test_packed_rows_become_planes_of_whole_groups(tmp_path: Path):
 
 
 def test_a_block_format_that_has_no_planes_is_refused_unless_it_is_cast(tmp_path: Path):
-    kind = gguf.GGMLQuantizationType.Q5_0
+    kind = gguf.GGMLQuantizationType.TQ1_0
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen2")
-    raw = quantize(torch.randn(4, 64).numpy(), kind)
+    raw = quantize(torch.randn(4, 256).numpy(), kind)
     writer.add_tensor("output.weight", raw, raw_dtype=kind)
     finish(writer)
     source = open_gguf(tmp_path / "m.gguf")
     names = {"lm_head.weight": None}
-    with pytest.raises(UnsupportedModelError, match=r"block format q5_0.*--dtype bfloat16"):
+    with pytest.raises(UnsupportedModelError, match=r"block format tq1_0.*--dtype bfloat16"):
         DevicePlacement(source, CPU).matrices(names)
     cast = CastSource(source, "bfloat16")
     cols = Split(axis="cols", unit="columns", num_units=2)
     placement = DevicePlacement(cast, CPU, rank=1, size=2)
     (weight,) = placement.matrices(dict.fromkeys(names, cols))
     placement.finish()
-    assert torch.equal(weight.data, cast.matrix("lm_head.weight").data[:, 32:])
+    assert torch.equal(weight.data, cast.matrix("lm_head.weight").data[:, 128:])
 
 
 def test_a_file_that_got_shorter_is_named(tmp_path: Path):

@@ -93,14 +93,13 @@ class Planner:
         be copied. Raises UnsupportedModelError."""
         from octavo.kernels.limits import check_copied_format, refuse_packed
         from octavo.weights.quantization import check_kv_cache, check_quantization
-        from octavo.weights.sizes import has_nvfp4
 
         check_quantization(config.quantization, self._quantization)
         check_kv_cache(config.kv_cache_dtype, self._quantization)
         is_copied = self._device == "cuda" or config.tensor_parallel_size > 1
         keeps_packed = self._device == "cuda"
         is_packed = self._quantization is not None and config.dtype == "auto" and is_copied
-        if is_packed and (not keeps_packed or has_nvfp4(self._path)):
+        if is_packed and not keeps_packed:
             assert self._quantization is not None
             refuse_packed(f"the model is quantised with {self._quantization.method}", self._device)
         if self._file is not None and config.dtype == "auto" and is_copied:

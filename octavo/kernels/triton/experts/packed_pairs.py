@@ -20,7 +20,8 @@ from octavo.kernels.triton.launching.overlap import announce, launch_options, wa
 from octavo.kernels.triton.product.packed_shapes import SumsShape
 from octavo.kernels.triton.tiles.activation import activation_constant, gated
 from octavo.kernels.triton.tiles.codes import parts_of
-from octavo.kernels.triton.tiles.packed import CHUNK, scaled_rows, sums_packed
+from octavo.kernels.triton.tiles.packed import scaled_rows
+from octavo.kernels.triton.tiles.packed_sums import CHUNK, sums_packed
 
 
 @launchable

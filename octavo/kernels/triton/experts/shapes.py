@@ -126,25 +126,22 @@ def _tile(block_n: int, block_k: int, num_stages: int, group: int = 1) -> TileSh
 
 
 def packed_experts_shape(
-    num_tokens: int, top_k: int, num_experts: int, bits: int = 4
+    num_tokens: int, top_k: int, num_experts: int, bits: int = 4, group: int = 128
 ) -> ExpertsShape:
-    """Returns the launch shapes of experts whose weights are packed. Deterministic sums need no
-    others: bits depend on `is_direct` alone."""
+    """Returns the launch shapes of experts whose weights are packed, in codes of so many bits whose
+    scales are shared by `group` of them at least. Deterministic sums need no others: bits depend on
+    `is_direct` alone."""
     mean = num_tokens * top_k / num_experts
     is_direct = num_tokens == 1 or (num_tokens == 2 and 16 * top_k <= num_experts)
-    if mean <= 12:
-        block_k = 256 if bits == 8 else 128
-        both = TileShape(block_n=64, block_k=block_k, group=1, num_warps=4, num_stages=3)
-        return ExpertsShape(is_direct=is_direct, block_p=16, gate_up=both, down=both)
-    if mean <= 24:
-        both = TileShape(block_n=64, block_k=128, group=4, num_warps=4, num_stages=4)
-        return ExpertsShape(is_direct=False, block_p=32, gate_up=both, down=both)
-    if mean <= 48:
-        both = TileShape(block_n=64, block_k=128, group=4, num_warps=4, num_stages=3)
-        return ExpertsShape(is_direct=False, block_p=64, gate_up=both, down=both)
-    gate_up = TileShape(block_n=64, block_k=128, group=4, num_warps=8, num_stages=3)
-    down = TileShape(block_n=128, block_k=128, group=8, num_warps=8, num_stages=3)
-    return ExpertsShape(is_direct=False, block_p=128, gate_up=gate_up, down=down)
+    # Sums of x over narrow groups are too many for the registers of higher tiles.
+    block_p = 16 if mean <= 12 else 32 if mean <= 24 or group == 16 else 64
+    block_k = 256 if bits == 8 and mean <= 12 else 128
+    both = TileShape(
+        block_n=64, block_k=block_k, group=1 if mean <= 12 else 4, num_warps=4, num_stages=4
+    )
+    return ExpertsShape(
+        is_direct=is_direct, block_p=block_p, gate_up=both, down=replace(both, group=2 * both.group)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,7 +68,7 @@ def multiply_packed(
     """As `multiply`, with a packed weight. Deterministic products are tiles, whatever the rows."""
     num_tokens, length = x_TM.shape
     if is_deterministic:
-        shape = packed_shape(num_tokens, len(planes.codes))
+        shape = packed_shape(num_tokens, layout)
         packed_product(x_TM, planes, layout, bias_N, out_TN, shape)
     elif num_tokens == 1:
         packed_matvec(x_TM, planes, layout, bias_N, out_TN, sums_shape(layout, length))
@@ -81,5 +81,5 @@ def multiply_packed(
         else:
             torch.addmm(bias_N.to(x_TM.dtype), x_TM, matrix.T, out=out_TN)
     else:
-        shape = packed_shape(num_tokens, len(planes.codes))
+        shape = packed_shape(num_tokens, layout)
         packed_product(x_TM, planes, layout, bias_N, out_TN, shape)

@@ -49,7 +49,7 @@ def fp8_product_kernel(
     """out[t, n] = sum over m of x[t, m] * weight[n, m], times their scales (+ bias[n]).
 
     x_TM and weight_NM are descriptors of e4m3 [T, padded] and [N, padded] in blocks [BLOCK_T or
-    BLOCK_N, BLOCK_K]; scales_NG by columns; out_TN [T, N] with a row stride, bias_N [N] any float. BY_BLOCK: every
+    BLOCK_N, BLOCK_K]; out_TN [T, N] with a row stride, bias_N [N] any float. BY_BLOCK: every
     BLOCK_K columns have scales of their own, else rows have one.
     """
     row_block, column_block = tile_of_program(

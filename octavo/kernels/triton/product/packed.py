@@ -24,18 +24,15 @@ from octavo.kernels.triton.small.group_sums import group_sums
 from octavo.kernels.triton.tiles.codes import high_of, parts_of
 from octavo.kernels.triton.tiles.grid import tile_of_program
 from octavo.kernels.triton.tiles.packed import (
-    CHUNK,
     RUN,
     columns_of,
-    high_word,
     num_high_words,
     num_words,
     packed_rows,
     runs_of,
     scaled_rows,
-    sums_packed,
-    value_packed,
 )
+from octavo.kernels.triton.tiles.packed_sums import CHUNK, high_word, sums_packed, value_packed
 from octavo.planes import PlaneLayout
 
 

@@ -45,14 +45,11 @@ class SumsShape:
     num_warps: int
 
 
-def packed_shape(num_tokens: int, num_rows: int) -> PackedShape:
+def packed_shape(num_tokens: int, layout: PlaneLayout) -> PackedShape:
     """Returns the launch shape of a dense product."""
-    block_t = (
-        16 if num_tokens <= 16 else 32 if num_tokens <= 32 else 64 if num_tokens <= 64 else 128
-    )
-    if block_t == 128:
-        return PackedShape(block_t=128, block_n=128, block_k=128, num_warps=8, num_stages=3)
-    return PackedShape(block_t=block_t, block_n=64, block_k=256, num_warps=4, num_stages=4)
+    is_narrow = layout.group == 16  # sums of x over so few are many
+    block_t = 16 if num_tokens <= 16 else 32 if num_tokens <= 32 or is_narrow else 64
+    return PackedShape(block_t=block_t, block_n=64, block_k=128, num_warps=4, num_stages=4)
 
 
 def sums_shape(layout: PlaneLayout, hidden_size: int) -> SumsShape:

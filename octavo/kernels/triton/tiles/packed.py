@@ -19,8 +19,6 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.triton.tiles.codes import (
-    IS_INTERPRETED,
-    bias_of,
     high_of,
     parts_of,
     raw_parts,
@@ -33,7 +31,6 @@ from octavo.kernels.triton.tiles.scales import (
     num_factors,
     scale_and_shift,
     scale_number,
-    scale_zero_minimum,
 )
 from octavo.planes import BLOCK as _BLOCK
 from octavo.planes import PLANE_LAYOUTS
@@ -41,8 +38,6 @@ from octavo.planes import RUN as _RUN
 
 RUN = tl.constexpr(_RUN)
 BLOCK = tl.constexpr(_BLOCK)
-CHUNK = tl.constexpr(8)
-"""Words that a thread loads at once."""
 
 
 @triton.constexpr_function
@@ -102,12 +97,6 @@ def num_high_words(length, FORMAT: tl.constexpr):
 def columns_of(word, FORMAT: tl.constexpr):
     """Returns the column of the first code of each word; those of the next are RUN further."""
     return word // RUN * (RUN * parts_of(FORMAT)) + word % RUN
-
-
-@triton.jit
-def high_word(word, FORMAT: tl.constexpr):
-    """Returns which word has the high bits of a word's codes."""
-    return word // (RUN * runs_of(FORMAT)) * RUN + word % RUN
 
 
 @triton.jit
@@ -197,15 +186,15 @@ def dot_packed(
     raw,
     start,
     ONE: tl.constexpr,
+    FIRST: tl.constexpr,
     BLOCK_K: tl.constexpr,
     COMPUTE: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
     """Returns total [N, T] + weight @ x.T over the columns of `x_tiles`, the `dot_step` number ONE
-    of the block of BLOCK_K that `raw` is of; of weights with a scale or a factor a row without it,
-    see `scaled_rows`."""
+    of a block, whose groups are those from FIRST on of the BLOCK_K columns that `raw` is of; of
+    weights with a scale or a factor a row without it, see `scaled_rows`."""
     GROUP: tl.constexpr = group_of(FORMAT)
-    STEP: tl.constexpr = dot_step(BLOCK_K, FORMAT)
     words = tl.load(at[0] + start // parts_of(FORMAT))
     high = words
     if high_of(FORMAT) > 0:
@@ -218,16 +207,62 @@ def dot_packed(
         x = xs[part].to(COMPUTE).T
         sums = tl.dot(numbers[part], x, sums, input_precision="ieee")
         if GROUP > 0 and ends_group(part, FORMAT):
-            index: tl.constexpr = group_in_run(part, FORMAT)
             scale, shift = scale_and_shift(
-                raw, ONE * groups_in(STEP, FORMAT) + index, BLOCK_K, COMPUTE, FORMAT
+                *(raw, FIRST + group_in_run(part, FORMAT)),
+                *(BLOCK_K, COMPUTE, FORMAT),
             )
             total += sums * scale
             if has_sums(FORMAT):
-                total += x_sums[index] * shift
+                total += x_sums[group_in_run(part, FORMAT)] * shift
             sums = tl.zeros(total.shape, tl.float32)
     if GROUP == 0:
         total = sums
+    return total
+
+
+@triton.constexpr_function
+def loads_ahead(block_k: int, format: str) -> bool:
+    """Whether scales are loaded a block ahead: where they are few enough for registers."""
+    layout = PLANE_LAYOUTS[format]
+    return not layout.group or block_k // layout.group <= 2
+
+
+@triton.jit
+def scales_ahead(planes, at, start, BLOCK_K: tl.constexpr, FORMAT: tl.constexpr):
+    """Returns the `block_scales` of a block that comes next, if they are loaded ahead."""
+    if loads_ahead(BLOCK_K, FORMAT):
+        raw = block_scales(planes, at, start, BLOCK_K, FORMAT)
+    else:
+        raw = (start,)
+    return raw
+
+
+@triton.jit
+def add_step(
+    total,
+    xs,
+    x_sums,
+    planes,
+    at,
+    raw,
+    start,
+    ONE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """Returns total after step ONE of a block; `raw` is what `scales_ahead` returned of it."""
+    STEP: tl.constexpr = dot_step(BLOCK_K, FORMAT)
+    if loads_ahead(BLOCK_K, FORMAT):
+        total = dot_packed(
+            *(total, xs, x_sums, at, raw, start),
+            *(ONE, ONE * groups_in(STEP, FORMAT), BLOCK_K, COMPUTE, FORMAT),
+        )
+    else:
+        of_step = block_scales(planes, at, start, STEP, FORMAT)
+        total = dot_packed(
+            *(total, xs, x_sums, at, of_step, start), *(ONE, 0, STEP, COMPUTE, FORMAT)
+        )
     return total
 
 
@@ -266,15 +301,18 @@ def packed_rows(
     x_rows = x_RM + row.to(tl.int64)[:, None] * length
     at = packed_at(planes, weight_row[:, None], length, WORDS, FORMAT)
     total = tl.zeros([weight_row.shape[0], row.shape[0]], tl.float32)
-    raw = block_scales(planes, at, 0, BLOCK_K, FORMAT)
+    raw = scales_ahead(planes, at, 0, BLOCK_K, FORMAT)
     last = tl.cdiv(length, BLOCK_K) * BLOCK_K - BLOCK_K
     for first in tl.range(0, length, BLOCK_K, num_stages=STAGES):
-        following = block_scales(planes, at, tl.minimum(first + BLOCK_K, last), BLOCK_K, FORMAT)
+        following = scales_ahead(planes, at, tl.minimum(first + BLOCK_K, last), BLOCK_K, FORMAT)
         for one in tl.static_range(BLOCK_K // STEP):
             start = first + one * STEP
             xs = x_tiles(x_rows, is_row[:, None], start, length, WORDS, FORMAT, EVEN_K)
             sums = sums_of_x(sums_GR, row, is_row, num_rows, start, STEP, FORMAT)
-            total = dot_packed(total, xs, sums, at, raw, start, one, BLOCK_K, COMPUTE, FORMAT)
+            total = add_step(
+                *(total, xs, sums, planes, at, raw, start),
+                *(one, BLOCK_K, COMPUTE, FORMAT),
+            )
         raw = following
     return scaled_rows(total, planes, at[2], FORMAT)
 
@@ -304,121 +342,26 @@ def packed_pair_of_rows(
     at_second = packed_at(second_planes, weight_row[:, None], length, WORDS, FORMAT)
     first_total = tl.zeros([weight_row.shape[0], row.shape[0]], tl.float32)
     second_total = tl.zeros([weight_row.shape[0], row.shape[0]], tl.float32)
-    raw_first = block_scales(first_planes, at_first, 0, BLOCK_K, FORMAT)
-    raw_second = block_scales(second_planes, at_second, 0, BLOCK_K, FORMAT)
+    raw_first = scales_ahead(first_planes, at_first, 0, BLOCK_K, FORMAT)
+    raw_second = scales_ahead(second_planes, at_second, 0, BLOCK_K, FORMAT)
     last = tl.cdiv(length, BLOCK_K) * BLOCK_K - BLOCK_K
     for block in tl.range(0, length, BLOCK_K, num_stages=STAGES):
         ahead = tl.minimum(block + BLOCK_K, last)
-        next_first = block_scales(first_planes, at_first, ahead, BLOCK_K, FORMAT)
-        next_second = block_scales(second_planes, at_second, ahead, BLOCK_K, FORMAT)
+        next_first = scales_ahead(first_planes, at_first, ahead, BLOCK_K, FORMAT)
+        next_second = scales_ahead(second_planes, at_second, ahead, BLOCK_K, FORMAT)
         for one in tl.static_range(BLOCK_K // STEP):
             start = block + one * STEP
             xs = x_tiles(x_rows, is_row[:, None], start, length, WORDS, FORMAT, EVEN_K)
             sums = sums_of_x(sums_GR, row, is_row, num_rows, start, STEP, FORMAT)
-            first_total = dot_packed(
-                *(first_total, xs, sums, at_first, raw_first, start),
+            first_total = add_step(
+                *(first_total, xs, sums, first_planes, at_first, raw_first, start),
                 *(one, BLOCK_K, COMPUTE, FORMAT),
             )
-            second_total = dot_packed(
-                *(second_total, xs, sums, at_second, raw_second, start),
+            second_total = add_step(
+                *(second_total, xs, sums, second_planes, at_second, raw_second, start),
                 *(one, BLOCK_K, COMPUTE, FORMAT),
             )
         raw_first = next_first
         raw_second = next_second
     first_total = scaled_rows(first_total, first_planes, at_first[2], FORMAT)
     return first_total, scaled_rows(second_total, second_planes, at_second[2], FORMAT)
-
-
-@triton.jit
-def chunk_sums(values, CHUNKS: tl.constexpr):
-    """Returns [.., CHUNKS]: the sums of CHUNK neighbours."""
-    wide = values.reshape(*values.shape[:-1], CHUNKS, CHUNK)
-    return tl.sum(wide, len(values.shape))
-
-
-@triton.jit
-def raw_scales(planes, row, group, FORMAT: tl.constexpr):
-    """Returns the `block_scales` of one group of each row, which broadcast."""
-    place = row + group * planes[5]
-    raw = (tl.load(planes[1] + place),)
-    if has_offsets(FORMAT):
-        raw += (tl.load(planes[2] + place),)
-    COUNT: tl.constexpr = num_factors(BLOCK, FORMAT)
-    if COUNT > 0:
-        of_block = row + group // (BLOCK // group_of(FORMAT)) * COUNT * planes[5]
-        for factor in tl.static_range(COUNT):
-            raw += (tl.load(planes[4] + of_block + factor * planes[5]),)
-    return raw
-
-
-@triton.jit
-def sums_packed(
-    total, planes, row, x_rows, is_row, start, length, WORDS: tl.constexpr, FORMAT: tl.constexpr
-):  # fmt: skip
-    """Returns total [.., WORDS / 8] + sums of x * weight over the columns that 8 words of codes
-    have, for WORDS of them from column `start` on. row (of the weight), x_rows (pointers to rows of
-    x), is_row: of one column, and so many dimensions more."""
-    GROUP: tl.constexpr = group_of(FORMAT)
-    CHUNKS: tl.constexpr = WORDS // CHUNK
-    dtype: tl.constexpr = tl.float32 if IS_INTERPRETED else tl.bfloat16
-    wide = row.to(tl.int64)
-    word, chunk = tl.arange(0, WORDS), tl.arange(0, CHUNKS)
-    if len(row.shape) == 3:
-        word, chunk = word[None, None, :], chunk[None, None, :]
-    else:
-        word, chunk = word[None, :], chunk[None, :]
-    column = start + columns_of(word, FORMAT)
-    first = start + columns_of(chunk * CHUNK, FORMAT)  # of a chunk
-    is_there = is_row & (column < length)
-    word += start // parts_of(FORMAT)
-    words = tl.load(planes[0] + wide * num_words(length, FORMAT) + word, mask=is_there, other=0)
-    high = words
-    if high_of(FORMAT) > 0:
-        at = planes[3] + wide * num_high_words(length, FORMAT) + high_word(word, FORMAT)
-        high = tl.load(at, mask=is_there, other=0).to(tl.uint16, bitcast=True)
-        run = word // RUN % runs_of(FORMAT) * (high_of(FORMAT) * parts_of(FORMAT))
-        high = (high >> run.to(tl.uint16)).to(tl.int16, bitcast=True)
-    numbers = raw_parts(words, high, 0, dtype, FORMAT)
-    safe = tl.where(is_row, wide, 0)
-    kept = tl.zeros([1], tl.float32)
-    kept_x = kept
-    for part in tl.static_range(parts_of(FORMAT)):
-        is_in = is_row & (column + part * RUN < length)
-        x = tl.load(x_rows + column + part * RUN, mask=is_in, other=0.0).to(tl.float32)
-        products = numbers[part].to(tl.float32) * x
-        of_x = x
-        if part > 0 and not ends_group(part - 1, FORMAT):
-            products += kept
-            of_x += kept_x
-        kept = products
-        kept_x = of_x
-        if ends_group(part, FORMAT):
-            sums = chunk_sums(products, CHUNKS)
-            if GROUP > 0:
-                group = tl.where(first < length, first // GROUP + group_in_run(part, FORMAT), 0)
-                raw = raw_scales(planes, safe, group, FORMAT)
-                scale, shift = scale_and_shift(raw, 0, GROUP, dtype, FORMAT)
-                sums *= scale
-                if has_sums(FORMAT):
-                    sums += chunk_sums(of_x, CHUNKS) * shift
-            total += sums
-    return total
-
-
-@triton.jit
-def value_packed(
-    planes, words, high, row, column, PART: tl.constexpr, SUB, FORMAT: tl.constexpr
-):  # fmt: skip
-    """Returns the float32 values of part PART of words int16, which are in `column` of `row`, their
-    high bits the part SUB of the high words."""
-    wide = row.to(tl.int64)
-    if high_of(FORMAT) > 0:
-        run = SUB * (high_of(FORMAT) * parts_of(FORMAT))
-        high = (high.to(tl.int32) >> run).to(tl.int16)
-    value = raw_parts(words, high, 0, tl.float32, FORMAT)[PART]
-    if group_of(FORMAT) == 0:
-        return scaled_rows(value, planes, wide, FORMAT)
-    raw = raw_scales(planes, wide, column // group_of(FORMAT), FORMAT)
-    scale, zero, minimum = scale_zero_minimum(raw, 0, group_of(FORMAT), FORMAT)
-    scale = scaled_rows(scale, planes, wide, FORMAT)
-    return (value - zero) * scale + minimum

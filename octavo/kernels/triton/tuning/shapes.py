@@ -70,9 +70,9 @@ class Shapes:
         count, inner_size = experts.count, experts.inner_size
         hidden_size = experts.hidden_size
         if experts.is_packed:
-            layout = experts.gate_layout or experts.down_layout
-            bits = 4 if layout is None else layout.bits
-            return packed_experts_shape(len(x_TM), top_k, count, bits)
+            layouts = [one for one in (experts.gate_layout, experts.down_layout) if one]
+            bits, group = layouts[0].bits, min(one.group or 128 for one in layouts)
+            return packed_experts_shape(len(x_TM), top_k, count, bits, group)
         found = self._find("moe", x_TM, experts.gate_EFM, top_k, count, inner_size, hidden_size)
         if found is not None:
             return found

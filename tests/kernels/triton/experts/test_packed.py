@@ -51,7 +51,11 @@ def found(
 
 
 @pytest.mark.parametrize(
-    "formats", [("int4_64_f16", "q4_1"), ("fp8_row", "fp8"), ("mxfp4", "q8_0")]
+    "formats",
+    [
+        *(("int4_64_f16", "q4_1"), ("fp8_row", "fp8"), ("mxfp4", "q8_0"), ("q4_k", "q6_k")),
+        *(("nvfp4", "iq4_xs"), ("q5_k", "q3_k")),
+    ],
 )
 @pytest.mark.parametrize("count", [1, 4])
 def test_packed_experts_equal_float64(formats: tuple[str, str], count: int):
