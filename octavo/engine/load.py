@@ -82,7 +82,7 @@ def load_runner(
     """Returns one rank's runner and the plan that all ranks hold themselves to."""
     spec, family = read_spec(files.config, files.modules)
     spec = as_shared(spec, config)
-    check_quantization(config.quantization, files.quantization)
+    check_quantization(config.quantization, files.quantization, is_dummy=files.kind == "config")
     check_kv_cache(config.kv_cache_dtype, files.quantization)
     shapes = weight_shapes(spec, family)
     source = open_source(files, config.dtype, shapes, config.seed, config.quantization)

@@ -14,8 +14,8 @@ from octavo.weights.cast import CastSource
 from octavo.weights.dummy import DummySource
 from octavo.weights.gguf_source import open_gguf
 from octavo.weights.hub import ModelFiles
+from octavo.weights.made import can_be_made
 from octavo.weights.published.source import PackedSource
-from octavo.weights.quantization import LOAD_QUANTIZATIONS
 from octavo.weights.quantized import QuantizedSource
 from octavo.weights.safetensors_source import open_safetensors
 from octavo.weights.source import DTYPE_FORMATS, TensorSource
@@ -50,8 +50,9 @@ def open_source(
     ConfigError, WeightsError or UnsupportedModelError.
     """
     source = _open_stored(files, dtype, shapes, seed)
-    wanted = LOAD_QUANTIZATIONS.get(quantization or "")
-    if wanted is None or files.quantization is not None:
+    if quantization is None or files.quantization is not None:
+        return source
+    if not can_be_made(quantization, is_dummy=files.kind == "config"):
         return source
     packed = sorted(name for name in source.names() if _is_packed(source, name))
     if packed:
@@ -60,7 +61,7 @@ def open_source(
             "already; leave the option out, or convert it first with --dtype bfloat16",
             field="quantization",
         )
-    return QuantizedSource(source, wanted)
+    return QuantizedSource(source, quantization)
 
 
 def _is_packed(source: TensorSource, name: str) -> bool:

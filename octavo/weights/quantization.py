@@ -13,26 +13,9 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from octavo.errors import ConfigError, UnsupportedModelError
-from octavo.formats import FP8, GROUP, WeightFormat, int4_format, int8_format, kv_formats
+from octavo.formats import kv_formats
 from octavo.weights.checkpoint import read_json
-
-LoadQuantization = Literal["fp8", "int8", "int4"]
-LOAD_QUANTIZATIONS: dict[str, LoadQuantization] = {"fp8": "fp8", "int8": "int8", "int4": "int4"}
-"""What a model that is not quantised can be made when it is loaded."""
-LOAD_FORMATS: dict[LoadQuantization, WeightFormat] = {
-    "fp8": FP8,
-    "int8": int8_format(128),
-    "int4": int4_format(128, "f16"),
-}
-_KEPT = frozenset("embed_tokens lm_head gate router shared_expert_gate score kv_b_proj".split())
-"""Last parts of the names of matrices that stay numbers."""
-
-
-def is_quantized_at_load(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether the tensor called `name` is made smaller."""
-    module = name.removesuffix(".weight").rpartition(".")[2]
-    return len(shape) == 2 and shape[1] % GROUP == 0 and module not in _KEPT
-
+from octavo.weights.made import DUMMY_QUANTIZATIONS, LOAD_FORMATS, can_be_made
 
 Method = Literal["fp8", "awq", "gptq", "compressed-tensors", "mxfp4", "modelopt"]
 METHODS: dict[str, Method] = {
@@ -101,17 +84,20 @@ _ALIASES = {"awq_marlin": "awq", "gptq_marlin": "gptq", "modelopt_fp4": "modelop
 """Words that vLLM has for the same checkpoints."""
 
 
-def check_quantization(asked: str | None, found: Quantization | None) -> None:
-    """Refuses a `quantization` option that is not how the checkpoint is quantised, nor what it can
-    be made when it is loaded. Raises ConfigError."""
-    if asked is None or (found is None and asked in LOAD_QUANTIZATIONS):
+def check_quantization(
+    asked: str | None, found: Quantization | None, *, is_dummy: bool = False
+) -> None:
+    """Refuses a `quantization` option that is not how the checkpoint is quantised, nor what it, or
+    random weights (`is_dummy`), can be made when it is loaded. Raises ConfigError."""
+    if asked is None or (found is None and can_be_made(asked, is_dummy=is_dummy)):
         return
     known = METHODS.get(_ALIASES.get(asked, asked))
     if found is None:
+        names = ", ".join((*LOAD_FORMATS, *(DUMMY_QUANTIZATIONS if is_dummy else ())))
+        only = "" if is_dummy or asked not in DUMMY_QUANTIZATIONS else " (random weights can)"
         raise ConfigError(
-            f"quantization {asked!r}: the model is not quantised, and can be made "
-            f"{', '.join(LOAD_QUANTIZATIONS)} when it is loaded; use one of them, or leave the "
-            "option out",
+            f"quantization {asked!r}: the model is not quantised{only}, and can be made {names} "
+            "when it is loaded; use one of them, or leave the option out",
             field="quantization",
         )
     if known != found.method:

@@ -7,6 +7,7 @@ Embeddings, heads, routers and what cannot be split into groups stay numbers.
 from __future__ import annotations
 
 import math
+import re
 from typing import NamedTuple
 
 import torch
@@ -17,11 +18,13 @@ from octavo.kernels.planes import Planes, pack_codes
 from octavo.kernels.weights import Weight
 from octavo.planes import FP8_ROW, PlaneLayout, plane_layout
 from octavo.weights.dummy import DummySource
+from octavo.weights.made import LoadQuantization, load_quantization, made_format
 from octavo.weights.published.repack import fp8_rows, int4_rows, int8_rows
-from octavo.weights.quantization import LOAD_FORMATS, LoadQuantization, is_quantized_at_load
+from octavo.weights.random_blocks import random_weight
 from octavo.weights.random_planes import fill_random
 from octavo.weights.source import Staging, TensorSource
 
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _LARGEST_E4M3 = 448.0
 _DUMMY_BOUND = 2e-3
 
@@ -56,9 +59,12 @@ def quantize(values: Tensor, kind: LoadQuantization) -> Codes:
 class QuantizedSource:
     """A TensorSource whose matrices are quantised, but for those that stay as they are."""
 
-    def __init__(self, source: TensorSource, kind: LoadQuantization) -> None:
+    def __init__(self, source: TensorSource, kind: str) -> None:
+        """`kind`: see `octavo.weights.made`; not all of them can be made of numbers."""
         self._source = source
-        self._kind: LoadQuantization = kind
+        self._kind = kind
+        layers = (_LAYER.match(name) for name in source.names())
+        self._num_layers = 1 + max((int(found[1]) for found in layers if found), default=-1)
 
     def names(self) -> frozenset[str]:
         return self._source.names()
@@ -67,20 +73,26 @@ class QuantizedSource:
         return self._source.shape(name)
 
     def format(self, name: str) -> WeightFormat:
-        return LOAD_FORMATS[self._kind] if self._is_mine(name) else self._source.format(name)
+        return self._made(name) or self._source.format(name)
 
     def matrix(self, name: str) -> Weight:
+        form, kind = self._made(name), load_quantization(self._kind)
+        if form is None:
+            return self._source.matrix(name)
+        if kind is None:
+            assert isinstance(self._source, DummySource)
+            generator = self._source.generator(name, torch.device("cpu"))
+            rows, cols = self.shape(name)
+            return random_weight(form, rows, cols, _DUMMY_BOUND, generator)
         weight = self._source.matrix(name)
-        if not self._is_mine(name):
-            return weight
-        form, (codes, scales) = LOAD_FORMATS[self._kind], quantize(weight.data, self._kind)
-        if self._kind == "fp8":
+        codes, scales = quantize(weight.data, kind)
+        if kind == "fp8":
             wide = scales.expand(-1, -(-weight.cols // FP8.block_size))
             data = fp8_rows(codes.view(torch.float8_e4m3fn), wide)
         else:
-            zeros = torch.full(scales.shape, 8 if self._kind == "int4" else 128, dtype=torch.uint8)
-            pack = int4_rows if self._kind == "int4" else int8_rows
-            of_format = scales.half() if self._kind == "int4" else scales
+            zeros = torch.full(scales.shape, 8 if kind == "int4" else 128, dtype=torch.uint8)
+            pack = int4_rows if kind == "int4" else int8_rows
+            of_format = scales.half() if kind == "int4" else scales
             data = pack(codes, of_format, zeros, form)
         return Weight(data=data, format=form, rows=weight.rows, cols=weight.cols)
 
@@ -88,9 +100,10 @@ class QuantizedSource:
         self._source.copy_into(name, out, staging, row, col)
 
     def layout(self, name: str) -> PlaneLayout | None:
-        if not self._is_mine(name):
+        form = self._made(name)
+        if form is None:
             return self._source.layout(name)
-        return FP8_ROW if self._kind == "fp8" else plane_layout(LOAD_FORMATS[self._kind].name)
+        return FP8_ROW if self._kind == "fp8" else plane_layout(form.name)
 
     def copy_planes(self, name: str, out: Planes, staging: Staging, row: int, cols: range) -> None:
         layout, device = self.layout(name), out.codes.device
@@ -98,12 +111,14 @@ class QuantizedSource:
         if isinstance(self._source, DummySource):
             fill_random(layout, out, _DUMMY_BOUND, self._source.generator(name, device))
             return
+        kind = load_quantization(self._kind)
+        assert kind is not None
         width = self.shape(name)[1]
         numbers = torch.empty((len(out.codes), width), dtype=torch.float32, device=device)
         self._source.copy_into(name, numbers, staging, row, 0)
-        codes, scales = quantize(numbers, self._kind)
+        codes, scales = quantize(numbers, kind)
         codes = torch.nn.functional.pad(codes, (0, layout.padded(width) - width))
-        zero = 8 if self._kind == "int4" else 128
+        zero = 8 if kind == "int4" else 128
         offsets = torch.full(scales.shape, zero, dtype=torch.uint8, device=device)
         offsets = offsets if layout.offset == "zero" else offsets[:, :0]
         words = pack_codes(layout, codes)
@@ -119,5 +134,5 @@ class QuantizedSource:
         sizes = ((name, self.shape(name)) for name in self.names())
         return sum(self.format(name).row_bytes(s[-1]) * math.prod(s[:-1]) for name, s in sizes)
 
-    def _is_mine(self, name: str) -> bool:
-        return is_quantized_at_load(name, self._source.shape(name))
+    def _made(self, name: str) -> WeightFormat | None:
+        return made_format(self._kind, name, self._source.shape(name), self._num_layers)

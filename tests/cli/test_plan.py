@@ -148,11 +148,11 @@ def test_a_plan_refuses_what_the_loader_refuses(
     tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     quantised = str(write_quantised_gguf(tmp_path / "m.gguf"))
-    other = str(write_quantised_gguf(tmp_path / "n.gguf", gguf.GGMLQuantizationType.Q5_0))
+    other = str(write_quantised_gguf(tmp_path / "n.gguf", gguf.GGMLQuantizationType.TQ1_0))
     on_card = ["--device", "cuda", "--gpu-memory", "24GiB"]
     for argv, words in (
         ([tiny_model, "--max-model-len", "513"], "more than the 512 tokens"),
-        ([other, *on_card], "is in the block format q5_0, which cuda cannot multiply"),
+        ([other, *on_card], "is in the block format tq1_0, which cuda cannot multiply"),
         ([quantised, "--device", "cpu", "--tensor-parallel-size", "2"], "block format q8_0"),
         ([tiny_model, *on_card, "--attention-backend", "native"], "computes on the CPU"),
     ):
@@ -173,12 +173,13 @@ def write_quantised_gguf(
     """Writes a header that says Llama, and matrices of zeros in Q8_0, or another format."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(128)
-    writer.add_embedding_length(32)
+    width, size = gguf.GGML_QUANT_SIZES[kind]
+    writer.add_embedding_length(width)
     writer.add_block_count(1)
     writer.add_feed_forward_length(32)
     writer.add_head_count(2)
     writer.add_layer_norm_rms_eps(1e-5)
-    blocks = np.zeros((64, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
+    blocks = np.zeros((64, size), np.uint8)
     writer.add_tensor("token_embd.weight", blocks, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

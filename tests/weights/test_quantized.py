@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from octavo.errors import ConfigError
 from octavo.kernels.dequantize import dequantize_rows
 from octavo.kernels.planes import values_of
+from octavo.weights.made import LoadQuantization
 from octavo.weights.placement import DevicePlacement
-from octavo.weights.quantization import LoadQuantization, check_quantization
+from octavo.weights.quantization import check_quantization
 from octavo.weights.quantized import QuantizedSource
 from octavo.weights.safetensors_source import open_safetensors
 

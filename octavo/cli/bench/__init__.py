@@ -242,7 +242,12 @@ def _add_workloads(benches: Subparsers) -> None:
     parser = _new(benches, "workloads", "named workloads with floors, and a peer's figures")
     add = parser.add_argument
     add("model", metavar="MODEL", help=f"{', '.join(MODELS)} (random weights), or any model")
-    add("--only", type=parse_names, metavar="NAME,NAME", help=f"of {','.join(NAMES)} (default all)")
+    add(
+        "--only",
+        type=parse_names,
+        metavar="NAME,NAME",
+        help=f"of {','.join(NAMES)} (default: all but L128)",
+    )
     add("--quick", action="store_true", help="tiny sizes: the same code in seconds")
     add("--layers", type=positive, metavar="INT", help="cut a named shape to so many layers")
     add_options(parser, EngineConfig)

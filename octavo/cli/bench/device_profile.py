@@ -14,9 +14,11 @@ from typing import NamedTuple
 
 import torch
 
+from octavo.cli.bench.report import Value
 from octavo.engine.core import EngineCore
 from octavo.request import Request, SamplingParams, pack_ids
 
+SHOWN_KERNELS = 15
 LEAD_TOKENS = 4
 """Tokens that every sequence has before decoding is measured."""
 
@@ -38,6 +40,22 @@ class DeviceProfile:
     """While at least one activity ran."""
     kernels: Sequence[tuple[str, float, int]]
     """Name, seconds in sum and count, longest first."""
+
+    def figures(self, wall: float, steps: int) -> dict[str, Value]:
+        """Returns what is reported of `steps` steps, which took `wall` without the profiler."""
+        return {
+            "unit": "share",
+            "busy_share": self.busy_seconds / max(self.span_seconds, 1e-9),
+            "busy_share_of_plain_wall": self.busy_seconds / wall,
+            "steps": steps,
+            "plain_wall_ms_per_step": 1e3 * wall / steps,
+            "profiled_ms_per_step": 1e3 * self.span_seconds / steps,
+            "busy_ms_per_step": 1e3 * self.busy_seconds / steps,
+            "kernels": [
+                {"name": kernel[:110], "ms": 1e3 * seconds, "count": count}
+                for kernel, seconds, count in self.kernels[:SHOWN_KERNELS]
+            ],
+        }
 
 
 def card_name(device: str) -> str:

@@ -137,8 +137,10 @@ MARKS: dict[str, dict[str, Mark]] = {
     },
 }
 
-NAMES = ("D1", "D32", "P", "Ha", "Hb", "T", "K")
-"""The workloads, in the order they run."""
+USUAL = ("D1", "D32", "P", "Ha", "Hb", "T", "K")
+"""The workloads that run unless others are named."""
+NAMES = (*USUAL, "L128")
+"""All, in the order they run."""
 
 
 def parse_names(text: str) -> tuple[str, ...]:
@@ -173,6 +175,9 @@ class Sizes:
     prefix: int
     prefix_repeats: int
     shared: Batch
+    document: int
+    """Tokens that L128's requests, its `readers`, have before their own."""
+    readers: Batch
 
     def within(self, length: int) -> Sizes:
         """Returns sizes whose longest request has at most `length` tokens (at least 64)."""
@@ -182,7 +187,7 @@ class Sizes:
             return replace(batch, prompt=min(batch.prompt, room - output), output=output)
 
         shared = fit(self.shared, length // 2)
-        mixed = fit(self.mixed, length)
+        mixed, readers = fit(self.mixed, length), fit(self.readers, length // 2)
         return replace(
             self,
             mixed=mixed,
@@ -192,6 +197,8 @@ class Sizes:
             prefills=tuple(dict.fromkeys(min(n, length - 1) for n in self.prefills)),
             prefix=min(self.prefix, (length - shared.prompt - shared.output) // 16 * 16),
             shared=shared,
+            document=min(self.document, (length - readers.prompt - readers.output - 64) // 16 * 16),
+            readers=readers,
         )
 
 
@@ -205,6 +212,8 @@ FULL = Sizes(
     prefix=32768,
     prefix_repeats=5,
     shared=Batch(requests=32, prompt=64, output=64, repeats=3),
+    document=122_880,
+    readers=Batch(requests=32, prompt=8064, output=128, repeats=1),
 )
 QUICK = Sizes(
     mixed=Batch(requests=16, prompt=64, output=64, repeats=1),
@@ -216,6 +225,8 @@ QUICK = Sizes(
     prefix=2048,
     prefix_repeats=2,
     shared=Batch(requests=8, prompt=64, output=8, repeats=2),
+    document=1024,
+    readers=Batch(requests=8, prompt=64, output=8, repeats=1),
 )
 
 

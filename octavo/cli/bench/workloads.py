@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octavo.cli.bench.floors import CEILINGS, Floors, Work
+from octavo.cli.bench.long_document import run_shared
 from octavo.cli.bench.offline import Measured, measure
 from octavo.cli.bench.report import Report, Value, settings_of
 from octavo.cli.bench.shapes import (
@@ -22,6 +23,7 @@ from octavo.cli.bench.shapes import (
     MARKS,
     NAMES,
     QUICK,
+    USUAL,
     Batch,
     engine_values,
     fixed_prompts,
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
     from octavo.llm import LLM
 
 PROFILED_STEPS = 32
-SHOWN_KERNELS = 15
 
 
 def run_workloads(args: argparse.Namespace) -> int:
@@ -54,10 +55,9 @@ def run_workloads(args: argparse.Namespace) -> int:
 
         began = time.perf_counter()
         llm = LLM(**values)
-        seconds = time.perf_counter() - began
         bench = Workloads(llm, args, device)
-        bench.report_start(seconds)
-        names = args.only or NAMES
+        bench.report_start(time.perf_counter() - began)
+        names = args.only or USUAL
         bench.warm_up(names)
         return bench.run(names)
 
@@ -109,6 +109,8 @@ class Workloads:
     def warm_up(self, names: Sequence[str]) -> None:
         """Walks every shape of the workloads once, so that run-time compilation is done."""
         began, sizes, wanted = time.perf_counter(), self._sizes, set(names)
+        if "L128" in wanted:
+            self._generate(self._prompts(1, sizes.readers.prompt, 905), 1)
         if wanted & {"P", "Ha", "Hb", "K"}:
             for length in sizes.prefills:
                 self._generate(self._prompts(1, length, 900), 1)
@@ -139,6 +141,7 @@ class Workloads:
             "Hb": self.shared,
             "T": self.mixed,
             "K": self.kernels,
+            "L128": self.document,
         }
         code = 0
         for name in (name for name in NAMES if name in names):
@@ -238,6 +241,37 @@ class Workloads:
             },
         )
 
+    def document(self) -> None:
+        """Output rate of requests with a long document before them, once all prompts are in."""
+        batch, length = self._sizes.readers, self._sizes.document
+        (document,) = self._prompts(1, length, 600)
+        *tails, last = self._prompts(batch.requests + 1, batch.prompt, 601)
+        (fresh,) = self._prompts(1, 64, 602)
+        cold = self._generate([document], 1)
+        own = self._generate([document + last], 1)
+        near = self._generate([document + last + fresh], 1)
+        run = run_shared(self._llm.core, [document + tail for tail in tails], batch.output)
+        middle = [(1, batch.prompt + batch.output // 2)] * batch.requests
+        step = self._seconds(self._floors.step(middle, shared=length))
+        self._add(
+            "L128",
+            "tok/s",
+            [run.seconds - run.prompt_seconds],
+            count=run.later_tokens,
+            floor=None if step is None else step * run.later_tokens / batch.requests,
+            more=_sizes_of(batch)
+            | {
+                "document": length,
+                "document_seconds": cold.seconds,
+                "own_prompt_ttft_ms": 1e3 * own.seconds,
+                "own_prompt_floor_ms": self._ms(self._floors.step([(batch.prompt, length)])),
+                "cached_prompt_ttft_ms": 1e3 * near.seconds,
+                "whole_run_rate": batch.requests * batch.output / (cold.seconds + run.seconds),
+                "kv_waste_share": run.waste_share,
+            }
+            | self._memory(),
+        )
+
     def mixed(self) -> None:
         """Output rate of many requests of mixed lengths that are there at once, in both orders."""
         for name, in_order in (("T", False), ("T in the order given", True)):
@@ -321,6 +355,10 @@ class Workloads:
     def _seconds(self, work: Work) -> float | None:
         return None if self._ceilings is None else work.seconds(self._ceilings)
 
+    def _ms(self, work: Work) -> float | None:
+        seconds = self._seconds(work)
+        return None if seconds is None else 1e3 * seconds
+
     def _add(
         self,
         name: str,
@@ -355,19 +393,7 @@ class Workloads:
 
     def _add_profile(self, name: str, profile: DeviceProfile, wall: float, steps: int) -> None:
         """`wall` is what the same work took without the profiler."""
-        figures: dict[str, Value] = {
-            "unit": "share",
-            "busy_share": profile.busy_seconds / max(profile.span_seconds, 1e-9),
-            "busy_share_of_plain_wall": profile.busy_seconds / wall,
-            "steps": steps,
-            "plain_wall_ms_per_step": 1e3 * wall / steps,
-            "profiled_ms_per_step": 1e3 * profile.span_seconds / steps,
-            "busy_ms_per_step": 1e3 * profile.busy_seconds / steps,
-            "kernels": [
-                {"name": kernel[:110], "ms": 1e3 * seconds, "count": count}
-                for kernel, seconds, count in profile.kernels[:SHOWN_KERNELS]
-            ],
-        }
+        figures: dict[str, Value] = {**profile.figures(wall, steps)}
         self._report.add(name, figures | self._held_against(name))
 
 

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from octavo.models.family import Family
     from octavo.models.spec import ModelSpec
     from octavo.weights.gguf_file import GGUFFile
-    from octavo.weights.quantization import LoadQuantization
 
 PART_NAMES: tuple[str, ...] = (
     "embeddings",
@@ -41,17 +40,14 @@ def spec_parts(spec: ModelSpec, element_bytes: int) -> dict[str, int]:
     return parts
 
 
-def made_parts(
-    spec: ModelSpec, family: Family, number_bytes: int, made: LoadQuantization
-) -> dict[str, int]:
+def made_parts(spec: ModelSpec, family: Family, number_bytes: int, made: str) -> dict[str, int]:
     """Returns the bytes of every part when weights are quantised as they are loaded."""
-    from octavo.weights.quantization import LOAD_FORMATS, is_quantized_at_load
+    from octavo.weights.made import made_format
 
     parts = dict.fromkeys(PART_NAMES, 0)
     for parameter, shape in spec.parameters():
-        row_bytes = shape[-1] * number_bytes
-        if is_quantized_at_load(family.weight_name(parameter), shape):
-            row_bytes = LOAD_FORMATS[made].row_bytes(shape[-1])
+        form = made_format(made, family.weight_name(parameter), shape, len(spec.layers))
+        row_bytes = shape[-1] * number_bytes if form is None else form.row_bytes(shape[-1])
         parts[_part_of(parameter.name)] += math.prod(shape[:-1]) * row_bytes
     return parts
 

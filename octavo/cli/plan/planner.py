@@ -63,15 +63,15 @@ class Planner:
     def parts(self, config: EngineConfig) -> dict[str, int]:
         """Returns the bytes of the weights by part of the model."""
         from octavo.engine.memory import weights_dtype
-        from octavo.weights.quantization import LOAD_QUANTIZATIONS
+        from octavo.weights.made import can_be_made
 
         if config.dtype == "auto" and self._file is not None:
             return gguf_parts(self._file)
         if config.dtype == "auto" and self._quantization is not None:
             return packed_parts(self.spec, self._family, self._path)
         number_bytes = 4 if weights_dtype(config, self._hf_config) == "float32" else 2
-        made = LOAD_QUANTIZATIONS.get(config.quantization or "")
-        if made is not None and self._quantization is None:
+        made, is_dummy = config.quantization, config.load_format == "dummy"
+        if made and can_be_made(made, is_dummy=is_dummy) and self._quantization is None:
             return made_parts(self.spec, self._family, number_bytes, made)
         return spec_parts(self.spec, number_bytes)
 
@@ -94,7 +94,9 @@ class Planner:
         from octavo.kernels.limits import check_copied_format, refuse_packed
         from octavo.weights.quantization import check_kv_cache, check_quantization
 
-        check_quantization(config.quantization, self._quantization)
+        check_quantization(
+            config.quantization, self._quantization, is_dummy=config.load_format == "dummy"
+        )
         check_kv_cache(config.kv_cache_dtype, self._quantization)
         is_copied = self._device == "cuda" or config.tensor_parallel_size > 1
         keeps_packed = self._device == "cuda"
