@@ -18,7 +18,8 @@ ENGINE_OPTIONS = """
 --allow-longer-than-trained --max-num-seqs --max-num-batched-tokens --step-stretch
 --max-num-queued-requests --block-size --gpu-memory-utilization --kv-cache-memory-bytes
 --kv-cache-dtype --prefix-caching --kv-events-config
---tensor-parallel-size --data-parallel-size --enable-expert-parallel --attention-backend
+--tensor-parallel-size --data-parallel-size --enable-expert-parallel --rank-address
+--attention-backend
 --enforce-eager --deterministic
 --device --num-threads
 --watchdog-timeout --seed --chat-template --tool-call-parser --reasoning-parser --generation-config

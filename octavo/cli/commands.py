@@ -13,11 +13,24 @@ from collections.abc import Sequence
 from typing import cast
 
 from octavo import __version__
-from octavo.cli import bench, chat, completion, demo, key, plan, render, run_batch, serve, top, tune
+from octavo.cli import (
+    bench,
+    chat,
+    completion,
+    demo,
+    key,
+    plan,
+    rank,
+    render,
+    run_batch,
+    serve,
+    top,
+    tune,
+)
 from octavo.cli.options import Parser, Subparsers, say, say_verdicts
 from octavo.errors import OctavoError
 
-COMMANDS = (serve, chat, top, render, run_batch, bench, plan, tune, key, completion, demo)
+COMMANDS = (serve, rank, chat, top, render, run_batch, bench, plan, tune, key, completion, demo)
 DESCRIPTION = """Serve mixture-of-experts language models from paged memory.
 
 MODEL is a Hugging Face id, a local folder, a .gguf file, or a demo model: demo, demo-moe."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from octavo.config.fields import check_positive, check_seconds, option, values_of
+from octavo.config.fields import check_positive, check_seconds, option, read_address, values_of
 from octavo.errors import ConfigError
 from octavo.formats import KV_FORMATS, kv_formats
 from octavo.kv_events_config import read_kv_events
@@ -95,6 +95,11 @@ class EngineConfig:
         "with tensor_parallel_size: each device has some experts whole, not a part of each",
         also=("-ep",),
     )
+    rank_address: str | None = option(
+        None,
+        "HOST:PORT of this host that the ranks of octavo rank come to, from other hosts; without "
+        "it all ranks are processes of this host",
+    )
     attention_backend: str | AttentionConfig = option("auto", "kernel that computes attention")
     enforce_eager: bool = option(False, "never capture device graphs")
     deterministic: bool = option(
@@ -181,11 +186,23 @@ class EngineConfig:
         if self.kv_events_config is not None:
             read_kv_events(self.kv_events_config)
         self.resolved_attention_backend()
+        if self.rank_address is not None:
+            self._check_ranks()
         if self.kv_events_config is not None and self.data_parallel_size > 1:
             raise ConfigError(
                 "kv_events_config tells of one engine, and data_parallel_size is "
                 f"{self.data_parallel_size}: leave one out; a fleet routes its requests itself",
                 field="kv_events_config",
+            )
+
+    def _check_ranks(self) -> None:
+        read_address("rank_address", self.rank_address or "")
+        if self.tensor_parallel_size == 1 or self.data_parallel_size > 1:
+            raise ConfigError(
+                "rank_address is where the ranks of one engine come to: tensor_parallel_size must "
+                "be above 1 and data_parallel_size 1, they are "
+                f"{self.tensor_parallel_size} and {self.data_parallel_size}",
+                field="rank_address",
             )
 
     def resolved_attention_backend(self) -> str:

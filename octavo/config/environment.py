@@ -7,10 +7,27 @@ from __future__ import annotations
 
 import os
 
+from octavo.errors import ConfigError
+
+MIN_KEY_LENGTH = 16
+
 
 def environment_keys(name: str) -> str | None:
     """Returns what OCTAVO_API_KEY or OCTAVO_OPERATOR_KEY says; `name` is the option's."""
     return os.environ.get(f"OCTAVO_{name.upper()}")
+
+
+def rank_key() -> bytes:
+    """Returns what lets ranks of `octavo rank` in: OCTAVO_RANK_KEY. Raises ConfigError."""
+    key = os.environ.get("OCTAVO_RANK_KEY", "")
+    if len(key) < MIN_KEY_LENGTH:
+        raise ConfigError(
+            f"OCTAVO_RANK_KEY must have {MIN_KEY_LENGTH} characters or more, the same for octavo "
+            "serve and octavo rank: whoever knows it can run code in the ranks. `openssl rand -hex "
+            "32` makes one",
+            field="rank_address",
+        )
+    return key.encode()
 
 
 def cache_dir() -> str:

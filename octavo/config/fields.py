@@ -45,3 +45,15 @@ def check_seconds(name: str, value: float) -> None:
     if not 0 <= value <= MAX_SECONDS:
         message = f"{name} must be from 0 to {MAX_SECONDS} seconds, got {value!r}"
         raise ConfigError(message, field=name)
+
+
+def read_address(name: str, value: str) -> tuple[str, int]:
+    """Returns host and port of HOST:PORT. Raises ConfigError."""
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
+        message = f"{name} must be HOST:PORT with a port in 1..65535, got {value!r}"
+        raise ConfigError(message, field=name)
+    if host in ("0.0.0.0", "*"):
+        message = f"{name} must be an address that other hosts can reach, got {value!r}"
+        raise ConfigError(message, field=name)
+    return host, int(port)

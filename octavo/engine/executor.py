@@ -30,6 +30,7 @@ from octavo.errors import EngineDeadError, OctavoError
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.parallel import Collectives, Meeting, TorchCollectives
 from octavo.step import Runner, StepPlan, StepResult, Words
+from octavo.weights.fingerprint import with_fingerprint
 from octavo.weights.hub import ModelFiles
 
 COLLECT, END = b"collect", b"end"
@@ -49,6 +50,9 @@ class RankArguments(NamedTuple):
     """Where the ranks find each other, as host:port."""
     device_index: int
     """Of the GPUs that its process sees."""
+    fingerprint: str = ""
+    """Of the weights (`weights.fingerprint`), for a rank that may be on another host: it finds the
+    files there, and they must be the same."""
 
 
 class RankFailure(NamedTuple):
@@ -105,8 +109,12 @@ class Executor:
         self._arrivals: SimpleQueue[None] = SimpleQueue()
         self._meeting = Meeting(transport.host, size)
         self._ranks: list[RankProcess] = []
+        is_here = isinstance(transport, LocalRanks)
+        fingerprint = "" if is_here else with_fingerprint(files).identity
         for rank, (process, index) in enumerate(transport.start(size, first_device), start=1):
-            arguments = RankArguments(config, files, rank, self._meeting.address, index)
+            arguments = RankArguments(
+                config, files, rank, self._meeting.address, index, fingerprint
+            )
             process.connection.send(arguments)
             self._ranks.append(process)
         self._watcher = Thread(target=self._watch, name="octavo-ranks", daemon=True)

@@ -6,16 +6,19 @@ weights (reads no data yet), plan the memory, and only then build the runner.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from functools import partial
 
 from octavo.config import EngineConfig
+from octavo.config.environment import rank_key
+from octavo.config.fields import read_address
 from octavo.device import return_free_memory, select_device
 from octavo.engine.core import EngineCore
 from octavo.engine.executor import start_ranks
 from octavo.engine.memory import as_shared, plan_model, weights_dtype, with_others
 from octavo.engine.prefixes import model_identity
-from octavo.engine.rank_transport import RankTransport
+from octavo.engine.rank_transport import RankTransport, RemoteRanks
 from octavo.engine.tokenizer import Tokenizer, find_tokenizer
 from octavo.errors import CapacityError
 from octavo.grammar import Guides, Vocabulary
@@ -29,6 +32,8 @@ from octavo.step import Runner
 from octavo.weights.hub import ModelFiles
 from octavo.weights.loader import check_names, open_source
 from octavo.weights.quantization import check_kv_cache, check_quantization
+
+logger = logging.getLogger(__name__)
 
 MAX_MASK_THREADS = 8
 
@@ -53,6 +58,7 @@ def load_core(
             config.tensor_parallel_size
         )  # refused before it starts
         load = partial(load_runner, config, files, progress=progress, device_index=first_device)
+        transport = transport or awaited_ranks(config)
         runner, plan = start_ranks(config, files, load, first_device, transport)
     identity = model_identity(config, files)
     guides = _guides(config, files, tokenizer)
@@ -70,6 +76,24 @@ def _guides(config: EngineConfig, files: ModelFiles, tokenizer: Tokenizer | None
         return (tokenizer or find_tokenizer(config, files)).vocabulary()
 
     return Guides(vocabulary, vocab_size, num_threads)
+
+
+def awaited_ranks(config: EngineConfig) -> RankTransport | None:
+    """Returns how the ranks of `octavo rank` come, if others are to start them. Raises
+    ConfigError."""
+    if config.rank_address is None:
+        return None
+    host, port = read_address("rank_address", config.rank_address)
+
+    def announce(address: str, key: bytes) -> None:
+        last = config.tensor_parallel_size - 1
+        logger.warning(
+            "rank 0 of %d waits at %s; for each N of 1 to %d start on its host, with the same "
+            "OCTAVO_RANK_KEY: octavo rank --address %s --rank N",
+            *(config.tensor_parallel_size, address, last, address),
+        )
+
+    return RemoteRanks(host, announce, port=port, key=rank_key())
 
 
 def load_runner(

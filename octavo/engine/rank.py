@@ -11,9 +11,11 @@ import contextlib
 import gc
 import os
 import pickle
+import socket
 import sys
 import traceback
 from collections import deque
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from threading import Thread
@@ -21,17 +23,22 @@ from typing import NoReturn
 
 import torch
 
+from octavo.config import EngineConfig
 from octavo.device import select_device
 from octavo.engine.executor import ARRIVED, COLLECT, END, RankFailure
 from octavo.engine.load import load_runner
-from octavo.errors import OctavoError
+from octavo.errors import ModelError, OctavoError
 from octavo.parallel import Meeting, TorchCollectives
 from octavo.step import StepPlan
+from octavo.weights.fingerprint import with_fingerprint
+from octavo.weights.hub import ModelFiles, resolve_model
 
 
 def run(connection: Connection) -> None:
     """Loads this rank's part and repeats the parent's calls until the end."""
-    config, files, rank, address, device_index = connection.recv()
+    config, files, rank, address, device_index, fingerprint = connection.recv()
+    if fingerprint:
+        files = _files_here(config, files, fingerprint)
     device = torch.device(select_device(config.device, device_index).torch_name)
     if device.type != "cpu":
         torch.accelerator.set_device_index(device_index)
@@ -55,6 +62,24 @@ def run(connection: Connection) -> None:
         else:
             runner.sample(tickets[-1], given)
     runner.close()
+
+
+def _files_here(config: EngineConfig, files: ModelFiles, fingerprint: str) -> ModelFiles:
+    """Returns rank 0's files as this host has them. Raises ModelError if it has others."""
+    here = resolve_model(
+        config.model,
+        revision=config.revision,
+        download_dir=config.download_dir,
+        load_format=config.load_format,
+        seed=config.seed,
+    )
+    files = replace(files, path=here.path)
+    if with_fingerprint(files).identity != fingerprint:
+        raise ModelError(
+            f"{config.model} at {here.path} on {socket.gethostname()} has other weights than rank "
+            "0's; give all hosts the same files"
+        )
+    return files
 
 
 def _read(connection: Connection, inbox: SimpleQueue[bytes]) -> None:

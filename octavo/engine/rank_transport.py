@@ -2,31 +2,37 @@
 
 Used by the executor, which knows ranks as connections that carry pickled plans, and by nobody else.
 `LocalRanks` starts processes that end with this one; `RemoteRanks` says where it can be reached and
-waits for ranks that somebody else starts, on this host or on others: Ray actors, say.
+waits for ranks that somebody else starts, on this host or on others: Ray actors, `octavo rank`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import socket
 import struct
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from multiprocessing import AuthenticationError, Pipe
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from octavo import __version__
 from octavo.engine.child import start_child
 from octavo.errors import ConfigError, EngineDeadError
+
+logger = logging.getLogger(__name__)
 
 LOCAL_HOST = "127.0.0.1"
 ARRIVAL_SECONDS = 120.0
 """How long ranks get to be started and to come."""
 KEY_BYTES = 32
 GREETING_SECONDS = 5
+MAX_GREETING_BYTES = 1024
+RETRY_SECONDS = 0.5
 
 
 class RankProcess(Protocol):
@@ -125,23 +131,34 @@ class RemoteRanks:
     """Ranks that come to an address of this host."""
 
     def __init__(
-        self, host: str, announce: Announce, arrival_seconds: float = ARRIVAL_SECONDS
+        self,
+        host: str,
+        announce: Announce,
+        arrival_seconds: float = ARRIVAL_SECONDS,
+        *,
+        port: int = 0,
+        key: bytes | None = None,
     ) -> None:
-        """`announce` has the ranks started; it must not wait for them."""
+        """`announce` has the ranks started; it must not wait for them. Any free port and a new key,
+        if not given."""
         self.host = host
         self._announce = announce
         self._seconds = arrival_seconds
+        self._port = port
+        self._key = key or secrets.token_bytes(KEY_BYTES)
 
     def start(self, size: int, first_device: int) -> list[tuple[RankProcess, int]]:
         try:
-            server = socket.create_server((self.host, 0))
+            server = socket.create_server((self.host, self._port))
         except OSError as error:
-            message = f"ranks cannot come to {self.host}: {error.strerror}; is it of this host?"
-            raise ConfigError(message) from error
+            where = f"{self.host}:{self._port}" if self._port else self.host
+            message = (
+                f"ranks cannot come to {where}: {error.strerror}; is it of this host and free?"
+            )
+            raise ConfigError(message, field="rank_address") from error
         with server:
             address = f"{self.host}:{server.getsockname()[1]}"
-            key = secrets.token_bytes(KEY_BYTES)
-            self._announce(address, key)
+            self._announce(address, self._key)
             found: dict[int, RemoteRank] = {}
             deadline = time.monotonic() + self._seconds
             while len(found) < size - 1:
@@ -152,13 +169,16 @@ class RemoteRanks:
                     for rank in found.values():
                         rank.close()
                     raise EngineDeadError(_missing(size, found, address, self._seconds)) from None
-                come = _let_in(end, key)
+                come = _let_in(end, self._key)
                 if come is None:
                     continue
                 rank, connection = come
-                if 1 <= rank < size and rank not in found:
-                    found[rank] = RemoteRank(connection, f"{peer[0]}:{peer[1]}")
+                refusal = _refusal(rank, size, found.keys())
+                connection.send_bytes(refusal.encode())
+                if not refusal:
+                    found[rank.number] = RemoteRank(connection, f"{peer[0]}:{peer[1]}")
                 else:
+                    logger.error("rank %d at %s is refused: %s", rank.number, peer[0], refusal)
                     connection.close()
         # Elsewhere a rank sees its own GPU alone.
         return [(found[rank], 0) for rank in range(1, size)]
@@ -172,8 +192,26 @@ def _missing(size: int, found: dict[int, RemoteRank], address: str, seconds: flo
     )
 
 
-def _let_in(end: socket.socket, key: bytes) -> tuple[int, Connection] | None:
-    """Returns a rank's number and connection, None for whoever does not know the key."""
+class _Greeting(NamedTuple):
+    """What a rank says of itself."""
+
+    number: int
+    version: str
+
+
+def _refusal(rank: _Greeting, size: int, found: Collection[int]) -> str:
+    """Returns why a rank is not let in; empty if it is."""
+    if rank.version != __version__:
+        return f"it runs Octavo {rank.version}, rank 0 {__version__}; install the same on all hosts"
+    if not 1 <= rank.number < size:
+        return f"rank {rank.number} is not one of 1 to {size - 1} (tensor_parallel_size {size})"
+    if rank.number in found:
+        return f"rank {rank.number} is there already; give each its own --rank"
+    return ""
+
+
+def _let_in(end: socket.socket, key: bytes) -> tuple[_Greeting, Connection] | None:
+    """Returns what a rank says and its connection, None for whoever does not know the key."""
     end.settimeout(None)
     end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     # Whoever says nothing must not keep others waiting.
@@ -183,7 +221,8 @@ def _let_in(end: socket.socket, key: bytes) -> tuple[int, Connection] | None:
     try:
         deliver_challenge(connection, key)
         answer_challenge(connection, key)
-        rank = int(connection.recv_bytes().decode())
+        number, _, version = connection.recv_bytes(MAX_GREETING_BYTES).decode().partition(" ")
+        rank = _Greeting(int(number), version)
         other.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, 0))
         return rank, connection
     except (AuthenticationError, EOFError, OSError, ValueError):
@@ -194,21 +233,42 @@ def _let_in(end: socket.socket, key: bytes) -> tuple[int, Connection] | None:
 
 
 def join(address: str, key: bytes, rank: int, seconds: float = ARRIVAL_SECONDS) -> Connection:
-    """Returns the connection of a rank that was started elsewhere to rank 0 at host:port.
+    """Returns the connection of a rank that was started elsewhere to rank 0 at host:port, which may
+    be started later.
 
-    Raises EngineDeadError if nobody is there, or the key is not theirs.
+    Raises EngineDeadError if nobody is there in time, or the key is not theirs, and ConfigError if
+    rank 0 refuses this one.
     """
     host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + seconds
     try:
-        end = socket.create_connection((host, int(port)), timeout=seconds)
+        end = _connected((host, int(port)), deadline)
         end.settimeout(None)
         end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection = Connection(end.detach())
         answer_challenge(connection, key)
         deliver_challenge(connection, key)
-        connection.send_bytes(str(rank).encode())
-    except (AuthenticationError, EOFError, OSError) as error:
+        connection.send_bytes(f"{rank} {__version__}".encode())
+        refusal = connection.recv_bytes(MAX_GREETING_BYTES).decode()
+    except AuthenticationError as error:
+        message = f"rank {rank} is not let in by rank 0 at {address}: its key is another"
+        raise EngineDeadError(message) from error
+    except (EOFError, OSError) as error:
         raise EngineDeadError(
             f"rank {rank} does not reach rank 0 at {address} within {seconds:g} s: {error}"
         ) from error
+    if refusal:
+        raise ConfigError(f"rank 0 at {address} refuses rank {rank}: {refusal}", field="rank")
     return connection
+
+
+def _connected(where: tuple[str, int], deadline: float) -> socket.socket:
+    """Tries until rank 0 listens. Raises OSError."""
+    while True:
+        left = max(deadline - time.monotonic(), 0.01)
+        try:
+            return socket.create_connection(where, timeout=left)
+        except ConnectionRefusedError:
+            if time.monotonic() + RETRY_SECONDS > deadline:
+                raise
+            time.sleep(RETRY_SECONDS)
