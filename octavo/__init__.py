@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 
+from octavo.version import __version__
+
 TYPE_CHECKING = False  # which spares the import of typing: this comes before all else
 if TYPE_CHECKING:
     from typing import Any
@@ -33,8 +35,6 @@ if TYPE_CHECKING:
     from octavo.outputs import CompletionOutput, RequestOutput
     from octavo.pooling import PoolingParams, PoolingRequestOutput
     from octavo.request import SamplingParams
-
-__version__ = "0.1.0"
 
 __all__ = [
     "LLM",

@@ -124,6 +124,22 @@ def run_python(code: str) -> str:
     return done.stdout
 
 
+def test_ray_is_imported_by_its_own_package_alone():
+    for path in FILES:
+        if path.is_relative_to(PACKAGE / "deploy" / "ray"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Import(names):
+                    modules = [one.name for one in names]
+                case ast.ImportFrom(module=str(module), level=0):
+                    modules = [module]
+                case _:
+                    continue
+            assert not [one for one in modules if one.partition(".")[0] == "ray"], path
+            assert not [one for one in modules if one.startswith("octavo.deploy")], path
+
+
 def test_imports_run_downward():
     linter = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run(

@@ -20,9 +20,9 @@ from multiprocessing import AuthenticationError, Pipe
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import NamedTuple, Protocol
 
-from octavo import __version__
 from octavo.engine.child import start_child
 from octavo.errors import ConfigError, EngineDeadError
+from octavo.version import __version__
 
 logger = logging.getLogger(__name__)
 

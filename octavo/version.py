@@ -1,0 +1,3 @@
+"""The version of Octavo, for those of its parts that may import nothing else."""
+
+__version__ = "0.1.0"
