@@ -68,7 +68,8 @@ class Calls:
             return []
 
     def generate(self, name: str, data: bytes) -> Stream:
-        return self._streams.generate.remote(name, data)
+        stream: Any = self._streams.generate.remote(name, data)
+        return stream
 
     async def call(self, method: str, name: str, *arguments: Any) -> Any:
         return await getattr(self._handle, method).remote(name, *arguments)
