@@ -36,6 +36,7 @@ LIMITS = {
 """Of the library: 20 ms to build the lexer, 15 ms of it and 3 ms of parsing a token, 50 MB of
 states a grammar."""
 MAX_REASON_CHARS = 300
+_NOTHING = "no text fits it, or none that ends"
 
 
 class GrammarError(RequestError):
@@ -138,7 +139,7 @@ class Compiler:
         # What is not found out by compiling, the first mask shows: nothing may come.
         mask = self.masks([matcher])[0]
         if matcher.error:
-            raise GrammarError("no text fits it, or none that ends")
+            raise GrammarError(_NOTHING)
         if not mask.any() and not matcher.can_end:
             raise GrammarError("the model's vocabulary cannot write its first character")
         with self._lock:
@@ -217,4 +218,6 @@ def _load(vocabulary: Vocabulary, vocab_size: int, num_threads: int) -> _Library
 def _reason(inner: LLMatcher) -> str:
     """Returns the library's words, on one line, without its state."""
     text = inner.get_error().partition("<state>")[0]
+    if text.startswith("NoExtensionBias"):
+        return _NOTHING
     return " ".join(text.split())[:MAX_REASON_CHARS]

@@ -17,6 +17,8 @@ Schema = dict[str, Any] | bool
 
 MAX_DEPTH = 64
 """Of schemas within schemas."""
+MAX_FREE_PROPERTIES = 400
+"""Of one object, that need not come."""
 MAX_REPEATS = 100_000
 """Highest count in a schema (items, characters, properties) that is taken: a sequence is shorter
 than that anyway."""
@@ -86,6 +88,7 @@ def _fit(schema: Any, path: str, depth: int, closes_objects: bool) -> Schema:
         raise _refused(path, f"is nested deeper than {MAX_DEPTH} schemas")
     _check_counts(schema, path)
     _check_min_properties(schema, path)
+    _check_free_properties(schema, path)
     fitted = _map_parts(
         schema, lambda part, at: _fit(part, f"{path}/{at}", depth + 1, closes_objects)
     )
@@ -124,6 +127,18 @@ def _check_min_properties(schema: dict[str, Any], path: str) -> None:
         reason = (
             f"has minProperties {least}, which holds only with additionalProperties false, or "
             "with as many names in required"
+        )
+        raise _refused(path, reason)
+
+
+def _check_free_properties(schema: dict[str, Any], path: str) -> None:
+    """Wherever one of them may come, all that may be left out are ways to go on."""
+    properties, required = schema.get("properties"), schema.get("required")
+    sure = required if isinstance(required, list) else []
+    if isinstance(properties, dict) and len(properties) - len(sure) > MAX_FREE_PROPERTIES:
+        reason = (
+            f"has {len(properties)} properties, {len(sure)} of them required; at most "
+            f"{MAX_FREE_PROPERTIES} may be left out, so require some, or nest them"
         )
         raise _refused(path, reason)
 

@@ -273,7 +273,8 @@ def test_others_go_on_while_a_large_grammar_is_compiled() -> None:
     properties = {
         f"p{i}": {"type": "string", "pattern": f"^[a-z]{{{i % 20 + 1}}}x{i}$"} for i in range(1500)
     }
-    wanted = StructuredOutputsParams(json={"type": "object", "properties": properties})
+    schema = {"type": "object", "properties": properties, "required": [*properties][:1200]}
+    wanted = StructuredOutputsParams(json=schema)
     compiler = Compiler(lambda: VOCABULARY, VOCAB_SIZE)
     compiler.load()
     thread = threading.Thread(target=compiler.compile, args=(grammar_text(wanted),))

@@ -113,6 +113,9 @@ def test_text_asks_for_nothing(http: httpx.Client) -> None:
     assert len(set(texts)) == 1
 
 
+OPTIONS = "start: one*\none: " + " | ".join(f'"a" "{n}"' for n in range(3000))
+NOTHING = {"type": "grammar", "grammar": "start: start"}
+EMPTY = {"format": {"type": "tag", "begin": "<a>", "end": "</a>", "content": NOTHING}}
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     (
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}},
@@ -134,6 +137,9 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"guided_json": {"type": "x"}}, "guided_json", "Invalid type"),
     ({"guided_choice": []}, "guided_choice", "choice"),
     ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex", "both"),
+    ({"guided_json": {"properties": {f"p{i}": {} for i in range(401)}}}, "guided_json", "401 prop"),
+    ({"structured_outputs": {"grammar": OPTIONS}}, "structured_outputs", "items"),
+    ({"structured_outputs": {"structural_tag": EMPTY}}, "structured_outputs", "no text fits"),
     ({"guided_grammar": "x" * 300_000}, "guided_grammar", "at most"),
     ({"guided_json": {"enum": ["x" * 400] * 700}}, "guided_json", "at most"),
 ]
