@@ -72,11 +72,12 @@ class RowStart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableDelta:
-    """`block_ids` go to columns `column...` of a row of one KV group's block table."""
+    """What changed in the block table of one KV group: parallel arrays [N], in the order in which
+    it happened."""
 
     group: int
-    row: int
-    column: int
+    rows: Int32
+    columns: Int32
     block_ids: Int32
 
 

@@ -18,7 +18,7 @@ Block 0 is the null block: it stands in tables for blocks behind a window and is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,8 +39,7 @@ Blocks = Sequence[int] | Int32
 """Each but the null block at most once."""
 
 
-@dataclass(frozen=True, slots=True)
-class BlockKey:
+class BlockKey(NamedTuple):
     """What a published block holds: its KV group and the chained digest of its tokens."""
 
     group: int
@@ -121,7 +120,10 @@ class BlockPool:
         if rest:
             evicted = self._evict_for(rest)
             blocks += self._free.take(rest, is_growing=is_growing)
-        self._ref_counts[blocks] = 1
+        if count == 1:
+            self._ref_counts[blocks[0]] = 1
+        else:
+            self._ref_counts[blocks] = 1
         return blocks, evicted
 
     def _evict_for(self, count: int) -> list[BlockKey]:

@@ -7,10 +7,11 @@ here once a step. Column j of a row holds tokens [j * block_size, (j + 1) * bloc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 
 import numpy as np
 
-from octavo.kv_cache.block_pool import NULL_BLOCK, Blocks
+from octavo.kv_cache.block_pool import NULL_BLOCK
 from octavo.kv_cache.runs import Runs, runs_of
 from octavo.step import Int32, TableDelta
 
@@ -22,7 +23,10 @@ class BlockTable:
         self.group = group
         self.lengths = [0] * max_rows
         self._blocks = np.zeros((max_rows, max_blocks), np.int32)
-        self._deltas: list[TableDelta] = []
+        self._changed_rows: list[int] = []
+        self._changed_columns: list[int] = []
+        self._changed_blocks: list[int] = []
+        """Parallel: what was written since somebody looked."""
 
     def row(self, row: int) -> Int32:
         """Returns a view of the blocks of `row`, holes behind a window included."""
@@ -40,13 +44,22 @@ class BlockTable:
         is_named[NULL_BLOCK] = False
         return int(np.count_nonzero(is_named))
 
-    def append(self, row: int, blocks: Blocks) -> None:
+    def append(self, row: int, blocks: Sequence[int]) -> None:
         """Adds blocks at the end of a row."""
-        if not len(blocks):
-            return
-        column = self.lengths[row]
-        self.lengths[row] = column + len(blocks)
-        self._write(row, column, blocks)
+        column, count = self.lengths[row], len(blocks)
+        self.lengths[row] = column + count
+        if count == 1:  # most often, and an array for it would take several times as long
+            self._blocks[row, column] = blocks[0]
+        else:
+            self._blocks[row, column : column + count] = blocks
+        self._changed_rows.extend(repeat(row, count))
+        self._changed_columns.extend(range(column, column + count))
+        self._changed_blocks.extend(blocks)
+
+    def last(self, row: int) -> int:
+        """Returns the last block of `row`, the null block if it has none."""
+        length = self.lengths[row]
+        return self._blocks.item(row, length - 1) if length else NULL_BLOCK
 
     def forget(self, row: int, first: int, last: int) -> Int32:
         """Makes holes of columns first..last (excluded); returns the blocks that were there.
@@ -62,16 +75,22 @@ class BlockTable:
         """Empties a row; returns the blocks that it held, first to last."""
         blocks = self.forget(row, 0, self.lengths[row])
         self.lengths[row] = 0
-        if self._deltas:
-            self._deltas = [delta for delta in self._deltas if delta.row != row]
+        if row in self._changed_rows:
+            kept = [place for place, one in enumerate(self._changed_rows) if one != row]
+            self._changed_rows = [self._changed_rows[place] for place in kept]
+            self._changed_columns = [self._changed_columns[place] for place in kept]
+            self._changed_blocks = [self._changed_blocks[place] for place in kept]
         return blocks
 
-    def take_deltas(self) -> list[TableDelta]:
-        """Returns what changed since the last call."""
-        deltas, self._deltas = self._deltas, []
-        return deltas
-
-    def _write(self, row: int, column: int, blocks: Blocks) -> None:
-        ids = np.array(blocks, np.int32)
-        self._blocks[row, column : column + len(ids)] = ids
-        self._deltas.append(TableDelta(group=self.group, row=row, column=column, block_ids=ids))
+    def take_delta(self) -> TableDelta | None:
+        """Returns what changed since the last call, None if nothing did."""
+        if not self._changed_rows:
+            return None
+        delta = TableDelta(
+            group=self.group,
+            rows=np.array(self._changed_rows, np.int32),
+            columns=np.array(self._changed_columns, np.int32),
+            block_ids=np.array(self._changed_blocks, np.int32),
+        )
+        self._changed_rows, self._changed_columns, self._changed_blocks = [], [], []
+        return delta

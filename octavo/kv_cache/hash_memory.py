@@ -33,11 +33,14 @@ class HashMemory:
 
     def put(self, hash_: int, number: int) -> None:
         """Remembers `number` (0..2^64 - 1) for `hash_` (the same; not 0)."""
-        place = self._find(hash_)
-        if place is None:
-            place = self._find(_NOTHING, hash_)
-        if place is None:
-            place = (hash_ & self._mask) + (hash_ >> 32) % _REACH
+        first = hash_ & self._mask
+        near = self._hashes[first : first + _REACH]
+        if hash_ in near:
+            place = first + near.index(hash_)
+        elif _NOTHING in near:
+            place = first + near.index(_NOTHING)
+        else:
+            place = first + (hash_ >> 32) % _REACH
         self.is_used = True
         self._hashes[place] = hash_
         self._numbers[place] = number
@@ -54,10 +57,9 @@ class HashMemory:
         self._hashes[place] = _NOTHING
         return self._numbers[place]
 
-    def _find(self, wanted: int, near: int | None = None) -> int | None:
-        """Returns where `wanted` lies among the places of the hash `near`, or its own."""
-        first = (wanted if near is None else near) & self._mask
-        try:
-            return self._hashes.index(wanted, first, first + _REACH)
-        except ValueError:
-            return None
+    def _find(self, wanted: int) -> int | None:
+        """Returns where `wanted` lies."""
+        first = wanted & self._mask
+        near = self._hashes[first : first + _REACH]
+        # Most often it is not there, and an exception would take longer than the search.
+        return first + near.index(wanted) if wanted in near else None

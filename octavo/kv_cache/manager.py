@@ -25,6 +25,7 @@ from functools import partial
 
 import numpy as np
 
+from octavo.kv_cache.announced import Announced
 from octavo.kv_cache.block_pool import NULL_BLOCK
 from octavo.kv_cache.block_table import BlockTable
 from octavo.kv_cache.layout import Need, arena_layout
@@ -71,7 +72,7 @@ class KVCacheManager:
         states = (group.spec.visibility for group in groups)
         self._save_every = min((one.every for one in states if isinstance(one, State)), default=0)
         self._has_bounds = any(g.spec.visibility.most_visible is not None for g in groups)
-        self._computing: dict[bytes, int] = {}
+        self._announced = Announced()
         self.rows = KVRows(max_rows)
 
     @property
@@ -166,7 +167,7 @@ class KVCacheManager:
         if count < limit:
             missing = digests[count]
             reason = self.index.miss_reason(missing, self._content(token_ids, count), kv.root)
-            is_computing = missing in self._computing
+            is_computing = missing in self._announced
         pairs = zip(self._groups, found, strict=True)
         return PrefixHit(
             count, is_computing, reason, tuple(group.of_hit(one, count) for group, one in pairs)
@@ -208,13 +209,13 @@ class KVCacheManager:
         assert is_there, "what fits cannot be had"
         for group, pages in zip(self._groups, hit.pages, strict=True):
             group.admit(row, pages)
-            group.extend(row, num_tokens)
+            group.extend(row, group.num_missing(row, num_tokens))
             self._ledger.release(group.table.group, pages[pages != NULL_BLOCK])
         kv.row = row
         kv.num_published = hit.num_blocks
         kv.capacity = -(-num_tokens // self.block_size) * self.block_size
         self.rows.write(kv)
-        self._announce(kv)
+        self._announced.announce(kv)
         return True
 
     def allocate(self, kv: SequenceKV, num_computed: int, num_tokens: int) -> bool:
@@ -225,12 +226,13 @@ class KVCacheManager:
         assert kv.row is not None
         if self._has_bounds:
             self._forget(kv, num_computed, self._kept_from(kv))
-        if not self._reserve([group.num_missing(kv.row, num_tokens) for group in self._groups]):
+        missing = [group.num_missing(kv.row, num_tokens) for group in self._groups]
+        if not self._reserve(missing):
             return False
-        for group in self._groups:
-            group.extend(kv.row, num_tokens)
+        for group, count in zip(self._groups, missing, strict=True):
+            group.extend(kv.row, count)
         kv.capacity = -(-num_tokens // self.block_size) * self.block_size
-        self.rows.write(kv)
+        self.rows.capacity[kv.row] = kv.capacity
         return True
 
     @property
@@ -324,28 +326,12 @@ class KVCacheManager:
             if self._news is not None:
                 self._news.store(group.table.group, kv, first, last, token_ids)
         kv.num_published = last
-        self.rows.write(kv)
-        self._announce(kv)
-
-    def _announce(self, kv: SequenceKV) -> None:
-        """Tells others which block `kv` computes next."""
-        self._retract(kv)
-        if kv.writes_cache and kv.num_published < min(kv.prompt_blocks, len(kv.digests)):
-            digest = kv.digests[kv.num_published]
-            kv.computing = digest
-            self._computing[digest] = self._computing.get(digest, 0) + 1
-
-    def _retract(self, kv: SequenceKV) -> None:
-        if kv.computing is None:
-            return
-        count = self._computing.pop(kv.computing) - 1
-        if count:
-            self._computing[kv.computing] = count
-        kv.computing = None
+        self.rows.num_published[kv.row] = last
+        self._announced.announce(kv)
 
     def release(self, kv: SequenceKV) -> None:
         """Gives back all pages and the row; the prefix stays findable until evicted."""
-        self._retract(kv)
+        self._announced.retract(kv)
         if kv.row is None:
             return
         for group in self._groups:
@@ -374,7 +360,8 @@ class KVCacheManager:
         return self._ledger.take_saves()
 
     def take_deltas(self) -> tuple[TableDelta, ...]:
-        return tuple(delta for table in self.tables for delta in table.take_deltas())
+        deltas = (group.table.take_delta() for group in self._groups)
+        return tuple(delta for delta in deltas if delta is not None)
 
     # -- checks ------------------------------------------------------------------------------
 

@@ -94,7 +94,7 @@ class StatePages:
         """Does nothing: a state is as large as ever."""
         return False
 
-    def extend(self, row: int, num_tokens: int) -> None:
+    def extend(self, row: int, count: int) -> None:
         """Does nothing: a state is as large as ever."""
 
     def can_fork(self, parent: int, num_tokens: int, num_computed: int) -> bool:

@@ -68,9 +68,9 @@ class TokenPages:
         root: bytes,
     ) -> None:
         """Makes the pages of blocks first..last (excluded) findable."""
-        pages = self.table.row(row)
-        parent = int(pages[first - 1]) if first else NULL_BLOCK
-        for i, page in enumerate(pages[first:last].tolist(), start=first):
+        pages = self.table.row(row)[max(first - 1, 0) : last].tolist()
+        parent = pages.pop(0) if first else NULL_BLOCK
+        for i, page in enumerate(pages, start=first):
             if page != NULL_BLOCK:
                 key = BlockKey(self._index, digests[i])
                 self._ledger.publish(key, page, content(i), root, parent)
@@ -81,7 +81,7 @@ class TokenPages:
     def admit(self, row: int, cached: Int32) -> None:
         """An empty row begins with cached pages."""
         self._ledger.acquire(self._index, cached)
-        self.table.append(row, cached)
+        self.table.append(row, cached.tolist())
 
     def forget(self, row: int, num_computed: int, kept_from: int | None = None) -> bool:
         """Gives back the pages that no token from `num_computed` on sees, but for those from column
@@ -94,13 +94,11 @@ class TokenPages:
             self._ledger.release(self._index, self.table.forget(row, 0, last)[::-1])
         return last < first and bool(self.table.row(row)[last:first].any())
 
-    def extend(self, row: int, num_tokens: int) -> None:
-        """Makes room for `num_tokens` tokens; the pages have been reserved."""
-        wanted = self.num_missing(row, num_tokens)
-        if wanted:
-            pages = self.table.row(row)
-            after = int(pages[-1]) if len(pages) else NULL_BLOCK
-            self.table.append(row, self._ledger.take(self._index, wanted, after))
+    def extend(self, row: int, count: int) -> None:
+        """Takes the pages that it lacks (`num_missing`); they have been reserved."""
+        if count:
+            after = self.table.last(row)
+            self.table.append(row, self._ledger.take(self._index, count, after))
 
     def can_fork(self, parent: int, num_tokens: int, num_computed: int) -> bool:
         """Whether a row can begin with the first `num_tokens` tokens of `parent`, of which
@@ -119,7 +117,7 @@ class TokenPages:
         own = self._ledger.take(self._index, 1)
         if tail:
             self._ledger.copy(self._index, int(pages[full]), own[0])
-        self.table.append(row, np.append(shared, own))
+        self.table.append(row, shared.tolist() + own)
 
     def save(self, row: int, end: int) -> None:
         """Does nothing: what is computed of a token stays as it is."""

@@ -64,8 +64,8 @@ class DeviceBatch:
         places: list[NDArray] = []
         for delta in deltas:
             self.host.apply(delta)
-            first = (delta.group * max_rows + delta.row) * max_columns + delta.column
-            places.append(np.arange(first, first + len(delta.block_ids)))
+            rows = delta.group * max_rows + delta.rows.astype(np.int64)
+            places.append(rows * max_columns + delta.columns)
         # Read back: a place that two deltas name must not depend on the order of two writes.
         place = np.concatenate(places)
         packed, (where, what) = pack((place, self.host.tables.reshape(-1)[place]))

@@ -78,8 +78,7 @@ class InputBatch:
 
     def apply(self, delta: TableDelta) -> None:
         """Writes new blocks into a block table."""
-        stop = delta.column + len(delta.block_ids)
-        self.tables[delta.group, delta.row, delta.column : stop] = delta.block_ids
+        self.tables[delta.group, delta.rows, delta.columns] = delta.block_ids
 
     def prepare(self, plan: StepPlan) -> StepInputs:
         """Returns the inputs of `plan`, whose rows have been started and tables applied."""

@@ -46,9 +46,10 @@ from octavo.runner.graphs import StepGraphs  # noqa: E402
 from octavo.runner.model_runner import ModelRunner  # noqa: E402
 from octavo.runner.rehearsal import Rehearsal  # noqa: E402
 from octavo.runner.transfer import HostTransfer  # noqa: E402
-from octavo.step import RowStart, StepPlan, TableDelta, token_purposes  # noqa: E402
+from octavo.step import RowStart, StepPlan, token_purposes  # noqa: E402
 from octavo.weights.dummy import DummySource  # noqa: E402
 from octavo.weights.placement import DevicePlacement  # noqa: E402
+from tests.runner.deltas import row_delta  # noqa: E402
 
 SMALLER = {"num_hidden_layers": 2, "vocab_size": 9000}
 MAX_SEQS, MAX_TOKENS, MAX_LEN, NUM_BLOCKS = 256, 4096, 8192, 8192
@@ -186,7 +187,7 @@ class Engine:
             while 16 * len(request.blocks) < request.computed + count:
                 request.blocks.append(self.blocks.pop())
             ids = np.array(request.blocks[request.told :], np.int32)
-            deltas.append(TableDelta(group=0, row=request.row, column=request.told, block_ids=ids))
+            deltas.append(row_delta(0, request.row, request.told, ids))
             request.told = len(request.blocks)
         counts = [count for _, count in chunks]
         ends = [r.computed + count for r, count in chunks]

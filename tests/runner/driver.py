@@ -35,6 +35,7 @@ from octavo.step import (
     StepResult,
     TableDelta,
 )
+from tests.runner.deltas import row_delta
 
 GREEDY = SamplingParams(temperature=0.0)
 BLOCK_SIZE = 16
@@ -242,9 +243,7 @@ class Driver:
                 blocks.append(self.free_blocks.pop())
             if column < len(blocks):
                 ids = np.array(blocks[column:], np.int32)
-                deltas.append(
-                    TableDelta(group=group, row=sequence.row, column=column, block_ids=ids)
-                )
+                deltas.append(row_delta(group, sequence.row, column, ids))
         return deltas
 
     def _pass_windows(self, sequence: Tracked) -> None:

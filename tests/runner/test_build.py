@@ -17,9 +17,10 @@ from octavo.models.family import weight_shapes
 from octavo.models.registry import read_spec
 from octavo.runner.build import build_runner
 from octavo.runner.model_runner import ModelRunner
-from octavo.step import Purpose, RowStart, StepPlan, TableDelta
+from octavo.step import Purpose, RowStart, StepPlan
 from octavo.weights.dummy import DummySource
 from tests.models.tiny import save_tiny
+from tests.runner.deltas import row_delta
 from tests.runner.driver import GREEDY
 
 
@@ -69,7 +70,7 @@ def test_a_runner_is_built_from_a_plan_and_runs_a_step(tmp_path: Path, dtype: st
                 row=1, params=GREEDY, seed=0, stop_token_ids=(), prompt_len=9, token_ids=tokens
             ),
         ),
-        table_deltas=(TableDelta(group=0, row=1, column=0, block_ids=np.array([5], np.int32)),),
+        table_deltas=(row_delta(0, 1, 0, np.array([5], np.int32)),),
     )
     result = runner.collect(runner.launch(plan))
     runner.close()

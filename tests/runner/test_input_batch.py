@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from octavo.runner.input_batch import InputBatch
-from octavo.step import Purpose, RowStart, StepPlan, TableDelta
+from octavo.step import Purpose, RowStart, StepPlan
+from tests.runner.deltas import row_delta
 from tests.runner.driver import GREEDY
 
 
@@ -34,7 +35,7 @@ def batch_of_two() -> tuple[InputBatch, StepPlan]:
     for group in range(2):
         for row, blocks in ((2, (9, 4)), (0, (1, 2, 3))):
             ids = int32(*blocks) + 10 * group
-            batch.apply(TableDelta(group=group, row=row, column=0, block_ids=ids))
+            batch.apply(row_delta(group, row, 0, ids))
     plan = StepPlan(
         step_id=0,
         rows=int32(2, 0),

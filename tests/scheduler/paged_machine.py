@@ -155,9 +155,9 @@ class PagedMachine:
             self.rows[start.row] = start
         self._copy(plan.copies)
         for delta in plan.table_deltas:
-            columns = self.tables[delta.group].setdefault(delta.row, {})
-            for i, block in enumerate(delta.block_ids.tolist()):
-                columns[delta.column + i] = block
+            changes = zip(delta.rows, delta.columns, delta.block_ids, strict=True)
+            for row, column, block in changes:
+                self.tables[delta.group].setdefault(int(row), {})[int(column)] = int(block)
 
     def _copy(self, copies: Sequence[PageCopy]) -> None:
         for page_class, source, target in copies:
