@@ -70,8 +70,14 @@ class Outcomes:
     """Steps between schedule and commit, and what comes of them."""
 
     def __init__(
-        self, queues: Queues, manager: KVCacheManager, counters: SchedulerCounters
+        self,
+        queues: Queues,
+        manager: KVCacheManager,
+        counters: SchedulerCounters,
+        few_rows: int,
     ) -> None:
+        """Steps of `few_rows` rows and fewer are committed row by row."""
+        self._few_rows = few_rows
         self._queues = queues
         self._manager = manager
         self._counters = counters
@@ -93,7 +99,29 @@ class Outcomes:
         self._counters.num_splits += result.num_splits
         if step.is_lost:
             return []
-        rows, tokens = plan.rows, np.full(plan.num_rows, NO_TOKEN, np.int32)
+        is_few = plan.num_rows <= self._few_rows
+        deltas = (self._commit_few if is_few else self._commit_many)(step, result)
+        if self._queues.suspects:
+            for sequence, count in zip(step.sequences, step.computed.tolist(), strict=True):
+                self._queues.suspects.clear(sequence, count)
+        return deltas
+
+    def _commit_few(self, step: Launched, result: StepResult) -> list[TokenDelta]:
+        """As `_commit_many`, row by row."""
+        deltas: list[TokenDelta] = []
+        rows, holders = step.plan.rows.tolist(), step.holders.tolist()
+        for i, (row, holder) in enumerate(zip(rows, holders, strict=True)):
+            if step.sequences[i].is_finished:
+                continue
+            is_kept = self._queues.rows.holders.item(row) == holder
+            delta = self._commit_one(step, i, result, is_kept)
+            if delta is not None:
+                deltas.append(delta)
+        return deltas
+
+    def _commit_many(self, step: Launched, result: StepResult) -> list[TokenDelta]:
+        """Takes over what a step produced, that of all rows at once which only go on."""
+        rows, tokens = step.plan.rows, np.full(step.plan.num_rows, NO_TOKEN, np.int32)
         is_single = np.diff(result.token_starts) == 1
         tokens[is_single] = result.token_ids[result.token_starts[:-1][is_single]]
         is_kept = self._queues.rows.holders[rows] == step.holders
@@ -101,23 +129,22 @@ class Outcomes:
         full = step.computed // self._manager.block_size > self._manager.rows.num_published[rows]
         told = self._tell_all(rows[goes_on], tokens[goes_on])
         deltas: list[TokenDelta] = []
-        done = 0
-        num_told = np.cumsum(goes_on)
+        done, num_told = 0, np.cumsum(goes_on).tolist()
         for i in np.flatnonzero(full | ~goes_on).tolist():
-            sequence, computed = step.sequences[i], int(step.computed[i])
+            sequence = step.sequences[i]
             if goes_on[i]:
-                self._manager.publish(sequence.kv, sequence.token_ids, computed)
+                self._publish(sequence, step.computed.item(i))
             elif not sequence.is_finished:
-                delta = self._commit_one(step, i, result, bool(full[i] and is_kept[i]))
+                delta = self._commit_one(step, i, result, is_kept.item(i))
                 if delta is not None:
                     deltas += told[done : num_told[i]]
                     deltas.append(delta)
                     done = num_told[i]
-        deltas += told[done:]
-        if self._queues.suspects:
-            for sequence, count in zip(step.sequences, step.computed.tolist(), strict=True):
-                self._queues.suspects.clear(sequence, count)
-        return deltas
+        return deltas + told[done:]
+
+    def _publish(self, sequence: Sequence, computed: int) -> None:
+        if computed // self._manager.block_size > sequence.kv.num_published:
+            self._manager.publish(sequence.kv, sequence.token_ids, computed)
 
     def _go_on(self, rows: Int32, tokens: Int32) -> Bool:
         """Returns which rows have nothing but a token to take over, which is neither their first
@@ -149,11 +176,12 @@ class Outcomes:
         )
 
     def _commit_one(
-        self, step: Launched, i: int, result: StepResult, is_block_full: bool
+        self, step: Launched, i: int, result: StepResult, is_kept: bool
     ) -> TokenDelta | None:
-        """Takes over what row `i` of a step came to; returns the news of its sequence."""
-        sequence, start, computed = step.sequences[i], int(step.plan.starts[i]), step.computed[i]
-        purpose, known, first = step.plan.purposes[i], len(sequence.token_ids), 0
+        """Takes over what row `i` of a step came to; returns the news of its sequence, which has
+        not ended. `is_kept`: it still has the row."""
+        sequence, start = step.sequences[i], step.plan.starts.item(i)
+        purpose, known, first = step.plan.purposes.item(i), len(sequence.token_ids), 0
         if sequence.moments:
             _end_prefill(sequence, start)
         if i in result.prompt_logprobs:
@@ -166,8 +194,8 @@ class Outcomes:
                 error = BROKEN_STATES
             if error is not None:
                 return self._fail(sequence, error)
-        if is_block_full:
-            self._manager.publish(sequence.kv, sequence.token_ids, int(computed))
+        if is_kept:
+            self._publish(sequence, step.computed.item(i))
         if purpose == _TOKEN:
             return self._tell(sequence, known, result, first)
         if purpose == _VECTOR:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 MAX_STOPS = 4
 """Ids that end a sequence which are compared for all rows at once; a sequence with more of them is
 looked at by itself."""
+FEW_ROWS = 8
+"""So many are sooner looked at one by one than by arrays."""
 NO_STOP = -2
 """No id and no `NO_TOKEN`."""
 

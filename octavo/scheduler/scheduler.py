@@ -36,6 +36,7 @@ from octavo.scheduler.pace import Pace
 from octavo.scheduler.plan_builder import PlanBuilder
 from octavo.scheduler.queues import Queues, prompt_of
 from octavo.scheduler.rivals import Rivals
+from octavo.scheduler.rows import FEW_ROWS
 from octavo.scheduler.sequence import Sequence
 from octavo.step import Int32, StepPlan, StepResult
 
@@ -44,9 +45,14 @@ class Scheduler:
     """The face of queues, admission and outcomes; plans what runs."""
 
     def __init__(
-        self, manager: KVCacheManager, limits: SchedulerLimits, pace: Pace | None = None
+        self,
+        manager: KVCacheManager,
+        limits: SchedulerLimits,
+        pace: Pace | None = None,
+        few_rows: int = FEW_ROWS,
     ) -> None:
-        """`pace` bounds the prompt tokens of a step; None: only `limits` does."""
+        """`pace` bounds the prompt tokens of a step; None: only `limits` does. Steps of `few_rows`
+        rows and fewer are planned and committed row by row, others by arrays, all alike."""
         self.manager = manager
         self._pace = pace
         self.limits = limits
@@ -54,7 +60,8 @@ class Scheduler:
         self._queues = Queues(manager, self.counters, limits.max_num_seqs)
         self._rivals = Rivals(self._queues, limits)
         self._admission = Admission(self._queues, manager, limits, self.counters, self._rivals)
-        self._outcomes = Outcomes(self._queues, manager, self.counters)
+        self._outcomes = Outcomes(self._queues, manager, self.counters, few_rows)
+        self._few_rows = few_rows
         self._counts = np.zeros(limits.max_num_seqs, np.int32)
         """[rows] the tokens that the step under way computes of running sequences."""
         self._has_prefills = False
@@ -203,7 +210,8 @@ class Scheduler:
         was_preempted = False
         passes = self.manager.passes if self.manager.has_bounds else None
         counts = self._counts
-        others = self._count_decodes(rows)
+        is_few = len(rows) <= self._few_rows
+        others = self._unless_over() if is_few else self._count_decodes(rows)
         counts[[one.row for one in claimed if one.row is not None]] = 0
         for sequence in others:
             row = sequence.row
@@ -223,11 +231,23 @@ class Scheduler:
             if start + count > sequence.kv.capacity:
                 was_preempted |= self._make_room(sequence, start + count, claimed)
             counts[row] = count
+        if is_few:
+            rows = self._queues.running_rows
+            for sequence, count in zip(self.running, counts[rows].tolist(), strict=True):
+                if count:
+                    builder.add(sequence, count)
+            return was_preempted
         rows = self._queues.running_rows
         rows = rows[counts[rows] > 0]
         if len(rows):
             builder.add_rows(rows, counts[rows])
         return was_preempted
+
+    def _unless_over(self) -> list[Sequence]:
+        """Notes no token of anybody in `_counts`; returns those whose last token is not on its way,
+        in order."""
+        self._counts[self._queues.running_rows] = 0
+        return [s for s in self.running if not s.num_pending or s.num_tokens < s.max_len]
 
     def _count_decodes(self, rows: Int32) -> list[Sequence]:
         """Notes in `_counts` the one token of each running sequence that only goes on, and none of

@@ -94,6 +94,8 @@ class Engine:
                 headroom_tokens=headroom,
                 num_kv_tokens=num_kv_tokens,
             ),
+            # Where arrays begin, and where nobody is looked at alone, changes nothing.
+            few_rows=num_blocks % 3,
         )
         self.machine = PagedMachine(groups, num_blocks, BLOCK, failing, faults)
         self.launched: deque[tuple[StepPlan, object]] = deque()
