@@ -1,18 +1,22 @@
-"""Host time of each station of a step, as JSON: what stands between a request and its first kernel.
+"""Host time of each station of a step, as JSON: what stands between a request and its first kernel,
+and what a token costs once all decode.
 
     python benchmarks/host_time.py
     python benchmarks/host_time.py --model qwen1.5-moe-a2.7b --layers 12 --repeats 30
+    python benchmarks/host_time.py --cases decodes load
 
-One line for each case: microseconds of all steps up to the last first token, and of the decode
-after them, least and median. With a GPU all is real, on random weights. Without one the runner of a
-GPU runs on the host with Triton's launches left out: everything but the kernels is still there, and
-what is told is the thread's own CPU time, since nothing waits.
+One line for each case. `first` cases: microseconds of all steps up to the last first token, and of
+the decode after them, least and median. `decodes` (64, 256 and 1,024 rows) and the `load` (four
+waves of 1,024 requests of 32 + 64 tokens, with all their starts and ends): microseconds a step and
+a token. With a GPU all is real, on random weights. Without one the runner of a GPU runs on the host
+with Triton's launches left out: everything but the kernels is still there, and what is told is the
+thread's own CPU time, since nothing waits.
 
     add         requests into the queues      launch      all of the runner's launch, of which
     schedule    the plan of the step            rows        rows, copies, tables
     collect     results, without the wait       inputs      arrays of the step
     commit      tokens, finished blocks         attention   the back end's plan
-                                                forward     uploads and launches, or a replay
+    deliver     the message to the front        forward     uploads and launches, or a replay
                                                 sample      uploads and launches
 """
 
@@ -37,11 +41,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from octavo import LLM, SamplingParams
 from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
+from octavo.engine.ipc import Deltas, encode
 from octavo.grammar import Guides
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.request import Request, pack_ids
 
-MAX_MODEL_LEN, MAX_BATCHED_TOKENS, MAX_SEQS, VOCAB_SIZE = 16_384, 8192, 256, 9000
+MAX_MODEL_LEN, MAX_BATCHED_TOKENS, MAX_SEQS, VOCAB_SIZE = 16_384, 8192, 1024, 9000
 NUM_BLOCKS, NUM_OUTPUTS = 32_768, 4
 
 
@@ -59,6 +64,11 @@ CASES = (
     Case("64 prompts of 100", 64, 0, 100),
     Case("64 on a prefix of 4096", 64, 4096, 64),
 )
+
+
+DECODE_ROWS = (64, 256, 1024)
+DECODE_STEPS = 96
+LOAD_REQUESTS, LOAD_PROMPT, LOAD_OUTPUT = 4 * MAX_SEQS, 32, 64
 
 
 class Stations:
@@ -91,14 +101,26 @@ def main() -> None:
     parser.add_argument("--model", default="qwen3-30b-a3b", help="a shape of octavo bench")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=20)
+    kinds = ("first", "decodes", "load")
+    parser.add_argument("--cases", nargs="+", choices=kinds, default=kinds)
     options = parser.parse_args()
     has_gpu = torch.cuda.is_available()
     core = real_core(options) if has_gpu else stubbed_core(options)
     stations = watched(core, time.perf_counter if has_gpu else time.thread_time)
-    for case in CASES:
-        figures = measure(core, stations, case, options.repeats)
-        settings = {"model": options.model, "layers": options.layers, "gpu": has_gpu}
-        print(json.dumps({"case": case.name, **settings, **figures}), flush=True)
+    settings = {"model": options.model, "layers": options.layers, "gpu": has_gpu}
+
+    def tell(case: str, figures: dict[str, Any]) -> None:
+        print(json.dumps({"case": case, **settings, **figures}), flush=True)
+
+    if "first" in options.cases:
+        for case in CASES:
+            tell(case.name, measure(core, stations, case, options.repeats))
+    if "decodes" in options.cases:
+        for rows in DECODE_ROWS:
+            tell(f"{rows} decodes", measure_decodes(core, stations, rows))
+    if "load" in options.cases:
+        name = f"{LOAD_REQUESTS} requests of {LOAD_PROMPT} + {LOAD_OUTPUT}, {MAX_SEQS} rows"
+        tell(name, measure_load(core, stations))
     core.close()
 
 
@@ -121,6 +143,7 @@ def stubbed_core(options: argparse.Namespace) -> EngineCore:
         "SMALLER": {"num_hidden_layers": options.layers, "vocab_size": VOCAB_SIZE},
         "MAX_LEN": MAX_MODEL_LEN,
         "MAX_TOKENS": MAX_BATCHED_TOKENS,
+        "MAX_SEQS": MAX_SEQS,
         "NUM_BLOCKS": NUM_BLOCKS,
     }
     for name, value in changed.items():
@@ -171,6 +194,15 @@ def watched(core: EngineCore, clock: Callable[[], float]) -> Stations:
         return result
 
     runner.collect = waiting_first
+    if not torch.cuda.is_available():
+        sample = runner._sampler.sample
+
+        def sampling_something(*given: Any, **named: Any) -> Any:
+            sampled = sample(*given, **named)
+            sampled.token_ids.zero_()  # what no kernel wrote would end sequences, or not
+            return sampled
+
+        runner._sampler.sample = sampling_something
     return stations
 
 
@@ -211,6 +243,62 @@ def run(
             steps.append(stations.take())
     assert first is not None
     return first, steps[0]
+
+
+def add_requests(core: EngineCore, count: int, prompt: int, output: int) -> None:
+    draw = random.Random(count)
+    params = SamplingParams(temperature=1.0, max_tokens=output, ignore_eos=True)
+    for index in range(count):
+        ids = pack_ids([draw.randrange(VOCAB_SIZE) for _ in range(prompt)])
+        core.add(Request(request_id=f"0-{index}", packed_prompt=ids, params=params))
+
+
+def step(core: EngineCore, stations: Stations) -> int:
+    """Runs a step and words its news; returns the tokens that it told."""
+    deltas = core.step()
+    began = stations.clock()
+    encode(Deltas(deltas))
+    stations.seconds["deliver"] += stations.clock() - began
+    return sum(len(delta.token_ids) for delta in deltas)
+
+
+def measure_decodes(core: EngineCore, stations: Stations, rows: int) -> dict[str, Any]:
+    """Returns what a step of so many decodes costs, blocks that begin and end included."""
+    output = DECODE_STEPS + 4 * LOAD_PROMPT * rows // MAX_BATCHED_TOKENS + 8
+    add_requests(core, rows, LOAD_PROMPT, output)
+    num_told = 0
+    while num_told < rows or core.scheduler.num_waiting:
+        num_told = step(core, stations)
+    stations.take()
+    num_tokens = sum(step(core, stations) for _ in range(DECODE_STEPS))
+    found = stations.take()
+    while core.has_work:
+        core.step()
+    return by_step_and_token(found, DECODE_STEPS, num_tokens)
+
+
+def measure_load(core: EngineCore, stations: Stations) -> dict[str, Any]:
+    """Returns what a token of many short requests costs, with all that begins and ends."""
+    stations.take()
+    add_requests(core, LOAD_REQUESTS, LOAD_PROMPT, LOAD_OUTPUT)
+    num_steps = num_tokens = 0
+    while core.has_work:
+        num_tokens += step(core, stations)
+        num_steps += 1
+    return by_step_and_token(stations.take(), num_steps, num_tokens)
+
+
+def by_step_and_token(
+    found: dict[str, float], num_steps: int, num_tokens: int
+) -> dict[str, dict[str, float]]:
+    """Returns microseconds by station; `engine` is all but the runner's launch."""
+    engine = ("add", "schedule", "collect", "commit", "deliver")
+    found["engine"] = sum(found.get(name, 0.0) for name in engine)
+    names = sorted(found)
+    return {
+        "us_a_step": {name: round(1e6 * found[name] / num_steps, 1) for name in names},
+        "us_a_token": {name: round(1e6 * found[name] / num_tokens, 3) for name in names},
+    }
 
 
 def summary(runs: list[dict[str, float]]) -> dict[str, list[float]]:
