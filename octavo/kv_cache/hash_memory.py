@@ -34,7 +34,7 @@ class HashMemory:
     def put(self, hash_: int, number: int) -> None:
         """Remembers `number` (0..2^64 - 1) for `hash_` (the same; not 0)."""
         first = hash_ & self._mask
-        near = self._hashes[first : first + _REACH]
+        near = self._hashes[first : first + _REACH].tolist()
         if hash_ in near:
             place = first + near.index(hash_)
         elif _NOTHING in near:

@@ -60,7 +60,7 @@ class KVCacheManager:
         told what others can find."""
         self.block_size = block_size
         self.layout = arena_layout(groups, block_size)
-        self._news = news
+        self._news, self.has_news = news, news is not None
         self._ledger = PageLedger(self.layout, num_chunks, poison=poison, news=news)
         self._digester = Digester()
         self._groups: list[TokenPages | StatePages] = []

@@ -135,8 +135,10 @@ class PrefixIndex:
         """What was asked for last and found, by group, while it is true: many requests on one long
         prefix often come at once."""
         self._evicted = HashMemory(_EVICTED_REMEMBERED)
+        """Some of these are there again; nobody asks why they are missing."""
         self._contents = HashMemory(_CONTENTS_REMEMBERED)
         """By content: which root it was stored under."""
+        self._newest_root, self._newest_root_hash = b"", 0
 
     def __len__(self) -> int:
         return sum(len(blocks) for blocks in self._blocks)
@@ -165,9 +167,9 @@ class PrefixIndex:
         if self._latest:
             self._latest.clear()
         blocks[digest] = block
-        if self._evicted.is_used:
-            self._evicted.pop(hash_of(digest))
-        self._contents.put(content & _HASH_BITS, hash_of(root))
+        if root != self._newest_root:
+            self._newest_root, self._newest_root_hash = root, hash_of(root)
+        self._contents.put(content & _HASH_BITS, self._newest_root_hash)
         return True
 
     def remove(self, key: BlockKey) -> None:

@@ -32,6 +32,9 @@ from octavo.step import (
 MAX_LOSSES = 3
 """Times that a sequence is computed again, without a new token, because a step of it alone found no
 memory."""
+PUBLISHED_AT_ONCE = 8
+"""Full blocks of a running answer that others find together, at less cost than one by one. Those of
+prompts they find at once, and all when it ends or is preempted."""
 BROKEN_LOGITS = "the logits hold a NaN or nothing finite: the weights, or this KV, are broken"
 BROKEN_STATES = "the vector holds a NaN or an infinity: the weights, or this KV, are broken"
 
@@ -78,6 +81,10 @@ class Outcomes:
     ) -> None:
         """Steps of `few_rows` rows and fewer are committed row by row."""
         self._few_rows = few_rows
+        # Where blocks are given back while a sequence runs, they are kept until others find them;
+        # who is told what can be found is told at once.
+        is_eager = manager.has_bounds or manager.has_states or manager.has_news
+        self._published_at_once = 1 if is_eager else PUBLISHED_AT_ONCE
         self._queues = queues
         self._manager = manager
         self._counters = counters
@@ -126,14 +133,17 @@ class Outcomes:
         tokens[is_single] = result.token_ids[result.token_starts[:-1][is_single]]
         is_kept = self._queues.rows.holders[rows] == step.holders
         goes_on = is_kept & self._go_on(rows, tokens)
-        full = step.computed // self._manager.block_size > self._manager.rows.num_published[rows]
+        num_full = step.computed // self._manager.block_size
+        is_due = num_full >= self._manager.rows.num_published[rows] + self._published_at_once
+        is_due &= self._queues.rows.writes_cache[rows]
+        self._queues.rows.committed[rows[goes_on]] = step.computed[goes_on]
         told = self._tell_all(rows[goes_on], tokens[goes_on])
         deltas: list[TokenDelta] = []
         done, num_told = 0, np.cumsum(goes_on).tolist()
-        for i in np.flatnonzero(full | ~goes_on).tolist():
+        for i in np.flatnonzero(is_due | ~goes_on).tolist():
             sequence = step.sequences[i]
             if goes_on[i]:
-                self._publish(sequence, step.computed.item(i))
+                self._queues.publish(sequence)
             elif not sequence.is_finished:
                 delta = self._commit_one(step, i, result, is_kept.item(i))
                 if delta is not None:
@@ -141,10 +151,6 @@ class Outcomes:
                     deltas.append(delta)
                     done = num_told[i]
         return deltas + told[done:]
-
-    def _publish(self, sequence: Sequence, computed: int) -> None:
-        if computed // self._manager.block_size > sequence.kv.num_published:
-            self._manager.publish(sequence.kv, sequence.token_ids, computed)
 
     def _go_on(self, rows: Int32, tokens: Int32) -> Bool:
         """Returns which rows have nothing but a token to take over, which is neither their first
@@ -195,7 +201,10 @@ class Outcomes:
             if error is not None:
                 return self._fail(sequence, error)
         if is_kept:
-            self._publish(sequence, step.computed.item(i))
+            computed = step.computed.item(i)
+            self._queues.rows.committed[sequence.row] = computed
+            if computed // self._manager.block_size > sequence.kv.num_published:
+                self._queues.publish(sequence)
         if purpose == _TOKEN:
             return self._tell(sequence, known, result, first)
         if purpose == _VECTOR:

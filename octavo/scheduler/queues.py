@@ -122,7 +122,8 @@ class Queues:
         sequence.account.num_running -= 1
 
     def preempt(self, sequence: Sequence) -> None:
-        """Takes pages and row away; what it published stays cached while nobody needs the room."""
+        """Takes pages and row away; what it computed stays cached while nobody needs the room."""
+        self.publish(sequence)
         self._stop_running(sequence)
         if sequence.moments is not None:
             now = time.monotonic()
@@ -145,11 +146,18 @@ class Queues:
         else:
             self._stop_running(sequence)
         self.fair_share.end(sequence.account)
+        self.publish(sequence)
         self.recent.remember(prompt_of(sequence))
         self._release(sequence)
         siblings = self._requests[sequence.request.request_id]
         if all(s.is_finished for s in siblings):
             del self._requests[sequence.request.request_id]
+
+    def publish(self, sequence: Sequence) -> None:
+        """Lets others find all full blocks of a running sequence that are computed."""
+        if sequence.row is not None:
+            computed = self.rows.committed.item(sequence.row)
+            self._manager.publish(sequence.kv, sequence.token_ids, computed)
 
     def _release(self, sequence: Sequence) -> None:
         self._manager.release(sequence.kv)

@@ -35,9 +35,12 @@ class Rows:
         """Tokens sampled on the device and not known to the host yet."""
         self.computed = np.zeros(max_num_seqs, np.int32)
         """Tokens whose KV is computed by a launched step."""
+        self.committed = np.zeros(max_num_seqs, np.int32)
+        """Tokens whose KV is computed by a step whose tokens are known."""
         self.prompt_lens = np.zeros(max_num_seqs, np.int32)
         self.max_lens = np.zeros(max_num_seqs, np.int32)
         self.stops = np.full((max_num_seqs, MAX_STOPS), NO_STOP, np.int32)
+        self.writes_cache = np.zeros(max_num_seqs, np.bool_)
         self.is_masked = np.zeros(max_num_seqs, np.bool_)
         self.wants_vector = np.zeros(max_num_seqs, np.bool_)
         self.is_plain = np.zeros(max_num_seqs, np.bool_)
@@ -59,13 +62,14 @@ class Rows:
         request = sequence.request
         self.known[row] = len(sequence.token_ids)
         self.pending[row] = sequence.num_pending
-        self.computed[row] = sequence.num_computed
+        self.computed[row] = self.committed[row] = sequence.num_computed
         self.prompt_lens[row] = sequence.prompt_len
         self.max_lens[row] = sequence.max_len
         num_stops = len(sequence.stop_ids)
         self.stops[row] = NO_STOP
         if num_stops <= MAX_STOPS:
             self.stops[row, :num_stops] = list(sequence.stop_ids)
+        self.writes_cache[row] = sequence.kv.writes_cache
         self.is_masked[row] = sequence.is_masked
         self.wants_vector[row] = request.wants_vector
         self.is_plain[row] = (

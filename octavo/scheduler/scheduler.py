@@ -133,9 +133,13 @@ class Scheduler:
         )
 
     def explain(self, request: Request, root: bytes, caching: bool) -> PrefixExplanation:
-        """Returns what of a request's prompt would be found if it came now. Changes nothing."""
+        """Returns what of a request's prompt would be found if it came now; lets it be found at
+        once, if it is computed."""
         recent = self._queues.recent
-        running = [prompt_of(one) for one in self.running if one.kv.root == root]
+        same_root = [one for one in self.running if one.kv.root == root]
+        for one in same_root:
+            self._queues.publish(one)
+        running = [prompt_of(one) for one in same_root]
         return explain(
             self.manager,
             self._new_kv(request, root, caching),
