@@ -36,7 +36,7 @@ class Rows:
         self.computed = np.zeros(max_num_seqs, np.int32)
         """Tokens whose KV is computed by a launched step."""
         self.committed = np.zeros(max_num_seqs, np.int32)
-        """Tokens whose KV is computed by a step whose tokens are known."""
+        """Tokens whose KV is computed by a step that is committed; 0 until one is."""
         self.prompt_lens = np.zeros(max_num_seqs, np.int32)
         self.max_lens = np.zeros(max_num_seqs, np.int32)
         self.stops = np.full((max_num_seqs, MAX_STOPS), NO_STOP, np.int32)
@@ -62,7 +62,8 @@ class Rows:
         request = sequence.request
         self.known[row] = len(sequence.token_ids)
         self.pending[row] = sequence.num_pending
-        self.computed[row] = self.committed[row] = sequence.num_computed
+        self.computed[row] = sequence.num_computed
+        self.committed[row] = 0
         self.prompt_lens[row] = sequence.prompt_len
         self.max_lens[row] = sequence.max_len
         num_stops = len(sequence.stop_ids)
