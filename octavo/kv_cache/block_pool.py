@@ -131,7 +131,8 @@ class BlockPool:
 
         The oldest go until there are whole regions; what is free beside `count` is room to grow.
         """
-        evicted = self._evict_oldest(count - len(self._free))
+        missing = count - len(self._free)
+        evicted = self._evict_oldest(missing) if missing > 0 else []
         if count < REGION and len(self._free) - count > self._enough:
             return evicted  # one who grows would look anew for every page
         max_room = int(MAX_ROOM_SHARE * self.num_referenced)

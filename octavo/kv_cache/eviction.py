@@ -82,6 +82,9 @@ class EvictionOrder:
         self._time += len(blocks)
         self._count += len(blocks)
         queue_of = _QUEUE_OF[self._uses[blocks]]
+        if not queue_of.any():
+            self._queues[0].append(blocks)  # most often
+            return
         for number, queue in enumerate(self._queues):
             queue.append(blocks[queue_of == number])
 

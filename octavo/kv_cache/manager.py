@@ -72,6 +72,7 @@ class KVCacheManager:
         states = (group.spec.visibility for group in groups)
         self._save_every = min((one.every for one in states if isinstance(one, State)), default=0)
         self._has_bounds = any(g.spec.visibility.most_visible is not None for g in groups)
+        self._no_pages: tuple[Int32, ...] = tuple(np.zeros(0, np.int32) for _ in groups)
         self._announced = Announced()
         self.rows = KVRows(max_rows)
 
@@ -101,7 +102,7 @@ class KVCacheManager:
     def need(self, num_tokens: int, step_tokens: int, hit: PrefixHit | None = None) -> Need:
         """Returns what a sequence of `num_tokens` will hold beside the pages of `hit`, at most at
         one time, if it is computed at most `step_tokens` at a step."""
-        cached = hit.pages if hit else self._no_pages()
+        cached = hit.pages if hit else self._no_pages
         pairs = zip(self._groups, cached, strict=True)
         return self.layout.need(
             [group.num_left_to_take(num_tokens, step_tokens, pages) for group, pages in pairs]
@@ -149,45 +150,43 @@ class KVCacheManager:
 
     # -- prefix ------------------------------------------------------------------------------
 
-    def _no_pages(self) -> tuple[Int32, ...]:
-        return tuple(np.zeros(0, np.int32) for _ in self._groups)
-
     def lookup(self, kv: SequenceKV, token_ids: array[int]) -> PrefixHit:
         """Returns what is cached of `token_ids`; the last token is always left to compute.
 
         What it names is there until pages are allocated or freed."""
         limit = (len(token_ids) - 1) // self.block_size
         if not kv.reads_cache or not limit:
-            return PrefixHit(0, False, "too_short" if kv.reads_cache else None, self._no_pages())
+            return PrefixHit(0, False, "too_short" if kv.reads_cache else None, self._no_pages)
         self._digest(kv, token_ids)
         digests = kv.digests[:limit]
-        found = [group.find(digests) for group in self._groups]
-        count = self._num_leading(found)
+        count, pages = self._find(digests)
         reason, is_computing = None, False
         if count < limit:
             missing = digests[count]
             reason = self.index.miss_reason(missing, self._content(token_ids, count), kv.root)
             is_computing = missing in self._announced
-        pairs = zip(self._groups, found, strict=True)
-        return PrefixHit(
-            count, is_computing, reason, tuple(group.of_hit(one, count) for group, one in pairs)
-        )
+        return PrefixHit(count, is_computing, reason, pages)
 
     def without(self, hit: PrefixHit) -> PrefixHit:
         """Returns what remains of a hit that is not taken over."""
-        return PrefixHit(0, False, hit.miss_reason, self._no_pages())
+        return PrefixHit(0, False, hit.miss_reason, self._no_pages)
 
     def _digest(self, kv: SequenceKV, token_ids: array[int]) -> None:
         self._digester.extend(kv.digests, kv.root, token_ids, self.block_size, kv.extras)
 
-    def _num_leading(self, found: list[Int32]) -> int:
-        """Returns the longest cached prefix in blocks that every group can go on from; `found` has
-        each group's pages, the null page where none is known."""
+    def _find(self, digests: list[bytes]) -> tuple[int, tuple[Int32, ...]]:
+        """Returns the longest cached prefix in blocks that every group can go on from, and the
+        pages of each with which a sequence does."""
+        if not all(group.may_know(digests[0]) for group in self._groups):
+            return 0, self._no_pages  # most prompts that hit nothing
+        found = [group.find(digests) for group in self._groups]
         ends = [
             can_resume(group.group.spec.visibility, pages != NULL_BLOCK, self.block_size)
             for group, pages in zip(self._groups, found, strict=True)
         ]
-        return int(np.flatnonzero(np.logical_and.reduce(ends))[-1])
+        count = int(np.flatnonzero(np.logical_and.reduce(ends))[-1])
+        pairs = zip(self._groups, found, strict=True)
+        return count, tuple(group.of_hit(one, count) for group, one in pairs)
 
     def _content(self, token_ids: array[int], block: int) -> int:
         first = block * self.block_size
@@ -201,16 +200,18 @@ class KVCacheManager:
         Returns False, with nothing changed, if there are too few pages.
         """
         missing = [g.num_missing(None, num_tokens, hit.num_blocks) for g in self._groups]
-        if not self.room(hit).fits(self.layout.need(missing)):
+        if hit.num_blocks and not self.room(hit).fits(self.layout.need(missing)):
             return False
         for group, pages in zip(self._groups, hit.pages, strict=True):
             self._ledger.acquire(group.table.group, pages)
-        is_there = self._reserve(missing)
-        assert is_there, "what fits cannot be had"
+        if not self._reserve(missing):
+            assert not hit.num_blocks, "what fits cannot be had"
+            return False
         for group, pages in zip(self._groups, hit.pages, strict=True):
             group.admit(row, pages)
             group.extend(row, group.num_missing(row, num_tokens))
-            self._ledger.release(group.table.group, pages[pages != NULL_BLOCK])
+            if hit.num_blocks:
+                self._ledger.release(group.table.group, pages[pages != NULL_BLOCK])
         kv.row = row
         kv.num_published = hit.num_blocks
         kv.capacity = -(-num_tokens // self.block_size) * self.block_size

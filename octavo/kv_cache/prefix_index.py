@@ -143,6 +143,9 @@ class PrefixIndex:
     def __len__(self) -> int:
         return sum(len(blocks) for blocks in self._blocks)
 
+    def knows(self, group: int, digest: bytes) -> bool:
+        return digest in self._blocks[group]
+
     def find_all(self, group: int, digests: list[bytes]) -> Int32:
         """Returns the block of each digest in a chain, the null block where none holds it."""
         known, blocks = self._latest.get(group, ([], np.zeros(0, np.int32)))

@@ -46,6 +46,10 @@ class StatePages:
 
     # -- prefixes ----------------------------------------------------------------------------
 
+    def may_know(self, first: bytes) -> bool:
+        """Always: states behind later blocks may be there without that behind the first."""
+        return True
+
     def find(self, digests: list[bytes]) -> Int32:
         """Returns the checkpoint behind each block, the null page where there is none."""
         return self._ledger.index.find_all(self._index, digests)

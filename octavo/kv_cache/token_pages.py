@@ -45,6 +45,10 @@ class TokenPages:
 
     # -- prefixes ----------------------------------------------------------------------------
 
+    def may_know(self, first: bytes) -> bool:
+        """Whether a prefix may be cached that begins with the block of digest `first`."""
+        return not self._sees_all or self._ledger.index.knows(self._index, first)
+
     def find(self, digests: list[bytes]) -> Int32:
         """Returns the page of each digest, the null page where none is cached."""
         return self._ledger.index.find_all(self._index, digests)
