@@ -130,7 +130,9 @@ def real_core(options: argparse.Namespace) -> EngineCore:
     folder = Path(tempfile.mkdtemp())
     values = engine_values(options.model, {}, folder, options.layers)
     sizes = {"max_model_len": MAX_MODEL_LEN, "max_num_batched_tokens": MAX_BATCHED_TOKENS}
-    return LLM(**{**values, **sizes, "max_num_seqs": MAX_SEQS})._core
+    core = LLM(**{**values, **sizes, "max_num_seqs": MAX_SEQS})._core
+    assert isinstance(core, EngineCore), "one engine is measured, not a fleet"
+    return core
 
 
 def stubbed_core(options: argparse.Namespace) -> EngineCore:

@@ -137,7 +137,7 @@ class EngineCore:
     @property
     def num_open(self) -> int:
         """Requests that run and wait."""
-        return len(self.scheduler.running) + len(self.scheduler.waiting)
+        return len(self.scheduler.running) + self.scheduler.num_waiting
 
     def warm_up(self) -> None:
         """Begins to load what the first grammar needs; returns at once."""

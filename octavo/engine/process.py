@@ -44,6 +44,7 @@ from octavo.request import TokenDelta
 from octavo.weights.hub import ModelFiles
 
 IDLE_POLL_MILLISECONDS = 1000
+GC_OBJECTS = 20_000
 
 
 class EngineArguments(msgspec.Struct, frozen=True, kw_only=True):
@@ -195,6 +196,9 @@ def main(arguments: str, beats: str, stacks: str, *addresses: str) -> int:
         # What is loaded lives as long as the process: the collector need not look at it again.
         gc.collect()
         gc.freeze()
+        # A step of a thousand sequences makes as many objects, which live until they are sent: by
+        # the usual count every step would have them looked through, and all sequences now and then.
+        gc.set_threshold(GC_OBJECTS, 20, 20)
         if not given.config.skip_tokenizer_init:
             core.warm_up()
         fronts.send_all(Ready(core.plan))

@@ -56,7 +56,9 @@ class Launched:
 def joined(plan: StepPlan, parts: Sequence[Part], pooler: Pooler | None = None) -> StepResult:
     """Waits for a step's tokens and returns the results of its parts as those of the whole;
     `pooler` makes vectors of hidden states."""
-    index_of = {row: index for index, row in enumerate(plan.rows.tolist())}
+    index_of: dict[int, int] = {}
+    if any(part.prompt_logprobs or part.states is not None for part in parts):
+        index_of = {row: index for index, row in enumerate(plan.rows.tolist())}
     tokens: list[NDArray[np.int32]] = [np.zeros(0, np.int32)]
     logprobs: dict[int, TokenLogprobs] = {}
     prompts: dict[int, tuple[TokenLogprobs, ...]] = {}
