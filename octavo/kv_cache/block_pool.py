@@ -99,6 +99,10 @@ class BlockPool:
             return 0
         return len(blocks) - int(np.count_nonzero(self._ref_counts[blocks]))
 
+    def was_evicted(self, digest: bytes) -> bool:
+        """Whether the prefix `digest` was evicted lately."""
+        return self._cached.was_evicted(digest)
+
     def key(self, block: int) -> BlockKey | None:
         return self._keys[block]
 

@@ -76,6 +76,11 @@ class EvictionOrder:
         if uses == 1 and self._num_evicted - num_evicted <= self._num_watched:
             self._learn(-1)
 
+    def was_evicted(self, digest: bytes) -> bool:
+        """Whether a block that held `digest` was evicted, and none has held it since; of those that
+        were evicted long ago it is not known."""
+        return self._evicted.get(hash_of(digest)) is not None
+
     def append(self, blocks: Int32) -> None:
         """Takes in blocks that were given back, the first of which is to go first."""
         self._times[blocks] = np.arange(self._time, self._time + len(blocks))

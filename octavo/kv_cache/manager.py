@@ -162,8 +162,9 @@ class KVCacheManager:
         count, pages = self._find(digests)
         reason, is_computing = None, False
         if count < limit:
-            missing = digests[count]
-            reason = self.index.miss_reason(missing, self._content(token_ids, count), kv.root)
+            missing, content = digests[count], self._content(token_ids, count)
+            was_evicted = self.pools.was_evicted(missing)
+            reason = self.index.miss_reason(missing, content, kv.root, was_evicted=was_evicted)
             is_computing = missing in self._announced
         return PrefixHit(count, is_computing, reason, pages)
 

@@ -50,6 +50,8 @@ class PagePools:
         self.chunks = ChunkPool(num_chunks)
         self._per_chunk = layout.pages_per_chunk
         self.pools = tuple(BlockPool(num_chunks * one.pages_per_chunk) for one in layout.classes)
+        self.only = self.pools[0] if len(self.pools) == 1 else None
+        """The pool of all pages, where they have one size."""
         if len(self.pools) == 1:
             self.chunks.take(0, num_chunks)
             return
@@ -58,10 +60,9 @@ class PagePools:
             first = int(self._per_chunk[0]) if index == 0 else 1
             pool.withdraw(np.arange(first, pool.num_blocks, dtype=np.int32))
 
-    @property
-    def only(self) -> BlockPool | None:
-        """The pool of all pages, where they have one size."""
-        return self.pools[0] if len(self.pools) == 1 else None
+    def was_evicted(self, digest: bytes) -> bool:
+        """Whether a page with the prefix `digest` was evicted lately."""
+        return any(pool.was_evicted(digest) for pool in self.pools)
 
     # -- figures -----------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ from octavo.step import Int32
 PIECE_BLOCKS = 32
 _PIECES_REMEMBERED = 2560
 """More than a context of a million tokens has, so that one is known whole when it comes again."""
-_EVICTED_REMEMBERED = 65_536
+_CLEARED_REMEMBERED = 65_536
 _CONTENTS_REMEMBERED = 65_536
 _HASH_BITS = (1 << 64) - 1
 _EXTRA_TAG = b"octavo-prefix-extra-1"
@@ -127,15 +127,14 @@ def _chain(parent: bytes, data: bytes, size: int, extras: Mapping[int, bytes]) -
 
 
 class PrefixIndex:
-    """Digest -> block, for each KV group; remembers recent losses so that a miss has a reason."""
+    """Digest -> block, for each KV group; remembers enough that a miss has a reason."""
 
     def __init__(self, num_groups: int) -> None:
         self._blocks: tuple[dict[bytes, int], ...] = tuple({} for _ in range(num_groups))
         self._latest: dict[int, tuple[list[bytes], Int32]] = {}
         """What was asked for last and found, by group, while it is true: many requests on one long
         prefix often come at once."""
-        self._evicted = HashMemory(_EVICTED_REMEMBERED)
-        """Some of these are there again; nobody asks why they are missing."""
+        self._cleared = HashMemory(_CLEARED_REMEMBERED)
         self._contents = HashMemory(_CONTENTS_REMEMBERED)
         """By content: which root it was stored under."""
         self._newest_root, self._newest_root_hash = b"", 0
@@ -179,18 +178,20 @@ class PrefixIndex:
         """Forgets an evicted block."""
         self._latest.clear()
         del self._blocks[key.group][key.digest]
-        self._evicted.put(hash_of(key.digest), 0)
 
     def clear(self) -> None:
         self._latest.clear()
         for blocks in self._blocks:
             for digest in blocks:
-                self._evicted.put(hash_of(digest), 0)
+                self._cleared.put(hash_of(digest), 0)
             blocks.clear()
 
-    def miss_reason(self, digest: bytes, content: int, root: bytes) -> MissReason:
-        """Says why `digest`, the first of a prompt that was not found, is missing."""
-        if self._evicted.get(hash_of(digest)) is not None:
+    def miss_reason(
+        self, digest: bytes, content: int, root: bytes, *, was_evicted: bool
+    ) -> MissReason:
+        """Says why `digest`, the first of a prompt that was not found, is missing; `was_evicted`:
+        as far as the pools remember."""
+        if was_evicted or self._cleared.get(hash_of(digest)) is not None:
             return "evicted"
         if self._contents.get(content & _HASH_BITS) not in (None, hash_of(root)):
             return "other_tenant"

@@ -65,7 +65,9 @@ def test_a_block_that_comes_back_soon_keeps_its_uses_but_has_never_more_than_its
         order.stored(block, digests[block], 0)
     order.append(ids([1, 2, 3]))
     order.evict(ids([1, 2]), digests[1:3])
+    assert [order.was_evicted(digest) for digest in digests] == [False, True, True, False]
     order.stored(4, digests[1], 0)
+    assert not order.was_evicted(digests[1])
     order.append(ids([4]))
     order.stored(5, digests[2], 3)
     order.append(ids([5]))

@@ -75,13 +75,17 @@ def test_a_digest_moved_to_another_field_is_another_root() -> None:
 def test_each_miss_has_its_reason() -> None:
     index = PrefixIndex(1)
     key = BlockKey(0, b"digest")
-    assert index.miss_reason(b"digest", 7, b"root") == "never_seen"
+    assert index.miss_reason(b"digest", 7, b"root", was_evicted=False) == "never_seen"
     assert index.insert(key, 3, 7, b"root")
     assert not index.insert(key, 4, 7, b"root"), "the first holder of a key keeps it"
-    assert index.miss_reason(b"other", 7, b"another root") == "other_tenant"
+    assert index.miss_reason(b"other", 7, b"another root", was_evicted=False) == "other_tenant"
     index.remove(key)
     assert index.find_all(0, [b"digest"]).tolist() == [NULL_BLOCK]
-    assert index.miss_reason(b"digest", 7, b"root") == "evicted"
+    assert index.miss_reason(b"digest", 7, b"root", was_evicted=True) == "evicted"
+    assert index.miss_reason(b"digest", 7, b"root", was_evicted=False) == "never_seen"
+    assert index.insert(key, 3, 7, b"root")
+    index.clear()
+    assert index.miss_reason(b"digest", 7, b"root", was_evicted=False) == "evicted"
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 700)), min_size=1, max_size=8))
@@ -107,7 +111,7 @@ def test_chains_asked_for_one_after_the_other_are_found_as_alone(
         key = BlockKey(turn % 2, chain[place]) if place < len(chain) else None
         if what == 1 and key is not None and index.insert(key, turn, 0, b"root"):
             held[key] = turn
-        elif what == 2 and key in held:
+        elif what == 2 and key is not None and key in held:
             index.remove(key)
             del held[key]
         elif what == 3:
