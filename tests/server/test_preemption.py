@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import itertools
+import re
 import signal
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +20,7 @@ from octavo.config import ServerConfig
 from octavo.server.notice import watch_notice
 from octavo.server.signals import NOTICE, StopSignals
 
+ROOT = Path(__file__).resolve().parents[2]
 BODY: dict[str, Any] = {"prompt": "x", "max_tokens": 4}
 
 
@@ -57,20 +59,23 @@ def test_what_has_begun_is_finished_and_what_is_new_need_not_wait(start_server: 
         assert list(lines)[-2] == "data: [DONE]"
 
 
+class Balancer(httpx.HTTPTransport):
+    """The first attempt meets the machine that goes."""
+
+    def __init__(self, going: str, staying: str) -> None:
+        super().__init__()
+        self._urls = itertools.chain([going], itertools.repeat(staying))
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        url = httpx.URL(next(self._urls))
+        request.url = request.url.copy_with(host=url.host, port=url.port)
+        return super().handle_request(request)
+
+
 def test_openais_own_client_sends_again_what_was_handed_back(start_server: Any) -> None:
     going, staying = start_server(shutdown_timeout=5.0), start_server()
     going.engine.is_silent = True
-    urls = itertools.chain([going.url], itertools.repeat(staying.url))
-
-    class Balancer(httpx.HTTPTransport):
-        """The first attempt meets the machine that goes."""
-
-        def handle_request(self, request: httpx.Request) -> httpx.Response:
-            url = httpx.URL(next(urls))
-            request.url = request.url.copy_with(host=url.host, port=url.port)
-            return super().handle_request(request)
-
-    http = httpx.Client(transport=Balancer())
+    http = httpx.Client(transport=Balancer(going.url, staying.url))
     with (
         openai.OpenAI(base_url="http://fleet/v1", api_key="none", http_client=http) as client,
         concurrent.futures.ThreadPoolExecutor(1) as pool,
@@ -80,6 +85,28 @@ def test_openais_own_client_sends_again_what_was_handed_back(start_server: Any) 
             time.sleep(0.01)
         going.server.preempt()
         assert asked.result().choices[0].text
+    assert len(staying.engine.requests) == 1
+
+
+def test_the_documents_policy_for_tenacity_sends_it_again(
+    start_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    (code,) = (one for one in re.findall(r"```py\n(.*?)```", text, re.S) if "tenacity" in one)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    going, staying = start_server(shutdown_timeout=5.0), start_server()
+    going.engine.is_silent = True
+    with (
+        httpx.Client(transport=Balancer(going.url, staying.url)) as http,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
+        monkeypatch.setattr(httpx, "post", http.post)
+        asked = pool.submit(names["complete"], "x")
+        while not going.engine.num_running:
+            time.sleep(0.01)
+        going.server.preempt()
+        assert asked.result()
     assert len(staying.engine.requests) == 1
 
 
