@@ -6,6 +6,7 @@ logs what the client is told.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -19,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from octavo.observe.metrics import Metrics
 from octavo.server.audit import AuditLog
 from octavo.server.drain import PROBES
-from octavo.server.errors import error_field, error_response
+from octavo.server.errors import error_response
 from octavo.server.exchange import Exchange, client_of
 from octavo.server.headers import header
 from octavo.server.message_errors import is_message_path
@@ -55,12 +56,13 @@ class _Answer:
 
     def reason(self) -> str:
         """Returns the message of the error object; empty if the answer is none."""
-        return error_field(self.error, "message")
-
-    def code(self) -> str:
-        """Returns the code of the error object, its type if it has none; empty if the answer is
-        none."""
-        return error_field(self.error, "code") or error_field(self.error, "type")
+        if not self.error:
+            return ""  # nearly always: not even tried, for an exception costs
+        try:
+            told = json.loads(self.error)["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            return ""
+        return str(told)
 
 
 class AccessMiddleware:
@@ -130,7 +132,6 @@ class AccessMiddleware:
                 route=handler,
                 status=status,
                 seconds=seconds,
-                code=answer.code(),
                 num_bytes=answer.num_bytes,
             )
         level = logging.DEBUG if scope["path"] in PROBES else logging.INFO

@@ -84,32 +84,19 @@ def create_app(
     guard = new_gate(config)
     if guard is not None:
         metrics.watch_guard(guard)
-    audit = None
-    if config.audit_log is not None:
-        audit = AuditLog(config.audit_log, names[0], config.audit_log_text)
-        metrics.watch_audit(lambda: audit.counts)
     keyring, route_scopes = Keyring(config), RouteScopes(config.public_metrics)
-    middleware = [
-        Middleware(
-            AccessMiddleware,
-            metrics=metrics,
-            silent=config.disable_access_log_for_endpoints,
-            audit=audit,
-        ),
-        Middleware(DrainMiddleware, drain=drain),
-        Middleware(AuthMiddleware, keyring=keyring, route_scopes=route_scopes, budgets=budgets),
-    ]
-    if tracer is not None:
-        middleware.insert(1, Middleware(TraceMiddleware, tracer=tracer))
-    if config.allowed_origins:
-        cors = Middleware(
-            CORSMiddleware,
-            allow_origins=list(config.allowed_origins),
-            allow_methods=["*"],
-            allow_headers=["*"],
-            expose_headers=["X-Request-Id"],
-        )
-        middleware.insert(1 + (tracer is not None), cors)
+    audit = _audit_log(config, names[0], route_scopes)
+    if audit is not None:
+        metrics.watch_audit(lambda: audit.counts)
+    access = Middleware(
+        AccessMiddleware,
+        metrics=metrics,
+        silent=config.disable_access_log_for_endpoints,
+        audit=audit,
+    )
+    traces = [] if tracer is None else [Middleware(TraceMiddleware, tracer=tracer)]
+    keys = Middleware(AuthMiddleware, keyring=keyring, route_scopes=route_scopes, budgets=budgets)
+    middleware = [access, *traces, *_cors(config), Middleware(DrainMiddleware, drain=drain), keys]
     app = App(
         middleware,
         prefix=config.root_path,
@@ -148,6 +135,27 @@ def create_app(
     app.add_route("/docs", lambda _: page, include_in_schema=False)
     check(paths_of(app, [family.router for family in FAMILIES]))
     return app
+
+
+def _audit_log(config: ServerConfig, model: str, routes: RouteScopes) -> AuditLog | None:
+    if config.audit_log is None:
+        return None
+    return AuditLog(config.audit_log, model, routes, config.audit_log_text)
+
+
+def _cors(config: ServerConfig) -> list[Middleware]:
+    """Returns what lets pages of other origins in, if some may."""
+    if not config.allowed_origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=list(config.allowed_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id"],
+        )
+    ]
 
 
 def _batch_handlers(families: tuple[Any, ...]) -> dict[str, Handler]:

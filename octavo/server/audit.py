@@ -22,6 +22,7 @@ from octavo.observe.file_writer import FileWriter, check_file
 from octavo.outputs import OutputDelta
 from octavo.server.exchange import Exchange, client_of
 from octavo.server.tenants.callers import STRANGER, Caller
+from octavo.server.tenants.route_scopes import RouteScopes
 from octavo.server.tracing.middleware import CLIENT_CLOSED
 
 MAX_WAITING_BYTES = 64 * 2**20
@@ -44,8 +45,12 @@ _REFUSED_BY = {
 class AuditLog:
     """The file, to which all front processes and other servers may add."""
 
-    def __init__(self, path: str, model: str, keeps_texts: bool = False) -> None:
-        """Raises ConfigError if the file cannot be opened."""
+    def __init__(
+        self, path: str, model: str, routes: RouteScopes, keeps_texts: bool = False
+    ) -> None:
+        """`routes` know what a path is that nobody has served. Raises ConfigError if the file
+        cannot be opened."""
+        self._routes = routes
         self._model = model
         self._keeps_texts = keeps_texts
         try:
@@ -72,11 +77,10 @@ class AuditLog:
         route: str,
         status: int,
         seconds: float,
-        code: str = "",
         num_bytes: int = 0,
     ) -> None:
-        """Writes one exchange. `route` is the template of its path, `code` that of its error, if
-        it has one, `num_bytes` those of an answer that was no stream."""
+        """Writes one exchange. `route` is the template of its path, or "none" if it was answered
+        before its route was looked for; `num_bytes` are those of an answer that was no stream."""
         caller: Caller = scope["state"].get("caller") or STRANGER
         line: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -85,11 +89,11 @@ class AuditLog:
             "key": caller.name,
             "client": client_of(scope),
             "method": scope["method"],
-            "route": route,
+            "route": self._routes.template(scope["path"]) if route == "none" else route,
             "model": self._model,
             "status": status,
             "seconds": round(seconds, 6),
-            **_decision(exchange, status, code),
+            **_decision(exchange, status),
         }
         if exchange.num_body_bytes is not None:
             line["body_bytes"] = exchange.num_body_bytes
@@ -133,9 +137,10 @@ def check_audit(config: ServerConfig) -> None:
         check_file(config.audit_log, "audit_log")
 
 
-def _decision(exchange: Exchange, status: int, code: str) -> dict[str, Any]:
+def _decision(exchange: Exchange, status: int) -> dict[str, Any]:
     """Returns what became of an exchange, and who refused it."""
     by_guard = any("refused" in name for name in exchange.guarded or ())
+    code = exchange.code
     refused_by = "guard" if by_guard else _REFUSED_BY.get(code, "")
     decision = "served"
     if refused_by:

@@ -101,6 +101,9 @@ def error_response(error: Exception, scope: Scope) -> Response:
     the route that was asked."""
     told = _describe(error)
     status = told.status
+    exchange = scope.get("state", {}).get("exchange")
+    if exchange is not None:
+        exchange.code = told.code or ""
     if is_message_path(scope["path"]):
         status = message_status(status, told.code)
         body = message_error(status, str(told), scope.get("state", {}).get("request_id", ""))
@@ -109,17 +112,6 @@ def error_response(error: Exception, scope: Scope) -> Response:
     headers = dict(told.headers or {})
     # Not msgspec: messages may quote lone surrogates of the client, which only ASCII JSON survives.
     return Response(json.dumps(body), status, headers, media_type="application/json")
-
-
-def error_field(content: bytes, field: str) -> str:
-    """Returns a field of the error object that is an answer; empty if it has none."""
-    if not content:
-        return ""  # nearly always: not even tried, for an exception costs
-    try:
-        told = json.loads(content)["error"].get(field)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return ""
-    return "" if told is None else str(told)
 
 
 def install(app: FastAPI) -> None:

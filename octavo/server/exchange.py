@@ -33,6 +33,8 @@ class Exchange:
     """That the answer gets besides its own."""
     guarded: dict[str, int] | None = None
     """How often its guard has refused or rewritten, by `input_refused` and the like."""
+    code: str = ""
+    """Of its error, in OpenAI's words, whatever form the client got it in."""
     sent: str | None = None
     """The body, where texts are audited."""
     told: dict[int, list[str]] | None = None

@@ -275,7 +275,8 @@ class EventStream(Response):
             # The status line is out: whatever it is, the client can only be told in the stream.
             if not isinstance(error, OctavoError):
                 logger.error("a stream failed", exc_info=error)
-            scope["state"]["exchange"].reason = error_body(error)["error"]["message"]
+            told, exchange = error_body(error)["error"], scope["state"]["exchange"]
+            exchange.reason, exchange.code = told["message"], told["code"] or ""
             last = self._writer.failure(error)
         finally:
             self._rounds.close(failure)

@@ -91,8 +91,17 @@ def test_a_line_tells_who_refused_and_why(audited: Any, tmp_path: Path) -> None:
     ask(server, nonsense=1)
     for _ in range(4):
         ask(server)
-    server.engine.is_dead = True
-    told = [(one["decision"], one.get("refused_by")) for one in lines_of(server, tmp_path)]
+
+    body = {"messages": [{"role": "user", "content": "bad"}], "max_tokens": 5}
+    httpx.post(f"{server.url}/v1/messages", json=body, headers={"x-api-key": KEYS["alice"]})
+    httpx.get(f"{server.url}/v1/files/x/content")
+    lines = lines_of(server, tmp_path)
+    *lines, messages, stored = lines
+    assert (messages["refused_by"], messages["code"]) == ("budget", "rate_limit_exceeded")
+    assert (messages["route"], messages["status"]) == ("/v1/messages", 429)
+    assert (stored["refused_by"], stored["route"]) == ("key", "/v1/files/{file_id}/content")
+    assert {one["route"] for one in lines} == {"/v1/completions"}
+    told = [(one["decision"], one.get("refused_by")) for one in lines]
     assert told[:4] == [
         ("refused", "key"),
         ("refused", "scope"),

@@ -18,7 +18,7 @@ from octavo.errors import EngineDeadError, OctavoError, OverloadedError
 from octavo.request import MAX_INT
 from octavo.server.audit import AuditLog
 from octavo.server.drain import Drain
-from octavo.server.errors import ApiError, error_field, error_response, on_error
+from octavo.server.errors import ApiError, error_response, on_error
 from octavo.server.exchange import Exchange
 from octavo.server.guards.gate import UNAVAILABLE
 from octavo.server.limits import BodyRoom
@@ -95,7 +95,6 @@ class LineCalls:
             route=scope["path"],
             status=answer.status,
             seconds=time.monotonic() - exchange.started,
-            code=error_field(answer.body, "code") if answer.status >= 400 else "",
             num_bytes=len(answer.body),
         )
 

@@ -70,7 +70,7 @@ class RouteScopes:
         table = {path: OPEN if path in opened else one for path, one in ROUTE_SCOPES.items()}
         self._plain = {path: one for path, one in table.items() if "{" not in path}
         # As the router matches, plain paths too: it takes a line's end behind one for the path.
-        self._patterns = [(compile_path(path)[0], one) for path, one in table.items()]
+        self._patterns = [(compile_path(path)[0], path, one) for path, one in table.items()]
 
     def needed(self, path: str) -> frozenset[Scope]:
         """Returns the scopes of which a path needs one. One that no route has needs any: whoever
@@ -78,10 +78,15 @@ class RouteScopes:
         found = self._plain.get(path)
         if found is not None:
             return found
-        for pattern, scopes in self._patterns:
+        for pattern, _, scopes in self._patterns:
             if pattern.match(path):
                 return scopes
         return _ANY
+
+    def template(self, path: str) -> str:
+        """Returns the route of a path as the table has it; "none" for one that no route has."""
+        found = (template for pattern, template, _ in self._patterns if pattern.match(path))
+        return path if path in self._plain else next(found, "none")
 
     def is_open(self, path: str) -> bool:
         return not self.needed(path)
