@@ -33,8 +33,9 @@ from octavo.kernels.registry import Needs, select_ops
 from octavo.kv_cache.spec import group_layers
 from octavo.kv_cache.storage import KVStorage
 from octavo.layers.attention import Attention
-from octavo.models.decoder import Decoder, load_decoder
+from octavo.models.decoder import Decoder
 from octavo.models.family import weight_shapes
+from octavo.models.load_decoder import load_decoder
 from octavo.models.registry import read_spec
 from octavo.weights.hub import ModelFiles, resolve_model
 from octavo.weights.loader import open_source

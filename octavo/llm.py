@@ -7,13 +7,10 @@ import.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from octavo.engine.chat_template import ChatOptions, Message
 from octavo.engine.collectors import ChatCollector, Collector, VectorCollector
@@ -36,6 +33,7 @@ from octavo.engine.vectors import VectorReader
 from octavo.errors import ConfigError, OverloadedError, RequestError
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.models.spec import ModelSpec
+from octavo.observe.progress_bar import progress_bar
 from octavo.observe.stats import EngineStats
 from octavo.outputs import OutputDelta, RequestOutput
 from octavo.pooling import (
@@ -48,10 +46,7 @@ from octavo.pooling import (
 )
 from octavo.request import Request, SamplingParams, checked_copy
 from octavo.request_fields import refuse_arguments
-from octavo.tools.answers import (
-    AnswerReading,
-    reading_of,
-)
+from octavo.tools.answers import AnswerReading, reading_of
 from octavo.tools.definitions import NO_TOOLS, Tools, read_tools, with_choice
 from octavo.tools.reasoning_tokens import NO_THOUGHT
 from octavo.vllm_options import log_verdicts, read_options
@@ -363,7 +358,7 @@ class LLM:
         """Feeds the core as its queue takes it, and steps until all are finished."""
         todo = sorted(requests, key=_turn)[::-1]
         num_running = len(requests)
-        with _progress(len(requests)) if use_tqdm else nullcontext() as tell:
+        with progress_bar(len(requests)) if use_tqdm else nullcontext() as tell:
             try:
                 while num_running:
                     self._feed(todo)
@@ -398,18 +393,7 @@ class LLM:
         self._core.close()
 
 
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Shows how many of `total` requests are done; yields what is to be told the number."""
-    columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda completed: progress.update(task, completed=completed)
-
-
 def _turn(request: Request) -> tuple[int, int]:
-    """Nobody has a part of the outputs before all are there, so what lasts longest begins first:
-    the last steps, which read as many weights as others, then have fuller batches. Limits are all
-    that is known of lengths; where they say nothing the order is as good as another.
-    """
+    """All outputs come together, so what lasts longest begins first: the last steps, which read as
+    many weights as others, then have fuller batches. Limits are all that is known of lengths."""
     return request.priority, -(request.params.max_tokens or 0)

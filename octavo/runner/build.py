@@ -24,9 +24,10 @@ from octavo.kernels.registry import Needs, select_backend
 from octavo.kv_cache.planner import MemoryPlan, gib
 from octavo.kv_cache.spec import KVGroup
 from octavo.kv_cache.storage import KVStorage
-from octavo.models.decoder import Decoder, load_decoder
+from octavo.models.decoder import Decoder
 from octavo.models.family import Family
 from octavo.models.kv_scales import with_kv_scales
+from octavo.models.load_decoder import load_decoder
 from octavo.models.spec import ModelSpec
 from octavo.observe.progress import UNWATCHED, Progress
 from octavo.parallel import ALONE, Collectives

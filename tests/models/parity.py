@@ -20,8 +20,9 @@ from octavo.formats import kv_formats
 from octavo.kernels.limits import attention_unfit
 from octavo.kernels.ops import Ops
 from octavo.kernels.registry import Needs, select_ops
-from octavo.models.decoder import Decoder, load_decoder
+from octavo.models.decoder import Decoder
 from octavo.models.family import ignorable_names, weight_shapes
+from octavo.models.load_decoder import load_decoder
 from octavo.models.registry import read_spec
 from octavo.weights.loader import check_names
 from octavo.weights.placement import DevicePlacement, HostPlacement, Placement

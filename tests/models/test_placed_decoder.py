@@ -17,7 +17,8 @@ from octavo.kernels.reference import ReferenceOps
 from octavo.kernels.weights import Stack, Weight
 from octavo.layers.mlp import GatedMLP
 from octavo.layers.moe import MoE
-from octavo.models.decoder import Decoder, load_decoder
+from octavo.models.decoder import Decoder
+from octavo.models.load_decoder import load_decoder
 from octavo.models.registry import read_spec
 from octavo.weights.placement import DevicePlacement, HostPlacement, Placement
 from octavo.weights.safetensors_source import open_safetensors

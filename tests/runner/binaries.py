@@ -35,8 +35,8 @@ from octavo.kernels.triton.backend import TritonOps  # noqa: E402
 from octavo.kernels.triton.sampling.kernels import KERNELS  # noqa: E402
 from octavo.kv_cache.spec import group_layers  # noqa: E402
 from octavo.kv_cache.storage import KVStorage  # noqa: E402
-from octavo.models.decoder import load_decoder  # noqa: E402
 from octavo.models.family import weight_shapes  # noqa: E402
+from octavo.models.load_decoder import load_decoder  # noqa: E402
 from octavo.models.registry import read_spec  # noqa: E402
 from octavo.request import SamplingParams  # noqa: E402
 from octavo.runner import build, device_sampler, model_runner  # noqa: E402
