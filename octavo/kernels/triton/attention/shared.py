@@ -8,7 +8,7 @@ The bits of a row then depend on who shares with it: a deterministic engine leav
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -136,8 +136,12 @@ def plan_shared_prefix(
     level with the fewest blocks read is taken, for every subtree on its own.
     """
     full = np.where(query_lens == 1, seq_lens // block_size, 0)
-    rows = [block_table[s, : full[s]] for s in range(len(full))]
-    order = sorted(np.flatnonzero(full >= min_blocks).tolist(), key=lambda s: rows[s].tobytes())
+    long = np.flatnonzero(full >= min_blocks)
+    firsts = block_table[long, 0]
+    _, family, num_rows = np.unique(firsts, return_inverse=True, return_counts=True)
+    # Whoever shares anything shares its first block: most steps are done here.
+    rows = {s: block_table[s, : full[s]] for s in long[num_rows[family] > 1].tolist()}
+    order = sorted(rows, key=lambda s: rows[s].tobytes())
     chosen = [found for found in _best_groups(rows, order, 0)[1] if found[1] >= min_blocks]
     if not chosen:
         return None
@@ -175,7 +179,7 @@ Group = tuple[list[int], int]
 
 
 def _best_groups(
-    rows: Sequence[np.ndarray], order: list[int], depth: int
+    rows: Mapping[int, np.ndarray], order: list[int], depth: int
 ) -> tuple[int, list[Group]]:
     """Returns (block reads saved, groups) for sequences `order`, sorted and equal up to `depth`."""
     if len(order) < 2:
@@ -192,7 +196,7 @@ def _best_groups(
     return saved, groups if common else []
 
 
-def _children(rows: Sequence[np.ndarray], order: list[int], at: int) -> Iterator[list[int]]:
+def _children(rows: Mapping[int, np.ndarray], order: list[int], at: int) -> Iterator[list[int]]:
     """Yields runs of sequences with the same block at column `at`; those that end there, never."""
     part: list[int] = []
     for s in order:
