@@ -213,13 +213,11 @@ class Scheduler:
         self._has_prefills = bool(claimed)
         was_preempted = False
         passes = self.manager.passes if self.manager.has_bounds else None
-        counts = self._counts
         is_few = len(rows) <= self._few_rows
-        others = self._unless_over() if is_few else self._count_decodes(rows)
-        counts[[one.row for one in claimed if one.row is not None]] = 0
+        others = self._unless_over() if is_few else self._count_decodes(rows, claimed)
+        found: list[tuple[Sequence, int]] = []
         for sequence in others:
-            row = sequence.row
-            if row is None or (claimed and sequence in claimed):
+            if sequence.row is None or (claimed and sequence in claimed):
                 continue  # One has been preempted for another, the others have their tokens.
             start, num_tokens = sequence.num_computed, sequence.num_tokens
             if passes and (start != sequence.prompt_len or sequence.request.params.n == 1):
@@ -234,28 +232,31 @@ class Scheduler:
                 prefill_budget -= count
             if start + count > sequence.kv.capacity:
                 was_preempted |= self._make_room(sequence, start + count, claimed)
-            counts[row] = count
+            found.append((sequence, count))
+        found = [one for one in found if one[0].row is not None] if was_preempted else found
         if is_few:
-            rows = self._queues.running_rows
-            for sequence, count in zip(self.running, counts[rows].tolist(), strict=True):
-                if count:
-                    builder.add(sequence, count)
-            return was_preempted
-        rows = self._queues.running_rows
+            for sequence, count in found:
+                builder.add(sequence, count)
+        else:
+            self._add_rows(builder, found)
+        return was_preempted
+
+    def _add_rows(self, builder: PlanBuilder, found: list[tuple[Sequence, int]]) -> None:
+        """Computes the tokens of those in `_counts`, and so many of the sequences `found`."""
+        counts, rows = self._counts, self._queues.running_rows
+        for sequence, count in found:
+            counts[sequence.row] = count
         rows = rows[counts[rows] > 0]
         if len(rows):
             builder.add_rows(rows, counts[rows])
-        return was_preempted
 
     def _unless_over(self) -> list[Sequence]:
-        """Notes no token of anybody in `_counts`; returns those whose last token is not on its way,
-        in order."""
-        self._counts[self._queues.running_rows] = 0
+        """Returns the running sequences whose last token is not on its way, in order."""
         return [s for s in self.running if not s.num_pending or s.num_tokens < s.max_len]
 
-    def _count_decodes(self, rows: Int32) -> list[Sequence]:
+    def _count_decodes(self, rows: Int32, claimed: Collection[Sequence]) -> list[Sequence]:
         """Notes in `_counts` the one token of each running sequence that only goes on, and none of
-        the others; returns, in order, of those who may compute more than that."""
+        the others, nor of those `claimed`; returns, in order, who may compute more than that."""
         there, kv = self._queues.rows, self.manager.rows
         num_tokens, pending = there.num_tokens(rows), there.pending[rows] > 0
         # Its last token is on its way.
@@ -266,6 +267,8 @@ class Scheduler:
             # What is passed is given back, a block at a time.
             goes_on &= there.computed[rows] - kv.seen_from[rows] < self.manager.block_size
         self._counts[rows] = goes_on
+        if claimed:
+            self._counts[[one.row for one in claimed if one.row is not None]] = 0
         return there.sequences[rows[~(goes_on | is_over)]].tolist()
 
     @property
