@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from octavo.deploy.ray.fleet import RayFleet
 from octavo.deploy.ray.messages import Kind, Look, kind_of, moved
 from octavo.engine.ipc import Answer, Deltas, encode
 from octavo.errors import ConfigError, EngineDeadError, OctavoError
+from octavo.kv_cache.planner import MemoryPlan
 from octavo.observe.stats import EngineStats
 from octavo.request import FinishReason, Request, SamplingParams, TokenDelta, pack_ids
 from octavo.weights.hub import ModelFiles
@@ -56,6 +58,7 @@ class Replicas:
 
     def __init__(self, *names: str) -> None:
         self.kinds = dict.fromkeys(names, KIND)
+        self.plans: dict[str, MemoryPlan] = {}
         self.streams: list[tuple[str, FakeStream]] = []
         self.calls: list[tuple[str, str, Any]] = []
         self.error: Exception | None = None
@@ -65,7 +68,7 @@ class Replicas:
             raise self.error
         looks = [
             Look(
-                replica=name, kind=kind, plan=PLAN, num_open=0, number=1,
+                replica=name, kind=kind, plan=self.plans.get(name, PLAN), num_open=0, number=1,
                 is_whole=name not in numbers, stored=b"", removed=b"",
             )
             for name, kind in self.kinds.items()
@@ -228,6 +231,18 @@ async def test_another_kind_of_replica_is_refused(
     await asyncio.sleep(0.05)
     assert caplog.text.count("is not of this fleet") == 1
     assert len(fleet.link.engines) == 1
+
+
+async def test_a_replica_with_less_context_gets_no_requests(
+    started: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    fleet, replicas, _ = await started("a")
+    replicas.plans["b"] = replace(PLAN, max_model_len=PLAN.max_model_len - 1)
+    replicas.kinds["b"] = KIND
+    await until(lambda: "its context holds 99 tokens, this ingress takes 100" in caplog.text)
+    replicas.plans["c"] = replace(PLAN, max_model_len=PLAN.max_model_len + 1)
+    replicas.kinds["c"] = KIND
+    await until(lambda: len(fleet.link.engines) == 2)
 
 
 async def test_where_all_are_of_another_kind_it_does_not_start() -> None:

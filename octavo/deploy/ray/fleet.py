@@ -16,6 +16,7 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from octavo.config import EngineConfig
@@ -159,6 +160,7 @@ class RayFleet:
         self._gone: list[ReplicaLink] = []
         self._numbers: dict[str, int] = {}
         self._refused: set[str] = set()
+        self._max_len = 0
         self._num_silent = 0
         self._watcher: asyncio.Task[None] | None = None
 
@@ -173,6 +175,9 @@ class RayFleet:
             logger.info("prefix_caching is off: requests go where the load is least")
         looks = await self._first_looks()
         plan = least_plan([look.plan for look in looks])
+        # Of an update's replicas those before it may have had another.
+        self._max_len = min(plan.max_model_len, config.max_model_len or plan.max_model_len)
+        plan = replace(plan, max_model_len=self._max_len)
         self.link.prepare(RequestHasher(config, files, plan))
         self._learn(looks)
         self._watcher = asyncio.create_task(self._watch())
@@ -186,7 +191,7 @@ class RayFleet:
                 return looks
             # In an update the replicas before this ingress's own are still there for a while.
             if there and time.monotonic() - began > OTHERS_SECONDS:
-                raise ConfigError(_refusal(there[0], self._kind))
+                raise ConfigError(_refusal(there[0], self._kind, self._max_len))
             await asyncio.sleep(LOOK_SECONDS)
 
     async def _look(self) -> list[Look] | None:
@@ -213,11 +218,12 @@ class RayFleet:
         """Returns those that run what this ingress does, and logs of the others once."""
         found: list[Look] = []
         for look in looks:
-            if look.kind == self._kind:
+            refusal = _refusal(look, self._kind, self._max_len)
+            if not refusal:
                 found.append(look)
             elif look.replica not in self._refused:
                 self._refused.add(look.replica)
-                logger.error("%s", _refusal(look, self._kind))
+                logger.error("%s", refusal)
         return found
 
     async def _watch(self) -> None:
@@ -273,7 +279,16 @@ class RayFleet:
         self.link.die(EngineDeadError("the ingress is closed"))
 
 
-def _refusal(look: Look, wanted: Kind) -> str:
+def _refusal(look: Look, wanted: Kind, max_len: int) -> str:
+    """Returns why a replica gets no requests of an ingress; empty if it does."""
+    if look.kind == wanted and look.plan.max_model_len >= max_len:
+        return ""
+    if look.kind == wanted:
+        return (
+            f"replica {look.replica} is not of this fleet: its context holds "
+            f"{look.plan.max_model_len} tokens, this ingress takes {max_len}; set max_model_len to "
+            "what all can do"
+        )
     return (
         f"replica {look.replica} is not of this fleet: it runs {look.kind}, this ingress {wanted}; "
         "deploy all of an app with the same packages and the same model"
