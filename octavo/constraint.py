@@ -96,13 +96,16 @@ class Constraint:
     """What the engine holds an output to."""
 
     grammar: str
-    """In the library's form, as `octavo.grammar.grammar_text` writes it."""
+    """In the library's form, as `octavo.grammar.grammar_text` writes it; empty: nothing is held
+    but the length of the reasoning."""
     thought_begins: tuple[int, ...] = ()
     """Token ids of which one may be the first of the output: it reasons then."""
     thought_ends: tuple[int, ...] = ()
     """Token ids that end the reasoning: until one has come the output is free, but does not end."""
     starts_inside: bool = False
     """Whether it reasons from its first token on."""
+    thought_budget: int | None = None
+    """Tokens of the reasoning at most: one that ends it comes then."""
 
 
 def _check(is_valid: bool, name: str, limit: str, value: object) -> None:

@@ -49,7 +49,7 @@ REFUSED: Refused = {
     "early_stopping": (_NO_BEAMS, (False,)),
     "structural_tag": (_NO_SCHEMA, ()),
     "include_reasoning": ("reasoning is told from the text in chats alone", (True,)),
-    "thinking_token_budget": ("reasoning is not bounded apart; use max_tokens", ()),
+    "thinking_token_budget": ("reasoning is told from the text in chats alone", ()),
     "repetition_detection": ("use frequency_penalty or repetition_penalty", ()),
     "spaces_between_special_tokens": (
         "tokens are written as the tokenizer writes them, special ones among them",

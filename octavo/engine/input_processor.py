@@ -98,13 +98,17 @@ class InputProcessor:
         constraint = None
         if params.structured_outputs is not None:
             constraint = self.constrain(params.structured_outputs)
+            params = replace(params, structured_outputs=None)
+        elif thought.budget is not None:
+            constraint = Constraint(grammar="")
+        if constraint is not None:
             constraint = replace(
                 constraint,
                 thought_begins=thought.begins,
                 thought_ends=thought.ends,
                 starts_inside=thought.starts_inside,
+                thought_budget=thought.budget,
             )
-            params = replace(params, structured_outputs=None)
         return Request(
             request_id=request_id,
             packed_prompt=packed_prompt,

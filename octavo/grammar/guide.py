@@ -4,6 +4,8 @@ Made by the engine core, one `Guide` a sequence, kept by the scheduler with it. 
 threads, so that neither the loop nor a step waits for it.
 
     start (bound, or the reasoning begins) -> free (reasons, and does not end) -> bound -> ended
+
+Without a grammar the length of the reasoning alone is held; bound means nothing then.
 """
 
 from __future__ import annotations
@@ -38,13 +40,21 @@ class Phase(Enum):
 class Guide:
     """Leads one sequence through its grammar. Advances with known tokens alone."""
 
-    __slots__ = ("_constraint", "_matcher", "_start", "_stop_ids", "_stops", "error", "phase")
+    __slots__ = (
+        *("_constraint", "_matcher", "_num_free", "_start", "_stop_ids", "_stops"),
+        *("error", "is_held", "phase"),
+    )
 
     def __init__(
-        self, start: Future[Matcher], constraint: Constraint, stop_ids: Collection[int]
+        self, start: Future[Matcher] | None, constraint: Constraint, stop_ids: Collection[int]
     ) -> None:
-        """`start` comes to a matcher at the grammar's beginning. `stop_ids` end the
-        sequence; they may come where a text of the grammar may end, and nowhere else."""
+        """`start` comes to a matcher at the grammar's beginning; None: there is no grammar.
+        `stop_ids` end the sequence; they may come where a text of the grammar may end, and nowhere
+        else."""
+        self.is_held = start is not None
+        """Whether there is a grammar."""
+        self._num_free = 0
+        """Tokens of the reasoning so far."""
         self._start = start
         self._matcher: Matcher | None = None
         self._constraint = constraint
@@ -57,7 +67,7 @@ class Guide:
     @property
     def is_ready(self) -> bool:
         """Whether its grammar is compiled, or known to be none."""
-        return self._start.done()
+        return self._start is None or self._start.done()
 
     @property
     def is_free(self) -> bool:
@@ -67,24 +77,28 @@ class Guide:
     @property
     def is_over(self) -> bool:
         """Whether an end has come, or nothing can follow what has come."""
-        if self.phase is Phase.BOUND and not self.error:
+        if self.is_held and self.phase is Phase.BOUND and not self.error:
             return self.matcher.is_complete
         return self.phase is Phase.ENDED
 
     @property
     def can_end(self) -> bool:
-        return not self.is_free and not self.error and self.matcher.can_end
+        if self.is_free or self.error:
+            return False
+        return not self.is_held or self.matcher.can_end
 
     @property
     def matcher(self) -> Matcher:
         """Waits for the grammar. Raises GrammarError."""
         if self._matcher is None:
+            assert self._start is not None, "there is no grammar"
             self._matcher = self._start.result().copy()
         return self._matcher
 
     def advance(self, token_id: int) -> None:
         """Takes the sequence's newest token; one that cannot be is kept as `error`."""
         if self.is_free:
+            self._num_free += 1
             if token_id in self._constraint.thought_ends:
                 self.phase = Phase.BOUND
         elif self.phase is Phase.START and token_id in self._constraint.thought_begins:
@@ -93,6 +107,8 @@ class Guide:
             self.phase = Phase.ENDED
         else:
             self.phase = Phase.BOUND
+            if not self.is_held:
+                return
             try:
                 self.matcher.advance((token_id,))
             except RequestError as error:
@@ -101,6 +117,11 @@ class Guide:
     def mark(self, mask: Words, *, may_stop: bool = True) -> None:
         """Adds to what the grammar allows, [ceil(V / 32)], what ends the sequence and what begins
         its reasoning; where nothing else is left it may end also if it may not."""
+        budget = self._constraint.thought_budget
+        if self.is_free and budget is not None and self._num_free >= budget:
+            mask[:] = 0
+            np.bitwise_or.at(mask, *_bits(self._constraint.thought_ends))
+            return
         words, values = self._stops
         np.bitwise_and.at(mask, words, ~values)
         if self.phase is Phase.START and self._constraint.thought_begins:
@@ -136,6 +157,9 @@ class Guides:
         """Returns the guide of one sequence, whose grammar may still be compiled."""
         start: Future[Matcher]
         grammar = constraint.grammar
+        known = [token_id for token_id in stop_ids if token_id < self._vocab_size]
+        if not grammar:
+            return Guide(None, constraint, known)
         found = self._compiler.find(grammar)
         if found is not None:
             start = Future()
@@ -144,7 +168,6 @@ class Guides:
             start = self._pending[grammar]
         else:
             start = self._pending[grammar] = self._threads.submit(self._compiler.compile, grammar)
-        known = [token_id for token_id in stop_ids if token_id < self._vocab_size]
         return Guide(start, constraint, known)
 
     def settle(self, seconds: float) -> None:
@@ -164,7 +187,7 @@ class Guides:
         bound: list[int] = []
         matchers: list[Matcher] = []
         for place, guide in enumerate(guides):
-            if guide is None or guide.error or guide.is_free:
+            if guide is None or guide.error or guide.is_free or not guide.is_held:
                 continue
             try:
                 matchers.append(guide.matcher)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from starlette.requests import Request
 
 from octavo.engine.held_answers import held_params
+from octavo.errors import RequestError
 from octavo.request import SamplingParams
 from octavo.server.chat_answers import chat_reading
 from octavo.server.generation import Call, new_call
@@ -24,10 +25,16 @@ from octavo.tools.reasoning_tokens import NO_THOUGHT
 
 
 async def chat_call(
-    request: Request, body: ChatRequest, kind: str, *, is_clipped: bool = False
+    request: Request,
+    body: ChatRequest,
+    kind: str,
+    *,
+    is_clipped: bool = False,
+    thinking_budget: int | None = None,
 ) -> tuple[Call, AnswerReading | None]:
     """Returns the call that `body` asks for, and how its answers are read; `kind` is as in
     `new_call`. With `is_clipped`, `max_tokens` is no more than the context has left.
+    `thinking_budget` bounds the reasoning where the model can be held to it.
 
     Raises RequestError, ApiError, OverloadedError, before anything runs."""
     state = server_state(request)
@@ -42,6 +49,14 @@ async def chat_call(
     params = held_params(params, body.tool_set(), reading)
     marks = None if reading is None else reading.marks.by_id
     thought = NO_THOUGHT if reading is None else reading.thought
+    if (budget := body.thinking_token_budget) is not None and not thought.ends:
+        message = (
+            "thinking_token_budget: the model does not reason, or no single token ends its "
+            "reasoning; leave it out"
+        )
+        raise RequestError(message, param="thinking_token_budget")
+    if thought.ends:
+        thought = replace(thought, budget=thinking_budget if budget is None else budget)
     began = time.monotonic()
     prompt = await state.tokenising.encode_rendered(rendered)
     request.scope["state"]["exchange"].tokenising = (began, time.monotonic())

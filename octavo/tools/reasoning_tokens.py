@@ -18,6 +18,8 @@ class Thought:
     ends: tuple[int, ...] = ()
     starts_inside: bool = False
     """Whether the prompt has begun it."""
+    budget: int | None = None
+    """Its tokens at most: one of `ends` comes then; None: as many as it takes."""
 
 
 NO_THOUGHT = Thought()

@@ -210,6 +210,48 @@ def test_an_output_may_begin_with_reasoning(guides: Guides) -> None:
     assert bits(guides.masks([direct], [True])[0]) == [ord("e")]
 
 
+@pytest.mark.parametrize("grammar", ["", grammar_text(StructuredOutputsParams(choice=["yes"]))])
+@pytest.mark.parametrize("starts_inside", [False, True])
+def test_reasoning_ends_with_its_budget(guides: Guides, grammar: str, starts_inside: bool) -> None:
+    begins = () if starts_inside else (THINK,)
+    guide = guides.guide(
+        Constraint(
+            grammar=grammar,
+            thought_begins=begins,
+            thought_ends=(END_THINK,),
+            starts_inside=starts_inside,
+            thought_budget=2,
+        ),
+        [EOS],
+    )
+    for token_id in (*begins, ord("h"), ord("m")):
+        assert token_id in bits(guides.masks([guide], [True])[0])
+        guide.advance(token_id)
+    assert bits(guides.masks([guide], [True])[0]) == [END_THINK]
+    guide.advance(END_THINK)
+    allowed = bits(guides.masks([guide], [True])[0])
+    assert allowed == ([ord("y")] if grammar else [*range(VOCAB_SIZE)])
+    if not grammar:
+        assert bits(guides.masks([guide], [False])[0]) == [
+            one for one in range(VOCAB_SIZE) if one != EOS
+        ]
+        guide.advance(THINK)
+        assert not guide.is_over
+        guide.advance(EOS)
+        assert guide.is_over
+
+
+def test_an_answer_that_does_not_reason_has_no_budget(guides: Guides) -> None:
+    reasoning = {"thought_begins": (THINK,), "thought_ends": (END_THINK,), "thought_budget": 0}
+    guide = guides.guide(Constraint(grammar="", **reasoning), [EOS])
+    assert bits(guides.masks([guide], [True])[0]) == [*range(VOCAB_SIZE)]
+    for _ in range(3):
+        guide.advance(ord("a"))
+        assert bits(guides.masks([guide], [True])[0]) == [*range(VOCAB_SIZE)]
+    guide.advance(EOS)
+    assert guide.is_over
+
+
 def test_ends_may_come_where_a_text_may_end_and_nowhere_else(guides: Guides) -> None:
     wanted = StructuredOutputsParams(regex="ab*")
     guide = guides.guide(

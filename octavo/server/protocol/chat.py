@@ -238,6 +238,11 @@ class ChatRequest(SamplingFields, TemplateFields):
     separate_reasoning: bool = Field(
         True, description="False: the reasoning stays in the content, as the model wrote it."
     )
+    thinking_token_budget: int | None = integer(
+        "Tokens of the reasoning at most: what ends it comes then; for models whose reasoning one "
+        "token ends.",
+        0,
+    )
     logprobs: bool = Field(False, description="Tell log-probabilities of the answer's tokens.")
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
         None, description="Tell those of so many of the likeliest tokens; needs logprobs: true."

@@ -52,7 +52,7 @@ class Thinking(StrictModel):
         description="disabled: the template is told so, and no thinking blocks come."
     )
     budget_tokens: Annotated[int, Field(ge=MIN_BUDGET)] | None = Field(
-        None, description="Changes nothing: thinking counts among max_tokens.", le=2**31 - 1
+        None, description="Tokens of thinking at most, where one token ends it.", le=2**31 - 1
     )
     display: Literal["summarized", "omitted"] | None = Field(
         None, description="omitted: the text of thinking blocks stays in their signatures."
@@ -223,6 +223,10 @@ class MessagesRequest(GenerationFields, PromptFields):
     def hides_thinking(self) -> bool:
         """Whether the text of thinking blocks stays in their signatures."""
         return self.thinking is not None and self.thinking.display == "omitted"
+
+    @property
+    def thinking_budget(self) -> int | None:
+        return None if self.thinking is None else self.thinking.budget_tokens
 
     def field_name(self, param: str) -> str:
         is_ours = param == "stop" and self.stop is None

@@ -28,7 +28,9 @@ async def create_message(request: Request) -> Response:
     body = await read_body(request, MessagesRequest)
     state = server_state(request)
     # Agents ask for the same number of tokens whatever the length of the prompt.
-    call, reading = await chat_call(request, body.chat(), "msg_", is_clipped=True)
+    call, reading = await chat_call(
+        request, body.chat(), "msg_", is_clipped=True, thinking_budget=body.thinking_budget
+    )
     head = MessageHead(
         call=call,
         model=state.model_name,
