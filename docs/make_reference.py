@@ -21,14 +21,14 @@ from docs.blocks import filled, table
 from octavo.engine.mailbox import MAX_WAITING_TOKENS
 from octavo.observe.metrics import Metrics
 from octavo.observe.stats import EngineStats
-from octavo.request import (
+from octavo.request import SamplingParams
+from octavo.request_fields import IGNORED, REFUSED
+from octavo.request_limits import (
     MAX_INT,
     MAX_LISTED,
     MAX_PARALLEL_SAMPLES,
     MAX_TEXTS,
-    SamplingParams,
 )
-from octavo.request_fields import IGNORED, REFUSED
 from octavo.server import routes
 from octavo.server.http_protocol import MAX_PIPELINED, ConnectionLimits
 from octavo.server.limits import MAX_DEFAULT_BODY_BYTES, TOTAL_BODIES, default_body_bytes

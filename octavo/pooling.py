@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.errors import RequestError, shown
-from octavo.request import MAX_INT, PackedPrompt
+from octavo.request import PackedPrompt
+from octavo.request_limits import MAX_INT
 
 Output = TypeVar("Output")
 

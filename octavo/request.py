@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import difflib
 from array import array
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -19,28 +19,20 @@ from octavo.constraint import Constraint, StructuredOutputsParams
 from octavo.errors import RequestError, shown
 from octavo.moments import Moment
 from octavo.request_fields import REFUSED_PARAMS, refuse_field
+from octavo.request_limits import (
+    MAX_INT,
+    MAX_LISTED,
+    MAX_LOGPROBS,
+    MAX_PARALLEL_SAMPLES,
+    MAX_TEXTS,
+    SAMPLING_RANGES,
+    Array,
+    are_ids,
+    is_int,
+    is_number,
+)
 
 PrefixCaching = Literal["auto", "on", "off"]
-MAX_LOGPROBS = 100
-MAX_PARALLEL_SAMPLES = 64
-MAX_LISTED = 65536
-"""Token ids in one field: every request's are looked through, and cross processes."""
-MAX_TEXTS: Mapping[str, tuple[int, int]] = {"stop": (1024, 65536), "bad_words": (128, 2048)}
-"""Stop strings are looked for after every token, bad words are tokenised in several spellings: how
-many, and how many characters they may have together."""
-MAX_INT = 2**31 - 1
-"""The largest token id, count and priority: they travel and are kept in 32 bits."""
-SAMPLING_RANGES: Mapping[str, tuple[float, float]] = {
-    "temperature": (0.0, 100.0),
-    "top_p": (1e-37, 1.0),
-    "min_p": (0.0, 1.0),
-    "presence_penalty": (-2.0, 2.0),
-    "frequency_penalty": (-2.0, 2.0),
-    "repetition_penalty": (0.01, 100.0),
-    "logit_bias": (-100.0, 100.0),
-}
-"""Lowest and highest value of each real sampling number. Logits are float32, whose normal numbers
-begin at 1.2e-38 and end at 3.4e38: inside these ranges no logit of a sound model leaves them."""
 
 
 class FinishReason(StrEnum):
@@ -52,34 +44,6 @@ class FinishReason(StrEnum):
     ERROR = "error"
     CONTENT_FILTER = "content_filter"
     """Of the server alone: its guard ended the sequence."""
-
-
-def _is_int(value: Any, low: int, high: int = MAX_INT) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def _are_ids(values: Collection[Any]) -> bool:
-    """Whether all are token ids; at C's speed, since 65,536 may be."""
-    if not values:
-        return True
-    is_right = len(values) <= MAX_LISTED and set(map(type, values)) == {int}
-    return is_right and min(values) >= 0 and max(values) <= MAX_INT
-
-
-def _is_number(value: Any, low: float, high: float) -> bool:
-    """NaN is in no range; an integer is compared exactly, however large."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and low <= value <= high
-
-
-@runtime_checkable
-class Array(Protocol):
-    """What arrays and tensors of all libraries have."""
-
-    @property
-    def ndim(self) -> int: ...
-
-    def tolist(self) -> Any: ...
 
 
 class _Sifting(type):
@@ -197,28 +161,28 @@ class SamplingParams(metaclass=_Sifting):
     def _check_numbers(self, given: Set[str]) -> None:
         most = MAX_PARALLEL_SAMPLES
         if "n" in given:
-            self._check("n", _is_int(self.n, 1, most), "an integer in 1..{}", most)
+            self._check("n", is_int(self.n, 1, most), "an integer in 1..{}", most)
         for name, (low, high) in SAMPLING_RANGES.items():
             if name in given and name != "logit_bias":
-                is_valid = _is_number(getattr(self, name), low, high)
+                is_valid = is_number(getattr(self, name), low, high)
                 self._check(name, is_valid, "a number in {:g}..{:g}", low, high)
         if "top_k" in given:
-            self._check("top_k", _is_int(self.top_k, 0), "an integer in -1..{}", MAX_INT)
+            self._check("top_k", is_int(self.top_k, 0), "an integer in -1..{}", MAX_INT)
         if "seed" in given:
             low, high = -(2**63), 2**63 - 1
-            is_valid = self.seed is None or _is_int(self.seed, low, high)
+            is_valid = self.seed is None or is_int(self.seed, low, high)
             self._check("seed", is_valid, "null or an integer in {}..{}", low, high)
         most = self.max_tokens
         if "max_tokens" in given:
-            is_valid = most is None or _is_int(most, 1)
+            is_valid = most is None or is_int(most, 1)
             self._check("max_tokens", is_valid, "null or an integer in 1..{}", MAX_INT)
         if "min_tokens" in given:
-            self._check("min_tokens", _is_int(self.min_tokens, 0), "an integer in 0..{}", MAX_INT)
+            self._check("min_tokens", is_int(self.min_tokens, 0), "an integer in 0..{}", MAX_INT)
             is_valid = most is None or self.min_tokens <= most
             self._check("min_tokens", is_valid, "at most max_tokens ({})", most)
         for name in _LOGPROBS & given:
             value = getattr(self, name)
-            is_valid = value is None or _is_int(value, 0, MAX_LOGPROBS)
+            is_valid = value is None or is_int(value, 0, MAX_LOGPROBS)
             self._check(name, is_valid, "an integer in 0..{}", MAX_LOGPROBS)
 
     def _check_lists(self, given: Set[str]) -> None:
@@ -236,7 +200,7 @@ class SamplingParams(metaclass=_Sifting):
                 raise RequestError(message, param=name)
         for name in _ID_LISTS & given:
             value = getattr(self, name)
-            is_valid = value is None or (isinstance(value, tuple) and _are_ids(value))
+            is_valid = value is None or (isinstance(value, tuple) and are_ids(value))
             limit = "a list of at most {} token ids, integers in 0..{}"
             self._check(name, is_valid, limit, MAX_LISTED, MAX_INT)
         is_valid = self.allowed_token_ids != ()
@@ -254,7 +218,7 @@ class SamplingParams(metaclass=_Sifting):
         bias = self.logit_bias or {}
         is_valid = (
             isinstance(bias, Mapping)
-            and _are_ids(bias)
+            and are_ids(bias)
             and set(map(type, bias.values())) <= {int, float}
             and all(low <= b <= high for b in bias.values())
         )
@@ -372,7 +336,7 @@ class Request(PackedPrompt):
         return self.share.tenant
 
     def __post_init__(self) -> None:
-        if not _is_int(self.priority, -MAX_INT):
+        if not is_int(self.priority, -MAX_INT):
             limit = f"an integer in {-MAX_INT}..{MAX_INT}"
             message = f"priority must be {limit}, got {shown(self.priority)}"
             raise RequestError(message, param="priority")

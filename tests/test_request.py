@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from octavo.errors import RequestError
-from octavo.request import MAX_INT, SAMPLING_RANGES, Request, SamplingParams, pack_ids
+from octavo.request import Request, SamplingParams, pack_ids
+from octavo.request_limits import MAX_INT, SAMPLING_RANGES
 
 HUGE = 10**29
 """More than 64 bits, and more than a float32's digits."""

@@ -14,7 +14,7 @@ from octavo.config.environment import environment_keys
 from octavo.config.fields import check_positive, check_seconds, option, values_of
 from octavo.errors import ConfigError
 from octavo.plain_keys import all_keys
-from octavo.request import MAX_INT
+from octavo.request_limits import MAX_INT
 from octavo.traces_config import check_traces
 
 

@@ -27,7 +27,8 @@ from octavo.kv_cache.explain import PrefixExplanation
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.observe.fleet_stats import total_stats
 from octavo.observe.stats import EngineStats
-from octavo.request import MAX_INT, Request
+from octavo.request import Request
+from octavo.request_limits import MAX_INT
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from octavo.errors import RequestError, shown
-from octavo.request import Array
 from octavo.request_fields import Refused, refuse_field
+from octavo.request_limits import Array
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids (a list, or an array of NumPy or torch), or {"prompt": text} or

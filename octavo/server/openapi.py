@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.responses import Response
 
-from octavo.request import MAX_INT
+from octavo.request_limits import MAX_INT
 from octavo.server.answer_schemas import ANSWERS
 from octavo.server.message_errors import OVERLOADED, is_message_path
 from octavo.server.protocol.strict import StrictModel

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from octavo.request import SAMPLING_RANGES, SamplingParams
+from octavo.request import SamplingParams
+from octavo.request_limits import SAMPLING_RANGES
 from octavo.runner.sampler import SampledTokens
 from octavo.step import NO_TOKEN, Int32, RowStart
 

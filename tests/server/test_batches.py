@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from octavo.config import ServerConfig
 from octavo.errors import OverloadedError
-from octavo.request import MAX_INT
+from octavo.request_limits import MAX_INT
 from octavo.server.batches import worker
 from octavo.server.batches.lines import LineReader
 from octavo.server.store.owners import Owner

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.types import Message, Scope
 
 from octavo.errors import EngineDeadError, OctavoError, OverloadedError
-from octavo.request import MAX_INT
+from octavo.request_limits import MAX_INT
 from octavo.server.audit import AuditLog
 from octavo.server.drain import Drain
 from octavo.server.errors import ApiError, error_response, on_error

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 from pydantic import Field, PlainValidator
 
 from octavo.errors import RequestError
-from octavo.request import MAX_LOGPROBS, SamplingParams
+from octavo.request import SamplingParams
+from octavo.request_limits import MAX_LOGPROBS
 from octavo.server.protocol.sampling import SamplingFields
 from octavo.server.protocol.strict import PackedIds, TokenId, integer, packed_ids
 

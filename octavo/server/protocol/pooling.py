@@ -11,8 +11,9 @@ from pydantic import Field, PlainValidator
 
 from octavo.errors import RequestError, shown
 from octavo.pooling import PoolingParams
-from octavo.request import MAX_INT, PrefixCaching
+from octavo.request import PrefixCaching
 from octavo.request_fields import Refused
+from octavo.request_limits import MAX_INT
 from octavo.server.protocol.completions import check_prompt
 from octavo.server.protocol.strict import (
     PackedIds,

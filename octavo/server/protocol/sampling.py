@@ -12,16 +12,15 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from octavo.errors import RequestError, shown
-from octavo.request import (
+from octavo.request import PrefixCaching, SamplingParams
+from octavo.request_fields import IGNORED, REFUSED
+from octavo.request_limits import (
     MAX_INT,
     MAX_LISTED,
     MAX_LOGPROBS,
     MAX_PARALLEL_SAMPLES,
     SAMPLING_RANGES,
-    PrefixCaching,
-    SamplingParams,
 )
-from octavo.request_fields import IGNORED, REFUSED
 from octavo.server.protocol.strict import (
     Priority,
     RequestModel,

@@ -16,8 +16,12 @@ from pydantic_core import CoreSchema
 
 from octavo.engine.chat_template import ChatRenderer
 from octavo.errors import RequestError, shown
-from octavo.request import MAX_INT, MAX_LISTED, MAX_TEXTS
 from octavo.request_fields import Refused, refuse_field
+from octavo.request_limits import (
+    MAX_INT,
+    MAX_LISTED,
+    MAX_TEXTS,
+)
 
 Priority = Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]

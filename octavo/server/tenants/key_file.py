@@ -19,7 +19,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from octavo.errors import ConfigError
-from octavo.request import MAX_INT, NAMED
+from octavo.request import NAMED
+from octavo.request_limits import MAX_INT
 from octavo.server.tenants.callers import (
     TENANT_SCOPES,
     Caller,
