@@ -207,6 +207,12 @@ class _Row:
         if self.bad_sequences:
             self.outputs.append(token)
 
+    def has_changes(self, output_index: int) -> bool:
+        """Whether more than a mask of the step changes this row's logits."""
+        is_banned = len(self.bad_ids) or self.bad_sequences or output_index < self.params.min_tokens
+        is_free = self.allowed_ids is None and self.counts is None and not len(self.bias_ids)
+        return bool(is_banned or not is_free)
+
     def banned(self, output_index: int) -> Ids:
         """Returns the ids that must not be drawn as output number `output_index`."""
         parts = [self.bad_ids]
@@ -261,14 +267,23 @@ def _choose(
     if not np.isfinite(logits_V[best]):
         return NO_TOKEN
     with np.errstate(over="ignore", invalid="ignore"):
-        x_V = _changed(logits_V, state, output_index, allowed_V)
-        best = int(x_V.argmax())
-        if not np.isfinite(x_V[best]):
+        if allowed_V is None or state.has_changes(output_index):
+            return _pick(_changed(logits_V, state, output_index, allowed_V), state, output_index)
+        ids = np.flatnonzero(allowed_V)  # the same among these alone: most often they are few
+        if not len(ids):
             return NO_TOKEN
-        if state.params.is_greedy:
-            return best
-        # The difference first: a quotient of a huge logit would be infinite.
-        scaled_V = (x_V - x_V[best]) / np.float32(state.params.temperature)
+        return int(ids[_pick(np.maximum(logits_V[ids], _LOWEST), state, output_index)])
+
+
+def _pick(x_V: Float32, state: _Row, output_index: int) -> int:
+    """Returns the place of the logit that is chosen, NO_TOKEN if none is finite."""
+    best = int(x_V.argmax())
+    if not np.isfinite(x_V[best]):
+        return NO_TOKEN
+    if state.params.is_greedy:
+        return best
+    # The difference first: a quotient of a huge logit would be infinite.
+    scaled_V = (x_V - x_V[best]) / np.float32(state.params.temperature)
     return _draw(torch.from_numpy(scaled_V).exp_().numpy(), state, output_index)
 
 
@@ -368,9 +383,7 @@ def _cumulative(weights: Float32) -> NDArray[np.float64]:
 
 def _best_ids(values_V: Float32, threshold: np.float32, count: int) -> Ids:
     """Returns the ids of the `count` largest values, ascending; `threshold` is the least of them.
-
-    Among equals at the threshold the lowest ids stay.
-    """
+    Among equals at the threshold the lowest ids stay."""
     ids = np.flatnonzero(values_V >= threshold)
     surplus = len(ids) - count
     if surplus > 0:
