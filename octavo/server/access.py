@@ -6,6 +6,7 @@ logs what the client is told.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -126,7 +127,8 @@ class AccessMiddleware:
         seconds = time.monotonic() - exchange.started
         self._metrics.observe_http(handler, method, status, seconds)
         if self._audit is not None and scope["path"] not in PROBES:
-            self._audit.record(
+            record = functools.partial(
+                self._audit.record,
                 exchange,
                 scope,
                 route=handler,
@@ -134,6 +136,10 @@ class AccessMiddleware:
                 seconds=seconds,
                 num_bytes=answer.num_bytes,
             )
+            if exchange.is_going_on:
+                exchange.later = record
+            else:
+                record()
         level = logging.DEBUG if scope["path"] in PROBES else logging.INFO
         if scope["path"] in self._silent or not logger.isEnabledFor(level):
             return

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from octavo.outputs import OutputDelta
-from octavo.server.generation import Call
+from octavo.server.call import Call
 from octavo.server.protocol.sampling import SamplingFields
 from octavo.server.streaming import DONE, event, event_pieces
 

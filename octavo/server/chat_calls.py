@@ -13,8 +13,9 @@ from starlette.requests import Request
 from octavo.engine.held_answers import held_params
 from octavo.errors import RequestError
 from octavo.request import SamplingParams
+from octavo.server.call import Call
 from octavo.server.chat_answers import chat_reading
-from octavo.server.generation import Call, new_call
+from octavo.server.generation import new_call
 from octavo.server.guards.inputs import checked_chat
 from octavo.server.limits import check_messages
 from octavo.server.protocol.chat import ChatRequest

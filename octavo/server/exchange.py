@@ -6,6 +6,7 @@ Made by `access`, filled in by whoever knows, read by the access log, traces and
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from starlette.types import Scope
@@ -47,7 +48,18 @@ class Exchange:
     """When texts became ids: beginning and end, seconds of the monotonic clock."""
     trace: Trace | None = None
     """Where its way is noted, if it is traced."""
+    later: Callable[[], None] | None = None
+    """Tells the audit log of it, where its work goes on behind the answer."""
+    is_going_on: bool = False
+    """Whether its work goes on behind the answer; `ended` says that it is over."""
     started: float = field(default_factory=time.monotonic)
+
+    def ended(self) -> None:
+        """Its work is over, that went on behind the answer."""
+        self.is_going_on = False
+        if self.later is not None:
+            self.later()
+            self.later = None
 
 
 def client_of(scope: Scope) -> str:

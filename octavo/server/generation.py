@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from starlette.requests import Request as HttpRequest
 
@@ -20,6 +20,7 @@ from octavo.outputs import DeltaSum, OutputDelta
 from octavo.request import FinishReason, Request, SamplingParams
 from octavo.server.audit import kept
 from octavo.server.auth import check_priority
+from octavo.server.call import Call
 from octavo.server.errors import ApiError
 from octavo.server.exchange import Exchange
 from octavo.server.guards.call import CallGuard, ShownMarks
@@ -29,30 +30,11 @@ from octavo.server.limits import check_prompt
 from octavo.server.protocol.sampling import SamplingFields
 from octavo.server.state import ServerState, server_state
 from octavo.server.tenants.budgets import NO_LEASE, header_list, reserved
-from octavo.server.tenants.callers import NOBODY, Tenant, caller_of
+from octavo.server.tenants.callers import caller_of
 from octavo.tools.reasoning_tokens import NO_THOUGHT, Thought
 
 PREPARED_AT_ONCE = 4
 """Prompts of one call that are checked before others have their turn."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """One call of the API; every prompt in it is one request of the engine."""
-
-    id: str
-    """What the client sees."""
-    created: int
-    params: SamplingParams
-    requests: tuple[Request, ...]
-    exchange: Exchange
-    """Where the access log finds what the call came to."""
-    tenant: Tenant = NOBODY
-    """Who pays for it."""
-    marks: Mapping[int, str] | None = None
-    """What stands in the text for the tokens of these ids."""
-    guard: CallGuard | None = None
-    """Who sees the answers before the client does."""
 
 
 async def new_call(

@@ -17,8 +17,8 @@ import pydantic_core
 from octavo.engine.mailbox import News
 from octavo.outputs import OutputDelta
 from octavo.server.answers import Usage
+from octavo.server.call import Call
 from octavo.server.errors import message_error_body
-from octavo.server.generation import Call
 from octavo.server.protocol.signatures import signature_of
 from octavo.tools.answers import AnswerDelta, AnswerReader, AnswerReading, CallDelta
 

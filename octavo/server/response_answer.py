@@ -18,8 +18,8 @@ from octavo.engine.mailbox import News
 from octavo.outputs import OutputDelta
 from octavo.request import FinishReason, PositionLogprobs
 from octavo.server.answers import Usage
+from octavo.server.call import Call
 from octavo.server.errors import ApiError, error_body
-from octavo.server.generation import Call
 from octavo.server.logprobs import TokenSpelling, chat_logprobs
 from octavo.server.pieces import Lazy, pieces_of
 from octavo.server.protocol.responses import ResponsesRequest

@@ -13,8 +13,9 @@ import msgspec
 from starlette.requests import Request
 
 from octavo.errors import OctavoError
+from octavo.server.call import Call
 from octavo.server.drain import shutting_down
-from octavo.server.generation import Call, StreamedCall, whole_call
+from octavo.server.generation import StreamedCall, whole_call
 from octavo.server.pieces import pieces_of
 from octavo.server.protocol.responses import ResponsesRequest
 from octavo.server.response_answer import CancelledResponseError, ResponseAnswer
@@ -109,6 +110,7 @@ class ResponseRun(StreamedCall):
         finally:
             drain.expired.unwatch(expire)
             drain.num_open -= 1
+            self._call.exchange.ended()
 
     def close(self, error: BaseException | None) -> None:
         super().close(error)

@@ -19,7 +19,8 @@ from octavo.errors import RequestError
 from octavo.outputs import OutputDelta
 from octavo.server.answer_wire import AnswerWire
 from octavo.server.auth import check_priority
-from octavo.server.generation import PREPARED_AT_ONCE, Call, guard_of, whole_call
+from octavo.server.call import Call
+from octavo.server.generation import PREPARED_AT_ONCE, guard_of, whole_call
 from octavo.server.limits import check_prompt
 from octavo.server.pieces import SLICE_SECONDS
 from octavo.server.protocol.pooling import PoolingFields

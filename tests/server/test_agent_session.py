@@ -15,8 +15,8 @@ from octavo.async_llm import AsyncLLM
 from octavo.config import EngineConfig, ServerConfig
 from octavo.engine.chat_template import ChatRenderer
 from octavo.outputs import OutputDelta
+from octavo.server.call import Call
 from octavo.server.exchange import Exchange
-from octavo.server.generation import Call
 from octavo.server.message_answers import MessageHead, whole_message
 from octavo.server.protocol.messages import MessagesRequest
 from octavo.tools.answers import reading_of

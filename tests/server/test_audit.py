@@ -121,6 +121,25 @@ def test_what_the_guard_did_to_an_answer_is_told(audited: Any, tmp_path: Path) -
     assert line["guard"] == {"output_refused": 1}
 
 
+def test_a_response_in_the_background_has_one_line_with_its_tokens(
+    audited: Any, tmp_path: Path
+) -> None:
+    server = audited()
+    headers = {"Authorization": f"Bearer {KEYS['alice']}"}
+    body = {"input": SECRET, "background": True, "max_output_tokens": 16}
+    httpx.post(f"{server.url}/v1/responses", json=body, headers=headers)
+    deadline = time.monotonic() + 10
+    while not (tmp_path / "audit").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    [line] = lines_of(server, tmp_path)
+    assert (line["route"], line["decision"], line["output_tokens"]) == (
+        "/v1/responses",
+        "served",
+        16,
+    )
+
+
 def test_texts_are_kept_if_they_are_asked_for(audited: Any, tmp_path: Path) -> None:
     server = audited(audit_log_text=True)
     server.engine.answer = "hello"

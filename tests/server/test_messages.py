@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from octavo.config import ServerConfig
 from octavo.errors import OverloadedError, RequestError
 from octavo.outputs import OutputDelta
+from octavo.server.call import Call
 from octavo.server.exchange import Exchange
-from octavo.server.generation import Call
 from octavo.server.message_answers import MessageEvents, MessageHead, call_input, whole_message
 from octavo.server.protocol.message_blocks import chat_messages
 from octavo.server.protocol.messages import MessagesRequest

@@ -17,9 +17,10 @@ from octavo.outputs import OutputDelta
 from octavo.server.answer_wire import AnswerWire
 from octavo.server.answers import ChunkFrame, PlainChunks, Usage, marked
 from octavo.server.body import read_body
+from octavo.server.call import Call
 from octavo.server.chat_answers import finish_reason, streamed_delta, whole_message
 from octavo.server.chat_calls import chat_call
-from octavo.server.generation import Call, StreamedCall, whole_call
+from octavo.server.generation import StreamedCall, whole_call
 from octavo.server.logprobs import TokenSpelling, chat_logprobs, prompt_logprobs
 from octavo.server.openapi import described
 from octavo.server.pieces import Later, Lazy

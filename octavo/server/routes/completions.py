@@ -24,7 +24,8 @@ from octavo.server.answers import (
     marked,
 )
 from octavo.server.body import read_body
-from octavo.server.generation import Call, StreamedCall, new_call, whole_call
+from octavo.server.call import Call
+from octavo.server.generation import StreamedCall, new_call, whole_call
 from octavo.server.logprobs import CompletionLogprobs, TokenSpelling, prompt_logprobs
 from octavo.server.openapi import described
 from octavo.server.pieces import Later, Lazy

@@ -14,8 +14,8 @@ from starlette.responses import Response
 from octavo.errors import ContextLengthError, RequestError
 from octavo.server.answer_wire import AnswerWire
 from octavo.server.body import parsed, read_body
+from octavo.server.call import Call
 from octavo.server.chat_calls import chat_call
-from octavo.server.generation import Call
 from octavo.server.openapi import described
 from octavo.server.protocol.responses import ResponsesRequest
 from octavo.server.response_answer import CancelledResponseError, ResponseAnswer, ResponseEvents
@@ -43,6 +43,7 @@ async def create_response(request: Request) -> Response:
     await run.store()
     wire = AnswerWire.of(request.scope)
     if body.background:
+        call.exchange.is_going_on = True
         state.responses.spawn(run.take_alone())
         return await long_response(answer.response(), state.drain)
     if body.stream:
