@@ -15,7 +15,8 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 # CPU: torch without CUDA, and no compiler.
 FROM python:${PYTHON}-slim AS cpu
-ENV PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ENV PIP_EXTRA_INDEX_URL=${TORCH_INDEX}
 
 # CUDA: PyPI's torch brings CUDA and Triton, which builds its launchers with a C compiler.
 FROM python:${PYTHON}-slim AS cuda

@@ -24,7 +24,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_INDEX ?=
 PIP_INSTALL := $(PIP) install -q -c constraints.txt $(addprefix --extra-index-url ,$(TORCH_INDEX))
 
-.PHONY: help serve test test-slow test-gpu lint bench docs clients clean
+.PHONY: help serve test test-slow test-gpu lint bench docs clients image-check clean
 
 # Without a target: serve, which is the first one.
 serve: $(VENV)/.installed
@@ -38,6 +38,7 @@ help:
 	@echo 'make lint      style, types, layers'
 	@echo 'make bench     the figures of README.md, as JSON lines in bench.jsonl'
 	@echo 'make clients   chat, stream, tools and data through the frameworks of applications'
+	@echo 'make image-check  the Dockerfile, built and used, without a container engine (root, minutes)'
 	@echo 'make docs      the pages that are made of the code and of figures'
 	@echo 'make clean     remove .venv and all that was built'
 	@echo 'The command is .venv/bin/octavo; PYTHON=... and TORCH_INDEX=... choose Python and torch.'
@@ -74,6 +75,10 @@ docs: $(VENV)/.installed
 # What the frameworks of applications make of a server; they have an environment of their own.
 clients: $(VENV)/.installed $(CLIENTS)/.installed
 	$(CLIENTS)/bin/python benchmarks/clients.py --octavo $(BIN)/octavo $(ARGS)
+
+# The Dockerfile's steps on a base of Debian's packages, and the image as it is run: read-only, not as root.
+image-check: $(BIN)/python
+	$(BIN)/python -m tests.deploy.image_check $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
