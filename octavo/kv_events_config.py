@@ -15,6 +15,7 @@ ENCODINGS = ("map", "array")
 _FIELD = "kv_events_config"
 _SCHEMES = ("tcp://", "ipc://", "inproc://")
 _MAX_COUNT = 10_000_000
+_MAX_PORT = 65535
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +38,8 @@ class KVEventsConfig:
     topic: str = ""
     encoding: str = "map"
     """Of an event: "map" as vLLM has it since June 2026, "array" as before. Octavo's own field."""
+    data_parallel_rank: int = 0
+    """Which of several engines: it is in every message, and is added to ports. A fleet sets it."""
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -57,9 +60,24 @@ class KVEventsConfig:
             if value is not None and not value.startswith(_SCHEMES):
                 raise _wrong(name, f"must begin with {', '.join(_SCHEMES)}, got {value!r}")
 
+        if not 0 <= self.data_parallel_rank <= _MAX_PORT:
+            message = f"must be in 0..{_MAX_PORT}, got {self.data_parallel_rank}"
+            raise _wrong("data_parallel_rank", message)
+
     @property
     def is_on(self) -> bool:
         return self.enable_kv_cache_events and self.publisher == "zmq"
+
+    @property
+    def own_endpoint(self) -> str:
+        """The endpoint of this very engine."""
+        return _of_rank(self.endpoint, self.data_parallel_rank)
+
+    @property
+    def own_replay_endpoint(self) -> str | None:
+        """The replay endpoint of this very engine."""
+        replay = self.replay_endpoint
+        return None if replay is None else _of_rank(replay, self.data_parallel_rank)
 
 
 def read_kv_events(text: str) -> KVEventsConfig:
@@ -77,6 +95,46 @@ def read_kv_events(text: str) -> KVEventsConfig:
         if name not in known:
             raise _wrong(name, f"is unknown; known are {', '.join(known)}")
     return KVEventsConfig(**given)
+
+
+def of_rank(text: str, rank: int) -> str:
+    """Returns the JSON object for one of several engines."""
+    return json.dumps(json.loads(text) | {"data_parallel_rank": rank})
+
+
+def check_ranks(config: KVEventsConfig, num_engines: int) -> None:
+    """Raises ConfigError if so many engines have no ports of their own."""
+    first = {
+        name: port
+        for name in ("endpoint", "replay_endpoint")
+        if (port := _port(getattr(config, name) or "")) is not None
+    }
+    for name, port in first.items():
+        if port + num_engines - 1 > _MAX_PORT:
+            message = f"has port {port}, and {num_engines} engines take so many from there on"
+            raise _wrong(name, f"{message}; begin at {_MAX_PORT - num_engines + 1} or below")
+    if len(first) == 2 and abs(first["endpoint"] - first["replay_endpoint"]) < num_engines:
+        raise _wrong(
+            "replay_endpoint",
+            f"has port {first['replay_endpoint']}, which an engine's events take: {num_engines} "
+            f"engines take {first['endpoint']} and on; take one that is {num_engines} or more away",
+        )
+
+
+def _of_rank(endpoint: str, rank: int) -> str:
+    """Returns where an engine publishes: its rank is added to a port, as in vLLM, and to a name."""
+    if rank == 0:
+        return endpoint
+    port = _port(endpoint)
+    if port is not None:
+        return f"{endpoint.rpartition(':')[0]}:{port + rank}"
+    return endpoint if endpoint.startswith("tcp://") else f"{endpoint}_dp{rank}"
+
+
+def _port(endpoint: str) -> int | None:
+    """Returns the port of a TCP endpoint, if it names one."""
+    port = endpoint.rpartition(":")[2]
+    return int(port) if endpoint.startswith("tcp://") and port.isdecimal() else None
 
 
 def _wrong(name: str, message: str) -> ConfigError:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from octavo.config.fields import check_positive, check_seconds, option, read_address, values_of
 from octavo.errors import ConfigError
 from octavo.formats import KV_FORMATS, kv_formats
-from octavo.kv_events_config import read_kv_events
+from octavo.kv_events_config import check_ranks, read_kv_events
 from octavo.request import PrefixCaching
 from octavo.tools.detect import REASONING_PARSERS, TOOL_PARSERS
 
@@ -184,16 +184,10 @@ class EngineConfig:
         if self.kv_cache_dtype != "auto":
             kv_formats(self.kv_cache_dtype)
         if self.kv_events_config is not None:
-            read_kv_events(self.kv_events_config)
+            check_ranks(read_kv_events(self.kv_events_config), self.data_parallel_size)
         self.resolved_attention_backend()
         if self.rank_address is not None:
             self._check_ranks()
-        if self.kv_events_config is not None and self.data_parallel_size > 1:
-            raise ConfigError(
-                "kv_events_config tells of one engine, and data_parallel_size is "
-                f"{self.data_parallel_size}: leave one out; a fleet routes its requests itself",
-                field="kv_events_config",
-            )
 
     def _check_ranks(self) -> None:
         read_address("rank_address", self.rank_address or "")

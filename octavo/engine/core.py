@@ -292,7 +292,8 @@ def _event_publisher(config: EngineConfig, plan: MemoryPlan) -> EventPublisher |
     wanted = read_kv_events(config.kv_events_config)
     if not wanted.is_on:
         return None
-    return EventPublisher(wanted, EventEncoder(plan.groups, plan.block_size, wanted.encoding))
+    encoder = EventEncoder(plan.groups, plan.block_size, wanted.encoding, wanted.data_parallel_rank)
+    return EventPublisher(wanted, encoder)
 
 
 def _headroom(tokens_per_row: int, block_size: int) -> int:

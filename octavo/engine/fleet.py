@@ -20,6 +20,7 @@ from octavo.engine.link import EngineLink, LinkOwner
 from octavo.engine.prefixes import RequestHasher
 from octavo.errors import EngineDeadError, OctavoError
 from octavo.kv_cache.planner import MemoryPlan
+from octavo.kv_events_config import of_rank
 from octavo.weights.hub import ModelFiles
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,8 @@ class Fleet:
         for engine, owner in enumerate(self._owners):
             self._clients[engine] = self._make(owner, engine)
         starts = [
-            asyncio.ensure_future(client.start(*self._given)) for client in self._clients.values()
+            asyncio.ensure_future(client.start(*self._given_to(engine)))
+            for engine, client in self._clients.items()
         ]
         try:
             plans = list(await asyncio.gather(*starts))
@@ -102,6 +104,14 @@ class Fleet:
                 raise client.link.error
         return plan
 
+    def _given_to(self, engine: int) -> tuple[EngineConfig, ModelFiles, str, str]:
+        """What one engine is started with: each publishes its events at a place of its own."""
+        config, files, log_format, log_level = self._given
+        if config.kv_events_config is not None:
+            events = of_rank(config.kv_events_config, engine)
+            config = replace(config, kv_events_config=events)
+        return config, files, log_format, log_level
+
     # -- engines that die ------------------------------------------------------------------------
 
     def _restart_later(self, engine: int, error: EngineDeadError) -> None:
@@ -119,7 +129,7 @@ class Fleet:
             await asyncio.sleep(wait)
             self._clients[engine] = client = self._make(self._owners[engine], engine)
             try:
-                plan = await client.start(*self._given)
+                plan = await client.start(*self._given_to(engine))
             except OctavoError as error:
                 logger.error("engine %d does not start: %s", engine, error)
                 wait = min(2 * wait, MAX_WAIT_SECONDS)

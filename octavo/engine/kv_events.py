@@ -31,7 +31,6 @@ from octavo.visibility import Chunk, Window
 
 logger = logging.getLogger(__name__)
 
-RANK = 0
 MEDIUM = "GPU"
 """The tier that the engine computes from, as routers know it: on a CPU its memory."""
 NUMBER_BYTES = 8
@@ -47,14 +46,17 @@ _encode = msgspec.msgpack.Encoder().encode
 class EventEncoder:
     """Events as routers of vLLM read them: maps, or arrays with the same fields in order."""
 
-    def __init__(self, groups: Sequence[KVGroup], block_size: int, encoding: str) -> None:
+    def __init__(
+        self, groups: Sequence[KVGroup], block_size: int, encoding: str, rank: int = 0
+    ) -> None:
         self._kinds = [_kind(group) for group in groups]
         self._block_size = block_size
         self._is_array = encoding == "array"
+        self._rank = rank
 
     def payload(self, seconds: float, events: Sequence[Event]) -> bytes:
         """Returns the third frame of a message."""
-        return _encode([seconds, [self._plain(event) for event in events], RANK])
+        return _encode([seconds, [self._plain(event) for event in events], self._rank])
 
     def _plain(self, event: Event) -> Any:
         fields = self._fields(event)
@@ -125,15 +127,14 @@ class EventPublisher:
         self._socket.set_hwm(config.hwm)
         self._replay: zmq.Socket[bytes] | None = None
         try:
-            self.endpoint = _open(self._socket, "endpoint", config.endpoint)
+            self.endpoint = _open(self._socket, "endpoint", config.own_endpoint)
             """Where events are to be had, the port that was taken in it."""
             self.replay_endpoint: str | None = None
-            if config.replay_endpoint is not None:
+            replay = config.own_replay_endpoint
+            if replay is not None:
                 self._replay = self._context.socket(zmq.ROUTER)
                 self._replay.set_hwm(config.buffer_steps + 1)
-                self.replay_endpoint = _open(
-                    self._replay, "replay_endpoint", config.replay_endpoint, is_bound=True
-                )
+                self.replay_endpoint = _open(self._replay, "replay_endpoint", replay, is_bound=True)
         except ConfigError:
             self._context.destroy(linger=0)
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -16,6 +17,7 @@ from octavo.engine.fleet import Fleet
 from octavo.errors import EngineDeadError, OctavoError
 from octavo.outputs import RequestOutput
 from octavo.request import Request
+from tests.engine.test_kv_events import Sockets, replayed
 from tests.engine.test_llm import greedy, prompts_of, tokens
 from tests.models.tiny import save_tiny
 
@@ -42,8 +44,27 @@ async def answer(llm: AsyncLLM, prompt: list[int], max_tokens: int) -> RequestOu
     return output
 
 
-async def test_a_fleet_keeps_prefixes_together_and_survives_a_death(model: str) -> None:
-    config = EngineConfig(model=model, data_parallel_size=2, **OPTIONS)
+def check_events(endpoint: str, prompts: list[list[int]]) -> None:
+    """Each engine tells of its prompts at a place of its own, under its rank."""
+    told: set[tuple[int, ...]] = set()
+    sockets = Sockets()
+    for rank, own in enumerate((endpoint, f"{endpoint}_dp1")):
+        messages = replayed(sockets, own, 0)
+        assert {message[2] for _, message in messages} == {rank}
+        stored = [one for _, message in messages for one in message[1]]
+        roots = [one["token_ids"] for one in stored if not one["parent_block_hash"]]
+        assert len({tuple(ids[:16]) for ids in roots}) == 2
+        told |= {tuple(ids[:16]) for ids in roots}
+    sockets.close()
+    assert told == {tuple(prompt[:16]) for prompt in prompts}
+
+
+async def test_a_fleet_keeps_prefixes_together_and_survives_a_death(
+    model: str, tmp_path: Path
+) -> None:
+    places = {"endpoint": f"ipc://{tmp_path}/events", "replay_endpoint": f"ipc://{tmp_path}/kept"}
+    events = json.dumps(places)
+    config = EngineConfig(model=model, data_parallel_size=2, kv_events_config=events, **OPTIONS)
     async with AsyncLLM(config) as llm:
         fleet = llm._client
         assert isinstance(fleet, Fleet)
@@ -56,6 +77,7 @@ async def test_a_fleet_keeps_prefixes_together_and_survives_a_death(model: str) 
         each = [one.num_prompt_tokens for one in stats.engines if one]
         assert each == [242, 242]
         assert stats.num_prompt_tokens == 484
+        check_events(places["replay_endpoint"], prompts)
         params = SamplingParams(max_tokens=1)
         told = await llm.explain_prefix(llm.prepare(prompts[1], params))
         assert told.num_cached == 48

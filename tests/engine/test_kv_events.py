@@ -12,11 +12,11 @@ import msgspec
 import pytest
 import zmq
 
-from octavo import LLM, ConfigError, SamplingParams
+from octavo import LLM, ConfigError, EngineConfig, SamplingParams
 from octavo.engine.kv_events import END, EventEncoder, EventPublisher
 from octavo.kv_cache.news import CacheNews, Cleared, Event, Removed, Stored
 from octavo.kv_cache.spec import group_layers
-from octavo.kv_events_config import KVEventsConfig, read_kv_events
+from octavo.kv_events_config import KVEventsConfig, of_rank, read_kv_events
 from octavo.visibility import Full, Window
 from tests.models.tiny import TinyModel, save_tiny
 from tests.scheduler.harness import BLOCK, Engine, spec_of
@@ -303,6 +303,44 @@ def test_a_config_that_makes_no_sense_is_refused(text: str, says: str) -> None:
     with pytest.raises(ConfigError, match="kv_events_config") as caught:
         read_kv_events(text)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "of_third"),
+    [
+        ("tcp://*:5557", "tcp://*:5559"),
+        ("tcp://[::]:5557", "tcp://[::]:5559"),
+        ("tcp://picker.local:7000", "tcp://picker.local:7002"),
+        ("tcp://127.0.0.1:*", "tcp://127.0.0.1:*"),
+        ("ipc:///run/events", "ipc:///run/events_dp2"),
+        ("inproc://events", "inproc://events_dp2"),
+    ],
+)
+def test_each_engine_of_a_fleet_has_a_place_of_its_own(endpoint: str, of_third: str) -> None:
+    text = json.dumps({"endpoint": endpoint, "replay_endpoint": endpoint})
+    first, third = (read_kv_events(of_rank(text, rank)) for rank in (0, 2))
+    assert (first.own_endpoint, first.own_replay_endpoint) == (endpoint, endpoint)
+    assert (third.own_endpoint, third.own_replay_endpoint) == (of_third, of_third)
+    assert read_kv_events(of_rank("{}", 2)).own_replay_endpoint is None
+    _, _, rank = msgspec.msgpack.decode(EventEncoder(GROUPS, 2, "map", 2).payload(1.0, []))
+    assert rank == 2
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "replay", "says"),
+    [
+        ("tcp://*:5557", "tcp://*:5559", "take one that is 3 or more away"),
+        ("tcp://*:5559", "tcp://*:5557", "take one that is 3 or more away"),
+        ("tcp://*:65534", "tcp://*:5557", "begin at 65533 or below"),
+    ],
+)
+def test_engines_whose_ports_would_meet_are_refused(endpoint: str, replay: str, says: str) -> None:
+    text = json.dumps({"endpoint": endpoint, "replay_endpoint": replay})
+    EngineConfig(model="m", kv_events_config=text).resolve()
+    with pytest.raises(ConfigError, match=says):
+        EngineConfig(model="m", kv_events_config=text, data_parallel_size=3).resolve()
+    apart = json.dumps({"endpoint": "tcp://*:5557", "replay_endpoint": "tcp://*:5560"})
+    EngineConfig(model="m", kv_events_config=apart, data_parallel_size=3).resolve()
 
 
 def test_an_endpoint_that_is_taken_is_named(context: Sockets) -> None:
