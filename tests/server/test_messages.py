@@ -278,6 +278,20 @@ def test_messages_stand_where_they_stood() -> None:
     ]
 
 
+def test_tools_that_a_result_refers_to_are_told_by_name() -> None:
+    found = [
+        {"type": "text", "text": "Found:"},
+        {"type": "tool_reference", "tool_name": "get_weather"},
+    ]
+    result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": found}
+    history = [
+        *USER,
+        {"role": "assistant", "content": [call_block("toolu_1")]},
+        {"role": "user", "content": [result]},
+    ]
+    assert rendered(messages=history)[-1] == {"role": "tool", "content": "Found:\nget_weather"}
+
+
 def call_block(call_id: str) -> dict[str, Any]:
     return {"type": "tool_use", "id": call_id, "name": "get_weather", "input": {"city": "Rome"}}
 

@@ -131,7 +131,7 @@ def _result(block: Mapping[str, Any], where: str) -> str:
     """Returns what a tool gave; what failed says so."""
     content, place = block.get("content"), f"{where}.content"
     if isinstance(content, list):
-        content = "\n".join(_text(one, f"{place}[{i}]", ("text",)) for i, one in enumerate(content))
+        content = "\n".join(_result_text(one, f"{place}[{i}]") for i, one in enumerate(content))
     elif content is not None and not isinstance(content, str):
         raise RequestError(f"{place} must be a string or a list of text blocks", param=place)
     is_error = block.get("is_error")
@@ -139,6 +139,13 @@ def _result(block: Mapping[str, Any], where: str) -> str:
         place = f"{where}.is_error"
         raise RequestError(f"{place} must be true or false, got {shown(is_error)}", param=place)
     return f"Error: {content or ''}" if is_error else content or ""
+
+
+def _result_text(block: Any, where: str) -> str:
+    """Returns a block of a result; a tool that was found stands in the prompt already."""
+    if _kind(block, where, ("text", "tool_reference")) == "tool_reference":
+        return _string(block, "tool_name", where)
+    return _string(block, "text", where)
 
 
 def _add_assistant(chat: list[dict[str, Any]], blocks: list[tuple[str, Any]]) -> None:
