@@ -31,7 +31,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from process_figures import PeakMemory, children_of, cpu_seconds
+from process_figures import PeakMemory, children_of, cpu_seconds, cpu_times
 
 from octavo.cli.bench.report import Report
 from octavo.cli.bench.workload import Lengths, PromptSource, positive
@@ -243,6 +243,8 @@ def measured(job: Job, case: Case, server: Server, run: int) -> dict[str, Any]:
     return {name: figures[name] for name in KEPT if name in figures} | {
         "steps": server.num_steps() - steps,
         "front_us_a_token": 1e6 * spent["front"] / num_tokens,
+        "front_system_us_a_token": 1e6 * spent["front_system"] / num_tokens,
+        "events_a_token": figures["output_events"] / num_tokens,
         "front_main_thread_us_a_token": 1e6 * spent["front_main"] / num_tokens,
         "front_busy_share": spent["front_main"] / figures["seconds"],
         "engine_us_a_token": 1e6 * spent["engine"] / num_tokens,
@@ -262,6 +264,7 @@ class Server:
         engine = children_of(self.pid)
         return {
             "front": cpu_seconds(Path(f"/proc/{self.pid}/stat")),
+            "front_system": cpu_times(self.pid)[1],
             "front_main": cpu_seconds(Path(f"/proc/{self.pid}/task/{self.pid}/stat")),
             "engine": sum(cpu_seconds(Path(f"/proc/{pid}/stat")) for pid in engine),
             "engine_main": sum(cpu_seconds(Path(f"/proc/{p}/task/{p}/stat")) for p in engine),

@@ -9,6 +9,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from anthropic import Anthropic
+from openai import OpenAI
 
 from octavo.cli.commands import build_parser
 from tests.docs.conftest import ServerUrl
@@ -48,15 +50,21 @@ def test_requests_of_a_page_are_answered_as_it_shows(page: Path, server_url: Ser
 @pytest.mark.parametrize("page", WITH_PYTHON, **named)
 def test_python_of_a_page_runs_in_its_order(page: Path, server_url: ServerUrl, tiny_folder: Path):
     names: dict[str, object] = {"__name__": "page"}
-    for block in blocks_of(page):
-        if block.language == "python":
-            code = block.text
-            if PAGE_URL in code:
-                code = code.replace(PAGE_URL, server_url(block.server))
-            else:
-                code = code.replace(f'"{PAGE_MODEL}"', repr(str(tiny_folder)))
-            # Lines of the page in tracebacks.
-            exec(compile("\n" * block.line + code, str(page), "exec"), names)
+    try:
+        for block in blocks_of(page):
+            if block.language == "python":
+                code = block.text
+                if PAGE_URL in code:
+                    code = code.replace(PAGE_URL, server_url(block.server))
+                else:
+                    code = code.replace(f'"{PAGE_MODEL}"', repr(str(tiny_folder)))
+                # Lines of the page in tracebacks.
+                exec(compile("\n" * block.line + code, str(page), "exec"), names)
+    finally:
+        for value in names.values():
+            # A page leaves its client to the end of its program, whose sockets go with it.
+            if isinstance(value, OpenAI | Anthropic):
+                value.close()
 
 
 def commands_of(block: Block) -> list[list[str]]:
