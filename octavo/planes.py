@@ -63,6 +63,11 @@ class PlaneLayout:
         return WORD_BITS // (self.high * self.parts) if self.high else 1
 
     @property
+    def is_summed(self) -> bool:
+        """Whether products of several rows multiply sums by scales, rather than numbers."""
+        return self.group == 0 or self.group >= 64
+
+    @property
     def unit(self) -> int:
         """Columns that share nothing with others but a factor."""
         return max(self.group or 128, RUN * self.parts * self.runs)

@@ -374,7 +374,8 @@ def _expert_shapes(
     title: str, model: Model, name: str, made: StackedExperts, count: int
 ) -> Iterator[ShapeCase]:
     x, chosen = rows_of(count, model.hidden), routes(model, count)
-    base = packed_experts_shape(count, model.top_k, model.experts)
+    layouts = made.gate_layout, made.down_layout
+    base = packed_experts_shape(count, model.top_k, model.experts, *layouts)
     rows = {base.block_p, max(16, base.block_p // 2)}
     for block_p, block_n, block_k, stages in every(rows, (64, 128), (128, 256), (3, 5)):
         if block_n * block_p > 64 * 64:

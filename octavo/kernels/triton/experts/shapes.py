@@ -10,7 +10,12 @@ from dataclasses import dataclass, replace
 from typing import TypedDict
 
 from octavo.kernels.triton.launching.chip import next_power_of_2
-from octavo.kernels.triton.product.packed_shapes import Fp8Shape, SumsShape, block_constants
+from octavo.kernels.triton.product.packed_shapes import (
+    Fp8Shape,
+    SumsShape,
+    block_constants,
+    stages_within,
+)
 from octavo.kernels.triton.product.shapes import RowsShape, step_of
 from octavo.planes import PlaneLayout
 
@@ -126,21 +131,29 @@ def _tile(block_n: int, block_k: int, num_stages: int, group: int = 1) -> TileSh
 
 
 def packed_experts_shape(
-    num_tokens: int, top_k: int, num_experts: int, bits: int = 4, group: int = 128
+    num_tokens: int,
+    top_k: int,
+    num_experts: int,
+    gate: PlaneLayout | None,
+    down: PlaneLayout | None,
 ) -> ExpertsShape:
-    """Returns the launch shapes of experts whose weights are packed, in codes of so many bits whose
-    scales are shared by `group` of them at least. Deterministic sums need no others: bits depend on
-    `is_direct` alone."""
+    """Returns the launch shapes of experts whose weights are packed, or some of them. Deterministic
+    sums need no others: bits depend on `is_direct` alone."""
     mean = num_tokens * top_k / num_experts
     is_direct = num_tokens == 1 or (num_tokens == 2 and 16 * top_k <= num_experts)
-    # Sums of x over narrow groups are too many for the registers of higher tiles.
-    block_p = 16 if mean <= 12 else 32 if mean <= 24 or group == 16 else 64
-    block_k = 256 if bits == 8 and mean <= 12 else 128
-    both = TileShape(
-        block_n=64, block_k=block_k, group=1 if mean <= 12 else 4, num_warps=4, num_stages=4
-    )
+    block_p = 16 if mean <= 12 else 32 if mean <= 48 else 64
+    group = 1 if mean <= 12 else 4
+
+    def tile(layout: PlaneLayout | None, matrices: int) -> TileShape:
+        if layout is None:
+            return _tile(64, 128, 3, group)
+        block_k = 256 if layout.bits == 8 and mean <= 12 else 128
+        rows = 64 * matrices
+        stages = stages_within(layout, 4, rows=rows, block_t=block_p, block_k=block_k)
+        return _tile(64, block_k, stages, group)
+
     return ExpertsShape(
-        is_direct=is_direct, block_p=block_p, gate_up=both, down=replace(both, group=2 * both.group)
+        is_direct=is_direct, block_p=block_p, gate_up=tile(gate, 2), down=tile(down, 1)
     )
 
 

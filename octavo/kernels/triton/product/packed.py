@@ -25,14 +25,18 @@ from octavo.kernels.triton.tiles.codes import high_of, parts_of
 from octavo.kernels.triton.tiles.grid import tile_of_program
 from octavo.kernels.triton.tiles.packed import (
     RUN,
+    block_scales,
     columns_of,
     num_high_words,
     num_words,
+    packed_at,
     packed_rows,
     runs_of,
     scaled_rows,
+    values_at,
 )
 from octavo.kernels.triton.tiles.packed_sums import CHUNK, high_word, sums_packed, value_packed
+from octavo.kernels.triton.tiles.scales import group_of
 from octavo.planes import PlaneLayout
 
 
@@ -159,6 +163,41 @@ def unpack_kernel(
         tl.store(at, value.to(out_NM.dtype.element_ty), mask=is_in)
 
 
+@launchable
+@triton.jit
+def unpack_tiles_kernel(
+    planes,
+    out_NM,
+    num_rows,
+    hidden_size,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FORMAT: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """out[n] = row n of a packed weight: BLOCK_N rows, BLOCKS times BLOCK_K columns a program."""
+    wait_turn(OVERLAP)
+    COLUMNS: tl.constexpr = RUN * parts_of(FORMAT)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_row = (row < num_rows)[:, None]
+    at = packed_at(planes, tl.where(is_row, row[:, None], 0), hidden_size, RUN, FORMAT)
+    begin = tl.program_id(1) * (BLOCKS * BLOCK_K)
+    for first in range(begin, tl.minimum(begin + BLOCKS * BLOCK_K, hidden_size), BLOCK_K):
+        raw = block_scales(planes, at, first, BLOCK_K, FORMAT)
+        for one in tl.static_range(BLOCK_K // COLUMNS):
+            start = first + one * COLUMNS
+            values = values_at(
+                *(at, raw, start, one, one * COLUMNS // group_of(FORMAT)),
+                *(BLOCK_K, COMPUTE, FORMAT),
+            )
+            column = start + tl.arange(0, COLUMNS)[None, :]
+            out = out_NM + row[:, None] * hidden_size + column
+            is_in = is_row & (column < hidden_size)
+            tl.store(out, values.to(out_NM.dtype.element_ty), mask=is_in)
+
+
 def packed_matvec(
     x_TM: Tensor,
     planes: Planes,
@@ -240,6 +279,9 @@ def unpack(
     out = torch.empty((count, cols), dtype=dtype, device=planes.codes.device)
     if not count:
         return out
+    if ids is None and layout.group and layout.factor != "row":
+        _unpack_tiles(planes, layout, cols, out)
+        return out
     words = min(1024, next_power_of_2(layout.words(cols)))
     unpack_kernel[(count, cdiv(layout.words(cols), words))](
         planes.arguments(),
@@ -254,3 +296,20 @@ def unpack(
         **launch_options(out.device),
     )
     return out
+
+
+def _unpack_tiles(planes: Planes, layout: PlaneLayout, cols: int, out_NM: Tensor) -> None:
+    blocks = max(1, 1024 // layout.unit)
+    unpack_tiles_kernel[(cdiv(len(out_NM), 32), cdiv(cols, blocks * layout.unit))](
+        planes.arguments(),
+        out_NM,
+        len(out_NM),
+        cols,
+        BLOCK_N=32,
+        BLOCK_K=layout.unit,
+        BLOCKS=blocks,
+        COMPUTE=TL_DTYPES[out_NM.dtype],
+        FORMAT=layout.name,
+        num_warps=4,
+        **launch_options(out_NM.device),
+    )

@@ -45,11 +45,24 @@ class SumsShape:
     num_warps: int
 
 
+SHARED_BYTES = 100 << 10
+"""Of what is on its way to a program: two of them fit a processor."""
+
+
+def stages_within(layout: PlaneLayout, most: int, *, rows: int, block_t: int, block_k: int) -> int:
+    """Returns how many blocks of BLOCK_K columns may be on their way at once, `most` at most: of so
+    many rows of the weights and of x."""
+    words = 2 if layout.high else 1  # those of high bits come with every run of words
+    columns = max(block_k, layout.unit)
+    weights = rows * words * 2 * columns // layout.parts
+    return max(2, min(most, SHARED_BYTES // (weights + block_t * columns * 2)))
+
+
 def packed_shape(num_tokens: int, layout: PlaneLayout) -> PackedShape:
     """Returns the launch shape of a dense product."""
-    is_narrow = layout.group == 16  # sums of x over so few are many
-    block_t = 16 if num_tokens <= 16 else 32 if num_tokens <= 32 or is_narrow else 64
-    return PackedShape(block_t=block_t, block_n=64, block_k=128, num_warps=4, num_stages=4)
+    block_t = 16 if num_tokens <= 16 else 32 if num_tokens <= 32 else 64
+    stages = stages_within(layout, 4, rows=64, block_t=block_t, block_k=128)
+    return PackedShape(block_t=block_t, block_n=64, block_k=128, num_warps=4, num_stages=stages)
 
 
 def sums_shape(layout: PlaneLayout, hidden_size: int) -> SumsShape:

@@ -4,9 +4,10 @@ Called by every loop that multiplies with a packed weight. A weight is its plane
 offsets, high bits, factors) and how far their columns are apart (`Planes.arguments`); FORMAT names
 its `PlaneLayout`. Codes become floats in registers (`tiles/codes.py`).
 
-What is summed within a group is multiplied by its scale once, and what all codes of a group have
-in common (a zero, a minimum, the bias of `raw_parts`) by the sum of x over the group, which is
-known beforehand (`small/group_sums.py`): total += scale * (codes . x) + shift * sum(x).
+Where groups are wide, what is summed within one is multiplied by its scale once, and what all its
+codes have in common (a zero, the bias of `raw_parts`) by the sum of x over the group, known
+beforehand (`small/group_sums.py`): total += scale * (codes . x) + shift * sum(x). Where they are
+narrow, numbers become values, rounded to what tensor cores take, and are summed as those.
 
 Two kinds of sums: `dot_packed` for tiles of tokens by `tl.dot`, whose rows are the weight's, so
 that codes go from registers to the tensor cores; `sums_packed` for one token, in registers.
@@ -55,7 +56,15 @@ def runs_of(format: str) -> int:
 def dot_step(block_k: int, format: str) -> int:
     """Returns the columns of one `dot_packed`: all with one scale, or one run of words."""
     layout = PLANE_LAYOUTS[format]
-    return max(layout.group, _RUN * layout.parts) if layout.group else block_k
+    if layout.is_summed:
+        return layout.group or block_k
+    return _RUN * layout.parts
+
+
+@triton.constexpr_function
+def is_summed(format: str) -> bool:
+    """Whether scales meet what was summed, rather than each number."""
+    return PLANE_LAYOUTS[format].is_summed
 
 
 @triton.constexpr_function
@@ -137,51 +146,66 @@ def block_scales(planes, at, start, BLOCK_K: tl.constexpr, FORMAT: tl.constexpr)
 
 @triton.jit
 def x_tile(
-    x_rows,
-    is_row,
-    start,
-    length,
-    PART: tl.constexpr,
-    WORDS: tl.constexpr,
-    FORMAT: tl.constexpr,
-    EVEN_K: tl.constexpr,
-):
-    """Returns the columns of x [T, WORDS] that part PART of so many words from column `start` on
-    meets. x_rows, is_row [T, 1]. EVEN_K: there are no columns beyond `length`."""
-    column = start + PART * RUN + columns_of(tl.arange(0, WORDS), FORMAT)[None, :]
+    x_rows, is_row, start, length, STEP: tl.constexpr, FORMAT: tl.constexpr, EVEN_K: tl.constexpr
+):  # fmt: skip
+    """Returns the columns of x [T, STEP] from `start` on, in the order of `joined`. x_rows, is_row
+    [T, 1]. EVEN_K: there are no columns beyond `length`."""
+    WORDS: tl.constexpr = STEP // parts_of(FORMAT)
+    place = tl.arange(0, STEP)
+    if WORDS > RUN:
+        place = columns_of(place % WORDS, FORMAT) + place // WORDS * RUN
+        place = tl.max_contiguous(tl.multiple_of(place, 16), 16)
+    column = start + place[None, :]
     is_in = is_row if EVEN_K else is_row & (column < length)
     return tl.load(x_rows + column, mask=is_in, other=0.0)
 
 
 @triton.jit
-def x_tiles(
-    x_rows, is_row, start, length, WORDS: tl.constexpr, FORMAT: tl.constexpr, EVEN_K: tl.constexpr
-):
-    """Returns `x_tile` for each part."""
-    tiles = (x_tile(x_rows, is_row, start, length, 0, WORDS, FORMAT, EVEN_K),)
-    for part in tl.static_range(1, parts_of(FORMAT)):
-        tiles += (x_tile(x_rows, is_row, start, length, part, WORDS, FORMAT, EVEN_K),)
-    return tiles
-
-
-@triton.jit
-def sums_of_x(sums_GR, row, is_row, num_rows, start, STEP: tl.constexpr, FORMAT: tl.constexpr):
-    """Returns the sums of x [1, T] over each group of a `dot_packed`; row, is_row [T]. sums_GR: of
-    all rows of x, of a product whose format wants them, else anything."""
-    sums = (0.0,)
+def sum_of_x(sums_GR, row, is_row, num_rows, start, FORMAT: tl.constexpr):
+    """Returns the sums of x [1, T] over the group that begins at `start`; row, is_row [T]. sums_GR:
+    of all rows of x, of a product whose format wants them, else anything."""
     if has_sums(FORMAT):
         at = sums_GR + start // group_of(FORMAT) * num_rows + row[None, :]
-        sums = (tl.load(at, mask=is_row[None, :], other=0.0),)
-        for group in tl.static_range(1, groups_in(STEP, FORMAT)):
-            sums += (tl.load(at + group * num_rows, mask=is_row[None, :], other=0.0),)
+        sums = tl.load(at, mask=is_row[None, :], other=0.0)
+    else:
+        sums = 0.0
     return sums
 
 
 @triton.jit
-def dot_packed(
-    total,
-    xs,
-    x_sums,
+def numbers_at(at, start, ONE: tl.constexpr, COMPUTE: tl.constexpr, FORMAT: tl.constexpr):
+    """Returns the `raw_parts` of the words from column `start` on, those of step ONE of a block."""
+    words = tl.load(at[0] + start // parts_of(FORMAT))
+    high = words
+    if high_of(FORMAT) > 0:
+        high = tl.load(at[1] + start // (RUN * parts_of(FORMAT) * runs_of(FORMAT)) * RUN)
+    return raw_parts(words, high, ONE % runs_of(FORMAT), COMPUTE, FORMAT)
+
+
+@triton.jit
+def joined(parts, FORMAT: tl.constexpr):
+    """Returns the parts [N, WORDS] side by side: of one run of words, its columns in order. Which
+    thread has what stays the same."""
+    N: tl.constexpr = parts[0].shape[0]
+    ALL: tl.constexpr = parts[0].shape[1] * parts_of(FORMAT)
+    if parts_of(FORMAT) == 2:
+        whole = tl.join(parts[0], parts[1]).permute(0, 2, 1)
+    elif parts_of(FORMAT) == 4:
+        whole = _four(parts[0], parts[1], parts[2], parts[3]).permute(0, 3, 2, 1)
+    else:
+        first = _four(parts[0], parts[1], parts[2], parts[3])
+        second = _four(parts[4], parts[5], parts[6], parts[7])
+        whole = tl.join(first, second).permute(0, 4, 3, 2, 1)
+    return whole.reshape(N, ALL)
+
+
+@triton.jit
+def _four(a, b, c, d):
+    return tl.join(tl.join(a, b), tl.join(c, d))
+
+
+@triton.jit
+def values_at(
     at,
     raw,
     start,
@@ -191,32 +215,61 @@ def dot_packed(
     COMPUTE: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """Returns total [N, T] + weight @ x.T over the columns of `x_tiles`, the `dot_step` number ONE
+    """Returns the values [N, columns of a run] from column `start` on, without what `scaled_rows`
+    multiplies them with; `raw` as in `dot_packed`."""
+    numbers = numbers_at(at, start, ONE, COMPUTE, FORMAT)
+    values = (_values(numbers, raw, 0, FIRST, BLOCK_K, COMPUTE, FORMAT),)
+    for part in tl.static_range(1, parts_of(FORMAT)):
+        values += (_values(numbers, raw, part, FIRST, BLOCK_K, COMPUTE, FORMAT),)
+    return joined(values, FORMAT)
+
+
+@triton.jit
+def _values(
+    numbers,
+    raw,
+    PART: tl.constexpr,
+    FIRST: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    scale, shift = scale_and_shift(
+        *(raw, FIRST + group_in_run(PART, FORMAT)), *(BLOCK_K, COMPUTE, FORMAT)
+    )
+    return (numbers[PART].to(tl.float32) * scale + shift).to(COMPUTE)
+
+
+@triton.jit
+def dot_packed(
+    total,
+    x,
+    x_sum,
+    at,
+    raw,
+    start,
+    ONE: tl.constexpr,
+    FIRST: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """Returns total [N, T] + weight @ x.T over the columns of `x_tile`, the `dot_step` number ONE
     of a block, whose groups are those from FIRST on of the BLOCK_K columns that `raw` is of; of
     weights with a scale or a factor a row without it, see `scaled_rows`."""
-    GROUP: tl.constexpr = group_of(FORMAT)
-    words = tl.load(at[0] + start // parts_of(FORMAT))
-    high = words
-    if high_of(FORMAT) > 0:
-        high = tl.load(at[1] + start // (RUN * parts_of(FORMAT) * runs_of(FORMAT)) * RUN)
-    numbers = raw_parts(words, high, ONE % runs_of(FORMAT), COMPUTE, FORMAT)
-    sums = tl.zeros(total.shape, tl.float32)
-    if GROUP == 0:
-        sums = total
-    for part in tl.static_range(parts_of(FORMAT)):
-        x = xs[part].to(COMPUTE).T
-        sums = tl.dot(numbers[part], x, sums, input_precision="ieee")
-        if GROUP > 0 and ends_group(part, FORMAT):
-            scale, shift = scale_and_shift(
-                *(raw, FIRST + group_in_run(part, FORMAT)),
-                *(BLOCK_K, COMPUTE, FORMAT),
-            )
-            total += sums * scale
+    x_T = x.to(COMPUTE).T
+    if not is_summed(FORMAT):
+        values = values_at(at, raw, start, ONE, FIRST, BLOCK_K, COMPUTE, FORMAT)
+        total = tl.dot(values, x_T, total, input_precision="ieee")
+    else:
+        numbers = joined(numbers_at(at, start, ONE, COMPUTE, FORMAT), FORMAT)
+        if group_of(FORMAT) == 0:
+            total = tl.dot(numbers, x_T, total, input_precision="ieee")
+        else:
+            scale, shift = scale_and_shift(raw, FIRST, BLOCK_K, COMPUTE, FORMAT)
+            total += tl.dot(numbers, x_T, input_precision="ieee") * scale
             if has_sums(FORMAT):
-                total += x_sums[group_in_run(part, FORMAT)] * shift
-            sums = tl.zeros(total.shape, tl.float32)
-    if GROUP == 0:
-        total = sums
+                total += x_sum * shift
     return total
 
 
@@ -224,7 +277,7 @@ def dot_packed(
 def loads_ahead(block_k: int, format: str) -> bool:
     """Whether scales are loaded a block ahead: where they are few enough for registers."""
     layout = PLANE_LAYOUTS[format]
-    return not layout.group or block_k // layout.group <= 2
+    return not layout.group or block_k // layout.group <= 8
 
 
 @triton.jit
@@ -240,8 +293,8 @@ def scales_ahead(planes, at, start, BLOCK_K: tl.constexpr, FORMAT: tl.constexpr)
 @triton.jit
 def add_step(
     total,
-    xs,
-    x_sums,
+    x,
+    x_sum,
     planes,
     at,
     raw,
@@ -255,14 +308,12 @@ def add_step(
     STEP: tl.constexpr = dot_step(BLOCK_K, FORMAT)
     if loads_ahead(BLOCK_K, FORMAT):
         total = dot_packed(
-            *(total, xs, x_sums, at, raw, start),
+            *(total, x, x_sum, at, raw, start),
             *(ONE, ONE * groups_in(STEP, FORMAT), BLOCK_K, COMPUTE, FORMAT),
         )
     else:
         of_step = block_scales(planes, at, start, STEP, FORMAT)
-        total = dot_packed(
-            *(total, xs, x_sums, at, of_step, start), *(ONE, 0, STEP, COMPUTE, FORMAT)
-        )
+        total = dot_packed(*(total, x, x_sum, at, of_step, start), *(ONE, 0, STEP, COMPUTE, FORMAT))
     return total
 
 
@@ -307,10 +358,10 @@ def packed_rows(
         following = scales_ahead(planes, at, tl.minimum(first + BLOCK_K, last), BLOCK_K, FORMAT)
         for one in tl.static_range(BLOCK_K // STEP):
             start = first + one * STEP
-            xs = x_tiles(x_rows, is_row[:, None], start, length, WORDS, FORMAT, EVEN_K)
-            sums = sums_of_x(sums_GR, row, is_row, num_rows, start, STEP, FORMAT)
+            x = x_tile(x_rows, is_row[:, None], start, length, STEP, FORMAT, EVEN_K)
+            x_sum = sum_of_x(sums_GR, row, is_row, num_rows, start, FORMAT)
             total = add_step(
-                *(total, xs, sums, planes, at, raw, start),
+                *(total, x, x_sum, planes, at, raw, start),
                 *(one, BLOCK_K, COMPUTE, FORMAT),
             )
         raw = following
@@ -351,14 +402,14 @@ def packed_pair_of_rows(
         next_second = scales_ahead(second_planes, at_second, ahead, BLOCK_K, FORMAT)
         for one in tl.static_range(BLOCK_K // STEP):
             start = block + one * STEP
-            xs = x_tiles(x_rows, is_row[:, None], start, length, WORDS, FORMAT, EVEN_K)
-            sums = sums_of_x(sums_GR, row, is_row, num_rows, start, STEP, FORMAT)
+            x = x_tile(x_rows, is_row[:, None], start, length, STEP, FORMAT, EVEN_K)
+            x_sum = sum_of_x(sums_GR, row, is_row, num_rows, start, FORMAT)
             first_total = add_step(
-                *(first_total, xs, sums, first_planes, at_first, raw_first, start),
+                *(first_total, x, x_sum, first_planes, at_first, raw_first, start),
                 *(one, BLOCK_K, COMPUTE, FORMAT),
             )
             second_total = add_step(
-                *(second_total, xs, sums, second_planes, at_second, raw_second, start),
+                *(second_total, x, x_sum, second_planes, at_second, raw_second, start),
                 *(one, BLOCK_K, COMPUTE, FORMAT),
             )
         raw_first = next_first

@@ -24,7 +24,7 @@ from octavo.kernels.triton.tiles.packed import (
 from octavo.kernels.triton.tiles.scales import (
     group_of,
     has_offsets,
-    has_sums,
+    has_shift,
     num_factors,
     scale_and_shift,
     scale_zero_minimum,
@@ -110,7 +110,7 @@ def sums_packed(
                 raw = raw_scales(planes, safe, group, FORMAT)
                 scale, shift = scale_and_shift(raw, 0, GROUP, dtype, FORMAT)
                 sums *= scale
-                if has_sums(FORMAT):
+                if has_shift(FORMAT):
                     sums += chunk_sums(of_x, CHUNKS) * shift
             total += sums
     return total

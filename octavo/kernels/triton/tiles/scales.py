@@ -45,9 +45,16 @@ def has_offsets(format: str) -> bool:
 
 @triton.constexpr_function
 def has_sums(format: str) -> bool:
-    """Whether products need the sums of x over each group."""
+    """Whether products of several rows need the sums of x over each group."""
     layout = PLANE_LAYOUTS[format]
-    return layout.group > 0 and (layout.values == "uint" or layout.offset != "none")
+    return layout.group > 0 and layout.is_summed and has_shift(format)
+
+
+@triton.constexpr_function
+def has_shift(format: str) -> bool:
+    """Whether values are more than scale times number."""
+    layout = PLANE_LAYOUTS[format]
+    return layout.values == "uint" or layout.offset != "none"
 
 
 @triton.constexpr_function

@@ -70,9 +70,8 @@ class Shapes:
         count, inner_size = experts.count, experts.inner_size
         hidden_size = experts.hidden_size
         if experts.is_packed:
-            layouts = [one for one in (experts.gate_layout, experts.down_layout) if one]
-            bits, group = layouts[0].bits, min(one.group or 128 for one in layouts)
-            return packed_experts_shape(len(x_TM), top_k, count, bits, group)
+            layouts = experts.gate_layout, experts.down_layout
+            return packed_experts_shape(len(x_TM), top_k, count, *layouts)
         found = self._find("moe", x_TM, experts.gate_EFM, top_k, count, inner_size, hidden_size)
         if found is not None:
             return found
