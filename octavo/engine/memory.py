@@ -13,7 +13,14 @@ from octavo.config import EngineConfig
 from octavo.device import Device, DeviceMemory
 from octavo.errors import CapacityError, ConfigError
 from octavo.formats import KVFormats, kv_formats
-from octavo.kernels.facts import DETERMINISTIC_TOKENS, PEER_BYTES, SHORT_SPLITS, UNPACKED_BYTES
+from octavo.kernels.facts import (
+    DETERMINISTIC_TOKENS,
+    PEER_BYTES,
+    SHORT_SPLITS,
+    UNPACKED_BYTES,
+    UNPACKED_ROWS,
+    UNPACKED_TOKENS,
+)
 from octavo.kernels.limits import check_backend, check_kv_formats
 from octavo.kv_cache.planner import (
     ActivationShape,
@@ -31,6 +38,8 @@ from octavo.step import MAX_PADDED_TOKENS
 MIB = 2**20
 GRAPH_CAPTURES, GRAPH_BYTES, FIRST_GRAPH_BYTES = 32, 8 * MIB, 64 * MIB
 """Captures of a decode step, one for each bucket of batch sizes, and what each of them holds."""
+PACKED_BYTES = 1.5
+"""A weight has less on average where most are packed."""
 ALLOCATOR_SLACK = 1.05
 """What torch's caching allocator reserves for a byte that is asked for."""
 
@@ -108,7 +117,13 @@ def plan_model(
         room = max(budget.usable_bytes - weights_bytes, 0)
         groups = [group for group in group_layers(specs) if not group.is_state]
         kv_tokens = room // min(group.num_slots * group.spec.token_bytes for group in groups)
-        step_bytes = _gpu_step(spec, config, kv, 4 if dtype == "float32" else 2, kv_tokens)
+        # Of FP8 made here rows have one scale, and are multiplied as they are.
+        is_unpacked = weights_bytes < PACKED_BYTES * spec.num_parameters
+        is_unpacked &= config.quantization != "fp8" and not config.deterministic
+        step_bytes = _gpu_step(
+            *(spec, config, kv, 4 if dtype == "float32" else 2, kv_tokens),
+            is_unpacked=is_unpacked,
+        )
     else:
         # The ranks and the engines of a host share its memory.
         available = memory.available_bytes // (num_ranks * config.data_parallel_size)
@@ -147,13 +162,20 @@ def _cpu_step(spec: ModelSpec, config: EngineConfig) -> Callable[[int], int]:
 
 
 def _gpu_step(
-    spec: ModelSpec, config: EngineConfig, kv: KVFormats, element_bytes: int, kv_tokens: int
+    spec: ModelSpec,
+    config: EngineConfig,
+    kv: KVFormats,
+    element_bytes: int,
+    kv_tokens: int,
+    *,
+    is_unpacked: bool = False,
 ) -> Callable[[int], int]:
     """Returns a bound on the bytes of a step of so many tokens in the Triton back end.
 
     A step lives in turn through attention and MLP of every layer, and the sampler: residual and
     input are there all the time, and what a phase leaves is the next one's room.
-    `kv_tokens` is at least what one KV group can hold.
+    `kv_tokens` is at least what one KV group can hold. `is_unpacked`: whether weights are packed,
+    so that many tokens have those of a layer made numbers.
     """
     longest = min(config.max_model_len or spec.default_len, kv_tokens)
     tables = 4 * longest * sum(rope.rotary_dim for rope in spec.ropes)
@@ -166,12 +188,31 @@ def _gpu_step(
             partials = _partials(layer, config, num_tokens, longest)
             width = layer.attention.projected_size + layer.attention.attended_size
             room = unpacked if num_tokens > MAX_PADDED_TOKENS else 0
-            phases.append(num_tokens * width * element_bytes + partials + room)
-            phases.append(num_tokens * _mlp_bytes(layer.mlp, spec.hidden_size, element_bytes))
+            dense, experts = (
+                _unpacked(layer, spec.hidden_size, num_tokens) if is_unpacked else (0, 0)
+            )
+            phases.append(num_tokens * width * element_bytes + max(partials + room, dense))
+            mlp = num_tokens * _mlp_bytes(layer.mlp, spec.hidden_size, element_bytes)
+            phases.append(mlp + max(dense, experts))
         through = 2 * num_tokens * spec.hidden_size * element_bytes
         return int(ALLOCATOR_SLACK * (tables + through + max(phases)))
 
     return step_bytes
+
+
+def _unpacked(layer: LayerSpec, hidden_size: int, num_tokens: int) -> tuple[int, int]:
+    """Bytes of packed weights that are made numbers for so many tokens: of the largest matrix, and
+    of the experts."""
+    mlp, widest = layer.mlp, layer.attention.projected_size
+    experts = 0
+    if isinstance(mlp, MLPSpec):
+        widest = max(widest, 2 * mlp.size)
+    else:
+        widest = max(widest, 2 * mlp.shared_size)
+        if num_tokens * mlp.top_k >= UNPACKED_ROWS * mlp.num_experts:
+            experts = 2 * 3 * mlp.num_experts * mlp.expert_size * hidden_size
+    dense = 2 * widest * hidden_size if num_tokens >= UNPACKED_TOKENS else 0
+    return dense, experts
 
 
 def _partials(layer: LayerSpec, config: EngineConfig, num_tokens: int, longest: int) -> int:

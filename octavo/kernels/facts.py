@@ -29,6 +29,11 @@ PEER_BYTES = 72 << 20
 """Of a rank's memory that other ranks write into: two sums of 8,192 rows of 2,048 numbers of 2
 bytes, or fewer of wider ones, and the few rows' own place."""
 
+UNPACKED_TOKENS = 512
+"""From here on a packed matrix is made numbers, rather than anew for every tile of tokens."""
+UNPACKED_ROWS = 512
+"""Of an expert, in the mean: from here on packed experts are made numbers once a layer."""
+
 
 def short_tokens(num_heads: int, partial_size: int) -> int:
     """Returns of how many tokens the buffer of short chunks' partial results holds all splits."""

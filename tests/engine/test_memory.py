@@ -105,6 +105,17 @@ def test_a_rank_has_its_part_of_weights_and_keys() -> None:
         plan(QWEN3_30B, 56.88, tensor_parallel_size=3)
 
 
+def test_steps_that_unpack_a_layer_have_room_for_it() -> None:
+    def mib(tokens: int, **changes: Any) -> float:
+        many = {"max_num_batched_tokens": tokens, **changes}
+        return plan(QWEN3_30B, 17.0, **many).activation_bytes / 2**20
+
+    experts = 2 * 3 * 128 * 768 * 2048 / 2**20
+    assert mib(8192) - mib(8064) > experts  # 512 rows an expert, in the mean
+    assert mib(8192, quantization="fp8") < experts
+    assert mib(8192, deterministic=True) < mib(8192)
+
+
 def test_graphs_take_no_memory_where_none_are_captured() -> None:
     assert plan(QWEN3_30B, 56.88).graph_bytes == 320 * 2**20
     assert plan(QWEN3_30B, 56.88, enforce_eager=True).graph_bytes == 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from octavo.kernels.activations import Activation
+from octavo.kernels.facts import UNPACKED_ROWS
 from octavo.kernels.triton.experts.biases import add_biases
 from octavo.kernels.triton.experts.dispatch import SHARED_TOKENS, is_few
 from octavo.kernels.triton.experts.fp8 import fp8_experts
@@ -29,9 +30,6 @@ from octavo.kernels.weights import SharedExpert
 FP8_ROWS = 32
 """Of an expert, in the mean: from here on activations are rounded to FP8 where weights are FP8 with
 a scale a row. With scales by blocks, tensor cores of FP8 are slower than those of bfloat16."""
-UNPACKED_ROWS = 256
-"""Of an expert, in the mean: from here on packed weights are made numbers once a layer, rather than
-anew for every tile of tokens."""
 
 
 def run_experts(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from octavo.kernels.facts import UNPACKED_TOKENS
 from octavo.kernels.planes import Planes
 from octavo.kernels.triton.product.fp8 import fp8_product
 from octavo.kernels.triton.product.linear import product
@@ -23,8 +24,6 @@ Above, and for row counts that 8 divides, cuBLAS gave Triton's bits in all but o
 
 FP8_TOKENS = 256
 """From here on activations are rounded to FP8 where weights are FP8 with a scale a row."""
-UNPACKED_TOKENS = 512
-"""From here on other packed weights are made numbers, rather than anew for every tile of tokens."""
 
 
 def multiply(
