@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -95,3 +98,14 @@ def test_a_body_that_raises_ends_its_recording(ops: NativeOps, rng: np.random.Ge
     with pytest.raises(ValueError, match="broken"):
         ops.record(broken)
     assert ops.record(lambda: ops.linear(x, weights))[1] is not None
+
+
+def test_watching_does_not_import_the_compiler() -> None:
+    # It takes seconds, and the first decode would wait for it.
+    program = (
+        "import sys, torch\n"
+        "from octavo.kernels.cpu.recording import watched\n"
+        "assert watched(lambda: torch.ones(2) + 1)[1]\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -71,6 +71,12 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.has_seen = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here; else torch imports its compiler at the first decode, which
+        takes seconds."""
+        return False
+
     def __torch_dispatch__(
         self,
         func: Any,
