@@ -57,7 +57,12 @@ class FileWriter(LogWriter):
 
     def _text(self, item: Any) -> str:
         self._bytes_done += item.num_bytes
-        return item.make()
+        try:
+            return item.make()
+        except Exception as error:  # the edge of the thread: the lines behind this one are written
+            logger.error("a line of %s cannot be made", self._path, exc_info=error)
+            self.num_dropped += 1
+            return ""
 
     def _tell(self) -> None:
         lost = self.num_dropped - self._num_told

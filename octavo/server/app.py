@@ -81,7 +81,7 @@ def create_app(
     drain = Drain()
     store = Store(config)
     budgets = Budgets(counts or SharedCounts())
-    guard = new_gate(config)
+    guard = new_gate(config, engine)
     if guard is not None:
         metrics.watch_guard(guard)
     keyring, route_scopes = Keyring(config), RouteScopes(config.public_metrics)

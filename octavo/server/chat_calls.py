@@ -5,6 +5,7 @@ Called by the routes of chats and of the APIs that are made chats. Never formats
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import replace
 
@@ -45,6 +46,8 @@ async def chat_call(
     params = body.to_params(state.engine.default_sampling_params)
     if state.guard is not None:
         body = await checked_chat(request, body, state.guard)
+        # Nor is a long chat rendered where it was parsed, then.
+        body = await asyncio.to_thread(body.with_rendered, state.engine.tokenizer.chat_renderer)
     rendered = body.rendered or render(state.engine.tokenizer, body)
     reading = chat_reading(body, state.engine.answer_format, rendered)
     params = held_params(params, body.tool_set(), reading)

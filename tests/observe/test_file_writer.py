@@ -105,6 +105,15 @@ def test_lines_that_cannot_be_written_are_counted_and_told_of_once_one_can(
     assert lines == ["first lin", "third line", '{"dropped_lines": 2}']
 
 
+def test_a_line_that_cannot_be_made_costs_no_other(writer: FileWriter, tmp_path: Path) -> None:
+    put(writer, "one")
+    writer.put_later(lambda: [][0], 1)
+    put(writer, "two")
+    writer.flush(5)
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines == ["one", "two", '{"dropped_lines": 1}']
+
+
 def test_what_waits_is_bounded_and_nobody_waits_for_it(tmp_path: Path) -> None:
     found = FileWriter(str(tmp_path / "log"), lost, 1000)
     held = threading.Event()

@@ -12,8 +12,9 @@ import sys
 from typing import Any
 
 from octavo.config import ServerConfig
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, RequestError
 from octavo.guard import Guard, Stage
+from octavo.server.engine_client import Engine
 from octavo.server.guards.endpoint import Endpoint
 from octavo.server.guards.gate import Gate, GateLimits
 
@@ -24,11 +25,17 @@ _STAGES: dict[str, frozenset[Stage]] = {
 }
 
 
-def new_gate(config: ServerConfig) -> Gate | None:
-    """Returns the way to the guard, if there is one. Raises ConfigError."""
+def new_gate(config: ServerConfig, engine: Engine) -> Gate | None:
+    """Returns the way to the guard, if there is one. Raises ConfigError, also where the engine has
+    no texts to judge."""
     guard = _guard_of(config)
     if guard is None:
         return None
+    try:
+        _ = engine.tokenizer
+    except RequestError as error:
+        message = "a guard judges texts, and the engine has no tokenizer; leave one of both out"
+        raise ConfigError(message, field="guard") from error
     limits = GateLimits(
         seconds=config.guard_timeout,
         max_concurrent=config.guard_max_concurrent,

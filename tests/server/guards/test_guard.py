@@ -13,9 +13,10 @@ import httpx
 import pytest
 
 from octavo.config import ServerConfig
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, RequestError
 from octavo.guard import GuardCheck
 from octavo.server.generation import _Progress
+from octavo.server.guards.load import new_gate
 from octavo.server.serve import bind
 from tests.server.conftest import ServerThread
 from tests.server.fake_engine import FakeEngine
@@ -414,6 +415,18 @@ def test_hung_checks_keep_their_places_after_their_time(guarded: Any) -> None:
 def test_a_guard_that_cannot_be_had_ends_the_start(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         bind(ServerConfig(port=0, **options).resolve())
+
+
+def test_a_server_without_texts_has_no_guard() -> None:
+    class WithoutTokenizer:
+        @property
+        def tokenizer(self) -> Any:
+            raise RequestError("there is no tokenizer")
+
+    engine: Any = WithoutTokenizer()
+    assert new_gate(ServerConfig(), engine) is None
+    with pytest.raises(ConfigError, match="no tokenizer"):
+        new_gate(ServerConfig(guard=f"{MODULE}:strict"), engine)
 
 
 def test_without_a_guard_no_receiver_stands_between(start_server: Any) -> None:
