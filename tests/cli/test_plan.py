@@ -16,6 +16,7 @@ import pytest
 from octavo.cli import main
 from octavo.cli.plan.parts import PART_NAMES, spec_parts
 from octavo.models.registry import read_spec
+from tests.models import tiny
 
 
 def plan(argv: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -96,6 +97,32 @@ def test_sizes_are_said_to_be_those_of_each_device(
 ):
     argv = [tiny_model, "--device=cuda", "--memory=24GiB", "--tensor-parallel-size=2"]
     assert "memory plan of each of 2 devices: " in text_of(argv, capsys)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "more", "layout", "words"),
+    [
+        (4, [], "whole", "add --enable-expert-parallel"),
+        (4, ["--enable-expert-parallel"], "whole", "as asked"),
+        (5, [], "parts", "2 ranks cannot share whole ones"),
+    ],
+)
+def test_how_ranks_should_share_experts_is_said(
+    num_experts: int,
+    more: list[str],
+    layout: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    case = {**tiny.CASES["qwen3-moe"], "num_experts": num_experts}
+    monkeypatch.setitem(tiny.CASES, "qwen3-moe", case)
+    model = str(tiny.save_tiny("qwen3-moe", tmp_path).folder)
+    argv = [model, "--device=cuda", "--memory=24GiB", "--tensor-parallel-size=2", *more]
+    assert plan(argv, capsys)["experts_layout"] == layout
+    assert words in text_of(argv, capsys)
+    assert plan(argv[:3], capsys)["experts_layout"] is None
 
 
 def test_a_smaller_kv_format_halves_what_a_token_costs(

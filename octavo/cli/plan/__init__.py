@@ -14,7 +14,14 @@ from octavo.cli.plan.costs import WORKLOADS, parse_price, parse_workloads
 from octavo.cli.plan.planner import Planner, read_model
 from octavo.cli.plan.pricing import machine_name, price_plans
 from octavo.cli.plan.pricing_text import pricing_json, pricing_text
-from octavo.cli.plan.text import as_json, changes_text, device_text, parts_text, plan_text
+from octavo.cli.plan.text import (
+    as_json,
+    changes_text,
+    device_text,
+    layout_text,
+    parts_text,
+    plan_text,
+)
 from octavo.cli.serve import add_model
 from octavo.config import EngineConfig
 from octavo.device import DeviceMemory, select_device
@@ -86,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
         print(parts_text(config.model, spec, parts))
     plan = planner.plan(config)
     changes = planner.changes(config, plan)
+    layout = planner.experts_layout(config)
     pricing = None
     if args.price is not None:
         pricing = price_plans(
@@ -99,10 +107,12 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.json:
         costs = {} if pricing is None else {"costs": pricing_json(pricing)}
-        print(json.dumps(as_json(spec, parts, plan, changes, args.lengths) | costs))
+        print(json.dumps(as_json(spec, parts, plan, changes, args.lengths, layout) | costs))
     else:
         print(device_text(device, args.memory))
         print(plan_text(plan, args.lengths))
+        if layout is not None:
+            print(layout_text(layout, config))
         print(changes_text(changes))
         if pricing is not None:
             print(pricing_text(pricing))

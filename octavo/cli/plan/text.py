@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from octavo.cli.plan.planner import Layout
+    from octavo.config import EngineConfig
     from octavo.kv_cache.planner import MemoryPlan
     from octavo.models.spec import ModelSpec
 
@@ -53,6 +55,15 @@ def plan_text(plan: MemoryPlan, lengths: tuple[int, ...]) -> str:
     return "\n".join(lines)
 
 
+def layout_text(layout: Layout, config: EngineConfig) -> str:
+    """Says how ranks should share the experts."""
+    if layout == "parts":
+        count = config.tensor_parallel_size
+        return f"layout: a part of each expert on every rank; {count} ranks cannot share whole ones"
+    how = "as asked" if config.enable_expert_parallel else "add --enable-expert-parallel"
+    return f"layout: whole experts are quicker than a part of each on every rank: {how}"
+
+
 def changes_text(changes: Mapping[str, MemoryPlan | str]) -> str:
     head = f"  {'with':<40}{'weights':>11}{'activations':>12}{'KV cache':>11}"
     lines = ["what would change:", f"{head}{'KiB/token':>11}{'tokens':>11}{'context':>10}"]
@@ -74,11 +85,13 @@ def as_json(
     plan: MemoryPlan,
     changes: Mapping[str, MemoryPlan | str],
     lengths: tuple[int, ...],
+    layout: Layout | None,
 ) -> dict[str, Any]:
     return {
         "num_parameters": spec.num_parameters,
         "weights_parts_bytes": parts,
         **_numbers(plan),
+        "experts_layout": layout,
         "groups": [
             {
                 "layers": list(group.layers),
