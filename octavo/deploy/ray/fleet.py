@@ -173,10 +173,11 @@ class RayFleet:
         self._kind = kind_of(config, files)
         if config.prefix_caching == "off":
             logger.info("prefix_caching is off: requests go where the load is least")
+        # In an update there are replicas before it, which may hold less, or more.
+        self._max_len = config.max_model_len or 0
         looks = await self._first_looks()
         plan = least_plan([look.plan for look in looks])
-        # Of an update's replicas those before it may have had another.
-        self._max_len = min(plan.max_model_len, config.max_model_len or plan.max_model_len)
+        self._max_len = config.max_model_len or plan.max_model_len
         plan = replace(plan, max_model_len=self._max_len)
         self.link.prepare(RequestHasher(config, files, plan))
         self._learn(looks)
