@@ -121,6 +121,8 @@ class RayCluster:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
 
 
 def await_that(is_so: Callable[[], bool], seconds: float, log: Path) -> None:
