@@ -1,5 +1,4 @@
-"""The wheel that images are made of: all of the package is in it, others can serve from it, and other
-systems can install it."""
+"""The wheel that images are made of: it is whole, others can serve from it, and it has a tag."""
 
 from __future__ import annotations
 
