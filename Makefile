@@ -68,6 +68,7 @@ bench: $(VENV)/.installed-dev
 # What docs/*.md and README.md say of options, routes, fields, metrics and figures, from the code and
 # docs/figures; tests fail when it is old.
 docs: $(VENV)/.installed
+	$(BIN)/python -m docs.make_cells
 	$(BIN)/python -m docs.make_cli
 	$(BIN)/python -m docs.make_figures
 	$(BIN)/python -m docs.make_reference

@@ -13,7 +13,8 @@ from typing import NoReturn
 
 from octavo.errors import ConfigError, UnsupportedModelError
 from octavo.formats import KV_FORMATS, PACKED_BLOCK, KVFormats, WeightFormat, kv_formats
-from octavo.planes import PLANE_LAYOUTS, plane_layout
+from octavo.kernels.cells import kept_on_gpus
+from octavo.planes import plane_layout
 from octavo.visibility import Chunk, Visibility
 
 TRITON_HEAD_SIZE = 256
@@ -151,7 +152,7 @@ def check_copied_format(
     those of `PLANE_LAYOUTS`, ranks of a CPU numbers alone. Raises UnsupportedModelError naming the
     matrix, what is known and the way out."""
     if number_format.is_block and not (keeps_packed and plane_layout(number_format.name)):
-        known = f"; it keeps {', '.join(PLANE_LAYOUTS)} packed" if keeps_packed else ""
+        known = f"; it keeps {', '.join(kept_on_gpus())} packed" if keeps_packed else ""
         refuse_packed(f"{name} is in the block format {number_format.name}", device, known)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import triton.language as tl
 from torch import Tensor
 
+from octavo.errors import UnsupportedModelError
 from octavo.kernels.planes import Planes
 from octavo.kernels.triton.launching.numbers import compute_type
 from octavo.kernels.triton.product.matrices import numbers_of
@@ -137,7 +138,12 @@ def stacked_experts(experts: ExpertWeights) -> StackedExperts:
     """Returns the experts of a layer as whole stacks; see `stacked_view`."""
     gate, up, down = experts.gate, experts.up, experts.down
     if isinstance(gate, Stack) and isinstance(up, Stack) and isinstance(down, Stack):
-        assert gate.whole.layout == up.whole.layout
+        if gate.whole.layout != up.whole.layout:
+            raise UnsupportedModelError(
+                f"the experts' gates are in {_format(gate)} and what they are multiplied with in "
+                f"{_format(up)}, which one product cannot mix; unpack the model with --dtype "
+                "bfloat16"
+            )
         of_gate, of_up = gate.whole.planes, up.whole.planes
         return StackedExperts(
             gate_EFM=gate.whole.data.view(gate.num_matrices, gate.rows, -1),
@@ -155,6 +161,11 @@ def stacked_experts(experts: ExpertWeights) -> StackedExperts:
         down_EMF=stacked_view(experts.down),
         biases=experts.biases,
     )
+
+
+def _format(stack: Stack) -> str:
+    layout = stack.whole.layout
+    return stack.whole.format.name if layout is None else layout.name
 
 
 def stacked_view(weights: Sequence[Weight]) -> Tensor:
