@@ -32,7 +32,7 @@ bytes, or fewer of wider ones, and the few rows' own place."""
 UNPACKED_TOKENS = 512
 """From here on a packed matrix is made numbers, rather than anew for every tile of tokens."""
 UNPACKED_ROWS = 512
-"""Of an expert, in the mean: from here on packed experts are made numbers once a layer."""
+"""Of an expert, in the mean: beyond, packed experts are made numbers once a layer."""
 
 
 def short_tokens(num_heads: int, partial_size: int) -> int:

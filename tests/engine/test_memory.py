@@ -111,9 +111,9 @@ def test_steps_that_unpack_a_layer_have_room_for_it() -> None:
         return plan(QWEN3_30B, 17.0, **many).activation_bytes / 2**20
 
     experts = 2 * 3 * 128 * 768 * 2048 / 2**20
-    assert mib(8064) < experts < mib(8192)  # 512 rows an expert, in the mean
-    assert mib(8192, quantization="fp8") < experts
-    assert mib(8192, deterministic=True) < mib(8192)
+    assert mib(8192) < experts < mib(8256)  # 512 rows an expert, in the mean
+    assert mib(8256, quantization="fp8") < experts
+    assert mib(8256, deterministic=True) < mib(8256)
 
 
 def test_graphs_take_no_memory_where_none_are_captured() -> None:

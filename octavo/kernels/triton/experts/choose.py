@@ -98,7 +98,7 @@ def _run_packed(
     if is_fp8 and num_pairs >= FP8_ROWS * experts.count:
         of_fp8 = fp8_experts_shape(*topk_ids.shape, experts.count, by_block=False)
         return fp8_experts(*chosen, of_fp8, in_parts=in_parts)
-    if num_pairs >= UNPACKED_ROWS * experts.count:
+    if num_pairs > UNPACKED_ROWS * experts.count:
         numbers = unpacked_experts(experts, x_TM.dtype)
         many = experts_shape(
             *(len(x_TM), topk_ids.shape[1], experts.count, experts.inner_size),
