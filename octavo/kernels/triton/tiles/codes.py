@@ -131,3 +131,25 @@ def e4m3_number(code):
     bits = ((code & 128) << 8) | ((code & 127) << 7)
     half = bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     return half * 256.0
+
+
+@triton.jit
+def joined(parts, FORMAT: tl.constexpr):
+    """Returns the parts [N, WORDS] side by side: of one run of words, its columns in order. Which
+    thread has what stays the same."""
+    N: tl.constexpr = parts[0].shape[0]
+    ALL: tl.constexpr = parts[0].shape[1] * parts_of(FORMAT)
+    if parts_of(FORMAT) == 2:
+        whole = tl.join(parts[0], parts[1]).permute(0, 2, 1)
+    elif parts_of(FORMAT) == 4:
+        whole = _four(parts[0], parts[1], parts[2], parts[3]).permute(0, 3, 2, 1)
+    else:
+        first = _four(parts[0], parts[1], parts[2], parts[3])
+        second = _four(parts[4], parts[5], parts[6], parts[7])
+        whole = tl.join(first, second).permute(0, 4, 3, 2, 1)
+    return whole.reshape(N, ALL)
+
+
+@triton.jit
+def _four(a, b, c, d):
+    return tl.join(tl.join(a, b), tl.join(c, d))

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from octavo.kernels.triton.tiles.codes import (
     high_of,
+    joined,
     parts_of,
     raw_parts,
 )
@@ -180,28 +181,6 @@ def numbers_at(at, start, ONE: tl.constexpr, COMPUTE: tl.constexpr, FORMAT: tl.c
     if high_of(FORMAT) > 0:
         high = tl.load(at[1] + start // (RUN * parts_of(FORMAT) * runs_of(FORMAT)) * RUN)
     return raw_parts(words, high, ONE % runs_of(FORMAT), COMPUTE, FORMAT)
-
-
-@triton.jit
-def joined(parts, FORMAT: tl.constexpr):
-    """Returns the parts [N, WORDS] side by side: of one run of words, its columns in order. Which
-    thread has what stays the same."""
-    N: tl.constexpr = parts[0].shape[0]
-    ALL: tl.constexpr = parts[0].shape[1] * parts_of(FORMAT)
-    if parts_of(FORMAT) == 2:
-        whole = tl.join(parts[0], parts[1]).permute(0, 2, 1)
-    elif parts_of(FORMAT) == 4:
-        whole = _four(parts[0], parts[1], parts[2], parts[3]).permute(0, 3, 2, 1)
-    else:
-        first = _four(parts[0], parts[1], parts[2], parts[3])
-        second = _four(parts[4], parts[5], parts[6], parts[7])
-        whole = tl.join(first, second).permute(0, 4, 3, 2, 1)
-    return whole.reshape(N, ALL)
-
-
-@triton.jit
-def _four(a, b, c, d):
-    return tl.join(tl.join(a, b), tl.join(c, d))
 
 
 @triton.jit
