@@ -27,7 +27,7 @@ from octavo.engine.pooled_texts import (
     pooled_output,
     text_pairs,
 )
-from octavo.engine.prompts import GivenPrompt, Prompt, read_prompts
+from octavo.engine.prompts import GivenPrompt, Prompt, params_for, read_prompts
 from octavo.engine.tokenizer import Tokenizer
 from octavo.engine.vectors import VectorReader
 from octavo.errors import ConfigError, OverloadedError, RequestError
@@ -44,9 +44,9 @@ from octavo.pooling import (
     PoolingRequestOutput,
     ScoringRequestOutput,
 )
-from octavo.request import Request, SamplingParams, checked_copy
+from octavo.request import Request, SamplingParams
 from octavo.request_fields import refuse_arguments
-from octavo.tools.answers import AnswerReading, reading_of
+from octavo.tools.answers import AnswerReading, reading_of, within_budget
 from octavo.tools.definitions import NO_TOOLS, Tools, read_tools, with_choice
 from octavo.tools.reasoning_tokens import NO_THOUGHT
 from octavo.vllm_options import log_verdicts, read_options
@@ -146,7 +146,8 @@ class LLM:
         tools: Tools = NO_TOOLS,
     ) -> list[RequestOutput]:
         """`chats`: where the prompts are chats, how the answer to each is read."""
-        params = self._params_for(items, sampling_params)
+        default = self.get_default_sampling_params()
+        params = params_for(items, default if sampling_params is None else sampling_params)
         priorities = [0] * len(items) if priority is None else list(priority)
         if len(priorities) != len(items):
             raise RequestError(
@@ -193,6 +194,7 @@ class LLM:
         documents: Sequence[Mapping[str, Any]] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
+        thinking_token_budget: int | None = None,
         priority: Sequence[int] | None = None,
         cache_salt: str = "",
         **unsupported: Any,
@@ -200,7 +202,8 @@ class LLM:
         """As `generate`, for one conversation or several, through the model's chat template.
 
         Messages and tools are those that the server takes. `chat_template` is the text of another
-        template, `chat_template_kwargs` are its variables. The outputs have the `message` with
+        template, `chat_template_kwargs` are its variables; `thinking_token_budget` bounds the
+        reasoning. The outputs have the `message` with
         which the conversation goes on. Raises RequestError.
         """
         refuse_arguments("LLM.chat", unsupported)
@@ -219,7 +222,10 @@ class LLM:
         read = [read_messages(chat, place) for place, chat in conversations(messages)]
         prompts = [tokenizer.encode_chat(chat, options) for chat in read]
         items = [GivenPrompt(content=prompt.token_ids) for prompt in prompts]
-        chats = [reading_of(found, tool_set, prompt.text) for prompt in prompts]
+        chats = [
+            within_budget(reading_of(found, tool_set, prompt.text), thinking_token_budget)
+            for prompt in prompts
+        ]
         given = (items, sampling_params, use_tqdm, priority, cache_salt)
         return self._generate(*given, chats, tool_set)
 
@@ -337,22 +343,6 @@ class LLM:
             self._output.open(request, collector)
         self._run(requests, use_tqdm)
         return [(one, found.delta) for one, found in zip(requests, collectors, strict=True)]
-
-    def _params_for(
-        self, items: Sequence[object], given: SamplingParams | Iterable[SamplingParams] | None
-    ) -> list[SamplingParams]:
-        """Returns checked copies, one for each prompt: the user may change his later."""
-        if given is None:
-            given = self.get_default_sampling_params()
-        if isinstance(given, Mapping) or not isinstance(given, Iterable):
-            return [checked_copy(given)] * len(items)
-        each = [checked_copy(one) for one in given]
-        if len(each) != len(items):
-            raise RequestError(
-                f"{len(items)} prompts and {len(each)} sampling_params; give one, or one each",
-                param="sampling_params",
-            )
-        return each
 
     def _run(self, requests: Sequence[Request], use_tqdm: bool) -> None:
         """Feeds the core as its queue takes it, and steps until all are finished."""

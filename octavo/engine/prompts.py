@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from octavo.errors import RequestError, shown
+from octavo.request import SamplingParams, checked_copy
 from octavo.request_fields import Refused, refuse_field
 from octavo.request_limits import Array
 
@@ -92,3 +93,19 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, Array):
         return value.ndim == 0
     return isinstance(value, int)
+
+
+def params_for(
+    items: Sequence[GivenPrompt], given: SamplingParams | Iterable[SamplingParams]
+) -> list[SamplingParams]:
+    """Returns checked copies, one for each prompt: the user may change his later. Raises
+    RequestError where there are several, and not one each."""
+    if isinstance(given, Mapping) or not isinstance(given, Iterable):
+        return [checked_copy(given)] * len(items)
+    each = [checked_copy(one) for one in given]
+    if len(each) != len(items):
+        raise RequestError(
+            f"{len(items)} prompts and {len(each)} sampling_params; give one, or one each",
+            param="sampling_params",
+        )
+    return each

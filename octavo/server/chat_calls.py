@@ -12,7 +12,6 @@ from dataclasses import replace
 from starlette.requests import Request
 
 from octavo.engine.held_answers import held_params
-from octavo.errors import RequestError
 from octavo.request import SamplingParams
 from octavo.server.call import Call
 from octavo.server.chat_answers import chat_reading
@@ -22,7 +21,7 @@ from octavo.server.limits import check_messages
 from octavo.server.protocol.chat import ChatRequest
 from octavo.server.state import server_state
 from octavo.server.tokenising import render
-from octavo.tools.answers import AnswerReading
+from octavo.tools.answers import AnswerReading, within_budget
 from octavo.tools.reasoning_tokens import NO_THOUGHT
 
 
@@ -50,17 +49,12 @@ async def chat_call(
         body = await asyncio.to_thread(body.with_rendered, state.engine.tokenizer.chat_renderer)
     rendered = body.rendered or render(state.engine.tokenizer, body)
     reading = chat_reading(body, state.engine.answer_format, rendered)
+    reading = within_budget(reading, body.thinking_token_budget)
     params = held_params(params, body.tool_set(), reading)
     marks = None if reading is None else reading.marks.by_id
     thought = NO_THOUGHT if reading is None else reading.thought
-    if (budget := body.thinking_token_budget) is not None and not thought.ends:
-        message = (
-            "thinking_token_budget: the model does not reason, or no single token ends its "
-            "reasoning; leave it out"
-        )
-        raise RequestError(message, param="thinking_token_budget")
-    if thought.ends:
-        thought = replace(thought, budget=thinking_budget if budget is None else budget)
+    if thought.ends and thought.budget is None:
+        thought = replace(thought, budget=thinking_budget)
     began = time.monotonic()
     prompt = await state.tokenising.encode_rendered(rendered)
     request.scope["state"]["exchange"].tokenising = (began, time.monotonic())

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from octavo.errors import RequestError
 from octavo.tools.answer_parser import AnswerFormat, AnswerParser
 from octavo.tools.calls import CallPiece, Piece, TextPiece
 from octavo.tools.definitions import CUSTOM_INPUT, Kind, Tools
@@ -97,6 +98,24 @@ class AnswerReading:
     def begin(self) -> AnswerReader:
         """Returns the reader of one sequence."""
         return AnswerReader(self)
+
+
+def within_budget(reading: AnswerReading | None, budget: int | None) -> AnswerReading | None:
+    """Returns the reading with at most `budget` tokens of reasoning, where one is given.
+
+    Raises RequestError if the budget is negative or the reasoning cannot be ended."""
+    if budget is None:
+        return reading
+    if budget < 0:
+        message = f"thinking_token_budget {budget}: must be at least 0"
+        raise RequestError(message, param="thinking_token_budget")
+    if reading is None or not reading.thought.ends:
+        message = (
+            "thinking_token_budget: the model does not reason, or no single token ends its "
+            "reasoning; leave it out"
+        )
+        raise RequestError(message, param="thinking_token_budget")
+    return replace(reading, thought=replace(reading.thought, budget=budget))
 
 
 def reading_of(

@@ -11,6 +11,10 @@ import pytest
 
 from octavo.async_llm import AsyncLLM
 from octavo.config import EngineConfig, ServerConfig
+from octavo.constraint import StructuredOutputsParams
+from octavo.errors import RequestError
+from octavo.llm import LLM
+from octavo.request import SamplingParams
 from tests.server.conftest import ServerThread
 from tests.server.tiny_engine import TEMPLATE, write_model
 
@@ -22,7 +26,8 @@ CHAT = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 60, "
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Returns what an engine of a model that thinks is made of."""
     folder = write_model(tmp_path_factory.mktemp("thinker"))
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     known = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -38,18 +43,20 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": THINKS}))
-    engine = AsyncLLM(
-        EngineConfig(
-            model=str(folder),
-            load_format="dummy",
-            dtype="float32",
-            device="cpu",
-            kv_cache_memory_bytes=2**24,
-            reasoning_parser="deepseek_r1",
-            num_threads=1,
-        )
-    )
-    server = ServerThread(engine, ServerConfig(port=0))
+    return {
+        "model": str(folder),
+        "load_format": "dummy",
+        "dtype": "float32",
+        "device": "cpu",
+        "kv_cache_memory_bytes": 2**24,
+        "reasoning_parser": "deepseek_r1",
+        "num_threads": 1,
+    }
+
+
+@pytest.fixture(scope="module")
+def url(options: dict[str, Any]) -> Iterator[str]:
+    server = ServerThread(AsyncLLM(EngineConfig(**options)), ServerConfig(port=0))
     yield server.url
     server.end()
 
@@ -86,3 +93,18 @@ def test_a_form_begins_behind_it(url: str) -> None:
 def test_what_may_not_come_at_all_still_ends_it(url: str) -> None:
     allowed = {"allowed_token_ids": [70, 71]}
     assert ask(url, thinking_token_budget=BUDGET, **allowed)["choices"][0]["message"]["content"]
+
+
+def test_in_python_too(options: dict[str, Any]) -> None:
+    llm = LLM(**options)
+    choice = StructuredOutputsParams(choice=["yes", "no"])
+    params = SamplingParams(
+        max_tokens=60, seed=3, structured_outputs=choice, logit_bias={319: -100.0}
+    )
+    (cut,) = llm.chat(CHAT["messages"], params, use_tqdm=False)
+    assert not cut.outputs[0].message["content"]
+    (found,) = llm.chat(CHAT["messages"], params, use_tqdm=False, thinking_token_budget=BUDGET)
+    assert found.outputs[0].message["content"] in ("yes", "no")
+    with pytest.raises(RequestError, match="thinking_token_budget -1"):
+        llm.chat(CHAT["messages"], params, use_tqdm=False, thinking_token_budget=-1)
+    llm.close()
