@@ -6,6 +6,7 @@ whole process, so that two engines in one process do not meet.
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -135,12 +136,23 @@ class _Backend(Protocol):
     def abort(self) -> None: ...
 
 
+def _is_ours(host: str) -> bool:
+    """Whether something here could listen at `host`; a store would try for long."""
+    try:
+        socket.create_server((host, 0)).close()
+    except OSError as error:
+        return error.errno != errno.EADDRNOTAVAIL
+    return True
+
+
 class Meeting:
     """Where ranks find each other: a store that rank 0 keeps, at an address that all can reach."""
 
     def __init__(self, host: str, size: int, port: int = 0, *, is_keeper: bool = True) -> None:
         """Rank 0 opens it on a free port of `host`. Raises EngineDeadError if it cannot."""
         self.size = size
+        if is_keeper and not _is_ours(host):
+            raise EngineDeadError(f"ranks cannot meet at {host}: it is no address of this host")
         try:
             self.store = c10d.TCPStore(
                 host,

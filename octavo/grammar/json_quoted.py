@@ -1,14 +1,17 @@
 """Grammars of texts that stand within JSON's quotes: the same texts, as JSON spells them.
 
-Used by `structural_tag`. Spelling goes character by character, so that every text and every pattern
-of a grammar can be spelt for itself: what stands around them stays. Escapes have one spelling.
+Used by `structural_tag`. Every character of a text or a pattern becomes a pattern of its own, as
+JSON spells it, and what was a terminal becomes a rule: the lexer takes the longest match and never
+goes back, so that within a longer one the backslash of one escape would shut out all others. Only
+where a grammar ignores something between its terminals they stay terminals. Escapes have one
+spelling.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from octavo.errors import RequestError
@@ -27,6 +30,7 @@ _TOKEN = re.compile(
     |(?P<range>"(?:[^"\\\n]|\\.)*"\s*\.\.\s*"(?:[^"\\\n]|\\.)*")
     |(?P<text>"(?:[^"\\\n]|\\.)*")(?P<is_any_case>i?)
     |/(?P<pattern>(?:[^/\\\n]|\\.)+)/(?P<flags>[a-z]*)
+    |(?P<name>\b_?[A-Z][A-Z0-9_]*\b)
     |(?P<unknown>%(?:json|regex|lark|import|declare)\b|<[^>\n]*>|[@"/])""",
     re.VERBOSE,
 )
@@ -41,25 +45,46 @@ def quoted_lark(grammar: str) -> str:
     and patterns with what is more than characters, groups and repetition.
     """
 
+    write = _as_pattern if re.search(r"^\s*%ignore\b", grammar, re.MULTILINE) else _as_rule
+
     def spelt(found: re.Match[str]) -> str:
         if found["comment"] is not None:
             return ""
+        if found["name"] is not None:
+            return found[0] if write is _as_pattern else f"quoted_{found['name'].lower()}"
         if found["range"] is not None:
             first, last = (_text(one) for one in re.findall(r'"(?:[^"\\\n]|\\.)*"', found["range"]))
             if len(first) != 1 or len(last) != 1:
                 raise _refused(found["range"])
-            return f"/{_Set([(ord(first), ord(last))]).pattern()}/"
+            return write([_Set([(ord(first), ord(last))])])
         if found["text"] is not None:
-            text = _text(found["text"])
-            if found["is_any_case"]:
-                each = (_Set([(ord(one), ord(one))]).in_any_case().pattern() for one in text)
-                return f"/{''.join(each)}/"
-            return json.dumps(json.dumps(text, ensure_ascii=False)[1:-1], ensure_ascii=False)
+            sets = [_one(char) for char in _text(found["text"])]
+            return write([one.in_any_case() for one in sets] if found["is_any_case"] else sets)
         if found["pattern"] is not None and set(found["flags"]) <= {"i", "s"}:
-            return f"/{_Pattern(found['pattern'], found['flags']).spelt()}/"
+            return write(_Pattern(found["pattern"], found["flags"]).pieces())
         raise _refused(found[0])
 
     return _TOKEN.sub(spelt, grammar)
+
+
+def _as_pattern(pieces: Sequence[_Set | str]) -> str:
+    """Returns one terminal."""
+    if not pieces:
+        return '""'
+    return f"/{''.join(one if isinstance(one, str) else one.pattern() for one in pieces)}/"
+
+
+def _as_rule(pieces: Sequence[_Set | str]) -> str:
+    """Returns a group of terminals of one character each."""
+    found: list[str] = ["("]
+    for piece in [*pieces, ")"]:
+        one = f"/{piece.pattern()}/" if isinstance(piece, _Set) else piece.replace("?:", "")
+        if one in ("|", ")") and found[-1] in ("|", "("):
+            found.append('""')  # a way with nothing in it
+        if one == "?" and (found[-1] in ("*", "+", "?") or found[-1].startswith("{")):
+            continue  # lazy or not, the texts are the same
+        found.append(one)
+    return " ".join(found)
 
 
 def _text(literal: str) -> str:
@@ -136,14 +161,14 @@ class _Pattern:
         self._pattern, self._place = pattern, 0
         self._is_any_case, self._is_dot_all = "i" in flags, "s" in flags
 
-    def spelt(self) -> str:
-        """Returns the pattern of the same texts as JSON spells them. Raises RequestError."""
-        pieces: list[str] = []
+    def pieces(self) -> list[_Set | str]:
+        """Returns characters, and what stands between them. Raises RequestError."""
+        pieces: list[_Set | str] = []
         while self._place < len(self._pattern):
             pieces.append(self._piece())
-        return "".join(pieces)
+        return pieces
 
-    def _piece(self) -> str:
+    def _piece(self) -> _Set | str:
         pattern, start = self._pattern, self._place
         if found := re.compile(r"\((?:\?:)?(?!\?)|[)|*+?]|\{[0-9]+(?:,[0-9]*)?\}").match(
             pattern, start
@@ -154,13 +179,13 @@ class _Pattern:
         if char == "[":
             return self._told(self._class())
         if char == ".":
-            return _Set([] if self._is_dot_all else [(10, 10)], is_negated=True).pattern()
+            return _Set([] if self._is_dot_all else [(10, 10)], is_negated=True)
         if char in "(^$":
             raise _refused(f"/{pattern}/")
         return self._told(self._escape() if char == "\\" else _one(char))
 
-    def _told(self, found: _Set) -> str:
-        return (found.in_any_case() if self._is_any_case else found).pattern()
+    def _told(self, found: _Set) -> _Set:
+        return found.in_any_case() if self._is_any_case else found
 
     def _next(self) -> str:
         if self._place >= len(self._pattern):

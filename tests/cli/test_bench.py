@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from array import array
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -376,7 +377,8 @@ def test_sizes_fit_any_context(length: int):
         assert fitted.prefix >= 16
         assert max(fitted.prefills) < length
         assert 1 <= fitted.mixed_low <= min(fitted.mixed.prompt, fitted.mixed.output) // 2
-    assert FULL.within(40960) == FULL
+    assert replace(FULL.within(40_960), document=FULL.document) == FULL
+    assert FULL.within(2 * FULL.document) == FULL
 
 
 def test_mixed_requests_are_the_peers():

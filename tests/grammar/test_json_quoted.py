@@ -27,6 +27,7 @@ GRAMMARS = [
     r"start: line+" "\n" r"line: /[^\n]*/ NEW // a comment with " '"quotes"' "\n" r"NEW: /\r?\n/",
     r"start: /\D\S|\W/",
     r"start: /(?:k|s)+/i | /[k-m]{2}/i",
+    r"start: /(a|)b*?/ END" "\n" r'END: /#+/ | "\n"',
 ]
 LETTERS = 'abAzZxqkKsSlm,#! "\\/\n\t\r\x00\x1f]-1_\u00e9\u2028\U0001f600'
 
@@ -50,6 +51,27 @@ def whole(lark: str) -> str:
 def test_the_same_texts_are_taken(lark: str, text: str) -> None:
     spelt = json.dumps(text, ensure_ascii=False)[1:-1]
     assert takes(whole(quoted_lark(lark)), spelt) == takes(whole(lark), text)
+
+
+PATCH = r"""start: "*** Begin\n" hunk+ "*** End"
+hunk: ("+" | "-") /(.*)/ LF
+LF: /\n/
+"""
+
+
+@pytest.mark.parametrize("line", ["", "tab\there", "\\n", 'a "quote" \\', "\r", "\u00e9"])
+def test_lines_end_where_their_text_does(line: str) -> None:
+    text = f"*** Begin\n+{line}\n-\n+{line}\n*** End"
+    assert takes(whole(PATCH), text)
+    assert takes(whole(quoted_lark(PATCH)), json.dumps(text, ensure_ascii=False)[1:-1])
+    assert not takes(whole(quoted_lark(PATCH)), text)
+
+
+def test_what_is_ignored_stays_between_terminals() -> None:
+    lark = 'start: WORD "=" WORD\nWORD: /[a-z]+/\n%ignore / /'
+    quoted = whole(quoted_lark(lark))
+    assert takes(quoted, "ab = c")
+    assert not takes(quoted, "a b = c")
 
 
 @pytest.mark.parametrize("lark", GRAMMARS)
