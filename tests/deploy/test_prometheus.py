@@ -155,10 +155,12 @@ def test_a_real_prometheus_finds_every_name(
 
         def all_are_there() -> bool:
             try:
-                found = client.get("/label/__name__/values").json()["data"]
+                answer = client.get("/label/__name__/values")
             except httpx.HTTPError:
                 return False  # it starts
-            missing.difference_update(found)
+            if answer.status_code == 503:
+                return False  # it is not ready
+            missing.difference_update(answer.json()["data"])
             return not missing
 
         # Some come with the second evaluation of what the first one recorded.
