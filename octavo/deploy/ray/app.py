@@ -1,4 +1,4 @@
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 """The deployments of an app on Ray Serve: engines, and the HTTP API of `octavo serve` before them.
 
 Made by `build_app`. An ingress has the app that `octavo serve` has, over an AsyncLLM whose engines

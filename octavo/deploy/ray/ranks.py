@@ -1,4 +1,4 @@
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 """The tensor parallel ranks of an engine as Ray actors, on any host of the cluster.
 
 Rank 0 is in the engine process, beside the actor that starts it (`engine.client`); each other rank
