@@ -18,6 +18,8 @@ MAX_GRAMMAR_CHARS = 256 * 1024
 MAX_CHOICES = 4096
 KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 """The fields of which exactly one is given."""
+FORM_TOO_LARGE = "the output cannot be held to its form any further: "
+"""How the error of a sequence begins whose form was too large, as only its tokens showed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

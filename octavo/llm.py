@@ -194,6 +194,7 @@ class LLM:
         documents: Sequence[Mapping[str, Any]] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
         thinking_token_budget: int | None = None,
         priority: Sequence[int] | None = None,
         cache_salt: str = "",
@@ -203,11 +204,11 @@ class LLM:
 
         Messages and tools are those that the server takes. `chat_template` is the text of another
         template, `chat_template_kwargs` are its variables; `thinking_token_budget` bounds the
-        reasoning. The outputs have the `message` with
-        which the conversation goes on. Raises RequestError.
+        reasoning. The outputs have the `message` with which the conversation goes on. Raises
+        RequestError.
         """
         refuse_arguments("LLM.chat", unsupported)
-        tool_set = with_choice(read_tools(tools), tool_choice)
+        tool_set = with_choice(read_tools(tools), tool_choice, parallel_tool_calls)
         options = ChatOptions(
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,

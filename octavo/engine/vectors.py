@@ -85,4 +85,5 @@ def normalised(vector: Float32) -> Float32:
 def similarity(first: bytes, second: bytes) -> float:
     """Returns the cosine between two packed embeddings."""
     one, other = (normalised(np.frombuffer(each, np.float32)) for each in (first, second))
-    return float(one.astype(np.float64) @ other.astype(np.float64))
+    cosine = float(one.astype(np.float64) @ other.astype(np.float64))
+    return min(1.0, max(-1.0, cosine))  # the parts of a unit vector are rounded

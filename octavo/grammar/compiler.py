@@ -44,6 +44,7 @@ class GrammarError(RequestError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"the output cannot be bound so: {reason}", param="structured_outputs")
+        self.reason = reason
 
 
 class Matcher:
@@ -131,11 +132,7 @@ class Compiler:
         found = self.find(grammar)
         if found is not None:
             return found
-        library = self.load()
-        inner = library.matcher(library.tokenizer, grammar, log_level=0, limits=library.limits)
-        if inner.is_error():
-            raise GrammarError(_reason(inner))
-        matcher = Matcher(inner)
+        matcher = self._made(grammar)
         # What is not found out by compiling, the first mask shows: nothing may come.
         mask = self.masks([matcher])[0]
         if matcher.error:
@@ -147,6 +144,20 @@ class Compiler:
             while len(self._compiled) > MAX_CACHED:
                 self._compiled.popitem(last=False)
             return matcher.copy()
+
+    def compile_alone(self, grammar: str) -> Matcher:
+        """As `compile`, for one output alone, and the grammar that is kept is forgotten: all copies
+        of one share its lexer, whose states add up until no copy can go on."""
+        with self._lock:
+            self._compiled.pop(grammar, None)
+        return self._made(grammar)
+
+    def _made(self, grammar: str) -> Matcher:
+        library = self.load()
+        inner = library.matcher(library.tokenizer, grammar, log_level=0, limits=library.limits)
+        if inner.is_error():
+            raise GrammarError(_reason(inner))
+        return Matcher(inner)
 
     def masks(self, matchers: Sequence[Matcher]) -> Words:
         """Returns uint32 [N, ceil(V / 32)]: bit i of word w is set where id 32 w + i may come."""
@@ -217,7 +228,7 @@ def _load(vocabulary: Vocabulary, vocab_size: int, num_threads: int) -> _Library
 
 def _reason(inner: LLMatcher) -> str:
     """Returns the library's words, on one line, without its state."""
-    text = inner.get_error().partition("<state>")[0]
+    text = inner.get_error().partition("<state>")[0].replace("<non-verbose/>", "")
     if text.startswith("NoExtensionBias"):
         return _NOTHING
     return " ".join(text.split())[:MAX_REASON_CHARS]

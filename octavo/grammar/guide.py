@@ -17,12 +17,14 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from octavo.constraint import Constraint
+from octavo.constraint import FORM_TOO_LARGE, Constraint
 from octavo.errors import RequestError
-from octavo.grammar.compiler import Compiler, Matcher, Words
+from octavo.grammar.compiler import Compiler, GrammarError, Matcher, Words
 from octavo.grammar.deep_threads import DeepThreads
 from octavo.grammar.vocabulary import Vocabulary
 
+_LIMITS = ("oo many", "fuel")
+"""Words of the library's reasons where a limit of it is reached."""
 NUM_COMPILERS = 2
 """Threads: a grammar that takes long does not hold up all others."""
 
@@ -41,14 +43,20 @@ class Guide:
     """Leads one sequence through its grammar. Advances with known tokens alone."""
 
     __slots__ = (
-        *("_constraint", "_matcher", "_num_free", "_start", "_stop_ids", "_stops"),
+        *("_alone", "_constraint", "_matcher", "_num_free", "_start", "_stop_ids", "_stops"),
+        "_taken",
         *("error", "is_held", "phase"),
     )
 
     def __init__(
-        self, start: Future[Matcher] | None, constraint: Constraint, stop_ids: Collection[int]
+        self,
+        start: Future[Matcher] | None,
+        constraint: Constraint,
+        stop_ids: Collection[int],
+        alone: Callable[[], Matcher] | None = None,
     ) -> None:
-        """`start` comes to a matcher at the grammar's beginning; None: there is no grammar.
+        """`start` comes to a matcher at the grammar's beginning; None: there is no grammar. `alone`
+        makes one that shares nothing with other sequences.
         `stop_ids` end the sequence; they may come where a text of the grammar may end, and nowhere
         else."""
         self.is_held = start is not None
@@ -56,7 +64,10 @@ class Guide:
         self._num_free = 0
         """Tokens of the reasoning so far."""
         self._start = start
+        self._alone = alone
         self._matcher: Matcher | None = None
+        self._taken: list[int] = []
+        """Tokens that the matcher has been given."""
         self._constraint = constraint
         self._stop_ids = frozenset(stop_ids)
         self._stops = _bits(sorted(stop_ids))
@@ -109,10 +120,24 @@ class Guide:
             self.phase = Phase.BOUND
             if not self.is_held:
                 return
+            self._taken.append(token_id)
             try:
                 self.matcher.advance((token_id,))
-            except RequestError as error:
-                self.error = str(error)
+            except GrammarError as error:
+                self.go_on_alone(error.reason)
+
+    def go_on_alone(self, reason: str) -> None:
+        """Called where the matcher cannot go on: perhaps since others have used up what it shares
+        with them. Comes back to the same place with one of its own, once, or keeps `error`."""
+        alone, self._alone = self._alone, None
+        try:
+            if alone is None:
+                raise GrammarError(reason)
+            self._matcher = alone()
+            self._matcher.advance(self._taken)
+        except GrammarError as error:
+            is_limit = any(word in error.reason for word in _LIMITS)
+            self.error = FORM_TOO_LARGE + error.reason if is_limit else str(error)
 
     def mark(self, mask: Words, *, may_stop: bool = True) -> None:
         """Adds to what the grammar allows, [ceil(V / 32)], what ends the sequence and what begins
@@ -168,7 +193,7 @@ class Guides:
             start = self._pending[grammar]
         else:
             start = self._pending[grammar] = self._threads.submit(self._compiler.compile, grammar)
-        return Guide(start, constraint, known)
+        return Guide(start, constraint, known, lambda: self._compiler.compile_alone(grammar))
 
     def settle(self, seconds: float) -> None:
         """Waits for grammars that are being compiled, so long at most."""
@@ -199,12 +224,20 @@ class Guides:
         for place, guide in enumerate(guides):
             if guide is None or guide.error:
                 continue
-            if place in bound:
-                guide.error = guide.matcher.error
+            if place in bound and guide.matcher.error:
+                masks[place] = self._mask_alone(guide)
             guide.mark(masks[place], may_stop=may_stop[place])
             if not masks[place].any():
                 guide.error = guide.error or "the grammar leaves no token to go on with"
         return masks
+
+    def _mask_alone(self, guide: Guide) -> Words:
+        """Returns the mask of one whose matcher cannot go on; nothing, if none can."""
+        guide.go_on_alone(guide.matcher.error)
+        (mask,) = self._compiler.masks([guide.matcher])
+        if guide.matcher.error:
+            guide.go_on_alone(guide.matcher.error)
+        return mask
 
     def close(self) -> None:
         self._threads.close()

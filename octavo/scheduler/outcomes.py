@@ -215,7 +215,8 @@ class Outcomes:
         """Appends a row's tokens as far as the sequence goes; returns what is wrong with one."""
         for token in token_ids:
             if token == NO_TOKEN:
-                return BROKEN_LOGITS
+                # A form that cannot go on leaves no token either: then the weights are sound.
+                return (sequence.guide and sequence.guide.error) or BROKEN_LOGITS
             if sequence.guide is not None:
                 sequence.guide.advance(token)
                 if sequence.guide.error:

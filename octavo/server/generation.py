@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from starlette.requests import Request as HttpRequest
 
+from octavo.constraint import FORM_TOO_LARGE
 from octavo.engine.mailbox import MAX_WAITING_TOKENS, Deliver, Mailbox
 from octavo.errors import OctavoError, OverloadedError
 from octavo.observe.metrics import RequestTrack
@@ -198,8 +199,8 @@ class _Running:
         self.num_unfinished = len(call.requests)
         told = call.exchange.told
         self.deliver = deliver if told is None else kept(told, call.params.n, deliver)
-        self.fail = fail
-        self.refuse = refuse
+        self._fail, self._refuse = fail, refuse
+        self._has_failed = False
         self._call = call
         self._state = state
         self._lease = NO_LEASE
@@ -210,6 +211,16 @@ class _Running:
         self._most = max(1, state.engine.max_num_seqs // call.params.n)
         self._todo = deque(enumerate(call.requests))
         self._open: dict[int, _Progress] = {}
+
+    def fail(self, error: OctavoError) -> None:
+        """Has the call end with `error`, which its reader is still to be told."""
+        self._has_failed = True
+        self._fail(error)
+
+    def refuse(self) -> None:
+        """Nobody reads on: what is there is not told. An error that ends the call is."""
+        if not self._has_failed:
+            self._refuse()
 
     def __enter__(self) -> _Running:
         call, state = self._call, self._state
@@ -325,8 +336,7 @@ class _Progress:
         """Takes the end of a sequence, and of the request if it is the last."""
         reason = delta.finish_reason
         if reason == FinishReason.ERROR:
-            message = f"the engine could not finish this request: {delta.stop_reason}"
-            self._running.fail(ApiError(500, message, code="engine_error"))
+            self._running.fail(_broken_off(str(delta.stop_reason)))
         elif reason == FinishReason.ABORT:
             self._running.fail(ApiError(503, "the request was aborted", code="aborted"))
         if finished:
@@ -337,6 +347,14 @@ class _Progress:
 
     def stop(self) -> None:
         """Nothing more is wanted."""
+
+
+def _broken_off(reason: str) -> ApiError:
+    """Returns the error of a sequence that the engine has given up."""
+    if reason.startswith(FORM_TOO_LARGE):
+        return ApiError(400, f"{reason}; ask for a smaller form", code="form_too_large")
+    message = f"the engine could not finish this request: {reason}"
+    return ApiError(500, message, code="engine_error")
 
 
 class _GuardedProgress(_Progress):

@@ -160,6 +160,9 @@ def _chosen_name(tools: Tools, choice: Any) -> str:
     if isinstance(choice, Mapping):
         inner = choice.get(str(choice.get("type", "function")))
         found = inner.get("name") if isinstance(inner, Mapping) else choice.get("name")
+    if found is None:
+        message = f"tool_choice must name a tool, got {shown(choice)}"
+        raise RequestError(message, param="tool_choice")
     if not any(tool.name == found for tool in tools.tools):
         known = ", ".join(tool.name for tool in tools.tools[:20])
         message = f"tool_choice names {shown(found)}, which is none of the tools; there are {known}"

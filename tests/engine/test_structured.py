@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from octavo import LLM, CompletionOutput, RequestError, SamplingParams, StructuredOutputsParams
-from octavo.constraint import Constraint
+from octavo.constraint import FORM_TOO_LARGE, Constraint
 from octavo.engine.core import EngineCore
 from octavo.grammar import Matcher, grammar_text
 from octavo.grammar.compiler import Compiler
@@ -199,6 +199,22 @@ def test_a_stop_token_may_come_where_a_text_may_end(llm: LLM) -> None:
     [output] = generate(llm, [[5, 6]], [params])[0].outputs
     assert output.text == "bbb"
     assert output.finish_reason == "stop"
+
+
+def test_a_form_that_explodes_late_says_so_and_harms_nobody(llm: LLM) -> None:
+    form = {"regex": "((a{1,1000}){1,1000}){1,1000}"}
+    exploding = params_of(form, min_tokens=150, max_tokens=200)
+    free = params_of(None, temperature=1.0, seed=3, max_tokens=20, ignore_eos=True)
+    alone = generate(llm, [[5, 6]], [free])[0].outputs[0].token_ids
+    for _ in range(2):
+        bound, beside = generate(llm, [[5, 6], [5, 6]], [exploding, free])
+        assert bound.outputs[0].finish_reason == "error"
+        assert bound.outputs[0].stop_reason.startswith(FORM_TOO_LARGE)
+        assert beside.outputs[0].token_ids == alone
+    # What one output has used up is not missing to the next of the same form.
+    short = params_of(form, min_tokens=2, max_tokens=2)
+    [output] = generate(llm, [[5, 6]], [short])[0].outputs
+    assert (output.finish_reason, set(output.text)) == ("length", {"a"})
 
 
 def test_the_same_form_twice_is_compiled_once(llm: LLM) -> None:

@@ -74,6 +74,15 @@ def test_a_random_model_that_must_call_calls_rightly(llm: LLM, choice: Any) -> N
             assert isinstance(arguments["on"], bool)
 
 
+def test_an_answer_has_one_call_where_more_are_not_wanted(llm: LLM) -> None:
+    more: dict[str, Any] = {"tool_choice": "required", "parallel_tool_calls": False}
+    chats = [[{"role": "user", "content": word}] for word in ("Hi", "Lo", "On")]
+    for output in llm.chat(chats, PARAMS, False, tools=TOOLS, **more):
+        message = output.outputs[0].message
+        assert message is not None
+        assert len(message.get("tool_calls") or ()) <= 1
+
+
 def test_a_conversation_goes_on_with_the_message_of_the_answer(llm: LLM) -> None:
     choice = {"type": "function", "function": {"name": "lamp"}}
     (first,) = llm.chat(HELLO, PARAMS, False, tools=TOOLS, tool_choice=choice)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.constraint import Constraint, StructuredOutputsParams
+from octavo.constraint import FORM_TOO_LARGE, Constraint, StructuredOutputsParams
 from octavo.errors import RequestError
 from octavo.grammar import Checker, Guides, grammar_text
 from octavo.grammar.compiler import MAX_CACHED, Compiler
@@ -327,3 +327,22 @@ def test_others_go_on_while_a_large_grammar_is_compiled() -> None:
         time.sleep(0)
     # With the lock held there would be hardly any.
     assert turns > 100
+
+
+def test_what_one_output_has_used_up_is_not_missing_to_others(guides: Guides) -> None:
+    """The library's copies share the states of a lexer."""
+    wanted = StructuredOutputsParams(regex="((a{1,1000}){1,1000}){1,1000}")
+    beside = guide_of(guides, wanted)
+    guides.masks([beside], [True])
+    for _ in range(3):
+        guide = guide_of(guides, wanted)
+        for _ in range(1000):
+            guides.masks([guide], [True])
+            if guide.error:
+                break
+            guide.advance(ord("a"))
+        assert guide.error.startswith(FORM_TOO_LARGE + "lexer error"), guide.error
+        for other in (beside, guide_of(guides, wanted)):
+            other.advance(ord("a"))
+            assert ord("a") in bits(guides.masks([other], [True])[0])
+            assert not other.error

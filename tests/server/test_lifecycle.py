@@ -135,6 +135,19 @@ def test_a_sequence_that_did_not_finish_is_an_error(
     assert response.status_code == status
 
 
+@every_path
+@pytest.mark.parametrize(("reason", "code"), [("error", "engine_error"), ("abort", "aborted")])
+def test_a_sequence_that_did_not_finish_is_an_event_of_its_stream(
+    start_server: Any, path: str, reason: str, code: str
+) -> None:
+    server = start_server()
+    server.engine.finish_reason = reason
+    body = {**PATHS[path], "stream": True, "max_tokens": 4, "n": 2}
+    response = httpx.post(f"{server.url}{path}", json=body)
+    last = response.text.strip().split("\n\n")[-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == code
+
+
 def test_a_dead_engine_fails_health_but_not_metrics(start_server: Any) -> None:
     server = start_server()
     with httpx.Client(base_url=server.url) as http:

@@ -122,7 +122,11 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "response_format",
         "Invalid type",
     ),
-    ({"response_format": {"type": "json_schema"}}, "response_format", "needs json_schema"),
+    (
+        {"response_format": {"type": "json_schema"}},
+        "response_format",
+        "json_schema, got none",
+    ),
     ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format", "schema"),
     ({"response_format": {"type": "text", "triggers": []}}, "response_format", "no other field"),
     ({"response_format": {"kind": "json"}}, "response_format.kind", "unknown field"),
@@ -134,6 +138,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "no JSON"),
     ({"structured_outputs": {"json": {"$ref": "#"}}}, "structured_outputs.json", "no finite"),
     ({"structured_outputs": {"yaml": "x"}}, "structured_outputs.yaml", "unknown field"),
+    ({"structured_outputs": {"jsn": {}}}, "structured_outputs.jsn", "structured_outputs.json?"),
     ({"guided_json": {"type": "x"}}, "guided_json", "Invalid type"),
     ({"guided_choice": []}, "guided_choice", "choice"),
     ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex", "both"),
@@ -156,8 +161,29 @@ def test_what_cannot_be_had_is_a_400_with_the_reason(http: httpx.Client, place: 
     assert http.post(TEXT, json={"prompt": "Go", "max_tokens": 2}).status_code == 200
 
 
+@REAL
+def test_a_form_that_explodes_as_the_answer_is_written_is_the_clients(
+    http: httpx.Client,
+) -> None:
+    body = {"prompt": "Go", "max_tokens": 200, "min_tokens": 150, "temperature": 0}
+    body["guided_regex"] = "((a{1,1000}){1,1000}){1,1000}"
+    for _ in range(2):
+        answer = http.post(TEXT, json=body)
+        assert answer.status_code == 400, answer.text
+        error = answer.json()["error"]
+        assert error["code"] == "form_too_large"
+        assert "any further: lexer error" in error["message"], error
+    lines = []
+    with http.stream("POST", TEXT, json={**body, "stream": True}) as stream:
+        for line in stream.iter_lines():
+            lines.append(line)
+            if "error" in line:
+                break
+    assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "form_too_large"
+
+
 def test_a_form_that_explodes_harms_nobody(http: httpx.Client) -> None:
-    patterns = ["(a?){60}" * 40, "(.*a){60}", "((a|b)*c){200}x{500}", "(x+x+)+y"]
+    patterns = ["(.*a.{200}){20}", "(a?){60}" * 40, "(.*a){60}", "((a|b)*c){200}x{500}", "(x+x+)+y"]
     for pattern in patterns:
         body = {"prompt": "Go", "max_tokens": 8, "structured_outputs": {"regex": pattern}}
         answer = http.post(TEXT, json=body, timeout=60)

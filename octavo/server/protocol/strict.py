@@ -127,7 +127,8 @@ class StrictModel(BaseModel):
         near = [one for one in _MEANT.get(name, ()) if one in cls.model_fields]
         if not near and len(name) <= _LONGEST_NAME:
             # No hint is better than a wrong one.
-            known = sorted({*cls.model_fields, *cls.ignored_fields})
+            fields = {field.alias or one for one, field in cls.model_fields.items()}
+            known = sorted({*fields, *cls.ignored_fields})
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
         if near:
             hint = f"did you mean {cls.place}{near[0]}?"

@@ -70,7 +70,8 @@ class ResponseFormat(StrictModel):
             return {"structural_tag": {"format": self.format}}
         if given != list(needed.get(self.type, ())):
             wanted = " and ".join(needed.get(self.type, ())) or "no other field"
-            message = f"response_format of type {self.type} needs {wanted}, got {given}"
+            found = " and ".join(given) or "none"
+            message = f"response_format of type {self.type} needs {wanted}, got {found}"
             raise RequestError(message, param="response_format")
         if self.json_schema is not None:
             return {"json": self.json_schema.schema_}
