@@ -190,6 +190,7 @@ class _Tokens:
         self.special_token_ids = [*sorted(specials), vocab_size]
         self.eos_token_id = vocab_size
         self._encode = vocabulary.encode
+        self._specials = frozenset(specials)
         plain = set(range(len(known))).difference(specials)
         self._id_of = {known[one]: one for one in sorted(plain, reverse=True) if known[one]}
         self._longest = max(map(len, self._id_of), default=1)
@@ -198,9 +199,12 @@ class _Tokens:
         """Returns the ids of what a grammar forces: other spellings of it are not allowed."""
         data = text.encode() if isinstance(text, str) else text
         ids = self._encode(data.decode("utf-8", "ignore"))
-        # Some tokenizers change a text, or put a space before it.
+        # Some tokenizers change a text, or put a space before it; and what reads as a special token
+        # is that token to them, which no text of a grammar means.
         is_exact = b"".join(map(self.tokens.__getitem__, ids)) == data
-        return ids if is_exact else self._longest_first(data)
+        if is_exact and self._specials.isdisjoint(ids):
+            return ids
+        return self._longest_first(data)
 
     def _longest_first(self, data: bytes) -> list[int]:
         ids: list[int] = []

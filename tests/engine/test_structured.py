@@ -187,6 +187,16 @@ def test_a_whole_text_ends_at_once_without_an_end_token(llm: LLM) -> None:
     assert len(output.token_ids) == 3
 
 
+def test_what_reads_as_a_special_token_is_text(llm: LLM) -> None:
+    """A text that is forced is spelt by the tokenizer, to which it is that token."""
+    for special, token_id in llm.tokenizer.special_strings.items():
+        for text in (special, f"a{special}b"):
+            found = generate(llm, [[5, 6]], [params_of({"choice": [text]}, max_tokens=90)])
+            [output] = found[0].outputs
+            assert (output.text, output.finish_reason) == (text, "stop")
+            assert token_id not in output.token_ids[:-1]
+
+
 def test_a_stop_string_cuts_and_says_so(llm: LLM) -> None:
     params = params_of({"choice": ["yes please"]}, stop=["s p"])
     [output] = generate(llm, [[5, 6]], [params])[0].outputs
