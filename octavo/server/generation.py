@@ -25,7 +25,7 @@ from octavo.server.call import Call
 from octavo.server.errors import ApiError
 from octavo.server.exchange import Exchange
 from octavo.server.guards.call import CallGuard, ShownMarks
-from octavo.server.guards.inputs import KEY
+from octavo.server.guards.inputs import guard_of
 from octavo.server.guards.outputs import HeldOutput
 from octavo.server.limits import check_prompt
 from octavo.server.protocol.sampling import SamplingFields
@@ -97,12 +97,6 @@ async def new_call(
         marks=marks,
         guard=guard if guard is not None and guard.sees_output else None,
     )
-
-
-def guard_of(request: HttpRequest) -> CallGuard | None:
-    """Returns the guard that has let a request's texts through, if there is a guard. A request
-    that has not passed it is a mistake of ours, and goes no further."""
-    return None if server_state(request).guard is None else request.scope["state"][KEY]
 
 
 def check_params(request: HttpRequest, body: SamplingFields, params: SamplingParams) -> None:

@@ -20,7 +20,8 @@ from octavo.outputs import OutputDelta
 from octavo.server.answer_wire import AnswerWire
 from octavo.server.auth import check_priority
 from octavo.server.call import Call
-from octavo.server.generation import PREPARED_AT_ONCE, guard_of, whole_call
+from octavo.server.generation import PREPARED_AT_ONCE, whole_call
+from octavo.server.guards.inputs import guard_of
 from octavo.server.limits import check_prompt
 from octavo.server.pieces import SLICE_SECONDS
 from octavo.server.protocol.pooling import PoolingFields

@@ -160,6 +160,11 @@ class Batch:
     output: int
     repeats: int
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """As reports name them."""
+        return {"batch": self.requests, "prompt": self.prompt, "output": self.output}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:

@@ -175,7 +175,7 @@ class Workloads:
             [(full - one) / (batch.output - 1) for one, full in zip(ones, fulls, strict=True)],
             typical=(statistics.median(fulls) - statistics.median(ones)) / (batch.output - 1),
             floor=self._seconds(self._floors.step([(1, middle)] * batch.requests)),
-            more=_sizes_of(batch) | {"one_token_seconds": ones, "full_seconds": fulls},
+            more={**batch.sizes, "one_token_seconds": ones, "full_seconds": fulls},
         )
 
     def prefill(self) -> None:
@@ -233,7 +233,7 @@ class Workloads:
             [run.seconds for run in runs],
             count=batch.requests * batch.output,
             floor=None if head is None or rest is None else head + rest * (batch.output - 1),
-            more=_sizes_of(batch)
+            more=batch.sizes
             | {
                 "prefix": prefix,
                 "tpot_ms": [1e3 * (f.seconds - o.seconds) / (batch.output - 1) for o, f in pairs],
@@ -259,7 +259,7 @@ class Workloads:
             [run.seconds - run.prompt_seconds],
             count=run.later_tokens,
             floor=None if step is None else step * run.later_tokens / batch.requests,
-            more=_sizes_of(batch)
+            more=batch.sizes
             | {
                 "document": length,
                 "document_seconds": cold.seconds,
@@ -395,7 +395,3 @@ class Workloads:
         """`wall` is what the same work took without the profiler."""
         figures: dict[str, Value] = {**profile.figures(wall, steps)}
         self._report.add(name, figures | self._held_against(name))
-
-
-def _sizes_of(batch: Batch) -> dict[str, Value]:
-    return {"batch": batch.requests, "prompt": batch.prompt, "output": batch.output}

@@ -163,3 +163,9 @@ def _place(path: _Path) -> str:
     first, *rest = path
     parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
     return str(first) + "".join(parts)
+
+
+def guard_of(request: Request) -> CallGuard | None:
+    """Returns the guard that has let a request's texts through, if there is a guard. A request
+    that has not passed it is a mistake of ours, and goes no further."""
+    return None if server_state(request).guard is None else request.scope["state"][KEY]

@@ -35,6 +35,20 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
     assert error <= tolerance, error
 
 
+def on_device(
+    layer: KVLayer, batch: AttentionBatch, *, copy: bool = False
+) -> tuple[KVLayer, AttentionBatch]:
+    planes = {name: x.to(DEVICE, copy=copy) for name, x in layer.planes.items()}
+    moved = KVLayer(layer.parts, **planes)
+    return moved, AttentionBatch(
+        positions_T=batch.positions_T.to(DEVICE),
+        slot_mapping_T=batch.slot_mapping_T.to(DEVICE),
+        query_starts=batch.query_starts.to(DEVICE),
+        seq_lens_S=batch.seq_lens_S.to(DEVICE),
+        block_table=batch.block_table.to(DEVICE),
+    )
+
+
 def make_stack(
     rng: np.random.Generator, count: int, rows: int, cols: int, dtype: torch.dtype
 ) -> tuple[Weight, ...]:

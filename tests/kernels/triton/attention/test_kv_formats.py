@@ -19,7 +19,7 @@ from octavo.kernels.reference import ReferenceOps
 from octavo.visibility import Full, Window
 from tests.kernels.cases import exact_attention, floats
 from tests.kernels.kv_cases import kv_op, make_stored
-from tests.kernels.triton.cases import TOLERANCES, assert_near, make_ops
+from tests.kernels.triton.cases import TOLERANCES, assert_near, make_ops, on_device
 from tests.kernels.triton.interpreter import DEVICE
 
 from octavo.kernels.triton.attention import choose  # isort: skip
@@ -42,20 +42,6 @@ def _small_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "SHORT_SPLITS", 4)
     monkeypatch.setattr(choose, "SHORTEST_SPLIT", 128)
     monkeypatch.setattr(choose, "SHORT_TOKENS", 32)
-
-
-def on_device(
-    layer: KVLayer, batch: AttentionBatch, *, copy: bool = False
-) -> tuple[KVLayer, AttentionBatch]:
-    planes = {name: x.to(DEVICE, copy=copy) for name, x in layer.planes.items()}
-    moved = KVLayer(layer.parts, **planes)
-    return moved, AttentionBatch(
-        positions_T=batch.positions_T.to(DEVICE),
-        slot_mapping_T=batch.slot_mapping_T.to(DEVICE),
-        query_starts=batch.query_starts.to(DEVICE),
-        seq_lens_S=batch.seq_lens_S.to(DEVICE),
-        block_table=batch.block_table.to(DEVICE),
-    )
 
 
 def attend(

@@ -16,7 +16,7 @@ from octavo.kernels.kv_pages import mixed_as
 from octavo.visibility import Full, Visibility, Window
 from tests.kernels.cases import exact_attention, floats
 from tests.kernels.kv_cases import kv_op, make_stored
-from tests.kernels.triton.cases import TOLERANCES, assert_near
+from tests.kernels.triton.cases import TOLERANCES, assert_near, on_device
 from tests.kernels.triton.interpreter import DEVICE
 
 from octavo.kernels.triton.attention.choose import attention  # isort: skip
@@ -28,7 +28,6 @@ from octavo.kernels.triton.attention.shared import (  # isort: skip
 from octavo.kernels.triton.attention.splits import tiling  # isort: skip
 from octavo.kernels.triton.launching.chip import has_wgmma  # isort: skip
 from octavo.kernels.triton.launching.tickets import make_tickets  # isort: skip
-from tests.kernels.triton.attention.test_kv_formats import on_device  # isort: skip
 
 on_hopper = pytest.mark.skipif(not has_wgmma(torch.device(DEVICE)), reason="needs a Hopper GPU")
 BF16 = torch.bfloat16
