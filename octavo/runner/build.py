@@ -93,7 +93,9 @@ def build_runner(
             *(source, needs.device, rank, size), keeps_packed=not backend.maps_weights
         )
     )
+    began = time.perf_counter()
     decoder = load_decoder(spec, family, placement, ops, plan.max_model_len, collectives)
+    logger.info("weights are there after %.1f s", time.perf_counter() - began)
     if backend.over_peers is not None and size > 1:
         table = decoder.embedding
         dtype = table.data.dtype if table.planes is None else torch.bfloat16

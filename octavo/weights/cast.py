@@ -17,7 +17,8 @@ from octavo.kernels.weights import Weight
 from octavo.planes import PlaneLayout
 from octavo.weights.large_pages import LargePages
 from octavo.weights.published.source import PackedSource
-from octavo.weights.source import DTYPE_FORMATS, NUMBER_DTYPES, MappedSource, Staging, part_of
+from octavo.weights.source import DTYPE_FORMATS, NUMBER_DTYPES, MappedSource, part_of
+from octavo.weights.staging import Staging
 
 _CHUNK_ELEMENTS = 1 << 22
 """Block formats are unpacked in pieces: NumPy needs several float32 copies of each."""

@@ -17,7 +17,8 @@ from octavo.formats import WEIGHT_FORMATS, WeightFormat
 from octavo.kernels.planes import Planes
 from octavo.kernels.weights import Weight
 from octavo.planes import PlaneLayout
-from octavo.weights.source import DTYPE_FORMATS, NUMBER_DTYPES, Staging, part_of
+from octavo.weights.source import DTYPE_FORMATS, NUMBER_DTYPES, part_of
+from octavo.weights.staging import Staging
 
 _BOUND = 1e-3
 _EMBEDDING = "embed_tokens.weight"

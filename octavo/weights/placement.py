@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import groupby
+from threading import Lock
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -20,8 +21,9 @@ from octavo.kernels.limits import check_copied_format
 from octavo.kernels.planes import empty_planes
 from octavo.kernels.weights import Stack, Weight, Within
 from octavo.planes import PlaneLayout
-from octavo.weights.source import NUMBER_DTYPES, Staging, TensorSource, half_split_rows
+from octavo.weights.source import NUMBER_DTYPES, TensorSource, half_split_rows
 from octavo.weights.split import Split
+from octavo.weights.staging import Staging
 
 _NUM_WORKERS = 8
 """Threads that read and copy; enough to keep a PCIe link busy from the page cache."""
@@ -121,6 +123,7 @@ class DevicePlacement:
         self._rank = rank
         self._size = size
         self._copies: list[_Copy] = []
+        self._converting = Lock()
 
     def matrices(self, splits: Mapping[str, Split | None]) -> tuple[Weight, ...]:
         placed: list[Weight] = []
@@ -220,7 +223,7 @@ class DevicePlacement:
     @torch.inference_mode()
     def _work(self, copies: Iterator[_Copy]) -> None:
         """Makes those copies that no other worker takes; taking from a list is atomic."""
-        staging = Staging(self.device)
+        staging = Staging(self.device, self._converting)
         try:
             for name, row, cols, out, split in copies:
                 if out.planes is None:

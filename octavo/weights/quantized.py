@@ -22,7 +22,8 @@ from octavo.weights.made import LoadQuantization, load_quantization, made_format
 from octavo.weights.published.repack import fp8_rows, int4_rows, int8_rows
 from octavo.weights.random_blocks import random_weight
 from octavo.weights.random_planes import fill_random
-from octavo.weights.source import Staging, TensorSource
+from octavo.weights.source import TensorSource
+from octavo.weights.staging import Staging
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _LARGEST_E4M3 = 448.0

@@ -24,37 +24,13 @@ from octavo.kernels.dequantize import gguf_table
 from octavo.kernels.planes import Planes
 from octavo.kernels.weights import Weight
 from octavo.planes import PlaneLayout, plane_layout
-from octavo.weights.laid_out import copy_packed
+from octavo.weights.laid_out import copy_packed, lay_out, pieces
+from octavo.weights.staging import STAGING_BYTES, Staging
 
 NUMBER_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 """Torch dtypes of the formats that are no blocks."""
 DTYPE_FORMATS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 """Format names of the dtypes that a user or a config.json can name."""
-_STAGING_BYTES = 1 << 25
-
-
-class Staging:
-    """Memory that one thread reads file bytes into on their way to a device.
-
-    Page-locked, so that the device fetches from it while the thread goes on.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        is_host = device.type == "cpu"
-        self._device = device
-        self._bytes = torch.empty(_STAGING_BYTES, dtype=torch.uint8, pin_memory=not is_host)
-        self._fetched = None if is_host else torch.Event(device=device)
-
-    def take(self) -> Tensor:
-        """Returns the memory, uint8, once the device has fetched what it held."""
-        if self._fetched is not None:
-            self._fetched.synchronize()  # sync: the next bytes overwrite the last
-        return self._bytes
-
-    def sent(self) -> None:
-        """Remembers that copies out of the memory were enqueued on the device's current stream."""
-        if self._fetched is not None:
-            self._fetched.record(torch.accelerator.current_stream(self._device))
 
 
 class TensorSource(Protocol):
@@ -234,7 +210,7 @@ class MappedSource:
             return
         # Read rather than mapped: no page faults, and no mapped pages to give back.
         row_bytes = number_format.row_bytes(stored.shape[1])
-        for piece in out.split(_STAGING_BYTES // row_bytes):
+        for piece in out.split(STAGING_BYTES // row_bytes):
             data = staging.take()[: len(piece) * row_bytes]
             stored.file.read_into(stored.start + row * row_bytes, data)
             numbers = data.view(NUMBER_DTYPES[number_format.name]).view(len(piece), -1)
@@ -246,10 +222,20 @@ class MappedSource:
         return plane_layout(self.format(name).name)
 
     def copy_planes(self, name: str, out: Planes, staging: Staging, row: int, cols: range) -> None:
-        layout = self.layout(name)
+        layout, stored = self.layout(name), self._find(name)
         assert layout is not None
-        copy_packed(self.matrix(name), layout, out, row, cols)
-        self.release(name)
+        form = _format_of(name, stored)
+        if stored.interleaved_heads:
+            copy_packed(self.matrix(name), layout, out, row, cols)
+            self.release(name)
+            return
+        row_bytes, table = form.row_bytes(stored.shape[1]), gguf_table(form)
+        for rows in pieces(out, stored.shape[1]):
+            start = stored.start + (row + rows.start) * row_bytes
+            data = staging.fetch(stored.file, start, len(rows) * row_bytes).view(len(rows), -1)
+            with staging.converting:
+                part = out.rows(rows.start, rows.stop)
+                lay_out(data, form, layout, stored.shape[1], table, part, cols)
 
     def vector(self, name: str) -> Tensor:
         stored = self._find(name)

@@ -16,6 +16,7 @@ from octavo.errors import ConfigError, UnsupportedModelError, WeightsError
 from octavo.kernels.dequantize import dequantize_rows
 from octavo.kernels.planes import values_of
 from octavo.weights import source as source_module
+from octavo.weights import staging as staging_module
 from octavo.weights.cast import CastSource
 from octavo.weights.dummy import DummySource
 from octavo.weights.gguf_source import open_gguf
@@ -61,7 +62,8 @@ def gguf_file(folder: Path) -> TensorSource:
 def test_every_tensor_on_a_device_equals_that_on_the_host(
     make: Callable[[Path], TensorSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(source_module, "_STAGING_BYTES", 1000)  # several pieces per matrix
+    for module in (source_module, staging_module):
+        monkeypatch.setattr(module, "STAGING_BYTES", 1000)  # several pieces per matrix
     source = make(tmp_path)
     host, device = HostPlacement(source), DevicePlacement(source, CPU)
     names = sorted(source.names())

@@ -20,11 +20,16 @@ from octavo import LLM, SamplingParams
 from octavo.cli import main
 from octavo.errors import ConfigError, UnsupportedModelError, WeightsError
 from octavo.kernels.dequantize import dequantize_rows
+from octavo.kernels.planes import values_of
+from octavo.weights import laid_out as laid_out_module
+from octavo.weights import staging as staging_module
 from octavo.weights.cast import CastSource
 from octavo.weights.names import expert_names
+from octavo.weights.placement import DevicePlacement
 from octavo.weights.published.source import PackedSource
 from octavo.weights.quantization import check_kv_cache, check_quantization, read_quantization
 from octavo.weights.safetensors_source import open_safetensors
+from octavo.weights.source import TensorSource
 from tests.weights.packing import Written, awq, compressed, fp8, gptq
 
 NAME = "model.layers.0.self_attn.o_proj"
@@ -174,6 +179,30 @@ def test_values_are_those_of_the_format_and_stay_packed(case: str, tmp_path: Pat
     assert torch.equal(cast.data, written.values.bfloat16())
 
 
+def placed_values(source: TensorSource, name: str) -> Tensor:
+    """Returns what a matrix means after a device has laid it out in planes."""
+    placement = DevicePlacement(source, torch.device("cpu"))
+    (weight,) = placement.matrices({name: None})
+    placement.finish()
+    assert weight.planes is not None
+    assert weight.layout is not None
+    return values_of(weight.layout, weight.planes, weight.cols)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_a_device_reads_in_pieces_means_the_same(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging_module, "STAGING_BYTES", 1000)
+    monkeypatch.setattr(laid_out_module, "_CHUNK_ELEMENTS", 3000)
+    make, config, _ = CASES[case]
+    written = make(np.random.default_rng(len(case)))
+    source = opened(tmp_path, named(written), config)
+    found = placed_values(source, f"{NAME}.weight")
+    tolerance = 1e-6 if case == "nvfp4" else 0  # its two scales are multiplied first
+    torch.testing.assert_close(found, written.values, rtol=tolerance, atol=0)
+
+
 @pytest.mark.parametrize("case", UNPACKED)
 def test_what_blocks_cannot_say_is_refused_unless_it_is_unpacked(case: str, tmp_path: Path) -> None:
     make, config, why = UNPACKED[case]
@@ -233,6 +262,7 @@ def test_gpt_oss_stacks_are_read_as_transformers_reads_them(tmp_path: Path) -> N
             weight = source.matrix(names.expert(0, expert, part))
             assert weight.format.name == "mxfp4"
             assert torch.equal(dequantize_rows(weight, slice(None)), values)
+            assert torch.equal(placed_values(source, names.expert(0, expert, part)), values)
         bias = source.vector(names.expert(0, expert, "up", kind="bias"))
         assert torch.equal(bias, tensors[f"{prefix}gate_up_proj_bias"][expert, 1::2])
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from octavo.errors import OctavoError, UnsupportedModelError, WeightsError
 from octavo.weights.checkpoint import INDEX_FILE
 from octavo.weights.safetensors_source import open_safetensors
-from octavo.weights.source import Staging
+from octavo.weights.staging import Staging
 from tests.models.tiny import save_tiny
 from tests.weights.reading import anonymous_bytes, read
 

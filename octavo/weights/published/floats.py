@@ -13,7 +13,7 @@ from torch import Tensor
 from octavo.formats import FP8, GROUP, NVFP4, WEIGHT_FORMATS
 from octavo.kernels.dequantize import e4m3_scales
 from octavo.weights.published.repack import fp8_rows, mxfp4_rows, nvfp4_rows
-from octavo.weights.published.tensors import Module, PackedMatrix, check_scales
+from octavo.weights.published.tensors import Fetch, Module, PackedMatrix, check_scales
 from octavo.weights.quantization import Quantization
 
 MXFP4 = WEIGHT_FORMATS["mxfp4"]
@@ -29,8 +29,8 @@ def fp8(module: Module, quantization: Quantization) -> PackedMatrix:
     why = fp8_unpacked_because(cols, block[1])
     is_packed = why is None
 
-    def read() -> tuple[Tensor, Tensor | None]:
-        numbers, scales = module.tensor("weight"), module.tensor(part)
+    def read(fetch: Fetch) -> tuple[Tensor, Tensor | None]:
+        numbers, scales = module.tensor("weight", fetch), module.tensor(part, fetch)
         return fp8_values(module.name, numbers, scales, block, is_packed), None
 
     return PackedMatrix(
@@ -79,9 +79,9 @@ def fp8_values(
         Module(name, {}).refuse("some numbers are NaN; download the model again")
     rows, cols = numbers.shape
     scales = scales.float().reshape(-1, scales.shape[-1] if scales.dim() > 1 else 1)
-    of_rows = scales[torch.arange(rows) // block[0]]
+    of_rows = scales[torch.arange(rows, device=scales.device) // block[0]]
     width = FP8.block_size if is_packed else 1
-    columns = torch.arange(0, cols, width) // block[1]
+    columns = torch.arange(0, cols, width, device=scales.device) // block[1]
     wide = of_rows[:, columns.clamp_(max=of_rows.shape[1] - 1)]
     return fp8_rows(numbers, wide) if is_packed else numbers.float() * wide
 
@@ -95,15 +95,15 @@ def nvfp4(module: Module, quantization: Quantization) -> PackedMatrix:
     if cols % GROUP:
         module.refuse(f"{cols} columns are no multiple of {GROUP}")
 
-    def read() -> tuple[Tensor, Tensor | None]:
-        scales = module.tensor("weight_scale")
+    def read(fetch: Fetch) -> tuple[Tensor, Tensor | None]:
+        scales = module.tensor("weight_scale", fetch)
         check_scales(module.name, scales)
         if codes == "weight_packed":
             table = e4m3_scales() / module.tensor("weight_global_scale").float().reshape(())
         else:
             table = e4m3_scales() * module.tensor("weight_scale_2").float().reshape(())
         # The kernels' values are doubled, as in ggml's files.
-        return nvfp4_rows(module.tensor(codes), scales), table.mul_(0.5)
+        return nvfp4_rows(module.tensor(codes, fetch), scales), table.mul_(0.5)
 
     return PackedMatrix(
         shape=(rows, cols), format=NVFP4, read=read, stored=tuple(module.parts.values())
@@ -115,9 +115,9 @@ def mxfp4(module: Module, quantization: Quantization) -> PackedMatrix:
     rows, cols = module.shape("weight_packed")[0], 2 * module.shape("weight_packed")[1]
     module.expect("weight_scale", (rows, cols // GROUP))
 
-    def read() -> tuple[Tensor, Tensor | None]:
-        exponents = module.tensor("weight_scale").view(torch.uint8)
-        return mxfp4_rows(module.tensor("weight_packed"), exponents), None
+    def read(fetch: Fetch) -> tuple[Tensor, Tensor | None]:
+        exponents = module.tensor("weight_scale", fetch).view(torch.uint8)
+        return mxfp4_rows(module.tensor("weight_packed", fetch), exponents), None
 
     return PackedMatrix(
         shape=(rows, cols), format=MXFP4, read=read, stored=tuple(module.parts.values())

@@ -21,14 +21,14 @@ from octavo.formats import (
     int8_format,
 )
 from octavo.weights.published.repack import int4_rows, int8_rows, unpack_codes
-from octavo.weights.published.tensors import Module, PackedMatrix, check_scales
+from octavo.weights.published.tensors import Fetch, Module, PackedMatrix, check_scales
 from octavo.weights.quantization import Quantization
 
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which nibble of a word has each of its eight columns."""
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 """One in every field of a word, by bits."""
-Codes = Callable[[], tuple[Tensor, Tensor]]
+Codes = Callable[[Fetch], tuple[Tensor, Tensor]]
 """Returns codes uint8 [N, K] and zeros uint8 [N, G]."""
 
 
@@ -39,8 +39,9 @@ def awq(module: Module, quantization: Quantization) -> PackedMatrix:
     module.expect("scales", (groups, rows))
     module.expect("qzeros", (groups, words))
 
-    def read() -> tuple[Tensor, Tensor]:
-        return _awq_codes(module.tensor("qweight")).T, _awq_codes(module.tensor("qzeros")).T
+    def read(fetch: Fetch) -> tuple[Tensor, Tensor]:
+        zeros = _awq_codes(module.tensor("qzeros", fetch))
+        return _awq_codes(module.tensor("qweight", fetch)).T, zeros.T
 
     return _matrix(module, (rows, cols), 4, "scales", read, quantization)
 
@@ -62,9 +63,9 @@ def gptq(module: Module, quantization: Quantization) -> PackedMatrix:
     module.expect("scales", (groups, rows))
     module.expect("qzeros", (groups, -(-rows * bits // 32)))
 
-    def read() -> tuple[Tensor, Tensor]:
-        codes = unpack_codes(module.tensor("qweight").T, bits, cols)
-        stored = module.tensor("qzeros")
+    def read(fetch: Fetch) -> tuple[Tensor, Tensor]:
+        codes = unpack_codes(module.tensor("qweight", fetch).T, bits, cols)
+        stored = module.tensor("qzeros", fetch)
         if quantization.zeros_less_one and bits in _ONES:
             # Whole words were counted down: a zero of 0 has borrowed from the next one.
             stored = (stored.to(torch.int64) + _ONES[bits]).to(torch.int32)
@@ -92,11 +93,11 @@ def pack_quantized(module: Module, quantization: Quantization) -> PackedMatrix:
     if has_zeros:
         module.expect("weight_zero_point", (-(-rows * bits // 32), groups))
 
-    def read() -> tuple[Tensor, Tensor]:
-        codes = unpack_codes(module.tensor("weight_packed"), bits, cols)
-        zeros = torch.full((rows, groups), 1 << bits - 1, dtype=torch.uint8)
+    def read(fetch: Fetch) -> tuple[Tensor, Tensor]:
+        codes = unpack_codes(module.tensor("weight_packed", fetch), bits, cols)
+        zeros = codes.new_full((rows, groups), 1 << bits - 1)
         if has_zeros:
-            zeros = unpack_codes(module.tensor("weight_zero_point").T, bits, rows).T
+            zeros = unpack_codes(module.tensor("weight_zero_point", fetch).T, bits, rows).T
         return codes, zeros
 
     order = None
@@ -112,11 +113,11 @@ def int_quantized(module: Module, quantization: Quantization) -> PackedMatrix:
     module.expect("weight_scale", (rows, *scales[1:2]), (1, 1), (1,))
     has_zeros = "weight_zero_point" in module.parts
 
-    def read() -> tuple[Tensor, Tensor]:
-        codes = module.tensor("weight").to(torch.int16) + 128
-        zeros = torch.zeros(scales, dtype=torch.int16)
+    def read(fetch: Fetch) -> tuple[Tensor, Tensor]:
+        codes = module.tensor("weight", fetch).to(torch.int16) + 128
+        zeros = codes.new_zeros(scales)
         if has_zeros:
-            zeros = module.tensor("weight_zero_point").to(torch.int16).view(scales)
+            zeros = module.tensor("weight_zero_point", fetch).to(torch.int16).view(scales)
         whole = (zeros + 128).to(torch.uint8).reshape(-1, *scales[1:2] or (1,))
         return codes.to(torch.uint8), whole.expand(rows, -1)
 
@@ -154,16 +155,17 @@ def _matrix(
         group = said
     form, why = _format(cols, group, bits, module.stored(scale_part).format_name, order)
 
-    def read_rows() -> tuple[Tensor, Tensor | None]:
-        codes, zeros = read()
-        scales = module.tensor(scale_part)
+    def read_rows(fetch: Fetch) -> tuple[Tensor, Tensor | None]:
+        codes, zeros = read(fetch)
+        scales = module.tensor(scale_part, fetch)
         check_scales(module.name, scales)
         scales = (scales.T if is_turned else scales.reshape(-1, groups)).expand(rows, groups)
         if form is None:
             of_column = torch.arange(cols) // group if order is None else order
+            of_column = of_column.to(codes.device)
             values = (codes.float() - zeros[:, of_column].float()) * scales[:, of_column].float()
             return values, None
-        of_block = torch.arange(0, cols, form.block_size) // group
+        of_block = torch.arange(0, cols, form.block_size, device=codes.device) // group
         wide = [one[:, of_block] for one in (scales, zeros)]
         rows_of = int4_rows if bits <= 4 else int8_rows
         return rows_of(codes, wide[0], wide[1], form), None

@@ -16,12 +16,13 @@ from octavo.formats import GROUP as SUB
 
 def unpack_codes(words: Tensor, bits: int, count: int) -> Tensor:
     """Returns `count` codes (uint8) a row of int32 words [R, W]: a little-endian stream of bits."""
+    if 8 % bits == 0:  # none crosses a byte
+        octets = words.contiguous().view(torch.uint8)
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
+        codes = (octets[..., None] >> shifts) & (1 << bits) - 1
+        return codes.flatten(-2)[..., :count]
     wide = words.to(torch.int64) & 0xFFFFFFFF
-    if 32 % bits == 0:
-        shifts = torch.arange(0, 32, bits)
-        codes = (wide[..., None] >> shifts) & (1 << bits) - 1
-        return codes.flatten(-2)[..., :count].to(torch.uint8)
-    first = torch.arange(count) * bits
+    first = torch.arange(count, device=words.device) * bits
     word, shift = first // 32, first % 32
     following = torch.cat((wide, torch.zeros_like(wide[..., :1])), dim=-1)[..., word + 1]
     pair = wide[..., word] >> shift | following << 32 - shift
@@ -60,7 +61,7 @@ def nvfp4_rows(pairs: Tensor, scales: Tensor) -> Tensor:
     """pairs uint8 [N, K / 2], the even column low; scales e4m3 [N, K / 16]."""
     codes = _blocks(_codes(pairs), NVFP4).unflatten(-1, (4, 2, 8))
     packed = (codes[..., 0, :] | codes[..., 1, :] << 4).flatten(-2)
-    whole = torch.zeros(len(scales), packed.shape[1] * 4, dtype=torch.uint8)
+    whole = packed.new_zeros(len(scales), packed.shape[1] * 4)
     whole[:, : scales.shape[1]] = scales.view(torch.uint8)
     return torch.cat((whole.unflatten(-1, (-1, 4)), packed), dim=-1).flatten(1)
 

@@ -6,9 +6,8 @@ what does not agree with the config. Activations are never quantised: their scal
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -22,10 +21,19 @@ from octavo.weights.laid_out import copy_packed
 from octavo.weights.names import ExpertNames
 from octavo.weights.published import floats, ints
 from octavo.weights.published.repack import mxfp4_rows
-from octavo.weights.published.tensors import RAW_DTYPES, Module, PackedMatrix, view
+from octavo.weights.published.tensors import (
+    Fetch,
+    Module,
+    PackedMatrix,
+    one_of,
+    raw_bytes,
+    raw_dtype,
+    view,
+)
 from octavo.weights.quantization import Method, Quantization
-from octavo.weights.source import MappedSource, Staging, StoredTensor, part_of
+from octavo.weights.source import MappedSource, StoredTensor, part_of
 from octavo.weights.stacked import experts_of
+from octavo.weights.staging import Staging
 
 Reader = Callable[[Module, Quantization], PackedMatrix]
 _PARTS = frozenset(
@@ -65,7 +73,7 @@ class PackedSource:
         if found is None:
             return self._plain.matrix(name)
         rows, cols = found.shape
-        data, table = found.read()
+        data, table = found.read(view)
         self.release(name)
         return Weight(data=data, format=found.format, rows=rows, cols=cols, table=table)
 
@@ -84,9 +92,14 @@ class PackedSource:
         return plane_layout(found.format.name)
 
     def copy_planes(self, name: str, out: Planes, staging: Staging, row: int, cols: range) -> None:
-        layout = self.layout(name)
+        found, layout = self._matrices.get(name), self.layout(name)
+        if found is None:
+            self._plain.copy_planes(name, out, staging, row, cols)
+            return
         assert layout is not None
-        copy_packed(self.matrix(name), layout, out, row, cols)
+        fetched = {stored: _fetched(name, stored, staging) for stored in found.stored}
+        with staging.converting:
+            _convert(found, lambda _, stored: fetched[stored], layout, out, row, cols)
 
     def vector(self, name: str) -> Tensor:
         return self._plain.vector(name)
@@ -98,8 +111,7 @@ class PackedSource:
             self._plain.release(name)
             return
         for stored in found.stored:
-            dtype = RAW_DTYPES[stored.format_name]
-            stored.file.release(stored.start, math.prod(stored.shape) * dtype.itemsize)
+            stored.file.release(stored.start, raw_bytes(name, stored))
 
     @property
     def nbytes(self) -> int:
@@ -115,6 +127,20 @@ class PackedSource:
                     f"{name} cannot stay packed: {one.unpacked_because}; unpack the model when it "
                     "is loaded, with --dtype bfloat16"
                 )
+
+
+def _fetched(name: str, stored: StoredTensor, staging: Staging) -> Tensor:
+    data = staging.fetch(stored.file, stored.start, raw_bytes(name, stored))
+    return data.view(raw_dtype(name, stored)).view(stored.shape)
+
+
+def _convert(
+    matrix: PackedMatrix, fetch: Fetch, layout: PlaneLayout, out: Planes, row: int, cols: range
+) -> None:
+    rows, width = matrix.shape
+    data, table = matrix.read(fetch)
+    weight = Weight(data=data, format=matrix.format, rows=rows, cols=width, table=table)
+    copy_packed(weight, layout, out, row, cols)
 
 
 def packed_source(
@@ -205,20 +231,20 @@ def _mxfp4_experts(
     count, rows, groups, _ = blocks.shape
     parts = ("gate", "up") if part == "gate_up_proj" else ("down",)
 
-    def read(expert: int, first: int) -> tuple[Tensor, None]:
-        which = expert, slice(first, None, len(parts))
-        exponents = view(stack.name, scales)[which]
-        return mxfp4_rows(view(stack.name, blocks)[which].flatten(1), exponents), None
+    def read(mine: Sequence[StoredTensor], first: int, fetch: Fetch) -> tuple[Tensor, None]:
+        pairs, exponents = (fetch(stack.name, one)[first :: len(parts)] for one in mine)
+        return mxfp4_rows(pairs.flatten(1), exponents), None
 
     for expert in range(count):
+        mine = tuple(one_of(stack.name, one, expert) for one in (blocks, scales))
         for first, one in enumerate(parts):
             yield (
                 names.expert(layer, expert, one),
                 PackedMatrix(
                     shape=(rows // len(parts), groups * GROUP),
                     format=floats.MXFP4,
-                    read=partial(read, expert, first),
-                    stored=(),
+                    read=partial(read, mine, first),
+                    stored=mine,
                 ),
             )
 
@@ -244,23 +270,24 @@ def _fp8_experts(
     why = floats.fp8_unpacked_because(cols, block[1])
     is_packed = why is None
 
-    def read(expert: int, index: int) -> tuple[Tensor, None]:
-        found = view(stack.name, numbers)[expert]
-        of = view(stack.name, scales)[expert].float()
-        mine = slice(index * height, (index + 1) * height)
-        by_row = of[grid * index if is_apart else 0 :][_scale_rows(mine, block[0], is_apart)]
+    def read(mine: Sequence[StoredTensor], index: int, fetch: Fetch) -> tuple[Tensor, None]:
+        found, of = (fetch(stack.name, one) for one in mine)
+        rows = slice(index * height, (index + 1) * height)
+        first = grid * index if is_apart else 0
+        by_row = of.float()[first:][_scale_rows(rows, block[0], is_apart)]
         one = (1, block[1])
-        return floats.fp8_values(stack.name, found[mine], by_row, one, is_packed), None
+        return floats.fp8_values(stack.name, found[rows], by_row, one, is_packed), None
 
     for expert in range(count):
+        mine = tuple(one_of(stack.name, one, expert) for one in (numbers, scales))
         for index, one in enumerate(parts):
             yield (
                 names.expert(layer, expert, one),
                 PackedMatrix(
                     shape=(height, cols),
                     format=FP8 if is_packed else WEIGHT_FORMATS["f32"],
-                    read=partial(read, expert, index),
-                    stored=(),
+                    read=partial(read, mine, index),
+                    stored=mine,
                     unpacked_because=why,
                 ),
             )

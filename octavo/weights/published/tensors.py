@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import torch
@@ -29,6 +29,8 @@ RAW_DTYPES = {
     "I64": torch.int64,
 }
 """By safetensors' names."""
+Fetch = Callable[[str, StoredTensor], Tensor]
+"""Returns the tensor of a name in its stored type, as `view` does, on any device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +40,9 @@ class PackedMatrix:
     shape: tuple[int, int]
     format: WeightFormat
     """As it is in memory; numbers (f32) where blocks cannot say what is stored."""
-    read: Callable[[], tuple[Tensor, Tensor | None]]
-    """Returns the rows, as `Weight.data`, and the table of formats that have one."""
+    read: Callable[[Fetch], tuple[Tensor, Tensor | None]]
+    """Returns the rows, as `Weight.data`, and the table (on the host) of formats that have one; the
+    tensors of `stored` it takes from Fetch, and computes where they are."""
     stored: tuple[StoredTensor, ...]
     has_row_scales: bool = False
     """Whether all scales of a row are one number."""
@@ -54,9 +57,10 @@ class Module:
     name: str
     parts: Mapping[str, StoredTensor]
 
-    def tensor(self, part: str) -> Tensor:
-        """Returns a view of a part. Raises WeightsError if it is missing or of an unknown type."""
-        return view(f"{self.name}.{part}", self.stored(part))
+    def tensor(self, part: str, fetch: Fetch | None = None) -> Tensor:
+        """Returns a part where `fetch` has it, else a view. Raises WeightsError if it is missing or
+        of an unknown type."""
+        return (fetch or view)(f"{self.name}.{part}", self.stored(part))
 
     def stored(self, part: str) -> StoredTensor:
         found = self.parts.get(part)
@@ -82,13 +86,31 @@ class Module:
         return next(iter(self.parts))
 
 
-def view(name: str, stored: StoredTensor) -> Tensor:
-    """Returns a tensor in its stored type. Raises WeightsError for a type that is not known."""
+def raw_dtype(name: str, stored: StoredTensor) -> torch.dtype:
+    """Returns the type that a tensor is stored in. Raises WeightsError for one that is not
+    known."""
     dtype = RAW_DTYPES.get(stored.format_name)
     if dtype is None:
         known = ", ".join(RAW_DTYPES)
         raise WeightsError(f"{name} has the type {stored.format_name}; known are {known}")
-    data = stored.file.view(stored.start, math.prod(stored.shape) * dtype.itemsize)
+    return dtype
+
+
+def raw_bytes(name: str, stored: StoredTensor) -> int:
+    """Returns how many bytes a tensor takes. Raises WeightsError."""
+    return math.prod(stored.shape) * raw_dtype(name, stored).itemsize
+
+
+def one_of(name: str, stack: StoredTensor, index: int) -> StoredTensor:
+    """Returns what a stack has at an index of its first dimension. Raises WeightsError."""
+    one = replace(stack, shape=stack.shape[1:])
+    return replace(one, start=stack.start + index * raw_bytes(name, one))
+
+
+def view(name: str, stored: StoredTensor) -> Tensor:
+    """Returns a tensor in its stored type, in the file. Raises WeightsError."""
+    dtype = raw_dtype(name, stored)
+    data = stored.file.view(stored.start, raw_bytes(name, stored))
     if stored.start % dtype.itemsize:
         data = data.clone()  # a header of odd length: numbers must start at their own size
     return data.view(dtype).view(stored.shape)
