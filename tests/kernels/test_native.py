@@ -78,4 +78,4 @@ if child:
 
 def test_it_says_what_instructions_it_uses(native: Ops) -> None:
     assert isinstance(native, NativeOps)
-    assert native._library.octavo_isa() == b"avx2 fma f16c"
+    assert native.isa in ("avx2", "avx512")

@@ -2,23 +2,28 @@
 #include "native.h"
 #include "pool.h"
 
-OCTAVO_API int64_t octavo_is_supported() {
+// Whether the CPU, and the system's handling of its registers, have all of an instruction set.
+OCTAVO_API int64_t octavo_supports(int64_t isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
-#else
-  return 0;
+  switch (isa) {
+    case octavo::AVX2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c");
+    case octavo::AVX512:
+      return octavo_supports(octavo::AVX2) && __builtin_cpu_supports("avx512f") &&
+             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi");
+  }
 #endif
+  return 0;
 }
 
 // What `fingerprint.py` makes of the sources that this was built from.
 OCTAVO_API const char* octavo_sources() { return OCTAVO_SOURCES; }
 
-OCTAVO_API const char* octavo_isa() { return "avx2 fma f16c"; }
-
-OCTAVO_API octavo::Pool* octavo_create(int64_t threads) {
-  return new octavo::Pool(static_cast<int>(threads));
+OCTAVO_API octavo::Pool* octavo_create(int64_t threads, int64_t isa) {
+  return new octavo::Pool(static_cast<int>(threads), static_cast<octavo::Isa>(isa));
 }
 
 OCTAVO_API void octavo_destroy(octavo::Pool* pool) { delete pool; }

@@ -8,6 +8,7 @@
 #include "simd.h"
 
 namespace octavo {
+inline namespace OCTAVO_ISA {
 
 inline float half_at(const uint8_t* p) {
   uint16_t bits;
@@ -228,4 +229,5 @@ struct FormatQ6_K {
   }
 };
 
+}  // namespace OCTAVO_ISA
 }  // namespace octavo

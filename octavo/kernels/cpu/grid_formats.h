@@ -6,6 +6,7 @@
 #include "formats.h"
 
 namespace octavo {
+inline namespace OCTAVO_ISA {
 
 inline uint32_t word_at(const uint8_t* p) {
   uint32_t word;
@@ -171,4 +172,5 @@ struct FormatTQ2_0 {
   }
 };
 
+}  // namespace OCTAVO_ISA
 }  // namespace octavo

@@ -31,6 +31,9 @@ SIGNATURES: dict[str, list[Any]] = {
     "attention": [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p],
 }
 """Arguments after the pool; every op returns a status."""
+ISAS = {"avx2": "AVX2, FMA, F16C", "avx512": "AVX-512 F, BW, DQ, VL, VBMI"}
+"""Instruction sets, worst first, and what they are made of: the order is that of `enum Isa` in
+native.h."""
 
 
 def library_path() -> Path | None:
@@ -56,9 +59,8 @@ def load_library() -> ctypes.CDLL:
         )
     library = ctypes.CDLL(str(path))
     _check_sources(library, path)
-    library.octavo_is_supported.restype = c_int64
-    library.octavo_isa.restype = c_char_p
-    library.octavo_create.argtypes, library.octavo_create.restype = [c_int64], c_void_p
+    library.octavo_supports.argtypes, library.octavo_supports.restype = [c_int64], c_int64
+    library.octavo_create.argtypes, library.octavo_create.restype = [c_int64, c_int64], c_void_p
     library.octavo_destroy.argtypes, library.octavo_destroy.restype = [c_void_p], None
     library.octavo_replay.argtypes = [c_void_p, POINTER(CallStruct), c_int64]
     library.octavo_replay.restype = c_int64
@@ -89,6 +91,11 @@ def unfit_reason() -> str | None:
         library = load_library()
     except OSError as error:
         return str(error)
-    if not library.octavo_is_supported():
-        return f"the CPU lacks one of {library.octavo_isa().decode()}"
+    if not supported_isas(library):
+        return f"the CPU lacks one of {ISAS['avx2']}"
     return None
+
+
+def supported_isas(library: ctypes.CDLL) -> tuple[str, ...]:
+    """Returns the instruction sets of ISAS that this CPU runs, worst first."""
+    return tuple(name for code, name in enumerate(ISAS) if library.octavo_supports(code))

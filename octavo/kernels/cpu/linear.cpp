@@ -72,6 +72,7 @@ void add_bias(float* row, const float* bias, int64_t count) {
 
 // The first product of a gated MLP: matrices, biases [rows] or null.
 struct GateUp {
+  Product product;
   const Matrix *gate, *up;
   const float *gate_bias, *up_bias;
   const Activation& activation;
@@ -86,8 +87,8 @@ void gate_and_up(const Rows& x, int64_t tokens, const GateUp& of, int64_t first,
                  Scratch& scratch) {
   const int64_t width = of.gate->rows, count = std::min(kPanelRows, width - first);
   float* up_out = scratch.floats(2, tokens * kPanelRows);
-  product(x, tokens, *of.gate, first, count, hidden + first, width, scratch);
-  product(x, tokens, *of.up, first, count, up_out, kPanelRows, scratch);
+  of.product(x, tokens, *of.gate, first, count, hidden + first, width, scratch);
+  of.product(x, tokens, *of.up, first, count, up_out, kPanelRows, scratch);
   for (int64_t t = 0; t < tokens; ++t) {
     float *row = hidden + t * width + first, *factor = up_out + t * kPanelRows;
     add_bias(row, at(of.gate_bias, first), count);
@@ -101,6 +102,7 @@ void gate_and_up(const Rows& x, int64_t tokens, const GateUp& of, int64_t first,
 OCTAVO_API int64_t octavo_linear(Pool* pool, const float* x, int64_t tokens, const Matrix* weights,
                                  int64_t num_weights, const float* bias, float* out) {
   std::lock_guard<std::mutex> lock(pool->op_mutex());
+  const Product product = product_of(pool->isa());
   int64_t total = 0, columns = 0;
   for (int64_t i = 0; i < num_weights; ++i) {
     total += panels(weights[i].rows);
@@ -132,12 +134,13 @@ OCTAVO_API int64_t octavo_gated_mlp(Pool* pool, const float* x, int64_t tokens,
                                     const Matrix* weights, const Activation* activation,
                                     float* hidden, float* out) {
   std::lock_guard<std::mutex> lock(pool->op_mutex());
+  const Product product = product_of(pool->isa());
   const Matrix &gate = weights[0], &up = weights[1], &down = weights[2];
   const Rows rows = {x, gate.cols, nullptr}, inner = {hidden, gate.rows, nullptr};
   const int64_t total = panels(gate.rows), down_total = panels(down.rows);
   pool->share(total, least_of(gate, tokens), [&](int64_t i, Scratch& s) {
-    gate_and_up(rows, tokens, {&gate, &up, nullptr, nullptr, *activation}, i * kPanelRows, hidden,
-                s);
+    const GateUp of = {product, &gate, &up, nullptr, nullptr, *activation};
+    gate_and_up(rows, tokens, of, i * kPanelRows, hidden, s);
   });
   pool->share(down_total, least_of(down, tokens), [&](int64_t i, Scratch& s) {
     const int64_t first = i * kPanelRows, count = std::min(kPanelRows, down.rows - first);
@@ -162,6 +165,7 @@ struct MoeArgs {
 
 OCTAVO_API int64_t octavo_moe(Pool* pool, const MoeArgs* args) {
   std::lock_guard<std::mutex> lock(pool->op_mutex());
+  const Product product = product_of(pool->isa());
   const MoeArgs& a = *args;
   const Matrix *gates = a.weights, *ups = gates + a.experts, *downs = ups + a.experts;
   const int64_t picks = a.tokens * a.top_k, inner = gates[0].rows, outer = downs[0].rows;
@@ -186,8 +190,8 @@ OCTAVO_API int64_t octavo_moe(Pool* pool, const MoeArgs* args) {
   pool->share(num_active * width, least_of(gates[0], per), [&](int64_t i, Scratch& s) {
     const int64_t e = active[i / width], start = starts[e];
     const Rows rows = {a.x, gates[e].cols, a.order + start};
-    const GateUp of = {&gates[e], &ups[e], at(a.gate_bias, e * inner), at(a.up_bias, e * inner),
-                       a.activation};
+    const GateUp of = {product, &gates[e], &ups[e], at(a.gate_bias, e * inner),
+                       at(a.up_bias, e * inner), a.activation};
     gate_and_up(rows, starts[e + 1] - start, of, i % width * kPanelRows, a.hidden + start * inner,
                 s);
   });

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from octavo.kernels.activations import Activation
 from octavo.kernels.composed import Composed
-from octavo.kernels.cpu.library import SIGNATURES, load_library
+from octavo.kernels.cpu.library import ISAS, SIGNATURES, load_library, supported_isas
 from octavo.kernels.cpu.recording import Tape, watched
 from octavo.kernels.cpu.structs import (
     SCORE_CODES,
@@ -88,15 +88,22 @@ def _destroy(library: ctypes.CDLL, pool: int, creator: int) -> None:
 
 
 class NativeOps(Composed):
-    """The ops of `octavo.kernels.ops.Ops` on `num_threads` threads of their own."""
+    """The ops of `octavo.kernels.ops.Ops` on `num_threads` threads of their own.
+
+    `isa` is one of ISAS that the CPU has; None takes the best. All give the same bits.
+    """
 
     name = "native"
     torch_threads = 1
 
-    def __init__(self, num_threads: int) -> None:
+    def __init__(self, num_threads: int, isa: str | None = None) -> None:
         self._library = load_library()
         self._functions = {name: getattr(self._library, f"octavo_{name}") for name in SIGNATURES}
-        self._pool: int = self._library.octavo_create(max(1, num_threads))
+        supported = supported_isas(self._library)
+        self.isa = supported[-1] if isa is None else isa
+        assert self.isa in supported, f"this CPU has no {self.isa}"
+        code = list(ISAS).index(self.isa)
+        self._pool: int = self._library.octavo_create(max(1, num_threads), code)
         self._structs = Descriptors()
         self._tape: Tape | None = None
         weakref.finalize(self, _destroy, self._library, self._pool, os.getpid())

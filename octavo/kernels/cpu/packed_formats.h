@@ -9,6 +9,7 @@
 #include "grid_formats.h"
 
 namespace octavo {
+inline namespace OCTAVO_ISA {
 
 inline float bfloat_at(const uint8_t* p) {
   uint16_t bits;
@@ -252,4 +253,5 @@ inline void with_format(int64_t format, const Use& use) {
   }
 }
 
+}  // namespace OCTAVO_ISA
 }  // namespace octavo

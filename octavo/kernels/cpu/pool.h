@@ -12,6 +12,8 @@
 #include <thread>
 #include <vector>
 
+#include "native.h"
+
 namespace octavo {
 
 // Grow-only buffers of one thread, by slot; contents do not survive a job.
@@ -28,9 +30,10 @@ class Scratch {
 
 class Pool {
  public:
-  explicit Pool(int threads);
+  Pool(int threads, Isa isa);
   ~Pool();
   int threads() const { return static_cast<int>(scratch_.size()); }
+  Isa isa() const { return isa_; }
   // One op at a time: ctypes releases the GIL, so two Python threads may arrive together.
   std::mutex& op_mutex() { return op_mutex_; }
 
@@ -48,6 +51,8 @@ class Pool {
   }
 
  private:
+  const Isa isa_;
+
   template <class Body>
   void start(int64_t count, int64_t grain, int64_t parts, const Body& body) {
     auto call = [](const void* context, int64_t begin, int64_t end, Scratch& scratch) {

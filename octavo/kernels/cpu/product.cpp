@@ -10,11 +10,8 @@ namespace octavo {
 
 namespace {
 
-constexpr int64_t kFewTokens = 4;     // up to here, weights go from memory to registers
 constexpr int64_t kSpan = 768;        // columns of a tile that stay in the first cache
 constexpr int64_t kTokenBlock = 64;   // tokens whose unfinished sums are kept between spans
-
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Few tokens: N weight rows are read once from memory, for all M tokens.
 template <class F, int M, int N>
@@ -105,18 +102,6 @@ inline void span_tile(const float* const* x, const float* w, int64_t w_stride, c
   }
 }
 
-// What the next panel will read, asked for while this one is multiplied: `step` bytes a tile.
-struct Ahead {
-  const char *at, *end;
-  int64_t step;
-
-  void ask() {
-    for (const char* stop = std::min(at + step, end); at < stop; at += 64) {
-      _mm_prefetch(at, _MM_HINT_T1);
-    }
-  }
-};
-
 // All weight rows of a panel, for M tokens and one span.
 template <int M>
 void span_rows(const float* const* x, const float* panel, int64_t stride, int64_t count,
@@ -164,22 +149,23 @@ void multiply_panel(const Rows& x, int64_t tokens, const float* panel, int64_t s
 }
 
 template <class F>
-void unpack(const Matrix& w, int64_t index, float* out) {
+void unpack(const Matrix& w, int64_t index, float* out, int64_t step) {
   const uint8_t* row = w.data + index * w.row_bytes;
   const int64_t cols = w.cols, groups = cols / 32;
   typename StateOf<F>::Type state;
   for (int64_t g = 0; g < groups; ++g) {
     Lanes v[4];
     group_of<F>(row, g, w.table, state, v);
-    for (int i = 0; i < 4; ++i) store(out + 32 * g + 8 * i, v[i]);
+    for (int i = 0; i < 4; ++i) store(out + (4 * g + i) * step, v[i]);
   }
   if constexpr (!F::kBlocks) {
     for (int64_t k = 32 * groups; k < cols; k += 8) {
       const int64_t left = cols - k;
+      float* to = out + k / 8 * step;
       if (left >= 8) {
-        store(out + k, F::eight(row, k));
+        store(to, F::eight(row, k));
       } else {
-        store_some(out + k, left, F::some(row, k, left));
+        store_some(to, left, F::some(row, k, left));
       }
     }
   }
@@ -187,14 +173,16 @@ void unpack(const Matrix& w, int64_t index, float* out) {
 
 }  // namespace
 
-void unpack_row(const Matrix& w, int64_t index, float* out) {
+void unpack_row(const Matrix& w, int64_t index, float* out, int64_t step) {
   with_format(w.format, [&](auto format) {
-    unpack<decltype(format)>(w, index, out);
+    unpack<decltype(format)>(w, index, out, step);
   });
 }
 
-void product(const Rows& x, int64_t tokens, const Matrix& w, int64_t first, int64_t count,
-             float* out, int64_t out_stride, Scratch& scratch) {
+Product product_of(Isa isa) { return isa == AVX512 ? product_avx512 : product_avx2; }
+
+void product_avx2(const Rows& x, int64_t tokens, const Matrix& w, int64_t first, int64_t count,
+                  float* out, int64_t out_stride, Scratch& scratch) {
   if (tokens > kFewTokens) {
     const int64_t stride = round_up(w.cols, 8) + 8;  // rows of 2^n bytes would share cache sets
     float* panel = scratch.floats(0, stride * kPanelRows);
@@ -202,9 +190,7 @@ void product(const Rows& x, int64_t tokens, const Matrix& w, int64_t first, int6
       for (int64_t k = w.cols; k < stride; ++k) panel[n * stride + k] = 0.0f;
       unpack_row(w, first + n, panel + n * stride);
     }
-    const char* next = reinterpret_cast<const char*>(w.data + (first + count) * w.row_bytes);
-    const int64_t tiles = (tokens + 3) / 4 * ((count + 2) / 3), bytes = count * w.row_bytes;
-    const Ahead ahead = {next, next + bytes, round_up(bytes / tiles + 1, 64)};
+    const Ahead ahead = ahead_of(w, first, count, (tokens + 3) / 4 * ((count + 2) / 3));
     multiply_panel(x, tokens, panel, stride, w.cols, count, out, out_stride, ahead, scratch);
     return;
   }

@@ -7,6 +7,8 @@
 
 #include "pool.h"
 
+#include <algorithm>
+
 #include "native.h"
 
 namespace octavo {
@@ -22,12 +24,46 @@ struct Rows {
 // Rows of weights that one thread multiplies at a time; a multiple of the tiles' 3 and 4.
 constexpr int64_t kPanelRows = 24;
 
-// out[t * out_stride + n] for weight rows first + n, n < count <= kPanelRows.
-void product(const Rows& x, int64_t tokens, const Matrix& w, int64_t first, int64_t count,
-             float* out, int64_t out_stride, Scratch& scratch);
+constexpr int64_t kFewTokens = 4;  // up to here, weights go from memory to registers
 
-// Row `index` of a matrix as float32; `out` has room for cols.
-void unpack_row(const Matrix& w, int64_t index, float* out);
+// out[t * out_stride + n] for weight rows first + n, n < count <= kPanelRows.
+using Product = void (*)(const Rows& x, int64_t tokens, const Matrix& w, int64_t first,
+                         int64_t count, float* out, int64_t out_stride, Scratch& scratch);
+
+// The same bits from each of them; `Isa` says what the CPU must have.
+void product_avx2(const Rows& x, int64_t tokens, const Matrix& w, int64_t first, int64_t count,
+                  float* out, int64_t out_stride, Scratch& scratch);
+void product_avx512(const Rows& x, int64_t tokens, const Matrix& w, int64_t first, int64_t count,
+                    float* out, int64_t out_stride, Scratch& scratch);
+Product product_of(Isa isa);
+
+// The same for up to kFewTokens tokens at x, but only for so many of the first rows as it returns:
+// all but an odd last one, or none where it does not know the format.
+int64_t stream_avx512(const float* const* x, int64_t tokens, const Matrix& w, int64_t first,
+                      int64_t count, float* out, int64_t out_stride);
+
+// Row `index` of a matrix as float32, eight columns at a time, `step` floats apart.
+void unpack_row(const Matrix& w, int64_t index, float* out, int64_t step = 8);
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// What the next panel will read, asked for while this one is multiplied: `step` bytes a tile.
+struct Ahead {
+  const char *at, *end;
+  int64_t step;
+
+  void ask() {
+    for (const char* stop = std::min(at + step, end); at < stop; at += 64) {
+      __builtin_prefetch(at, 0, 2);
+    }
+  }
+};
+
+inline Ahead ahead_of(const Matrix& w, int64_t first, int64_t count, int64_t tiles) {
+  const char* next = reinterpret_cast<const char*>(w.data + (first + count) * w.row_bytes);
+  const int64_t bytes = count * w.row_bytes;
+  return {next, next + bytes, round_up(bytes / tiles + 1, 64)};
+}
 
 inline int64_t panels(int64_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
 

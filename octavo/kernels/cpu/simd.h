@@ -1,6 +1,8 @@
 // Eight float32 lanes (AVX2, FMA, F16C). Every sum over lanes has one fixed tree, so that a result
 // does not depend on the tile that computed it. Include after all standard headers: what follows
-// is compiled for AVX2, and abi.cpp makes sure that it only runs where that exists.
+// is compiled for AVX2, or for what a file asks for that defines OCTAVO_ISA, in a namespace of that
+// name, since the linker keeps one of functions of one name. abi.cpp makes sure that it only runs
+// where the CPU has those instructions.
 #pragma once
 
 #include <cmath>
@@ -10,9 +12,16 @@
 
 #include <immintrin.h>
 
+#ifndef OCTAVO_ISA
+#define OCTAVO_ISA avx2
 #pragma GCC target("avx2,fma,f16c")
+#endif
+
+// What a loop over rows calls once a group must not be a call.
+#define OCTAVO_INLINE inline __attribute__((always_inline))
 
 namespace octavo {
+inline namespace OCTAVO_ISA {
 
 using Lanes = __m256;
 
@@ -99,4 +108,5 @@ inline __m128i to_bf16(Lanes v) {
 }
 inline __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 
+}  // namespace OCTAVO_ISA
 }  // namespace octavo

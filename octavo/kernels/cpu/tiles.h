@@ -5,6 +5,7 @@
 #include "formats.h"
 
 namespace octavo {
+inline namespace OCTAVO_ISA {
 
 // Writes M x N sums of lanes.
 template <int M, int N>
@@ -111,4 +112,5 @@ void weigh_rows(const Weighing& w, Ahead& ahead) {
   for (; at < w.size; at += 8) weigh_tile<F, M, 1>(w, at, ahead);
 }
 
+}  // namespace OCTAVO_ISA
 }  // namespace octavo
