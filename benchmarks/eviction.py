@@ -102,7 +102,7 @@ class Ours:
         self.manager.publish(kv, ids, PROMPT_TOKENS)
         assert self.manager.allocate(kv, PROMPT_TOKENS, len(ids))
         self.manager.publish(kv, ids, len(ids))
-        self.manager.release(kv)
+        self.manager.release([kv])
         return hit.num_blocks
 
 

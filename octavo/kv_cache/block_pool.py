@@ -202,18 +202,24 @@ class BlockPool:
         self._cached.remove(blocks[self._ref_counts[blocks] == 0])
         self._ref_counts[blocks] += 1
 
-    def release(self, blocks: Blocks) -> list[int]:
-        """Takes one reference from each; returns those that are free now and hold no prefix.
+    def release(self, blocks: Sequence[int] | Int32) -> list[int]:
+        """Takes one reference from each, of one that is named several times as many; returns those
+        that are free now and hold no prefix.
 
         Release a sequence's blocks last first: then its tail is evicted before its head.
         """
         if not len(blocks):
             return []
         blocks = np.asarray(blocks, np.int32)
-        counts = self._ref_counts[blocks] - 1
-        assert (counts >= 0).all(), f"double free of block {blocks[counts.argmin()]}"
-        self._ref_counts[blocks] = counts
-        freed = blocks[counts == 0]
+        counts = self._ref_counts[blocks]
+        if (counts == 1).all():  # most often: nobody shares them, so that each is named once
+            self._ref_counts[blocks] = 0
+            freed = blocks
+        else:
+            np.subtract.at(self._ref_counts, blocks, 1)
+            left = self._ref_counts[blocks]
+            assert (left >= 0).all(), f"double free of block {blocks[left.argmin()]}"
+            freed = _latest(blocks[left == 0])
         is_keyed = self._is_keyed[freed]
         self._cached.append(freed[is_keyed])
         emptied = freed[~is_keyed]
@@ -266,3 +272,9 @@ class BlockPool:
         assert [key is not None for key in self._keys] == self._is_keyed.tolist()
         assert self._keys[NULL_BLOCK] is None
         assert self._ref_counts[NULL_BLOCK] == 1
+
+
+def _latest(blocks: Int32) -> Int32:
+    """Returns each of `blocks` once, in the order in which they are named last."""
+    _, places = np.unique(blocks[::-1], return_index=True)
+    return blocks[len(blocks) - 1 - np.sort(places)[::-1]]

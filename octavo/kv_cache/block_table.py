@@ -71,16 +71,25 @@ class BlockTable:
         columns[:] = NULL_BLOCK
         return blocks
 
-    def clear(self, row: int) -> Int32:
-        """Empties a row; returns the blocks that it held, first to last."""
-        blocks = self.forget(row, 0, self.lengths[row])
-        self.lengths[row] = 0
-        if row in self._changed_rows:
-            kept = [place for place, one in enumerate(self._changed_rows) if one != row]
-            self._changed_rows = [self._changed_rows[place] for place in kept]
-            self._changed_columns = [self._changed_columns[place] for place in kept]
-            self._changed_blocks = [self._changed_blocks[place] for place in kept]
-        return blocks
+    def clear(self, rows: Sequence[int]) -> Int32:
+        """Empties rows; returns the blocks that they held, row after row, last to first."""
+        held: list[Int32] = []
+        for row in rows:
+            length, self.lengths[row] = self.lengths[row], 0
+            held.append(self._blocks[row, :length][::-1])
+        blocks = np.concatenate(held)
+        for there in held:
+            there[:] = NULL_BLOCK
+        self._drop_changes(frozenset(rows))
+        return blocks[blocks != NULL_BLOCK]
+
+    def _drop_changes(self, rows: frozenset[int]) -> None:
+        if rows.isdisjoint(self._changed_rows):
+            return
+        kept = [place for place, one in enumerate(self._changed_rows) if one not in rows]
+        self._changed_rows = [self._changed_rows[place] for place in kept]
+        self._changed_columns = [self._changed_columns[place] for place in kept]
+        self._changed_blocks = [self._changed_blocks[place] for place in kept]
 
     def take_delta(self) -> TableDelta | None:
         """Returns what changed since the last call, None if nothing did."""

@@ -331,16 +331,17 @@ class KVCacheManager:
         self.rows.num_published[kv.row] = last
         self._announced.announce(kv)
 
-    def release(self, kv: SequenceKV) -> None:
-        """Gives back all pages and the row; the prefix stays findable until evicted."""
-        self._announced.retract(kv)
-        if kv.row is None:
-            return
-        for group in self._groups:
-            group.release(kv.row)
-        kv.row = None
-        kv.num_published = kv.capacity = kv.seen_from = kv.kept_behind = 0
-        kv.has_claim = False
+    def release(self, kvs: Sequence[SequenceKV]) -> None:
+        """Gives back all pages and rows of some; the prefixes stay findable until evicted."""
+        rows = [kv.row for kv in kvs if kv.row is not None]
+        if rows:
+            for group in self._groups:
+                group.release(rows)
+        for kv in kvs:
+            self._announced.retract(kv)
+            kv.row = None
+            kv.num_published = kv.capacity = kv.seen_from = kv.kept_behind = 0
+            kv.has_claim = False
 
     def reset_prefix_cache(self) -> bool:
         """Forgets every cached prefix; returns False, forgetting none, while a sequence holds

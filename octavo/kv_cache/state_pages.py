@@ -115,10 +115,11 @@ class StatePages:
         self._ledger.save(self._index, int(self.table.row(row)[0]), page)
         self._unpublished.setdefault(row, []).append((end, page))
 
-    def release(self, row: int) -> None:
-        for _, page in self._unpublished.pop(row, []):
-            self._ledger.release(self._index, (page,))
-        self._ledger.release(self._index, self.table.clear(row))
+    def release(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            for _, page in self._unpublished.pop(row, []):
+                self._ledger.release(self._index, (page,))
+        self._ledger.release(self._index, self.table.clear(rows))
 
     # -- checks ------------------------------------------------------------------------------
 

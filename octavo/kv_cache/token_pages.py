@@ -126,9 +126,9 @@ class TokenPages:
     def save(self, row: int, end: int) -> None:
         """Does nothing: what is computed of a token stays as it is."""
 
-    def release(self, row: int) -> None:
-        """Gives back all pages of a row, the last one first."""
-        self._ledger.release(self._index, self.table.clear(row)[::-1])
+    def release(self, rows: Sequence[int]) -> None:
+        """Gives back all pages of rows, the last one of each first."""
+        self._ledger.release(self._index, self.table.clear(rows))
 
     # -- checks ------------------------------------------------------------------------------
 

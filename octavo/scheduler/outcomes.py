@@ -127,39 +127,54 @@ class Outcomes:
         return deltas
 
     def _commit_many(self, step: Launched, result: StepResult) -> list[TokenDelta]:
-        """Takes over what a step produced, that of all rows at once which only go on."""
+        """Takes over what a step produced, that of plain rows with a token all at once."""
         rows, tokens = step.plan.rows, np.full(step.plan.num_rows, NO_TOKEN, np.int32)
         is_single = np.diff(result.token_starts) == 1
         tokens[is_single] = result.token_ids[result.token_starts[:-1][is_single]]
-        is_kept = self._queues.rows.holders[rows] == step.holders
-        goes_on = is_kept & self._go_on(rows, tokens)
-        num_full = step.computed // self._manager.block_size
-        is_due = num_full >= self._manager.rows.num_published[rows] + self._published_at_once
-        is_due &= self._queues.rows.writes_cache[rows]
-        self._queues.rows.committed[rows[goes_on]] = step.computed[goes_on]
-        told = self._tell_all(rows[goes_on], tokens[goes_on])
+        there, kept = self._queues.rows, self._manager.rows
+        is_kept = there.holders[rows] == step.holders
+        is_plain = is_kept & there.is_plain[rows] & (tokens != NO_TOKEN)
+        known = there.known[rows]
+        is_first = is_plain & (known == there.prompt_lens[rows])
+        may_end = (known + 1 >= there.max_lens[rows]) | there.end_with(rows, tokens)
+        there.committed[rows[is_plain]] = step.computed[is_plain]
+        told = self._tell_all(rows[is_plain], tokens[is_plain])
+        for i in is_first.nonzero()[0].tolist():
+            self._count_prompt(step.sequences[i])
+        self._end_all(step, is_plain, is_plain & may_end, told)
+        num_due = kept.num_published[rows] + np.where(is_first, 1, self._published_at_once)
+        is_due = there.writes_cache[rows] & (step.computed // self._manager.block_size >= num_due)
         deltas: list[TokenDelta] = []
-        done, num_told = 0, np.cumsum(goes_on).tolist()
-        for i in np.flatnonzero(is_due | ~goes_on).tolist():
+        done, num_told = 0, np.cumsum(is_plain).tolist()
+        for i in np.flatnonzero(is_due | ~is_plain).tolist():
             sequence = step.sequences[i]
-            if goes_on[i]:
+            if sequence.is_finished:
+                continue
+            if is_plain[i]:
                 self._queues.publish(sequence)
-            elif not sequence.is_finished:
-                delta = self._commit_one(step, i, result, is_kept.item(i))
-                if delta is not None:
-                    deltas += told[done : num_told[i]]
-                    deltas.append(delta)
-                    done = num_told[i]
+                continue
+            delta = self._commit_one(step, i, result, is_kept.item(i))
+            if delta is not None:
+                deltas += told[done : num_told[i]]
+                deltas.append(delta)
+                done = num_told[i]
         return deltas + told[done:]
 
-    def _go_on(self, rows: Int32, tokens: Int32) -> Bool:
-        """Returns which rows have nothing but a token to take over, which is neither their first
-        nor their last."""
-        there = self._queues.rows
-        known = there.known[rows]
-        goes_on = there.is_plain[rows] & (tokens != NO_TOKEN)
-        goes_on &= (known > there.prompt_lens[rows]) & (known + 1 < there.max_lens[rows])
-        return goes_on & ~there.end_with(rows, tokens)
+    def _end_all(
+        self, step: Launched, is_plain: Bool, may_end: Bool, told: list[TokenDelta]
+    ) -> None:
+        """Ends those of a step's plain rows whose newest token is their last, and says so in the
+        news of them; of others than those that `may_end` it never is."""
+        ended: list[Sequence] = []
+        places = np.cumsum(is_plain) - 1
+        for i in may_end.nonzero()[0].tolist():
+            sequence = step.sequences[i]
+            reason = finish_reason(sequence)
+            if reason is not None:
+                stop, place = stop_reason(sequence, reason), places.item(i)
+                told[place] = token_delta(sequence, told[place].token_ids, reason, stop=stop)
+                ended.append(sequence)
+        self._queues.finish(ended)
 
     def _tell_all(self, rows: Int32, tokens: Int32) -> list[TokenDelta]:
         """Appends a token to each of the rows; returns the news of them."""
@@ -250,14 +265,14 @@ class Outcomes:
         stop = stop_reason(sequence, reason)
         delta = token_delta(sequence, tokens, reason, logprobs=logprobs, stop=stop)
         if reason is not None:
-            self._queues.finish(sequence)
+            self._queues.finish([sequence])
         return delta
 
     def _end_with(self, sequence: Sequence, vector: Float32) -> TokenDelta:
         """Ends a sequence that wanted its vector."""
         self._count_prompt(sequence)
         delta = token_delta(sequence, (), FinishReason.STOP, vector=vector.tobytes())
-        self._queues.finish(sequence)
+        self._queues.finish([sequence])
         return delta
 
     def _count_prompt(self, sequence: Sequence) -> None:
@@ -319,5 +334,5 @@ class Outcomes:
 
     def _fail(self, sequence: Sequence, message: str) -> TokenDelta:
         """Ends one sequence with an error; nothing of its newest step is published."""
-        self._queues.finish(sequence)
+        self._queues.finish([sequence])
         return token_delta(sequence, (), FinishReason.ERROR, stop=message)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
+from collections.abc import Sequence as PySequence
 from heapq import merge
 
 import numpy as np
@@ -115,43 +116,51 @@ class Queues:
         sequence.account.leave(sequence)
         self.num_waiting -= 1
 
-    def _stop_running(self, sequence: Sequence) -> None:
-        place, count = self.place_of(sequence), len(self.running)
-        del self.running[place]
-        self._running_rows[place : count - 1] = self._running_rows[place + 1 : count]
-        sequence.account.num_running -= 1
+    def _stop_running(self, sequences: PySequence[Sequence]) -> None:
+        count = len(self.running)
+        for sequence in sequences:
+            sequence.account.num_running -= 1
+        if len(sequences) == 1:
+            place = self.place_of(sequences[0])
+            del self.running[place]
+            self._running_rows[place : count - 1] = self._running_rows[place + 1 : count]
+            return
+        leaving = set(sequences)
+        kept = [place for place, one in enumerate(self.running) if one not in leaving]
+        self.running = [self.running[place] for place in kept]
+        self._running_rows[: len(kept)] = self._running_rows[kept]
 
     def preempt(self, sequence: Sequence) -> None:
         """Takes pages and row away; what it computed stays cached while nobody needs the room."""
         self.publish(sequence)
-        self._stop_running(sequence)
+        self._stop_running([sequence])
         if sequence.moments is not None:
             now = time.monotonic()
             sequence.moments.append(Moment("preempted", now, now, count=sequence.num_computed))
         sequence.num_preemptions += 1
         sequence.num_recomputed += sequence.num_computed
         sequence.num_computed = 0
-        self._release(sequence)
+        self._release([sequence])
         self._wait(sequence)
         self._counters.num_preemptions += 1
 
-    def finish(self, sequence: Sequence) -> None:
-        """Ends a sequence, if it has not ended."""
-        if sequence.is_finished:
-            return
-        sequence.is_finished = True
-        self.suspects.forget(sequence)
-        if sequence.row is None:
-            self._stop_waiting(sequence)
-        else:
-            self._stop_running(sequence)
-        self.fair_share.end(sequence.account)
-        self.publish(sequence)
-        self.recent.remember(prompt_of(sequence))
-        self._release(sequence)
-        siblings = self._requests[sequence.request.request_id]
-        if all(s.is_finished for s in siblings):
-            del self._requests[sequence.request.request_id]
+    def finish(self, sequences: PySequence[Sequence]) -> None:
+        """Ends sequences that have not ended."""
+        running = [one for one in sequences if one.row is not None]
+        for sequence in sequences:
+            sequence.is_finished = True
+            self.suspects.forget(sequence)
+            if sequence.row is None:
+                self._stop_waiting(sequence)
+            self.fair_share.end(sequence.account)
+        self._stop_running(running)
+        for sequence in sequences:
+            self.publish(sequence)
+            self.recent.remember(prompt_of(sequence))
+        self._release(sequences)
+        for request_id in {one.request.request_id: None for one in sequences}:
+            if all(one.is_finished for one in self._requests[request_id]):
+                del self._requests[request_id]
 
     def publish(self, sequence: Sequence) -> None:
         """Lets others find all full blocks of a running sequence that are computed."""
@@ -159,12 +168,15 @@ class Queues:
             computed = self.rows.committed.item(sequence.row)
             self._manager.publish(sequence.kv, sequence.token_ids, computed)
 
-    def _release(self, sequence: Sequence) -> None:
-        self._manager.release(sequence.kv)
-        if sequence.row is not None:
-            self._freed_rows.append(sequence.row)
-            self._free_rows.append(sequence.row)
-            sequence.leave_row()
+    def _release(self, sequences: PySequence[Sequence]) -> None:
+        self._manager.release([one.kv for one in sequences])
+        rows = [one.row for one in sequences if one.row is not None]
+        self._freed_rows += rows
+        self._free_rows += rows
+        for sequence in sequences:
+            if sequence.row is not None:
+                sequence.leave_row()
+        self.rows.leave(rows)
 
     def take_freed_rows(self) -> tuple[int, ...]:
         """Returns the rows given back since the last call."""

@@ -89,9 +89,9 @@ class Rows:
         self.scheduled_times[row] = sequence.scheduled_time
         self.accounts[row] = sequence.account
 
-    def leave(self, row: int) -> None:
-        """Nobody has the row."""
-        self.holders[row] += 1
+    def leave(self, rows: list[int]) -> None:
+        """Nobody has the rows."""
+        self.holders[rows] += 1
         for of_holder in (
             self.sequences,
             self.request_ids,
@@ -99,7 +99,7 @@ class Rows:
             self.scheduled_times,
             self.accounts,
         ):
-            of_holder[row] = None
+            of_holder[rows] = None
 
     def num_tokens(self, rows: Int32) -> Int32:
         """Returns the known and pending tokens of rows."""

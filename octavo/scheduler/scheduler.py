@@ -157,12 +157,10 @@ class Scheduler:
 
         Unknown and finished ones are ignored, since an abort may cross the last token.
         """
-        deltas = []
-        for sequence in self._queues.unfinished_of(request_id):
-            if index in (None, sequence.index):
-                self._queues.finish(sequence)
-                deltas.append(token_delta(sequence, (), FinishReason.ABORT))
-        return deltas
+        unfinished = self._queues.unfinished_of(request_id)
+        ended = [one for one in unfinished if index in (None, one.index)]
+        self._queues.finish(ended)
+        return [token_delta(one, (), FinishReason.ABORT) for one in ended]
 
     # -- schedule ----------------------------------------------------------------------------
 

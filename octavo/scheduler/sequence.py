@@ -114,11 +114,7 @@ class Sequence:
 
     def leave_row(self) -> None:
         """It runs no more; its counters stay."""
-        rows, row = self._rows, self.row
-        assert rows is not None
-        assert row is not None
         self._num_computed, self._num_pending = self.num_computed, self.num_pending
-        rows.leave(row)
         self._rows = self.row = None
 
     def append(self, token: int) -> None:

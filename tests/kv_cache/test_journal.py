@@ -36,7 +36,7 @@ def test_what_is_told_adds_up_to_the_widest_group() -> None:
         hit = manager.lookup(kv, ids)
         assert manager.admit(kv, 0, hit, len(ids))
         manager.publish(kv, ids, len(ids))
-        manager.release(kv)
+        manager.release([kv])
         journal.note(news.take())
         changes = journal.take()
         if changes is not None:
