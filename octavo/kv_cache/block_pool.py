@@ -130,6 +130,21 @@ class BlockPool:
             self._ref_counts[blocks] = 1
         return blocks, evicted
 
+    def allocate_each(self, after: Int32) -> tuple[Int32, list[BlockKey]]:
+        """As `allocate` of one block behind each of `after`, several times faster."""
+        blocks = self._free.take_behind_each(after)
+        self._ref_counts[blocks] = 1  # of the null block, too, which always is
+        evicted: list[BlockKey] = []
+        places = np.flatnonzero(blocks == NULL_BLOCK)
+        missing = len(places) - len(self._free)
+        if missing > 0:
+            evicted = self._evict_oldest(missing)
+        for place in places.tolist():
+            found, keys = self.allocate(1, after.item(place))
+            blocks[place] = found[0]
+            evicted += keys
+        return blocks, evicted
+
     def _evict_for(self, count: int) -> list[BlockKey]:
         """Evicts so that `count` blocks are free, in whole regions where that costs little.
 

@@ -56,6 +56,21 @@ class BlockTable:
         self._changed_columns.extend(range(column, column + count))
         self._changed_blocks.extend(blocks)
 
+    def append_each(self, rows: Int32, blocks: Int32) -> None:
+        """Adds a block at the end of each of several rows."""
+        each = rows.tolist()
+        columns = [self.lengths[row] for row in each]
+        self._blocks[rows, columns] = blocks
+        for row in each:
+            self.lengths[row] += 1
+        self._changed_rows += each
+        self._changed_columns += columns
+        self._changed_blocks += blocks.tolist()
+
+    def lasts(self, rows: Int32) -> Int32:
+        """Returns the last block of each of `rows`, none of which is empty."""
+        return self._blocks[rows, [self.lengths[row] - 1 for row in rows.tolist()]]
+
     def last(self, row: int) -> int:
         """Returns the last block of `row`, the null block if it has none."""
         length = self.lengths[row]

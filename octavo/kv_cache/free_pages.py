@@ -132,6 +132,18 @@ class FreePages:
             self.remove(np.arange(first, last, dtype=np.int32))
         return taken
 
+    def take_behind_each(self, pages: Int32) -> Int32:
+        """Takes out the page behind each of `pages`, where it is here and no other one's; returns
+        them, 0 for the others."""
+        behind = np.minimum(pages + 1, len(self._is_free) - 1)
+        is_here = self._is_free[behind] & (behind > pages)
+        taken, counts = np.unique(behind[is_here], return_counts=True)
+        if (counts > 1).any():
+            is_here &= ~np.isin(behind, taken[counts > 1])
+        behind[~is_here] = 0
+        self.remove(behind[is_here])
+        return behind
+
     def take(self, count: int, *, is_growing: bool) -> list[int]:
         """Takes out `count` pages, which must be here, in as few stretches as may be.
 

@@ -12,7 +12,7 @@ from octavo.kv_cache.layout import ArenaLayout
 from octavo.kv_cache.news import CacheNews
 from octavo.kv_cache.page_pools import PagePools
 from octavo.kv_cache.prefix_index import PrefixIndex
-from octavo.step import Page, PageCopy
+from octavo.step import Int32, Page, PageCopy
 
 
 class PageLedger:
@@ -47,6 +47,14 @@ class PageLedger:
         pages, evicted = self.pool(group).allocate(count, after)
         self.forget(evicted)
         self._empty(group, pages)
+        return pages
+
+    def take_each(self, group: int, after: Int32) -> Int32:
+        """Returns a page with one reference for each of `after`, if it may be the one behind it;
+        they must have been reserved."""
+        pages, evicted = self.pool(group).allocate_each(after)
+        self.forget(evicted)
+        self._empty(group, pages.tolist())
         return pages
 
     def acquire(self, group: int, pages: Blocks, *, is_hit: bool = True) -> None:

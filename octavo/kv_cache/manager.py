@@ -32,9 +32,9 @@ from octavo.kv_cache.layout import Need, arena_layout
 from octavo.kv_cache.ledger import PageLedger
 from octavo.kv_cache.news import CacheNews
 from octavo.kv_cache.page_pools import PagePools, Room
-from octavo.kv_cache.prefix_index import Digester, PrefixIndex
+from octavo.kv_cache.prefix_index import PrefixIndex
+from octavo.kv_cache.prefixes import Prefixes
 from octavo.kv_cache.records import Demand, KVRows, PrefixHit, SequenceKV
-from octavo.kv_cache.resume import can_resume
 from octavo.kv_cache.spec import KVGroup
 from octavo.kv_cache.state_pages import StatePages
 from octavo.kv_cache.token_pages import TokenPages
@@ -62,7 +62,6 @@ class KVCacheManager:
         self.layout = arena_layout(groups, block_size)
         self._news, self.has_news = news, news is not None
         self._ledger = PageLedger(self.layout, num_chunks, poison=poison, news=news)
-        self._digester = Digester()
         self._groups: list[TokenPages | StatePages] = []
         for index, group in enumerate(groups):
             columns = group.num_columns(max_model_len, block_size) + (not group.is_state)
@@ -74,6 +73,7 @@ class KVCacheManager:
         self._has_bounds = any(g.spec.visibility.most_visible is not None for g in groups)
         self._no_pages: tuple[Int32, ...] = tuple(np.zeros(0, np.int32) for _ in groups)
         self._announced = Announced()
+        self._prefixes = Prefixes(self._groups, self._ledger, self._announced, block_size)
         self.rows = KVRows(max_rows)
 
     @property
@@ -154,44 +154,11 @@ class KVCacheManager:
         """Returns what is cached of `token_ids`; the last token is always left to compute.
 
         What it names is there until pages are allocated or freed."""
-        limit = (len(token_ids) - 1) // self.block_size
-        if not kv.reads_cache or not limit:
-            return PrefixHit(0, False, "too_short" if kv.reads_cache else None, self._no_pages)
-        self._digest(kv, token_ids)
-        digests = kv.digests[:limit]
-        count, pages = self._find(digests)
-        reason, is_computing = None, False
-        if count < limit:
-            missing, content = digests[count], self._content(token_ids, count)
-            was_evicted = self.pools.was_evicted(missing)
-            reason = self.index.miss_reason(missing, content, kv.root, was_evicted=was_evicted)
-            is_computing = missing in self._announced
-        return PrefixHit(count, is_computing, reason, pages)
+        return self._prefixes.lookup(kv, token_ids)
 
     def without(self, hit: PrefixHit) -> PrefixHit:
         """Returns what remains of a hit that is not taken over."""
         return PrefixHit(0, False, hit.miss_reason, self._no_pages)
-
-    def _digest(self, kv: SequenceKV, token_ids: array[int]) -> None:
-        self._digester.extend(kv.digests, kv.root, token_ids, self.block_size, kv.extras)
-
-    def _find(self, digests: list[bytes]) -> tuple[int, tuple[Int32, ...]]:
-        """Returns the longest cached prefix in blocks that every group can go on from, and the
-        pages of each with which a sequence does."""
-        if not all(group.may_know(digests[0]) for group in self._groups):
-            return 0, self._no_pages  # most prompts that hit nothing
-        found = [group.find(digests) for group in self._groups]
-        ends = [
-            can_resume(group.group.spec.visibility, pages != NULL_BLOCK, self.block_size)
-            for group, pages in zip(self._groups, found, strict=True)
-        ]
-        count = int(np.flatnonzero(np.logical_and.reduce(ends))[-1])
-        pairs = zip(self._groups, found, strict=True)
-        return count, tuple(group.of_hit(one, count) for group, one in pairs)
-
-    def _content(self, token_ids: array[int], block: int) -> int:
-        first = block * self.block_size
-        return hash(token_ids[first : first + self.block_size].tobytes())
 
     # -- life of a sequence ------------------------------------------------------------------
 
@@ -235,6 +202,20 @@ class KVCacheManager:
             group.extend(kv.row, count)
         kv.capacity = -(-num_tokens // self.block_size) * self.block_size
         self.rows.capacity[kv.row] = kv.capacity
+        return True
+
+    def grow(self, kvs: Sequence[SequenceKV]) -> bool:
+        """Gives each room for a block more, which all lack; returns False, with nothing done, where
+        each must be asked for itself: too little is free, or groups are not alike."""
+        pool, num_pages = self.pools.only, len(kvs) * len(self._groups)
+        if pool is None or self._has_bounds or self.has_states or num_pages > pool.num_free:
+            return False
+        rows = np.array([kv.row for kv in kvs if kv.row is not None], np.int32)
+        for group in self._groups:
+            group.grow(rows)
+        for kv in kvs:
+            kv.capacity += self.block_size
+        self.rows.capacity[rows] += self.block_size
         return True
 
     @property
@@ -321,8 +302,8 @@ class KVCacheManager:
         last = min(num_computed, len(token_ids)) // self.block_size
         if kv.row is None or not kv.writes_cache or last <= kv.num_published:
             return
-        self._digest(kv, token_ids)
-        first, content = kv.num_published, partial(self._content, token_ids)
+        self._prefixes.digest(kv, token_ids)
+        first, content = kv.num_published, partial(self._prefixes.content, token_ids)
         for group in self._groups:
             group.publish(kv.row, first, last, kv.digests, content, kv.root)
             if self._news is not None:

@@ -101,6 +101,9 @@ class StatePages:
     def extend(self, row: int, count: int) -> None:
         """Does nothing: a state is as large as ever."""
 
+    def grow(self, rows: Int32) -> None:
+        """Does nothing: a state is as large as ever."""
+
     def can_fork(self, parent: int, num_tokens: int, num_computed: int) -> bool:
         """Whether the state of `parent` is that behind `num_tokens` tokens."""
         return num_computed == num_tokens

@@ -104,6 +104,10 @@ class TokenPages:
             after = self.table.last(row)
             self.table.append(row, self._ledger.take(self._index, count, after))
 
+    def grow(self, rows: Int32) -> None:
+        """Gives each row, none of which is empty, a page more; they are there."""
+        self.table.append_each(rows, self._ledger.take_each(self._index, self.table.lasts(rows)))
+
     def can_fork(self, parent: int, num_tokens: int, num_computed: int) -> bool:
         """Whether a row can begin with the first `num_tokens` tokens of `parent`, of which
         `num_computed` are computed when the next step begins."""

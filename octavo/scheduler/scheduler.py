@@ -260,13 +260,17 @@ class Scheduler:
         # Its last token is on its way.
         is_over = pending & (num_tokens >= there.max_lens[rows])
         goes_on = ~is_over & pending & (num_tokens - there.computed[rows] == 1)
-        goes_on &= num_tokens <= kv.capacity[rows]
+        if claimed:
+            goes_on &= ~np.isin(rows, [one.row for one in claimed if one.row is not None])
         if self.manager.has_bounds:
             # What is passed is given back, a block at a time.
             goes_on &= there.computed[rows] - kv.seen_from[rows] < self.manager.block_size
+        is_full = goes_on & (num_tokens > kv.capacity[rows])
+        goes_on &= ~is_full
+        if is_full.any():
+            full = [one.kv for one in there.sequences[rows[is_full]]]
+            goes_on |= is_full & self.manager.grow(full)
         self._counts[rows] = goes_on
-        if claimed:
-            self._counts[[one.row for one in claimed if one.row is not None]] = 0
         return there.sequences[rows[~(goes_on | is_over)]].tolist()
 
     @property

@@ -62,13 +62,27 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        blocks = data.draw(st.lists(st.sampled_from(self.held), min_size=1, unique=True))
+        places = st.sampled_from(range(len(self.held)))
+        blocks = [self.held[i] for i in data.draw(st.lists(places, min_size=1, unique=True))]
         for block in blocks:
             self.held.remove(block)
-        freed = [block for block in blocks if block not in self.held]
+        last = dict.fromkeys(blocks[::-1])  # of a block that is named twice the second time counts
+        freed = [block for block in reversed(last) if block not in self.held]
         self.cached += [block for block in freed if block in self.keys.values()]
         empty = [block for block in freed if block not in self.keys.values()]
         assert self.pool.release(blocks) == empty
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def grow(self, data: st.DataObject) -> None:
+        """Several sequences take a block each."""
+        most = min(len(set(self.held)), self.pool.num_free)
+        after = data.draw(st.lists(st.sampled_from(self.held), max_size=most, unique=True))
+        blocks, evicted = self.pool.allocate_each(np.array(after, np.int32))
+        taken = [self.keys.pop(key) for key in evicted]
+        self.cached = [block for block in self.cached if block not in taken]
+        self.hit.difference_update(taken)
+        self.held += blocks.tolist()
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())

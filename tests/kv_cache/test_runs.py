@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.kv_cache.block_pool import NULL_BLOCK
@@ -42,6 +42,7 @@ def test_only_long_rows_count_for_the_share_in_runs() -> None:
     assert share_in_runs([scattered, whole], 16) == 0.5
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_free_pages_are_a_set_whatever_is_taken_and_given(data: st.DataObject) -> None:
     num_pages = data.draw(st.sampled_from([3, 8, 100, 128, 300]))
@@ -57,6 +58,13 @@ def test_free_pages_are_a_set_whatever_is_taken_and_given(data: st.DataObject) -
             taken = pages.take_behind(page, data.draw(st.integers(0, num_pages)))
             assert taken == list(range(page + 1, page + 1 + len(taken)))
             expected -= set(taken)
+        elif data.draw(st.booleans()):
+            after = data.draw(st.lists(st.integers(0, num_pages - 1), max_size=9))
+            behind = pages.take_behind_each(np.array(after, np.int32)).tolist()
+            for page, next_page in zip(after, behind, strict=True):
+                is_taken = page + 1 in expected and after.count(page) == 1
+                assert next_page == (page + 1 if is_taken else 0)
+            expected -= set(behind) - {0}
         else:
             count = data.draw(st.integers(0, len(expected)))
             taken = pages.take(count, is_growing=data.draw(st.booleans()))
