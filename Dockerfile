@@ -4,7 +4,9 @@
 ARG PYTHON=3.12
 ARG VARIANT=cpu
 
+# Debian keeps one version of a package: none is named (DL3008).
 FROM python:${PYTHON}-slim AS wheel
+# hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install -y --no-install-recommends g++ \
  && rm -rf /var/lib/apt/lists/*
@@ -20,6 +22,7 @@ ENV PIP_EXTRA_INDEX_URL=${TORCH_INDEX}
 
 # CUDA: PyPI's torch brings CUDA and Triton, which builds its launchers with a C compiler.
 FROM python:${PYTHON}-slim AS cuda
+# hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install -y --no-install-recommends gcc libc6-dev \
  && rm -rf /var/lib/apt/lists/*

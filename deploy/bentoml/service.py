@@ -1,7 +1,8 @@
 """Octavo as a BentoML service: `bentoml serve service:Octavo`.
 
-MODEL and ENGINE_OPTIONS (JSON of EngineConfig's fields) say what is served; the routes are those of
-`octavo serve`. The engine starts with the service, never when this file is imported.
+MODEL, ENGINE_OPTIONS and SERVER_OPTIONS (JSON of EngineConfig's and ServerConfig's fields) say what
+is served, OCTAVO_API_KEY and OCTAVO_OPERATOR_KEY to whom; the routes are those of `octavo serve`.
+The engine starts with the service, never when this file is imported.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 import bentoml
 
 from octavo.async_llm import AsyncLLM
-from octavo.config import EngineConfig, ServerConfig
+from octavo.config import EngineConfig
+from octavo.deploy.server_options import read_server_options
 from octavo.server.app import create_app
 from octavo.server.beside import beside
 
@@ -45,7 +47,10 @@ class Entry:
 entry = Entry()
 
 
-@bentoml.service(workers=1, traffic={"timeout": 3600, "concurrency": 64})
+# Its own metrics are left out: they would stand in the way of ours, and need no key.
+@bentoml.service(
+    workers=1, traffic={"timeout": 3600, "concurrency": 64}, metrics={"enabled": False}
+)
 @bentoml.asgi_app(entry, path="/")
 class Octavo:
     """One engine, and the HTTP API of `octavo serve` over it."""
@@ -53,13 +58,15 @@ class Octavo:
     def __init__(self) -> None:
         options = json.loads(os.environ.get("ENGINE_OPTIONS", "{}"))
         config = EngineConfig(model=os.environ.get("MODEL", "demo-moe"), **options)
+        server = json.loads(os.environ.get("SERVER_OPTIONS", "{}"))
+        self.server = read_server_options(server, "BentoML listens (`bentoml serve --port`)")
         self.engine = AsyncLLM(config)
         self.running = AsyncExitStack()
 
     @bentoml.on_startup
     async def start(self) -> None:
         await self.engine.start()
-        app = create_app(self.engine, ServerConfig())
+        app = create_app(self.engine, self.server)
         await self.running.enter_async_context(beside(app.state.server))
         entry.app = app
 

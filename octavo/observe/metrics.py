@@ -51,7 +51,7 @@ REQUEST_BUCKETS = (
     *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
     *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
-HTTP_BUCKETS = (0.1, 1.0, 10.0)
+HTTP_BUCKETS = (0.1, 10.0)
 """Few: every route has them, and requests for text have histograms of their own."""
 SAMPLES_BUCKETS = (1, 2, 5, 10, 20)
 
@@ -125,7 +125,7 @@ class Metrics:
         self._http_seconds = Histogram(
             "http_request_duration_seconds",
             "Duration of HTTP exchanges, streams to their end",
-            ("handler", "method"),
+            ("handler",),
             registry=self._http,
             buckets=HTTP_BUCKETS,
         )
@@ -191,7 +191,7 @@ class Metrics:
             # Few: a handler is a route's template and a method one of those that are known.
             found = self._exchanges[key] = (
                 self._http_requests.labels(handler, method, f"{status // 100}xx"),
-                self._http_seconds.labels(handler, method),
+                self._http_seconds.labels(handler),
             )
         found[0].inc()
         found[1].observe(seconds)

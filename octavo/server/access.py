@@ -119,10 +119,7 @@ class AccessMiddleware:
             self._record(scope, exchange, answer)
 
     def _record(self, scope: Scope, exchange: Exchange, answer: _Answer) -> None:
-        # Templates and known methods only: a label must not grow with what clients invent.
-        route = scope.get("route")
-        handler = "none" if route is None else route.path
-        method = scope["method"] if scope["method"] in _METHODS else "other"
+        handler, method = _labels(scope)
         status = answer.status if answer.is_complete else CLIENT_CLOSED
         seconds = time.monotonic() - exchange.started
         self._metrics.observe_http(handler, method, status, seconds)
@@ -159,6 +156,16 @@ class AccessMiddleware:
         )
         record.__dict__.update(extra)
         logger.handle(record)
+
+
+def _labels(scope: Scope) -> tuple[str, str]:
+    """Returns route and method of an exchange. What clients invent adds none to those that there
+    are: a method that a route has not is one of no route."""
+    method = scope["method"] if scope["method"] in _METHODS else "other"
+    route = scope.get("route")
+    if route is None or method not in (route.methods or ()):
+        return "none", method
+    return route.path, method
 
 
 def _request_id(scope: Scope) -> str:

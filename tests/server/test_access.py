@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import socket
 from typing import Any
 
@@ -117,3 +118,16 @@ def test_endpoints_that_shall_not_be_logged_are_not(
     server.end()
     [line] = lines(caplog)
     assert "'/version'" in line
+
+
+def test_clients_invent_no_labels(start_server: Any) -> None:
+    server = start_server(api_key=("k",), public_metrics=True)
+    for path in ("/v1/completions", "/v1/files/file-1", "/nowhere"):
+        for method in ("PUT", "PATCH", "TRACE", "PROPFIND"):
+            for key in ("k", "wrong"):
+                headers = {"Authorization": f"Bearer {key}"}
+                told = httpx.request(method, f"{server.url}{path}", headers=headers)
+                assert told.status_code in (401, 404, 405)
+    page = httpx.get(f"{server.url}/metrics").text
+    labels = re.findall(r'http_requests_total\{handler="([^"]+)",method="([^"]+)"', page)
+    assert set(labels) == {("none", "PUT"), ("none", "PATCH"), ("none", "other")}

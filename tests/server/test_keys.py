@@ -15,6 +15,7 @@ from octavo.cli import main
 from octavo.config import ServerConfig
 from octavo.errors import ConfigError
 from octavo.server.app import FAMILIES
+from octavo.server.tenants import key_file as key_file_module
 from octavo.server.tenants import route_scopes
 from octavo.server.tenants.callers import ALL_SCOPES, Scope
 from octavo.server.tenants.key_file import hash_of, key_file, read_key_file
@@ -245,6 +246,31 @@ async def test_keys_stay_in_force_while_their_file_cannot_be_used(
     for _ in range(2):
         ring.look()
     assert not ring.is_stale
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "folder", "long"])
+async def test_no_file_of_keys_is_read_for_ever(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "keys.json"
+    file.write_text(json.dumps(rows()))
+    ring = Keyring(ServerConfig(keys=str(file)))
+    file.unlink()
+    if kind == "device":
+        file.symlink_to("/dev/zero")
+    elif kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        monkeypatch.setattr(key_file_module, "MAX_FILE_BYTES", 100)
+        file.write_text(json.dumps(rows()))
+    for _ in range(3):
+        ring.look()
+    assert await ring.find(KEYS["generate"].encode()) is not None
+    assert (ring.num_failures, ring.is_stale) == (1, True)
+    reason = "more than 100 bytes" if kind == "long" else "no regular file"
+    assert reason in caplog.text
 
 
 def test_a_server_whose_keys_cannot_be_read_does_not_start(tmp_path: Path) -> None:

@@ -237,6 +237,7 @@ async def test_keys_of_a_url_are_kept_fetched_again_and_outlive_their_server(
         ("http://login.example.com/jwks", "https"),
         ("ftp://127.0.0.1/jwks", "https"),
         ("/nowhere/jwks.json", "cannot be used"),
+        ("/dev/zero", "no regular file"),
     ],
 )
 def test_keys_that_cannot_be_trusted_or_read_are_refused(source: str, reason: str) -> None:

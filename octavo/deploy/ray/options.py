@@ -12,14 +12,14 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from octavo.config import EngineConfig, ServerConfig
+from octavo.deploy.server_options import read_server_options
 from octavo.errors import ConfigError
 from octavo.vllm_options import log_verdicts, nearest, read_options
 
 Resources = Mapping[str, float]
 """Of a node, or of what is asked for: how much by name, CPU and GPU among them."""
 
-_NOT_HERE = ("host", "port", "metrics_port", "api_processes", "ssl_certfile", "preemption_notice")
-"""Options of the server that Ray Serve's proxies have in its place."""
+_WHO_LISTENS = "Ray Serve's proxies listen (`http_options`)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,8 @@ def read_app_options(args: Mapping[str, Any]) -> AppOptions:
             field="data_parallel_size",
         )
     given = {name: args[name] for name in args.keys() - {"model", "engine", "server"}}
-    options = AppOptions(engine=engine, server=_read_server(_mapping(args, "server")), **given)
+    server = read_server_options(_mapping(args, "server"), _WHO_LISTENS)
+    options = AppOptions(engine=engine, server=server, **given)
     _check(options)
     if options.target_requests is None:
         options = replace(options, target_requests=max(engine.max_num_seqs / 2, 1.0))
@@ -85,23 +86,6 @@ def _mapping(args: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         message = f"{name} must be a mapping of options, got {type(found).__name__}"
         raise ConfigError(message, field=name)
     return found
-
-
-def _read_server(given: Mapping[str, Any]) -> ServerConfig:
-    known = {one.name for one in fields(ServerConfig)}
-    for name in given:
-        if name in _NOT_HERE:
-            message = f"server has no {name} here: Ray Serve's proxies listen (`http_options`)"
-            raise ConfigError(message, field=name)
-        if name not in known:
-            near = nearest(name, known)
-            hint = f"; do you mean {near}?" if near else ""
-            raise ConfigError(f"server has no {name!r}{hint}", field=name)
-    values: dict[str, Any] = dict(given)
-    for name, value in given.items():
-        if isinstance(value, list):  # YAML has no tuples
-            values[name] = tuple(value)
-    return ServerConfig(**values).resolve()
 
 
 def _check(options: AppOptions) -> None:

@@ -19,6 +19,7 @@ import httpx
 import jwt
 
 from octavo.errors import ConfigError
+from octavo.server.tenants.settings_file import read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -111,9 +112,7 @@ class Jwks:
         facts = os.stat(self._source)
         stamp = facts.st_mtime_ns, facts.st_ino, facts.st_size
         if stamp != self._stamp:
-            if facts.st_size > MAX_BYTES:
-                raise ValueError(f"more than {MAX_BYTES} bytes")
-            self._take(Path(self._source).read_bytes())
+            self._take(read_settings(Path(self._source), MAX_BYTES))
             self._stamp = stamp
 
     def _take(self, content: bytes) -> None:

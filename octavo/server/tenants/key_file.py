@@ -30,6 +30,7 @@ from octavo.server.tenants.callers import (
     named_id,
     named_secret,
 )
+from octavo.server.tenants.settings_file import read_settings
 
 MAX_FILE_BYTES = 32 * 2**20
 KEY_PREFIX, KEY_BYTES = "ov-", 32
@@ -178,9 +179,11 @@ class KeyFile:
 def read_key_file(path: Path) -> KeyFile:
     """Returns what a file says. Raises ConfigError, which says what is wrong and where."""
     try:
-        content = path.read_bytes()
+        content = read_settings(path, MAX_FILE_BYTES)
     except OSError as error:
         raise _broken(path, error.strerror or str(error)) from error
+    except ValueError as error:
+        raise _broken(path, str(error)) from error
     return key_file(path, content)
 
 

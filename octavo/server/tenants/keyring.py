@@ -112,7 +112,7 @@ class Keyring:
         """Reads the file again whenever it has changed. Runs until it is cancelled."""
         while self._path is not None:
             await asyncio.sleep(seconds)
-            self.look()
+            await asyncio.to_thread(self.look)  # a long file takes a second to parse
 
     def look(self) -> None:
         """Looks at the file; one that cannot be used is reported, and the one before stays."""
