@@ -152,6 +152,7 @@ class ServerConfig:
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
         self._check_proxies()
+        self._check_notice()
         if self.max_store_bytes < 0:
             message = f"max_store_bytes must be at least 0, got {self.max_store_bytes}"
             raise ConfigError(message, field="max_store_bytes")
@@ -207,6 +208,12 @@ class ServerConfig:
             except ValueError as error:
                 message = f"forwarded_allow_ips must be like 10.0.0.7 or 10.0.0.0/8, got {one!r}"
                 raise ConfigError(message, field="forwarded_allow_ips") from error
+
+    def _check_notice(self) -> None:
+        notice = self.preemption_notice or ""
+        if "://" in notice and not re.match(r"https?://[^/\s]+", notice):
+            message = f"preemption_notice must be a file or an http URL, got {notice!r}"
+            raise ConfigError(message, field="preemption_notice")
 
     def _check_guard(self) -> None:
         if self.guard is not None and self.guard_url is not None:

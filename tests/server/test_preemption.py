@@ -17,6 +17,7 @@ import openai
 import pytest
 
 from octavo.config import ServerConfig
+from octavo.errors import ConfigError
 from octavo.server.notice import watch_notice
 from octavo.server.signals import NOTICE, StopSignals
 
@@ -142,6 +143,12 @@ async def test_a_url_is_a_notice_once_it_says_so(monkeypatch: pytest.MonkeyPatch
         await watch_notice(ServerConfig(preemption_notice=url), lambda: told.append(len(asked)))
         service.shutdown()
     assert told == [5]
+
+
+@pytest.mark.parametrize("notice", ["ftp://host/x", "http://", "HTTP:///x"])
+def test_a_url_that_nobody_can_ask_is_no_file(notice: str) -> None:
+    with pytest.raises(ConfigError, match="preemption_notice must be a file or an http URL"):
+        ServerConfig(preemption_notice=notice).resolve()
 
 
 def test_the_signal_is_told_to_whoever_listens_and_to_who_comes_later() -> None:
