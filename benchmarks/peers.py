@@ -1,6 +1,6 @@
 """Sums over the GPUs of one host: whether they are right, and how long they take.
 
-    python -m benchmarks.peers check|times [--size 2]
+    python -m benchmarks.peers check|times [--size 2] [--rows 1,32,8192]
 
 Starts a process a GPU. `check` compares with float64 and between ranks, launched one by one and as
 CUDA graphs; `times` gives microseconds of a sum as a graph of many replays it, through the library
@@ -25,7 +25,7 @@ from torch import Tensor
 from octavo.kernels.facts import PEER_BYTES
 from octavo.kernels.triton.peers.sums import PeerSums, over_peers
 from octavo.kernels.triton.small.norm import rms_norm
-from octavo.parallel import Collectives, Meeting, TorchCollectives
+from octavo.parallel import Collectives, Meeting, PeerMemory, TorchCollectives
 
 COLUMNS, EPS = 2048, 1e-6
 ROWS = (1, 2, 8, 32, 100, 256, 257, 1000, 2048, 8192)
@@ -34,6 +34,7 @@ REPLAYS = 1000
 BF16 = torch.bfloat16
 GATES = {"ungated": 1 << 30, "gated": 0}
 """Up to how many rows all words are looked at, by kind of sum."""
+MANY_ROWS = 1000
 LATE_CYCLES = 200_000
 """That one rank comes later than the other: some 0.1 ms."""
 
@@ -162,50 +163,69 @@ def captured(body: Callable[[], None]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def times(rank: Rank) -> None:
+def times(rank: Rank, counts: list[int]) -> None:
     base, dtype = rank.base, BF16
     report: dict[str, dict[int, float]] = {}
+    spare = base.peer_memory(PEER_BYTES, rank.device)
     kinds: dict[str, PeerSums] = {}
     for name, ungated_rows in GATES.items():
         memory = base.peer_memory(PEER_BYTES, rank.device)
         kinds[name] = PeerSums(base, memory, COLUMNS, dtype)
         kinds[name].ungated_rows = ungated_rows
-    weight = torch.ones(COLUMNS, device=rank.device, dtype=dtype)
-    for count in TIMED_ROWS:
+    for count in counts:
+        for name, sums in kinds.items():
+            if count > MANY_ROWS and name == "ungated":
+                continue
+            check_rows(rank, sums, count, dtype)
+            x = torch.zeros(count, COLUMNS, device=rank.device, dtype=dtype)
+            for what, body in bodies(rank, sums, x):
+                _time(rank, report, count, f"{name}, {what}", body)
+            sums.check()
         x = torch.zeros(count, COLUMNS, device=rank.device, dtype=dtype)
-        for name, body in bodies(rank, kinds, x, weight):
-            found = microseconds(base, body, 96 if count <= 512 else 16)
-            report.setdefault(name, {})[count] = found
-            rank.say(f"times {count:5} rows {name:28} {found:8.1f} us")
-        for one in kinds.values():
-            one.check()
+        for what, body in others(rank, spare, x):
+            _time(rank, report, count, what, body)
     rank.say(json.dumps({"sum_microseconds": report}))
 
 
-def bodies(
-    rank: Rank, kinds: dict[str, PeerSums], x: Tensor, weight: Tensor
-) -> Iterator[tuple[str, Callable[[], object]]]:
+def _time(
+    rank: Rank,
+    report: dict[str, dict[int, float]],
+    count: int,
+    name: str,
+    body: Callable[[], object],
+) -> None:
+    found = microseconds(rank.base, body, 96 if count <= MANY_ROWS else 16)
+    report.setdefault(name, {})[count] = found
+    rank.say(f"times {count:5} rows {name:28} {found:8.1f} us")
+
+
+def bodies(rank: Rank, sums: PeerSums, x: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
     base, residual = rank.base, torch.zeros_like(x)
+    weight = torch.ones(COLUMNS, device=rank.device, dtype=x.dtype)
 
-    def library_and_norm() -> None:
-        rms_norm(base.all_reduce(x), residual, weight, EPS)
-
-    def late(sums: PeerSums, which: int) -> None:
+    def late(which: int) -> None:
         if base.rank == which:
             torch.cuda._sleep(LATE_CYCLES)
         sums.add_rms_norm(x, residual, weight, EPS)
 
+    yield "norm", lambda: sums.add_rms_norm(x, residual, weight, EPS)
+    yield "alone", lambda: sums.all_reduce(x)
+    parts = x.unsqueeze(1).repeat(1, 8, 1)
+    yield "8 parts", lambda: sums.add_rms_norm(parts, residual, weight, EPS)
+    for which in range(base.size):
+        yield f"{which} waits", lambda which=which: late(which)
+
+
+def others(rank: Rank, memory: PeerMemory, x: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What sums are measured against."""
+    base, residual = rank.base, torch.zeros_like(x)
+    weight = torch.ones(COLUMNS, device=rank.device, dtype=x.dtype)
+    there = memory.buffers[(base.rank + 1) % base.size][: x.nbytes].view(x.dtype).view(x.shape)
     yield "library", lambda: base.all_reduce(x)
-    yield "library, norm", library_and_norm
+    yield "library, norm", lambda: rms_norm(base.all_reduce(x), residual, weight, EPS)
     yield "norm alone", lambda: rms_norm(x, residual, weight, EPS)
     yield "waiting alone", lambda: torch.cuda._sleep(LATE_CYCLES)
-    parts = x.unsqueeze(1).repeat(1, 8, 1)
-    for name, sums in kinds.items():
-        yield name, lambda sums=sums: sums.all_reduce(x)
-        yield f"{name}, norm", lambda sums=sums: sums.add_rms_norm(x, residual, weight, EPS)
-        yield f"{name}, 8 parts", lambda sums=sums: sums.add_rms_norm(parts, residual, weight, EPS)
-        for which in range(base.size):
-            yield f"{name}, {which} waits", lambda sums=sums, which=which: late(sums, which)
+    yield "a copy to the next rank", lambda: there.copy_(x)
 
 
 def microseconds(base: Collectives, body: Callable[[], object], count: int) -> float:
@@ -231,11 +251,14 @@ def microseconds(base: Collectives, body: Callable[[], object], count: int) -> f
     return sorted(found)[len(found) // 2]
 
 
-def run_rank(stage: str, rank: int, address: str, size: int) -> int:
+def run_rank(stage: str, rank: int, address: str, size: int, counts: list[int]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     one = Rank(rank, address, size)
     with torch.inference_mode():
-        {"check": check, "times": times}[stage](one)
+        if stage == "check":
+            check(one)
+        else:
+            times(one, counts)
     one.base.least([0])  # nobody leaves while another may still write
     one.base.abort()
     return int(one.is_wrong)
@@ -245,14 +268,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stage", choices=("check", "times"))
     parser.add_argument("--size", type=int, default=2)
+    parser.add_argument("--rows", default=",".join(map(str, TIMED_ROWS)), help="of times")
     parser.add_argument("--rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--address", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank is not None:
-        return run_rank(arguments.stage, arguments.rank, arguments.address, arguments.size)
+        counts = [int(one) for one in arguments.rows.split(",")]
+        one = arguments.rank, arguments.address, arguments.size
+        return run_rank(arguments.stage, *one, counts)
     keeper = Meeting("127.0.0.1", arguments.size)
     command = [sys.executable, "-m", "benchmarks.peers", arguments.stage]
     command += ["--size", str(arguments.size), "--address", keeper.address]
+    command += ["--rows", arguments.rows]
     ranks = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(arguments.size)]
     try:
         while all(one.poll() is None for one in ranks):

@@ -6,8 +6,8 @@
 Layouts: `one` GPU; two with their sums through the `library` (NCCL) or through each other's memory
 (`peers`); two that have whole `experts`, with the latter sums. Stages: `check` and `times` of sums
 are benchmarks/peers.py; `engines` are the workloads D1, D32 and P of `octavo bench workloads`, of
-two GPUs (with `--only D1,D32,P,K` their kernels, too); `tokens` are greedy ones of two layers in
-float32, which must be those of one GPU. Weights are random.
+two GPUs (with `--only D1,D32,P,K` their kernels, too); `tokens` are greedy ones of two layers, of
+few experts and ids, in float32, which must be those of one GPU. Weights are random.
 
 Every stage is a process with a time-out, and prints as it comes. At the end a table and a JSON
 object; exits with 1 if something was wrong or did not end. After --seconds no stage begins.
@@ -36,6 +36,8 @@ STAGE_SECONDS = {"check": 100, "times": 100, "engines": 180, "tokens": 90}
 WORKLOADS = "D1,D32,P"
 SHOWN = ("D1", "D32", "P 8192", "P 32768")
 TOKENS_LAYERS, PROMPT_LENGTH, NUM_PROMPTS, NUM_TOKENS = 2, 100, 8, 32
+TOKENS_CUT = {"vocab_size": 4096, "num_experts": 16, "bos_token_id": 1, "eos_token_id": 2}
+"""Of the model's config, so that its random weights are soon made."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +111,8 @@ def run_tokens(model: str, layout: str, device: str) -> int:
         without_peers()
     with tempfile.TemporaryDirectory(prefix="octavo-bench-") as folder:
         write_model(model, Path(folder), TOKENS_LAYERS)
+        config = Path(folder) / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | TOKENS_CUT))
         llm = LLM(
             folder,
             load_format="dummy",
@@ -117,6 +121,7 @@ def run_tokens(model: str, layout: str, device: str) -> int:
             device=device,
             max_model_len=512,
             max_num_seqs=NUM_PROMPTS,
+            max_num_batched_tokens=PROMPT_LENGTH * NUM_PROMPTS,
             prefix_caching="off",
             kv_cache_memory_bytes=2**28,
             **LAYOUTS[layout],

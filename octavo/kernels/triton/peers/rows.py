@@ -40,9 +40,35 @@ def part_of_row(x_at, is_in, num_columns, PARTS: tl.constexpr):
 
 
 @triton.jit
-def normed_of(total, residual_at, is_in, weight, num_columns, eps):
-    """residual += total, rounded to its format; returns the RMS norm of that, float32."""
-    y = total + tl.load(residual_at, mask=is_in, other=0.0).to(tl.float32)
+def send_row(
+    part,
+    words,
+    turn,
+    row,
+    column,
+    max_rows,
+    num_columns,
+    RANK: tl.constexpr,
+    SIZE: tl.constexpr,
+    EMPTY: tl.constexpr,
+):
+    """Writes a row [BLOCK] into every other rank's memory; returns what was sent."""
+    is_in = column < num_columns
+    sent = part.to(words[RANK].dtype.element_ty, bitcast=True)
+    sent = tl.where(sent == EMPTY, tl.zeros_like(sent), sent)
+    place = (turn & 1).to(tl.int64) * (SIZE - 1)
+    for target in tl.static_range(SIZE):
+        if target != RANK:
+            mine = place + (RANK if target > RANK else RANK - 1)
+            at = words[target] + (mine * max_rows + row) * num_columns + column
+            tl.store(at, sent, mask=is_in)
+    return sent
+
+
+@triton.jit
+def normed_of(total, residual, residual_at, is_in, weight, num_columns, eps):
+    """Stores residual + total, rounded; returns the RMS norm of that, float32."""
+    y = total + residual.to(tl.float32)
     rounded = y.to(residual_at.dtype.element_ty)
     tl.store(residual_at, rounded, mask=is_in)
     exact = rounded.to(tl.float32)
@@ -128,14 +154,12 @@ def sum_row_kernel(
     announce(OVERLAP)
     turn = tl.load(turns_T + row, volatile=True)
     part = part_of_row(x_TM + row * x_stride + column, is_in, num_columns, PARTS)
-    sent = part.to(words[RANK].dtype.element_ty, bitcast=True)
-    sent = tl.where(sent == EMPTY, tl.zeros_like(sent), sent)
+    sent = send_row(part, words, turn, row, column, max_rows, num_columns, RANK, SIZE, EMPTY)
+    residual_at = residual_TM + row * residual_stride + column
+    residual = part
+    if NORM:
+        residual = tl.load(residual_at, mask=is_in, other=0.0)
     place = (turn & 1).to(tl.int64) * (SIZE - 1)
-    for target in tl.static_range(SIZE):
-        if target != RANK:
-            mine = place + (RANK if target > RANK else RANK - 1)
-            at = words[target] + (mine * max_rows + row) * num_columns + column
-            tl.store(at, sent, mask=is_in)
     total = tl.zeros([BLOCK], tl.float32)
     for source in tl.static_range(SIZE):
         found = sent
@@ -149,7 +173,6 @@ def sum_row_kernel(
         total += found.to(part.dtype, bitcast=True).to(tl.float32)
     total = total.to(part.dtype).to(tl.float32)
     if NORM:
-        at = residual_TM + row * residual_stride + column
-        total = normed_of(total, at, is_in, weight, num_columns, eps)
+        total = normed_of(total, residual, residual_at, is_in, weight, num_columns, eps)
     tl.store(out_TM + row * num_columns + column, total.to(out_TM.dtype.element_ty), mask=is_in)
     tl.store(turns_T + row, turn + 1)
