@@ -22,10 +22,15 @@ ENV PIP_EXTRA_INDEX_URL=${TORCH_INDEX}
 
 # CUDA: PyPI's torch brings CUDA and Triton, which builds its launchers with a C compiler.
 FROM python:${PYTHON}-slim AS cuda
+# What links a launcher stays: no optimisation at link time, sanitizers, static libraries, Perl.
 # hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install -y --no-install-recommends gcc libc6-dev \
- && rm -rf /var/lib/apt/lists/*
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/* \
+  /usr/lib/gcc/*/*/lto1 /usr/lib/gcc/*/*/lib*san* /usr/lib/*/lib*san.so* \
+  /usr/bin/*lto-dump* /usr/bin/*ld.gold /usr/bin/*dwp /usr/lib/*/libgprofng* \
+  /usr/lib/*/libc.a /usr/lib/*/libm-*.a /usr/lib/*/libmvec.a \
+  /usr/share/perl/* /usr/lib/*/perl /usr/lib/*/libperl.so*
 
 FROM ${VARIANT}
 # Traces and tokens of issuers: options of the server that need packages of their own.
