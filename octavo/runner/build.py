@@ -40,7 +40,12 @@ from octavo.runner.model_runner import ModelRunner
 from octavo.runner.rehearsal import Rehearsal
 from octavo.runner.sampler import Sampler
 from octavo.runner.transfer import make_transfer
-from octavo.runner.warm_up import steps_to_build, steps_to_run, without_tokens
+from octavo.runner.warm_up import (
+    steps_to_build,
+    steps_to_capture,
+    steps_to_run,
+    without_tokens,
+)
 from octavo.step import Runner
 from octavo.weights.placement import DevicePlacement, HostPlacement
 from octavo.weights.source import TensorSource
@@ -120,6 +125,8 @@ def build_runner(
         )
         plan = planner(step_bytes)
     runner.storage.allocate(plan.num_chunks)
+    if needs.device.type == "cuda" and not config.enforce_eager:
+        capture(rehearsal, config, plan, spec)
     return runner, plan
 
 
@@ -215,3 +222,13 @@ def warm_up(
         logger.info("kernels are there after %.1f s", time.perf_counter() - began)
     for step in fitting(steps_to_run(*sizes, spec.vocab_size)):
         rehearsal.run(step)
+
+
+def capture(rehearsal: Rehearsal, config: EngineConfig, plan: MemoryPlan, spec: ModelSpec) -> None:
+    """Has the graphs of small steps captured, so that no request waits for one."""
+    began = time.perf_counter()
+    sizes = config.max_num_seqs, plan.max_num_batched_tokens, plan.max_model_len
+    fitting = iter if spec.pooling is None else without_tokens
+    for step in fitting(steps_to_capture(*sizes, spec.vocab_size)):
+        rehearsal.capture(step)
+    logger.info("graphs are there after %.1f s", time.perf_counter() - began)

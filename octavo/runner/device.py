@@ -17,9 +17,10 @@ from octavo.models.decoder import Decoder
 from octavo.runner.device_batch import DeviceBatch, DeviceInputs
 from octavo.runner.equipment import Equipment, RowSampler
 from octavo.runner.expert_counts import ExpertCounts
-from octavo.runner.graphs import StepGraphs, StepShape, padded_size
+from octavo.runner.graphs import StepGraphs, StepShape
 from octavo.runner.input_batch import InputBatch, StepInputs
 from octavo.runner.lane import make_lane
+from octavo.runner.step_sizes import StepSizes
 from octavo.runner.transfer import Transfer
 from octavo.step import StepPlan, TableDelta
 
@@ -42,13 +43,14 @@ class DeviceForward:
         self._storage = storage
         self._batch = batch
         self._graphs = graphs
+        self._sizes = StepSizes(batch.host.max_num_seqs)
         self._counts_LE = counts_LE
 
     def apply(self, deltas: Sequence[TableDelta]) -> None:
         self._batch.apply(deltas)
 
     def run(self, plan: StepPlan, inputs: StepInputs, attention: StepAttention) -> Tensor:
-        size = padded_size(plan)
+        size = self._sizes.padded(plan)
         padded = size and attention.padded(*size)
         if size is None or padded is None:
             return self._launch(self._batch.inputs(plan, inputs, attention))

@@ -1,4 +1,4 @@
-"""Small steps as CUDA graphs: one for each shape in use, recorded when it is met a second time.
+"""Small steps as CUDA graphs: one for each shape, captured when it is met a second time.
 
 Owned by a device's forward pass. A graph replays kernels over fixed addresses, so a step is padded
 to the next shape and its inputs are copied to where the graph reads them. All graphs share one
@@ -8,7 +8,6 @@ memory pool: only one of them runs at a time.
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,16 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from octavo.step import MAX_PADDED_TOKENS, StepPlan
-
 logger = logging.getLogger(__name__)
 
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
-"""Beyond the last, multiples of 64. Padding costs next to nothing: padded rows read no expert and
-no KV."""
-MAX_MIXED_GRAPHS = 12
-"""Of steps that are no decodes of separate rows; beyond that they are launched kernel by kernel.
-A graph takes some 8 MiB of the device; `engine.memory` sets aside that much for 32."""
+MAX_BOUND_GRAPHS = 12
+"""Of steps whose attention is bound by more than their numbers; beyond that they are launched
+kernel by kernel. A graph takes some MiB of the device; `engine.memory` sets aside room for them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,10 +32,6 @@ class StepShape:
     """Every row computes one token."""
     bounds: Hashable
     """Of the plan of its attention."""
-
-    @property
-    def is_plain(self) -> bool:
-        return self.is_decode and self.bounds is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +78,9 @@ class StepGraphs:
             self._is_ignored = False
 
     def _has_room(self, shape: StepShape) -> bool:
-        mixed = sum(not known.is_plain for known in self._captured)
-        return shape.is_plain or mixed < MAX_MIXED_GRAPHS
+        """Of the others there are as many as there are sizes."""
+        bound = sum(known.bounds is not None for known in self._captured)
+        return shape.bounds is None or bound < MAX_BOUND_GRAPHS
 
     def _capture(self, body: Callable[[], Tensor]) -> _Captured:
         # Not torch.cuda.graph(): it collects garbage and empties the cache, which stops the device.
@@ -104,28 +95,3 @@ class StepGraphs:
             raise
         graph.capture_end()
         return _Captured(graph, output)
-
-
-def padded_size(plan: StepPlan) -> tuple[int, int] | None:
-    """Returns the rows and tokens that a small step is padded to; None for a large one, which keeps
-    the device busy by itself."""
-    if plan.num_rows == plan.num_tokens:
-        size = decode_size(plan.num_rows)
-        return size, size
-    if plan.num_tokens > MAX_PADDED_TOKENS:
-        return None
-    # One row at least to own the padding.
-    return mixed_size(plan.num_rows + 1), mixed_size(plan.num_tokens)
-
-
-def decode_size(num_rows: int) -> int:
-    """Returns what the rows of a decode are padded to."""
-    if num_rows > SIZES[-1]:
-        return -(-num_rows // 64) * 64
-    return SIZES[bisect_left(SIZES, num_rows)]
-
-
-def mixed_size(count: int) -> int:
-    """Returns what the rows or tokens of other steps are padded to: coarser, for there are more
-    shapes of them."""
-    return max(16, 1 << (count - 1).bit_length())

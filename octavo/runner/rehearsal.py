@@ -34,6 +34,11 @@ class Rehearsal:
         with self._graphs.ignored():
             self._runner.rehearse(plan)
 
+    def capture(self, plan: StepPlan) -> None:
+        """Has a step of the shape of `plan` replayed from now on: the KV cache must be there."""
+        for _ in range(2):  # as it is, and captured
+            self._runner.rehearse(plan)
+
 
 def _allocated(device: torch.device) -> int:
     """Returns the bytes that torch's tensors take now, and starts a new peak from there."""

@@ -12,12 +12,14 @@ from dataclasses import replace
 import numpy as np
 
 from octavo.request import SamplingParams
-from octavo.runner.graphs import SIZES, mixed_size
-from octavo.step import Purpose, RowStart, StepPlan
+from octavo.runner.step_sizes import StepSizes
+from octavo.step import Int32, Purpose, RowStart, StepPlan
 
 RUN_ROWS = (1, 8, 32, 128)
 """Batch sizes of decodes, beside the largest, that are run before the first request."""
 SHARING_ROWS = 32
+SMALLEST_CHUNK = 16
+"""Tokens of a prompt's chunk from which on all powers of two are built for."""
 DRAWN = SamplingParams(temperature=1.0)
 EVERYTHING = SamplingParams(
     temperature=1.0,
@@ -52,13 +54,35 @@ def steps_to_build(
     yield make_step(1, 1, vocab_size, params=EVERYTHING)
     sharing = min(SHARING_ROWS, max_num_seqs)
     yield make_step(sharing, 1, vocab_size, num_computed=max_model_len - 1)
-    num_tokens = mixed_size(1)
+    num_tokens = SMALLEST_CHUNK
     while num_tokens < max_num_tokens:
         yield make_step(1, num_tokens, vocab_size)
         num_tokens *= 2
-    for num_rows in SIZES:
+    for num_rows in StepSizes(max_num_seqs).decodes:
         if num_rows < max_num_seqs:
             yield make_step(num_rows, 1, vocab_size)
+
+
+def steps_to_capture(
+    max_num_seqs: int, max_num_tokens: int, max_model_len: int, vocab_size: int
+) -> Iterator[StepPlan]:
+    """Yields a step of every size that is replayed as a graph, whatever attention is bound by
+    beside; the largest first, which take most memory."""
+    sizes = StepSizes(max_num_seqs)
+    for size in reversed(sizes.decodes):
+        yield make_step(min(size, max_num_seqs), 1, vocab_size)
+    for rows, tokens in reversed(list(sizes.all_mixed())):
+        num_rows = min(rows - 1, max_num_seqs)
+        num_tokens = min(tokens, max_num_tokens, num_rows * max_model_len)
+        step = make_mixed_step(num_rows, num_tokens, vocab_size) if num_tokens > num_rows else None
+        if step is not None and sizes.padded(step) == (rows, tokens):
+            yield step
+
+
+def make_mixed_step(num_rows: int, num_tokens: int, vocab_size: int) -> StepPlan:
+    """Returns a step of `num_rows` sequences that begin, with about as many tokens each."""
+    ends = np.arange(num_rows + 1) * num_tokens // num_rows
+    return _step_of(np.diff(ends).astype(np.int32), vocab_size)
 
 
 def make_step(
@@ -70,26 +94,36 @@ def make_step(
     params: SamplingParams = DRAWN,
 ) -> StepPlan:
     """Returns a step of `num_rows` sequences with `query_len` tokens each, after `num_computed`."""
-    rows = np.arange(num_rows, dtype=np.int32)
-    prompt_len = num_computed + query_len
+    lens = np.full(num_rows, query_len, np.int32)
+    return _step_of(lens, vocab_size, num_computed=num_computed, params=params)
+
+
+def _step_of(
+    query_lens: Int32,
+    vocab_size: int,
+    *,
+    num_computed: int = 0,
+    params: SamplingParams = DRAWN,
+) -> StepPlan:
+    rows = np.arange(len(query_lens), dtype=np.int32)
     starts = tuple(
         RowStart(
             row=row,
             params=params,
             seed=row,
             stop_token_ids=(),
-            prompt_len=prompt_len,
-            token_ids=np.zeros(prompt_len, np.int32),
+            prompt_len=num_computed + query_len,
+            token_ids=np.zeros(num_computed + query_len, np.int32),
         )
-        for row in rows.tolist()
+        for row, query_len in enumerate(query_lens.tolist())
     )
     return StepPlan(
         step_id=1,
         rows=rows,
         starts=np.full_like(rows, num_computed),
-        query_lens=np.full_like(rows, query_len),
-        token_ids=np.arange(num_rows * query_len, dtype=np.int32) * 7919 % vocab_size,
-        from_device=np.zeros(num_rows, np.bool_),
-        purposes=np.full(num_rows, Purpose.TOKEN, np.int8),
+        query_lens=query_lens,
+        token_ids=np.arange(query_lens.sum(), dtype=np.int32) * 7919 % vocab_size,
+        from_device=np.zeros(len(rows), np.bool_),
+        purposes=np.full(len(rows), Purpose.TOKEN, np.int8),
         row_starts=starts,
     )

@@ -3,7 +3,7 @@ is a digest of the context as read back through the block tables."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -26,11 +26,11 @@ from tests.runner.device_driver import DeviceDriver
 from tests.runner.driver import GREEDY, Tracked
 
 from octavo.kernels.triton.attention.plan import StepPlanner  # isort: skip
-from octavo.runner import device  # isort: skip
 from octavo.runner.device import COUNTS_PERIOD  # isort: skip
 from octavo.runner.device_batch import largest_upload  # isort: skip
-from octavo.runner.graphs import decode_size, mixed_size  # isort: skip
-from octavo.runner.warm_up import make_step  # isort: skip
+from octavo.runner.graphs import StepShape  # isort: skip
+from octavo.runner.step_sizes import StepSizes  # isort: skip
+from octavo.runner.warm_up import make_step, steps_to_capture  # isort: skip
 
 VOCAB = 97
 NUM_EXPERTS = 3
@@ -236,20 +236,12 @@ def test_padding_of_a_decode_step_changes_nothing(num_rows: int) -> None:
         driver.step([(s, s.prompt_len) for s in sequences])
         driver.decode(sequences, 9)
         check(*sequences)
-        size = decode_size(num_rows)
-        assert size >= num_rows
+        sizes = StepSizes(11)
+        size = next(size for size in sizes.decodes if size >= num_rows)
         assert driver.decoder.sizes[-9:] == [(size, num_rows)] * 9
         tokens = sum(s.prompt_len for s in sequences)
-        assert driver.decoder.sizes[0] == (mixed_size(tokens), tokens)
-
-
-@pytest.mark.parametrize("size_of", [decode_size, mixed_size])
-def test_padded_sizes_hold_their_count_and_are_few(size_of: Callable[[int], int]) -> None:
-    sizes = [size_of(count) for count in range(1, 513)]
-    assert all(size >= count for count, size in enumerate(sizes, start=1))
-    assert sizes == sorted(sizes)
-    assert len(set(sizes)) <= 22
-    assert all(size_of(size) == size for size in sizes)
+        (few,) = sizes.mixed.values()
+        assert driver.decoder.sizes[0] == (next(n for n in few if n >= tokens), tokens)
 
 
 @pytest.mark.parametrize("max_tokens", [64, 90])
@@ -413,8 +405,27 @@ def test_a_warm_up_leaves_no_trace() -> None:
         assert rehearsal.step_bytes >= 0
 
 
+def test_every_size_is_run_and_then_captured_before_the_first_request() -> None:
+    with FakeDriver(max_num_seqs=3) as driver:
+        shapes: list[StepShape] = []
+        run = driver.graphs.run
+        driver.graphs.run = lambda shape, body: (shapes.append(shape), run(shape, body))[1]
+        rehearsal = driver.rehearsal()
+        for step in steps_to_capture(3, 100, 50, VOCAB):
+            rehearsal.capture(step)
+        sizes = [(3, 3), (2, 2), (1, 1), (16, 128), (16, 64)]
+        assert [(one.num_rows, one.num_tokens) for one in shapes[::2]] == sizes
+        assert shapes[::2] == shapes[1::2]
+        assert {one.bounds for one in shapes} == {None}
+        sequence = driver.add(prompt(20))
+        driver.step([(sequence, 20)])
+        driver.decode([sequence], 3)
+        check(sequence)
+        assert set(shapes[10:]) <= set(shapes[:10]), "a request met a shape first"
+
+
 def test_the_room_for_uploads_holds_the_largest_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "padded_size", lambda plan: None)
+    monkeypatch.setattr(StepSizes, "padded", lambda self, plan: None)
     sizes: list[int] = []
     with FakeDriver() as driver:
         transfer: Any = driver.runner._transfer

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.runner.graphs import MAX_MIXED_GRAPHS, StepGraphs, StepShape
+from octavo.runner.graphs import MAX_BOUND_GRAPHS, StepGraphs, StepShape
 
 
 class FakeGraph:
@@ -48,13 +48,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> StepGraphs:
     return StepGraphs(is_on=True)
 
 
-def shape(num_rows: int, num_tokens: int | None = None) -> StepShape:
-    return StepShape(
-        num_rows=num_rows,
-        num_tokens=num_tokens or num_rows,
-        is_decode=num_tokens is None,
-        bounds=None,
-    )
+def shape(num_rows: int, bounds: int | None = None) -> StepShape:
+    return StepShape(num_rows=num_rows, num_tokens=num_rows, is_decode=True, bounds=bounds)
 
 
 def test_a_shape_is_captured_when_it_is_met_again_and_replayed_from_then_on(
@@ -82,12 +77,12 @@ def test_what_is_ignored_is_not_met(graphs: StepGraphs) -> None:
     assert (body.runs, FakeGraph.replays) == (6, 1)
 
 
-def test_mixed_steps_leave_room_for_the_graphs_of_decodes(graphs: StepGraphs) -> None:
-    mixed, decode = Body(), Body()
-    for rows in range(2, MAX_MIXED_GRAPHS + 4):
+def test_bounds_of_attention_leave_room_for_all_sizes(graphs: StepGraphs) -> None:
+    bound, decode = Body(), Body()
+    for bounds in range(2, MAX_BOUND_GRAPHS + 4):
         for _ in range(3):
-            graphs.run(shape(rows, 16 * rows), mixed)
-    assert FakeGraph.replays == 2 * MAX_MIXED_GRAPHS
+            graphs.run(shape(8, bounds), bound)
+    assert FakeGraph.replays == 2 * MAX_BOUND_GRAPHS
     for _ in range(3):
         graphs.run(shape(8), decode)
     assert decode.runs == 2
