@@ -1,10 +1,11 @@
 """One stream's decode on the CPU beside what the memory allows, as JSON: a line a model.
 
-    python benchmarks/cpu_decode.py demo:bfloat16 demo-moe:auto FILE.gguf:auto
+    python benchmarks/cpu_decode.py demo:bfloat16 demo-moe:auto FILE.gguf:auto [--peer]
 
-A token reads the weights it meets once; the floor is their bytes over the read bandwidth, which is
-measured before each of the runs, since other work may share the machine. The best of the runs
-counts, and its share of the best bandwidth's rate.
+With a prompt of 1,024 tokens and 16 streams beside it; --peer runs llama.cpp (PyPI's xllamacpp) on
+the same GGUF file, in turn with it. A token reads the weights it meets once; the floor is their
+bytes over the read bandwidth, which is measured before each of the runs, since other work may share
+the machine. The best of the runs counts, and its share of the best bandwidth's rate.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import time
 from collections.abc import Iterator
 
@@ -64,14 +66,68 @@ def bytes_of_a_token(decoder: Decoder) -> float:
     )
 
 
-def measure(model: str, dtype: str, runs: int, threads: int) -> dict[str, object]:
-    llm = LLM(model, dtype=dtype, max_model_len=1024, num_threads=threads)
-    size = bytes_of_a_token(llm._core._runner.decoder)  # pyright: ignore
+class LlamaCpp:
+    """llama.cpp on a GGUF file: rates of one stream, as its own clock tells them."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        import xllamacpp  # pyright: ignore[reportMissingImports]
+
+        params = xllamacpp.CommonParams()
+        params.model.path = path
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        params.n_ctx, params.n_parallel, params.warmup = 2048, 1, True
+        self._server = xllamacpp.Server(params)
+
+    def rates(self, prompt: str | list[int], tokens: int) -> tuple[float, float]:
+        """Returns the tokens a second of a prompt, and of what follows."""
+        asked = {
+            **{"prompt": prompt, "max_tokens": tokens, "temperature": 0.0},
+            **{"ignore_eos": True, "cache_prompt": False},
+        }
+        timings = self._server.handle_completions(asked)["timings"]
+        return timings["prompt_per_second"], timings["predicted_per_second"]
+
+
+def prompt_rate(llm: LLM, prompts: list[list[int]]) -> float:
+    """Returns the tokens a second of the fastest prompt."""
+    params = SamplingParams(max_tokens=1, temperature=0.0)
+    best = 0.0
+    for prompt in prompts:
+        began = time.perf_counter()
+        llm.generate([prompt], params)
+        best = max(best, len(prompt) / (time.perf_counter() - began))
+    return best
+
+
+def stream_rate(llm: LLM, prompt: list[int], streams: int) -> float:
+    """Returns the output tokens a second of so many streams at once, the better of two runs."""
+    prompts = [[*prompt, one + 1000] for one in range(streams)]
+    params = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
+    best = 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        llm.generate(prompts, params)
+        best = max(best, streams * TOKENS / (time.perf_counter() - began))
+    return best
+
+
+def measure(model: str, dtype: str, runs: int, threads: int, has_peer: bool) -> dict[str, object]:
+    llm = LLM(model, dtype=dtype, max_model_len=2048, num_threads=threads)
+    decoder: Decoder = llm._core._runner.decoder  # pyright: ignore
+    size = bytes_of_a_token(decoder)
     probe = torch.ones(64 << 20)
     params = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
     llm.generate([PROMPT], params)
     rate, wall, cpu = 0.0, float("inf"), float("inf")
-    for _ in range(runs):
+    peer = LlamaCpp(model, threads) if has_peer else None
+    draw = random.Random(0)
+    prompts = [[draw.randrange(1000, 20000) for _ in range(1024)] for _ in range(3)]
+    peer_prompt, peer_decode = 0.0, 0.0
+    for at in range(runs):
+        if peer is not None:
+            peer_decode = max(peer_decode, peer.rates(PROMPT, TOKENS)[1])
+            if at < len(prompts):
+                peer_prompt = max(peer_prompt, peer.rates(prompts[at], 1)[0])
         rate = max(rate, read_rate(probe, threads))
         began, spent = time.perf_counter(), time.process_time()
         llm.generate([PROMPT], params)
@@ -80,12 +136,23 @@ def measure(model: str, dtype: str, runs: int, threads: int) -> dict[str, object
     return {
         "model": model,
         "dtype": dtype,
+        "isa": getattr(decoder.ops, "isa", None),
         "tokens_per_second": round(1 / wall, 1),
         "floor_tokens_per_second": round(rate / size, 1),
         "of_floor": round(size / rate / wall, 3),
         "cpu_ms_per_token": round(cpu * 1e3, 2),
         "megabytes_per_token": round(size / 1e6, 1),
         "read_gb_per_second": round(rate / 1e9, 1),
+        "prompt_tokens_per_second": round(prompt_rate(llm, prompts)),
+        "streams_16_tokens_per_second": round(stream_rate(llm, prompts[0][:128], 16)),
+        **(
+            {}
+            if peer is None
+            else {
+                "peer_tokens_per_second": round(peer_decode, 1),
+                "peer_prompt_tokens_per_second": round(peer_prompt),
+            }
+        ),
         "load_average": round(os.getloadavg()[0], 1),
     }
 
@@ -95,10 +162,12 @@ def main() -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL:DTYPE")
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--peer", action="store_true", help="llama.cpp beside it, on GGUF files")
     options = parser.parse_args()
     for one in options.models:
         model, _, dtype = one.rpartition(":")
-        print(json.dumps(measure(model, dtype, options.runs, options.threads)), flush=True)
+        line = measure(model, dtype, options.runs, options.threads, options.peer)
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Times the ops at the demo's shapes: one JSON line each, with floors and torch beside it.
 
-    python benchmarks/kernels/cpu.py [--backend native] [--formats bf16,q4_1] [--only linear,mlp]
+    python benchmarks/kernels/cpu.py [--backend native] [--isa avx2] [--formats bf16,q4_1]
+        [--only linear,mlp]
 
 floor_us is the larger of bytes read over the read bandwidth, measured again before each line, and
 FLOPs over the measured float32 peak of torch's matrix product. Times are the least of many runs,
@@ -21,6 +22,8 @@ import torch
 from torch.nn import functional
 
 from octavo.formats import WEIGHT_FORMATS
+from octavo.kernels.cpu.library import ISAS
+from octavo.kernels.cpu.native import NativeOps
 from octavo.kernels.dequantize import gguf_table
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
 from octavo.kernels.ops import Ops
@@ -273,6 +276,7 @@ def report(case: Case, name: str, ops: Ops, machine: Machine) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", default="auto")
+    parser.add_argument("--isa", choices=list(ISAS), help="of the native back end; else its best")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--formats", default="bf16,q4_1,q4_k,q5_0,q6_k,q8_0,int4_128_f16,iq2_xs,f32"
@@ -282,7 +286,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     machine = measure_machine(arguments.threads)
-    ops = select_ops(arguments.backend, Needs(num_threads=arguments.threads))
+    if arguments.isa is None:
+        ops = select_ops(arguments.backend, Needs(num_threads=arguments.threads))
+    else:
+        ops = NativeOps(arguments.threads, arguments.isa)
     print(json.dumps({"machine": machine.__dict__, "torch": torch.__version__}), flush=True)
     only, tokens = arguments.only.split(","), [int(t) for t in arguments.tokens.split(",")]
     for count in tokens:

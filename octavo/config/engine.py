@@ -41,7 +41,11 @@ class EngineConfig:
     revision: str | None = option(None, "branch, tag or commit of a Hugging Face id")
     download_dir: str | None = option(None, "where downloaded models are kept")
     dtype: str = option(
-        "auto", "number format of the weights", choices=DTYPES, aliases=DTYPE_ALIASES
+        "auto",
+        "number format of the weights; bfloat16 also of what an AMD CPU with AVX-512 BF16 "
+        "multiplies them with",
+        choices=DTYPES,
+        aliases=DTYPE_ALIASES,
     )
     load_format: str = option("auto", "format of the weights files", choices=LOAD_FORMATS)
     quantization: str | None = option(

@@ -31,6 +31,8 @@ class Needs:
     num_threads: int = 1
     attention: AttentionWants = AttentionWants()
     is_deterministic: bool = False
+    rounds_activations: bool = False
+    """Whether a CPU's products may take activations as bfloat16, where that is faster."""
     tuned_folder: Path | None = None
     """Where `octavo tune` leaves launch shapes, if they are wanted."""
 
@@ -76,7 +78,7 @@ def _native(needs: Needs) -> Backend:
     if reason is not None:
         raise UnfitError(reason)
     _check_attention("native", needs)
-    ops = NativeOps(needs.num_threads)
+    ops = NativeOps(needs.num_threads, rounds_activations=needs.rounds_activations)
     return Backend(ops=ops, maps_weights=True, recorder=ops)
 
 

@@ -85,6 +85,7 @@ def build_runner(
         or max(1, device.num_cores() // (size * config.data_parallel_size)),
         attention=spec.attention_wants(kv_formats(plan.groups[0].spec.formats)),
         is_deterministic=config.deterministic,
+        rounds_activations=config.dtype == "bfloat16",
         tuned_folder=Path(tuned_dir()),
     )
     backend = select_backend(config.resolved_attention_backend(), needs)

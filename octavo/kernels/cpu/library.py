@@ -31,9 +31,13 @@ SIGNATURES: dict[str, list[Any]] = {
     "attention": [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p],
 }
 """Arguments after the pool; every op returns a status."""
-ISAS = {"avx2": "AVX2, FMA, F16C", "avx512": "AVX-512 F, BW, DQ, VL, VBMI"}
+ISAS = {
+    "avx2": "AVX2, FMA, F16C",
+    "avx512": "AVX-512 F, BW, DQ, VL, VBMI",
+    "avx512_bf16": "those and AVX-512 BF16",
+}
 """Instruction sets, worst first, and what they are made of: the order is that of `enum Isa` in
-native.h."""
+native.h. All but the last give the same bits."""
 
 
 def library_path() -> Path | None:
@@ -60,6 +64,7 @@ def load_library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     _check_sources(library, path)
     library.octavo_supports.argtypes, library.octavo_supports.restype = [c_int64], c_int64
+    library.octavo_prefers_bf16.restype = c_int64
     library.octavo_create.argtypes, library.octavo_create.restype = [c_int64, c_int64], c_void_p
     library.octavo_destroy.argtypes, library.octavo_destroy.restype = [c_void_p], None
     library.octavo_replay.argtypes = [c_void_p, POINTER(CallStruct), c_int64]

@@ -70,6 +70,21 @@ void add_bias(float* row, const float* bias, int64_t count) {
   for (int64_t n = 0; bias != nullptr && n < count; ++n) row[n] += bias[n];
 }
 
+// Rows of an op's input, in bfloat16 too where that is what its weights are multiplied with.
+Rows rows_of(Pool* pool, const float* x, int64_t tokens, const Matrix* weights,
+             int64_t num_weights) {
+  const int64_t cols = weights[0].cols;
+  const bool is_narrow = std::any_of(weights, weights + num_weights,
+                                     [](const Matrix& w) { return w.format == BF16; });
+  if (pool->isa() != AVX512_BF16 || !is_narrow) return {x, cols, nullptr, nullptr};
+  float* room = pool->shared().floats(0, (tokens * cols + 1) / 2);
+  uint16_t* narrow = reinterpret_cast<uint16_t*>(room);
+  pool->run(tokens, 16, [&](int64_t t, Scratch&) {
+    narrow_row(x + t * cols, cols, narrow + t * cols);
+  });
+  return {x, cols, nullptr, narrow};
+}
+
 // The first product of a gated MLP: matrices, biases [rows] or null.
 struct GateUp {
   Product product;
@@ -108,7 +123,7 @@ OCTAVO_API int64_t octavo_linear(Pool* pool, const float* x, int64_t tokens, con
     total += panels(weights[i].rows);
     columns += weights[i].rows;
   }
-  const Rows rows = {x, weights[0].cols, nullptr};
+  const Rows rows = rows_of(pool, x, tokens, weights, num_weights);
   pool->share(total, least_of(weights[0], tokens), [&](int64_t index, Scratch& scratch) {
     const Matrix* w = weights;
     int64_t column = 0;
@@ -136,12 +151,13 @@ OCTAVO_API int64_t octavo_gated_mlp(Pool* pool, const float* x, int64_t tokens,
   std::lock_guard<std::mutex> lock(pool->op_mutex());
   const Product product = product_of(pool->isa());
   const Matrix &gate = weights[0], &up = weights[1], &down = weights[2];
-  const Rows rows = {x, gate.cols, nullptr}, inner = {hidden, gate.rows, nullptr};
+  const Rows rows = rows_of(pool, x, tokens, weights, 2);
   const int64_t total = panels(gate.rows), down_total = panels(down.rows);
   pool->share(total, least_of(gate, tokens), [&](int64_t i, Scratch& s) {
     const GateUp of = {product, &gate, &up, nullptr, nullptr, *activation};
     gate_and_up(rows, tokens, of, i * kPanelRows, hidden, s);
   });
+  const Rows inner = rows_of(pool, hidden, tokens, &down, 1);
   pool->share(down_total, least_of(down, tokens), [&](int64_t i, Scratch& s) {
     const int64_t first = i * kPanelRows, count = std::min(kPanelRows, down.rows - first);
     product(inner, tokens, down, first, count, out + first, down.rows, s);
@@ -187,19 +203,22 @@ OCTAVO_API int64_t octavo_moe(Pool* pool, const MoeArgs* args) {
   }
   const int64_t width = panels(inner), down_width = panels(outer);
   const int64_t num_active = static_cast<int64_t>(active.size()), per = picks / std::max<int64_t>(num_active, 1);
+  const Rows input = rows_of(pool, a.x, a.tokens, gates, 2 * a.experts);
   pool->share(num_active * width, least_of(gates[0], per), [&](int64_t i, Scratch& s) {
     const int64_t e = active[i / width], start = starts[e];
-    const Rows rows = {a.x, gates[e].cols, a.order + start};
+    const Rows rows = {input.base, input.stride, a.order + start, input.narrow};
     const GateUp of = {product, &gates[e], &ups[e], at(a.gate_bias, e * inner),
                        at(a.up_bias, e * inner), a.activation};
     gate_and_up(rows, starts[e + 1] - start, of, i % width * kPanelRows, a.hidden + start * inner,
                 s);
   });
+  const Rows middle = rows_of(pool, a.hidden, starts[a.experts], downs, a.experts);
   const int64_t down_total = num_active * down_width;
   pool->share(down_total, least_of(downs[0], per), [&](int64_t i, Scratch& s) {
     const int64_t e = active[i / down_width], start = starts[e];
     const int64_t first = i % down_width * kPanelRows, count = std::min(kPanelRows, outer - first);
-    const Rows rows = {a.hidden + start * inner, inner, nullptr};
+    const uint16_t* narrow = middle.narrow ? middle.narrow + start * inner : nullptr;
+    const Rows rows = {a.hidden + start * inner, inner, nullptr, narrow};
     float* to = a.parts + start * outer + first;
     product(rows, starts[e + 1] - start, downs[e], first, count, to, outer, s);
     for (int64_t t = 0; t < starts[e + 1] - start; ++t) {

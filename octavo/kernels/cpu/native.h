@@ -18,7 +18,7 @@ enum Format : int64_t {
 enum ActivationKind : int64_t { SILU, GELU_TANH, CLAMPED_SWIGLU };
 enum Visibility : int64_t { FULL, WINDOW, CHUNK };
 // Instruction sets, worst first: the order is that of ISAS in library.py.
-enum Isa : int64_t { AVX2, AVX512 };
+enum Isa : int64_t { AVX2, AVX512, AVX512_BF16 };
 enum Status : int64_t { OK, BAD_INDEX };
 
 // [rows, cols] in `format`, rows `row_bytes` apart; data need not be aligned. `table`: what

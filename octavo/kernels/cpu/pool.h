@@ -36,6 +36,8 @@ class Pool {
   Isa isa() const { return isa_; }
   // One op at a time: ctypes releases the GIL, so two Python threads may arrive together.
   std::mutex& op_mutex() { return op_mutex_; }
+  // Buffers of the op that holds the mutex.
+  Scratch& shared() { return shared_; }
 
   // Calls body(index, scratch) for every index below count, `grain` consecutive ones at a time.
   template <class Body>
@@ -52,6 +54,7 @@ class Pool {
 
  private:
   const Isa isa_;
+  Scratch shared_;
 
   template <class Body>
   void start(int64_t count, int64_t grain, int64_t parts, const Body& body) {

@@ -13,12 +13,17 @@
 
 namespace octavo {
 
-// Rows of activations, taken through `index` where it is given (the tokens of one expert).
+// Rows of activations, taken through `index` where it is given (the tokens of one expert). narrow:
+// the same in bfloat16, or null where no product asks for that.
 struct Rows {
   const float* base;
   int64_t stride;
   const int32_t* index;
+  const uint16_t* narrow;
   const float* at(int64_t t) const { return base + (index ? index[t] : t) * stride; }
+  const uint8_t* narrow_at(int64_t t) const {
+    return reinterpret_cast<const uint8_t*>(narrow + (index ? index[t] : t) * stride);
+  }
 };
 
 // Rows of weights that one thread multiplies at a time; a multiple of the tiles' 3 and 4.
@@ -30,12 +35,17 @@ constexpr int64_t kFewTokens = 4;  // up to here, weights go from memory to regi
 using Product = void (*)(const Rows& x, int64_t tokens, const Matrix& w, int64_t first,
                          int64_t count, float* out, int64_t out_stride, Scratch& scratch);
 
-// The same bits from each of them; `Isa` says what the CPU must have.
+// The same bits from each of them but product_bf16; `Isa` says what the CPU must have.
 void product_avx2(const Rows& x, int64_t tokens, const Matrix& w, int64_t first, int64_t count,
                   float* out, int64_t out_stride, Scratch& scratch);
 void product_avx512(const Rows& x, int64_t tokens, const Matrix& w, int64_t first, int64_t count,
                     float* out, int64_t out_stride, Scratch& scratch);
+void product_bf16(const Rows& x, int64_t tokens, const Matrix& w, int64_t first, int64_t count,
+                  float* out, int64_t out_stride, Scratch& scratch);
 Product product_of(Isa isa);
+
+// Rounds a row to bfloat16, for product_bf16.
+void narrow_row(const float* x, int64_t cols, uint16_t* to);
 
 // The same for up to kFewTokens tokens at x, but only for so many of the first rows as it returns:
 // all but an odd last one, or none where it does not know the format.
