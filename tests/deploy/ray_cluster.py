@@ -75,11 +75,31 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
+def two_nodes(cpus_per_node: int) -> Cluster:
+    """Returns a running cluster. Ray gives a node 30 s to start, which a busy host may miss."""
+    for _ in range(2):
+        try:
+            return _two_nodes(cpus_per_node)
+        except Exception as error:  # Ray's own has no name
+            print(f"once more: {error}", file=sys.stderr)
+    return _two_nodes(cpus_per_node)
+
+
+def _two_nodes(cpus_per_node: int) -> Cluster:
+    cluster = Cluster()
+    try:
+        cluster.add_node(num_cpus=cpus_per_node, **NODE)
+        cluster.add_node(num_cpus=cpus_per_node, object_store_memory=NODE["object_store_memory"])
+    except Exception:
+        cluster.shutdown()
+        raise
+    return cluster
+
+
 def main(cpus_per_node: int, port: int) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what Ray prints is none of the answers
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus_per_node, **NODE})
-    cluster.add_node(num_cpus=cpus_per_node, object_store_memory=NODE["object_store_memory"])
+    cluster = two_nodes(cpus_per_node)
     ray.init(address=cluster.address)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     try:

@@ -66,7 +66,6 @@ class RayCluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",  # others beside this test would starve them
             "RAY_DEDUP_LOGS": "0",
-            "RAY_raylet_start_wait_time_s": "180",  # 30 is too little there
             "OMP_NUM_THREADS": "1",
         }
         with self.log.open("w") as log:
