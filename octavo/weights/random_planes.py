@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from octavo.kernels.planes import Planes
-from octavo.planes import PlaneLayout
+from octavo.planes import FP8_BLOCK, PlaneLayout
 
 E4M3_BELOW_2 = 0xBFBF
 """What two e4m3 numbers in a word keep if they are to be smaller than 2, and no NaN."""
@@ -42,6 +42,9 @@ def fill_random(
         planes.scales.fill_(127 + round(torch.tensor(scale).log2().item()))
     else:
         planes.scales.uniform_(scale / 2, scale, generator=generator)
+    if layout == FP8_BLOCK:  # As published ones are: a scale for so many rows too.
+        rows = torch.arange(len(planes.scales), device=planes.scales.device)
+        planes.scales.copy_(planes.scales[rows // layout.group * layout.group])
     if layout.offset == "zero":
         middle = 1 << bits - 1
         planes.offsets.random_(middle - 1, middle + 1, generator=generator)

@@ -13,6 +13,7 @@ from octavo.kernels.triton.experts.biases import add_biases
 from octavo.kernels.triton.experts.dispatch import SHARED_TOKENS, is_few
 from octavo.kernels.triton.experts.fp8 import fp8_experts
 from octavo.kernels.triton.experts.grouped import grouped_experts
+from octavo.kernels.triton.experts.hopper.fp8 import fits, hopper_fp8_experts
 from octavo.kernels.triton.experts.packed_pairs import packed_experts_of_pairs
 from octavo.kernels.triton.experts.pairs import experts_of_pairs
 from octavo.kernels.triton.experts.shapes import (
@@ -94,9 +95,11 @@ def _run_packed(
         sizes = experts.hidden_size, experts.inner_size, topk_ids.shape[1]
         return packed_experts_of_pairs(*chosen, packed_pairs_shape(gate, down, *sizes))
     num_pairs = 0 if is_deterministic else topk_ids.numel()
+    if not is_deterministic and fits(x_TM, experts, activation, num_pairs):
+        return hopper_fp8_experts(x_TM, topk_weights, topk_ids, experts, in_parts=in_parts)
     is_fp8 = experts.is_fp8 and not experts.is_by_block
     if is_fp8 and num_pairs >= FP8_ROWS * experts.count:
-        of_fp8 = fp8_experts_shape(*topk_ids.shape, experts.count, by_block=False)
+        of_fp8 = fp8_experts_shape(*topk_ids.shape, experts.count)
         return fp8_experts(*chosen, of_fp8, in_parts=in_parts)
     if num_pairs > UNPACKED_ROWS * experts.count:
         numbers = unpacked_experts(experts, x_TM.dtype)

@@ -1,10 +1,10 @@
-"""The experts of a MoE layer where FP8 weights meet FP8 activations, on tensor cores of FP8.
+"""The experts of a MoE layer where FP8 weights with a scale a row meet FP8 activations.
 
-Called by `choose.py` for many tokens. As `grouped.py` where pairs are sorted; tokens are quantised
-once, and what is between the two products again.
+Called by `choose.py` for many tokens, where `hopper/fp8.py` does not fit. As `grouped.py` where
+pairs are sorted; tokens are quantised once, and what is between the two products again.
 
 Shape legend: T tokens, P pairs (token, choice), E experts, M hidden, F expert hidden, R rows of
-hidden in the pairs' order, G scales of a row.
+hidden in the pairs' order.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def block_of_program(blocks_3B, num_blocks, num_columns, GROUP: tl.constexpr):
 @triton.jit(do_not_specialize=["num_blocks"])
 def fp8_gate_up_kernel(
     x_TM,
-    x_scales_TG,
+    x_scales_T,
     gate_NM,
     up_NM,
-    gate_scales_NG,
-    up_scales_NG,
+    gate_scales_N,
+    up_scales_N,
     gate_bias_EF,
     up_bias_EF,
     hidden_RF,
@@ -55,14 +55,11 @@ def fp8_gate_up_kernel(
     num_blocks,
     num_experts,
     padded,
-    num_scales,
-    scale_stride,
     inner_size,
     TOP_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BY_BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -71,7 +68,7 @@ def fp8_gate_up_kernel(
     """hidden[r] = act(x[t] @ gate[e].T, x[t] @ up[e].T) for the pair in place r, token t, expert e.
 
     x_TM e4m3 [T, padded]; gate and up are descriptors of e4m3 [E * F, padded] in blocks [BLOCK_N,
-    BLOCK_K]; biases float32 [E, F], HAS_BIAS. BY_BLOCK: every BLOCK_K columns have scales.
+    BLOCK_K]; biases float32 [E, F], HAS_BIAS.
     """
     wait_turn(OVERLAP)
     expert, first, end, column_block = block_of_program(
@@ -88,29 +85,15 @@ def fp8_gate_up_kernel(
     weight_row = expert.to(tl.int64) * inner_size + tl.where(is_column, column, 0)
     k = tl.arange(0, BLOCK_K)
     x_at = x_TM + token.to(tl.int64)[:, None] * padded + k[None, :]
-    token_at = x_scales_TG + token.to(tl.int64) * num_scales
-    gate_at, up_at = gate_scales_NG + weight_row, up_scales_NG + weight_row
     gate = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-    # Scales of the next block travel while this one is multiplied.
-    x_scale, g_scale, u_scale = tl.load(token_at), tl.load(gate_at), tl.load(up_at)
     for start in range(0, padded, BLOCK_K):
         x = tl.load(x_at + start)
-        g = gate_NM.load([start_row, start]).T
-        u = up_NM.load([start_row, start]).T
-        if BY_BLOCK:
-            following = tl.minimum(start // BLOCK_K + 1, num_scales - 1)
-            next_x, further = tl.load(token_at + following), following.to(tl.int64) * scale_stride
-            next_g, next_u = tl.load(gate_at + further), tl.load(up_at + further)
-            gate += tl.dot(x, g) * (x_scale[:, None] * g_scale[None, :])
-            up += tl.dot(x, u) * (x_scale[:, None] * u_scale[None, :])
-            x_scale, g_scale, u_scale = next_x, next_g, next_u
-        else:
-            gate = tl.dot(x, g, gate)
-            up = tl.dot(x, u, up)
-    if not BY_BLOCK:
-        gate *= x_scale[:, None] * g_scale[None, :]
-        up *= x_scale[:, None] * u_scale[None, :]
+        gate = tl.dot(x, gate_NM.load([start_row, start]).T, gate)
+        up = tl.dot(x, up_NM.load([start_row, start]).T, up)
+    x_scale = tl.load(x_scales_T + token)
+    gate *= x_scale[:, None] * tl.load(gate_scales_N + weight_row)[None, :]
+    up *= x_scale[:, None] * tl.load(up_scales_N + weight_row)[None, :]
     if HAS_BIAS:
         bias_at = expert.to(tl.int64) * inner_size + column
         gate += tl.load(gate_bias_EF + bias_at, mask=is_column, other=0.0)[None, :]
@@ -124,9 +107,9 @@ def fp8_gate_up_kernel(
 @triton.jit(do_not_specialize=["num_blocks"])
 def fp8_down_kernel(
     hidden_RF,
-    hidden_scales_RG,
+    hidden_scales_R,
     down_NF,
-    scales_NG,
+    scales_N,
     parts_PM,
     weights_P,
     order_P,
@@ -134,13 +117,10 @@ def fp8_down_kernel(
     num_blocks,
     num_experts,
     padded,
-    num_scales,
-    scale_stride,
     hidden_size,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BY_BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -162,23 +142,12 @@ def fp8_down_kernel(
     is_column = column < hidden_size
     start_row = expert * hidden_size + column_block * BLOCK_N
     weight_row = expert.to(tl.int64) * hidden_size + tl.where(is_column, column, 0)
-    row_at = hidden_scales_RG + tl.where(is_row, row, 0).to(tl.int64) * num_scales
-    column_at = scales_NG + weight_row
     total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-    h_scale, w_scale = tl.load(row_at), tl.load(column_at)
     for start in range(0, padded, BLOCK_K):
         h = hidden_RF.load([first, start])
-        w = down_NF.load([start_row, start]).T
-        if BY_BLOCK:
-            following = tl.minimum(start // BLOCK_K + 1, num_scales - 1)
-            next_h = tl.load(row_at + following)
-            next_w = tl.load(column_at + following.to(tl.int64) * scale_stride)
-            total += tl.dot(h, w) * (h_scale[:, None] * w_scale[None, :])
-            h_scale, w_scale = next_h, next_w
-        else:
-            total = tl.dot(h, w, total)
-    if not BY_BLOCK:
-        total *= h_scale[:, None] * w_scale[None, :]
+        total = tl.dot(h, down_NF.load([start_row, start]).T, total)
+    h_scale = tl.load(hidden_scales_R + row, mask=is_row, other=0.0)
+    total *= h_scale[:, None] * tl.load(scales_N + weight_row)[None, :]
     total *= tl.load(weights_P + pair, mask=is_row, other=0.0)[:, None]
     out = parts_PM + pair.to(tl.int64)[:, None] * hidden_size + column[None, :]
     tl.store(out, total.to(parts_PM.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
@@ -194,7 +163,8 @@ def fp8_experts(
     *,
     in_parts: bool = False,
 ) -> Tensor:
-    """Returns what `grouped_experts` does, activations rounded to FP8; all matrices are FP8."""
+    """Returns what `grouped_experts` does, activations rounded to FP8; all matrices are FP8 with
+    a scale a row."""
     assert experts.gate_up_planes is not None
     assert experts.down_planes is not None
     num_tokens, hidden_size = x_TM.shape
@@ -220,7 +190,7 @@ def _gate_up(
     assert layout is not None
     assert experts.gate_up_planes is not None
     gate, up = experts.gate_up_planes
-    x = quantize_rows(x_TM, layout.padded(experts.hidden_size), by_block=layout.group > 0)
+    x = quantize_rows(x_TM, layout.padded(experts.hidden_size), by_block=False)
     hidden = x_TM.new_empty((len(x_TM) * top_k, experts.inner_size))
     num_blocks = pairs.blocks_3B.shape[1]
     fp8_gate_up_kernel[(num_blocks * cdiv(experts.inner_size, shape.block_n),)](
@@ -237,11 +207,9 @@ def _gate_up(
         num_blocks,
         experts.count,
         x.numbers.shape[1],
-        x.scales.shape[1],
-        gate.scales.stride(1),
         experts.inner_size,
         TOP_K=top_k,
-        **_constants(shape, by_block=layout.group > 0),
+        **_constants(shape),
         HAS_BIAS=biases is not None,
         ACTIVATION=activation_constant(activation),
         **launch_options(hidden.device),
@@ -259,7 +227,7 @@ def _down(
     layout, planes = experts.down_layout, experts.down_planes
     assert layout is not None
     assert planes is not None
-    rows = quantize_rows(hidden_RF, layout.padded(experts.inner_size), by_block=layout.group > 0)
+    rows = quantize_rows(hidden_RF, layout.padded(experts.inner_size), by_block=False)
     parts = hidden_RF.new_empty((len(hidden_RF), experts.hidden_size))
     num_blocks = pairs.blocks_3B.shape[1]
     fp8_down_kernel[(num_blocks * cdiv(experts.hidden_size, shape.block_n),)](
@@ -274,21 +242,18 @@ def _down(
         num_blocks,
         experts.count,
         rows.numbers.shape[1],
-        rows.scales.shape[1],
-        planes.scales.stride(1),
         experts.hidden_size,
-        **_constants(shape, by_block=layout.group > 0),
+        **_constants(shape),
         **launch_options(parts.device),
     )
     return parts
 
 
-def _constants(shape: Fp8Shape, *, by_block: bool) -> dict[str, int | bool]:
+def _constants(shape: Fp8Shape) -> dict[str, int]:
     return {
         "BLOCK_T": shape.block_t,
         "BLOCK_N": shape.block_n,
         "BLOCK_K": shape.block_k,
-        "BY_BLOCK": by_block,
         "GROUP": 8,
         "num_warps": shape.num_warps,
         "num_stages": shape.num_stages,

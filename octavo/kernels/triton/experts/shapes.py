@@ -195,22 +195,11 @@ class Fp8ExpertsShape:
     down: Fp8Shape
 
 
-def fp8_experts_shape(
-    num_tokens: int, top_k: int, num_experts: int, *, by_block: bool
-) -> Fp8ExpertsShape:
+def fp8_experts_shape(num_tokens: int, top_k: int, num_experts: int) -> Fp8ExpertsShape:
     """Returns the launch shapes of FP8 weights with FP8 activations."""
     rows = 64 if num_tokens * top_k <= 64 * num_experts else 128
-    width = 64 if by_block else 128
     return Fp8ExpertsShape(
         rows=rows,
-        gate_up=Fp8Shape(
-            block_t=rows, block_n=width, block_k=128, num_warps=8, num_stages=3 if by_block else 4
-        ),
-        down=Fp8Shape(
-            block_t=rows,
-            block_n=128 if by_block else 256,
-            block_k=128,
-            num_warps=8,
-            num_stages=4 if by_block else 3,
-        ),
+        gate_up=Fp8Shape(block_t=rows, block_n=128, block_k=128, num_warps=8, num_stages=4),
+        down=Fp8Shape(block_t=rows, block_n=256, block_k=128, num_warps=8, num_stages=3),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import triton.language as tl
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from octavo.kernels.weights import (
     Stack,
     Weight,
 )
-from octavo.planes import PlaneLayout
+from octavo.planes import FP8_BLOCK, PlaneLayout
 
 Operand = Tensor | tuple[Tensor | int, ...]
 """A stack of numbers, or the planes of a packed one (`Planes.arguments`)."""
@@ -39,6 +40,9 @@ class StackedExperts:
     """Of up too."""
     down_planes: Planes | None = None
     down_layout: PlaneLayout | None = None
+    is_by_tile: bool = False
+    """Whether scales by groups of 128 columns are the same for 128 rows too, as FP8 is published:
+    what a kernel of many tokens wants to know."""
 
     @property
     def count(self) -> int:
@@ -78,6 +82,11 @@ class StackedExperts:
         """Whether any of the matrices has scales by groups of columns."""
         layouts = self.gate_layout, self.down_layout
         return any(one is not None and one.group > 0 for one in layouts)
+
+    @property
+    def has_tile_scales(self) -> bool:
+        """Whether scales are the same for all rows of a tile, or one for a row."""
+        return not self.is_by_block or self.is_by_tile
 
     def compute_type(self, x: Tensor) -> tl.dtype:
         """Returns what the factors of the products become."""
@@ -154,6 +163,7 @@ def stacked_experts(experts: ExpertWeights) -> StackedExperts:
             gate_layout=gate.whole.layout,
             down_planes=down.whole.planes,
             down_layout=down.whole.layout,
+            is_by_tile=_is_by_tile(gate, up, down),
         )
     return StackedExperts(
         gate_EFM=stacked_view(experts.gate),
@@ -161,6 +171,22 @@ def stacked_experts(experts: ExpertWeights) -> StackedExperts:
         down_EMF=stacked_view(experts.down),
         biases=experts.biases,
     )
+
+
+TILE_ROWS = 128
+
+
+def _is_by_tile(*stacks: Stack) -> bool:
+    """Whether the scales of FP8 by groups of columns are equal for every 128 rows. Looks at them,
+    once for a layer."""
+    for stack in stacks:
+        planes, layout = stack.whole.planes, stack.whole.layout
+        if planes is None or layout != FP8_BLOCK or stack.rows % TILE_ROWS:
+            return False
+        tiles = planes.scales.view(-1, TILE_ROWS, planes.scales.shape[1])
+        if not torch.equal(tiles, tiles[:, :1].expand_as(tiles)):
+            return False
+    return True
 
 
 def _format(stack: Stack) -> str:

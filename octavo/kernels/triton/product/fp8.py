@@ -1,9 +1,9 @@
 """Dense products of FP8 weights with FP8 activations, on tensor cores of FP8.
 
-Called by `choose.py` for many rows. Activations are quantised anew for every product: by row for
-weights whose rows have one scale, else by blocks of 128 columns, as the weights are.
+Called by `choose.py` for many rows. Activations are quantised anew for every product, by row, for
+weights whose rows have one scale.
 
-Shape legend: T tokens, M columns of the weight, N rows, G scales of a row.
+Shape legend: T tokens, M columns of the weight, N rows.
 """
 
 from __future__ import annotations
@@ -27,21 +27,18 @@ from octavo.planes import PlaneLayout
 @triton.jit(do_not_specialize=["num_tokens"])
 def fp8_product_kernel(
     x_TM,
-    x_scales_TG,
+    x_scales_T,
     weight_NM,
-    scales_NG,
+    scales_N,
     bias_N,
     out_TN,
     num_tokens,
     num_rows,
     padded,
-    num_scales,
-    scale_stride,
     out_stride,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BY_BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -49,8 +46,7 @@ def fp8_product_kernel(
     """out[t, n] = sum over m of x[t, m] * weight[n, m], times their scales (+ bias[n]).
 
     x_TM and weight_NM are descriptors of e4m3 [T, padded] and [N, padded] in blocks [BLOCK_T or
-    BLOCK_N, BLOCK_K]; out_TN [T, N] with a row stride, bias_N [N] any float. BY_BLOCK: every
-    BLOCK_K columns have scales of their own, else rows have one.
+    BLOCK_N, BLOCK_K]; out_TN [T, N] with a row stride, bias_N [N] any float.
     """
     row_block, column_block = tile_of_program(
         tl.cdiv(num_tokens, BLOCK_T), tl.cdiv(num_rows, BLOCK_N), GROUP
@@ -59,24 +55,12 @@ def fp8_product_kernel(
     token = row_block * BLOCK_T + tl.arange(0, BLOCK_T)
     column = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     is_token, is_column = token < num_tokens, column < num_rows
-    token_at = x_scales_TG + tl.where(is_token, token, 0).to(tl.int64) * num_scales
-    column_at = scales_NG + tl.where(is_column, column, 0).to(tl.int64)
     total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-    # Scales of the next block travel while this one is multiplied.
-    x_scale, w_scale = tl.load(token_at), tl.load(column_at)
     for start in range(0, padded, BLOCK_K):
         x = x_TM.load([row_block * BLOCK_T, start])
-        w = weight_NM.load([column_block * BLOCK_N, start]).T
-        if BY_BLOCK:
-            following = tl.minimum(start // BLOCK_K + 1, num_scales - 1)
-            next_x = tl.load(token_at + following)
-            next_w = tl.load(column_at + following.to(tl.int64) * scale_stride)
-            total += tl.dot(x, w) * (x_scale[:, None] * w_scale[None, :])
-            x_scale, w_scale = next_x, next_w
-        else:
-            total = tl.dot(x, w, total)
-    if not BY_BLOCK:
-        total *= x_scale[:, None] * w_scale[None, :]
+        total = tl.dot(x, weight_NM.load([column_block * BLOCK_N, start]).T, total)
+    x_scale = tl.load(x_scales_T + tl.where(is_token, token, 0))
+    total *= x_scale[:, None] * tl.load(scales_N + tl.where(is_column, column, 0))[None, :]
     if HAS_BIAS:
         total += tl.load(bias_N + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
     out = out_TN + token.to(tl.int64)[:, None] * out_stride + column[None, :]
@@ -93,7 +77,7 @@ def fp8_product(
 ) -> None:
     """Writes x @ weight.T (+ bias) to `out_TN`, x rounded to FP8."""
     padded = layout.padded(x_TM.shape[1])
-    rows = quantize_rows(x_TM, padded, by_block=layout.group > 0)
+    rows = quantize_rows(x_TM, padded, by_block=False)
     fp8_product_of(rows, planes, layout, bias_N, out_TN, shape)
 
 
@@ -125,13 +109,10 @@ def fp8_product_of(
         num_tokens,
         num_rows,
         padded,
-        rows.scales.shape[1],
-        planes.scales.stride(1),
         out_TN.stride(0),
         BLOCK_T=shape.block_t,
         BLOCK_N=shape.block_n,
         BLOCK_K=shape.block_k,
-        BY_BLOCK=layout.group > 0,
         GROUP=16,
         HAS_BIAS=bias_N is not None,
         num_warps=shape.num_warps,

@@ -1,6 +1,6 @@
 """Rows of activations made FP8 (e4m3) with scales of their own, for products with FP8 weights.
 
-Called by `product/fp8.py` and `experts/fp8.py`. A scale is the largest number of a row, or of a
+Called by `product/fp8.py` and the experts of FP8. A scale is the largest number of a row, or of a
 block of its columns, over 448.
 """
 
@@ -13,69 +13,95 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.triton.launching.chip import cdiv, next_power_of_2
+from octavo.kernels.triton.launching.chip import next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
 from octavo.kernels.triton.tiles.fp8 import LARGEST, column_of_byte
 
 BLOCK = 128
+_BLOCK = tl.constexpr(BLOCK)
 
 
 class Fp8Rows(NamedTuple):
     """Quantised rows."""
 
     numbers: Tensor
-    """e4m3 [T, padded M], columns in the order of packed weights; 0 beyond M."""
+    """e4m3 [R, padded M], columns in the order of packed weights; 0 beyond M."""
     scales: Tensor
-    """float32 [T, G]: one a row, or one for each 128 columns."""
+    """float32 [G, R]: one a row, or one for each 128 columns."""
 
 
 @launchable
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_pairs"])
 def quantize_kernel(
     x_TM,
-    numbers_TM,
-    scales_TG,
+    order_P,
+    numbers_RM,
+    scales_GR,
     length,
     padded,
-    num_scales,
-    WIDTH: tl.constexpr,
+    num_rows,
+    num_pairs,
+    TOP_K: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BY_BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Quantises WIDTH columns of a row with one scale: all of them, or a block."""
+    """Quantises a row, with one scale or with one for each block of its columns.
+
+    Row r is x[r], or where TOP_K is not 0 the token of the pair in place r of `order_P`.
+    """
     wait_turn(OVERLAP)
-    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    byte = block * WIDTH + tl.arange(0, WIDTH)
+    row = tl.program_id(0).to(tl.int64)
+    source = row
+    if TOP_K > 0:  # Places that no pair has are anything.
+        pair = tl.load(order_P + row)
+        source = (tl.minimum(tl.maximum(pair, 0), num_pairs - 1) // TOP_K).to(tl.int64)
+    block = tl.arange(0, BLOCKS)
+    byte = block[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
     column = column_of_byte(byte)
-    x = tl.load(x_TM + row * length + column, mask=column < length, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(x), 0)
+    x = tl.load(x_TM + source * length + column, mask=column < length, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(x), 1)
+    if not BY_BLOCK:
+        largest = tl.max(largest, 0) + tl.zeros([BLOCKS], tl.float32)
     scale = tl.maximum(largest, 1e-10) / LARGEST
-    number = tl.minimum(tl.maximum(x / scale, -LARGEST), LARGEST)
-    at = numbers_TM + row * padded + byte
-    tl.store(at, number.to(numbers_TM.dtype.element_ty), mask=byte < padded)
-    tl.store(scales_TG + row * num_scales + block, scale)
+    number = tl.minimum(tl.maximum(x / scale[:, None], -LARGEST), LARGEST)
+    at = numbers_RM + row * padded + byte
+    tl.store(at, number.to(numbers_RM.dtype.element_ty), mask=byte < padded)
+    is_scale = block < (padded // _BLOCK if BY_BLOCK else 1)
+    tl.store(scales_GR + block.to(tl.int64) * num_rows + row, scale, mask=is_scale)
 
 
-def quantize_rows(x_TM: Tensor, padded: int, *, by_block: bool) -> Fp8Rows:
-    """Returns the rows of x, `padded` columns wide, with a scale for each row or each block."""
-    num_rows, length = x_TM.shape
+def quantize_rows(
+    x_TM: Tensor, padded: int, *, by_block: bool, order: tuple[Tensor, int] | None = None
+) -> Fp8Rows:
+    """Returns the rows of x, `padded` columns wide, with a scale for each row or each block.
+
+    `order`: (pairs int32 [P], choices a token): the rows are the tokens of those pairs.
+    """
+    length = x_TM.shape[1]
     assert x_TM.is_contiguous()
     assert padded % BLOCK == 0
-    blocks = padded // BLOCK if by_block else 1
+    pairs, top_k = (x_TM, 0) if order is None else order
+    num_rows = len(pairs)
     numbers = torch.empty((num_rows, padded), dtype=torch.float8_e4m3fn, device=x_TM.device)
-    scales = torch.empty((num_rows, blocks), dtype=torch.float32, device=x_TM.device)
+    blocks = padded // BLOCK
+    scales = numbers.new_empty((blocks if by_block else 1, num_rows), dtype=torch.float32)
     if not num_rows:
         return Fp8Rows(numbers, scales)
-    width = BLOCK if by_block else next_power_of_2(padded)
-    quantize_kernel[(num_rows, cdiv(padded, width))](
+    quantize_kernel[(num_rows,)](
         x_TM,
+        pairs,
         numbers,
         scales,
         length,
         padded,
-        blocks,
-        WIDTH=width,
-        num_warps=1 if by_block else 4 if width <= 4096 else 8,
+        num_rows,
+        num_rows,
+        TOP_K=top_k,
+        BLOCKS=next_power_of_2(blocks),
+        BY_BLOCK=by_block,
+        num_warps=max(1, min(8, padded // 512)),
         **launch_options(x_TM.device),
     )
     return Fp8Rows(numbers, scales)

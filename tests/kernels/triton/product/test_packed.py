@@ -75,9 +75,8 @@ def test_several_steps_of_a_block_have_the_bits_of_single_ones():
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("name", ["fp8_row", "fp8"])
-def test_activations_in_fp8_come_close(name: str):
-    layout, cols = PLANE_LAYOUTS[name], 160
+def test_activations_in_fp8_come_close():
+    layout, cols = PLANE_LAYOUTS["fp8_row"], 160
     weight = planes(layout, ROWS, cols)
     x = torch.randn(9, cols, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     out = torch.empty(9, ROWS, device=DEVICE)

@@ -1,0 +1,363 @@
+"""The experts of a MoE layer on Hopper where FP8 weights meet FP8 activations.
+
+Called by `choose.py`. As `grouped.py` where pairs are sorted; tokens are rounded once, in the order
+of the pairs, and what is between the two products in the first one's end, where scales go by
+blocks. Takes silu and sizes that 128 and 256 divide, without biases.
+
+Shape legend: T tokens, P pairs (token, choice), R places of pairs in order, E experts, M hidden,
+F expert hidden, G scales of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_wait
+
+from octavo.kernels.activations import Activation
+from octavo.kernels.planes import Planes
+from octavo.kernels.triton.experts.combine import combine
+from octavo.kernels.triton.experts.sort import SortedPairs, sort_pairs
+from octavo.kernels.triton.experts.stacks import StackedExperts
+from octavo.kernels.triton.launching.chip import has_wgmma, num_processors
+from octavo.kernels.triton.launching.launchable import launchable
+from octavo.kernels.triton.launching.overlap import launch_options
+from octavo.kernels.triton.small.quantize import Fp8Rows, quantize_rows
+from octavo.kernels.triton.tiles.hopper_fp8 import (
+    HALF,
+    TILE,
+    TILE_LAYOUT,
+    bring,
+    make_rings,
+    multiply_few,
+    multiply_many,
+)
+from octavo.kernels.triton.tiles.hopper_fp8_ends import (
+    in_words,
+    rounded,
+    silu_times,
+    store_rows,
+    wide_layout,
+)
+
+PRODUCER_REGISTERS = 40
+UNSPECIALISED = ["num_blocks", "num_places"]
+
+
+@gluon.jit
+def _piece(unit, columns, work):
+    """Returns (expert, first place, end place, column block) of a unit of work."""
+    blocks_3B, num_blocks = work
+    block = unit // columns
+    at = blocks_3B + block
+    return gl.load(at), gl.load(at + num_blocks), gl.load(at + 2 * num_blocks), unit % columns
+
+
+@gluon.jit
+def _produce(
+    IS_FEW: gl.constexpr, IS_GATED: gl.constexpr, x, first, second, num_rows, steps, columns, units,
+    work, rings,
+):  # fmt: skip
+    """Keeps the rings full."""
+    base = units * 0
+    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+        expert, row, _, column = _piece(unit, columns, work)
+        if expert >= 0:
+            if IS_GATED:
+                at = expert * num_rows + column * TILE
+                bring(x, first, second, row, at, at, steps, base, rings, IS_FEW)
+            else:
+                at = expert * num_rows + column * (2 * TILE)
+                bring(x, first, second, row, at, at + TILE, steps, base, rings, IS_FEW)
+            base += steps
+
+
+@gluon.jit
+def _sums(
+    HALF_OF: gl.constexpr, ROWS: gl.constexpr, IS_FEW: gl.constexpr, BY_BLOCK: gl.constexpr, row,
+    first_row, second_row, x_scales, first_scales, second_scales, num_places, scale_stride, steps,
+    base, rings,
+):  # fmt: skip
+    """Returns the products of a piece with both tiles of weights, scaled."""
+    WEIGHTS: gl.constexpr = 0 if IS_FEW else 1
+    of_weights: gl.constexpr = gl.SliceLayout(1 - WEIGHTS, row.type.layout.parent)
+    n = gl.arange(0, TILE, of_weights)
+    x_at = x_scales + gl.minimum(row, num_places - 1)
+    first_at, second_at = first_scales + first_row, second_scales + second_row
+    if BY_BLOCK:
+        strides = (gl.to_tensor(num_places).to(gl.int64), scale_stride)
+        if IS_FEW:
+            one, two = multiply_few(
+                ROWS, (x_at, first_at + n, second_at + n) + strides, steps, base, rings, True
+            )
+        else:
+            one, two = multiply_many(
+                HALF_OF, (x_at, first_at, second_at) + strides, steps, base, rings, True
+            )
+    else:
+        if IS_FEW:
+            one, two = multiply_few(ROWS, (x_at,), steps, base, rings, False)
+        else:
+            one, two = multiply_many(HALF_OF, (x_at,), steps, base, rings, False)
+        of_x = gl.expand_dims(gl.load(x_at), WEIGHTS)
+        one *= of_x * gl.expand_dims(gl.load(first_at + n), 1 - WEIGHTS)
+        two *= of_x * gl.expand_dims(gl.load(second_at + n), 1 - WEIGHTS)
+    return one, two
+
+
+@gluon.jit
+def _consume(
+    HALF_OF: gl.constexpr, ROWS: gl.constexpr, IS_FEW: gl.constexpr, IS_GATED: gl.constexpr,
+    BY_BLOCK: gl.constexpr, x_scales, first_scales, second_scales, out, out_scales, weights,
+    order, num_places, num_rows, scale_stride, out_stride, steps, columns, units, work, rings,
+):  # fmt: skip
+    """Multiplies the pieces, of a half of their rows where those are many."""
+    COUNT: gl.constexpr = ROWS if IS_FEW else HALF
+    WIDTH: gl.constexpr = ROWS if IS_FEW else TILE
+    WEIGHTS: gl.constexpr = 0 if IS_FEW else 1
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
+    WIDE: gl.constexpr = wide_layout(IS_FEW)
+    base = units * 0
+    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+        expert, start, end, column = _piece(unit, columns, work)
+        if expert >= 0:
+            start += HALF_OF * HALF
+            row = start + gl.arange(0, COUNT, gl.SliceLayout(WEIGHTS, SUMS))
+            first_row = expert.to(gl.int64) * num_rows
+            if IS_GATED:
+                first_row += column * TILE
+                second_row = first_row
+            else:
+                first_row += column * (2 * TILE)
+                second_row = first_row + TILE
+            one, two = _sums(
+                HALF_OF, ROWS, IS_FEW, BY_BLOCK, row, first_row, second_row, x_scales,
+                first_scales, second_scales, num_places, scale_stride, steps, base, rings,
+            )  # fmt: skip
+            base += steps
+            place = start + gl.arange(0, COUNT, gl.SliceLayout(WEIGHTS, WIDE))
+            live = place < end
+            if IS_GATED:
+                value = silu_times(one, two)
+                if BY_BLOCK:
+                    value, scale = rounded(value, WEIGHTS)
+                    at = out_scales + column.to(gl.int64) * num_places + row
+                    gl.store(at, scale, mask=row < end)
+                    value = in_words(value, WEIGHTS)
+                value = value.to(out.dtype.element_ty)
+                store_rows(out, value, place, live, out_stride, column * TILE, IS_FEW)
+            else:
+                pair = gl.load(order + row, mask=row < end, other=0)
+                weight = gl.expand_dims(gl.load(weights + pair, mask=row < end, other=0.0), WEIGHTS)
+                to = gl.load(order + place, mask=live, other=0)
+                at = column * (2 * TILE)
+                one, two = (
+                    (one * weight).to(out.dtype.element_ty),
+                    (two * weight).to(out.dtype.element_ty),
+                )
+                store_rows(out, one, to, live, out_stride, at, IS_FEW)
+                store_rows(out, two, to, live, out_stride, at + TILE, IS_FEW)
+
+
+@launchable
+@gluon.jit(do_not_specialize=UNSPECIALISED)
+def fp8_pieces_kernel(
+    x,
+    first,
+    second,
+    x_scales,
+    first_scales,
+    second_scales,
+    out,
+    out_scales,
+    weights_P,
+    order_P,
+    blocks_3B,
+    num_blocks,
+    num_places,
+    num_rows,
+    scale_stride,
+    out_stride,
+    steps,
+    columns,
+    ROWS: gl.constexpr,
+    STAGES: gl.constexpr,
+    IS_FEW: gl.constexpr,
+    IS_GATED: gl.constexpr,
+    BY_BLOCK: gl.constexpr,
+    REGISTERS: gl.constexpr,
+    OVERLAP: gl.constexpr,
+):
+    """The products of experts' rows: gated, out[r] = silu(x[r] @ gate[e].T) * (x[r] @ up[e].T), by
+    blocks in e4m3 with scales [F / 128, R]; else out[p] = weights[p] * x[r] @ down[e].T for the
+    pair p in place r.
+
+    x descriptor of e4m3 [R, K] in boxes [ROWS or HALF, TILE]; first and second of weights e4m3
+    [E * num_rows, K] in boxes [TILE, TILE]: gate and up, or both the same; x_scales [G or 1, R];
+    those of weights by columns, `scale_stride` apart. `columns`: tiles of a row of out. One warp
+    asks for tiles, one or two warpgroups multiply.
+    """
+    rings = make_rings(x.dtype, ROWS, IS_FEW, STAGES)
+    if OVERLAP:
+        gdc_wait()
+    units = num_blocks * columns
+    work = (blocks_3B, num_blocks)
+    source = (x, first, second, num_rows, steps, columns, units, work, rings)
+    rest = (x_scales, first_scales, second_scales, out, out_scales, weights_P, order_P, num_places,
+            num_rows, scale_stride, out_stride, steps, columns, units, work, rings)  # fmt: skip
+    if ROWS <= HALF:
+        gl.warp_specialize(
+            [
+                (_consume, (0, ROWS, IS_FEW, IS_GATED, BY_BLOCK) + rest),
+                (_produce, (IS_FEW, IS_GATED) + source),
+            ],
+            [1],
+            [REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (0, ROWS, IS_FEW, IS_GATED, BY_BLOCK) + rest),
+                (_consume, (1, ROWS, IS_FEW, IS_GATED, BY_BLOCK) + rest),
+                (_produce, (IS_FEW, IS_GATED) + source),
+            ],
+            [4, 1],
+            [240, REGISTERS],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PiecesShape:
+    """How many rows of x a piece has, and how many steps are on their way to a program."""
+
+    rows: int
+    stages: int
+    is_few: bool
+
+
+SHAPES = (
+    PiecesShape(rows=16, stages=6, is_few=True),
+    PiecesShape(rows=32, stages=5, is_few=True),
+    PiecesShape(rows=64, stages=5, is_few=False),
+    PiecesShape(rows=128, stages=4, is_few=False),
+)
+
+
+def pieces_shape(num_pairs: int, num_experts: int) -> PiecesShape:
+    """Returns the launch shape of the products of pairs: the least that most experts' rows fit."""
+    mean = num_pairs / num_experts
+    return next((shape for shape in SHAPES if mean <= 0.7 * shape.rows), SHAPES[-1])
+
+
+def fits(x_TM: Tensor, experts: StackedExperts, activation: Activation, num_pairs: int) -> bool:
+    """Whether the kernel here can take the experts; never looks at values."""
+    gate, down = experts.gate_layout, experts.down_layout
+    return (
+        experts.is_fp8
+        and gate == down
+        and activation == "silu"
+        and experts.biases is None
+        and experts.hidden_size % (2 * TILE.value) == 0
+        and experts.inner_size % TILE.value == 0
+        and x_TM.dtype in (torch.bfloat16, torch.float16)
+        and (experts.has_tile_scales or pieces_shape(num_pairs, experts.count).is_few)
+        and has_wgmma(x_TM.device)
+    )
+
+
+def hopper_fp8_experts(
+    x_TM: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    experts: StackedExperts,
+    *,
+    in_parts: bool = False,
+) -> Tensor:
+    """Returns what `grouped_experts` does, activations rounded to FP8."""
+    assert experts.gate_up_planes is not None
+    assert experts.down_planes is not None
+    layout = experts.gate_layout
+    assert layout is not None
+    num_tokens, hidden_size = x_TM.shape
+    num_pairs, by_block = topk_ids.numel(), layout.group > 0
+    shape = pieces_shape(num_pairs, experts.count)
+    pairs = sort_pairs(topk_ids, experts.count, shape.rows)
+    x = quantize_rows(
+        x_TM, hidden_size, by_block=by_block, order=(pairs.order_P, topk_ids.shape[1])
+    )
+    inner = experts.inner_size
+    if by_block:
+        numbers = torch.empty((num_pairs, inner), dtype=torch.float8_e4m3fn, device=x_TM.device)
+        scales = x.scales.new_empty((inner // TILE.value, num_pairs))
+        hidden = Fp8Rows(numbers, scales)
+        out = numbers
+    else:
+        out = x_TM.new_empty((num_pairs, inner))
+        scales = x.scales
+    gate, up = experts.gate_up_planes
+    rest = pairs, topk_weights, shape, by_block
+    _launch(x, (gate, up), inner, out, scales, *rest, is_gated=True)
+    if not by_block:
+        hidden = quantize_rows(out, inner, by_block=False)
+    parts = x_TM.new_empty((num_pairs, hidden_size))
+    down = experts.down_planes
+    _launch(hidden, (down, down), hidden_size, parts, scales, *rest, is_gated=False)
+    if in_parts:
+        return parts.view(num_tokens, -1, hidden_size)
+    return combine(parts, topk_ids, experts.count, 0)
+
+
+def _launch(
+    x: Fp8Rows,
+    weights: tuple[Planes, Planes],
+    num_rows: int,
+    out: Tensor,
+    out_scales: Tensor,
+    pairs: SortedPairs,
+    topk_weights: Tensor,
+    shape: PiecesShape,
+    by_block: bool,
+    *,
+    is_gated: bool,
+) -> None:
+    first, second = weights
+    num_blocks = pairs.blocks_3B.shape[1]
+    columns = num_rows // TILE.value // (1 if is_gated else 2)
+    units = num_blocks * columns
+    fp8_pieces_kernel[(min(units, num_processors(out.device)),)](
+        _tiles(x.numbers, shape.rows if shape.is_few else HALF.value),
+        _tiles(first.codes.view(torch.float8_e4m3fn), TILE.value),
+        _tiles(second.codes.view(torch.float8_e4m3fn), TILE.value),
+        x.scales,
+        first.scales,
+        second.scales,
+        out,
+        out_scales,
+        topk_weights,
+        pairs.order_P,
+        pairs.blocks_3B,
+        num_blocks,
+        len(x.numbers),
+        num_rows,
+        first.scales.stride(1),
+        out.stride(0),
+        x.numbers.shape[1] // TILE.value,
+        columns,
+        ROWS=shape.rows,
+        STAGES=shape.stages,
+        IS_FEW=shape.is_few,
+        IS_GATED=is_gated,
+        BY_BLOCK=by_block,
+        REGISTERS=PRODUCER_REGISTERS,
+        num_warps=4,
+        **launch_options(out.device),
+    )
+
+
+def _tiles(numbers: Tensor, rows: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(numbers, [rows, TILE.value], TILE_LAYOUT)
