@@ -56,6 +56,7 @@ def order_kernel(
     ids_P,
     counts_CE,
     order_P,
+    places_P,
     blocks_3B,
     num_tokens,
     num_experts,
@@ -73,10 +74,11 @@ def order_kernel(
 ):
     """order = the pairs, stably sorted by expert; blocks = runs of up to BLOCK_P of one expert.
 
-    order_P int32 [P]; blocks_3B int32 [3, B]: expert (-1: the block is unused), first and end place
-    in order_P. Each of C programs places its own chunk of `size` pairs and writes its share of the
-    blocks; ids outside [0, E) are left out. PAIRS: a power of two that holds all pairs, which then
-    every program counts itself; or 0, and counts_CE has the chunks' counts.
+    order_P int32 [P], and its inverse places_P, -1 for pairs left out; blocks_3B int32 [3, B]:
+    expert (-1: the block is unused), first and end place in order_P. Each of C programs places its
+    own chunk of `size` pairs and writes its share of the blocks; ids outside [0, E) are left out.
+    PAIRS: a power of two that holds all pairs, which then every program counts itself; or 0, and
+    counts_CE has the chunks' counts.
     """
     wait_turn(OVERLAP)
     num_pairs = num_tokens * TOP_K  # as above
@@ -114,6 +116,7 @@ def order_kernel(
         at = rank + tl.sum(is_expert * place[None, :], 1)
         is_kept = (ids >= 0) & (ids < num_experts) & (pair < num_pairs)
         tl.store(order_P + at, pair, mask=is_kept)
+        tl.store(places_P + pair, tl.where(is_kept, at, -1), mask=pair < num_pairs)
         place += tl.sum(is_expert, 0)
     for start in range(chunk * BLOCKS, num_blocks, num_chunks * BLOCKS):
         block = start + tl.arange(0, BLOCKS)
@@ -135,6 +138,8 @@ class SortedPairs:
 
     order_P: Tensor
     """int32 [P] pairs by expert, those of an expert in rising order."""
+    places_P: Tensor
+    """int32 [P] where each pair is in it, or -1."""
     blocks_3B: Tensor
     """int32 [3, B]: expert (-1 where unused), first place and end place in `order_P`."""
     block_p: int
@@ -160,7 +165,7 @@ def sort_pairs(topk_ids: Tensor, num_experts: int, block_p: int) -> SortedPairs:
     size = cdiv(num_tiles, MAX_CHUNKS) * tile
     num_chunks = cdiv(num_pairs, size)
     num_blocks = max_blocks(num_pairs, num_experts, block_p)
-    order = topk_ids.new_empty(num_pairs)
+    order, places = topk_ids.new_empty(num_pairs), topk_ids.new_empty(num_pairs)
     blocks = topk_ids.new_empty((3, num_blocks))
     counts = topk_ids
     options = launch_options(topk_ids.device)
@@ -181,6 +186,7 @@ def sort_pairs(topk_ids: Tensor, num_experts: int, block_p: int) -> SortedPairs:
         topk_ids,
         counts,
         order,
+        places,
         blocks,
         num_tokens,
         num_experts,
@@ -197,4 +203,4 @@ def sort_pairs(topk_ids: Tensor, num_experts: int, block_p: int) -> SortedPairs:
         num_warps=SORT_WARPS,
         **options,
     )
-    return SortedPairs(order_P=order, blocks_3B=blocks, block_p=block_p)
+    return SortedPairs(order_P=order, places_P=places, blocks_3B=blocks, block_p=block_p)

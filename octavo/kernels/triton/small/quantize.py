@@ -32,16 +32,15 @@ class Fp8Rows(NamedTuple):
 
 
 @launchable
-@triton.jit(do_not_specialize=["num_rows", "num_pairs"])
+@triton.jit(do_not_specialize=["num_rows"])
 def quantize_kernel(
     x_TM,
-    order_P,
+    places_P,
     numbers_RM,
     scales_GR,
     length,
     padded,
     num_rows,
-    num_pairs,
     TOP_K: tl.constexpr,
     BLOCKS: tl.constexpr,
     BY_BLOCK: tl.constexpr,
@@ -49,14 +48,11 @@ def quantize_kernel(
 ):
     """Quantises a row, with one scale or with one for each block of its columns.
 
-    Row r is x[r], or where TOP_K is not 0 the token of the pair in place r of `order_P`.
+    Row t of x becomes row t, or where TOP_K is not 0 the rows places_P[t * TOP_K ..], none where
+    that is -1.
     """
     wait_turn(OVERLAP)
-    row = tl.program_id(0).to(tl.int64)
-    source = row
-    if TOP_K > 0:  # Places that no pair has are anything.
-        pair = tl.load(order_P + row)
-        source = (tl.minimum(tl.maximum(pair, 0), num_pairs - 1) // TOP_K).to(tl.int64)
+    source = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCKS)
     byte = block[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
     column = column_of_byte(byte)
@@ -66,39 +62,43 @@ def quantize_kernel(
         largest = tl.max(largest, 0) + tl.zeros([BLOCKS], tl.float32)
     scale = tl.maximum(largest, 1e-10) / LARGEST
     number = tl.minimum(tl.maximum(x / scale[:, None], -LARGEST), LARGEST)
-    at = numbers_RM + row * padded + byte
-    tl.store(at, number.to(numbers_RM.dtype.element_ty), mask=byte < padded)
+    number = number.to(numbers_RM.dtype.element_ty)
     is_scale = block < (padded // _BLOCK if BY_BLOCK else 1)
-    tl.store(scales_GR + block.to(tl.int64) * num_rows + row, scale, mask=is_scale)
+    for choice in tl.static_range(max(TOP_K, 1)):
+        row = source
+        if TOP_K > 0:
+            row = tl.load(places_P + source * TOP_K + choice).to(tl.int64)
+        at = numbers_RM + row * padded + byte
+        tl.store(at, number, mask=(byte < padded) & (row >= 0))
+        at = scales_GR + block.to(tl.int64) * num_rows + row
+        tl.store(at, scale, mask=is_scale & (row >= 0))
 
 
 def quantize_rows(
-    x_TM: Tensor, padded: int, *, by_block: bool, order: tuple[Tensor, int] | None = None
+    x_TM: Tensor, padded: int, *, by_block: bool, places_P: Tensor | None = None
 ) -> Fp8Rows:
     """Returns the rows of x, `padded` columns wide, with a scale for each row or each block.
 
-    `order`: (pairs int32 [P], choices a token): the rows are the tokens of those pairs.
+    `places_P` int32: where the rows go, as many of them for each row of x; -1: nowhere.
     """
-    length = x_TM.shape[1]
+    num_tokens, length = x_TM.shape
     assert x_TM.is_contiguous()
     assert padded % BLOCK == 0
-    pairs, top_k = (x_TM, 0) if order is None else order
-    num_rows = len(pairs)
+    num_rows = num_tokens if places_P is None else len(places_P)
     numbers = torch.empty((num_rows, padded), dtype=torch.float8_e4m3fn, device=x_TM.device)
     blocks = padded // BLOCK
     scales = numbers.new_empty((blocks if by_block else 1, num_rows), dtype=torch.float32)
     if not num_rows:
         return Fp8Rows(numbers, scales)
-    quantize_kernel[(num_rows,)](
+    quantize_kernel[(num_tokens,)](
         x_TM,
-        pairs,
+        x_TM if places_P is None else places_P,
         numbers,
         scales,
         length,
         padded,
         num_rows,
-        num_rows,
-        TOP_K=top_k,
+        TOP_K=0 if places_P is None else num_rows // num_tokens,
         BLOCKS=next_power_of_2(blocks),
         BY_BLOCK=by_block,
         num_warps=max(1, min(8, padded // 512)),

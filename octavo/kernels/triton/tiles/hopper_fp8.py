@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_wait
 
 TILE = gl.constexpr(128)
 """Rows of a tile of weights, and columns of all tiles: what shares a scale."""
@@ -47,26 +48,50 @@ def make_rings(dtype: gl.constexpr, ROWS: gl.constexpr, IS_FEW: gl.constexpr, S:
 
 
 @gluon.jit
-def bring(x, first, second, row, first_row, second_row, steps, base, rings, IS_FEW: gl.constexpr):
-    """Brings the tiles of a piece; `base`: steps brought before."""
-    x_ring, first_ring, second_ring, full, empty = rings
-    S: gl.constexpr = first_ring.shape[0]
-    BOXES: gl.constexpr = x_ring.shape[0] // S
+def _bring_weights(first, second, first_row, second_row, step, slot, rings):
+    """Asks for a step's tiles of weights, and says how much all of the step's will be."""
+    x_ring, first_ring, second_ring, full, _ = rings
+    BOXES: gl.constexpr = x_ring.shape[0] // first_ring.shape[0]
     BYTES: gl.constexpr = (x_ring.shape[1] * BOXES + 2 * TILE) * TILE
-    for step in range(steps):
+    barrier = full.index(slot)
+    mbarrier.expect(barrier, BYTES)
+    at = [first_row, step * TILE]
+    tma.async_copy_global_to_shared(first, at, barrier, first_ring.index(slot))
+    at = [second_row, step * TILE]
+    tma.async_copy_global_to_shared(second, at, barrier, second_ring.index(slot))
+
+
+@gluon.jit
+def _bring_x(x, row, step, slot, rings):
+    """Asks for a step's rows of x."""
+    x_ring, first_ring, _, full, _ = rings
+    BOXES: gl.constexpr = x_ring.shape[0] // first_ring.shape[0]
+    for box in gl.static_range(BOXES):
+        at = [row + box * x_ring.shape[1], step * TILE]
+        to = x_ring.index(slot * BOXES + box)
+        tma.async_copy_global_to_shared(x, at, full.index(slot), to)
+
+
+@gluon.jit
+def bring(x, first, second, row, first_row, second_row, steps, base, rings, HAS_TURN: gl.constexpr):
+    """Brings the tiles of a piece; `base`: steps brought before. At first there are weights, and
+    then, where it HAS_TURN, this kernel's turn."""
+    _, first_ring, _, _, empty = rings
+    S: gl.constexpr = first_ring.shape[0]
+    ahead = base * 0
+    if base == 0:
+        ahead = gl.minimum(steps, S)
+        for step in range(ahead):
+            _bring_weights(first, second, first_row, second_row, step, step, rings)
+        if HAS_TURN:
+            gdc_wait()
+        for step in range(ahead):
+            _bring_x(x, row, step, step, rings)
+    for step in range(ahead, steps):
         slot = (base + step) % S
         mbarrier.wait(empty.index(slot), (base + step) // S & 1 ^ 1)
-        barrier = full.index(slot)
-        mbarrier.expect(barrier, BYTES)
-        column = step * TILE
-        tma.async_copy_global_to_shared(first, [first_row, column], barrier, first_ring.index(slot))
-        tma.async_copy_global_to_shared(
-            second, [second_row, column], barrier, second_ring.index(slot)
-        )
-        for box in gl.static_range(BOXES):
-            at = [row + box * x_ring.shape[1], column]
-            to = x_ring.index(slot * BOXES + box)
-            tma.async_copy_global_to_shared(x, at, barrier, to)
+        _bring_weights(first, second, first_row, second_row, step, slot, rings)
+        _bring_x(x, row, step, slot, rings)
 
 
 @gluon.jit

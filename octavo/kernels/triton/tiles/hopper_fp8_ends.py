@@ -39,8 +39,8 @@ def rounded(value, AXIS: gl.constexpr):
     """Returns value as e4m3 and its scales, of which all along AXIS share one."""
     largest = gl.max(gl.abs(value), AXIS)
     scale = gl.maximum(largest, 1e-10) / LARGEST
-    spread = gl.expand_dims(scale, AXIS)
-    number = gl.minimum(gl.maximum(value / spread, -LARGEST), LARGEST)
+    number = value * gl.expand_dims(1.0 / scale, AXIS)
+    number = gl.minimum(gl.maximum(number, -LARGEST), LARGEST)
     return number.to(gl.float8e4nv), scale
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.kernels.activations import Activation
 from octavo.kernels.planes import Planes
@@ -60,21 +60,23 @@ def _piece(unit, columns, work):
 
 @gluon.jit
 def _produce(
-    IS_FEW: gl.constexpr, IS_GATED: gl.constexpr, x, first, second, num_rows, steps, columns, units,
-    work, rings,
+    IS_GATED: gl.constexpr, OVERLAP: gl.constexpr, x, first, second, num_rows, steps, columns,
+    units, work, rings,
 ):  # fmt: skip
-    """Keeps the rings full."""
+    """Keeps the rings full. Weights and blocks were there before the kernel before this one."""
     base = units * 0
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         expert, row, _, column = _piece(unit, columns, work)
         if expert >= 0:
             if IS_GATED:
                 at = expert * num_rows + column * TILE
-                bring(x, first, second, row, at, at, steps, base, rings, IS_FEW)
+                bring(x, first, second, row, at, at, steps, base, rings, OVERLAP)
             else:
                 at = expert * num_rows + column * (2 * TILE)
-                bring(x, first, second, row, at, at + TILE, steps, base, rings, IS_FEW)
+                bring(x, first, second, row, at, at + TILE, steps, base, rings, OVERLAP)
             base += steps
+    if OVERLAP:
+        gdc_wait()
 
 
 @gluon.jit
@@ -113,8 +115,9 @@ def _sums(
 @gluon.jit
 def _consume(
     HALF_OF: gl.constexpr, ROWS: gl.constexpr, IS_FEW: gl.constexpr, IS_GATED: gl.constexpr,
-    BY_BLOCK: gl.constexpr, x_scales, first_scales, second_scales, out, out_scales, weights,
-    order, num_places, num_rows, scale_stride, out_stride, steps, columns, units, work, rings,
+    BY_BLOCK: gl.constexpr, OVERLAP: gl.constexpr, x_scales, first_scales, second_scales, out,
+    out_scales, weights, order, num_places, num_rows, scale_stride, out_stride, steps, columns,
+    units, work, rings,
 ):  # fmt: skip
     """Multiplies the pieces, of a half of their rows where those are many."""
     COUNT: gl.constexpr = ROWS if IS_FEW else HALF
@@ -122,6 +125,10 @@ def _consume(
     WEIGHTS: gl.constexpr = 0 if IS_FEW else 1
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
     WIDE: gl.constexpr = wide_layout(IS_FEW)
+    if OVERLAP:
+        gdc_wait()
+    if OVERLAP:
+        gdc_launch_dependents()
     base = units * 0
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         expert, start, end, column = _piece(unit, columns, work)
@@ -203,8 +210,6 @@ def fp8_pieces_kernel(
     asks for tiles, one or two warpgroups multiply.
     """
     rings = make_rings(x.dtype, ROWS, IS_FEW, STAGES)
-    if OVERLAP:
-        gdc_wait()
     units = num_blocks * columns
     work = (blocks_3B, num_blocks)
     source = (x, first, second, num_rows, steps, columns, units, work, rings)
@@ -213,8 +218,8 @@ def fp8_pieces_kernel(
     if ROWS <= HALF:
         gl.warp_specialize(
             [
-                (_consume, (0, ROWS, IS_FEW, IS_GATED, BY_BLOCK) + rest),
-                (_produce, (IS_FEW, IS_GATED) + source),
+                (_consume, (0, ROWS, IS_FEW, IS_GATED, BY_BLOCK, OVERLAP) + rest),
+                (_produce, (IS_GATED, OVERLAP) + source),
             ],
             [1],
             [REGISTERS],
@@ -222,9 +227,9 @@ def fp8_pieces_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (0, ROWS, IS_FEW, IS_GATED, BY_BLOCK) + rest),
-                (_consume, (1, ROWS, IS_FEW, IS_GATED, BY_BLOCK) + rest),
-                (_produce, (IS_FEW, IS_GATED) + source),
+                (_consume, (0, ROWS, IS_FEW, IS_GATED, BY_BLOCK, OVERLAP) + rest),
+                (_consume, (1, ROWS, IS_FEW, IS_GATED, BY_BLOCK, OVERLAP) + rest),
+                (_produce, (IS_GATED, OVERLAP) + source),
             ],
             [4, 1],
             [240, REGISTERS],
@@ -287,9 +292,7 @@ def hopper_fp8_experts(
     num_pairs, by_block = topk_ids.numel(), layout.group > 0
     shape = pieces_shape(num_pairs, experts.count)
     pairs = sort_pairs(topk_ids, experts.count, shape.rows)
-    x = quantize_rows(
-        x_TM, hidden_size, by_block=by_block, order=(pairs.order_P, topk_ids.shape[1])
-    )
+    x = quantize_rows(x_TM, hidden_size, by_block=by_block, places_P=pairs.places_P)
     inner = experts.inner_size
     if by_block:
         numbers = torch.empty((num_pairs, inner), dtype=torch.float8_e4m3fn, device=x_TM.device)
