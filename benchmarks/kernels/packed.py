@@ -133,6 +133,7 @@ def stack(model: Model, name: str) -> StackedExperts:
         gate_layout=layout,
         down_planes=down,
         down_layout=layout,
+        is_by_tile=name == "fp8",
     )
 
 
@@ -199,7 +200,7 @@ def checks(
         experts = stack(model, name)
         for count in (1, 40, 200, 2200):
             x, chosen = rows_of(count, model.hidden), routes(model, count)
-            is_fp8 = name == "fp8_row" and count * 2 >= 32 * 8
+            is_fp8 = name.startswith("fp8") and count > 1
             yield (
                 f"{name} experts {count}",
                 partial(run, x, *chosen, experts),

@@ -293,26 +293,36 @@ def hopper_fp8_experts(
     shape = pieces_shape(num_pairs, experts.count)
     pairs = sort_pairs(topk_ids, experts.count, shape.rows)
     x = quantize_rows(x_TM, hidden_size, by_block=by_block, places_P=pairs.places_P)
-    inner = experts.inner_size
-    if by_block:
-        numbers = torch.empty((num_pairs, inner), dtype=torch.float8_e4m3fn, device=x_TM.device)
-        scales = x.scales.new_empty((inner // TILE.value, num_pairs))
-        hidden = Fp8Rows(numbers, scales)
-        out = numbers
-    else:
-        out = x_TM.new_empty((num_pairs, inner))
-        scales = x.scales
-    gate, up = experts.gate_up_planes
-    rest = pairs, topk_weights, shape, by_block
-    _launch(x, (gate, up), inner, out, scales, *rest, is_gated=True)
-    if not by_block:
-        hidden = quantize_rows(out, inner, by_block=False)
+    hidden = _gate_up(x, experts, pairs, topk_weights, shape, x_TM.dtype)
+    del x  # Its memory is needed for the parts.
     parts = x_TM.new_empty((num_pairs, hidden_size))
     down = experts.down_planes
-    _launch(hidden, (down, down), hidden_size, parts, scales, *rest, is_gated=False)
+    rest = hidden_size, parts, hidden.scales, pairs, topk_weights, shape
+    _launch(hidden, (down, down), *rest, by_block=by_block, is_gated=False)
     if in_parts:
         return parts.view(num_tokens, -1, hidden_size)
     return combine(parts, topk_ids, experts.count, 0)
+
+
+def _gate_up(
+    x: Fp8Rows,
+    experts: StackedExperts,
+    pairs: SortedPairs,
+    topk_weights: Tensor,
+    shape: PiecesShape,
+    dtype: torch.dtype,
+) -> Fp8Rows:
+    """Returns what is between the products; `dtype`: of numbers that are yet to be rounded."""
+    assert experts.gate_up_planes is not None
+    assert experts.gate_layout is not None
+    num_pairs, inner = len(x.numbers), experts.inner_size
+    by_block = experts.gate_layout.group > 0
+    dtype = torch.float8_e4m3fn if by_block else dtype
+    out = torch.empty((num_pairs, inner), dtype=dtype, device=x.numbers.device)
+    scales = x.scales.new_empty((inner // TILE.value, num_pairs)) if by_block else x.scales
+    rest = inner, out, scales, pairs, topk_weights, shape
+    _launch(x, experts.gate_up_planes, *rest, by_block=by_block, is_gated=True)
+    return Fp8Rows(out, scales) if by_block else quantize_rows(out, inner, by_block=False)
 
 
 def _launch(
@@ -324,8 +334,8 @@ def _launch(
     pairs: SortedPairs,
     topk_weights: Tensor,
     shape: PiecesShape,
-    by_block: bool,
     *,
+    by_block: bool,
     is_gated: bool,
 ) -> None:
     first, second = weights
