@@ -128,8 +128,8 @@ class Front:
         self._draw = random.Random(0)
         self._model = llm.model_name
         # An event for each token, so that all can be waited for.
-        spells = llm.tokenizer.whole_text
-        self._tokens = [one for one in range(300, 8000) if spells(one) is not None]
+        texts = llm.tokenizer.whole_texts
+        self._tokens = [one for one in range(300, 8000) if texts[one] is not None]
         self._connections: list[tuple[Any, Connection]] = []
 
     def connect(self, count: int) -> None:

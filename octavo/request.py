@@ -73,6 +73,7 @@ def _is_needed(name: str, value: Any) -> Literal[False]:
 _PLAIN = frozenset({int, float, bool, str, type(None), tuple, list, dict})
 _LOGPROBS = frozenset({"logprobs", "prompt_logprobs"})
 _ID_LISTS = frozenset({"stop_token_ids", "allowed_token_ids"})
+_RANGES = tuple(one for one in SAMPLING_RANGES.items() if one[0] != "logit_bias")
 _SEQUENCES = _ID_LISTS | frozenset({"stop", "bad_words"})
 
 
@@ -136,9 +137,7 @@ class SamplingParams(metaclass=_Sifting):
             if type(value) not in _PLAIN and isinstance(value, Array):
                 setattr(self, name, value.tolist())
         stop: object = self.stop
-        if stop is None:
-            self.stop = ()
-        elif isinstance(stop, str):
+        if isinstance(stop, str):
             self.stop = (stop,)
         for name in _SEQUENCES & given:
             value = getattr(self, name)
@@ -162,8 +161,8 @@ class SamplingParams(metaclass=_Sifting):
         most = MAX_PARALLEL_SAMPLES
         if "n" in given:
             self._check("n", is_int(self.n, 1, most), "an integer in 1..{}", most)
-        for name, (low, high) in SAMPLING_RANGES.items():
-            if name in given and name != "logit_bias":
+        for name, (low, high) in _RANGES:
+            if name in given:
                 is_valid = is_number(getattr(self, name), low, high)
                 self._check(name, is_valid, "a number in {:g}..{:g}", low, high)
         if "top_k" in given:
@@ -203,15 +202,17 @@ class SamplingParams(metaclass=_Sifting):
             is_valid = value is None or (isinstance(value, tuple) and are_ids(value))
             limit = "a list of at most {} token ids, integers in 0..{}"
             self._check(name, is_valid, limit, MAX_LISTED, MAX_INT)
-        is_valid = self.allowed_token_ids != ()
-        self._check("allowed_token_ids", is_valid, "null or a non-empty list")
+        if "allowed_token_ids" in given:
+            is_valid = self.allowed_token_ids != ()
+            self._check("allowed_token_ids", is_valid, "null or a non-empty list")
         if "logit_bias" in given:
             self._check_bias()
-        wanted = self.structured_outputs
-        is_valid = wanted is None or isinstance(wanted, StructuredOutputsParams)
-        self._check("structured_outputs", is_valid, "null or StructuredOutputsParams")
-        is_valid = self.prefix_caching in (None, "auto", "on", "off")
-        self._check("prefix_caching", is_valid, "one of auto, on, off")
+        if "structured_outputs" in given:
+            is_valid = isinstance(self.structured_outputs, StructuredOutputsParams)
+            self._check("structured_outputs", is_valid, "null or StructuredOutputsParams")
+        if "prefix_caching" in given:
+            is_valid = self.prefix_caching in ("auto", "on", "off")
+            self._check("prefix_caching", is_valid, "one of auto, on, off")
 
     def _check_bias(self) -> None:
         low, high = SAMPLING_RANGES["logit_bias"]

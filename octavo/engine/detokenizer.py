@@ -42,8 +42,9 @@ class Pieces(Protocol):
         """Returns what one id adds to the text, as bytes: part of a character, even."""
         ...
 
-    def whole_text(self, token_id: int) -> str | None:
-        """Returns `token_bytes` as text; None if they are not whole characters."""
+    @property
+    def whole_texts(self) -> Mapping[int, str | None]:
+        """`token_bytes` of each id as text; None if they are not whole characters."""
         ...
 
     def is_special(self, token_id: int) -> bool: ...
@@ -64,9 +65,11 @@ class TokenStream(Protocol):
 class ByteStream:
     """For byte-level vocabularies, where a token is bytes and text is their UTF-8."""
 
+    __slots__ = ("_rest", "_skipped", "_token_bytes", "_whole_texts")
+
     def __init__(self, tokenizer: Pieces, skip_special_tokens: bool) -> None:
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._whole_text = tokenizer.whole_text
+        self._whole_texts = tokenizer.whole_texts
         self._token_bytes = tokenizer.token_bytes
         self._rest = b""
         """Bytes of a character that has begun."""
@@ -75,7 +78,7 @@ class ByteStream:
         if token_id in self._skipped:
             return ""
         if not self._rest:
-            text = self._whole_text(token_id)
+            text = self._whole_texts[token_id]
             if text is not None:
                 return text
         return self._decode(self._rest + self._token_bytes(token_id), is_final=False)

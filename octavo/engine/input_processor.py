@@ -190,11 +190,8 @@ class InputProcessor:
         with suppress(TypeError, OverflowError):
             packed = pack_ids(token_ids)
             ids = np.frombuffer(packed, np.uint32)
-            # Only 0 and 1 can be booleans, and not in an array.
-            is_array = isinstance(token_ids, array)
-            small = [] if is_array else np.flatnonzero(ids <= 1).tolist()
-            is_plain = not any(isinstance(token_ids[place], bool) for place in small)
-            if is_plain and ids.max() < self.vocab_size:
+            is_plain = isinstance(token_ids, array) or not _has_booleans(token_ids, ids)
+            if is_plain and np.maximum.reduce(ids) < self.vocab_size:
                 return packed
         for place, token_id in enumerate(token_ids):
             if isinstance(token_id, bool) or not isinstance(token_id, int):
@@ -283,6 +280,11 @@ class InputProcessor:
                 param=param,
             )
         return self.tokenizer
+
+
+def _has_booleans(token_ids: Sequence[int], ids: np.ndarray) -> bool:
+    small = np.flatnonzero(ids <= 1).tolist()  # only 0 and 1 can be booleans
+    return any(isinstance(token_ids[place], bool) for place in small)
 
 
 _ANCHOR = "\x01"

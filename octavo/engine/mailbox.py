@@ -120,7 +120,11 @@ class Mailbox:
             )
             return False
         if not self._is_due:
-            self._wake()
+            if self._reader is not None and self._turns is not None:
+                self._is_due = True
+                self._turns.add(self._turn)
+            elif self._waiter is not None:
+                self._wake()
         return True
 
     def fail(self, error: OctavoError) -> None:
@@ -170,7 +174,10 @@ class Mailbox:
         if waiter is None or waiter.done():
             return  # It is about to look itself.
         if reader is not None and self._news and self._error is None:
-            num_tokens, news = self._num_tokens, self._take_all()
+            num_tokens, news = self._num_tokens, self._news
+            if len(news) > 1:
+                news = _joined(news)
+            self._news, self._num_tokens = [], 0
             try:
                 if reader(news):
                     return

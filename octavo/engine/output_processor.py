@@ -60,6 +60,25 @@ class OutputProcessor:
             sequence = opened.sequences[delta.index]
             if sequence.is_finished:
                 continue
+            token_ids = delta.token_ids
+            if (
+                delta.finish_reason is None
+                and sequence.push is not None
+                and len(token_ids) == 1
+                and not (delta.logprobs or delta.prompt_logprobs or delta.moments)
+            ):
+                # Nearly always; no calls between, since every streamed token passes here.
+                opened.has_begun = True
+                added = OutputDelta(
+                    index=delta.index,
+                    text=sequence.push(token_ids[0]),
+                    token_ids=token_ids,
+                    num_cached_tokens=delta.num_cached_tokens,
+                    scheduled_time=delta.scheduled_time,
+                    time=now,
+                )
+                opened.receiver.receive(added, False)
+                continue
             added = _advance(sequence, delta, now)
             finished = False
             if added.finish_reason is not None:
@@ -103,21 +122,6 @@ def _advance(sequence: _Sequence, delta: TokenDelta, now: float) -> OutputDelta:
     """Returns what a delta adds to its sequence."""
     token_ids, text = delta.token_ids, ""
     reason, stop_reason = delta.finish_reason, delta.stop_reason
-    if (
-        reason is None
-        and sequence.push is not None
-        and len(token_ids) == 1
-        and not (delta.logprobs or delta.prompt_logprobs or delta.moments)
-    ):
-        # nearly always
-        return OutputDelta(
-            index=delta.index,
-            text=sequence.push(token_ids[0]),
-            token_ids=token_ids,
-            num_cached_tokens=delta.num_cached_tokens,
-            scheduled_time=delta.scheduled_time,
-            time=now,
-        )
     detokenizer = sequence.detokenizer
     if detokenizer is not None:
         shown = token_ids

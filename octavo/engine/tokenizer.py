@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -106,7 +106,8 @@ class Tokenizer:
         self.is_byte_level = isinstance(self._core.decoder, decoders.ByteLevel)
         """Whether a token's bytes do not depend on its neighbours."""
         self._bytes: dict[int, bytes] = {}
-        self._texts: dict[int, str | None] = {}
+        self.whole_texts: Mapping[int, str | None] = WholeTexts(self.token_bytes)
+        """`token_bytes` as text; None where they are not whole characters."""
         self._renderer: ChatRenderer | None = None
         self._guard: TokenGuard | None = None
 
@@ -157,19 +158,6 @@ class Tokenizer:
         if found is None:
             found = self._bytes[token_id] = self._spell(token_id)
         return found
-
-    def whole_text(self, token_id: int) -> str | None:
-        """Returns `token_bytes` as text; None if they are not whole characters."""
-        try:
-            return self._texts[token_id]
-        except KeyError:
-            pass
-        try:
-            text = self.token_bytes(token_id).decode()
-        except UnicodeDecodeError:
-            text = None
-        self._texts[token_id] = text
-        return text
 
     def token_text(self, token_id: int) -> str:
         """Returns `token_bytes` as text, with U+FFFD where it is not whole characters."""
@@ -305,6 +293,22 @@ class Tokenizer:
     def _role_id(self, role: str) -> int | None:
         token = self.special_tokens.get(role)
         return None if token is None else self._core.token_to_id(token)
+
+
+class WholeTexts(dict[int, str | None]):
+    """What is spelled once need not be called for again: every streamed token looks here."""
+
+    def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
+        super().__init__()
+        self._token_bytes = token_bytes
+
+    def __missing__(self, token_id: int) -> str | None:
+        try:
+            text = self._token_bytes(token_id).decode()
+        except UnicodeDecodeError:
+            text = None
+        self[token_id] = text
+        return text
 
 
 def find_tokenizer(config: EngineConfig, files: ModelFiles) -> Tokenizer:

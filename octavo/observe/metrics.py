@@ -13,7 +13,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.metrics_core import (
     Metric,
 )
-from prometheus_client.samples import Sample
 
 from octavo.moments import Moment
 from octavo.observe.collectors import (
@@ -31,6 +30,7 @@ from octavo.observe.engine_families import (
 )
 from octavo.observe.logs import num_dropped_lines
 from octavo.observe.loop_holds import LoopHoldMonitor
+from octavo.observe.pages import Page, called, renamed
 from octavo.observe.snapshot import pack, total
 from octavo.observe.stats import EngineStats, FinishedRequest
 from octavo.outputs import OutputDelta
@@ -71,6 +71,9 @@ TOKEN_HISTOGRAMS = {
     "request_max_num_generation_tokens": "Generated tokens of a request's longest sequence",
     "request_prefill_kv_computed_tokens": "Prompt tokens of a request that were not cached",
 }
+
+COUNTED_AT_ONCE = 32
+"""Requests that have ended; all at once takes a third of the time that one by one does."""
 
 GAPS = "inter_token_latency_seconds"
 OLD_GAPS = "time_per_output_token_seconds"
@@ -113,6 +116,8 @@ class Metrics:
             registry=self._shared,
         )
         self._reasons: dict[str, Counter] = {}
+        self._ended: list[FinishedRequest] = []
+        """That are not counted yet."""
         self._exchanges: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self._stats = EngineStats()
         self._http = CollectorRegistry()
@@ -198,6 +203,16 @@ class Metrics:
 
     def observe_finished(self, request: FinishedRequest) -> None:
         """Adds a request that has ended, whatever its reason."""
+        self._ended.append(request)
+        if len(self._ended) >= COUNTED_AT_ONCE:
+            self._count_ended()
+
+    def _count_ended(self) -> None:
+        ended, self._ended = self._ended, []
+        for request in ended:
+            self._count(request)
+
+    def _count(self, request: FinishedRequest) -> None:
         reason = request.finish_reason
         finished = self._reasons.get(reason)
         if finished is None:
@@ -226,6 +241,7 @@ class Metrics:
 
     def snapshot(self) -> bytes:
         """Returns what this process has observed, for `render` in another."""
+        self._count_ended()
         return pack([*self._shared.collect(), *self._http.collect()])
 
     def render(self, stats: EngineStats | None, siblings: Sequence[bytes] = ()) -> bytes:
@@ -233,13 +249,14 @@ class Metrics:
         `siblings` are snapshots of the other front processes, which are added."""
         if stats is not None:
             self._stats = stats
+        self._count_ended()
         shared, http = list(self._shared.collect()), list(self._http.collect())
         if siblings:
             names = {family.name for family in http}
             families = total([*shared, *http], siblings)
             shared = [family for family in families if family.name not in names]
             http = [family for family in families if family.name in names]
-        page = _Page([*self._prefixed(shared), *map(_renamed, http)])
+        page = Page([*self._prefixed(shared), *map(renamed, http)])
         return generate_latest(page)  # type: ignore[arg-type]
 
     def _prefixed(self, shared: Sequence[Metric]) -> Iterable[Metric]:
@@ -249,15 +266,15 @@ class Metrics:
         for prefix in PREFIXES:
             for family in both:
                 if prefix == "vllm:" or family.type != "histogram":
-                    yield _renamed(family, prefix)
+                    yield renamed(family, prefix)
         for family in shared:
             if family.name == GAPS:
-                yield _renamed(_called(family, OLD_GAPS), "vllm:")
+                yield renamed(called(family, OLD_GAPS), "vllm:")
         for family in self._of_engines(vllm_aliases):
-            yield _renamed(family, "vllm:")
+            yield renamed(family, "vllm:")
         for family in self._of_engines(own_families):
-            yield _renamed(family, "octavo:")
-        yield _renamed(fleet_family(self._stats, self._labels[0]), "octavo:")
+            yield renamed(family, "octavo:")
+        yield renamed(fleet_family(self._stats, self._labels[0]), "octavo:")
 
     def _of_engines(
         self, families: Callable[[EngineStats, Mapping[str, str]], Iterable[Metric]]
@@ -362,33 +379,3 @@ class RequestTrack:
                 first_token_time=self.first_token_time,
             )
         )
-
-
-class _Page:
-    """Families as `generate_latest` wants them."""
-
-    def __init__(self, families: Iterable[Metric]) -> None:
-        self._families = families
-
-    def collect(self) -> Iterable[Metric]:
-        return self._families
-
-
-def _called(family: Metric, name: str) -> Metric:
-    """Returns the same series under another name."""
-    renamed = Metric(name, f"See {family.name}", family.type)
-    start = len(family.name)
-    renamed.samples = [Sample(name + one.name[start:], *one[1:]) for one in family.samples]
-    return renamed
-
-
-def _renamed(family: Metric, prefix: str = "") -> Metric:
-    """Returns a family with `prefix` before its names, and without the times of its creation, which
-    nobody asks for and which are as many as its series."""
-    renamed = Metric(prefix + family.name, family.documentation, family.type)
-    renamed.samples = [
-        Sample(prefix + sample.name, *sample[1:])
-        for sample in family.samples
-        if not sample.name.endswith("_created")
-    ]
-    return renamed

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 MissReason = Literal["never_seen", "evicted", "other_tenant", "other_version", "too_short"]
 
 STEP_TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -153,8 +155,7 @@ class EngineStats:
         return self.prefix_hit_tokens / queries if queries else 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FinishedRequest:
+class FinishedRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One request after its last token. Times are seconds of the host's monotonic clock."""
 
     finish_reason: str

@@ -59,7 +59,8 @@ class AnswerWire:
     @property
     def is_paused(self) -> bool:
         """Whether the client reads too slowly; `drained` waits until it does not."""
-        return self._cycle.flow.write_paused and not self._cycle.disconnected
+        cycle = self._cycle
+        return cycle.flow.write_paused and not cycle.disconnected
 
     async def drained(self) -> None:
         await self._cycle.flow.drain()

@@ -18,6 +18,9 @@ from octavo.server.streaming import DONE, event, event_pieces
 
 _encode = msgspec.json.Encoder().encode
 _TEXT_MARK = "\x00text\x00"
+_MARK = _encode(_TEXT_MARK)
+_END = b"}\n\n"
+"""Of an object in an event."""
 
 
 @dataclass(slots=True)
@@ -68,10 +71,14 @@ class ChunkFrame:
         self._usage = usage
         self._includes_usage = body.includes_usage
         self.has_continuous_usage = body.has_continuous_usage
+        self._before = event(self._common)[: -len(_END)] + b',"choices":['
+        self._after = (b'],"usage":null' if body.includes_usage else b"]") + _END
 
     def event(self, choice: dict[str, Any], **more: Any) -> bytes:
         """Returns a chunk with one choice, and the usage so far if the client wants it."""
-        return event(self._chunk(choice, more))
+        if more or self.has_continuous_usage:
+            return event(self._chunk(choice, more))
+        return b"".join((self._before, _encode(choice), self._after))
 
     def event_pieces(self, choice: dict[str, Any]) -> Iterator[bytes]:
         """Returns the same in pieces, if the choice has lazy lists."""
@@ -90,7 +97,8 @@ class ChunkFrame:
         if the client wants it."""
         if not self._includes_usage:
             return DONE
-        return event({**self._common, "choices": [], "usage": self._usage.body()}) + DONE
+        usage = _encode(self._usage.body())
+        return b"".join((self._before, b'],"usage":', usage, _END, DONE))
 
 
 class PlainChunks:
@@ -102,8 +110,7 @@ class PlainChunks:
 
     def __init__(self, frame: ChunkFrame, choices: Iterable[dict[str, Any]]) -> None:
         """`choices`: one of each sequence, with `_TEXT_MARK` (see `marked`) for its text."""
-        mark = _encode(_TEXT_MARK)
-        self._parts = [frame.event(choice).split(mark) for choice in choices]
+        self._parts = [frame.event(choice).split(_MARK) for choice in choices]
         assert all(len(parts) == 2 for parts in self._parts), "a choice has one text"
 
     def event(self, sequence: int, text: str) -> bytes:

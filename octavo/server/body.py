@@ -91,5 +91,7 @@ def is_quick(content: bytes, model: type[StrictModel]) -> bool:
     """
     if len(content) > model.max_quick_bytes:
         return False
+    if len(content) <= model.max_quick_values:
+        return True
     num_values = content.count(b",") + content.count(b"[") + content.count(b"{")
     return num_values <= model.max_quick_values

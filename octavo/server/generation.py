@@ -54,7 +54,7 @@ async def new_call(
     """
     state, known = server_state(request), request.scope["state"]
     guard = guard_of(request)
-    check_priority(request, body.priority, state.config.priority_range)
+    check_priority(request, body.priority, state.config)
     engine = state.engine
     engine.check_generates()
     limit = body.truncate_prompt_tokens
@@ -103,7 +103,7 @@ def check_params(request: HttpRequest, body: SamplingFields, params: SamplingPar
     """Raises RequestError for what would be refused if it were generated; for routes that generate
     nothing."""
     state = server_state(request)
-    check_priority(request, body.priority, state.config.priority_range)
+    check_priority(request, body.priority, state.config)
     bare = replace(params, max_tokens=1, min_tokens=0, structured_outputs=None)
     state.engine.prepare([0], bare)
 

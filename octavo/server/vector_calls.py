@@ -83,7 +83,7 @@ async def compute(
     """
     state, known = server_state(request), request.scope["state"]
     guard_of(request)
-    check_priority(request, body.priority, state.config.priority_range)
+    check_priority(request, body.priority, state.config)
     tenant, engine = caller_of(request).tenant, state.engine
     salt = tenant.salt(body.cache_salt)
     requests = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import get_args
 
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -188,7 +189,7 @@ def test_a_page_stays_under_100_kilobytes_however_much_there_is_to_tell(metrics:
     for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "other"):
         large.observe_http("none", method, 404, 0.01)
     for reason in FinishReason:
-        large.observe_finished(replace(FINISHED, finish_reason=reason))
+        large.observe_finished(msgspec.structs.replace(FINISHED, finish_reason=reason))
     usage = (f"tenant-{i:05}" for i in range(MAX_TENANTS + 1))
     stats = replace(
         STATS,

@@ -12,6 +12,7 @@ from typing import Any
 from octavo.constraint import Constraint, StructuredOutputsParams
 from octavo.engine.chat_template import ChatRenderer, RenderedChat
 from octavo.engine.pairs import PairWriter
+from octavo.engine.tokenizer import WholeTexts
 from octavo.engine.vectors import VectorReader
 from octavo.errors import ContextLengthError, EngineDeadError, PreemptedError, RequestError
 from octavo.grammar import Checker
@@ -58,8 +59,9 @@ class FakeTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return self.decode([token_id], False).encode("utf-8", "replace")
 
-    def whole_text(self, token_id: int) -> str | None:
-        return self.token_bytes(token_id).decode()
+    @property
+    def whole_texts(self) -> Mapping[int, str | None]:
+        return WholeTexts(self.token_bytes)
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self.special_ids

@@ -180,10 +180,9 @@ class SamplingFields(GenerationFields, StructuredFields):
 
         Raises RequestError naming the field, the value and the limit.
         """
-        values = {name: defaults[name] for name in _PARAM_NAMES & defaults.keys()}
-        for name in _PARAM_NAMES & self.model_fields_set:
-            value = getattr(self, name)
-            if value is not None:
+        values = {name: value for name, value in defaults.items() if name in _PARAM_NAMES}
+        for name in self.model_fields_set:
+            if name in _PARAM_NAMES and (value := getattr(self, name)) is not None:
                 values[name] = value
         if self.logit_bias is not None:
             values["logit_bias"] = _token_ids_as_keys(self.logit_bias)

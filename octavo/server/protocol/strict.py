@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Self
 
+import msgspec
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
@@ -30,17 +31,21 @@ Text = Annotated[str, Field(min_length=1)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_LISTED)]
 Texts = Annotated[list[Text], Field(fail_fast=True, max_length=MAX_TEXTS["stop"][0])]
 
+_Ints = list[int]
 PackedIds = array
 """Token ids of 32 bits: a million of them are one object."""
 
 
 def packed_ids(ids: object, where: str, param: str) -> PackedIds:
     """Returns a list of token ids, packed at C's speed. Raises RequestError."""
-    if not isinstance(ids, list) or set(map(type, ids)) - {int}:
-        raise RequestError(f"{where} must be a list of token ids, integers", param=param)
     try:
-        return array("I", ids)
+        # Half the time that looking at each one's type would take.
+        return array("I", msgspec.convert(ids, _Ints))
+    except msgspec.ValidationError:
+        message = f"{where} must be a list of token ids, integers"
+        raise RequestError(message, param=param) from None
     except OverflowError:
+        assert isinstance(ids, list)
         wrong = min(ids) if min(ids) < 0 else max(ids)
         message = f"{where} has token id {shown(wrong)}; no vocabulary has such an id"
         raise RequestError(message, param=param) from None

@@ -134,6 +134,8 @@ class StructuredFields(RequestModel):
 
     def structured_params(self) -> StructuredOutputsParams | None:
         """Returns what the answer is held to. Raises RequestError naming the field."""
+        if _BINDING.isdisjoint(self.model_fields_set):
+            return None  # nearly always
         found = {name: wanted for name, wanted in self._spellings() if wanted}
         if not found:
             return None
@@ -173,3 +175,6 @@ class StructuredFields(RequestModel):
         return named or next(
             (old for old in _GUIDED if getattr(self, old) is not None), "structured_outputs"
         )
+
+
+_BINDING = frozenset(StructuredFields.model_fields)

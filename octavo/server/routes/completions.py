@@ -116,6 +116,7 @@ class _Events:
             choices = (_stream_choice(index, marked()) for index in range(num_sequences))
             self._plain = PlainChunks(frame, choices)
         self.is_brief = self._plain is not None
+        self._begins_plainly = not body.echo
         self._has_begun = [False] * num_sequences
 
     def events(self, news: list[News]) -> bytes | Iterator[bytes]:
@@ -126,8 +127,10 @@ class _Events:
         if len(news) == 1:  # nearly always: one sequence, one token
             place, delta, _ = news[0]
             index = place * self._n + delta.index
-            if self._has_begun[index] and delta.finish_reason is None:
-                self._usage.add(delta, False)
+            has_begun = self._has_begun[index]
+            if delta.finish_reason is None and (has_begun or self._begins_plainly):
+                self._usage.add(delta, not has_begun and delta.index == 0)
+                self._has_begun[index] = True
                 return self._plain.event(index, delta.text) if delta.text else b""
         return b"".join(self._pieces(news))
 
