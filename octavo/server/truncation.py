@@ -7,8 +7,10 @@ find their prefix in the cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import asyncio
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -17,6 +19,8 @@ from octavo.server.body import parsed
 from octavo.server.protocol.responses import ResponsesRequest
 from octavo.server.state import ServerState
 from octavo.server.tokenising import render
+
+T = TypeVar("T")
 
 _CHARS_PER_TOKEN = 4
 """Of ordinary text: only the size of steps depends on it."""
@@ -37,14 +41,13 @@ async def fitted(state: ServerState, body: ResponsesRequest) -> ResponsesRequest
     too long. Raises RequestError, OverloadedError."""
     context = state.engine.max_model_len
     limit = context - min(body.max_output_tokens or context, context // 4)
-    items = msgspec.json.decode(body.items_json, type=list[msgspec.Raw])
-    heads = msgspec.json.decode(body.items_json, type=list[Head])
-    sizes = [len(bytes(one)) for one in items]
-    ways = _in_steps(list(shorter(heads)), sizes, context * _CHARS_PER_TOKEN // 8)
+    # In threads, for a conversation may have 100,000 items.
+    step = context * _CHARS_PER_TOKEN // 8
+    items, ways = await asyncio.to_thread(_ways, body.items_json, step)
     found, low, high = None, 0, len(ways)
     while low < high:
         middle = (low + high) // 2
-        content = body.with_input([items[place] for place in ways[middle]])
+        content = await asyncio.to_thread(lambda way=ways[middle]: body.with_input(way.of(items)))
         one = await parsed(state, content, ResponsesRequest)
         if await _num_tokens(state, one) <= limit:
             found, high = one, middle
@@ -53,24 +56,44 @@ async def fitted(state: ServerState, body: ResponsesRequest) -> ResponsesRequest
     return found
 
 
-def shorter(heads: Sequence[Head]) -> Iterator[list[int]]:
-    """Yields the places of the items that are kept, never more than before.
+class Way(NamedTuple):
+    """The places of the items that are kept, in three runs: lists of them would take the square of
+    a conversation's length."""
+
+    first: range
+    asked: range
+    rest: range
+
+    def of(self, items: Sequence[T]) -> list[T]:
+        return [items[place] for run in self for place in run]
+
+
+def _ways(items_json: bytes, step: int) -> tuple[list[msgspec.Raw], list[Way]]:
+    items = msgspec.json.decode(items_json, type=list[msgspec.Raw])
+    heads = msgspec.json.decode(items_json, type=list[Head])
+    ends = [0, *itertools.accumulate(len(bytes(one)) for one in items)]
+    return items, list(_in_steps(shorter(heads), ends, step))
+
+
+def shorter(heads: Sequence[Head]) -> Iterator[Way]:
+    """Yields what is kept, never more than before.
 
     System messages before all else stay. The rest begins with a message of the user, or with a turn
     of the assistant behind the user's last words before it; a call and its result stay together.
     """
     num_first = next((n for n, one in enumerate(heads) if one.role not in _SYSTEM), len(heads))
-    first = list(range(num_first))
-    asked: list[int] = []
+    first = range(num_first)
+    asked = range(0)
     """Where the user's last words are."""
     is_open: set[Any] = set()
     for place in range(num_first, len(heads)):
-        one, rest = heads[place], list(range(place, len(heads)))
+        one, rest = heads[place], range(place, len(heads))
         is_asking = one.role == "user"
         if place > num_first and not is_open and (is_asking or _begins_turn(heads, place)):
-            yield first + ([] if is_asking else asked) + rest
+            yield Way(first, range(0) if is_asking else asked, rest)
         if is_asking:
-            asked = [*asked, place] if heads[place - 1].role == "user" else [place]
+            goes_on = place > num_first and heads[place - 1].role == "user"
+            asked = range(asked.start if goes_on else place, place + 1)
         elif _is_output(one):
             is_open.discard(one.call_id)
         elif one.call_id is not None:
@@ -88,15 +111,18 @@ def _is_output(head: Head) -> bool:
     return isinstance(head.type, str) and head.type.endswith("_output")
 
 
-def _in_steps(ways: list[list[int]], sizes: Sequence[int], step: int) -> list[list[int]]:
-    """Returns the first way of each step of what is left out, and the last of all."""
-    total = sum(sizes)
-    numbers = [(total - sum(sizes[place] for place in way)) // step for way in ways]
-    return [
-        way
-        for place, way in enumerate(ways)
-        if place == len(ways) - 1 or numbers[place] > (numbers[place - 1] if place else 0)
-    ]
+def _in_steps(ways: Iterable[Way], ends: Sequence[int], step: int) -> Iterator[Way]:
+    """Yields the first way of each step of what is left out, and the last of all; `ends` are sums
+    of the items' sizes."""
+    newest, number, is_told = None, 0, True
+    for way in ways:
+        num_left_out = ends[-1] - sum(ends[run.stop] - ends[run.start] for run in way)
+        newest, is_told = way, num_left_out // step > number
+        if is_told:
+            number = num_left_out // step
+            yield way
+    if newest is not None and not is_told:
+        yield newest
 
 
 async def _num_tokens(state: ServerState, body: ResponsesRequest) -> int:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.config import ServerConfig
-from octavo.server.truncation import Head, shorter
+from octavo.server.truncation import Head, _ways, shorter
 from tests.server.conftest import ServerThread
 from tests.server.test_stored_responses import NotingEngine, NotingTokenizer
 
@@ -144,7 +144,8 @@ def conversations(draw: st.DrawFn) -> list[Head]:
 @given(conversations())
 def test_no_call_is_parted_from_its_result(heads: list[Head]) -> None:
     before = len(heads)
-    for kept in shorter(heads):
+    for way in shorter(heads):
+        kept = way.of(range(len(heads)))
         assert kept == sorted(set(kept))
         assert len(kept) <= before, "never more"
         before = len(kept)
@@ -154,3 +155,11 @@ def test_no_call_is_parted_from_its_result(heads: list[Head]) -> None:
         dropped = [one for place, one in enumerate(heads) if place not in kept]
         assert all(one.call_id not in outputs for one in dropped)
         assert kept[-1] == len(heads) - 1
+
+
+def test_a_conversation_of_many_items_takes_time_by_its_length() -> None:
+    sent = json.dumps([message("user", n, size=1) for n in range(20_000)]).encode()
+    items, ways = _ways(sent, step=CONTEXT)
+    assert len(items) == 20_000
+    assert len(ways) < len(sent) // CONTEXT + 2
+    assert [len(way.of(items)) for way in (ways[0], ways[-1])] == [19_960, 1]

@@ -5,6 +5,7 @@ The body comes to a chat, whose way to the engine it goes; `response_answer` tel
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 
 from fastapi import APIRouter
@@ -86,4 +87,6 @@ async def _with_stored(request: Request, body: ResponsesRequest) -> ResponsesReq
     before, known = await state.responses.history(
         tenant_of(request), body.previous_response_id, body.references, max_bytes
     )
-    return await parsed(state, body.with_items(before, known), ResponsesRequest)
+    # A conversation may have 100,000 items.
+    content = await asyncio.to_thread(body.with_items, before, known)
+    return await parsed(state, content, ResponsesRequest)

@@ -5,7 +5,9 @@ A response is its tenant's: to all others it does not exist.
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
+from typing import Any
 
 import msgspec
 from fastapi import APIRouter
@@ -70,7 +72,12 @@ async def list_input_items(request: Request, response_id: str) -> Response:
     """Lists the input items of a stored response, without those of responses before it."""
     query = read_query(request, ItemsQuery)
     stored = await server_state(request).responses.get(tenant_of(request), response_id)
-    items = listed_items(msgspec.json.decode(stored.items), response_id.removeprefix("resp_"))
+    # An input may have 100,000 items.
+    return json_response(await asyncio.to_thread(_page, bytes(stored.items), response_id, query))
+
+
+def _page(items_json: bytes, response_id: str, query: ItemsQuery) -> dict[str, Any]:
+    items = listed_items(msgspec.json.decode(items_json), response_id.removeprefix("resp_"))
     if query.order == "desc":
         items.reverse()
     places = {item["id"]: place for place, item in enumerate(items)}
@@ -79,4 +86,4 @@ async def list_input_items(request: Request, response_id: str) -> Response:
         raise ApiError(404, message, code="item_not_found", param="after")
     first = 0 if query.after is None else places[query.after] + 1
     last = first + query.limit
-    return json_response(listed(items[first:last], len(items) > last))
+    return listed(items[first:last], len(items) > last)
