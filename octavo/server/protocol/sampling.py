@@ -202,10 +202,14 @@ _MAX_ID_DIGITS = len(str(MAX_INT))
 
 
 def _token_ids_as_keys(bias: Mapping[str, float]) -> dict[int, float]:
-    for key in bias:
-        if not (key.isascii() and key.isdigit() and len(key) <= _MAX_ID_DIGITS):
-            message = (
-                f"logit_bias: {shown(key)} is not a token id; keys are integers in 0..{MAX_INT}"
-            )
-            raise RequestError(message, param="logit_bias")
-    return {int(key): value for key, value in bias.items()}
+    digits = "".join(bias)  # looked through at C's speed, since 65,536 keys may be
+    are_right = not digits or (digits.isascii() and digits.isdigit())
+    if not are_right or "" in bias or max(map(len, bias), default=0) > _MAX_ID_DIGITS:
+        wrong = next(
+            key
+            for key in bias
+            if not (key.isascii() and key.isdigit() and len(key) <= _MAX_ID_DIGITS)
+        )
+        message = f"logit_bias: {shown(wrong)} is not a token id; keys are integers in 0..{MAX_INT}"
+        raise RequestError(message, param="logit_bias")
+    return dict(zip(map(int, bias), bias.values(), strict=True))
