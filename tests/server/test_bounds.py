@@ -28,6 +28,7 @@ from tests.server.tiny_engine import write_model
 ROOM = 10
 CONTEXT = 4096
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
+MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
 WORDS = "lorem ipsum dolor sit amet "
 
 
@@ -112,6 +113,10 @@ def user(content: object) -> dict[str, object]:
     return {"role": "user", "content": content}
 
 
+MANY = {"type": "object", "properties": {f"p{n}": {"enum": ["a", "b"]} for n in range(24_000)}}
+"""A schema of a hundred thousand objects."""
+LONG_TALK = [user("hello there")] * 12_000
+
 BODIES: dict[str, tuple[str, Any, int]] = {
     "a text far beyond the context": (TEXT, {"prompt": WORDS * 35_000}, 400),
     "a text above the largest body": (TEXT, {"prompt": WORDS * 150_000}, 413),
@@ -167,6 +172,57 @@ BODIES: dict[str, tuple[str, Any, int]] = {
         {"prompt": [7] * 3_500, "echo": True, "logprobs": 100, "max_tokens": 1, "stream": True},
         200,
     ),
+    "a schema of many objects": (
+        CHAT,
+        {
+            "messages": [user("x")],
+            "response_format": {"type": "json_schema", "json_schema": {"schema": MANY}},
+        },
+        400,
+    ),
+    "the same in a response": (
+        RESPONSES,
+        {"input": "x", "text": {"format": {"type": "json_schema", "name": "x", "schema": MANY}}},
+        400,
+    ),
+    "a guided schema of many objects": (TEXT, {"prompt": "x", "guided_json": MANY}, 400),
+    "a tool of many objects": (
+        CHAT,
+        {
+            "messages": [user("x")],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": MANY}}],
+        },
+        400,
+    ),
+    "the same in a message": (
+        MESSAGES,
+        {
+            "messages": [user("x")],
+            "max_tokens": 1,
+            "tools": [{"name": "f", "input_schema": MANY}],
+        },
+        400,
+    ),
+    "many special tokens": (CHAT, {"messages": [user("<|im_end|>" * 80_000)]}, 400),
+    "tokens to count": (f"{MESSAGES}/count_tokens", {"messages": [user("x")] * 20_000}, 400),
+    "a talk that is cut": (
+        RESPONSES,
+        {"input": LONG_TALK, "truncation": "auto", "max_output_tokens": 1},
+        200,
+    ),
+    "items that are no text": (
+        RESPONSES,
+        {
+            "input": [{"type": "reasoning", "summary": []}] * 20_000 + [user("x")],
+            "max_output_tokens": 1,
+        },
+        200,
+    ),
+    "items that are none": (RESPONSES, {"input": [{}] * 20_000}, 400),
+    "a prompt to render": (f"{TEXT}/render", {"prompt": [[7] * 4_000] * 60, "max_tokens": 1}, 200),
+    "a prompt to explain": ("/v1/cache/explain", {"prompt": [7] * 4_000, "max_tokens": 1}, 200),
+    "documents to rerank": ("/v1/rerank", {"query": "x", "documents": ["y"] * 100_000}, 400),
+    "texts to embed": ("/v1/embeddings", {"input": ["y"] * 100_000}, 400),
     "many choices": (TEXT, {"prompt": [[5]] * 512, "n": 2, "max_tokens": 2, "logprobs": 5}, 200),
 }
 

@@ -16,7 +16,7 @@ from octavo.errors import RequestError
 from octavo.request import SamplingParams
 from octavo.request_fields import IGNORED, REFUSED
 from octavo.server.protocol.sampling import SamplingFields
-from octavo.server.protocol.strict import RequestModel, integer
+from octavo.server.protocol.strict import RequestModel, check_chars, integer
 from octavo.tools.definitions import NAME_PATTERN, Tools, read_tools, with_choice
 
 Messages = Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True)]
@@ -25,6 +25,10 @@ _OWN_FIELDS = {
     *("messages", "documents", "tools", "add_generation_prompt", "continue_final_message"),
     "chat_template",
 }
+MAX_TOOLS_CHARS = 512 * 1024
+"""Of the JSON of all tools: more than a hundred thousand tokens."""
+MAX_SPECIALS = 64 * 1024
+"""Spellings of special tokens in one chat, each of which is a text that is none."""
 MAX_TOP_LOGPROBS = 20
 """OpenAI's limit."""
 
@@ -163,6 +167,10 @@ class TemplateFields(TemplateVariables):
             self._tools = read_tools(self.tools)
         return self._tools
 
+    def check_size(self) -> None:
+        super().check_size()
+        check_chars(self.tools, "tools", MAX_TOOLS_CHARS)
+
     def template_messages(self) -> list[dict[str, Any]]:
         """Returns the messages as text. Raises RequestError naming the message and the field."""
         if self.add_special_tokens:
@@ -189,6 +197,12 @@ class TemplateFields(TemplateVariables):
     def with_rendered(self, renderer: ChatRenderer) -> Self:
         """Returns a copy that has the text of the chat, and of its messages only the last."""
         rendered = self.render(renderer)
+        if len(rendered.literals) > MAX_SPECIALS:
+            message = (
+                f"messages spell {len(rendered.literals)} special tokens; at most {MAX_SPECIALS} "
+                "are taken"
+            )
+            raise RequestError(message, param="messages")
         less = {
             "messages": self.messages[-1:],
             "tools": None,

@@ -31,6 +31,7 @@ def parse_body(model: type[Body], content: bytes, renderer: ChatRenderer | None)
     RequestError, ChatTemplateError among them.
     """
     body = parse(model, decode(content))
+    body.check_size()
     return body if renderer is None else body.with_rendered(renderer)
 
 

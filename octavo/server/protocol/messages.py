@@ -154,6 +154,9 @@ class PromptFields(RequestModel):
             self._chat.tool_set()
         return self._chat
 
+    def check_size(self) -> None:
+        self.chat().check_size()
+
     def with_rendered(self, renderer: ChatRenderer) -> Self:
         """Returns a copy that has the text of its chat, and of its messages only the last."""
         less = {"messages": self.messages[-1:], "system": None, "tools": None}

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from octavo.errors import RequestError, shown
 
 Item = Mapping[str, Any]
@@ -77,6 +79,12 @@ def reference_of(item: Any) -> str | None:
         return None
     found = item.get("id")
     return found if isinstance(found, str) else None
+
+
+def raw_reference(item: msgspec.Raw) -> str | None:
+    """Returns the same of an item that is not decoded yet."""
+    # Most items are not looked into: they are long, references are short.
+    return reference_of(msgspec.json.decode(item)) if len(bytes(item)) < 512 else None
 
 
 def packed_reasoning(text: str) -> str:
@@ -283,3 +291,11 @@ def _listed(item: dict[str, Any], response_key: str, place: int) -> dict[str, An
     elif kind == "reasoning":
         item.setdefault("summary", [])
     return item
+
+
+def chat_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """Returns a tool as chats have it: what describes it stands one level deeper."""
+    kind = tool.get("type")
+    if kind not in ("function", "custom"):
+        return tool  # which is refused by its type
+    return {"type": kind, kind: {name: one for name, one in tool.items() if name != "type"}}

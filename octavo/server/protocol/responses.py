@@ -11,13 +11,15 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
-from pydantic import Field, PrivateAttr
+from pydantic import BaseModel, Field, PrivateAttr
 
+from octavo.constraint import MAX_GRAMMAR_CHARS
 from octavo.engine.chat_template import ChatRenderer
 from octavo.engine.messages import read_messages
 from octavo.errors import RequestError
 from octavo.request_fields import IGNORED, REFUSED
 from octavo.server.protocol.chat import (
+    MAX_TOOLS_CHARS,
     MAX_TOP_LOGPROBS,
     ChatRequest,
     ReasoningEffort,
@@ -25,9 +27,15 @@ from octavo.server.protocol.chat import (
     TemplateVariables,
 )
 from octavo.server.protocol.files import ListQuery
-from octavo.server.protocol.response_items import ChatHistory, chat_history, reference_of
+from octavo.server.protocol.response_items import (
+    ChatHistory,
+    chat_history,
+    chat_tool,
+    raw_reference,
+    reference_of,
+)
 from octavo.server.protocol.sampling import GenerationFields
-from octavo.server.protocol.strict import StrictModel, integer
+from octavo.server.protocol.strict import StrictModel, check_chars, integer
 from octavo.server.protocol.structured import StructuredOutputs
 
 MAX_METADATA = 16
@@ -157,6 +165,10 @@ class ResponseStreamOptions(StrictModel):
 
     place = "stream_options."
     ignored_fields = frozenset({"include_obfuscation"})
+
+
+_MOST_CHARS = dict.fromkeys(("text", "structured_outputs"), MAX_GRAMMAR_CHARS)
+_MOST_CHARS["tools"] = MAX_TOOLS_CHARS
 
 
 class ResponsesRequest(GenerationFields, TemplateVariables):
@@ -303,7 +315,7 @@ class ResponsesRequest(GenerationFields, TemplateVariables):
         and those of `references` in their places."""
         own = msgspec.json.decode(self.items_json, type=list[msgspec.Raw])
         if known:
-            own = [known.get(_reference(item) or "", item) for item in own]
+            own = [known.get(raw_reference(item) or "", item) for item in own]
         return self.with_input([*before, *own])
 
     def with_input(self, items: list[msgspec.Raw]) -> bytes:
@@ -334,6 +346,11 @@ class ResponsesRequest(GenerationFields, TemplateVariables):
         if self._chat is None:
             self._chat = ChatRequest.model_validate(self._chat_values())
         return self._chat
+
+    def check_size(self) -> None:
+        for name, most in _MOST_CHARS.items():
+            value = getattr(self, name)
+            check_chars(value.model_dump() if isinstance(value, BaseModel) else value, name, most)
 
     def with_rendered(self, renderer: ChatRenderer) -> Self:
         """Returns a copy that has the text of the chat, if all of it is here, and few objects."""
@@ -377,22 +394,9 @@ class ResponsesRequest(GenerationFields, TemplateVariables):
             **values,
             "messages": history.messages,
             "max_tokens": self.max_output_tokens,
-            "tools": None if self.tools is None else [_chat_tool(one) for one in self.tools],
+            "tools": None if self.tools is None else [chat_tool(one) for one in self.tools],
             "reasoning_effort": effort,
             "response_format": None if form is None else form.as_response_format(),
             "logprobs": self.includes_logprobs,
             "top_logprobs": self.top_logprobs,
         }
-
-
-def _reference(item: msgspec.Raw) -> str | None:
-    # Most items are not looked into: they are long, references are short.
-    return reference_of(msgspec.json.decode(item)) if len(bytes(item)) < 512 else None
-
-
-def _chat_tool(tool: dict[str, Any]) -> dict[str, Any]:
-    """Returns a tool as chats have it: what describes it stands one level deeper."""
-    kind = tool.get("type")
-    if kind not in ("function", "custom"):
-        return tool  # which is refused by its type
-    return {"type": kind, kind: {name: one for name, one in tool.items() if name != "type"}}

@@ -163,6 +163,10 @@ class SamplingFields(GenerationFields, StructuredFields):
         options = self.stream_options
         return self.includes_usage and options is not None and options.continuous_usage_stats
 
+    def check_size(self) -> None:
+        super().check_size()
+        self.structured_params()  # which are bounded themselves
+
     def check_options(self) -> None:
         """Raises RequestError where options contradict each other or make no sense."""
         limit = self.truncate_prompt_tokens

@@ -51,6 +51,14 @@ def packed_ids(ids: object, where: str, param: str) -> PackedIds:
         raise RequestError(message, param=param) from None
 
 
+def check_chars(value: object, field: str, most: int) -> None:
+    """Raises RequestError if the JSON of a field's value is longer."""
+    num_chars = 0 if value is None else len(msgspec.json.encode(value).decode())
+    if num_chars > most:
+        message = f"{field} has {num_chars} characters; at most {most} are taken"
+        raise RequestError(message, param=field)
+
+
 _LONGEST_NAME = 64
 _MEANT = {
     **dict.fromkeys(("max_completion_tokens", "max_new_tokens", "n_predict"), ("max_tokens",)),
@@ -104,6 +112,10 @@ class StrictModel(BaseModel):
     def field_name(self, param: str) -> str:
         """Returns the field of this body that the engine's `param` was read from."""
         return param
+
+    def check_size(self) -> None:
+        """Raises RequestError for objects so large that whoever gets them from another process
+        would stand still meanwhile."""
 
     def with_rendered(self, renderer: ChatRenderer) -> Self:
         """Returns the body of a chat with its text, and little of what it was made of; any other
