@@ -99,7 +99,9 @@ def _decode_slowly(content: bytes) -> object:
     except json.JSONDecodeError as error:
         raise _bad_json(f"{error.msg} at character {error.pos}") from error
     except ValueError as error:
-        raise _bad_json(str(error)) from error
+        # Python's own words would be about Python.
+        is_long = "integer string conversion" in str(error)
+        raise _bad_json("a number has too many digits" if is_long else str(error)) from error
     except RecursionError as error:
         raise _too_deep() from error
     if "\\ud" in text or "\\uD" in text:

@@ -18,6 +18,7 @@ from octavo.engine.chat_template import ChatRenderer
 from octavo.engine.messages import read_messages
 from octavo.errors import RequestError
 from octavo.request_fields import IGNORED, REFUSED
+from octavo.server.protocol import response_items
 from octavo.server.protocol.chat import (
     MAX_TOOLS_CHARS,
     MAX_TOP_LOGPROBS,
@@ -27,13 +28,7 @@ from octavo.server.protocol.chat import (
     TemplateVariables,
 )
 from octavo.server.protocol.files import ListQuery
-from octavo.server.protocol.response_items import (
-    ChatHistory,
-    chat_history,
-    chat_tool,
-    raw_reference,
-    reference_of,
-)
+from octavo.server.protocol.response_items import ChatHistory, chat_history, reference_of
 from octavo.server.protocol.sampling import GenerationFields
 from octavo.server.protocol.strict import StrictModel, check_chars, integer
 from octavo.server.protocol.structured import StructuredOutputs
@@ -167,8 +162,8 @@ class ResponseStreamOptions(StrictModel):
     ignored_fields = frozenset({"include_obfuscation"})
 
 
-_MOST_CHARS = dict.fromkeys(("text", "structured_outputs"), MAX_GRAMMAR_CHARS)
-_MOST_CHARS["tools"] = MAX_TOOLS_CHARS
+_FORM = MAX_GRAMMAR_CHARS
+_MOST_CHARS = {"text": _FORM, "structured_outputs": _FORM, "tools": MAX_TOOLS_CHARS}
 
 
 class ResponsesRequest(GenerationFields, TemplateVariables):
@@ -315,7 +310,7 @@ class ResponsesRequest(GenerationFields, TemplateVariables):
         and those of `references` in their places."""
         own = msgspec.json.decode(self.items_json, type=list[msgspec.Raw])
         if known:
-            own = [known.get(raw_reference(item) or "", item) for item in own]
+            own = [known.get(response_items.raw_reference(item) or "", item) for item in own]
         return self.with_input([*before, *own])
 
     def with_input(self, items: list[msgspec.Raw]) -> bytes:
@@ -394,7 +389,9 @@ class ResponsesRequest(GenerationFields, TemplateVariables):
             **values,
             "messages": history.messages,
             "max_tokens": self.max_output_tokens,
-            "tools": None if self.tools is None else [chat_tool(one) for one in self.tools],
+            "tools": None
+            if self.tools is None
+            else [response_items.chat_tool(one) for one in self.tools],
             "reasoning_effort": effort,
             "response_format": None if form is None else form.as_response_format(),
             "logprobs": self.includes_logprobs,
