@@ -32,7 +32,7 @@ from octavo.request_limits import (
 from octavo.server import routes
 from octavo.server.http_protocol import MAX_PIPELINED, ConnectionLimits
 from octavo.server.limits import MAX_DEFAULT_BODY_BYTES, TOTAL_BODIES, default_body_bytes
-from octavo.server.protocol.chat import ChatRequest
+from octavo.server.protocol.chat import MAX_SPECIALS, MAX_TOOLS_CHARS, ChatRequest
 from octavo.server.protocol.completions import MAX_PROMPTS, CompletionRequest
 from octavo.server.protocol.decoding import MAX_DEPTH
 from octavo.server.protocol.messages import MessagesRequest
@@ -281,6 +281,8 @@ def limits_table() -> str:
             (f"texts in `{name}`", f"{most:,}, of {chars:,} characters in all")
             for name, (most, chars) in MAX_TEXTS.items()
         ),
+        ("JSON of all `tools` in a body of more than 64 KiB", f"{MAX_TOOLS_CHARS:,} characters"),
+        ("spellings of special tokens in such a chat", f"{MAX_SPECIALS:,}"),
         ("tokens that a reader may be behind its stream", f"{MAX_WAITING_TOKENS:,}"),
         ("levels of lists and objects in a body", f"{MAX_DEPTH}"),
         ("line and headers of a request", f"{connection.max_header_bytes:,} bytes"),
