@@ -26,6 +26,7 @@ inline void stream_tile(const float* const* x, const Matrix& matrix, const uint8
   const int64_t group_bytes = row_bytes / (groups ? groups : 1);
   typename StateOf<F>::Type states[N];
   for (int64_t g = 0; g < groups; ++g) {
+#pragma GCC unroll 4  // else sums of formats that take long to unpack wait in memory
     for (int n = 0; n < N; ++n) {
       const uint8_t* row = w + n * row_bytes;
       _mm_prefetch(reinterpret_cast<const char*>(row + ahead + g * group_bytes), _MM_HINT_T0);
