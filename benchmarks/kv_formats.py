@@ -1,11 +1,17 @@
 """What formats of the KV cache cost in quality, and gain in time on a CPU, as JSON lines.
 
-    python -m benchmarks.kv_formats quality MODEL [--texts N] [--formats ...] [FOLDER ...]
+    python -m benchmarks.kv_formats texts [FOLDER ...] > texts.jsonl
+    python -m benchmarks.kv_formats quality MODEL [--texts-in FILE] [--device cuda] [--out FILE]
+    python -m benchmarks.kv_formats errors MODEL [--texts-in FILE] [--device cuda] [--texts 4]
     python -m benchmarks.kv_formats speed MODEL [--tokens 4096] [--formats ...]
 
-`quality` reads texts through the model, with the KV in float32 and in each format, and
-compares the distributions of every eighth next token from the 256th on: `equal` is the share whose
-most likely token is the same, `kl` the mean Kullback-Leibler divergence from float32's, in nats.
+`quality` reads texts through the model in float32 (float_model.py), with the KV in float32 and in
+each format, and compares the distributions of every eighth next token from the 256th on: `equal` is
+the share whose most likely token is the same, `kl` the mean Kullback-Leibler divergence from
+float32's, in nats; both with the standard error of their mean over texts. With --out each text's
+line is appended to a file, and texts that are there are not read again.
+`errors` tells how far what attention says is from what it says with float32 KV, for each layer: the
+root of the sum of squared differences over that of squares, its input that of the float32 model.
 `speed` times the attention of one decoding sequence through all layers of the model.
 """
 
@@ -13,22 +19,32 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
+import itertools
 import json
 import os
+import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.float_model import (
+    FOLDERS,
+    MAX_TOKENS,
+    FloatModel,
+    PlainOps,
+    Text,
+    batches,
+    texts_below,
+    texts_in,
+)
 from octavo.config import EngineConfig
-from octavo.engine.tokenizer import find_tokenizer
 from octavo.formats import kv_formats
-from octavo.kernels.inputs import AttentionBatch, AttentionOp
+from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
 from octavo.kernels.kv_pages import write_vectors
-from octavo.kernels.ops import Ops
 from octavo.kernels.registry import Needs, select_ops
 from octavo.kv_cache.spec import group_layers
 from octavo.kv_cache.storage import KVStorage
@@ -37,124 +53,167 @@ from octavo.models.decoder import Decoder
 from octavo.models.family import weight_shapes
 from octavo.models.load_decoder import load_decoder
 from octavo.models.registry import read_spec
-from octavo.weights.hub import ModelFiles, resolve_model
+from octavo.weights.hub import resolve_model
 from octavo.weights.loader import open_source
 from octavo.weights.placement import HostPlacement
 
-FOLDERS = ("/usr/share/doc/nodejs/api", "/usr/share/vim/vim90/doc", "/usr/share/cmake-3.25/Help")
-"""Documents that Debian's packages bring."""
-BLOCK, CHUNK = 16, 512
-FIRST, EVERY = 256, 8
-"""Next tokens that are compared."""
+BLOCK = 16
+FIRST = 256
+"""The first next token that is compared."""
+ROWS = 512
+"""Next tokens whose distributions are there at a time."""
 
 
-def texts(folders: Sequence[str]) -> Iterator[str]:
-    """Yields documents of some length, in an order of their own."""
-    paths = [
-        path
-        for folder in folders
-        for path in Path(folder).rglob("*")
-        if path.suffix in (".md", ".txt", ".rst") and path.is_file()
-    ]
-    for path in sorted(paths, key=lambda path: hashlib.sha256(path.name.encode()).digest()):
-        yield path.read_text(encoding="utf-8", errors="replace")
+def chosen_texts(arguments: argparse.Namespace) -> Iterator[Text]:
+    file: Path | None = arguments.texts_in
+    found = texts_below(arguments.folders or FOLDERS) if file is None else texts_in(file)
+    return itertools.islice(found, arguments.texts)
+
+
+def read_texts(
+    model: FloatModel, arguments: argparse.Namespace
+) -> Iterator[tuple[Text, list[int]]]:
+    """Yields the texts, and as many of their ids as are to be read."""
+    for text in chosen_texts(arguments):
+        ids = model.ids(text.text)[: arguments.max_tokens]
+        if len(ids) > FIRST + arguments.every:
+            yield text, ids
+
+
+def compared(
+    model: FloatModel, ids: list[int], formats: list[str], arguments: argparse.Namespace
+) -> dict[str, tuple[int, int, float]]:
+    """Returns of each format: next tokens, those that are equal, and the sum of divergences."""
+    hidden = {
+        name: model.hidden(ids, model.storage(name, len(ids)), arguments.chunk)[
+            FIRST :: arguments.every
+        ]
+        for name in ("float32", *formats)
+    }
+    sums: dict[str, tuple[int, int, float]] = dict.fromkeys(formats, (0, 0, 0.0))
+    for at in range(0, len(hidden["float32"]), ROWS):
+        rows = slice(at, at + ROWS)
+        base = model.decoder.logits(hidden["float32"][rows]).log_softmax(-1)
+        for name, (count, equal, total) in sums.items():
+            other = model.decoder.logits(hidden[name][rows]).log_softmax(-1)
+            same = int((base.argmax(-1) == other.argmax(-1)).sum())
+            divergence = float((base.exp() * (base - other)).sum())
+            sums[name] = count + len(base), equal + same, total + divergence
+    return sums
+
+
+def quality(arguments: argparse.Namespace) -> None:
+    model = FloatModel(arguments.model, torch.device(arguments.device))
+    name, formats = os.path.basename(arguments.model), arguments.formats.split(",")
+    lines = _lines_of(arguments.out, name)
+    for text, ids in read_texts(model, arguments):
+        there = {line["format"] for line in lines if line["text"] == text.name}
+        wanted = [one for one in formats if one not in there]
+        if not wanted:
+            continue
+        for one, (count, equal, total) in compared(model, ids, wanted, arguments).items():
+            line = {"model": name, "text": text.name, "format": one, "tokens": len(ids)}
+            lines.append(line | {"compared": count, "equal": equal, "kl": total / count})
+            if arguments.out is not None:
+                with arguments.out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(lines[-1]) + "\n")
+    for one in formats:
+        print(json.dumps(summary(name, one, lines)), flush=True)
+
+
+def _lines_of(file: Path | None, model: str) -> list[dict[str, Any]]:
+    if file is None or not file.exists():
+        return []
+    lines = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line["model"] == model]
+
+
+def summary(model: str, formats: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the means over texts of one format, and their standard errors."""
+    mine = [line for line in lines if line["format"] == formats]
+    line: dict[str, Any] = {"model": model, "format": formats, "texts": len(mine)}
+    if not mine:
+        return line
+    line["compared"] = sum(one["compared"] for one in mine)
+    for key, numbers in (
+        ("equal", [one["equal"] / one["compared"] for one in mine]),
+        ("kl", [one["kl"] for one in mine]),
+    ):
+        line[key] = round(statistics.fmean(numbers), 5)
+        if len(numbers) > 1:
+            error = statistics.stdev(numbers) / len(numbers) ** 0.5
+            line[f"{key}_error"] = round(error, 5)
+    return line
+
+
+class WatchedOps(PlainOps):
+    """Says with every layer's float32 keys and values what formats would have made of it."""
+
+    def __init__(self, base: KVStorage, others: dict[str, KVStorage], num_layers: int) -> None:
+        super().__init__(torch.get_num_threads())
+        self._others = others
+        self._index = {id(base.layer(i)): i for i in range(num_layers)}
+        self.squares = torch.zeros(num_layers, dtype=torch.float64)
+        self.errors = {name: torch.zeros(num_layers, dtype=torch.float64) for name in others}
+
+    def rope_attention(
+        self, qkv_TN: Tensor, op: AttentionOp, layer: KVLayer, batch: AttentionBatch
+    ) -> Tensor:
+        out = super().rope_attention(qkv_TN, op, layer, batch)
+        index = self._index[id(layer)]
+        self.squares[index] += float(out.double().square().sum())
+        for name, storage in self._others.items():
+            other = super().rope_attention(qkv_TN, op, storage.layer(index), batch)
+            self.errors[name][index] += float((other - out).double().square().sum())
+        return out
+
+
+def errors(arguments: argparse.Namespace) -> None:
+    model = FloatModel(arguments.model, torch.device(arguments.device))
+    names, num_layers = arguments.formats.split(","), len(model.decoder.layers)
+    squares = torch.zeros(num_layers, dtype=torch.float64)
+    sums = {name: torch.zeros(num_layers, dtype=torch.float64) for name in names}
+    plain, count = model.decoder, 0
+    for _, ids in read_texts(model, arguments):
+        base = model.storage("float32", len(ids))
+        others = {name: model.storage(name, len(ids)) for name in names}
+        ops = WatchedOps(base, others, num_layers)
+        model.decoder = dataclasses.replace(plain, ops=ops)
+        model.hidden(ids, base, arguments.chunk)
+        squares += ops.squares
+        count += 1
+        for name in names:
+            sums[name] += ops.errors[name]
+    for name in names:
+        each = (sums[name] / squares).sqrt().tolist()
+        line: dict[str, Any] = {"model": os.path.basename(arguments.model), "format": name}
+        line |= {"texts": count, "error": round(statistics.fmean(each), 5)}
+        line["layers"] = [round(one, 5) for one in each]
+        print(json.dumps(line), flush=True)
 
 
 class Reader:
-    """A model and one sequence of its KV."""
+    """A model on the CPU as it is served, and one sequence of its KV."""
 
     def __init__(self, model: str, num_threads: int) -> None:
-        self.config = EngineConfig(model=model).resolve()
-        self.files: ModelFiles = resolve_model(model)
-        spec, family = read_spec(self.files.config)
-        source = open_source(self.files, "auto", weight_shapes(spec, family), 0)
+        files = resolve_model(EngineConfig(model=model).resolve().model)
+        spec, family = read_spec(files.config)
+        source = open_source(files, "auto", weight_shapes(spec, family), 0)
         ops = select_ops("auto", Needs(num_threads=num_threads))
         torch.set_num_threads(ops.torch_threads)
-        self.decoder: Decoder = load_decoder(spec, family, HostPlacement(source), ops, 8192)
-
-    def ids(self, text: str) -> list[int]:
-        return list(find_tokenizer(self.config, self.files).encode(text))
+        self.decoder: Decoder = load_decoder(spec, family, HostPlacement(source), ops, MAX_TOKENS)
 
     def storage(self, formats: str, num_tokens: int) -> KVStorage:
         groups = group_layers(self.decoder.spec.kv_specs(kv_formats(formats)))
         return KVStorage(groups, len(groups) * (-(-num_tokens // BLOCK) + 1), BLOCK)
-
-    def read(self, ids: Sequence[int], formats: str, ops: Ops | None = None) -> Tensor:
-        """Returns log-probabilities [rows, V] of the next tokens that are compared."""
-        decoder = self.decoder if ops is None else dataclasses.replace(self.decoder, ops=ops)
-        storage = self.storage(formats, len(ids))
-        counts = torch.zeros(len(decoder.spec.moe_layers), max(decoder.spec.max_experts, 1)).long()
-        hidden = [
-            decoder.forward(
-                torch.tensor(ids[at : at + CHUNK], dtype=torch.int32),
-                batches(storage, at, min(at + CHUNK, len(ids))),
-                storage,
-                counts,
-            )
-            for at in range(0, len(ids), CHUNK)
-        ]
-        return decoder.logits(torch.cat(hidden)[FIRST::EVERY]).log_softmax(-1)
-
-
-def batches(storage: KVStorage, begin: int, end: int) -> tuple[AttentionBatch, ...]:
-    """Returns the tokens from `begin` to `end` of one sequence, in every group."""
-    num_groups, positions = len(storage.groups), torch.arange(begin, end)
-    columns = torch.arange(storage.num_chunks // num_groups)
-    found = []
-    for group in range(num_groups):
-        table = columns * num_groups + group
-        slots = table[positions // BLOCK] * BLOCK + positions % BLOCK
-        found.append(
-            AttentionBatch(
-                positions_T=positions.to(torch.int32),
-                slot_mapping_T=slots,
-                query_starts=torch.tensor([0, end - begin], dtype=torch.int32),
-                seq_lens_S=torch.tensor([end], dtype=torch.int32),
-                block_table=table.to(torch.int32).view(1, -1),
-            )
-        )
-    return tuple(found)
-
-
-def divergence(base: Tensor, other: Tensor) -> tuple[float, float]:
-    """Returns the share of equal most likely tokens, and the mean divergence."""
-    equal = (base.argmax(-1) == other.argmax(-1)).float().mean()
-    return float(equal), float((base.exp() * (base - other)).sum(-1).mean())
-
-
-def quality(reader: Reader, arguments: argparse.Namespace) -> None:
-    totals: dict[str, list[tuple[int, float, float]]] = {}
-    count = 0
-    for text in texts(arguments.folders or FOLDERS):
-        ids = reader.ids(text)[: arguments.max_tokens]
-        if len(ids) < arguments.min_tokens:
-            continue
-        base = reader.read(ids, "float32")
-        for formats in arguments.formats.split(","):
-            equal, kl = divergence(base, reader.read(ids, formats))
-            totals.setdefault(formats, []).append((len(base), equal, kl))
-        count += 1
-        for formats, found in totals.items():
-            weight = sum(rows for rows, _, _ in found)
-            line = {
-                "model": os.path.basename(arguments.model),
-                "format": formats,
-                "texts": count,
-                "tokens": weight,
-                "equal": round(sum(n * equal for n, equal, _ in found) / weight, 4),
-                "kl": round(sum(n * kl for n, _, kl in found) / weight, 5),
-            }
-            if count == arguments.texts or arguments.verbose:
-                print(json.dumps(line), flush=True)
-        if count == arguments.texts:
-            return
 
 
 def attention_ops(decoder: Decoder) -> list[AttentionOp]:
     return [layer.mixer.op for layer in decoder.layers if isinstance(layer.mixer, Attention)]
 
 
-def speed(reader: Reader, arguments: argparse.Namespace) -> None:
+def speed(arguments: argparse.Namespace) -> None:
+    reader = Reader(arguments.model, arguments.threads)
     names = arguments.formats.split(",")
     least = dict.fromkeys(("float32", *names), float("inf"))
     for _ in range(arguments.rounds):
@@ -193,22 +252,36 @@ def _decode(reader: Reader, formats: str, num_tokens: int) -> float:
     return best / len(layers)
 
 
+def texts(arguments: argparse.Namespace) -> None:
+    for text in chosen_texts(arguments):
+        print(json.dumps(text._asdict()), flush=True)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("quality", "speed"))
-    parser.add_argument("model")
-    parser.add_argument("folders", nargs="*")
-    parser.add_argument("--formats", default="int8,fp8,int4")
+    jobs = {"quality": quality, "errors": errors, "speed": speed, "texts": texts}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=jobs)
+    parser.add_argument("model", nargs="?", help="a file, a folder or a name; not for `texts`")
+    parser.add_argument("--folders", nargs="*", help="whose documents are read")
+    parser.add_argument("--texts-in", type=Path, help="a file that `texts` wrote")
+    parser.add_argument("--formats", default="int8,fp8,int8/int4,int4")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--texts", type=int, default=40)
-    parser.add_argument("--min-tokens", type=int, default=2000)
     parser.add_argument("--max-tokens", type=int, default=8000)
+    parser.add_argument("--chunk", type=int, default=512, help="tokens read at a time")
+    parser.add_argument("--every", type=int, default=8, help="which next tokens are compared")
+    parser.add_argument("--out", type=Path, help="JSON lines of texts, kept and gone on with")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--verbose", action="store_true", help="a line after every text")
     arguments = parser.parse_args()
-    reader = Reader(arguments.model, arguments.threads)
-    {"quality": quality, "speed": speed}[arguments.what](reader, arguments)
+    if arguments.model is None and arguments.what != "texts":
+        parser.error(f"{arguments.what} needs a model")
+    torch.set_num_threads(arguments.threads)
+    with torch.inference_mode():
+        jobs[arguments.what](arguments)
 
 
 if __name__ == "__main__":
