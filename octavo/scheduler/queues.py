@@ -146,6 +146,8 @@ class Queues:
 
     def finish(self, sequences: PySequence[Sequence]) -> None:
         """Ends sequences that have not ended."""
+        if not sequences:
+            return  # most steps
         running = [one for one in sequences if one.row is not None]
         for sequence in sequences:
             sequence.is_finished = True
@@ -153,7 +155,8 @@ class Queues:
             if sequence.row is None:
                 self._stop_waiting(sequence)
             self.fair_share.end(sequence.account)
-        self._stop_running(running)
+        if running:
+            self._stop_running(running)
         for sequence in sequences:
             self.publish(sequence)
             self.recent.remember(prompt_of(sequence))
