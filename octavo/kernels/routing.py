@@ -47,6 +47,9 @@ class RoutingRule:
     def is_plain(self) -> bool:
         """Whether it is softmax, top k and perhaps a division by the sum, which back ends fuse."""
         plain = RoutingRule(
-            top_k=self.top_k, renormalize=self.renormalize, scales_input=self.scales_input
+            top_k=self.top_k,
+            renormalize=self.renormalize,
+            scales_input=self.scales_input,
+            float32_logits=self.float32_logits,
         )
         return self == plain

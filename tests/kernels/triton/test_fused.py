@@ -145,7 +145,7 @@ def test_a_shared_expert_is_added(
     gate, up = make_matrices(rng, [shared_size, shared_size], 72, dtype)
     (down,) = make_matrices(rng, [72], shared_size, dtype)
     ops = make_ops(is_deterministic=is_deterministic)
-    for tokens in (1, 2, 20, 33):
+    for tokens in (1, 2, 20, 33, 70):
         x = floats(rng, tokens, 72).to(DEVICE)
         weights, ids = routed(rng, tokens, 8, 3)
         ids[0, 1] = -1

@@ -46,7 +46,11 @@ class DevicePlan:
     max_query_len: int | None = None
     max_seq_len: int | None = None
     num_short_tokens: int | None = None
-    """Sequences of few queries lie among the first so many tokens."""
+    """Sequences of few queries, but more than one, lie among the first so many tokens."""
+    num_few_tokens: int | None = None
+    """Sequences of one query and those of few lie among the first so many tokens."""
+    num_long_keys: int | None = None
+    """What sequences of more queries see together."""
     partial_starts_S: Tensor | None = None
     """int32 [S + 1] prefix sums of `partial_counts` (decode.py): where the partial results of each
     single query lie."""
@@ -57,6 +61,8 @@ class DevicePlan:
     short: dict[object, ShortPlan] = field(default_factory=dict)
     """How short chunks are split, made when the first layer of a kind asks: lengths may be known
     on the device alone."""
+    long: dict[object, object] = field(default_factory=dict)
+    """Where keys of long chunks lie once they are multiplied out, made likewise."""
 
 
 def plan_of(batch: AttentionBatch) -> DevicePlan:

@@ -41,7 +41,11 @@ class StepPlan:
     max_query_len: int
     max_seq_len: int | None
     num_short_tokens: int
-    """Rows of few queries lie among the first so many tokens."""
+    """Rows of few queries, but more than one, lie among the first so many tokens."""
+    num_few_tokens: int
+    """Rows of one query and those of few lie among the first so many tokens."""
+    num_long_keys: int | None
+    """What rows of more queries see together."""
     max_partials: int
 
     @property
@@ -74,6 +78,8 @@ class StepPlan:
             max_query_len=1 if is_decode else num_tokens,
             max_seq_len=None,
             num_short_tokens=0 if is_decode else num_tokens,
+            num_few_tokens=num_tokens,
+            num_long_keys=None,
             max_partials=max_partials,
         )
 
@@ -89,6 +95,8 @@ class StepPlan:
                     max_query_len=self.max_query_len,
                     max_seq_len=self.max_seq_len,
                     num_short_tokens=self.num_short_tokens,
+                    num_few_tokens=self.num_few_tokens,
+                    num_long_keys=self.num_long_keys,
                     partial_starts_S=partial_starts,
                     max_partials=self.max_partials,
                     prefix=prefix and prefix.on_device(list(islice(left, 6))),
@@ -128,14 +136,16 @@ class StepPlanner:
         # Windows leave fewer partial results than no window.
         counts = np.where(query_lens == 1, partial_counts(rows.seq_lens, None), 0)
         partial_starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
-        few = np.flatnonzero((query_lens > 1) & (query_lens <= SHORT_QUERIES))
+        is_few = query_lens <= SHORT_QUERIES
         return StepPlan(
             partial_starts=partial_starts,
             prefixes=tuple(self.prefixes(rows)),
             limits=self._limits,
             max_query_len=int(query_lens.max()),
             max_seq_len=int(rows.seq_lens.max()),
-            num_short_tokens=int(rows.query_starts[few[-1] + 1]) if len(few) else 0,
+            num_short_tokens=_end_of_last(is_few & (query_lens > 1), rows),
+            num_few_tokens=_end_of_last(is_few, rows),
+            num_long_keys=int(rows.seq_lens[~is_few].sum()),
             max_partials=int(partial_starts[-1]),
         )
 
@@ -156,6 +166,12 @@ class StepPlanner:
         grown = [known and known.grown(rows.seq_lens, rows.query_lens) for known in self._known]
         most = self._max_partials // len(rows.rows)
         return [plan if plan and plan.max_partials <= most else None for plan in grown]
+
+
+def _end_of_last(is_some: np.ndarray, rows: StepRows) -> int:
+    """Returns where the tokens of the last of some rows end; 0 if there is none."""
+    some = np.flatnonzero(is_some)
+    return int(rows.query_starts[some[-1] + 1]) if len(some) else 0
 
 
 def _tiling(group: PlannedGroup, processors: int) -> Tiling:

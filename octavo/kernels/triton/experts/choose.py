@@ -52,10 +52,14 @@ def run_experts(
     shape = shapes.experts(x_TM, top_k, experts)
     is_of_pairs = shape.is_direct and not is_deterministic
     parts = None
-    most = 1 if is_of_pairs else SHARED_TOKENS
-    is_fitting = len(x_TM) <= most and not experts.is_packed
-    if is_fitting and is_few(topk_ids) and not is_deterministic:
-        parts = shared_parts(shared, gate_T1, experts.inner_size)
+    if not (experts.is_packed or is_deterministic):
+        if is_of_pairs:
+            is_fitting = len(x_TM) == 1
+        elif is_few(topk_ids):
+            is_fitting = len(x_TM) <= SHARED_TOKENS
+        else:
+            is_fitting = not (shape.gate_up.tma or shape.down.tma)
+        parts = shared_parts(shared, gate_T1, experts.inner_size) if is_fitting else None
     is_whole = shared is None or parts is not None
     chosen = x_TM, topk_weights, topk_ids, experts, activation
     if experts.is_packed:

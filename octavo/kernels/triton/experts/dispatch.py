@@ -17,8 +17,10 @@ from octavo.kernels.triton.launching.chip import cdiv
 FEW_TOKENS = 64
 FEW_PAIRS = 1024
 """Beyond, each program would look through too many."""
-SHARED_TOKENS = 32
-"""A shared expert's rows are all tokens: with more they would be too many for one tile."""
+SHARED_TOKENS = 64
+"""A shared expert's rows are all tokens: with more they would take longer than the others'."""
+SHARED_ROWS = 32
+"""Of a tile at most."""
 PAIRS_TILE = 256
 
 
@@ -62,7 +64,8 @@ class Dispatch:
         """Returns how many programs make `columns` of every row."""
         owners = self.num_experts + self.num_shared
         if self.pairs is not None:
-            owners = self.pairs.blocks_3B.shape[1]
+            of_shared = self.num_shared * cdiv(len(self.topk_ids), self.rows)
+            owners = self.pairs.blocks_3B.shape[1] + of_shared
         return (owners * cdiv(columns, shape.block_n),)
 
     def arguments(self) -> tuple[Tensor | int, ...]:
@@ -76,12 +79,13 @@ class Dispatch:
 
     def constants(self) -> RowsConstants:
         is_large = self.num_shared > 0 and len(self.topk_ids) > 16
+        shared_rows = SHARED_ROWS if is_large else 16
         return {
             "ROWS_FROM": "scan" if self.pairs is None else "order",
             "TOP_K": self.topk_ids.shape[1],
             "SHARED": self.num_shared,
             # One value where nobody reads it, as every value is a binary.
-            "SHARED_ROWS": SHARED_TOKENS if is_large else 16,
+            "SHARED_ROWS": shared_rows if self.pairs is None else self.rows,
             "ROWS": self.rows,
             "HALVES": self.pairs is not None and self.rows >= 128,
             "TILE": PAIRS_TILE,

@@ -48,7 +48,8 @@ def grouped_experts(
     in_parts: bool = False,
 ) -> Tensor:
     """Returns [T, M]: the weighted sum of the chosen experts' gated MLPs, in the order of choices,
-    plus the shared expert (SHARED_TOKENS at most, and few pairs); or what is to be added,
+    plus the shared expert (not with TMA; of pairs that are looked through SHARED_TOKENS at most);
+    or what is to be added,
     [T, K + S, M], where rows of experts that are not here hold anything. `is_scanned`: whether
     pairs are looked through; None: if they are few."""
     assert x_TM.is_contiguous()
@@ -61,7 +62,7 @@ def grouped_experts(
         return torch.empty_like(x_TM)
     is_scanned = is_few(topk_ids) if is_scanned is None else is_scanned
     assert not is_scanned or is_few(topk_ids), topk_ids.shape
-    assert shared is None or (is_scanned and num_tokens <= SHARED_TOKENS), topk_ids.shape
+    assert shared is None or not is_scanned or num_tokens <= SHARED_TOKENS, topk_ids.shape
     dispatch = Dispatch(
         topk_ids=topk_ids,
         pairs=None if is_scanned else sort_pairs(topk_ids, experts.count, shape.block_p),

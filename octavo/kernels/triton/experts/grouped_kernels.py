@@ -70,27 +70,29 @@ def gate_up_kernel(
     sums_GT: `group_sums` of x, where packed weights want them.
     ROWS_FROM "order": a program has a block of up to ROWS ordered pairs; HALVES: one that is at
     most half full runs at half height; TMA: gate and up are tensor descriptors of blocks
-    [1, BLOCK_N, BLOCK_K]. "scan": it has an expert, ROWS pairs at a time, or one of the SHARED
-    parts of the shared expert, whose rows are all tokens. EVEN_K: BLOCK_K divides the length of the
-    sum.
+    [1, BLOCK_N, BLOCK_K]. "scan": it has an expert, ROWS pairs at a time. In both, others have one
+    of the SHARED parts of the shared expert, whose rows are all tokens. EVEN_K: BLOCK_K divides the
+    length of the sum.
     """
     wait_turn(OVERLAP)
     num_columns = tl.cdiv(inner_size, BLOCK_N)
-    expert, column, first, end = work_of_program(
-        blocks_3B, num_blocks, num_columns, ROWS_FROM, SHARED, GROUP
+    expert, part, column, first, end = work_of_program(
+        blocks_3B, num_blocks, num_columns, num_tokens, ROWS_FROM, SHARED, ROWS, GROUP
     )
-    if ROWS_FROM == "order" and (expert < 0) | (expert >= num_experts):
+    if ROWS_FROM == "order" and (part < 0) & ((expert < 0) | (expert >= num_experts)):
         return
     column *= BLOCK_N
-    if SHARED > 0 and expert < 0:
-        part = expert + SHARED
+    if SHARED > 0 and part >= 0:
         skipped = part.to(tl.int64) * inner_size * hidden_size
-        gate_up_rows(
-            *(x_TM, sums_GT, num_tokens, shared_gate_NM + skipped, shared_up_NM + skipped),
-            *(gate_bias_EF, up_bias_EF, hidden_RF, hidden_size, inner_size, expert, column),
-            rows_of_shared(part, num_tokens, TOP_K, SHARED, SHARED_ROWS),
-            *(BLOCK_N, BLOCK_K, STAGES, TMA, EVEN_K, False, ACTIVATION, COMPUTE, FORMAT),
-        )
+        if ROWS_FROM == "scan":
+            end = num_tokens
+        for start in range(first, end, SHARED_ROWS):
+            gate_up_rows(
+                *(x_TM, sums_GT, num_tokens, shared_gate_NM + skipped, shared_up_NM + skipped),
+                *(gate_bias_EF, up_bias_EF, hidden_RF, hidden_size, inner_size, expert, column),
+                rows_of_shared(part, start, num_tokens, ROWS_FROM, TOP_K, SHARED, SHARED_ROWS),
+                *(BLOCK_N, BLOCK_K, STAGES, TMA, EVEN_K, False, ACTIVATION, COMPUTE, FORMAT),
+            )
     else:
         if FORMAT == "numbers" and not TMA:
             gate_EFM += expert.to(tl.int64) * gate_stride
@@ -189,30 +191,33 @@ def down_kernel(
     """
     wait_turn(OVERLAP)
     num_columns = tl.cdiv(hidden_size, BLOCK_N)
-    expert, column, first, end = work_of_program(
-        blocks_3B, num_blocks, num_columns, ROWS_FROM, SHARED, GROUP
+    expert, part, column, first, end = work_of_program(
+        blocks_3B, num_blocks, num_columns, num_tokens, ROWS_FROM, SHARED, ROWS, GROUP
     )
-    if ROWS_FROM == "order" and (expert < 0) | (expert >= num_experts):
+    if ROWS_FROM == "order" and (part < 0) & ((expert < 0) | (expert >= num_experts)):
         return
     column *= BLOCK_N
     num_rows = num_tokens * (TOP_K + SHARED)
-    if SHARED > 0 and expert < 0:
-        rows = rows_of_shared(expert + SHARED, num_tokens, TOP_K, SHARED, SHARED_ROWS)
-        weight = tl.full([SHARED_ROWS], 1.0, tl.float32)
-        if HAS_GATE:
-            gate = tl.load(shared_gate_T1 + rows[1] * shared_stride, mask=rows[4], other=0.0)
-            weight = 1.0 / (1.0 + tl.exp(-gate.to(tl.float32)))
-        down_rows(
-            *(
-                hidden_RF,
-                sums_GR,
-                num_rows,
-                shared_down_MN + (expert + SHARED) * inner_size,
-                parts_RM,
-            ),
-            *(hidden_size, inner_size, inner_size * SHARED, expert, column, 0, rows, weight),
-            *(BLOCK_N, BLOCK_K, STAGES, TMA, EVEN_K, COMPUTE, FORMAT),
-        )
+    if SHARED > 0 and part >= 0:
+        if ROWS_FROM == "scan":
+            end = num_tokens
+        for start in range(first, end, SHARED_ROWS):
+            rows = rows_of_shared(part, start, num_tokens, ROWS_FROM, TOP_K, SHARED, SHARED_ROWS)
+            weight = tl.full([SHARED_ROWS], 1.0, tl.float32)
+            if HAS_GATE:
+                gate = tl.load(shared_gate_T1 + rows[1] * shared_stride, mask=rows[4], other=0.0)
+                weight = 1.0 / (1.0 + tl.exp(-gate.to(tl.float32)))
+            down_rows(
+                *(
+                    hidden_RF,
+                    sums_GR,
+                    num_rows,
+                    shared_down_MN + part * inner_size,
+                    parts_RM,
+                ),
+                *(hidden_size, inner_size, inner_size * SHARED, expert, column, 0, rows, weight),
+                *(BLOCK_N, BLOCK_K, STAGES, TMA, EVEN_K, COMPUTE, FORMAT),
+            )
     else:
         if FORMAT == "numbers" and not TMA:
             down_EMF += expert.to(tl.int64) * down_stride

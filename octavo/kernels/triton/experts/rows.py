@@ -45,24 +45,39 @@ def work_of_program(
     blocks_3B,
     num_blocks,
     num_columns,
+    num_tokens,
     ROWS_FROM: tl.constexpr,
     SHARED: tl.constexpr,
+    ROWS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Returns this program's expert (below 0: a part of the shared expert), its column block, and
-    in the order the first place and the end of its block of pairs (`sort_pairs`)."""
+    """Returns this program's expert (-1: nothing is to do), which part of the shared expert it has
+    instead (-1: none), its column block, and in the order the first place and the end of its block:
+    of pairs (`sort_pairs`), or of the shared expert's tokens, whose blocks follow those of pairs.
+    """
+    part = -1
     if ROWS_FROM == "order":
         block, column = tile_of_program(num_blocks, num_columns, GROUP)
+        beyond = tl.program_id(0) - num_blocks * num_columns
+        is_routed = beyond < 0
         at = blocks_3B + block
-        expert = tl.load(at)
-        first = tl.load(at + num_blocks)
-        end = tl.load(at + 2 * num_blocks)
+        expert = tl.load(at, mask=is_routed, other=-1)
+        first = tl.load(at + num_blocks, mask=is_routed, other=0)
+        end = tl.load(at + 2 * num_blocks, mask=is_routed, other=0)
+        if SHARED > 0 and beyond >= 0:
+            column = beyond % num_columns
+            part = beyond // num_columns % SHARED
+            first = beyond // num_columns // SHARED * ROWS
+            end = tl.minimum(first + ROWS, num_tokens)
     else:
-        expert = tl.program_id(0) // num_columns - SHARED
+        owner = tl.program_id(0) // num_columns - SHARED
+        expert = tl.maximum(owner, -1)
         column = tl.program_id(0) % num_columns
         first = 0
         end = 0
-    return expert, column, first, end
+        if SHARED > 0 and owner < 0:
+            part = owner + SHARED
+    return expert, part, column, first, end
 
 
 @triton.jit
@@ -87,7 +102,7 @@ def rows_at(
     if ROWS_FROM == "order":
         pair = tl.load(order_P + number, mask=is_row, other=0)
         row = number
-        part = pair
+        part = pair // TOP_K * SHARED + pair
     else:
         pair = pairs_of(expert, first, ids_P, num_pairs, ROWS, TILE)
         row = pair // TOP_K * SHARED + pair
@@ -96,8 +111,20 @@ def rows_at(
 
 
 @triton.jit
-def rows_of_shared(part, num_tokens, TOP_K: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr):
-    """Returns the same of a part of the shared expert, whose rows are all tokens."""
-    token = tl.arange(0, ROWS)
-    row = token * (TOP_K + SHARED) + TOP_K + part
-    return token, token, row, row, token < num_tokens
+def rows_of_shared(
+    part,
+    first,
+    num_tokens,
+    ROWS_FROM: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SHARED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Returns the same of ROWS tokens from `first` on and a part of the shared expert, whose rows
+    are all tokens; in hidden they follow those of ordered pairs."""
+    token = first + tl.arange(0, ROWS)
+    place = token * (TOP_K + SHARED) + TOP_K + part
+    row = place
+    if ROWS_FROM == "order":
+        row = (TOP_K + part) * num_tokens + token
+    return token, token, row, place, token < num_tokens

@@ -29,12 +29,13 @@ from octavo.kernels.triton.attention.short_chunks import (
 from octavo.kernels.triton.attention.splits import latent_tiling
 from octavo.kernels.triton.latent.decode import latent_decode
 from octavo.kernels.triton.latent.expand import expanded_attention
+from octavo.kernels.triton.latent.heads import head_product
 from octavo.kernels.triton.latent.hopper.chunks import short_latents
 from octavo.kernels.triton.latent.hopper.tiles import fits
 from octavo.kernels.triton.latent.pages import LatentPlane, latent_plane
 from octavo.kernels.triton.latent.shared import shared_latents
 from octavo.kernels.triton.latent.tiles import absorbed_chunks
-from octavo.kernels.triton.latent.write import head_product, write_latents
+from octavo.kernels.triton.latent.write import write_latents
 from octavo.kernels.triton.launching.chip import num_processors
 from octavo.kernels.triton.small.mixing import mix_rows
 from octavo.step import MAX_PADDED_TOKENS
@@ -78,24 +79,23 @@ def latent_attention(
     num_tokens, plan = len(q_TN), plan_of(batch)
     q_THD = q_TN.unflatten(1, (op.num_heads, -1))
     q_THC = q_TN.new_empty(num_tokens, op.num_heads, op.num_columns)
+    is_expanded = num_tokens > MAX_PADDED_TOKENS and not is_deterministic
+    absorbed = slice(0, num_tokens)
+    if is_expanded and plan.num_few_tokens is not None:
+        absorbed = slice(0, plan.num_few_tokens)
+    product = {"is_invariant": is_deterministic}
     write_latents(
         *(q_THD, latent_TC, plane, op.norm_R, op.norm_eps, op.rope),
         *(batch.positions_T, batch.slot_mapping_T, q_THC),
+        weights.keys_HNR if absorbed.stop == num_tokens else None,
         is_interleaved=False,
+        **product,
     )
-    is_expanded = num_tokens > MAX_PADDED_TOKENS and not is_deterministic
-    absorbed = slice(0, num_tokens)
-    if is_expanded and plan.num_short_tokens is not None:
-        absorbed = slice(0, plan.num_short_tokens)
     out_THV = q_TN.new_empty(num_tokens, op.num_heads, op.value_size)
     if absorbed.stop:
-        product = {"is_invariant": is_deterministic}
-        head_product(
-            q_THD[absorbed, :, : op.nope_size],
-            weights.keys_HNR,
-            q_THC[absorbed, :, : op.rank],
-            **product,
-        )
+        if absorbed.stop < num_tokens:
+            unrotated_THN = q_THD[absorbed, :, : op.nope_size]
+            head_product(unrotated_THN, weights.keys_HNR, q_THC[absorbed, :, : op.rank])
         out_THR = q_TN.new_empty(absorbed.stop, op.num_heads, op.rank)
         if plane.is_mixed:
             mix_rows(q_THC[absorbed, :, : op.rank])
@@ -108,9 +108,9 @@ def latent_attention(
             mix_rows(out_THR)
         head_product(out_THR, weights.values_HVR.transpose(1, 2), out_THV[absorbed], **product)
     if is_expanded and plan.max_query_len != 1:
-        whole_THD = torch.cat((q_THD[..., : op.nope_size], q_THC[..., op.rank :]), dim=2)
+        parts = q_THD[..., : op.nope_size], q_THC[..., op.rank :]
         expanded_attention(
-            *(whole_THD, weights.both_NR, op, plane, batch, out_THV), short=SHORT_QUERIES
+            *(parts, weights.both_NR, op, plane, batch, out_THV), short=SHORT_QUERIES
         )
     return out_THV.flatten(1)
 

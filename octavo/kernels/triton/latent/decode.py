@@ -29,10 +29,11 @@ from octavo.kernels.triton.attention.rows import (
     store_split,
 )
 from octavo.kernels.triton.attention.scores import LOG2_E
+from octavo.kernels.triton.latent.hopper.few_heads import few_head_latents, is_for
 from octavo.kernels.triton.latent.hopper.lone import lone_latents
 from octavo.kernels.triton.latent.hopper.tiles import fits
 from octavo.kernels.triton.latent.pages import LatentPlane, latent_scores, latent_tile
-from octavo.kernels.triton.launching.chip import next_power_of_2
+from octavo.kernels.triton.launching.chip import next_power_of_2, num_processors
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import announce, launch_options, wait_turn
 from octavo.kernels.triton.launching.tickets import is_last, make_tickets
@@ -208,7 +209,9 @@ def latent_decode(
     if tickets is None:
         tickets = make_tickets(q_THC.device)
     if token_sequences is None and not is_invariant and shape is None and fits(q_THC, plane):
-        lone_latents(q_THC, plane, batch, scale, out_THR, partials, tickets, shared, most)
+        is_few = is_for(rows, num_heads, num_processors(q_THC.device))
+        attend = few_head_latents if is_few else lone_latents
+        attend(q_THC, plane, batch, scale, out_THR, partials, tickets, shared, most)
         return
     dtype = plane.dtype_with(q_THC)
     groups = -(-num_heads // MOST_HEADS)

@@ -7,6 +7,7 @@ device; the host knows how many there are at most, and how long.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,8 +25,20 @@ STEP = 128
 """Ranges of keys are multiples of this."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LongKeys:
+    """A range of the positions of sequences with many queries, whose keys lie side by side."""
+
+    which: Tensor
+    """int32: those sequences; -1 where there are no more."""
+    starts_S: Tensor
+    """int32: the row of each one's first position in the range."""
+    num_rows: int
+    positions: tuple[int, int]
+
+
 def expanded_attention(
-    q_THD: Tensor,
+    q_parts: tuple[Tensor, Tensor],
     both_NR: Tensor,
     op: LatentOp,
     plane: LatentPlane,
@@ -36,57 +49,65 @@ def expanded_attention(
 ) -> None:
     """Writes the rows of `out` whose sequences have more than `short` queries.
 
-    q [T, H, nope + rope], rotated, and mixed as the plane's rotated columns are; both
-    [H * (nope + value), rank] makes keys and values.
+    q_parts: [T, H, nope], and [T, H, rope], rotated, and mixed as the plane's rotated columns are;
+    rows may be apart. both [H * (nope + value), rank] makes keys and values.
     """
-    num_tokens, num_heads, _ = q_THD.shape
-    num_sequences = len(batch.seq_lens_S)
-    most = min(num_sequences, num_tokens // (short + 1))
-    if most == 0:
-        return
-    capacity = batch.block_table.shape[1] * plane.block_size
-    bound = plan_of(batch).max_seq_len
-    longest = capacity if bound is None else min(bound, capacity)
-    size = max(STEP, min(EXPANDED_TOKENS // most // STEP, cdiv(longest, STEP)) * STEP)
-    is_long_S = batch.query_starts.diff() > short
-    order_S = is_long_S.cumsum(0, dtype=torch.int32)
-    starts_S = (order_S - 1).clamp_(min=0) * size
-    places = torch.arange(1, most + 1, dtype=torch.int32, device=q_THD.device)
-    which = torch.searchsorted(order_S, places, out_int32=True).clamp_(max=num_sequences - 1)
-    lse_TH = torch.empty(num_tokens, num_heads, device=q_THD.device)
-    for first in range(0, longest, size):
-        latents_NC = _latents(plane, batch, which, first, size, both_NR.dtype)
+    num_tokens, num_heads, _ = out_THV.shape
+    lse_TH = torch.empty(num_tokens, num_heads, device=out_THV.device)
+    for keys in _long_keys(batch, num_tokens, plane.block_size, short):
+        latents_NC = unpacked_latents(
+            *(plane, batch, keys.which, keys.starts_S, keys.num_rows, keys.positions),
+            both_NR.dtype,
+        )
         both_NHD = (latents_NC[:, : op.rank] @ both_NR.T).unflatten(1, (num_heads, -1))
-        keys, values = both_NHD[..., : op.nope_size], both_NHD[..., op.nope_size :]
-        target, lse = (out_THV, lse_TH) if first == 0 else (out_THV.clone(), lse_TH.clone())
+        of_heads = both_NHD[..., : op.nope_size], both_NHD[..., op.nope_size :]
+        is_first = keys.positions[0] == 0
+        target, lse = (out_THV, lse_TH) if is_first else (out_THV.clone(), lse_TH.clone())
         expanded_chunks(
-            *(q_THD, plane, keys, values, latents_NC[:, op.rank :], starts_S, batch, op.scale),
-            *(target, lse, (first, first + size)),
+            *(q_parts, plane, *of_heads, latents_NC[:, op.rank :], keys.starts_S, batch, op.scale),
+            *(target, lse, keys.positions),
             short=short,
         )
-        if first:
+        if not is_first:
+            is_long_S = batch.query_starts.diff() > short
             _merge(out_THV, lse_TH, target, lse, _long_rows(batch, is_long_S, num_tokens))
 
 
-def _latents(
-    plane: LatentPlane,
-    batch: AttentionBatch,
-    which: Tensor,
-    first: int,
-    size: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Returns what tokens first .. first + size of the named sequences keep, one sequence after the
-    other, in `dtype`; of positions behind their ends anything."""
-    if not plane.is_plain:
-        return unpacked_latents(plane, batch, which, first, size, dtype)
-    pages_BPC, block_size = plane.numbers, plane.block_size
-    positions = torch.arange(first, first + size, device=pages_BPC.device)
-    columns = (positions // block_size).clamp_(max=batch.block_table.shape[1] - 1)
-    blocks = batch.block_table[which][:, columns]
-    is_there = positions < batch.seq_lens_S[which].unsqueeze(1)
-    blocks = blocks.where(is_there, 0).long()
-    return pages_BPC[blocks, positions % block_size].flatten(0, 1).to(dtype)
+def _long_keys(
+    batch: AttentionBatch, num_tokens: int, block_size: int, short: int
+) -> list[LongKeys]:
+    """Returns ranges of at most EXPANDED_TOKENS keys that hold all keys of long chunks, the same
+    for all layers of a step."""
+    plan, key = plan_of(batch), (num_tokens, block_size, short)
+    known = plan.long.get(key)
+    if known is None:
+        known = plan.long[key] = _ranges(batch, num_tokens, block_size, short)
+    assert isinstance(known, list)
+    return known
+
+
+def _ranges(batch: AttentionBatch, num_tokens: int, block_size: int, short: int) -> list[LongKeys]:
+    num_sequences, plan = len(batch.seq_lens_S), plan_of(batch)
+    most = min(num_sequences, num_tokens // (short + 1))
+    if most == 0 or plan.num_long_keys == 0:
+        return []
+    capacity = batch.block_table.shape[1] * block_size
+    longest = capacity if plan.max_seq_len is None else min(plan.max_seq_len, capacity)
+    total, size = plan.num_long_keys, longest
+    if total is None or total > EXPANDED_TOKENS:
+        size = max(STEP, min(EXPANDED_TOKENS // most // STEP, cdiv(longest, STEP)) * STEP)
+        total = most * size
+    is_long_S = batch.query_starts.diff() > short
+    places = torch.arange(1, most + 1, dtype=torch.int32, device=is_long_S.device)
+    which = torch.searchsorted(is_long_S.cumsum(0, dtype=torch.int32), places, out_int32=True)
+    which = which.where(which < num_sequences, -1)
+    found = []
+    for first in range(0, longest, size):
+        seen_S = (batch.seq_lens_S - first).clamp_(0, size).where(is_long_S, 0)
+        starts_S = seen_S.cumsum(0, dtype=torch.int32) - seen_S
+        positions = first, first + size
+        found.append(LongKeys(which=which, starts_S=starts_S, num_rows=total, positions=positions))
+    return found
 
 
 def _long_rows(batch: AttentionBatch, is_long_S: Tensor, num_tokens: int) -> Tensor:

@@ -96,6 +96,11 @@ def attend_latent(
 @triton.jit(do_not_specialize=["num_sequences", "first_position", "last_position"])
 def _latent_chunk_kernel(
     q,
+    q_rotated,
+    stride_q,
+    stride_qh,
+    stride_r,
+    stride_rh,
     pages,
     scales,
     stride_block,
@@ -139,11 +144,12 @@ def _latent_chunk_kernel(
 ):
     """One tile: BLOCK_M // STACK queries of a sequence times STACK heads (group `program 0`).
 
-    q [T, H, D + ROPE], out [T, H, V]; tiles are counted as in attention/tiles.py, and so are splits
-    (IS_SPLIT: chunks of 2 to SHORT queries, by a plan). Else chunks of more than SHORT queries,
-    keys in [first_position, last_position) alone, and partial_lse [T, H] is told their
-    log2-sum-exp2. Not ABSORBED: sequence s has position first_position's keys, values and rotated
-    columns at row dense_starts[s] of keys [N, H, D], values [N, H, V], whose strides are equal, and
+    q [T, H, D], q_rotated [T, H, ROPE] with strides, out [T, H, V]; tiles are counted as in
+    attention/tiles.py, and so are splits (IS_SPLIT: chunks of 2 to SHORT queries, by a plan). Else
+    chunks of more than SHORT queries, keys in [first_position, last_position) alone, and
+    partial_lse [T, H] is told their log2-sum-exp2. Not ABSORBED: sequence s has position
+    first_position's keys, values and rotated columns at row dense_starts[s] of keys [N, H, D],
+    values [N, H, V], whose strides are equal, and
     rotated [N, ROPE]; pages are not read.
     """
     QUERIES: tl.constexpr = BLOCK_M // STACK
@@ -179,11 +185,14 @@ def _latent_chunk_kernel(
     else:
         start = start + first_position
         end = tl.maximum(tl.minimum(end, last_position), start)
-    row = ((first_row + query).to(tl.int64) * H + head)[:, None]
+    token = (first_row + query).to(tl.int64)
+    row = (token * H + head)[:, None]
     mask_d = live[:, None] & (offs_d < D)[None, :]
-    q_tile = tl.load(q + row * (D + ROPE) + offs_d[None, :], mask=mask_d, other=0.0)
+    q_at = q + (token * stride_q + head * stride_qh)[:, None]
+    q_tile = tl.load(q_at + offs_d[None, :], mask=mask_d, other=0.0)
     mask_e = live[:, None] & (offs_e < ROPE)[None, :]
-    q_rope = tl.load(q + row * (D + ROPE) + D + offs_e[None, :], mask=mask_e, other=0.0)
+    r_at = q_rotated + (token * stride_r + head * stride_rh)[:, None]
+    q_rope = tl.load(r_at + offs_e[None, :], mask=mask_e, other=0.0)
     if not ABSORBED:
         shift = tl.load(dense_starts + sequence).to(tl.int64) - first_position
         keys += shift * stride_dense + group * stride_head
@@ -256,13 +265,14 @@ def absorbed_chunks(
     assert q_THC.is_contiguous()
     num_heads, num_sequences, rank = q_THC.shape[1], len(batch.seq_lens_S), plane.rank
     dtype = plane.dtype_with(q_THC)
+    q_THC = q_THC.to(dtype)
     block_m, block_n, num_warps, num_stages = absorbed_shape(dtype)
     stack = stack_of(num_heads, block_m)
     tiles = num_tokens // (block_m // stack) + num_sequences
     block_d = max(16, next_power_of_2(rank))
     unused = plane.numbers
     _latent_chunk_kernel[(num_heads // stack, tiles, plan.limits.splits)](
-        q_THC.to(dtype),
+        *_query_arguments(q_THC[..., :rank], q_THC[..., rank:]),
         *plane.arguments,
         *(unused, unused, unused, batch.seq_lens_S),
         *(out_THR, partials.out, partials.lse),
@@ -287,8 +297,13 @@ def absorbed_chunks(
     )
 
 
+def _query_arguments(q_THD: Tensor, rotated_THE: Tensor) -> tuple[Tensor | int, ...]:
+    assert q_THD.stride(2) == rotated_THE.stride(2) == 1
+    return (q_THD, rotated_THE, *q_THD.stride()[:2], *rotated_THE.stride()[:2])
+
+
 def expanded_chunks(
-    q_THD: Tensor,
+    q_parts: tuple[Tensor, Tensor],
     plane: LatentPlane,
     keys_NHD: Tensor,
     values_NHV: Tensor,
@@ -304,20 +319,19 @@ def expanded_chunks(
 ) -> None:
     """Attends chunks of more than `short` queries over keys at positions [first, beyond) alone.
 
-    q [T, H, D + rotated columns]; sequence s has its key of position `first` at row
-    dense_starts_S[s] of keys, values and rotated columns; of the plane only sizes are asked.
-    Writes means to `out` and log2-sum-exp2 to `lse` float32.
+    q_parts [T, H, D] and [T, H, rotated columns], rows may be apart; sequence s has its key of
+    position `first` at row dense_starts_S[s] of keys, values and rotated columns; of the plane only
+    sizes are asked. Writes means to `out` and log2-sum-exp2 to `lse` float32.
     """
-    num_heads, num_sequences = q_THD.shape[1], len(batch.seq_lens_S)
+    (num_tokens, num_heads, _), num_sequences = q_parts[0].shape, len(batch.seq_lens_S)
     head_size, value_size = keys_NHD.shape[2], values_NHV.shape[2]
-    assert q_THD.is_contiguous()
     assert keys_NHD.stride() == values_NHV.stride()
     assert keys_NHD.stride(2) == rotated_NE.stride(1) == 1
     dtype = keys_NHD.dtype
     block_m, block_n, num_warps, num_stages = expanded_shape(dtype)
-    tiles = len(q_THD) // block_m + num_sequences
+    tiles = num_tokens // block_m + num_sequences
     _latent_chunk_kernel[(num_heads, tiles, 1)](
-        q_THD.to(dtype),
+        *_query_arguments(*(part.to(dtype) for part in q_parts)),
         *plane.arguments,
         *(keys_NHD, values_NHV, rotated_NE, dense_starts_S),
         *(out_THV, lse_TH, lse_TH),
@@ -338,5 +352,5 @@ def expanded_chunks(
         BLOCK_V=max(16, next_power_of_2(value_size)),
         num_warps=num_warps,
         num_stages=num_stages,
-        **launch_options(q_THD.device),
+        **launch_options(out_THV.device),
     )

@@ -1,4 +1,4 @@
-"""Latent vectors of formats with scales as plain numbers again, for the expanded form.
+"""Latent vectors of some sequences side by side, as plain numbers, for the expanded form.
 
 Called by expand.py, which multiplies keys and values of the heads out of them.
 """
@@ -31,6 +31,7 @@ def _unpack_latents_kernel(
     stride_block,
     stride_scales,
     which,
+    starts,
     seq_lens,
     block_table,
     first_position,
@@ -46,10 +47,12 @@ def _unpack_latents_kernel(
     OVERLAP: tl.constexpr,
 ):
     """BLOCK_N of the positions first_position .. first_position + num_positions of sequence
-    which[program 1]: out [sequences * positions, RANK + ROPE], the first RANK columns no longer
-    mixed. 0 behind the sequence's end."""
+    which[program 1], up to its end, go to rows starts[sequence] .. of out [N, RANK + ROPE], the
+    first RANK columns no longer mixed. which < 0: nothing."""
     wait_turn(OVERLAP)
     sequence = tl.load(which + tl.program_id(1)).to(tl.int64)
+    if sequence < 0:
+        return
     i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     n = first_position + i
     live = (i < num_positions) & (n < tl.load(seq_lens + sequence))
@@ -61,9 +64,9 @@ def _unpack_latents_kernel(
         r = r * vector_scales(plane, page, n % P, live, 2, True, 1)[:, None]
     c = mixed(c, RANK, is_mixed(FORMAT))
     d, e = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_E)
-    row = tl.program_id(1).to(tl.int64) * num_positions + i
+    row = tl.load(starts + sequence).to(tl.int64) + i
     at = out + row[:, None] * (RANK + ROPE)
-    here = (i < num_positions)[:, None]
+    here = live[:, None]
     tl.store(at + d[None, :], c.to(out.dtype.element_ty), mask=here & (d < RANK)[None, :])
     tl.store(at + RANK + e[None, :], r.to(out.dtype.element_ty), mask=here & (e < ROPE)[None, :])
 
@@ -72,18 +75,22 @@ def unpacked_latents(
     plane: LatentPlane,
     batch: AttentionBatch,
     which: Tensor,
-    first: int,
-    size: int,
+    starts_S: Tensor,
+    num_rows: int,
+    positions: tuple[int, int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Returns [sequences * size, rank + rope] of `dtype`: what tokens first .. first + size of the
-    sequences `which` int32 keep, one sequence after the other."""
-    num_columns = plane.rank + plane.rope_size
-    out_NC = torch.empty(len(which) * size, num_columns, dtype=dtype, device=which.device)
+    """Returns [num_rows, rank + rope] of `dtype`: what tokens at positions [first, beyond) of the
+    sequences `which` int32 keep, those of sequence s from row starts_S[s] on. Of which < 0 there
+    are none; rows that nobody has hold anything."""
+    num_columns, (first, beyond) = plane.rank + plane.rope_size, positions
+    size = beyond - first
+    out_NC = torch.empty(num_rows, num_columns, dtype=dtype, device=which.device)
     _unpack_latents_kernel[(cdiv(size, TOKENS), len(which))](
         out_NC,
         *plane.arguments,
         which,
+        starts_S,
         batch.seq_lens_S,
         batch.block_table,
         first,

@@ -179,7 +179,8 @@ def norm_route(
     assert 0 < router.rule.top_k <= num_experts <= len(counts_E)
     rows = rows.summed()
     added = _summed(rows)
-    normed, logits = torch.empty_like(added), added.new_empty((1, num_rows))
+    kind = torch.float32 if router.rule.float32_logits else added.dtype
+    normed, logits = torch.empty_like(added), added.new_empty((1, num_rows), dtype=kind)
     weights = added.new_empty((1, router.rule.top_k), dtype=torch.float32)
     ids = added.new_empty((1, router.rule.top_k), dtype=torch.int32)
     norm_route_kernel[(num_rows,)](

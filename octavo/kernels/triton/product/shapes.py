@@ -77,10 +77,12 @@ def product_shape(num_tokens: int, num_rows: int, *, can_tma: bool) -> ProductSh
     split. Bits depend on nothing else.
     """
     block_t = 16 if num_tokens <= 16 else 32 if num_tokens <= 32 else 64
-    splits = 4 if num_tokens <= 64 and num_rows <= FEW_ROWS else 1
+    splits = 4 if num_tokens <= 512 and num_rows <= FEW_ROWS else 1
     if splits > 1:
         block_n, block_k, num_stages = 16, 128, 6
-    elif num_rows <= (2048 if block_t == 64 else 4096):
+    elif block_t < 64 and 2048 < num_rows <= 4096:
+        block_n, block_k, num_stages = 32, 256, 4
+    elif num_rows <= 2048:
         block_n, block_k, num_stages = (16, 256, 5) if block_t == 64 else (16, 512, 4)
     elif num_rows <= 4096 or (block_t == 16 and num_rows <= 16384):
         block_n, block_k, num_stages = 32, 128, 5
@@ -88,7 +90,7 @@ def product_shape(num_tokens: int, num_rows: int, *, can_tma: bool) -> ProductSh
         block_n, block_k, num_stages = 128, 128, 4
     else:
         block_n, block_k, num_stages = 64, 128, 4
-    if num_tokens > 64:
+    if num_tokens > 64 and splits == 1:
         if -(-num_tokens // 128) * -(-num_rows // 128) >= 132:
             return ProductShape(
                 block_t=128, block_n=128, block_k=64, num_warps=8, num_stages=3, tma=can_tma

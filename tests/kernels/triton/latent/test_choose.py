@@ -16,24 +16,36 @@ from tests.kernels.test_latent_attention import HEADS, NOPE, RANK, ROPE, expecte
 from tests.kernels.triton.cases import TOLERANCES, assert_near, make_ops
 from tests.kernels.triton.interpreter import DEVICE
 
+from octavo.kernels.triton.attention import plan  # isort: skip
 from octavo.kernels.triton.latent import choose, expand  # isort: skip
+from tests.kernels.triton.attention.test_plan import one_step  # isort: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
+@pytest.mark.parametrize("query_lens", [[1, 5, 16, 20, 1], [1, 1, 16, 20, 9]], ids=str)
+@pytest.mark.parametrize("is_planned", [False, True])
 @pytest.mark.parametrize("form", ["deterministic", "absorbed", "expanded", "expanded in ranges"])
 def test_decodes_short_and_long_chunks_in_one_step(
-    rng: np.random.Generator, form: str, monkeypatch: pytest.MonkeyPatch
+    rng: np.random.Generator,
+    form: str,
+    is_planned: bool,
+    query_lens: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if form.startswith("expanded"):
         monkeypatch.setattr(choose, "MAX_PADDED_TOKENS", 4)
-        monkeypatch.setattr(choose, "SHORT_QUERIES", 8)
+        for module in (choose, plan):
+            monkeypatch.setattr(module, "SHORT_QUERIES", 8)
     if form == "expanded in ranges":
         monkeypatch.setattr(expand, "EXPANDED_TOKENS", 1)
     ops = make_ops(is_deterministic=form == "deterministic")
-    lengths, query_lens = [33, 150, 16, 200, 41], [1, 5, 16, 20, 1]
+    lengths = [33, 150, 16, 200, 41]
     paged = make_latents(rng, lengths, RANK + ROPE, device=DEVICE)
     batch = paged.batch(lengths, query_lens)
+    if is_planned:
+        step = one_step(lengths, query_lens)
+        (batch,) = step.on_device([batch], [torch.from_numpy(step.partial_starts).to(DEVICE)])
     op, kv_b = make_op(rng, ops, 256, DEVICE)
     total = sum(query_lens)
     wide = floats(rng, total, HEADS * (NOPE + ROPE) + RANK + ROPE)

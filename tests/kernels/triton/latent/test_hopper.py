@@ -72,7 +72,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from octavo.kernels.triton.attention.hopper.pieces import SHARED, SHORT
-from octavo.kernels.triton.latent.hopper import chunks, lone, tiles
+from octavo.kernels.triton.latent.hopper import chunks, few_heads, lone, tiles
 
 types = {"pages": f"tensordesc<bf16[1,16,64],{gl.NVMMASharedLayout(128, 16, 3)!r}>"}
 types |= {"scale_log2": "fp32"} | dict.fromkeys(("q", "out"), "*bf16")
@@ -80,17 +80,18 @@ types |= dict.fromkeys(("partial_out", "partial_lse"), "*fp32")
 types |= dict.fromkeys(("starts", "lengths", "members", "query_starts", "sizes"), "*i32")
 types |= dict.fromkeys(("piece_starts", "block_table", "seq_lens", "tickets"), "*i32")
 types |= dict.fromkeys(("shared_tokens", "shared_partials", "partial_starts"), "*i32")
-types |= dict.fromkeys(chunks.UNSPECIALISED + lone.UNSPECIALISED, "i32")
+types |= dict.fromkeys(chunks.UNSPECIALISED + few_heads.UNSPECIALISED, "i32")
 
 
-def build(kernel, **values):
+def build(kernel, options={"num_warps": 8}, **values):
     values |= {"H": 16, "RANK": 512, "BLOCK_N": tiles.TILE, "OVERLAP": 1}
-    values |= {"REGISTERS": tiles.PRODUCER_REGISTERS}
     kernel = kernel._function
+    if "REGISTERS" in kernel.arg_names:
+        values |= {"REGISTERS": tiles.PRODUCER_REGISTERS}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     at = {(kernel.arg_names.index(name),): value for name, value in values.items()}
     source = GluonASTSource(kernel, signature, at)
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert built.asm["ptx"].count("wgmma.mma_async") > 0
     assert built.metadata.shared <= 227 * 1024
 
@@ -99,6 +100,9 @@ build(chunks._latent_pieces_kernel, STACK=16, FORM=SHORT.value)
 build(chunks._latent_pieces_kernel, STACK=16, FORM=SHARED.value)
 build(lone._lone_latents_kernel, GROUP=16, HEADS=2, HAS_SHARED=True, PACKED=False)
 build(lone._lone_latents_kernel, GROUP=16, HEADS=1, HAS_SHARED=False, PACKED=True)
+few = {"M": few_heads.MOST_HEADS, "HEADS": 2, "HAS_SHARED": True, "PACKED": True}
+few |= {"PRODUCER": tiles.PRODUCER_REGISTERS, "CONSUMER": few_heads.CONSUMER_REGISTERS}
+build(few_heads._few_heads_kernel, {"num_warps": 4, "maxnreg": few_heads.REGISTERS}, **few)
 """
 
 

@@ -27,7 +27,8 @@ from octavo.kernels.triton.latent.decode import latent_decode  # isort: skip
 from octavo.kernels.triton.latent.pages import LatentPlane, latent_plane  # isort: skip
 from octavo.kernels.triton.latent.shared import shared_latents  # isort: skip
 from octavo.kernels.triton.latent.tiles import absorbed_chunks, expanded_chunks  # isort: skip
-from octavo.kernels.triton.latent.write import head_product, write_latents  # isort: skip
+from octavo.kernels.triton.latent.heads import head_product  # isort: skip
+from octavo.kernels.triton.latent.write import write_latents  # isort: skip
 from octavo.kernels.triton.attention.shared import plan_shared_prefix  # isort: skip
 from octavo.kernels.triton.attention.short_chunks import (  # isort: skip
     Limits,
@@ -141,7 +142,7 @@ def test_expanded_chunks_over_ranges_of_keys(
         out = torch.zeros(total, heads, value, dtype=dtype, device=DEVICE)
         lse = torch.zeros(total, heads, device=DEVICE)
         expanded_chunks(
-            *(q, plane_of(latents, rank), keys, values),
+            *(q.split([nope, rope], dim=2), plane_of(latents, rank), keys, values),
             *(all_NC[:, rank:].to(DEVICE, dtype), starts, batch, 0.2, out, lse, (first, beyond)),
             short=64,
         )
