@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import product as every
 
 import torch
@@ -113,6 +113,11 @@ def numbers(*sizes: int) -> Tensor:
     return torch.empty(*sizes, device=CUDA, dtype=torch.bfloat16).normal_(std=sizes[-1] ** -0.5)
 
 
+@cache
+def tickets() -> Tensor:
+    return make_tickets(CUDA)
+
+
 def rows_of(count: int, cols: int) -> Tensor:
     return torch.randn(count, cols, device=CUDA).bfloat16()
 
@@ -189,7 +194,7 @@ def checks(
                     x: Tensor = x, weight: Planes = weight, of: PlaneLayout = layout
                 ) -> Tensor:
                     out = torch.empty(len(x), ROWS, device=CUDA, dtype=torch.bfloat16)
-                    multiply_packed(x, weight, of, None, out, is_deterministic=False)
+                    multiply_packed(x, weight, of, None, out, tickets(), is_deterministic=False)
                     return out
 
                 def expected(x: Tensor = x, exact: Callable[[], Tensor] = exact) -> Tensor:
@@ -211,7 +216,7 @@ def checks(
 
 def run(x: Tensor, weights: Tensor, ids: Tensor, experts: StackedExperts) -> Tensor:
     return run_experts(
-        *(x, weights, ids, experts, "silu", None, None, Shapes()),
+        *(x, weights, ids, experts, "silu", None, None, Shapes(), tickets()),
         is_deterministic=False,
         in_parts=False,
     )[0]
@@ -261,13 +266,12 @@ def dense_calls(
     x, calls = rows_of(count, cols), []
     out = torch.empty(count, rows, device=CUDA, dtype=torch.bfloat16)
     if layout is None:
-        tickets = make_tickets(CUDA)
         for _ in range(copies):
-            rest = (None, out, Shapes(), tickets)
+            rest = (None, out, Shapes(), tickets())
             calls.append(partial(multiply, x, numbers(rows, cols), *rest, is_deterministic=False))
     else:
         for _ in range(copies):
-            rest = (planes(layout, rows, cols), layout, None, out)
+            rest = (planes(layout, rows, cols), layout, None, out, tickets())
             calls.append(partial(multiply_packed, x, *rest, is_deterministic=False))
     floor = max(rows * row_bytes / BYTES_PER_SECOND, 2 * count * rows * cols / flops_of(name))
     return calls, floor

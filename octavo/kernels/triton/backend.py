@@ -141,6 +141,7 @@ class TritonOps(Composed):
             assert matrix_NM.layout is not None
             multiply_packed(
                 *(x_TM, matrix_NM.planes, matrix_NM.layout, bias_N, out),
+                self._tickets_on(out.device),
                 is_deterministic=self._is_deterministic,
             )
             return
@@ -216,6 +217,7 @@ class TritonOps(Composed):
             shared,
             gate_T1,
             self._shapes,
+            self._tickets_on(x_TM.device),
             is_deterministic=self._is_deterministic,
             in_parts=in_parts,
         )

@@ -48,6 +48,7 @@ from octavo.kernels.triton.experts.choose import run_experts  # noqa: E402
 from octavo.kernels.triton.experts.stacks import StackedExperts  # noqa: E402
 from octavo.kernels.triton.peers.sums import PeerSums  # noqa: E402
 from octavo.kernels.triton.product.choose import multiply_packed  # noqa: E402
+from octavo.kernels.triton.tiles.hopper.ring import takes  # noqa: E402
 from octavo.kernels.triton.tuning.shapes import Shapes  # noqa: E402
 from octavo.kernels.weights import Router, Weight  # noqa: E402
 from octavo.kv_cache.spec import attention_kv, group_layers, latent_kv  # noqa: E402
@@ -194,11 +195,12 @@ def latent(num_tokens: int, num_sequences: int, format: str = "bfloat16", **boun
 def packed(name: str) -> None:
     """Dense products and experts of few tokens, of some, and of many, unpacked rows."""
     layout = PLANE_LAYOUTS[name]
-    weight = empty_planes(layout, 256, 1184, torch.device("cpu"))
     torch.mm = lambda x, y, out: out  # type: ignore[assignment]
-    for count in (1, 30, 60, 600):
-        x, out = torch.zeros(count, 1184, dtype=BF16), torch.zeros(count, 256, dtype=BF16)
-        multiply_packed(x, weight, layout, None, out, is_deterministic=False)
+    for cols in (1184, 1024) if takes(layout, 1024) else (1184,):
+        weight = empty_planes(layout, 256, cols, torch.device("cpu"))
+        for count in (1, 30, 60, 600):
+            x, out = torch.zeros(count, cols, dtype=BF16), torch.zeros(count, 256, dtype=BF16)
+            multiply_packed(x, weight, layout, None, out, is_deterministic=False)
     gates = empty_planes(layout, 8 * 512, 1024, torch.device("cpu"))
     downs = empty_planes(layout, 8 * 1024, 512, torch.device("cpu"))
     experts = StackedExperts(

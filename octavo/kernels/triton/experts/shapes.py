@@ -11,9 +11,12 @@ from typing import TypedDict
 
 from octavo.kernels.triton.launching.chip import next_power_of_2
 from octavo.kernels.triton.product.packed_shapes import (
+    RING_COLUMNS,
     Fp8Shape,
+    RingShape,
     SumsShape,
     block_constants,
+    splits_of,
     stages_within,
 )
 from octavo.kernels.triton.product.shapes import RowsShape, step_of
@@ -183,6 +186,56 @@ def packed_pairs_shape(
             num_warps=2 if top_k <= 2 and down.bits == 4 else 4,
         ),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RingExpertsShape:
+    """The launch shapes of `hopper/ring.py`."""
+
+    gate_up: RingShape
+    down: RingShape
+    is_lone: bool
+    """Each pair has programs of its own."""
+
+
+def ring_experts_shape(
+    num_tokens: int,
+    top_k: int,
+    num_experts: int,
+    hidden_size: int,
+    inner_size: int,
+    gate: PlaneLayout,
+    down: PlaneLayout,
+    *,
+    is_lone: bool,
+) -> RingExpertsShape:
+    """Returns the launch shapes of experts with packed weights on Hopper: measured on an H100
+    (benchmarks/kernels/packed.py). Sizes must be multiples of 64.
+
+    What is on its way to a processor, and how many programs it has, decide: steps are of two tiles,
+    since pieces of 64 bytes take memory longer than those of 128, and rings no deeper than needed.
+    """
+    num_pairs = num_tokens * top_k
+    mean = num_pairs / num_experts
+    can_wide = gate.group == down.group == RING_COLUMNS
+    tokens = 8 if is_lone or mean <= 3 else 16 if mean <= 10 else 32
+    if mean > 20 and can_wide:
+        wide = RingShape(
+            tokens=64, rows=128, num_warps=8, stages=3, tiles=1, is_wide=True, max_registers=128
+        )
+        of_gate = replace(wide, stages=2, tiles=2) if gate.bits == 4 else wide
+        return RingExpertsShape(gate_up=of_gate, down=wide, is_lone=False)
+    programs = min(num_pairs, num_experts) * (hidden_size // 64)
+    splits = splits_of(programs, inner_size // RING_COLUMNS, 1056 if is_lone else 528)
+    of_gate, of_down = (
+        RingShape(tokens=tokens, rows=64, num_warps=4, stages=2, tiles=8 // one.bits, is_wide=False)
+        for one in (gate, down)
+    )
+    if not is_lone:
+        of_down = replace(of_down, stages=3)
+        if tokens <= 16 and can_wide:
+            of_gate = replace(of_gate, rows=128, max_registers=128)
+    return RingExpertsShape(gate_up=of_gate, down=replace(of_down, splits=splits), is_lone=is_lone)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,10 +11,16 @@ from torch import Tensor
 from octavo.kernels.facts import UNPACKED_TOKENS
 from octavo.kernels.planes import Planes
 from octavo.kernels.triton.product.fp8 import fp8_product
+from octavo.kernels.triton.product.hopper import ring
 from octavo.kernels.triton.product.linear import product
 from octavo.kernels.triton.product.matvec import matvec
 from octavo.kernels.triton.product.packed import packed_matvec, packed_product, unpack
-from octavo.kernels.triton.product.packed_shapes import fp8_shape, packed_shape, sums_shape
+from octavo.kernels.triton.product.packed_shapes import (
+    fp8_shape,
+    packed_shape,
+    ring_shape,
+    sums_shape,
+)
 from octavo.kernels.triton.tuning.shapes import Shapes
 from octavo.planes import PlaneLayout
 
@@ -61,6 +67,7 @@ def multiply_packed(
     layout: PlaneLayout,
     bias_N: Tensor | None,
     out_TN: Tensor,
+    tickets: Tensor | None = None,
     *,
     is_deterministic: bool,
 ) -> None:
@@ -69,6 +76,9 @@ def multiply_packed(
     if is_deterministic:
         shape = packed_shape(num_tokens, layout)
         packed_product(x_TM, planes, layout, bias_N, out_TN, shape)
+    elif 1 < num_tokens < UNPACKED_TOKENS and ring.fits(x_TM, planes, layout):
+        shape = ring_shape(num_tokens, len(planes.codes), length, layout)
+        ring.ring_product(x_TM, planes, layout, bias_N, out_TN, shape, tickets)
     elif num_tokens == 1:
         packed_matvec(x_TM, planes, layout, bias_N, out_TN, sums_shape(layout, length))
     elif layout.values == "e4m3" and layout.group == 0 and num_tokens >= FP8_TOKENS:

@@ -45,6 +45,78 @@ class SumsShape:
     num_warps: int
 
 
+RING_COLUMNS = 128
+"""Of a tile of `tiles/hopper/ring.py`."""
+
+
+class RingConstants(TypedDict):
+    """What kernels of `tiles/hopper/ring.py` are launched with."""
+
+    ROWS: int
+    TOKENS: int
+    STAGES: int
+    TILES: int
+    WIDE: bool
+    num_warps: int
+    maxnreg: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RingShape:
+    """The launch shape of a product of some tokens on Hopper."""
+
+    tokens: int
+    rows: int
+    num_warps: int
+    stages: int
+    """Steps that there is room for."""
+    tiles: int
+    """Of a step."""
+    is_wide: bool
+    """Four warps multiply together, which only groups of whole tiles can."""
+    splits: int = 1
+    """Programs that share a sum."""
+    max_registers: int | None = None
+    """Of a thread."""
+
+    def constants(self) -> RingConstants:
+        return {
+            "ROWS": self.rows,
+            "TOKENS": self.tokens,
+            "STAGES": self.stages,
+            "TILES": self.tiles,
+            "WIDE": self.is_wide,
+            "num_warps": self.num_warps,
+            "maxnreg": self.max_registers,
+        }
+
+
+def splits_of(programs: int, num_tiles: int, wanted: int) -> int:
+    """Returns how many programs share a sum over so many tiles, so that there are about `wanted`
+    instead of `programs`."""
+    return max(1, min(wanted // programs, num_tiles // 4))
+
+
+def ring_shape(num_tokens: int, num_rows: int, length: int, layout: PlaneLayout) -> RingShape:
+    """Returns the launch shape of a dense product on Hopper: measured on an H100
+    (benchmarks/kernels/packed.py). Rows must be a multiple of 64."""
+    can_wide = layout.group == RING_COLUMNS
+    if num_tokens >= 192 and can_wide and num_rows % 128 == 0:
+        return RingShape(tokens=128, rows=128, num_warps=8, stages=2, tiles=1, is_wide=True)
+    tokens = max(8, min(64 if can_wide else 32, next_power_of_2(num_tokens)))
+    programs = -(-num_tokens // tokens) * (num_rows // 64)
+    wanted = 792 if tokens <= 16 else 396 if tokens == 32 else 198
+    return RingShape(
+        tokens=tokens,
+        rows=64,
+        num_warps=4,
+        stages=4,
+        tiles=1,
+        is_wide=tokens >= 32 and can_wide,
+        splits=splits_of(programs, length // RING_COLUMNS, wanted),
+    )
+
+
 SHARED_BYTES = 100 << 10
 """Of what is on its way to a program: two of them fit a processor."""
 

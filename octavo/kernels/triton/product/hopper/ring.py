@@ -1,0 +1,133 @@
+"""Dense products with packed weights for some tokens, on Hopper.
+
+Called by `choose.py` where `fits` says so and no row is to be invariant. How codes are read stands
+in `tiles/hopper/ring.py`.
+
+Shape legend: T tokens, M columns of the weight, N rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from octavo.kernels.planes import Planes
+from octavo.kernels.triton.launching.chip import cdiv, has_wgmma
+from octavo.kernels.triton.launching.launchable import launchable
+from octavo.kernels.triton.launching.numbers import TL_DTYPES
+from octavo.kernels.triton.launching.overlap import launch_options
+from octavo.kernels.triton.launching.tickets import make_tickets
+from octavo.kernels.triton.product.packed_shapes import RingShape
+from octavo.kernels.triton.tiles.hopper.ring import COLUMNS, ring_sums, takes, x_rows_layout
+from octavo.kernels.triton.tiles.hopper.splits import stores_layout, sum_of_splits
+from octavo.planes import PlaneLayout
+
+
+@launchable
+@gluon.jit(do_not_specialize=["num_tokens"])
+def ring_product_kernel(
+    x_TM,
+    planes,
+    bias_N,
+    out_TN,
+    sums_STN,
+    tickets,
+    num_tokens,
+    num_rows,
+    hidden_size,
+    out_stride,
+    SPLITS: gl.constexpr,
+    ROWS: gl.constexpr,
+    TOKENS: gl.constexpr,
+    STAGES: gl.constexpr,
+    TILES: gl.constexpr,
+    WIDE: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    COMPUTE: gl.constexpr,
+    FORMAT: gl.constexpr,
+    OVERLAP: gl.constexpr,
+):
+    """out[t, n] = sum over m of x[t, m] * weight[n, m] (+ bias[n]).
+
+    x_TM [T, M] contiguous, planes of a weight [N, M], out_TN [T, N] with a row stride, bias_N [N]
+    any float. SPLITS as in `sum_of_splits`, sums_STN and tickets for it.
+    """
+    WARPS: gl.constexpr = gl.num_warps()
+    num_blocks = (num_tokens + TOKENS - 1) // TOKENS
+    first_token = gl.program_id(0) % num_blocks * TOKENS
+    first_row = gl.program_id(0) // num_blocks * ROWS
+    token = first_token + gl.arange(0, TOKENS, x_rows_layout(WARPS))
+    num_tiles = hidden_size // COLUMNS
+    begin = gl.program_id(1) * num_tiles // SPLITS
+    end = (gl.program_id(1) + 1) * num_tiles // SPLITS
+    total = ring_sums(
+        *(x_TM, token, token < num_tokens, (planes, planes), first_row, hidden_size),
+        *(begin, end, ROWS, TOKENS, STAGES, TILES, WIDE, False, COMPUTE, FORMAT, OVERLAP),
+    )
+    out: gl.constexpr = stores_layout(ROWS, WARPS)
+    total = gl.convert_layout(total, out)
+    token = first_token + gl.arange(0, TOKENS, gl.SliceLayout(0, out))
+    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, out))
+    is_token = (token < num_tokens)[None, :]
+    at = token.to(gl.int64)[None, :] * num_rows + row[:, None]
+    step = num_tokens.to(gl.int64) * num_rows
+    ticket = tickets + gl.program_id(0)
+    total, is_last = sum_of_splits(total, sums_STN, at, step, is_token, ticket, SPLITS)
+    if is_last:
+        if HAS_BIAS:
+            total += gl.load(bias_N + row).to(gl.float32)[:, None]
+        to = out_TN + token.to(gl.int64)[None, :] * out_stride + row[:, None]
+        gl.store(to, total.to(out_TN.dtype.element_ty), mask=is_token)
+
+
+def fits(x_TM: Tensor, planes: Planes, layout: PlaneLayout) -> bool:
+    """Whether the kernel here can multiply x of a dtype and device with a weight; never depends on
+    how many rows x has."""
+    num_rows, length = len(planes.codes), x_TM.shape[1]
+    is_short = x_TM.element_size() == 2
+    return is_short and num_rows % 64 == 0 and takes(layout, length) and has_wgmma(x_TM.device)
+
+
+def ring_product(
+    x_TM: Tensor,
+    planes: Planes,
+    layout: PlaneLayout,
+    bias_N: Tensor | None,
+    out_TN: Tensor,
+    shape: RingShape,
+    tickets: Tensor | None = None,
+) -> None:
+    """Writes x @ weight.T (+ bias) to `out_TN`, whose rows may be strided. `tickets`: see
+    `make_tickets`; for shapes that split the sum."""
+    num_tokens, hidden_size = x_TM.shape
+    num_rows = len(planes.codes)
+    assert out_TN.shape == (num_tokens, num_rows)
+    assert x_TM.is_contiguous()
+    if num_tokens == 0:
+        return
+    grid = cdiv(num_tokens, shape.tokens) * (num_rows // shape.rows)
+    sums = x_TM
+    if shape.splits > 1:
+        sums = x_TM.new_empty((shape.splits, num_tokens, num_rows), dtype=torch.float32)
+        tickets = make_tickets(x_TM.device) if tickets is None else tickets
+        assert grid <= len(tickets), (grid, len(tickets))
+    ring_product_kernel[(grid, shape.splits)](
+        x_TM,
+        planes.arguments(),
+        x_TM if bias_N is None else bias_N,
+        out_TN,
+        sums,
+        x_TM if tickets is None else tickets,
+        num_tokens,
+        num_rows,
+        hidden_size,
+        out_TN.stride(0),
+        SPLITS=shape.splits,
+        **shape.constants(),
+        HAS_BIAS=bias_N is not None,
+        COMPUTE=TL_DTYPES[x_TM.dtype],
+        FORMAT=layout.name,
+        **launch_options(x_TM.device),
+    )

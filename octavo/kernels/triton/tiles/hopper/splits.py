@@ -1,0 +1,36 @@
+"""What several programs have of one sum, added by the last of them.
+
+Called by kernels of packed weights, whose columns are shared out where rows alone would be too few
+programs. Never adds floats atomically: parts are added in rising order, whoever is last.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.constexpr_function
+def stores_layout(rows: int, warps: int) -> gl.BlockedLayout:
+    """Of results [rows, tokens]: rows lie side by side in memory."""
+    along = min(32, rows // 8)
+    return gl.BlockedLayout([8, 1], [along, 32 // along], [1, warps], [0, 1])
+
+
+@gluon.jit
+def sum_of_splits(total, sums, at, step, is_some, ticket, SPLITS: gl.constexpr):
+    """Returns the sum of the parts of all SPLITS programs 1, and whether this one is the last and
+    so has it. total: its own part; sums: float32, where parts lie `step` apart, each `at`."""
+    is_last = True
+    if SPLITS > 1:
+        gl.store(sums + (at + gl.program_id(1) * step), total, mask=is_some)
+        gl.thread_barrier()  # All threads have stored before one of them tells so.
+        is_last = gl.atomic_add(ticket, 1, sem="acq_rel") == SPLITS - 1
+        if is_last:
+            gl.store(ticket, 0)
+            whole = gl.zeros_like(total)
+            for split in gl.static_range(SPLITS):
+                part = sums + (at + split * step)
+                whole += gl.load(part, mask=is_some, other=0.0, cache_modifier=".cg")
+            total = whole
+    return total, is_last

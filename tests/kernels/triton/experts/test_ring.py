@@ -1,0 +1,103 @@
+"""Experts with packed weights on Hopper: which are taken, when, and on a GPU what they say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from octavo.planes import PLANE_LAYOUTS
+from tests.kernels.triton.experts.test_packed import expected, found
+from tests.kernels.triton.interpreter import DEVICE
+from tests.kernels.triton.packed_cases import error_of, packed_experts
+
+from octavo.kernels.triton.experts import choose  # isort: skip
+from octavo.kernels.triton.experts.hopper import ring  # isort: skip
+from octavo.kernels.triton.experts.shapes import ring_experts_shape  # isort: skip
+from octavo.kernels.triton.launching.chip import has_wgmma  # isort: skip
+from octavo.kernels.weights import ExpertBiases  # isort: skip
+
+on_hopper = pytest.mark.skipif(not has_wgmma(torch.device(DEVICE)), reason="needs a Hopper GPU")
+COUNT, HIDDEN, INNER, TOP_K = 4, 256, 384, 2
+KINDS = (
+    *("int4_128_f16", "int4_64_bf16", "int4_32_f16", "int8_128", "q8_0", "q4_0"),
+    *("mxfp4", "fp8", "iq4_nl"),
+)
+
+
+def inputs(count: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(count)
+    x = torch.randn(count, HIDDEN, generator=generator).to(dtype)
+    order = [torch.randperm(COUNT, generator=generator)[:TOP_K] for _ in range(count)]
+    ids = torch.stack(order).int()
+    ids[-1, 0] = -1
+    weights = torch.rand(count, TOP_K, generator=generator)
+    return x.to(DEVICE), weights.to(DEVICE), ids.to(DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "inner", "is_taken"),
+    [
+        (("int4_128_f16", "int4_32_bf16"), INNER, True),
+        (("mxfp4", "q8_0"), INNER, True),
+        (("int4_128_f16", "q4_k"), INNER, False),
+        (("q5_0", "int4_128_f16"), INNER, False),
+        (("int4_64_f16", "int4_64_f16"), 64 * 5, False),
+    ],
+)
+def test_it_takes_what_it_can(
+    monkeypatch: pytest.MonkeyPatch, kinds: tuple[str, str], inner: int, is_taken: bool
+):
+    experts, _ = packed_experts(*kinds, COUNT, HIDDEN, inner)
+    x = torch.zeros(1, HIDDEN, dtype=torch.bfloat16, device=DEVICE)
+    monkeypatch.setattr(ring, "has_wgmma", lambda device: False)
+    assert not ring.fits(x, experts)
+    monkeypatch.setattr(ring, "has_wgmma", lambda device: True)
+    assert ring.fits(x, experts) == is_taken
+    assert not ring.fits(x.float(), experts)
+    one = torch.zeros(COUNT, 1)
+    biases = ExpertBiases(gate_EF=one, up_EF=one, down_EM=one)
+    assert not ring.fits(x, replace(experts, biases=biases))
+
+
+def test_rows_that_are_to_be_invariant_go_elsewhere(monkeypatch: pytest.MonkeyPatch):
+    experts, values = packed_experts("int4_128_f16", "int4_128_f16", COUNT, HIDDEN, INNER)
+    case = inputs(3, torch.float32)
+    said = torch.zeros(3, HIDDEN, device=DEVICE)
+    monkeypatch.setattr(ring, "fits", lambda *_: True)
+    monkeypatch.setattr(ring, "ring_experts", lambda *_, in_parts: said)
+    assert found(case, experts) is said
+    exact = found(case, experts, is_deterministic=True)
+    assert error_of(exact, expected(*case, values)) < 2e-6
+    monkeypatch.setattr(choose, "UNPACKED_ROWS", 0)
+    assert error_of(found(case, experts), expected(*case, values)) < 2e-6
+
+
+@pytest.mark.parametrize("kinds", [("int4_128_f16", "fp8"), ("int4_32_f16", "int4_128_f16")])
+@pytest.mark.parametrize("num_tokens", [1, 2, 32, 60, 128, 512])
+@pytest.mark.parametrize(("count", "top_k"), [(8, 2), (128, 8)])
+def test_launch_shapes_agree(kinds: tuple[str, str], num_tokens: int, count: int, top_k: int):
+    gate, down = (PLANE_LAYOUTS[kind] for kind in kinds)
+    shape = ring_experts_shape(
+        *(num_tokens, top_k, count, 4096, 1024, gate, down), is_lone=num_tokens == 1
+    )
+    assert shape.gate_up.tokens == shape.down.tokens, "both walk the same blocks"
+    for one, layout in ((shape.gate_up, gate), (shape.down, down)):
+        assert not one.is_wide or layout.group == 128
+        assert one.rows % (16 * one.num_warps) == 0
+        stored = one.rows * 256 // layout.parts + one.tokens * 256
+        assert one.stages * one.tiles * stored <= 113 << 10, "two programs fit a processor"
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_equal_float64(kind: str, dtype: torch.dtype):
+    assert PLANE_LAYOUTS[kind].factor == "none"
+    experts, values = packed_experts(kind, kind, COUNT, HIDDEN, INNER)
+    for count in (1, 3, 20, 70, 150):
+        case = inputs(count, dtype)
+        x, weights, ids = case
+        case = x * 0.01, weights, ids
+        assert error_of(found(case, experts), expected(*case, values)) < 8e-3
