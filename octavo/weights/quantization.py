@@ -48,8 +48,10 @@ class Quantization:
     bits: int | None = None
     """Of a code, where the tensors do not tell it (GPTQ, AWQ)."""
     group: int | None = None
-    """Columns that share a scale, where the config says so and tensors do not show it: a last group
-    that is smaller."""
+    """Columns that share a scale, where the config says so. Tensors do not show it where the last
+    group is smaller."""
+    varies: bool = False
+    """Whether the config has bits and groups for tensors apart: then the tensors decide."""
     zeros_less_one: bool = False
     """Whether zeros are stored less one (the first format of GPTQ)."""
     is_reordered: bool = False
@@ -164,7 +166,22 @@ def _read(fields: Mapping[str, Any]) -> Quantization:
         _refuse("transform_config", "...", "weights that are not rotated")
     if method == "fp8":
         return Quantization(method="fp8", block=_block(fields.get("weight_block_size")))
-    return Quantization(method=method)
+    bits, group = _one_scheme(fields.get("config_groups"))
+    return Quantization(method=method, bits=bits, group=group)
+
+
+def _one_scheme(schemes: Any) -> tuple[int | None, int | None]:
+    """Returns bits and group of integers, where a config of compressed-tensors has one scheme for
+    all tensors and says them."""
+    if not isinstance(schemes, Mapping) or len(schemes) != 1:
+        return None, None
+    (scheme,) = schemes.values()
+    weights = scheme.get("weights") if isinstance(scheme, Mapping) else None
+    if not isinstance(weights, Mapping) or weights.get("type", "int") != "int":
+        return None, None
+    bits, group = weights.get("num_bits"), weights.get("group_size")
+    is_grouped = weights.get("strategy") == "group" and type(group) is int and group > 0
+    return bits if type(bits) is int else None, group if is_grouped else None
 
 
 def _auto_round(fields: Mapping[str, Any]) -> Quantization:
@@ -173,7 +190,11 @@ def _auto_round(fields: Mapping[str, Any]) -> Quantization:
         _refuse("packing_format", packing, ", ".join(_AUTO_ROUND))
     method, is_less = _AUTO_ROUND[packing]
     return Quantization(
-        method=method, bits=_bits(fields), group=_group(fields), zeros_less_one=is_less
+        method=method,
+        bits=_bits(fields),
+        group=_group(fields),
+        varies=bool(fields.get("extra_config")),
+        zeros_less_one=is_less,
     )
 
 
@@ -185,6 +206,7 @@ def _gptq(fields: Mapping[str, Any]) -> Quantization:
         method="gptq",
         bits=_bits(fields),
         group=_group(fields),
+        varies=bool(fields.get("dynamic")),
         zeros_less_one=kind == "gptq",
         is_reordered=bool(fields.get("desc_act")),
     )

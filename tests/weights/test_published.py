@@ -324,6 +324,56 @@ def test_tensors_that_do_not_fit_are_named(case: str, tmp_path: Path) -> None:
         opened(tmp_path, named(Written(tensors, written.values)), config).matrix(f"{NAME}.weight")
 
 
+def _zero(name: str) -> Callable[[dict[str, Tensor]], object]:
+    return lambda tensors: tensors[name].zero_()
+
+
+DISAGREEING: dict[str, tuple[str, dict[str, Any], Callable[[dict[str, Tensor]], object], str]] = {
+    "scales of zero": ("awq 128", {}, _zero("scales"), "scales that are all zero"),
+    "awq of another group": ("awq 128", {"group_size": 64}, lambda t: None, "2 groups of 128.* 64"),
+    "gptq of other bits": ("gptq 4 bits", {"bits": 8}, lambda t: None, "codes of 4 bits.* says 8"),
+    "packed in other bits": (
+        "packed 8 bits",
+        {"config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "int"}}}},
+        lambda t: None,
+        "codes of 8 bits.* says 4",
+    ),
+    "packed in another group": (
+        "packed",
+        {"config_groups": {"group_0": {"weights": {"strategy": "group", "group_size": 32}}}},
+        lambda t: None,
+        "2 groups of 128 columns.* says 32",
+    ),
+    "fp8 of NaN": (
+        "fp8 by block",
+        {},
+        lambda t: t["weight_scale_inv"].fill_(float("inf")),
+        "NaN or infinite",
+    ),
+    "fp4 without a factor": ("nvfp4", {}, _zero("weight_global_scale"), "all zero"),
+    "mxfp4 of NaN": ("mxfp4", {}, lambda t: t["weight_scale"].fill_(255), "scales that are NaN"),
+}
+
+
+@pytest.mark.parametrize("case", DISAGREEING)
+def test_what_disagrees_with_the_config_or_means_nothing_is_refused(
+    case: str, tmp_path: Path
+) -> None:
+    name, more, harm, message = DISAGREEING[case]
+    make, config, _ = CASES[name]
+    written = make(np.random.default_rng(0))
+    harm(written.tensors)
+    with pytest.raises(WeightsError, match=message):
+        opened(tmp_path, named(written), config | more).matrix(f"{NAME}.weight")
+
+
+def test_bits_and_groups_may_differ_where_the_config_says_so(tmp_path: Path) -> None:
+    written = gptq(np.random.default_rng(0), 32, 256, 64, 8, less_one=True)
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": {"+:.*": {}}}
+    weight = opened(tmp_path, named(written), config).matrix(f"{NAME}.weight")
+    assert torch.equal(dequantize_rows(weight, slice(None)), written.values)
+
+
 def test_a_config_that_says_more_than_the_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="quantised with gptq, and no tensor is"):
         opened(tmp_path, {f"{NAME}.weight": torch.ones(4, 4)}, {"quant_method": "gptq"})

@@ -13,7 +13,13 @@ from torch import Tensor
 from octavo.formats import FP8, GROUP, NVFP4, WEIGHT_FORMATS
 from octavo.kernels.dequantize import e4m3_scales
 from octavo.weights.published.repack import fp8_rows, mxfp4_rows, nvfp4_rows
-from octavo.weights.published.tensors import Fetch, Module, PackedMatrix, check_scales
+from octavo.weights.published.tensors import (
+    Fetch,
+    Module,
+    PackedMatrix,
+    check_exponents,
+    check_scales,
+)
 from octavo.weights.quantization import Quantization
 
 MXFP4 = WEIGHT_FORMATS["mxfp4"]
@@ -98,10 +104,11 @@ def nvfp4(module: Module, quantization: Quantization) -> PackedMatrix:
     def read(fetch: Fetch) -> tuple[Tensor, Tensor | None]:
         scales = module.tensor("weight_scale", fetch)
         check_scales(module.name, scales)
-        if codes == "weight_packed":
-            table = e4m3_scales() / module.tensor("weight_global_scale").float().reshape(())
-        else:
-            table = e4m3_scales() * module.tensor("weight_scale_2").float().reshape(())
+        is_divisor = codes == "weight_packed"
+        factor = module.tensor("weight_global_scale" if is_divisor else "weight_scale_2").float()
+        check_scales(module.name, factor)
+        scalar = factor.reshape(())
+        table = e4m3_scales() / scalar if is_divisor else e4m3_scales() * scalar
         # The kernels' values are doubled, as in ggml's files.
         return nvfp4_rows(module.tensor(codes, fetch), scales), table.mul_(0.5)
 
@@ -117,6 +124,7 @@ def mxfp4(module: Module, quantization: Quantization) -> PackedMatrix:
 
     def read(fetch: Fetch) -> tuple[Tensor, Tensor | None]:
         exponents = module.tensor("weight_scale", fetch).view(torch.uint8)
+        check_exponents(module.name, exponents)
         return mxfp4_rows(module.tensor("weight_packed", fetch), exponents), None
 
     return PackedMatrix(

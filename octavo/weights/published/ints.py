@@ -54,8 +54,8 @@ def _awq_codes(words: Tensor) -> Tensor:
 def gptq(module: Module, quantization: Quantization) -> PackedMatrix:
     """qweight int32 [K * bits / 32, N], qzeros int32 [G, N * bits / 32], scales [G, N], and where
     columns are out of order g_idx int32 [K]."""
-    bits = quantization.bits or 4
     words, rows = module.shape("qweight")
+    bits = _gptq_bits(module, rows, quantization)
     cols, groups = 32 * words // bits, module.shape("scales")[0]
     if "g_idx" in module.parts:
         cols = module.shape("g_idx")[0]
@@ -78,6 +78,27 @@ def gptq(module: Module, quantization: Quantization) -> PackedMatrix:
     return _matrix(module, (rows, cols), bits, "scales", read, quantization, order)
 
 
+def _gptq_bits(module: Module, rows: int, quantization: Quantization) -> int:
+    """Returns the bits of a code: the config's, or where it has some for tensors apart those that
+    the zeros were packed with."""
+    said, words = quantization.bits or 4, module.shape("qzeros")[-1]
+    fitting = [bits for bits in (said, 2, 3, 4, 8) if -(-rows * bits // 32) == words]
+    found = fitting[0] if fitting else said  # whose shapes are refused then
+    _check_said(module, "codes of {} bits", found, said, quantization)
+    return found
+
+
+def _check_said(
+    module: Module, what: str, found: int, said: int | None, quantization: Quantization
+) -> None:
+    """Raises WeightsError if a tensor has another number than the config says of all."""
+    if said is not None and found != said and not quantization.varies:
+        module.refuse(
+            f"{what.format(found)}, and the config's quantization says {said}; check that config "
+            "and weights belong together"
+        )
+
+
 def pack_quantized(module: Module, quantization: Quantization) -> PackedMatrix:
     """weight_packed int32 [N, K * bits / 32], weight_scale [N, G], weight_shape [2], and where they
     are needed weight_zero_point int32 [N * bits / 32, G] and weight_g_idx [K]."""
@@ -86,6 +107,7 @@ def pack_quantized(module: Module, quantization: Quantization) -> PackedMatrix:
     bits = 32 * words // max(1, cols)
     if -(-cols * bits // 32) != words or not 1 <= bits <= 8:
         module.refuse(f"{words} words a row cannot hold {cols} columns of equal codes")
+    _check_said(module, "codes of {} bits", bits, quantization.bits, quantization)
     if module.shape("weight_scale")[0] != rows:
         module.refuse(f"weight_scale has {module.shape('weight_scale')[0]} rows, not {rows}")
     groups = module.shape("weight_scale")[1]
@@ -151,7 +173,9 @@ def _matrix(
     groups = found[0] if is_turned else found[1] if len(found) > 1 else 1
     group = -(-cols // groups)
     said = quantization.group
-    if said is not None and -(-cols // said) == groups > 1:
+    if said is not None and -(-cols // said) != groups:
+        _check_said(module, f"{groups} groups of {{}} columns", group, said, quantization)
+    elif said is not None and groups > 1:
         group = said
     form, why = _format(cols, group, bits, module.stored(scale_part).format_name, order)
 

@@ -25,6 +25,7 @@ from octavo.weights.published.tensors import (
     Fetch,
     Module,
     PackedMatrix,
+    check_exponents,
     one_of,
     raw_bytes,
     raw_dtype,
@@ -233,6 +234,7 @@ def _mxfp4_experts(
 
     def read(mine: Sequence[StoredTensor], first: int, fetch: Fetch) -> tuple[Tensor, None]:
         pairs, exponents = (fetch(stack.name, one)[first :: len(parts)] for one in mine)
+        check_exponents(stack.name, exponents)
         return mxfp4_rows(pairs.flatten(1), exponents), None
 
     for expert in range(count):

@@ -29,6 +29,7 @@ RAW_DTYPES = {
     "I64": torch.int64,
 }
 """By safetensors' names."""
+_E8M0_NAN = 255
 Fetch = Callable[[str, StoredTensor], Tensor]
 """Returns the tensor of a name in its stored type, as `view` does, on any device."""
 
@@ -117,6 +118,17 @@ def view(name: str, stored: StoredTensor) -> Tensor:
 
 
 def check_scales(name: str, scales: Tensor) -> None:
-    """Raises WeightsError for scales that are no numbers; zero is one: a group that is all zero."""
-    if not bool(torch.isfinite(scales.float()).all()):
-        raise WeightsError(f"{name} has scales that are NaN or infinite; download the model again")
+    """Raises WeightsError for scales that are no numbers, or all zero; some may be zero: groups
+    that are."""
+    numbers = scales.float()
+    are_finite, is_some = torch.isfinite(numbers).all(), numbers.any()
+    if bool(are_finite & is_some):
+        return
+    what = "NaN or infinite" if not bool(are_finite) else "all zero"
+    raise WeightsError(f"{name} has scales that are {what}; download the model again")
+
+
+def check_exponents(name: str, exponents: Tensor) -> None:
+    """The same of scales that are e8m0, uint8."""
+    if bool((exponents == _E8M0_NAN).any()):
+        raise WeightsError(f"{name} has scales that are NaN; download the model again")
