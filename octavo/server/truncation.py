@@ -89,10 +89,12 @@ def shorter(heads: Sequence[Head]) -> Iterator[Way]:
     for place in range(num_first, len(heads)):
         one, rest = heads[place], range(place, len(heads))
         is_asking = one.role == "user"
-        if place > num_first and not is_open and (is_asking or _begins_turn(heads, place)):
+        begins = is_asking or _begins_turn(heads, place)
+        is_cut = place > num_first and not is_open and begins
+        if is_cut:
             yield Way(first, range(0) if is_asking else asked, rest)
-        if is_asking:
-            goes_on = place > num_first and heads[place - 1].role == "user"
+        if is_asking:  # Words before a cut do not come back.
+            goes_on = not is_cut and place > num_first and heads[place - 1].role == "user"
             asked = range(asked.start if goes_on else place, place + 1)
         elif _is_output(one):
             is_open.discard(one.call_id)

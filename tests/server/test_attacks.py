@@ -89,7 +89,7 @@ ATTACKS: dict[str, tuple[str, dict[str, Any], int, str]] = {
         400,
         "invalid regex",
     ),
-    "ten thousand tools": (CHAT, chat(tools=MANY), 400, "at most 1024"),
+    "ten thousand tools": (CHAT, chat(tools=MANY), 400, "at most 524288 are taken"),
     "ten thousand tools of responses": (
         RESPONSES,
         response(tools=[{"type": "function", "name": f"f{n}"} for n in range(10_000)]),

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from octavo.config import ServerConfig
@@ -142,6 +142,7 @@ def conversations(draw: st.DrawFn) -> list[Head]:
 
 @settings(max_examples=60, deadline=None)
 @given(conversations())
+@example([Head(role=role) for role in ("user", "user", "user", "system", "assistant")])
 def test_no_call_is_parted_from_its_result(heads: list[Head]) -> None:
     before = len(heads)
     for way in shorter(heads):
