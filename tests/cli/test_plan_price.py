@@ -12,6 +12,7 @@ import pytest
 from octavo.cli import main
 from octavo.cli.bench.floors import CEILINGS
 from octavo.cli.bench.report import device
+from tests.cli.test_plan import write_quantised_gguf
 
 CARD = "NVIDIA H100 80GB HBM3"
 ON_CARD = ["--device", "cuda", "--memory", "24GiB"]
@@ -147,6 +148,15 @@ def test_on_a_cpu_measured_seconds_are_what_counts(
     assert cost["output_dollars"] == pytest.approx(1e6 * 0.008 / 32 * 0.001)
     assert cost["input_dollars"] == pytest.approx(1e6 / 50000 * 0.001)
     assert all(one["known"]["100:20"] is None for one in told["changes"].values())
+
+
+def test_an_option_that_the_weights_format_rules_out_costs_only_its_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    packed = str(write_quantised_gguf(tmp_path / "m.gguf"))
+    changes = costs([packed, "--device=cpu"], capsys)["changes"]
+    assert "--kv-cache-dtype int8" in changes
+    assert "--tensor-parallel-size 2" not in changes  # packed matrices are not split on a CPU
 
 
 def test_what_bench_keeps_is_found(

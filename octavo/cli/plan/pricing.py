@@ -17,7 +17,7 @@ from octavo.cli.bench.floors import CEILINGS, Ceilings, Floors
 from octavo.cli.plan.costs import Cost, Known, Rates, Workload, floor_cost, known_cost
 from octavo.cli.plan.measurements import Measurement, read_measurements, settings_key
 from octavo.config import EngineConfig, bench_dir
-from octavo.errors import CapacityError, ConfigError
+from octavo.errors import CapacityError, ConfigError, UnsupportedModelError
 from octavo.formats import kv_formats
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def price_plans(
         except CapacityError:
             changes[_option(field, value)] = None
             continue
-        except ConfigError:  # the model or the device is not for it
+        except (ConfigError, UnsupportedModelError):  # the model or the device is not for it
             continue
         if other != plan:
             changes[_option(field, value)] = priced(changed, other)
