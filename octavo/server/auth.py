@@ -24,8 +24,8 @@ _KEY_HEADERS = frozenset({b"authorization", b"x-api-key"})
 
 class AuthMiddleware:
     """Answers 401 unless `Authorization: Bearer KEY`, or `x-api-key: KEY` where there is no such
-    header, holds a known key, and 403 unless that has a scope of the route; without keys, no one
-    needs one.
+    header, holds a known key (503 for a token whose issuer's keys cannot be had), and 403 unless
+    that has a scope of the route; without keys, no one needs one.
 
     Leaves the Caller in `request.state.caller`.
     """
@@ -53,9 +53,13 @@ class AuthMiddleware:
             if needed is not None and not needed:
                 caller = STRANGER
             else:
-                caller = await self._keyring.find(_sent_key(scope))
+                try:
+                    caller = await self._keyring.find(_sent_key(scope))
+                except ApiError as error:
+                    await _refuse(error, scope, receive, send)
+                    return
                 if caller is None:
-                    await _refuse(scope, receive, send)
+                    await _refuse(_unknown_key(), scope, receive, send)
                     return
                 if needed is not None and not needed & caller.scopes:
                     error = _missing_scope(scope, needed)
@@ -117,11 +121,14 @@ def _missing_scope(scope: Scope, needed: frozenset[callers.Scope]) -> ApiError:
     return ApiError(403, message, code="operator_only")
 
 
-async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
+def _unknown_key() -> ApiError:
+    message = "send a valid API key in the header Authorization: Bearer KEY, or x-api-key: KEY"
+    headers = {"WWW-Authenticate": "Bearer"}
+    return ApiError(401, message, code="invalid_api_key", headers=headers)
+
+
+async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return
-    message = "send a valid API key in the header Authorization: Bearer KEY, or x-api-key: KEY"
-    headers = {"WWW-Authenticate": "Bearer"}
-    error = ApiError(401, message, code="invalid_api_key", headers=headers)
     await error_response(error, scope)(scope, receive, send)

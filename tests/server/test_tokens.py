@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -21,7 +22,9 @@ from hypothesis import strategies as st
 
 from octavo.config import ServerConfig
 from octavo.errors import ConfigError
+from octavo.server.errors import ApiError
 from octavo.server.tenants import jwks as jwks_module
+from octavo.server.tenants import tokens as tokens_module
 from octavo.server.tenants.callers import Scope
 from octavo.server.tenants.jwks import Jwks
 from octavo.server.tenants.key_file import key_file
@@ -201,34 +204,140 @@ async def test_a_known_token_ends_with_its_time_and_with_its_key(tmp_path: Path)
     assert await tokens.find(token) is None
 
 
+class Issuer:
+    """Stands for the server of an issuer's keys."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.served: Any = {"keys": [jwk("RS256", KEYS["RS256"])]}
+        """None: it is down."""
+        self.now, self.num_fetched = 0.0, 0
+        self.is_quick = asyncio.Event()
+        self.is_quick.set()
+        monkeypatch.setattr(Jwks, "_fetch", lambda _: self._fetch())
+        monkeypatch.setattr(
+            tokens_module, "Jwks", lambda source: Jwks(source, clock=lambda: self.now)
+        )
+
+    async def _fetch(self) -> bytes:
+        self.num_fetched += 1
+        await self.is_quick.wait()
+        if self.served is None:
+            raise httpx.ConnectError("nobody is there")
+        return json.dumps(self.served).encode()
+
+
+URL = "https://login.example.com/jwks"
+
+
 async def test_keys_of_a_url_are_kept_fetched_again_and_outlive_their_server(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    served: list[Any] = [{"keys": [jwk("RS256", KEYS["RS256"])]}]
-    fetched: list[float] = []
-    now = [0.0]
-
-    async def fetch(self: Jwks) -> bytes:
-        fetched.append(now[0])
-        if served[0] is None:
-            raise httpx.ConnectError("nobody is there")
-        return json.dumps(served[0]).encode()
-
-    monkeypatch.setattr(Jwks, "_fetch", fetch)
-    keys = Jwks("https://login.example.com/jwks", clock=lambda: now[0])
+    issuer = Issuer(monkeypatch)
+    keys = Jwks(URL, clock=lambda: issuer.now)
     for _ in range(3):
         assert await keys.find("RS256", "RS256") is not None
-    assert len(fetched) == 1
+    assert issuer.num_fetched == 1
     assert await keys.find("unknown", "RS256") is None
-    assert len(fetched) == 1  # whoever makes up ids does not make us fetch
-    now[0] += jwks_module.RETRY_SECONDS
-    served[0] = {"keys": [jwk("RS256", OTHER, "new")]}
+    assert issuer.num_fetched == 1  # whoever makes up ids does not make us fetch
+    issuer.now += jwks_module.RETRY_SECONDS
+    issuer.served = {"keys": [jwk("RS256", OTHER, "new")]}
     assert await keys.find("new", "RS256") is not None
     assert await keys.find("RS256", "RS256") is None
-    now[0] += jwks_module.FRESH_SECONDS
-    served[0] = None
+    issuer.now += jwks_module.FRESH_SECONDS
+    issuer.served = None
+    assert await keys.find("new", "RS256") is not None
+    await asyncio.sleep(0.01)
     assert await keys.find("new", "RS256") is not None
     assert "stay in force" in caplog.text
+
+
+async def test_a_slow_issuer_holds_nobody_whose_key_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    issuer = Issuer(monkeypatch)
+    tokens = tokens_of(key_file(Path("keys"), table(URL)))
+    assert tokens is not None
+    known, unknown = signed().encode(), signed(kid="gone").encode()
+    assert await tokens.find(known) is not None
+    issuer.now += jwks_module.FRESH_SECONDS
+    issuer.is_quick.clear()
+    for token in (known, signed(sub="bob").encode()):
+        assert await asyncio.wait_for(tokens.find(token), 1) is not None
+    waiting = asyncio.create_task(tokens.find(unknown))
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    waiting.cancel()  # its client leaves; the fetch goes on
+    issuer.served = {"keys": [jwk("RS256", OTHER, "new")]}
+    issuer.is_quick.set()
+    await asyncio.sleep(0.01)
+    assert await tokens.find(known) is None
+    assert issuer.num_fetched == 2
+
+
+async def test_fetched_keys_outlive_a_change_of_the_file_of_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    issuer, file = Issuer(monkeypatch), tmp_path / "keys.json"
+    file.write_bytes(table(URL))
+    ring = Keyring(ServerConfig(keys=str(file)))
+    assert await ring.find(signed().encode()) is not None
+    issuer.served = None
+    for content in (table(URL, scope_claim="scp"), table(URL, audience="other")):
+        file.write_bytes(content + b"\n")
+        for _ in range(2):
+            ring.look()
+    assert await ring.find(signed().encode()) is None
+    caller = await ring.find(signed(aud="other").encode())
+    assert caller is not None
+    assert caller.tenant.name == "research"
+
+
+async def test_a_token_whose_issuers_keys_never_came_cannot_be_judged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    issuer = Issuer(monkeypatch)
+    issuer.served = None
+    tokens = tokens_of(key_file(Path("keys"), table(URL)))
+    assert tokens is not None
+    for _ in range(2):  # fetched in vain, and not fetched again so soon
+        with pytest.raises(ApiError, match="cannot be fetched") as refused:
+            await tokens.find(signed().encode())
+        assert (refused.value.status, refused.value.code) == (503, "issuer_unavailable")
+        assert refused.value.headers == {"Retry-After": "10"}
+    assert await tokens.find(signed(iss="https://other.example.com").encode()) is None
+    assert issuer.num_fetched == 1
+    assert "stay in force" not in caplog.text
+    issuer.now += jwks_module.RETRY_SECONDS
+    issuer.served = []  # no set of keys at all
+    with pytest.raises(ApiError):
+        await tokens.find(signed().encode())
+    issuer.now += jwks_module.RETRY_SECONDS
+    issuer.served = {"keys": [jwk("RS256", KEYS["RS256"])]}
+    assert await tokens.find(signed().encode()) is not None
+
+
+async def test_keys_are_fetched_before_the_first_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    issuer, file = Issuer(monkeypatch), tmp_path / "keys.json"
+    file.write_bytes(table(URL))
+    fresh = asyncio.create_task(Keyring(ServerConfig(keys=str(file))).keep_fresh())
+    await asyncio.sleep(0.01)
+    assert issuer.num_fetched == 1
+    fresh.cancel()
+
+
+def test_a_server_without_its_issuers_keys_answers_503(tmp_path: Path) -> None:
+    source = "http://127.0.0.1:9/jwks"  # nobody listens there
+    (tmp_path / "keys.json").write_bytes(table(source))
+    thread = ServerThread(FakeEngine(), ServerConfig(port=0, keys=str(tmp_path / "keys.json")))
+    try:
+        headers = {"Authorization": f"Bearer {signed()}"}
+        answer = httpx.get(f"{thread.url}/v1/models", headers=headers)
+    finally:
+        thread.end()
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "10")
+    assert answer.json()["error"]["code"] == "issuer_unavailable"
 
 
 @pytest.mark.parametrize(

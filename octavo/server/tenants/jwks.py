@@ -1,7 +1,7 @@
 """The public keys of an issuer of tokens: from a file or a URL, kept and fetched again.
 
 Used by `tokens`. Keys that were read stay in force while new ones cannot be had; the log says so.
-Needs PyJWT (the extra `jwt`).
+Who asks for a key that is known never waits for the issuer. Needs PyJWT (the extra `jwt`).
 """
 
 from __future__ import annotations
@@ -31,13 +31,23 @@ FILE_SECONDS = 1.0
 TIMEOUT_SECONDS = 5.0
 MAX_BYTES = 2**20
 KEY_TYPES = {"RS256": "RSA", "ES256": "EC", "EdDSA": "OKP"}
+_UNUSABLE = (
+    *(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError),
+    *(httpx.HTTPError, httpx.InvalidURL, jwt.PyJWTError),
+)
+"""Raised where keys cannot be had, or are of any other shape."""
+
+
+class NoKeysError(Exception):
+    """The issuer's keys could never be had: no token of it can be judged."""
 
 
 class Jwks:
     """One issuer's keys. One event loop's."""
 
     def __init__(self, source: str, clock: Callable[[], float] = time.monotonic) -> None:
-        """Reads a file at once, a URL with the first token. Raises ConfigError."""
+        """Reads a file at once; a URL when `refresh` is called, or with the first token. Raises
+        ConfigError."""
         self._source = source
         self._clock = clock
         self._is_url = "://" in source
@@ -45,7 +55,7 @@ class Jwks:
         self._tried_at = -float("inf")
         self._fresh_until = -float("inf")
         self._stamp: tuple[int, int, int] | None = None
-        self._lock = asyncio.Lock()
+        self._fetching: asyncio.Task[None] | None = None
         self.version = 0
         """Grows with every change: what was verified before counts no more."""
         if self._is_url:
@@ -53,20 +63,31 @@ class Jwks:
         else:
             try:
                 self._read_file()
-            except (OSError, ValueError, jwt.PyJWTError) as error:
+            except _UNUSABLE as error:
                 message = f"jwks {source} cannot be used: {error}"
                 raise ConfigError(message, field="keys") from error
 
+    @property
+    def is_url(self) -> bool:
+        return self._is_url
+
     async def find(self, key_id: str | None, algorithm: str) -> jwt.PyJWK | None:
-        """Returns the key of a token's header, or None. Without an id, the only one that fits."""
-        if self._find(key_id, algorithm) is None or self._clock() >= self._fresh_until:
-            await self._refresh()
+        """Returns the key of a token's header, or None. Without an id, the only one that fits.
+        Raises NoKeysError."""
+        self.refresh()
+        if self._find(key_id, algorithm) is None:
+            fetching = self._begin()
+            if fetching is not None:
+                # Whoever leaves does not end it for others.
+                await asyncio.shield(fetching)
+        if not self._keys:
+            raise NoKeysError
         return self._find(key_id, algorithm)
 
-    async def refresh(self) -> None:
-        """Looks for new keys, if it is time."""
+    def refresh(self) -> None:
+        """Begins to look for new keys, if it is time; a file is read at once."""
         if self._clock() >= self._fresh_until:
-            await self._refresh()
+            self._begin()
 
     def _find(self, key_id: str | None, algorithm: str) -> jwt.PyJWK | None:
         if key_id is not None:
@@ -74,25 +95,38 @@ class Jwks:
         fitting = [key for (_, name), key in self._keys.items() if name == algorithm]
         return fitting[0] if len(fitting) == 1 else None
 
-    async def _refresh(self) -> None:
-        async with self._lock:
-            now = self._clock()
-            if now - self._tried_at < (RETRY_SECONDS if self._is_url else FILE_SECONDS):
-                return  # Another token has just asked.
-            self._tried_at = now
-            try:
-                if self._is_url:
-                    self._take(await self._fetch())
-                    self._fresh_until = now + FRESH_SECONDS
-                else:
-                    self._read_file()
-                    self._fresh_until = now + FILE_SECONDS
-            except (OSError, ValueError, httpx.HTTPError, jwt.PyJWTError) as error:
-                logger.error(
-                    "the keys of tokens were not read again, those before stay in force: %s: %s",
-                    self._source,
-                    error,
-                )
+    def _begin(self) -> asyncio.Task[None] | None:
+        """Returns the fetch that is under way, or a new one; None if another token has just asked.
+        A file has been read."""
+        if self._fetching is not None and not self._fetching.done():
+            return self._fetching
+        now = self._clock()
+        if now - self._tried_at < (RETRY_SECONDS if self._is_url else FILE_SECONDS):
+            return None
+        self._tried_at = now
+        if self._is_url:
+            self._fetching = asyncio.create_task(self._fetch_again(now))
+            return self._fetching
+        try:
+            self._read_file()
+            self._fresh_until = now + FILE_SECONDS
+        except _UNUSABLE as error:
+            self._report(error)
+        return None
+
+    async def _fetch_again(self, now: float) -> None:
+        try:
+            self._take(await self._fetch())
+            self._fresh_until = now + FRESH_SECONDS
+        except _UNUSABLE as error:
+            self._report(error)
+
+    def _report(self, error: Exception) -> None:
+        if self._keys:
+            message = "the keys of tokens were not read again, those before stay in force: %s: %s"
+        else:
+            message = "the keys of tokens cannot be fetched, no token can be judged: %s: %s"
+        logger.error(message, self._source, str(error) or type(error).__name__)
 
     async def _fetch(self) -> bytes:
         content = bytearray()

@@ -72,7 +72,7 @@ class Keyring:
 
     def _take(self, path: Path) -> None:
         file = read_key_file(path)
-        self._tokens = tokens_of(file)
+        self._tokens = tokens_of(file, self._tokens)
         self._file = file
 
     @property
@@ -86,7 +86,8 @@ class Keyring:
         return self._path is None
 
     async def find(self, sent: bytes) -> Caller | None:
-        """Returns who sends a key, or a token; None for nobody that is known."""
+        """Returns who sends a key, or a token; None for nobody that is known. Raises ApiError (503)
+        for a token that cannot be judged now."""
         digest = hashlib.sha256(sent).digest()
         found = None
         # All plain keys are compared, whichever fits: no early end to measure.
@@ -110,7 +111,11 @@ class Keyring:
 
     async def keep_fresh(self, seconds: float = REFRESH_SECONDS) -> None:
         """Reads the file again whenever it has changed. Runs until it is cancelled."""
+        asked = None
         while self._path is not None:
+            if self._tokens is not None and self._tokens is not asked:
+                asked = self._tokens
+                asked.refresh()
             await asyncio.sleep(seconds)
             await asyncio.to_thread(self.look)  # a long file takes a second to parse
 
@@ -135,9 +140,9 @@ class Keyring:
             logger.info("the keys were read again: %s", self._path)
 
 
-def tokens_of(file: KeyFile) -> Tokens | None:
-    """Returns what knows the tokens of a file's issuers; None if it names none. Raises
-    ConfigError."""
+def tokens_of(file: KeyFile, before: Tokens | None = None) -> Tokens | None:
+    """Returns what knows the tokens of a file's issuers, with the keys that `before` has fetched;
+    None if it names none. Raises ConfigError."""
     if not file.issuers:
         return None
     try:
@@ -145,7 +150,7 @@ def tokens_of(file: KeyFile) -> Tokens | None:
     except ImportError as error:
         message = f"keys with issuers need PyJWT ({error}); pip install 'octavo[jwt]'"
         raise ConfigError(message, field="keys") from error
-    return Tokens(file.issuers, file.tenant)
+    return Tokens(file.issuers, file.tenant, before=before)
 
 
 def _plain_caller(key: str, scopes: frozenset[Scope]) -> Caller:

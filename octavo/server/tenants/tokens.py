@@ -7,6 +7,7 @@ it, by one of three asymmetric algorithms, for us (audience), and it is not over
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import time
 from collections import OrderedDict
@@ -15,11 +16,13 @@ from typing import Any, NamedTuple
 
 import jwt
 
+from octavo.server.errors import ApiError
 from octavo.server.tenants.callers import Caller, Scope, Tenant
-from octavo.server.tenants.jwks import Jwks
+from octavo.server.tenants.jwks import RETRY_SECONDS, Jwks, NoKeysError
 from octavo.server.tenants.key_file import IssuerRow
 
 MAX_TOKEN_BYTES = 16 * 1024
+NO_KEYS = "issuer_unavailable"
 MAX_KNOWN = 4096
 """Tokens that are not verified again until they are over, or keys have changed."""
 _TENANT = re.compile(r"[!-~]{1,128}")
@@ -42,32 +45,40 @@ class Tokens:
         issuers: Sequence[IssuerRow],
         tenant: Callable[[str], Tenant],
         clock: Callable[[], float] = time.time,
+        before: Tokens | None = None,
     ) -> None:
-        """`tenant` makes the tenant of a name; `clock` tells Unix seconds. Raises ConfigError if
-        the keys of an issuer cannot be read."""
-        self._issuers = [(row, Jwks(row.jwks)) for row in issuers]
+        """`tenant` makes the tenant of a name; `clock` tells Unix seconds. Keys that `before` has
+        fetched stay in force: the issuer may be down just now. Raises ConfigError if the keys of
+        an issuer cannot be read."""
+        known = {} if before is None else before._fetched()
+        self._issuers = [(row, known.get(row.jwks) or Jwks(row.jwks)) for row in issuers]
         self._tenant = tenant
         self._clock = clock
         self._known: OrderedDict[bytes, _Known] = OrderedDict()
 
     async def find(self, sent: bytes) -> Caller | None:
-        """Returns who sends a token, or None: it is none, or not valid (now, here, from them)."""
+        """Returns who sends a token, or None: it is none, or not valid (now, here, from them).
+        Raises ApiError (503) if that cannot be told for want of its issuer's keys."""
         if len(sent) > MAX_TOKEN_BYTES or not _SHAPE.fullmatch(sent):
             return None
         digest = hashlib.sha256(sent).digest()
         known = self._known.get(digest)
         if known is not None:
-            await known.jwks.refresh()
+            known.jwks.refresh()
             if known.version == known.jwks.version and self._clock() < known.expires_at:
                 return known.caller
             del self._known[digest]
+        lacks_keys = False
         try:
             header = jwt.get_unverified_header(sent)
             claimed = jwt.decode(sent, options={"verify_signature": False})
             for row, jwks in self._issuers:
                 if row.issuer != claimed.get("iss") or header["alg"] not in row.algorithms:
                     continue
-                key = await jwks.find(header.get("kid"), header["alg"])
+                try:
+                    key = await jwks.find(header.get("kid"), header["alg"])
+                except NoKeysError:
+                    lacks_keys, key = True, None
                 if key is None:
                     continue
                 claims = self._verified(sent, row, key)
@@ -79,8 +90,20 @@ class Tokens:
                     self._keep(digest, _Known(caller, over, jwks, jwks.version))
                 return caller
         except (jwt.PyJWTError, ValueError, TypeError, KeyError, RecursionError, OverflowError):
-            return None
+            pass
+        if lacks_keys:
+            message = "the keys of your token's issuer cannot be fetched now; try again later"
+            headers = {"Retry-After": str(math.ceil(RETRY_SECONDS))}
+            raise ApiError(503, message, code=NO_KEYS, headers=headers)
         return None
+
+    def refresh(self) -> None:
+        """Begins to fetch the keys of issuers that are not there, before the first token asks."""
+        for _, jwks in self._issuers:
+            jwks.refresh()
+
+    def _fetched(self) -> dict[str, Jwks]:
+        return {row.jwks: jwks for row, jwks in self._issuers if jwks.is_url}
 
     def _verified(self, sent: bytes, row: IssuerRow, key: jwt.PyJWK) -> dict[str, Any] | None:
         """Returns the claims of a token. Raises jwt.PyJWTError if it is not valid."""
