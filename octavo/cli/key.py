@@ -6,9 +6,12 @@ Called by the command line. The key goes to stdout, once; nothing of ours rememb
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,16 +70,57 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _add(path: Path, row: KeyRow) -> None:
-    """Adds a key to a file, which others see either without it or whole."""
-    from octavo.server.tenants.key_file import key_file, with_key
+    """Adds a key to a file, which others see either without it or whole, and keeps whose it is."""
+    from octavo.server.tenants.key_file import MAX_FILE_BYTES, key_file, with_key
+    from octavo.server.tenants.settings_file import read_settings
 
+    path = path.resolve()
     try:
-        before = path.read_bytes() if path.exists() else b""
-        after = with_key(before, row)
-        key_file(path, after)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(after)
-            os.fchmod(file.fileno(), path.stat().st_mode & 0o777 if path.exists() else 0o600)
-        os.replace(file.name, path.resolve())
+        with _locked(path.parent):
+            there = path.stat() if path.exists() else None
+            before = b"" if there is None else read_settings(path, MAX_FILE_BYTES)
+            after = with_key(before, row)
+            key_file(path, after)
+            _replace(path, after, there)
     except (OSError, ValueError) as error:
         raise ConfigError(f"file {path} cannot be changed: {error}", field="file") from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps others who add a key to a file of a folder waiting. The file itself is replaced, and
+    a file beside it would stay."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:  # file systems of networks may lock no folders
+            say(f"{folder} cannot be locked ({error.strerror}): add one key at a time")
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _replace(path: Path, content: bytes, there: os.stat_result | None) -> None:
+    """Raises ValueError where the owner cannot be kept: the server could not read the file then."""
+    descriptor, made = tempfile.mkstemp(dir=path.parent)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+            if there is not None:
+                ours = os.fstat(descriptor)
+                if (ours.st_uid, ours.st_gid) != (there.st_uid, there.st_gid):
+                    _give(descriptor, there)
+                os.fchmod(descriptor, there.st_mode & 0o777)
+        os.replace(made, path)
+    except BaseException:
+        os.unlink(made)
+        raise
+
+
+def _give(descriptor: int, there: os.stat_result) -> None:
+    try:
+        os.fchown(descriptor, there.st_uid, there.st_gid)
+    except PermissionError as error:
+        owner = f"user {there.st_uid} and group {there.st_gid}"
+        raise ValueError(f"it belongs to {owner}; run this as that user, or as root") from error

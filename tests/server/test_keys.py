@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -18,7 +19,7 @@ from octavo.server.app import FAMILIES
 from octavo.server.tenants import key_file as key_file_module
 from octavo.server.tenants import route_scopes
 from octavo.server.tenants.callers import ALL_SCOPES, Scope
-from octavo.server.tenants.key_file import hash_of, key_file, read_key_file
+from octavo.server.tenants.key_file import KeyRow, hash_of, key_file, read_key_file, with_key
 from octavo.server.tenants.keyring import Keyring
 from octavo.server.tenants.route_scopes import ROUTE_SCOPES, check, paths_of
 from tests.server.conftest import ServerThread
@@ -299,6 +300,56 @@ def test_a_new_key_is_told_once_and_its_file_has_the_hash(
         assert main(["key", "new", "one", "--file", str(file)]) == 2
         assert main(["key", "new", "a b"]) == 2
         assert len(list(tmp_path.iterdir())) == (1 if name.endswith("toml") else 2)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_file_with_a_new_key_belongs_to_whom_it_belonged_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text("")
+    file.chmod(0o640)
+    os.chown(file, 65534, 65533)
+    assert main(["key", "new", "one", "--file", str(file)]) == 0
+    found = file.stat()
+    assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (65534, 65533, 0o640)
+    before = file.read_bytes()
+
+    def refused(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "fchown", refused)
+    capsys.readouterr()
+    assert main(["key", "new", "two", "--file", str(file)]) == 2
+    assert "belongs to user 65534 and group 65533; run this as" in capsys.readouterr().err
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_nobody_else_adds_a_key_between_the_reading_and_the_replacing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked: list[str] = []
+
+    def watched(content: bytes, row: KeyRow) -> bytes:
+        folder = os.open(tmp_path, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(folder)
+        locked.append(row.name)
+        return with_key(content, row)
+
+    monkeypatch.setattr(key_file_module, "with_key", watched)
+    assert main(["key", "new", "one", "--file", str(tmp_path / "keys.toml")]) == 0
+    assert locked == ["one"]
+
+
+def test_a_pipe_is_no_file_of_keys_and_holds_nobody(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "keys.toml")
+    assert main(["key", "new", "one", "--file", str(tmp_path / "keys.toml")]) == 2
+    assert "it is no regular file" in capsys.readouterr().err
 
 
 def test_the_table_has_no_unguarded_route_but_the_probes_and_the_bare_page() -> None:
