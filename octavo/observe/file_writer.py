@@ -7,8 +7,11 @@ made there. Lines that cannot be written are counted, and told of once one can.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
+import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +25,8 @@ logger = logging.getLogger(__name__)
 MODE = 0o600
 """Of a file that is made: who asked for what is not everybody's."""
 COMPLAIN_SECONDS = 60.0
-_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+"""Not to wait: of files that changes nothing, and a pipe may have come in between."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,7 @@ class FileWriter(LogWriter):
         self.num_taken = 0
         self._is_cut = False
         self._complained_at = -COMPLAIN_SECONDS
-        super().__init__(os.open(path, _FLAGS, MODE), tell_dropped)
+        super().__init__(_opened(path), tell_dropped)
 
     def put_later(self, make: Callable[[], str], num_bytes: int) -> None:
         """Has the text that `make` returns written, of about so many bytes, or drops it."""
@@ -101,7 +105,7 @@ class FileWriter(LogWriter):
             there = None
         ours = os.fstat(self._descriptor)
         if there is None or (there.st_dev, there.st_ino) != (ours.st_dev, ours.st_ino):
-            opened = os.open(self._path, _FLAGS, MODE)
+            opened = _opened(self._path)
             os.close(self._descriptor)
             self._descriptor, self._is_cut = opened, False
 
@@ -113,7 +117,16 @@ class FileWriter(LogWriter):
 def check_file(path: str, field: str) -> None:
     """Raises ConfigError if lines cannot be added to a file."""
     try:
-        os.close(os.open(path, _FLAGS, MODE))
+        os.close(_opened(path))
     except OSError as error:
         message = f"{field} {path} cannot be written ({error.strerror}); give another path"
         raise ConfigError(message, field=field) from error
+
+
+def _opened(path: str) -> int:
+    """Returns a descriptor. Raises OSError, also where there is something else than a file: whoever
+    opens a pipe waits for its reader, and lines of a device cannot be read again."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", path)
+    return os.open(path, _FLAGS, MODE)

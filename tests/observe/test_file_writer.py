@@ -49,6 +49,18 @@ def test_a_file_that_was_moved_is_left_and_one_is_made_in_its_place(
     assert (tmp_path / "log").stat().st_mode & 0o077 == 0
 
 
+def test_a_pipe_in_place_of_the_file_holds_no_lines(writer: FileWriter, tmp_path: Path) -> None:
+    (tmp_path / "log").unlink()
+    os.mkfifo(tmp_path / "log")
+    put(writer, "one")
+    writer.flush(5)
+    assert writer.num_dropped == 1
+    (tmp_path / "log").unlink()
+    put(writer, "two")
+    writer.flush(5)
+    assert (tmp_path / "log").read_text() == 'two\n{"dropped_lines": 1}\n'
+
+
 def test_a_file_that_was_emptied_goes_on_at_its_beginning(
     writer: FileWriter, tmp_path: Path
 ) -> None:

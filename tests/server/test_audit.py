@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -194,3 +196,26 @@ def test_its_lines_are_counted(start_server: Any, tmp_path: Path) -> None:
 def test_a_log_that_cannot_be_written_ends_the_start(options: dict[str, Any], field: str) -> None:
     with pytest.raises(ConfigError, match=field):
         bind(ServerConfig(port=0, **options).resolve())
+
+
+@pytest.mark.parametrize("is_read", [False, True])
+def test_a_log_that_is_no_regular_file_ends_the_start(tmp_path: Path, is_read: bool) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK) if is_read else None
+    refused: list[str] = []
+
+    def start() -> None:
+        try:
+            bind(ServerConfig(port=0, audit_log=str(pipe)).resolve())
+        except ConfigError as error:
+            refused.append(str(error))
+
+    thread = threading.Thread(target=start, daemon=True)  # which may wait for ever for a reader
+    thread.start()
+    thread.join(10)
+    if reader is not None:
+        os.close(reader)
+    assert refused == [
+        f"audit_log {pipe} cannot be written (it is no regular file); give another path"
+    ]
