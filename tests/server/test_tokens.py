@@ -122,6 +122,8 @@ REFUSED = {
     "no tenant": lambda: signed(org=None),
     "tenant a list": lambda: signed(org={"id": ["research"]}),
     "tenant with a line": lambda: signed(org={"id": "a\nb"}),
+    "tenant that is no text": lambda: signed(org={"id": "\ud800"}),
+    "subject that is no text": lambda: signed(sub="\ud800"),
     "deep": lambda: f"{part({'alg': 'RS256'})}.{part(b'[' * 9000)}.AAAA",
     "long": lambda: signed(padding="x" * 20_000),
 }

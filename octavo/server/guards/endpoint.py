@@ -9,6 +9,7 @@ Made by `load`. Owns the connections; time and number of checks are bounded by `
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
@@ -43,7 +44,7 @@ class Endpoint:
         headers = {"content-type": "application/json"}
         content = bytearray()
         async with self._connected().stream(
-            "POST", self._url, content=_encode(check), headers=headers
+            "POST", self._url, content=_encoded(check), headers=headers
         ) as answer:
             if answer.status_code != 200:
                 raise GuardError(f"{self._url} answered {answer.status_code}")
@@ -64,6 +65,16 @@ class Endpoint:
     async def close(self) -> None:
         if self._client is not None:
             await self._client.aclose()
+
+
+def _encoded(check: GuardCheck) -> bytes:
+    """Returns a check as JSON. Halves of characters that a client has spelled become "?": a text
+    that could not be sent would count as a guard that fails, and may be let through then."""
+    try:
+        return _encode(check)
+    except UnicodeEncodeError:
+        told = json.dumps(msgspec.to_builtins(check), ensure_ascii=False)
+        return told.encode("utf-8", "replace")
 
 
 def _verdict(content: bytes) -> Verdict:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jwt
 
+from octavo.engine.messages import is_unicode
 from octavo.server.errors import ApiError
 from octavo.server.tenants.callers import Caller, Scope, Tenant
 from octavo.server.tenants.jwks import RETRY_SECONDS, Jwks, NoKeysError
@@ -126,6 +127,8 @@ class Tokens:
         names = row.scopes or {scope.value: scope for scope in Scope}
         scopes = frozenset(names[word] for word in words if isinstance(word, str) and word in names)
         subject = claims.get("sub")
+        if isinstance(subject, str) and not is_unicode(subject):
+            return None  # JSON can spell half a character; no log or guard could
         return Caller(
             name=subject[:128] if isinstance(subject, str) else name,
             tenant=self._tenant(row.tenant_prefix + name),

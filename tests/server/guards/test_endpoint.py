@@ -12,6 +12,8 @@ import httpx
 import pytest
 
 from octavo.config import ServerConfig
+from octavo.guard import GuardCheck, GuardText, Refuse
+from octavo.server.guards.endpoint import Endpoint
 from tests.server.conftest import ServerThread
 from tests.server.fake_engine import FakeEngine
 
@@ -136,6 +138,28 @@ def test_what_is_no_verdict_closes_the_server(
     response = complete(server)
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "guard_unavailable"
+
+
+async def test_a_text_that_is_no_unicode_is_judged_and_no_failure_of_the_guard(
+    judge: Judge,
+) -> None:
+    judge.verdicts = {"input": (200, b'{"action": "refuse", "reason": "no"}')}
+    judge.asked.clear()
+    text = GuardText(role="user", place="prompt", text="bad \ud800 w\u00f6rd")
+    check = GuardCheck(
+        stage="input",
+        texts=(text,),
+        request_id="x",
+        route="/v1/completions",
+        model="fake",
+        tenant="",
+        key="\udfff",
+    )
+    endpoint = Endpoint(judge.url, 1)
+    assert await endpoint(check) == Refuse("no")
+    await endpoint.close()
+    assert judge.asked[0]["texts"][0]["text"] == "bad ? w\u00f6rd"
+    assert judge.asked[0]["key"] == "?"
 
 
 def test_a_guard_that_is_gone_closes_the_server_in_a_stream_too() -> None:
