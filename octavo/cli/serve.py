@@ -1,8 +1,8 @@
 """`octavo serve`: the OpenAI-compatible server in the foreground.
 
 Called by the command line. Order: check the options, take the port, load the model, print the
-memory plan, the URL and an example, and serve until Ctrl-C. Never imports torch or FastAPI before
-the options and the port are known to be good.
+memory plan, the URL and an example, and serve until Ctrl-C; whoever asks while the model loads gets
+a 503. Never imports torch or FastAPI before the options and the port are known to be good.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
 from octavo.cli.options import (
@@ -109,6 +109,14 @@ async def _serve(
     signals: StopSignals,
     verdicts: Sequence[Verdict],
 ) -> int:
+    import asyncio
+
+    from octavo.server.loading import LoadingPorts
+
+    loading = LoadingPorts(server)
+    loading.open(sockets.api, sockets.metrics)
+    # In a thread: probes are answered meanwhile.
+    await asyncio.to_thread(import_module, "octavo.async_llm")
     from octavo.async_llm import AsyncLLM
     from octavo.server.fronts import Fronts
     from octavo.server.serve import serve, url_of
@@ -127,16 +135,21 @@ async def _serve(
             return signals.exit_code
         url = url_of(sockets.api, "https" if server.ssl_certfile else "http")
         metrics_url = sockets.metrics and url_of(sockets.metrics)
-        say_where = partial(announce, engine, server, url, metrics_url)
+
+        def on_serving() -> None:
+            loading.close()  # Only now: nobody finds a port that nothing answers.
+            announce(engine, server, url, metrics_url)
+
         try:
             if fronts is None:
-                await serve(engine, server, sockets.api, signals, sockets.metrics, say_where)
+                await serve(engine, server, sockets.api, signals, sockets.metrics, on_serving)
             else:
-                await fronts.serve(engine, sockets.api, signals, say_where)
+                await fronts.serve(engine, sockets.api, signals, on_serving)
         except EngineDeadError:
             return 1  # which the log has told
         return 0
     finally:
+        loading.close()
         # Whoever has lost patience, or does so now, does not wait for the engine.
         signals.listen(engine.kill)
         if signals.num_received > 1:
