@@ -89,14 +89,45 @@ def test_servers_know_their_arguments_ports_and_probes(path: Path) -> None:
             )
 
 
+def fits(pod: dict[str, Any], container: dict[str, Any]) -> bool:
+    """Whether a drain does, between the signal and the end."""
+    drain = check_arguments(container["args"]).shutdown_timeout
+    before = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    return pod["terminationGracePeriodSeconds"] >= before + drain + 20
+
+
+def test_a_drain_fits_into_what_kserve_gives_it() -> None:
+    (runtime,) = manifests(DEPLOY / "kserve" / "clusterservingruntime.yaml")
+    (service,) = manifests(DEPLOY / "kserve" / "inferenceservice.yaml")
+    assert fits(service["spec"]["predictor"], runtime["spec"]["containers"][0])
+    (config,) = manifests(DEPLOY / "kserve" / "llminferenceserviceconfig.yaml")
+    assert fits(config["spec"]["template"], config["spec"]["template"]["containers"][0])
+
+
+@pytest.mark.parametrize("path", sorted(DEPLOY.glob("k*/*.yaml")), ids=lambda path: path.name)
+def test_no_probe_ends_a_server_that_loads(path: Path) -> None:
+    for container in containers(manifests(path)):
+        probe = container["startupProbe"]
+        assert probe["httpGet"]["path"] == "/ready"
+        assert probe["periodSeconds"] * probe["failureThreshold"] >= 1200
+
+
+def test_the_store_is_on_no_network_file_system() -> None:
+    found = manifests(DEPLOY / "kubernetes" / "octavo.yaml")
+    (deployment,) = (one for one in found if one["kind"] == "Deployment")
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    folder = check_arguments(container["args"]).store_dir
+    (name,) = (one["name"] for one in container["volumeMounts"] if one["mountPath"] == folder)
+    assert {"name": name, "emptyDir": {}} in pod["volumes"]
+
+
 def test_a_drain_fits_between_the_signal_and_the_end() -> None:
     found = manifests(DEPLOY / "kubernetes" / "octavo.yaml")
     (deployment,) = (one for one in found if one["kind"] == "Deployment")
     pod = deployment["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    drain = check_arguments(container["args"]).shutdown_timeout
-    before = container["lifecycle"]["preStop"]["sleep"]["seconds"]
-    assert pod["terminationGracePeriodSeconds"] >= before + drain + 20
+    assert fits(pod, container)
     unit = (DEPLOY / "systemd" / "octavo.service").read_text()
     (start,) = re.findall(r"^ExecStart=\S+/octavo (.*)$", unit, re.MULTILINE)
     args = check_arguments(start.replace("${MODEL}", "demo").replace(" $ARGS", "").split())
