@@ -30,9 +30,9 @@ _LINE_BYTES = 1024
 """About what a line has besides texts."""
 _CLOSE_SECONDS = 2.0
 _REFUSED_BY = {
-    "invalid_api_key": "key",
+    **dict.fromkeys(("invalid_api_key", "ambiguous_key", "issuer_unavailable"), "key"),
     **dict.fromkeys(("missing_scope", "operator_only", "priority_not_allowed"), "scope"),
-    "rate_limit_exceeded": "budget",
+    **dict.fromkeys(("rate_limit_exceeded", "request_exceeds_budget"), "budget"),
     **dict.fromkeys(("content_filter", "guard_unavailable"), "guard"),
     **dict.fromkeys(("body_too_large", "prompt_too_long", "too_many_messages"), "limit"),
     **dict.fromkeys(("context_length_exceeded", "too_many_lines"), "limit"),

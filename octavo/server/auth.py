@@ -24,8 +24,8 @@ _KEY_HEADERS = frozenset({b"authorization", b"x-api-key"})
 
 class AuthMiddleware:
     """Answers 401 unless `Authorization: Bearer KEY`, or `x-api-key: KEY` where there is no such
-    header, holds a known key (503 for a token whose issuer's keys cannot be had), and 403 unless
-    that has a scope of the route; without keys, no one needs one.
+    header, holds a known key, and 403 unless that has a scope of the route; without keys, no one
+    needs one. 400 where a header holds two keys, 503 for a token whose issuer's keys cannot be had.
 
     Leaves the Caller in `request.state.caller`.
     """
@@ -99,8 +99,13 @@ def require_scope(request: Request, needed: frozenset[callers.Scope]) -> None:
 
 
 def _sent_key(scope: Scope) -> bytes:
-    """Returns the key in the headers, in OpenAI's form or else in Anthropic's."""
-    headers = {name: value for name, value in reversed(scope["headers"]) if name in _KEY_HEADERS}
+    """Returns the key in the headers, in OpenAI's form or else in Anthropic's. Raises ApiError
+    (400) if a header tells two: a proxy before us may have judged the other."""
+    headers: dict[bytes, bytes] = {}
+    for name, value in scope["headers"]:
+        if name in _KEY_HEADERS and headers.setdefault(name, value) != value:
+            message = f"the header {name.decode()} stands there twice; send one key"
+            raise ApiError(400, message, code="ambiguous_key")
     scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
     if scheme.lower() == b"bearer":
         return key.strip()

@@ -44,6 +44,18 @@ def test_a_key_is_taken_in_anthropics_header_where_there_is_no_bearer(start_serv
     assert httpx.get(url, headers=both).status_code == 401
 
 
+@pytest.mark.parametrize("name", ["Authorization", "x-api-key"])
+def test_two_keys_in_one_header_are_refused(start_server: Any, name: str) -> None:
+    start = "Bearer " if name == "Authorization" else ""
+    good, bad = (name, start + KEYS[0]), (name.lower(), start + "other")
+    url = start_server(api_key=KEYS).url + "/v1/models"
+    for headers in ([good, bad], [bad, good]):
+        answer = httpx.get(url, headers=headers)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "ambiguous_key"
+    assert httpx.get(url, headers=[good, good]).status_code == 200
+
+
 def test_every_route_but_health_and_the_bare_page_asks_for_a_key(start_server: Any) -> None:
     server = start_server(api_key=KEYS)
     routes = routes_of(server)

@@ -70,8 +70,17 @@ def test_tokens_that_were_not_used_come_back() -> None:
     assert refused.value.kind == "tokens"
     lease.settle(900, 100)
     assert own.take(one, 900).facts[0].remaining == 0
-    with pytest.raises(ApiError, match="smaller max_tokens"):
-        own.take(one, 2000)
+
+
+def test_what_is_more_than_a_whole_budget_is_not_asked_to_wait() -> None:
+    one, own = tenant(requests_per_minute=1, tokens_per_minute=1000), budgets()
+    own.take(one, 1)  # none is left of its requests either, for which it would wait in vain
+    for amount in (1001, 2000):
+        with pytest.raises(ApiError, match="smaller max_tokens") as refused:
+            own.take(one, amount)
+        assert (refused.value.status, refused.value.code) == (400, "request_exceeds_budget")
+        assert refused.value.kind is None
+        assert "Retry-After" not in (refused.value.headers or {})
 
 
 def test_a_day_has_its_tokens_beside_the_minutes() -> None:
@@ -219,7 +228,11 @@ def test_tokens_are_taken_for_the_longest_answer_and_settled_by_the_real_one(ser
     assert left == 1000 - first.json()["usage"]["prompt_tokens"] - 8
     second = ask(server, "tokens", max_tokens=8)
     assert int(second.headers["x-ratelimit-remaining-tokens"]) <= left - used + 60
-    assert ask(server, "tokens", max_tokens=1000).status_code == 429
+    refused = ask(server, "tokens", max_tokens=1000)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["code"] == "request_exceeds_budget"
+    assert refused.json()["error"]["type"] == "invalid_request_error"
+    assert "retry-after" not in refused.headers
     assert UNSTATED_TOKENS < 1000
 
 

@@ -24,6 +24,7 @@ from octavo.server.tenants.counts import SharedCounts, Usage
 UNSTATED_TOKENS = 512
 """What an answer is taken for whose client sets no limit, until it ends."""
 CODE = "rate_limit_exceeded"
+TOO_LARGE = "request_exceeds_budget"
 Header = tuple[bytes, bytes]
 
 
@@ -60,8 +61,9 @@ class Budgets:
                 self._refuse_beyond(tenant.limits, usage, (1, 1, 1), now, is_counted=True)
 
     def take(self, tenant: Tenant, num_tokens: int, is_batch: bool = False) -> Lease:
-        """Returns the lease of a call that may use so many tokens. Raises ApiError (429). Lines of
-        batches have a pace of their own: only their tokens count."""
+        """Returns the lease of a call that may use so many tokens. Raises ApiError: 429, or 400 if
+        it is more than the tenant ever has. Lines of batches have a pace of their own: only their
+        tokens count."""
         if not tenant.limits.is_counted:
             return NO_LEASE
         now, amounts = self._clock(), (0 if is_batch else 1, num_tokens, num_tokens)
@@ -100,7 +102,9 @@ class Budgets:
         now: float,
         is_counted: bool,
     ) -> None:
-        for meter, limit in _limited(limits):
+        # First those that never suffice: waiting for another would be in vain.
+        meters = sorted(_limited(limits), key=lambda one: amounts[one[0].place] <= one[1])
+        for meter, limit in meters:
             amount = amounts[meter.place]
             used = _used(usage, meter, limit, now)
             if amount and used + amount > limit:
@@ -214,17 +218,18 @@ def _facts(limits: Limits, usage: Usage, now: float) -> Iterator[Fact]:
 
 def _beyond(meter: _Meter, limit: int, used: float, amount: int, facts: list[Fact]) -> ApiError:
     period = "day" if meter.seconds > 60 else "minute"
-    seconds = max(1, math.ceil((used + amount - limit) * meter.seconds / limit))
     if amount > limit:
+        # No 429: clients come back after one, and would never be let in.
         message = (
             f"the request may use {amount} {meter.kind}, more than your {limit} a {period}; send "
             "less, or ask for a smaller max_tokens"
         )
-    else:
-        message = (
-            f"rate limit reached: {limit} {meter.kind} a {period}, {math.ceil(used)} used, "
-            f"{amount} asked for; try again in {_duration(seconds)}"
-        )
+        return ApiError(400, message, code=TOO_LARGE, headers=_headers(facts))
+    seconds = max(1, math.ceil((used + amount - limit) * meter.seconds / limit))
+    message = (
+        f"rate limit reached: {limit} {meter.kind} a {period}, {math.ceil(used)} used, "
+        f"{amount} asked for; try again in {_duration(seconds)}"
+    )
     headers = {"Retry-After": str(seconds), **_headers(facts)}
     return ApiError(429, message, code=CODE, kind=meter.kind, headers=headers)
 

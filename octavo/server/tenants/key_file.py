@@ -200,7 +200,8 @@ def key_file(path: Path, content: bytes) -> KeyFile:
     for field in ("name", "hash"):
         counted = Counter(getattr(row, field) for row in rows.keys)
         if twice := [value for value, count in counted.items() if count > 1]:
-            raise _broken(path, f"{len(twice)} {field}s stand there twice, like {twice[0]}")
+            more = f", and {len(twice) - 1} more" if len(twice) > 1 else ""
+            raise _broken(path, f"more than one key has the {field} {twice[0]}{more}")
     return KeyFile(rows)
 
 
