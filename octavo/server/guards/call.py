@@ -14,7 +14,7 @@ from octavo.guard import GuardCheck, GuardText, Refuse, Stage, Verdict
 from octavo.outputs import OutputDelta
 from octavo.server.engine_client import ServerTokenizer
 from octavo.server.exchange import Exchange
-from octavo.server.guards.gate import Gate
+from octavo.server.guards.gate import Gate, because
 from octavo.server.state import server_state
 from octavo.server.tenants.callers import caller_of
 
@@ -112,7 +112,7 @@ class CallGuard:
             found = exchange.guarded = exchange.guarded or {}
             found[what] = found.get(what, 0) + 1
             if isinstance(verdict, Refuse):
-                exchange.reason = f"the guard refused the {stage}: {verdict.reason}"
+                exchange.reason = f"the guard refused the {stage}{because(verdict)}"
         return verdict
 
 

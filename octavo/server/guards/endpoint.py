@@ -40,11 +40,17 @@ class Endpoint:
         self._client: httpx.AsyncClient | None = None
 
     async def __call__(self, check: GuardCheck) -> Verdict:
-        """Returns the verdict. Raises GuardError, httpx.HTTPError."""
+        """Returns the verdict. Raises GuardError."""
+        try:
+            return _verdict(await self._answer(_encoded(check)))
+        except httpx.HTTPError as error:
+            raise GuardError(f"{type(error).__name__}: {error}") from error
+
+    async def _answer(self, check: bytes) -> bytes:
         headers = {"content-type": "application/json"}
         content = bytearray()
         async with self._connected().stream(
-            "POST", self._url, content=_encoded(check), headers=headers
+            "POST", self._url, content=check, headers=headers
         ) as answer:
             if answer.status_code != 200:
                 raise GuardError(f"{self._url} answered {answer.status_code}")
@@ -52,7 +58,7 @@ class Endpoint:
                 content += piece
                 if len(content) > MAX_ANSWER_BYTES:
                     raise GuardError(f"{self._url} answered more than {MAX_ANSWER_BYTES} bytes")
-        return _verdict(bytes(content))
+        return bytes(content)
 
     def _connected(self) -> httpx.AsyncClient:
         if self._client is None:
@@ -89,4 +95,4 @@ def _verdict(content: bytes) -> Verdict:
     if found.action == "rewrite" and found.texts is not None:
         return Rewrite(found.texts)
     message = "action must be allow, refuse, or rewrite with texts"
-    raise GuardError(f"its answer is no verdict: {message}, got {found.action!r}")
+    raise GuardError(f"its answer is no verdict: {message}")

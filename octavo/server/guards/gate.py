@@ -11,6 +11,7 @@ import inspect
 import logging
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -80,6 +81,8 @@ class Gate:
         self._tasks: set[asyncio.Future[Any]] = set()
         self._logged_at = -LOG_SECONDS
         self._num_unlogged = 0
+        self._last_failure = ""
+        self._log_timer: asyncio.TimerHandle | None = None
 
     @property
     def counts(self) -> Mapping[tuple[str, str], int]:
@@ -101,7 +104,7 @@ class Gate:
         except TimeoutError:
             return self._unjudged(check, "timeout", f"no answer within {limits.seconds:g} s")
         except Exception as error:  # the edge: whatever a foreign function raises
-            return self._unjudged(check, "error", f"{type(error).__name__}: {error}")
+            return self._unjudged(check, "error", _described(error))
         finally:
             self.seconds.observe(time.monotonic() - began)
         self._counts[check.stage, _OUTCOMES[type(verdict)]] += 1
@@ -111,6 +114,9 @@ class Gate:
         """Lets the guard's connections go."""
         for task in self._tasks:
             task.cancel()
+        if self._log_timer is not None:
+            self._log_timer.cancel()
+            self._log()
         if isinstance(self._guard, Closing):
             await self._guard.close()
 
@@ -154,7 +160,7 @@ class Gate:
         if told.done():
             return
         if failure is not None:
-            told.set_exception(GuardError(f"{type(failure).__name__}: {failure}"))
+            told.set_exception(GuardError(_described(failure)))
         else:
             told.set_result(result)
 
@@ -169,16 +175,39 @@ class Gate:
         """Counts a check without a verdict. Raises ApiError unless all is let through then."""
         self._counts[check.stage, outcome] += 1
         self._num_unlogged += 1
-        now, is_open = time.monotonic(), self._limits.fails_open
-        if now - self._logged_at >= LOG_SECONDS:
-            what = "let through unjudged" if is_open else "refused"
-            message = "%d checks by the guard failed and were %s; the last: %s"
-            logger.error(message, self._num_unlogged, what, reason)
-            self._logged_at, self._num_unlogged = now, 0
-        if not is_open:
+        self._last_failure = reason
+        if self._log_timer is None:
+            wait = self._logged_at + LOG_SECONDS - time.monotonic()
+            if wait <= 0:
+                self._log()
+            else:
+                # Perhaps no other check fails later, and these would never be told of.
+                self._log_timer = asyncio.get_running_loop().call_later(wait, self._log)
+        if not self._limits.fails_open:
             message = "the guard of this server has not answered; try again later"
             headers = {"Retry-After": "1"}
             raise ApiError(503, message, code=UNAVAILABLE, headers=headers)
+
+    def _log(self) -> None:
+        what = "let through unjudged" if self._limits.fails_open else "refused"
+        message = "%d checks by the guard failed and were %s; the last: %s"
+        logger.error(message, self._num_unlogged, what, self._last_failure)
+        self._logged_at, self._num_unlogged, self._log_timer = time.monotonic(), 0, None
+
+
+def because(refusal: Refuse) -> str:
+    """Returns the end of a sentence that tells of a refusal: its reason, if it has one."""
+    return f": {refusal.reason}" if refusal.reason else ""
+
+
+def _described(error: BaseException) -> str:
+    """Words a failure for the log. The text of a foreign exception may quote what the guard was
+    shown, so that it is left out; where it was raised says as much to whoever wrote the guard."""
+    if isinstance(error, GuardError):  # our own words
+        return str(error)
+    places = traceback.extract_tb(error.__traceback__, limit=-1)
+    where = "".join(f" at {one.filename}:{one.lineno}" for one in places)
+    return f"{type(error).__name__}{where} (its text may quote a prompt, and is not logged)"
 
 
 async def _told(work: asyncio.Future[Any]) -> object:

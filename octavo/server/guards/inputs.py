@@ -19,7 +19,7 @@ from starlette.requests import Request
 from octavo.guard import GuardText, Refuse
 from octavo.server.errors import ApiError
 from octavo.server.guards.call import CallGuard
-from octavo.server.guards.gate import Gate
+from octavo.server.guards.gate import Gate, because
 from octavo.server.protocol.chat import ChatRequest
 from octavo.server.protocol.completions import CompletionRequest
 from octavo.server.protocol.pooling import InputFields, RerankRequest, ScoreRequest
@@ -99,7 +99,7 @@ async def _checked(request: Request, body: Body, gate: Gate, shown: Sequence[_Sh
     if verdict is None:
         return body
     if isinstance(verdict, Refuse):
-        message = f"this server's guard refused the request: {verdict.reason}"
+        message = f"this server's guard refused the request{because(verdict)}"
         raise ApiError(400, message, code=CONTENT_FILTER, param=body.field_name(_field(shown)))
     changes: dict[str, Any] = {}
     for one, text in zip(shown, verdict.texts, strict=True):

@@ -52,6 +52,19 @@ def broken(check: GuardCheck) -> Verdict:
     raise ValueError("no judgement")
 
 
+def quoting(check: GuardCheck) -> Verdict:
+    raise ValueError(f"cannot judge {check.texts[0].text}")
+
+
+async def quoting_async(check: GuardCheck) -> Verdict:
+    return quoting(check)
+
+
+def silent(check: GuardCheck) -> Verdict:
+    """Refuses without a reason."""
+    return Refuse("")
+
+
 def senseless(check: GuardCheck) -> object:
     return "yes"
 
