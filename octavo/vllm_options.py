@@ -150,5 +150,21 @@ SYNONYMS = {
     "cors_allow_origins": "allowed_origins",
     "model_name": "served_model_name",
     "api_keys": "api_key",
+    # TGI's
+    "hostname": "host",
+    "num_shard": "tensor_parallel_size",
+    "sharded": "tensor_parallel_size",
+    "max_total_tokens": "max_model_len",
+    "max_input_tokens": "max_prompt_tokens",
+    "max_input_length": "max_prompt_tokens",
+    "max_batch_prefill_tokens": "max_num_batched_tokens",
+    "max_batch_size": "max_num_seqs",
+    "max_concurrent_requests": "max_num_queued_requests",
+    "cuda_memory_fraction": "gpu_memory_utilization",
+    "cors_allow_origin": "allowed_origins",
+    "json_output": "log_format",
+    "otlp_endpoint": "otlp_traces_endpoint",
+    "prometheus_port": "metrics_port",
+    "huggingface_hub_cache": "download_dir",
 }
 """What other engines call an option, for hints."""

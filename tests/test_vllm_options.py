@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import fields as fields_of
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import pytest
 from octavo import LLM
 from octavo.cli import main
 from octavo.cli.commands import build_parser
+from octavo.config import EngineConfig, ServerConfig
 from octavo.errors import ConfigError
-from octavo.vllm_options import log_verdicts, nearest, read_options
+from octavo.vllm_options import SYNONYMS, log_verdicts, nearest, read_options
 
 SO_ANYWAY = """
 --trust-remote-code | --no-trust-remote-code | --enable-chunked-prefill | --disable-log-requests
@@ -139,6 +141,10 @@ def test_all_that_cannot_be_used_is_named_at_once(capsys: pytest.CaptureFixture[
         ("--cors-origins", "--allowed-origins"),
         ("--allowed-origin", "--allowed-origins"),
         ("--enable-prefix-cachin", "--enable-prefix-caching"),
+        ("--num-shard", "--tensor-parallel-size"),
+        ("--max-total-tokens", "--max-model-len"),
+        ("--max-input-tokens", "--max-prompt-tokens"),
+        ("--prometheus-port", "--metrics-port"),
         ("--generation", None),
         ("--loras", None),
         ("--quantize", None),
@@ -155,9 +161,16 @@ def test_a_hint_is_right_or_there_is_none(
     assert f"did you mean {hint}?" in error or hint is None
 
 
-def test_a_model_with_a_flag_is_told_how_it_is_given(capsys: pytest.CaptureFixture[str]):
-    error = refusal(["serve", "--model", "demo"], capsys)
-    assert "MODEL is given without --model" in error
+def test_every_hint_is_an_option_of_the_server():
+    fields = {field.name for config in (EngineConfig, ServerConfig) for field in fields_of(config)}
+    assert set(SYNONYMS.values()) <= fields
+    assert not SYNONYMS.keys() & fields
+
+
+@pytest.mark.parametrize("flag", ["--model", "--model-id"])
+def test_a_model_with_a_flag_is_told_how_it_is_given(flag: str, capsys: pytest.CaptureFixture[str]):
+    error = refusal(["serve", flag, "demo"], capsys)
+    assert f"MODEL is given without {flag}," in error
 
 
 def test_no_hint_leads_to_another_option_of_vllms():

@@ -104,10 +104,10 @@ class Parser(argparse.ArgumentParser):
         follows = False
         for given in unknown:
             is_option = given.startswith("-")
-            if given.split("=")[0] == "--model":
-                yield "MODEL is given without --model, as the first argument"
+            if (flag := given.split("=")[0]) in ("--model", "--model-id"):
+                yield f"MODEL is given without {flag}, as the first argument"
             elif is_option or not follows:  # else the value of the one before
-                near = nearest(given.split("=")[0], known) if is_option else None
+                near = nearest(flag, known) if is_option else None
                 yield f"unknown argument {given!r}" + (f"; did you mean {near}?" if near else "")
             follows = is_option and "=" not in given
 

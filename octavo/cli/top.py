@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from octavo.cli.options import Parser, Subparsers
+from octavo.config.environment import environment_keys
 from octavo.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ EXAMPLES = """examples:
   octavo top --url http://host:8000 --api-key OPERATOR_KEY
   octavo top --once                            print it once"""
 DEFAULT_URL = "http://127.0.0.1:8000"
+KEY_HINT = "give an operator's key as --api-key, or in OCTAVO_OPERATOR_KEY"
 MIN_PERIOD_SECONDS = 0.2
 TIMEOUT_SECONDS = 5.0
 _BAR = 24
@@ -38,7 +40,11 @@ def add_parser(subparsers: Subparsers) -> None:
     parser: Parser = subparsers.add_parser("top", help=HELP, description=HELP, epilog=EXAMPLES)
     add = parser.add_argument
     add("--url", metavar="URL", default=DEFAULT_URL, help=f"server (default: {DEFAULT_URL})")
-    add("--api-key", metavar="TEXT", default="", help="operator's key, where the server has keys")
+    add(
+        "--api-key",
+        metavar="TEXT",
+        help="operator's key, where the server has keys (also OCTAVO_OPERATOR_KEY, OCTAVO_API_KEY)",
+    )
     add("--period", type=float, metavar="SECONDS", default=1.0, help="between two looks")
     add("--once", action="store_true", help="look twice, print once")
     parser.set_defaults(run=run, parser=parser)
@@ -53,7 +59,10 @@ def run(args: argparse.Namespace) -> int:
     if not MIN_PERIOD_SECONDS <= args.period <= 3600:
         message = f"--period must be in {MIN_PERIOD_SECONDS}..3600 seconds, got {args.period:g}"
         raise ConfigError(message, field="period")
-    headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
+    key = args.api_key
+    if key is None:
+        key = environment_keys("operator_key") or environment_keys("api_key")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         client = httpx.Client(base_url=args.url, headers=headers, timeout=TIMEOUT_SECONDS)
     except (httpx.InvalidURL, ValueError) as error:
@@ -91,8 +100,10 @@ def ask(client: httpx.Client) -> dict[str, Any]:
         said = answer.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
         said = "is that an Octavo server?"
-    hint = "; give an operator's key as --api-key" if answer.status_code in (401, 403) else ""
-    raise RequestError(f"{client.base_url}live answers {answer.status_code}: {said}{hint}")
+    hint = f"; {KEY_HINT}" if answer.status_code in (401, 403) else ""
+    raise RequestError(
+        f"{answer.url.copy_with(query=None)} answers {answer.status_code}: {said}{hint}"
+    )
 
 
 def screen(before: dict[str, Any], now: dict[str, Any]) -> RenderableType:

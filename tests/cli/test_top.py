@@ -108,7 +108,22 @@ def test_a_running_server_is_shown_once(
     assert run(parse([*words, "--api-key", "operator"])) == 0
     assert "fake" in capsys.readouterr().out
     assert run(parse([*words, "--api-key", "wrong"])) == 2
-    assert "give an operator's key as --api-key" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{url}/live answers 401: " in error
+    assert "give an operator's key as --api-key" in error
+
+
+def test_the_key_may_stand_in_the_environment_where_no_list_of_processes_shows_it(
+    start_server: StartServer,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url = start_server(operator_key=("operator",), api_key=("tenant",)).url
+    words = ["top", "--url", url, "--once", "--period", "0.2"]
+    monkeypatch.setenv("OCTAVO_API_KEY", "tenant")
+    assert run(parse(words)) == 2
+    monkeypatch.setenv("OCTAVO_OPERATOR_KEY", "operator")
+    assert run(parse(words)) == 0
+    assert run(parse([*words, "--api-key", "wrong"])) == 2
 
 
 @pytest.mark.parametrize(
