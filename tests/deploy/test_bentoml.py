@@ -18,6 +18,7 @@ from openai import BadRequestError, NotFoundError, OpenAI
 from benchmarks.process_figures import children_of
 from octavo.server.tenants.route_scopes import ROUTE_SCOPES
 from tests.deploy.own_python import ROOT, python_with
+from tests.deploy.process_tree import end_tree, end_with_parent
 
 pytestmark = [pytest.mark.slow, pytest.mark.demo]
 INSTALL_SECONDS = 240
@@ -59,8 +60,10 @@ class Service:
                 stderr=log,
                 env=environment,
                 cwd=ROOT / "deploy" / "bentoml",
+                preexec_fn=end_with_parent,
             )
         self.told = set[int]()
+        self.started: list[int] = []
 
     def await_ready(self) -> None:
         end = time.monotonic() + START_SECONDS
@@ -72,13 +75,6 @@ class Service:
             except httpx.TransportError:
                 time.sleep(0.1)
 
-    def descendants(self) -> list[int]:
-        found, wanted = list[int](), [self.process.pid]
-        while wanted:
-            wanted += (children := children_of(wanted.pop()))
-            found += children
-        return found
-
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
@@ -89,8 +85,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         found.await_ready()
         yield found
     finally:
-        found.process.kill()  # has ended, if all is well
-        found.process.wait()
+        end_tree(found.process, found.started)  # has ended, if all is well
 
 
 @pytest.fixture
@@ -144,7 +139,7 @@ def test_mistakes_are_the_clients(client: OpenAI) -> None:
 
 def test_its_end_leaves_no_process(service: Service) -> None:
     """The last one: nothing is answered afterwards."""
-    started = service.descendants()
+    started = service.started = children_of(service.process.pid)
     assert started
     service.process.send_signal(signal.SIGTERM)
     service.process.wait(90)
