@@ -10,8 +10,9 @@ Deterministic steps take grouped.py throughout: both of its ways give the same b
 the only place that chooses, shapes.py has the launch shapes. The parts of few and more are summed
 by combine.py, unless the next norm does it; biases of the last products are added by biases.py.
 
-Packed weights: packed_pairs.py for pairs.py; hopper/fp8.py where FP8 meets FP8 on Hopper, fp8.py
-elsewhere; unpacked.py for very many rows of other formats.
+Packed weights: on Hopper hopper/fp8.py where FP8 meets FP8, and hopper/ring.py for the formats and
+sizes that it takes; else packed_pairs.py for pairs.py, fp8.py for many rows of FP8, and unpacked.py
+for very many of other formats.
 
 Softmax and top k alone are routed by route.py, for one token within the router's product
 (product/norm_matvec.py); every other rule by route_by_rule.py.

@@ -116,7 +116,7 @@ def _run_packed(
         of_ring = ring_experts_shape(
             *(*topk_ids.shape, experts.count, *sizes, gate, down), is_lone=is_of_pairs
         )
-        # What follows a lone token would have its parts added by a kernel of torch.
+        # A lone token's next norm may stand within a product, which takes one row and no parts.
         in_parts = in_parts and not is_of_pairs
         return ring.ring_experts(*chosen, of_ring, tickets, in_parts=in_parts)
     if num_pairs > UNPACKED_ROWS * experts.count:

@@ -9,4 +9,5 @@
 | online softmax, and the merge of its parts | softmax.py |
 | which keys a query sees | visible.py |
 | gated activations | activation.py |
+| on Hopper: rings of codes, sums over programs, products of FP8 and what ends them | hopper/ |
 """

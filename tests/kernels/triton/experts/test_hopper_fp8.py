@@ -80,7 +80,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from octavo.kernels.triton.experts.hopper import fp8
-from octavo.kernels.triton.tiles.hopper_fp8 import TILE_LAYOUT
+from octavo.kernels.triton.tiles.hopper.fp8 import TILE_LAYOUT
 
 kernel = fp8.fp8_pieces_kernel._function
 types = dict.fromkeys(("x_scales", "first_scales", "second_scales", "out_scales"), "*fp32")

@@ -16,6 +16,7 @@ from octavo.kernels.triton.experts import choose  # isort: skip
 from octavo.kernels.triton.experts.hopper import ring  # isort: skip
 from octavo.kernels.triton.experts.shapes import ring_experts_shape  # isort: skip
 from octavo.kernels.triton.launching.chip import has_wgmma  # isort: skip
+from octavo.kernels.triton.tuning.shapes import Shapes  # isort: skip
 from octavo.kernels.weights import ExpertBiases  # isort: skip
 
 on_hopper = pytest.mark.skipif(not has_wgmma(torch.device(DEVICE)), reason="needs a Hopper GPU")
@@ -34,6 +35,25 @@ def inputs(count: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, 
     ids[-1, 0] = -1
     weights = torch.rand(count, TOP_K, generator=generator)
     return x.to(DEVICE), weights.to(DEVICE), ids.to(DEVICE)
+
+
+def test_a_lone_token_has_no_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, _ = packed_experts("int4_128_f16", "int4_128_f16", COUNT, HIDDEN, INNER)
+    wanted: list[bool] = []
+
+    def run(x: torch.Tensor, *rest: object, in_parts: bool) -> torch.Tensor:
+        wanted.append(in_parts)
+        return x
+
+    monkeypatch.setattr(choose.ring, "fits", lambda *arguments: True)
+    monkeypatch.setattr(choose.ring, "ring_experts", run)
+    for count in (1, 40):
+        choose.run_experts(
+            *(*inputs(count, torch.bfloat16), experts, "silu", None, None, Shapes()),
+            is_deterministic=False,
+            in_parts=True,
+        )
+    assert wanted == [False, True]
 
 
 @pytest.mark.parametrize(

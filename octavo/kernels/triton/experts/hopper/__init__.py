@@ -1,1 +1,2 @@
-"""Experts on Hopper where FP8 weights meet FP8 activations (fp8.py)."""
+"""Experts with packed weights on Hopper: FP8 that meets FP8 activations (fp8.py), and codes that
+become numbers on their way to the tensor cores (ring.py)."""

@@ -28,7 +28,7 @@ from octavo.kernels.triton.launching.chip import has_wgmma, num_processors
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options
 from octavo.kernels.triton.small.quantize import Fp8Rows, quantize_rows
-from octavo.kernels.triton.tiles.hopper_fp8 import (
+from octavo.kernels.triton.tiles.hopper.fp8 import (
     HALF,
     TILE,
     TILE_LAYOUT,
@@ -37,7 +37,7 @@ from octavo.kernels.triton.tiles.hopper_fp8 import (
     multiply_few,
     multiply_many,
 )
-from octavo.kernels.triton.tiles.hopper_fp8_ends import (
+from octavo.kernels.triton.tiles.hopper.fp8_ends import (
     in_words,
     rounded,
     silu_times,
