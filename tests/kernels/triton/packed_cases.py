@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.planes import Planes, empty_planes, values_of
-from octavo.kernels.triton.experts.stacks import StackedExperts
 from octavo.planes import PLANE_LAYOUTS, PlaneLayout
 from octavo.weights.random_planes import fill_random
 from tests.kernels.triton.interpreter import DEVICE
+
+from octavo.kernels.triton.experts.choose import run_experts  # isort: skip
+from octavo.kernels.triton.experts.stacks import StackedExperts  # isort: skip
+from octavo.kernels.triton.tuning.shapes import Shapes  # isort: skip
 
 
 def planes(layout: PlaneLayout, rows: int, cols: int, seed: int = 0) -> Planes:
@@ -48,3 +51,29 @@ def packed_experts(
         values_of(of_down, downs, inner).view(count, hidden, inner).double(),
     )
     return experts, exact
+
+
+def expected_experts(x: Tensor, weights: Tensor, ids: Tensor, values: tuple[Tensor, ...]) -> Tensor:
+    """Returns the weighted sum of the chosen experts with these values, in float64."""
+    gate, up, down = values
+    out = torch.zeros(x.shape, dtype=torch.double, device=DEVICE)
+    for row in range(len(x)):
+        for weight, expert in zip(weights[row], ids[row].tolist(), strict=True):
+            if expert >= 0:
+                one = x[row].double()
+                hidden = torch.nn.functional.silu(gate[expert] @ one) * (up[expert] @ one)
+                out[row] += weight.double() * (down[expert] @ hidden)
+    return out
+
+
+def found_experts(
+    case: tuple[Tensor, Tensor, Tensor], experts: object, *, is_deterministic: bool = False
+) -> Tensor:
+    """Returns what the back end's own choice of kernel says of x, weights and ids."""
+    out, is_whole = run_experts(
+        *(*case, experts, "silu", None, None, Shapes()),  # type: ignore[arg-type]
+        is_deterministic=is_deterministic,
+        in_parts=False,
+    )
+    assert is_whole
+    return out

@@ -7,25 +7,16 @@ import torch
 from torch import Tensor
 
 from tests.kernels.triton.interpreter import DEVICE
-from tests.kernels.triton.packed_cases import error_of, packed_experts
+from tests.kernels.triton.packed_cases import (
+    error_of,
+    expected_experts,
+    found_experts,
+    packed_experts,
+)
 
 from octavo.kernels.triton.experts import choose  # isort: skip
-from octavo.kernels.triton.experts.choose import run_experts  # isort: skip
-from octavo.kernels.triton.tuning.shapes import Shapes  # isort: skip
 
 COUNT, HIDDEN, INNER, TOP_K = 3, 96, 64, 2
-
-
-def expected(x: Tensor, weights: Tensor, ids: Tensor, values: tuple[Tensor, ...]) -> Tensor:
-    gate, up, down = values
-    out = torch.zeros(x.shape, dtype=torch.double, device=DEVICE)
-    for row in range(len(x)):
-        for weight, expert in zip(weights[row], ids[row].tolist(), strict=True):
-            if expert >= 0:
-                one = x[row].double()
-                hidden = torch.nn.functional.silu(gate[expert] @ one) * (up[expert] @ one)
-                out[row] += weight.double() * (down[expert] @ hidden)
-    return out
 
 
 def inputs(count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,18 +27,6 @@ def inputs(count: int) -> tuple[Tensor, Tensor, Tensor]:
     ids[-1, 0] = -1
     weights = torch.rand(count, TOP_K, generator=generator)
     return x.to(DEVICE), weights.to(DEVICE), ids.to(DEVICE)
-
-
-def found(
-    case: tuple[Tensor, Tensor, Tensor], experts: object, *, is_deterministic: bool = False
-) -> Tensor:
-    out, is_whole = run_experts(
-        *(*case, experts, "silu", None, None, Shapes()),  # type: ignore[arg-type]
-        is_deterministic=is_deterministic,
-        in_parts=False,
-    )
-    assert is_whole
-    return out
 
 
 ALL = (
@@ -62,16 +41,16 @@ ALL = (
 def test_packed_experts_equal_float64(formats: tuple[str, str], count: int):
     experts, values = packed_experts(*formats, COUNT, HIDDEN, INNER)
     case = inputs(count)
-    assert error_of(found(case, experts), expected(*case, values)) < 2e-6
+    assert error_of(found_experts(case, experts), expected_experts(*case, values)) < 2e-6
 
 
 def test_many_tokens_are_sorted_unpacked_or_rounded_to_fp8(monkeypatch: pytest.MonkeyPatch):
     case = inputs(12)
     experts, values = packed_experts("int4_64_f16", "int4_64_f16", COUNT, HIDDEN, INNER)
     monkeypatch.setattr(choose, "UNPACKED_ROWS", 1)
-    assert error_of(found(case, experts), expected(*case, values)) < 2e-6
+    assert error_of(found_experts(case, experts), expected_experts(*case, values)) < 2e-6
     experts, values = packed_experts("fp8_row", "fp8_row", COUNT, HIDDEN, INNER)
     monkeypatch.setattr(choose, "FP8_ROWS", 1)
-    assert 1e-3 < error_of(found(case, experts), expected(*case, values)) < 6e-2
-    exact = found(case, experts, is_deterministic=True)
-    assert error_of(exact, expected(*case, values)) < 2e-6
+    assert 1e-3 < error_of(found_experts(case, experts), expected_experts(*case, values)) < 6e-2
+    exact = found_experts(case, experts, is_deterministic=True)
+    assert error_of(exact, expected_experts(*case, values)) < 2e-6

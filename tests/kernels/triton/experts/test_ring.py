@@ -8,9 +8,13 @@ import pytest
 import torch
 
 from octavo.planes import PLANE_LAYOUTS
-from tests.kernels.triton.experts.test_packed import expected, found
 from tests.kernels.triton.interpreter import DEVICE
-from tests.kernels.triton.packed_cases import error_of, packed_experts
+from tests.kernels.triton.packed_cases import (
+    error_of,
+    expected_experts,
+    found_experts,
+    packed_experts,
+)
 
 from octavo.kernels.triton.experts import choose  # isort: skip
 from octavo.kernels.triton.experts.hopper import ring  # isort: skip
@@ -87,11 +91,11 @@ def test_rows_that_are_to_be_invariant_go_elsewhere(monkeypatch: pytest.MonkeyPa
     said = torch.zeros(3, HIDDEN, device=DEVICE)
     monkeypatch.setattr(ring, "fits", lambda *_: True)
     monkeypatch.setattr(ring, "ring_experts", lambda *_, in_parts: said)
-    assert found(case, experts) is said
-    exact = found(case, experts, is_deterministic=True)
-    assert error_of(exact, expected(*case, values)) < 2e-6
+    assert found_experts(case, experts) is said
+    exact = found_experts(case, experts, is_deterministic=True)
+    assert error_of(exact, expected_experts(*case, values)) < 2e-6
     monkeypatch.setattr(choose, "UNPACKED_ROWS", 0)
-    assert error_of(found(case, experts), expected(*case, values)) < 2e-6
+    assert error_of(found_experts(case, experts), expected_experts(*case, values)) < 2e-6
 
 
 @pytest.mark.parametrize("kinds", [("int4_128_f16", "fp8"), ("int4_32_f16", "int4_128_f16")])
@@ -120,4 +124,4 @@ def test_experts_equal_float64(kind: str, dtype: torch.dtype):
         case = inputs(count, dtype)
         x, weights, ids = case
         case = x * 0.01, weights, ids
-        assert error_of(found(case, experts), expected(*case, values)) < 8e-3
+        assert error_of(found_experts(case, experts), expected_experts(*case, values)) < 8e-3
