@@ -77,3 +77,25 @@ def test_twenty_greedy_texts_of_64_tokens_are_those_of_transformers() -> None:
         assert (said.finish_reason == "stop") == ended
         assert ended or len(said.token_ids) == NEW_TOKENS
         assert said.text == tokenizer.decode(said.token_ids)
+
+
+@pytest.mark.demo
+def test_activations_in_int8_change_little_of_what_is_said() -> None:
+    questions = [QUESTIONS[i] for i in (2, 3, 5, 14)]
+    params = SamplingParams(temperature=0.0, max_tokens=8, logprobs=1)
+    said: list[list[list[int]]] = []
+    first: list[list[float]] = []
+    for activation_dtype in ("auto", "int8"):
+        llm = LLM("demo", device="cpu", max_model_len=512, activation_dtype=activation_dtype)
+        ids = [
+            llm.tokenizer.encode_chat([{"role": "user", "content": question}]).token_ids
+            for question in questions
+        ]
+        outputs = [one.outputs[0] for one in llm.generate(ids, params, use_tqdm=False)]
+        llm.close()
+        said.append([list(one.token_ids) for one in outputs])
+        first.append([one.logprobs[0][one.token_ids[0]].logprob for one in outputs if one.logprobs])
+    assert said[0] == said[1]
+    distances = [abs(exact - rounded) for exact, rounded in zip(*first, strict=True)]
+    assert len(distances) == len(questions)
+    assert 0 < max(distances) < 0.3

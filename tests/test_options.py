@@ -14,8 +14,8 @@ CONFIGS = (EngineConfig, ServerConfig)
 ROOT = Path(__file__).resolve().parents[1]
 
 ENGINE_OPTIONS = """
---tokenizer --revision --download-dir --dtype --load-format --quantization --max-model-len
---allow-longer-than-trained --max-num-seqs --max-num-batched-tokens --step-stretch
+--tokenizer --revision --download-dir --dtype --activation-dtype --load-format --quantization
+--max-model-len --allow-longer-than-trained --max-num-seqs --max-num-batched-tokens --step-stretch
 --max-num-queued-requests --block-size --gpu-memory-utilization --kv-cache-memory-bytes
 --kv-cache-dtype --prefix-caching --kv-events-config
 --tensor-parallel-size --data-parallel-size --enable-expert-parallel --rank-address

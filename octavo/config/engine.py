@@ -17,6 +17,7 @@ from octavo.tools.detect import REASONING_PARSERS, TOOL_PARSERS
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 """vLLM's other words for the same formats."""
+ACTIVATION_DTYPES = ("auto", "int8")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 ATTENTION_BACKENDS = ("auto", "triton", "native", "reference")
 MIN_STRETCH, MAX_STRETCH = 1.1, 1000.0
@@ -46,6 +47,12 @@ class EngineConfig:
         "multiplies them with",
         choices=DTYPES,
         aliases=DTYPE_ALIASES,
+    )
+    activation_dtype: str = option(
+        "auto",
+        "what a CPU rounds activations to before it multiplies weights in 4 to 8 bits with them: "
+        "int8, by blocks of 32, is 2 to 3 times as fast; auto rounds nothing",
+        choices=ACTIVATION_DTYPES,
     )
     load_format: str = option("auto", "format of the weights files", choices=LOAD_FORMATS)
     quantization: str | None = option(

@@ -21,7 +21,7 @@ from octavo.kernels.facts import (
     UNPACKED_ROWS,
     UNPACKED_TOKENS,
 )
-from octavo.kernels.limits import check_backend, check_kv_formats
+from octavo.kernels.limits import check_activations, check_backend, check_kv_formats
 from octavo.kv_cache.planner import (
     ActivationShape,
     MemoryPlan,
@@ -104,6 +104,7 @@ def plan_model(
     backend, wants = config.resolved_attention_backend(), spec.attention_wants(kv)
     check_kv_formats(backend, device, wants)
     check_backend(backend, device, wants)
+    check_activations(config.activation_dtype, backend, device)
     num_ranks = config.tensor_parallel_size
     if num_ranks > 1:
         whole, spec = spec, as_shared(spec, config).of_rank(num_ranks)

@@ -145,6 +145,18 @@ def check_kv_formats(backend: str, device: str, wants: AttentionWants) -> None:
     )
 
 
+def check_activations(activation_dtype: str, backend: str, device: str) -> None:
+    """Refuses rounding activations where no kernel does. Raises ConfigError."""
+    if activation_dtype == "auto" or (device == "cpu" and backend in ("auto", "native")):
+        return
+    raise ConfigError(
+        f"activation_dtype {activation_dtype} is served by the native kernels of a CPU alone, and "
+        f"the device is {device}, attention_backend {backend}; use auto, or --device cpu and "
+        "attention_backend auto",
+        field="activation_dtype",
+    )
+
+
 def check_copied_format(
     name: str, number_format: WeightFormat, device: str, *, keeps_packed: bool
 ) -> None:

@@ -33,6 +33,8 @@ class Needs:
     is_deterministic: bool = False
     rounds_activations: bool = False
     """Whether a CPU's products may take activations as bfloat16, where that is faster."""
+    rounds_to_int8: bool = False
+    """Whether products with block formats take activations rounded to int8."""
     tuned_folder: Path | None = None
     """Where `octavo tune` leaves launch shapes, if they are wanted."""
 
@@ -43,6 +45,11 @@ def _check_attention(backend: str, needs: Needs) -> None:
         raise UnfitError(reason)
 
 
+def _check_rounding(needs: Needs) -> None:
+    if needs.rounds_to_int8:
+        raise UnfitError("it does not round activations to int8")
+
+
 def _triton(needs: Needs) -> Backend:
     if importlib.util.find_spec("triton") is None:
         raise UnfitError("triton is not installed (GPU builds of torch bring it)")
@@ -51,6 +58,7 @@ def _triton(needs: Needs) -> Backend:
     if needs.device.type == "cpu" and not triton.knobs.runtime.interpret:  # pyright: ignore[reportAttributeAccessIssue]
         raise UnfitError("it needs a GPU, or TRITON_INTERPRET=1 to be tried without one")
     _check_attention("triton", needs)
+    _check_rounding(needs)
     from octavo.kernels.triton.backend import TritonOps
     from octavo.kernels.triton.launching import building
     from octavo.kernels.triton.peers.sums import over_peers
@@ -78,7 +86,11 @@ def _native(needs: Needs) -> Backend:
     if reason is not None:
         raise UnfitError(reason)
     _check_attention("native", needs)
-    ops = NativeOps(needs.num_threads, rounds_activations=needs.rounds_activations)
+    ops = NativeOps(
+        needs.num_threads,
+        rounds_activations=needs.rounds_activations,
+        rounds_to_int8=needs.rounds_to_int8,
+    )
     return Backend(ops=ops, maps_weights=True, recorder=ops)
 
 
@@ -88,6 +100,7 @@ def _reference(needs: Needs) -> Backend:
     if needs.device.type != "cpu":
         raise UnfitError("it computes on the CPU")
     _check_attention("reference", needs)
+    _check_rounding(needs)
     return Backend(ops=ReferenceOps(needs.num_threads), maps_weights=True)
 
 

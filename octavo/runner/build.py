@@ -86,6 +86,7 @@ def build_runner(
         attention=spec.attention_wants(kv_formats(plan.groups[0].spec.formats)),
         is_deterministic=config.deterministic,
         rounds_activations=config.dtype == "bfloat16",
+        rounds_to_int8=config.activation_dtype == "int8",
         tuned_folder=Path(tuned_dir()),
     )
     backend = select_backend(config.resolved_attention_backend(), needs)

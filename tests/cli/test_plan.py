@@ -68,7 +68,9 @@ def test_the_text_says_which_device_is_planned_and_how_another_is(
 ):
     text = text_of([tiny_model, "--device=cpu", "--memory=80GiB"], capsys)
     assert "device: cpu, one with 80.00 GiB of memory; --device cuda --memory 80GiB" in text
-    text = text_of([tiny_model, "--device=cpu"], capsys)
+    assert "activations in float32; --activation-dtype int8" in text
+    text = text_of([tiny_model, "--device=cpu", "--activation-dtype=int8"], capsys)
+    assert "packed weights with activations in int8" in text
     assert "device: cpu, this machine's; --device cuda --memory 80GiB plans a GPU" in text
     text = text_of([tiny_model, "--device=cuda", "--memory=24GiB"], capsys)
     assert "device: cuda, one with 24.00 GiB of memory\n" in text
@@ -182,6 +184,7 @@ def test_a_plan_refuses_what_the_loader_refuses(
         ([other, *on_card], "is in the block format tq1_0, which cuda cannot multiply"),
         ([quantised, "--device", "cpu", "--tensor-parallel-size", "2"], "block format q8_0"),
         ([tiny_model, *on_card, "--attention-backend", "native"], "computes on the CPU"),
+        ([tiny_model, *on_card, "--activation-dtype", "int8"], "of a CPU alone"),
     ):
         assert main(["plan", *argv]) != 0
         assert words in capsys.readouterr().err

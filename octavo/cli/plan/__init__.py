@@ -21,6 +21,7 @@ from octavo.cli.plan.text import (
     layout_text,
     parts_text,
     plan_text,
+    products_text,
 )
 from octavo.cli.serve import add_model
 from octavo.config import EngineConfig
@@ -110,6 +111,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(as_json(spec, parts, plan, changes, args.lengths, layout) | costs))
     else:
         print(device_text(device, args.memory))
+        if device == "cpu":
+            print(products_text(config))
         print(plan_text(plan, args.lengths))
         if layout is not None:
             print(layout_text(layout, config))

@@ -22,6 +22,13 @@ def device_text(device: str, size: int | None) -> str:
     return f"device: {device}, {here}{other}"
 
 
+def products_text(config: EngineConfig) -> str:
+    """Says what a CPU multiplies packed weights with, and how to ask for the other."""
+    if config.activation_dtype == "int8":
+        return "products: packed weights with activations in int8, all others in float32"
+    return "products: activations in float32; --activation-dtype int8 is faster with packed weights"
+
+
 def _other_size(size: int | None) -> str:
     return "80GiB" if size is None else f"{size / 2**30:g}GiB"
 

@@ -13,7 +13,8 @@ OCTAVO_API int64_t octavo_supports(int64_t isa) {
     case octavo::AVX512:
       return octavo_supports(octavo::AVX2) && __builtin_cpu_supports("avx512f") &&
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi");
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
+             __builtin_cpu_supports("avx512vnni");
     case octavo::AVX512_BF16:
       return octavo_supports(octavo::AVX512) && __builtin_cpu_supports("avx512bf16");
   }
@@ -35,8 +36,9 @@ OCTAVO_API int64_t octavo_prefers_bf16() {
 // What `fingerprint.py` makes of the sources that this was built from.
 OCTAVO_API const char* octavo_sources() { return OCTAVO_SOURCES; }
 
-OCTAVO_API octavo::Pool* octavo_create(int64_t threads, int64_t isa) {
-  return new octavo::Pool(static_cast<int>(threads), static_cast<octavo::Isa>(isa));
+OCTAVO_API octavo::Pool* octavo_create(int64_t threads, int64_t isa, int64_t rounds_to_int8) {
+  return new octavo::Pool(static_cast<int>(threads), static_cast<octavo::Isa>(isa),
+                          rounds_to_int8 != 0);
 }
 
 OCTAVO_API void octavo_destroy(octavo::Pool* pool) { delete pool; }

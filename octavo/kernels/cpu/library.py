@@ -33,7 +33,7 @@ SIGNATURES: dict[str, list[Any]] = {
 """Arguments after the pool; every op returns a status."""
 ISAS = {
     "avx2": "AVX2, FMA, F16C",
-    "avx512": "AVX-512 F, BW, DQ, VL, VBMI",
+    "avx512": "AVX-512 F, BW, DQ, VL, VBMI, VNNI",
     "avx512_bf16": "those and AVX-512 BF16",
 }
 """Instruction sets, worst first, and what they are made of: the order is that of `enum Isa` in
@@ -65,7 +65,7 @@ def load_library() -> ctypes.CDLL:
     _check_sources(library, path)
     library.octavo_supports.argtypes, library.octavo_supports.restype = [c_int64], c_int64
     library.octavo_prefers_bf16.restype = c_int64
-    library.octavo_create.argtypes, library.octavo_create.restype = [c_int64, c_int64], c_void_p
+    library.octavo_create.argtypes, library.octavo_create.restype = [c_int64] * 3, c_void_p
     library.octavo_destroy.argtypes, library.octavo_destroy.restype = [c_void_p], None
     library.octavo_replay.argtypes = [c_void_p, POINTER(CallStruct), c_int64]
     library.octavo_replay.restype = c_int64

@@ -14,8 +14,8 @@ namespace octavo {
 namespace {
 
 // Panels that make it worth waking another thread.
-int64_t least_of(const Matrix& w, int64_t tokens) {
-  const int64_t panel_work = w.row_bytes * kPanelRows * (tokens < 4 ? 1 : tokens / 4);
+int64_t least_of(const Products& multiply, const Matrix& w, int64_t tokens) {
+  const int64_t panel_work = w.row_bytes * multiply.panel_rows * (tokens < 4 ? 1 : tokens / 4);
   return std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(panel_work, 1));
 }
 
@@ -70,24 +70,9 @@ void add_bias(float* row, const float* bias, int64_t count) {
   for (int64_t n = 0; bias != nullptr && n < count; ++n) row[n] += bias[n];
 }
 
-// Rows of an op's input, in bfloat16 too where that is what its weights are multiplied with.
-Rows rows_of(Pool* pool, const float* x, int64_t tokens, const Matrix* weights,
-             int64_t num_weights) {
-  const int64_t cols = weights[0].cols;
-  const bool is_narrow = std::any_of(weights, weights + num_weights,
-                                     [](const Matrix& w) { return w.format == BF16; });
-  if (pool->isa() != AVX512_BF16 || !is_narrow) return {x, cols, nullptr, nullptr};
-  float* room = pool->shared().floats(0, (tokens * cols + 1) / 2);
-  uint16_t* narrow = reinterpret_cast<uint16_t*>(room);
-  pool->run(tokens, 16, [&](int64_t t, Scratch&) {
-    narrow_row(x + t * cols, cols, narrow + t * cols);
-  });
-  return {x, cols, nullptr, narrow};
-}
-
 // The first product of a gated MLP: matrices, biases [rows] or null.
 struct GateUp {
-  Product product;
+  const Products& multiply;
   const Matrix *gate, *up;
   const float *gate_bias, *up_bias;
   const Activation& activation;
@@ -100,12 +85,13 @@ inline const float* at(const float* bias, int64_t index) {
 // hidden[t, first + n] = act(x @ gate.T, x @ up.T) for one panel of rows.
 void gate_and_up(const Rows& x, int64_t tokens, const GateUp& of, int64_t first, float* hidden,
                  Scratch& scratch) {
-  const int64_t width = of.gate->rows, count = std::min(kPanelRows, width - first);
-  float* up_out = scratch.floats(2, tokens * kPanelRows);
-  of.product(x, tokens, *of.gate, first, count, hidden + first, width, scratch);
-  of.product(x, tokens, *of.up, first, count, up_out, kPanelRows, scratch);
+  const int64_t width = of.gate->rows, most = of.multiply.panel_rows;
+  const int64_t count = std::min(most, width - first);
+  float* up_out = scratch.floats(2, tokens * most);
+  of.multiply(x, tokens, *of.gate, first, count, hidden + first, width, scratch);
+  of.multiply(x, tokens, *of.up, first, count, up_out, most, scratch);
   for (int64_t t = 0; t < tokens; ++t) {
-    float *row = hidden + t * width + first, *factor = up_out + t * kPanelRows;
+    float *row = hidden + t * width + first, *factor = up_out + t * most;
     add_bias(row, at(of.gate_bias, first), count);
     add_bias(factor, at(of.up_bias, first), count);
     activate_row(of.activation, row, factor, count);
@@ -117,24 +103,25 @@ void gate_and_up(const Rows& x, int64_t tokens, const GateUp& of, int64_t first,
 OCTAVO_API int64_t octavo_linear(Pool* pool, const float* x, int64_t tokens, const Matrix* weights,
                                  int64_t num_weights, const float* bias, float* out) {
   std::lock_guard<std::mutex> lock(pool->op_mutex());
-  const Product product = product_of(pool->isa());
+  const Products multiply = products_of(*pool);
+  const int64_t most = multiply.panel_rows;
   int64_t total = 0, columns = 0;
   for (int64_t i = 0; i < num_weights; ++i) {
-    total += panels(weights[i].rows);
+    total += multiply.panels(weights[i].rows);
     columns += weights[i].rows;
   }
   const Rows rows = rows_of(pool, x, tokens, weights, num_weights);
-  pool->share(total, least_of(weights[0], tokens), [&](int64_t index, Scratch& scratch) {
+  pool->share(total, least_of(multiply, weights[0], tokens), [&](int64_t index, Scratch& scratch) {
     const Matrix* w = weights;
     int64_t column = 0;
-    while (index >= panels(w->rows)) {
-      index -= panels(w->rows);
+    while (index >= multiply.panels(w->rows)) {
+      index -= multiply.panels(w->rows);
       column += w->rows;
       ++w;
     }
-    const int64_t first = index * kPanelRows, count = std::min(kPanelRows, w->rows - first);
+    const int64_t first = index * most, count = std::min(most, w->rows - first);
     float* to = out + column + first;
-    product(rows, tokens, *w, first, count, to, columns, scratch);
+    multiply(rows, tokens, *w, first, count, to, columns, scratch);
     if (bias != nullptr) {
       for (int64_t t = 0; t < tokens; ++t) {
         for (int64_t n = 0; n < count; ++n) to[t * columns + n] += bias[column + first + n];
@@ -149,18 +136,19 @@ OCTAVO_API int64_t octavo_gated_mlp(Pool* pool, const float* x, int64_t tokens,
                                     const Matrix* weights, const Activation* activation,
                                     float* hidden, float* out) {
   std::lock_guard<std::mutex> lock(pool->op_mutex());
-  const Product product = product_of(pool->isa());
+  const Products multiply = products_of(*pool);
+  const int64_t most = multiply.panel_rows;
   const Matrix &gate = weights[0], &up = weights[1], &down = weights[2];
   const Rows rows = rows_of(pool, x, tokens, weights, 2);
-  const int64_t total = panels(gate.rows), down_total = panels(down.rows);
-  pool->share(total, least_of(gate, tokens), [&](int64_t i, Scratch& s) {
-    const GateUp of = {product, &gate, &up, nullptr, nullptr, *activation};
-    gate_and_up(rows, tokens, of, i * kPanelRows, hidden, s);
+  const int64_t total = multiply.panels(gate.rows), down_total = multiply.panels(down.rows);
+  pool->share(total, least_of(multiply, gate, tokens), [&](int64_t i, Scratch& s) {
+    const GateUp of = {multiply, &gate, &up, nullptr, nullptr, *activation};
+    gate_and_up(rows, tokens, of, i * most, hidden, s);
   });
   const Rows inner = rows_of(pool, hidden, tokens, &down, 1);
-  pool->share(down_total, least_of(down, tokens), [&](int64_t i, Scratch& s) {
-    const int64_t first = i * kPanelRows, count = std::min(kPanelRows, down.rows - first);
-    product(inner, tokens, down, first, count, out + first, down.rows, s);
+  pool->share(down_total, least_of(multiply, down, tokens), [&](int64_t i, Scratch& s) {
+    const int64_t first = i * most, count = std::min(most, down.rows - first);
+    multiply(inner, tokens, down, first, count, out + first, down.rows, s);
   });
   return OK;
 }
@@ -181,7 +169,8 @@ struct MoeArgs {
 
 OCTAVO_API int64_t octavo_moe(Pool* pool, const MoeArgs* args) {
   std::lock_guard<std::mutex> lock(pool->op_mutex());
-  const Product product = product_of(pool->isa());
+  const Products multiply = products_of(*pool);
+  const int64_t most = multiply.panel_rows;
   const MoeArgs& a = *args;
   const Matrix *gates = a.weights, *ups = gates + a.experts, *downs = ups + a.experts;
   const int64_t picks = a.tokens * a.top_k, inner = gates[0].rows, outer = downs[0].rows;
@@ -201,26 +190,24 @@ OCTAVO_API int64_t octavo_moe(Pool* pool, const MoeArgs* args) {
   for (int64_t e = 0; e < a.experts; ++e) {
     if (starts[e + 1] > starts[e]) active.push_back(e);
   }
-  const int64_t width = panels(inner), down_width = panels(outer);
+  const int64_t width = multiply.panels(inner), down_width = multiply.panels(outer);
   const int64_t num_active = static_cast<int64_t>(active.size()), per = picks / std::max<int64_t>(num_active, 1);
   const Rows input = rows_of(pool, a.x, a.tokens, gates, 2 * a.experts);
-  pool->share(num_active * width, least_of(gates[0], per), [&](int64_t i, Scratch& s) {
+  pool->share(num_active * width, least_of(multiply, gates[0], per), [&](int64_t i, Scratch& s) {
     const int64_t e = active[i / width], start = starts[e];
-    const Rows rows = {input.base, input.stride, a.order + start, input.narrow};
-    const GateUp of = {product, &gates[e], &ups[e], at(a.gate_bias, e * inner),
+    const Rows rows = input.through(a.order + start);
+    const GateUp of = {multiply, &gates[e], &ups[e], at(a.gate_bias, e * inner),
                        at(a.up_bias, e * inner), a.activation};
-    gate_and_up(rows, starts[e + 1] - start, of, i % width * kPanelRows, a.hidden + start * inner,
+    gate_and_up(rows, starts[e + 1] - start, of, i % width * most, a.hidden + start * inner,
                 s);
   });
   const Rows middle = rows_of(pool, a.hidden, starts[a.experts], downs, a.experts);
   const int64_t down_total = num_active * down_width;
-  pool->share(down_total, least_of(downs[0], per), [&](int64_t i, Scratch& s) {
+  pool->share(down_total, least_of(multiply, downs[0], per), [&](int64_t i, Scratch& s) {
     const int64_t e = active[i / down_width], start = starts[e];
-    const int64_t first = i % down_width * kPanelRows, count = std::min(kPanelRows, outer - first);
-    const uint16_t* narrow = middle.narrow ? middle.narrow + start * inner : nullptr;
-    const Rows rows = {a.hidden + start * inner, inner, nullptr, narrow};
+    const int64_t first = i % down_width * most, count = std::min(most, outer - first);
     float* to = a.parts + start * outer + first;
-    product(rows, starts[e + 1] - start, downs[e], first, count, to, outer, s);
+    multiply(middle.from(start), starts[e + 1] - start, downs[e], first, count, to, outer, s);
     for (int64_t t = 0; t < starts[e + 1] - start; ++t) {
       add_bias(to + t * outer, at(a.down_bias, e * outer + first), count);
     }

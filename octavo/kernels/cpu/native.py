@@ -92,14 +92,20 @@ class NativeOps(Composed):
 
     `isa` is one of ISAS that the CPU has; None takes the best that computes in float32, or with
     `rounds_activations` one that rounds activations to bfloat16 before they are multiplied with
-    weights in it, on CPUs where that is faster.
+    weights in it, on CPUs where that is faster. With `rounds_to_int8` block formats are multiplied
+    in integers, with activations rounded to int8 by blocks of 32 (int8.h).
     """
 
     name = "native"
     torch_threads = 1
 
     def __init__(
-        self, num_threads: int, isa: str | None = None, *, rounds_activations: bool = False
+        self,
+        num_threads: int,
+        isa: str | None = None,
+        *,
+        rounds_activations: bool = False,
+        rounds_to_int8: bool = False,
     ) -> None:
         self._library = load_library()
         self._functions = {name: getattr(self._library, f"octavo_{name}") for name in SIGNATURES}
@@ -109,7 +115,7 @@ class NativeOps(Composed):
         self.isa = fitting[-1] if isa is None else isa
         assert self.isa in supported, f"this CPU has no {self.isa}"
         code = list(ISAS).index(self.isa)
-        self._pool: int = self._library.octavo_create(max(1, num_threads), code)
+        self._pool: int = self._library.octavo_create(max(1, num_threads), code, rounds_to_int8)
         self._structs = Descriptors()
         self._tape: Tape | None = None
         weakref.finalize(self, _destroy, self._library, self._pool, os.getpid())

@@ -39,7 +39,8 @@ float* Scratch::floats(int slot, size_t count) {
   return buffers_[slot];
 }
 
-Pool::Pool(int threads, Isa isa) : isa_(isa) {
+Pool::Pool(int threads, Isa isa, bool rounds_to_int8)
+    : isa_(isa), rounds_to_int8_(rounds_to_int8) {
   for (int i = 0; i < threads; ++i) scratch_.push_back(std::make_unique<Scratch>());
   for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { serve(i); });
 }

@@ -30,10 +30,12 @@ class Scratch {
 
 class Pool {
  public:
-  Pool(int threads, Isa isa);
+  Pool(int threads, Isa isa, bool rounds_to_int8);
   ~Pool();
   int threads() const { return static_cast<int>(scratch_.size()); }
   Isa isa() const { return isa_; }
+  // Whether block formats are multiplied with activations rounded to int8.
+  bool rounds_to_int8() const { return rounds_to_int8_; }
   // One op at a time: ctypes releases the GIL, so two Python threads may arrive together.
   std::mutex& op_mutex() { return op_mutex_; }
   // Buffers of the op that holds the mutex.
@@ -54,6 +56,7 @@ class Pool {
 
  private:
   const Isa isa_;
+  const bool rounds_to_int8_;
   Scratch shared_;
 
   template <class Body>

@@ -180,14 +180,6 @@ void unpack_row(const Matrix& w, int64_t index, float* out, int64_t step) {
   });
 }
 
-Product product_of(Isa isa) {
-  switch (isa) {
-    case AVX512_BF16: return product_bf16;
-    case AVX512: return product_avx512;
-    default: return product_avx2;
-  }
-}
-
 void product_avx2(const Rows& x, int64_t tokens, const Matrix& w, int64_t first, int64_t count,
                   float* out, int64_t out_stride, Scratch& scratch) {
   if (tokens > kFewTokens) {

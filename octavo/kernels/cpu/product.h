@@ -13,17 +13,24 @@
 
 namespace octavo {
 
-// Rows of activations, taken through `index` where it is given (the tokens of one expert). narrow:
-// the same in bfloat16, or null where no product asks for that.
+struct Int8Block;
+
+// Rows of activations, taken through `index` where it is given (the tokens of one expert). narrow,
+// blocks: the same in bfloat16, and in blocks of int8, or null where no product asks for that.
 struct Rows {
   const float* base;
   int64_t stride;
   const int32_t* index;
   const uint16_t* narrow;
-  const float* at(int64_t t) const { return base + (index ? index[t] : t) * stride; }
+  const Int8Block* blocks;
+  const float* at(int64_t t) const { return base + row(t) * stride; }
   const uint8_t* narrow_at(int64_t t) const {
-    return reinterpret_cast<const uint8_t*>(narrow + (index ? index[t] : t) * stride);
+    return reinterpret_cast<const uint8_t*>(narrow + row(t) * stride);
   }
+  int64_t row(int64_t t) const { return index ? index[t] : t; }
+  Rows through(const int32_t* tokens) const { return {base, stride, tokens, narrow, blocks}; }
+  // Those from `start` on.
+  Rows from(int64_t start) const;
 };
 
 // Rows of weights that one thread multiplies at a time; a multiple of the tiles' 3 and 4.
@@ -42,7 +49,23 @@ void product_avx512(const Rows& x, int64_t tokens, const Matrix& w, int64_t firs
                     float* out, int64_t out_stride, Scratch& scratch);
 void product_bf16(const Rows& x, int64_t tokens, const Matrix& w, int64_t first, int64_t count,
                   float* out, int64_t out_stride, Scratch& scratch);
-Product product_of(Isa isa);
+
+// What multiplies for a pool. int8: null where activations are not rounded to it.
+struct Products {
+  Product floats, int8;
+  int64_t panel_rows;
+
+  int64_t panels(int64_t rows) const { return (rows + panel_rows - 1) / panel_rows; }
+  // As `Product`, with count <= panel_rows.
+  void operator()(const Rows& x, int64_t tokens, const Matrix& w, int64_t first, int64_t count,
+                  float* out, int64_t out_stride, Scratch& scratch) const;
+};
+Products products_of(const Pool& pool);
+
+// Activations as the products of a pool with these weights take them; a copy that they need lies in
+// the pool's shared scratch until the next call.
+Rows rows_of(Pool* pool, const float* x, int64_t tokens, const Matrix* weights,
+             int64_t num_weights);
 
 // Rounds a row to bfloat16, for product_bf16.
 void narrow_row(const float* x, int64_t cols, uint16_t* to);
@@ -74,7 +97,5 @@ inline Ahead ahead_of(const Matrix& w, int64_t first, int64_t count, int64_t til
   const int64_t bytes = count * w.row_bytes;
   return {next, next + bytes, round_up(bytes / tiles + 1, 64)};
 }
-
-inline int64_t panels(int64_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
 
 }  // namespace octavo

@@ -1,0 +1,121 @@
+// Integer products in any instruction set: kLanes rows of weights are unpacked side by side, for one
+// token from memory to registers, for more into a panel that all of them are multiplied with.
+#pragma once
+
+#include "int8.h"
+#include "int8_formats.h"
+
+namespace octavo {
+inline namespace OCTAVO_ISA {
+
+// Adds a group's products with one token.
+template <class Shape>
+OCTAVO_INLINE void add_group(const Group& w, const Int8Block& x, Floats& acc) {
+  constexpr int kWords = 8 / Shape::kHalves;
+  const int bias = bias_of<Shape>();
+  for (int h = 0; h < Shape::kHalves; ++h) {
+    const int32_t sum = Shape::kHalves == 2 ? x.sums[h] : x.sums[0] + x.sums[1];
+    const Words first = bias == 0 ? words(0) : words(-bias * sum);
+    const Words dots =
+        dot<Shape::kBits, kWords>(first, w.codes + kWords * h, x.numbers + 4 * kWords * h);
+    acc = fma(floats(dots), w.scale[h] * all(x.scale), acc);
+  }
+  if (Shape::kOffset) acc = fma(w.offset, all(x.scaled_sum), acc);
+}
+
+// What the next kLanes rows will read for this group.
+OCTAVO_INLINE void ask_ahead(const uint8_t* at, int64_t stride, int64_t g, int64_t group_bytes) {
+  const uint8_t* coming = at + kLanes * (stride + g * group_bytes);
+  for (int64_t i = 0; i < kLanes * group_bytes; i += 64) __builtin_prefetch(coming + i, 0, 3);
+}
+
+template <class F>
+__attribute__((noinline)) void stream(const Int8Block* x, const uint8_t* at, int64_t stride,
+                                      int64_t groups, float* out) {
+  Floats acc = all(0.0f);
+  typename F::State state;
+  for (int64_t g = 0; g < groups; ++g) {
+    ask_ahead(at, stride, g, stride / groups);
+    Group w;
+    F::group(at, stride, g, state, w);
+    add_group<typename F::Shape>(w, x[g], acc);
+  }
+  put(out, acc);
+}
+
+template <class F>
+__attribute__((noinline)) void unpack(const uint8_t* at, int64_t stride, int64_t groups,
+                                      Group* panel) {
+  typename F::State state;
+  for (int64_t g = 0; g < groups; ++g) {
+    ask_ahead(at, stride, g, stride / groups);
+    F::group(at, stride, g, state, panel[g]);
+  }
+}
+
+// M tokens from t on.
+template <class Shape, int M>
+__attribute__((noinline)) void tile(const Rows& x, int64_t t, const Group* panel, int64_t groups,
+                                    float* out, int64_t out_stride) {
+  const Int8Block* rows[M];
+  Floats acc[M];
+  for (int m = 0; m < M; ++m) {
+    rows[m] = blocks_at(x, t + m);
+    acc[m] = all(0.0f);
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) add_group<Shape>(panel[g], rows[m][g], acc[m]);
+  }
+  for (int m = 0; m < M; ++m) put(out + (t + m) * out_stride, acc[m]);
+}
+
+template <class Shape>
+void multiply(const Rows& x, int64_t tokens, const Group* panel, int64_t groups, float* out,
+              int64_t out_stride) {
+  int64_t t = 0;
+  for (; t + kTokens <= tokens; t += kTokens) {
+    tile<Shape, kTokens>(x, t, panel, groups, out, out_stride);
+  }
+  for (; t + 2 <= tokens; t += 2) tile<Shape, 2>(x, t, panel, groups, out, out_stride);
+  if (t < tokens) tile<Shape, 1>(x, t, panel, groups, out, out_stride);
+}
+
+// The products of kLanes rows at `at`.
+template <class F>
+void multiply_rows(const Rows& x, int64_t tokens, const Matrix& w, const uint8_t* at, float* out,
+                   int64_t out_stride, Scratch& scratch) {
+  const int64_t groups = w.cols / 32;
+  if (tokens == 1) return stream<F>(blocks_at(x, 0), at, w.row_bytes, groups, out);
+  float* room = scratch.floats(3, groups * sizeof(Group) / sizeof(float));
+  Group* panel = reinterpret_cast<Group*>(room);
+  unpack<F>(at, w.row_bytes, groups, panel);
+  multiply<typename F::Shape>(x, tokens, panel, groups, out, out_stride);
+}
+
+inline void int8_product(const Rows& x, int64_t tokens, const Matrix& w, int64_t first,
+                         int64_t count, float* out, int64_t out_stride, Scratch& scratch) {
+  with_int8_format(w.format, [&](auto format) {
+    using F = decltype(format);
+    const uint8_t* at = w.data + first * w.row_bytes;
+    int64_t n = 0;
+    for (; n + kLanes <= count; n += kLanes, at += kLanes * w.row_bytes) {
+      multiply_rows<F>(x, tokens, w, at, out + n, out_stride, scratch);
+    }
+    const int64_t left = count - n;
+    if (left == 0) return;
+    // Too few rows for a register: copied, with zeros behind them.
+    const size_t bytes = left * w.row_bytes, room = kLanes * w.row_bytes;
+    uint8_t* padded = reinterpret_cast<uint8_t*>(scratch.floats(4, room / sizeof(float) + 1));
+    std::memcpy(padded, at, bytes);
+    std::memset(padded + bytes, 0, room - bytes);
+    float* wide = scratch.floats(5, tokens * kLanes);
+    multiply_rows<F>(x, tokens, w, padded, wide, kLanes, scratch);
+    for (int64_t t = 0; t < tokens; ++t) {
+      std::copy_n(wide + t * kLanes, left, out + t * out_stride + n);
+    }
+  });
+}
+
+}  // namespace OCTAVO_ISA
+}  // namespace octavo
