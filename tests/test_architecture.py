@@ -282,6 +282,24 @@ def test_no_file_is_a_drawer():
     assert not [p for p in FILES + TESTS if p.stem in ("utils", "common", "helpers")]
 
 
+def test_no_test_file_imports_another():
+    """What tests share stands in modules of its own: a test file may be skipped as a whole."""
+    found = []
+    for path in TESTS:
+        for node in nodes(path):
+            match node:
+                case ast.Import(names):
+                    modules = [one.name for one in names]
+                case ast.ImportFrom(module, names):
+                    modules = [f"{module or ''}.{one.name}" for one in names] + [module or ""]
+                case _:
+                    continue
+            inside = [one for one in modules if one.startswith("tests.") or ".test_" in f".{one}"]
+            if any(part.startswith("test_") for one in inside for part in one.split(".")):
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not found
+
+
 def test_no_attribute_is_guessed():
     found = [
         f"{name_of(path)}:{node.lineno}"

@@ -6,7 +6,6 @@ import ctypes
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from octavo.device import (
     select_device,
 )
 from octavo.errors import ConfigError
+from tests.gpu_probe import Probe
 from tests.weights.reading import anonymous_bytes
 
 MIB, GIB = 2**20, 2**30
@@ -90,38 +90,6 @@ def test_this_machine_has_memory_cores_and_a_peak() -> None:
 def test_an_unknown_device_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="'tpu' is unknown; use auto, cuda or cpu"):
         select_device("tpu")
-
-
-@dataclass
-class Probe:
-    """A GPU of 80 GiB with 10 in use, 6 of them by torch in this process."""
-
-    wanted: str | None = "13.0"
-    driver: int = 13000
-    usable: bool = True
-    devices: int = 1
-    listed: str = ""
-
-    def wanted_version(self) -> str | None:
-        return self.wanted
-
-    def driver_version(self) -> int:
-        return self.driver
-
-    def is_usable(self) -> bool:
-        return self.usable
-
-    def num_devices(self) -> int:
-        return self.devices
-
-    def memory(self, index: int) -> tuple[int, int]:
-        return 70 * GIB, 80 * GIB
-
-    def own_bytes(self, index: int) -> int:
-        return 6 * GIB
-
-    def processes(self, index: int) -> str:
-        return self.listed
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from octavo.errors import ConfigError
 from octavo.folders import CACHE_WAY_OUT, check_writable, new_temporary_folder, writing
 from octavo.weights.demo import demo_path
 from octavo.weights.hub import resolve_model
+from tests.no_folder import NOWHERE
 
-NOWHERE = "/proc/nope"
 """Nobody can make a folder there, not even root."""
 
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octavo.visibility import Chunk, Full, Visibility, Window
+from tests.visibilities import KIND, sees
 
 SIZES = st.integers(1, 40)
 
@@ -41,17 +42,6 @@ def test_a_token_sees_itself_and_what_leaves_sight_never_comes_back(position: in
 def test_windows_and_chunks_hold_at_most_their_size(position: int, size: int):
     for visibility in (Window(size), Chunk(size)):
         assert position - visibility.first_visible(position) < size
-
-
-KIND = st.one_of(st.just(Full()), st.integers(1, 40).map(Window), st.integers(1, 40).map(Chunk))
-
-
-def sees(kind: Visibility, position: int, other: int) -> bool:
-    if other > position:
-        return False
-    if isinstance(kind, Window):
-        return position - other < kind.size
-    return not isinstance(kind, Chunk) or position // kind.size == other // kind.size
 
 
 @given(KIND, st.integers(0, 200))

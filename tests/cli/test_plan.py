@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import pytest
 
 from octavo.cli import main
 from octavo.cli.plan.parts import PART_NAMES, spec_parts
 from octavo.models.registry import read_spec
 from tests.models import tiny
+from tests.weights.tiny_gguf import write_quantised_gguf
 
 
 def plan(argv: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -195,24 +195,3 @@ def test_a_plan_refuses_what_the_loader_refuses(
         [quantised, "--device", "cpu"],
     ):
         assert plan(argv, capsys)["num_blocks"] > 0
-
-
-def write_quantised_gguf(
-    path: Path, kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.Q8_0
-) -> Path:
-    """Writes a header that says Llama, and matrices of zeros in Q8_0, or another format."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(128)
-    width, size = gguf.GGML_QUANT_SIZES[kind]
-    writer.add_embedding_length(width)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(32)
-    writer.add_head_count(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    blocks = np.zeros((64, size), np.uint8)
-    writer.add_tensor("token_embd.weight", blocks, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path

@@ -12,7 +12,7 @@ import pytest
 from octavo.cli import main
 from octavo.cli.bench.floors import CEILINGS
 from octavo.cli.bench.report import device
-from tests.cli.test_plan import write_quantised_gguf
+from tests.weights.tiny_gguf import write_quantised_gguf
 
 CARD = "NVIDIA H100 80GB HBM3"
 ON_CARD = ["--device", "cuda", "--memory", "24GiB"]

@@ -12,7 +12,7 @@ import yaml
 from compose_spec import PyCompose
 
 from octavo.cli.commands import build_parser
-from tests.deploy.test_manifests import check_arguments
+from tests.deploy.arguments import check_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIABLE = re.compile(r"\$\{(\w+)\}")

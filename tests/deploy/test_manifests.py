@@ -15,8 +15,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from octavo.cli.commands import build_parser
 from octavo.server.tenants.route_scopes import ROUTE_SCOPES
+from tests.deploy.arguments import check_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -38,14 +38,6 @@ def containers(value: object) -> Iterator[dict[str, Any]]:
     elif isinstance(value, list):
         for one in value:
             yield from containers(one)
-
-
-def check_arguments(argv: list[str]) -> Any:
-    """Returns the parsed arguments of a server; a mistake would exit."""
-    plain = [re.sub(r"\{\{.*?\}\}", "name", one) for one in argv]
-    args = build_parser().parse_checked(plain)
-    assert args.command == "serve"
-    return args
 
 
 def test_kubernetes_takes_the_manifests() -> None:

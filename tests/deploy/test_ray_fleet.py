@@ -23,7 +23,7 @@ from octavo.kv_cache.planner import MemoryPlan
 from octavo.observe.stats import EngineStats
 from octavo.request import FinishReason, Request, SamplingParams, TokenDelta, pack_ids
 from octavo.weights.hub import ModelFiles
-from tests.engine.test_fleet_link import PLAN
+from tests.engine.memory_plans import PLAN
 
 CONFIG = EngineConfig(model="m")
 FILES = ModelFiles(

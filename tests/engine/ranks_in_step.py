@@ -22,7 +22,7 @@ from octavo.grammar import Guides, Vocabulary
 from octavo.parallel import Collectives, Meeting, TorchCollectives
 from octavo.request import Request, SamplingParams, pack_ids
 from octavo.weights.hub import resolve_model
-from tests.engine.test_llm import prompts_of
+from tests.engine.prompts import prompts_of
 
 PROMPTS = prompts_of((44, 41, 3, 43), seed=2)
 NUM_OUTPUTS = 20

@@ -23,7 +23,7 @@ from octavo.grammar import Guides, Vocabulary
 from octavo.parallel import Collectives, Meeting
 from octavo.request import Request, SamplingParams, pack_ids
 from octavo.weights.hub import resolve_model
-from tests.engine.test_llm import prompts_of
+from tests.engine.prompts import prompts_of
 from tests.kernels.triton.peers import two_ranks
 from tests.kernels.triton.peers.two_ranks import SIZE, MappedRanks
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from octavo import AsyncLLM, EngineConfig, SamplingParams
+from octavo import AsyncLLM, SamplingParams
 from octavo.errors import (
     ConfigError,
     EngineDeadError,
@@ -20,26 +20,13 @@ from octavo.errors import (
     RequestError,
 )
 from octavo.outputs import RequestOutput
+from tests.engine.configs import PROMPT, config
 from tests.models.tiny import save_tiny
-
-PROMPT = list(range(40))
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny("mixtral", tmp_path_factory.mktemp("mixtral")).folder)
-
-
-def config(model: str, **more: object) -> EngineConfig:
-    return EngineConfig(
-        model=model,
-        device="cpu",
-        skip_tokenizer_init=True,
-        poison_freed_blocks=True,
-        num_threads=1,
-        kv_cache_memory_bytes=2**22,
-        **more,  # type: ignore[arg-type]
-    )
 
 
 @pytest.fixture

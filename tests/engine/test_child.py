@@ -13,6 +13,7 @@ import pytest
 
 from octavo.engine.child import describe_end, start_child
 from octavo.engine.parent import ORPHANED
+from tests.engine.processes import await_end
 
 ROOT = Path(__file__).parents[2]
 PARENT = """
@@ -22,21 +23,6 @@ process, _ = start_child("tests.engine.slow_import", keeper=sys.argv[1])
 print(process.pid, flush=True)
 time.sleep(3600)
 """
-
-
-def is_alive(pid: int) -> bool:
-    """A zombie, whom nobody but its new parent can bury, counts as gone."""
-    try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def await_end(pid: int) -> None:
-    deadline = time.monotonic() + 20
-    while is_alive(pid):
-        assert time.monotonic() < deadline, f"process {pid} is still there"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("keeper", ["thread", "process"])

@@ -11,7 +11,7 @@ import torch
 from octavo import LLM, ConfigError
 from octavo.models.mlp_spec import MoESpec
 from octavo.models.registry import read_spec
-from tests.engine.test_llm import greedy, prompts_of, tokens
+from tests.engine.prompts import greedy, prompts_of, tokens
 from tests.models import tiny
 
 OPTIONS: dict[str, Any] = {

@@ -17,8 +17,8 @@ from octavo.engine.fleet import Fleet
 from octavo.errors import EngineDeadError, OctavoError
 from octavo.outputs import RequestOutput
 from octavo.request import Request
-from tests.engine.test_kv_events import Sockets, replayed
-from tests.engine.test_llm import greedy, prompts_of, tokens
+from tests.engine.event_sockets import Sockets, replayed
+from tests.engine.prompts import greedy, prompts_of, tokens
 from tests.models.tiny import save_tiny
 
 OPTIONS: dict[str, Any] = {

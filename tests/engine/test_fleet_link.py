@@ -14,25 +14,9 @@ from octavo.engine.ipc import Deltas, Held
 from octavo.engine.link import EngineLink
 from octavo.engine.prefixes import RequestHasher
 from octavo.errors import EngineDeadError, OctavoError, OverloadedError
-from octavo.formats import kv_format
-from octavo.kv_cache.planner import MemoryPlan
-from octavo.kv_cache.spec import attention_kv, group_layers
 from octavo.request import FinishReason, Request, SamplingParams, TokenDelta, pack_ids
 from octavo.weights.hub import ModelFiles
-
-PLAN = MemoryPlan(
-    available_bytes=1,
-    usable_bytes=1,
-    weights_bytes=1,
-    activation_bytes=1,
-    groups=group_layers((attention_kv(1, 1, kv_format("float32")),)),
-    block_size=16,
-    num_chunks=100,
-    max_model_len=100,
-    max_num_batched_tokens=10,
-    max_position_embeddings=100,
-    max_num_seqs=10,
-)
+from tests.engine.memory_plans import PLAN
 
 
 class Hasher:

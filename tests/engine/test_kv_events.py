@@ -13,34 +13,19 @@ import pytest
 import zmq
 
 from octavo import LLM, ConfigError, EngineConfig, SamplingParams
-from octavo.engine.kv_events import END, EventEncoder, EventPublisher
+from octavo.engine.kv_events import EventEncoder, EventPublisher
 from octavo.kv_cache.news import CacheNews, Cleared, Event, Removed, Stored
 from octavo.kv_cache.spec import group_layers
 from octavo.kv_events_config import KVEventsConfig, of_rank, read_kv_events
 from octavo.visibility import Full, Window
+from tests.engine.event_sockets import TIMEOUT_MILLISECONDS, Sockets, replayed
 from tests.models.tiny import TinyModel, save_tiny
 from tests.scheduler.harness import BLOCK, Engine, spec_of
 
 GROUPS = group_layers((spec_of(Full()), spec_of(Window(8))))
 DIGESTS = [bytes([i]) * 32 for i in range(4)]
 HASHES = [int.from_bytes(digest[-8:], "big") for digest in DIGESTS]
-TIMEOUT_MILLISECONDS = 20_000
 Message = tuple[bytes, int, list[Any]]
-
-
-class Sockets:
-    """Those of one test, closed at its end."""
-
-    def __init__(self) -> None:
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._sockets: list[zmq.Socket[bytes]] = []
-
-    def socket(self, kind: int) -> zmq.Socket[bytes]:
-        self._sockets.append(self._context.socket(kind))
-        return self._sockets[-1]
-
-    def close(self) -> None:
-        self._context.destroy(linger=0)
 
 
 @pytest.fixture
@@ -81,21 +66,6 @@ def joined(one: EventPublisher, socket: Any) -> list[Message]:
         if poller.poll(50):
             return [read(socket)]
     raise AssertionError("nothing arrives")
-
-
-def replayed(context: Sockets, endpoint: str, first: int) -> list[tuple[int, list[Any]]]:
-    """Asks for messages again, as vLLM's subscribers do."""
-    dealer = context.socket(zmq.DEALER)
-    dealer.setsockopt(zmq.RCVTIMEO, TIMEOUT_MILLISECONDS)
-    dealer.connect(endpoint)
-    dealer.send_multipart((b"", first.to_bytes(8, "big")))
-    found = []
-    while True:
-        _, number, payload = dealer.recv_multipart()
-        if number == END:
-            assert payload == b""
-            return found
-        found.append((int.from_bytes(number, "big"), msgspec.msgpack.decode(payload)))
 
 
 EVENTS: list[Event] = [

@@ -6,8 +6,7 @@ interpreter, which takes seconds a step.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ from octavo.errors import CapacityError, EngineDeadError, OutOfMemoryError
 from octavo.kernels.registry import Needs, select_ops
 from octavo.runner import sampler
 from octavo.step import StepResult
+from tests.engine.prompts import VOCAB, greedy, prompts_of, tokens
 from tests.models.tiny import TinyModel, save_tiny
 
-VOCAB = 211
 LONG = {"max_model_len": 4096, "allow_longer_than_trained": True}
 HAS_GPU = torch.cuda.is_available()
 FAMILIES = ("llama", "mistral-window", "qwen3-mixed", "mixtral", "qwen2-moe", "qwen3-moe", "olmoe")
@@ -71,19 +70,6 @@ def engine(model: TinyModel, backend: str, **options: Any) -> Iterator[LLM]:
         assert llm.stats().num_used_blocks == 0
     finally:
         llm.close()
-
-
-def prompts_of(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
-    draw = random.Random(seed)
-    return [[draw.randrange(VOCAB) for _ in range(length)] for length in lengths]
-
-
-def greedy(max_tokens: int, **more: Any) -> SamplingParams:
-    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **more)
-
-
-def tokens(outputs: Sequence[RequestOutput]) -> list[list[int]]:
-    return [output.outputs[0].token_ids for output in outputs]
 
 
 def scores(output: RequestOutput) -> list[list[tuple[int, float]]]:

@@ -13,7 +13,7 @@ from octavo.engine.memory import plan_model, resolve_kv_formats, weights_dtype, 
 from octavo.errors import CapacityError, ConfigError
 from octavo.kv_cache.planner import GIB, MemoryPlan
 from octavo.models.registry import read_spec
-from tests.test_device import Probe
+from tests.gpu_probe import Probe
 
 QWEN3_30B = {
     "architectures": ["Qwen3MoeForCausalLM"],

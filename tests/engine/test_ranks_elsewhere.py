@@ -21,8 +21,8 @@ from octavo.engine.rank_transport import RemoteRanks, join
 from octavo.errors import EngineDeadError
 from octavo.weights.fingerprint import with_fingerprint
 from octavo.weights.hub import resolve_model
-from tests.engine.test_llm import greedy, prompts_of, tokens
-from tests.engine.test_tensor_parallel import OPTIONS
+from tests.engine.configs import OPTIONS
+from tests.engine.prompts import greedy, prompts_of, tokens
 from tests.models import tiny
 
 KEY = "a key of ranks, for tests"

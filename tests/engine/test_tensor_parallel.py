@@ -21,19 +21,10 @@ from octavo.engine.front_end import FrontEnd
 from octavo.engine.load import load_core
 from octavo.engine.rank_transport import RemoteRanks
 from octavo.errors import EngineDeadError, OctavoError, WeightsError
-from tests.engine.test_llm import greedy, prompts_of, tokens
+from tests.engine.configs import OPTIONS
+from tests.engine.prompts import greedy, prompts_of, tokens
 from tests.models import tiny
 
-OPTIONS: dict[str, Any] = {
-    "skip_tokenizer_init": True,
-    "poison_freed_blocks": True,
-    "device": "cpu",
-    "attention_backend": "reference",
-    "num_threads": 1,
-    "max_num_seqs": 8,
-    "max_num_batched_tokens": 32,
-    "max_model_len": 128,
-}
 NUM_BLOCKS = 16
 ROOT = Path(__file__).resolve().parents[2]
 

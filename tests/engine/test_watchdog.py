@@ -18,8 +18,8 @@ from octavo import AsyncLLM, SamplingParams
 from octavo.engine.vitals import Reading
 from octavo.engine.watchdog import BUILD_FACTOR, DRAIN_SECONDS, LOOK_SECONDS, Watchdog
 from octavo.errors import EngineDeadError
+from tests.engine.configs import PROMPT, config
 from tests.engine.hung_engine import CRASH, HOLD, LEAVE, SLOW, SPIN
-from tests.engine.test_async_llm import PROMPT, config
 from tests.models.tiny import save_tiny
 
 

@@ -18,7 +18,7 @@ from octavo.kernels.activations import Activation, ClampedSwiGLU
 from octavo.kernels.dequantize import dequantize_rows, gguf_table
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer, QKNorm, RopeTable
 from octavo.kernels.routing import RoutingRule
-from octavo.kernels.weights import ExpertBiases, Router, Weight
+from octavo.kernels.weights import ExpertBiases, ExpertWeights, Router, Weight
 from octavo.visibility import Full, Visibility, Window
 
 NUMBER_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -246,3 +246,11 @@ def split_table(query_lens: list[int], lengths: list[int], size: int, queries: i
     merges = [count if n > 1 else 0 for count, n in both]
     sums = [[0, *np.cumsum(counts).tolist()] for counts in (pieces, slots, merges)]
     return [*sums[0], *sums[1], *sums[2], size]
+
+
+def make_experts(rng: np.random.Generator, name: str, count: int, inner: int) -> ExpertWeights:
+    return ExpertWeights(
+        gate=tuple(make_weight(name, inner, 64, rng) for _ in range(count)),
+        up=tuple(make_weight(name, inner, 64, rng) for _ in range(count)),
+        down=tuple(make_weight(name, 64, inner, rng) for _ in range(count)),
+    )

@@ -15,8 +15,7 @@ from octavo.kernels.cpu.library import ISAS, load_library, supported_isas, unfit
 from octavo.kernels.cpu.native import NativeOps
 from octavo.kernels.registry import Needs, select_ops
 from octavo.kernels.weights import Weight
-from tests.kernels.cases import assert_close, exact_gate, floats, make_weight
-from tests.kernels.test_linear import make_experts
+from tests.kernels.cases import assert_close, exact_gate, floats, make_experts, make_weight
 
 TOKENS = (1, 2, 3, 4, 5, 18, 67)
 

@@ -11,8 +11,14 @@ from octavo.formats import WEIGHT_FORMATS
 from octavo.kernels.inputs import KVLayer
 from octavo.kernels.ops import Ops
 from octavo.kernels.registry import Needs, select_ops
-from tests.kernels.cases import attention_op, floats, make_paged, make_weight, plain_router
-from tests.kernels.test_linear import make_experts
+from tests.kernels.cases import (
+    attention_op,
+    floats,
+    make_experts,
+    make_paged,
+    make_weight,
+    plain_router,
+)
 
 CUTS = ([1] * 9, [2, 7], [3, 1, 5], [4, 5], [9])
 MANY = [[131], [1, 130], [64, 67], [7, 100, 24], [4, 4, 3, 120]]

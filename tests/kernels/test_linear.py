@@ -11,7 +11,7 @@ import torch
 from octavo.formats import WEIGHT_FORMATS
 from octavo.kernels.activations import Activation
 from octavo.kernels.ops import Ops
-from octavo.kernels.weights import ExpertWeights, Weight
+from octavo.kernels.weights import Weight
 from tests.kernels.cases import (
     CLAMPED,
     assert_close,
@@ -19,6 +19,7 @@ from tests.kernels.cases import (
     exact_gate,
     floats,
     make_biases,
+    make_experts,
     make_weight,
 )
 
@@ -94,14 +95,6 @@ def test_gated_mlp_equals_float64(
         x = floats(rng, tokens, 64) * 4
         found = ops.gated_mlp(x, gate, up, down, activation)
         assert_close(found, _exact_mlp(x, (gate, up, down), activation))
-
-
-def make_experts(rng: np.random.Generator, name: str, count: int, inner: int) -> ExpertWeights:
-    return ExpertWeights(
-        gate=tuple(make_weight(name, inner, 64, rng) for _ in range(count)),
-        up=tuple(make_weight(name, inner, 64, rng) for _ in range(count)),
-        down=tuple(make_weight(name, 64, inner, rng) for _ in range(count)),
-    )
 
 
 @pytest.mark.parametrize(("count", "top_k"), [(1, 1), (3, 2), (8, 2), (60, 4)])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from octavo.kv_cache.resume import can_resume
 from octavo.visibility import Visibility
-from tests.test_visibility import KIND, sees
+from tests.visibilities import KIND, sees
 
 
 @given(KIND, st.lists(st.booleans(), max_size=30), st.integers(1, 8))

@@ -10,7 +10,7 @@ from octavo.kernels.planning import Unplanned
 from octavo.runner.host import HostForward
 from octavo.runner.input_batch import InputBatch
 from octavo.step import StepPlan
-from tests.runner.test_input_batch import batch_of_two
+from tests.runner.two_rows import batch_of_two
 
 
 def forward_of_two() -> tuple[HostForward, InputBatch, StepPlan]:

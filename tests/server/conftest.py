@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import httpx
@@ -19,8 +22,11 @@ import pytest
 from octavo.async_llm import AsyncLLM
 from octavo.config import ServerConfig
 from octavo.server.serve import Server, bind, bind_metrics, url_of
+from tests.engine.processes import is_alive
 from tests.server.fake_engine import FakeEngine
-from tests.server.tiny_engine import tiny_engine
+from tests.server.serve_process import Serve, StartServe
+from tests.server.strict_client import client_of
+from tests.server.tiny_engine import tiny_engine, write_model
 
 AnyEngine = TypeVar("AnyEngine", FakeEngine, AsyncLLM)
 
@@ -104,9 +110,7 @@ def model(base_url: str) -> str:
 @pytest.fixture(scope="session")
 def client(base_url: str) -> Iterator[openai.OpenAI]:
     """OpenAI's client, refusing every answer that its types do not allow."""
-    with openai.OpenAI(
-        base_url=f"{base_url}/v1", api_key="none", max_retries=0, _strict_response_validation=True
-    ) as strict:
+    with client_of(base_url) as strict:
         yield strict
 
 
@@ -121,3 +125,27 @@ def lax_client(base_url: str) -> Iterator[openai.OpenAI]:
 def http(base_url: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=base_url) as plain:
         yield plain
+
+
+@pytest.fixture
+def start_serve(tmp_path: Path) -> Iterator[StartServe]:
+    """A function that starts `octavo serve` of a tiny model, with more options."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    model = write_model(folder)
+    started: list[Serve] = []
+
+    def one(*more: str, is_read: bool = True) -> Serve:
+        started.append(Serve(model, tmp_path, *more, is_read=is_read))
+        return started[-1]
+
+    yield one
+    for serve in started:
+        serve.find_children()
+        serve.process.kill()
+        serve.process.wait()
+        for child in serve.children:
+            if is_alive(child):
+                os.kill(child, signal.SIGKILL)
+        assert serve.process.stderr is not None
+        serve.process.stderr.close()

@@ -290,3 +290,9 @@ def _position(token: int, num_top: int) -> PositionLogprobs:
     others = [Logprob(token_id=token + i, logprob=-float(i)) for i in range(num_top - 1)]
     last = [Logprob(token_id=65, logprob=-float("inf"))] if num_top else []
     return (drawn, *others, *last)
+
+
+class LongEngine(FakeEngine):
+    """For chats with tools in them, and for several turns."""
+
+    max_model_len = 8192

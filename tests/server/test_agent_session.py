@@ -22,6 +22,7 @@ from octavo.server.protocol.messages import MessagesRequest
 from octavo.tools.answers import reading_of
 from octavo.tools.detect import answer_format
 from tests.server.conftest import ServerThread
+from tests.server.templates import THINKS
 from tests.server.tiny_engine import CONFIG, write_model
 
 TURNS = 12
@@ -66,26 +67,6 @@ def test_each_turn_finds_the_prompt_of_the_turn_before(turns: list[Turn]) -> Non
     assert found["cached_tokens"] == sum(turn.cached_tokens for turn in turns)
 
 
-THINKS = """
-{%- set ns = namespace(last=0) -%}
-{%- for m in messages -%}{%- if m.role == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endif -%}
-{%- endfor -%}
-{%- for m in messages -%}
-{{- '<|im_start|>' + ('user' if m.role == 'tool' else m.role) + '\n' -}}
-{%- if m.reasoning_content and loop.index0 > ns.last -%}
-{{- '<think>\n' + m.reasoning_content + '\n</think>\n\n' -}}{%- endif -%}
-{{- '<tool_response>\n' + m.content + '\n</tool_response>' if m.role == 'tool' else m.content -}}
-{%- for call in m.tool_calls or [] -%}
-{{- '\n' if m.content or not loop.first -}}
-{{- '<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' -}}
-{{- call.function.arguments | tojson + '}\n</tool_call>' -}}
-{%- endfor -%}
-{{- '<|im_end|>\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
-{#- tools -#}
-"""
-"""In the manner of the models that keep a reasoning until the user speaks again."""
 FORMAT = answer_format("<tool_call> <think> </think>", {})
 READ = {"name": "read", "input_schema": {"properties": {"path": {"type": "string"}}}}
 

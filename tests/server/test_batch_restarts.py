@@ -16,9 +16,9 @@ from typing import Any
 import openai
 import pytest
 
-from tests.server.test_batches import begin, ended, line, prompts, results, wait_for
-from tests.server.test_files import client_of
-from tests.server.test_fronts import ROOT, Fronts
+from tests.server.batch_jobs import begin, ended, line, prompts, results, wait_for
+from tests.server.fronts import ROOT, Fronts
+from tests.server.strict_client import client_of
 from tests.server.tiny_engine import write_model
 
 SLOW_SERVER = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,11 @@ from octavo.request_limits import MAX_INT
 from octavo.server.batches import worker
 from octavo.server.batches.lines import LineReader
 from octavo.server.store.owners import Owner
+from tests.no_folder import NOWHERE
+from tests.server.batch_jobs import CHAT, ENDS, TEXT, begin, ended, line, prompts, results, wait_for
 from tests.server.conftest import ServerThread, StartServer
 from tests.server.fake_engine import FakeEngine
-from tests.server.test_files import client_of, error_of
-from tests.server.test_store import NOWHERE
-
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-ENDS = ("completed", "failed", "expired", "cancelled")
+from tests.server.strict_client import client_of, error_of
 
 
 @pytest.fixture(scope="module")
@@ -44,48 +42,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerThread[Fa
 def client(server: ServerThread[FakeEngine]) -> Iterator[openai.OpenAI]:
     with client_of(server.url, "key-a") as strict:
         yield strict
-
-
-def line(id: str, body: dict[str, Any], url: str = TEXT, **more: Any) -> bytes:
-    return json.dumps(
-        {"custom_id": id, "method": "POST", "url": url, "body": body, **more}
-    ).encode()
-
-
-def prompts(count: int, **body: Any) -> bytes:
-    return b"\n".join(
-        line(f"id-{i}", {"prompt": f"Line {i}", "max_tokens": 5, **body}) for i in range(count)
-    )
-
-
-def begin(client: openai.OpenAI, content: bytes, endpoint: str = TEXT, **more: Any) -> Any:
-    file = client.files.create(file=("requests.jsonl", content), purpose="batch")
-    return client.batches.create(
-        input_file_id=file.id,
-        endpoint=endpoint,  # type: ignore[arg-type]
-        **{"completion_window": "24h", **more},
-    )
-
-
-def ended(client: openai.OpenAI, id: str, seconds: float = 30) -> Any:
-    deadline = time.monotonic() + seconds
-    while (batch := client.batches.retrieve(id)).status not in ENDS:
-        assert time.monotonic() < deadline, batch
-        time.sleep(0.02)
-    return batch
-
-
-def results(client: openai.OpenAI, file_id: str | None) -> list[dict[str, Any]]:
-    if file_id is None:
-        return []
-    return [json.loads(one) for one in client.files.content(file_id).read().splitlines()]
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 # -- what comes of lines -------------------------------------------------------------------------

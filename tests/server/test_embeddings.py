@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from octavo.async_llm import AsyncLLM
-from octavo.config import EngineConfig, ServerConfig
+from octavo.config import ServerConfig
 from octavo.engine.vectors import VectorReader, similarity
 from octavo.errors import RequestError
 from octavo.models.pooling_spec import PoolingSpec
@@ -28,29 +28,11 @@ from octavo.server.protocol.pooling import Encoding
 from octavo.server.routes.embeddings import written
 from octavo.server.vector_calls import in_turns
 from tests.server.conftest import ServerThread
-from tests.server.tiny_engine import write_model
+from tests.server.strict_client import client_of
+from tests.server.tiny_engine import engine_of
 
 TEXTS = ["Once upon a time", "there was", "Once upon a time there was a hello world"]
 SIZE, CONTEXT = 64, 128
-
-
-def engine_of(folder: Path, told: dict[str, Any], max_model_len: int, **options: Any) -> AsyncLLM:
-    """A Mixtral of dummy weights whose config.json has the fields of `told`, too."""
-    write_model(folder)
-    config = json.loads((folder / "config.json").read_text()) | told
-    (folder / "config.json").write_text(json.dumps(config))
-    return AsyncLLM(
-        EngineConfig(
-            model=str(folder),
-            load_format="dummy",
-            dtype="float32",
-            max_model_len=max_model_len,
-            max_num_seqs=8,
-            kv_cache_memory_bytes=2**21,
-            num_threads=1,
-            **options,
-        )
-    )
 
 
 @pytest.fixture(scope="module")
@@ -74,18 +56,14 @@ def reranker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerThread[
 
 @pytest.fixture(scope="module")
 def client(embedder: ServerThread[AsyncLLM]) -> Iterator[openai.OpenAI]:
-    url = f"{embedder.url}/v1"
-    with openai.OpenAI(base_url=url, api_key="one", max_retries=0) as found:
+    with openai.OpenAI(base_url=f"{embedder.url}/v1", api_key="one", max_retries=0) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def strict(embedder: ServerThread[AsyncLLM]) -> Iterator[openai.OpenAI]:
     """Not for base64, which the client's own types do not allow before it is decoded."""
-    url = f"{embedder.url}/v1"
-    with openai.OpenAI(
-        base_url=url, api_key="one", max_retries=0, _strict_response_validation=True
-    ) as found:
+    with client_of(embedder.url, "one") as found:
         yield found
 
 

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import openai
@@ -16,9 +15,10 @@ import pytest
 from octavo.config import ServerConfig
 from octavo.server import uploads
 from octavo.server.store import contents
+from tests.no_folder import NOWHERE
 from tests.server.conftest import ServerThread, StartServer
 from tests.server.fake_engine import FakeEngine
-from tests.server.test_store import NOWHERE
+from tests.server.strict_client import client_of, error_of
 
 FORM = {"Content-Type": "multipart/form-data; boundary=cut"}
 
@@ -37,21 +37,10 @@ def url(folder: Path) -> Iterator[str]:
     server.end()
 
 
-def client_of(url: str, key: str) -> openai.OpenAI:
-    return openai.OpenAI(
-        base_url=f"{url}/v1", api_key=key, max_retries=0, _strict_response_validation=True
-    )
-
-
 @pytest.fixture(scope="module")
 def client(url: str) -> Iterator[openai.OpenAI]:
     with client_of(url, "key-a") as strict:
         yield strict
-
-
-def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
-    assert answer.status_code == status, answer.text
-    return answer.json()["error"]
 
 
 def post(url: str, body: bytes, **headers: str) -> httpx.Response:

@@ -12,6 +12,7 @@ import pytest
 from octavo.async_llm import AsyncLLM
 from octavo.config import ServerConfig
 from tests.server.conftest import ServerThread
+from tests.server.strict_client import client_of
 from tests.server.tiny_engine import tiny_engine
 
 TEMPLATE = (
@@ -35,12 +36,7 @@ FAN: Any = {"type": "function", "function": {"name": "fan"}}
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
     engine = tiny_engine(tmp_path_factory.mktemp("held"), chat_template=TEMPLATE)
     server: ServerThread[AsyncLLM] = ServerThread(engine, ServerConfig(port=0))
-    with openai.OpenAI(
-        base_url=f"{server.url}/v1",
-        api_key="none",
-        max_retries=0,
-        _strict_response_validation=True,
-    ) as strict:
+    with client_of(server.url) as strict:
         yield strict
     server.end()
 

@@ -20,10 +20,8 @@ import pytest
 from octavo.config import ServerConfig
 from octavo.server.loading import LoadingPorts
 from octavo.server.serve import bind
-from tests.server.test_signals import StartServe, start
-from tests.server.test_tls import make_certificate
-
-__all__ = ["start"]
+from tests.server.certificates import make_certificate
+from tests.server.serve_process import StartServe
 
 MOMENT = 5.0
 """Far less than the load takes here, which does not end by itself."""
@@ -60,10 +58,10 @@ def check_refusals(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("num_fronts", [1, 2])
-def test_ports_answer_503_while_the_model_loads(start: StartServe, num_fronts: int) -> None:
+def test_ports_answer_503_while_the_model_loads(start_serve: StartServe, num_fronts: int) -> None:
     ports = free_port(), free_port()
     fronts = ("--api-processes", "2") if num_fronts > 1 else ()
-    serve = start("--port", str(ports[0]), "--metrics-port", str(ports[1]), *fronts)
+    serve = start_serve("--port", str(ports[0]), "--metrics-port", str(ports[1]), *fronts)
     held = hold_the_load(serve, num_fronts)
     urls = [f"http://127.0.0.1:{port}" for port in ports]
     try:
@@ -115,10 +113,10 @@ def test_who_was_accepted_before_the_server_took_over_is_answered() -> None:
     assert asyncio.run(ask()).startswith(b"HTTP/1.1 503")
 
 
-def test_https_and_an_end_while_the_model_loads(start: StartServe, tmp_path: Path) -> None:
+def test_https_and_an_end_while_the_model_loads(start_serve: StartServe, tmp_path: Path) -> None:
     certificate, key = make_certificate(tmp_path)
     port = free_port()
-    serve = start("--port", str(port), "--ssl-certfile", certificate, "--ssl-keyfile", key)
+    serve = start_serve("--port", str(port), "--ssl-certfile", certificate, "--ssl-keyfile", key)
     held = hold_the_load(serve, 1)
     trust = ssl.create_default_context(cafile=certificate)
     with httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=trust, timeout=MOMENT) as client:

@@ -26,7 +26,7 @@ from octavo.tools.answers import reading_of
 from octavo.tools.definitions import read_tools
 from octavo.tools.detect import answer_format
 from tests.server.conftest import ServerThread
-from tests.server.fake_engine import FakeEngine
+from tests.server.fake_engine import FakeEngine, LongEngine
 
 USER: list[Any] = [{"role": "user", "content": "How warm is Rome?"}]
 WEATHER: dict[str, Any] = {
@@ -43,10 +43,6 @@ CALL = (
 )
 ANSWER = f"<think>\nI must look.\n</think>\n\nLet me look.\n{CALL}\n{CALL.replace('Rome', 'Oslo')}"
 FORMAT = answer_format("<tool_call> <think> </think>", {})
-
-
-class LongEngine(FakeEngine):
-    max_model_len = 8192
 
 
 @pytest.fixture(scope="module")

@@ -26,37 +26,15 @@ from octavo.server.protocol.parsing import parse
 from octavo.server.protocol.responses import ResponsesRequest
 from octavo.server.response_answer import ResponseAnswer, ResponseEvents
 from octavo.tools.answers import reading_of
-from octavo.tools.detect import answer_format
 from tests.server.conftest import ServerThread
-from tests.server.fake_engine import FakeEngine
+from tests.server.fake_engine import FakeEngine, LongEngine
 from tests.server.response_events import checked, parsed
-from tests.server.test_agent_session import THINKS
+from tests.server.response_tools import ANSWER, CALL, FORMAT, RUN, SHELL, TOOLS, WEATHER
+from tests.server.strict_client import client_of
+from tests.server.templates import THINKS
 from tests.server.tiny_engine import tiny_engine
 
 PATH = "/v1/responses"
-WEATHER: dict[str, Any] = {
-    "type": "function",
-    "name": "get_weather",
-    "description": "The weather of a city.",
-    "parameters": {
-        "type": "object",
-        "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
-        "required": ["city"],
-    },
-    "strict": False,
-}
-SHELL: dict[str, Any] = {"type": "custom", "name": "shell", "description": "Runs a line."}
-TOOLS: list[Any] = [WEATHER, SHELL]
-CALL = (
-    '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome",  "days": 2}}\n</tool_call>'
-)
-RUN = '<tool_call>\n{"name": "shell", "arguments": {"input": "ls \\"a\\""}}\n</tool_call>'
-ANSWER = f"<think>Which city? Rome.</think>Let me look.\n{CALL}\n{RUN}"
-FORMAT = answer_format("<tool_call> </think>", {})
-
-
-class LongEngine(FakeEngine):
-    max_model_len = 8192
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +56,7 @@ def server(shared: ServerThread[FakeEngine]) -> Iterator[ServerThread[FakeEngine
 
 @pytest.fixture
 def client(server: ServerThread[FakeEngine]) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
-        base_url=f"{server.url}/v1", api_key="none", max_retries=0, _strict_response_validation=True
-    ) as strict:
+    with client_of(server.url) as strict:
         yield strict
 
 
@@ -363,9 +339,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
     """A client of a real engine."""
     engine = tiny_engine(tmp_path_factory.mktemp("responses"), chat_template=TEMPLATE)
     server = ServerThread(engine, ServerConfig(port=0, served_model_name=("tiny",)))
-    with openai.OpenAI(
-        base_url=f"{server.url}/v1", api_key="none", max_retries=0, _strict_response_validation=True
-    ) as strict:
+    with client_of(server.url) as strict:
         yield strict
     server.end()
 

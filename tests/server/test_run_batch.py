@@ -16,8 +16,8 @@ from octavo.cli import main
 from octavo.config import ServerConfig
 from octavo.server.app import create_app
 from octavo.server.batches.offline import FileRun, Progress
+from tests.server.batch_jobs import CHAT, line, prompts
 from tests.server.fake_engine import FakeEngine
-from tests.server.test_batches import CHAT, line, prompts
 
 COMMAND = [sys.executable, "-c", "import sys; from octavo.cli import main; sys.exit(main())"]
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from octavo import LLM
-from tests.server.test_fronts import Fronts
+from tests.server.fronts import Fronts
 from tests.server.tiny_engine import write_model
 
 pytestmark = pytest.mark.slow

@@ -5,123 +5,21 @@ Whatever happens: no process and no folder stays, no traceback is shown, the exi
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.engine.test_child import await_end, is_alive
-from tests.server.tiny_engine import write_model
+from tests.server.serve_process import MAX_SECONDS, StartServe
 
-ROOT = Path(__file__).parents[2]
-OPTIONS = "--port 0 --load-format dummy --device cpu --num-threads 1 --kv-cache-memory 16MiB"
 CLEAN = {0, 130, -signal.SIGINT, -signal.SIGTERM}
 """Exit codes of a server that was stopped on demand, before or after Python is in charge."""
-MAX_SECONDS = 40.0
-"""For what takes seconds, on machines that do much else."""
-
-
-class Serve:
-    """One `octavo serve` with a folder for temporary files of its own."""
-
-    def __init__(self, model: Path, folder: Path, *more: str, is_read: bool = True) -> None:
-        self.temporary = Path(tempfile.mkdtemp(dir=folder))
-        start = "import sys; from octavo.cli import main; sys.exit(main())"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", start, "serve", str(model), *OPTIONS.split(), *more],
-            cwd=ROOT,
-            env={**os.environ, "TMPDIR": str(self.temporary)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.lines: list[str] = []
-        self.children: set[int] = set()
-        self._reader = threading.Thread(target=self._read)
-        if is_read:
-            self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        self.lines.extend(iter(self.process.stderr.readline, ""))
-
-    @property
-    def text(self) -> str:
-        return "".join(self.lines)
-
-    def await_that(self, what: Callable[[], object]) -> None:
-        deadline = time.monotonic() + MAX_SECONDS
-        while not what():
-            assert self.process.poll() is None, self.text
-            assert time.monotonic() < deadline, self.text
-            time.sleep(0.01)
-
-    def await_url(self) -> str:
-        self.await_that(lambda: " is served on " in self.text)
-        self.find_children()
-        return next(word for word in self.text.split() if word.startswith("http://"))
-
-    def find_children(self) -> set[int]:
-        pid = self.process.pid
-        path = Path(f"/proc/{pid}/task/{pid}/children")
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            self.children |= {int(child) for child in path.read_text().split()}
-        return self.children
-
-    @property
-    def engine(self) -> int:
-        (engine,) = self.find_children()
-        return engine
-
-    def end(self) -> int:
-        """Returns the exit code after looking at what is left."""
-        code = self.process.wait(MAX_SECONDS)
-        for child in self.children:
-            await_end(child)
-        if self._reader.ident is not None:
-            self._reader.join(MAX_SECONDS)
-        assert "Traceback" not in self.text, self.text
-        assert list(self.temporary.iterdir()) == []
-        return code
-
-
-StartServe = Callable[..., Serve]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[StartServe]:
-    """A function that starts `octavo serve` of a tiny model, with more options."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    model = write_model(folder)
-    started: list[Serve] = []
-
-    def one(*more: str, is_read: bool = True) -> Serve:
-        started.append(Serve(model, tmp_path, *more, is_read=is_read))
-        return started[-1]
-
-    yield one
-    for serve in started:
-        serve.find_children()
-        serve.process.kill()
-        serve.process.wait()
-        for child in serve.children:
-            if is_alive(child):
-                os.kill(child, signal.SIGKILL)
-        assert serve.process.stderr is not None
-        serve.process.stderr.close()
 
 
 def stream(url: str, answers: list[str]) -> threading.Thread:
@@ -149,12 +47,14 @@ def stream(url: str, answers: list[str]) -> threading.Thread:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_at_any_moment_leaves_nothing(start: StartServe, number: signal.Signals) -> None:
+def test_a_signal_at_any_moment_leaves_nothing(
+    start_serve: StartServe, number: signal.Signals
+) -> None:
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     draw = random.Random(seed)
     for latest in (0.6, 2.0, 4.0, 8.0):
-        serve = start()
+        serve = start_serve()
         deadline = time.monotonic() + draw.uniform(0.2, latest)
         while time.monotonic() < deadline:
             serve.find_children()
@@ -163,25 +63,25 @@ def test_a_signal_at_any_moment_leaves_nothing(start: StartServe, number: signal
         assert serve.end() in CLEAN, serve.text
 
 
-def test_a_server_that_is_killed_while_it_starts_leaves_nothing(start: StartServe) -> None:
+def test_a_server_that_is_killed_while_it_starts_leaves_nothing(start_serve: StartServe) -> None:
     for delay in (0.0, 0.5):
-        serve = start()
+        serve = start_serve()
         serve.await_that(serve.find_children)
         time.sleep(delay)
         serve.process.kill()
         assert serve.end() == -signal.SIGKILL
 
 
-def test_a_server_that_is_killed_takes_a_stopped_engine_along(start: StartServe) -> None:
-    serve = start()
+def test_a_server_that_is_killed_takes_a_stopped_engine_along(start_serve: StartServe) -> None:
+    serve = start_serve()
     serve.await_url()
     os.kill(serve.engine, signal.SIGSTOP)
     serve.process.kill()
     assert serve.end() == -signal.SIGKILL
 
 
-def test_a_killed_engine_ends_its_server_with_an_error(start: StartServe) -> None:
-    serve = start("--log-format", "json")
+def test_a_killed_engine_ends_its_server_with_an_error(start_serve: StartServe) -> None:
+    serve = start_serve("--log-format", "json")
     url = serve.await_url().rstrip('",')
     answers: list[str] = []
     thread = stream(url, answers)
@@ -196,8 +96,8 @@ def test_a_killed_engine_ends_its_server_with_an_error(start: StartServe) -> Non
 
 
 @pytest.mark.slow
-def test_a_hung_engine_does_not_hold_up_the_end(start: StartServe) -> None:
-    serve = start()
+def test_a_hung_engine_does_not_hold_up_the_end(start_serve: StartServe) -> None:
+    serve = start_serve()
     url = serve.await_url()
     answers: list[str] = []
     thread = stream(url, answers)
@@ -221,8 +121,8 @@ def test_a_hung_engine_does_not_hold_up_the_end(start: StartServe) -> None:
     assert "stopped by a signal" in serve.text
 
 
-def test_a_second_signal_ends_at_once(start: StartServe) -> None:
-    serve = start("--shutdown-timeout", "3600")
+def test_a_second_signal_ends_at_once(start_serve: StartServe) -> None:
+    serve = start_serve("--shutdown-timeout", "3600")
     url = serve.await_url()
     answers: list[str] = []
     thread = stream(url, answers)
@@ -237,8 +137,8 @@ def test_a_second_signal_ends_at_once(start: StartServe) -> None:
     assert "shutting_down" in answers[0]
 
 
-def test_a_drain_lets_a_stream_end(start: StartServe) -> None:
-    serve = start()
+def test_a_drain_lets_a_stream_end(start_serve: StartServe) -> None:
+    serve = start_serve()
     url = serve.await_url()
     answers: list[str] = []
     thread = stream(url, answers)
@@ -248,11 +148,13 @@ def test_a_drain_lets_a_stream_end(start: StartServe) -> None:
     assert answers[0].rstrip().endswith("[DONE]")
 
 
-def test_a_log_that_nobody_reads_holds_up_neither_requests_nor_the_end(start: StartServe) -> None:
+def test_a_log_that_nobody_reads_holds_up_neither_requests_nor_the_end(
+    start_serve: StartServe,
+) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    serve = start("--port", str(port), is_read=False)
+    serve = start_serve("--port", str(port), is_read=False)
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
         serve.await_that(lambda: is_ready(client))
         for _ in range(1000):  # far more lines than a pipe holds

@@ -24,9 +24,7 @@ from octavo.server.store import database
 from octavo.server.store.bounds import Amount, Bounds, Kind, Pool
 from octavo.server.store.objects import Part, used
 from octavo.server.store.store import Store
-
-NOWHERE = "/proc/nope"
-"""Nobody can make a folder there, not even root."""
+from tests.no_folder import NOWHERE
 
 
 def new_store(folder: Path | str, **options: object) -> Store:

@@ -14,40 +14,19 @@ import openai
 import pytest
 
 from octavo.config import ServerConfig
-from octavo.engine.chat_template import RenderedChat
 from octavo.errors import EngineDeadError
 from octavo.server import stored_responses
+from tests.no_folder import NOWHERE
 from tests.server.conftest import ServerThread
-from tests.server.fake_engine import FakeEngine, FakeTokenizer
+from tests.server.fronts import Fronts
+from tests.server.noting_engine import NotingEngine
 from tests.server.response_events import checked, parsed
-from tests.server.test_fronts import Fronts
-from tests.server.test_responses import ANSWER, FORMAT, TOOLS
-from tests.server.test_store import NOWHERE
+from tests.server.response_tools import ANSWER, TOOLS
 from tests.server.tiny_engine import write_model
 
 PATH = "/v1/responses"
 KEYS = ("key-a", "key-b")
 UNKNOWN = "resp_" + "0" * 32
-
-
-class NotingTokenizer(FakeTokenizer):
-    """Remembers the text of the last chat."""
-
-    prompt = ""
-
-    def encode_rendered(self, rendered: RenderedChat) -> list[int]:
-        self.prompt = rendered.shown
-        return super().encode_rendered(rendered)
-
-
-class NotingEngine(FakeEngine):
-    max_model_len = 8192
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokenizer: NotingTokenizer = NotingTokenizer()
-        self.answer_format = FORMAT
-        self.answer = "Hello."
 
 
 Servers = list[ServerThread[NotingEngine]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,7 @@ from octavo.config import ServerConfig
 from octavo.errors import ConfigError
 from octavo.server.serve import bind
 from octavo.server.tls import keep_fresh
-
-
-def make_certificate(folder: Path, name: str = "localhost") -> tuple[str, str]:
-    """Returns the paths of a self-signed certificate and of its key."""
-    certificate, key = folder / "tls.crt", folder / "tls.key"
-    made = [
-        *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
-        *("-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"),
-        *("-out", str(certificate), "-keyout", str(key)),
-    ]
-    subprocess.run(made, check=True, capture_output=True)
-    return str(certificate), str(key)
+from tests.server.certificates import make_certificate
 
 
 def test_a_certificate_serves_https(start_server: Any, tmp_path: Path):

@@ -14,35 +14,17 @@ import pytest
 
 from octavo.config import ServerConfig
 from octavo.tools.detect import answer_format
+from tests.server.chat_tools import CALL, TWO, WEATHER, joined
 from tests.server.conftest import ServerThread
-from tests.server.fake_engine import FakeEngine
+from tests.server.fake_engine import FakeEngine, LongEngine
+from tests.server.strict_client import client_of
 
 USER: list[Any] = [{"role": "user", "content": "How warm is Rome?"}]
-WEATHER: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "The weather of a city.",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
-            "required": ["city"],
-        },
-    },
-}
 CUSTOM: dict[str, Any] = {
     "type": "custom",
     "custom": {"name": "shell", "description": "Runs a line.", "format": {"type": "text"}},
 }
-CALL = (
-    '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}\n</tool_call>'
-)
-TWO = f"Let me look.\n{CALL}\n{CALL.replace('Rome', 'Oslo')}"
 CHAT = "/v1/chat/completions"
-
-
-class LongEngine(FakeEngine):
-    max_model_len = 8192
 
 
 @pytest.fixture
@@ -57,33 +39,8 @@ def server() -> Iterator[ServerThread[FakeEngine]]:
 
 @pytest.fixture
 def client(server: ServerThread[FakeEngine]) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
-        base_url=f"{server.url}/v1",
-        api_key="none",
-        max_retries=0,
-        _strict_response_validation=True,
-    ) as strict:
+    with client_of(server.url) as strict:
         yield strict
-
-
-def joined(chunks: list[Any]) -> tuple[str, list[dict[str, Any]], str | None]:
-    """Returns what a client puts together of a stream."""
-    content, calls, reason = "", [], None
-    for chunk in chunks:
-        [choice] = chunk.choices
-        content += choice.delta.content or ""
-        reason = choice.finish_reason or reason
-        for part in choice.delta.tool_calls or ():
-            if part.index == len(calls):
-                assert part.id
-                assert part.type == "function"
-                calls.append({"id": part.id, "name": part.function.name, "arguments": ""})
-            else:
-                assert part.index == len(calls) - 1
-                assert part.id is None
-                assert part.function.name is None
-            calls[part.index]["arguments"] += part.function.arguments or ""
-    return content, calls, reason
 
 
 def test_calls_of_an_answer_are_told_beside_its_text(client: openai.OpenAI) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from octavo.config import ServerConfig
 from octavo.server.truncation import Head, _ways, shorter
 from tests.server.conftest import ServerThread
-from tests.server.test_stored_responses import NotingEngine, NotingTokenizer
+from tests.server.noting_engine import NotingEngine, NotingTokenizer
 
 CONTEXT = 1024
 

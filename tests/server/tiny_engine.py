@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -71,4 +72,23 @@ def tiny_engine(
             num_threads=1,
         ),
         log_level="warning",
+    )
+
+
+def engine_of(folder: Path, told: dict[str, Any], max_model_len: int, **options: Any) -> AsyncLLM:
+    """A Mixtral of dummy weights whose config.json has the fields of `told`, too."""
+    write_model(folder)
+    config = json.loads((folder / "config.json").read_text()) | told
+    (folder / "config.json").write_text(json.dumps(config))
+    return AsyncLLM(
+        EngineConfig(
+            model=str(folder),
+            load_format="dummy",
+            dtype="float32",
+            max_model_len=max_model_len,
+            max_num_seqs=8,
+            kv_cache_memory_bytes=2**21,
+            num_threads=1,
+            **options,
+        )
     )

@@ -10,8 +10,8 @@ from octavo.constraint import StructuredOutputsParams
 from octavo.tools.constrained import structural_tag
 from octavo.tools.definitions import read_tools, with_choice
 from tests.grammar.bytes_model import draw, guide_of, make_guides
+from tests.tools.held_tools import HELD, TOOLS, check
 from tests.tools.rendering import read
-from tests.tools.test_constrained import HELD, TOOLS, check
 
 
 @pytest.mark.parametrize("row", HELD, ids=lambda row: row.name)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -17,7 +15,7 @@ from octavo.models.registry import read_spec
 from octavo.weights.gguf_config import config_of, generation_config_of
 from octavo.weights.gguf_file import read_gguf
 from tests.models.tiny import save_tiny
-from tests.weights.tiny_gguf import add_value, finish, write_tiny_gguf
+from tests.weights.tiny_gguf import write_tiny_gguf, write_values
 
 KEYS = (
     "model_type",
@@ -35,30 +33,6 @@ MOE_KEYS = (
     "moe_intermediate_size",
     "shared_expert_intermediate_size",
 )
-BASE: dict[str, Any] = {
-    "embedding_length": 64,
-    "block_count": 1,
-    "attention.head_count": 4,
-    "attention.layer_norm_rms_epsilon": 1e-5,
-    "context_length": 128,
-    "feed_forward_length": 32,
-}
-
-
-def write_values(
-    path: Path, architecture: str, values: dict[str, Any], tensors: dict[str, np.ndarray]
-) -> Path:
-    """Writes a file with BASE, changed by `values` (None leaves a key out)."""
-    writer = gguf.GGUFWriter(path, architecture)
-    for key, value in {**BASE, **values}.items():
-        if value is not None:
-            name = key if key.startswith("tokenizer.") else f"{architecture}.{key}"
-            add_value(writer, name, value)
-    tensors = {"token_embd.weight": np.zeros((9, 64), np.float32), **tensors}
-    for name, array in tensors.items():
-        writer.add_tensor(name, array)
-    finish(writer)
-    return path
 
 
 @pytest.mark.parametrize(

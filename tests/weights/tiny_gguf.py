@@ -139,3 +139,50 @@ def _gguf_tensors(
             tensors[f"blk.{layer}.ffn_gate_up_exps.weight"] = both
             tensors[f"blk.{layer}.ffn_down_exps.weight"] = stacked[layer, "down"]
     return tensors
+
+
+BASE: dict[str, Any] = {
+    "embedding_length": 64,
+    "block_count": 1,
+    "attention.head_count": 4,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+    "context_length": 128,
+    "feed_forward_length": 32,
+}
+
+
+def write_values(
+    path: Path, architecture: str, values: dict[str, Any], tensors: dict[str, np.ndarray]
+) -> Path:
+    """Writes a file with BASE, changed by `values` (None leaves a key out)."""
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in {**BASE, **values}.items():
+        if value is not None:
+            name = key if key.startswith("tokenizer.") else f"{architecture}.{key}"
+            add_value(writer, name, value)
+    tensors = {"token_embd.weight": np.zeros((9, 64), np.float32), **tensors}
+    for name, array in tensors.items():
+        writer.add_tensor(name, array)
+    finish(writer)
+    return path
+
+
+def write_quantised_gguf(
+    path: Path, kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.Q8_0
+) -> Path:
+    """Writes a header that says Llama, and matrices of zeros in Q8_0, or another format."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(128)
+    width, size = gguf.GGML_QUANT_SIZES[kind]
+    writer.add_embedding_length(width)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    blocks = np.zeros((64, size), np.uint8)
+    writer.add_tensor("token_embd.weight", blocks, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -17,11 +17,11 @@ import pytest
 from octavo.async_llm import AsyncLLM
 from octavo.config import ServerConfig
 from octavo.tools.detect import answer_format
+from tests.server.chat_tools import TWO, WEATHER, joined
 from tests.server.conftest import ServerThread
-from tests.server.fake_engine import FakeEngine
+from tests.server.fake_engine import FakeEngine, LongEngine
 from tests.server.guards.judges import SEEN
-from tests.server.test_embeddings import engine_of
-from tests.server.test_tools import TWO, WEATHER, LongEngine, joined
+from tests.server.tiny_engine import engine_of
 
 ROOT = Path(__file__).resolve().parents[3]
 STRICT = "tests.server.guards.judges:strict"

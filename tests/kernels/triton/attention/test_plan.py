@@ -4,7 +4,6 @@ blocks once, and when that is not worth it."""
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -13,54 +12,22 @@ import pytest
 import torch
 
 from octavo.kernels.inputs import AttentionBatch
-from octavo.kernels.planning import PlanLimits, PlannedGroup, StepRows
-from octavo.visibility import Chunk, Full, Visibility, Window
+from octavo.kernels.planning import PlanLimits, PlannedGroup
+from octavo.visibility import Chunk, Visibility, Window
 from tests.kernels.triton.interpreter import DEVICE
 
 from octavo.kernels.triton.attention.device_plan import DevicePlan, SharedPrefix  # isort: skip
-from octavo.kernels.triton.attention.plan import StepPlan, StepPlanner, plan_prefix  # isort: skip
+from octavo.kernels.triton.attention.plan import plan_prefix  # isort: skip
 from octavo.kernels.triton.attention.shared import MIN_BLOCKS  # isort: skip
 from octavo.kernels.triton.attention.splits import tiling  # isort: skip
-
-BLOCK = 16
-
-
-def group(visibility: Visibility = Full()) -> PlannedGroup:
-    """Two layers of one head of 8 float32."""
-    return PlannedGroup(
-        num_heads=1,
-        num_kv_heads=1,
-        visibility=visibility,
-        token_bytes=2 * (2 * 8 * 4),
-        block_size=BLOCK,
-    )
-
-
-def step_of(
-    blocks: np.ndarray,
-    lens: Sequence[int] | np.ndarray,
-    query_lens: Sequence[int] | np.ndarray,
-    *,
-    rows: np.ndarray | None = None,
-    num_started: int = 0,
-) -> StepRows:
-    """A step of all rows of the table, or of some."""
-    return StepRows(
-        rows=np.arange(len(blocks), dtype=np.int32) if rows is None else rows,
-        query_lens=np.array(query_lens, np.int32),
-        query_starts=np.concatenate(([0], np.cumsum(query_lens))).astype(np.int32),
-        seq_lens=np.array(lens, np.int32),
-        tables=(blocks,),
-        num_started=num_started,
-    )
-
-
-def table(*shared: tuple[int, int], columns: int = 3 * MIN_BLOCKS) -> np.ndarray:
-    """One row for each (prefix id, blocks of it); all other blocks are a row's own."""
-    rows = np.arange(len(shared) * columns, dtype=np.int32).reshape(len(shared), columns) + 10_000
-    for row, (prefix, blocks) in zip(rows, shared, strict=True):
-        row[:blocks] = 1000 * prefix + np.arange(blocks)
-    return rows
+from tests.kernels.triton.attention.steps import (
+    BLOCK,
+    group,
+    one_step,
+    planner,
+    step_of,
+    table,
+)
 
 
 def plan(
@@ -128,13 +95,6 @@ def test_the_saved_reads_must_reach_the_threshold() -> None:
     assert plan(blocks, min_saved_bytes=saved + 1) is None
 
 
-LIMITS = PlanLimits(max_num_seqs=8, max_model_len=100_000, kv_tokens=800_000)
-
-
-def planner(limits: PlanLimits = LIMITS, of: Sequence[PlannedGroup] = (group(),)) -> StepPlanner:
-    return StepPlanner(of, limits, 132, min_saved_bytes=0)
-
-
 def test_rows_that_go_on_share_what_they_shared_until_one_starts_or_goes() -> None:
     rng = random.Random(7)
     ones = np.ones(6, np.int32)
@@ -172,13 +132,6 @@ def test_more_partial_results_than_there_is_room_for_are_not_planned() -> None:
     few = planner(PlanLimits(max_num_seqs=2, max_model_len=4000, kv_tokens=8000))
     assert few.prefixes(short) != [None]
     assert few.prefixes(long) == [None]
-
-
-def one_step(lens: Sequence[int], query_lens: Sequence[int], *, groups: int = 1) -> StepPlan:
-    """The plan of rows that share nothing."""
-    blocks = table(*((s, 0) for s in range(len(lens))))
-    step = replace(step_of(blocks, lens, query_lens), tables=(blocks,) * groups)
-    return planner(of=(group(),) * groups).plan(step)
 
 
 def test_bounds_of_a_step_hold_and_padding_keeps_its_partial_results() -> None:

@@ -11,14 +11,13 @@ import torch
 
 from octavo.kernels.inputs import KVLayer
 from tests.kernels.cases import floats
-from tests.kernels.latent_cases import make_latents
-from tests.kernels.test_latent_attention import HEADS, NOPE, RANK, ROPE, expected_of, make_op
+from tests.kernels.latent_cases import HEADS, NOPE, RANK, ROPE, expected_of, make_latents, make_op
 from tests.kernels.triton.cases import TOLERANCES, assert_near, make_ops
 from tests.kernels.triton.interpreter import DEVICE
 
 from octavo.kernels.triton.attention import plan  # isort: skip
 from octavo.kernels.triton.latent import choose, expand  # isort: skip
-from tests.kernels.triton.attention.test_plan import one_step  # isort: skip
+from tests.kernels.triton.attention.steps import one_step  # isort: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

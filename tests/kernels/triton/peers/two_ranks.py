@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
@@ -22,9 +23,12 @@ from octavo.parallel import Meeting, PeerMemory, TorchCollectives
 from tests.kernels.triton import interpreter  # noqa: F401
 from tests.kernels.triton.interpreter import DEVICE
 
+from octavo.kernels.triton.small.norm import rms_norm  # isort: skip
+
 SIZE = 2
 NUM_BYTES = 1 << 11
 CPU = torch.device("cpu")
+COLUMNS, EPS = 40, 1e-5
 UNGATED_ROWS = 2
 """So that few rows are many for the kernel."""
 
@@ -66,9 +70,43 @@ def parts_of(case: int, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[
         yield part
 
 
-def main(address: str, folder: str) -> None:
-    from tests.kernels.triton.peers.test_sums import all_sums
+class Sum(NamedTuple):
+    name: str
+    found: tuple[Tensor, ...]
+    expected: tuple[Tensor, ...]
 
+
+def all_sums(ranks: MappedRanks) -> Iterator[Sum]:
+    """Makes the same sums on whichever rank it is."""
+    for dtype in (torch.bfloat16, torch.float32):
+        over = sums.over_peers(ranks, COLUMNS, dtype, CPU)
+        assert isinstance(over, sums.PeerSums), "the check at start has failed"
+        few, most = over.ungated_rows, over.max_rows
+        for case, count in enumerate((1, few, few + 1, most + 3, 2)):
+            weight = torch.linspace(0.5, 2, COLUMNS)
+            for num_parts in (0, 2):
+                shape = (count, num_parts, COLUMNS) if num_parts else (count, COLUMNS)
+                parts = [*parts_of(case, shape, dtype)]
+                whole = [summed(part) if num_parts else part for part in parts]
+                expected = summed(torch.stack(whole, 1))
+                found = () if num_parts else (over.all_reduce(parts[ranks.rank].clone()),)
+                residual = torch.linspace(-1, 1, count * COLUMNS).view(count, COLUMNS).to(dtype)
+                kept = residual.clone()
+                normed = rms_norm(expected, kept, weight, EPS)
+                out = over.add_rms_norm(parts[ranks.rank].clone(), residual, weight, EPS)
+                assert out is not None
+                yield Sum(
+                    f"{dtype} {shape}",
+                    (*found, residual, out),
+                    (*(expected for _ in found), kept, normed),
+                )
+
+
+def summed(parts_TSM: Tensor) -> Tensor:
+    return parts_TSM.float().sum(1).to(parts_TSM.dtype)
+
+
+def main(address: str, folder: str) -> None:
     assert DEVICE == "cpu"
     torch.set_num_threads(1)
     sums.UNGATED_ROWS = UNGATED_ROWS
