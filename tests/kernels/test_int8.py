@@ -13,8 +13,7 @@ from octavo.formats import PACKED_FORMATS, WEIGHT_FORMATS
 from octavo.kernels.cpu.library import ISAS, load_library, supported_isas, unfit_reason
 from octavo.kernels.cpu.native import NativeOps
 from octavo.kernels.weights import Weight
-from tests.kernels.cases import assert_close, exact, floats, make_weight
-from tests.kernels.test_linear import make_experts
+from tests.kernels.cases import assert_close, exact, floats, make_experts, make_weight
 
 FORMATS = (
     *("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"),
