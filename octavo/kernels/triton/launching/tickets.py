@@ -5,6 +5,8 @@ Used by kernels that would else need a second launch. Never decides in which ord
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,19 @@ def make_tickets(device: torch.device) -> Tensor:
     """Returns counters that are zero between launches. One stream's kernels can share them, since
     each waits for the one before it."""
     return torch.zeros(NUM_TICKETS, dtype=torch.int32, device=device)
+
+
+def room_for_splits(
+    like: Tensor, splits: int, sizes: Sequence[int], tiles: int, tickets: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Returns where `splits` programs of each of some tiles leave their parts of a sum, float32
+    [splits, *sizes], and tickets for the tiles, made if there are none; anything if splits is 1."""
+    if splits == 1:
+        return like, like
+    if tickets is None:
+        tickets = make_tickets(like.device)
+    assert tiles <= len(tickets), (tiles, len(tickets))
+    return like.new_empty((splits, *sizes), dtype=torch.float32), tickets
 
 
 @triton.jit

@@ -6,7 +6,6 @@ Called by `choose.py` where the vendor's product is slower, or would not be batc
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,7 +15,7 @@ from octavo.kernels.triton.launching.chip import cdiv
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.numbers import compute_type
 from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
-from octavo.kernels.triton.launching.tickets import is_last, make_tickets
+from octavo.kernels.triton.launching.tickets import is_last, room_for_splits
 from octavo.kernels.triton.product.shapes import ProductShape
 from octavo.kernels.triton.tiles.grid import tile_of_program
 from octavo.kernels.triton.tiles.weight import weight_at, weight_tile
@@ -124,11 +123,7 @@ def product(
     if num_tokens == 0:
         return
     grid = cdiv(num_tokens, shape.block_t) * cdiv(num_rows, shape.block_n)
-    parts = x_TM
-    if shape.splits > 1:
-        parts = x_TM.new_empty((shape.splits, num_tokens, num_rows), dtype=torch.float32)
-        tickets = make_tickets(x_TM.device) if tickets is None else tickets
-        assert grid <= len(tickets), (grid, len(tickets))
+    parts = room_for_splits(x_TM, shape.splits, out_TN.shape, grid, tickets)
     product_kernel[(grid, shape.splits)](
         _tiles(x_TM, shape.block_t, shape),
         _tiles(weight_NM, shape.block_n, shape),
@@ -139,8 +134,7 @@ def product(
         hidden_size,
         weight_NM.stride(0),
         out_TN.stride(0),
-        parts,
-        x_TM if tickets is None else tickets,
+        *parts,
         **shape.constants(hidden_size),
         GROUP=16,
         HAS_BIAS=bias_N is not None,

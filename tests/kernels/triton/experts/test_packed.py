@@ -14,7 +14,7 @@ from tests.kernels.triton.packed_cases import (
     packed_experts,
 )
 
-from octavo.kernels.triton.experts import choose  # isort: skip
+from octavo.kernels.triton.experts import choose_packed  # isort: skip
 
 COUNT, HIDDEN, INNER, TOP_K = 3, 96, 64, 2
 
@@ -47,10 +47,10 @@ def test_packed_experts_equal_float64(formats: tuple[str, str], count: int):
 def test_many_tokens_are_sorted_unpacked_or_rounded_to_fp8(monkeypatch: pytest.MonkeyPatch):
     case = inputs(12)
     experts, values = packed_experts("int4_64_f16", "int4_64_f16", COUNT, HIDDEN, INNER)
-    monkeypatch.setattr(choose, "UNPACKED_ROWS", 1)
+    monkeypatch.setattr(choose_packed, "UNPACKED_ROWS", 1)
     assert error_of(found_experts(case, experts), expected_experts(*case, values)) < 2e-6
     experts, values = packed_experts("fp8_row", "fp8_row", COUNT, HIDDEN, INNER)
-    monkeypatch.setattr(choose, "FP8_ROWS", 1)
+    monkeypatch.setattr(choose_packed, "FP8_ROWS", 1)
     assert 1e-3 < error_of(found_experts(case, experts), expected_experts(*case, values)) < 6e-2
     exact = found_experts(case, experts, is_deterministic=True)
     assert error_of(exact, expected_experts(*case, values)) < 2e-6

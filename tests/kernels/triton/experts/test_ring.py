@@ -16,10 +16,12 @@ from tests.kernels.triton.packed_cases import (
     packed_experts,
 )
 
-from octavo.kernels.triton.experts import choose  # isort: skip
+from tests.kernels.triton.gluon_cpu import emulated  # isort: skip
+from octavo.kernels.triton.experts import choose, choose_packed  # isort: skip
 from octavo.kernels.triton.experts.hopper import ring  # isort: skip
-from octavo.kernels.triton.experts.shapes import ring_experts_shape  # isort: skip
+from octavo.kernels.triton.experts.shapes import RingExpertsShape, ring_experts_shape  # isort: skip
 from octavo.kernels.triton.launching.chip import has_wgmma  # isort: skip
+from octavo.kernels.triton.product.packed_shapes import RingShape  # isort: skip
 from octavo.kernels.triton.tuning.shapes import Shapes  # isort: skip
 from octavo.kernels.weights import ExpertBiases  # isort: skip
 
@@ -49,8 +51,8 @@ def test_a_lone_token_has_no_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         wanted.append(in_parts)
         return x
 
-    monkeypatch.setattr(choose.ring, "fits", lambda *arguments: True)
-    monkeypatch.setattr(choose.ring, "ring_experts", run)
+    monkeypatch.setattr(choose_packed.ring, "fits", lambda *arguments: True)
+    monkeypatch.setattr(choose_packed.ring, "ring_experts", run)
     for count in (1, 40):
         choose.run_experts(
             *(*inputs(count, torch.bfloat16), experts, "silu", None, None, Shapes()),
@@ -94,7 +96,7 @@ def test_rows_that_are_to_be_invariant_go_elsewhere(monkeypatch: pytest.MonkeyPa
     assert found_experts(case, experts) is said
     exact = found_experts(case, experts, is_deterministic=True)
     assert error_of(exact, expected_experts(*case, values)) < 2e-6
-    monkeypatch.setattr(choose, "UNPACKED_ROWS", 0)
+    monkeypatch.setattr(choose_packed, "UNPACKED_ROWS", 0)
     assert error_of(found_experts(case, experts), expected_experts(*case, values)) < 2e-6
 
 
@@ -125,3 +127,19 @@ def test_experts_equal_float64(kind: str, dtype: torch.dtype):
         x, weights, ids = case
         case = x * 0.01, weights, ids
         assert error_of(found_experts(case, experts), expected_experts(*case, values)) < 8e-3
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="where a GPU runs the kernels themselves")
+@pytest.mark.parametrize("is_late", [False, True], ids=["early", "late"])
+@pytest.mark.parametrize(("count", "splits"), [(1, 2), (9, 1)])
+def test_experts_equal_float64_without_a_gpu(count: int, splits: int, is_late: bool):
+    emulator = emulated("octavo.kernels.triton.experts.hopper.ring", is_late=is_late)
+    experts, values = packed_experts("int4_128_f16", "mxfp4", COUNT, HIDDEN, INNER)
+    x, weights, ids = inputs(count, torch.float16)
+    case = x * 0.01, weights, ids
+    narrow = RingShape(tokens=8, rows=64, num_warps=4, stages=3, tiles=2, is_wide=False)
+    shape = RingExpertsShape(
+        gate_up=narrow, down=replace(narrow, tiles=1, splits=splits), is_lone=count == 1
+    )
+    found = emulator.ring_experts(*case, experts, "silu", shape)
+    assert error_of(found, expected_experts(*case, values)) < 2e-3

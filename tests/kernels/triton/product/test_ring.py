@@ -3,6 +3,8 @@ say."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,12 +13,13 @@ from octavo.planes import PLANE_LAYOUTS
 from tests.kernels.triton.interpreter import DEVICE
 from tests.kernels.triton.packed_cases import error_of, planes
 
+from tests.kernels.triton.gluon_cpu import emulated  # isort: skip
 from octavo.kernels.triton.launching.chip import has_wgmma  # isort: skip
 from octavo.kernels.triton.launching.tickets import make_tickets  # isort: skip
 from octavo.kernels.triton.product import choose  # isort: skip
 from octavo.kernels.triton.product.choose import multiply_packed  # isort: skip
 from octavo.kernels.triton.product.hopper import ring  # isort: skip
-from octavo.kernels.triton.product.packed_shapes import ring_shape  # isort: skip
+from octavo.kernels.triton.product.packed_shapes import RingShape, ring_shape  # isort: skip
 
 on_hopper = pytest.mark.skipif(not has_wgmma(torch.device(DEVICE)), reason="needs a Hopper GPU")
 
@@ -87,4 +90,26 @@ def test_products_equal_float64(kind: str, dtype: torch.dtype):
         out = torch.full((count, rows + 8), float("nan"), device=DEVICE, dtype=dtype)[:, :rows]
         multiply_packed(x, weight, layout, bias, out, tickets, is_deterministic=False)
         assert error_of(out, x.double() @ values.T + bias) < 4e-3
+        assert not tickets.any()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="where a GPU runs the kernel itself")
+@pytest.mark.parametrize("is_late", [False, True], ids=["early", "late"])
+@pytest.mark.parametrize("kind", ["int4_128_f16", "int4_32_bf16", "int8_64", "q8_0", "mxfp4"])
+def test_products_equal_float64_without_a_gpu(kind: str, is_late: bool):
+    layout, rows, cols = PLANE_LAYOUTS[kind], 128, 640
+    emulator = emulated("octavo.kernels.triton.product.hopper.ring", is_late=is_late)
+    weight = planes(layout, rows, cols)
+    bias = torch.linspace(-1, 1, rows)
+    narrow = RingShape(tokens=8, rows=64, num_warps=4, stages=2, tiles=2, is_wide=False)
+    for count, dtype, shape in (
+        (1, torch.bfloat16, narrow),
+        (11, torch.float16, replace(narrow, stages=4, tiles=1, splits=2)),
+        (3, torch.bfloat16, replace(narrow, stages=3, is_wide=layout.group == 128)),
+    ):
+        x = torch.randn(count, cols, generator=torch.Generator().manual_seed(count)).to(dtype)
+        out, tickets = torch.empty(count, rows + 8)[:, :rows], make_tickets(torch.device("cpu"))
+        emulator.ring_product(x, weight, layout, bias, out, shape, tickets)
+        expected = x.double() @ values_of(layout, weight, cols).double().T + bias
+        assert error_of(out, expected) < 2e-5
         assert not tickets.any()

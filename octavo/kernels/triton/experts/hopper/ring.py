@@ -23,7 +23,7 @@ from octavo.kernels.triton.launching.chip import has_wgmma
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.numbers import TL_DTYPES
 from octavo.kernels.triton.launching.overlap import launch_options
-from octavo.kernels.triton.launching.tickets import make_tickets
+from octavo.kernels.triton.launching.tickets import room_for_splits
 from octavo.kernels.triton.tiles.activation import activation_constant, gated
 from octavo.kernels.triton.tiles.hopper.ring import COLUMNS, ring_sums, takes, x_rows_layout
 from octavo.kernels.triton.tiles.hopper.splits import stores_layout, sum_of_splits
@@ -255,19 +255,15 @@ def _down(
     assert experts.down_planes is not None
     num_pairs, hidden_size = len(hidden_PF), experts.hidden_size
     grid, splits = dispatch[2] * (hidden_size // shape.down.rows), shape.down.splits
-    parts = sums = hidden_PF.new_empty((num_pairs, hidden_size))
-    if splits > 1:
-        sums = parts.new_empty((splits, num_pairs, hidden_size), dtype=torch.float32)
-        tickets = make_tickets(parts.device) if tickets is None else tickets
-        assert grid <= len(tickets), (grid, len(tickets))
+    parts = hidden_PF.new_empty((num_pairs, hidden_size))
+    of_splits = room_for_splits(parts, splits, parts.shape, grid, tickets)
     ring_down_kernel[(grid, splits)](
         hidden_PF,
         experts.down_planes.arguments(),
         parts,
         topk_weights,
         *dispatch,
-        sums,
-        parts if tickets is None else tickets,
+        *of_splits,
         num_pairs,
         experts.count,
         hidden_size,

@@ -8,7 +8,6 @@ Shape legend: T tokens, M columns of the weight, N rows.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -18,7 +17,7 @@ from octavo.kernels.triton.launching.chip import cdiv, has_wgmma
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.numbers import TL_DTYPES
 from octavo.kernels.triton.launching.overlap import launch_options
-from octavo.kernels.triton.launching.tickets import make_tickets
+from octavo.kernels.triton.launching.tickets import room_for_splits
 from octavo.kernels.triton.product.packed_shapes import RingShape
 from octavo.kernels.triton.tiles.hopper.ring import COLUMNS, ring_sums, takes, x_rows_layout
 from octavo.kernels.triton.tiles.hopper.splits import stores_layout, sum_of_splits
@@ -108,18 +107,13 @@ def ring_product(
     if num_tokens == 0:
         return
     grid = cdiv(num_tokens, shape.tokens) * (num_rows // shape.rows)
-    sums = x_TM
-    if shape.splits > 1:
-        sums = x_TM.new_empty((shape.splits, num_tokens, num_rows), dtype=torch.float32)
-        tickets = make_tickets(x_TM.device) if tickets is None else tickets
-        assert grid <= len(tickets), (grid, len(tickets))
+    parts = room_for_splits(x_TM, shape.splits, out_TN.shape, grid, tickets)
     ring_product_kernel[(grid, shape.splits)](
         x_TM,
         planes.arguments(),
         x_TM if bias_N is None else bias_N,
         out_TN,
-        sums,
-        x_TM if tickets is None else tickets,
+        *parts,
         num_tokens,
         num_rows,
         hidden_size,

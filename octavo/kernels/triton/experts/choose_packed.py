@@ -1,0 +1,164 @@
+"""Which kernels run the experts of a layer whose weights are packed, or some of them.
+
+Called by `choose.py`. `KERNELS` are asked in their order. Never looks at values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from octavo.kernels.activations import Activation
+from octavo.kernels.facts import UNPACKED_ROWS
+from octavo.kernels.triton.experts.fp8 import fp8_experts
+from octavo.kernels.triton.experts.grouped import grouped_experts
+from octavo.kernels.triton.experts.hopper import fp8 as hopper_fp8
+from octavo.kernels.triton.experts.hopper import ring
+from octavo.kernels.triton.experts.packed_pairs import packed_experts_of_pairs
+from octavo.kernels.triton.experts.shapes import (
+    ExpertsShape,
+    experts_shape,
+    fp8_experts_shape,
+    packed_pairs_shape,
+    ring_experts_shape,
+)
+from octavo.kernels.triton.experts.stacks import StackedExperts
+from octavo.kernels.triton.experts.unpacked import unpacked_experts
+from octavo.kernels.triton.launching.chip import is_hopper
+
+FP8_ROWS = 32
+"""Of an expert, in the mean: from here on activations are rounded to FP8 where weights are FP8 with
+a scale a row. With scales by blocks, tensor cores of FP8 are slower than those of bfloat16."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Packed:
+    """What is to be run."""
+
+    x_TM: Tensor
+    topk_weights: Tensor
+    topk_ids: Tensor
+    experts: StackedExperts
+    """The biases of their last products are still to be added."""
+    activation: Activation
+    shape: ExpertsShape
+    """Of kernels for any format."""
+    tickets: Tensor | None
+    is_of_pairs: bool
+    """Pairs go one by one."""
+    is_deterministic: bool
+    in_parts: bool
+    """Whether the result may be [T, top_k, M], yet to be summed."""
+
+    @property
+    def chosen(self) -> tuple[Tensor, Tensor, Tensor, StackedExperts, Activation]:
+        """The first arguments of what runs experts."""
+        return self.x_TM, self.topk_weights, self.topk_ids, self.experts, self.activation
+
+    @property
+    def num_pairs(self) -> int:
+        """None count where bits may not depend on how many there are."""
+        return 0 if self.is_deterministic else self.topk_ids.numel()
+
+    @property
+    def are_many(self) -> bool:
+        return self.num_pairs > UNPACKED_ROWS * self.experts.count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """One way to run them."""
+
+    fits: Callable[[Packed], bool]
+    run: Callable[[Packed], Tensor]
+    """In parts, if they are wanted, but for a lone token: its next norm may stand within a product,
+    which takes one row and no parts."""
+
+
+def _fits_hopper_fp8(one: Packed) -> bool:
+    if one.is_deterministic or one.is_of_pairs:
+        return False
+    return hopper_fp8.fits(one.x_TM, one.experts, one.activation, one.num_pairs)
+
+
+def _run_hopper_fp8(one: Packed) -> Tensor:
+    return hopper_fp8.hopper_fp8_experts(
+        one.x_TM, one.topk_weights, one.topk_ids, one.experts, in_parts=one.in_parts
+    )
+
+
+def _fits_fp8(one: Packed) -> bool:
+    is_by_row = one.experts.is_fp8 and not one.experts.is_by_block
+    return is_by_row and one.num_pairs >= FP8_ROWS * one.experts.count
+
+
+def _run_fp8(one: Packed) -> Tensor:
+    shape = fp8_experts_shape(*one.topk_ids.shape, one.experts.count)
+    return fp8_experts(*one.chosen, shape, in_parts=one.in_parts)
+
+
+def _fits_ring(one: Packed) -> bool:
+    return not (one.is_deterministic or one.are_many) and ring.fits(one.x_TM, one.experts)
+
+
+def _run_ring(one: Packed) -> Tensor:
+    experts = one.experts
+    assert experts.gate_layout is not None
+    assert experts.down_layout is not None
+    shape = ring_experts_shape(
+        *(*one.topk_ids.shape, experts.count, experts.hidden_size, experts.inner_size),
+        *(experts.gate_layout, experts.down_layout),
+        is_lone=one.is_of_pairs,
+    )
+    in_parts = one.in_parts and not one.is_of_pairs
+    return ring.ring_experts(*one.chosen, shape, one.tickets, in_parts=in_parts)
+
+
+def _fits_pairs(one: Packed) -> bool:
+    layouts = one.experts.gate_layout, one.experts.down_layout
+    return one.is_of_pairs and None not in layouts
+
+
+def _run_pairs(one: Packed) -> Tensor:
+    experts = one.experts
+    assert experts.gate_layout is not None
+    assert experts.down_layout is not None
+    shape = packed_pairs_shape(
+        *(experts.gate_layout, experts.down_layout, experts.hidden_size, experts.inner_size),
+        one.topk_ids.shape[1],
+    )
+    return packed_experts_of_pairs(*one.chosen, shape)
+
+
+def _run_unpacked(one: Packed) -> Tensor:
+    numbers = unpacked_experts(one.experts, one.x_TM.dtype)
+    shape = experts_shape(
+        *(*one.topk_ids.shape, one.experts.count, one.experts.inner_size),
+        can_tma=is_hopper(one.x_TM.device),
+    )
+    return grouped_experts(
+        *(one.x_TM, one.topk_weights, one.topk_ids, numbers, one.activation, shape),
+        in_parts=one.in_parts,
+    )
+
+
+def _run_grouped(one: Packed) -> Tensor:
+    return grouped_experts(*one.chosen, one.shape, in_parts=one.in_parts)
+
+
+KERNELS = (
+    Kernel(fits=_fits_hopper_fp8, run=_run_hopper_fp8),
+    Kernel(fits=_fits_fp8, run=_run_fp8),
+    Kernel(fits=_fits_ring, run=_run_ring),
+    Kernel(fits=_fits_pairs, run=_run_pairs),
+    Kernel(fits=lambda one: one.are_many, run=_run_unpacked),
+    Kernel(fits=lambda one: True, run=_run_grouped),
+)
+"""The first that fits runs."""
+
+
+def run_packed(one: Packed) -> Tensor:
+    """Returns the weighted sums of the experts' results [T, M], or their parts."""
+    return next(kernel.run(one) for kernel in KERNELS if kernel.fits(one))
