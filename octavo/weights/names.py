@@ -6,7 +6,7 @@ one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -61,6 +61,16 @@ _BARE = ("embed_tokens.", "layers.", "norm.")
 def expert_names(model_type: str) -> ExpertNames:
     """Returns the names that checkpoints of a `model_type` of config.json use."""
     return _NAMES.get(model_type, _DEFAULT)
+
+
+def checkpoint_names(name: str) -> Iterator[str]:
+    """Yields the names that `text_name` makes this one of."""
+    yield name
+    for prefix, plain in _TEXT_PREFIXES.items():
+        if name.startswith(plain):
+            yield prefix + name.removeprefix(plain)
+    if name.startswith("model."):
+        yield name.removeprefix("model.")
 
 
 def text_name(name: str) -> str:

@@ -16,6 +16,14 @@ from octavo.errors import ConfigError, UnsupportedModelError
 from octavo.formats import kv_formats
 from octavo.weights.checkpoint import read_json
 from octavo.weights.made import DUMMY_QUANTIZATIONS, LOAD_FORMATS, can_be_made
+from octavo.weights.schemes import (
+    WHOLE_ROW,
+    Scheme,
+    Schemes,
+    auto_round_schemes,
+    compressed_schemes,
+    gptq_schemes,
+)
 
 Method = Literal["fp8", "awq", "gptq", "compressed-tensors", "mxfp4", "modelopt"]
 METHODS: dict[str, Method] = {
@@ -45,13 +53,8 @@ class Quantization:
     """How the quantised tensors of a checkpoint are to be read."""
 
     method: Method
-    bits: int | None = None
-    """Of a code, where the tensors do not tell it (GPTQ, AWQ)."""
-    group: int | None = None
-    """Columns that share a scale, where the config says so. Tensors do not show it where the last
-    group is smaller."""
-    varies: bool = False
-    """Whether the config has bits and groups for tensors apart: then the tensors decide."""
+    schemes: Schemes = Schemes()
+    """What codes the tensors have, by module."""
     zeros_less_one: bool = False
     """Whether zeros are stored less one (the first format of GPTQ)."""
     is_reordered: bool = False
@@ -161,27 +164,13 @@ def _read(fields: Mapping[str, Any]) -> Quantization:
         bits = fields.get("bits", fields.get("w_bit", 4))
         if bits != 4:
             _refuse("bits", bits, "4")
-        return Quantization(method="awq", bits=4, group=_group(fields))
+        scheme = Scheme(kind="int", bits=4, group=_group(fields))
+        return Quantization(method="awq", schemes=Schemes(others=(scheme,)))
     if fields.get("transform_config"):
         _refuse("transform_config", "...", "weights that are not rotated")
     if method == "fp8":
         return Quantization(method="fp8", block=_block(fields.get("weight_block_size")))
-    bits, group = _one_scheme(fields.get("config_groups"))
-    return Quantization(method=method, bits=bits, group=group)
-
-
-def _one_scheme(schemes: Any) -> tuple[int | None, int | None]:
-    """Returns bits and group of integers, where a config of compressed-tensors has one scheme for
-    all tensors and says them."""
-    if not isinstance(schemes, Mapping) or len(schemes) != 1:
-        return None, None
-    (scheme,) = schemes.values()
-    weights = scheme.get("weights") if isinstance(scheme, Mapping) else None
-    if not isinstance(weights, Mapping) or weights.get("type", "int") != "int":
-        return None, None
-    bits, group = weights.get("num_bits"), weights.get("group_size")
-    is_grouped = weights.get("strategy") == "group" and type(group) is int and group > 0
-    return bits if type(bits) is int else None, group if is_grouped else None
+    return Quantization(method=method, schemes=compressed_schemes(fields.get("config_groups")))
 
 
 def _auto_round(fields: Mapping[str, Any]) -> Quantization:
@@ -189,11 +178,11 @@ def _auto_round(fields: Mapping[str, Any]) -> Quantization:
     if packing not in _AUTO_ROUND:
         _refuse("packing_format", packing, ", ".join(_AUTO_ROUND))
     method, is_less = _AUTO_ROUND[packing]
+    if method == "compressed-tensors":
+        return Quantization(method=method, schemes=compressed_schemes(fields.get("config_groups")))
     return Quantization(
         method=method,
-        bits=_bits(fields),
-        group=_group(fields),
-        varies=bool(fields.get("extra_config")),
+        schemes=auto_round_schemes(_base(fields), fields.get("extra_config")),
         zeros_less_one=is_less,
     )
 
@@ -204,26 +193,24 @@ def _gptq(fields: Mapping[str, Any]) -> Quantization:
         _refuse("checkpoint_format", kind, "gptq, gptq_v2")
     return Quantization(
         method="gptq",
-        bits=_bits(fields),
-        group=_group(fields),
-        varies=bool(fields.get("dynamic")),
+        schemes=gptq_schemes(_base(fields), fields.get("dynamic")),
         zeros_less_one=kind == "gptq",
         is_reordered=bool(fields.get("desc_act")),
     )
 
 
-def _bits(fields: Mapping[str, Any]) -> int:
+def _base(fields: Mapping[str, Any]) -> Scheme:
     bits = fields.get("bits", 4)
     if bits not in (2, 3, 4, 8):
         _refuse("bits", bits, "2, 3, 4, 8")
-    return bits
+    return Scheme(kind="int", bits=bits, group=_group(fields))
 
 
 def _group(fields: Mapping[str, Any]) -> int | None:
-    group = fields.get("group_size", fields.get("q_group_size", -1))
-    if type(group) is not int or group < -1 or group == 0:
+    group = fields.get("group_size", fields.get("q_group_size"))
+    if group is not None and (type(group) is not int or group < WHOLE_ROW or group == 0):
         _refuse("group_size", group, "a number of columns, or -1 for a whole row")
-    return None if group == -1 else group
+    return group
 
 
 def _block(found: Any) -> tuple[int, int] | None:

@@ -14,23 +14,31 @@ from octavo.formats import FP8, GROUP, NVFP4, WEIGHT_FORMATS
 from octavo.kernels.dequantize import e4m3_scales
 from octavo.weights.published.repack import fp8_rows, mxfp4_rows, nvfp4_rows
 from octavo.weights.published.tensors import (
+    NUMBERS,
     Fetch,
     Module,
     PackedMatrix,
+    Part,
+    allowed,
     check_exponents,
     check_scales,
 )
 from octavo.weights.quantization import Quantization
+from octavo.weights.schemes import Scheme
 
 MXFP4 = WEIGHT_FORMATS["mxfp4"]
+EXPONENTS = ("U8", "F8_E8M0")
+FP8_SCALES = (*NUMBERS, "F8_E8M0")
 _NAN = 0x7F
 
 
 def fp8(module: Module, quantization: Quantization) -> PackedMatrix:
     """weight e4m3 [N, K]; weight_scale_inv or weight_scale of one number, [N, 1] or blocks of
     128 x 128 (the last ones may be partial), in float32, bf16, f16 or as exponents."""
-    rows, cols = module.shape("weight")
     part = "weight_scale_inv" if "weight_scale_inv" in module.parts else "weight_scale"
+    module.check({"weight": Part(("F8_E4M3",)), part: Part(FP8_SCALES, (0, 1, 2))})
+    allowed(module, Scheme(kind="float", bits=8), quantization)
+    rows, cols = module.shape("weight")
     block = fp8_block(module.name, (rows, cols), module.shape(part), quantization)
     why = fp8_unpacked_because(cols, block[1])
     is_packed = why is None
@@ -96,6 +104,11 @@ def nvfp4(module: Module, quantization: Quantization) -> PackedMatrix:
     """weight_packed (or weight) uint8 [N, K / 2], weight_scale e4m3 [N, K / 16], and one number:
     weight_global_scale, which divides, or weight_scale_2, which multiplies."""
     codes = "weight_packed" if "weight_packed" in module.parts else "weight"
+    of_all = "weight_global_scale" if codes == "weight_packed" else "weight_scale_2"
+    factor_part = Part(("F32",), (0, 1))
+    module.check({codes: Part(("U8",)), "weight_scale": Part(("F8_E4M3",)), of_all: factor_part})
+    module.expect(of_all, (), (1,))
+    allowed(module, Scheme(kind="float", bits=4), quantization)
     rows, cols = module.shape(codes)[0], 2 * module.shape(codes)[1]
     module.expect("weight_scale", (rows, cols // 16))
     if cols % GROUP:
@@ -105,7 +118,7 @@ def nvfp4(module: Module, quantization: Quantization) -> PackedMatrix:
         scales = module.tensor("weight_scale", fetch)
         check_scales(module.name, scales)
         is_divisor = codes == "weight_packed"
-        factor = module.tensor("weight_global_scale" if is_divisor else "weight_scale_2").float()
+        factor = module.tensor(of_all)
         check_scales(module.name, factor)
         scalar = factor.reshape(())
         table = e4m3_scales() / scalar if is_divisor else e4m3_scales() * scalar
@@ -119,6 +132,8 @@ def nvfp4(module: Module, quantization: Quantization) -> PackedMatrix:
 
 def mxfp4(module: Module, quantization: Quantization) -> PackedMatrix:
     """weight_packed uint8 [N, K / 2], weight_scale uint8 [N, K / 32] of exponents."""
+    module.check({"weight_packed": Part(("U8",)), "weight_scale": Part(EXPONENTS)})
+    allowed(module, Scheme(kind="float", bits=4), quantization)
     rows, cols = module.shape("weight_packed")[0], 2 * module.shape("weight_packed")[1]
     module.expect("weight_scale", (rows, cols // GROUP))
 

@@ -8,6 +8,7 @@ N rows, K columns, G groups.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,19 +22,32 @@ from octavo.formats import (
     int8_format,
 )
 from octavo.weights.published.repack import int4_rows, int8_rows, unpack_codes
-from octavo.weights.published.tensors import Fetch, Module, PackedMatrix, check_scales
+from octavo.weights.published.tensors import (
+    NUMBERS,
+    Fetch,
+    Module,
+    PackedMatrix,
+    Part,
+    allowed,
+    check_scales,
+    view,
+)
 from octavo.weights.quantization import Quantization
+from octavo.weights.schemes import WHOLE_ROW, Scheme
 
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which nibble of a word has each of its eight columns."""
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 """One in every field of a word, by bits."""
+_WORDS, _SCALES = Part(("I32",)), Part(NUMBERS)
+_ORDER = Part(("I32", "I64"), (1,), is_needed=False)
 Codes = Callable[[Fetch], tuple[Tensor, Tensor]]
 """Returns codes uint8 [N, K] and zeros uint8 [N, G]."""
 
 
 def awq(module: Module, quantization: Quantization) -> PackedMatrix:
     """qweight int32 [K, N / 8], qzeros int32 [G, N / 8], scales [G, N]."""
+    module.check({"qweight": _WORDS, "qzeros": _WORDS, "scales": _SCALES})
     cols, words = module.shape("qweight")
     rows, groups = 8 * words, module.shape("scales")[0]
     module.expect("scales", (groups, rows))
@@ -54,6 +68,7 @@ def _awq_codes(words: Tensor) -> Tensor:
 def gptq(module: Module, quantization: Quantization) -> PackedMatrix:
     """qweight int32 [K * bits / 32, N], qzeros int32 [G, N * bits / 32], scales [G, N], and where
     columns are out of order g_idx int32 [K]."""
+    module.check({"qweight": _WORDS, "qzeros": _WORDS, "scales": _SCALES, "g_idx": _ORDER})
     words, rows = module.shape("qweight")
     bits = _gptq_bits(module, rows, quantization)
     cols, groups = 32 * words // bits, module.shape("scales")[0]
@@ -74,40 +89,39 @@ def gptq(module: Module, quantization: Quantization) -> PackedMatrix:
             zeros = zeros + 1
         return codes, zeros.T
 
-    order = _order(module, "g_idx", groups, cols) if quantization.is_reordered else None
-    return _matrix(module, (rows, cols), bits, "scales", read, quantization, order)
+    return _matrix(
+        module, (rows, cols), bits, "scales", read, quantization, "g_idx", has_zeros=True
+    )
 
 
 def _gptq_bits(module: Module, rows: int, quantization: Quantization) -> int:
-    """Returns the bits of a code: the config's, or where it has some for tensors apart those that
-    the zeros were packed with."""
-    said, words = quantization.bits or 4, module.shape("qzeros")[-1]
+    """Returns the bits that the zeros were packed with; the config's, where it may be those."""
+    (scheme,) = quantization.schemes.of(module.name)
+    said, words = scheme.bits or 4, module.shape("qzeros")[-1]
     fitting = [bits for bits in (said, 2, 3, 4, 8) if -(-rows * bits // 32) == words]
-    found = fitting[0] if fitting else said  # whose shapes are refused then
-    _check_said(module, "codes of {} bits", found, said, quantization)
-    return found
-
-
-def _check_said(
-    module: Module, what: str, found: int, said: int | None, quantization: Quantization
-) -> None:
-    """Raises WeightsError if a tensor has another number than the config says of all."""
-    if said is not None and found != said and not quantization.varies:
-        module.refuse(
-            f"{what.format(found)}, and the config's quantization says {said}; check that config "
-            "and weights belong together"
-        )
+    return fitting[0] if fitting else said  # whose shapes are refused then
 
 
 def pack_quantized(module: Module, quantization: Quantization) -> PackedMatrix:
     """weight_packed int32 [N, K * bits / 32], weight_scale [N, G], weight_shape [2], and where they
     are needed weight_zero_point int32 [N * bits / 32, G] and weight_g_idx [K]."""
+    module.check(
+        {
+            "weight_packed": _WORDS,
+            "weight_scale": _SCALES,
+            "weight_shape": Part(("I64", "I32"), (1,)),
+            "weight_zero_point": replace(_WORDS, is_needed=False),
+            "weight_g_idx": _ORDER,
+        }
+    )
     rows, words = module.shape("weight_packed")
-    cols = int(module.tensor("weight_shape")[1])
+    module.expect("weight_shape", (2,))
+    said_rows, cols = module.tensor("weight_shape").tolist()
+    if said_rows != rows:
+        module.refuse(f"weight_shape says {said_rows} rows, and weight_packed has {rows}")
     bits = 32 * words // max(1, cols)
     if -(-cols * bits // 32) != words or not 1 <= bits <= 8:
         module.refuse(f"{words} words a row cannot hold {cols} columns of equal codes")
-    _check_said(module, "codes of {} bits", bits, quantization.bits, quantization)
     if module.shape("weight_scale")[0] != rows:
         module.refuse(f"weight_scale has {module.shape('weight_scale')[0]} rows, not {rows}")
     groups = module.shape("weight_scale")[1]
@@ -122,18 +136,29 @@ def pack_quantized(module: Module, quantization: Quantization) -> PackedMatrix:
             zeros = unpack_codes(module.tensor("weight_zero_point", fetch).T, bits, rows).T
         return codes, zeros
 
-    order = None
-    if "weight_g_idx" in module.parts:
-        order = _order(module, "weight_g_idx", groups, cols)
-    return _matrix(module, (rows, cols), bits, "weight_scale", read, quantization, order)
+    return _matrix(
+        module,
+        (rows, cols),
+        bits,
+        "weight_scale",
+        read,
+        quantization,
+        "weight_g_idx",
+        has_zeros=has_zeros,
+    )
 
 
 def int_quantized(module: Module, quantization: Quantization) -> PackedMatrix:
     """weight int8 [N, K], weight_scale [N, G], and where it is needed weight_zero_point [N, G]."""
+    zero = Part(("I8",), (0, 1, 2), is_needed=False)
+    scale = replace(_SCALES, ranks=(0, 1, 2))
+    module.check({"weight": Part(("I8",)), "weight_scale": scale, "weight_zero_point": zero})
     rows, cols = module.shape("weight")
     scales = module.shape("weight_scale")
-    module.expect("weight_scale", (rows, *scales[1:2]), (1, 1), (1,))
+    module.expect("weight_scale", (rows, *scales[1:2]), (1, 1), (1,), ())
     has_zeros = "weight_zero_point" in module.parts
+    if has_zeros:
+        module.expect("weight_zero_point", scales)
 
     def read(fetch: Fetch) -> tuple[Tensor, Tensor]:
         codes = module.tensor("weight", fetch).to(torch.int16) + 128
@@ -143,17 +168,16 @@ def int_quantized(module: Module, quantization: Quantization) -> PackedMatrix:
         whole = (zeros + 128).to(torch.uint8).reshape(-1, *scales[1:2] or (1,))
         return codes.to(torch.uint8), whole.expand(rows, -1)
 
-    return _matrix(module, (rows, cols), 8, "weight_scale", read, quantization)
+    return _matrix(module, (rows, cols), 8, "weight_scale", read, quantization, has_zeros=has_zeros)
 
 
-def _order(module: Module, part: str, groups: int, cols: int) -> Tensor | None:
+def _order(module: Module, part: str, groups: int, group: int, fetch: Fetch) -> Tensor | None:
     """Returns the group of every column, None where they follow each other."""
-    order = module.tensor(part).long()
-    module.expect(part, (cols,))
+    order = module.tensor(part, fetch).long()
     if not 0 <= int(order.min()) <= int(order.max()) < groups:
         module.refuse(f"{part} names groups outside of the {groups} there are")
-    group = -(-cols // groups)
-    return None if torch.equal(order, torch.arange(cols) // group) else order
+    in_order = torch.arange(len(order), device=order.device) // group
+    return None if torch.equal(order, in_order) else order
 
 
 def _matrix(
@@ -163,23 +187,32 @@ def _matrix(
     scale_part: str,
     read: Codes,
     quantization: Quantization,
-    order: Tensor | None = None,
+    order_part: str = "",
+    *,
+    has_zeros: bool = True,
 ) -> PackedMatrix:
     """Returns the matrix of the codes that `read` returns, with the scales of a part: [N, G], or
-    [G, N] as `awq` and `gptq` have them."""
+    [G, N] as `awq` and `gptq` have them. `order_part` may have the group of every column."""
     rows, cols = shape
     found = module.shape(scale_part)
     is_turned = scale_part == "scales"
     groups = found[0] if is_turned else found[1] if len(found) > 1 else 1
-    group = -(-cols // groups)
-    said = quantization.group
-    if said is not None and -(-cols // said) != groups:
-        _check_said(module, f"{groups} groups of {{}} columns", group, said, quantization)
-    elif said is not None and groups > 1:
-        group = said
+    codes_are = Scheme(kind="int", bits=bits, has_zeros=has_zeros)
+    group = _group(module, codes_are, cols, groups, quantization)
+    has_order = order_part in module.parts
+    if has_order:
+        module.expect(order_part, (cols,))
+    may_reorder = has_order and (quantization.is_reordered or order_part == "weight_g_idx")
+    order = _order(module, order_part, groups, group, view) if may_reorder else None
     form, why = _format(cols, group, bits, module.stored(scale_part).format_name, order)
 
     def read_rows(fetch: Fetch) -> tuple[Tensor, Tensor | None]:
+        if (
+            has_order
+            and not may_reorder
+            and _order(module, order_part, groups, group, fetch) is not None
+        ):
+            module.refuse(f"{order_part} is out of order, and the config says desc_act false")
         codes, zeros = read(fetch)
         scales = module.tensor(scale_part, fetch)
         check_scales(module.name, scales)
@@ -201,6 +234,23 @@ def _matrix(
         stored=tuple(module.parts.values()),
         unpacked_because=why,
     )
+
+
+def _group(
+    module: Module, found: Scheme, cols: int, groups: int, quantization: Quantization
+) -> int:
+    """Returns how many columns share a scale. Raises WeightsError where that does not show, and for
+    codes that the config does not say."""
+    scheme = allowed(module, found, quantization, cols, groups)
+    if scheme is not None and scheme.group is not None:
+        return min(cols, scheme.group) if scheme.group != WHOLE_ROW else cols
+    if groups > 1 and (cols % groups or (cols // groups).bit_count() > 1):
+        # All but powers of two may as well be whole groups and a last one that is smaller.
+        module.refuse(
+            f"{groups} groups of {cols} columns: how wide one is the config does not say "
+            "(group_size)"
+        )
+    return cols // groups
 
 
 def _format(

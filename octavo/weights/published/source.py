@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from octavo.errors import UnsupportedModelError, WeightsError
@@ -25,6 +26,7 @@ from octavo.weights.published.tensors import (
     Fetch,
     Module,
     PackedMatrix,
+    Part,
     check_exponents,
     one_of,
     raw_bytes,
@@ -168,7 +170,7 @@ def packed_source(
         else:
             plain |= {f"{name}.{part}": stored for part, stored in parts.items()}
     for (name, layer, part), parts in stacks.items():
-        found = dict(_stack(Module(name, parts), layer, part, names, quantization))
+        found = dict(_stack(Module(name, parts, ""), layer, part, names, quantization))
         matrices |= found
         if not found:
             plain |= {f"{name}{suffix}": stored for suffix, stored in parts.items()}
@@ -226,14 +228,17 @@ def _mxfp4_experts(
     """gpt-oss: blocks uint8 [E, rows, K / 32, 16], scales uint8 [E, rows, K / 32]; the rows of gate
     and up take turns."""
     blocks, scales = stack.stored("_blocks"), stack.stored("_scales")
-    if len(blocks.shape) != 4 or blocks.shape[3] != GROUP // 2:
+    stack.check({"_blocks": Part(("U8",), (4,)), "_scales": Part(floats.EXPONENTS, (3,))})
+    if blocks.shape[3] != GROUP // 2:
         stack.refuse(f"blocks of the shape {list(blocks.shape)}, expected [E, rows, K / 32, 16]")
     stack.expect("_scales", blocks.shape[:3])
     count, rows, groups, _ = blocks.shape
     parts = ("gate", "up") if part == "gate_up_proj" else ("down",)
 
     def read(mine: Sequence[StoredTensor], first: int, fetch: Fetch) -> tuple[Tensor, None]:
-        pairs, exponents = (fetch(stack.name, one)[first :: len(parts)] for one in mine)
+        pairs, exponents = (
+            fetch(stack.name, one).view(torch.uint8)[first :: len(parts)] for one in mine
+        )
         check_exponents(stack.name, exponents)
         return mxfp4_rows(pairs.flatten(1), exponents), None
 
@@ -258,6 +263,7 @@ def _fp8_experts(
     matrix; or of gate and up apart, where their rows are no whole blocks."""
     if names.layout != "rows":
         stack.refuse("a stack of FP8 whose matrices are transposed cannot be read yet")
+    stack.check({"": Part(("F8_E4M3",), (3,)), "_scale_inv": Part(floats.FP8_SCALES, (3,))})
     numbers, scales = stack.stored(""), stack.stored("_scale_inv")
     count, rows, cols = numbers.shape
     parts = ("gate", "up") if part == "gate_up_proj" else ("down",)

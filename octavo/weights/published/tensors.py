@@ -15,6 +15,8 @@ from torch import Tensor
 
 from octavo.errors import WeightsError
 from octavo.formats import WeightFormat
+from octavo.weights.quantization import Quantization
+from octavo.weights.schemes import Scheme
 from octavo.weights.source import StoredTensor
 
 RAW_DTYPES = {
@@ -52,21 +54,67 @@ class PackedMatrix:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """What a format wants of one tensor of a matrix."""
+
+    types: tuple[str, ...]
+    """Of safetensors' names."""
+    ranks: tuple[int, ...] = (2,)
+    is_needed: bool = True
+
+
+NUMBERS = ("F32", "F16", "BF16")
+OF_ACTIVATIONS = frozenset(
+    "input_scale input_zero_point input_global_scale activation_scale _activation_scale".split()
+)
+"""What is never read: activations are not quantised by what a checkpoint says."""
+
+
+@dataclass(frozen=True, slots=True)
 class Module:
     """The tensors of one quantised matrix by their names below it."""
 
     name: str
     parts: Mapping[str, StoredTensor]
+    separator: str = "."
+    """What stands between the two names."""
+
+    def check(self, wanted: Mapping[str, Part]) -> None:
+        """Raises WeightsError unless the tensors are those of a format, in types and ranks."""
+        for part, rule in wanted.items():
+            if part not in self.parts and not rule.is_needed:
+                continue
+            found = self.stored(part)
+            if found.format_name not in rule.types:
+                self.refuse(
+                    f"{part} has the type {found.format_name}, expected {' or '.join(rule.types)}"
+                )
+            if len(found.shape) not in rule.ranks:
+                ranks = " or ".join(map(str, rule.ranks))
+                self.refuse(
+                    f"{part} has the shape {list(found.shape)}, expected {ranks} dimensions"
+                )
+        # Those of another format would be left out without a word.
+        surplus = sorted(self.parts.keys() - wanted.keys() - OF_ACTIVATIONS)
+        if surplus:
+            self.refuse(
+                f"{', '.join(surplus)} cannot stand beside {', '.join(sorted(wanted))}; check that "
+                "config and weights belong together"
+            )
 
     def tensor(self, part: str, fetch: Fetch | None = None) -> Tensor:
         """Returns a part where `fetch` has it, else a view. Raises WeightsError if it is missing or
         of an unknown type."""
-        return (fetch or view)(f"{self.name}.{part}", self.stored(part))
+        return (fetch or view)(self.full_name(part), self.stored(part))
+
+    def full_name(self, part: str) -> str:
+        return f"{self.name}{self.separator}{part}"
 
     def stored(self, part: str) -> StoredTensor:
         found = self.parts.get(part)
         if found is None:
-            raise WeightsError(f"{self.name}.{part} is missing beside {self.name}.{self._first}")
+            beside = self.full_name(next(iter(self.parts)))
+            raise WeightsError(f"{self.full_name(part)} is missing beside {beside}")
         return found
 
     def shape(self, part: str) -> tuple[int, ...]:
@@ -82,9 +130,26 @@ class Module:
     def refuse(self, why: str) -> NoReturn:
         raise WeightsError(f"{self.name}: {why}")
 
-    @property
-    def _first(self) -> str:
-        return next(iter(self.parts))
+
+def allowed(
+    module: Module,
+    found: Scheme,
+    quantization: Quantization,
+    cols: int = 0,
+    groups: int | None = None,
+) -> Scheme | None:
+    """Returns what the config says of a module's codes, None if nothing. Raises WeightsError if it
+    says something else than `found`, in so many groups of `cols` columns."""
+    schemes = quantization.schemes.of(module.name)
+    fitting = [one for one in schemes if one.allows(found, cols, groups)]
+    if not schemes or fitting:
+        return fitting[0] if fitting else None
+    in_groups = "" if groups is None else f" in {groups} groups of {-(-cols // groups)} columns"
+    module.refuse(
+        f"codes of {found}{in_groups}, and the config's quantization says "
+        f"{' or '.join(dict.fromkeys(map(str, schemes)))}; check that config and weights belong "
+        "together"
+    )
 
 
 def raw_dtype(name: str, stored: StoredTensor) -> torch.dtype:

@@ -1,0 +1,158 @@
+"""What a checkpoint's config says of codes: their bits, their groups, for all tensors or for some.
+
+Made by `quantization`, asked by `published`, which refuses what has other codes. No torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from octavo.errors import UnsupportedModelError
+from octavo.weights.names import checkpoint_names
+
+WHOLE_ROW = -1
+_UNQUANTISED_BITS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    """What is said of the codes of a tensor; None is nothing."""
+
+    kind: Literal["int", "float"] | None = None
+    bits: int | None = None
+    group: int | None = None
+    """Columns that share a scale, or WHOLE_ROW. Tensors do not show it where the last group is
+    smaller."""
+    has_zeros: bool | None = None
+
+    def allows(self, found: Scheme, cols: int, groups: int | None) -> bool:
+        """Whether codes may be like this, in so many groups of a row (None: it does not matter)."""
+        if self.kind not in (None, found.kind) or self.bits not in (None, found.bits):
+            return False
+        if self.has_zeros and not found.has_zeros:
+            return False
+        if self.group is None or groups is None:
+            return True
+        return groups == (1 if self.group == WHOLE_ROW else -(-cols // self.group))
+
+    def __str__(self) -> str:
+        if self.bits is not None and self.bits >= _UNQUANTISED_BITS:
+            return "no codes at all"
+        whole = self.group == WHOLE_ROW
+        words = (
+            "" if self.bits is None else f"{self.bits} bits",
+            "" if self.kind is None else {"int": "integers", "float": "floats"}[self.kind],
+            "" if self.group is None else "whole rows" if whole else f"groups of {self.group}",
+            "zeros" if self.has_zeros else "",
+        )
+        return ", ".join(word for word in words if word)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """A scheme for the modules whose names a pattern finds."""
+
+    pattern: re.Pattern[str]
+    is_from_start: bool
+    scheme: Scheme
+
+    def names(self, module: str) -> bool:
+        find = self.pattern.match if self.is_from_start else self.pattern.search
+        return any(find(name) for name in checkpoint_names(module))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schemes:
+    """What the config says of all modules."""
+
+    rules: tuple[Rule, ...] = ()
+    """The first that names a module counts."""
+    others: tuple[Scheme, ...] = ()
+    """Any of which the other modules may have; empty: nothing is said of them."""
+
+    def of(self, module: str) -> tuple[Scheme, ...]:
+        """Returns those that a module may have."""
+        found = (rule.scheme for rule in self.rules if rule.names(module))
+        scheme = next(found, None)
+        return self.others if scheme is None else (scheme,)
+
+
+def gptq_schemes(base: Scheme, dynamic: Any) -> Schemes:
+    """Reads gptqmodel's `dynamic`: a pattern from a name's start on, "-:" before it for modules
+    that stay numbers, and what they have instead of `base`. Raises UnsupportedModelError."""
+    rules = []
+    for text, changes in _entries("dynamic", dynamic):
+        is_out, pattern = text.startswith("-:"), text.removeprefix("-:").removeprefix("+:")
+        scheme = Scheme(bits=_UNQUANTISED_BITS) if is_out else _changed(base, changes)
+        rules.append(Rule(pattern=_compiled(pattern), is_from_start=True, scheme=scheme))
+    return Schemes(rules=tuple(rules), others=(base,))
+
+
+def auto_round_schemes(base: Scheme, extra: Any) -> Schemes:
+    """Reads AutoRound's `extra_config`: names, which come first, or patterns anywhere in one.
+    Raises UnsupportedModelError."""
+    exact, anywhere = [], []
+    for text, changes in _entries("extra_config", extra):
+        scheme = _changed(base, changes)
+        whole = re.compile(re.escape(text) + r"\Z")
+        exact.append(Rule(pattern=whole, is_from_start=True, scheme=scheme))
+        anywhere.append(Rule(pattern=_compiled(text), is_from_start=False, scheme=scheme))
+    return Schemes(rules=(*exact, *anywhere), others=(base,))
+
+
+def compressed_schemes(groups: Any) -> Schemes:
+    """Reads `config_groups` of compressed-tensors and ModelOpt. Which of them a module has shows in
+    its tensors: it must be one."""
+    found = []
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if isinstance(weights, Mapping):
+            found.append(_compressed(weights))
+    return Schemes(others=tuple(found))
+
+
+def _compressed(weights: Mapping[str, Any]) -> Scheme:
+    kind, bits, group = weights.get("type", "int"), weights.get("num_bits"), None
+    strategy, size = weights.get("strategy"), weights.get("group_size")
+    if strategy in ("tensor", "channel"):
+        group = WHOLE_ROW
+    elif strategy == "group" and type(size) is int and size > 0:
+        group = size
+    return Scheme(
+        kind=kind if kind in ("int", "float") else None,
+        bits=bits if type(bits) is int else None,
+        group=group,
+        has_zeros=True if weights.get("symmetric") is False else None,
+    )
+
+
+def _entries(field: str, found: Any) -> Sequence[tuple[str, Mapping[str, Any]]]:
+    is_object = isinstance(found, Mapping)
+    listed = [(str(text), one or {}) for text, one in found.items()] if is_object else []
+    if (found and not is_object) or not all(isinstance(one, Mapping) for _, one in listed):
+        raise UnsupportedModelError(
+            f"quantization_config: {field} must be an object of objects, not {found!r}"
+        )
+    return listed
+
+
+def _changed(base: Scheme, changes: Mapping[str, Any]) -> Scheme:
+    bits, group = changes.get("bits", base.bits), changes.get("group_size", base.group)
+    for field, value in (("bits", bits), ("group_size", group)):
+        if value is not None and type(value) is not int:
+            raise UnsupportedModelError(
+                f"quantization_config: {field} {value!r} of some modules is no whole number"
+            )
+    return replace(base, bits=bits, group=group)
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UnsupportedModelError(
+            f"quantization_config: {pattern!r}, which is to find modules, is no pattern: {error}"
+        ) from error
