@@ -31,6 +31,11 @@ class Fp8Rows(NamedTuple):
     """float32 [G, R]: one a row, or one for each 128 columns."""
 
 
+def warps_of(padded: int) -> int:
+    """Returns how many warps round a row of so many columns: a power of two."""
+    return max(1, min(8, next_power_of_2(padded) // 512))
+
+
 @launchable
 @triton.jit(do_not_specialize=["num_rows"])
 def quantize_kernel(
@@ -101,7 +106,7 @@ def quantize_rows(
         TOP_K=0 if places_P is None else num_rows // num_tokens,
         BLOCKS=next_power_of_2(blocks),
         BY_BLOCK=by_block,
-        num_warps=max(1, min(8, padded // 512)),
+        num_warps=warps_of(padded),
         **launch_options(x_TM.device),
     )
     return Fp8Rows(numbers, scales)

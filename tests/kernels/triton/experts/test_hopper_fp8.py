@@ -16,7 +16,7 @@ from tests.kernels.triton.packed_cases import error_of, packed_experts
 
 from octavo.kernels.triton.experts.hopper import fp8  # isort: skip
 from octavo.kernels.triton.launching.chip import has_wgmma  # isort: skip
-from octavo.kernels.triton.small.quantize import quantize_rows  # isort: skip
+from octavo.kernels.triton.small.quantize import quantize_rows, warps_of  # isort: skip
 
 on_hopper = pytest.mark.skipif(not has_wgmma(torch.device(DEVICE)), reason="needs a Hopper GPU")
 LARGEST = 448.0
@@ -44,6 +44,10 @@ def test_rows_are_rounded_once_and_put_in_their_places(by_block: bool, choices: 
             token = int((places == row).nonzero()) // choices
         assert torch.equal(rows.numbers[row].float(), in_words[token])
         assert torch.allclose(rows.scales[:, row], scales[token], rtol=1e-6)
+
+
+def test_rows_of_any_width_have_a_number_of_warps_that_triton_takes():
+    assert {warps_of(128 * count) for count in range(1, 100)} == {1, 2, 4, 8}
 
 
 @pytest.mark.parametrize(
