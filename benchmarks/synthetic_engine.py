@@ -18,11 +18,12 @@ import zmq
 from octavo.engine import load
 from octavo.engine.ipc import (
     AbortSequence,
-    AddRequest,
+    AddRequests,
     Answer,
     GetStats,
     Ready,
     Shutdown,
+    decode_request,
     decode_to_engine,
 )
 from octavo.engine.process import EngineArguments, Fronts, front_of
@@ -129,8 +130,9 @@ def _run(inbox: zmq.Socket[bytes], fronts: Fronts, vitals: Vitals) -> None:
             except zmq.Again:
                 break
             match message:
-                case AddRequest(request):
-                    requests.add(request)
+                case AddRequests(several):
+                    for data in several:
+                        requests.add(decode_request(data))
                 case AbortSequence(request_id):
                     requests.abort(request_id)
                 case GetStats(call_id, front):

@@ -13,8 +13,11 @@ from octavo.observe.stats import EngineStats
 from octavo.request import Request, TokenDelta
 
 
-class AddRequest(msgspec.Struct, frozen=True, tag=True):
-    request: Request
+class AddRequests(msgspec.Struct, frozen=True, tag=True):
+    """Requests that came together."""
+
+    requests: list[msgspec.Raw]
+    """Each encoded by itself: what one of them holds cannot spoil the message of the others."""
 
 
 class AbortSequence(msgspec.Struct, frozen=True, tag=True):
@@ -46,7 +49,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Finish what is launched, then exit."""
 
 
-ToEngine = AddRequest | AbortSequence | GetStats | ResetPrefixCache | ExplainPrefix | Shutdown
+ToEngine = AddRequests | AbortSequence | GetStats | ResetPrefixCache | ExplainPrefix | Shutdown
 
 
 class AwaitRanks(msgspec.Struct, frozen=True, tag=True):
@@ -103,4 +106,6 @@ FromEngine = AwaitRanks | Ready | Deltas | Held | Refused | Answer | Explained |
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_request = msgspec.msgpack.Decoder(Request).decode
+"""Of AddRequests."""
 decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode

@@ -7,15 +7,17 @@ Never sees text, and never starts or ends a process.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Callable
 from typing import Protocol
 
+import msgspec
 import zmq
 
 from octavo.engine.ipc import (
     AbortSequence,
-    AddRequest,
+    AddRequests,
     Answer,
     Deltas,
     Explained,
@@ -35,6 +37,8 @@ from octavo.request import Request
 
 _EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
 """Plain numbers: a member of an enumeration takes twice as long to ask with."""
+MAX_TOGETHER = 64
+"""Requests in one message: the engine may begin with these."""
 Value = EngineStats | PrefixExplanation | bool
 """What a call comes to."""
 
@@ -89,6 +93,9 @@ class EngineLink:
         self._calls: dict[int, asyncio.Future[Value]] = {}
         self._call_ids = itertools.count()
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._added: list[msgspec.Raw] = []
+        """Requests that wait for the end of this round of the event loop."""
 
     @property
     def error(self) -> EngineDeadError | None:
@@ -104,7 +111,8 @@ class EngineLink:
         self._inbox.set_hwm(0)
         self._outbox.bind(inbox_of_engine)
         self._inbox.bind(outbox_of_engine)
-        asyncio.get_running_loop().add_reader(self._inbox.FD, self.receive)
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._inbox.FD, self.receive)
 
     def receive(self) -> None:
         """Delivers all messages that are there: the descriptor tells of the first one alone."""
@@ -128,6 +136,7 @@ class EngineLink:
         if self._error is not None:
             return
         self._error = error
+        self._added.clear()
         for call in self._calls.values():
             if not call.done():
                 call.set_exception(error)
@@ -135,11 +144,18 @@ class EngineLink:
         self._owner.on_death(error)
 
     def send(self, message: ToEngine) -> None:
-        """Hands a message over. Raises EngineDeadError."""
-        if self.error is not None:
-            raise self.error
+        """Hands a message over, behind what was added before. Raises EngineDeadError."""
+        self._check_open()
+        self._send_added()
+        self._send(message)
+
+    def _check_open(self) -> None:
+        if self._error is not None:
+            raise self._error
         if self._context is None:
             raise EngineDeadError("the engine is not started")
+
+    def _send(self, message: ToEngine) -> None:
         try:
             self._outbox.send(encode(message), zmq.NOBLOCK)
         except zmq.Again:
@@ -148,7 +164,26 @@ class EngineLink:
             raise EngineDeadError("the engine process has ended") from None
 
     def add(self, request: Request) -> None:
-        self.send(AddRequest(request))
+        """Hands a request over together with others of the same round of the event loop: a message
+        for each would cost as much as all that is done for it before."""
+        self._check_open()
+        assert self._loop is not None, "bound"
+        if not self._added:
+            self._loop.call_soon(self._send_late)
+        self._added.append(msgspec.Raw(encode(request)))
+        if len(self._added) >= MAX_TOGETHER:
+            self._send_added()
+
+    def _send_added(self) -> None:
+        if self._added:
+            added, self._added = self._added, []
+            self._send(AddRequests(added))
+
+    def _send_late(self) -> None:
+        if self._context is not None and self._error is None:
+            # If nobody is there any more, the news of it ends these requests with all others.
+            with contextlib.suppress(EngineDeadError):
+                self._send_added()
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Nothing to do if the engine is dead: its sequences are gone."""
@@ -188,3 +223,4 @@ class EngineLink:
             self._inbox.close(linger=0)
             self._context.term()
             self._context = None
+            self._added.clear()

@@ -18,7 +18,7 @@ from octavo.config import EngineConfig
 from octavo.engine.core import EngineCore
 from octavo.engine.ipc import (
     AbortSequence,
-    AddRequest,
+    AddRequests,
     Answer,
     AwaitRanks,
     Deltas,
@@ -32,6 +32,7 @@ from octavo.engine.ipc import (
     Refused,
     ResetPrefixCache,
     Shutdown,
+    decode_request,
     decode_to_engine,
     encode,
 )
@@ -40,7 +41,7 @@ from octavo.engine.rank_transport import RankTransport, RemoteRanks
 from octavo.engine.vitals import Vitals
 from octavo.errors import OctavoError, OverloadedError
 from octavo.observe.logs import LogFormat, configure_logging
-from octavo.request import TokenDelta
+from octavo.request import Request, TokenDelta
 from octavo.weights.hub import ModelFiles
 
 IDLE_POLL_MILLISECONDS = 1000
@@ -117,12 +118,9 @@ class _Loop:
         core, fronts = self._core, self._fronts
         message = decode_to_engine(data)
         match message:
-            case AddRequest(request):
-                try:
-                    core.add(request)
-                except OverloadedError as error:
-                    refused = Refused(request.request_id, str(error))
-                    fronts.send(front_of(request.request_id), refused)
+            case AddRequests(requests):
+                for data in requests:
+                    self._add(decode_request(data))
             case AbortSequence(request_id, index):
                 core.abort(request_id, index)
             case GetStats(call_id, front, is_detailed):
@@ -133,6 +131,13 @@ class _Loop:
                 fronts.send(front, Explained(call_id, core.explain_prefix(request)))
             case Shutdown():
                 self._is_running = False
+
+    def _add(self, request: Request) -> None:
+        try:
+            self._core.add(request)
+        except OverloadedError as error:
+            refused = Refused(request.request_id, str(error))
+            self._fronts.send(front_of(request.request_id), refused)
 
 
 def front_of(request_id: str) -> int:
