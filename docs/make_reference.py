@@ -5,7 +5,6 @@ Run by `make docs`, checked by a test.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import inspect
 import json
@@ -15,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from fastapi.routing import APIRoute
 
 from docs.blocks import filled, table
@@ -148,10 +148,10 @@ def _default(name: str, field: dict[str, Any], others: Mapping[str, Any]) -> str
         return (
             str(value).lower() if isinstance(value, bool) else f"{value}" if value != "" else '""'
         )
-    param = SamplingParams.__dataclass_fields__.get(name)
-    if param is None or others.get(name, param.default) in (None, ()):
+    defaults = {one.name: one.default for one in msgspec.structs.fields(SamplingParams)}
+    if name not in defaults or others.get(name, defaults[name]) in (None, ()):
         return ""
-    return str(param.default).lower()
+    return str(defaults[name]).lower()
 
 
 def value_of(field: dict[str, Any]) -> str:
@@ -242,15 +242,14 @@ def params_table() -> str:
     """Returns a row a field of SamplingParams, in the words of the HTTP API."""
     schema = CompletionRequest.model_json_schema()["properties"]
     rows = []
-    for field in dataclasses.fields(SamplingParams):
+    for field in msgspec.structs.fields(SamplingParams):
         if field.name == "bad_words_token_ids":  # filled in by the tokenizer
             continue
         value, said = PYTHON_ALONE.get(field.name) or (
             value_of(schema[field.name]),
             schema[field.name]["description"],
         )
-        default = "()" if field.default is dataclasses.MISSING else repr(field.default)
-        rows.append((f"`{field.name}`", value, f"`{default}`", said))
+        rows.append((f"`{field.name}`", value, f"`{field.default!r}`", said))
     return table(["field", "value", "default", "meaning"], rows)
 
 

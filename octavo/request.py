@@ -9,11 +9,12 @@ from __future__ import annotations
 import difflib
 from array import array
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
+from msgspec import structs
 
 from octavo.constraint import Constraint, StructuredOutputsParams
 from octavo.errors import RequestError, shown
@@ -46,23 +47,22 @@ class FinishReason(StrEnum):
     """Of the server alone: its guard ended the sequence."""
 
 
-class _Sifting(type):
+class _Sifting(msgspec.StructMeta):
     """Takes from the arguments of SamplingParams(...) what asks for nothing, and refuses by name
-    and reason what is not known; a dataclass alone would raise a bare TypeError."""
+    and reason what is not known; a struct alone would raise a bare TypeError."""
 
     if not TYPE_CHECKING:
 
-        def __call__(cls, *args: Any, **values: Any) -> Any:
-            fields = cls.__dataclass_fields__
-            if not values.keys() <= fields.keys():
-                values = {k: v for k, v in values.items() if k in fields or _is_needed(k, v)}
+        def __call__(cls, *args: Any, **values: Any) -> Any:  # noqa: N805
+            if not values.keys() <= _DEFAULTS.keys():
+                values = {k: v for k, v in values.items() if k in _DEFAULTS or _is_needed(k, v)}
             return super().__call__(*args, **values)
 
 
 def _is_needed(name: str, value: Any) -> Literal[False]:
     """Returns False for a field of vLLM's that asks for nothing. Raises RequestError for others."""
     if name not in REFUSED_PARAMS:
-        near = difflib.get_close_matches(name, SamplingParams.__dataclass_fields__, 1, 0.75)
+        near = difflib.get_close_matches(name, _DEFAULTS, 1, 0.75)
         hint = f"; did you mean {near[0]}?" if near else ""
         message = f"SamplingParams has no field {name!r}{hint}"
         raise RequestError(message, param=name, code="unknown_field")
@@ -77,8 +77,7 @@ _RANGES = tuple(one for one in SAMPLING_RANGES.items() if one[0] != "logit_bias"
 _SEQUENCES = _ID_LISTS | frozenset({"stop", "bad_words"})
 
 
-@dataclass(slots=True, kw_only=True)
-class SamplingParams(metaclass=_Sifting):
+class SamplingParams(msgspec.Struct, metaclass=_Sifting, kw_only=True, omit_defaults=True):
     """How tokens are drawn and when a sequence ends. Names and defaults are vLLM's.
 
     Fields may be changed; whoever uses the parameters takes a `clone` of them, which checks them
@@ -124,7 +123,7 @@ class SamplingParams(metaclass=_Sifting):
 
     def __post_init__(self) -> None:
         # Most fields are left as they are, and need no look: this is done for every request.
-        given = {name for name, value in _DEFAULTS if getattr(self, name) is not value}
+        given = {name for name, value in _DEFAULT_ITEMS if getattr(self, name) is not value}
         self._normalise_sequences(given)
         self._check_numbers(given)
         self._check_lists(given)
@@ -228,7 +227,7 @@ class SamplingParams(metaclass=_Sifting):
 
     def clone(self) -> SamplingParams:
         """Returns a copy, checked as a new one is."""
-        return replace(self)
+        return structs.replace(self)
 
     @property
     def is_greedy(self) -> bool:
@@ -243,7 +242,8 @@ class SamplingParams(metaclass=_Sifting):
         )
 
 
-_DEFAULTS = tuple((one.name, one.default) for one in fields(SamplingParams))
+_DEFAULTS = {one.name: one.default for one in structs.fields(SamplingParams)}
+_DEFAULT_ITEMS = tuple(_DEFAULTS.items())
 
 
 def checked_copy(given: object) -> SamplingParams:
@@ -301,8 +301,7 @@ NAMED = "tenant:"
 """How the ids of tenants begin that have a name; those of others are digests."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request(PackedPrompt):
+class Request(PackedPrompt, msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What enters the engine. Owns `params.n` sequences.
 
     Raises RequestError for a priority out of range.

@@ -6,7 +6,8 @@ Called by both faces, between the reading of a chat and its request. Never compi
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+
+from msgspec import structs
 
 from octavo.constraint import StructuredOutputsParams
 from octavo.errors import RequestError
@@ -41,7 +42,7 @@ def held_params(
     tag = held_tag(row, tools, has_thought=has_thought, answer=answer if is_free else None)
     if tag is None:
         return params
-    return replace(params, structured_outputs=StructuredOutputsParams(structural_tag=tag))
+    return structs.replace(params, structured_outputs=StructuredOutputsParams(structural_tag=tag))
 
 
 def _schema_node(wanted: StructuredOutputsParams) -> Node | None:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
+from msgspec import structs
 
 from octavo.constraint import Constraint, StructuredOutputsParams
 from octavo.engine.tokenizer import Tokenizer
@@ -94,11 +95,11 @@ class InputProcessor:
         max_tokens = self._max_tokens(len(token_ids), params.max_tokens)
         if params.bad_words or max_tokens != params.max_tokens:
             bad_words = (*params.bad_words_token_ids, *self._bad_words(params))
-            params = replace(params, max_tokens=max_tokens, bad_words_token_ids=bad_words)
+            params = structs.replace(params, max_tokens=max_tokens, bad_words_token_ids=bad_words)
         constraint = None
         if params.structured_outputs is not None:
             constraint = self.constrain(params.structured_outputs)
-            params = replace(params, structured_outputs=None)
+            params = structs.replace(params, structured_outputs=None)
         elif thought.budget is not None:
             constraint = Constraint(grammar="")
         if constraint is not None:

@@ -9,6 +9,7 @@ import asyncio
 import time
 from dataclasses import replace
 
+from msgspec import structs
 from starlette.requests import Request
 
 from octavo.engine.held_answers import held_params
@@ -67,4 +68,4 @@ def _within(params: SamplingParams, room: int) -> SamplingParams:
     """Returns parameters with at most `room` tokens, if there is room for any."""
     if params.max_tokens is None or not 1 <= room < params.max_tokens:
         return params
-    return replace(params, max_tokens=room)
+    return structs.replace(params, max_tokens=room)

@@ -9,8 +9,8 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
+from msgspec import structs
 from starlette.requests import Request as HttpRequest
 
 from octavo.constraint import FORM_TOO_LARGE
@@ -83,7 +83,7 @@ async def new_call(
         )
     exchange: Exchange = known["exchange"]
     if exchange.trace is not None:
-        requests = [replace(one, is_traced=True) for one in requests]
+        requests = [structs.replace(one, is_traced=True) for one in requests]
         if exchange.tokenising is not None:
             exchange.trace.add_tokenising(*exchange.tokenising)
     exchange.num_prompt_tokens = sum(one.prompt_len for one in requests)
@@ -104,7 +104,7 @@ def check_params(request: HttpRequest, body: SamplingFields, params: SamplingPar
     nothing."""
     state = server_state(request)
     check_priority(request, body.priority, state.config)
-    bare = replace(params, max_tokens=1, min_tokens=0, structured_outputs=None)
+    bare = structs.replace(params, max_tokens=1, min_tokens=0, structured_outputs=None)
     state.engine.prepare([0], bare)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from octavo import AsyncLLM, EngineConfig, EngineDeadError, SamplingParams
 from octavo.deploy.ray.fleet import RayFleet
@@ -71,7 +71,7 @@ async def text_of(llm: AsyncLLM) -> tuple[list[int], int]:
 async def check_times(llm: AsyncLLM, replica: EngineReplica) -> None:
     """Clocks of two hosts differ by days; a request has waited no longer for that."""
     request = llm.prepare(llm.tokenizer.encode(PROMPT), GREEDY)
-    asked = replace(request, arrival_time=request.arrival_time - 86_400.0)
+    asked = structs.replace(request, arrival_time=request.arrival_time - 86_400.0)
     times: list[float] = []
     async for data in replica.generate("replica-0", encode(asked)):
         message = decode_from_engine(data)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import replace
 
 import msgspec
 
@@ -123,7 +122,7 @@ class EngineReplica:
         stream = _Stream(request.params.n, now - request.arrival_time)
         self._streams[request_id] = stream
         try:
-            self._client.link.add(replace(request, arrival_time=now))
+            self._client.link.add(msgspec.structs.replace(request, arrival_time=now))
             async for message in stream.messages():
                 yield message
             del self._streams[request_id]

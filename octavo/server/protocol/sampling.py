@@ -200,7 +200,7 @@ class SamplingFields(GenerationFields, StructuredFields):
 _PARAM_NAMES = frozenset(
     name
     for name in SamplingFields.model_fields
-    if name in SamplingParams.__dataclass_fields__ and name != "structured_outputs"
+    if name in SamplingParams.__struct_fields__ and name != "structured_outputs"
 )
 _MAX_ID_DIGITS = len(str(MAX_INT))
 
