@@ -137,6 +137,7 @@ class StreamedCall:
     def close(self, error: BaseException | None) -> None:
         is_failure = isinstance(error, Exception)
         self._running.cancel(FinishReason.ERROR if is_failure else FinishReason.ABORT)
+        self.hang_up = None
 
     def stop(self, error: OctavoError) -> None:
         """Ends the call from elsewhere: its reader gets `error`."""
@@ -154,14 +155,17 @@ async def whole_call(state: ServerState, call: Call) -> list[list[OutputDelta]]:
     """Returns all that the sequences of each prompt came to, by index. Raises as `stream_call`."""
     end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     sums: list[dict[int, DeltaSum]] = [{} for _ in call.requests]
+    num_unfinished = len(call.requests)
 
     def deliver(tag: int, delta: OutputDelta, finished: bool) -> bool:
+        nonlocal num_unfinished
         earlier = sums[tag].get(delta.index)
         if earlier is None:
             sums[tag][delta.index] = DeltaSum(delta)
         else:
             earlier.add(delta)
-        if finished and running.num_unfinished == 0 and not end.done():
+        num_unfinished -= finished
+        if not num_unfinished and not end.done():
             end.set_result(None)
         return True
 
@@ -169,7 +173,7 @@ async def whole_call(state: ServerState, call: Call) -> list[list[OutputDelta]]:
         if not end.done():
             end.set_exception(error)
 
-    with _Running(state, call, deliver, fail) as running:
+    with _Running(state, call, deliver, fail):
         await end
     return [[found[index].total() for index in sorted(found)] for found in sums]
 
@@ -185,7 +189,7 @@ class _Running:
         deliver: Deliver,
         fail: Callable[[OctavoError], None],
         *,
-        refuse: Callable[[], None] = lambda: None,
+        refuse: Callable[[], None] | None = None,
         is_streamed: bool = False,
     ) -> None:
         """`refuse` is called when `deliver` takes no more."""
@@ -213,7 +217,7 @@ class _Running:
 
     def refuse(self) -> None:
         """Nobody reads on: what is there is not told. An error that ends the call is."""
-        if not self._has_failed:
+        if not self._has_failed and self._refuse is not None:
             self._refuse()
 
     def __enter__(self) -> _Running:
@@ -249,6 +253,7 @@ class _Running:
             progress.stop()
             self._end(progress, reason)
         self._lease.close()
+        self._refuse = None  # It refers to whoever has this: both would wait for a collection.
 
     def ended(self, tag: int, reason: str) -> None:
         """Takes leave of one request, and lets the next begin."""

@@ -1,4 +1,4 @@
-"""HTTP/1.1 on one connection: uvicorn's protocol with the bounds that it lacks.
+"""HTTP/1.1 on one connection, with bounds for all that a client may do to it.
 
 Handed to `uvicorn.Config(http=...)` by `serve`; one object a connection, called by the event loop.
 Never reads a body into a request and never keeps one.
@@ -21,23 +21,23 @@ import asyncio
 import functools
 import logging
 import sys
+import urllib.parse
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-if sys.platform == "linux":
-    import fcntl
-    import termios
-
 import httptools
-import msgspec
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
 from octavo.observe.loop_holds import LoopHoldMonitor
-from octavo.server.answer_wire import WIRE, AnswerWire
-from octavo.server.errors import ApiError, error_body, error_response
+from octavo.server.errors import ApiError
+from octavo.server.http_cycle import HttpCycle
+from octavo.server.http_refusals import raw_response, surplus
+from octavo.server.http_unread import UnreadWatch
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,6 @@ FEED_BYTES = 32 * 1024
 BODY_PIECE_BYTES = 4 * 2**20
 MAX_PIPELINED = 16
 MAX_DISCARDED_BYTES = 64 * 2**20
-RETRY_AFTER_SECONDS = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,9 +94,15 @@ def protocol_factory(
     return make
 
 
-class BoundedHttpProtocol(HttpToolsProtocol):
+class BoundedHttpProtocol(asyncio.Protocol):
     """One connection. At most one deadline for what it sends runs at a time, none while a request
-    is answered, and one for what it reads while something waits to be read."""
+    is answered, and one for what it reads while something waits to be read.
+
+    Uvicorn's server makes it, and asks for its `shutdown`.
+    """
+
+    transport: asyncio.Transport
+    flow: FlowControl
 
     def __init__(
         self,
@@ -107,12 +112,28 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         app_state: dict[str, Any],
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        super().__init__(config, server_state, app_state, loop)
-        self.timeout_keep_alive = limits.idle_seconds
+        self._loop = loop or asyncio.get_running_loop()
+        self._app = config.loaded_app
+        self._root_path = config.root_path
+        self._asgi = {"version": config.asgi_version, "spec_version": "2.3"}
+        self._app_state = app_state
+        self._server_state = server_state
+        self._connections: set[Any] = server_state.connections
         self._limits = limits
+        self._parser: Any = httptools.HttpRequestParser(self)
+        # What follows a request that closes the connection is no error: it is not answered.
+        self._parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self._url = b""
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._expects_continue = False
+        self._newest: HttpCycle | None = None
+        self._answering: HttpCycle | None = None
+        """An older one while requests wait in the pipeline."""
+        self._pipeline: deque[HttpCycle] = deque()
         self._deadline: asyncio.TimerHandle | None = None
-        self._unread: asyncio.TimerHandle | None = None
-        self._num_unread = 0  # bytes that waited to be read when `_unread` was armed
+        self._idle: asyncio.TimerHandle | None = None
+        self._idle_since: float | None = None
+        """When the last answer was complete, in the loop's time; None while something comes."""
         self._reads = "headers"  # or "body", or "nothing" until the next request begins
         self._has_moved = False  # whether `_reads` was set since the deadline was armed
         self._num_header_bytes = 0  # as they came, until the headers are complete
@@ -120,15 +141,24 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._num_discarded = 0
         self._num_piece_bytes = 0  # of a body, since its deadline was armed
         self._backlog = bytearray()
-        self._answering: RequestResponseCycle | None = None
         self._is_surplus = False
 
     # -- the connection ----------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._is_surplus = len(self.connections) > self._limits.max_connections
-        if len(self.connections) > 2 * self._limits.max_connections:
+        self.transport = transport
+        self.flow = FlowControl(transport)
+        self._unread = UnreadWatch(
+            transport, self._loop, self._limits.unread_seconds, self._is_writing
+        )
+        self._addresses = {
+            "server": get_local_addr(transport),
+            "client": get_remote_addr(transport),
+            "scheme": "https" if is_ssl(transport) else "http",
+        }
+        self._connections.add(self)
+        self._is_surplus = len(self._connections) > self._limits.max_connections
+        if len(self._connections) > 2 * self._limits.max_connections:
             transport.close()  # Too many even to be told so.
         else:
             self._arm_deadline()
@@ -136,18 +166,18 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._reads = "nothing"
         self._arm_deadline()
-        if self._unread is not None:
-            self._unread.cancel()
+        self._unread.stop()
+        if self._idle is not None:
+            self._idle.cancel()
         self._backlog.clear()
-        super().connection_lost(exc)
-        # Uvicorn tells the newest request only; with pipelining, it is an older one that runs.
-        for cycle in (self._answering, *(cycle for cycle, _ in self.pipeline)):
-            if cycle is not None and not cycle.response_complete:
-                cycle.disconnected = True
-                cycle.message_event.set()
-                if (wire := AnswerWire.of(cycle.scope)) is not None:  # type: ignore[arg-type]
-                    wire.tell_gone()
-        self.pipeline.clear()
+        self._connections.discard(self)
+        self._parser = None
+        for cycle in {self._answering, *self._pipeline} - {None}:
+            cycle.leave()
+        self._pipeline.clear()
+        self.flow.resume_writing()
+        if exc is None:
+            self.transport.close()
 
     def _arm_deadline(self) -> None:
         """Begins the time of what is read now; the deadline before it is off."""
@@ -158,7 +188,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         limits = self._limits
         if self._reads != "nothing":
             seconds = limits.header_seconds if self._reads == "headers" else limits.body_seconds
-            self._deadline = self.loop.call_later(seconds, self._on_deadline)
+            self._deadline = self._loop.call_later(seconds, self._on_deadline)
 
     def _on_deadline(self) -> None:
         self._deadline = None
@@ -180,42 +210,19 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         logger.info("a connection ends: %s", error, extra={"status": error.status})
         cycle = self._answering
         is_free = cycle is None or cycle.response_complete or not cycle.response_started
-        if is_free and not self.pipeline:
-            self.transport.write(_raw_response(error))
+        if is_free and not self._pipeline:
+            self.transport.write(raw_response(error))
         self.transport.close()
-        self._watch_unread()
+        self._unread.look()
 
     # -- what goes out -----------------------------------------------------------------------
 
     def pause_writing(self) -> None:
-        super().pause_writing()
-        self._watch_unread()
+        self.flow.pause_writing()
+        self._unread.look()
 
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self._watch_unread()
-
-    def _watch_unread(self) -> None:
-        """Begins the time in which the client must read some of what waits: even a transport
-        that is closed waits for that."""
-        if self._unread is not None:
-            self._num_unread = sys.maxsize  # More has been written since: it was read before.
-        elif self.transport.get_write_buffer_size():
-            self._arm_unread()
-
-    def _arm_unread(self) -> None:
-        self._num_unread = self._num_unread_bytes()
-        self._unread = self.loop.call_later(self._limits.unread_seconds, self._on_unread)
-
-    def _on_unread(self) -> None:
-        self._unread = None
-        if not self.transport.get_write_buffer_size():
-            return
-        if self._num_unread_bytes() < self._num_unread or self._is_writing():
-            self._arm_unread()
-            return
-        logger.info("a connection ends: the client does not read its answer")
-        self.transport.abort()
+    def resume_writing(self) -> None:
+        self.flow.resume_writing()
 
     def _is_writing(self) -> bool:
         """Whether an answer is under way that the client takes as fast as it comes."""
@@ -223,15 +230,39 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         is_over = cycle is None or cycle.response_complete or self.transport.is_closing()
         return not is_over and not self.flow.write_paused
 
-    def _num_unread_bytes(self) -> int:
-        """Returns what waits here and in the kernel, which takes more in large steps only: of a
-        slow reader's progress, its own buffer alone would tell nothing for minutes."""
-        num_bytes = self.transport.get_write_buffer_size()
-        if sys.platform == "linux":
-            sock = self.transport.get_extra_info("socket")
-            in_kernel = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
-            num_bytes += int.from_bytes(in_kernel, sys.byteorder)
-        return num_bytes
+    def _on_complete(self) -> None:
+        """An answer is written to its end: the next request has its turn."""
+        self._server_state.total_requests += 1
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
+            if self._pipeline:
+                self._start(self._pipeline.popleft())
+            else:
+                self._begin_idling()
+        self._unread.look()
+
+    def _begin_idling(self) -> None:
+        # One timer for all requests of the connection: it looks when it is due.
+        self._idle_since = self._loop.time()
+        if self._idle is None:
+            self._idle = self._loop.call_later(self._limits.idle_seconds, self._on_idle)
+
+    def _on_idle(self) -> None:
+        self._idle = None
+        if self._idle_since is None or self.transport.is_closing():
+            return
+        seconds = self._idle_since + self._limits.idle_seconds - self._loop.time()
+        if seconds > 0:
+            self._idle = self._loop.call_later(seconds, self._on_idle)
+        else:
+            self.transport.close()
+
+    def shutdown(self) -> None:
+        """Uvicorn's server ends: so does the connection, after the answer that is under way."""
+        if self._newest is None or self._newest.response_complete:
+            self.transport.close()
+        else:
+            self._newest.keep_alive = False
 
     # -- what comes in -----------------------------------------------------------------------
 
@@ -249,20 +280,19 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """Parses a piece of the backlog, lets others run, and goes on."""
         piece = bytes(self._backlog[:FEED_BYTES])
         del self._backlog[:FEED_BYTES]
-        if piece and self.parser is not None and not self.transport.is_closing():
+        if piece and self._parser is not None and not self.transport.is_closing():
             self._feed(piece)
         if self._backlog:
-            self.loop.call_soon(self._feed_next)
+            self._loop.call_soon(self._feed_next)
         elif not self.transport.is_closing() and not self.flow.read_paused:
             self.transport.resume_reading()
 
     def _feed(self, data: bytes) -> None:
-        assert self.parser is not None
-        self._unset_keepalive_if_required()
+        self._idle_since = None
         # What belongs to a body counts too, for this one time: the limit is far above it.
         self._num_header_bytes += len(data)
         try:
-            self.parser.feed_data(data)
+            self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
             pass  # Whoever asks for another protocol is answered in this one.
         except httptools.HttpParserError as error:
@@ -290,65 +320,82 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     # -- what the parser calls ---------------------------------------------------------------
 
     def on_message_begin(self) -> None:
-        if len(self.pipeline) >= MAX_PIPELINED:
+        if len(self._pipeline) >= MAX_PIPELINED:
             message = f"more than {MAX_PIPELINED} requests wait on this connection"
             raise ApiError(400, message, code="too_many_pipelined")
         self._reads, self._has_moved = "headers", True
         self._num_named_bytes = 0
-        super().on_message_begin()
-        self.scope["extensions"] = {}
+        self._url, self._headers, self._expects_continue = b"", [], False
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._num_named_bytes += len(name) + len(value)
         is_long = self._num_named_bytes > self._limits.max_header_bytes
-        if is_long or len(self.headers) >= self._limits.max_headers:
+        if is_long or len(self._headers) >= self._limits.max_headers:
             raise self._too_large()
-        super().on_header(name, value)
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self._expects_continue = True
+        self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         self._reads, self._has_moved = "body", True
         self._num_discarded = self._num_piece_bytes = 0
-        super().on_headers_complete()
+        version, before = self._parser.get_http_version(), self._newest
+        self._newest = cycle = HttpCycle(
+            self._new_scope(version),
+            self.transport,
+            self.flow,
+            self._server_state.default_headers,
+            keep_alive=version != "1.0" and self._parser.should_keep_alive(),
+            waits_for_continue=self._expects_continue,
+            on_complete=self._on_complete,
+        )
+        if before is None or before.response_complete:
+            self._start(cycle)
+        else:
+            self.flow.pause_reading()
+            self._pipeline.append(cycle)
+
+    def _new_scope(self, http_version: str) -> dict[str, Any]:
+        url = httptools.parse_url(self._url)
+        path = url.path.decode("ascii")
+        return {
+            "type": "http",
+            "asgi": self._asgi,
+            "http_version": http_version,
+            **self._addresses,
+            "root_path": self._root_path,
+            "headers": self._headers,
+            "state": self._app_state.copy(),
+            "method": self._parser.get_method().decode("ascii"),
+            "path": self._root_path + (urllib.parse.unquote(path) if "%" in path else path),
+            "raw_path": self._root_path.encode() + url.path,
+            "query_string": url.query or b"",
+        }
 
     def on_body(self, body: bytes) -> None:
         self._num_piece_bytes += len(body)
         if self._num_piece_bytes >= BODY_PIECE_BYTES:
             self._num_piece_bytes, self._has_moved = 0, True
-        if self.cycle is not None and self.cycle.response_complete:
-            self._num_discarded += len(body)
-            if self._num_discarded > MAX_DISCARDED_BYTES:
-                self.transport.close()
-        super().on_body(body)
+        cycle = self._newest
+        if cycle is not None and not cycle.response_complete:
+            cycle.add_body(body)
+            return
+        self._num_discarded += len(body)
+        if self._num_discarded > MAX_DISCARDED_BYTES:
+            self.transport.close()
 
     def on_message_complete(self) -> None:
         self._reads, self._has_moved = "nothing", True
-        super().on_message_complete()
+        if self._newest is not None and not self._newest.response_complete:
+            self._newest.end_body()
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+    def _start(self, cycle: HttpCycle) -> None:
         self._answering = cycle
-        cycle.scope["extensions"][WIRE] = AnswerWire(cycle)  # type: ignore[typeddict-item, index]
-        super()._start_asgi_task(cycle, _surplus if self._is_surplus else app)
-
-
-def _raw_response(error: ApiError) -> bytes:
-    body = msgspec.json.encode(error_body(error))
-    head = (
-        f"HTTP/1.1 {error.status} {_REASONS[error.status]}\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-    )
-    return head.encode() + body
-
-
-_REASONS = {
-    400: "Bad Request",
-    408: "Request Timeout",
-    431: "Request Header Fields Too Large",
-}
-
-
-async def _surplus(scope: Any, receive: Any, send: Any) -> None:
-    """The app of connections beyond the limit."""
-    headers = {"Retry-After": str(RETRY_AFTER_SECONDS), "Connection": "close"}
-    message = "the server has as many connections as it may have; try again later"
-    error = ApiError(503, message, code="too_many_connections", headers=headers)
-    await error_response(error, scope)(scope, receive, send)
+        task = self._loop.create_task(cycle.run(surplus if self._is_surplus else self._app))
+        tasks = self._server_state.tasks
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from octavo.engine.mailbox import News, Reader
 from octavo.errors import OctavoError
-from octavo.server.answer_wire import AnswerWire
+from octavo.server.answer_wire import AnswerWire, wire_of
 from octavo.server.drain import Drain, shutting_down
 from octavo.server.errors import ClientDisconnectedError, error_body
 from octavo.server.pieces import pieces_of, sliced
@@ -258,7 +258,7 @@ class EventStream(Response):
         self._attachment = attachment
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        wire = AnswerWire.of(scope)
+        wire = wire_of(scope)
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         failure: Exception | None = None
         try:

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from octavo.engine.vectors import VectorReader
 from octavo.errors import RequestError
 from octavo.outputs import OutputDelta
-from octavo.server.answer_wire import AnswerWire
+from octavo.server.answer_wire import wire_of
 from octavo.server.auth import check_priority
 from octavo.server.call import Call
 from octavo.server.generation import PREPARED_AT_ONCE, whole_call
@@ -110,7 +110,7 @@ async def compute(
         exchange=exchange,
         tenant=tenant,
     )
-    work, wire = whole_call(state, call), AnswerWire.of(request.scope)
+    work, wire = whole_call(state, call), wire_of(request.scope)
     found = await run_attached(work, request.receive, state.drain, wire)
     deltas = [one for sequences in found for one in sequences]
     num_cached = sum(one.num_cached_tokens for one in deltas)

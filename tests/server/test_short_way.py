@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.config import ServerConfig
-from octavo.server.answer_wire import WIRE, AnswerWire
 from octavo.server.app import create_app
+from tests.server.cycles import Transport, new_cycle
 from tests.server.fake_engine import FakeEngine
 
 CHAT, TEXT, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/messages"
@@ -26,63 +25,27 @@ class Client:
 
     def __init__(self, pauses: frozenset[int], has_wire: bool) -> None:
         """The connection is full at some of its writes."""
-        self._pauses = pauses
+        self._transport = Transport(pauses)
         self._has_wire = has_wire
-        self._told = b""
-        self._num_writes = 0
         self.num_sent = 0
-        self._flow = SimpleNamespace(
-            write_paused=False, drain=self._drain, resume_reading=lambda: None
-        )
-        self._cycle: Any = SimpleNamespace(
-            transport=self,
-            response_started=False,
-            chunked_encoding=None,
-            disconnected=False,
-            flow=self._flow,
-        )
-
-    async def _drain(self) -> None:
-        await asyncio.sleep(0)
-        self._flow.write_paused = False
-
-    def write(self, data: bytes) -> None:
-        self._told += data
-        self._num_writes += 1
-        self._flow.write_paused = self._num_writes in self._pauses
-
-    async def _send(self, message: Any) -> None:
-        """As uvicorn's."""
-        self.num_sent += 1
-        if message["type"] == "http.response.start":
-            assert message["status"] == 200
-            self._cycle.response_started = self._cycle.chunked_encoding = True
-            self._cycle.transport.write(b"HEAD")
-            return
-        body = message.get("body", b"")
-        chunk = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
-        self._cycle.transport.write(chunk + (b"" if message.get("more_body") else b"0\r\n\r\n"))
 
     async def ask(self, app: Any, path: str, body: dict[str, Any]) -> bytes:
         """Returns the body of the answer."""
-        content = [json.dumps(body).encode()]
+        headers = [(b"content-type", b"application/json"), (b"x-request-id", b"one")]
+        scope = {"path": path, "headers": headers, "query_string": b""}
+        cycle = new_cycle(self._transport, scope, json.dumps(body).encode())
 
-        async def receive() -> Any:
-            if not content:
-                await asyncio.Event().wait()
-            return {"type": "http.request", "body": content.pop(), "more_body": False}
+        async def send(message: Any) -> None:
+            self.num_sent += 1
+            await cycle.send(message)
 
-        scope = {
-            "type": "http",
-            "method": "POST",
-            "path": path,
-            "headers": [(b"content-type", b"application/json"), (b"x-request-id", b"one")],
-            "query_string": b"",
-            "extensions": {WIRE: AnswerWire(self._cycle)} if self._has_wire else {},
-        }
-        await asyncio.wait_for(app(scope, receive, self._send), 20)
-        assert self._told.startswith(b"HEAD")
-        return unchunked(self._told[4:])
+        async def counted(scope: Any, receive: Any, _: Any) -> None:
+            await app(scope | ({} if self._has_wire else {"extensions": {}}), receive, send)
+
+        await asyncio.wait_for(cycle.run(counted), 20)
+        head, _, told = b"".join(self._transport.writes).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+        return unchunked(told)
 
 
 def unchunked(data: bytes) -> bytes:

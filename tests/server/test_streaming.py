@@ -7,13 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from starlette.responses import Response
 
 from octavo.engine.mailbox import News
 from octavo.outputs import OutputDelta
-from octavo.server.answer_wire import WIRE, AnswerWire
 from octavo.server.drain import Drain
 from octavo.server.errors import ApiError, ClientDisconnectedError
 from octavo.server.streaming import Attachment, run_attached, stream_response
+from tests.server.cycles import Transport, new_cycle
 
 
 class Rounds:
@@ -56,34 +57,20 @@ class Texts:
         return b"failed: %b" % str(error).encode()
 
 
-class Wire:
-    """A connection that notes what is written, with the parts of uvicorn's cycle around it."""
+HEAD = (
+    b"HTTP/1.1 200 OK\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
+    b"content-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+)
+END = b"0\r\n\r\n"
 
-    def __init__(self) -> None:
-        self.writes: list[bytes] = []
-        self.cycle: Any = SimpleNamespace(
-            transport=self,
-            response_started=False,
-            chunked_encoding=None,
-            disconnected=False,
-            flow=SimpleNamespace(write_paused=False),
-        )
-        exchange = SimpleNamespace(reason="")
-        self.scope: Any = {
-            "extensions": {WIRE: AnswerWire(self.cycle)},
-            "state": {"exchange": exchange},
-        }
 
-    def write(self, data: bytes) -> None:
-        self.writes.append(data)
-
-    async def send(self, message: Any) -> None:
-        if message["type"] == "http.response.start":
-            self.cycle.response_started = self.cycle.chunked_encoding = True
-            self.cycle.transport.write(b"HEAD ")
-        else:
-            end = b"" if message["more_body"] else b"0"
-            self.cycle.transport.write(message["body"] + end)
+async def written(response: Response) -> list[bytes]:
+    """Returns what is written to the connection of a client that reads an answer to its end."""
+    transport = Transport()
+    cycle = new_cycle(transport)
+    cycle.scope["state"] = {"exchange": SimpleNamespace(reason="")}
+    await cycle.run(response)
+    return transport.writes
 
 
 async def stay() -> Any:
@@ -95,25 +82,25 @@ async def leave() -> Any:
 
 
 async def test_a_stream_is_one_write_a_round_with_its_head_in_the_first_and_its_end_in_the_last():
-    wire, rounds = Wire(), Rounds(["a", "b", "c"])
+    rounds = Rounds(["a", "b", "c"])
     response = await stream_response(rounds, Texts(), stay, Drain())
-    await response(wire.scope, stay, wire.send)
-    assert wire.writes == [b"HEAD 1\r\na\r\n", b"1\r\nb\r\n", b"cend0"]
+    assert await written(response) == [
+        HEAD + b"1\r\na\r\n",
+        b"1\r\nb\r\n",
+        b"4\r\ncend\r\n" + END,
+    ]
     assert rounds.closed == [None]
 
 
 async def test_a_stream_of_one_round_is_one_write():
-    wire = Wire()
     response = await stream_response(Rounds(["a"]), Texts(), stay, Drain())
-    await response(wire.scope, stay, wire.send)
-    assert wire.writes == [b"HEAD aend0"]
+    assert await written(response) == [HEAD + b"4\r\naend\r\n" + END]
 
 
 async def test_a_stream_that_breaks_off_ends_with_its_error():
-    wire, rounds = Wire(), Rounds(["a", "broken", "c"])
+    rounds = Rounds(["a", "broken", "c"])
     response = await stream_response(rounds, Texts(), stay, Drain())
-    await response(wire.scope, stay, wire.send)
-    assert wire.writes[-1] == b"failed: broken0"
+    assert (await written(response))[-1] == b"e\r\nfailed: broken\r\n" + END
     assert isinstance(rounds.closed[0], ApiError)
 
 

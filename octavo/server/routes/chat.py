@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from octavo.engine.mailbox import News
 from octavo.outputs import OutputDelta
-from octavo.server.answer_wire import AnswerWire
+from octavo.server.answer_wire import wire_of
 from octavo.server.answers import ChunkFrame, PlainChunks, Usage, marked
 from octavo.server.body import read_body
 from octavo.server.call import Call
@@ -42,7 +42,7 @@ async def answer_chat(request: Request, body: ChatRequest) -> Response:
     """Returns the answer to a chat's body, whole or streamed."""
     state = server_state(request)
     call, reading = await chat_call(request, body, "chatcmpl-")
-    wire = AnswerWire.of(request.scope)
+    wire = wire_of(request.scope)
     if body.stream:
         rounds, writer = StreamedCall(state, call), _Events(state, body, call, reading)
         return await stream_response(rounds, writer, request.receive, state.drain, wire)

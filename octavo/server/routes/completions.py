@@ -16,7 +16,7 @@ from starlette.responses import Response
 from octavo.engine.mailbox import News
 from octavo.outputs import OutputDelta
 from octavo.request import PositionLogprobs
-from octavo.server.answer_wire import AnswerWire
+from octavo.server.answer_wire import wire_of
 from octavo.server.answers import (
     ChunkFrame,
     PlainChunks,
@@ -54,7 +54,7 @@ async def answer_completion(request: Request, body: CompletionRequest) -> Respon
     request.scope["state"]["exchange"].tokenising = (began, time.monotonic())
     call = await new_call(request, body, "cmpl-", params, prompts)
     echoed = await _echoed_texts(state, body, call)
-    wire = AnswerWire.of(request.scope)
+    wire = wire_of(request.scope)
     if body.stream:
         rounds, writer = StreamedCall(state, call), _Events(state, body, call, echoed)
         return await stream_response(rounds, writer, request.receive, state.drain, wire)

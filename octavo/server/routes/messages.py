@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from octavo.server.answer_wire import AnswerWire
+from octavo.server.answer_wire import wire_of
 from octavo.server.body import read_body
 from octavo.server.chat_calls import chat_call
 from octavo.server.generation import StreamedCall, whole_call
@@ -38,7 +38,7 @@ async def create_message(request: Request) -> Response:
         hides_thinking=body.hides_thinking,
         max_tokens=body.max_tokens,
     )
-    wire = AnswerWire.of(request.scope)
+    wire = wire_of(request.scope)
     if body.stream:
         rounds, writer = StreamedCall(state, call), MessageEvents(head)
         return await stream_response(rounds, writer, request.receive, state.drain, wire)

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.errors import ContextLengthError, RequestError
-from octavo.server.answer_wire import AnswerWire
+from octavo.server.answer_wire import wire_of
 from octavo.server.body import parsed, read_body
 from octavo.server.call import Call
 from octavo.server.chat_calls import chat_call
@@ -42,7 +42,7 @@ async def create_response(request: Request) -> Response:
     answer = ResponseAnswer(state, body, call, reading)
     run = ResponseRun(request, body, call, answer)
     await run.store()
-    wire = AnswerWire.of(request.scope)
+    wire = wire_of(request.scope)
     if body.background:
         call.exchange.is_going_on = True
         state.responses.spawn(run.take_alone())
