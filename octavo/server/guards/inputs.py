@@ -7,6 +7,7 @@ the CallGuard that is left here.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 import re
@@ -69,7 +70,15 @@ async def checked_prompts(request: Request, body: Body, gate: Gate) -> Body:
 
 async def checked_chat(request: Request, body: ChatRequest, gate: Gate) -> ChatRequest:
     """Returns a chat as the guard wants it. Raises ApiError."""
-    # As the template gets them: a text in parts is one text, and so are the arguments of a call.
+    # In a thread, as rendering is: there may be thousands of messages.
+    plain, shown = await asyncio.to_thread(_shown_of, body)
+    checked = await _checked(request, plain, gate, shown)
+    return body if checked is plain else checked
+
+
+def _shown_of(body: ChatRequest) -> tuple[ChatRequest, list[_Shown]]:
+    """Returns a chat as its template gets it, in which a text in parts is one text, as the
+    arguments of a call are; and its texts."""
     messages = [_with_texts(message) for message in body.template_messages()]
     plain = body.model_copy(update={"messages": messages})
     shown = [one for name in _CHAT for one in _leaves(getattr(plain, name), (name,), name)]
@@ -79,8 +88,7 @@ async def checked_chat(request: Request, body: ChatRequest, gate: Gate) -> ChatR
             text = json.dumps(value, ensure_ascii=False)
             fixed = GuardText(role=role, place=name, text=text, is_fixed=True)
             shown.append(_Shown((name,), fixed))
-    checked = await _checked(request, plain, gate, shown)
-    return body if checked is plain else checked
+    return plain, shown
 
 
 def _with_texts(message: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +126,7 @@ async def _put(
     """Puts a text in its place, in a copy of the field that has it."""
     name = str(path[0])
     if name not in changes:
-        changes[name] = copy.deepcopy(getattr(body, name))
+        changes[name] = await asyncio.to_thread(copy.deepcopy, getattr(body, name))
     place, value = changes, text
     for part in path[:-1]:
         place = place[part]  # type: ignore[index]

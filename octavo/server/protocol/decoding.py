@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn, TypeVar
 
 import msgspec
+from pydantic import BaseModel
 
 from octavo.engine.chat_template import ChatRenderer
 from octavo.engine.messages import is_unicode
@@ -18,6 +19,8 @@ from octavo.errors import RequestError, shown
 from octavo.server.protocol.parsing import parse
 from octavo.server.protocol.strict import StrictModel
 
+MAX_RETURNED_VALUES = 65_536
+"""Of one field, for whom they are objects: a list, a text and a number are a value each."""
 MAX_DEPTH = 64
 """Lists and objects within each other; what reads them afterwards may recurse."""
 
@@ -27,12 +30,40 @@ Body = TypeVar("Body", bound=StrictModel)
 def parse_body(model: type[Body], content: bytes, renderer: ChatRenderer | None) -> Body:
     """Returns a body as a `model`, of a chat the text in place of its messages.
 
-    For long bodies: what is returned has few objects, however many `content` has. Raises
-    RequestError, ChatTemplateError among them.
+    For long bodies: what is returned has few objects, however many `content` has; without a
+    renderer, at most MAX_RETURNED_VALUES. Raises RequestError, ChatTemplateError among them.
     """
     body = parse(model, decode(content))
     body.check_size()
-    return body if renderer is None else body.with_rendered(renderer)
+    if renderer is not None:
+        return body.with_rendered(renderer)
+    _check_values(body)
+    return body
+
+
+def _check_values(body: StrictModel) -> None:
+    """Raises RequestError for lists and objects of so many values that whoever gets them from
+    another process would stand still meanwhile. Lists of numbers and texts have limits of their
+    own."""
+    for name in body.model_fields_set:
+        level, num_values = [getattr(body, name)], 0
+        while level:
+            level = [each for one in level for each in _values_in(one)]
+            num_values += len(level)
+            if num_values > MAX_RETURNED_VALUES:
+                message = (
+                    f"{name} holds more than {MAX_RETURNED_VALUES} values; this server, which "
+                    "looks at each before the model does, takes no more"
+                )
+                raise RequestError(message, param=name)
+
+
+def _values_in(one: object) -> Iterable[object]:
+    if isinstance(one, BaseModel):
+        return vars(one).values()
+    if isinstance(one, dict):
+        return one.values()
+    return one if isinstance(one, list) else ()
 
 
 def decode(content: bytes) -> object:

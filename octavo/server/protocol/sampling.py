@@ -6,6 +6,7 @@ refused by name: a misspelt option is never silently dropped.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -190,10 +191,13 @@ class SamplingFields(GenerationFields, StructuredFields):
                 values[name] = value
         if self.logit_bias is not None:
             values["logit_bias"] = _token_ids_as_keys(self.logit_bias)
-        values["structured_outputs"] = self.structured_params()
+        if (wanted := self.structured_params()) is not None:
+            values["structured_outputs"] = wanted
         if self.skip_reading_prefix_cache and self.prefix_caching in (None, "auto"):
             values["prefix_caching"] = "off"
         values.update(overrides)
+        if values.keys() <= _SWITCHES:
+            return _of_switches(tuple(values.items()))
         return SamplingParams(**values)
 
 
@@ -202,6 +206,18 @@ _PARAM_NAMES = frozenset(
     for name in SamplingFields.model_fields
     if name in SamplingParams.__struct_fields__ and name != "structured_outputs"
 )
+_SWITCHES = _PARAM_NAMES - {
+    *("seed", "stop", "stop_token_ids", "logit_bias", "allowed_token_ids", "bad_words")
+} | {"logprobs"}
+"""Numbers and choices that are the same in most requests."""
+
+
+@functools.lru_cache(maxsize=256)
+def _of_switches(values: tuple[tuple[str, Any], ...]) -> SamplingParams:
+    """Returns checked parameters, which requests share: nobody changes those of a request."""
+    return SamplingParams(**dict(values))
+
+
 _MAX_ID_DIGITS = len(str(MAX_INT))
 
 

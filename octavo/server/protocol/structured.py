@@ -177,4 +177,4 @@ class StructuredFields(RequestModel):
         )
 
 
-_BINDING = frozenset(StructuredFields.model_fields)
+_BINDING = StructuredFields.model_fields.keys() - RequestModel.model_fields.keys()
