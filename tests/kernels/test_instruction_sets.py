@@ -15,7 +15,15 @@ from octavo.kernels.cpu.library import ISAS, load_library, supported_isas, unfit
 from octavo.kernels.cpu.native import NativeOps
 from octavo.kernels.registry import Needs, select_ops
 from octavo.kernels.weights import Weight
-from tests.kernels.cases import assert_close, exact_gate, floats, make_experts, make_weight
+from tests.kernels.cases import (
+    assert_close,
+    attention_op,
+    exact_gate,
+    floats,
+    make_experts,
+    make_paged,
+    make_weight,
+)
 
 TOKENS = (1, 2, 3, 4, 5, 18, 67)
 
@@ -59,6 +67,30 @@ def test_experts_have_the_same_bits(
     x, weights = floats(rng, 30, 64), floats(rng, 30, 2)
     ids = torch.from_numpy(rng.integers(0, 4, (30, 2))).to(torch.int32)
     assert torch.equal(*(ops.moe(x, weights, ids, experts, "silu") for ops in both))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("heads", "size"), [((6, 2), 64), ((7, 1), 80), ((4, 4), 24)])
+def test_attention_has_the_same_bits(
+    both: tuple[NativeOps, NativeOps],
+    rng: np.random.Generator,
+    heads: tuple[int, int],
+    size: int,
+    dtype: torch.dtype,
+) -> None:
+    num_heads, num_kv_heads = heads
+    paged = make_paged(rng, [330, 70, 9], (num_kv_heads, size), dtype=dtype)
+    sinks, scale = floats(rng, num_heads), 2 * size**-0.5
+    for op in (
+        attention_op(num_heads, paged.layer, scale),
+        attention_op(num_heads, paged.layer, scale, 50, sinks_H=sinks),
+        attention_op(num_heads, paged.layer, 40 * scale, soft_cap=30.0),
+        attention_op(num_heads, paged.layer, 40 * scale),
+    ):
+        for query_lens in ([330, 70, 9], [1, 2, 5], [64, 17, 1]):
+            batch = paged.batch([330, 70, 9], query_lens)
+            q = floats(rng, sum(query_lens), num_heads, size)
+            assert torch.equal(*(ops.attention(q, op, paged.layer, batch) for ops in both))
 
 
 @pytest.fixture

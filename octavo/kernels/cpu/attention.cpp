@@ -41,6 +41,7 @@ struct Job {
   const AttentionBatch& batch;
   const AttentionOp& op;
   int64_t heads, group, padded;  // padded: head_size in whole lanes
+  bool is_wide;  // in AVX-512 where rows are many and vectors float32: the same bits
   float* partials;
   int64_t partial_floats;
 
@@ -86,6 +87,22 @@ void scale_columns(float* row, const float* scales) {
   }
 }
 
+constexpr int64_t kWideRows = 4;  // and more fill wide tiles
+
+// out[m * kTile + n] = q[m] . k[n] for the tokens of one tile.
+template <class F>
+void dot_tokens(const Job& job, const float* const* q, int64_t rows, const uint8_t* const* k,
+                int64_t count, float* out, Coming& coming) {
+  int64_t n = 0;
+  if (std::is_same_v<F, FormatF32> && job.is_wide && rows >= kWideRows) {
+    for (; n + kWideKeys <= count; n += kWideKeys) {
+      coming.ask(kWideKeys);
+      score_avx512(q, rows, k + n, job.padded, out + n, kTile);
+    }
+  }
+  dot_products<F>(q, rows, k + n, count - n, job.padded, out + n, kTile, coming);
+}
+
 // Scores of all rows with one tile's tokens, softened; columns outside the tile's part become 0.
 template <class F>
 void score(const Job& job, const Item& item, const Tokens& now, const uint8_t* const* k,
@@ -98,7 +115,7 @@ void score(const Job& job, const Item& item, const Tokens& now, const uint8_t* c
     const int64_t some = std::min(kRows, rows - r);
     for (int64_t i = 0; i < some; ++i) q[i] = work.q + (head * rows + r + i) * job.padded;
     float* to = work.scores + r * kTile + (begin - tile);
-    dot_products<F>(q, some, k, now.count, job.padded, to, kTile, coming);
+    dot_tokens<F>(job, q, some, k, now.count, to, coming);
   }
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t position = job.batch.positions[item.query_begin + r / job.group];
@@ -109,7 +126,10 @@ void score(const Job& job, const Item& item, const Tokens& now, const uint8_t* c
     if (seen < seen_end) {
       if (scales != nullptr) scale_columns(row, scales);
       if (job.op.soft_cap != 0.0) cap_scores(row, static_cast<float>(job.op.soft_cap));
-      work.factors[r] = soften(row, seen - tile, seen_end - tile, split.best[r], split.total[r]);
+      float &best = split.best[r], &total = split.total[r];
+      const int64_t from = seen - tile, to = seen_end - tile;
+      work.factors[r] = job.is_wide ? soften_avx512(row, kTile, from, to, best, total)
+                                    : soften(row, from, to, best, total);
     } else {
       std::fill(row, row + kTile, 0.0f);
     }
@@ -127,6 +147,11 @@ void weigh(const Job& job, const Item& item, const Tokens& now, const uint8_t* c
   for (int64_t r = 0; r < work.rows; r += 4) {
     const Weighing w = {scores + r * kTile, work.factors + r, kTile, v, now.count,
                         split.values + r * job.padded, job.padded};
+    if (std::is_same_v<F, FormatF32> && job.is_wide && work.rows - r >= 4 && job.padded % 16 == 0) {
+      coming.ask(kWideRows * now.count / work.rows + 1);
+      weigh_avx512(w);
+      continue;
+    }
     switch (work.rows - r) {
       case 1: weigh_rows<F, 1>(w, coming); break;
       case 2: weigh_rows<F, 2>(w, coming); break;
@@ -341,8 +366,9 @@ OCTAVO_API int64_t octavo_attention(Pool* pool, const float* q, int64_t heads, c
                                     float* out) {
   std::lock_guard<std::mutex> lock(pool->op_mutex());
   const int64_t padded = (layer->head_size + 7) / 8 * 8;
-  const Job job = {q,     out, *layer, *batch, *op, heads, heads / layer->kv_heads, padded,
-                   nullptr, 0};
+  const bool is_wide = pool->isa() != AVX2;
+  const Job job = {q,      out,     *layer, *batch, *op, heads, heads / layer->kv_heads,
+                   padded, is_wide, nullptr, 0};
   if (!is_valid(job)) return BAD_INDEX;
   std::vector<Item> items;
   int64_t splits = 0;

@@ -71,21 +71,20 @@ OCTAVO_INLINE Words pair_sums(Words codes, const int8_t* numbers) {
   if (kBits < 8) return _mm256_maddubs_epi16(codes, x);
   return _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes));
 }
+// So many sums of pairs fit in 16 bits: (2^bits - 1) * 127 * 2 each.
+template <class Shape>
+constexpr int words_at_once() {
+  constexpr int kFit = Shape::kBits <= 4 ? 8 : Shape::kBits == 5 ? 4 : Shape::kBits == 6 ? 2 : 1;
+  return std::min(kFit, 8 / Shape::kHalves);
+}
 template <int kBits, int kWords>
 OCTAVO_INLINE Words dot(Words acc, const Words* codes, const int8_t* numbers) {
-  // So many sums of pairs fit in 16 bits: (2^bits - 1) * 127 * 2 each.
-  constexpr int kFit = kBits <= 4 ? 8 : kBits == 5 ? 4 : kBits == 6 ? 2 : 1;
-  constexpr int kChunk = kFit < kWords ? kFit : kWords;
+  Words sums = pair_sums<kBits>(codes[0], numbers);
 #pragma GCC unroll 8
-  for (int j = 0; j < kWords; j += kChunk) {
-    Words sums = pair_sums<kBits>(codes[j], numbers + 4 * j);
-#pragma GCC unroll 8
-    for (int i = 1; i < kChunk; ++i) {
-      sums = _mm256_add_epi16(sums, pair_sums<kBits>(codes[j + i], numbers + 4 * (j + i)));
-    }
-    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(sums, _mm256_set1_epi16(1)));
+  for (int i = 1; i < kWords; ++i) {
+    sums = _mm256_add_epi16(sums, pair_sums<kBits>(codes[i], numbers + 4 * i));
   }
-  return acc;
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(sums, _mm256_set1_epi16(1)));
 }
 
 }  // namespace OCTAVO_ISA

@@ -67,6 +67,10 @@ template <class Shape>
 constexpr int bias_of() {
   return Shape::kBits == 8 ? 128 : Shape::kBias;
 }
+template <class Shape>
+constexpr int words_at_once() {
+  return 1;
+}
 template <int kBits, int kWords>
 OCTAVO_INLINE Words dot(Words acc, const Words* codes, const int8_t* numbers) {
 #pragma GCC unroll 8

@@ -8,19 +8,37 @@
 namespace octavo {
 inline namespace OCTAVO_ISA {
 
-// Adds a group's products with one token.
-template <class Shape>
-OCTAVO_INLINE void add_group(const Group& w, const Int8Block& x, Floats& acc) {
-  constexpr int kWords = 8 / Shape::kHalves;
-  const int bias = bias_of<Shape>();
+// Adds a group's products with M tokens, whose blocks of the group are x[m][g]. Sums of all tokens
+// grow side by side, since a sum alone would wait for itself.
+template <class Shape, int M>
+OCTAVO_INLINE void add_group(const Group& w, const Int8Block* const (&x)[M], int64_t g,
+                             Floats (&acc)[M]) {
+  constexpr int kWords = 8 / Shape::kHalves, kStep = words_at_once<Shape>();
+  constexpr int kBias = bias_of<Shape>();
+#pragma GCC unroll 2
   for (int h = 0; h < Shape::kHalves; ++h) {
-    const int32_t sum = Shape::kHalves == 2 ? x.sums[h] : x.sums[0] + x.sums[1];
-    const Words first = bias == 0 ? words(0) : words(-bias * sum);
-    const Words dots =
-        dot<Shape::kBits, kWords>(first, w.codes + kWords * h, x.numbers + 4 * kWords * h);
-    acc = fma(floats(dots), w.scale[h] * all(x.scale), acc);
+    Words dots[M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const int32_t* sums = x[m][g].sums;
+      dots[m] = words(kBias == 0 ? 0 : -kBias * (Shape::kHalves == 2 ? sums[h] : sums[0] + sums[1]));
+    }
+#pragma GCC unroll 8
+    for (int j = kWords * h; j < kWords * (h + 1); j += kStep) {
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        dots[m] = dot<Shape::kBits, kStep>(dots[m], w.codes + j, x[m][g].numbers + 4 * j);
+      }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      acc[m] = fma(floats(dots[m]), w.scale[h] * all(x[m][g].scale), acc[m]);
+    }
   }
-  if (Shape::kOffset) acc = fma(w.offset, all(x.scaled_sum), acc);
+#pragma GCC unroll 8
+  for (int m = 0; Shape::kOffset && m < M; ++m) {
+    acc[m] = fma(w.offset, all(x[m][g].scaled_sum), acc[m]);
+  }
 }
 
 // What the next kLanes rows will read for this group.
@@ -32,15 +50,16 @@ OCTAVO_INLINE void ask_ahead(const uint8_t* at, int64_t stride, int64_t g, int64
 template <class F>
 __attribute__((noinline)) void stream(const Int8Block* x, const uint8_t* at, int64_t stride,
                                       int64_t groups, float* out) {
-  Floats acc = all(0.0f);
+  const Int8Block* const row[1] = {x};
+  Floats acc[1] = {all(0.0f)};
   typename F::State state;
   for (int64_t g = 0; g < groups; ++g) {
     ask_ahead(at, stride, g, stride / groups);
     Group w;
     F::group(at, stride, g, state, w);
-    add_group<typename F::Shape>(w, x[g], acc);
+    add_group<typename F::Shape, 1>(w, row, g, acc);
   }
-  put(out, acc);
+  put(out, acc[0]);
 }
 
 template <class F>
@@ -63,10 +82,7 @@ __attribute__((noinline)) void tile(const Rows& x, int64_t t, const Group* panel
     rows[m] = blocks_at(x, t + m);
     acc[m] = all(0.0f);
   }
-  for (int64_t g = 0; g < groups; ++g) {
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) add_group<Shape>(panel[g], rows[m][g], acc[m]);
-  }
+  for (int64_t g = 0; g < groups; ++g) add_group<Shape, M>(panel[g], rows, g, acc);
   for (int m = 0; m < M; ++m) put(out + (t + m) * out_stride, acc[m]);
 }
 

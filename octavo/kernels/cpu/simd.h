@@ -58,21 +58,21 @@ inline float max_lane(Lanes a) {
 }
 
 // e^x to about 1 ulp (Cody-Waite reduction, degree-6 polynomial); 0 below -87.3, inf above 88.7.
+constexpr float kLog2E = 1.44269504088896341f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+constexpr float kLeastExp = -87.33654f, kMostExp = 88.72283f;
+constexpr float kExpTerms[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
+                               4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
 inline Lanes exp(Lanes x) {
-  const Lanes log2e = broadcast(1.44269504088896341f);
-  const Lanes ln2_high = broadcast(0.693359375f), ln2_low = broadcast(-2.12194440e-4f);
-  const Lanes low = broadcast(-87.33654f), high = broadcast(88.72283f);
+  const Lanes log2e = broadcast(kLog2E);
+  const Lanes ln2_high = broadcast(kLn2High), ln2_low = broadcast(kLn2Low);
+  const Lanes low = broadcast(kLeastExp), high = broadcast(kMostExp);
   // A NaN passes through max and min as their second operand.
   const Lanes clamped = _mm256_min_ps(high, _mm256_max_ps(low, x));
   const Lanes n = _mm256_round_ps(_mm256_mul_ps(clamped, log2e), _MM_FROUND_TO_NEAREST_INT | 8);
   Lanes r = _mm256_fnmadd_ps(n, ln2_high, clamped);
   r = _mm256_fnmadd_ps(n, ln2_low, r);
-  Lanes p = broadcast(1.9875691500e-4f);
-  p = fma(p, r, broadcast(1.3981999507e-3f));
-  p = fma(p, r, broadcast(8.3334519073e-3f));
-  p = fma(p, r, broadcast(4.1665795894e-2f));
-  p = fma(p, r, broadcast(1.6666665459e-1f));
-  p = fma(p, r, broadcast(5.0000001201e-1f));
+  Lanes p = broadcast(kExpTerms[0]);
+  for (int i = 1; i < 6; ++i) p = fma(p, r, broadcast(kExpTerms[i]));
   p = fma(_mm256_mul_ps(r, r), p, _mm256_add_ps(r, broadcast(1.0f)));
   // 2^n in two factors, since n reaches 128 where one exponent field does not.
   const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);

@@ -2,6 +2,7 @@
 // loaded; the order of additions is the same in every tile shape (see product.h).
 #pragma once
 
+#include "attention_wide.h"
 #include "formats.h"
 
 namespace octavo {
@@ -68,16 +69,6 @@ void dot_products(const float* const* x, int64_t x_count, const uint8_t* const* 
     }
   }
 }
-
-// How M rows of values are to be weighed: values = values * factors + sum of scores[j] * v[j].
-struct Weighing {
-  const float *scores, *factors;
-  int64_t scores_stride;
-  const uint8_t* const* v;
-  int64_t count;
-  float* values;
-  int64_t size;  // of a row of values, a multiple of 8
-};
 
 template <class F, int M, int N, class Ahead>
 inline void weigh_tile(const Weighing& w, int64_t at, Ahead& ahead) {
