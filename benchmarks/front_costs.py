@@ -33,7 +33,8 @@ from octavo.engine.link import LinkOwner
 from octavo.engine.process import EngineArguments
 from octavo.request import FinishReason, Request, TokenDelta
 from octavo.server.app import create_app
-from octavo.server.http_protocol import ConnectionLimits, new_event_loop, protocol_factory
+from octavo.server.event_loop import new_event_loop
+from octavo.server.http_protocol import ConnectionLimits, protocol_factory
 from octavo.server.serve import settle_memory
 
 

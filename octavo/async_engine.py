@@ -87,7 +87,13 @@ class AsyncEngine:
 
         Raises ConfigError, ModelError, CapacityError or EngineDeadError.
         """
-        self._front_end = front_end = await asyncio.to_thread(FrontEnd, self.config)
+        if isinstance(self._client, EngineClient):
+            self._client.begin()
+        try:
+            self._front_end = front_end = await asyncio.to_thread(FrontEnd, self.config)
+        except BaseException:
+            await self._client.close()
+            raise
         self._plan = await self._client.start(self.config, front_end.files, *self._log)
         self._input, self._output = front_end.processors(self._plan.max_model_len)
         await asyncio.to_thread(self._input.warm_up)

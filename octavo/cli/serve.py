@@ -1,8 +1,9 @@
 """`octavo serve`: the OpenAI-compatible server in the foreground.
 
-Called by the command line. Order: check the options, take the port, load the model, print the
-memory plan, the URL and an example, and serve until Ctrl-C; whoever asks while the model loads gets
-a 503. Never imports torch or FastAPI before the options and the port are known to be good.
+Called by the command line. Order: check the options, start the process of the engine (which imports
+meanwhile), take the port, load the model, print the memory plan, the URL and an example, and serve
+until Ctrl-C; whoever asks while the model loads gets a 503. Never imports torch; FastAPI once the
+options are known to be good.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     import socket
 
     from octavo.async_llm import AsyncLLM
+    from octavo.engine.child import EngineProcess
     from octavo.server.signals import StopSignals
 
 logger = logging.getLogger(__name__)
@@ -76,21 +79,33 @@ def run(args: argparse.Namespace) -> int:
 
     server, engine = server_config(args), engine_config(args)
     configure_logging(server.log_format, server.log_level, owns_stderr=True)
-    # The port first: a model takes long to load, only to find that nobody can reach it.
     import asyncio
 
-    from octavo.server.http_protocol import new_event_loop
-    from octavo.server.serve import bind, bind_metrics
+    from octavo.server.event_loop import new_event_loop
 
-    with (
-        bind(server) as bound,
-        bind_metrics(server) as metrics_bound,
-        asyncio.Runner(loop_factory=new_event_loop) as runner,
-    ):
-        sockets = Sockets(bound, metrics_bound)
-        code = runner.run(_serve(server, engine, sockets, signals, args.verdicts))
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        code = runner.run(_run(server, engine, signals, args.verdicts))
         _leave_soon(code)
     return code
+
+
+async def _run(
+    server: ServerConfig, config: EngineConfig, signals: StopSignals, verdicts: Sequence[Verdict]
+) -> int:
+    from octavo.engine.child import EngineProcess
+
+    # It imports what it needs, and so do we. A fleet starts its own.
+    process = EngineProcess() if config.data_parallel_size == 1 else None
+    try:
+        from octavo.server.serve import bind, bind_metrics
+
+        # The port first: a model takes long to load, only to find that nobody can reach it.
+        with bind(server) as bound, bind_metrics(server) as metrics_bound:
+            log_verdicts(verdicts)
+            return await _serve(server, config, Sockets(bound, metrics_bound), signals, process)
+    finally:
+        if process is not None:
+            await process.end()
 
 
 def _leave_soon(code: int) -> None:
@@ -107,7 +122,7 @@ async def _serve(
     config: EngineConfig,
     sockets: Sockets,
     signals: StopSignals,
-    verdicts: Sequence[Verdict],
+    process: EngineProcess | None,
 ) -> int:
     import asyncio
 
@@ -118,18 +133,21 @@ async def _serve(
     # In a thread: probes are answered meanwhile.
     await asyncio.to_thread(import_module, "octavo.async_llm")
     from octavo.async_llm import AsyncLLM
+    from octavo.engine.client import EngineClient
     from octavo.server.fronts import Fronts
     from octavo.server.serve import serve, url_of
 
-    log_verdicts(verdicts)
-    fronts = Fronts(server, config, sockets.metrics) if server.api_processes > 1 else None
+    fronts = None
+    if server.api_processes > 1:
+        fronts = Fronts(server, config, sockets.metrics, process)
+    connect = None if process is None else partial(EngineClient, process=process)
     engine = AsyncLLM(
         config,
         log_format=server.log_format,
         log_level=server.log_level,
-        connect=None if fronts is None else fronts.connect,
+        connect=connect if fronts is None else fronts.connect,
     )
-    say(f"loading {config.model} ...")
+    say(f"loading {engine.model_name} ...")
     try:
         if not await _start(engine, signals):
             return signals.exit_code

@@ -11,6 +11,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -60,6 +61,8 @@ def _signals_blocked() -> Iterator[None]:
 
 
 ENGINE_MODULE = "octavo.engine.process"
+MAX_DESCRIPTORS = 253
+"""That Linux passes on in one message."""
 
 
 class ChildProcess:
@@ -102,10 +105,36 @@ class ChildProcess:
 
 
 class EngineProcess(ChildProcess):
-    """One engine process."""
+    """One engine process: it imports what it needs until it is told what for. To be made in an
+    event loop."""
 
-    def __init__(self, *arguments: str, descriptors: Sequence[int]) -> None:
-        super().__init__(ENGINE_MODULE, *arguments, descriptors=descriptors)
+    def __init__(self) -> None:
+        self._ours, theirs = socket.socketpair()
+        with theirs:
+            descriptor = theirs.fileno()
+            super().__init__(ENGINE_MODULE, str(descriptor), descriptors=(descriptor,))
+
+    def tell(self, arguments: bytes, descriptors: Sequence[int]) -> None:
+        """Sends what `told` returns in the process; once. Waits until it is read."""
+        # One that has ended reads nothing, as whoever waits for it finds.
+        with self._ours, contextlib.suppress(ConnectionError):
+            socket.send_fds(self._ours, [b"\0"], descriptors)
+            self._ours.sendall(arguments)
+
+    async def end(self) -> None:
+        """Ends it at once, if it has not ended."""
+        self.kill()
+        await self.wait()
+        self._ours.close()
+
+
+def told(descriptor: int) -> tuple[bytes, list[int]]:
+    """Returns the arguments of an engine process, and descriptors of its own, as many as were
+    passed on; called there. Waits for its parent; nothing comes from one that wants no engine."""
+    with socket.socket(fileno=descriptor) as theirs:
+        _, descriptors, _, _ = socket.recv_fds(theirs, 1, MAX_DESCRIPTORS)
+        with theirs.makefile("rb") as file:
+            return file.read(), descriptors
 
 
 def describe_end(code: int) -> str:
@@ -131,16 +160,14 @@ class SocketFolder:
         return f"ipc://{self._path / name}"
 
     def share(self, *names: str) -> list[str]:
-        """Returns where a child connects to the bound sockets; it inherits `descriptors`.
-
-        On Linux a socket is reached through a descriptor of it: the folder is removed before there
-        is anybody who could be killed and leave it behind.
-        """
+        """Returns where a child connects to the bound sockets; on Linux nowhere: it is passed
+        `descriptors` of them (`address_of`), and the folder is removed before there is anybody who
+        could be killed and leave it behind."""
         if sys.platform != "linux":
             return [self.address(name) for name in names]
         self._descriptors = [os.open(self._path / name, os.O_PATH) for name in names]
         shutil.rmtree(self._path)
-        return [f"ipc:///proc/self/fd/{descriptor}" for descriptor in self._descriptors]
+        return []
 
     @property
     def descriptors(self) -> Sequence[int]:
@@ -151,3 +178,8 @@ class SocketFolder:
             os.close(descriptor)
         self._descriptors.clear()
         shutil.rmtree(self._path, ignore_errors=True)
+
+
+def address_of(descriptor: int) -> str:
+    """Where the process that has a descriptor of a bound socket connects to it."""
+    return f"ipc:///proc/self/fd/{descriptor}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import tempfile
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -82,17 +81,18 @@ class EngineClient:
         first_device: int = 0,
         on_held: Callable[[Held], None] | None = None,
         remote_ranks: RemoteStart | None = None,
+        process: EngineProcess | None = None,
     ) -> None:
         """`num_fronts` counts this one; `bind_others` is called if there are more. An engine of a
         fleet has GPUs from `first_device` on, and tells what it holds. `remote_ranks`: who starts
-        its tensor parallel ranks, if not the engine process."""
+        its tensor parallel ranks, if not the engine process. `process` is one that has begun."""
         self.link = EngineLink(owner, 0, self._on_message)
         self._num_fronts = num_fronts
         self._first_device = first_device
         self._on_held = on_held
         self._remote_ranks = remote_ranks
         self._bind_others = bind_others
-        self._process: EngineProcess | None = None
+        self._process = process
         self._vitals: Vitals | None = None
         self._watchdog: Watchdog | None = None
         self._guard: asyncio.Task[None] | None = None
@@ -118,17 +118,18 @@ class EngineClient:
     async def _start(
         self, config: EngineConfig, files: ModelFiles, log_format: str, log_level: str
     ) -> MemoryPlan:
+        self.begin()
         self._folder = folder = SocketFolder()
         self.link.bind(*map(folder.address, socket_names(0)))
         if self._bind_others is not None:
             await self._bind_others(folder)
         names = [name for front in range(self._num_fronts) for name in socket_names(front)]
-        addresses = folder.share(*names)
         arguments = {
             "config": config,
             "files": files,
             "log_format": log_format,
             "log_level": log_level,
+            "addresses": folder.share(*names),
             "first_device": self._first_device,
             "is_in_fleet": self._on_held is not None,
             "rank_host": self._remote_ranks and self._remote_ranks.host,
@@ -136,17 +137,17 @@ class EngineClient:
         self._ready = asyncio.get_running_loop().create_future()
         self._vitals = Vitals.create()
         self._watchdog = Watchdog(config.watchdog_timeout)
-        with tempfile.TemporaryFile() as file:
-            file.write(msgspec.msgpack.encode(arguments, enc_hook=str))
-            file.seek(0)
-            descriptors = (file.fileno(), *self._vitals.descriptors)
-            self._process = EngineProcess(
-                *map(str, descriptors),
-                *addresses,
-                descriptors=(*descriptors, *folder.descriptors),
-            )
+        data = msgspec.msgpack.encode(arguments, enc_hook=str)
+        descriptors = (*self._vitals.descriptors, *folder.descriptors)
+        assert self._process is not None
+        await asyncio.to_thread(self._process.tell, data, descriptors)
         self._watcher = asyncio.create_task(self._watch())
         return await self._ready
+
+    def begin(self) -> None:
+        """Starts the process, which imports what it needs until `start` says what for."""
+        if self._process is None:
+            self._process = EngineProcess()
 
     async def _watch(self) -> None:
         """Waits for the end of the process, delivers its last words, and tells everybody."""
@@ -227,14 +228,13 @@ class EngineClient:
 
     async def _end(self, process: EngineProcess) -> None:
         if not self._is_loaded:
-            process.kill()  # it has nothing to finish
-        if process.returncode is None:
+            await process.end()  # it has nothing to finish
+        elif process.returncode is None:
             with contextlib.suppress(EngineDeadError, zmq.ZMQError):  # gone, or it ends by itself
                 self.link.send(Shutdown())
             try:
                 await asyncio.wait_for(process.wait(), SHUTDOWN_SECONDS)
             except TimeoutError:
-                process.kill()
-                await process.wait()
+                await process.end()
         if self._guard is not None:
             self._guard.cancel()

@@ -15,6 +15,7 @@ import msgspec
 import zmq
 
 from octavo.config import EngineConfig
+from octavo.engine.child import address_of, told
 from octavo.engine.core import EngineCore
 from octavo.engine.ipc import (
     AbortSequence,
@@ -49,12 +50,16 @@ GC_OBJECTS = 20_000
 
 
 class EngineArguments(msgspec.Struct, frozen=True, kw_only=True):
-    """What the parent hands over at start, in a file without a name."""
+    """What the parent tells, once it knows which model it is: meanwhile this process has imported
+    what it needs."""
 
     config: EngineConfig
     files: ModelFiles
     log_format: LogFormat
     log_level: str
+    addresses: Sequence[str] = ()
+    """Two of sockets for each front end, of what is read and of what is written; none where
+    descriptors of the sockets were passed on."""
     first_device: int = 0
     """Of the GPUs of its ranks."""
     is_in_fleet: bool = False
@@ -171,17 +176,20 @@ class Fronts:
             self.send(front, Deltas(part))
 
 
-def main(arguments: str, beats: str, stacks: str, *addresses: str) -> int:
-    """Runs until told to stop; returns the exit code. The first three are descriptors; then come
-    two addresses for each front end, of what is read and of what is written."""
-    vitals = Vitals(int(beats), int(stacks))
+def main(channel: str) -> int:
+    """Runs until told to stop; returns the exit code. The descriptor says what comes of the parent:
+    EngineArguments, and descriptors of vitals and sockets."""
+    data, descriptors = told(int(channel))
+    if not data:
+        return 0
+    given = msgspec.msgpack.decode(
+        data,
+        type=EngineArguments,
+        dec_hook=lambda kind, value: kind(value),  # pathlib.Path travels as text
+    )
+    vitals = Vitals(*descriptors[:2])
     vitals.catch_stacks()
-    with open(int(arguments), "rb") as file:
-        given = msgspec.msgpack.decode(
-            file.read(),
-            type=EngineArguments,
-            dec_hook=lambda kind, value: kind(value),  # pathlib.Path travels as text
-        )
+    addresses = given.addresses or [address_of(one) for one in descriptors[2:]]
     configure_logging(given.log_format, given.log_level, owns_stderr=True)
     context = zmq.Context()
     inbox = context.socket(zmq.PULL)

@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import decoders
 
 from octavo.config import EngineConfig
+from octavo.device import return_free_memory
 from octavo.engine.chat_template import (
     ChatOptions,
     ChatRenderer,
@@ -315,7 +316,9 @@ def find_tokenizer(config: EngineConfig, files: ModelFiles) -> Tokenizer:
     """Returns the tokenizer that the operator gave, else the model's own."""
     given = config.tokenizer
     path = files.path if given is None else resolve_tokenizer(given, config.download_dir)
-    return load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
+    return_free_memory()  # reading takes twice what is kept
+    return tokenizer
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 from functools import cache
 
-import gguf
 import numpy as np
 import torch
-from gguf import quants
-from gguf.quants import dequantize
 from torch import Tensor
 
 from octavo.formats import (
@@ -48,6 +45,8 @@ def gguf_table(form: WeightFormat) -> Tensor | None:
         return gguf_scale_table()
     if form.name not in GRID_FORMATS:
         return None
+    from gguf import quants  # not for models in other formats
+
     kind = getattr(quants, form.name.upper())
     kind.init_grid()
     table = torch.from_numpy(kind.grid.astype(np.float32).flatten())
@@ -64,7 +63,10 @@ def dequantize_rows(weight: Weight, rows: slice | Tensor) -> Tensor:
         blocks = data.reshape(len(data), -1, form.block_bytes)
         values = _values(blocks, form, weight.table)
         return values.flatten(1)[:, : weight.cols].contiguous()
-    kind = gguf.GGMLQuantizationType[form.name.upper()]
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    kind = GGMLQuantizationType[form.name.upper()]
     values = dequantize(np.ascontiguousarray(data.numpy()), kind)
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 

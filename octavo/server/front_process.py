@@ -40,7 +40,7 @@ from octavo.server.channel import (
     Stop,
     decode_to_front,
 )
-from octavo.server.http_protocol import new_event_loop
+from octavo.server.event_loop import new_event_loop
 from octavo.server.serve import Server, settle_memory
 from octavo.server.signals import StopSignals
 from octavo.server.tenants.counts import SharedCounts

@@ -3,7 +3,7 @@
 Called by the `serve` command in place of `serve.serve`. Accepts connections and deals them out in
 turn, passes on signals, the engine's end and questions about numbers; never reads a request.
 
-    start   each front binds its sockets to the engines; then each engine process is started
+    start   each front binds its sockets to the engines; then each engine process is told what for
     serve   connections are dealt out until a signal comes, the engine dies or a front does;
             one that hangs gets none, and is ended after the watchdog's time
     end     the fronts drain, each as `serve.Server` does; whoever stays too long is killed
@@ -24,7 +24,7 @@ from functools import partial
 import msgspec
 
 from octavo.config import EngineConfig, ServerConfig
-from octavo.engine.child import ChildProcess, SocketFolder, describe_end
+from octavo.engine.child import ChildProcess, EngineProcess, SocketFolder, describe_end
 from octavo.engine.client import EngineClient, socket_names
 from octavo.engine.fleet import Fleet
 from octavo.engine.fleet_link import MemberOwner
@@ -152,12 +152,15 @@ class Fronts:
         config: ServerConfig,
         engine_config: EngineConfig,
         metrics_bound: socket.socket | None = None,
+        process: EngineProcess | None = None,
     ) -> None:
-        """`metrics_bound` is served by the first front, which tells of all."""
+        """`metrics_bound` is served by the first front, which tells of all; `process` is that of
+        the engine, if it has begun."""
         self.config = config
         self.metrics_bound = metrics_bound
         self.engine_config = engine_config
         self.counts = SharedCounts()
+        self._process = process
         self._fronts: list[_Front] = []
         self._turn = 0
         self._num_stops = 0
@@ -165,11 +168,15 @@ class Fronts:
     def connect(self, owner: LinkOwner) -> EngineClient | Fleet:
         """Returns the client of an engine process that all fronts share, or of a fleet of them."""
         if self.engine_config.data_parallel_size == 1:
-            return self._client(owner, 0)
+            return self._client(owner, 0, process=self._process)
         return Fleet(owner, self.engine_config, self._member, self._tell_death)
 
     def _client(
-        self, owner: LinkOwner, engine: int, on_held: Callable[[Held], None] | None = None
+        self,
+        owner: LinkOwner,
+        engine: int,
+        on_held: Callable[[Held], None] | None = None,
+        process: EngineProcess | None = None,
     ) -> EngineClient:
         return EngineClient(
             owner,
@@ -177,6 +184,7 @@ class Fronts:
             partial(self._bind, engine),
             first_device=engine * self.engine_config.tensor_parallel_size,
             on_held=on_held,
+            process=process,
         )
 
     def _member(self, owner: MemberOwner, engine: int) -> EngineClient:

@@ -65,15 +65,6 @@ class ConnectionLimits:
     max_connections: int = 8192
 
 
-def new_event_loop() -> asyncio.AbstractEventLoop:
-    """Returns the fastest loop there is: uvloop's, except on Windows, which has none."""
-    if sys.platform == "win32":
-        return asyncio.new_event_loop()
-    import uvloop
-
-    return uvloop.new_event_loop()
-
-
 def protocol_factory(
     limits: ConnectionLimits, monitor: LoopHoldMonitor | None = None
 ) -> Callable[..., asyncio.Protocol]:

@@ -13,13 +13,14 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from typing import TYPE_CHECKING
 
 from octavo.config import cache_dir
 from octavo.errors import ModelNotFoundError, WeightsError
 from octavo.folders import CACHE_WAY_OUT, check_writable, writing
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 DEMO_NAMES = ("demo", "demo-moe")
 DEMO_DESCRIPTIONS = {
@@ -60,6 +61,9 @@ def demo_path(name: str, num_experts: int = DEMO_EXPERTS) -> Path:
 
 
 def _progress() -> Progress:
+    from rich.console import Console  # not for models that are there
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
     return Progress(*columns, console=Console(stderr=True))
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import pytest
 
 from octavo.config import ServerConfig
-from octavo.server.http_protocol import MAX_PIPELINED, ConnectionLimits, new_event_loop
+from octavo.server.event_loop import new_event_loop
+from octavo.server.http_protocol import MAX_PIPELINED, ConnectionLimits
 from octavo.server.serve import Server, bind
 from tests.server.fake_engine import FakeEngine
 

@@ -32,14 +32,21 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def hold_the_load(serve: Any, num_children: int) -> list[int]:
-    """Stops what the server has started, once so many are there, and returns them."""
-    # Not between their fork and their start, for which the server itself waits.
-    serve.await_that(lambda: sum(map(has_started, serve.find_children())) >= num_children)
-    children = sorted(serve.find_children())
+def hold_the_load(serve: Any, *ports: int) -> list[int]:
+    """Stops what the server has started, the engine's process first of all, and returns it once the
+    ports listen."""
+    # Not between fork and start, for which the server itself waits.
+    serve.await_that(lambda: any(map(has_started, serve.find_children())))
+    children = sorted(filter(has_started, serve.find_children()))
     for child in children:
         os.kill(child, signal.SIGSTOP)
+    serve.await_that(lambda: all(map(listens, ports)))
     return children
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
 
 
 def has_started(pid: int) -> bool:
@@ -62,7 +69,7 @@ def test_ports_answer_503_while_the_model_loads(start_serve: StartServe, num_fro
     ports = free_port(), free_port()
     fronts = ("--api-processes", "2") if num_fronts > 1 else ()
     serve = start_serve("--port", str(ports[0]), "--metrics-port", str(ports[1]), *fronts)
-    held = hold_the_load(serve, num_fronts)
+    held = hold_the_load(serve, *ports)
     urls = [f"http://127.0.0.1:{port}" for port in ports]
     try:
         for url in urls:
@@ -117,7 +124,7 @@ def test_https_and_an_end_while_the_model_loads(start_serve: StartServe, tmp_pat
     certificate, key = make_certificate(tmp_path)
     port = free_port()
     serve = start_serve("--port", str(port), "--ssl-certfile", certificate, "--ssl-keyfile", key)
-    held = hold_the_load(serve, 1)
+    held = hold_the_load(serve, port)
     trust = ssl.create_default_context(cafile=certificate)
     with httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=trust, timeout=MOMENT) as client:
         check_refusals(client)
