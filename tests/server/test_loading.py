@@ -91,7 +91,7 @@ def test_ports_answer_503_while_the_model_loads(start_serve: StartServe, num_fro
 def ask_until_ready(urls: list[str]) -> set[int]:
     """Returns all that was told; a connection that is refused, cut off or not answered raises."""
     told = set[int]()
-    end = time.monotonic() + 40
+    end = time.monotonic() + 90
     for url in urls:
         while True:
             code = httpx.get(f"{url}/ready", timeout=MOMENT).status_code
