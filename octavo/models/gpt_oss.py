@@ -1,7 +1,6 @@
 """gpt-oss: windows on every other layer, sinks, biased experts with a clamped SwiGLU.
 
-Its checkpoints in bfloat16; those in MXFP4 are not read yet. Read by the registry. Data only: it
-never touches a tensor.
+Read by the registry. Data only: it never touches a tensor.
 """
 
 from __future__ import annotations

@@ -42,9 +42,14 @@ ARCHITECTURES = {
     "gemma3": Architecture(
         model_type="gemma3_text", class_name="Gemma3ForCausalLM", norm_offset=1.0
     ),
+    "gpt-oss": Architecture(model_type="gpt_oss", class_name="GptOssForCausalLM"),
 }
 _MISTRAL = Architecture(model_type="mistral", class_name="MistralForCausalLM")
 _MIXTRAL = Architecture(model_type="mixtral", class_name="MixtralForCausalLM", norm_topk_prob=True)
+
+
+_GATING = {"gpt_oss": {3: "3 (softmax of the chosen)"}}
+"""What `expert_gating_func` may be besides softmax."""
 
 
 def architecture_of(file: GGUFFile) -> Architecture:
@@ -99,6 +104,8 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
     if architecture.model_type == "gemma3_text":
         config.update(_gemma3(reader, config["head_dim"]))
         del config["hidden_act"]
+    if architecture.model_type == "gpt_oss":
+        config.update(_gpt_oss(reader, config))
     return config
 
 
@@ -239,10 +246,23 @@ def _gemma3(reader: _Reader, head_dim: int) -> dict[str, Any]:
     return found
 
 
+def _gpt_oss(reader: _Reader, config: dict[str, Any]) -> dict[str, Any]:
+    """Returns what is gpt-oss's own: windows, and YaRN whose bounds are no whole dimensions. What
+    the file does not say of rotation, its config class would."""
+    scaling = config["rope_scaling"]
+    if scaling is not None and scaling["rope_type"] == "yarn":
+        scaling = {**scaling, "truncate": False}
+    return {
+        "sliding_window": reader.integer("attention.sliding_window"),
+        "rope_scaling": scaling or {"rope_type": "default"},
+    }
+
+
 def _experts(reader: _Reader, architecture: Architecture) -> dict[str, Any]:
     """Returns the keys of a MoE model; the sizes come from the tensors, which always hold them."""
-    if reader.integer("expert_gating_func", 1) != 1:
-        raise reader.refuse("expert_gating_func", "1 (softmax)")
+    known = {1: "1 (softmax)", **_GATING.get(architecture.model_type, {})}
+    if reader.integer("expert_gating_func", 1) not in known:
+        raise reader.refuse("expert_gating_func", " or ".join(known.values()))
     if reader.number("expert_weights_scale", 1.0) not in (0.0, 1.0):
         raise reader.refuse("expert_weights_scale", "1.0")
     tensors = reader.file.tensors
@@ -252,7 +272,7 @@ def _experts(reader: _Reader, architecture: Architecture) -> dict[str, Any]:
     size = reader.shape(_any_gate(reader.file, first))[-2]
     config: dict[str, Any] = {"num_experts_per_tok": reader.integer("expert_used_count")}
     num_experts = reader.integer("expert_count")
-    if architecture.model_type == "mixtral":
+    if architecture.model_type in ("mixtral", "gpt_oss"):
         return {**config, "num_local_experts": num_experts, "intermediate_size": size}
     norm = reader.value("expert_weights_norm")
     config["num_experts"] = num_experts

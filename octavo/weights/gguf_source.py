@@ -6,6 +6,7 @@ and key rows of `llama` files, kept in ggml's RoPE order, are put into the half-
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -44,6 +45,8 @@ _GEMMA_LAYER = {
     "post_attention_norm": "post_attention_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_GPT_OSS_LAYER = {**_LAYER, "post_attention_norm": "post_attention_layernorm"}
+_LAYERS = {"gemma3_text": _GEMMA_LAYER, "gpt_oss": _GPT_OSS_LAYER}
 _STACKED = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "ffn_gate_up_exps")
 _NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(?:(\d+)\.)?(weight|bias)")
 
@@ -58,7 +61,7 @@ def open_gguf(path: Path) -> MappedSource:
     lister = _Lister(
         files={part: MappedFile(part) for part in file.paths},
         names=expert_names(architecture.model_type),
-        layer_names=_GEMMA_LAYER if architecture.model_type == "gemma3_text" else _LAYER,
+        layer_names=_LAYERS.get(architecture.model_type, _LAYER),
         head_counts=_interleaved_heads(file),
         norm_offset=architecture.norm_offset,
     )
@@ -120,9 +123,12 @@ class _Lister:
             full_name = self._names.expert(layer, int(expert), kind.removeprefix("ffn_"))
             yield full_name, self._stored(tensor, tensor.shape)
         elif kind in _STACKED:
-            yield from self._experts(name, layer, kind, tensor)
+            yield from self._experts(name, layer, kind, suffix, tensor)
         elif kind == "ffn_gate_inp":
-            yield self._names.router(layer), self._stored(tensor, tensor.shape)
+            full_name = self._names.router(layer).removesuffix("weight") + suffix
+            yield full_name, self._stored(tensor, tensor.shape)
+        elif kind == "attn_sinks":
+            yield f"model.layers.{layer}.self_attn.sinks", self._stored(tensor, tensor.shape)
         elif kind in self._layer_names:
             # The gate of the shared expert is one row, which the file keeps as a vector.
             shape = (1, *tensor.shape[-1:]) if kind == "ffn_gate_inp_shexp" else tensor.shape
@@ -132,19 +138,21 @@ class _Lister:
             yield name, self._stored(tensor, tensor.shape)
 
     def _experts(
-        self, name: str, layer: str, kind: str, tensor: GGUFTensor
+        self, name: str, layer: str, kind: str, suffix: str, tensor: GGUFTensor
     ) -> Iterator[tuple[str, StoredTensor]]:
-        if len(tensor.shape) != 3:
-            raise WeightsError(f"{name} must be [experts, rows, cols], got {list(tensor.shape)}")
-        num_experts, rows, cols = tensor.shape
+        if len(tensor.shape) != (3 if suffix == "weight" else 2):
+            wanted = "[experts, rows, cols]" if suffix == "weight" else "[experts, rows]"
+            raise WeightsError(f"{name} must be {wanted}, got {list(tensor.shape)}")
+        num_experts, rows, *cols = tensor.shape
         parts = kind.removeprefix("ffn_").removesuffix("_exps").split("_")
         part_rows = rows // len(parts)
-        part_bytes = part_rows * tensor.format.row_bytes(cols)
+        shape = (part_rows, *cols)
+        part_bytes = math.prod(shape[:-1]) * tensor.format.row_bytes(shape[-1])
         for expert in range(num_experts):
             for index, part in enumerate(parts):
                 offset = (expert * len(parts) + index) * part_bytes
-                full_name = self._names.expert(layer, expert, part)
-                yield full_name, self._stored(tensor, (part_rows, cols), offset=offset)
+                full_name = self._names.expert(layer, expert, part, kind=suffix)
+                yield full_name, self._stored(tensor, shape, offset=offset)
 
     def _stored(
         self,

@@ -163,6 +163,23 @@ def test_every_known_pre_tokenizer_encodes_and_decodes_any_text(tmp_path, pre):
 
 
 @pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("tekken", ["We", "'ll", " See", "4", "5", "6", "7", "HTTPServer", "'s"]),
+        ("gpt-4o", ["We'll", " See", "456", "7", "HTTPServer's"]),
+    ],
+)
+def test_text_is_cut_as_the_pre_tokenizer_cuts_it(
+    tmp_path: Path, pre: str, pieces: list[str]
+) -> None:
+    files = tokenizer_files_from_gguf(write_gguf(tmp_path / "m.gguf", pre=pre))
+    core = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
+    assert core.pre_tokenizer is not None
+    found = core.pre_tokenizer.pre_tokenize_str("".join(pieces))
+    assert [piece.replace("\u0120", " ") for piece, _ in found] == pieces
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"pre": "strange"}, "'strange' is unknown; known are default"),

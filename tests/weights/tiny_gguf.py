@@ -27,6 +27,7 @@ ARCHITECTURES = {
     "qwen3_moe": "qwen3moe",
     "olmoe": "olmoe",
     "gemma3_text": "gemma3",
+    "gpt_oss": "gpt-oss",
 }
 Arrays = dict[str, NDArray[Any]]
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.\w+\.experts\.(\d+)\.(\w+)\.weight")
@@ -76,6 +77,11 @@ def _rope_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
     if parameters["rope_type"] == "linear":
         values["rope.scaling.type"] = "linear"
         values["rope.scaling.factor"] = float(parameters["factor"])
+    if parameters["rope_type"] == "yarn":
+        values["rope.scaling.type"] = "yarn"
+        values["rope.scaling.factor"] = float(parameters["factor"])
+        original = parameters["original_max_position_embeddings"]
+        values["rope.scaling.original_context_length"] = original
     return values
 
 
