@@ -20,7 +20,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import sys
 import urllib.parse
 from collections import deque
 from collections.abc import Callable
