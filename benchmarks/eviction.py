@@ -1,36 +1,29 @@
 """Who is evicted from the prefix cache, and what that costs: ours, LRU and Belady's, as JSON.
 
-    python -m benchmarks.eviction [--seed N]
+    python -m benchmarks.eviction [--seed N] [--traces NAME ...]
 
-Requests ask questions about documents under system prompts, all by Zipf's law, one after the other.
+One line for each trace of `benchmarks.prefix_traces`, whose requests come one after the other.
 Ours is the engine's own KV cache without a model; LRU and Belady's, which knows the future, keep
-the same number of blocks. `gain` is (ours - LRU) / (Belady's - LRU). In the second trace all
-prompts change half-way: what was useful until then is dead; `second_half` tells how long it stays.
+as many blocks. `hit_share` is of prompt tokens, `gain` is (ours - LRU) / (Belady's - LRU), and
+`second_half` tells of the later requests alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import heapq
 import json
 import random
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
+from benchmarks.prefix_traces import BLOCK, TRACES, Chain, chains_of, tokens_of
 from octavo.formats import kv_format
 from octavo.kv_cache.manager import KVCacheManager, SequenceKV
 from octavo.kv_cache.news import CacheNews
 from octavo.kv_cache.spec import attention_kv, group_layers
-
-BLOCK = 16
-SYSTEMS, DOCUMENTS, QUESTIONS = 8, 60, 25
-SYSTEM_TOKENS, DOCUMENT_TOKENS, QUESTION_TOKENS, OUTPUT_TOKENS = 256, 1024, 56, 16
-PROMPT_TOKENS = SYSTEM_TOKENS + DOCUMENT_TOKENS + QUESTION_TOKENS
-NUM_REQUESTS = 2000
-Request = tuple[int, ...]
-"""The prefixes of a request, one number a full block, its output's last."""
 
 
 class Policy(Protocol):
@@ -39,82 +32,47 @@ class Policy(Protocol):
         ...
 
 
-def zipf(rng: random.Random, count: int) -> int:
-    weights = list(accumulate(1 / rank for rank in range(1, count + 1)))
-    return rng.choices(range(count), cum_weights=weights)[0]
-
-
-def questions(rng: random.Random, count: int, era: int) -> Iterator[tuple[int, int, int, int]]:
-    for _ in range(count):
-        yield era, zipf(rng, SYSTEMS), zipf(rng, DOCUMENTS), zipf(rng, QUESTIONS)
-
-
-def tokens_of(question: tuple[int, int, int, int], output: int) -> array[int]:
-    """Returns ids of prompt and output: equal exactly where both come from the same texts."""
-    era, system, document, _ = question
-    parts = (
-        (SYSTEM_TOKENS, (era, system)),
-        (DOCUMENT_TOKENS, (era, system, document)),
-        (QUESTION_TOKENS, question),
-        (OUTPUT_TOKENS, (*question, output)),
-    )
-    ids = array("i")
-    for length, name in parts:
-        rng = random.Random(repr(name))
-        ids.extend(rng.randrange(50_000) for _ in range(length))
-    return ids
-
-
-def prefixes(token_ids: Sequence[array[int]]) -> list[Request]:
-    """Numbers the distinct prefixes of all requests, in whole blocks."""
-    numbers: dict[tuple[int, bytes], int] = {}
-    found = []
-    for ids in token_ids:
-        chain, parent = [], -1
-        for start in range(0, len(ids) // BLOCK * BLOCK, BLOCK):
-            key = (parent, ids[start : start + BLOCK].tobytes())
-            parent = numbers.setdefault(key, len(numbers))
-            chain.append(parent)
-        found.append(tuple(chain))
-    return found
-
-
 class Ours:
     def __init__(
-        self, token_ids: Sequence[array[int]], num_blocks: int, news: CacheNews | None = None
+        self,
+        token_ids: Sequence[array[int]],
+        prompt_tokens: Sequence[int],
+        num_blocks: int,
+        news: CacheNews | None = None,
     ) -> None:
-        self.token_ids = token_ids
+        """`token_ids`: of prompts, which have so many `prompt_tokens`, and outputs."""
+        self.token_ids, self.prompt_tokens = token_ids, prompt_tokens
         spec = attention_kv(1, 1, kv_format("float32"))
         self.manager = KVCacheManager(
             group_layers((spec,)),
             num_chunks=num_blocks + 1,
             block_size=BLOCK,
             max_rows=1,
-            max_model_len=PROMPT_TOKENS + OUTPUT_TOKENS,
+            max_model_len=max(map(len, token_ids)),
             news=news,
         )
 
     def ask(self, place: int) -> int:
-        ids = self.token_ids[place]
+        ids, prompt_tokens = self.token_ids[place], self.prompt_tokens[place]
         kv = SequenceKV(root=bytes(32))
-        hit = self.manager.lookup(kv, ids[:PROMPT_TOKENS])
-        assert self.manager.admit(kv, 0, hit, PROMPT_TOKENS)
-        self.manager.publish(kv, ids, PROMPT_TOKENS)
-        assert self.manager.allocate(kv, PROMPT_TOKENS, len(ids))
+        hit = self.manager.lookup(kv, ids[:prompt_tokens])
+        assert self.manager.admit(kv, 0, hit, prompt_tokens)
+        self.manager.publish(kv, ids, prompt_tokens)
+        assert self.manager.allocate(kv, prompt_tokens, len(ids))
         self.manager.publish(kv, ids, len(ids))
         self.manager.release([kv])
         return hit.num_blocks
 
 
 class LRU:
-    def __init__(self, requests: Sequence[Request], num_blocks: int) -> None:
+    def __init__(self, requests: Sequence[Chain], num_blocks: int) -> None:
         self.requests, self.num_blocks = requests, num_blocks
         self.cached: OrderedDict[int, None] = OrderedDict()
 
     def ask(self, place: int) -> int:
         chain = self.requests[place]
         hits = leading(chain, self.cached)
-        for block in reversed(chain):
+        for block in reversed(chain.blocks):
             self.cached[block] = None
             self.cached.move_to_end(block)
         while len(self.cached) > self.num_blocks:
@@ -125,76 +83,86 @@ class LRU:
 class Belady:
     """Keeps what is asked for soonest."""
 
-    def __init__(self, requests: Sequence[Request], num_blocks: int) -> None:
+    def __init__(self, requests: Sequence[Chain], num_blocks: int) -> None:
         self.requests, self.num_blocks = requests, num_blocks
-        self.cached: set[int] = set()
-        self.uses: dict[int, list[int]] = {}
+        self.next_use: dict[int, int] = {}
+        """Of the blocks that are cached: the next request for each."""
+        self.latest: list[tuple[int, int, int]] = []
+        """Of these and of some that are not: next use and place in the prompt, negative; block."""
+        self.uses: list[list[int]] = []
+        later: dict[int, int] = {}
         for place in reversed(range(len(requests))):
-            for block in requests[place]:
-                self.uses.setdefault(block, []).append(place)
+            blocks = requests[place].blocks
+            self.uses.append([later.get(block, len(requests)) for block in blocks])
+            later.update(dict.fromkeys(blocks, place))
+        self.uses.reverse()
 
     def ask(self, place: int) -> int:
         chain = self.requests[place]
-        hits = leading(chain, self.cached)
-        self.cached.update(chain)
-        for block in chain:
-            self.uses[block].pop()
-        by_use = sorted(self.cached, key=lambda block: (self._next_use(block), block))
-        self.cached = set(by_use[: self.num_blocks])
+        hits = leading(chain, self.next_use)
+        for depth, (block, use) in enumerate(zip(chain.blocks, self.uses[place], strict=True)):
+            self.next_use[block] = use
+            heapq.heappush(self.latest, (-use, -depth, block))
+        while len(self.next_use) > self.num_blocks:
+            use, _, block = heapq.heappop(self.latest)
+            if self.next_use.get(block) == -use:
+                del self.next_use[block]
         return hits
 
-    def _next_use(self, block: int) -> int:
-        return self.uses[block][-1] if self.uses[block] else len(self.requests)
+
+def leading(chain: Chain, cached: Collection[int]) -> int:
+    """Returns how many leading blocks of the prompt are cached."""
+    findable = chain.blocks[: chain.num_findable]
+    return next((i for i, block in enumerate(findable) if block not in cached), len(findable))
 
 
-def leading(chain: Request, cached: OrderedDict[int, None] | set[int]) -> int:
-    """Returns how many leading blocks of the prompt are cached, its last token left to compute."""
-    limit = (PROMPT_TOKENS - 1) // BLOCK
-    return next((i for i, block in enumerate(chain[:limit]) if block not in cached), limit)
-
-
-def measure(trace: list[tuple[int, int, int, int]]) -> dict[str, object]:
+def measure(name: str, seed: int) -> dict[str, object]:
     """Returns the shares of prompt tokens that hit, of all requests and of the second half."""
-    token_ids = [tokens_of(question, place) for place, question in enumerate(trace)]
-    requests = prefixes(token_ids)
-    prompts = {block for chain in requests for block in chain[: PROMPT_TOKENS // BLOCK]}
-    num_blocks = len(prompts) // 3
+    draw, one_of = TRACES[name]
+    trace = draw(random.Random(seed))
+    token_ids = [tokens_of(asked) for asked in trace]
+    prompt_tokens = [asked.prompt_tokens for asked in trace]
+    chains = chains_of(trace)
+    prompts = {block for chain in chains for block in chain.blocks[: chain.prompt_tokens // BLOCK]}
+    num_blocks = len(prompts) // one_of
     policies: dict[str, Policy] = {
-        "ours": Ours(token_ids, num_blocks),
-        "lru": LRU(requests, num_blocks),
-        "belady": Belady(requests, num_blocks),
+        "ours": Ours(token_ids, prompt_tokens, num_blocks),
+        "lru": LRU(chains, num_blocks),
+        "belady": Belady(chains, num_blocks),
     }
-    shares: dict[str, float] = {}
-    halves: dict[str, float] = {}
-    for name, policy in policies.items():
-        hits = [policy.ask(place) * BLOCK / PROMPT_TOKENS for place in range(len(trace))]
-        shares[name] = sum(hits) / len(hits)
-        halves[name] = sum(hits[len(hits) // 2 :]) / (len(hits) - len(hits) // 2)
+    found: dict[str, list[int]] = {
+        policy: [cache.ask(place) * BLOCK for place in range(len(trace))]
+        for policy, cache in policies.items()
+    }
+    half = len(trace) // 2
     return {
         "cache_blocks": num_blocks,
-        "hit_share": {name: round(share, 4) for name, share in shares.items()},
-        "gain": round(gain(shares), 4),
-        "second_half": {name: round(share, 4) for name, share in halves.items()},
-        "second_half_gain": round(gain(halves), 4),
+        **shares("hit_share", "gain", found, prompt_tokens, 0),
+        **shares("second_half", "second_half_gain", found, prompt_tokens, half),
     }
 
 
-def gain(shares: dict[str, float]) -> float:
-    return (shares["ours"] - shares["lru"]) / (shares["belady"] - shares["lru"])
+def shares(
+    name: str, gain: str, found: dict[str, list[int]], prompt_tokens: Sequence[int], first: int
+) -> dict[str, object]:
+    """Returns what share of the tokens of requests from `first` on hit, and the gain."""
+    total = sum(prompt_tokens[first:])
+    share = {policy: sum(tokens[first:]) / total for policy, tokens in found.items()}
+    room = share["belady"] - share["lru"]
+    return {
+        name: {policy: round(one, 4) for policy, one in share.items()},
+        gain: round((share["ours"] - share["lru"]) / room, 4) if room else None,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    seed = parser.parse_args().seed
-    rng = random.Random(seed)
-    half = NUM_REQUESTS // 2
-    traces = {
-        "zipf": [*questions(rng, NUM_REQUESTS, 0)],
-        "reuse_ends": [*questions(rng, half, 0), *questions(rng, half, 1)],
-    }
-    for name, trace in traces.items():
-        print(json.dumps({"bench": "eviction", "trace": name, "seed": seed, **measure(trace)}))
+    parser.add_argument("--traces", nargs="+", choices=TRACES, default=TRACES)
+    options = parser.parse_args()
+    for name in options.traces:
+        row = {"bench": "eviction", "trace": name, "seed": options.seed}
+        print(json.dumps({**row, **measure(name, options.seed)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
     python -m benchmarks.fleet [--engines N] [--requests N] [--seed N]
 
-The trace is that of `benchmarks.eviction` (questions about documents under system prompts, by
-Zipf's law); every engine is the engine's own KV cache without a model, and computes so many tokens
-a second. Requests come at random, at a share of what all engines can do. `hit_ratio` is the hit
-rate over that of one cache as large as all; `spread` is how far the busiest or idlest engine's
-computed tokens are from an even share. Beside our router: by turns, at random, the least loaded.
+The trace is the first of `benchmarks.prefix_traces` (questions about documents under system
+prompts, by Zipf's law); every engine is the engine's own KV cache without a model, and computes so
+many tokens a second. Requests come at random, at a share of what all engines can do. `hit_ratio` is
+the hit rate over that of one cache as large as all; `spread` is how far the busiest or idlest
+engine's computed tokens are from an even share. Beside our router: by turns, at random, the least
+loaded.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.eviction import BLOCK, OUTPUT_TOKENS, PROMPT_TOKENS, Ours, questions, tokens_of
+from benchmarks.eviction import Ours
+from benchmarks.prefix_traces import (
+    BLOCK,
+    OUTPUT_TOKENS,
+    PROMPT_TOKENS,
+    question,
+    questions,
+    tokens_of,
+)
 from octavo.fleet.router import Ask, Router
 from octavo.kv_cache.hash_memory import hash_of
 from octavo.kv_cache.journal import Journal
@@ -98,7 +107,8 @@ def run(
     router what they hold; else it knows what it sent."""
     names = [str(number) for number in range(num_engines)]
     news = {name: CacheNews((0,), BLOCK) for name in names if tells}
-    caches = {name: Ours(token_ids, num_blocks, news.get(name)) for name in names}
+    lengths = [PROMPT_TOKENS] * len(token_ids)
+    caches = {name: Ours(token_ids, lengths, num_blocks, news.get(name)) for name in names}
     journal = Journal(0)
     router = Router(BLOCK)
     for name in names:
@@ -142,8 +152,8 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    trace = list(questions(random.Random(args.seed), args.requests, 0))
-    token_ids = [tokens_of(question, place) for place, question in enumerate(trace)]
+    trace = questions(random.Random(args.seed), args.requests, 0)
+    token_ids = [tokens_of(question(one, place)) for place, one in enumerate(trace)]
     hashes = digests_of(token_ids)
     each = len({one for chain in hashes for one in chain}) // CACHE_SHARE // args.engines
     whole = run(token_ids, hashes, 1, each * args.engines, by_turns)

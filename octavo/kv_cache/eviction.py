@@ -3,16 +3,14 @@
 Called by the block pool alone.
 
 A block's uses are the time that it was stored and all times that somebody came back for it; a
-block that is stored again not long after it was evicted keeps those that it had. Blocks of one use,
-of two and three, of four to seven, and of more stand in four queues, each oldest first by when the
+block that is stored again not long after it was evicted keeps those that it had. By its uses (1, 2,
+up to 4, up to 8, up to 16, more) a block stands in one of six queues, each oldest first by when the
 block was given back. Of the heads of the queues that one goes whose age is the largest, where an
-age counts PATIENCE times less with every queue.
+age counts less the more uses a queue's blocks have. How much less, a rehearsal finds (see there):
+nothing where uses tell nothing of what is asked for next, which is LRU.
 
-How patient the order is, it learns from what it regrets. Asked for again is a block of one use that
-was evicted just now: there should be fewer old ones (patience falls). Asked for is one of more uses
-that was about to go: there should be more, but that counts half, as it is not gone yet. So blocks
-that nobody asks for again cannot drive out useful ones, and these go when what made them useful is
-over.
+A block has at most the uses of the one before it in a prompt, and is given back no later: so the
+last blocks of prompts go first, and never one that others need to be found.
 """
 
 from __future__ import annotations
@@ -21,19 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.kv_cache.hash_memory import HashMemory, hash_of
-from octavo.kv_cache.oldest_first import OldestFirst
+from octavo.kv_cache.oldest_first import NOWHERE, OldestFirst
+from octavo.kv_cache.rehearsal import NUM_CLASSES, Rehearsal
 from octavo.step import Int32
 
-_NUM_QUEUES = 4
-_FIRST_PATIENCE, _MAX_PATIENCE = 3.0, 32.0
-_LEARNING = 16
-"""Times that patience is doubled when as many blocks as are watched are asked for."""
-_WATCHED_SHARE, _MIN_WATCHED = 1 / 8, 32
 _MAX_REMEMBERED = 1 << 18
-_ABOUT_TO_GO = 0.5
-"""What a regret of a block that is about to go counts, against one of a block that is gone."""
-_QUEUE_OF = np.array(
-    [0, *(min(uses.bit_length() - 1, _NUM_QUEUES - 1) for uses in range(1, 256))], np.uint8
+_MAX_USES = 255
+_CLASS_OF = np.array(
+    [min(max(uses - 1, 0).bit_length(), NUM_CLASSES - 1) for uses in range(_MAX_USES + 1)],
+    np.uint8,
 )
 """By uses."""
 
@@ -42,39 +36,49 @@ class EvictionOrder:
     """Blocks below `num_blocks`; each at most once."""
 
     def __init__(self, num_blocks: int) -> None:
-        self._queues = tuple(OldestFirst(num_blocks) for _ in range(_NUM_QUEUES))
+        self._queue_of = np.full(num_blocks, NOWHERE, np.uint8)
+        places = np.zeros(num_blocks, np.int32)
+        self._queues = tuple(
+            OldestFirst(number, self._queue_of, places) for number in range(NUM_CLASSES)
+        )
         self._uses = np.ones(num_blocks, np.uint8)
         self._times: NDArray[np.int64] = np.zeros(num_blocks, np.int64)
         """When a block came in, counted in blocks that came in."""
-        self._time = self._num_evicted = self._count = 0
+        self._time = self._count = 0
         self._evicted = HashMemory(min(8 * num_blocks, _MAX_REMEMBERED))
-        """By digest: how many had been evicted before it, and its uses in the lowest byte."""
-        self._patience = _FIRST_PATIENCE
-        self._num_watched = max(int(_WATCHED_SHARE * num_blocks), _MIN_WATCHED)
-        self._watched_until = -1
-        """Blocks of several uses that came in before this time are about to go."""
-        self._watch_again = 0
-        """When so many are evicted, that time is found anew."""
+        """By digest: the uses that it had."""
+        self._rehearsal = Rehearsal(num_blocks)
+        self.weigh(self._rehearsal.order)
+        self._sampled: dict[int, int] = {}
+        """Blocks that the rehearsal looks at, and their hashes."""
+        self._is_sampled = np.zeros(num_blocks, np.bool_)
 
     def __len__(self) -> int:
         return self._count
 
+    def weigh(self, order: tuple[float, ...]) -> None:
+        """Ages count by `order` (see `ORDERS`) from now on, until the rehearsal knows better."""
+        self._weights = order
+
     def __contains__(self, block: int) -> bool:
-        return any(block in queue for queue in self._queues)
+        return self._queue_of.item(block) != NOWHERE
 
     def stored(self, block: int, digest: bytes, parent: int) -> None:
         """`block` holds the prefix `digest` from now on, `parent` (0: none) the one before it.
 
         It counts as used no more often than its parent, without which it cannot be found.
         """
-        self._uses[block] = 1
-        before = self._evicted.pop(hash_of(digest)) if self._evicted.is_used else None
-        if before is None:
-            return
-        num_evicted, uses = divmod(before, 256)
-        self._uses[block] = min(uses + 1, 255, self._uses.item(parent) if parent else 255)
-        if uses == 1 and self._num_evicted - num_evicted <= self._num_watched:
-            self._learn(-1)
+        hash_ = hash_of(digest)
+        before = self._evicted.pop(hash_) if self._evicted.is_used else None
+        uses = 1 if before is None else before + 1
+        self._uses[block] = min(uses, self._uses.item(parent) if parent else _MAX_USES)
+        is_sampled = self._rehearsal.is_sampled(hash_)
+        self._is_sampled[block] = is_sampled
+        if is_sampled:
+            self._sampled[block] = hash_
+            self._rehearsal.asked_for(hash_)
+        if self._rehearsal.stored(1):
+            self.weigh(self._rehearsal.order)
 
     def was_evicted(self, digest: bytes) -> bool:
         """Whether a block that held `digest` was evicted, and none has held it since; of those that
@@ -86,45 +90,43 @@ class EvictionOrder:
         self._times[blocks] = np.arange(self._time, self._time + len(blocks))
         self._time += len(blocks)
         self._count += len(blocks)
-        queue_of = _QUEUE_OF[self._uses[blocks]]
-        if not queue_of.any():
+        classes = _CLASS_OF[self._uses[blocks]]
+        for block in blocks[self._is_sampled[blocks]].tolist():
+            class_, time = int(_CLASS_OF[self._uses[block]]), self._times.item(block)
+            self._rehearsal.given_back(self._sampled[block], class_, time)
+        if not classes.any():
             self._queues[0].append(blocks)  # most often
             return
-        for number, queue in enumerate(self._queues):
-            queue.append(blocks[queue_of == number])
+        for number, count in enumerate(np.bincount(classes).tolist()):
+            if count:
+                self._queues[number].append(blocks[classes == number])
 
     def remove(self, blocks: Int32) -> None:
         """Takes out those of `blocks` that are here: somebody uses them."""
-        for queue in self._queues:
-            if len(queue):
-                self._count -= len(queue)
-                queue.remove(blocks)
-                self._count += len(queue)
+        queues = self._queue_of[blocks]
+        queues = queues[queues != NOWHERE]
+        if not len(queues):
+            return
+        self._count -= len(queues)
+        for number, count in enumerate(np.bincount(queues).tolist()):
+            self._queues[number].took_out(count)
+        self._queue_of[blocks] = NOWHERE
 
     def asked_for(self, blocks: Int32) -> None:
         """Somebody came back for `blocks`, in here or not."""
-        uses = self._uses[blocks]
-        if self._watched_until >= 0:
-            is_old = (uses > 1) & (self._times[blocks] < self._watched_until)
-            known = blocks[is_old]
-            regrets = sum(int(np.count_nonzero(q.has(known))) for q in self._queues[1:])
-            self._learn(_ABOUT_TO_GO * regrets)
-        self._uses[blocks] = np.minimum(uses, 254) + 1
-
-    def _learn(self, regrets: float) -> None:
-        """`regrets`: of blocks of several uses, less those of blocks of one use."""
-        patience = self._patience * 2 ** (_LEARNING * regrets / self._num_watched)
-        self._patience = min(max(patience, 1.0), _MAX_PATIENCE)
+        for block in blocks[self._is_sampled[blocks]].tolist():
+            self._rehearsal.asked_for(self._sampled[block])
+        self._uses[blocks] = np.minimum(self._uses[blocks], _MAX_USES - 1) + 1
 
     def next(self, count: int) -> Int32:
         """Returns those that are to go first: one at least, which there must be, `count` at most,
         the first of them first."""
-        ages = [self._age(number) for number in range(_NUM_QUEUES)]
+        ages = [self._age(number) for number in range(NUM_CLASSES)]
         number = ages.index(max(ages))
         first = self._queues[number].first(count)
         # Those behind the head go too as long as they are older than the heads of other queues.
         ages[number] = 0.0
-        latest = self._time - max(ages) * self._patience**number
+        latest = self._time - max(ages) * self._weights[number]
         return first[: max(int(np.searchsorted(self._times[first], latest, side="right")), 1)]
 
     def _age(self, number: int) -> float:
@@ -132,25 +134,15 @@ class EvictionOrder:
         queue = self._queues[number]
         if not len(queue):
             return 0.0
-        return (self._time - self._times.item(queue.oldest())) / self._patience**number
+        return (self._time - self._times.item(queue.oldest())) / self._weights[number]
 
     def evict(self, blocks: Int32, digests: list[bytes]) -> None:
         """Takes out `blocks`, which must be here and hold `digests`."""
         self.remove(blocks)
         for digest, uses in zip(digests, self._uses[blocks].tolist(), strict=True):
-            self._evicted.put(hash_of(digest), self._num_evicted * 256 + uses)
-            self._num_evicted += 1
+            self._evicted.put(hash_of(digest), uses)
         self._uses[blocks] = 1
-        if self._num_evicted >= self._watch_again:
-            self._watch()
-
-    def _watch(self) -> None:
-        """Finds which blocks of several uses are about to go."""
-        count = self._num_watched
-        self._watch_again = self._num_evicted + count // 4
-        oldest = [queue.first(count) for queue in self._queues[1:] if len(queue)]
-        times = np.sort(self._times[np.concatenate(oldest)]) if oldest else np.array([-1])
-        self._watched_until = int(times[min(count, len(times) - 1)])
+        self._is_sampled[blocks] = False
 
     def all(self) -> Int32:
         return np.concatenate([queue.all() for queue in self._queues])
@@ -159,4 +151,7 @@ class EvictionOrder:
         """Takes out all blocks; returns them."""
         blocks = self.all()
         self.remove(blocks)
+        self._is_sampled[:] = False
+        self._rehearsal.clear()
+        self.weigh(self._rehearsal.order)
         return blocks

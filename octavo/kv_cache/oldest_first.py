@@ -3,59 +3,61 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from octavo.step import Bool, Int32
 
+NOWHERE = 255
+"""In place of a queue's number."""
+
 
 class OldestFirst:
-    """Blocks in the order in which they came in; any of them may be taken out.
+    """One of several queues, each of which has a block at most once and no block of another.
 
-    Long sequences bring and take thousands at a time, so none is handled alone: a block knows the
-    place of its latest entry, and entries at other places no longer count.
+    Long sequences bring and take thousands at a time, so none is handled alone: a block knows its
+    queue and the place of its latest entry there, and entries at other places no longer count.
     """
 
-    def __init__(self, num_blocks: int) -> None:
-        self._entries = np.zeros(2 * num_blocks, np.int32)
+    def __init__(self, number: int, queue_of: NDArray[np.uint8], places: Int32) -> None:
+        """`queue_of` [num_blocks] and `places` [num_blocks] are those of all queues together."""
+        self._number, self._queue_of, self._places = number, queue_of, places
+        self._entries = np.zeros(64, np.int32)
         self._first = self._end = 0
-        self._places = np.full(num_blocks, -1, np.int32)
-        """Of each block's entry; -1 for blocks that are not in here."""
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
-    def __contains__(self, block: int) -> bool:
-        return bool(self._places[block] >= 0)
-
-    def has(self, blocks: Int32) -> Bool:
-        """Returns which of `blocks` are in here."""
-        return self._places[blocks] >= 0
-
     def append(self, blocks: Int32) -> None:
-        """Takes in blocks that are not in here."""
-        if not len(blocks):
-            return
+        """Takes in blocks that are in no queue."""
         if self._end + len(blocks) > len(self._entries):
-            counting = self.all()
-            self._first = self._end = 0
-            self._write(counting)
+            self._make_room(len(blocks))
         self._write(blocks)
         self._count += len(blocks)
+
+    def _make_room(self, count: int) -> None:
+        """Moves the entries that count to the front, of as many places again at least."""
+        counting = self.all()
+        wanted = 2 * (len(counting) + count)
+        if wanted > len(self._entries):
+            self._entries = np.zeros(wanted, np.int32)
+        self._first = self._end = 0
+        self._write(counting)
 
     def _write(self, blocks: Int32) -> None:
         first, self._end = self._end, self._end + len(blocks)
         self._entries[first : self._end] = blocks
         self._places[blocks] = np.arange(first, self._end)
+        self._queue_of[blocks] = self._number
 
-    def remove(self, blocks: Int32) -> None:
-        """Takes out those of `blocks` that are in here."""
-        self._count -= int(np.count_nonzero(self._places[blocks] >= 0))
-        self._places[blocks] = -1
+    def took_out(self, count: int) -> None:
+        """So many that were in here are in no queue any more."""
+        self._count -= count
 
     def oldest(self) -> int:
         """Returns the oldest, which there must be."""
         block = self._entries.item(self._first)
-        if self._places.item(block) != self._first:
+        if not self._is_at(block, self._first):
             self._skip()
             block = self._entries.item(self._first)
         return block
@@ -65,6 +67,9 @@ class OldestFirst:
         self.oldest()
         stop = min(self._first + 2 * count, self._end)
         return self._entries[self._first : stop][self._counts(self._first, stop)][:count]
+
+    def _is_at(self, block: int, place: int) -> bool:
+        return self._places.item(block) == place and self._queue_of.item(block) == self._number
 
     def _skip(self) -> None:
         """Goes on to the next entry that counts."""
@@ -80,4 +85,5 @@ class OldestFirst:
     def _counts(self, first: int, stop: int) -> Bool:
         """Returns which of the entries from `first` to `stop` count."""
         blocks = self._entries[first : min(stop, self._end)]
-        return self._places[blocks] == np.arange(first, first + len(blocks))
+        is_latest = self._places[blocks] == np.arange(first, first + len(blocks))
+        return is_latest & (self._queue_of[blocks] == self._number)

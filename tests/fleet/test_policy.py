@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.eviction import PROMPT_TOKENS, prefixes, questions, tokens_of
+from benchmarks.prefix_traces import BLOCK, PROMPT_TOKENS, chains_of, question, questions
 from octavo.fleet.holdings import Holdings
 from octavo.fleet.policy import MISSING_WEIGHT, Candidate, Recent, choose
 from octavo.fleet.router import Ask, Router
@@ -242,8 +242,8 @@ def ask_lru(chain: tuple[int, ...], cached: OrderedDict[int, None], size: int) -
 
 
 def test_four_engines_hit_nearly_as_often_as_one_of_four_times_the_size() -> None:
-    trace = list(questions(random.Random(0), 1200, 0))
-    chains = prefixes([tokens_of(one, place)[:PROMPT_TOKENS] for place, one in enumerate(trace)])
+    trace = [question(one, i) for i, one in enumerate(questions(random.Random(0), 1200, 0))]
+    chains = [chain.blocks[: PROMPT_TOKENS // BLOCK] for chain in chains_of(trace)]
     size = len({block for chain in chains for block in chain}) // 12
     whole: OrderedDict[int, None] = OrderedDict()
     whole_hits = 0

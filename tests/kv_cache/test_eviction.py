@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 
 import numpy as np
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from octavo.kv_cache.eviction import EvictionOrder
 from octavo.kv_cache.hash_memory import HashMemory, hash_of
+from octavo.kv_cache.rehearsal import NUM_CLASSES, ORDERS, Rehearsal
 
 NUM_BLOCKS = 40
 
@@ -20,9 +22,9 @@ def ids(blocks: list[int]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
 
 @settings(deadline=None)
 @given(st.data())
-def test_blocks_of_equal_use_go_in_the_order_in_which_they_came(data: st.DataObject) -> None:
+def test_while_uses_tell_nothing_that_goes_first_which_came_first(data: st.DataObject) -> None:
     order = EvictionOrder(NUM_BLOCKS)
-    uses = dict.fromkeys(range(NUM_BLOCKS), 0)
+    stored: set[int] = set()
     inside: list[int] = []
     for number in range(data.draw(st.integers(1, 30))):
         out = [block for block in range(NUM_BLOCKS) if block not in inside]
@@ -30,9 +32,9 @@ def test_blocks_of_equal_use_go_in_the_order_in_which_they_came(data: st.DataObj
         if what == "append" and out:
             blocks = data.draw(st.lists(st.sampled_from(out), min_size=1, unique=True))
             for block in blocks:
-                if not uses[block]:
+                if block not in stored:
                     order.stored(block, f"{number} {block}".encode() * 4, 0)
-                    uses[block] = 1
+                    stored.add(block)
             order.append(ids(blocks))
             inside += blocks
         elif what == "use" and inside:
@@ -40,26 +42,136 @@ def test_blocks_of_equal_use_go_in_the_order_in_which_they_came(data: st.DataObj
             order.asked_for(ids(blocks))
             order.remove(ids(blocks))
             inside = [block for block in inside if block not in blocks]
-            for block in blocks:
-                uses[block] += 1
         elif what == "evict" and inside:
             found = order.next(data.draw(st.integers(1, 10))).tolist()
-            level = {min(uses[block].bit_length(), 4) for block in found}
-            assert len(level) == 1
-            alike = [block for block in inside if min(uses[block].bit_length(), 4) in level]
-            assert found == alike[: len(found)]
+            assert found == inside[: len(found)]
             order.evict(ids(found), [f"{number} {block}".encode() * 4 for block in found])
-            inside = [block for block in inside if block not in found]
-            uses.update(dict.fromkeys(found, 0))
+            inside = inside[len(found) :]
+            stored -= set(found)
         assert len(order) == len(inside)
         assert sorted(order.all().tolist()) == sorted(inside)
         assert [block in order for block in range(NUM_BLOCKS)] == [
             block in inside for block in range(NUM_BLOCKS)
         ]
+    assert sorted(order.clear().tolist()) == sorted(inside)
+    assert not len(order)
+
+
+class Cache:
+    """Serves one prompt after the other, each the names of its blocks; LRU beside it."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.order = EvictionOrder(num_blocks + 1)
+        self.free = list(range(num_blocks, 0, -1))
+        self.block_of: dict[str, int] = {}
+        self.lru: list[str] = []
+
+    def ask(self, prompt: list[str]) -> tuple[int, int]:
+        """Returns how many of its blocks were here, and would have been here with LRU."""
+        block_of, order = self.block_of, self.order
+        hits = next((i for i, name in enumerate(prompt) if name not in block_of), len(prompt))
+        held = [block_of[name] for name in prompt[:hits]]
+        order.asked_for(ids(held))
+        order.remove(ids(held))
+        while len(self.free) < len(prompt) - hits:
+            gone = order.next(len(prompt) - hits - len(self.free)).tolist()
+            names = {block: name for name, block in block_of.items()}
+            order.evict(ids(gone), [digest_of(names[block]) for block in gone])
+            for block in gone:
+                del block_of[names[block]]
+            self.free += gone
+        for name in prompt[hits:]:
+            block_of[name] = block = self.free.pop()
+            order.stored(block, digest_of(name), held[-1] if held else 0)
+            held.append(block)
+        order.append(ids(held[::-1]))
+        self.check()
+        by_age = next((i for i, name in enumerate(prompt) if name not in self.lru), len(prompt))
+        self.lru = [name for name in self.lru if name not in prompt] + prompt[::-1]
+        self.lru = self.lru[-self.order.all().size :]
+        return hits, by_age
+
+    def check(self) -> None:
+        """Whatever is here can be found: all that stands before it is here too."""
+        for name in self.block_of:
+            parent, _, _ = name.rpartition("/")
+            assert not parent or parent in self.block_of, f"{name} without what is before it"
+
+
+def digest_of(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
+
+
+def document(name: str, length: int = 8) -> list[str]:
+    return ["/".join([name] * (place + 1)) for place in range(length)]
+
+
+def share_of_hits(cache: Cache, prompts: list[list[str]]) -> tuple[float, float]:
+    pairs = [cache.ask(prompt) for prompt in prompts]
+    total = sum(map(len, prompts))
+    return sum(ours for ours, _ in pairs) / total, sum(by_age for _, by_age in pairs) / total
+
+
+def hot_beside_a_scan(draw: random.Random, name: str, count: int) -> list[list[str]]:
+    """Every fifth prompt is one of a few, the others come once."""
+    return [
+        document(f"{name}{draw.randrange(12)}" if i % 5 == 0 else f"{name}once{i}")
+        for i in range(count)
+    ]
+
+
+def test_a_scan_does_not_drive_out_what_is_asked_for_again_and_what_is_dead_goes() -> None:
+    draw = random.Random(0)
+    cache = Cache(256)
+    share_of_hits(cache, hot_beside_a_scan(draw, "a", 400))
+    ours, by_age = share_of_hits(cache, hot_beside_a_scan(draw, "a", 200))
+    assert ours > 0.19 > by_age + 0.05
+    share_of_hits(cache, hot_beside_a_scan(draw, "b", 200))
+    assert not any(name.startswith("a") for name in cache.block_of), "what was hot stays for ever"
+    ours, by_age = share_of_hits(cache, hot_beside_a_scan(draw, "b", 400))
+    assert ours > by_age + 0.05
+
+
+def test_where_conversations_grow_and_end_the_oldest_go() -> None:
+    draw = random.Random(1)
+    cache, talks, count = Cache(256), [], 0
+    prompts: list[list[str]] = []
+    for _ in range(600):
+        while len(talks) < 20:
+            talks.append((f"{count}", 2))
+            count += 1
+        name, length = talks.pop(min(int(draw.expovariate(1 / 4)), 19))
+        prompts.append(document(name, length))
+        if length < 24 and draw.random() < 0.85:
+            talks.insert(0, (name, length + 2))
+    ours, by_age = share_of_hits(cache, prompts)
+    assert ours >= by_age - 0.01
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**32), st.integers(20, 80))
+def test_whatever_is_asked_for_what_is_cached_can_be_found(seed: int, num_blocks: int) -> None:
+    """Leaves go first, in every order that is tried; `Cache` looks after each prompt."""
+    draw = random.Random(seed)
+    cache = Cache(num_blocks)
+    roots = [f"{i}" for i in range(6)]
+    for number in range(150):
+        if number % 50 == 0:
+            draw.shuffle(roots)
+        root = roots[min(int(draw.expovariate(0.7)), 5)]
+        prompt = document(root, draw.randrange(1, 5))
+        for _ in range(draw.randrange(10)):
+            prompt.append(f"{prompt[-1]}/{draw.randrange(3)}")
+        cache.ask(prompt)
+        if number % 30 == 0:  # an order that the rehearsal might have taken
+            cache.order.weigh(draw.choice(ORDERS))
+        assert len(cache.block_of) + len(cache.free) == num_blocks
+        assert len(cache.order) == len(cache.block_of)
 
 
 def test_a_block_that_comes_back_soon_keeps_its_uses_but_has_never_more_than_its_parent() -> None:
     order = EvictionOrder(NUM_BLOCKS)
+    order.weigh(ORDERS[-1])
     digests = [hashlib.sha256(bytes([block])).digest() for block in range(4)]
     for block in (1, 2, 3):
         order.stored(block, digests[block], 0)
@@ -71,10 +183,11 @@ def test_a_block_that_comes_back_soon_keeps_its_uses_but_has_never_more_than_its
     order.append(ids([4]))
     order.stored(5, digests[2], 3)
     order.append(ids([5]))
-    others = list(range(10, NUM_BLOCKS))
+    others = list(range(10, NUM_BLOCKS - 1))
     for block in others:
         order.stored(block, hashlib.sha256(bytes([block])).digest(), 0)
     order.append(ids(others))
+    order.weigh(ORDERS[-1])
     evicted = [block for _ in range(len(order)) for block in evict_one(order)]
     assert evicted[:2] == [3, 5]
     assert evicted.index(4) > 2
@@ -84,6 +197,29 @@ def evict_one(order: EvictionOrder) -> list[int]:
     found = order.next(1)
     order.evict(found, [bytes(32)] * len(found))
     return found.tolist()
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, NUM_CLASSES - 1))))
+def test_a_rehearsal_is_bounded_and_age_alone_is_lru(pairs: list[tuple[int, int]]) -> None:
+    rehearsal = Rehearsal(NUM_BLOCKS)
+    by_age: list[int] = []
+    for time, (hash_, class_) in enumerate(pairs):
+        rehearsal.asked_for(hash_)
+        rehearsal.given_back(hash_, class_, time)
+        rehearsal.stored(1)
+        by_age = [*(one for one in by_age if one != hash_), hash_][-NUM_BLOCKS:]
+        assert all(len(cache) <= NUM_BLOCKS for cache in rehearsal.caches)
+        assert all((one in rehearsal.caches[0]) == (one in by_age) for one in range(301))
+    rehearsal.clear()
+    assert not any(len(cache) for cache in rehearsal.caches)
+    assert rehearsal.order == ORDERS[0]
+
+
+def test_a_rehearsal_of_a_large_cache_looks_at_few_blocks() -> None:
+    sampled = [Rehearsal(1 << 20).is_sampled(hash_of(digest_of(str(i)))) for i in range(4096)]
+    assert 32 < sum(sampled) < 128
+    assert all(Rehearsal(500).is_sampled(hash_) for hash_ in range(100))
 
 
 @given(st.lists(st.tuples(st.integers(1, 2**64 - 1), st.integers(0, 2**64 - 1))))
