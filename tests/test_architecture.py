@@ -76,6 +76,7 @@ TORCH_FREE = (
     "models/mlp_spec.py",
     "models/olmoe.py",
     "models/parameter.py",
+    "models/pruned.py",
     "models/qwen.py",
     "models/registry.py",
     "models/spec.py",

@@ -14,6 +14,7 @@ from octavo.errors import UnsupportedModelError
 from octavo.models.family import Family
 from octavo.models.hf_config import HFConfig
 from octavo.models.pooling_spec import CLASSIFIER, read_pooling
+from octavo.models.pruned import read_pruned
 from octavo.models.spec import ModelSpec
 
 FAMILIES: dict[str, tuple[str, str]] = {
@@ -72,6 +73,7 @@ def read_spec(
     (`weights.modules`). Raises UnsupportedModelError."""
     family = find_family(config)
     spec = family.read(HFConfig(config, config_class=family.config_class))
+    spec = read_pruned(config, spec)
     pooling = read_pooling(config, modules)
     wrong = [one for one in pooling.label_tokens if one >= spec.vocab_size] if pooling else []
     if wrong:

@@ -61,6 +61,8 @@ class Quantization:
     """Whether columns may belong to groups out of order (GPTQ's `desc_act`)."""
     block: tuple[int, int] | None = None
     """Rows and columns that share a scale, where the config says so (FP8)."""
+    may_be_plain: bool = False
+    """Whether the config says that no tensor is quantised, only the KV cache or less still."""
     kv_cache: str | None = None
     """What the checkpoint's scales of keys and values are for, "fp8" or another name; None: it
     has none, or each vector is to have its own."""
@@ -170,7 +172,9 @@ def _read(fields: Mapping[str, Any]) -> Quantization:
         _refuse("transform_config", "...", "weights that are not rotated")
     if method == "fp8":
         return Quantization(method="fp8", block=_block(fields.get("weight_block_size")))
-    return Quantization(method=method, schemes=compressed_schemes(fields.get("config_groups")))
+    is_plain = fields.get("config_groups") == {} or fields.get("quant_algo", "") is None
+    schemes = compressed_schemes(fields.get("config_groups"))
+    return Quantization(method=method, schemes=schemes, may_be_plain=is_plain)
 
 
 def _auto_round(fields: Mapping[str, Any]) -> Quantization:

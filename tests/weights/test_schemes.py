@@ -141,3 +141,15 @@ def test_whole_rows_are_said_apart_from_nothing() -> None:
         found = read_quantization({"quantization_config": {"quant_method": "awq", **fields}}, None)
         assert found is not None
         assert found.schemes.of(NAME) == (Scheme(kind="int", bits=4, group=group),)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"quant_method": CT, "config_groups": {}}, {"quant_method": "modelopt", "quant_algo": None}],
+)
+def test_a_checkpoint_that_quantises_no_weight_is_plain(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    weight = torch.randn(8, 32)
+    source = opened(tmp_path, {f"{NAME}.weight": weight}, fields)
+    assert torch.equal(source.matrix(f"{NAME}.weight").data, weight)

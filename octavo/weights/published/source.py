@@ -174,7 +174,7 @@ def packed_source(
         matrices |= found
         if not found:
             plain |= {f"{name}{suffix}": stored for suffix, stored in parts.items()}
-    if not matrices:
+    if not matrices and not quantization.may_be_plain:
         raise WeightsError(
             f"the config says that the model is quantised with {quantization.method}, and no "
             "tensor is; check that config and weights belong together"
