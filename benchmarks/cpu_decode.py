@@ -1,7 +1,8 @@
 """One stream's decode on the CPU beside what the memory allows, as JSON: a line a model.
 
-    python benchmarks/cpu_decode.py demo:bfloat16 demo-moe:auto FILE.gguf:auto [--peer]
+    python benchmarks/cpu_decode.py demo:bfloat16 demo-moe:auto:int8:int4 FILE.gguf:auto [--peer]
 
+A model is followed by its dtype, then, if they are wanted, its activation_dtype and quantization.
 With a prompt of 1,024 tokens and 16 streams beside it; --peer runs llama.cpp (PyPI's xllamacpp) on
 the same GGUF file, in turn with it. A token reads the weights it meets once; the floor is their
 bytes over the read bandwidth, which is measured before each of the runs, since other work may share
@@ -16,6 +17,7 @@ import os
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -26,6 +28,7 @@ from octavo.layers.mlp import GatedMLP
 from octavo.layers.moe import MoE
 from octavo.models.decoder import Decoder
 
+OTHER_FORMATS = ("activation_dtype", "quantization")
 PROMPT, TOKENS = "A river begins in the mountains, and", 96
 
 
@@ -99,20 +102,37 @@ def prompt_rate(llm: LLM, prompts: list[list[int]]) -> float:
     return best
 
 
-def stream_rate(llm: LLM, prompt: list[int], streams: int) -> float:
-    """Returns the output tokens a second of so many streams at once, the better of two runs."""
+def stream_rate(llm: LLM, prompt: list[int], streams: int, runs: int) -> float:
+    """Returns the output tokens a second of so many streams at once, the best of the runs."""
     prompts = [[*prompt, one + 1000] for one in range(streams)]
     params = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
     best = 0.0
-    for _ in range(2):
+    for _ in range(runs):
         began = time.perf_counter()
         llm.generate(prompts, params)
         best = max(best, streams * TOKENS / (time.perf_counter() - began))
     return best
 
 
-def measure(model: str, dtype: str, runs: int, threads: int, has_peer: bool) -> dict[str, object]:
-    llm = LLM(model, dtype=dtype, max_model_len=2048, num_threads=threads)
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model and its number formats."""
+
+    model: str
+    dtype: str
+    activation_dtype: str = "auto"
+    quantization: str | None = None
+
+
+def parse_case(text: str) -> Case:
+    """Returns what MODEL:DTYPE[:ACTIVATION_DTYPE[:QUANTIZATION]] says."""
+    model, dtype, *others = text.split(":")
+    return Case(model=model, dtype=dtype, **dict(zip(OTHER_FORMATS, others, strict=False)))
+
+
+def measure(case: Case, runs: int, threads: int, has_peer: bool) -> dict[str, object]:
+    model = case.model
+    llm = LLM(**asdict(case), max_model_len=2048, num_threads=threads)
     decoder: Decoder = llm._core._runner.decoder  # pyright: ignore
     size = bytes_of_a_token(decoder)
     probe = torch.ones(64 << 20)
@@ -134,8 +154,7 @@ def measure(model: str, dtype: str, runs: int, threads: int, has_peer: bool) -> 
         wall = min(wall, (time.perf_counter() - began) / TOKENS)
         cpu = min(cpu, (time.process_time() - spent) / TOKENS)
     return {
-        "model": model,
-        "dtype": dtype,
+        **asdict(case),
         "isa": getattr(decoder.ops, "isa", None),
         "tokens_per_second": round(1 / wall, 1),
         "floor_tokens_per_second": round(rate / size, 1),
@@ -143,8 +162,10 @@ def measure(model: str, dtype: str, runs: int, threads: int, has_peer: bool) -> 
         "cpu_ms_per_token": round(cpu * 1e3, 2),
         "megabytes_per_token": round(size / 1e6, 1),
         "read_gb_per_second": round(rate / 1e9, 1),
-        "prompt_tokens_per_second": round(prompt_rate(llm, prompts)),
-        "streams_16_tokens_per_second": round(stream_rate(llm, prompts[0][:128], 16)),
+        "prompt_tokens_per_second": round(prompt_rate(llm, prompts[:runs])),
+        "streams_16_tokens_per_second": round(
+            stream_rate(llm, prompts[0][:128], 16, max(1, runs // 2))
+        ),
         **(
             {}
             if peer is None
@@ -159,14 +180,13 @@ def measure(model: str, dtype: str, runs: int, threads: int, has_peer: bool) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="One stream's decode on the CPU")
-    parser.add_argument("models", nargs="+", metavar="MODEL:DTYPE")
+    parser.add_argument("models", nargs="+", type=parse_case, metavar="MODEL:DTYPE")
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--peer", action="store_true", help="llama.cpp beside it, on GGUF files")
     options = parser.parse_args()
     for one in options.models:
-        model, _, dtype = one.rpartition(":")
-        line = measure(model, dtype, options.runs, options.threads, options.peer)
+        line = measure(one, options.runs, options.threads, options.peer)
         print(json.dumps(line), flush=True)
 
 

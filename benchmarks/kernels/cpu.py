@@ -1,7 +1,7 @@
 """Times the ops at the demo's shapes: one JSON line each, with floors and torch beside it.
 
-    python benchmarks/kernels/cpu.py [--backend native] [--isa avx2] [--formats bf16,q4_1]
-        [--only linear,mlp]
+    python benchmarks/kernels/cpu.py [--backend native] [--isa avx2] [--int8] [--only linear,mlp]
+        [--formats bf16,q4_1]
 
 floor_us is the larger of bytes read over the read bandwidth, measured again before each line, and
 FLOPs over the measured float32 peak of torch's matrix product. Times are the least of many runs,
@@ -277,6 +277,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--isa", choices=list(ISAS), help="of the native back end; else its best")
+    parser.add_argument("--int8", action="store_true", help="activations rounded to int8")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--formats", default="bf16,q4_1,q4_k,q5_0,q6_k,q8_0,int4_128_f16,iq2_xs,f32"
@@ -287,9 +288,10 @@ def main() -> None:
     torch.manual_seed(0)
     machine = measure_machine(arguments.threads)
     if arguments.isa is None:
-        ops = select_ops(arguments.backend, Needs(num_threads=arguments.threads))
+        needs = Needs(num_threads=arguments.threads, rounds_to_int8=arguments.int8)
+        ops = select_ops(arguments.backend, needs)
     else:
-        ops = NativeOps(arguments.threads, arguments.isa)
+        ops = NativeOps(arguments.threads, arguments.isa, rounds_to_int8=arguments.int8)
     print(json.dumps({"machine": machine.__dict__, "torch": torch.__version__}), flush=True)
     only, tokens = arguments.only.split(","), [int(t) for t in arguments.tokens.split(",")]
     for count in tokens:
