@@ -24,6 +24,7 @@ from torch import Tensor
 from octavo.formats import TWICE_E2M1
 from octavo.kernels.triton.tiles import codes
 from octavo.planes import IQ4_VALUES, PLANE_LAYOUTS, PlaneLayout
+from tests.kernels.triton.gluon_async import Barriers, Descriptor, warp_specialize
 from tests.kernels.triton.gluon_values import TORCH, Machine, Shared, Value, data_of, mask_of, whole
 
 _EMULATED = "octavo.kernels.triton."
@@ -60,6 +61,7 @@ class Language:
     """Stands for `triton.language` and Gluon's."""
 
     constexpr = staticmethod(_constant)
+    warp_specialize = staticmethod(warp_specialize)
     static_range = range
 
     def __init__(self, machine: Machine) -> None:
@@ -72,6 +74,9 @@ class Language:
 
     def program_id(self, axis: int) -> Value:
         return whole(self._machine.program[axis])
+
+    def num_programs(self, axis: int) -> Value:
+        return whole(self._machine.grid[axis])
 
     def num_warps(self) -> int:
         return self._machine.num_warps
@@ -99,6 +104,18 @@ class Language:
     def maximum(self, a: Any, b: Any) -> Value:
         return Value(torch.maximum(torch.as_tensor(data_of(a)), torch.as_tensor(data_of(b))))
 
+    def max(self, x: Value, axis: int) -> Value:
+        return Value(x.data.amax(axis))
+
+    def abs(self, x: Value) -> Value:
+        return Value(x.data.abs())
+
+    def expand_dims(self, x: Value, axis: int) -> Value:
+        return Value(x.data.unsqueeze(axis), x.element)
+
+    def to_tensor(self, x: Any) -> Value:
+        return x if isinstance(x, Value) else whole(x)
+
     def exp(self, x: Value) -> Value:
         return Value(x.data.exp())
 
@@ -124,7 +141,7 @@ class Language:
 
     def allocate_shared_memory(self, dtype: tl.dtype, shape: list[int], layout: object) -> Shared:
         fill = 77 if dtype.is_int() else float("nan")
-        return Shared(torch.full(shape, fill, dtype=TORCH[dtype]))
+        return Shared(torch.full(shape, fill).to(TORCH[dtype]))
 
     def static_assert(self, condition: Any) -> None:
         assert condition
@@ -175,8 +192,9 @@ def _meanings(layout: PlaneLayout) -> Tensor:
     return torch.tensor(IQ4_VALUES).float() if layout.values == "iq4" else every.float()
 
 
-def _product(a: Value, b: Any, total: Value, **options: object) -> Value:
-    return Value(a.data.float() @ b.data.float() + total.data)
+def _product(a: Any, b: Any, total: Value, use_acc: bool = True, **options: object) -> Value:
+    made = a.data.float() @ b.data.float()
+    return Value(made + total.data if use_acc else made)
 
 
 class Kernel:
@@ -192,7 +210,7 @@ class Kernel:
             machine.tensors.clear()
             seen = [machine.pointer(one) for one in arguments]
             for program in product(*map(range, grid)):
-                machine.program = program
+                machine.program, machine.grid = program, grid
                 machine.open, machine.groups = [], []
                 self._function(*seen, **constants)
                 assert not any(machine.groups), "copies that nobody waited for"
@@ -210,7 +228,7 @@ class Emulator:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self._modules: dict[str, ModuleType] = {}
-        language = Language(machine)
+        language, barriers = Language(machine), Barriers(machine)
         jit = SimpleNamespace(jit=_jit, constexpr_function=lambda one: one, language=language)
 
         def commit() -> None:
@@ -228,7 +246,9 @@ class Emulator:
         hopper = SimpleNamespace(
             fence_async_shared=lambda: None,
             warpgroup_mma=_product,
-            warpgroup_mma_wait=lambda left, parts: parts[0],
+            warpgroup_mma_wait=lambda left, deps: deps[0] if len(deps) == 1 else tuple(deps),
+            mbarrier=barriers,
+            tma=barriers,
         )
         knobs = SimpleNamespace(runtime=SimpleNamespace(interpret=False))
         self._stand_ins: dict[str, Any] = {
@@ -242,6 +262,7 @@ class Emulator:
                 async_copy=copies, mma_v2=_product
             ),
             "triton.experimental.gluon.language.nvidia.hopper": hopper,
+            "triton.experimental.gluon.nvidia.hopper": SimpleNamespace(TensorDescriptor=Descriptor),
             "triton.language.extra.cuda": nothing,
             "octavo.kernels.triton.launching.launchable": SimpleNamespace(
                 launchable=lambda function: Kernel(function, machine)

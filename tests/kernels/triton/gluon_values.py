@@ -21,6 +21,7 @@ TORCH = {
     tl.int64: torch.int64,
     tl.float16: torch.float16,
     tl.bfloat16: torch.bfloat16,
+    tl.float8e4nv: torch.float8_e4m3fn,
     tl.float32: torch.float32,
 }
 TRITON = {one: other for other, one in TORCH.items()}
@@ -42,7 +43,7 @@ class Value:
 
     @property
     def type(self) -> SimpleNamespace:
-        return SimpleNamespace(layout=None)
+        return SimpleNamespace(layout=SimpleNamespace(parent=None))
 
     def to(self, dtype: tl.dtype, bitcast: bool = False) -> Value:
         kind = TORCH[dtype]
@@ -100,8 +101,20 @@ class Value:
     def __floordiv__(self, other: Any) -> Value:
         return self._with(other, lambda a, b: a // b)
 
+    def __rfloordiv__(self, other: Any) -> Value:
+        return self._with(other, lambda a, b: b // a)
+
     def __mod__(self, other: Any) -> Value:
         return self._with(other, lambda a, b: a % b)
+
+    def __rmod__(self, other: Any) -> Value:
+        return self._with(other, lambda a, b: b % a)
+
+    def __rtruediv__(self, other: Any) -> Value:
+        return self._with(other, lambda a, b: b / a)
+
+    def __xor__(self, other: Any) -> Value:
+        return self._with(other, lambda a, b: a ^ b)
 
     def __and__(self, other: Any) -> Value:
         return self._with(other, lambda a, b: a & b)
@@ -169,6 +182,7 @@ class Machine:
     is_late: bool = False
     num_warps: int = 4
     program: tuple[int, ...] = (0, 0, 0)
+    grid: tuple[int, ...] = (1, 1, 1)
     tensors: dict[int, Tensor] = field(default_factory=dict)
     open: list[Callable[[], None]] = field(default_factory=list)
     groups: list[list[Callable[[], None]]] = field(default_factory=list)
@@ -188,7 +202,7 @@ class Machine:
         assert at.element is not None
         dtype = TORCH[at.element]
         shape = torch.broadcast_shapes(at.data.shape, mask.shape)
-        out, left = torch.full(shape, other, dtype=dtype), mask.expand(shape).clone()
+        out, left = torch.full(shape, float(other)).to(dtype), mask.expand(shape).clone()
         for flat, place, is_here in self._memory(Value(at.data.expand(shape), at.element)):
             wanted = left & is_here
             out[wanted] = flat[place[wanted]]
@@ -202,7 +216,8 @@ class Machine:
         left, value = mask.expand(shape).clone(), value.expand(shape)
         for flat, place, is_here in self._memory(at):
             wanted = left & is_here
-            flat[place[wanted]] = value[wanted].to(flat.dtype)
+            as_bytes = torch.uint8 if flat.dtype == torch.float8_e4m3fn else flat.dtype
+            flat.view(as_bytes)[place[wanted]] = value[wanted].to(flat.dtype).view(as_bytes)
             left &= ~is_here
         assert not left.any(), "a store to where no tensor is"
 
@@ -224,6 +239,8 @@ class Machine:
         """Returns an argument of a launch as a kernel sees it."""
         if isinstance(argument, tuple):
             return tuple(self.pointer(one) for one in argument)
+        if not isinstance(argument, int | Tensor):
+            return argument
         if not isinstance(argument, Tensor):
             return whole(argument)
         self.tensors[argument.untyped_storage().data_ptr()] = argument

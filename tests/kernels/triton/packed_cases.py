@@ -29,6 +29,17 @@ def error_of(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+LARGEST = 448.0
+
+
+def rounded(x: Tensor, *, by_block: bool) -> Tensor:
+    """Returns what x [T, M] is in float64 after rounding to e4m3."""
+    groups = x.float().view(len(x), -1, 128 if by_block else x.shape[1])
+    scales = groups.abs().amax(2, keepdim=True).clamp_min(1e-10) / LARGEST
+    numbers = (groups / scales).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    return (numbers.double() * scales.double()).view(x.shape)
+
+
 def packed_experts(
     gate: str, down: str, count: int, hidden: int, inner: int
 ) -> tuple[StackedExperts, tuple[Tensor, Tensor, Tensor]]:
@@ -63,6 +74,24 @@ def expected_experts(x: Tensor, weights: Tensor, ids: Tensor, values: tuple[Tens
                 one = x[row].double()
                 hidden = torch.nn.functional.silu(gate[expert] @ one) * (up[expert] @ one)
                 out[row] += weight.double() * (down[expert] @ hidden)
+    return out
+
+
+def rounded_experts(
+    x: Tensor, weights: Tensor, ids: Tensor, values: tuple[Tensor, ...], *, by_block: bool
+) -> Tensor:
+    """Returns what `expected_experts` does, with rows and what is between the products rounded to
+    FP8."""
+    gate, up, down = values
+    out = torch.zeros(x.shape, dtype=torch.double, device=DEVICE)
+    for expert in range(len(gate)):
+        row, choice = (ids == expert).nonzero(as_tuple=True)
+        if not len(row):
+            continue
+        some = rounded(x[row], by_block=by_block)
+        hidden = torch.nn.functional.silu(some @ gate[expert].T) * (some @ up[expert].T)
+        hidden = rounded(hidden if by_block else hidden.bfloat16(), by_block=by_block)
+        out.index_add_(0, row, weights[row, choice, None].double() * (hidden @ down[expert].T))
     return out
 
 

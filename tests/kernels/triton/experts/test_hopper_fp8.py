@@ -9,17 +9,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.kernels.triton.interpreter import DEVICE
-from tests.kernels.triton.packed_cases import error_of, packed_experts
+from tests.kernels.triton.packed_cases import LARGEST, error_of, packed_experts, rounded_experts
 
+from tests.kernels.triton.gluon_cpu import emulated  # isort: skip
 from octavo.kernels.triton.experts.hopper import fp8  # isort: skip
 from octavo.kernels.triton.launching.chip import has_wgmma  # isort: skip
 from octavo.kernels.triton.small.quantize import quantize_rows, warps_of  # isort: skip
 
 on_hopper = pytest.mark.skipif(not has_wgmma(torch.device(DEVICE)), reason="needs a Hopper GPU")
-LARGEST = 448.0
 TOP_K = 2
 
 
@@ -124,14 +123,6 @@ def test_it_compiles_for_hopper_without_one() -> None:
     assert run.returncode == 0, run.stderr[-2000:]
 
 
-def _rounded(x: Tensor, by_block: bool) -> Tensor:
-    """Returns what x [T, M] is after rounding to e4m3."""
-    groups = x.float().view(len(x), -1, 128 if by_block else x.shape[1])
-    scales = groups.abs().amax(2, keepdim=True).clamp_min(1e-10) / LARGEST
-    numbers = (groups / scales).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-    return (numbers.double() * scales.double()).view(x.shape)
-
-
 @on_hopper
 @pytest.mark.parametrize("name", ["fp8", "fp8_row"])
 @pytest.mark.parametrize("sizes", [(8, 512, 384), (3, 1024, 128)])
@@ -145,17 +136,25 @@ def test_products_are_those_of_rounded_rows(name: str, sizes: tuple[int, int, in
     drawn = torch.rand(count, num_experts, generator=generator, device=DEVICE)
     weights, ids = drawn.topk(TOP_K)
     ids[0, 0] = -1
-    found = fp8.hopper_fp8_experts(x, weights, ids.int(), experts)
-    gate, up, down = values
-    expected = torch.zeros(x.shape, dtype=torch.double, device=DEVICE)
-    by_block = name == "fp8"
-    for expert in range(num_experts):
-        row, choice = (ids == expert).nonzero(as_tuple=True)
-        if not len(row):
-            continue
-        some = _rounded(x[row], by_block)
-        hidden = torch.nn.functional.silu(some @ gate[expert].T) * (some @ up[expert].T)
-        hidden = _rounded(hidden if by_block else hidden.bfloat16(), by_block)
-        scaled = weights[row, choice, None].double() * (hidden @ down[expert].T)
-        expected.index_add_(0, row, scaled)
-    assert error_of(found, expected) < 1e-2
+    case = x, weights, ids.int()
+    found = fp8.hopper_fp8_experts(*case, experts)
+    assert error_of(found, rounded_experts(*case, values, by_block=name == "fp8")) < 1e-2
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="where a GPU runs the kernels themselves")
+@pytest.mark.parametrize(
+    ("name", "count", "is_late"),
+    [("fp8", 4, True), ("fp8", 20, False), ("fp8", 90, True), ("fp8_row", 25, True)],
+)
+def test_products_are_those_of_rounded_rows_without_a_gpu(name: str, count: int, is_late: bool):
+    emulator = emulated("octavo.kernels.triton.experts.hopper.fp8", is_late=is_late)
+    emulator.num_processors = lambda device: 1  # so that rings go round
+    experts, values = packed_experts(name, name, 2, 256, 256)
+    experts = replace(experts, is_by_tile=name == "fp8")
+    generator = torch.Generator().manual_seed(count)
+    x = torch.randn(count, 256, generator=generator).bfloat16()
+    weights, ids = torch.rand(count, 2, generator=generator).topk(TOP_K)
+    ids[0, 0] = -1
+    case = x, weights, ids.int()
+    found = emulator.hopper_fp8_experts(*case, experts)
+    assert error_of(found, rounded_experts(*case, values, by_block=name == "fp8")) < 1e-2
