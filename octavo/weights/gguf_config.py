@@ -72,8 +72,8 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
     """Returns what config.json would say of the model. Raises UnsupportedModelError."""
     architecture = architecture_of(file)
     reader = _Reader(file)
-    num_heads = reader.integer("attention.head_count")
-    hidden_size = reader.integer("embedding_length")
+    num_heads = reader.size("attention.head_count")
+    hidden_size = reader.size("embedding_length")
     config: dict[str, Any] = {
         "architectures": [architecture.class_name],
         "model_type": architecture.model_type,
@@ -136,13 +136,24 @@ class _Reader:
     def integer(self, key: str, default: int | None = None) -> int:
         return self._typed(key, default, int)
 
+    def size(self, key: str) -> int:
+        """Returns an integer of at least 1."""
+        if (found := self.integer(key)) < 1:
+            raise self.refuse(key, "a number of at least 1")
+        return found
+
     def number(self, key: str, default: float | None = None) -> float:
         return float(self._typed(key, default, (int, float)))
 
-    def shape(self, tensor: str) -> tuple[int, ...]:
+    def shape(self, tensor: str, rank: int = 2) -> tuple[int, ...]:
         found = self.file.tensors.get(tensor)
         if found is None:
             raise WeightsError(f"{self.file.path}: tensor {tensor} is missing")
+        if len(found.shape) != rank:
+            raise WeightsError(
+                f"{self.file.path}: {tensor} has the shape {list(found.shape)}, expected {rank} "
+                "dimensions"
+            )
         return found.shape
 
     def refuse(self, key: str, known: str) -> UnsupportedModelError:
@@ -201,6 +212,10 @@ def _llama3_scaling(file: GGUFFile, theta: float, head_dim: int) -> dict[str, An
     them; whatever the other three values do not explain is refused.
     """
     tensor = file.tensors[ROPE_FACTORS]
+    if tensor.format.name != "f32":
+        raise UnsupportedModelError(
+            f"{file.path}: {ROPE_FACTORS} is in {tensor.format.name}; known is f32"
+        )
     with tensor.path.open("rb") as data:
         data.seek(tensor.start)
         stored = struct.unpack(f"<{tensor.shape[0]}f", data.read(4 * tensor.shape[0]))
@@ -269,7 +284,7 @@ def _experts(reader: _Reader, architecture: Architecture) -> dict[str, Any]:
     num_layers = reader.integer("block_count")
     dense = [n for n in range(num_layers) if f"blk.{n}.ffn_gate_inp.weight" not in tensors]
     first = next(n for n in range(num_layers + 1) if n not in dense)
-    size = reader.shape(_any_gate(reader.file, first))[-2]
+    size = _expert_size(reader, first)
     config: dict[str, Any] = {"num_experts_per_tok": reader.integer("expert_used_count")}
     num_experts = reader.integer("expert_count")
     if architecture.model_type in ("mixtral", "gpt_oss"):
@@ -290,7 +305,12 @@ def _experts(reader: _Reader, architecture: Architecture) -> dict[str, Any]:
     return config
 
 
-def _any_gate(file: GGUFFile, layer: int) -> str:
-    """Returns the name of a gate tensor of a MoE layer: stacked, or an older file's first one."""
-    stacked = f"blk.{layer}.ffn_gate_exps.weight"
-    return stacked if stacked in file.tensors else f"blk.{layer}.ffn_gate.0.weight"
+def _expert_size(reader: _Reader, layer: int) -> int:
+    """Returns the rows of one expert's gate: stacked, with up in one tensor, or, in older files, in
+    a tensor of its own."""
+    prefix, tensors = f"blk.{layer}.ffn_", reader.file.tensors
+    if (stacked := f"{prefix}gate_exps.weight") in tensors:
+        return reader.shape(stacked, 3)[1]
+    if (fused := f"{prefix}gate_up_exps.weight") in tensors:
+        return reader.shape(fused, 3)[1] // 2
+    return reader.shape(f"{prefix}gate.0.weight")[0]

@@ -99,6 +99,9 @@ def read_gguf(path: Path) -> GGUFFile:
     merged: tuple[dict[str, Any], dict[str, GGUFTensor]] = ({}, {})
     for part in parts:
         metadata, tensors = _read_part(part)
+        if twice := sorted(tensors.keys() & merged[1].keys()):
+            first = merged[1][twice[0]].path.name
+            raise WeightsError(f"{twice[0]} is both in {first} and in {part.name}")
         merged[0].update({k: v for k, v in metadata.items() if k not in merged[0]})
         merged[1].update(tensors)
     return GGUFFile(path=path, metadata=merged[0], tensors=merged[1])
@@ -145,6 +148,8 @@ class _Header:
         data_start = -(-self._position // alignment) * alignment
         tensors = {}
         for name, shape, kind, offset in entries:
+            if name in tensors:
+                raise ValueError(f"{name} is there twice")
             tensors[name] = self._tensor(name, shape, kind, data_start + offset)
         return metadata, tensors
 

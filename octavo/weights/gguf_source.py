@@ -145,6 +145,8 @@ class _Lister:
             raise WeightsError(f"{name} must be {wanted}, got {list(tensor.shape)}")
         num_experts, rows, *cols = tensor.shape
         parts = kind.removeprefix("ffn_").removesuffix("_exps").split("_")
+        if rows % len(parts):
+            raise WeightsError(f"{name} has {rows} rows, which gate and up cannot share")
         part_rows = rows // len(parts)
         shape = (part_rows, *cols)
         part_bytes = math.prod(shape[:-1]) * tensor.format.row_bytes(shape[-1])

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from octavo.errors import UnsupportedModelError
+from octavo.errors import UnsupportedModelError, WeightsError
 from octavo.models.registry import read_spec
 from octavo.weights.gguf_config import config_of, generation_config_of
 from octavo.weights.gguf_file import read_gguf
@@ -187,6 +188,7 @@ def test_linear_and_yarn_scaling_are_read(tmp_path: Path):
     [
         ({"rope.scaling.type": "longrope"}, r"longrope'; known is none, linear, yarn"),
         ({"attention.head_count": [4]}, r"head_count is \[4\]; known is one number"),
+        ({"attention.head_count": 0}, "head_count is 0; known is a number of at least 1"),
         ({"rope.scaling.type": "yarn", "rope.scaling.yarn_ext_factor": 0.5}, r"ext_factor is 0.5"),
         ({"expert_count": 2, "expert_weights_scale": 2.5}, r"expert_weights_scale is 2.5"),
         ({"feed_forward_length": None}, r"llama\.feed_forward_length is missing"),
@@ -198,6 +200,47 @@ def test_linear_and_yarn_scaling_are_read(tmp_path: Path):
 def test_what_cannot_be_expressed_is_refused(values: dict[str, Any], message: str, tmp_path: Path):
     path = write_values(tmp_path / "m.gguf", "llama", values, {})
     with pytest.raises(UnsupportedModelError, match=message):
+        config_of(read_gguf(path))
+
+
+@pytest.mark.parametrize("layout", ["stacked", "fused", "split"])
+@pytest.mark.parametrize("case", ["mixtral", "qwen3-moe"])
+def test_the_size_of_experts_is_read_from_every_layout(case: str, layout: str, tmp_path: Path):
+    tiny = save_tiny(case, tmp_path)
+    write_tiny_gguf(tmp_path / "model.gguf", tiny, layout=layout)
+    config = config_of(read_gguf(tmp_path / "model.gguf"))
+    field = "moe_intermediate_size" if case == "qwen3-moe" else "intermediate_size"
+    assert config[field] == tiny.config[field]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({}, r"blk\.0\.ffn_gate\.0\.weight is missing"),
+        (
+            {"blk.0.ffn_gate_exps.weight": np.zeros(64, np.float32)},
+            r"ffn_gate_exps\.weight has the shape \[64\], expected 3 dimensions",
+        ),
+        (
+            {"token_embd.weight": np.zeros(64, np.float32)},
+            r"token_embd\.weight has the shape \[64\], expected 2 dimensions",
+        ),
+    ],
+)
+def test_tensors_that_sizes_are_read_from_must_be_there(
+    tensors: dict[str, np.ndarray], message: str, tmp_path: Path
+):
+    router = {"blk.0.ffn_gate_inp.weight": np.zeros((2, 64), np.float32)}
+    experts = {"expert_count": 2, "expert_used_count": 1}
+    path = write_values(tmp_path / "m.gguf", "qwen3moe", experts, router | tensors)
+    with pytest.raises(WeightsError, match=message):
+        config_of(read_gguf(path))
+
+
+def test_factors_of_frequencies_in_another_type_are_refused(tmp_path: Path):
+    factors = {"rope_freqs.weight": np.ones(8, np.float16)}
+    path = write_values(tmp_path / "m.gguf", "llama", {}, factors)
+    with pytest.raises(UnsupportedModelError, match=r"rope_freqs\.weight is in f16; known is f32"):
         config_of(read_gguf(path))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,14 @@ from octavo.weights.gguf_source import open_gguf
 from tests.kernels.cases import SCALE_OFFSETS, random_blocks
 from tests.models.tiny import save_tiny
 from tests.weights.reading import anonymous_bytes, read
-from tests.weights.tiny_gguf import add_value, finish, interleave, metadata_of, write_tiny_gguf
+from tests.weights.tiny_gguf import (
+    add_value,
+    finish,
+    interleave,
+    metadata_of,
+    write_tiny_gguf,
+    write_values,
+)
 
 CASES = [
     ("llama", "stacked"),
@@ -149,9 +157,19 @@ def test_a_model_split_over_files_is_read_from_any_of_them(tmp_path: Path):
         assert source.names() == expected.keys()
         name = "model.layers.2.self_attn.k_proj.weight"
         assert torch.equal(read(source, name), torch.from_numpy(expected[name]))
+    shutil.copy(tmp_path / "m-00001-of-00002.gguf", tmp_path / "m-00002-of-00002.gguf")
+    with pytest.raises(WeightsError, match=r"both in m-00001-of-00002\.gguf and in m-00002-of-"):
+        open_gguf(tmp_path / "m-00001-of-00002.gguf")
     (tmp_path / "m-00002-of-00002.gguf").unlink()
     with pytest.raises(WeightsError, match=r"m-00002-of-00002\.gguf does not exist"):
         open_gguf(tmp_path / "m-00001-of-00002.gguf")
+
+
+def test_gate_and_up_in_one_tensor_must_be_of_one_size(tmp_path: Path):
+    odd = {"blk.0.ffn_gate_up_exps.weight": np.zeros((2, 63, 64), np.float32)}
+    path = write_values(tmp_path / "m.gguf", "qwen3moe", {}, odd)
+    with pytest.raises(WeightsError, match="has 63 rows, which gate and up cannot share"):
+        open_gguf(path)
 
 
 def test_an_unknown_tensor_keeps_its_name_so_that_it_is_reported(tmp_path: Path):
