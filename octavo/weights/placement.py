@@ -175,7 +175,7 @@ class DevicePlacement:
             dtype = NUMBER_DTYPES[number_format.name]
             data = torch.empty(shape, dtype=dtype, device=self.device)
         else:
-            self._check_borders(first, layout, cols[0])
+            self._check_borders(first, layout, cols[0], splits[first])
             planes = empty_planes(layout, *shape, self.device)
             data = planes.codes
         whole = Weight(
@@ -193,14 +193,22 @@ class DevicePlacement:
             start += len(row)
         return whole
 
-    def _check_borders(self, name: str, layout: PlaneLayout, cols: range) -> None:
+    def _check_borders(
+        self, name: str, layout: PlaneLayout, cols: range, split: Split | None
+    ) -> None:
         """Raises ConfigError if a rank's columns do not begin and end with whole groups."""
         whole = self._source.shape(name)[1]
         if cols.start % layout.step or (cols.stop % layout.step and cols.stop != whole):
+            assert split is not None
+            fitting = (
+                str(size)
+                for size in range(1, 2 * self._size)
+                if split.num_units % size == 0 and (size == 1 or not whole % (size * layout.step))
+            )
             raise ConfigError(
                 f"tensor_parallel_size {self._size} cuts the {whole} columns of {name} within a "
-                f"group of {layout.step} that {layout.name} keeps together; use fewer ranks, or "
-                "--dtype bfloat16",
+                f"group of {layout.step} that {layout.name} keeps together; use "
+                f"{' or '.join(fitting)}, or --dtype bfloat16",
                 field="tensor_parallel_size",
             )
 

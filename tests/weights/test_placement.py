@@ -158,7 +158,9 @@ def test_packed_rows_become_planes_of_whole_groups(tmp_path: Path):
     assert weight.layout is not None
     assert torch.equal(values_of(weight.layout, weight.planes, 128), expected[2:])
     cols = Split(axis="cols", unit="columns", num_units=2)
-    with pytest.raises(ConfigError, match=r"cuts the 128 columns of up\.weight"):
+    with pytest.raises(
+        ConfigError, match=r"cuts the 128 columns of up\.weight .* use 1, or --dtype"
+    ):
         placement.matrices({"up.weight": cols})
 
 

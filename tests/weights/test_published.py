@@ -17,7 +17,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from octavo import LLM, SamplingParams
 from octavo.cli import main
-from octavo.errors import UnsupportedModelError
+from octavo.errors import ConfigError, UnsupportedModelError
 from octavo.kernels.dequantize import dequantize_rows
 from octavo.kernels.planes import values_of
 from octavo.weights import laid_out as laid_out_module
@@ -28,6 +28,7 @@ from octavo.weights.placement import DevicePlacement
 from octavo.weights.quantization import read_quantization
 from octavo.weights.safetensors_source import open_safetensors
 from octavo.weights.source import TensorSource
+from octavo.weights.split import Split
 from tests.weights.packing import Written, awq, fp8, gptq
 from tests.weights.published_cases import CASES, NAME, Make, named, opened
 
@@ -87,6 +88,38 @@ def test_what_a_device_reads_in_pieces_means_the_same(
     found = placed_values(source, f"{NAME}.weight")
     tolerance = 1e-6 if case == "nvfp4" else 0  # its two scales are multiplied first
     torch.testing.assert_close(found, written.values, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_cut_every_format_on_the_borders_of_its_groups(case: str, tmp_path: Path) -> None:
+    make, config, _ = CASES[case]
+    written = make(np.random.default_rng(len(case)))
+    source, name = opened(tmp_path, named(written), config), f"{NAME}.weight"
+    whole = placed_values(source, name)
+    count, width = whole.shape
+    by_axis = {
+        "rows": Split(axis="rows", unit="rows", num_units=count),
+        "cols": Split(axis="cols", unit="columns", num_units=width),
+    }
+    for axis, split in by_axis.items():
+        layout = source.layout(name)
+        assert layout is not None
+        fits = count % 2 == 0 if axis == "rows" else width % (2 * layout.step) == 0
+        if not fits:
+            with pytest.raises(ConfigError, match=r"use 1( or \d+)*(, or --dtype bfloat16)?$"):
+                _part(source, name, split, 1)
+            continue
+        parts = [_part(source, name, split, rank) for rank in range(2)]
+        assert torch.equal(torch.cat(parts, dim=list(by_axis).index(axis)), whole)
+
+
+def _part(source: TensorSource, name: str, split: Split, rank: int) -> Tensor:
+    placement = DevicePlacement(source, torch.device("cpu"), rank, 2)
+    (weight,) = placement.matrices({name: split})
+    placement.finish()
+    assert weight.planes is not None
+    assert weight.layout is not None
+    return values_of(weight.layout, weight.planes, weight.cols)
 
 
 @pytest.mark.parametrize("case", UNPACKED)
