@@ -15,6 +15,7 @@ import msgspec
 import zmq
 
 from octavo.config import EngineConfig
+from octavo.device import select_device
 from octavo.engine.child import address_of, told
 from octavo.engine.core import EngineCore
 from octavo.engine.ipc import (
@@ -212,7 +213,9 @@ def main(channel: str) -> int:
         # A step of a thousand sequences makes as many objects, which live until they are sent: by
         # the usual count every step would have them looked through, and all sequences now and then.
         gc.set_threshold(GC_OBJECTS, 20, 20)
-        if not given.config.skip_tokenizer_init:
+        # On a CPU whoever wants no grammar is spared the memory, and who does waits a moment once.
+        is_host = select_device(given.config.device).name == "cpu"
+        if not given.config.skip_tokenizer_init and not is_host:
             core.warm_up()
         fronts.send_all(Ready(core.plan))
         _Loop(core, inbox, fronts, vitals).run()

@@ -175,9 +175,9 @@ class Tokenizer:
         return self._core.id_to_token(token_id) is not None
 
     def vocabulary(self) -> Vocabulary:
-        """Returns all ids as grammars see them. Slow."""
+        """Returns all ids as grammars see them. Slow, and nothing of it is kept."""
         return Vocabulary(
-            tokens=[self.token_bytes(token_id) for token_id in range(self.vocab_size)],
+            tokens=[self._spell(token_id) for token_id in range(self.vocab_size)],
             specials=self.special_strings,
             encode=lambda text: encode_ids(self._core, text, False),
         )
