@@ -52,6 +52,25 @@ _GATING = {"gpt_oss": {3: "3 (softmax of the chosen)"}}
 """What `expert_gating_func` may be besides softmax."""
 
 
+_READ = {"gemma3_text": ("final_logit_softcapping",), "olmoe": ("attention.clamp_kqv",)}
+_NEUTRAL: dict[str, tuple[float, ...]] = {
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "logit_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "embedding_scale": (0.0, 1.0),
+    "attention.scale": (0.0,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.causal": (True,),
+    "use_parallel_residual": (False,),
+    "expert_group_count": (0, 1),
+    "nextn_predict_layers": (0,),
+}
+"""What changes a model, and is not read: the values that change nothing. Families that do read one
+are in _READ."""
+
+
 def architecture_of(file: GGUFFile) -> Architecture:
     """Returns the family of the model. `llama` stands for Llama, Mistral and Mixtral."""
     name = file.metadata.get("general.architecture")
@@ -95,6 +114,7 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
     # MoE files may leave it out: the experts' own size comes from their tensors.
     if reader.value("feed_forward_length") is not None or not reader.integer("expert_count", 0):
         config["intermediate_size"] = reader.integer("feed_forward_length")
+    _refuse_unread(reader, architecture.model_type)
     _refuse_partial_heads(reader, config["head_dim"])
     config["rope_scaling"] = _rope_scaling(reader, config)
     if architecture in (_MISTRAL, _MIXTRAL):
@@ -170,6 +190,13 @@ class _Reader:
         if isinstance(value, bool) or not isinstance(value, types):
             raise self.refuse(key, "one number for all layers")
         return value
+
+
+def _refuse_unread(reader: _Reader, model_type: str) -> None:
+    for key in _NEUTRAL.keys() - _READ.get(model_type, ()):
+        value, neutral = reader.value(key), _NEUTRAL[key]
+        if value is not None and value not in neutral:
+            raise reader.refuse(key, " or ".join(map(str, neutral)))
 
 
 def _refuse_partial_heads(reader: _Reader, head_dim: int) -> None:
@@ -287,9 +314,11 @@ def _experts(reader: _Reader, architecture: Architecture) -> dict[str, Any]:
     size = _expert_size(reader, first)
     config: dict[str, Any] = {"num_experts_per_tok": reader.integer("expert_used_count")}
     num_experts = reader.integer("expert_count")
-    if architecture.model_type in ("mixtral", "gpt_oss"):
-        return {**config, "num_local_experts": num_experts, "intermediate_size": size}
     norm = reader.value("expert_weights_norm")
+    if architecture.model_type in ("mixtral", "gpt_oss"):
+        if norm not in (None, True):
+            raise reader.refuse("expert_weights_norm", "true")
+        return {**config, "num_local_experts": num_experts, "intermediate_size": size}
     config["num_experts"] = num_experts
     config["norm_topk_prob"] = architecture.norm_topk_prob if norm is None else bool(norm)
     if architecture.model_type == "olmoe":

@@ -188,6 +188,11 @@ def test_linear_and_yarn_scaling_are_read(tmp_path: Path):
     [
         ({"rope.scaling.type": "longrope"}, r"longrope'; known is none, linear, yarn"),
         ({"attention.head_count": [4]}, r"head_count is \[4\]; known is one number"),
+        ({"logit_scale": 0.5}, r"logit_scale is 0\.5; known is 0\.0 or 1\.0"),
+        ({"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping is 50\.0; known is 0\.0"),
+        ({"attention.clamp_kqv": 8.0}, r"attention\.clamp_kqv is 8\.0; known is 0\.0"),
+        ({"expert_group_count": 4}, "expert_group_count is 4; known is 0 or 1"),
+        ({"nextn_predict_layers": 1}, "nextn_predict_layers is 1; known is 0"),
         ({"attention.head_count": 0}, "head_count is 0; known is a number of at least 1"),
         ({"rope.scaling.type": "yarn", "rope.scaling.yarn_ext_factor": 0.5}, r"ext_factor is 0.5"),
         ({"expert_count": 2, "expert_weights_scale": 2.5}, r"expert_weights_scale is 2.5"),
@@ -234,6 +239,23 @@ def test_tensors_that_sizes_are_read_from_must_be_there(
     experts = {"expert_count": 2, "expert_used_count": 1}
     path = write_values(tmp_path / "m.gguf", "qwen3moe", experts, router | tensors)
     with pytest.raises(WeightsError, match=message):
+        config_of(read_gguf(path))
+
+
+def test_values_that_change_nothing_are_let_pass(tmp_path: Path):
+    neutral = {"logit_scale": 1.0, "residual_scale": 0.0, "nextn_predict_layers": 0}
+    path = write_values(tmp_path / "m.gguf", "llama", neutral, {})
+    assert config_of(read_gguf(path))["model_type"] == "llama"
+
+
+def test_experts_of_mixtral_that_are_not_normalised_are_refused(tmp_path: Path):
+    values = {"expert_count": 2, "expert_used_count": 1, "expert_weights_norm": 0}
+    tensors = {
+        "blk.0.ffn_gate_inp.weight": np.zeros((2, 64), np.float32),
+        "blk.0.ffn_gate_exps.weight": np.zeros((2, 32, 64), np.float32),
+    }
+    path = write_values(tmp_path / "m.gguf", "llama", values, tensors)
+    with pytest.raises(UnsupportedModelError, match="expert_weights_norm is 0; known is true"):
         config_of(read_gguf(path))
 
 
