@@ -5,6 +5,7 @@ Run in place of `octavo.engine.process` by `front_scaling.py`: the front is what
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import time
@@ -117,12 +118,40 @@ class Requests:
         return deltas
 
 
+class Arrivals:
+    """When messages with requests came, and the CPU time of the front by then: told to a file when
+    nothing is left to do."""
+
+    def __init__(self, path: str | None) -> None:
+        self._path = path
+        self._first: tuple[float, float] | None = None
+        self._last = (0.0, 0.0)
+        self._num_messages = 0
+        # Linux's name for the CPU clock of a process: here of the one front.
+        self._clock = (~os.getppid() << 3) | 2
+
+    def note(self) -> None:
+        if self._path is not None:
+            self._last = (time.monotonic(), time.clock_gettime(self._clock))
+            self._first = self._first or self._last
+            self._num_messages += 1
+
+    def tell(self) -> None:
+        if self._first is not None and self._path is not None:
+            names = ("first", "first_cpu", "last", "last_cpu")
+            line = dict(zip(names, (*self._first, *self._last), strict=True))
+            with open(self._path, "a") as file:
+                print(json.dumps(line | {"messages": self._num_messages}), file=file)
+        self._first, self._num_messages = None, 0
+
+
 def _run(inbox: zmq.Socket[bytes], fronts: Fronts, vitals: Vitals) -> None:
-    requests = Requests()
+    requests, arrivals = Requests(), Arrivals(os.environ.get("ARRIVALS"))
     while True:
         began = time.perf_counter()
         vitals.beat()
         if not requests:
+            arrivals.tell()
             inbox.poll(500)
         while True:
             try:
@@ -131,6 +160,7 @@ def _run(inbox: zmq.Socket[bytes], fronts: Fronts, vitals: Vitals) -> None:
                 break
             match message:
                 case AddRequests(several):
+                    arrivals.note()
                     for data in several:
                         requests.add(decode_request(data))
                 case AbortSequence(request_id):

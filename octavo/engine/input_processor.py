@@ -23,6 +23,8 @@ from octavo.models.pooling_spec import Kind, PoolingSpec
 from octavo.request import NO_SHARE, PrefixCaching, Request, SamplingParams, Share, pack_ids
 from octavo.tools.reasoning_tokens import NO_THOUGHT, Thought
 
+SHORT_PROMPT = 128
+"""Tokens that are looked at without NumPy."""
 _ASKED_FOR: Mapping[Kind, str] = {
     "embed": "/v1/embeddings, or LLM.embed",
     "classify": "/pooling, or LLM.classify",
@@ -187,6 +189,9 @@ class InputProcessor:
         return token_ids
 
     def _packed(self, token_ids: Sequence[int]) -> bytes:
+        is_packed = isinstance(token_ids, array) and token_ids.typecode == "I"
+        if is_packed and len(token_ids) <= SHORT_PROMPT and max(token_ids) < self.vocab_size:
+            return pack_ids(token_ids)  # looked through before NumPy would have begun
         # Prompts have 100,000 ids, and nearly all prompts are right: looked through at C's speed.
         with suppress(TypeError, OverflowError):
             packed = pack_ids(token_ids)

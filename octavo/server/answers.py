@@ -5,7 +5,8 @@ Called by the routes. Plain dicts and bytes, since every streamed token passes h
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from octavo.server.call import Call
 from octavo.server.protocol.sampling import SamplingFields
 from octavo.server.streaming import DONE, event, event_pieces
 
+Choice = Callable[[int, str], dict[str, Any]]
+"""Makes the choice of a sequence, by its index, that adds a text."""
 _encode = msgspec.json.Encoder().encode
 _TEXT_MARK = "\x00text\x00"
 _MARK = _encode(_TEXT_MARK)
@@ -80,6 +83,10 @@ class ChunkFrame:
             return event(self._chunk(choice, more))
         return b"".join((self._before, _encode(choice), self._after))
 
+    def around(self, before: bytes, after: bytes) -> tuple[bytes, bytes]:
+        """Returns a chunk before and after the text of its choice, of which these are the parts."""
+        return self._before + before, after + self._after
+
     def event_pieces(self, choice: dict[str, Any]) -> Iterator[bytes]:
         """Returns the same in pieces, if the choice has lazy lists."""
         return event_pieces(self._chunk(choice, {}))
@@ -108,10 +115,9 @@ class PlainChunks:
     the encoding of its text.
     """
 
-    def __init__(self, frame: ChunkFrame, choices: Iterable[dict[str, Any]]) -> None:
-        """`choices`: one of each sequence, with `_TEXT_MARK` (see `marked`) for its text."""
-        self._parts = [frame.event(choice).split(_MARK) for choice in choices]
-        assert all(len(parts) == 2 for parts in self._parts), "a choice has one text"
+    def __init__(self, frame: ChunkFrame, choice: Choice, num_sequences: int) -> None:
+        """`choice` makes that of a sequence with a text."""
+        self._parts = [frame.around(*_around_text(choice, one)) for one in range(num_sequences)]
 
     def event(self, sequence: int, text: str) -> bytes:
         """Returns the chunk that adds `text` to a sequence."""
@@ -119,6 +125,8 @@ class PlainChunks:
         return before + _encode(text) + after
 
 
-def marked() -> str:
-    """Returns what stands for the text in the choices of PlainChunks."""
-    return _TEXT_MARK
+@functools.lru_cache(maxsize=1024)
+def _around_text(choice: Choice, index: int) -> tuple[bytes, bytes]:
+    """Returns the JSON of a choice before and after its text, which is the same for all streams."""
+    before, after = _encode(choice(index, _TEXT_MARK)).split(_MARK)
+    return before, after

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from octavo.engine.mailbox import News
 from octavo.outputs import OutputDelta
 from octavo.server.answer_wire import wire_of
-from octavo.server.answers import ChunkFrame, PlainChunks, Usage, marked
+from octavo.server.answers import ChunkFrame, PlainChunks, Usage
 from octavo.server.body import read_body
 from octavo.server.call import Call
 from octavo.server.chat_answers import finish_reason, streamed_delta, whole_message
@@ -135,8 +135,7 @@ class _Events:
         self._plain = None
         is_told_by_token = body.logprobs or body.return_token_ids or frame.has_continuous_usage
         if reading is None and not is_told_by_token:
-            choices = (_stream_choice(i, {"content": marked()}) for i in range(n))
-            self._plain = PlainChunks(frame, choices)
+            self._plain = PlainChunks(frame, _text_choice, n)
         self.is_brief = self._plain is not None
         self._has_begun = [False] * n
         self._is_first_round = True
@@ -215,6 +214,10 @@ def _new_choices(
     if new.finish_reason is not None:
         end = {"finish_reason": reason, "stop_reason": new.stop_reason}
         yield {**_stream_choice(new.index, {}), **end}
+
+
+def _text_choice(index: int, text: str) -> dict[str, Any]:
+    return _stream_choice(index, {"content": text})
 
 
 def _stream_choice(index: int, delta: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from octavo.server.answers import (
     ChunkFrame,
     PlainChunks,
     Usage,
-    marked,
 )
 from octavo.server.body import read_body
 from octavo.server.call import Call
@@ -113,8 +112,7 @@ class _Events:
         self._plain = None
         tells_tokens = body.return_token_ids or body.prompt_logprobs is not None
         if body.logprobs is None and not (tells_tokens or frame.has_continuous_usage):
-            choices = (_stream_choice(index, marked()) for index in range(num_sequences))
-            self._plain = PlainChunks(frame, choices)
+            self._plain = PlainChunks(frame, _stream_choice, num_sequences)
         self.is_brief = self._plain is not None
         self._begins_plainly = not body.echo
         self._has_begun = [False] * num_sequences
