@@ -1,7 +1,6 @@
 """HTTP/1.1 on one connection, with bounds for all that a client may do to it.
 
-Handed to `uvicorn.Config(http=...)` by `serve`; one object a connection, called by the event loop.
-Never reads a body into a request and never keeps one.
+Handed to `uvicorn.Config(http=...)` by `serve`; one object a connection. Never keeps a body.
 
 What a client may do to one connection, and what it is told (an error object, then the end):
 
