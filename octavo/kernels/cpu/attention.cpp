@@ -87,7 +87,7 @@ void scale_columns(float* row, const float* scales) {
   }
 }
 
-constexpr int64_t kWideRows = 4;  // and more fill wide tiles
+constexpr int64_t kWideRows = 2;  // and more fill wide tiles
 
 // out[m * kTile + n] = q[m] . k[n] for the tokens of one tile.
 template <class F>
@@ -147,9 +147,10 @@ void weigh(const Job& job, const Item& item, const Tokens& now, const uint8_t* c
   for (int64_t r = 0; r < work.rows; r += 4) {
     const Weighing w = {scores + r * kTile, work.factors + r, kTile, v, now.count,
                         split.values + r * job.padded, job.padded};
-    if (std::is_same_v<F, FormatF32> && job.is_wide && work.rows - r >= 4 && job.padded % 16 == 0) {
-      coming.ask(kWideRows * now.count / work.rows + 1);
-      weigh_avx512(w);
+    if (std::is_same_v<F, FormatF32> && job.is_wide && work.rows - r >= kWideRows &&
+        job.padded % 16 == 0) {
+      coming.ask(4 * now.count / work.rows + 1);
+      weigh_avx512(w, std::min<int64_t>(4, work.rows - r));
       continue;
     }
     switch (work.rows - r) {

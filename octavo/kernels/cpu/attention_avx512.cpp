@@ -69,12 +69,11 @@ void score_rows(const float* const* q, const uint8_t* const* k, int64_t size, fl
   }
 }
 
-// N times sixteen columns from `at` on.
-template <int N>
+// M rows, N times sixteen columns from `at` on.
+template <int M, int N>
 void weigh_columns(const Weighing& w, int64_t at) {
-  constexpr int kWeighed = 4;
-  __m512 acc[kWeighed][N];
-  for (int m = 0; m < kWeighed; ++m) {
+  __m512 acc[M][N];
+  for (int m = 0; m < M; ++m) {
     const __m512 factor = _mm512_set1_ps(w.factors[m]);
     for (int n = 0; n < N; ++n) {
       acc[m][n] = _mm512_mul_ps(_mm512_loadu_ps(w.values + m * w.size + at + 16 * n), factor);
@@ -83,16 +82,23 @@ void weigh_columns(const Weighing& w, int64_t at) {
   for (int64_t j = 0; j < w.count; ++j) {
     __m512 value[N];
     for (int n = 0; n < N; ++n) value[n] = _mm512_loadu_ps(numbers(w.v[j]) + at + 16 * n);
-    for (int m = 0; m < kWeighed; ++m) {
+    for (int m = 0; m < M; ++m) {
       const __m512 score = _mm512_set1_ps(w.scores[m * w.scores_stride + j]);
       for (int n = 0; n < N; ++n) acc[m][n] = _mm512_fmadd_ps(score, value[n], acc[m][n]);
     }
   }
-  for (int m = 0; m < kWeighed; ++m) {
+  for (int m = 0; m < M; ++m) {
     for (int n = 0; n < N; ++n) {
       _mm512_storeu_ps(w.values + m * w.size + at + 16 * n, acc[m][n]);
     }
   }
+}
+
+template <int M>
+void weigh_rows(const Weighing& w) {
+  int64_t at = 0;
+  for (; at + 64 <= w.size; at += 64) weigh_columns<M, 4>(w, at);
+  for (; at < w.size; at += 16) weigh_columns<M, 1>(w, at);
 }
 
 // As `exp` in simd.h.
@@ -154,10 +160,12 @@ void score_avx512(const float* const* q, int64_t rows, const uint8_t* const* k, 
   }
 }
 
-void weigh_avx512(const Weighing& w) {
-  int64_t at = 0;
-  for (; at + 64 <= w.size; at += 64) weigh_columns<4>(w, at);
-  for (; at < w.size; at += 16) weigh_columns<1>(w, at);
+void weigh_avx512(const Weighing& w, int64_t rows) {
+  switch (rows) {
+    case 2: return weigh_rows<2>(w);
+    case 3: return weigh_rows<3>(w);
+    default: return weigh_rows<4>(w);
+  }
 }
 
 }  // namespace octavo

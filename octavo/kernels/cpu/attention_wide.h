@@ -25,7 +25,7 @@ void score_avx512(const float* const* q, int64_t rows, const uint8_t* const* k, 
 float soften_avx512(float* scores, int64_t columns, int64_t begin, int64_t end, float& best,
                     float& total);
 
-// Weighs four rows of values whose size is a multiple of 16.
-void weigh_avx512(const Weighing& w);
+// Weighs so many rows of values, 2 to 4, whose size is a multiple of 16.
+void weigh_avx512(const Weighing& w, int64_t rows);
 
 }  // namespace octavo

@@ -7,13 +7,11 @@
 
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")
 #define OCTAVO_ISA avx512
-#include "simd.h"
+#include "pair_formats.h"
 
 namespace octavo {
 
 namespace {
-
-using Wide = __m512;
 
 constexpr int64_t kSpan = 512;       // columns of a tile of weights that stay in the first cache
 constexpr int64_t kTokenBlock = 64;  // tokens whose unfinished sums are kept between spans
@@ -133,6 +131,44 @@ void multiply_panel(const Rows& x, int64_t tokens, const Panel& panel, int64_t c
   }
 }
 
+// Two rows as float32, eight columns of each in turn.
+template <class P>
+__attribute__((noinline)) void unpack_pair(const uint8_t* a, const uint8_t* b, int64_t groups,
+                                           float* to) {
+  typename P::State state;
+  for (int64_t g = 0; g < groups; ++g) {
+    Wide v[4];
+    P::group(a, b, g, state, v);
+    for (int i = 0; i < 4; ++i) _mm512_storeu_ps(to + 16 * (4 * g + i), v[i]);
+  }
+}
+
+// The same of bfloat16, of a multiple of 16 columns.
+void unpack_bf16_pair(const uint8_t* a, const uint8_t* b, int64_t cols, float* to) {
+  // Number i of a and of b becomes the high half of a word.
+  const Codes first = _mm512_setr_epi32(0, 1 << 16, 2 << 16, 3 << 16, 4 << 16, 5 << 16, 6 << 16,
+                                        7 << 16, 16 << 16, 17 << 16, 18 << 16, 19 << 16, 20 << 16,
+                                        21 << 16, 22 << 16, 23 << 16);
+  const Codes second = _mm512_add_epi32(first, _mm512_set1_epi32(8 << 16));
+  for (int64_t k = 0; k < cols; k += 16) {
+    const Codes both = codes32(a + 2 * k, b + 2 * k);
+    _mm512_storeu_si512(to + 2 * k, _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, first, both));
+    _mm512_storeu_si512(to + 2 * k + 16, _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, second, both));
+  }
+}
+
+// Rows `first` and `second` of w, side by side.
+void unpack_rows(const Matrix& w, int64_t first, int64_t second, float* to) {
+  const uint8_t *a = w.data + first * w.row_bytes, *b = w.data + second * w.row_bytes;
+  if (w.format == BF16 && w.cols % 16 == 0) return unpack_bf16_pair(a, b, w.cols, to);
+  const bool is_done = with_pair_format(w.format, [&](auto format) {
+    unpack_pair<decltype(format)>(a, b, w.cols / 32, to);
+  });
+  if (is_done) return;
+  unpack_row(w, first, to, 16);
+  unpack_row(w, second, to + 8, 16);
+}
+
 }  // namespace
 
 void product_avx512(const Rows& x, int64_t tokens, const Matrix& w, int64_t first, int64_t count,
@@ -147,10 +183,12 @@ void product_avx512(const Rows& x, int64_t tokens, const Matrix& w, int64_t firs
   // Rows of 2^n bytes would share cache sets.
   const int64_t padded = round_up(w.cols, 8), stride = 2 * padded + 16;
   float* at = scratch.floats(0, stride * kPanelRows / 2);
-  for (int64_t n = 0; n < round_up(count, 2); ++n) {
-    float* to = at + n / 2 * stride + n % 2 * 8;
-    unpack_row(w, first + std::min(n, count - 1), to, 16);
-    for (int64_t k = w.cols; k < padded; ++k) to[k / 8 * 16 + k % 8] = 0.0f;
+  for (int64_t n = 0; n < count; n += 2) {
+    float* to = at + n / 2 * stride;
+    unpack_rows(w, first + n, first + std::min(n + 1, count - 1), to);
+    for (int64_t k = w.cols; k < padded; ++k) {
+      to[k / 8 * 16 + k % 8] = to[k / 8 * 16 + 8 + k % 8] = 0.0f;
+    }
   }
   const Ahead ahead = ahead_of(w, first, count, (tokens + 3) / 4 * ((count + 11) / 12));
   multiply_panel(x, tokens, {at, stride, count}, w.cols, out, out_stride, ahead, scratch);
