@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from octavo.visibility import Full, Visibility, Window
 from tests.kernels.cases import exact_attention, floats
 from tests.kernels.kv_cases import kv_op, make_stored
 from tests.kernels.triton.cases import TOLERANCES, assert_near, on_device
+from tests.kernels.triton.gluon_values import Machine, whole
 from tests.kernels.triton.interpreter import DEVICE
 
+from tests.kernels.triton.gluon_cpu import Emulator  # isort: skip
 from octavo.kernels.triton.attention.choose import attention  # isort: skip
 from octavo.kernels.triton.attention.hopper import lone  # isort: skip
 from octavo.kernels.triton.attention.shared import (  # isort: skip
@@ -126,21 +129,42 @@ def test_single_queries(
         assert not tickets.any()
 
 
+def test_partial_results_of_tails_lie_where_those_of_the_prefix_do() -> None:
+    """By token: a chunk of queries may stand before single ones."""
+    emulator, per_token, num_heads, group = Emulator(Machine()), 5, 8, 2
+    shares = emulator.load("octavo.kernels.triton.attention.hopper.shares")
+    machine, starts = emulator.machine, torch.tensor([0, 3, 4, 5], dtype=torch.int32)
+    tokens = [300, 280, 290], [0, 256, 256], [0, 1, 1]
+    at = [machine.pointer(one) for one in (starts, *(torch.tensor(n).int() for n in tokens))]
+    machine.grid = num_heads // group, 3, 1
+    most = whole(per_token)
+    for sequence, heads in product((1, 2), range(num_heads // group)):
+        machine.program = heads, sequence, 0
+        place, _ = shares.share_of(*at, group, True, 64)
+        first, stride = shares.partials_of(place, at[0], most, num_heads, False)
+        row = int(starts[sequence])
+        assert int(first) == (row * num_heads + heads * group) * per_token
+        assert int(stride) == per_token
+
+
 @on_hopper
+@pytest.mark.parametrize("num_before", [1, 7])
 @pytest.mark.parametrize("name", ["int8", "int4"])
-def test_tails_behind_a_shared_prefix(rng: np.random.Generator, name: str) -> None:
-    lengths = [2100] * 3
+def test_tails_behind_a_shared_prefix(rng: np.random.Generator, name: str, num_before: int) -> None:
+    """After one more of it, or a chunk that shares it with nobody."""
+    lengths, query_lens = [2100] * 4, np.array([num_before, 1, 1, 1], np.int32)
     paged = make_stored(rng, lengths, (4, 128), name)
-    batch = paged.batch(lengths, [1] * 3)
-    for s in (1, 2):
+    batch = paged.batch(lengths, query_lens.tolist())
+    for s in (1, 2, 3):
         paged.table[s, :128] = paged.table[0, :128]
         paged.keys[s][:2048], paged.values[s][:2048] = paged.keys[0][:2048], paged.values[0][:2048]
-    ones = np.ones(3, np.int32)
-    plan = plan_shared_prefix(paged.table.numpy(), ones * 2100, ones, tiling(32, 4, 132))
+    seq_lens = np.full(4, 2100, np.int32)
+    plan = plan_shared_prefix(paged.table.numpy(), seq_lens, query_lens, tiling(32, 4, 132))
     assert plan is not None
-    q = floats(rng, 3, 32, 128).to(BF16)
+    q = floats(rng, int(query_lens.sum()), 32, 128).to(BF16)
     op = kv_op(32, (4, 128))
     layer, moved = on_device(paged.layer, batch)
     mixed = mixed_as(paged.layer, "key", q.float()).to(DEVICE, BF16)
     found = shared_prefix_attention(mixed, op, layer, moved, plan.to_device(torch.device(DEVICE)))
-    assert_near(found, exact_attention(q, paged, batch, op), TOLERANCES[BF16])
+    expected = exact_attention(q, paged, batch, op)
+    assert_near(found[-3:], expected[-3:], TOLERANCES[BF16])
