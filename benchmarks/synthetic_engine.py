@@ -17,6 +17,7 @@ import msgspec
 import zmq
 
 from octavo.engine import load
+from octavo.engine.child import address_of, told
 from octavo.engine.ipc import (
     AbortSequence,
     AddRequests,
@@ -39,13 +40,16 @@ PROMPT_TOKENS = 2048
 """That a step computes: requests start and end in different steps, as in an engine."""
 
 
-def main(arguments: str, beats: str, stacks: str, *addresses: str) -> int:
+def main(channel: str) -> int:
     """As `octavo.engine.process.main`."""
-    vitals = Vitals(int(beats), int(stacks))
-    with open(int(arguments), "rb") as file:
-        given = msgspec.msgpack.decode(
-            file.read(), type=EngineArguments, dec_hook=lambda kind, value: Path(value)
-        )
+    data, descriptors = told(int(channel))
+    if not data:
+        return 0
+    given = msgspec.msgpack.decode(
+        data, type=EngineArguments, dec_hook=lambda kind, value: Path(value)
+    )
+    vitals = Vitals(*descriptors[:2])
+    addresses = given.addresses or [address_of(one) for one in descriptors[2:]]
     context = zmq.Context()
     inbox = context.socket(zmq.PULL)
     for address in addresses[::2]:
