@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from octavo.errors import UnsupportedModelError
@@ -15,6 +15,8 @@ from octavo.weights.names import checkpoint_names
 
 WHOLE_ROW = -1
 _UNQUANTISED_BITS = 16
+_PLAIN = re.compile(r"[\w.-]+")
+"""A name, whose dots are dots."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,19 +57,18 @@ class Scheme:
 class Rule:
     """A scheme for the modules whose names a pattern finds."""
 
-    pattern: re.Pattern[str]
+    pattern: re.Pattern[str] | str
+    """A text is looked for as it is: there may be thousands of modules and hundreds of rules."""
     is_from_start: bool
     scheme: Scheme
-
-    def names(self, module: str) -> bool:
-        find = self.pattern.match if self.is_from_start else self.pattern.search
-        return any(find(name) for name in checkpoint_names(module))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schemes:
     """What the config says of all modules."""
 
+    names: Mapping[str, Scheme] = field(default_factory=dict)
+    """Of modules whose whole names are said; they come before the rules. There may be thousands."""
     rules: tuple[Rule, ...] = ()
     """The first that names a module counts."""
     others: tuple[Scheme, ...] = ()
@@ -75,9 +76,21 @@ class Schemes:
 
     def of(self, module: str) -> tuple[Scheme, ...]:
         """Returns those that a module may have."""
-        found = (rule.scheme for rule in self.rules if rule.names(module))
-        scheme = next(found, None)
-        return self.others if scheme is None else (scheme,)
+        names = tuple(checkpoint_names(module))
+        for name in names:
+            if name in self.names:
+                return (self.names[name],)
+        lines = "\n".join(names)
+        for rule in self.rules:
+            pattern = rule.pattern
+            if isinstance(pattern, str):
+                is_found = pattern in lines
+            else:
+                find = pattern.match if rule.is_from_start else pattern.search
+                is_found = any(map(find, names))
+            if is_found:
+                return (rule.scheme,)
+        return self.others
 
 
 def gptq_schemes(base: Scheme, dynamic: Any) -> Schemes:
@@ -94,13 +107,12 @@ def gptq_schemes(base: Scheme, dynamic: Any) -> Schemes:
 def auto_round_schemes(base: Scheme, extra: Any) -> Schemes:
     """Reads AutoRound's `extra_config`: names, which come first, or patterns anywhere in one.
     Raises UnsupportedModelError."""
-    exact, anywhere = [], []
+    names, rules = {}, []
     for text, changes in _entries("extra_config", extra):
-        scheme = _changed(base, changes)
-        whole = re.compile(re.escape(text) + r"\Z")
-        exact.append(Rule(pattern=whole, is_from_start=True, scheme=scheme))
-        anywhere.append(Rule(pattern=_compiled(text), is_from_start=False, scheme=scheme))
-    return Schemes(rules=(*exact, *anywhere), others=(base,))
+        names[text] = _changed(base, changes)
+        pattern = text if _PLAIN.fullmatch(text) else _compiled(text)
+        rules.append(Rule(pattern=pattern, is_from_start=False, scheme=names[text]))
+    return Schemes(names=names, rules=tuple(rules), others=(base,))
 
 
 def compressed_schemes(groups: Any) -> Schemes:
@@ -141,10 +153,10 @@ def _entries(field: str, found: Any) -> Sequence[tuple[str, Mapping[str, Any]]]:
 
 def _changed(base: Scheme, changes: Mapping[str, Any]) -> Scheme:
     bits, group = changes.get("bits", base.bits), changes.get("group_size", base.group)
-    for field, value in (("bits", bits), ("group_size", group)):
+    for name, value in (("bits", bits), ("group_size", group)):
         if value is not None and type(value) is not int:
             raise UnsupportedModelError(
-                f"quantization_config: {field} {value!r} of some modules is no whole number"
+                f"quantization_config: {name} {value!r} of some modules is no whole number"
             )
     return replace(base, bits=bits, group=group)
 
