@@ -42,6 +42,7 @@ class EvictionOrder:
             OldestFirst(number, self._queue_of, places) for number in range(NUM_CLASSES)
         )
         self._uses = np.ones(num_blocks, np.uint8)
+        """Of blocks that hold no prefix 1."""
         self._times: NDArray[np.int64] = np.zeros(num_blocks, np.int64)
         """When a block came in, counted in blocks that came in."""
         self._time = self._count = 0
@@ -51,6 +52,7 @@ class EvictionOrder:
         self.weigh(self._rehearsal.order)
         self._sampled: dict[int, int] = {}
         """Blocks that the rehearsal looks at, and their hashes."""
+        self._sample_mask = self._rehearsal.sample_mask
         self._is_sampled = np.zeros(num_blocks, np.bool_)
 
     def __len__(self) -> int:
@@ -70,15 +72,13 @@ class EvictionOrder:
         """
         hash_ = hash_of(digest)
         before = self._evicted.pop(hash_) if self._evicted.is_used else None
-        uses = 1 if before is None else before + 1
-        self._uses[block] = min(uses, self._uses.item(parent) if parent else _MAX_USES)
-        is_sampled = self._rehearsal.is_sampled(hash_)
-        self._is_sampled[block] = is_sampled
-        if is_sampled:
+        if before is not None:
+            most = self._uses.item(parent) if parent else _MAX_USES
+            self._uses[block] = min(before + 1, most)
+        if not hash_ & self._sample_mask:
+            self._is_sampled[block] = True
             self._sampled[block] = hash_
             self._rehearsal.asked_for(hash_)
-        if self._rehearsal.stored(1):
-            self.weigh(self._rehearsal.order)
 
     def was_evicted(self, digest: bytes) -> bool:
         """Whether a block that held `digest` was evicted, and none has held it since; of those that
@@ -139,10 +139,13 @@ class EvictionOrder:
     def evict(self, blocks: Int32, digests: list[bytes]) -> None:
         """Takes out `blocks`, which must be here and hold `digests`."""
         self.remove(blocks)
+        remember = self._evicted.add  # whatever is stored is not remembered: see `stored`
         for digest, uses in zip(digests, self._uses[blocks].tolist(), strict=True):
-            self._evicted.put(hash_of(digest), uses)
+            remember(hash_of(digest), uses)
         self._uses[blocks] = 1
         self._is_sampled[blocks] = False
+        if self._rehearsal.evicted(len(blocks)):
+            self.weigh(self._rehearsal.order)
 
     def all(self) -> Int32:
         return np.concatenate([queue.all() for queue in self._queues])
@@ -151,6 +154,7 @@ class EvictionOrder:
         """Takes out all blocks; returns them."""
         blocks = self.all()
         self.remove(blocks)
+        self._uses[:] = 1
         self._is_sampled[:] = False
         self._rehearsal.clear()
         self.weigh(self._rehearsal.order)

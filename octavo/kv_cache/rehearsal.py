@@ -10,7 +10,8 @@ blocks sees a sixteenth of what is asked for, so that it stands for the whole.
 
 The first order is that of age alone (LRU). Another one is taken when it has found clearly more, of
 late and also just now, and is left at once when it no longer does: so the worst that can happen is
-what happens until that is seen.
+what happens until that is seen. Of those that found nearly the same the one goes furthest from LRU:
+what many uses are worth takes longest to show.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ ORDERS: tuple[tuple[float, ...], ...] = (
 _MIN_SAMPLE, _MAX_SAMPLED = 512, 64
 """Blocks that a small cache should hold; each holds one of so many blocks at the least."""
 _CHOICES = 16
-"""Times that an order is chosen while as many blocks are stored as there are."""
-_LATE, _JUST_NOW = 1.0, 0.25
-"""Half-lives of what was found, in blocks stored over blocks there are."""
+"""Times that an order is chosen while as many blocks are evicted as there are."""
+_LATE, _JUST_NOW = 1.0, 0.125
+"""Half-lives of what was found, in blocks evicted over blocks there are."""
 _CLEARLY = 1 / 32
 """Of the blocks of a small cache: by how many hits an order must lead."""
 
@@ -40,14 +41,15 @@ class Rehearsal:
 
     def __init__(self, num_blocks: int) -> None:
         every = 1 << max(num_blocks // _MIN_SAMPLE, 1).bit_length() - 1
-        self._mask = min(every, _MAX_SAMPLED) - 1
-        size = max(num_blocks // (self._mask + 1), 1)
+        self.sample_mask = min(every, _MAX_SAMPLED) - 1
+        """A block is in the sample if its hash has none of these bits."""
+        size = max(num_blocks // (self.sample_mask + 1), 1)
         self.caches = tuple(_SmallCache(size, order) for order in ORDERS)
         self._enough = max(_CLEARLY * size, 1.0)
         self._period = max(num_blocks // _CHOICES, 1)
         self._fade_late = 2 ** -(self._period / (_LATE * num_blocks))
         self._fade_just_now = 2 ** -(self._period / (_JUST_NOW * num_blocks))
-        self._num_stored = 0
+        self._num_evicted = 0
         self._forget_leads()
 
     def _forget_leads(self) -> None:
@@ -61,9 +63,6 @@ class Rehearsal:
         """The one of `ORDERS` that is best now."""
         return ORDERS[self._chosen]
 
-    def is_sampled(self, hash_: int) -> bool:
-        return not hash_ & self._mask
-
     def asked_for(self, hash_: int) -> None:
         """Somebody wants the block of a sampled `hash_`, in the true cache or not."""
         first, *others = self.caches
@@ -73,15 +72,18 @@ class Rehearsal:
 
     def given_back(self, hash_: int, class_: int, time: int) -> None:
         """Nobody uses the block of a sampled `hash_` any more."""
-        for cache in self.caches:
+        first, *others = self.caches
+        first.append(hash_, 0, time)  # all classes are alike to it
+        for cache in others:
             cache.append(hash_, class_, time)
 
-    def stored(self, count: int) -> bool:
-        """So many blocks, sampled or not, were stored; returns whether the order may be another."""
-        self._num_stored += count
-        if self._num_stored < self._period:
+    def evicted(self, count: int) -> bool:
+        """So many blocks, sampled or not, were evicted from the true cache; returns whether the
+        order may be another."""
+        self._num_evicted += count
+        if self._num_evicted < self._period:
             return False
-        self._num_stored = 0
+        self._num_evicted = 0
         self._choose()
         return True
 
@@ -90,15 +92,13 @@ class Rehearsal:
             self._late[number] = self._fade_late * self._late[number] + lead
             self._just_now[number] = self._fade_just_now * self._just_now[number] + lead
         self._leads = [0.0] * len(ORDERS)
-        good = [
-            number
-            for number in range(len(ORDERS))
-            if self._late[number] > self._enough and self._just_now[number] > 0
-        ]
-        best = max(good, key=self._late.__getitem__, default=0)
-        is_better = self._late[best] > self._late[self._chosen] + self._enough / 2
-        if is_better or self._chosen not in good:
-            self._chosen = best
+        good = {
+            number: late
+            for number, (late, now) in enumerate(zip(self._late, self._just_now, strict=True))
+            if late > self._enough and now > 0
+        }
+        nearly_most = max(good.values(), default=0.0) - self._enough
+        self._chosen = max((one for one, late in good.items() if late > nearly_most), default=0)
 
     def clear(self) -> None:
         """Nothing is cached any more."""
@@ -133,6 +133,11 @@ class _SmallCache:
         self._class_of[hash_] = class_
 
     def _evict(self, time: int) -> None:
+        first = self._queues[0]
+        if len(first) == len(self._class_of):  # most often
+            oldest = next(iter(first))
+            del first[oldest], self._class_of[oldest]
+            return
         most, chosen, oldest = -math.inf, 0, 0
         for class_, queue in enumerate(self._queues):
             if queue:
