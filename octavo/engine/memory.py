@@ -104,8 +104,11 @@ def plan_model(
     backend, wants = config.resolved_attention_backend(), spec.attention_wants(kv)
     check_kv_formats(backend, device, wants)
     check_backend(backend, device, wants)
-    check_activations(config.activation_dtype, backend, device)
     num_ranks = config.tensor_parallel_size
+    is_packed = weights_bytes < PACKED_BYTES * spec.num_parameters
+    check_activations(
+        config.activation_dtype, backend, device, is_packed=is_packed, num_ranks=num_ranks
+    )
     if num_ranks > 1:
         whole, spec = spec, as_shared(spec, config).of_rank(num_ranks)
         weights_bytes = weights_bytes * spec.num_parameters // whole.num_parameters

@@ -145,14 +145,26 @@ def check_kv_formats(backend: str, device: str, wants: AttentionWants) -> None:
     )
 
 
-def check_activations(activation_dtype: str, backend: str, device: str) -> None:
-    """Refuses rounding activations where no kernel does. Raises ConfigError."""
-    if activation_dtype == "auto" or (device == "cpu" and backend in ("auto", "native")):
+def check_activations(
+    activation_dtype: str, backend: str, device: str, *, is_packed: bool, num_ranks: int
+) -> None:
+    """Refuses rounding activations where no kernel does: only packed weights are multiplied so, by
+    a CPU's native kernels, and ranks of a CPU unpack theirs. Raises ConfigError."""
+    if activation_dtype == "auto":
+        return
+    if device != "cpu" or backend not in ("auto", "native"):
+        reason = f"the device is {device}, attention_backend {backend}"
+        way_out = "--device cpu and attention_backend auto"
+    elif num_ranks > 1:
+        reason, way_out = f"{num_ranks} ranks share the weights unpacked", "tensor_parallel_size 1"
+    elif not is_packed:
+        reason = "the model's weights are plain numbers"
+        way_out = "a GGUF file in 4 to 8 bits, or quantization int8 or int4"
+    else:
         return
     raise ConfigError(
-        f"activation_dtype {activation_dtype} is served by the native kernels of a CPU alone, and "
-        f"the device is {device}, attention_backend {backend}; use auto, or --device cpu and "
-        "attention_backend auto",
+        f"activation_dtype {activation_dtype} is served by the native kernels of a CPU for packed "
+        f"weights alone, and {reason}; use auto, or {way_out}",
         field="activation_dtype",
     )
 

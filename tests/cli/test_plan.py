@@ -64,12 +64,13 @@ def text_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_the_text_says_which_device_is_planned_and_how_another_is(
-    tiny_model: str, capsys: pytest.CaptureFixture[str]
+    tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     text = text_of([tiny_model, "--device=cpu", "--memory=80GiB"], capsys)
     assert "device: cpu, one with 80.00 GiB of memory; --device cuda --memory 80GiB" in text
     assert "activations in float32; --activation-dtype int8" in text
-    text = text_of([tiny_model, "--device=cpu", "--activation-dtype=int8"], capsys)
+    packed = str(write_quantised_gguf(tmp_path / "m.gguf"))
+    text = text_of([packed, "--device=cpu", "--activation-dtype=int8"], capsys)
     assert "packed weights with activations in int8" in text
     assert "device: cpu, this machine's; --device cuda --memory 80GiB plans a GPU" in text
     text = text_of([tiny_model, "--device=cuda", "--memory=24GiB"], capsys)
@@ -184,7 +185,8 @@ def test_a_plan_refuses_what_the_loader_refuses(
         ([other, *on_card], "is in the block format tq1_0, which cuda cannot multiply"),
         ([quantised, "--device", "cpu", "--tensor-parallel-size", "2"], "block format q8_0"),
         ([tiny_model, *on_card, "--attention-backend", "native"], "computes on the CPU"),
-        ([tiny_model, *on_card, "--activation-dtype", "int8"], "of a CPU alone"),
+        ([tiny_model, *on_card, "--activation-dtype", "int8"], "kernels of a CPU"),
+        ([tiny_model, "--device", "cpu", "--activation-dtype", "int8"], "are plain numbers"),
     ):
         assert main(["plan", *argv]) != 0
         assert words in capsys.readouterr().err

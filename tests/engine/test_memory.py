@@ -139,3 +139,23 @@ def test_a_plan_that_fails_on_a_gpu_counts_the_other_processes() -> None:
     told = with_others(error, CUDADevice(probe=Probe()))
     assert str(told).endswith("Other processes on the GPU: of unknown number, with 4.00 GiB")
     assert told.field == "model"
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "way_out"),
+    [
+        (2.0, {}, "quantization int8 or int4"),
+        (0.9, {"tensor_parallel_size": 2}, "tensor_parallel_size 1"),
+        (0.9, {"attention_backend": "reference"}, "attention_backend auto"),
+    ],
+)
+def test_activations_are_not_rounded_where_nothing_would_be(
+    weights: float, options: dict[str, Any], way_out: str
+) -> None:
+    config = dataclasses.replace(
+        EngineConfig(model="m"), activation_dtype="int8", device="cpu", **options
+    )
+    spec, _ = read_spec(QWEN15_MOE)
+    sizes = {"weights_bytes": int(weights * spec.num_parameters), "memory": CARD}
+    with pytest.raises(ConfigError, match=f"activation_dtype int8 .* or .*{way_out}"):
+        plan_model(spec, dtype="float32", config=config, device="cpu", **sizes)
