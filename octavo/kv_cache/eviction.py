@@ -10,7 +10,8 @@ age counts less the more uses a queue's blocks have. How much less, a rehearsal 
 nothing where uses tell nothing of what is asked for next, which is LRU.
 
 A block has at most the uses of the one before it in a prompt, and is given back no later: so the
-last blocks of prompts go first, and never one that others need to be found.
+last blocks of prompts go first. Only a block that was computed twice (the last of a prompt that was
+cached as a whole) may go while blocks behind it stay, which cannot be found then.
 """
 
 from __future__ import annotations
