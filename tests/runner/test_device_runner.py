@@ -4,13 +4,13 @@ is a digest of the context as read back through the block tables."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from octavo.errors import EngineDeadError, OctavoError, OutOfMemoryError
@@ -249,9 +249,12 @@ def test_a_step_without_memory_is_split_counted_and_gives_the_same_tokens(max_to
     found: list[Any] = []
     for limit in (10**6, max_tokens):
         with FakeDriver(num_blocks=64, max_model_len=512) as driver:
-            params = replace(GREEDY, logprobs=1, prompt_logprobs=1)
+            params = structs.replace(GREEDY, logprobs=1, prompt_logprobs=1)
             long = driver.add(prompt(200, 1), params)
-            others = [driver.add(prompt(9 * i + 4, i), replace(GREEDY, logprobs=0)) for i in (2, 3)]
+            others = [
+                driver.add(prompt(9 * i + 4, i), structs.replace(GREEDY, logprobs=0))
+                for i in (2, 3)
+            ]
             driver.step([(s, s.prompt_len) for s in others])
             ahead = driver.add(prompt(15, 5))
             driver.decoder.max_tokens = limit
@@ -340,7 +343,7 @@ def bad_plan(step_id: int) -> StepPlan:
 
 def test_prompt_logprobs_are_those_of_the_logits() -> None:
     with FakeDriver() as driver:
-        sequence = driver.add(prompt(90), replace(GREEDY, prompt_logprobs=2))
+        sequence = driver.add(prompt(90), structs.replace(GREEDY, prompt_logprobs=2))
         found: list[TokenLogprobs] = []
         for count in (50, 1, 39):
             found += driver.step([(sequence, count)]).prompt_logprobs[0]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 
 from octavo.errors import OctavoError
 from octavo.kernels.ops import Ops
@@ -89,7 +89,7 @@ def test_a_preempted_sequence_comes_back_in_another_row_with_other_blocks(
 def test_prompt_logprobs_are_those_of_the_logits_however_chunked(
     decoder: Decoder, chunks: Sequence[int]
 ) -> None:
-    params = replace(GREEDY, prompt_logprobs=2)
+    params = structs.replace(GREEDY, prompt_logprobs=2)
     found = []
     with Driver(decoder) as driver:
         plain = driver.add(prompt(decoder, 9))

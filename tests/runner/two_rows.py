@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
+from msgspec import structs
 
 from octavo.runner.input_batch import InputBatch
 from octavo.step import Purpose, RowStart, StepPlan
@@ -19,7 +18,7 @@ def int32(*values: int) -> np.ndarray:
 def start(row: int, prompt_len: int, *, prompt_logprobs: int | None = None) -> RowStart:
     return RowStart(
         row=row,
-        params=replace(GREEDY, prompt_logprobs=prompt_logprobs),
+        params=structs.replace(GREEDY, prompt_logprobs=prompt_logprobs),
         seed=0,
         stop_token_ids=(),
         prompt_len=prompt_len,
