@@ -54,7 +54,7 @@ def moe_names(model_type: str) -> dict[str, str]:
     router = {
         "router": names.router("{layer}"),
         "router_bias": f"{_LAYER}.{names.block}.{names.router_name}.bias",
-        "router_correction": f"{_LAYER}.{names.block}.{names.router_name}.e_score_correction_bias",
+        "router_correction": names.correction("{layer}"),
     }
     return {**DENSE_NAMES, **router, **experts}
 

@@ -8,51 +8,26 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
 from typing import Any
 
-from octavo.errors import UnsupportedModelError, WeightsError
+from octavo.errors import UnsupportedModelError
+from octavo.weights.gguf_architecture import LATENT_TYPES, architecture_of
+from octavo.weights.gguf_experts import experts_config
 from octavo.weights.gguf_file import GGUFFile
+from octavo.weights.gguf_latent import (
+    latent_attention_config,
+    latent_experts_config,
+    yarn_sharpness,
+)
+from octavo.weights.gguf_reader import Reader
 from octavo.weights.gguf_specials import end_ids, special_ids
 
 ROPE_FACTORS = "rope_freqs.weight"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Architecture:
-    """What one `general.architecture` is called by Hugging Face, and what the file leaves out."""
-
-    model_type: str
-    class_name: str
-    norm_topk_prob: bool = False
-    """Whether llama.cpp scales the chosen experts' weights to a sum of 1 for this family."""
-    norm_offset: float = 0.0
-    """What the file adds to the weights of norms, which the model adds itself."""
-
-
-ARCHITECTURES = {
-    "llama": Architecture(model_type="llama", class_name="LlamaForCausalLM"),
-    "qwen2": Architecture(model_type="qwen2", class_name="Qwen2ForCausalLM"),
-    "qwen3": Architecture(model_type="qwen3", class_name="Qwen3ForCausalLM"),
-    "qwen2moe": Architecture(model_type="qwen2_moe", class_name="Qwen2MoeForCausalLM"),
-    "qwen3moe": Architecture(
-        model_type="qwen3_moe", class_name="Qwen3MoeForCausalLM", norm_topk_prob=True
-    ),
-    "olmoe": Architecture(model_type="olmoe", class_name="OlmoeForCausalLM"),
-    "gemma3": Architecture(
-        model_type="gemma3_text", class_name="Gemma3ForCausalLM", norm_offset=1.0
-    ),
-    "gpt-oss": Architecture(model_type="gpt_oss", class_name="GptOssForCausalLM"),
+_READ = {
+    "gemma3_text": ("final_logit_softcapping",),
+    "olmoe": ("attention.clamp_kqv",),
+    **dict.fromkeys(LATENT_TYPES, ("expert_group_count", "nextn_predict_layers")),
 }
-_MISTRAL = Architecture(model_type="mistral", class_name="MistralForCausalLM")
-_MIXTRAL = Architecture(model_type="mixtral", class_name="MixtralForCausalLM", norm_topk_prob=True)
-
-
-_GATING = {"gpt_oss": {3: "3 (softmax of the chosen)"}}
-"""What `expert_gating_func` may be besides softmax."""
-
-
-_READ = {"gemma3_text": ("final_logit_softcapping",), "olmoe": ("attention.clamp_kqv",)}
 _NEUTRAL: dict[str, tuple[float, ...]] = {
     "attn_logit_softcapping": (0.0,),
     "final_logit_softcapping": (0.0,),
@@ -60,6 +35,7 @@ _NEUTRAL: dict[str, tuple[float, ...]] = {
     "residual_scale": (0.0, 1.0),
     "embedding_scale": (0.0, 1.0),
     "attention.scale": (0.0,),
+    "attention.temperature_scale": (0.0,),
     "attention.clamp_kqv": (0.0,),
     "attention.max_alibi_bias": (0.0,),
     "attention.causal": (True,),
@@ -71,26 +47,10 @@ _NEUTRAL: dict[str, tuple[float, ...]] = {
 are in _READ."""
 
 
-def architecture_of(file: GGUFFile) -> Architecture:
-    """Returns the family of the model. `llama` stands for Llama, Mistral and Mixtral."""
-    name = file.metadata.get("general.architecture")
-    found = ARCHITECTURES.get(str(name))
-    if found is None:
-        raise UnsupportedModelError(
-            f"{file.path}: the architecture {name!r} is unknown; known are "
-            f"{', '.join(ARCHITECTURES)}"
-        )
-    if name == "llama" and file.metadata.get("llama.expert_count", 0) > 0:
-        return _MIXTRAL
-    if name == "llama" and "llama.attention.sliding_window" in file.metadata:
-        return _MISTRAL
-    return found
-
-
 def config_of(file: GGUFFile) -> dict[str, Any]:
     """Returns what config.json would say of the model. Raises UnsupportedModelError."""
     architecture = architecture_of(file)
-    reader = _Reader(file)
+    reader = Reader(file)
     num_heads = reader.size("attention.head_count")
     hidden_size = reader.size("embedding_length")
     config: dict[str, Any] = {
@@ -115,12 +75,18 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
     if reader.value("feed_forward_length") is not None or not reader.integer("expert_count", 0):
         config["intermediate_size"] = reader.integer("feed_forward_length")
     _refuse_unread(reader, architecture.model_type)
-    _refuse_partial_heads(reader, config["head_dim"])
+    is_latent = architecture.model_type in LATENT_TYPES
+    if is_latent:
+        config.update(latent_attention_config(reader))
+    else:
+        _refuse_partial_heads(reader, config["head_dim"])
     config["rope_scaling"] = _rope_scaling(reader, config)
-    if architecture in (_MISTRAL, _MIXTRAL):
+    if architecture.model_type in ("mistral", "mixtral"):
         config["sliding_window"] = reader.integer("attention.sliding_window", 0) or None
-    if reader.integer("expert_count", 0):
-        config.update(_experts(reader, architecture))
+    if is_latent:
+        config.update(latent_experts_config(reader, architecture))
+    elif reader.integer("expert_count", 0):
+        config.update(experts_config(reader, architecture))
     if architecture.model_type == "gemma3_text":
         config.update(_gemma3(reader, config["head_dim"]))
         del config["hidden_act"]
@@ -143,69 +109,20 @@ def generation_config_of(file: GGUFFile) -> dict[str, Any]:
     return found
 
 
-class _Reader:
-    """The values of one file, without the architecture's prefix, and with errors that name them."""
-
-    def __init__(self, file: GGUFFile) -> None:
-        self.file = file
-        self._prefix = f"{file.metadata['general.architecture']}."
-
-    def value(self, key: str) -> Any:
-        return self.file.metadata.get(self._prefix + key)
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        return self._typed(key, default, int)
-
-    def size(self, key: str) -> int:
-        """Returns an integer of at least 1."""
-        if (found := self.integer(key)) < 1:
-            raise self.refuse(key, "a number of at least 1")
-        return found
-
-    def number(self, key: str, default: float | None = None) -> float:
-        return float(self._typed(key, default, (int, float)))
-
-    def shape(self, tensor: str, rank: int = 2) -> tuple[int, ...]:
-        found = self.file.tensors.get(tensor)
-        if found is None:
-            raise WeightsError(f"{self.file.path}: tensor {tensor} is missing")
-        if len(found.shape) != rank:
-            raise WeightsError(
-                f"{self.file.path}: {tensor} has the shape {list(found.shape)}, expected {rank} "
-                "dimensions"
-            )
-        return found.shape
-
-    def refuse(self, key: str, known: str) -> UnsupportedModelError:
-        return UnsupportedModelError(
-            f"{self.file.path}: {self._prefix}{key} is {self.value(key)!r}; known is {known}"
-        )
-
-    def _typed(self, key: str, default: Any, types: Any) -> Any:
-        value = self.value(key)
-        if value is None:
-            if default is None:
-                raise UnsupportedModelError(f"{self.file.path}: {self._prefix}{key} is missing")
-            return default
-        if isinstance(value, bool) or not isinstance(value, types):
-            raise self.refuse(key, "one number for all layers")
-        return value
-
-
-def _refuse_unread(reader: _Reader, model_type: str) -> None:
+def _refuse_unread(reader: Reader, model_type: str) -> None:
     for key in _NEUTRAL.keys() - _READ.get(model_type, ()):
         value, neutral = reader.value(key), _NEUTRAL[key]
         if value is not None and value not in neutral:
             raise reader.refuse(key, " or ".join(map(str, neutral)))
 
 
-def _refuse_partial_heads(reader: _Reader, head_dim: int) -> None:
+def _refuse_partial_heads(reader: Reader, head_dim: int) -> None:
     for key in ("attention.value_length", "rope.dimension_count"):
         if reader.integer(key, head_dim) != head_dim:
             raise reader.refuse(key, f"the head size, {head_dim}")
 
 
-def _rope_scaling(reader: _Reader, config: dict[str, Any]) -> dict[str, Any] | None:
+def _rope_scaling(reader: Reader, config: dict[str, Any]) -> dict[str, Any] | None:
     # A factor without a type is linear; files of 2023 have it under its old name.
     kind = reader.value("rope.scaling.type") or "linear"
     factor = reader.number("rope.scaling.factor", reader.number("rope.scale_linear", 0.0)) or 1.0
@@ -224,6 +141,7 @@ def _rope_scaling(reader: _Reader, config: dict[str, Any]) -> dict[str, Any] | N
             "original_max_position_embeddings": original,
             "beta_fast": reader.number("rope.scaling.yarn_beta_fast", 32.0),
             "beta_slow": reader.number("rope.scaling.yarn_beta_slow", 1.0),
+            **(yarn_sharpness(reader) if config["model_type"] in LATENT_TYPES else {}),
         }
     if kind not in ("linear", "none"):
         raise reader.refuse("rope.scaling.type", "none, linear, yarn")
@@ -267,7 +185,7 @@ def _llama3_scaling(file: GGUFFile, theta: float, head_dim: int) -> dict[str, An
     }
 
 
-def _gemma3(reader: _Reader, head_dim: int) -> dict[str, Any]:
+def _gemma3(reader: Reader, head_dim: int) -> dict[str, Any]:
     """Returns what is Gemma 3's own. Most files leave out the pattern of layers and the windows'
     rotation, which are the same for all sizes, and how scores are scaled, which is not."""
     wide_scale = reader.integer("embedding_length") // reader.integer("attention.head_count")
@@ -288,7 +206,7 @@ def _gemma3(reader: _Reader, head_dim: int) -> dict[str, Any]:
     return found
 
 
-def _gpt_oss(reader: _Reader, config: dict[str, Any]) -> dict[str, Any]:
+def _gpt_oss(reader: Reader, config: dict[str, Any]) -> dict[str, Any]:
     """Returns what is gpt-oss's own: windows, and YaRN whose bounds are no whole dimensions. What
     the file does not say of rotation, its config class would."""
     scaling = config["rope_scaling"]
@@ -298,48 +216,3 @@ def _gpt_oss(reader: _Reader, config: dict[str, Any]) -> dict[str, Any]:
         "sliding_window": reader.integer("attention.sliding_window"),
         "rope_scaling": scaling or {"rope_type": "default"},
     }
-
-
-def _experts(reader: _Reader, architecture: Architecture) -> dict[str, Any]:
-    """Returns the keys of a MoE model; the sizes come from the tensors, which always hold them."""
-    known = {1: "1 (softmax)", **_GATING.get(architecture.model_type, {})}
-    if reader.integer("expert_gating_func", 1) not in known:
-        raise reader.refuse("expert_gating_func", " or ".join(known.values()))
-    if reader.number("expert_weights_scale", 1.0) not in (0.0, 1.0):
-        raise reader.refuse("expert_weights_scale", "1.0")
-    tensors = reader.file.tensors
-    num_layers = reader.integer("block_count")
-    dense = [n for n in range(num_layers) if f"blk.{n}.ffn_gate_inp.weight" not in tensors]
-    first = next(n for n in range(num_layers + 1) if n not in dense)
-    size = _expert_size(reader, first)
-    config: dict[str, Any] = {"num_experts_per_tok": reader.integer("expert_used_count")}
-    num_experts = reader.integer("expert_count")
-    norm = reader.value("expert_weights_norm")
-    if architecture.model_type in ("mixtral", "gpt_oss"):
-        if norm not in (None, True):
-            raise reader.refuse("expert_weights_norm", "true")
-        return {**config, "num_local_experts": num_experts, "intermediate_size": size}
-    config["num_experts"] = num_experts
-    config["norm_topk_prob"] = architecture.norm_topk_prob if norm is None else bool(norm)
-    if architecture.model_type == "olmoe":
-        return {
-            **config,
-            "intermediate_size": size,
-            "clip_qkv": reader.number("attention.clamp_kqv", 0.0) or None,
-        }
-    config.update(moe_intermediate_size=size, decoder_sparse_step=1, mlp_only_layers=dense)
-    if architecture.model_type == "qwen2_moe":
-        shared = reader.shape(f"blk.{first}.ffn_gate_shexp.weight")
-        config["shared_expert_intermediate_size"] = shared[0]
-    return config
-
-
-def _expert_size(reader: _Reader, layer: int) -> int:
-    """Returns the rows of one expert's gate: stacked, with up in one tensor, or, in older files, in
-    a tensor of its own."""
-    prefix, tensors = f"blk.{layer}.ffn_", reader.file.tensors
-    if (stacked := f"{prefix}gate_exps.weight") in tensors:
-        return reader.shape(stacked, 3)[1]
-    if (fused := f"{prefix}gate_up_exps.weight") in tensors:
-        return reader.shape(fused, 3)[1] // 2
-    return reader.shape(f"{prefix}gate.0.weight")[0]

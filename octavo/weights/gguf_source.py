@@ -1,7 +1,8 @@
 """Lists the tensors of a GGUF file under Hugging Face names, experts one by one.
 
 Called by `loader` and the demo writer. Tensors stay in the file's own block format; only the query
-and key rows of `llama` files, kept in ggml's RoPE order, are put into the half-split order.
+and key rows of `llama` files, kept in ggml's RoPE order, are put into the half-split order, and the
+halves of latent attention's kv_b, if apart, joined.
 """
 
 from __future__ import annotations
@@ -9,11 +10,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from octavo.errors import WeightsError
-from octavo.weights.gguf_config import ROPE_FACTORS, architecture_of
+from octavo.weights.gguf_architecture import LATENT_TYPES, architecture_of
+from octavo.weights.gguf_config import ROPE_FACTORS
 from octavo.weights.gguf_file import GGUFFile, GGUFTensor, read_gguf
+from octavo.weights.gguf_latent import num_latent_layers
+from octavo.weights.gguf_reader import Reader
+from octavo.weights.latent_source import LatentSource, SplitUp
 from octavo.weights.names import ExpertNames, expert_names
 from octavo.weights.source import MappedFile, MappedSource, StoredTensor
 
@@ -39,6 +46,8 @@ _LAYER = {
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
+_UP = "self_attn.kv_b_proj"
+_KEYS_UP = re.compile(r"blk\.(\d+)\.attn_k_b\.weight")
 _GEMMA_LAYER = {
     **_LAYER,
     "ffn_norm": "pre_feedforward_layernorm",
@@ -46,8 +55,23 @@ _GEMMA_LAYER = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _GPT_OSS_LAYER = {**_LAYER, "post_attention_norm": "post_attention_layernorm"}
-_LAYERS = {"gemma3_text": _GEMMA_LAYER, "gpt_oss": _GPT_OSS_LAYER}
+_LATENT_LAYER = {
+    **_LAYER,
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": _UP,
+    **{f"ffn_{part}_shexp": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")},
+}
+_LAYERS = {
+    "gemma3_text": _GEMMA_LAYER,
+    "gpt_oss": _GPT_OSS_LAYER,
+    **dict.fromkeys(LATENT_TYPES, _LATENT_LAYER),
+}
 _STACKED = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "ffn_gate_up_exps")
+_LAYER_OF = re.compile(r"blk\.(\d+)\.")
 _NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(?:(\d+)\.)?(weight|bias)")
 
 
@@ -65,11 +89,58 @@ def open_gguf(path: Path) -> MappedSource:
         head_counts=_interleaved_heads(file),
         norm_offset=architecture.norm_offset,
     )
+    halves: dict[str, tuple[str, str]] = {}
+    if architecture.model_type in LATENT_TYPES:
+        file = _without_predictors(file)
+        halves = _halves(file)
+    listed = {ROPE_FACTORS, *chain.from_iterable(halves.values())}  # factors are in the config
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in file.tensors.items():
-        if name != ROPE_FACTORS:  # already in the config, as rope_scaling
+        if name not in listed:
             tensors.update(lister.list(name, tensor))
-    return MappedSource(tensors)
+    if not halves:
+        return MappedSource(tensors)
+    ups = {
+        f"model.layers.{layer}.{_UP}.weight": SplitUp(
+            keys=lister.stored(file.tensors[keys]), values=lister.stored(file.tensors[values])
+        )
+        for layer, (keys, values) in halves.items()
+    }
+    return LatentSource(tensors, ups)
+
+
+def _without_predictors(file: GGUFFile) -> GGUFFile:
+    """Returns the file without the layers that predict tokens further ahead."""
+    reader = Reader(file)
+    behind = range(num_latent_layers(reader), reader.size("block_count"))
+    layers = {name: _LAYER_OF.match(name) for name in file.tensors}
+    kept = [name for name, layer in layers.items() if not (layer and int(layer[1]) in behind)]
+    return replace(file, tensors={name: file.tensors[name] for name in kept})
+
+
+def _halves(file: GGUFFile) -> dict[str, tuple[str, str]]:
+    """Returns layer -> names of the keys' and the values' half of what has them in two tensors.
+
+    Raises WeightsError for shapes that are not of one matrix.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for name, keys in file.tensors.items():
+        match = _KEYS_UP.fullmatch(name)
+        if match is None:
+            continue
+        layer = match[1]
+        other = f"blk.{layer}.attn_v_b.weight"
+        values = file.tensors.get(other)
+        if values is None or f"blk.{layer}.attn_kv_b.weight" in file.tensors:
+            continue  # refused by its name, as what is missing is
+        shapes = keys.shape, values.shape
+        if [len(shape) for shape in shapes] != [3, 3] or keys.shape[:2] != values.shape[::2]:
+            raise WeightsError(
+                f"{file.path}: {name} {list(keys.shape)} and {other} {list(values.shape)} must be "
+                "[heads, rank, key size] and [heads, value size, rank]"
+            )
+        found[layer] = (name, other)
+    return found
 
 
 def _interleaved_heads(file: GGUFFile) -> dict[str, int]:
@@ -127,6 +198,9 @@ class _Lister:
         elif kind == "ffn_gate_inp":
             full_name = self._names.router(layer).removesuffix("weight") + suffix
             yield full_name, self._stored(tensor, tensor.shape)
+        elif kind == "exp_probs_b" and suffix == "bias":
+            full_name = self._names.correction(layer)
+            yield full_name, self._stored(tensor, tensor.shape)
         elif kind == "attn_sinks":
             yield f"model.layers.{layer}.self_attn.sinks", self._stored(tensor, tensor.shape)
         elif kind in self._layer_names:
@@ -136,6 +210,10 @@ class _Lister:
             yield full_name, self._stored(tensor, shape, self._head_counts.get(kind, 0))
         else:
             yield name, self._stored(tensor, tensor.shape)
+
+    def stored(self, tensor: GGUFTensor) -> StoredTensor:
+        """Returns a tensor as the file has it."""
+        return self._stored(tensor, tensor.shape)
 
     def _experts(
         self, name: str, layer: str, kind: str, suffix: str, tensor: GGUFTensor

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,60 +15,11 @@ from tokenizers import processors
 
 from octavo.errors import UnsupportedModelError, WeightsError
 from octavo.weights.gguf_file import read_gguf
+from octavo.weights.gguf_pretokenizers import PRE_TOKENIZERS
 from octavo.weights.gguf_specials import end_ids, special_ids
 
 # Token types of ggml.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
-
-_GPT2_SPLIT = None
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-_CASED = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-_UPPER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_TEKKEN_SPLIT = "|".join((_CASED, _UPPER, r"\p{N}", _REST))
-_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_GPT_4O_SPLIT = "|".join((_CASED + _SHORT, _UPPER + _SHORT, r"\p{N}{1,3}", _REST))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Pre:
-    """How text is cut before the merges apply, as the model's own tokenizer.json has it."""
-
-    split: str | None = _GPT2_SPLIT
-    """None: GPT-2's expression, which the ByteLevel pre-tokenizer brings along."""
-    digits: bool = False
-    """Every digit is a piece of its own."""
-    nfc: bool = False
-    ignore_merges: bool = False
-    """A piece that is a token is taken whole, whatever the merges say."""
-    add_bos: bool = False
-    """Where the file does not say."""
-
-
-_LLAMA3 = _Pre(split=_LLAMA3_SPLIT, ignore_merges=True, add_bos=True)
-_QWEN2 = _Pre(split=_QWEN2_SPLIT, nfc=True)
-PRE_TOKENIZERS: dict[str, _Pre] = {
-    "default": _Pre(),
-    "gpt-2": _Pre(),
-    "olmo": _Pre(nfc=True),
-    "smollm": _Pre(digits=True),
-    "starcoder": _Pre(digits=True),
-    "refact": _Pre(digits=True),
-    "command-r": _Pre(digits=True, nfc=True),
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "llama-bpe": _LLAMA3,
-    "dbrx": _Pre(split=_LLAMA3_SPLIT),
-    "smaug-bpe": _Pre(split=_LLAMA3_SPLIT),
-    "qwen2": _QWEN2,
-    "deepseek-r1-qwen": _QWEN2,
-    "gpt-4o": _Pre(split=_GPT_4O_SPLIT),
-    "tekken": _Pre(split=_TEKKEN_SPLIT, ignore_merges=True, add_bos=True),
-}
 
 
 def tokenizer_files_from_gguf(path: str | Path) -> dict[str, str]:
@@ -138,14 +88,8 @@ def _byte_level_bpe(
             # A plain token that is spelt as text: some converters forget the byte alphabet.
             token = "".join(spelling[byte] for byte in token.encode())
         vocab.setdefault(token, index)
-    steps: list[dict[str, Any]] = []
-    if pre.digits:
-        steps.append({"type": "Digits", "individual_digits": True})
-    if pre.split is not None:
-        pattern = {"Regex": pre.split}
-        steps.append({"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False})
     bytes_step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-    steps.append({**bytes_step, "use_regex": pre.split is None})
+    steps = [*pre.steps(), {**bytes_step, "use_regex": not pre.splits}]
     merges = [merge.split(" ", 1) for merge in _list_of(path, meta, "merges", str, None)]
     parts = {
         "normalizer": {"type": "NFC"} if pre.nfc else None,

@@ -37,6 +37,10 @@ class ExpertNames:
     def router(self, layer: int | str) -> str:
         return f"model.layers.{layer}.{self.block}.{self.router_name}.weight"
 
+    def correction(self, layer: int | str) -> str:
+        """Returns the name of what is added to the router's scores for the choice alone."""
+        return f"model.layers.{layer}.{self.block}.{self.router_name}.e_score_correction_bias"
+
 
 _DEFAULT = ExpertNames()
 _LLAMA4 = ExpertNames(block="feed_forward", router_name="router", layout="columns")

@@ -29,11 +29,8 @@ from octavo.errors import (
     WeightsError,
 )
 from octavo.weights.gguf_file import read_gguf
-from octavo.weights.gguf_tokenizer import (
-    PRE_TOKENIZERS,
-    byte_spelling,
-    tokenizer_files_from_gguf,
-)
+from octavo.weights.gguf_pretokenizers import PRE_TOKENIZERS
+from octavo.weights.gguf_tokenizer import byte_spelling, tokenizer_files_from_gguf
 
 DEMO = Path(cache_dir()) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -143,6 +140,11 @@ def write_gguf(path: Path, **values: Any) -> Path:
     return path
 
 
+SINGLE_DIGITS = {
+    *("smollm", "starcoder", "refact", "command-r", "tekken", "deepseek-llm", "deepseek-coder")
+}
+
+
 @pytest.mark.parametrize("pre", sorted(PRE_TOKENIZERS))
 def test_every_known_pre_tokenizer_encodes_and_decodes_any_text(tmp_path, pre):
     tokenizer = load_tokenizer(write_gguf(tmp_path / "m.gguf", pre=pre))
@@ -155,7 +157,7 @@ def test_every_known_pre_tokenizer_encodes_and_decodes_any_text(tmp_path, pre):
         "<|end|>",
         "<think>",
     ]
-    is_split = pre in ("smollm", "starcoder", "refact", "command-r", "tekken") or "qwen" in pre
+    is_split = pre in SINGLE_DIGITS or "qwen" in pre
     assert (257 + 3 in tokenizer.encode("12", add_special_tokens=False)) is not is_split
     assert (tokenizer.encode("the")[0] == 258) is PRE_TOKENIZERS[pre].add_bos
     assert tokenizer.is_special(258)
@@ -167,6 +169,15 @@ def test_every_known_pre_tokenizer_encodes_and_decodes_any_text(tmp_path, pre):
     [
         ("tekken", ["We", "'ll", " See", "4", "5", "6", "7", "HTTPServer", "'s"]),
         ("gpt-4o", ["We'll", " See", "456", "7", "HTTPServer's"]),
+        ("glm4", ["We", "'ll", " See", "456", "7", "HTTPServer", "'s", " \u4e2d\u6587ab"]),
+        ("kimi-k2", ["We'll", " See", "456", "7", "HTTPServer's", "\u4e2d\u6587", "ab", ".go"]),
+        ("deepseek-v3", ["We", "'ll", " See", "456", "7", "\u4e2d\u6587", "ab", ".go", "(\n"]),
+        (
+            "deepseek-llm",
+            ["We", "'", "ll", " See", "4", "5", "\n", "\u4e2d\u6587", "ab", ".", "  "],
+        ),
+        ("deepseek-llm", ["na", "\u00ef", "ve", " \u0391\u03b2", "\u05d0"]),
+        ("deepseek-coder", ["na\u00efve", " \u05d0", "4", "5", "(", "\n", "\u4e2d\u6587"]),
     ],
 )
 def test_text_is_cut_as_the_pre_tokenizer_cuts_it(
@@ -175,8 +186,9 @@ def test_text_is_cut_as_the_pre_tokenizer_cuts_it(
     files = tokenizer_files_from_gguf(write_gguf(tmp_path / "m.gguf", pre=pre))
     core = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
     assert core.pre_tokenizer is not None
-    found = core.pre_tokenizer.pre_tokenize_str("".join(pieces))
-    assert [piece.replace("\u0120", " ") for piece, _ in found] == pieces
+    text = "".join(pieces)
+    spans = [span for _, span in core.pre_tokenizer.pre_tokenize_str(text)]
+    assert [text[start:stop] for start, stop in spans] == pieces
 
 
 @pytest.mark.parametrize(
