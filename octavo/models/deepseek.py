@@ -32,7 +32,8 @@ NAMES = {
     "kv_a_norm": f"{_ATTENTION}.kv_a_layernorm.weight",
     "kv_b": f"{_ATTENTION}.kv_b_proj.weight",
 }
-_PREDICTORS = ("model.layers.{num_layers}.*",)
+PREDICTORS = ("model.layers.{num_layers}.*",)
+"""Names of the layers that predict tokens further ahead."""
 _LATENT_NORM_EPS = 1e-6
 """Of both latent vectors, whatever rms_norm_eps says."""
 _SUM_EPSILON = 1e-20
@@ -79,6 +80,13 @@ def read_glm4_moe_lite(config: HFConfig) -> ModelSpec:
 
 
 def _read_sigmoid(config: HFConfig, is_sparse: Callable[[int], bool]) -> ModelSpec:
+    attention = _read_latent(config, pairs_neighbours=bool(config.value("rope_interleave")))
+    return _read(config, attention, read_sigmoid_moe(config), is_sparse)
+
+
+def read_sigmoid_moe(config: HFConfig) -> MoESpec:
+    """Returns experts that DeepSeek-V3's rule chooses: groups first, by sigmoids and a correction
+    that the weights do not see."""
     moe = _read_experts(config)
     rule = RoutingRule(
         top_k=moe.top_k,
@@ -89,9 +97,7 @@ def _read_sigmoid(config: HFConfig, is_sparse: Callable[[int], bool]) -> ModelSp
         scale=config.number("routed_scaling_factor"),
         float32_logits=True,
     )
-    moe = replace(moe, rule=_with_groups(config, moe, rule), has_correction=True)
-    attention = _read_latent(config, pairs_neighbours=bool(config.value("rope_interleave")))
-    return _read(config, attention, moe, is_sparse)
+    return replace(moe, rule=_with_groups(config, moe, rule), has_correction=True)
 
 
 def _read(
@@ -163,11 +169,11 @@ DEEPSEEK_V3 = Family(
     config_class=config_classes.DEEPSEEK_V3,
     read=read_deepseek_v3,
     names=NAMES,
-    ignorable=_PREDICTORS,
+    ignorable=PREDICTORS,
 )
 GLM4_MOE_LITE = Family(
     config_class=config_classes.GLM4_MOE_LITE,
     read=read_glm4_moe_lite,
     names=NAMES,
-    ignorable=_PREDICTORS,
+    ignorable=PREDICTORS,
 )

@@ -15,6 +15,7 @@ from octavo.layers.rope_spec import RopeSpec, RopeType
 from octavo.models.config_classes import ConfigClass
 from octavo.models.hf_config import HFConfig
 
+_PARTIAL = "partial_rotary_factor"
 _STRETCHED = frozenset({"factor", "original_max_position_embeddings"})
 _ROPE_FIELDS: dict[RopeType, frozenset[str]] = {
     "default": frozenset(),
@@ -27,8 +28,7 @@ _ROPE_FIELDS: dict[RopeType, frozenset[str]] = {
 }
 _ROPE_CLASS = ConfigClass(
     defaults={"type": "default", "truncate": True},
-    nullable=_ROPE_FIELDS["yarn"] - {"original_max_position_embeddings"}
-    | {"partial_rotary_factor"},
+    nullable=_ROPE_FIELDS["yarn"] - {"original_max_position_embeddings"} | {_PARTIAL},
 )
 """`rope_scaling` and `rope_parameters`: what the formulas of transformers' RoPE types look up."""
 
@@ -37,11 +37,33 @@ def read_rope(config: HFConfig, head_size: int) -> RopeSpec:
     """Returns the rotary embedding of all layers, from `rope_scaling` where that says anything,
     else from `rope_parameters` (transformers 5). Raises UnsupportedModelError on unknown types and
     fields."""
+    name, given = _given(config)
+    return rope_of(config, name, given, head_size)
+
+
+def read_partial_rope(config: HFConfig, head_size: int) -> RopeSpec:
+    """As `read_rope`, of the first numbers of a head alone: as large a share of them as
+    `partial_rotary_factor` says, which counts first where the other fields of the embedding are."""
+    name, given = _given(config)
+    rope = HFConfig(given, f"{config.where}: {name}", _ROPE_CLASS)
+    rope_type = _rope_type(rope)
+    part = rope if _PARTIAL in given else config
+    if rope_type == "proportional" or (part is rope and given[_PARTIAL] is None):
+        rope.refuse(_PARTIAL, "a number, for another type than proportional")
+    factor = part.optional_number(_PARTIAL) or 1.0
+    size = int(head_size * factor)
+    if factor > 1.0 or size < 2 or size % 2:
+        part.refuse(_PARTIAL, f"at most 1, and an even part of head_dim ({head_size})")
+    return _rope(config, rope, rope_type, size)
+
+
+def _given(config: HFConfig) -> tuple[str, Mapping[str, Any]]:
+    """Returns the name and the value of the field that the embedding stands in."""
     name = "rope_scaling" if config.value("rope_scaling") else "rope_parameters"
     given = config.value(name) or {}
     if not isinstance(given, Mapping):
         config.refuse(name, "an object")
-    return rope_of(config, name, given, head_size)
+    return name, given
 
 
 def rope_of(
@@ -56,16 +78,27 @@ def rope_of(
     rope = HFConfig(given, f"{config.where}: {name}", _ROPE_CLASS)
     rope_type = _rope_type(rope)
     for part in (config,) if rope_type == "proportional" else (config, rope):
-        if part.optional_number("partial_rotary_factor") not in (None, 1.0):
-            part.refuse("partial_rotary_factor", "1.0")
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_ROPE_FIELDS[rope_type]}
+        if part.optional_number(_PARTIAL) not in (None, 1.0):
+            part.refuse(_PARTIAL, "1.0")
+    return _rope(config, rope, rope_type, head_size, theta_field)
+
+
+def _rope(
+    config: HFConfig,
+    rope: HFConfig,
+    rope_type: RopeType,
+    rotary_dim: int,
+    theta_field: str = "rope_theta",
+) -> RopeSpec:
+    given = rope.fields
+    known = {"rope_type", "type", "rope_theta", _PARTIAL, *_ROPE_FIELDS[rope_type]}
     for field in sorted({field for field, value in given.items() if value is not None} - known):
         rope.refuse(field, f"for {rope_type}: {', '.join(sorted(known))}")
     has_theta = "rope_theta" in given
     plain = RopeSpec(
         type="default",
         theta=rope.number("rope_theta") if has_theta else config.number(theta_field),
-        rotary_dim=head_size,
+        rotary_dim=rotary_dim,
         original_max_position_embeddings=config.integer("max_position_embeddings"),
     )
     return plain if rope_type == "default" else _scaled_rope(config, rope, rope_type, plain)
@@ -90,7 +123,7 @@ def _scaled_rope(
             plain,
             type=rope_type,
             factor=_or_default(rope, "factor", 1.0),
-            proportion=_or_default(rope, "partial_rotary_factor", 1.0),
+            proportion=_or_default(rope, _PARTIAL, 1.0),
         )
     # a top-level field comes first, as transformers reads it (Phi-3 writes it there)
     name = "original_max_position_embeddings"

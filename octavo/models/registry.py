@@ -32,6 +32,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "DeepseekV2ForCausalLM": ("deepseek", "DEEPSEEK_V2"),
     "DeepseekV3ForCausalLM": ("deepseek", "DEEPSEEK_V3"),
     "Glm4MoeLiteForCausalLM": ("deepseek", "GLM4_MOE_LITE"),
+    "Glm4MoeForCausalLM": ("glm4_moe", "GLM4_MOE"),
     "GptOssForCausalLM": ("gpt_oss", "GPT_OSS"),
     "Llama4ForCausalLM": ("llama4", "LLAMA4"),
     "Llama4ForConditionalGeneration": ("llama4", "LLAMA4_CONDITIONAL"),

@@ -33,6 +33,12 @@ CASES: dict[str, dict[str, Any]] = {
     "deepseek-v3-plain": {"num_attention_heads": 4, "num_key_value_heads": 4},
     "glm4-moe-lite": {"vocab_size": 212},
     "glm4-moe-lite-dense-last": {},
+    "glm4-moe": {"vocab_size": 212},
+    "glm4-moe-odd": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "moe_intermediate_size": 22,
+    },
     "llama4": {"vocab_size": 212},
     "llama4-two-experts": {},
 }

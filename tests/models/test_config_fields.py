@@ -41,6 +41,13 @@ ARCHITECTURES = {
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
+}
+GROUPED: dict[str, Any] = {
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 12,
 }
 LATENT: dict[str, Any] = {
     "num_key_value_heads": 4,
@@ -49,10 +56,7 @@ LATENT: dict[str, Any] = {
     "qk_nope_head_dim": 6,
     "qk_rope_head_dim": 4,
     "v_head_dim": 6,
-    "n_routed_experts": 6,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "moe_intermediate_size": 12,
+    **GROUPED,
 }
 SIZES: dict[str, Any] = {
     "vocab_size": 131,
@@ -78,6 +82,7 @@ BASES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**LATENT, "n_group": 3, "topk_group": 2},
     "deepseek_v3": {**LATENT, "n_group": 3, "topk_group": 2, "first_k_dense_replace": 1},
     "glm4_moe_lite": LATENT,
+    "glm4_moe": {**GROUPED, "head_dim": 8, "n_group": 3, "topk_group": 2},
 }
 OTHERS: dict[str, tuple[Any, ...]] = {
     "vocab_size": (97,),
@@ -172,9 +177,11 @@ FIXED: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"moe_layer_freq": 1, "scoring_func": "softmax"},
     "deepseek_v3": {"moe_layer_freq": 1, **_SIGMOID},
     "glm4_moe_lite": {"moe_layer_freq": 1, "first_k_dense_replace": 1},
+    "glm4_moe": {"moe_layer_freq": 1},
 }
 """Fields of checkpoints that transformers ignores, and the one value that it computes with."""
-LATENT_KINDS = frozenset(FIXED)
+GROUPED_KINDS = frozenset(FIXED)
+LATENT_KINDS = GROUPED_KINDS - {"glm4_moe"}
 TIED_SIZES = frozenset(
     {
         "num_attention_heads",
@@ -185,7 +192,7 @@ TIED_SIZES = frozenset(
         "topk_group",
     }
 )
-"""Of latent attention and grouped experts: the default of one does not fit small others."""
+"""Of grouped experts and latent attention: the default of one does not fit small others."""
 
 
 def base(model_type: str) -> dict[str, Any]:
@@ -307,6 +314,10 @@ def assert_same(spec: ModelSpec, model: PreTrainedModel, config: Mapping[str, An
             assert layer.mlp.top_k == theirs.num_experts_per_tok
             if kind not in ("gpt_oss", "llama4_text"):
                 assert layer.mlp.rule.renormalize == (kind == "mixtral" or theirs.norm_topk_prob)
+            if kind == "glm4_moe":
+                assert layer.mlp.rule.scale == theirs.routed_scaling_factor
+                groups = layer.mlp.rule.num_groups, layer.mlp.rule.top_groups
+                assert groups == (theirs.n_group, theirs.topk_group)
         else:
             assert isinstance(layer.mlp, MLPSpec)
 
@@ -388,6 +399,8 @@ def test_the_defaults_are_those_of_transformers_config_class(model_type: str) ->
         theirs["rope_theta"] = cls.default_theta["global"]
         theirs["rope_local_base_freq"] = cls.default_theta["local"]
         theirs["sliding_window_pattern"] = cls()._sliding_window_pattern
+    if model_type == "glm4_moe":
+        theirs["partial_rotary_factor"] = cls().rope_parameters["partial_rotary_factor"]
     theirs |= FIXED.get(model_type, {})
     family = find_family(base(model_type))
     for name, value in family.config_class.defaults.items():
@@ -398,10 +411,10 @@ def test_the_defaults_are_those_of_transformers_config_class(model_type: str) ->
 
 @pytest.mark.parametrize(
     ("model_type", "name"),
-    [one for one in FIELDS if one[0] not in LATENT_KINDS or one[1] not in TIED_SIZES],
+    [one for one in FIELDS if one[0] not in GROUPED_KINDS or one[1] not in TIED_SIZES],
 )
 def test_an_absent_field_means_what_it_means_to_transformers(model_type: str, name: str) -> None:
-    wide = {"hidden_size": 128} if model_type in LATENT_KINDS else WIDE
+    wide = {"hidden_size": 128} if model_type in GROUPED_KINDS else WIDE
     compare(without({**base(model_type), **wide}, name), runs=False)
     compare(without({**base(model_type), **wide, "use_sliding_window": True}, name), runs=False)
 
@@ -468,6 +481,32 @@ def test_of_two_names_of_a_field_the_same_one_wins_as_in_transformers(
     model_type: str, both: tuple[int, int]
 ) -> None:
     compare({**base(model_type), "num_experts": both[0], "num_local_experts": both[1]})
+
+
+PART = {"rope_type": "default", "partial_rotary_factor": 0.75}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"partial_rotary_factor": value} for value in (0.25, 0.5, 0.76, 1.0, 1.25)),
+        *({"rope_parameters": {**PART, "partial_rotary_factor": value}} for value in (0.25, None)),
+        {"rope_parameters": PART, "partial_rotary_factor": 0.25},
+        {"rope_parameters": PART, "rope_scaling": {**YARN, "partial_rotary_factor": 0.25}},
+        {"rope_scaling": YARN, "head_dim": 24},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "partial_rotary_factor": 0.25},
+        {"rope_scaling": LLAMA3},
+    ],
+    ids=str,
+)
+def test_a_part_of_a_head_is_rotated_as_in_transformers(change: dict[str, Any]) -> None:
+    compare({**base("glm4_moe"), **change})
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.1, 0.4, "half"])
+def test_a_part_of_a_head_that_is_not_even_is_refused(factor: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match="partial_rotary_factor is"):
+        read_spec({**base("glm4_moe"), "partial_rotary_factor": factor})
 
 
 ROPE_CHANGES: list[dict[str, Any]] = [

@@ -34,17 +34,20 @@ def _rope(rope_type: str, **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10_000.0, **more}}
 
 
+_GROUPED: dict[str, Any] = {
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 24,
+}
 _LATENT: dict[str, Any] = {
+    **_GROUPED,
     "num_key_value_heads": 6,
     "kv_lora_rank": 24,
     "q_lora_rank": 20,
     "qk_nope_head_dim": 10,
     "qk_rope_head_dim": 8,
     "v_head_dim": 14,
-    "n_routed_experts": 6,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 2,
-    "moe_intermediate_size": 24,
 }
 _YARN_MSCALE = _rope(
     "yarn", factor=4.0, original_max_position_embeddings=64, mscale=0.7, mscale_all_dim=1.2
@@ -270,6 +273,30 @@ CASES: dict[str, dict[str, Any]] = {
         "n_group": 2,
         "topk_group": 1,
         "mlp_layer_types": ["sparse", "sparse", "dense"],
+    },
+    "glm4-moe": {
+        **_GROUPED,
+        "model_type": "glm4_moe",
+        "head_dim": 16,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "n_group": 3,
+        "topk_group": 2,
+        "routed_scaling_factor": 1.5,
+    },
+    "glm4-moe-odd": {
+        **_GROUPED,
+        "model_type": "glm4_moe",
+        "head_dim": 20,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "first_k_dense_replace": 2,
+        "n_routed_experts": 5,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 23,
+        "norm_topk_prob": False,
+        "tie_word_embeddings": True,
+        **_rope("yarn", factor=4.0, original_max_position_embeddings=64, partial_rotary_factor=0.3),
     },
     "llama4": {
         "model_type": "llama4_text",

@@ -18,7 +18,7 @@ from octavo.weights.staging import Staging
 from tests.models.tiny import save_tiny
 from tests.weights.reading import anonymous_bytes, read
 
-FAMILIES = ("llama", "mixtral", "qwen2-moe", "qwen3-moe", "olmoe")
+FAMILIES = ("llama", "mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "glm4-moe")
 
 
 @pytest.mark.parametrize("case", FAMILIES)
@@ -33,7 +33,7 @@ def test_every_tensor_of_a_saved_model_is_read(case: str, tmp_path: Path):
         assert torch.equal(read(source, name), tensor)
 
 
-@pytest.mark.parametrize("case", ["mixtral", "qwen3-moe", "olmoe"])
+@pytest.mark.parametrize("case", ["mixtral", "qwen3-moe", "olmoe", "glm4-moe"])
 def test_experts_saved_stacked_are_read_one_by_one_under_their_usual_names(
     case: str, tmp_path: Path
 ):

@@ -122,22 +122,23 @@ def test_shared_prefixes(rng: np.random.Generator, extras: tuple[bool, float | N
     assert_close(found.cpu(), exact_attention(q, paged, batch, op))
 
 
-@pytest.mark.parametrize("is_rotated", [False, True])
+@pytest.mark.parametrize("rotary_dim", [0, 6, 16])
 def test_decodes_that_write_their_keys_with_and_without_rotation(
-    rng: np.random.Generator, *, is_rotated: bool
+    rng: np.random.Generator, rotary_dim: int
 ) -> None:
     lengths = [5, 40, 64]
     paged, other = (make_paged(np.random.default_rng(3), lengths, (2, 16)) for _ in range(2))
     batch = paged.batch(lengths, [1] * len(lengths))
-    angles = floats(rng, 64, 8)
-    table = RopeTable(cos=angles.cos(), sin=angles.sin(), rotary_dim=16) if is_rotated else None
+    angles = floats(rng, 64, rotary_dim // 2)
+    whole = RopeTable(cos=angles.cos(), sin=angles.sin(), rotary_dim=rotary_dim)
+    table = whole if rotary_dim else None
     sinks = floats(rng, 4)
     op = attention_op(4, paged.layer, 0.5, Window(30), rope=table, sinks_H=sinks)
     qkv = floats(rng, len(lengths), 8 * 16)
     expected = ReferenceOps(1).rope_attention(qkv, op, other.layer, batch)
     layer, moved = there(paged, batch)
     there_table = table and RopeTable(
-        cos=table.cos.to(DEVICE), sin=table.sin.to(DEVICE), rotary_dim=16
+        cos=table.cos.to(DEVICE), sin=table.sin.to(DEVICE), rotary_dim=rotary_dim
     )
     out = torch.empty(len(lengths), 4, 16, device=DEVICE)
     decode_attention(
