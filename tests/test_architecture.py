@@ -86,6 +86,8 @@ TORCH_FREE = (
     "weights/gguf_config.py",
     "weights/gguf_experts.py",
     "weights/gguf_file.py",
+    "weights/gguf_glm.py",
+    "weights/gguf_grouped.py",
     "weights/gguf_latent.py",
     "weights/gguf_pretokenizers.py",
     "weights/gguf_reader.py",

@@ -37,12 +37,15 @@ ARCHITECTURES = {
     ),
     "deepseek2": Architecture(model_type="deepseek_v2", class_name="DeepseekV2ForCausalLM"),
     "gpt-oss": Architecture(model_type="gpt_oss", class_name="GptOssForCausalLM"),
+    "glm4moe": Architecture(model_type="glm4_moe", class_name="Glm4MoeForCausalLM"),
 }
 _MISTRAL = Architecture(model_type="mistral", class_name="MistralForCausalLM")
 _MIXTRAL = Architecture(model_type="mixtral", class_name="MixtralForCausalLM", norm_topk_prob=True)
 _DEEPSEEK_V3 = Architecture(model_type="deepseek_v3", class_name="DeepseekV3ForCausalLM")
 LATENT_TYPES = ("deepseek_v2", "deepseek_v3")
 """Model types of `deepseek2`."""
+GROUPED_TYPES = (*LATENT_TYPES, "glm4_moe")
+"""Model types whose experts may be in groups, and that predict tokens further ahead."""
 
 
 def architecture_of(file: GGUFFile) -> Architecture:

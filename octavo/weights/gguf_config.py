@@ -11,14 +11,12 @@ import struct
 from typing import Any
 
 from octavo.errors import UnsupportedModelError
-from octavo.weights.gguf_architecture import LATENT_TYPES, architecture_of
+from octavo.weights.gguf_architecture import GROUPED_TYPES, LATENT_TYPES, architecture_of
 from octavo.weights.gguf_experts import experts_config
 from octavo.weights.gguf_file import GGUFFile
-from octavo.weights.gguf_latent import (
-    latent_attention_config,
-    latent_experts_config,
-    yarn_sharpness,
-)
+from octavo.weights.gguf_glm import glm_attention_config
+from octavo.weights.gguf_grouped import grouped_experts_config, num_layers
+from octavo.weights.gguf_latent import latent_attention_config, yarn_sharpness
 from octavo.weights.gguf_reader import Reader
 from octavo.weights.gguf_specials import end_ids, special_ids
 
@@ -26,7 +24,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 _READ = {
     "gemma3_text": ("final_logit_softcapping",),
     "olmoe": ("attention.clamp_kqv",),
-    **dict.fromkeys(LATENT_TYPES, ("expert_group_count", "nextn_predict_layers")),
+    **dict.fromkeys(GROUPED_TYPES, ("expert_group_count", "nextn_predict_layers")),
 }
 _NEUTRAL: dict[str, tuple[float, ...]] = {
     "attn_logit_softcapping": (0.0,),
@@ -75,16 +73,18 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
     if reader.value("feed_forward_length") is not None or not reader.integer("expert_count", 0):
         config["intermediate_size"] = reader.integer("feed_forward_length")
     _refuse_unread(reader, architecture.model_type)
-    is_latent = architecture.model_type in LATENT_TYPES
-    if is_latent:
+    if architecture.model_type in LATENT_TYPES:
         config.update(latent_attention_config(reader))
+    elif architecture.model_type == "glm4_moe":
+        config.update(glm_attention_config(reader, config["head_dim"]))
     else:
         _refuse_partial_heads(reader, config["head_dim"])
     config["rope_scaling"] = _rope_scaling(reader, config)
     if architecture.model_type in ("mistral", "mixtral"):
         config["sliding_window"] = reader.integer("attention.sliding_window", 0) or None
-    if is_latent:
-        config.update(latent_experts_config(reader, architecture))
+    if architecture.model_type in GROUPED_TYPES:
+        config["num_hidden_layers"] = num_layers(reader)
+        config.update(grouped_experts_config(reader, architecture))
     elif reader.integer("expert_count", 0):
         config.update(experts_config(reader, architecture))
     if architecture.model_type == "gemma3_text":

@@ -15,10 +15,10 @@ from itertools import chain
 from pathlib import Path
 
 from octavo.errors import WeightsError
-from octavo.weights.gguf_architecture import LATENT_TYPES, architecture_of
+from octavo.weights.gguf_architecture import GROUPED_TYPES, LATENT_TYPES, architecture_of
 from octavo.weights.gguf_config import ROPE_FACTORS
 from octavo.weights.gguf_file import GGUFFile, GGUFTensor, read_gguf
-from octavo.weights.gguf_latent import num_latent_layers
+from octavo.weights.gguf_grouped import num_layers
 from octavo.weights.gguf_reader import Reader
 from octavo.weights.latent_source import LatentSource, SplitUp
 from octavo.weights.names import ExpertNames, expert_names
@@ -55,19 +55,23 @@ _GEMMA_LAYER = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _GPT_OSS_LAYER = {**_LAYER, "post_attention_norm": "post_attention_layernorm"}
+_SHARED = {
+    f"ffn_{part}_shexp": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")
+}
 _LATENT_LAYER = {
     **_LAYER,
+    **_SHARED,
     "attn_q_a": "self_attn.q_a_proj",
     "attn_q_a_norm": "self_attn.q_a_layernorm",
     "attn_q_b": "self_attn.q_b_proj",
     "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
     "attn_kv_a_norm": "self_attn.kv_a_layernorm",
     "attn_kv_b": _UP,
-    **{f"ffn_{part}_shexp": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")},
 }
 _LAYERS = {
     "gemma3_text": _GEMMA_LAYER,
     "gpt_oss": _GPT_OSS_LAYER,
+    "glm4_moe": {**_GPT_OSS_LAYER, **_SHARED},
     **dict.fromkeys(LATENT_TYPES, _LATENT_LAYER),
 }
 _STACKED = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "ffn_gate_up_exps")
@@ -90,8 +94,9 @@ def open_gguf(path: Path) -> MappedSource:
         norm_offset=architecture.norm_offset,
     )
     halves: dict[str, tuple[str, str]] = {}
-    if architecture.model_type in LATENT_TYPES:
+    if architecture.model_type in GROUPED_TYPES:
         file = _without_predictors(file)
+    if architecture.model_type in LATENT_TYPES:
         halves = _halves(file)
     listed = {ROPE_FACTORS, *chain.from_iterable(halves.values())}  # factors are in the config
     tensors: dict[str, StoredTensor] = {}
@@ -112,7 +117,7 @@ def open_gguf(path: Path) -> MappedSource:
 def _without_predictors(file: GGUFFile) -> GGUFFile:
     """Returns the file without the layers that predict tokens further ahead."""
     reader = Reader(file)
-    behind = range(num_latent_layers(reader), reader.size("block_count"))
+    behind = range(num_layers(reader), reader.size("block_count"))
     layers = {name: _LAYER_OF.match(name) for name in file.tensors}
     kept = [name for name, layer in layers.items() if not (layer and int(layer[1]) in behind)]
     return replace(file, tensors={name: file.tensors[name] for name in kept})

@@ -168,6 +168,7 @@ def test_every_known_pre_tokenizer_encodes_and_decodes_any_text(tmp_path, pre):
     ("pre", "pieces"),
     [
         ("tekken", ["We", "'ll", " See", "4", "5", "6", "7", "HTTPServer", "'s"]),
+        ("glm4", ["We", "'ll", " See", "456", "7", "HTTPServer", "'s"]),
         ("gpt-4o", ["We'll", " See", "456", "7", "HTTPServer's"]),
         ("glm4", ["We", "'ll", " See", "456", "7", "HTTPServer", "'s", " \u4e2d\u6587ab"]),
         ("kimi-k2", ["We'll", " See", "456", "7", "HTTPServer's", "\u4e2d\u6587", "ab", ".go"]),

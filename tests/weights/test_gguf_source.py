@@ -48,6 +48,8 @@ CASES = [
     ("qwen3-moe", "fused"),
     ("qwen3-moe-sparse", "stacked"),
     ("olmoe", "stacked"),
+    ("glm4-moe", "stacked"),
+    ("glm4-moe-odd", "fused"),
 ]
 HEADS, KV_HEADS, ROWS, COLS = 4, 2, 64, 512
 

@@ -28,6 +28,7 @@ ARCHITECTURES = {
     "olmoe": "olmoe",
     "gemma3_text": "gemma3",
     "gpt_oss": "gpt-oss",
+    "glm4_moe": "glm4moe",
 }
 Arrays = dict[str, NDArray[Any]]
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.\w+\.experts\.(\d+)\.(\w+)\.weight")
@@ -67,7 +68,27 @@ def metadata_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "expert_count": config.get("num_experts") or config.get("num_local_experts"),
         "expert_used_count": config.get("num_experts_per_tok"),
     }
+    if config["model_type"] == "glm4_moe":
+        values.update(_glm_of(config, values["attention.key_length"]))
     return {key: value for key, value in values.items() if value is not None}
+
+
+def _glm_of(config: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+    """What GLM's files say besides, which count the layers that predict further with the others."""
+    predictors = config["num_nextn_predict_layers"]
+    return {
+        "block_count": config["num_hidden_layers"] + predictors,
+        "nextn_predict_layers": predictors,
+        "rope.dimension_count": int(head_dim * config["rope_parameters"]["partial_rotary_factor"]),
+        "expert_count": config["n_routed_experts"],
+        "expert_shared_count": config["n_shared_experts"],
+        "expert_group_count": config["n_group"],
+        "expert_group_used_count": config["topk_group"],
+        "expert_gating_func": int(gguf.ExpertGatingFuncType.SIGMOID),
+        "expert_weights_scale": float(config["routed_scaling_factor"]),
+        "expert_weights_norm": int(config["norm_topk_prob"]),
+        "leading_dense_block_count": config["first_k_dense_replace"],
+    }
 
 
 def _rope_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,6 +155,8 @@ def _gguf_tensors(
         if architecture == "gemma3" and name.endswith("norm.weight"):
             array = array + 1
         base, _, suffix = name.rpartition(".")
+        if suffix == "e_score_correction_bias":
+            base, suffix = name.removesuffix("_bias"), "bias"
         tensors[f"{names.get_name(base) or dense.get_name(base)}.{suffix}"] = array
     stacked = {key: np.stack(arrays) for key, arrays in experts.items()}
     if layout == "stacked":
@@ -144,7 +167,25 @@ def _gguf_tensors(
             both = np.concatenate([stacked[layer, "gate"], stacked[layer, "up"]], axis=1)
             tensors[f"blk.{layer}.ffn_gate_up_exps.weight"] = both
             tensors[f"blk.{layer}.ffn_down_exps.weight"] = stacked[layer, "down"]
+    if architecture == "glm4moe":
+        tensors.update(_predictors(config, tensors))
     return tensors
+
+
+def _predictors(config: Mapping[str, Any], tensors: Arrays) -> Arrays:
+    """The layers behind the last, which have its tensors and some of their own."""
+    count, hidden = config["num_hidden_layers"], config["hidden_size"]
+    last = f"blk.{count - 1}."
+    own = {kind: name for kind, name in gguf.TENSOR_NAMES.items() if kind.name.startswith("NEXTN_")}
+    found: Arrays = {}
+    for layer in range(count, count + config["num_nextn_predict_layers"]):
+        alike = {name: array for name, array in tensors.items() if name.startswith(last)}
+        for name, array in alike.items():
+            found[name.replace(last, f"blk.{layer}.")] = array + 1
+        for kind in gguf.MODEL_TENSORS[gguf.MODEL_ARCH.GLM4_MOE]:
+            if kind in own:
+                found[own[kind].format(bid=layer) + ".weight"] = np.ones(hidden, np.float32)
+    return found
 
 
 BASE: dict[str, Any] = {
