@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 from dataclasses import replace
@@ -10,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from octavo import LLM, SamplingParams
+from octavo import LLM
 from octavo.errors import UnsupportedModelError, WeightsError
 from octavo.models.mlp_spec import MoESpec
 from octavo.models.registry import read_spec
 from tests.models.parity import BACKENDS, ops_or_skip
 from tests.models.tiny import TinyModel, save_tiny
+from tests.weights.served_twins import assert_says_what_transformers_says
 
 KEPT = (6, 4, 2)
 
@@ -56,26 +55,11 @@ def test_layers_with_fewer_experts_say_what_transformers_says(
     backend: str, pruned: TinyModel
 ) -> None:
     ops_or_skip(backend)
-    llm = LLM(
-        str(pruned.folder),
+    assert_says_what_transformers_says(
+        *(pruned.folder, pruned, list(range(3, 60)), 2e-4),
         attention_backend=backend,
-        skip_tokenizer_init=True,
-        num_threads=1,
         kv_cache_memory_bytes="1MiB",
     )
-    prompt = list(range(3, 60))
-    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=0)
-    with contextlib.closing(llm):
-        (output,) = llm.generate([prompt], params, use_tqdm=False)
-    said = output.outputs[0]
-    tokens = list(said.token_ids)
-    with torch.inference_mode():
-        logits = pruned.reference(torch.tensor([prompt + tokens])).logits[0]
-    expected = logits[len(prompt) - 1 : -1].log_softmax(dim=-1)
-    assert tokens == expected.argmax(dim=-1).tolist()
-    assert said.logprobs is not None
-    found = [entry[token].logprob for entry, token in zip(said.logprobs, tokens, strict=True)]
-    assert found == pytest.approx(expected.max(dim=-1).values.tolist(), abs=2e-4)
 
 
 def test_each_layer_has_the_experts_that_it_kept(pruned: TinyModel) -> None:

@@ -14,7 +14,6 @@ import torch
 from gguf.quants import dequantize, quantize
 from torch import Tensor
 
-from octavo import LLM, SamplingParams
 from octavo.errors import UnsupportedModelError, WeightsError
 from octavo.kernels.dequantize import dequantize_rows
 from octavo.models.registry import read_spec
@@ -24,6 +23,7 @@ from octavo.weights.gguf_source import open_gguf
 from octavo.weights.names import expert_names
 from tests.models.tiny import TinyModel, save_tiny
 from tests.weights.reading import read
+from tests.weights.served_twins import assert_says_what_transformers_says
 from tests.weights.tiny_gguf import add_value, finish, metadata_of, write_values
 
 MXFP4 = gguf.GGMLQuantizationType.MXFP4
@@ -110,20 +110,10 @@ def test_a_tiny_file_says_what_transformers_says_beyond_its_window(
     made: tuple[TinyModel, Path],
 ) -> None:
     model, path = made
-    llm = LLM(str(path), device="cpu", skip_tokenizer_init=True, num_threads=1, max_model_len=128)
     prompt = np.random.default_rng(0).integers(0, 211, 60).tolist()
-    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=0)
-    (output,) = llm.generate([prompt], params, use_tqdm=False)
-    llm.close()
-    said = output.outputs[0]
-    tokens = list(said.token_ids)
-    with torch.inference_mode():
-        logits = model.reference(torch.tensor([prompt + tokens])).logits[0]
-    expected = logits[len(prompt) - 1 : -1].log_softmax(dim=-1)
-    assert tokens == expected.argmax(dim=-1).tolist()
-    assert said.logprobs is not None
-    found = [entry[token].logprob for entry, token in zip(said.logprobs, tokens, strict=True)]
-    assert found == pytest.approx(expected.max(dim=-1).values.tolist(), abs=2e-4)
+    assert_says_what_transformers_says(
+        *(path, model, prompt, 2e-4), device="cpu", max_model_len=128
+    )
 
 
 @pytest.mark.parametrize(
