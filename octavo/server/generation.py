@@ -99,15 +99,6 @@ async def new_call(
     )
 
 
-def check_params(request: HttpRequest, body: SamplingFields, params: SamplingParams) -> None:
-    """Raises RequestError for what would be refused if it were generated; for routes that generate
-    nothing."""
-    state = server_state(request)
-    check_priority(request, body.priority, state.config)
-    bare = structs.replace(params, max_tokens=1, min_tokens=0, structured_outputs=None)
-    state.engine.prepare([0], bare)
-
-
 class StreamedCall:
     """The news of a call's requests, for one reader; a news' tag is the place of its prompt.
 

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from octavo.errors import RequestError
 from octavo.request import SamplingParams
 from octavo.server.body import read_body
-from octavo.server.generation import check_params
+from octavo.server.check_params import check_params
 from octavo.server.openapi import described
 from octavo.server.prefix_answers import explanation_body
 from octavo.server.protocol.chat import ChatRequest

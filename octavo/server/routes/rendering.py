@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.server.body import read_body
-from octavo.server.generation import check_params
+from octavo.server.check_params import check_params
 from octavo.server.openapi import described
 from octavo.server.pieces import Lazy
 from octavo.server.protocol.chat import ChatRequest
