@@ -6,7 +6,7 @@ A block's uses are the time that it was stored and all times that somebody came 
 block that is stored again not long after it was evicted keeps those that it had. By its uses (1, 2,
 up to 4, up to 8, up to 16, more) a block stands in one of six queues, each oldest first by when the
 block was given back. Of the heads of the queues that one goes whose age is the largest, where an
-age counts less the more uses a queue's blocks have. How much less, a rehearsal finds (see there):
+age counts less the more uses a queue's blocks have. How much less, a trial finds (see there):
 nothing where uses tell nothing of what is asked for next, which is LRU.
 
 A block has at most the uses of the one before it in a prompt, and is given back no later: so the
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from octavo.kv_cache.hash_memory import HashMemory, hash_of
 from octavo.kv_cache.oldest_first import NOWHERE, OldestFirst
-from octavo.kv_cache.rehearsal import NUM_CLASSES, Rehearsal
+from octavo.kv_cache.trial import NUM_CLASSES, Trial
 from octavo.step import Int32
 
 _MAX_REMEMBERED = 1 << 18
@@ -49,18 +49,18 @@ class EvictionOrder:
         self._time = self._count = 0
         self._evicted = HashMemory(min(8 * num_blocks, _MAX_REMEMBERED))
         """By digest: the uses that it had."""
-        self._rehearsal = Rehearsal(num_blocks)
-        self.weigh(self._rehearsal.order)
+        self._trial = Trial(num_blocks)
+        self.weigh(self._trial.order)
         self._sampled: dict[int, int] = {}
-        """Blocks that the rehearsal looks at, and their hashes."""
-        self._sample_mask = self._rehearsal.sample_mask
+        """Blocks that the trial looks at, and their hashes."""
+        self._sample_mask = self._trial.sample_mask
         self._is_sampled = np.zeros(num_blocks, np.bool_)
 
     def __len__(self) -> int:
         return self._count
 
     def weigh(self, order: tuple[float, ...]) -> None:
-        """Ages count by `order` (see `ORDERS`) from now on, until the rehearsal knows better."""
+        """Ages count by `order` (see `ORDERS`) from now on, until the trial knows better."""
         self._weights = order
 
     def __contains__(self, block: int) -> bool:
@@ -79,7 +79,7 @@ class EvictionOrder:
         if not hash_ & self._sample_mask:
             self._is_sampled[block] = True
             self._sampled[block] = hash_
-            self._rehearsal.asked_for(hash_)
+            self._trial.asked_for(hash_)
 
     def was_evicted(self, digest: bytes) -> bool:
         """Whether a block that held `digest` was evicted, and none has held it since; of those that
@@ -94,7 +94,7 @@ class EvictionOrder:
         classes = _CLASS_OF[self._uses[blocks]]
         for block in blocks[self._is_sampled[blocks]].tolist():
             class_, time = int(_CLASS_OF[self._uses[block]]), self._times.item(block)
-            self._rehearsal.given_back(self._sampled[block], class_, time)
+            self._trial.given_back(self._sampled[block], class_, time)
         if not classes.any():
             self._queues[0].append(blocks)  # most often
             return
@@ -116,7 +116,7 @@ class EvictionOrder:
     def asked_for(self, blocks: Int32) -> None:
         """Somebody came back for `blocks`, in here or not."""
         for block in blocks[self._is_sampled[blocks]].tolist():
-            self._rehearsal.asked_for(self._sampled[block])
+            self._trial.asked_for(self._sampled[block])
         self._uses[blocks] = np.minimum(self._uses[blocks], _MAX_USES - 1) + 1
 
     def next(self, count: int) -> Int32:
@@ -145,8 +145,8 @@ class EvictionOrder:
             remember(hash_of(digest), uses)
         self._uses[blocks] = 1
         self._is_sampled[blocks] = False
-        if self._rehearsal.evicted(len(blocks)):
-            self.weigh(self._rehearsal.order)
+        if self._trial.evicted(len(blocks)):
+            self.weigh(self._trial.order)
 
     def all(self) -> Int32:
         return np.concatenate([queue.all() for queue in self._queues])
@@ -157,6 +157,6 @@ class EvictionOrder:
         self.remove(blocks)
         self._uses[:] = 1
         self._is_sampled[:] = False
-        self._rehearsal.clear()
-        self.weigh(self._rehearsal.order)
+        self._trial.clear()
+        self.weigh(self._trial.order)
         return blocks

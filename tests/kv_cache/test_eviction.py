@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from octavo.kv_cache.eviction import EvictionOrder
 from octavo.kv_cache.hash_memory import HashMemory, hash_of
-from octavo.kv_cache.rehearsal import NUM_CLASSES, ORDERS, Rehearsal
+from octavo.kv_cache.trial import NUM_CLASSES, ORDERS, Trial
 
 NUM_BLOCKS = 40
 
@@ -67,7 +67,7 @@ class Cache:
         self.num_blocks = num_blocks
         self.lru: list[str] = []
         self.weights: tuple[float, ...] | None = None
-        """An order that holds whatever the rehearsal found."""
+        """An order that holds whatever the trial found."""
 
     def ask(self, prompt: list[str]) -> tuple[int, int]:
         """Returns how many of its blocks were here, and would have been here with LRU."""
@@ -205,25 +205,25 @@ def evict_one(order: EvictionOrder) -> list[int]:
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, NUM_CLASSES - 1))))
-def test_a_rehearsal_is_bounded_and_age_alone_is_lru(pairs: list[tuple[int, int]]) -> None:
-    rehearsal = Rehearsal(NUM_BLOCKS)
+def test_a_trial_is_bounded_and_age_alone_is_lru(pairs: list[tuple[int, int]]) -> None:
+    trial = Trial(NUM_BLOCKS)
     by_age: list[int] = []
     for time, (hash_, class_) in enumerate(pairs):
-        rehearsal.asked_for(hash_)
-        rehearsal.given_back(hash_, class_, time)
-        rehearsal.evicted(1)
+        trial.asked_for(hash_)
+        trial.given_back(hash_, class_, time)
+        trial.evicted(1)
         by_age = [*(one for one in by_age if one != hash_), hash_][-NUM_BLOCKS:]
-        assert all(len(cache) <= NUM_BLOCKS for cache in rehearsal.caches)
-        assert all((one in rehearsal.caches[0]) == (one in by_age) for one in range(301))
-    rehearsal.clear()
-    assert not any(len(cache) for cache in rehearsal.caches)
-    assert rehearsal.order == ORDERS[0]
+        assert all(len(cache) <= NUM_BLOCKS for cache in trial.caches)
+        assert all((one in trial.caches[0]) == (one in by_age) for one in range(301))
+    trial.clear()
+    assert not any(len(cache) for cache in trial.caches)
+    assert trial.order == ORDERS[0]
 
 
-def test_a_rehearsal_of_a_large_cache_looks_at_few_blocks() -> None:
-    mask = Rehearsal(1 << 20).sample_mask
+def test_a_trial_of_a_large_cache_looks_at_few_blocks() -> None:
+    mask = Trial(1 << 20).sample_mask
     assert 32 < sum(not hash_of(digest_of(str(i))) & mask for i in range(4096)) < 128
-    assert not Rehearsal(500).sample_mask
+    assert not Trial(500).sample_mask
 
 
 @given(st.lists(st.tuples(st.integers(1, 2**64 - 1), st.integers(0, 2**64 - 1))))

@@ -36,7 +36,7 @@ _CLEARLY = 1 / 32
 """Of the blocks of a small cache: by how many hits an order must lead."""
 
 
-class Rehearsal:
+class Trial:
     """For a cache of `num_blocks` blocks."""
 
     def __init__(self, num_blocks: int) -> None:
