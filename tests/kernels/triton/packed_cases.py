@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from octavo.kernels.activations import Activation, ClampedSwiGLU
 from octavo.kernels.planes import Planes, empty_planes, values_of
 from octavo.planes import PLANE_LAYOUTS, PlaneLayout
 from octavo.weights.random_planes import fill_random
@@ -13,6 +16,7 @@ from tests.kernels.triton.interpreter import DEVICE
 from octavo.kernels.triton.experts.choose import run_experts  # isort: skip
 from octavo.kernels.triton.experts.stacks import StackedExperts  # isort: skip
 from octavo.kernels.triton.tuning.shapes import Shapes  # isort: skip
+from octavo.kernels.weights import ExpertBiases  # isort: skip
 
 
 def planes(layout: PlaneLayout, rows: int, cols: int, seed: int = 0) -> Planes:
@@ -64,17 +68,48 @@ def packed_experts(
     return experts, exact
 
 
-def expected_experts(x: Tensor, weights: Tensor, ids: Tensor, values: tuple[Tensor, ...]) -> Tensor:
+def with_biases(experts: StackedExperts) -> StackedExperts:
+    """Returns the experts with random biases of all their products."""
+    generator = torch.Generator().manual_seed(4)
+
+    def some(size: int) -> Tensor:
+        return torch.randn(experts.count, size, generator=generator).to(DEVICE) * 0.3
+
+    inner, hidden = experts.inner_size, experts.hidden_size
+    biases = ExpertBiases(gate_EF=some(inner), up_EF=some(inner), down_EM=some(hidden))
+    return replace(experts, biases=biases)
+
+
+def expected_experts(
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    values: tuple[Tensor, ...],
+    biases: ExpertBiases | None = None,
+    activation: Activation = "silu",
+) -> Tensor:
     """Returns the weighted sum of the chosen experts with these values, in float64."""
-    gate, up, down = values
     out = torch.zeros(x.shape, dtype=torch.double, device=DEVICE)
     for row in range(len(x)):
         for weight, expert in zip(weights[row], ids[row].tolist(), strict=True):
             if expert >= 0:
-                one = x[row].double()
-                hidden = torch.nn.functional.silu(gate[expert] @ one) * (up[expert] @ one)
-                out[row] += weight.double() * (down[expert] @ hidden)
+                gate, up, down = (one[expert] for one in values)
+                of_gate, of_up = gate @ x[row].double(), up @ x[row].double()
+                if biases is not None:
+                    of_gate, of_up = of_gate + biases.gate_EF[expert], of_up + biases.up_EF[expert]
+                made = down @ _activated(of_gate, of_up, activation)
+                if biases is not None:
+                    made = made + biases.down_EM[expert]
+                out[row] += weight.double() * made
     return out
+
+
+def _activated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    if isinstance(activation, ClampedSwiGLU):
+        gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+        return gate * torch.sigmoid(activation.alpha * gate) * (up + 1)
+    assert activation == "silu"
+    return torch.nn.functional.silu(gate) * up
 
 
 def rounded_experts(
@@ -96,11 +131,15 @@ def rounded_experts(
 
 
 def found_experts(
-    case: tuple[Tensor, Tensor, Tensor], experts: object, *, is_deterministic: bool = False
+    case: tuple[Tensor, Tensor, Tensor],
+    experts: object,
+    activation: Activation = "silu",
+    *,
+    is_deterministic: bool = False,
 ) -> Tensor:
     """Returns what the back end's own choice of kernel says of x, weights and ids."""
     out, is_whole = run_experts(
-        *(*case, experts, "silu", None, None, Shapes()),  # type: ignore[arg-type]
+        *(*case, experts, activation, None, None, Shapes()),  # type: ignore[arg-type]
         is_deterministic=is_deterministic,
         in_parts=False,
     )

@@ -9,7 +9,7 @@
 Deterministic steps take grouped.py throughout: both of its ways give the same bits. choose.py
 chooses, and choose_packed.py where weights are packed; shapes.py has the launch shapes. The parts
 of few and more are summed by combine.py, unless the next norm does it; biases of the last products
-are added by biases.py.
+are added by biases.py, but for those that hopper/ring.py adds.
 
 Packed weights: on Hopper hopper/fp8.py where FP8 meets FP8, and hopper/ring.py for the formats and
 sizes that it takes; else packed_pairs.py for pairs.py, fp8.py for many rows of FP8, and unpacked.py

@@ -59,10 +59,10 @@ def run_experts(
             tickets=tickets,
             is_of_pairs=is_of_pairs,
             is_deterministic=is_deterministic,
-            in_parts=in_parts and is_whole and experts.biases is None,
+            in_parts=in_parts and is_whole,
         )
-        out = run_packed(packed)
-    elif is_of_pairs:
+        return run_packed(packed), is_whole
+    if is_of_pairs:
         out = experts_of_pairs(*chosen, shapes.pairs(x_TM, top_k, experts), parts)
     else:
         in_parts = in_parts and is_whole and experts.biases is None

@@ -6,12 +6,13 @@ Called by `choose.py`. `KERNELS` are asked in their order. Never looks at values
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from octavo.kernels.activations import Activation
 from octavo.kernels.facts import UNPACKED_ROWS
+from octavo.kernels.triton.experts.biases import add_biases
 from octavo.kernels.triton.experts.fp8 import fp8_experts
 from octavo.kernels.triton.experts.grouped import grouped_experts
 from octavo.kernels.triton.experts.hopper import fp8 as hopper_fp8
@@ -41,7 +42,6 @@ class Packed:
     topk_weights: Tensor
     topk_ids: Tensor
     experts: StackedExperts
-    """The biases of their last products are still to be added."""
     activation: Activation
     shape: ExpertsShape
     """Of kernels for any format."""
@@ -75,6 +75,8 @@ class Kernel:
     run: Callable[[Packed], Tensor]
     """In parts, if they are wanted, but for a lone token: its next norm may stand within a product,
     which takes one row and no parts."""
+    has_biases: bool = False
+    """Whether the result has the biases of the last products; those of the first it always has."""
 
 
 def _fits_hopper_fp8(one: Packed) -> bool:
@@ -151,7 +153,7 @@ def _run_grouped(one: Packed) -> Tensor:
 KERNELS = (
     Kernel(fits=_fits_hopper_fp8, run=_run_hopper_fp8),
     Kernel(fits=_fits_fp8, run=_run_fp8),
-    Kernel(fits=_fits_ring, run=_run_ring),
+    Kernel(fits=_fits_ring, run=_run_ring, has_biases=True),
     Kernel(fits=_fits_pairs, run=_run_pairs),
     Kernel(fits=lambda one: one.are_many, run=_run_unpacked),
     Kernel(fits=lambda one: True, run=_run_grouped),
@@ -160,5 +162,11 @@ KERNELS = (
 
 
 def run_packed(one: Packed) -> Tensor:
-    """Returns the weighted sums of the experts' results [T, M], or their parts."""
-    return next(kernel.run(one) for kernel in KERNELS if kernel.fits(one))
+    """Returns the weighted sums of the experts' results [T, M], with their biases; or their
+    parts."""
+    kernel = next(kernel for kernel in KERNELS if kernel.fits(one))
+    biases = one.experts.biases
+    if biases is None or kernel.has_biases:
+        return kernel.run(one)
+    out = kernel.run(replace(one, in_parts=False))
+    return add_biases(out, one.topk_weights, one.topk_ids, biases.down_EM)

@@ -16,6 +16,7 @@ from octavo.kernels.triton.product.packed_shapes import (
     RingShape,
     SumsShape,
     block_constants,
+    ring_stages,
     splits_of,
     stages_within,
 )
@@ -213,11 +214,12 @@ def ring_experts_shape(
     (benchmarks/kernels/packed.py). Sizes must be multiples of 64.
 
     What is on its way to a processor, and how many programs it has, decide: steps are of two tiles,
-    since pieces of 64 bytes take memory longer than those of 128, and rings no deeper than needed.
+    since pieces of 64 bytes take memory longer than those of 128, and rings no deeper than needed:
+    all of a lone pair's second rows where they fit, else so that more programs do.
     """
     num_pairs = num_tokens * top_k
     mean = num_pairs / num_experts
-    can_wide = gate.group == down.group == RING_COLUMNS
+    can_wide = gate.group == down.group == RING_COLUMNS and hidden_size % 128 == 0
     tokens = 8 if is_lone or mean <= 3 else 16 if mean <= 10 else 32
     if mean > 20 and can_wide:
         wide = RingShape(
@@ -225,13 +227,20 @@ def ring_experts_shape(
         )
         of_gate = replace(wide, stages=2, tiles=2) if gate.bits == 4 else wide
         return RingExpertsShape(gate_up=of_gate, down=wide, is_lone=False)
-    programs = min(num_pairs, num_experts) * (hidden_size // 64)
-    splits = splits_of(programs, inner_size // RING_COLUMNS, 1056 if is_lone else 528)
+    blocks = min(num_pairs, num_experts)
+    programs = blocks * (hidden_size // 64)
+    down_tiles = -(-inner_size // RING_COLUMNS)
+    splits = splits_of(programs, down_tiles, 1056 if is_lone else 528)
     of_gate, of_down = (
         RingShape(tokens=tokens, rows=64, num_warps=4, stages=2, tiles=8 // one.bits, is_wide=False)
         for one in (gate, down)
     )
-    if not is_lone:
+    if is_lone:
+        stages = ring_stages(
+            down, of_down, programs=programs * splits, num_tiles=-(-down_tiles // splits)
+        )
+        of_down = replace(of_down, stages=stages)
+    else:
         of_down = replace(of_down, stages=3)
         if tokens <= 16 and can_wide:
             of_gate = replace(of_gate, rows=128, max_registers=128)

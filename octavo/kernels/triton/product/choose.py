@@ -76,7 +76,7 @@ def multiply_packed(
     if is_deterministic:
         shape = packed_shape(num_tokens, layout)
         packed_product(x_TM, planes, layout, bias_N, out_TN, shape)
-    elif 1 < num_tokens < UNPACKED_TOKENS and ring.fits(x_TM, planes, layout):
+    elif num_tokens < UNPACKED_TOKENS and _is_for_ring(x_TM, planes, layout):
         shape = ring_shape(num_tokens, len(planes.codes), length, layout)
         ring.ring_product(x_TM, planes, layout, bias_N, out_TN, shape, tickets)
     elif num_tokens == 1:
@@ -92,3 +92,9 @@ def multiply_packed(
     else:
         shape = packed_shape(num_tokens, layout)
         packed_product(x_TM, planes, layout, bias_N, out_TN, shape)
+
+
+def _is_for_ring(x_TM: Tensor, planes: Planes, layout: PlaneLayout) -> bool:
+    """A lone row is summed in registers, but for formats whose values take long to make there."""
+    is_alone = len(x_TM) == 1 and layout.factor != "block"
+    return not is_alone and ring.fits(x_TM, planes, layout)

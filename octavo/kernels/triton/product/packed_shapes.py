@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from octavo.kernels.triton.launching.chip import next_power_of_2
-from octavo.planes import PlaneLayout
+from octavo.planes import BLOCK, RUN, PlaneLayout
 
 
 class BlockConstants(TypedDict):
@@ -57,6 +57,7 @@ class RingConstants(TypedDict):
     STAGES: int
     TILES: int
     WIDE: bool
+    EVEN_K: bool
     num_warps: int
     maxnreg: int | None
 
@@ -79,16 +80,36 @@ class RingShape:
     max_registers: int | None = None
     """Of a thread."""
 
-    def constants(self) -> RingConstants:
+    def constants(self, length: int) -> RingConstants:
+        """Returns the arguments of a launch whose sums have `length` numbers."""
         return {
             "ROWS": self.rows,
             "TOKENS": self.tokens,
             "STAGES": self.stages,
             "TILES": self.tiles,
             "WIDE": self.is_wide,
+            "EVEN_K": length % RING_COLUMNS == 0,
             "num_warps": self.num_warps,
             "maxnreg": self.max_registers,
         }
+
+
+PROCESSORS = 132
+"""Of an H100."""
+RINGS_BYTES = 216 << 10
+"""Of the rings of all programs on one processor, which are two at least: the next kernel's may
+come early."""
+
+
+def ring_stages(layout: PlaneLayout, shape: RingShape, *, programs: int, num_tiles: int) -> int:
+    """Returns for how many steps rings have room, where `programs` sum over so many tiles each: for
+    all of them, if that much of every program fits a processor at once, and for no fewer than
+    `shape` has."""
+    # No fewer than there are of codes, high bits, scales and factors.
+    row = layout.row_bytes(BLOCK) // 2 + (2 * RUN if layout.high else 0) + 4
+    step = shape.tiles * (shape.rows * row + 2 * shape.tokens * RING_COLUMNS)
+    room = RINGS_BYTES // max(2, -(-programs // PROCESSORS)) // step
+    return max(shape.stages, min(room, -(-num_tiles // shape.tiles) + 1))
 
 
 def splits_of(programs: int, num_tiles: int, wanted: int) -> int:
@@ -113,7 +134,7 @@ def ring_shape(num_tokens: int, num_rows: int, length: int, layout: PlaneLayout)
         stages=4,
         tiles=1,
         is_wide=tokens >= 32 and can_wide,
-        splits=splits_of(programs, length // RING_COLUMNS, wanted),
+        splits=splits_of(programs, -(-length // RING_COLUMNS), wanted),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from octavo.kernels.activations import ClampedSwiGLU
 from octavo.planes import PLANE_LAYOUTS
 from tests.kernels.triton.interpreter import DEVICE
 from tests.kernels.triton.packed_cases import (
@@ -14,6 +15,7 @@ from tests.kernels.triton.packed_cases import (
     expected_experts,
     found_experts,
     packed_experts,
+    with_biases,
 )
 
 from tests.kernels.triton.gluon_cpu import emulated  # isort: skip
@@ -23,19 +25,21 @@ from octavo.kernels.triton.experts.shapes import RingExpertsShape, ring_experts_
 from octavo.kernels.triton.launching.chip import has_wgmma  # isort: skip
 from octavo.kernels.triton.product.packed_shapes import RingShape  # isort: skip
 from octavo.kernels.triton.tuning.shapes import Shapes  # isort: skip
-from octavo.kernels.weights import ExpertBiases  # isort: skip
 
 on_hopper = pytest.mark.skipif(not has_wgmma(torch.device(DEVICE)), reason="needs a Hopper GPU")
 COUNT, HIDDEN, INNER, TOP_K = 4, 256, 384, 2
 KINDS = (
-    *("int4_128_f16", "int4_64_bf16", "int4_32_f16", "int8_128", "q8_0", "q4_0"),
-    *("mxfp4", "fp8", "iq4_nl"),
+    *("int4_128_f16", "int4_64_bf16", "int4_32_f16", "int8_128", "q8_0", "q4_0", "q4_1", "q5_0"),
+    *("mxfp4", "nvfp4", "fp8", "iq4_nl", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
 )
+CLAMPED = ClampedSwiGLU(alpha=1.7, limit=1.0)
 
 
-def inputs(count: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(
+    count: int, dtype: torch.dtype, hidden: int = HIDDEN
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(count)
-    x = torch.randn(count, HIDDEN, generator=generator).to(dtype)
+    x = torch.randn(count, hidden, generator=generator).to(dtype)
     order = [torch.randperm(COUNT, generator=generator)[:TOP_K] for _ in range(count)]
     ids = torch.stack(order).int()
     ids[-1, 0] = -1
@@ -68,8 +72,11 @@ def test_a_lone_token_has_no_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         (("int4_128_f16", "int4_32_bf16"), INNER, True),
         (("mxfp4", "q8_0"), INNER, True),
         (("int4_128_f16", "q4_k"), INNER, False),
-        (("q5_0", "int4_128_f16"), INNER, False),
-        (("int4_64_f16", "int4_64_f16"), 64 * 5, False),
+        (("q4_k", "q6_k"), 512, True),
+        (("q5_0", "nvfp4"), 512, False),
+        (("int4_64_f16", "int4_64_f16"), 64 * 5, True),
+        (("int4_64_f16", "fp8_row"), INNER, False),
+        (("int4_64_f16", "mxfp4"), 32 * 5, False),
     ],
 )
 def test_it_takes_what_it_can(
@@ -82,9 +89,7 @@ def test_it_takes_what_it_can(
     monkeypatch.setattr(ring, "has_wgmma", lambda device: True)
     assert ring.fits(x, experts) == is_taken
     assert not ring.fits(x.float(), experts)
-    one = torch.zeros(COUNT, 1)
-    biases = ExpertBiases(gate_EF=one, up_EF=one, down_EM=one)
-    assert not ring.fits(x, replace(experts, biases=biases))
+    assert ring.fits(x, with_biases(experts)) == is_taken
 
 
 def test_rows_that_are_to_be_invariant_go_elsewhere(monkeypatch: pytest.MonkeyPatch):
@@ -100,7 +105,10 @@ def test_rows_that_are_to_be_invariant_go_elsewhere(monkeypatch: pytest.MonkeyPa
     assert error_of(found_experts(case, experts), expected_experts(*case, values)) < 2e-6
 
 
-@pytest.mark.parametrize("kinds", [("int4_128_f16", "fp8"), ("int4_32_f16", "int4_128_f16")])
+@pytest.mark.parametrize(
+    "kinds",
+    [("int4_128_f16", "fp8"), ("int4_32_f16", "int4_128_f16"), ("q4_k", "q6_k"), ("mxfp4", "q8_0")],
+)
 @pytest.mark.parametrize("num_tokens", [1, 2, 32, 60, 128, 512])
 @pytest.mark.parametrize(("count", "top_k"), [(8, 2), (128, 8)])
 def test_launch_shapes_agree(kinds: tuple[str, str], num_tokens: int, count: int, top_k: int):
@@ -112,16 +120,35 @@ def test_launch_shapes_agree(kinds: tuple[str, str], num_tokens: int, count: int
     for one, layout in ((shape.gate_up, gate), (shape.down, down)):
         assert not one.is_wide or layout.group == 128
         assert one.rows % (16 * one.num_warps) == 0
-        stored = one.rows * 256 // layout.parts + one.tokens * 256
+        stored = one.rows * layout.row_bytes(256) // 2 + one.tokens * 256
         assert one.stages * one.tiles * stored <= 113 << 10, "two programs fit a processor"
 
 
+def test_biases_are_added_once(monkeypatch: pytest.MonkeyPatch):
+    experts, values = packed_experts("mxfp4", "mxfp4", COUNT, 64, 64)
+    experts = with_biases(experts)
+    case = inputs(3, torch.float32, 64)
+    said = torch.ones(3, 64, device=DEVICE)
+    monkeypatch.setattr(ring, "ring_experts", lambda *_, in_parts: said.clone())
+    with monkeypatch.context() as patch:
+        patch.setattr(ring, "fits", lambda *_: True)
+        assert torch.equal(found_experts(case, experts, CLAMPED), said), "the ring adds them all"
+    expected = expected_experts(*case, values, experts.biases, CLAMPED)
+    assert error_of(found_experts(case, experts, CLAMPED), expected) < 2e-6
+
+
 @on_hopper
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        *((kind, torch.bfloat16) for kind in KINDS),
+        *((kind, torch.float16) for kind in ("int4_32_f16", "q5_k", "mxfp4")),
+    ],
+    ids=str,
+)
 def test_experts_equal_float64(kind: str, dtype: torch.dtype):
-    assert PLANE_LAYOUTS[kind].factor == "none"
-    experts, values = packed_experts(kind, kind, COUNT, HIDDEN, INNER)
+    inner = 512 if PLANE_LAYOUTS[kind].step == 256 else INNER
+    experts, values = packed_experts(kind, kind, COUNT, HIDDEN, inner)
     for count in (1, 3, 20, 70, 150):
         case = inputs(count, dtype)
         x, weights, ids = case
@@ -129,17 +156,45 @@ def test_experts_equal_float64(kind: str, dtype: torch.dtype):
         assert error_of(found_experts(case, experts), expected_experts(*case, values)) < 8e-3
 
 
+@on_hopper
+@pytest.mark.parametrize("kind", ["mxfp4", "q8_0", "int4_64_f16"])
+def test_biased_experts_of_half_tiles_equal_float64(kind: str):
+    hidden, inner = 64 * 5, 64 * 7
+    experts, values = packed_experts(kind, kind, COUNT, hidden, inner)
+    experts = with_biases(experts)
+    for count in (1, 3, 40, 150):
+        x, weights, ids = inputs(count, torch.bfloat16, hidden)
+        case = x * 0.01, weights, ids
+        expected = expected_experts(*case, values, experts.biases, CLAMPED)
+        assert error_of(found_experts(case, experts, CLAMPED), expected) < 8e-3
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="where a GPU runs the kernels themselves")
 @pytest.mark.parametrize("is_late", [False, True], ids=["early", "late"])
-@pytest.mark.parametrize(("count", "splits"), [(1, 2), (9, 1)])
-def test_experts_equal_float64_without_a_gpu(count: int, splits: int, is_late: bool):
+@pytest.mark.parametrize(
+    ("kinds", "hidden", "inner", "count", "splits"),
+    [
+        (("int4_128_f16", "mxfp4"), 256, 384, 1, 2),
+        (("q4_k", "q6_k"), 256, 512, 1, 1),
+        (("q5_k", "q3_k"), 256, 256, 3, 1),
+        (("mxfp4", "mxfp4"), 320, 448, 1, 2),
+    ],
+    ids=["numbers", "alone", "together", "biased"],
+)
+def test_experts_equal_float64_without_a_gpu(
+    kinds: tuple[str, str], hidden: int, inner: int, count: int, splits: int, is_late: bool
+):
     emulator = emulated("octavo.kernels.triton.experts.hopper.ring", is_late=is_late)
-    experts, values = packed_experts("int4_128_f16", "mxfp4", COUNT, HIDDEN, INNER)
-    x, weights, ids = inputs(count, torch.float16)
+    experts, values = packed_experts(*kinds, COUNT, hidden, inner)
+    if hidden % 128:
+        experts = with_biases(experts)
+    activation = "silu" if experts.biases is None else CLAMPED
+    x, weights, ids = inputs(count, torch.float16, hidden)
     case = x * 0.01, weights, ids
     narrow = RingShape(tokens=8, rows=64, num_warps=4, stages=3, tiles=2, is_wide=False)
     shape = RingExpertsShape(
         gate_up=narrow, down=replace(narrow, tiles=1, splits=splits), is_lone=count == 1
     )
-    found = emulator.ring_experts(*case, experts, "silu", shape)
-    assert error_of(found, expected_experts(*case, values)) < 2e-3
+    found = emulator.ring_experts(*case, experts, activation, shape)
+    expected = expected_experts(*case, values, experts.biases, activation)
+    assert error_of(found, expected) < 2e-3

@@ -25,7 +25,13 @@ from octavo.kernels.triton.launching.numbers import TL_DTYPES
 from octavo.kernels.triton.launching.overlap import launch_options
 from octavo.kernels.triton.launching.tickets import room_for_splits
 from octavo.kernels.triton.tiles.activation import activation_constant, gated
-from octavo.kernels.triton.tiles.hopper.ring import COLUMNS, ring_sums, takes, x_rows_layout
+from octavo.kernels.triton.tiles.hopper.ring import (
+    COLUMNS,
+    is_aligned,
+    ring_sums,
+    takes,
+    x_rows_layout,
+)
 from octavo.kernels.triton.tiles.hopper.splits import stores_layout, sum_of_splits
 
 
@@ -54,12 +60,21 @@ def _pairs_of(
     return row, pair, is_row
 
 
+@gluon.jit
+def _with_bias(sums, bias_EN, first):
+    """Returns sums [rows, tokens] with biases that begin at `first`."""
+    row = gl.arange(0, sums.shape[0], gl.SliceLayout(1, sums.type.layout))
+    return sums + gl.load(bias_EN + (first + row)).to(gl.float32)[:, None]
+
+
 @launchable
 @gluon.jit(do_not_specialize=["num_blocks"])
 def ring_gate_up_kernel(
     x_TM,
     gate,
     up,
+    gate_bias_EF,
+    up_bias_EF,
     hidden_PF,
     order_P,
     blocks_3B,
@@ -74,6 +89,8 @@ def ring_gate_up_kernel(
     STAGES: gl.constexpr,
     TILES: gl.constexpr,
     WIDE: gl.constexpr,
+    EVEN_K: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
     COMPUTE: gl.constexpr,
     FORMAT: gl.constexpr,
@@ -81,8 +98,9 @@ def ring_gate_up_kernel(
 ):
     """hidden = act(x[t] @ gate[e].T, x[t] @ up[e].T) of the pairs of a block.
 
-    x_TM [T, M]; gate and up planes of [E * F, M]; hidden_PF [P, F] in the order of `sort_pairs`,
-    whose blocks have TOKENS pairs at most; or LONE: in the order of pairs, blocks are their ids.
+    x_TM [T, M]; gate and up planes of [E * F, M]; biases [E, F] any float, HAS_BIAS; hidden_PF
+    [P, F] in the order of `sort_pairs`, whose blocks have TOKENS pairs at most; or LONE: in the
+    order of pairs, blocks are their ids.
     """
     WARPS: gl.constexpr = gl.num_warps()
     HALF: gl.constexpr = ROWS // 2
@@ -99,11 +117,16 @@ def ring_gate_up_kernel(
         )
         total = ring_sums(
             *(x_TM, pair // TOP_K, is_row, (gate, up), expert * inner_size + column, hidden_size),
-            *(0, hidden_size // COLUMNS, ROWS, TOKENS, STAGES, TILES, WIDE),
+            *(0, (hidden_size + COLUMNS - 1) // COLUMNS, ROWS, TOKENS, STAGES, TILES, WIDE, EVEN_K),
             *(True, COMPUTE, FORMAT, False),
         )
         of_gate, of_up = gl.split(total.reshape([ROWS // 16, 2, 8, TOKENS]).permute((0, 2, 3, 1)))
-        made = gated(of_gate, of_up, ACTIVATION).reshape([HALF, TOKENS])
+        of_gate, of_up = of_gate.reshape([HALF, TOKENS]), of_up.reshape([HALF, TOKENS])
+        if HAS_BIAS:
+            first = expert.to(gl.int64) * inner_size + column
+            of_gate = _with_bias(of_gate, gate_bias_EF, first)
+            of_up = _with_bias(of_up, up_bias_EF, first)
+        made = gated(of_gate, of_up, ACTIVATION)
         out: gl.constexpr = stores_layout(HALF, WARPS)
         made = gl.convert_layout(made.to(hidden_PF.dtype.element_ty), out)
         row, _, is_row = _pairs_of(
@@ -119,6 +142,7 @@ def ring_gate_up_kernel(
 def ring_down_kernel(
     hidden_PF,
     down,
+    bias_EM,
     parts_PM,
     weights_P,
     order_P,
@@ -137,15 +161,17 @@ def ring_down_kernel(
     STAGES: gl.constexpr,
     TILES: gl.constexpr,
     WIDE: gl.constexpr,
+    EVEN_K: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
     COMPUTE: gl.constexpr,
     FORMAT: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):
-    """parts[p] = weights[p] * hidden @ down[e].T for the pairs p of a block.
+    """parts[p] = weights[p] * (hidden @ down[e].T (+ bias[e])) for the pairs p of a block.
 
-    parts_PM [P, M] in the order of pairs; down planes of [E * M, F]. SPLITS > 1: program 1 sums its
-    part of F alone, to sums float32 [SPLITS, P, M], and the last of a tile adds them in rising
-    order. The rest as in `ring_gate_up_kernel`.
+    parts_PM [P, M] in the order of pairs; down planes of [E * M, F]; bias_EM any float. SPLITS > 1:
+    program 1 sums its part of F alone, to sums float32 [SPLITS, P, M], and the last of a tile adds
+    them in rising order. The rest as in `ring_gate_up_kernel`.
     """
     WARPS: gl.constexpr = gl.num_warps()
     block = gl.program_id(0) % num_blocks
@@ -156,12 +182,12 @@ def ring_down_kernel(
         row, _, is_row = _pairs_of(
             blocks_3B, block, num_blocks, order_P, TOKENS, LONE, x_rows_layout(WARPS)
         )
-        num_tiles = inner_size // COLUMNS
+        num_tiles = (inner_size + COLUMNS - 1) // COLUMNS
         begin = gl.program_id(1) * num_tiles // SPLITS
         end = (gl.program_id(1) + 1) * num_tiles // SPLITS
         total = ring_sums(
             *(hidden_PF, row, is_row, (down, down), expert * hidden_size + column, inner_size),
-            *(begin, end, ROWS, TOKENS, STAGES, TILES, WIDE),
+            *(begin, end, ROWS, TOKENS, STAGES, TILES, WIDE, EVEN_K),
             *(False, COMPUTE, FORMAT, OVERLAP),
         )
         out: gl.constexpr = stores_layout(ROWS, WARPS)
@@ -174,6 +200,8 @@ def ring_down_kernel(
         step, ticket = num_pairs.to(gl.int64) * hidden_size, tickets + gl.program_id(0)
         total, is_last = sum_of_splits(total, sums_SPM, at, step, is_row[None, :], ticket, SPLITS)
         if is_last:
+            if HAS_BIAS:
+                total = _with_bias(total, bias_EM, expert.to(gl.int64) * hidden_size + column)
             weight = gl.load(weights_P + pair, mask=is_row, other=0.0)
             value = (total * weight[None, :]).to(parts_PM.dtype.element_ty)
             gl.store(parts_PM + at, value, mask=is_row[None, :])
@@ -185,12 +213,14 @@ def fits(x_TM: Tensor, experts: StackedExperts) -> bool:
     """Whether the kernels here can run experts on x of a dtype and device; never depends on how
     many rows x has."""
     gate, down = experts.gate_layout, experts.down_layout
-    if gate is None or down is None or experts.biases is not None or x_TM.element_size() != 2:
+    if gate is None or down is None or x_TM.element_size() != 2 or not has_wgmma(x_TM.device):
         return False
+    assert experts.gate_up_planes is not None
+    assert experts.down_planes is not None
     hidden_size, inner_size = experts.hidden_size, experts.inner_size
-    is_whole = inner_size % 64 == hidden_size % 128 == 0
-    is_known = takes(gate, hidden_size) and takes(down, inner_size)
-    return is_whole and is_known and has_wgmma(x_TM.device)
+    is_whole = inner_size % 64 == hidden_size % 64 == 0
+    is_known = is_whole and takes(gate, hidden_size) and takes(down, inner_size)
+    return is_known and all(map(is_aligned, (*experts.gate_up_planes, experts.down_planes)))
 
 
 def ring_experts(
@@ -204,8 +234,8 @@ def ring_experts(
     *,
     in_parts: bool = False,
 ) -> Tensor:
-    """Returns what `grouped_experts` does. `tickets`: see `make_tickets`; for shapes that split a
-    sum."""
+    """Returns what `grouped_experts` does, with all biases. `tickets`: see `make_tickets`; for
+    shapes that split a sum."""
     assert x_TM.is_contiguous()
     assert topk_ids.is_contiguous()
     assert topk_weights.is_contiguous()
@@ -219,11 +249,13 @@ def ring_experts(
         pairs = sort_pairs(topk_ids, experts.count, shape.gate_up.tokens)
         dispatch = pairs.order_P, pairs.blocks_3B, pairs.blocks_3B.shape[1]
     gate, up = experts.gate_up_planes
+    biases = experts.biases
     hidden = x_TM.new_empty((topk_ids.numel(), experts.inner_size))
     ring_gate_up_kernel[(dispatch[2] * (2 * experts.inner_size // shape.gate_up.rows),)](
         x_TM,
         gate.arguments(),
         up.arguments(),
+        *((x_TM, x_TM) if biases is None else (biases.gate_EF, biases.up_EF)),
         hidden,
         *dispatch,
         experts.count,
@@ -231,7 +263,8 @@ def ring_experts(
         experts.inner_size,
         TOP_K=topk_ids.shape[1],
         LONE=shape.is_lone,
-        **shape.gate_up.constants(),
+        **shape.gate_up.constants(experts.hidden_size),
+        HAS_BIAS=biases is not None,
         ACTIVATION=activation_constant(activation),
         COMPUTE=TL_DTYPES[x_TM.dtype],
         FORMAT=experts.gate_format,
@@ -260,6 +293,7 @@ def _down(
     ring_down_kernel[(grid, splits)](
         hidden_PF,
         experts.down_planes.arguments(),
+        parts if experts.biases is None else experts.biases.down_EM,
         parts,
         topk_weights,
         *dispatch,
@@ -270,7 +304,8 @@ def _down(
         experts.inner_size,
         SPLITS=splits,
         LONE=shape.is_lone,
-        **shape.down.constants(),
+        **shape.down.constants(experts.inner_size),
+        HAS_BIAS=experts.biases is not None,
         COMPUTE=TL_DTYPES[parts.dtype],
         FORMAT=experts.down_format,
         **launch_options(parts.device),

@@ -19,7 +19,13 @@ from octavo.kernels.triton.launching.numbers import TL_DTYPES
 from octavo.kernels.triton.launching.overlap import launch_options
 from octavo.kernels.triton.launching.tickets import room_for_splits
 from octavo.kernels.triton.product.packed_shapes import RingShape
-from octavo.kernels.triton.tiles.hopper.ring import COLUMNS, ring_sums, takes, x_rows_layout
+from octavo.kernels.triton.tiles.hopper.ring import (
+    COLUMNS,
+    is_aligned,
+    ring_sums,
+    takes,
+    x_rows_layout,
+)
 from octavo.kernels.triton.tiles.hopper.splits import stores_layout, sum_of_splits
 from octavo.planes import PlaneLayout
 
@@ -43,6 +49,7 @@ def ring_product_kernel(
     STAGES: gl.constexpr,
     TILES: gl.constexpr,
     WIDE: gl.constexpr,
+    EVEN_K: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     COMPUTE: gl.constexpr,
     FORMAT: gl.constexpr,
@@ -58,12 +65,12 @@ def ring_product_kernel(
     first_token = gl.program_id(0) % num_blocks * TOKENS
     first_row = gl.program_id(0) // num_blocks * ROWS
     token = first_token + gl.arange(0, TOKENS, x_rows_layout(WARPS))
-    num_tiles = hidden_size // COLUMNS
+    num_tiles = (hidden_size + COLUMNS - 1) // COLUMNS
     begin = gl.program_id(1) * num_tiles // SPLITS
     end = (gl.program_id(1) + 1) * num_tiles // SPLITS
     total = ring_sums(
         *(x_TM, token, token < num_tokens, (planes, planes), first_row, hidden_size),
-        *(begin, end, ROWS, TOKENS, STAGES, TILES, WIDE, False, COMPUTE, FORMAT, OVERLAP),
+        *(begin, end, ROWS, TOKENS, STAGES, TILES, WIDE, EVEN_K, False, COMPUTE, FORMAT, OVERLAP),
     )
     out: gl.constexpr = stores_layout(ROWS, WARPS)
     total = gl.convert_layout(total, out)
@@ -84,9 +91,10 @@ def ring_product_kernel(
 def fits(x_TM: Tensor, planes: Planes, layout: PlaneLayout) -> bool:
     """Whether the kernel here can multiply x of a dtype and device with a weight; never depends on
     how many rows x has."""
-    num_rows, length = len(planes.codes), x_TM.shape[1]
-    is_short = x_TM.element_size() == 2
-    return is_short and num_rows % 64 == 0 and takes(layout, length) and has_wgmma(x_TM.device)
+    if x_TM.element_size() != 2 or not has_wgmma(x_TM.device):
+        return False
+    is_whole = len(planes.codes) % 64 == 0 and takes(layout, x_TM.shape[1])
+    return is_whole and is_aligned(planes)
 
 
 def ring_product(
@@ -119,7 +127,7 @@ def ring_product(
         hidden_size,
         out_TN.stride(0),
         SPLITS=shape.splits,
-        **shape.constants(),
+        **shape.constants(hidden_size),
         HAS_BIAS=bias_N is not None,
         COMPUTE=TL_DTYPES[x_TM.dtype],
         FORMAT=layout.name,
