@@ -50,7 +50,8 @@ def open_source(
     ConfigError, WeightsError or UnsupportedModelError.
     """
     source = _open_stored(files, dtype, shapes, seed)
-    if quantization is None or files.quantization is not None:
+    stored = files.quantization
+    if quantization is None or (stored is not None and not stored.may_be_plain):
         return source
     if not can_be_made(quantization, is_dummy=files.kind == "config"):
         return source
@@ -74,7 +75,7 @@ def _open_stored(
     """Returns the weights as they are stored, or in `dtype`."""
     quantization = files.quantization
     if files.kind == "config":
-        if quantization is not None:
+        if quantization is not None and not quantization.may_be_plain:
             raise UnsupportedModelError(
                 f"the model is quantised with {quantization.method}, and random weights are "
                 "numbers: take quantization_config out of its config.json"

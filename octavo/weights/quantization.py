@@ -96,7 +96,8 @@ def check_quantization(
 ) -> None:
     """Refuses a `quantization` option that is not how the checkpoint is quantised, nor what it, or
     random weights (`is_dummy`), can be made when it is loaded. Raises ConfigError."""
-    if asked is None or (found is None and can_be_made(asked, is_dummy=is_dummy)):
+    is_plain = found is None or found.may_be_plain
+    if asked is None or (is_plain and can_be_made(asked, is_dummy=is_dummy)):
         return
     known = METHODS.get(_ALIASES.get(asked, asked))
     if found is None:

@@ -17,7 +17,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from octavo import LLM, SamplingParams
 from octavo.cli import main
-from octavo.errors import ConfigError, UnsupportedModelError
+from octavo.errors import ConfigError, UnsupportedModelError, WeightsError
 from octavo.kernels.dequantize import dequantize_rows
 from octavo.kernels.planes import values_of
 from octavo.weights import laid_out as laid_out_module
@@ -131,6 +131,24 @@ def test_what_blocks_cannot_say_is_refused_unless_it_is_unpacked(case: str, tmp_
         source.check_packed()
     cast = CastSource(source, "float32").matrix(f"{NAME}.weight")
     assert torch.equal(cast.data, written.values)
+
+
+@pytest.mark.parametrize("shape", [(200, 320), (130, 256)])
+def test_nvidias_blocks_of_fp8_have_scales_of_four_dimensions(
+    shape: tuple[int, int], tmp_path: Path
+) -> None:
+    written = fp8(np.random.default_rng(3), *shape, (128, 128), torch.float32)
+    scales = written.tensors["weight_scale_inv"]
+    tensors = {"weight": written.tensors["weight"], "weight_scale": scales[:, None, :, None]}
+    config = {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}
+    source = opened(tmp_path, named(Written(tensors, written.values)), config)
+    source.check_packed()
+    weight = source.matrix(f"{NAME}.weight")
+    assert torch.equal(dequantize_rows(weight, slice(None)), written.values)
+    assert torch.equal(placed_values(source, f"{NAME}.weight"), written.values)
+    tensors["weight_scale"] = scales[:, :, None, None]
+    with pytest.raises(WeightsError, match=r"scales of the shape \[\d, \d, 1, 1\] do not fit"):
+        opened(tmp_path, named(Written(tensors, written.values)), config)
 
 
 def test_nvidias_fp4_multiplies_by_its_second_scale(tmp_path: Path) -> None:

@@ -61,7 +61,8 @@ class Planner:
         self._device = device
         self._memory = memory
         self._file = read_gguf(path) if path.suffix == ".gguf" else None
-        self._quantization = files.quantization
+        self._quantization = said = files.quantization
+        self._packed = None if said is None or said.may_be_plain else said
 
     def parts(self, config: EngineConfig) -> dict[str, int]:
         """Returns the bytes of the weights by part of the model."""
@@ -70,11 +71,11 @@ class Planner:
 
         if config.dtype == "auto" and self._file is not None:
             return gguf_parts(self._file)
-        if config.dtype == "auto" and self._quantization is not None:
+        if config.dtype == "auto" and self._packed is not None:
             return packed_parts(self.spec, self._family, self._path)
         number_bytes = 4 if weights_dtype(config, self._hf_config) == "float32" else 2
         made, is_dummy = config.quantization, config.load_format == "dummy"
-        if made and can_be_made(made, is_dummy=is_dummy) and self._quantization is None:
+        if made and can_be_made(made, is_dummy=is_dummy) and self._packed is None:
             return made_parts(self.spec, self._family, number_bytes, made)
         return spec_parts(self.spec, number_bytes)
 
@@ -115,10 +116,9 @@ class Planner:
         check_kv_cache(config.kv_cache_dtype, self._quantization)
         is_copied = self._device == "cuda" or config.tensor_parallel_size > 1
         keeps_packed = self._device == "cuda"
-        is_packed = self._quantization is not None and config.dtype == "auto" and is_copied
-        if is_packed and not keeps_packed:
-            assert self._quantization is not None
-            refuse_packed(f"the model is quantised with {self._quantization.method}", self._device)
+        packed = self._packed if config.dtype == "auto" and is_copied else None
+        if packed is not None and not keeps_packed:
+            refuse_packed(f"the model is quantised with {packed.method}", self._device)
         if self._file is not None and config.dtype == "auto" and is_copied:
             for name, tensor in self._file.tensors.items():
                 if len(tensor.shape) > 1:

@@ -34,17 +34,22 @@ _NAN = 0x7F
 
 def fp8(module: Module, quantization: Quantization) -> PackedMatrix:
     """weight e4m3 [N, K]; weight_scale_inv or weight_scale of one number, [N, 1] or blocks of
-    128 x 128 (the last ones may be partial), in float32, bf16, f16 or as exponents."""
+    128 x 128 (the last ones may be partial), in float32, bf16, f16 or as exponents. ModelOpt
+    writes those of blocks (FP8_PB_WO) as [N / 128, 1, K / 128, 1]."""
     part = "weight_scale_inv" if "weight_scale_inv" in module.parts else "weight_scale"
-    module.check({"weight": Part(("F8_E4M3",)), part: Part(FP8_SCALES, (0, 1, 2))})
+    ranks = (0, 1, 2, 4) if quantization.method == "modelopt" else (0, 1, 2)
+    module.check({"weight": Part(("F8_E4M3",)), part: Part(FP8_SCALES, ranks)})
     allowed(module, Scheme(kind="float", bits=8), quantization)
     rows, cols = module.shape("weight")
-    block = fp8_block(module.name, (rows, cols), module.shape(part), quantization)
+    grid = module.shape(part)
+    if len(grid) == 4 and grid[1::2] == (1, 1):
+        grid = grid[::2]
+    block = fp8_block(module.name, (rows, cols), grid, quantization)
     why = fp8_unpacked_because(cols, block[1])
     is_packed = why is None
 
     def read(fetch: Fetch) -> tuple[Tensor, Tensor | None]:
-        numbers, scales = module.tensor("weight", fetch), module.tensor(part, fetch)
+        numbers, scales = module.tensor("weight", fetch), module.tensor(part, fetch).view(grid)
         return fp8_values(module.name, numbers, scales, block, is_packed), None
 
     return PackedMatrix(
