@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.kernels.activations import Activation
@@ -29,13 +28,15 @@ from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options
 from octavo.kernels.triton.small.quantize import Fp8Rows, quantize_rows
 from octavo.kernels.triton.tiles.hopper.fp8 import (
+    CONSUMER_REGISTERS,
     HALF,
+    PRODUCER_REGISTERS,
     TILE,
-    TILE_LAYOUT,
     bring,
     make_rings,
-    multiply_few,
-    multiply_many,
+    scaled_sums,
+    sums_layout,
+    tiles_of,
 )
 from octavo.kernels.triton.tiles.hopper.fp8_ends import (
     in_words,
@@ -45,7 +46,6 @@ from octavo.kernels.triton.tiles.hopper.fp8_ends import (
     wide_layout,
 )
 
-PRODUCER_REGISTERS = 40
 UNSPECIALISED = ["num_blocks", "num_places"]
 
 
@@ -80,50 +80,16 @@ def _produce(
 
 
 @gluon.jit
-def _sums(
-    HALF_OF: gl.constexpr, ROWS: gl.constexpr, IS_FEW: gl.constexpr, BY_BLOCK: gl.constexpr, row,
-    first_row, second_row, x_scales, first_scales, second_scales, num_places, scale_stride, steps,
-    base, rings,
-):  # fmt: skip
-    """Returns the products of a piece with both tiles of weights, scaled."""
-    WEIGHTS: gl.constexpr = 0 if IS_FEW else 1
-    of_weights: gl.constexpr = gl.SliceLayout(1 - WEIGHTS, row.type.layout.parent)
-    n = gl.arange(0, TILE, of_weights)
-    x_at = x_scales + gl.minimum(row, num_places - 1)
-    first_at, second_at = first_scales + first_row, second_scales + second_row
-    if BY_BLOCK:
-        strides = (gl.to_tensor(num_places).to(gl.int64), scale_stride)
-        if IS_FEW:
-            one, two = multiply_few(
-                ROWS, (x_at, first_at + n, second_at + n) + strides, steps, base, rings, True
-            )
-        else:
-            one, two = multiply_many(
-                HALF_OF, (x_at, first_at, second_at) + strides, steps, base, rings, True
-            )
-    else:
-        if IS_FEW:
-            one, two = multiply_few(ROWS, (x_at,), steps, base, rings, False)
-        else:
-            one, two = multiply_many(HALF_OF, (x_at,), steps, base, rings, False)
-        of_x = gl.expand_dims(gl.load(x_at), WEIGHTS)
-        one *= of_x * gl.expand_dims(gl.load(first_at + n), 1 - WEIGHTS)
-        two *= of_x * gl.expand_dims(gl.load(second_at + n), 1 - WEIGHTS)
-    return one, two
-
-
-@gluon.jit
 def _consume(
     HALF_OF: gl.constexpr, ROWS: gl.constexpr, IS_FEW: gl.constexpr, IS_GATED: gl.constexpr,
-    BY_BLOCK: gl.constexpr, OVERLAP: gl.constexpr, x_scales, first_scales, second_scales, out,
-    out_scales, weights, order, num_places, num_rows, scale_stride, out_stride, steps, columns,
-    units, work, rings,
+    BY_BLOCK: gl.constexpr, BY_TILE: gl.constexpr, OVERLAP: gl.constexpr, x_scales, first_scales,
+    second_scales, out, out_scales, weights, order, num_places, num_rows, scale_stride, out_stride,
+    steps, columns, units, work, rings,
 ):  # fmt: skip
     """Multiplies the pieces, of a half of their rows where those are many."""
     COUNT: gl.constexpr = ROWS if IS_FEW else HALF
-    WIDTH: gl.constexpr = ROWS if IS_FEW else TILE
     WEIGHTS: gl.constexpr = 0 if IS_FEW else 1
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
+    SUMS: gl.constexpr = sums_layout(ROWS, IS_FEW)
     WIDE: gl.constexpr = wide_layout(IS_FEW)
     if OVERLAP:
         gdc_wait()
@@ -142,10 +108,11 @@ def _consume(
             else:
                 first_row += column * (2 * TILE)
                 second_row = first_row + TILE
-            one, two = _sums(
-                HALF_OF, ROWS, IS_FEW, BY_BLOCK, row, first_row, second_row, x_scales,
-                first_scales, second_scales, num_places, scale_stride, steps, base, rings,
-            )  # fmt: skip
+            scales = x_scales, first_scales + first_row, second_scales + second_row, scale_stride
+            one, two = scaled_sums(
+                *(HALF_OF, ROWS, IS_FEW, BY_BLOCK, BY_TILE, row, num_places, scales),
+                *(steps, base, rings),
+            )
             base += steps
             place = start + gl.arange(0, COUNT, gl.SliceLayout(WEIGHTS, WIDE))
             live = place < end
@@ -197,6 +164,7 @@ def fp8_pieces_kernel(
     IS_FEW: gl.constexpr,
     IS_GATED: gl.constexpr,
     BY_BLOCK: gl.constexpr,
+    BY_TILE: gl.constexpr,
     REGISTERS: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):
@@ -206,8 +174,8 @@ def fp8_pieces_kernel(
 
     x descriptor of e4m3 [R, K] in boxes [ROWS or HALF, TILE]; first and second of weights e4m3
     [E * num_rows, K] in boxes [TILE, TILE]: gate and up, or both the same; x_scales [G or 1, R];
-    those of weights by columns, `scale_stride` apart. `columns`: tiles of a row of out. One warp
-    asks for tiles, one or two warpgroups multiply.
+    those of weights by columns, `scale_stride` apart; BY_TILE: see `scaled_sums`. `columns`: tiles of
+    a row of out. One warp asks for tiles, one or two warpgroups multiply.
     """
     rings = make_rings(x.dtype, ROWS, IS_FEW, STAGES)
     units = num_blocks * columns
@@ -218,7 +186,7 @@ def fp8_pieces_kernel(
     if ROWS <= HALF:
         gl.warp_specialize(
             [
-                (_consume, (0, ROWS, IS_FEW, IS_GATED, BY_BLOCK, OVERLAP) + rest),
+                (_consume, (0, ROWS, IS_FEW, IS_GATED, BY_BLOCK, BY_TILE, OVERLAP) + rest),
                 (_produce, (IS_GATED, OVERLAP) + source),
             ],
             [1],
@@ -227,12 +195,12 @@ def fp8_pieces_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (0, ROWS, IS_FEW, IS_GATED, BY_BLOCK, OVERLAP) + rest),
-                (_consume, (1, ROWS, IS_FEW, IS_GATED, BY_BLOCK, OVERLAP) + rest),
+                (_consume, (0, ROWS, IS_FEW, IS_GATED, BY_BLOCK, BY_TILE, OVERLAP) + rest),
+                (_consume, (1, ROWS, IS_FEW, IS_GATED, BY_BLOCK, BY_TILE, OVERLAP) + rest),
                 (_produce, (IS_GATED, OVERLAP) + source),
             ],
             [4, 1],
-            [240, REGISTERS],
+            [CONSUMER_REGISTERS, REGISTERS],
         )
 
 
@@ -298,7 +266,7 @@ def hopper_fp8_experts(
     parts = x_TM.new_empty((num_pairs, hidden_size))
     down = experts.down_planes
     rest = hidden_size, parts, hidden.scales, pairs, topk_weights, shape
-    _launch(hidden, (down, down), *rest, by_block=by_block, is_gated=False)
+    _launch(hidden, (down, down), *rest, experts, is_gated=False)
     if in_parts:
         return parts.view(num_tokens, -1, hidden_size)
     return combine(parts, topk_ids, experts.count, 0)
@@ -321,7 +289,7 @@ def _gate_up(
     out = torch.empty((num_pairs, inner), dtype=dtype, device=x.numbers.device)
     scales = x.scales.new_empty((inner // TILE.value, num_pairs)) if by_block else x.scales
     rest = inner, out, scales, pairs, topk_weights, shape
-    _launch(x, experts.gate_up_planes, *rest, by_block=by_block, is_gated=True)
+    _launch(x, experts.gate_up_planes, *rest, experts, is_gated=True)
     return Fp8Rows(out, scales) if by_block else quantize_rows(out, inner, by_block=False)
 
 
@@ -334,8 +302,8 @@ def _launch(
     pairs: SortedPairs,
     topk_weights: Tensor,
     shape: PiecesShape,
+    experts: StackedExperts,
     *,
-    by_block: bool,
     is_gated: bool,
 ) -> None:
     first, second = weights
@@ -343,9 +311,9 @@ def _launch(
     columns = num_rows // TILE.value // (1 if is_gated else 2)
     units = num_blocks * columns
     fp8_pieces_kernel[(min(units, num_processors(out.device)),)](
-        _tiles(x.numbers, shape.rows if shape.is_few else HALF.value),
-        _tiles(first.codes.view(torch.float8_e4m3fn), TILE.value),
-        _tiles(second.codes.view(torch.float8_e4m3fn), TILE.value),
+        tiles_of(x.numbers, shape.rows if shape.is_few else HALF.value),
+        tiles_of(first.codes),
+        tiles_of(second.codes),
         x.scales,
         first.scales,
         second.scales,
@@ -365,12 +333,9 @@ def _launch(
         STAGES=shape.stages,
         IS_FEW=shape.is_few,
         IS_GATED=is_gated,
-        BY_BLOCK=by_block,
+        BY_BLOCK=experts.is_by_block,
+        BY_TILE=experts.is_by_tile,
         REGISTERS=PRODUCER_REGISTERS,
         num_warps=4,
         **launch_options(out.device),
     )
-
-
-def _tiles(numbers: Tensor, rows: int) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(numbers, [rows, TILE.value], TILE_LAYOUT)
