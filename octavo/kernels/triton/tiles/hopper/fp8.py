@@ -194,7 +194,8 @@ def _multiply_by_block(
         else:
             now = warpgroup_mma_wait(0, deps=(now,))
             of_first += now * _factors(x_scale, f_scale, IS_FEW)
-            then = _begun(x, second_ring.index(slot), gl.zeros_like(of_first), False, IS_FEW)
+            # In the registers of the last one: there are no more.
+            then = _begun(x, second_ring.index(slot), now, False, IS_FEW)
             then = warpgroup_mma_wait(0, deps=(then,))
             mbarrier.arrive(empty.index(slot))
         of_second += then * _factors(x_scale, s_scale, IS_FEW)
