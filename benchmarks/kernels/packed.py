@@ -25,7 +25,7 @@ import torch
 from attention import BYTES_PER_SECOND, graph_ms
 from torch import Tensor
 
-from octavo.kernels.planes import Planes, empty_planes, values_of
+from octavo.kernels.planes import Planes, empty_planes, has_tile_scales, values_of
 from octavo.kernels.triton.experts.choose import run_experts
 from octavo.kernels.triton.experts.grouped import grouped_experts
 from octavo.kernels.triton.experts.packed_pairs import packed_experts_of_pairs
@@ -89,6 +89,7 @@ MODELS = {
     "qwen3-30b": Model(2048, 768, 128, 8, ((5120, 2048), (2048, 4096))),
 }
 ROWS = 400
+TILED_ROWS = 384
 """Of weights that are checked."""
 RESULTS: list[dict[str, object]] = []
 Call = Callable[[], object]
@@ -182,19 +183,25 @@ def checks(
             continue
         layout = PLANE_LAYOUTS[name]
         for cols in (1184 if layout.step < 256 else 1120,) if name in ODD else (512,):
-            weight = planes(layout, ROWS, cols)
+            rows = TILED_ROWS if name == "fp8" else ROWS
+            weight = planes(layout, rows, cols)
+            is_by_tile = has_tile_scales(weight, layout)
             exact = partial(values_of, layout, weight, cols)
             unpacked = partial(unpack, weight, layout, cols, torch.bfloat16)
             yield f"{name} {cols} unpacked", unpacked, exact, 3e-3
             for count in (1, 30, 60, 600):
                 x = rows_of(count, cols)
-                is_fp8 = name == "fp8_row" and count >= 256
+                is_fp8 = name.startswith("fp8") and count >= 256
 
                 def found(
-                    x: Tensor = x, weight: Planes = weight, of: PlaneLayout = layout
+                    x: Tensor = x,
+                    weight: Planes = weight,
+                    of: PlaneLayout = layout,
+                    is_by_tile: bool = is_by_tile,
                 ) -> Tensor:
-                    out = torch.empty(len(x), ROWS, device=CUDA, dtype=torch.bfloat16)
-                    multiply_packed(x, weight, of, None, out, tickets(), is_deterministic=False)
+                    out = torch.empty(len(x), len(weight.codes), device=CUDA, dtype=torch.bfloat16)
+                    rest = weight, of, None, out, tickets()
+                    multiply_packed(x, *rest, is_deterministic=False, is_by_tile=is_by_tile)
                     return out
 
                 def expected(x: Tensor = x, exact: Callable[[], Tensor] = exact) -> Tensor:
@@ -272,7 +279,8 @@ def dense_calls(
     else:
         for _ in range(copies):
             rest = (planes(layout, rows, cols), layout, None, out, tickets())
-            calls.append(partial(multiply_packed, x, *rest, is_deterministic=False))
+            by_tile = {"is_deterministic": False, "is_by_tile": name == "fp8"}
+            calls.append(partial(multiply_packed, x, *rest, **by_tile))
     floor = max(rows * row_bytes / BYTES_PER_SECOND, 2 * count * rows * cols / flops_of(name))
     return calls, floor
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from octavo.formats import TWICE_E2M1
-from octavo.planes import BLOCK, IQ4_VALUES, RUN, WORD_BITS, PlaneLayout
+from octavo.planes import BLOCK, FP8_BLOCK, IQ4_VALUES, RUN, WORD_BITS, PlaneLayout
 
 SCALE_DTYPES = {
     "f16": torch.float16,
@@ -89,6 +89,18 @@ def empty_planes(layout: PlaneLayout, rows: int, cols: int, device: torch.device
             layout.num_factors(cols), torch.float32 if layout.factor == "row" else torch.float16
         ),
     )
+
+
+TILE_ROWS = 128
+
+
+def has_tile_scales(planes: Planes, layout: PlaneLayout) -> bool:
+    """Whether a matrix is FP8 whose scales by groups of columns are the same for every 128 rows
+    too, as FP8 is published: what kernels of many tokens want to know. Looks at the scales."""
+    if layout != FP8_BLOCK or len(planes.scales) % TILE_ROWS:
+        return False
+    tiles = planes.scales.view(-1, TILE_ROWS, planes.scales.shape[1])
+    return torch.equal(tiles, tiles[:, :1].expand_as(tiles))
 
 
 def pack_codes(layout: PlaneLayout, codes: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ class Weight:
     """On a device, what packed rows became there; `data` has the codes."""
     layout: PlaneLayout | None = None
     """Of the planes."""
+    is_by_tile: bool = False
+    """Whether a device has found that `has_tile_scales` is true of the planes."""
     within: Within | None = None
     """Where it lies among others, if it was placed with them."""
 

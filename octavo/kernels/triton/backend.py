@@ -37,8 +37,13 @@ from octavo.kernels.triton.experts.stacks import StackedExperts, stacked_experts
 from octavo.kernels.triton.latent.choose import latent_attention, latent_views
 from octavo.kernels.triton.launching.chip import num_processors
 from octavo.kernels.triton.launching.tickets import make_tickets
-from octavo.kernels.triton.product.choose import multiply, multiply_packed
-from octavo.kernels.triton.product.matrices import joined, merged_matrices, numbers_of
+from octavo.kernels.triton.product.choose import (
+    multiply,
+    multiply_packed,
+    norm_fp8_product,
+    takes_normed,
+)
+from octavo.kernels.triton.product.matrices import matrices_of, numbers_of
 from octavo.kernels.triton.product.norm_matvec import MAX_COLUMNS, norm_matvec, norm_route
 from octavo.kernels.triton.product.packed import unpack
 from octavo.kernels.triton.product.shapes import norm_rows_shape
@@ -106,11 +111,7 @@ class TritonOps(Composed):
         key = tuple(weights)
         matrices = self._matrices.get(key)
         if matrices is None:
-            if any(weight.planes is not None for weight in key):
-                matrices = [one if one.planes else numbers_of(one) for one in joined(key)]
-            else:
-                matrices = [*merged_matrices([numbers_of(weight) for weight in key])]
-            self._matrices[key] = matrices
+            matrices = self._matrices[key] = matrices_of(key)
         return matrices
 
     def norm_linear(
@@ -118,9 +119,15 @@ class TritonOps(Composed):
     ) -> tuple[Tensor, Tensor]:
         matrices = self._matrices_of(weights)
         first = matrices[0]
+        if len(matrices) == 1 and isinstance(first, Weight) and self._is_rounded(rows, first):
+            return norm_fp8_product(rows, first, bias_N)
         if not self._is_lone(rows.residual_TM) or len(matrices) > 1 or isinstance(first, Weight):
             return super().norm_linear(rows, weights, bias_N)
         return norm_matvec(rows, first, bias_N, norm_rows_shape(first.shape[1]))
+
+    def _is_rounded(self, rows: NormInput, weight: Weight) -> bool:
+        """Whether normed rows become FP8 within the norm, as their product alone takes them."""
+        return not self._is_deterministic and takes_normed(rows, weight)
 
     def _is_lone(self, row_TM: Tensor) -> bool:
         """Whether one row runs alone, in kernels that give it other bits than a batch would."""
@@ -143,6 +150,7 @@ class TritonOps(Composed):
                 *(x_TM, matrix_NM.planes, matrix_NM.layout, bias_N, out),
                 self._tickets_on(out.device),
                 is_deterministic=self._is_deterministic,
+                is_by_tile=matrix_NM.is_by_tile,
             )
             return
         multiply(

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 import triton.language as tl
 from torch import Tensor
 
 from octavo.errors import UnsupportedModelError
-from octavo.kernels.planes import Planes
+from octavo.kernels.planes import TILE_ROWS, Planes, has_tile_scales
 from octavo.kernels.triton.launching.numbers import compute_type
 from octavo.kernels.triton.product.matrices import numbers_of
 from octavo.kernels.weights import (
@@ -20,7 +19,7 @@ from octavo.kernels.weights import (
     Stack,
     Weight,
 )
-from octavo.planes import FP8_BLOCK, PlaneLayout
+from octavo.planes import PlaneLayout
 
 Operand = Tensor | tuple[Tensor | int, ...]
 """A stack of numbers, or the planes of a packed one (`Planes.arguments`)."""
@@ -173,18 +172,13 @@ def stacked_experts(experts: ExpertWeights) -> StackedExperts:
     )
 
 
-TILE_ROWS = 128
-
-
 def _is_by_tile(*stacks: Stack) -> bool:
-    """Whether the scales of FP8 by groups of columns are equal for every 128 rows. Looks at them,
-    once for a layer."""
+    """Whether tiles of all experts have one scale for each group of columns."""
     for stack in stacks:
         planes, layout = stack.whole.planes, stack.whole.layout
-        if planes is None or layout != FP8_BLOCK or stack.rows % TILE_ROWS:
+        if planes is None or layout is None or stack.rows % TILE_ROWS:
             return False
-        tiles = planes.scales.view(-1, TILE_ROWS, planes.scales.shape[1])
-        if not torch.equal(tiles, tiles[:, :1].expand_as(tiles)):
+        if not has_tile_scales(planes, layout):
             return False
     return True
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.facts import UNPACKED_TOKENS
+from octavo.kernels.inputs import NormInput
 from octavo.kernels.planes import Planes
 from octavo.kernels.triton.product.fp8 import fp8_product
+from octavo.kernels.triton.product.hopper import fp8 as hopper_fp8
 from octavo.kernels.triton.product.hopper import ring
 from octavo.kernels.triton.product.linear import product
 from octavo.kernels.triton.product.matvec import matvec
@@ -21,7 +23,11 @@ from octavo.kernels.triton.product.packed_shapes import (
     ring_shape,
     sums_shape,
 )
+from octavo.kernels.triton.small.norm_quantize import norm_quantize
+from octavo.kernels.triton.small.quantize import quantize_rows
+from octavo.kernels.triton.tiles.fp8 import BLOCK_COLUMNS
 from octavo.kernels.triton.tuning.shapes import Shapes
+from octavo.kernels.weights import Weight
 from octavo.planes import PlaneLayout
 
 SKINNY_TOKENS = 64
@@ -29,7 +35,8 @@ SKINNY_TOKENS = 64
 Above, and for row counts that 8 divides, cuBLAS gave Triton's bits in all but one shape."""
 
 FP8_TOKENS = 256
-"""From here on activations are rounded to FP8 where weights are FP8 with a scale a row."""
+"""From here on activations are rounded to FP8 where weights are FP8 with a scale a row or, on
+Hopper, one for each 128 columns."""
 
 
 def multiply(
@@ -61,6 +68,13 @@ def multiply(
         torch.addmm(bias_N.to(x_TM.dtype), x_TM, matrix_NM.T, out=out_TN)
 
 
+def rounds_blocks(x_TM: Tensor, planes: Planes, layout: PlaneLayout) -> bool:
+    """Whether x is rounded to FP8, 128 columns at a time, before it meets a weight whose scales
+    tiles share."""
+    is_many = len(x_TM) >= FP8_TOKENS and layout.group > 0
+    return is_many and hopper_fp8.fits(x_TM, planes, layout)
+
+
 def multiply_packed(
     x_TM: Tensor,
     planes: Planes,
@@ -70,12 +84,17 @@ def multiply_packed(
     tickets: Tensor | None = None,
     *,
     is_deterministic: bool,
+    is_by_tile: bool = False,
 ) -> None:
-    """As `multiply`, with a packed weight. Deterministic products are tiles, whatever the rows."""
+    """As `multiply`, with a packed weight. Deterministic products are tiles, whatever the rows.
+    `is_by_tile`: see `Weight`."""
     num_tokens, length = x_TM.shape
     if is_deterministic:
         shape = packed_shape(num_tokens, layout)
         packed_product(x_TM, planes, layout, bias_N, out_TN, shape)
+    elif is_by_tile and rounds_blocks(x_TM, planes, layout):
+        rows = quantize_rows(x_TM, layout.padded(length), by_block=True)
+        hopper_fp8.hopper_fp8_product_of(rows, planes, layout, bias_N, out_TN)
     elif num_tokens < UNPACKED_TOKENS and _is_for_ring(x_TM, planes, layout):
         shape = ring_shape(num_tokens, len(planes.codes), length, layout)
         ring.ring_product(x_TM, planes, layout, bias_N, out_TN, shape, tickets)
@@ -98,3 +117,29 @@ def _is_for_ring(x_TM: Tensor, planes: Planes, layout: PlaneLayout) -> bool:
     """A lone row is summed in registers, but for formats whose values take long to make there."""
     is_alone = len(x_TM) == 1 and layout.factor != "block"
     return not is_alone and ring.fits(x_TM, planes, layout)
+
+
+def takes_normed(rows: NormInput, weight: Weight) -> bool:
+    """Whether `norm_fp8_product` serves rows and a weight."""
+    planes, layout = weight.planes, weight.layout
+    if planes is None or layout is None or not weight.is_by_tile or weight.cols % BLOCK_COLUMNS:
+        return False
+    is_here = rows.ranks is None or rows.ranks.size == 1
+    return is_here and rounds_blocks(rows.residual_TM, planes, layout)
+
+
+def norm_fp8_product(
+    rows: NormInput, weight: Weight, bias_N: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Returns normed rows @ weight.T (+ bias), the rows rounded within the norm, and the
+    residual."""
+    assert weight.planes is not None
+    assert weight.layout is not None
+    residual = rows.residual_TM
+    if rows.x_TM is None:
+        made = norm_quantize(residual, None, rows.weight_M, rows.eps)
+    else:
+        made = norm_quantize(rows.x_TM, residual, rows.weight_M, rows.eps)
+    out = residual.new_empty((len(residual), weight.rows))
+    hopper_fp8.hopper_fp8_product_of(made, weight.planes, weight.layout, bias_N, out)
+    return out, residual

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from octavo.errors import UnsupportedModelError
+from octavo.kernels.planes import has_tile_scales
 from octavo.kernels.triton.product.packed import unpack
 from octavo.kernels.weights import Weight
 
@@ -37,6 +38,20 @@ def joined(weights: Sequence[Weight]) -> list[Weight]:
         else:
             made.append(weight)
     return made
+
+
+def matrices_of(weights: Sequence[Weight]) -> list[Tensor | Weight]:
+    """Returns weights that are multiplied side by side as numbers or packed, as few as they can
+    be, and how FP8 has its scales. Looks at values: once for each."""
+    if all(weight.planes is None for weight in weights):
+        return [*merged_matrices([numbers_of(weight) for weight in weights])]
+    return [_packed(one) or numbers_of(one) for one in joined(weights)]
+
+
+def _packed(weight: Weight) -> Weight | None:
+    if weight.planes is None or weight.layout is None:
+        return None
+    return replace(weight, is_by_tile=has_tile_scales(weight.planes, weight.layout))
 
 
 def numbers_of(weight: Weight) -> Tensor:

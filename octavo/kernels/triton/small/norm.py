@@ -18,6 +18,24 @@ MAX_COLUMNS = 16384
 """A row must fit the registers of one program."""
 
 
+@triton.jit
+def summed_row(x_at, residual_at, is_in, hidden_size, HAS_RESIDUAL: tl.constexpr,
+               PARTS: tl.constexpr):  # fmt: skip
+    """Returns float32 x, or residual + x, which then is stored there and rounded so. PARTS > 1: the
+    numbers of x are sums of so many, rows of `hidden_size` apart, which are rounded first."""
+    y = tl.load(x_at, mask=is_in, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        y += tl.load(x_at + part * hidden_size, mask=is_in, other=0.0).to(tl.float32)
+    if PARTS > 1:
+        y = y.to(x_at.dtype.element_ty).to(tl.float32)
+    if HAS_RESIDUAL:
+        y += tl.load(residual_at, mask=is_in, other=0.0).to(tl.float32)
+        rounded = y.to(residual_at.dtype.element_ty)
+        tl.store(residual_at, rounded, mask=is_in)
+        y = rounded.to(tl.float32)
+    return y
+
+
 @launchable
 @triton.jit
 def rms_norm_kernel(
@@ -46,17 +64,8 @@ def rms_norm_kernel(
     wait_turn(OVERLAP)
     announce(OVERLAP)
     x_at = x_TM + token * x_stride + column
-    y = tl.load(x_at, mask=is_in, other=0.0).to(tl.float32)
-    for part in tl.static_range(1, PARTS):
-        y += tl.load(x_at + part * hidden_size, mask=is_in, other=0.0).to(tl.float32)
-    if PARTS > 1:
-        y = y.to(x_TM.dtype.element_ty).to(tl.float32)
-    if HAS_RESIDUAL:
-        at = residual_TM + token * residual_stride + column
-        y += tl.load(at, mask=is_in, other=0.0).to(tl.float32)
-        rounded = y.to(residual_TM.dtype.element_ty)
-        tl.store(at, rounded, mask=is_in)
-        y = rounded.to(tl.float32)
+    at = residual_TM + token * residual_stride + column
+    y = summed_row(x_at, at, is_in, hidden_size, HAS_RESIDUAL, PARTS)
     mean = tl.sum(y * y, 0) / hidden_size
     normed = y * tl.rsqrt(mean + eps) * weight
     tl.store(out_TM + token * hidden_size + column, normed.to(out_TM.dtype.element_ty), mask=is_in)

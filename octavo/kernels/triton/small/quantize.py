@@ -1,7 +1,7 @@
 """Rows of activations made FP8 (e4m3) with scales of their own, for products with FP8 weights.
 
-Called by `product/fp8.py` and the experts of FP8. A scale is the largest number of a row, or of a
-block of its columns, over 448.
+Called by products and experts of FP8; `norm_quantize.py` does it within the norm. A scale is the
+largest number of a row, or of a block of its columns, over 448.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from torch import Tensor
 from octavo.kernels.triton.launching.chip import next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
-from octavo.kernels.triton.tiles.fp8 import LARGEST, column_of_byte
-
-BLOCK = 128
-_BLOCK = tl.constexpr(BLOCK)
+from octavo.kernels.triton.tiles.fp8 import (
+    BLOCK_COLUMNS,
+    RUN,
+    columns_of_blocks,
+    rounded_words,
+    store_words,
+)
 
 
 class Fp8Rows(NamedTuple):
@@ -29,6 +32,14 @@ class Fp8Rows(NamedTuple):
     """e4m3 [R, padded M], columns in the order of packed weights; 0 beyond M."""
     scales: Tensor
     """float32 [G, R]: one a row, or one for each 128 columns."""
+
+
+def empty_rows(num_rows: int, padded: int, device: torch.device, *, by_block: bool) -> Fp8Rows:
+    """Returns rows of `padded` columns that are yet to be filled."""
+    assert padded % BLOCK_COLUMNS == 0
+    numbers = torch.empty((num_rows, padded), dtype=torch.float8_e4m3fn, device=device)
+    count = padded // BLOCK_COLUMNS if by_block else 1
+    return Fp8Rows(numbers, numbers.new_empty((count, num_rows), dtype=torch.float32))
 
 
 def warps_of(padded: int) -> int:
@@ -58,25 +69,16 @@ def quantize_kernel(
     """
     wait_turn(OVERLAP)
     source = tl.program_id(0).to(tl.int64)
-    block = tl.arange(0, BLOCKS)
-    byte = block[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
-    column = column_of_byte(byte)
-    x = tl.load(x_TM + source * length + column, mask=column < length, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(x), 1)
-    if not BY_BLOCK:
-        largest = tl.max(largest, 0) + tl.zeros([BLOCKS], tl.float32)
-    scale = tl.maximum(largest, 1e-10) / LARGEST
-    number = tl.minimum(tl.maximum(x / scale[:, None], -LARGEST), LARGEST)
-    number = number.to(numbers_RM.dtype.element_ty)
-    is_scale = block < (padded // _BLOCK if BY_BLOCK else 1)
+    column = columns_of_blocks(BLOCKS)
+    at = x_TM + source * length + column
+    first = tl.load(at, mask=column < length, other=0.0).to(tl.float32)
+    second = tl.load(at + RUN, mask=column + RUN < length, other=0.0).to(tl.float32)
+    number, scale = rounded_words(first, second, BY_BLOCK)
     for choice in tl.static_range(max(TOP_K, 1)):
         row = source
         if TOP_K > 0:
             row = tl.load(places_P + source * TOP_K + choice).to(tl.int64)
-        at = numbers_RM + row * padded + byte
-        tl.store(at, number, mask=(byte < padded) & (row >= 0))
-        at = scales_GR + block.to(tl.int64) * num_rows + row
-        tl.store(at, scale, mask=is_scale & (row >= 0))
+        store_words(number, scale, numbers_RM, row, padded, scales_GR, num_rows, BY_BLOCK)
 
 
 def quantize_rows(
@@ -88,25 +90,21 @@ def quantize_rows(
     """
     num_tokens, length = x_TM.shape
     assert x_TM.is_contiguous()
-    assert padded % BLOCK == 0
     num_rows = num_tokens if places_P is None else len(places_P)
-    numbers = torch.empty((num_rows, padded), dtype=torch.float8_e4m3fn, device=x_TM.device)
-    blocks = padded // BLOCK
-    scales = numbers.new_empty((blocks if by_block else 1, num_rows), dtype=torch.float32)
+    made = empty_rows(num_rows, padded, x_TM.device, by_block=by_block)
     if not num_rows:
-        return Fp8Rows(numbers, scales)
+        return made
     quantize_kernel[(num_tokens,)](
         x_TM,
         x_TM if places_P is None else places_P,
-        numbers,
-        scales,
+        *made,
         length,
         padded,
         num_rows,
         TOP_K=0 if places_P is None else num_rows // num_tokens,
-        BLOCKS=next_power_of_2(blocks),
+        BLOCKS=next_power_of_2(padded // BLOCK_COLUMNS),
         BY_BLOCK=by_block,
         num_warps=warps_of(padded),
         **launch_options(x_TM.device),
     )
-    return Fp8Rows(numbers, scales)
+    return made

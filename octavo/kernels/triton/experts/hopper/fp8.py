@@ -176,8 +176,8 @@ def fp8_pieces_kernel(
 
     x descriptor of e4m3 [R, K] in boxes [ROWS or HALF, TILE]; first and second of weights e4m3
     [E * num_rows, K] in boxes [TILE, TILE]: gate and up, or both the same; x_scales [G or 1, R];
-    those of weights by columns, `scale_stride` apart; BY_TILE: see `scaled_sums`. `columns`: tiles of
-    a row of out. One warp asks for tiles, one or two warpgroups multiply.
+    those of weights by columns, `scale_stride` apart; BY_TILE: see `scaled_sums`. `columns`: tiles
+    of a row of out. One warp asks for tiles, one or two warpgroups multiply.
     """
     rings = make_rings(x.dtype, ROWS, IS_FEW, STAGES)
     units = num_blocks * columns

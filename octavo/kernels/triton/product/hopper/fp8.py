@@ -131,14 +131,11 @@ def fp8_rows_kernel(
     )
 
 
-def fits(
-    x_TM: Tensor, planes: Planes, layout: PlaneLayout, *, has_tile_scales: bool
-) -> bool:
-    """Whether the kernel here can multiply x of a dtype and device with a weight; never depends on
-    how many rows x has."""
+def fits(x_TM: Tensor, planes: Planes, layout: PlaneLayout) -> bool:
+    """Whether the kernel here can multiply x of a dtype and device with a weight, whose scales are
+    shared by tiles where they go by blocks; never depends on how many rows x has."""
     return (
         layout.values == "e4m3"
-        and (layout.group == 0 or has_tile_scales)
         and len(planes.codes) % TILE.value == 0
         and x_TM.dtype in (torch.bfloat16, torch.float16)
         and has_wgmma(x_TM.device)

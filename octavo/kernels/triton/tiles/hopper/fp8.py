@@ -117,13 +117,9 @@ def sums_layout(rows: int, is_few: bool) -> gl.NVMMADistributedLayout:
 def _begun(x, weights, total, USE_TOTAL: gl.constexpr, IS_FEW: gl.constexpr):
     """Returns what will be total, or 0, and x @ weights.T; IS_FEW: weights @ x.T."""
     if IS_FEW:
-        return warpgroup_mma(
-            weights, x.permute((1, 0)), total, use_acc=USE_TOTAL, is_async=True
-        )
+        return warpgroup_mma(weights, x.permute((1, 0)), total, use_acc=USE_TOTAL, is_async=True)
     else:
-        return warpgroup_mma(
-            x, weights.permute((1, 0)), total, use_acc=USE_TOTAL, is_async=True
-        )
+        return warpgroup_mma(x, weights.permute((1, 0)), total, use_acc=USE_TOTAL, is_async=True)
 
 
 @gluon.jit
