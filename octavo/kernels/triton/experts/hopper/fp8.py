@@ -46,7 +46,7 @@ from octavo.kernels.triton.tiles.hopper.fp8_ends import (
     wide_layout,
 )
 
-UNSPECIALISED = ["num_blocks", "num_places"]
+UNSPECIALISED = ["num_blocks", "num_places", "steps", "columns"]
 
 
 @gluon.jit

@@ -89,7 +89,7 @@ def _multiply_half(
 
 
 @launchable
-@gluon.jit(do_not_specialize=["num_tokens"])
+@gluon.jit(do_not_specialize=["num_tokens", "steps", "columns"])
 def fp8_rows_kernel(
     x,
     weight,
