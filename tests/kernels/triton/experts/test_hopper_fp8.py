@@ -145,14 +145,21 @@ def test_products_are_those_of_rounded_rows(name: str, sizes: tuple[int, int, in
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="where a GPU runs the kernels themselves")
 @pytest.mark.parametrize(
-    ("name", "count", "is_late"),
-    [("fp8", 4, True), ("fp8", 20, False), ("fp8", 90, True), ("fp8_row", 25, True)],
+    ("name", "count", "by_tile", "is_late"),
+    [
+        ("fp8", 4, True, True),
+        ("fp8", 20, False, False),
+        ("fp8", 90, True, True),
+        ("fp8_row", 25, False, True),
+    ],
 )
-def test_products_are_those_of_rounded_rows_without_a_gpu(name: str, count: int, is_late: bool):
+def test_products_are_those_of_rounded_rows_without_a_gpu(
+    name: str, count: int, by_tile: bool, is_late: bool
+):
     emulator = emulated("octavo.kernels.triton.experts.hopper.fp8", is_late=is_late)
     emulator.num_processors = lambda device: 1  # so that rings go round
     experts, values = packed_experts(name, name, 2, 256, 256)
-    experts = replace(experts, is_by_tile=name == "fp8")
+    experts = replace(experts, is_by_tile=by_tile)
     generator = torch.Generator().manual_seed(count)
     x = torch.randn(count, 256, generator=generator).bfloat16()
     weights, ids = torch.rand(count, 2, generator=generator).topk(TOP_K)

@@ -20,6 +20,7 @@ from tests.kernels.triton.cases import make_ops
 from tests.kernels.triton.interpreter import DEVICE
 from tests.kernels.triton.packed_cases import error_of, planes, rounded
 
+from tests.kernels.triton.gluon_cpu import emulated  # isort: skip
 from octavo.kernels.triton.launching.chip import has_wgmma  # isort: skip
 from octavo.kernels.triton.product import choose  # isort: skip
 from octavo.kernels.triton.product.hopper import fp8  # isort: skip
@@ -196,3 +197,20 @@ def test_products_are_those_of_rounded_rows(
         )
         assert error_of(out, expected if bias is None else expected + bias) < 5e-3
         assert bool((whole[:, sizes[0] :] == 7).all())
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="where a GPU runs the kernels themselves")
+@pytest.mark.parametrize(("layout", "is_late"), [(FP8_BLOCK, True), (FP8_ROW, False)])
+def test_products_are_those_of_rounded_rows_without_a_gpu(layout: PlaneLayout, is_late: bool):
+    emulator = emulated("octavo.kernels.triton.product.hopper.fp8", is_late=is_late)
+    emulator.num_processors = lambda device: 1  # so that rings go round
+    made, by_block = planes(layout, 384, 256), layout.group > 0
+    x = torch.randn(150, 256, generator=torch.Generator().manual_seed(5)).bfloat16()
+    whole = torch.full((150, 448), 7.0, dtype=torch.bfloat16)
+    bias = torch.linspace(-1, 1, 384) if by_block else None
+    rows = quantize_rows(x, 256, by_block=by_block)
+    emulator.hopper_fp8_product_of(rows, made, layout, bias, whole[:, :384])
+    expected = rounded(x, by_block=by_block) @ values_of(layout, made, 256).double().T
+    expected = expected if bias is None else expected + bias
+    assert error_of(whole[:, :384], expected) < 5e-3
+    assert bool((whole[:, 384:] == 7).all())
