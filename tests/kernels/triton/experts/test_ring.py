@@ -92,6 +92,21 @@ def test_it_takes_what_it_can(
     assert ring.fits(x, with_biases(experts)) == is_taken
 
 
+@pytest.mark.parametrize(("name", "is_taken"), [("fp8", False), ("int8_128", True)])
+def test_a_lone_token_in_fp8_goes_in_pairs(
+    monkeypatch: pytest.MonkeyPatch, name: str, is_taken: bool
+):
+    experts, values = packed_experts(name, name, COUNT, HIDDEN, INNER)
+    said = torch.zeros(1, HIDDEN, device=DEVICE)
+    monkeypatch.setattr(ring, "fits", lambda *_: True)
+    monkeypatch.setattr(ring, "ring_experts", lambda *_, in_parts: said)
+    case = inputs(1, torch.float32)
+    found = found_experts(case, experts)
+    assert (found is said) == is_taken
+    if not is_taken:
+        assert error_of(found, expected_experts(*case, values)) < 2e-6
+
+
 def test_rows_that_are_to_be_invariant_go_elsewhere(monkeypatch: pytest.MonkeyPatch):
     experts, values = packed_experts("int4_128_f16", "int4_128_f16", COUNT, HIDDEN, INNER)
     case = inputs(3, torch.float32)
