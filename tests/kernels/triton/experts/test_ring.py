@@ -15,6 +15,7 @@ from tests.kernels.triton.packed_cases import (
     expected_experts,
     found_experts,
     packed_experts,
+    rounded_experts,
     with_biases,
 )
 
@@ -168,7 +169,11 @@ def test_experts_equal_float64(kind: str, dtype: torch.dtype):
         case = inputs(count, dtype)
         x, weights, ids = case
         case = x * 0.01, weights, ids
-        assert error_of(found_experts(case, experts), expected_experts(*case, values)) < 8e-3
+        found = found_experts(case, experts)
+        if kind == "fp8" and count > 1:  # activations of several tokens are rounded to FP8 as well
+            assert error_of(found, rounded_experts(*case, values, by_block=True)) < 2e-2
+        else:
+            assert error_of(found, expected_experts(*case, values)) < 8e-3
 
 
 @on_hopper
