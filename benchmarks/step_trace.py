@@ -1,6 +1,7 @@
 """Traces steps of an engine on this GPU: which kernels they launch, in order, and what each adds.
 
     python benchmarks/step_trace.py deepseek-v2-lite [--cases D1,D32,Ha,D256,Hb,T] [--layers N]
+        [--quantization q4_k_m]
 
 Shapes, requests and warm-up are those of `octavo bench workloads`; weights are random. Kernels of a
 step overlap, and wait for each other while they do: what one adds is the time from the end of all
@@ -213,11 +214,16 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--cases", default="D1,D32,Ha,D256,Hb,T,P")
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--quantization")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--marks", default="_latent_write,_decode_kernel,_hopper_kernel")
     arguments = parser.parse_args()
     with temporary_folder() as folder:
-        given = {"load_format": "dummy", "device": arguments.device}
+        given = {
+            "load_format": "dummy",
+            "device": arguments.device,
+            "quantization": arguments.quantization,
+        }
         began = time.perf_counter()
         llm = LLM(**engine_values(arguments.model, given, Path(folder), arguments.layers))
         print(f"started in {time.perf_counter() - began:.1f} s, {llm.plan.num_tokens:,} KV tokens")
