@@ -219,7 +219,7 @@ def ring_experts_shape(
 
     What is on its way to a processor, and how many programs it has, decide: steps are of two tiles,
     since pieces of 64 bytes take memory longer than those of 128, and rings no deeper than needed:
-    all of a lone pair's second rows where they fit, else so that more programs do.
+    all of a lone pair's rows where they fit, else so that more programs do.
     """
     num_pairs = num_tokens * top_k
     mean = num_pairs / num_experts
@@ -233,13 +233,17 @@ def ring_experts_shape(
         return RingExpertsShape(gate_up=of_gate, down=wide, is_lone=False)
     blocks = min(num_pairs, num_experts)
     programs = blocks * (hidden_size // 64)
-    down_tiles = -(-inner_size // RING_COLUMNS)
+    gate_tiles, down_tiles = (-(-one // RING_COLUMNS) for one in (hidden_size, inner_size))
     splits = splits_of(programs, down_tiles, 1056 if is_lone else 528)
     of_gate, of_down = (
         RingShape(tokens=tokens, rows=64, num_warps=4, stages=2, tiles=8 // one.bits, is_wide=False)
         for one in (gate, down)
     )
     if is_lone:
+        stages = ring_stages(
+            gate, of_gate, programs=blocks * (inner_size // 32), num_tiles=gate_tiles
+        )
+        of_gate = replace(of_gate, stages=stages)
         stages = ring_stages(
             down, of_down, programs=programs * splits, num_tiles=-(-down_tiles // splits)
         )

@@ -27,7 +27,6 @@ from octavo.kernels.triton.launching.tickets import room_for_splits
 from octavo.kernels.triton.tiles.activation import activation_constant, gated
 from octavo.kernels.triton.tiles.hopper.ring import (
     COLUMNS,
-    columns_of_split,
     is_aligned,
     ring_sums,
     takes,
@@ -119,7 +118,7 @@ def ring_gate_up_kernel(
         total = ring_sums(
             *(x_TM, pair // TOP_K, is_row, (gate, up), expert * inner_size + column, hidden_size),
             *(0, (hidden_size + COLUMNS - 1) // COLUMNS, ROWS, TOKENS, STAGES, TILES, WIDE, EVEN_K),
-            *(True, LONE, COMPUTE, FORMAT, False),
+            *(True, COMPUTE, FORMAT, False),
         )
         of_gate, of_up = gl.split(total.reshape([ROWS // 16, 2, 8, TOKENS]).permute((0, 2, 3, 1)))
         of_gate, of_up = of_gate.reshape([HALF, TOKENS]), of_up.reshape([HALF, TOKENS])
@@ -183,11 +182,13 @@ def ring_down_kernel(
         row, _, is_row = _pairs_of(
             blocks_3B, block, num_blocks, order_P, TOKENS, LONE, x_rows_layout(WARPS)
         )
-        begin, end = columns_of_split(inner_size, SPLITS, FORMAT)
+        num_tiles = (inner_size + COLUMNS - 1) // COLUMNS
+        begin = gl.program_id(1) * num_tiles // SPLITS
+        end = (gl.program_id(1) + 1) * num_tiles // SPLITS
         total = ring_sums(
             *(hidden_PF, row, is_row, (down, down), expert * hidden_size + column, inner_size),
             *(begin, end, ROWS, TOKENS, STAGES, TILES, WIDE, EVEN_K),
-            *(False, LONE, COMPUTE, FORMAT, OVERLAP),
+            *(False, COMPUTE, FORMAT, OVERLAP),
         )
         out: gl.constexpr = stores_layout(ROWS, WARPS)
         total = gl.convert_layout(total, out)
