@@ -120,7 +120,7 @@ class Front:
 
     def __init__(self, llm: AsyncLLM, client: Client, args: argparse.Namespace) -> None:
         self._client = client
-        self._chat, self._cools = args.chat, args.cold
+        self._chat, self._cools, self._together = args.chat, args.cold, args.together
         app = create_app(llm, ServerConfig(log_level="warning"))
         config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off")
         config.load()
@@ -175,16 +175,16 @@ class Front:
             await self._settled(lambda: len(self._client.requests) == streams)
         await self._tell(0, output_len, clock)
         tokens = Clock(self._cools)
-        for place in range(1, output_len - 1):
-            await self._tell(place, output_len, tokens)
+        for place in range(1, output_len - 1, self._together):
+            await self._tell(place, output_len, tokens, min(self._together, output_len - 1 - place))
         await self._tell(output_len - 1, output_len, clock)
         for _, connection in self._connections[:streams]:
             assert connection.last.endswith(b"0\r\n\r\n"), connection.last
         token = tokens.seconds / (output_len - 2) / streams
         return clock.seconds / streams - 2 * token, token
 
-    async def _tell(self, place: int, output_len: int, clock: Clock) -> None:
-        """One step of the engine: a token of every request."""
+    async def _tell(self, place: int, output_len: int, clock: Clock, num_steps: int = 1) -> None:
+        """A step of the engine, or several before the front looks: a token of every request."""
         is_last = place == output_len - 1
         token = (self._draw.choice(self._tokens),)
         deltas = [
@@ -201,7 +201,8 @@ class Front:
         del deltas
         wanted = before + len(self._client.requests)
         with clock:
-            self._client.receive(data)
+            for _ in range(num_steps):
+                self._client.receive(data)
             await self._settled(lambda: self._num_writes() >= wanted)
 
     def _num_writes(self) -> int:
@@ -261,6 +262,7 @@ def main() -> None:
     parser.add_argument(
         "--cold", action="store_true", help="empty caches before each request, step"
     )
+    parser.add_argument("--together", type=int, default=1, help="steps that come at once")
     parser.add_argument("--profile", help="also tell a request's functions, sorted by this")
     args, options = parser.parse_known_args()
     with asyncio.Runner(loop_factory=new_event_loop) as runner:

@@ -62,6 +62,10 @@ class PromptLogprobs(Sequence[PositionLogprobs | None]):
         return tuple(Logprob(token_id=i, logprob=value, rank=rank) for i, value, rank in entries)
 
 
+MAX_GROWN_TOKENS = 64
+"""Of a delta that has grown while it waited."""
+
+
 class OutputDelta(msgspec.Struct, kw_only=True, gc=False):
     """What one round added to one sequence of a request.
 
@@ -89,6 +93,23 @@ class OutputDelta(msgspec.Struct, kw_only=True, gc=False):
     """float32: what a request that asked for no tokens has come to."""
     moments: Sequence[Moment] = ()
     """As in TokenDelta."""
+    is_waiting: bool = False
+    """Whether its reader has not looked yet, and it may still `grow`."""
+
+    def grow(self, token_ids: Sequence[int], text: str, time: float) -> bool:
+        """Adds tokens that came later, if there are few enough yet: text that has grown long would
+        be copied again and again. Returns whether it did."""
+        earlier = self.token_ids
+        if type(earlier) is list:
+            if len(earlier) >= MAX_GROWN_TOKENS:
+                return False
+            earlier += token_ids
+        else:
+            self.token_ids = [*earlier, *token_ids]
+        if text:
+            self.text += text
+        self.time = time
+        return True
 
 
 class DeltaSum:
@@ -140,6 +161,10 @@ class Receiver(Protocol):
 
     def receive(self, delta: OutputDelta, finished: bool) -> None:
         """Takes what was added; `finished` with the last delta of the request."""
+        ...
+
+    def grew(self, delta: OutputDelta, num_tokens: int) -> None:
+        """A delta that it has set to wait (`is_waiting`) has grown by so many tokens."""
         ...
 
     def fail(self, error: OctavoError) -> None:

@@ -30,6 +30,9 @@ class Collector:
     def receive(self, delta: OutputDelta, finished: bool) -> None:
         self.output.add(with_texts(delta, self._token_text))
 
+    def grew(self, delta: OutputDelta, num_tokens: int) -> None:
+        raise AssertionError("no delta waits here")
+
     def fail(self, error: OctavoError) -> None:
         raise error
 
@@ -42,6 +45,9 @@ class VectorCollector:
 
     def receive(self, delta: OutputDelta, finished: bool) -> None:
         self.delta = delta
+
+    def grew(self, delta: OutputDelta, num_tokens: int) -> None:
+        raise AssertionError("a vector does not grow")
 
     def fail(self, error: OctavoError) -> None:
         raise error

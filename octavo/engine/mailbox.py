@@ -29,6 +29,8 @@ Reader = Callable[[list[News]], bool]
 
 TURNS_AT_ONCE = 64
 """Readers that are called before others have their turn: about a millisecond."""
+ROUNDS = 16
+"""In which all have had their turns, if those of a round may be so many."""
 
 
 class Turns:
@@ -36,21 +38,24 @@ class Turns:
     have news at the same time, and a task that wakes up for each would cost as much as all else.
     One event loop's."""
 
-    def __init__(self, at_once: int = TURNS_AT_ONCE) -> None:
+    def __init__(self, at_once: int = TURNS_AT_ONCE, most: int = 0) -> None:
+        """`at_once` are called in a round, up to `most` where many wait."""
         self._at_once = at_once
+        self._most = most
         self._due: deque[Callable[[], object]] = deque()
+        self._first: deque[Callable[[], object]] = deque()
         self._is_scheduled = False
         self._num_passed = 0  # of this round, who did not have to wait
 
-    def add(self, turn: Callable[[], object]) -> None:
-        """Has `turn` called soon; it must not raise."""
-        self._due.append(turn)
+    def add(self, turn: Callable[[], object], *, is_first: bool = False) -> None:
+        """Has `turn` called soon; it must not raise. `is_first`: before all that are not."""
+        (self._first if is_first else self._due).append(turn)
         if not self._is_scheduled:
             self._schedule()
 
     async def wait(self) -> None:
         """Returns when it is the caller's turn: at once for the first of a round."""
-        if not self._due and self._num_passed < self._at_once:
+        if not (self._due or self._first) and self._num_passed < self._at_once:
             self._num_passed += 1
             if not self._is_scheduled:
                 self._schedule()
@@ -64,12 +69,16 @@ class Turns:
         asyncio.get_running_loop().call_soon(self._run)
 
     def _run(self) -> None:
-        due = self._due
-        for _ in range(min(len(due), self._at_once)):
+        due, first = self._due, self._first
+        num_left = max(self._at_once, min(self._most, len(due) // ROUNDS))
+        while first and num_left:
+            first.popleft()()
+            num_left -= 1
+        for _ in range(min(len(due), num_left)):
             due.popleft()()
         self._is_scheduled = False
         self._num_passed = 0
-        if due:
+        if due or first:
             self._schedule()
 
 
@@ -78,7 +87,9 @@ class Mailbox:
 
     __slots__ = (
         "_error",
+        "_grows",
         "_is_due",
+        "_is_first",
         "_loop",
         "_max_tokens",
         "_news",
@@ -89,15 +100,22 @@ class Mailbox:
     )
 
     def __init__(
-        self, max_waiting_tokens: int | None = MAX_WAITING_TOKENS, turns: Turns | None = None
+        self,
+        max_waiting_tokens: int | None = MAX_WAITING_TOKENS,
+        turns: Turns | None = None,
+        *,
+        grows: bool = False,
     ) -> None:
         """Made in the event loop of its reader. None: no limit (a reader that keeps it all).
-        Without `turns`, `take` has no use for a reader."""
+        Without `turns`, `take` has no use for a reader. `grows`: whether deltas that wait here may
+        grow, of which `grow` is then told."""
+        self._grows = grows
         self._loop = asyncio.get_running_loop()
         self._max_tokens = max_waiting_tokens
         self._turns = turns
         self._reader: Reader | None = None
         self._is_due = False  # whether our turn will come
+        self._is_first = False  # before those of others
         self._news: list[News] = []
         self._num_tokens = 0
         self._error: OctavoError | None = None
@@ -109,23 +127,34 @@ class Mailbox:
         if self._error is not None:
             return False
         self._news.append((tag, delta, finished))
-        self._num_tokens = num_tokens = self._num_tokens + len(delta.token_ids)
-        if self._max_tokens is not None and num_tokens > self._max_tokens:
-            self._news.clear()
-            self.fail(
-                SlowReaderError(
-                    f"the client is more than {self._max_tokens} tokens behind; read faster, or "
-                    "ask for the whole answer with stream: false"
-                )
-            )
+        if self._grows:
+            delta.is_waiting = True
+        if not self.grow(len(delta.token_ids)):
             return False
-        if not self._is_due:
+        if not self._is_due or (finished and not self._is_first):
             if self._reader is not None and self._turns is not None:
-                self._is_due = True
-                self._turns.add(self._turn)
+                # Whose answer has ended sends its next request when it has all of it.
+                self._is_due, self._is_first = True, finished
+                self._turns.add(self._turn, is_first=finished)
             elif self._waiter is not None:
                 self._wake()
         return True
+
+    def grow(self, num_tokens: int) -> bool:
+        """A delta that waits has grown by so many tokens; returns as `put`."""
+        if self._error is not None:
+            return False
+        self._num_tokens = num_waiting = self._num_tokens + num_tokens
+        if self._max_tokens is None or num_waiting <= self._max_tokens:
+            return True
+        self._news.clear()
+        self.fail(
+            SlowReaderError(
+                f"the client is more than {self._max_tokens} tokens behind; read faster, or "
+                "ask for the whole answer with stream: false"
+            )
+        )
+        return False
 
     def fail(self, error: OctavoError) -> None:
         """Ends the reading with `error`, after the news that are there."""
@@ -156,7 +185,7 @@ class Mailbox:
 
     def _take_all(self) -> list[News]:
         news, self._news, self._num_tokens = self._news, [], 0
-        return news if len(news) == 1 else _joined(news)
+        return _joined(news)
 
     def _wake(self) -> None:
         waiter = self._waiter
@@ -169,14 +198,14 @@ class Mailbox:
             self._turns.add(self._turn)
 
     def _turn(self) -> None:
-        self._is_due = False
+        if not self._is_due:
+            return  # It came before others, instead of in its order.
+        self._is_due = self._is_first = False
         waiter, reader = self._waiter, self._reader
         if waiter is None or waiter.done():
             return  # It is about to look itself.
         if reader is not None and self._news and self._error is None:
-            num_tokens, news = self._num_tokens, self._news
-            if len(news) > 1:
-                news = _joined(news)
+            num_tokens, news = self._num_tokens, _joined(self._news)
             self._news, self._num_tokens = [], 0
             try:
                 if reader(news):
@@ -200,15 +229,23 @@ class Inbox:
     def receive(self, delta: OutputDelta, finished: bool) -> None:
         self._mailbox.put(self._tag, delta, finished)
 
+    def grew(self, delta: OutputDelta, num_tokens: int) -> None:
+        self._mailbox.grow(num_tokens)
+
     def fail(self, error: OctavoError) -> None:
         self._mailbox.fail(error)
 
 
 def _joined(news: list[News]) -> list[News]:
-    """Returns one entry a sequence, in the order of their last ones: a request's end stays last."""
+    """Returns one entry a sequence, in the order of their last ones: a request's end stays last.
+    What was waiting grows no more."""
+    if len(news) == 1:
+        news[0][1].is_waiting = False
+        return news
     sums: dict[tuple[int, int], DeltaSum] = {}
     ends: dict[tuple[int, int], bool] = {}
     for tag, delta, finished in news:
+        delta.is_waiting = False
         key = (tag, delta.index)
         earlier = sums.pop(key, None)
         if earlier is None:

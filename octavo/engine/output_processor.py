@@ -68,10 +68,14 @@ class OutputProcessor:
                 and not (delta.logprobs or delta.prompt_logprobs or delta.moments)
             ):
                 # Nearly always; no calls between, since every streamed token passes here.
+                text, newest = sequence.push(token_ids[0]), sequence.newest
+                if newest is not None and newest.is_waiting and newest.grow(token_ids, text, now):
+                    opened.receiver.grew(newest, 1)
+                    continue
                 opened.has_begun = True
-                added = OutputDelta(
+                sequence.newest = added = OutputDelta(
                     index=delta.index,
-                    text=sequence.push(token_ids[0]),
+                    text=text,
                     token_ids=token_ids,
                     num_cached_tokens=delta.num_cached_tokens,
                     scheduled_time=delta.scheduled_time,
@@ -79,7 +83,7 @@ class OutputProcessor:
                 )
                 opened.receiver.receive(added, False)
                 continue
-            added = _advance(sequence, delta, now)
+            added, sequence.newest = _advance(sequence, delta, now), None
             finished = False
             if added.finish_reason is not None:
                 sequence.is_finished = True
@@ -150,7 +154,7 @@ def _advance(sequence: _Sequence, delta: TokenDelta, now: float) -> OutputDelta:
 
 
 class _Sequence:
-    __slots__ = ("_hidden_ids", "detokenizer", "is_finished", "push")
+    __slots__ = ("_hidden_ids", "detokenizer", "is_finished", "newest", "push")
 
     def __init__(
         self, request: Request, tokenizer: Tokenizer | None, marks: Mapping[int, str] | None
@@ -159,6 +163,8 @@ class _Sequence:
         self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, params, marks)
         self.push = None if self.detokenizer is None else self.detokenizer.push
         """Of the detokenizer, where it has one."""
+        self.newest: OutputDelta | None = None
+        """What was told of it last, if that may still grow."""
         self._hidden_ids: tuple[int, ...] = ()
         if not params.include_stop_str_in_output:
             eos = () if params.ignore_eos else request.eos_token_ids

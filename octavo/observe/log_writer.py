@@ -10,12 +10,16 @@ from __future__ import annotations
 import os
 import select
 import threading
+import time
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
 MAX_LINES = 10_000
 """What may wait; a line more is dropped."""
+PAUSE_SECONDS = 0.01
+"""After lines are written: to wake up for each would take the interpreter from those who make them,
+thousands of times a second."""
 _BATCH_BYTES = 4096
 """Written at once: what a pipe takes whole, so that two processes do not mix within a line."""
 
@@ -69,6 +73,8 @@ class LogWriter:
                 self._tell()
             if not is_line:
                 item.set()
+            elif not num_lines:
+                time.sleep(PAUSE_SECONDS)
 
     def _text(self, item: Any) -> str:
         return item

@@ -342,16 +342,21 @@ class RequestTrack:
                 self.scheduled_time = delta.scheduled_time
                 self.num_cached_tokens = delta.num_cached_tokens
             return
-        self.num_tokens += len(delta.token_ids)
-        if self._num_tokens_by_index is not None:
-            earlier = self._num_tokens_by_index.get(delta.index, 0)
-            self._num_tokens_by_index[delta.index] = earlier + len(delta.token_ids)
-        now = delta.time
         if self.first_token_time is None:
-            self.first_token_time, self.scheduled_time = now, delta.scheduled_time
+            self.last_token_time = self.first_token_time = now = delta.time
+            self.scheduled_time = delta.scheduled_time
             self.num_cached_tokens = delta.num_cached_tokens
             self._metrics.observe("time_to_first_token_seconds", now - self._request.arrival_time)
-        elif now > self.last_token_time:  # sequences of one request come together
+        self.gain(delta, len(delta.token_ids))
+
+    def gain(self, delta: OutputDelta, num_tokens: int) -> None:
+        """Notes tokens that a delta told of last, which is not the first."""
+        self.num_tokens += num_tokens
+        if self._num_tokens_by_index is not None:
+            earlier = self._num_tokens_by_index.get(delta.index, 0)
+            self._num_tokens_by_index[delta.index] = earlier + num_tokens
+        now = delta.time
+        if now > self.last_token_time:  # sequences of one request come together
             self._gaps.observe(now - self.last_token_time)
         self.last_token_time = now
 

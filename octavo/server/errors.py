@@ -19,6 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import Scope
 
+from octavo.constraint import FORM_TOO_LARGE
 from octavo.errors import (
     EngineDeadError,
     OctavoError,
@@ -154,3 +155,11 @@ def _methods(request: Request) -> Iterator[str]:
         scope = {**request.scope, "method": method}
         if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes):
             yield method
+
+
+def broken_off(reason: str) -> ApiError:
+    """Returns the error of a sequence that the engine has given up."""
+    if reason.startswith(FORM_TOO_LARGE):
+        return ApiError(400, f"{reason}; ask for a smaller form", code="form_too_large")
+    message = f"the engine could not finish this request: {reason}"
+    return ApiError(500, message, code="engine_error")

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from msgspec import structs
 from starlette.requests import Request as HttpRequest
 
-from octavo.constraint import FORM_TOO_LARGE
 from octavo.engine.mailbox import MAX_WAITING_TOKENS, Deliver, Mailbox
 from octavo.errors import OctavoError, OverloadedError
 from octavo.observe.metrics import RequestTrack
@@ -22,7 +21,7 @@ from octavo.request import FinishReason, Request, SamplingParams
 from octavo.server.audit import kept
 from octavo.server.auth import check_priority
 from octavo.server.call import Call
-from octavo.server.errors import ApiError
+from octavo.server.errors import ApiError, broken_off
 from octavo.server.exchange import Exchange
 from octavo.server.guards.call import CallGuard, ShownMarks
 from octavo.server.guards.inputs import guard_of
@@ -111,9 +110,13 @@ class StreamedCall:
     def __init__(self, state: ServerState, call: Call) -> None:
         # What a guard has held back may come at once: the reader is not behind with it.
         most = MAX_WAITING_TOKENS if call.guard is None else None
-        self._mailbox = mailbox = Mailbox(most, turns=state.turns)
+        # Whoever keeps the texts, or judges them, has seen them when they come.
+        grows = call.guard is None and call.exchange.told is None
+        self._mailbox = mailbox = Mailbox(most, turns=state.turns, grows=grows)
         self._running = _Running(
-            state, call, mailbox.put, mailbox.fail, refuse=self._refuse, is_streamed=True
+            *(state, call, mailbox.put, mailbox.fail, mailbox.grow),
+            refuse=self._refuse,
+            is_streamed=True,
         )
         self.take = self._mailbox.take
         self.hang_up: Callable[[], None] | None = None
@@ -179,15 +182,18 @@ class _Running:
         call: Call,
         deliver: Deliver,
         fail: Callable[[OctavoError], None],
+        grow: Callable[[int], bool] | None = None,
         *,
         refuse: Callable[[], None] | None = None,
         is_streamed: bool = False,
     ) -> None:
-        """`refuse` is called when `deliver` takes no more."""
+        """`refuse` is called when `deliver` takes no more; `grow` is told of tokens in deltas that
+        wait where they were delivered, and returns as `deliver`."""
         self._is_streamed = is_streamed
         self.num_unfinished = len(call.requests)
         told = call.exchange.told
         self.deliver = deliver if told is None else kept(told, call.params.n, deliver)
+        self.grow = grow
         self._fail, self._refuse = fail, refuse
         self._has_failed = False
         self._call = call
@@ -322,11 +328,17 @@ class _Progress:
         if not self._deliver(self._tag, delta, finished):
             self._running.refuse()
 
+    def grew(self, delta: OutputDelta, num_tokens: int) -> None:
+        self.track.gain(delta, num_tokens)
+        assert self._running.grow is not None, "no delta waits here"
+        if not self._running.grow(num_tokens):
+            self._running.refuse()
+
     def end(self, delta: OutputDelta, finished: bool) -> None:
         """Takes the end of a sequence, and of the request if it is the last."""
         reason = delta.finish_reason
         if reason == FinishReason.ERROR:
-            self._running.fail(_broken_off(str(delta.stop_reason)))
+            self._running.fail(broken_off(str(delta.stop_reason)))
         elif reason == FinishReason.ABORT:
             self._running.fail(ApiError(503, "the request was aborted", code="aborted"))
         if finished:
@@ -337,14 +349,6 @@ class _Progress:
 
     def stop(self) -> None:
         """Nothing more is wanted."""
-
-
-def _broken_off(reason: str) -> ApiError:
-    """Returns the error of a sequence that the engine has given up."""
-    if reason.startswith(FORM_TOO_LARGE):
-        return ApiError(400, f"{reason}; ask for a smaller form", code="form_too_large")
-    message = f"the engine could not finish this request: {reason}"
-    return ApiError(500, message, code="engine_error")
 
 
 class _GuardedProgress(_Progress):

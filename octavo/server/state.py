@@ -32,6 +32,9 @@ from octavo.server.tokenising import Tokenising
 BEGUN_AT_ONCE = 8
 """Requests that are read before others have their turn: about two milliseconds. They go to the
 engine as one message."""
+MOST_BEGUN_AT_ONCE = 32
+"""The same where a wave of them has come: what is not begun yet costs the engine more than tokens
+that go out a little later, several at once."""
 
 Siblings = Callable[[], Awaitable[Sequence[bytes]]]
 """Asks the other front processes of this server for snapshots of their metrics."""
@@ -70,7 +73,7 @@ class ServerState:
     drain: Drain = field(default_factory=Drain)
     turns: Turns = field(default_factory=Turns)
     """Of the streams' readers."""
-    beginnings: Turns = field(default_factory=lambda: Turns(BEGUN_AT_ONCE))
+    beginnings: Turns = field(default_factory=lambda: Turns(BEGUN_AT_ONCE, MOST_BEGUN_AT_ONCE))
     """Of new requests: tokens of running streams go out between them."""
     siblings: Siblings = no_siblings
     priority: int | None = None

@@ -9,7 +9,7 @@ import pytest
 
 from octavo.engine.mailbox import TURNS_AT_ONCE, Inbox, Mailbox, News, Turns
 from octavo.errors import EngineDeadError, SlowReaderError
-from octavo.outputs import OutputDelta
+from octavo.outputs import MAX_GROWN_TOKENS, OutputDelta
 
 
 def delta(text: str = "", index: int = 0, ids: tuple[int, ...] = (1,), **more: Any) -> OutputDelta:
@@ -142,3 +142,65 @@ async def test_whoever_waits_for_a_turn_gets_it_after_those_before():
     tasks[1].cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     assert order == [0, 2, 3, 4]
+
+
+async def test_turns_of_many_are_more_in_a_round_up_to_a_limit():
+    turns, calls = Turns(at_once=2, most=8), []
+    for place in range(200):
+        turns.add(lambda place=place: calls.append(place))
+    rounds = []
+    while len(calls) < 200:
+        before = len(calls)
+        await asyncio.sleep(0)
+        rounds.append(len(calls) - before)
+    assert rounds[0] == max(rounds) == 8
+    assert rounds[-3:-1] == [2, 2]
+    assert calls == list(range(200))
+
+
+async def test_an_answer_that_ends_is_read_before_those_that_go_on():
+    turns, order = Turns(), []
+    mailboxes = [Mailbox(turns=turns) for _ in range(4)]
+
+    def reader(place: int) -> Any:
+        return lambda news: not order.append((place, "".join(d.text for _, d, _ in news)))
+
+    waiting = [asyncio.create_task(m.take(reader(i))) for i, m in enumerate(mailboxes)]
+    await asyncio.sleep(0)
+    for mailbox in mailboxes:
+        mailbox.put(0, delta("a"), False)
+    mailboxes[2].put(0, delta("!", finish_reason="stop"), True)
+    mailboxes[3].put(0, delta("b"), False)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert order == [(2, "a!"), (0, "a"), (1, "a"), (3, "ab")]
+    # Its turn has been: the one that it had before is none.
+    assert not any(task.done() for task in waiting)
+    for task in waiting:
+        task.cancel()
+
+
+async def test_what_waits_may_grow_until_it_is_read():
+    mailbox = Mailbox(max_waiting_tokens=3, grows=True)
+    added = delta("a")
+    mailbox.put(0, added, False)
+    assert added.is_waiting
+    assert added.grow((2, 3), "b", 5.0)
+    assert mailbox.grow(2)
+    [(_, taken, _)] = await mailbox.take()
+    assert (taken.text, list(taken.token_ids), taken.time) == ("ab", [1, 2, 3], 5.0)
+    assert not taken.is_waiting
+    Mailbox().put(0, added, False)
+    assert not added.is_waiting
+    mailbox.put(0, delta("c"), False)
+    assert mailbox.grow(2)
+    assert not mailbox.grow(1)
+    with pytest.raises(SlowReaderError):
+        await mailbox.take()
+
+
+def test_a_delta_grows_to_a_bound():
+    added = delta()
+    while added.grow((2,), "x", 1.0):
+        assert len(added.token_ids) <= MAX_GROWN_TOKENS
+    assert (len(added.token_ids), added.text) == (MAX_GROWN_TOKENS, "x" * (MAX_GROWN_TOKENS - 1))

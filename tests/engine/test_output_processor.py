@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from octavo.engine.output_processor import OutputProcessor
 from octavo.errors import EngineDeadError, OctavoError
@@ -46,11 +49,16 @@ class Recorder:
     def _named(self, delta: OutputDelta) -> OutputDelta:
         return with_texts(delta, self._tokenizer.token_text)
 
+    def grew(self, delta: OutputDelta, num_tokens: int) -> None:
+        raise AssertionError("nothing waits here")
+
     def fail(self, error: OctavoError) -> None:
         self.errors.append(error)
 
 
-def opened(tokenizer, **params: Any) -> tuple[OutputProcessor, Recorder]:
+def opened(
+    tokenizer, *, kind: type[Recorder] = Recorder, **params: Any
+) -> tuple[OutputProcessor, Recorder]:
     processor = OutputProcessor(tokenizer)
     request = Request(
         request_id="r",
@@ -58,7 +66,7 @@ def opened(tokenizer, **params: Any) -> tuple[OutputProcessor, Recorder]:
         params=SamplingParams(**params),
         arrival_time=1.0,
     )
-    recorder = Recorder(request, tokenizer)
+    recorder = kind(request, tokenizer)
     processor.open(request, recorder)
     return processor, recorder
 
@@ -259,3 +267,55 @@ def test_outputs_print_token_ids_and_texts_not_packed_bytes(byte_tokenizer):
     assert "prompt_token_ids=[5, 6]" in text
     assert "packed" not in text
     assert "deltas" not in text
+
+
+@given(
+    steps=st.lists(
+        st.tuples(st.integers(0, 1), st.sampled_from(("token", "two", "read"))), max_size=60
+    )
+)
+def test_what_a_late_reader_gets_is_what_a_prompt_one_would(byte_tokenizer, steps) -> None:
+    """Whatever grows while it waits: texts, ids and numbers of tokens are the same."""
+
+    class Late(Recorder):
+        """Looks at what came only now and then."""
+
+        def __init__(self, request: Request, tokenizer: Any) -> None:
+            super().__init__(request, tokenizer)
+            self.waiting: list[OutputDelta] = []
+            self.num_told = 0
+
+        def receive(self, delta: OutputDelta, finished: bool) -> None:
+            self.num_told += len(delta.token_ids)
+            delta.is_waiting = True
+            self.waiting.append(delta)
+
+        def grew(self, delta: OutputDelta, num_tokens: int) -> None:
+            assert delta in self.waiting
+            self.num_told += num_tokens
+
+        def read(self) -> None:
+            for one in self.waiting:
+                one.is_waiting = False
+                self.output.add(one)
+            self.waiting.clear()
+
+    def run(kind: type[Recorder]) -> Recorder:
+        processor, recorder = opened(byte_tokenizer, kind=kind, n=2)
+        ids = itertools.cycle(byte_tokenizer.encode("A \U0001f600 fox"))
+        for now, (index, what) in enumerate(steps):
+            if what != "read":
+                tokens = list(itertools.islice(ids, 1 + (what == "two")))
+                processor.process([delta(tokens, index=index)], now=float(now))
+            elif isinstance(recorder, Late):
+                recorder.read()
+        ends = [delta(index=index, finish_reason=FinishReason.LENGTH) for index in (0, 1)]
+        processor.process(ends, now=99.0)
+        if isinstance(recorder, Late):
+            recorder.read()
+            assert recorder.num_told == sum(len(one.token_ids) for one in recorder.output.outputs)
+        return recorder
+
+    prompt, late = run(Recorder), run(Late)
+    assert late.output.outputs == prompt.output.outputs
+    assert late.output.finished
