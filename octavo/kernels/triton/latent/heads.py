@@ -42,29 +42,14 @@ def head_shape(
 
 @triton.jit
 def head_tile(
-    x,
-    weight,
-    out,
-    num_tokens,
-    stride_x,
-    stride_xh,
-    stride_w,
-    stride_wk,
-    stride_wn,
-    stride_out,
-    stride_oh,
-    program,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ANNOUNCES: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    operands, program, K: tl.constexpr, N: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ANNOUNCES: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     """Tile `program` of out[t, h, n] = sum_k x[t, h, k] weight[h, k, n]: BLOCK_T tokens of BLOCK_N
-    columns of a head; columns of x and out lie side by side. Takes its turn by itself: weights are
-    written by no kernel."""
+    columns of a head; columns of x and out lie side by side. `operands`: those of `head_arguments`,
+    strides together. Takes its turn by itself: weights are written by no kernel."""
+    x, weight, out, num_tokens, strides = operands
+    stride_x, stride_xh, stride_w, stride_wk, stride_wn, stride_out, stride_oh = strides
     COLUMNS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     blocks = tl.cdiv(num_tokens, BLOCK_T)
     head = (program // (COLUMNS * blocks)).to(tl.int64)
@@ -92,34 +77,18 @@ def head_tile(
 @launchable
 @triton.jit(do_not_specialize=["num_tokens"])
 def _head_product_kernel(
-    x,
-    weight,
-    out,
-    num_tokens,
-    stride_x,
-    stride_xh,
-    stride_w,
-    stride_wk,
-    stride_wn,
-    stride_out,
-    stride_oh,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    x, weight, out, num_tokens, stride_x, stride_xh, stride_w, stride_wk, stride_wn, stride_out,
+    stride_oh, K: tl.constexpr, N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     """`head_tile` number `program 0`."""
-    head_tile(
-        *(x, weight, out, num_tokens, stride_x, stride_xh, stride_w, stride_wk, stride_wn),
-        *(stride_out, stride_oh, tl.program_id(0)),
-        *(K, N, BLOCK_T, BLOCK_N, BLOCK_K, False, OVERLAP),
-    )
+    strides = (stride_x, stride_xh, stride_w, stride_wk, stride_wn, stride_out, stride_oh)
+    operands = (x, weight, out, num_tokens, strides)
+    head_tile(operands, tl.program_id(0), K, N, BLOCK_T, BLOCK_N, BLOCK_K, False, OVERLAP)
 
 
 def head_arguments(x_THK: Tensor, weight_HKN: Tensor, out_THN: Tensor) -> tuple[Tensor | int, ...]:
-    """Returns the arguments of `head_tile` up to its strides."""
+    """Returns what a kernel makes the operands of `head_tile` of: tensors, tokens, strides."""
     assert x_THK.stride(2) == out_THN.stride(2) == 1
     return (
         *(x_THK, weight_HKN, out_THN, len(x_THK)),

@@ -183,11 +183,9 @@ def _latent_write_kernel(
     (`head_tile`)."""
     program = tl.program_id(0) - num_products
     if ABSORBS and program < 0:
-        head_tile(
-            *(x, weight, out, num_tokens, stride_x, stride_xh, stride_w, stride_wk, stride_wn),
-            *(stride_out, stride_oh, tl.program_id(0)),
-            *(NOPE, OUT, BLOCK_T, BLOCK_N, BLOCK_K, True, OVERLAP),
-        )
+        strides = (stride_x, stride_xh, stride_w, stride_wk, stride_wn, stride_out, stride_oh)
+        operands = (x, weight, out, num_tokens, strides)
+        head_tile(operands, tl.program_id(0), NOPE, OUT, BLOCK_T, BLOCK_N, BLOCK_K, True, OVERLAP)
     else:
         wait_turn(OVERLAP)
         announce(OVERLAP)
