@@ -20,6 +20,7 @@ from octavo.kernels.facts import (
     UNPACKED_BYTES,
     UNPACKED_ROWS,
     UNPACKED_TOKENS,
+    split_partials,
 )
 from octavo.kernels.limits import check_activations, check_backend, check_kv_formats
 from octavo.kv_cache.planner import (
@@ -28,7 +29,6 @@ from octavo.kv_cache.planner import (
     gib,
     gpu_budget,
     host_budget,
-    partial_bytes,
     plan_memory,
 )
 from octavo.kv_cache.spec import group_layers
@@ -191,11 +191,13 @@ def _gpu_step(
         for layer in dict.fromkeys(spec.layers):
             partials = _partials(layer, config, num_tokens, longest)
             width = layer.attention.projected_size + layer.attention.attended_size
-            room = unpacked if num_tokens > MAX_PADDED_TOKENS else 0
+            expanded = layer.attention.expanded_size * element_bytes
+            room = unpacked if num_tokens > MAX_PADDED_TOKENS and not expanded else 0
             dense, experts = (
                 _unpacked(layer, spec.hidden_size, num_tokens) if is_unpacked else (0, 0)
             )
-            phases.append(num_tokens * width * element_bytes + max(partials + room, dense))
+            own = max(partials + room, expanded, dense)
+            phases.append(num_tokens * width * element_bytes + own)
             mlp = num_tokens * _mlp_bytes(layer.mlp, spec.hidden_size, element_bytes)
             phases.append(mlp + max(dense, experts))
         through = 2 * num_tokens * spec.hidden_size * element_bytes
@@ -220,22 +222,26 @@ def _unpacked(layer: LayerSpec, hidden_size: int, num_tokens: int) -> tuple[int,
 
 
 def _partials(layer: LayerSpec, config: EngineConfig, num_tokens: int, longest: int) -> int:
-    """Bytes of partial results: of decodes, or after them those of short chunks."""
+    """Bytes of partial results: of decodes, or after them those of short chunks. Each is float32
+    [heads, numbers] and a log-sum-exp a head. What the cache holds is no bound of them: rows that
+    share blocks see more than that together."""
     spec = layer.attention
     visible = min(longest, spec.visibility.most_visible or longest)
-    rows = config.max_num_seqs
+    rows = min(config.max_num_seqs, num_tokens)
     if config.deterministic:
-        rows = max(rows, DETERMINISTIC_TOKENS)
-    decode = partial_bytes(min(rows, num_tokens), visible, spec.num_heads, spec.partial_size)
-    tokens = min(num_tokens, spec.short_tokens)
-    short = tokens * SHORT_SPLITS * 4 * spec.num_heads * (spec.partial_size + 1)
-    return max(decode, short)
+        rows = min(max(config.max_num_seqs, DETERMINISTIC_TOKENS), num_tokens)
+        decode = rows * split_partials(visible)
+    else:
+        decode = spec.lone_partials(rows, visible)
+    short = min(num_tokens, spec.short_tokens) * SHORT_SPLITS
+    return max(decode, short) * 4 * spec.num_heads * (spec.partial_size + 1)
 
 
 def _mlp_bytes(mlp: MLPSpec | MoESpec, hidden_size: int, element_bytes: int) -> int:
-    """Bytes of one token in the MLP's worst moment: gate and up, their product, the output."""
+    """Bytes of one token in the MLP's worst moment: gate and up with their product, or that and the
+    output."""
     if isinstance(mlp, MLPSpec):
-        return (3 * mlp.size + hidden_size) * element_bytes
+        return max(3 * mlp.size, mlp.size + hidden_size) * element_bytes
     per_pair = (mlp.expert_size + hidden_size) * element_bytes
     # A pair's weight, id, count, place in the order and share of a block's description.
     routing = mlp.num_experts * element_bytes + mlp.top_k * 24

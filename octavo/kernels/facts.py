@@ -15,8 +15,16 @@ SHORT_SPLITS = 16
 """The most splits of a short chunk's keys."""
 SHORT_TOKENS = 512
 """The buffer of partial results holds SHORT_SPLITS of so many tokens, or fewer of more."""
-SHORT_NUMBERS = SHORT_TOKENS * 64 * 128
-"""Numbers of a split of all those tokens at most: fewer tokens where heads are many or wide."""
+SHORT_NUMBERS = 128 * 64 * 128
+"""Numbers of a split of all those tokens at most, over latent vectors: tiles of few tokens and many
+heads fill the processors without more splits."""
+SHARED_SPLITS = 16
+"""The most splits of a prefix that decodes share: more leave too much to merge."""
+LONE_PROGRAMS = 132
+"""Programs that attend single queries at a time over latent vectors: as many as an H100 has
+processors. Those of a row share its keys, and leave a partial result each."""
+EXPANDED_TOKENS = 16_384
+"""Tokens whose keys and values are multiplied out of latent vectors at once."""
 DETERMINISTIC_TOKENS = 256
 """Prompt tokens that share one buffer of partial results in the deterministic mode, where each has
 the splits of a decode."""
@@ -36,7 +44,8 @@ UNPACKED_ROWS = 512
 
 
 def short_tokens(num_heads: int, partial_size: int) -> int:
-    """Returns of how many tokens the buffer of short chunks' partial results holds all splits."""
+    """Returns of how many tokens the buffer of short chunks' partial results holds all splits, over
+    latent vectors."""
     return max(16, min(SHORT_TOKENS, SHORT_NUMBERS // (num_heads * partial_size)))
 
 
@@ -47,3 +56,16 @@ def split_partials(max_visible: int) -> int:
     edges = [min(max_visible, limit) for limit, _ in SPLIT_CLASSES] + [max_visible]
     sizes = [size for _, size in SPLIT_CLASSES] + [LARGEST_SPLIT]
     return 1 + max(-(-seen // size) for seen, size in zip(edges, sizes, strict=True))
+
+
+def lone_partials(num_rows: int, max_visible: int) -> int:
+    """Returns how many partial results each of `num_rows` single queries may leave over latent
+    vectors, where programs share its keys: it has that many programs at most."""
+    return min(split_partials(max_visible), max(1, LONE_PROGRAMS // num_rows))
+
+
+def most_lone_partials(num_rows: int, max_visible: int) -> int:
+    """Returns the most partial results of up to `num_rows` single queries together: those of
+    `lone_partials`, and of what they share."""
+    alone = min(max(num_rows, LONE_PROGRAMS), num_rows * split_partials(max_visible))
+    return num_rows * SHARED_SPLITS + alone

@@ -191,6 +191,14 @@ class LatentOp:
         return 1
 
     @property
+    def expanding_queries(self) -> int:
+        """Queries that must meet a token for its keys and values to be worth multiplying out: a
+        pair then takes so much less. 0: it never does."""
+        head = self.nope_size + self.value_size
+        saved = 2 * self.rank - head
+        return -(-self.rank * head // saved) if saved > 0 else 0
+
+    @property
     def num_columns(self) -> int:
         """Numbers that a token keeps."""
         return self.rank + self.rope_size

@@ -30,6 +30,9 @@ class PlannedGroup:
     num_kv_heads: int
     is_latent: bool = False
     """Whether all heads read one latent vector a token."""
+    expanding_queries: int = 0
+    """So many queries of a latent vector make it worth while to multiply keys and values of the
+    heads out of it; 0: never."""
     visibility: KVVisibility
     token_bytes: int
     """What attention reads of one token in all layers of the group."""

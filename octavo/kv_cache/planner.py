@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from octavo.config import EngineConfig
 from octavo.device import DeviceMemory
-from octavo.kernels.facts import split_partials
 from octavo.kv_cache.layout import ArenaLayout, arena_layout
 from octavo.kv_cache.plan_text import GIB, check_absolute, context_too_long, gib, too_large
 from octavo.kv_cache.spec import KVGroup, KVSpec, group_layers
@@ -277,13 +276,3 @@ def largest(limit: int, fits: Callable[[int], bool]) -> int:
         else:
             high = middle - 1
     return low
-
-
-def partial_bytes(num_rows: int, max_visible: int, num_heads: int, head_size: int) -> int:
-    """Returns the most bytes of partial results that decoding rows have in the Triton back end.
-
-    A row sees at most `max_visible` tokens; each is float32 [heads, head size] and a log-sum-exp
-    a head.
-    What the cache holds is no bound: rows that share blocks see more than that together.
-    """
-    return num_rows * split_partials(max_visible) * 4 * num_heads * (head_size + 1)

@@ -11,7 +11,13 @@ from typing import Literal, Protocol, TypeVar
 
 from octavo.errors import ConfigError
 from octavo.formats import KVFormats
-from octavo.kernels.facts import SHORT_TOKENS, short_tokens
+from octavo.kernels.facts import (
+    EXPANDED_TOKENS,
+    SHORT_TOKENS,
+    most_lone_partials,
+    short_tokens,
+    split_partials,
+)
 from octavo.kernels.limits import AttentionFeature, AttentionWants, attention_wants
 from octavo.kv_cache.spec import KVSpec, attention_kv, latent_kv
 from octavo.layers.rope_spec import QueryTemperature, RopeSpec
@@ -96,6 +102,15 @@ class AttentionSpec:
     def short_tokens(self) -> int:
         """Tokens of short chunks whose partial results there is room for."""
         return SHORT_TOKENS
+
+    def lone_partials(self, num_rows: int, max_visible: int) -> int:
+        """Returns the most partial results of up to `num_rows` single queries together."""
+        return num_rows * split_partials(max_visible)
+
+    @property
+    def expanded_size(self) -> int:
+        """Numbers of keys and values that are made for a layer, beside those of the cache."""
+        return 0
 
     @property
     def pair_flops(self) -> int:
@@ -222,6 +237,17 @@ class LatentAttentionSpec:
     def short_tokens(self) -> int:
         """Tokens of short chunks whose partial results there is room for."""
         return short_tokens(self.num_heads, self.kv_rank)
+
+    def lone_partials(self, num_rows: int, max_visible: int) -> int:
+        """Returns the most partial results of up to `num_rows` single queries together."""
+        return most_lone_partials(num_rows, max_visible)
+
+    @property
+    def expanded_size(self) -> int:
+        """Numbers of latent vectors, and of the keys and values of all heads that are made of them,
+        that there are at once."""
+        heads = self.num_heads * (self.nope_size + self.value_size)
+        return EXPANDED_TOKENS * (self.num_columns + heads)
 
     @property
     def pair_flops(self) -> int:

@@ -191,11 +191,13 @@ def planned_groups(
     for group in groups:
         asked = [decoder.layers[index].mixer.op for index in group.layers]
         ((num_heads, num_kv_heads),) = {(op.num_heads, op.num_kv_heads) for op in asked}
+        latent = [op for op in asked if isinstance(op, LatentOp)]
         found.append(
             PlannedGroup(
                 num_heads=num_heads,
                 num_kv_heads=num_kv_heads,
-                is_latent=all(isinstance(op, LatentOp) for op in asked),
+                is_latent=len(latent) == len(asked),
+                expanding_queries=max((op.expanding_queries for op in latent), default=0),
                 visibility=group.spec.visibility,
                 token_bytes=len(group.layers) * group.spec.token_bytes,
                 block_size=block_size,

@@ -11,6 +11,12 @@ from octavo.config import EngineConfig
 from octavo.device import CPUDevice, CUDADevice, DeviceMemory
 from octavo.engine.memory import plan_model, resolve_kv_formats, weights_dtype, with_others
 from octavo.errors import CapacityError, ConfigError
+from octavo.kernels.facts import (
+    SHARED_SPLITS,
+    lone_partials,
+    most_lone_partials,
+    split_partials,
+)
 from octavo.kv_cache.planner import GIB, MemoryPlan
 from octavo.models.registry import read_spec
 from tests.gpu_probe import Probe
@@ -48,6 +54,37 @@ QWEN15_MOE = QWEN3_30B | {
     "num_hidden_layers": 24,
     "num_key_value_heads": 16,
     "shared_expert_intermediate_size": 5632,
+}
+DEEPSEEK_V2_LITE = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "moe_intermediate_size": 1408,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000,
+    "routed_scaling_factor": 1.0,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "torch_dtype": "bfloat16",
+    "v_head_dim": 128,
+    "vocab_size": 102400,
 }
 CARD = DeviceMemory(total_bytes=int(79.18 * GIB), available_bytes=int(78.68 * GIB))
 
@@ -92,6 +129,31 @@ def test_activations_are_bound_by_the_widest_moment_of_a_step() -> None:
     # A step of one block: the logits and their scratch.
     assert 16 * 151936 * 8 / 2**20 < mib(max_num_seqs=256, max_num_batched_tokens=16) < 64
     assert mib(measured=2**20) == 1
+
+
+def test_latent_attention_has_room_for_what_its_kernels_leave_and_no_more() -> None:
+    def mib(**options: Any) -> float:
+        made = plan(DEEPSEEK_V2_LITE, 29.26, max_model_len=40_960, **options)
+        return made.activation_bytes / 2**20
+
+    # The first layer's gate and up with their product, of 8192 tokens, are more than attention has.
+    widest = 8192 * (2 * 2048 + 3 * 10944) * 2 / 2**20
+    assert 1.05 * widest < mib(max_num_seqs=1) < 1.07 * widest + 16
+    # 256 rows leave a partial result each, and 16 of what they share, whatever they see.
+    assert mib() == mib(max_num_seqs=1)
+    # Deterministic ones leave all their splits: 81 of 16 heads of 513 float32 numbers each.
+    splits = 256 * 81 * 16 * 513 * 4 / 2**20
+    assert mib(deterministic=True) > splits
+    assert plan(DEEPSEEK_V2_LITE, 29.26, max_model_len=40_960).num_tokens > 1_400_000
+
+
+@pytest.mark.parametrize("most", [1, 2, 31, 132, 133, 256, 1024])
+def test_no_number_of_single_queries_leaves_more_partial_results_than_planned(most: int) -> None:
+    for seen in (1, 64, 5000, 163_840):
+        room = most_lone_partials(most, seen)
+        for rows in range(1, most + 1):
+            assert rows * (SHARED_SPLITS + lone_partials(rows, seen)) <= room
+            assert lone_partials(rows, seen) <= split_partials(seen)
 
 
 def test_a_rank_has_its_part_of_weights_and_keys() -> None:

@@ -24,7 +24,6 @@ from octavo.kv_cache.planner import (
     gpu_budget,
     host_budget,
     longest_sequence,
-    partial_bytes,
     plan_memory,
 )
 from octavo.kv_cache.records import SequenceKV
@@ -251,10 +250,6 @@ def test_what_others_hold_on_a_gpu_is_said_when_the_model_does_not_fit():
     assert "GGUF" not in str(no.value)
     with pytest.raises(CapacityError, match=r"are missing.*4.00 GiB in use.*max_model_len \d+;"):
         gpu_plan(4 * GIB, max_model_len=10**7)
-
-
-def test_partial_results_are_floats_and_a_log_sum_exp_a_head():
-    assert partial_bytes(3, 1024, 32, 128) == 3 * 17 * 32 * 129 * 4
 
 
 @given(st.integers(1, 500), st.integers(1, 5000), st.integers(1, 300), st.booleans())

@@ -167,8 +167,9 @@ class TritonOps(Composed):
     def gated_mlp(
         self, x_TM: Tensor, gate: Weight, up: Weight, down: Weight, activation: Activation
     ) -> Tensor:
-        both = self.linear(x_TM, (gate, up))
-        return self.linear(activations.activate_and_mul(both, activation), (down,))
+        # Nothing holds gate and up while the output is made: of many tokens they are large.
+        hidden = activations.activate_and_mul(self.linear(x_TM, (gate, up)), activation)
+        return self.linear(hidden, (down,))
 
     def logits(self, x_SM: Tensor, weight: Weight) -> Tensor:
         (matrix,) = self._matrices_of((weight,))

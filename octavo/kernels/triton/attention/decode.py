@@ -128,8 +128,9 @@ def _decode_kernel(
 
     out = softmax(scale q k^T) v over [low, len), for each split on its own (online over tiles of
     BLOCK_N): a row with one split writes `out` [T, H, D]; more write `partial_out` (normalised)
-    and `partial_lse` (base 2), where `partials_of` the row are (its sequence's where PACKED), and
-    the last of their programs merges them, MERGE_M >= H // K heads at once. FIXED: see `splits_of`.
+    and `partial_lse` (base 2), where `partials_of` the row are (its sequence's, BY_TOKEN its own),
+    and the last of their programs merges them, MERGE_M >= H // K heads at once. FIXED: see
+    `splits_of`.
     Program 1 names a token (BY_TOKEN: any query) or a sequence, skipped unless it has one query.
     HAS_SHARED: the first shared_tokens[s] tokens are done elsewhere, and left shared_partials[s].
     IS_QKV: q is qkv [T, (H + 2 K) D] before norm and RoPE, whose k and v are written on the way.
@@ -158,7 +159,7 @@ def _decode_kernel(
     begin, stop, num_busy = run_of_program(count)
     if tl.program_id(2) >= num_busy:
         return
-    row = sequence if PACKED else t
+    row = t if BY_TOKEN else sequence
     firsts = partials_of(row, partial_starts, num_partials, kv_head * GROUP + rows, H, PACKED)
     keys, values = both_planes(
         *(key, key_scale, stride_key, stride_key_scale),

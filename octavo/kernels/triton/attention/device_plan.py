@@ -40,6 +40,23 @@ class SharedPrefix:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SharedPrompts:
+    """Chunks over latent vectors whose keys and values are all multiplied out, those that groups of
+    sequences share once for each group. All int32 tensors on the device."""
+
+    low_S: Tensor
+    """Tokens of each sequence that its group attends for it; 0 outside groups."""
+    leaders_G: Tensor
+    """A sequence of each group."""
+    run_starts: Tensor
+    """[runs + 1]: the tokens where sequences of one group begin that lie side by side."""
+    run_groups_R: Tensor
+    """The group of each run; -1: sequences of none."""
+    shared_tokens: tuple[int, ...]
+    """Of each group, on the host."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DevicePlan:
     """Bounds that the host knows save launches and memory, and change no bit; None: unknown."""
 
@@ -50,7 +67,7 @@ class DevicePlan:
     num_few_tokens: int | None = None
     """Sequences of one query and those of few lie among the first so many tokens."""
     num_long_keys: int | None = None
-    """What sequences of more queries see together."""
+    """What sequences of more queries see together, but for what groups of `prompts` share."""
     partial_starts_S: Tensor | None = None
     """int32 [S + 1] prefix sums of `partial_counts` (decode.py): where the partial results of each
     single query lie."""
@@ -58,6 +75,9 @@ class DevicePlan:
     """Bound of the last of partial_starts_S; goes with it. 0: nobody has a single query."""
     prefix: SharedPrefix | None = None
     """What single-query sequences share, where reading it once pays."""
+    prompts: SharedPrompts | None = None
+    """How chunks are multiplied out, where it pays to do so with all of them: then none counts as
+    one of few queries."""
     short: dict[object, ShortPlan] = field(default_factory=dict)
     """How short chunks are split, made when the first layer of a kind asks: lengths may be known
     on the device alone."""

@@ -38,8 +38,8 @@ def make_partials(
     starts: Tensor | None = None,
     total_partials: int | None = None,
 ) -> Partials:
-    """Returns uninitialised room for `num_partials` partial results of every row, or, with
-    `starts`, for `total_partials` of all rows."""
+    """Returns uninitialised room for `num_partials` partial results of every row, or for
+    `total_partials` of all rows, which go with `starts` or with another number of rows."""
     num_tokens, num_heads, head_size = q_THD.shape
     rows = num_heads * (num_tokens * num_partials if total_partials is None else total_partials)
     return Partials(

@@ -19,6 +19,7 @@ from octavo.kernels.planning import PlanLimits, PlannedGroup, StepRows
 from octavo.kernels.triton.attention.choose import SHORT_QUERIES
 from octavo.kernels.triton.attention.device_plan import DevicePlan
 from octavo.kernels.triton.attention.partials import max_total_partials, partial_counts
+from octavo.kernels.triton.attention.prompts import SharedPromptsPlan, plan_prompts
 from octavo.kernels.triton.attention.shared import MIN_BLOCKS, SharedPrefixPlan, plan_shared_prefix
 from octavo.kernels.triton.attention.splits import Tiling, latent_tiling, tiling
 from octavo.step import Int32
@@ -45,13 +46,16 @@ class StepPlan:
     num_few_tokens: int
     """Rows of one query and those of few lie among the first so many tokens."""
     num_long_keys: int | None
-    """What rows of more queries see together."""
+    """What rows of more queries see together, but for what groups of `prompts` share."""
     max_partials: int
+    prompts: SharedPromptsPlan | None = None
+    """Of the one KV group, whose layers have latent vectors."""
 
     @property
     def arrays(self) -> Sequence[Int32]:
         shared = (prefix.arrays for prefix in self.prefixes if prefix is not None)
-        return [self.partial_starts, *(array for arrays in shared for array in arrays)]
+        prompts = () if self.prompts is None else self.prompts.arrays
+        return [self.partial_starts, *(array for arrays in shared for array in arrays), *prompts]
 
     @property
     def bounds(self) -> Hashable:
@@ -60,6 +64,8 @@ class StepPlan:
         return tuple(prefix and prefix.bounds for prefix in self.prefixes)
 
     def padded(self, num_rows: int, num_tokens: int) -> StepPlan | None:
+        if self.prompts is not None:
+            return None
         limits, is_decode = self.limits, self.max_query_len == 1
         prefixes = tuple(prefix and prefix.padded(num_rows) for prefix in self.prefixes)
         max_partials = max_total_partials(num_rows, limits.max_model_len, limits.kv_tokens)
@@ -100,6 +106,7 @@ class StepPlan:
                     partial_starts_S=partial_starts,
                     max_partials=self.max_partials,
                     prefix=prefix and prefix.on_device(list(islice(left, 6))),
+                    prompts=self.prompts and self.prompts.on_device(list(islice(left, 4))),
                 ),
             )
             for batch, prefix in zip(batches, self.prefixes, strict=True)
@@ -136,7 +143,8 @@ class StepPlanner:
         # Windows leave fewer partial results than no window.
         counts = np.where(query_lens == 1, partial_counts(rows.seq_lens, None), 0)
         partial_starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
-        is_few = query_lens <= SHORT_QUERIES
+        prompts = self._prompts(rows)
+        is_few = query_lens <= (SHORT_QUERIES if prompts is None else 1)
         return StepPlan(
             partial_starts=partial_starts,
             prefixes=tuple(self.prefixes(rows)),
@@ -145,13 +153,19 @@ class StepPlanner:
             max_seq_len=int(rows.seq_lens.max()),
             num_short_tokens=_end_of_last(is_few & (query_lens > 1), rows),
             num_few_tokens=_end_of_last(is_few, rows),
-            num_long_keys=int(rows.seq_lens[~is_few].sum()),
+            num_long_keys=_num_long_keys(rows, ~is_few, prompts),
             max_partials=int(partial_starts[-1]),
+            prompts=prompts,
         )
+
+    def _prompts(self, rows: StepRows) -> SharedPromptsPlan | None:
+        if len(self._groups) > 1 or self._min_saved_bytes is None:
+            return None
+        return plan_prompts(self._groups[0], rows, rows.tables[0])
 
     def prefixes(self, rows: StepRows) -> list[SharedPrefixPlan | None]:
         """Returns what the rows share, by KV group, or None where partial results of all rows were
-        too many."""
+        too many; over latent vectors there is room for them (`most_lone_partials`)."""
         if self._min_saved_bytes is None:
             return [None] * len(self._groups)
         key = rows.num_started, rows.rows.tobytes(), (rows.query_lens == 1).tobytes()
@@ -165,13 +179,23 @@ class StepPlanner:
             ]
         grown = [known and known.grown(rows.seq_lens, rows.query_lens) for known in self._known]
         most = self._max_partials // len(rows.rows)
-        return [plan if plan and plan.max_partials <= most else None for plan in grown]
+        fits = (
+            plan is not None and (group.is_latent or plan.max_partials <= most)
+            for group, plan in zip(self._groups, grown, strict=True)
+        )
+        return [plan if fit else None for plan, fit in zip(grown, fits, strict=True)]
 
 
 def _end_of_last(is_some: np.ndarray, rows: StepRows) -> int:
     """Returns where the tokens of the last of some rows end; 0 if there is none."""
     some = np.flatnonzero(is_some)
     return int(rows.query_starts[some[-1] + 1]) if len(some) else 0
+
+
+def _num_long_keys(rows: StepRows, is_long: np.ndarray, prompts: SharedPromptsPlan | None) -> int:
+    """Returns what rows of many queries see together, each by itself."""
+    own = rows.seq_lens if prompts is None else rows.seq_lens - prompts.low
+    return int(own[is_long].sum())
 
 
 def _tiling(group: PlannedGroup, processors: int) -> Tiling:

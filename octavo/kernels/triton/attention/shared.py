@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.facts import split_partials
+from octavo.kernels.facts import SHARED_SPLITS, split_partials
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
 from octavo.kernels.triton.attention.choose import attended, fits_hopper, hopper, tiles_attention
 from octavo.kernels.triton.attention.decode import decode_attention
@@ -32,10 +32,12 @@ from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
 from octavo.kernels.triton.tiles.kv import both_planes
 
-MAX_SPLITS = 16
-"""More leave too much to merge."""
 MIN_BLOCKS = 64
 """Fewer shared blocks than this come from the L2 cache anyway, and merging costs time."""
+
+
+Group = tuple[list[int], int]
+"""Sequences, and the leading blocks that they share."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -136,20 +138,14 @@ def plan_shared_prefix(
     level with the fewest blocks read is taken, for every subtree on its own.
     """
     full = np.where(query_lens == 1, seq_lens // block_size, 0)
-    long = np.flatnonzero(full >= min_blocks)
-    firsts = block_table[long, 0]
-    _, family, num_rows = np.unique(firsts, return_inverse=True, return_counts=True)
-    # Whoever shares anything shares its first block: most steps are done here.
-    rows = {s: block_table[s, : full[s]] for s in long[num_rows[family] > 1].tolist()}
-    order = sorted(rows, key=lambda s: rows[s].tobytes())
-    chosen = [found for found in _best_groups(rows, order, 0)[1] if found[1] >= min_blocks]
+    chosen = shared_groups(block_table, full, min_blocks)
     if not chosen:
         return None
     shared = np.zeros(len(full), np.int32)
     for members, blocks in chosen:
         shared[members] = blocks * block_size
     work = tuple((blocks * block_size, len(members)) for members, blocks in chosen)
-    size = split_size(work, tiles, most=MAX_SPLITS, shortest=SPLIT_STEP)
+    size = split_size(work, tiles, most=SHARED_SPLITS, shortest=SPLIT_STEP)
     pieces = [cdiv(count, tiles.queries) * cdiv(tokens, size) for tokens, count in work]
     starts = np.cumsum([0, *(len(members) for members, _ in chosen)])
     return SharedPrefixPlan(
@@ -164,6 +160,18 @@ def plan_shared_prefix(
     )
 
 
+def shared_groups(block_table: np.ndarray, full: np.ndarray, min_blocks: int) -> list[Group]:
+    """Returns groups (sequences, leading blocks that are equal) of which each shares `min_blocks`
+    at least, and those that save most reads; `full`: blocks of each sequence that count."""
+    long = np.flatnonzero(full >= min_blocks)
+    firsts = block_table[long, 0]
+    _, family, num_rows = np.unique(firsts, return_inverse=True, return_counts=True)
+    # Whoever shares anything shares its first block: most steps are done here.
+    rows = {s: block_table[s, : full[s]] for s in long[num_rows[family] > 1].tolist()}
+    order = sorted(rows, key=lambda s: rows[s].tobytes())
+    return [found for found in _best_groups(rows, order, 0)[1] if found[1] >= min_blocks]
+
+
 def _max_tail(seq_lens: np.ndarray, query_lens: np.ndarray, shared: np.ndarray) -> int:
     return max(1, int((seq_lens - shared)[query_lens == 1].max()))
 
@@ -173,9 +181,6 @@ def _padded(array: np.ndarray, size: int, value: int = 0) -> np.ndarray:
     padded = np.full(size, value, array.dtype)
     padded[: len(array)] = array
     return padded
-
-
-Group = tuple[list[int], int]
 
 
 def _best_groups(
@@ -254,10 +259,10 @@ def _shared_kernel(
 ):
     """One split of what a group shares, for BLOCK_M // PADDED_GROUP of its members at once.
 
-    partial_out[t, h, split] = softmax(scale q k^T) v over the split, partial_lse its log2-sum-exp2.
+    partial_out[s, h, split] = softmax(scale q k^T) v over the split, partial_lse its log2-sum-exp2.
     Program 0: split; 1: group * num_tiles + tile of members; 2: kv head. Row r is member
     r // PADDED_GROUP, head r % PADDED_GROUP; every shared key is visible to every member, but for
-    windows and chunks. q [T, H, D]; key, value [B, P, K, D]; partial_out [T, H, partials, D].
+    windows and chunks. q [T, H, D]; key, value [B, P, K, D]; partial_out [S, H, partials, D].
     """
     GROUP: tl.constexpr = H // K
     MEMBERS: tl.constexpr = BLOCK_M // PADDED_GROUP
@@ -297,7 +302,8 @@ def _shared_kernel(
         scale_log2, cap_log2, reach,
         KEY, VALUE, K, D, P, DELTA, VISIBLE, HAS_CAP, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    place = heads * num_partials + tl.program_id(0)
+    owner = sequence.to(tl.int64) * H + kv_head * GROUP + rows % PADDED_GROUP
+    place = owner * num_partials + tl.program_id(0)
     to = partial_out + place[:, None] * D + offs_d[None, :]
     tl.store(to, mean, mask=mask)
     tl.store(partial_lse + place, lse, mask=live)
@@ -330,7 +336,8 @@ def shared_prefix_attention(
     `plan` must be of this very batch. Sequences with several queries are not grouped.
     """
     out = torch.empty_like(q_THD)
-    partials = make_partials(q_THD, plan.max_splits + split_partials(plan.max_tail))
+    most = plan.max_splits + split_partials(plan.max_tail)
+    partials = make_partials(q_THD, most, None, len(batch.seq_lens_S) * most)
     _attend_shared(q_THD, op, layer, batch, plan, partials)
     decode_attention(
         q_THD,

@@ -4,8 +4,9 @@ Called by the Triton back end once a layer. Never asks the device anything: what
 is made on the device, within bounds that the host knows.
 
 Sequences with one query are absorbed, and so are chunks of up to SHORT_QUERIES; more queries are
-absorbed in steps that are replayed as graphs, and expanded in larger ones. `is_deterministic` sends
-every row the way of a decode, in splits of its own.
+absorbed in steps that are replayed as graphs, and expanded in larger ones. Where the plan says that
+it pays (attention/prompts.py), all chunks are expanded, what groups share once a group.
+`is_deterministic` sends every row the way of a decode, in splits of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from octavo.kernels.facts import DETERMINISTIC_TOKENS, SHORT_SPLITS, short_tokens, split_partials
+from octavo.kernels.facts import DETERMINISTIC_TOKENS, SHORT_SPLITS, lone_partials, short_tokens
 from octavo.kernels.inputs import AttentionBatch, KVLayer, LatentOp
 from octavo.kernels.triton.attention.choose import SHORT_QUERIES, SHORTEST_SPLIT
 from octavo.kernels.triton.attention.device_plan import plan_of
@@ -79,7 +80,9 @@ def latent_attention(
     num_tokens, plan = len(q_TN), plan_of(batch)
     q_THD = q_TN.unflatten(1, (op.num_heads, -1))
     q_THC = q_TN.new_empty(num_tokens, op.num_heads, op.num_columns)
-    is_expanded = num_tokens > MAX_PADDED_TOKENS and not is_deterministic
+    is_expanded = num_tokens > MAX_PADDED_TOKENS or plan.prompts is not None
+    is_expanded &= not is_deterministic
+    short = SHORT_QUERIES if plan.prompts is None else 1
     absorbed = slice(0, num_tokens)
     if is_expanded and plan.num_few_tokens is not None:
         absorbed = slice(0, plan.num_few_tokens)
@@ -102,16 +105,14 @@ def latent_attention(
         if is_deterministic:
             _every_row_as_decode(q_THC, op, plane, batch, out_THR, tickets)
         else:
-            short = SHORT_QUERIES if is_expanded else ALL_QUERIES
-            _absorbed(q_THC, op, plane, batch, out_THR, short, tickets)
+            most = short if is_expanded else ALL_QUERIES
+            _absorbed(q_THC, op, plane, batch, out_THR, most, tickets)
         if plane.is_mixed:
             mix_rows(out_THR)
         head_product(out_THR, weights.values_HVR.transpose(1, 2), out_THV[absorbed], **product)
     if is_expanded and plan.max_query_len != 1:
         parts = q_THD[..., : op.nope_size], q_THC[..., op.rank :]
-        expanded_attention(
-            *(parts, weights.both_NR, op, plane, batch, out_THV), short=SHORT_QUERIES
-        )
+        expanded_attention(*(parts, weights.both_NR, op, plane, batch, out_THV), short=short)
     return out_THV.flatten(1)
 
 
@@ -126,28 +127,54 @@ def _absorbed(
 ) -> None:
     """Writes the rows of `out` whose sequences have up to `short` queries."""
     q_THC = q_THC[: len(out_THR)]
-    asked = (q_THC, plane, batch, op.scale)
-    bound = batch.block_table.shape[1] * plane.block_size
-    step, prefix = plan_of(batch), plan_of(batch).prefix
-    bound = bound if step.max_seq_len is None else min(step.max_seq_len, bound)
+    _lone(q_THC, op, plane, batch, out_THR, tickets)
+    step, count = plan_of(batch), len(q_THC)
+    longest = count if step.max_query_len is None else step.max_query_len
+    if step.num_short_tokens is not None and short != ALL_QUERIES:
+        count = min(count, step.num_short_tokens)
+    if longest > 1 and count > 1:
+        _short(q_THC, op, plane, batch, out_THR, short, count)
+
+
+def _lone(
+    q_THC: Tensor,
+    op: LatentOp,
+    plane: LatentPlane,
+    batch: AttentionBatch,
+    out_THR: Tensor,
+    tickets: Tensor,
+) -> None:
+    """Writes the rows of `out` whose sequences have one query."""
+    step, rows = plan_of(batch), len(batch.seq_lens_S)
+    prefix = step.prefix
     if prefix is not None:
-        partials = make_partials(out_THR, prefix.max_splits + split_partials(prefix.max_tail))
-        shared_latents(*asked, prefix, partials)
+        most = prefix.max_splits + lone_partials(rows, prefix.max_tail)
+        partials = make_partials(out_THR, most, None, rows * most)
+        shared_latents(q_THC, plane, batch, op.scale, prefix, partials)
         latent_decode(
-            *(*asked, out_THR),
+            *(q_THC, plane, batch, op.scale, out_THR),
             max_seq_len=prefix.max_tail,
             shared=(prefix.shared_tokens_S, prefix.shared_partials_S),
             partials=partials,
             tickets=tickets,
         )
     elif step.max_partials != 0:
-        latent_decode(*asked, out_THR, max_seq_len=bound, tickets=tickets)
-    longest = len(q_THC) if step.max_query_len is None else step.max_query_len
-    count = len(q_THC)
-    if step.num_short_tokens is not None and short != ALL_QUERIES:
-        count = min(count, step.num_short_tokens)
-    if longest == 1 or count < 2:
-        return
+        bound = batch.block_table.shape[1] * plane.block_size
+        bound = bound if step.max_seq_len is None else min(step.max_seq_len, bound)
+        latent_decode(q_THC, plane, batch, op.scale, out_THR, max_seq_len=bound, tickets=tickets)
+
+
+def _short(
+    q_THC: Tensor,
+    op: LatentOp,
+    plane: LatentPlane,
+    batch: AttentionBatch,
+    out_THR: Tensor,
+    short: int,
+    count: int,
+) -> None:
+    """Writes the rows of `out` whose sequences have 2 to `short` queries, all of them among the
+    first `count`."""
     rows = min(count, short_tokens(op.num_heads, op.rank))
     limits = Limits(
         queries=short, splits=SHORT_SPLITS, shortest=SHORTEST_SPLIT, partials=rows * SHORT_SPLITS
@@ -155,10 +182,11 @@ def _absorbed(
     tiles = latent_tiling(op.num_heads, num_processors(q_THC.device))
     plan = short_plan_of(batch, tiles, FULL, limits)
     partials = make_partials(out_THR[:rows], SHORT_SPLITS)
+    asked = (q_THC, plane, batch, op.scale, out_THR, partials, plan, count)
     if fits(q_THC, plane):
-        short_latents(*asked, out_THR, partials, plan, count, tiles)
+        short_latents(*asked, tiles)
     else:
-        absorbed_chunks(*asked, out_THR, partials, plan, count)
+        absorbed_chunks(*asked)
     merge_short_chunks(out_THR, plain_scores(op.scale, plan.table), batch, plan, partials, count)
 
 

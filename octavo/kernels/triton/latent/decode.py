@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.facts import split_partials
+from octavo.kernels.facts import LONE_PROGRAMS, lone_partials, split_partials
 from octavo.kernels.inputs import AttentionBatch
 from octavo.kernels.triton.attention.decode import MERGE_ROWS
-from octavo.kernels.triton.attention.device_plan import plan_of
 from octavo.kernels.triton.attention.partials import (
     Partials,
     make_partials,
@@ -31,6 +30,7 @@ from octavo.kernels.triton.attention.rows import (
 from octavo.kernels.triton.attention.scores import LOG2_E
 from octavo.kernels.triton.latent.hopper.few_heads import few_head_latents, is_for
 from octavo.kernels.triton.latent.hopper.lone import lone_latents
+from octavo.kernels.triton.latent.hopper.rows import LoneRows
 from octavo.kernels.triton.latent.hopper.tiles import fits
 from octavo.kernels.triton.latent.pages import LatentPlane, latent_scores, latent_tile
 from octavo.kernels.triton.launching.chip import next_power_of_2, num_processors
@@ -40,8 +40,6 @@ from octavo.kernels.triton.launching.tickets import is_last, make_tickets
 from octavo.kernels.triton.tiles.kv import add_values
 from octavo.kernels.triton.tiles.softmax import softmax_step
 
-TARGET_PROGRAMS = 132
-"""Programs that an H100 runs at once: sums and pages in flight fill a multiprocessor."""
 MOST_HEADS = 16
 """Of one program: more would leave the sums of a program no registers."""
 
@@ -57,7 +55,6 @@ def _latent_decode_kernel(
     positions,
     shared_tokens,
     shared_partials,
-    partial_starts,
     num_partials,
     tickets,
     q,
@@ -77,7 +74,6 @@ def _latent_decode_kernel(
     P: tl.constexpr,
     BY_TOKEN: tl.constexpr,
     HAS_SHARED: tl.constexpr,
-    PACKED: tl.constexpr,
     FIXED: tl.constexpr,
     MERGE_M: tl.constexpr,
     MERGE_ROWS: tl.constexpr,
@@ -90,8 +86,8 @@ def _latent_decode_kernel(
     """H // GROUPS heads (`program 0`) of one token, a run of splits by `program 2`.
 
     out [T, H, RANK] = softmax(scale q (c, r)^T) c over [low, len), c the first RANK columns of a
-    token's page row, r the next ROPE; q [T, H, RANK + ROPE]. Partial results, PACKED, FIXED,
-    BY_TOKEN and HAS_SHARED as in attention/decode.py.
+    token's page row, r the next ROPE; q [T, H, RANK + ROPE]. Partial results, FIXED, BY_TOKEN and
+    HAS_SHARED as in attention/decode.py.
     """
     GROUP: tl.constexpr = H // GROUPS
     wait_turn(OVERLAP)
@@ -120,8 +116,8 @@ def _latent_decode_kernel(
     begin, stop, num_busy = run_of_program(count)
     if tl.program_id(2) >= num_busy:
         return
-    row = sequence if PACKED else t
-    firsts = partials_of(row, partial_starts, num_partials, group * GROUP + rows, H, PACKED)
+    row = t if BY_TOKEN else sequence
+    firsts = partials_of(row, tickets, num_partials, group * GROUP + rows, H, False)
     q_at = q + heads[:, None] * (RANK + ROPE)
     q_rank = tl.load(q_at + offs_r[None, :], mask=row_mask, other=0.0)
     mask_e = is_head[:, None] & (offs_e < ROPE)[None, :]
@@ -161,8 +157,8 @@ def _latent_decode_kernel(
         return
     if is_last(tickets + tl.program_id(1) * GROUPS + group, num_busy):
         merge_kv_head(
-            *(out, partial_out, partial_lse, row, t, group, partial_starts, num_partials),
-            *(before + count, tickets, H, GROUPS, RANK, False, PACKED),
+            *(out, partial_out, partial_lse, row, t, group, tickets, num_partials),
+            *(before + count, tickets, H, GROUPS, RANK, False, False),
             *(MERGE_M, MERGE_ROWS, BLOCK_R),
         )
 
@@ -202,16 +198,27 @@ def latent_decode(
     if rows == 0 or num_tokens == 0:
         return
     unused = batch.seq_lens_S
-    most = split_partials(max_seq_len)
+    most = split_partials(max_seq_len) if is_invariant else lone_partials(rows, max_seq_len)
     if partials is None:
-        plan = plan_of(batch)
-        partials = make_partials(out_THR, most, plan.partial_starts_S, plan.max_partials)
+        partials = make_partials(out_THR, most, None, rows * most)
     if tickets is None:
         tickets = make_tickets(q_THC.device)
     if token_sequences is None and not is_invariant and shape is None and fits(q_THC, plane):
         is_few = is_for(rows, num_heads, num_processors(q_THC.device))
         attend = few_head_latents if is_few else lone_latents
-        attend(q_THC, plane, batch, scale, out_THR, partials, tickets, shared, most)
+        attend(
+            LoneRows(
+                q_THC=q_THC,
+                plane=plane,
+                batch=batch,
+                scale=scale,
+                out_THR=out_THR,
+                partials=partials,
+                tickets=tickets,
+                shared=shared,
+                most_shares=most,
+            )
+        )
         return
     dtype = plane.dtype_with(q_THC)
     groups = -(-num_heads // MOST_HEADS)
@@ -220,7 +227,7 @@ def latent_decode(
     group = num_heads // groups
     assert rows * groups <= len(tickets), (rows, groups)
     block_n, num_warps, num_stages = shape or latent_decode_shape(dtype)
-    programs = min(most, max(1, TARGET_PROGRAMS // (rows * groups)))
+    programs = min(most, max(1, LONE_PROGRAMS // (rows * groups)))
     _latent_decode_kernel[(groups, rows, programs)](
         out_THR,
         partials.out,
@@ -229,7 +236,6 @@ def latent_decode(
         batch.seq_lens_S,
         batch.positions_T,
         *(shared or (unused, unused)),
-        unused if partials.starts is None else partials.starts,
         partials.num_partials,
         tickets,
         q_THC.to(dtype),
@@ -243,7 +249,6 @@ def latent_decode(
         **plane.constants,
         BY_TOKEN=token_sequences is not None,
         HAS_SHARED=shared is not None,
-        PACKED=partials.starts is not None,
         FIXED=is_invariant,
         MERGE_M=next_power_of_2(group),
         MERGE_ROWS=MERGE_ROWS,

@@ -1,40 +1,37 @@
 """Latent attention of prompts: keys and values of each head, multiplied out a range at a time.
 
-Called by choose.py for sequences with many queries. Which sequences those are is found on the
-device; the host knows how many there are at most, and how long.
+Called by choose.py for sequences with many queries, and for all with several where a plan says so:
+what groups of them share is then multiplied out once a group, and what each has of its own after
+it. Which sequences have many queries is found on the device; the host knows how many there are at
+most, and how long.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from octavo.kernels.facts import EXPANDED_TOKENS
 from octavo.kernels.inputs import AttentionBatch, LatentOp
-from octavo.kernels.triton.attention.device_plan import plan_of
+from octavo.kernels.triton.attention.device_plan import SharedPrompts, plan_of
 from octavo.kernels.triton.latent.pages import LatentPlane
-from octavo.kernels.triton.latent.tiles import expanded_chunks
-from octavo.kernels.triton.latent.unpack import unpacked_latents
+from octavo.kernels.triton.latent.tiles import Chunks, expanded_chunks
+from octavo.kernels.triton.latent.unpack import Gathered, unpacked_latents
 from octavo.kernels.triton.launching.chip import cdiv
 
-EXPANDED_TOKENS = 16384
-"""Tokens whose keys and values are there at once."""
-STEP = 128
+STEP = 64
 """Ranges of keys are multiples of this."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class LongKeys:
-    """A range of the positions of sequences with many queries, whose keys lie side by side."""
+class KeyRange(NamedTuple):
+    """Keys that lie side by side, and who attends them."""
 
-    which: Tensor
-    """int32: those sequences; -1 where there are no more."""
-    starts_S: Tensor
-    """int32: the row of each one's first position in the range."""
-    num_rows: int
-    positions: tuple[int, int]
+    keys: Gathered
+    chunks: Chunks
 
 
 def expanded_attention(
@@ -53,75 +50,121 @@ def expanded_attention(
     rows may be apart. both [H * (nope + value), rank] makes keys and values.
     """
     num_tokens, num_heads, _ = out_THV.shape
+    ranges = _ranges(batch, num_tokens, plane.block_size, short)
+    has_several = len(ranges) > 1
     lse_TH = torch.empty(num_tokens, num_heads, device=out_THV.device)
-    for keys in _long_keys(batch, num_tokens, plane.block_size, short):
-        latents_NC = unpacked_latents(
-            *(plane, batch, keys.which, keys.starts_S, keys.num_rows, keys.positions),
-            both_NR.dtype,
-        )
+    if has_several:
+        lse_TH.fill_(-math.inf)  # Nothing was attended before the first.
+    for keys, chunks in ranges:
+        latents_NC = unpacked_latents(plane, batch.block_table, keys, both_NR.dtype)
         both_NHD = (latents_NC[:, : op.rank] @ both_NR.T).unflatten(1, (num_heads, -1))
         of_heads = both_NHD[..., : op.nope_size], both_NHD[..., op.nope_size :]
-        is_first = keys.positions[0] == 0
-        target, lse = (out_THV, lse_TH) if is_first else (out_THV.clone(), lse_TH.clone())
         expanded_chunks(
-            *(q_parts, plane, *of_heads, latents_NC[:, op.rank :], keys.starts_S, batch, op.scale),
-            *(target, lse, keys.positions),
-            short=short,
+            *(q_parts, plane, *of_heads, latents_NC[:, op.rank :], chunks, op.scale),
+            *(out_THV, lse_TH, keys.positions),
+            has_before=has_several,
         )
-        if not is_first:
-            is_long_S = batch.query_starts.diff() > short
-            _merge(out_THV, lse_TH, target, lse, _long_rows(batch, is_long_S, num_tokens))
 
 
-def _long_keys(
-    batch: AttentionBatch, num_tokens: int, block_size: int, short: int
-) -> list[LongKeys]:
+def _ranges(batch: AttentionBatch, num_tokens: int, block_size: int, short: int) -> list[KeyRange]:
     """Returns ranges of at most EXPANDED_TOKENS keys that hold all keys of long chunks, the same
     for all layers of a step."""
     plan, key = plan_of(batch), (num_tokens, block_size, short)
     known = plan.long.get(key)
     if known is None:
-        known = plan.long[key] = _ranges(batch, num_tokens, block_size, short)
+        shared = () if plan.prompts is None else _shared_ranges(batch, plan.prompts)
+        known = plan.long[key] = [*shared, *_own_ranges(batch, num_tokens, block_size, short)]
     assert isinstance(known, list)
     return known
 
 
-def _ranges(batch: AttentionBatch, num_tokens: int, block_size: int, short: int) -> list[LongKeys]:
+def _own_ranges(
+    batch: AttentionBatch, num_tokens: int, block_size: int, short: int
+) -> Iterator[KeyRange]:
+    """Yields the ranges that hold what long chunks see, but for what groups attend for them."""
     num_sequences, plan = len(batch.seq_lens_S), plan_of(batch)
     most = min(num_sequences, num_tokens // (short + 1))
     if most == 0 or plan.num_long_keys == 0:
-        return []
+        return
     capacity = batch.block_table.shape[1] * block_size
     longest = capacity if plan.max_seq_len is None else min(plan.max_seq_len, capacity)
-    total, size = plan.num_long_keys, longest
-    if total is None or total > EXPANDED_TOKENS:
-        size = max(STEP, min(EXPANDED_TOKENS // most // STEP, cdiv(longest, STEP)) * STEP)
-        total = most * size
+    lows_S = torch.zeros_like(batch.seq_lens_S) if plan.prompts is None else plan.prompts.low_S
     is_long_S = batch.query_starts.diff() > short
     places = torch.arange(1, most + 1, dtype=torch.int32, device=is_long_S.device)
     which = torch.searchsorted(is_long_S.cumsum(0, dtype=torch.int32), places, out_int32=True)
     which = which.where(which < num_sequences, -1)
-    found = []
+    own_S = (batch.seq_lens_S - lows_S).where(is_long_S, 0)
+    total = plan.num_long_keys
+    longest = longest if total is None else min(longest, total)
+    for first, size, num_rows in _cut(longest, most, total):
+        starts_S = _starts(own_S, first, size)
+        yield KeyRange(
+            keys=Gathered(
+                which=which,
+                starts_S=starts_S,
+                lows_S=lows_S,
+                ends_S=batch.seq_lens_S,
+                num_rows=num_rows,
+                positions=(first, first + size),
+            ),
+            chunks=Chunks(
+                query_starts=batch.query_starts,
+                seq_lens=batch.seq_lens_S,
+                lows=lows_S,
+                ends=batch.seq_lens_S,
+                dense_starts=starts_S,
+                short=short,
+            ),
+        )
+
+
+def _shared_ranges(batch: AttentionBatch, prompts: SharedPrompts) -> Iterator[KeyRange]:
+    """Yields the ranges that hold what groups share. Members that lie side by side are one sequence
+    of as many queries, which come behind all that is shared."""
+    if not prompts.shared_tokens:
+        return
+    leaders_G, groups_R = prompts.leaders_G, prompts.run_groups_R
+    is_run_R, groups_R = groups_R >= 0, groups_R.clamp(min=0)
+    shared_G = prompts.low_S[leaders_G]
+    shared_R = shared_G[groups_R]
+    lens_R = shared_R + prompts.run_starts.diff()
+    longest, total = max(prompts.shared_tokens), sum(prompts.shared_tokens)
+    for first, size, num_rows in _cut(longest, len(prompts.shared_tokens), total):
+        starts_G = _starts(shared_G, first, size)
+        starts_S = torch.zeros_like(prompts.low_S).index_put_((leaders_G,), starts_G)
+        yield KeyRange(
+            keys=Gathered(
+                which=leaders_G,
+                starts_S=starts_S,
+                lows_S=torch.zeros_like(starts_S),
+                ends_S=prompts.low_S,
+                num_rows=num_rows,
+                positions=(first, first + size),
+            ),
+            chunks=Chunks(
+                query_starts=prompts.run_starts,
+                seq_lens=lens_R,
+                lows=torch.zeros_like(lens_R),
+                ends=shared_R,
+                dense_starts=starts_G[groups_R].where(is_run_R, -1),
+                short=1,
+            ),
+        )
+
+
+def _cut(longest: int, count: int, total: int | None) -> Iterator[tuple[int, int, int]]:
+    """Yields (first position, positions, rows of all) of ranges of up to `count` sequences of up to
+    `longest` keys, `total` together, so that EXPANDED_TOKENS rows hold a range."""
+    size = longest
+    if total is None or total > EXPANDED_TOKENS:
+        size = max(STEP, min(EXPANDED_TOKENS // count // STEP, cdiv(longest, STEP)) * STEP)
+        total = count * size
     for first in range(0, longest, size):
-        seen_S = (batch.seq_lens_S - first).clamp_(0, size).where(is_long_S, 0)
-        starts_S = seen_S.cumsum(0, dtype=torch.int32) - seen_S
-        positions = first, first + size
-        found.append(LongKeys(which=which, starts_S=starts_S, num_rows=total, positions=positions))
-    return found
+        yield first, size, total
 
 
-def _long_rows(batch: AttentionBatch, is_long_S: Tensor, num_tokens: int) -> Tensor:
-    """Returns [T]: whether a token's sequence has many queries."""
-    tokens = torch.arange(num_tokens, dtype=torch.int32, device=is_long_S.device)
-    sequences = torch.searchsorted(batch.query_starts[1:], tokens, right=True)
-    return is_long_S[sequences.clamp_(max=len(is_long_S) - 1)]
-
-
-def _merge(
-    out_THV: Tensor, lse_TH: Tensor, more_THV: Tensor, more_TH: Tensor, rows: Tensor
-) -> None:
-    """Adds to means the means over further keys, both with their log2-sum-exp2, in place."""
-    share = torch.sigmoid((more_TH - lse_TH) * math.log(2)).where(rows.unsqueeze(1), 0.0)
-    mean = torch.lerp(out_THV.float(), more_THV.float(), share.unsqueeze(2))
-    out_THV.copy_(mean.where(rows.view(-1, 1, 1), out_THV.float()))
-    lse_TH.copy_(torch.logaddexp2(lse_TH, more_TH))
+def _starts(lens: Tensor, first: int, size: int) -> Tensor:
+    """Returns the rows where sequences of `lens` keys begin, their positions [first, first + size)
+    side by side."""
+    seen = (lens - first).clamp_(0, size)
+    return seen.cumsum(0, dtype=torch.int32) - seen

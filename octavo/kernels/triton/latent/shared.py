@@ -107,7 +107,8 @@ def _latent_shared_kernel(
         middle, end, 0, 0, scale_log2, FORMAT, RANK, ROPE, RANK, RANK, P, True, True,
         BLOCK_N, BLOCK_D, BLOCK_D, BLOCK_E,
     )  # fmt: skip
-    place = heads * num_partials + tl.program_id(0)
+    owner = sequence.to(tl.int64) * H + tl.program_id(2) * STACK + rows % STACK
+    place = owner * num_partials + tl.program_id(0)
     to = partial_out + place[:, None] * RANK + offs_d[None, :]
     tl.store(to, acc / total[:, None], mask=mask)
     tl.store(partial_lse + place, m + tl.log2(total), mask=live)
@@ -121,7 +122,7 @@ def shared_latents(
     plan: SharedPrefix,
     partials: Partials,
 ) -> None:
-    """Writes to `partials` [T, H, partials, rank] what members of groups see of shared tokens."""
+    """Writes to `partials` [S, H, partials, rank] what members of groups see of shared tokens."""
     if fits(q_THC, plane):
         tiles = latent_tiling(q_THC.shape[1], num_processors(q_THC.device))
         shared_prefixes(q_THC, plane, batch, scale, plan, partials, tiles)

@@ -8,6 +8,8 @@ columns come from the pages in both. Sums are those of attention/tiles.py.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -23,7 +25,7 @@ from octavo.kernels.triton.launching.chip import next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
 from octavo.kernels.triton.tiles.kv import add_values, load_rows
-from octavo.kernels.triton.tiles.softmax import softmax_step
+from octavo.kernels.triton.tiles.softmax import joined, softmax_step
 
 
 @triton.jit
@@ -92,8 +94,11 @@ def attend_latent(
     return acc, m, total
 
 
+UNSPECIALISED = ["num_sequences", "short", "first_position", "num_positions", "has_before"]
+
+
 @launchable
-@triton.jit(do_not_specialize=["num_sequences", "first_position", "last_position"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def _latent_chunk_kernel(
     q,
     q_rotated,
@@ -108,6 +113,8 @@ def _latent_chunk_kernel(
     keys,
     values,
     rotated,
+    lows,
+    ends,
     dense_starts,
     out,
     partial_out,
@@ -117,8 +124,10 @@ def _latent_chunk_kernel(
     block_table,
     table,
     num_sequences,
+    short,
     first_position,
-    last_position,
+    num_positions,
+    has_before,
     stride_table,
     stride_dense,
     stride_head,
@@ -134,7 +143,6 @@ def _latent_chunk_kernel(
     P: tl.constexpr,
     ABSORBED: tl.constexpr,
     IS_SPLIT: tl.constexpr,
-    SHORT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -145,12 +153,13 @@ def _latent_chunk_kernel(
     """One tile: BLOCK_M // STACK queries of a sequence times STACK heads (group `program 0`).
 
     q [T, H, D], q_rotated [T, H, ROPE] with strides, out [T, H, V]; tiles are counted as in
-    attention/tiles.py, and so are splits (IS_SPLIT: chunks of 2 to SHORT queries, by a plan). Else
-    chunks of more than SHORT queries, keys in [first_position, last_position) alone, and
-    partial_lse [T, H] is told their log2-sum-exp2. Not ABSORBED: sequence s has position
-    first_position's keys, values and rotated columns at row dense_starts[s] of keys [N, H, D],
-    values [N, H, V], whose strides are equal, and
-    rotated [N, ROPE]; pages are not read.
+    attention/tiles.py, and so are splits (IS_SPLIT: chunks of 2 to `short` queries, by a plan).
+    Else chunks of more queries, of sequence s with dense_starts[s] >= 0 num_positions keys from
+    lows[s] + first_position on alone, up to ends[s], and partial_lse [T, H] is told their log2-sum-exp2;
+    `has_before`: out and partial_lse hold what was attended before, and get both together. Not
+    ABSORBED: the first of those has its keys, values and rotated columns at row dense_starts[s] of
+    keys [N, H, D], values [N, H, V], whose strides are equal, and rotated [N, ROPE]; pages are not
+    read.
     """
     QUERIES: tl.constexpr = BLOCK_M // STACK
     wait_turn(OVERLAP)
@@ -160,7 +169,7 @@ def _latent_chunk_kernel(
     num_queries = tl.load(query_starts + sequence + 1) - first_row
     first_query = (tile - (first_row // QUERIES + sequence)) * QUERIES
     length = tl.load(seq_lens + sequence)
-    is_short = num_queries <= SHORT
+    is_short = num_queries <= short
     if (first_query >= num_queries) | (num_queries < 2) | (is_short != IS_SPLIT):
         return
     computed = length - num_queries
@@ -183,8 +192,12 @@ def _latent_chunk_kernel(
         if start >= end:
             return
     else:
-        start = start + first_position
-        end = tl.maximum(tl.minimum(end, last_position), start)
+        dense_start = tl.load(dense_starts + sequence)
+        if dense_start < 0:
+            return
+        start = tl.load(lows + sequence) + first_position
+        end = tl.minimum(tl.minimum(end, tl.load(ends + sequence)), start + num_positions)
+        end = tl.maximum(end, start)
     token = (first_row + query).to(tl.int64)
     row = (token * H + head)[:, None]
     mask_d = live[:, None] & (offs_d < D)[None, :]
@@ -194,7 +207,7 @@ def _latent_chunk_kernel(
     r_at = q_rotated + (token * stride_r + head * stride_rh)[:, None]
     q_rope = tl.load(r_at + offs_e[None, :], mask=mask_e, other=0.0)
     if not ABSORBED:
-        shift = tl.load(dense_starts + sequence).to(tl.int64) - first_position
+        shift = dense_start.to(tl.int64) - start
         keys += shift * stride_dense + group * stride_head
         values += shift * stride_dense + group * stride_head
         rotated += shift * stride_rotated
@@ -230,7 +243,12 @@ def _latent_chunk_kernel(
         tl.store(partial_lse + place, lse, mask=live & is_partial)
         mask = mask & (parts < 2)
     else:
-        tl.store(partial_lse + (first_row + query).to(tl.int64) * H + head, lse, mask=live)
+        lse_at = partial_lse + token * H + head
+        if has_before:
+            lse_before = tl.load(lse_at, mask=live, other=-float("inf"))
+            before = tl.load(out + at, mask=mask, other=0.0).to(tl.float32)
+            mean, lse = joined(mean, lse, before, lse_before)
+        tl.store(lse_at, lse, mask=live)
     tl.store(out + at, mean.to(out.dtype.element_ty), mask=mask)
 
 
@@ -274,10 +292,10 @@ def absorbed_chunks(
     _latent_chunk_kernel[(num_heads // stack, tiles, plan.limits.splits)](
         *_query_arguments(q_THC[..., :rank], q_THC[..., rank:]),
         *plane.arguments,
-        *(unused, unused, unused, batch.seq_lens_S),
+        *(unused, unused, unused, *[batch.seq_lens_S] * 3),
         *(out_THR, partials.out, partials.lse),
         *(batch.query_starts, batch.seq_lens_S, batch.block_table, plan.table),
-        *(num_sequences, 0, 0),
+        *(num_sequences, plan.limits.queries, 0, 0, 0),
         *(batch.block_table.stride(0), 0, 0, 0, scale * LOG2_E),
         H=num_heads,
         STACK=stack,
@@ -286,7 +304,6 @@ def absorbed_chunks(
         V=rank,
         ABSORBED=True,
         IS_SPLIT=True,
-        SHORT=plan.limits.queries,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_D=block_d,
@@ -302,41 +319,59 @@ def _query_arguments(q_THD: Tensor, rotated_THE: Tensor) -> tuple[Tensor | int, 
     return (q_THD, rotated_THE, *q_THD.stride()[:2], *rotated_THE.stride()[:2])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Chunks:
+    """Sequences whose queries meet keys that have been multiplied out. int32 tensors."""
+
+    query_starts: Tensor
+    """[sequences + 1]"""
+    seq_lens: Tensor
+    """Tokens that the last query of each sees, itself among them."""
+    lows: Tensor
+    """The position that a range of keys counts from."""
+    ends: Tensor
+    """Keys from this position on are not there, whoever might see them."""
+    dense_starts: Tensor
+    """The row of keys and values of the first in the range; < 0: the sequence takes no part."""
+    short: int
+    """Sequences of so many queries, or fewer, take none either."""
+
+
 def expanded_chunks(
     q_parts: tuple[Tensor, Tensor],
     plane: LatentPlane,
     keys_NHD: Tensor,
     values_NHV: Tensor,
     rotated_NE: Tensor,
-    dense_starts_S: Tensor,
-    batch: AttentionBatch,
+    chunks: Chunks,
     scale: float,
     out_THV: Tensor,
     lse_TH: Tensor,
     positions: tuple[int, int],
     *,
-    short: int,
+    has_before: bool = False,
 ) -> None:
-    """Attends chunks of more than `short` queries over keys at positions [first, beyond) alone.
+    """Attends chunks over keys at positions [first, beyond), counted from `lows`, alone.
 
-    q_parts [T, H, D] and [T, H, rotated columns], rows may be apart; sequence s has its key of
-    position `first` at row dense_starts_S[s] of keys, values and rotated columns; of the plane only
-    sizes are asked. Writes means to `out` and log2-sum-exp2 to `lse` float32.
+    q_parts [T, H, D] and [T, H, rotated columns], rows may be apart; of the plane only sizes are
+    asked. Writes means to `out` and log2-sum-exp2 to `lse` float32: `has_before`, together with
+    what is there already.
     """
-    (num_tokens, num_heads, _), num_sequences = q_parts[0].shape, len(batch.seq_lens_S)
+    (num_tokens, num_heads, _), num_sequences = q_parts[0].shape, len(chunks.seq_lens)
     head_size, value_size = keys_NHD.shape[2], values_NHV.shape[2]
     assert keys_NHD.stride() == values_NHV.stride()
     assert keys_NHD.stride(2) == rotated_NE.stride(1) == 1
-    dtype = keys_NHD.dtype
+    dtype, unused = keys_NHD.dtype, chunks.seq_lens
     block_m, block_n, num_warps, num_stages = expanded_shape(dtype)
     tiles = num_tokens // block_m + num_sequences
+    first, beyond = positions
     _latent_chunk_kernel[(num_heads, tiles, 1)](
         *_query_arguments(*(part.to(dtype) for part in q_parts)),
         *plane.arguments,
-        *(keys_NHD, values_NHV, rotated_NE, dense_starts_S),
+        *(keys_NHD, values_NHV, rotated_NE, chunks.lows, chunks.ends, chunks.dense_starts),
         *(out_THV, lse_TH, lse_TH),
-        *(batch.query_starts, batch.seq_lens_S, batch.block_table, batch.seq_lens_S),
-        *(num_sequences, *positions, batch.block_table.stride(0)),
+        *(chunks.query_starts, chunks.seq_lens, unused, unused),
+        *(num_sequences, chunks.short, first, beyond - first, int(has_before), 0),
         *(keys_NHD.stride(0), keys_NHD.stride(1), rotated_NE.stride(0), scale * LOG2_E),
         H=num_heads,
         STACK=1,
@@ -345,7 +380,6 @@ def expanded_chunks(
         V=value_size,
         ABSORBED=False,
         IS_SPLIT=False,
-        SHORT=short,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_D=max(16, next_power_of_2(head_size)),

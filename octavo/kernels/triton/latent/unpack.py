@@ -5,12 +5,13 @@ Called by expand.py, which multiplies keys and values of the heads out of them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.inputs import AttentionBatch
 from octavo.kernels.triton.latent.pages import LatentPlane, latent_tile
 from octavo.kernels.triton.launching.chip import cdiv, next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
@@ -32,7 +33,8 @@ def _unpack_latents_kernel(
     stride_scales,
     which,
     starts,
-    seq_lens,
+    lows,
+    ends,
     block_table,
     first_position,
     num_positions,
@@ -46,16 +48,16 @@ def _unpack_latents_kernel(
     BLOCK_N: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """BLOCK_N of the positions first_position .. first_position + num_positions of sequence
-    which[program 1], up to its end, go to rows starts[sequence] .. of out [N, RANK + ROPE], the
-    first RANK columns no longer mixed. which < 0: nothing."""
+    """BLOCK_N of the num_positions positions from lows[sequence] + first_position on of sequence
+    which[program 1], up to ends[sequence], go to rows starts[sequence] .. of out [N, RANK + ROPE],
+    the first RANK columns no longer mixed. which < 0: nothing."""
     wait_turn(OVERLAP)
     sequence = tl.load(which + tl.program_id(1)).to(tl.int64)
     if sequence < 0:
         return
     i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    n = first_position + i
-    live = (i < num_positions) & (n < tl.load(seq_lens + sequence))
+    n = tl.load(lows + sequence) + first_position + i
+    live = (i < num_positions) & (n < tl.load(ends + sequence))
     page = tl.load(block_table + sequence * stride_table + n // P, mask=live, other=0).to(tl.int64)
     plane = (pages, scales, stride_block, stride_scales, 0)
     c, r = latent_tile(plane, page, n % P, live, tl.float32, RANK, ROPE, FORMAT, BLOCK_R, BLOCK_E)
@@ -71,31 +73,36 @@ def _unpack_latents_kernel(
     tl.store(at + RANK + e[None, :], r.to(out.dtype.element_ty), mask=here & (e < ROPE)[None, :])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Gathered:
+    """A range of positions of some sequences. int32 tensors."""
+
+    which: Tensor
+    """Those sequences; -1 where there are no more."""
+    starts_S: Tensor
+    """The row of each one's first position in the range."""
+    lows_S: Tensor
+    """The position that the range counts from."""
+    ends_S: Tensor
+    """Where a sequence's positions end, whatever the range."""
+    num_rows: int
+    positions: tuple[int, int]
+    """[first, beyond), counted from `lows_S`."""
+
+
 def unpacked_latents(
-    plane: LatentPlane,
-    batch: AttentionBatch,
-    which: Tensor,
-    starts_S: Tensor,
-    num_rows: int,
-    positions: tuple[int, int],
-    dtype: torch.dtype,
+    plane: LatentPlane, block_table: Tensor, gathered: Gathered, dtype: torch.dtype
 ) -> Tensor:
-    """Returns [num_rows, rank + rope] of `dtype`: what tokens at positions [first, beyond) of the
-    sequences `which` int32 keep, those of sequence s from row starts_S[s] on. Of which < 0 there
-    are none; rows that nobody has hold anything."""
-    num_columns, (first, beyond) = plane.rank + plane.rope_size, positions
-    size = beyond - first
-    out_NC = torch.empty(num_rows, num_columns, dtype=dtype, device=which.device)
-    _unpack_latents_kernel[(cdiv(size, TOKENS), len(which))](
+    """Returns [num_rows, rank + rope] of `dtype`: what the cache keeps of the positions; rows that
+    nobody has hold anything."""
+    num_columns, which = plane.rank + plane.rope_size, gathered.which
+    first, beyond = gathered.positions
+    out_NC = torch.empty(gathered.num_rows, num_columns, dtype=dtype, device=which.device)
+    _unpack_latents_kernel[(cdiv(beyond - first, TOKENS), len(which))](
         out_NC,
         *plane.arguments,
-        which,
-        starts_S,
-        batch.seq_lens_S,
-        batch.block_table,
-        first,
-        size,
-        batch.block_table.stride(0),
+        *(which, gathered.starts_S, gathered.lows_S, gathered.ends_S, block_table),
+        *(first, beyond - first, block_table.stride(0)),
         **plane.constants,
         BLOCK_R=max(16, next_power_of_2(plane.rank)),
         BLOCK_N=TOKENS,

@@ -27,6 +27,20 @@ def softmax_step(s, m, total, acc, scale_log2):
 
 
 @triton.jit
+def joined(mean, lse, other, other_lse):
+    """Returns mean [M, V] and log2-sum-exp2 [M] over two sets of keys; one of which a row saw
+    nothing (-inf) may have any mean."""
+    top = tl.maximum(lse, other_lse)
+    floor = tl.where(top == -float("inf"), 0.0, top)
+    mine, others = tl.exp2(lse - floor), tl.exp2(other_lse - floor)
+    total = mine + others
+    whole = tl.where(total > 0, total, 1.0)
+    other = tl.where(others[:, None] > 0, other * others[:, None], 0.0)
+    mean = (mean * mine[:, None] + other) / whole[:, None]
+    return mean, tl.where(total > 0, floor + tl.log2(whole), -float("inf"))
+
+
+@triton.jit
 def capped(s, scale_log2, cap_log2):
     """Returns scores that times scale_log2 are cap_log2 * tanh(s * scale_log2 / cap_log2)."""
     bent = 2.0 * tl.sigmoid(s * (2.0 * scale_log2 / cap_log2)) - 1.0

@@ -79,7 +79,7 @@ types |= {"scale_log2": "fp32"} | dict.fromkeys(("q", "out"), "*bf16")
 types |= dict.fromkeys(("partial_out", "partial_lse"), "*fp32")
 types |= dict.fromkeys(("starts", "lengths", "members", "query_starts", "sizes"), "*i32")
 types |= dict.fromkeys(("piece_starts", "block_table", "seq_lens", "tickets"), "*i32")
-types |= dict.fromkeys(("shared_tokens", "shared_partials", "partial_starts"), "*i32")
+types |= dict.fromkeys(("shared_tokens", "shared_partials"), "*i32")
 types |= dict.fromkeys(chunks.UNSPECIALISED + few_heads.UNSPECIALISED, "i32")
 
 
@@ -98,9 +98,9 @@ def build(kernel, options={"num_warps": 8}, **values):
 
 build(chunks._latent_pieces_kernel, STACK=16, FORM=SHORT.value)
 build(chunks._latent_pieces_kernel, STACK=16, FORM=SHARED.value)
-build(lone._lone_latents_kernel, GROUP=16, HEADS=2, HAS_SHARED=True, PACKED=False)
-build(lone._lone_latents_kernel, GROUP=16, HEADS=1, HAS_SHARED=False, PACKED=True)
-few = {"M": few_heads.MOST_HEADS, "HEADS": 2, "HAS_SHARED": True, "PACKED": True}
+build(lone._lone_latents_kernel, GROUP=16, HEADS=2, HAS_SHARED=True)
+build(lone._lone_latents_kernel, GROUP=16, HEADS=1, HAS_SHARED=False)
+few = {"M": few_heads.MOST_HEADS, "HEADS": 2, "HAS_SHARED": True}
 few |= {"PRODUCER": tiles.PRODUCER_REGISTERS, "CONSUMER": few_heads.CONSUMER_REGISTERS}
 build(few_heads._few_heads_kernel, {"num_warps": 4, "maxnreg": few_heads.REGISTERS}, **few)
 """

@@ -20,13 +20,13 @@ from tests.kernels.latent_cases import P, PagedLatents, exact, make_latents
 from tests.kernels.triton.cases import TOLERANCES, assert_near
 from tests.kernels.triton.interpreter import DEVICE
 
-from octavo.kernels.facts import split_partials  # isort: skip
+from octavo.kernels.facts import lone_partials  # isort: skip
 from octavo.kernels.triton.attention.partials import make_partials  # isort: skip
 from octavo.kernels.triton.attention.scores import plain_scores  # isort: skip
 from octavo.kernels.triton.latent.decode import latent_decode  # isort: skip
 from octavo.kernels.triton.latent.pages import LatentPlane, latent_plane  # isort: skip
 from octavo.kernels.triton.latent.shared import shared_latents  # isort: skip
-from octavo.kernels.triton.latent.tiles import absorbed_chunks, expanded_chunks  # isort: skip
+from octavo.kernels.triton.latent.tiles import Chunks, absorbed_chunks, expanded_chunks  # isort: skip
 from octavo.kernels.triton.latent.heads import head_product  # isort: skip
 from octavo.kernels.triton.latent.write import write_latents  # isort: skip
 from octavo.kernels.triton.attention.shared import plan_shared_prefix  # isort: skip
@@ -92,24 +92,26 @@ def test_short_chunks_in_splits(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("query_lens", [[1, 1, 1, 1, 1], [1, 7, 1, 1, 1]], ids=str)
 def test_shared_prefix_is_what_each_sees_alone(
-    rng: np.random.Generator, dtype: torch.dtype
+    rng: np.random.Generator, query_lens: list[int], dtype: torch.dtype
 ) -> None:
     lengths, heads, rank, rope = [300, 257, 256, 300, 280], 4, 32, 16
     latents = make_latents(rng, lengths, rank + rope, dtype, shared=256, device=DEVICE)
-    batch = latents.batch(lengths, [1] * len(lengths))
-    q = floats(rng, len(lengths), heads, rank + rope).to(DEVICE, dtype)
+    batch = latents.batch(lengths, query_lens)
+    q = floats(rng, sum(query_lens), heads, rank + rope).to(DEVICE, dtype)
     plan = plan_shared_prefix(
         latents.table.numpy(),
         np.array(lengths, np.int32),
-        np.ones(len(lengths), np.int32),
+        np.array(query_lens, np.int32),
         Tiling(heads, 4, 132),
         min_blocks=4,
     )
     assert plan is not None
     prefix = plan.to_device(torch.device(DEVICE))
-    out = torch.full((len(lengths), heads, rank), math.nan, dtype=dtype, device=DEVICE)
-    partials = make_partials(out, prefix.max_splits + split_partials(prefix.max_tail))
+    out = torch.full((len(q), heads, rank), math.nan, dtype=dtype, device=DEVICE)
+    most = prefix.max_splits + lone_partials(len(lengths), prefix.max_tail)
+    partials = make_partials(out, most, None, len(lengths) * most)
     shared_latents(q, plane_of(latents, rank), batch, 0.2, prefix, partials)
     latent_decode(
         *(q, plane_of(latents, rank), batch, 0.2, out),
@@ -117,7 +119,8 @@ def test_shared_prefix_is_what_each_sees_alone(
         shared=(prefix.shared_tokens_S, prefix.shared_partials_S),
         partials=partials,
     )
-    assert_near(out, exact(q, latents, batch, 0.2, rank), TOLERANCES[dtype])
+    lone = np.repeat(query_lens, query_lens) == 1
+    assert_near(out[lone], exact(q, latents, batch, 0.2, rank)[lone], TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -132,24 +135,28 @@ def test_expanded_chunks_over_ranges_of_keys(
     total = sum(query_lens)
     q = floats(rng, total, heads, nope + rope).to(DEVICE, dtype)
     up, down = floats(rng, heads, nope, rank).to(dtype), floats(rng, heads, value, rank).to(dtype)
-    means, lses = [], []
+    out = torch.full((total, heads, value), math.nan, dtype=dtype, device=DEVICE)
+    lse = torch.full((total, heads), -math.inf, device=DEVICE)
     for first, beyond in pairwise(edges):
         dense = [tokens[first:beyond].float() for tokens in latents.tokens]
         starts = torch.tensor([0, *map(len, dense)]).cumsum(0)[:-1].to(DEVICE, torch.int32)
         all_NC, both_HNR = torch.cat(dense), torch.cat((up, down), 1).float()
         both = torch.einsum("nr,hdr->nhd", all_NC[:, :rank], both_HNR)
         keys, values = both.contiguous().to(DEVICE, dtype).split([nope, value], dim=2)
-        out = torch.zeros(total, heads, value, dtype=dtype, device=DEVICE)
-        lse = torch.zeros(total, heads, device=DEVICE)
-        expanded_chunks(
-            *(q.split([nope, rope], dim=2), plane_of(latents, rank), keys, values),
-            *(all_NC[:, rank:].to(DEVICE, dtype), starts, batch, 0.2, out, lse, (first, beyond)),
+        chunks = Chunks(
+            query_starts=batch.query_starts,
+            seq_lens=batch.seq_lens_S,
+            lows=torch.zeros_like(starts),
+            ends=batch.seq_lens_S,
+            dense_starts=starts,
             short=64,
         )
-        means.append(out.double())
-        lses.append(lse.double())
-    weights = torch.stack(lses).mul(math.log(2)).softmax(0)
-    found = (torch.stack(means) * weights[..., None]).sum(0)[:170]
+        expanded_chunks(
+            *(q.split([nope, rope], dim=2), plane_of(latents, rank), keys, values),
+            *(all_NC[:, rank:].to(DEVICE, dtype), chunks, 0.2, out, lse, (first, beyond)),
+            has_before=len(edges) > 2,
+        )
+    found = out[:170]
     absorbed = torch.einsum("thd,hdr->thr", q[..., :nope].double().cpu(), up.double())
     whole = torch.cat((absorbed, q[..., nope:].double().cpu()), -1)
     expected = torch.einsum("thr,hvr->thv", exact(whole, latents, batch, 0.2, rank), down.double())

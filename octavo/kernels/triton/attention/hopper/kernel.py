@@ -119,7 +119,9 @@ def _consume(
                 sink_log2 = gl.load(sinks + head) * LOG2_E
                 whole = mean * (1.0 / (1.0 + gl.exp2(sink_log2 - lse)))[:, None]
             if FORM != LONG:
-                place, live = rows_of(plan, heads, row, first, count, H, STACK, FORM, M, acc_rows)
+                place, live = rows_of(
+                    plan, heads, row, first, count, H, STACK, FORM, M, acc_rows, True
+                )
                 if FORM == SHORT:
                     live = live & (parts > 1)
                     place = (place - row.to(gl.int64) * H) * parts + base_partial * H + split
@@ -182,7 +184,7 @@ def _hopper_kernel(
     SHORT: those that a plan gives pieces; sizes and piece_starts are its `ShortPlan.table`. Splits
     go to partial_out, unless there is one: that is `out`.
     SHARED: owners are groups, queries their members' (query_starts[members[i]]), keys the first
-    lengths[members[starts[o]]], all visible, in splits of sizes[o], to partial_out [T, H,
+    lengths[members[starts[o]]], all visible, in splits of sizes[o], to partial_out [S, H,
     num_partials, D].
     """
     P: gl.constexpr = key.block_shape[1]
@@ -297,7 +299,7 @@ def shared_prefixes(
     plan: SharedPrefix,
     partials: Partials,
 ) -> None:
-    """Writes to `partials` [T, H, partials] what the members of groups see of the shared tokens."""
+    """Writes to `partials` [S, H, partials] what the members of groups see of the shared tokens."""
     work = _Work(
         plan.group_starts,
         plan.shared_tokens_S,

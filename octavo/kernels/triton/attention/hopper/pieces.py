@@ -102,15 +102,18 @@ def piece(
 @gluon.jit
 def rows_of(
     plan, heads, row, first, count, H: gl.constexpr, STACK: gl.constexpr, FORM: gl.constexpr,
-    M: gl.constexpr, layout: gl.constexpr,
+    M: gl.constexpr, layout: gl.constexpr, BY_SEQUENCE: gl.constexpr = False,
 ):  # fmt: skip
     """Returns ((row of the batch, head) as one number, whether there is one) of M stacked rows:
-    STACK heads of each query from `first` on."""
+    STACK heads of each query from `first` on. BY_SEQUENCE: of SHARED the sequence in place of its
+    row, as partial results of single queries lie."""
     _, _, members, query_starts, _, _, _, _, _ = plan
     rows = gl.arange(0, M, layout)
     query = first + rows // STACK
     live = query < count
     t = row + query
     if FORM == SHARED:
-        t = gl.load(query_starts + gl.load(members + t, mask=live, other=0), mask=live, other=0)
+        t = gl.load(members + t, mask=live, other=0)
+        if not BY_SEQUENCE:
+            t = gl.load(query_starts + t, mask=live, other=0)
     return t.to(gl.int64) * H + heads * STACK + rows % STACK, live

@@ -90,7 +90,8 @@ def _consume(
             at, live = rows_of(plan, heads, row, first, count, H, STACK, FORM, M, rows)
             columns = gl.arange(0, RANK, gl.SliceLayout(0, rows.parent))[None, :]
             is_partial = live
-            place = at * num_partials + split
+            owner, live = rows_of(plan, heads, row, first, count, H, STACK, FORM, M, rows, True)
+            place = owner * num_partials + split
             if FORM == SHORT:
                 is_partial = live & (parts > 1)
                 place = (at - row.to(gl.int64) * H) * parts + base_partial * H + split
@@ -188,7 +189,7 @@ def shared_prefixes(
     partials: Partials,
     tiles: Tiling,
 ) -> None:
-    """Writes to `partials` [T, H, partials] what the members of groups see of the shared tokens."""
+    """Writes to `partials` [S, H, partials] what the members of groups see of the shared tokens."""
     most = (len(plan.members) // tiles.queries + plan.num_groups) * plan.max_splits
     owners = (plan.group_starts, plan.shared_tokens_S, plan.members)
     _launch(

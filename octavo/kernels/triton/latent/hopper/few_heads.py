@@ -8,7 +8,6 @@ one wrote are asked for before the kernel's turn has come (launching/overlap.py)
 
 from __future__ import annotations
 
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -19,26 +18,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from octavo.kernels.inputs import AttentionBatch
-from octavo.kernels.triton.attention.hopper.shares import merge_shares, partials_of, share_of
+from octavo.kernels.triton.attention.hopper.shares import merge_shares
 from octavo.kernels.triton.attention.hopper.tiles import zero_tail
-from octavo.kernels.triton.attention.partials import Partials
-from octavo.kernels.triton.attention.scores import LOG2_E
+from octavo.kernels.triton.latent.hopper import rows as lone_rows
+from octavo.kernels.triton.latent.hopper.rows import LoneRows, own_share
 from octavo.kernels.triton.latent.hopper.tiles import (
     PRODUCER_REGISTERS,
     PRODUCERS,
     ROTATED,
     STAGES,
-    TILE,
-    described,
     produce,
 )
-from octavo.kernels.triton.latent.pages import LatentPlane
-from octavo.kernels.triton.launching.chip import num_processors
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options
 
-UNSPECIALISED = ["num_partials", "stride_table", "stages"]
+UNSPECIALISED = [*lone_rows.UNSPECIALISED, "stages"]
 MOST_HEADS = 16
 """Columns of a tile of scores."""
 MOST_PROGRAMS = 2
@@ -164,9 +158,9 @@ def _second(P: gl.constexpr, scale_log2, stages, buffers, work, rings, passed):
 
 @gluon.jit
 def _first(
-    H: gl.constexpr, P: gl.constexpr, PACKED: gl.constexpr,
-    HEADS: gl.constexpr, q, out, partial_out, partial_lse, partial_starts, num_partials, ticket,
-    scale_log2, stages, buffers, place, work, rings, passed, OVERLAP: gl.constexpr,
+    H: gl.constexpr, P: gl.constexpr, HEADS: gl.constexpr, q, out, partial_out, partial_lse, firsts,
+    num_partials, ticket, scale_log2, stages, buffers, place, work, rings, passed,
+    OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """Attends every second tile, adds what the second consumer found, and merges this program's
     part of the row's results."""
@@ -178,7 +172,7 @@ def _first(
     t, _, heads, split, num_busy, before = place
     low, length, _, first_tile, tiles = work
     sums, tops, totals, told = passed
-    firsts, stride = partials_of(place, partial_starts, num_partials, H, PACKED)
+    stride = num_partials.to(gl.int64)
     row = t * H + heads
     if OVERLAP:
         gdc_wait()
@@ -244,7 +238,6 @@ def _few_heads_kernel(
     seq_lens,
     shared_tokens,
     shared_partials,
-    partial_starts,
     num_partials,
     tickets,
     block_table,
@@ -255,7 +248,6 @@ def _few_heads_kernel(
     M: gl.constexpr,
     RANK: gl.constexpr,
     HAS_SHARED: gl.constexpr,
-    PACKED: gl.constexpr,
     HEADS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     PRODUCER: gl.constexpr,
@@ -265,25 +257,23 @@ def _few_heads_kernel(
     """All H heads of a sequence (`program 1`) with one query, a share (2) of its keys.
 
     out [T, H, RANK] = softmax(scale q (c, r)^T) c over [low, length); q [T, H, RANK + 64], pages
-    [B, P, RANK + 64]; M >= H. Partial results, PACKED and HAS_SHARED as in attention/decode.py, but
-    that a share leaves one. Programs of a row must be able to run at the same time. Two warpgroups
+    [B, P, RANK + 64]; M >= H. Partial results and HAS_SHARED as in attention/decode.py, but that a
+    share leaves one. Programs of a row must be able to run at the same time. Two warpgroups
     attend, four warps ask for tiles. `stages` is STAGES.
     """
     buffers, rings, passed = _make_buffers(pages.dtype, M, RANK, BLOCK_N)
-    place, work = share_of(
-        query_starts, seq_lens, shared_tokens, shared_partials, H, HAS_SHARED, BLOCK_N
-    )
-    _, sequence, _, _, _, _ = place
+    place, work, firsts, ticket, table_row = own_share(
+        query_starts, seq_lens, shared_tokens, shared_partials, num_partials, tickets, block_table,
+        stride_table, H, H, HAS_SHARED, BLOCK_N,
+    )  # fmt: skip
     _, length, _, first_tile, tiles = work
-    ticket = tickets + gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
     P: gl.constexpr = pages.block_shape[1]
-    table_row = block_table + sequence * stride_table
-    result = (q, out, partial_out, partial_lse, partial_starts, num_partials, ticket, scale_log2,
+    result = (q, out, partial_out, partial_lse, firsts, num_partials, ticket, scale_log2,
               stages, buffers, place, work, rings, passed)  # fmt: skip
     source = (pages, table_row, length, first_tile, tiles, rings)
     gl.warp_specialize(
         [  # Numbers that variables hold would no longer be constants.
-            (_first, (H, P, PACKED, HEADS) + result + (OVERLAP,)),
+            (_first, (H, P, HEADS) + result + (OVERLAP,)),
             (_second, (P, scale_log2, stages, buffers, work, rings, passed)),
             (_produce, (0, OVERLAP) + source),
             (_produce, (1, OVERLAP) + source),
@@ -300,44 +290,18 @@ def is_for(num_rows: int, num_heads: int, processors: int) -> bool:
     return num_heads <= MOST_HEADS and processors // num_rows <= MOST_PROGRAMS
 
 
-def few_head_latents(
-    q_THC: Tensor,
-    plane: LatentPlane,
-    batch: AttentionBatch,
-    scale: float,
-    out_THR: Tensor,
-    partials: Partials,
-    tickets: Tensor,
-    shared: tuple[Tensor, Tensor] | None,
-    most_shares: int,
-) -> None:
+def few_head_latents(rows: LoneRows) -> None:
     """As `lone_latents`."""
-    num_heads, unused = q_THC.shape[1], batch.seq_lens_S
-    rows, processors = len(batch.seq_lens_S), num_processors(q_THC.device)
-    assert num_heads <= MOST_HEADS, num_heads
-    assert rows <= len(tickets), rows
-    _few_heads_kernel[(1, rows, min(most_shares, max(1, processors // rows)))](
-        q_THC,
-        described(plane),
-        *(out_THR, partials.out, partials.lse),
-        *(batch.query_starts, batch.seq_lens_S, *(shared or (unused, unused))),
-        unused if partials.starts is None else partials.starts,
-        partials.num_partials,
-        tickets,
-        batch.block_table,
-        batch.block_table.stride(0),
-        scale * LOG2_E,
+    assert rows.num_heads <= MOST_HEADS, rows.num_heads
+    _few_heads_kernel[rows.grid(1)](
+        *rows.arguments,
         STAGES.value,
-        H=num_heads,
+        **rows.constants,
         M=MOST_HEADS,
-        RANK=plane.rank,
-        HAS_SHARED=shared is not None,
-        PACKED=partials.starts is not None,
         HEADS=2,
-        BLOCK_N=TILE,
         PRODUCER=PRODUCER_REGISTERS,
         CONSUMER=CONSUMER_REGISTERS,
         num_warps=4,
         maxnreg=REGISTERS,
-        **launch_options(q_THC.device),
+        **launch_options(rows.q_THC.device),
     )

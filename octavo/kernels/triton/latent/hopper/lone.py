@@ -6,31 +6,23 @@ keys are shared out among programs that run at the same time (attention/hopper/s
 
 from __future__ import annotations
 
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from octavo.kernels.inputs import AttentionBatch
 from octavo.kernels.triton.attention.hopper.pieces import ROWS
-from octavo.kernels.triton.attention.hopper.shares import merge_shares, partials_of, share_of
-from octavo.kernels.triton.attention.partials import Partials
-from octavo.kernels.triton.attention.scores import LOG2_E
+from octavo.kernels.triton.attention.hopper.shares import merge_shares
+from octavo.kernels.triton.latent.hopper.rows import UNSPECIALISED, LoneRows, own_share
 from octavo.kernels.triton.latent.hopper.tiles import (
     PRODUCER_REGISTERS,
-    TILE,
     attend,
-    described,
     load_queries,
     make_buffers,
     produce,
 )
-from octavo.kernels.triton.latent.pages import LatentPlane
-from octavo.kernels.triton.launching.chip import cdiv, num_processors
+from octavo.kernels.triton.launching.chip import cdiv
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options
-
-UNSPECIALISED = ["num_partials", "stride_table"]
 
 
 @gluon.jit
@@ -40,9 +32,8 @@ def _produce(INDEX: gl.constexpr, pages, table_row, length, first_tile, tiles, r
 
 @gluon.jit
 def _consume(
-    H: gl.constexpr, GROUP: gl.constexpr, P: gl.constexpr, PACKED: gl.constexpr,
-    HEADS: gl.constexpr, q, out, partial_out, partial_lse, partial_starts, num_partials, ticket,
-    scale_log2, buffers, place, work, rings,
+    H: gl.constexpr, GROUP: gl.constexpr, P: gl.constexpr, HEADS: gl.constexpr, q, out, partial_out,
+    partial_lse, firsts, num_partials, ticket, scale_log2, buffers, place, work, rings,
 ):  # fmt: skip
     """Attends this program's share, and merges its part of the row's results."""
     q_rank, q_rotated, weights = buffers
@@ -58,7 +49,7 @@ def _consume(
     )
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, RANK // 2, 16])
     acc_rows: gl.constexpr = gl.SliceLayout(1, acc_layout)
-    firsts, stride = partials_of(place, partial_starts, num_partials, H, PACKED)
+    stride = num_partials.to(gl.int64)
     row = t * H + heads
     head = gl.arange(0, M, acc_rows)
     columns = gl.arange(0, RANK, gl.SliceLayout(0, acc_layout))[None, :]
@@ -95,7 +86,6 @@ def _lone_latents_kernel(
     seq_lens,
     shared_tokens,
     shared_partials,
-    partial_starts,
     num_partials,
     tickets,
     block_table,
@@ -105,7 +95,6 @@ def _lone_latents_kernel(
     GROUP: gl.constexpr,
     RANK: gl.constexpr,
     HAS_SHARED: gl.constexpr,
-    PACKED: gl.constexpr,
     HEADS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -114,28 +103,26 @@ def _lone_latents_kernel(
     """GROUP heads (`program 0`) of a sequence (1) with one query, a share (2) of its keys.
 
     out [T, H, RANK] = softmax(scale q (c, r)^T) c over [low, length); q [T, H, RANK + 64], pages
-    [B, P, RANK + 64]. Partial results, PACKED and HAS_SHARED as in attention/decode.py, but that a
-    share leaves one. Programs of a row must be able to run at the same time.
+    [B, P, RANK + 64]. Partial results and HAS_SHARED as in attention/decode.py, but that a share
+    leaves one. Programs of a row must be able to run at the same time.
     """
     buffers, rings = make_buffers(pages.dtype, ROWS, RANK, BLOCK_N)
     if OVERLAP:  # The other warps begin at warp_specialize, thus after it.
         gdc_wait()
     if OVERLAP:
         gdc_launch_dependents()
-    place, work = share_of(
-        query_starts, seq_lens, shared_tokens, shared_partials, GROUP, HAS_SHARED, BLOCK_N
-    )
-    _, sequence, _, _, _, _ = place
+    place, work, firsts, ticket, table_row = own_share(
+        query_starts, seq_lens, shared_tokens, shared_partials, num_partials, tickets, block_table,
+        stride_table, H, GROUP, HAS_SHARED, BLOCK_N,
+    )  # fmt: skip
     _, length, _, first_tile, tiles = work
-    ticket = tickets + gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
     P: gl.constexpr = pages.block_shape[1]
-    table_row = block_table + sequence * stride_table
-    result = (q, out, partial_out, partial_lse, partial_starts, num_partials, ticket, scale_log2,
+    result = (q, out, partial_out, partial_lse, firsts, num_partials, ticket, scale_log2,
               buffers, place, work, rings)  # fmt: skip
     source = (pages, table_row, length, first_tile, tiles, rings)
     gl.warp_specialize(
         [  # Numbers that variables hold would no longer be constants.
-            (_consume, (H, GROUP, P, PACKED, HEADS) + result),
+            (_consume, (H, GROUP, P, HEADS) + result),
             (_produce, (0,) + source),
             (_produce, (1,) + source),
             (_produce, (2,) + source),
@@ -146,45 +133,18 @@ def _lone_latents_kernel(
     )
 
 
-def lone_latents(
-    q_THC: Tensor,
-    plane: LatentPlane,
-    batch: AttentionBatch,
-    scale: float,
-    out_THR: Tensor,
-    partials: Partials,
-    tickets: Tensor,
-    shared: tuple[Tensor, Tensor] | None,
-    most_shares: int,
-) -> None:
-    """Writes the rows of `out` that belong to sequences with one query: see `latent_decode`.
-    `most_shares`: partial results that a row has room for."""
-    num_heads, unused = q_THC.shape[1], batch.seq_lens_S
-    rows = len(batch.seq_lens_S)
-    groups = cdiv(num_heads, ROWS.value)
-    while num_heads % groups:
+def lone_latents(rows: LoneRows) -> None:
+    """Writes the rows of `out` that belong to sequences with one query: see `latent_decode`."""
+    groups = cdiv(rows.num_heads, ROWS.value)
+    while rows.num_heads % groups:
         groups += 1
-    assert rows * groups <= len(tickets), (rows, groups)
-    programs = min(most_shares, max(1, num_processors(q_THC.device) // (rows * groups)))
-    _lone_latents_kernel[(groups, rows, programs)](
-        q_THC,
-        described(plane),
-        *(out_THR, partials.out, partials.lse),
-        *(batch.query_starts, batch.seq_lens_S, *(shared or (unused, unused))),
-        unused if partials.starts is None else partials.starts,
-        partials.num_partials,
-        tickets,
-        batch.block_table,
-        batch.block_table.stride(0),
-        scale * LOG2_E,
-        H=num_heads,
-        GROUP=num_heads // groups,
-        RANK=plane.rank,
-        HAS_SHARED=shared is not None,
-        PACKED=partials.starts is not None,
-        HEADS=2 if shared is not None or programs <= 8 else 1,
-        BLOCK_N=TILE,
+    grid = rows.grid(groups)
+    _lone_latents_kernel[grid](
+        *rows.arguments,
+        **rows.constants,
+        GROUP=rows.num_heads // groups,
+        HEADS=2 if rows.shared is not None or grid[2] <= 8 else 1,
         REGISTERS=PRODUCER_REGISTERS,
         num_warps=8,
-        **launch_options(q_THC.device),
+        **launch_options(rows.q_THC.device),
     )
