@@ -13,7 +13,6 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -21,10 +20,10 @@ import torch
 from attention import BYTES_PER_SECOND, FLOPS_PER_SECOND, graph_ms
 from attention_cases import make_batch, norm_error, share_blocks
 
-from octavo.kernels.facts import SHORT_SPLITS, split_partials
+from octavo.kernels.facts import SHORT_SPLITS, lone_partials
 from octavo.kernels.inputs import AttentionBatch
-from octavo.kernels.triton.attention.device_plan import DevicePlan, SharedPrefix
-from octavo.kernels.triton.attention.partials import make_partials, partial_counts
+from octavo.kernels.triton.attention.device_plan import SharedPrefix
+from octavo.kernels.triton.attention.partials import make_partials
 from octavo.kernels.triton.attention.scores import plain_scores
 from octavo.kernels.triton.attention.shared import plan_shared_prefix
 from octavo.kernels.triton.attention.short_chunks import (
@@ -72,16 +71,6 @@ def exact(q: torch.Tensor, plane: LatentPlane, batch: AttentionBatch) -> torch.T
     return torch.cat(parts)
 
 
-def planned(batch: AttentionBatch) -> AttentionBatch:
-    lens = batch.seq_lens_S.cpu().numpy()
-    counts = np.where(batch.query_starts.diff().cpu().numpy() == 1, partial_counts(lens, None), 0)
-    starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
-    plan = DevicePlan(
-        partial_starts_S=torch.from_numpy(starts).to(CUDA), max_partials=int(starts[-1])
-    )
-    return replace(batch, plan=plan)
-
-
 def chunks(q: torch.Tensor, plane: LatentPlane, batch: AttentionBatch, out: torch.Tensor) -> None:
     count, H = q.shape[:2]
     limits = Limits(
@@ -108,7 +97,9 @@ def with_prefix(
     q: torch.Tensor, plane: LatentPlane, batch: AttentionBatch, out: torch.Tensor,
     prefix: SharedPrefix, tickets: torch.Tensor,
 ) -> None:  # fmt: skip
-    partials = make_partials(out, prefix.max_splits + split_partials(prefix.max_tail))
+    rows = len(batch.seq_lens_S)
+    most = prefix.max_splits + lone_partials(rows, prefix.max_tail)
+    partials = make_partials(out, most, None, rows * most)
     shared.shared_latents(q, plane, batch, SCALE, prefix, partials)
     decode.latent_decode(
         *(q, plane, batch, SCALE, out),
@@ -121,7 +112,7 @@ def with_prefix(
 
 def told(case: str, found: torch.Tensor, expected: torch.Tensor) -> None:
     error = norm_error(found, expected)
-    print("ok" if error < 1e-2 else "WRONG", case, f"{error:.1e}", flush=True)
+    print("OK" if error < 1e-2 else "WRONG", case, f"{error:.1e}", flush=True)
 
 
 def prefix_of(batch: AttentionBatch, lens: list[int], blocks: int, H: int) -> SharedPrefix:
@@ -134,13 +125,13 @@ def prefix_of(batch: AttentionBatch, lens: list[int], blocks: int, H: int) -> Sh
     return plan.to_device(CUDA)
 
 
-def check() -> None:
+def check(heads: tuple[int, ...] = (16, 128, 20, 8)) -> None:
     tickets = make_tickets(CUDA)
-    for H in (16, 128, 20, 8):
+    for H in heads:
         for lens in ([1, 15, 64, 65, 1023, 4097, 2600, 20000], [33], [40000], [700] * 150):
             num_blocks = sum(-(-n // BLOCK) for n in lens) + 5
             plane = planes(num_blocks, 0)[1]
-            batch = planned(make_batch(lens, [1] * len(lens), num_blocks))
+            batch = make_batch(lens, [1] * len(lens), num_blocks)
             q = torch.randn(len(lens), H, RANK + ROPE, device=CUDA).bfloat16()
             expected = exact(q, plane, batch)
             for again in range(3):
@@ -191,7 +182,6 @@ def time_of(
         tokens -= shared_blocks * BLOCK * (len(lens) - 1)
         calls = [partial(with_prefix, q, one, batch, out, prefix, tickets) for one in layers]
     elif max(query_lens) == 1:
-        batch = planned(batch)
         calls = [partial(lone, q, one, batch, out, max(lens), tickets) for one in layers]
     else:
         calls = [partial(chunks, q, one, batch, out) for one in layers]
