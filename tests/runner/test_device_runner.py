@@ -3,7 +3,8 @@ is a digest of the context as read back through the block tables."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,6 +89,8 @@ class FakeDecoder:
         storage: KVStorage,
         counts_LE: Tensor,
         num_live: Tensor | None = None,
+        *,
+        behind_first: Callable[[], None] | None = None,
     ) -> Tensor:
         (batch,) = batches
         key = storage.layer(0).key[:, :, 0, 0]

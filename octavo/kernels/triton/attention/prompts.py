@@ -17,7 +17,7 @@ from torch import Tensor
 from octavo.kernels.planning import PlannedGroup, StepRows
 from octavo.kernels.triton.attention.choose import SHORT_QUERIES
 from octavo.kernels.triton.attention.device_plan import SharedPrompts
-from octavo.kernels.triton.attention.shared import shared_groups
+from octavo.kernels.triton.attention.groups import shared_groups
 from octavo.step import MAX_PADDED_TOKENS, Int32
 
 MIN_SAVED_PAIRS = 1 << 25

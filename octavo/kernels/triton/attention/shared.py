@@ -8,7 +8,7 @@ The bits of a row then depend on who shares with it: a deterministic engine leav
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,6 +22,7 @@ from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
 from octavo.kernels.triton.attention.choose import attended, fits_hopper, hopper, tiles_attention
 from octavo.kernels.triton.attention.decode import decode_attention
 from octavo.kernels.triton.attention.device_plan import SharedPrefix
+from octavo.kernels.triton.attention.groups import shared_groups
 from octavo.kernels.triton.attention.partials import Partials, make_partials
 from octavo.kernels.triton.attention.planes import planes_of
 from octavo.kernels.triton.attention.scores import scores_of
@@ -34,10 +35,6 @@ from octavo.kernels.triton.tiles.kv import both_planes
 
 MIN_BLOCKS = 64
 """Fewer shared blocks than this come from the L2 cache anyway, and merging costs time."""
-
-
-Group = tuple[list[int], int]
-"""Sequences, and the leading blocks that they share."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -160,18 +157,6 @@ def plan_shared_prefix(
     )
 
 
-def shared_groups(block_table: np.ndarray, full: np.ndarray, min_blocks: int) -> list[Group]:
-    """Returns groups (sequences, leading blocks that are equal) of which each shares `min_blocks`
-    at least, and those that save most reads; `full`: blocks of each sequence that count."""
-    long = np.flatnonzero(full >= min_blocks)
-    firsts = block_table[long, 0]
-    _, family, num_rows = np.unique(firsts, return_inverse=True, return_counts=True)
-    # Whoever shares anything shares its first block: most steps are done here.
-    rows = {s: block_table[s, : full[s]] for s in long[num_rows[family] > 1].tolist()}
-    order = sorted(rows, key=lambda s: rows[s].tobytes())
-    return [found for found in _best_groups(rows, order, 0)[1] if found[1] >= min_blocks]
-
-
 def _max_tail(seq_lens: np.ndarray, query_lens: np.ndarray, shared: np.ndarray) -> int:
     return max(1, int((seq_lens - shared)[query_lens == 1].max()))
 
@@ -181,38 +166,6 @@ def _padded(array: np.ndarray, size: int, value: int = 0) -> np.ndarray:
     padded = np.full(size, value, array.dtype)
     padded[: len(array)] = array
     return padded
-
-
-def _best_groups(
-    rows: Mapping[int, np.ndarray], order: list[int], depth: int
-) -> tuple[int, list[Group]]:
-    """Returns (block reads saved, groups) for sequences `order`, sorted and equal up to `depth`."""
-    if len(order) < 2:
-        return 0, []
-    first, last = rows[order[0]], rows[order[-1]]
-    length = min(len(first), len(last))
-    differs = np.flatnonzero(first[depth:length] != last[depth:length])
-    common = depth + int(differs[0]) if len(differs) else length
-    saved, groups = (len(order) - 1) * common, [(order, common)]
-    inner = [_best_groups(rows, part, common) for part in _children(rows, order, common)]
-    inner_saved = sum(part[0] for part in inner)
-    if inner_saved > saved:
-        return inner_saved, [group for _, found in inner for group in found]
-    return saved, groups if common else []
-
-
-def _children(rows: Mapping[int, np.ndarray], order: list[int], at: int) -> Iterator[list[int]]:
-    """Yields runs of sequences with the same block at column `at`; those that end there, never."""
-    part: list[int] = []
-    for s in order:
-        if len(rows[s]) <= at:
-            continue
-        if part and rows[part[-1]][at] != rows[s][at]:
-            yield part
-            part = []
-        part.append(s)
-    if part:
-        yield part
 
 
 @launchable
