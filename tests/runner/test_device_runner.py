@@ -4,7 +4,6 @@ is a digest of the context as read back through the block tables."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 

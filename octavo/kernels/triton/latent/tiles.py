@@ -155,11 +155,11 @@ def _latent_chunk_kernel(
     q [T, H, D], q_rotated [T, H, ROPE] with strides, out [T, H, V]; tiles are counted as in
     attention/tiles.py, and so are splits (IS_SPLIT: chunks of 2 to `short` queries, by a plan).
     Else chunks of more queries, of sequence s with dense_starts[s] >= 0 num_positions keys from
-    lows[s] + first_position on alone, up to ends[s], and partial_lse [T, H] is told their log2-sum-exp2;
-    `has_before`: out and partial_lse hold what was attended before, and get both together. Not
-    ABSORBED: the first of those has its keys, values and rotated columns at row dense_starts[s] of
-    keys [N, H, D], values [N, H, V], whose strides are equal, and rotated [N, ROPE]; pages are not
-    read.
+    lows[s] + first_position on alone, up to ends[s], and partial_lse [T, H] is told their
+    log2-sum-exp2; `has_before`: out and partial_lse hold what was attended before, and get both
+    together. Not ABSORBED: the first of those has its keys, values and rotated columns at row
+    dense_starts[s] of keys [N, H, D], values [N, H, V], whose strides are equal, and rotated
+    [N, ROPE]; pages are not read.
     """
     QUERIES: tl.constexpr = BLOCK_M // STACK
     wait_turn(OVERLAP)
@@ -175,9 +175,7 @@ def _latent_chunk_kernel(
     computed = length - num_queries
     group = tl.program_id(0)
     rows = tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_v = tl.arange(0, BLOCK_V)
-    offs_e = tl.arange(0, BLOCK_E)
+    offs_d, offs_v, offs_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_E)
     query = first_query + rows // STACK
     head = group * STACK + rows % STACK
     live = query < num_queries
@@ -196,8 +194,8 @@ def _latent_chunk_kernel(
         if dense_start < 0:
             return
         start = tl.load(lows + sequence) + first_position
-        end = tl.minimum(tl.minimum(end, tl.load(ends + sequence)), start + num_positions)
-        end = tl.maximum(end, start)
+        last = tl.minimum(tl.load(ends + sequence), start + num_positions)
+        end = tl.maximum(tl.minimum(end, last), start)
     token = (first_row + query).to(tl.int64)
     row = (token * H + head)[:, None]
     mask_d = live[:, None] & (offs_d < D)[None, :]
