@@ -59,6 +59,30 @@ OCTAVO_INLINE Wide halves(const uint8_t* a, const uint8_t* b) {
   return _mm512_cvtph_ps(_mm256_set_m128i(_mm_set1_epi16(of_b), _mm_set1_epi16(of_a)));
 }
 
+// [row of acc][pair] sums of eight lanes, of which the first `rows` of 2 * N are written, by the tree
+// of product.h: neighbours are added within a quarter of the register, then quarters.
+OCTAVO_INLINE Wide neighbours(Wide a, Wide b) {
+  return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+}
+template <int M, int N>
+OCTAVO_INLINE void finish_pairs(const Wide (&acc)[M][N], int64_t rows, float* out,
+                                int64_t out_stride) {
+  const Codes order = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 0, 0, 0, 0, 0, 0, 0, 0);
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n += 4) {
+      const auto at = [&](int i) { return acc[m][n + i < N ? n + i : n]; };
+      const Wide v = neighbours(neighbours(at(0), at(1)), neighbours(at(2), at(3)));
+      const Wide sums = _mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, 0xb1));
+      const int64_t left = rows - 2 * n;
+      const __mmask16 kept = left >= 8 ? 0xff : static_cast<__mmask16>((1u << left) - 1);
+      _mm512_mask_storeu_ps(out + m * out_stride + 2 * n, kept,
+                            _mm512_permutexvar_ps(order, sums));
+    }
+  }
+}
+
 // The values that four bits mean in either row.
 struct Tables {
   Wide a, b;
@@ -79,6 +103,24 @@ OCTAVO_INLINE void looked_up(Codes codes, const Tables& tables, Wide v[4]) {
 
 struct NoState {};
 
+struct PairBF16 {
+  using State = NoState;
+  static OCTAVO_INLINE void group(const uint8_t* a, const uint8_t* b, int64_t g, State&,
+                                  Wide v[4]) {
+    a += 64 * g, b += 64 * g;
+    // Number i of a and of b becomes the high half of a word.
+    const Codes first = _mm512_setr_epi32(
+        0x0100 << 16, 0x0302 << 16, 0x0504 << 16, 0x0706 << 16, 0x0908 << 16, 0x0b0a << 16,
+        0x0d0c << 16, 0x0f0e << 16, 0x2120 << 16, 0x2322 << 16, 0x2524 << 16, 0x2726 << 16,
+        0x2928 << 16, 0x2b2a << 16, 0x2d2c << 16, 0x2f2e << 16);
+    const Codes second = _mm512_add_epi32(first, _mm512_set1_epi32(0x1010 << 16));
+    for (int i = 0; i < 4; ++i) {
+      const Codes both = codes32(a + 32 * (i / 2), b + 32 * (i / 2));
+      v[i] = _mm512_castsi512_ps(
+          _mm512_maskz_permutexvar_epi8(0xcccccccccccccccc, i % 2 ? second : first, both));
+    }
+  }
+};
 struct PairQ8_0 {
   using State = NoState;
   static OCTAVO_INLINE void group(const uint8_t* a, const uint8_t* b, int64_t g, State&,
@@ -204,10 +246,12 @@ struct PairInt4 {
   }
 };
 
-// Calls use(P{}) with the type of `format`; returns whether there is one.
+// Calls use(P{}) with the type of w's format; returns whether there is one for rows like these.
 template <class Use>
-inline bool with_pair_format(int64_t format, const Use& use) {
-  switch (format) {
+inline bool with_pair_format(const Matrix& w, const Use& use) {
+  if (w.cols % 32 != 0) return false;
+  switch (w.format) {
+    case BF16: use(PairBF16{}); return true;
     case Q8_0: use(PairQ8_0{}); return true;
     case Q4_0: use(PairQ4_0{}); return true;
     case Q4_1: use(PairQ4_1{}); return true;

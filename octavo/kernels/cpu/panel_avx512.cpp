@@ -18,8 +18,6 @@ constexpr int64_t kTokenBlock = 64;  // tokens whose unfinished sums are kept be
 constexpr int kPairs = 6;            // pairs of weight rows of a tile
 
 inline Wide twice(Lanes v) { return _mm512_broadcast_f32x8(v); }
-inline Lanes low(Wide v) { return _mm512_castps512_ps256(v); }
-inline Lanes high(Wide v) { return _mm512_extractf32x8_ps(v, 1); }
 
 // One span of columns; unfinished sums wait in `kept` between spans.
 struct Span {
@@ -35,31 +33,16 @@ struct Panel {
 };
 
 template <int M, int N>
-inline void finish_pairs(const Wide (&acc)[M][N], int64_t rows, float* out, int64_t out_stride) {
-  for (int m = 0; m < M; ++m) {
-    float* row = out + m * out_stride;
-    for (int n = 0; n < N; ++n) {
-      if constexpr (N % 2 == 0) {
-        if (n % 2 == 0 && 2 * n + 4 <= rows) {
-          _mm_storeu_ps(row + 2 * n, sum4(low(acc[m][n]), high(acc[m][n]), low(acc[m][n + 1]),
-                                          high(acc[m][n + 1])));
-          ++n;
-          continue;
-        }
-      }
-      row[2 * n] = sum(low(acc[m][n]));
-      if (2 * n + 1 < rows) row[2 * n + 1] = sum(high(acc[m][n]));
-    }
-  }
-}
-
-template <int M, int N>
 inline void pairs_tile(const float* const* x, const float* w, int64_t w_stride, const Span& span,
                        int64_t rows, float* kept, float* out, int64_t out_stride) {
   Wide acc[M][N];
-  for (int m = 0; m < M; ++m) {
-    for (int n = 0; n < N; ++n) {
-      acc[m][n] = span.is_first ? _mm512_setzero_ps() : _mm512_loadu_ps(kept + 16 * (m * N + n));
+  if (span.is_first) {
+    for (int m = 0; m < M; ++m) {
+      for (int n = 0; n < N; ++n) acc[m][n] = _mm512_setzero_ps();
+    }
+  } else {
+    for (int m = 0; m < M; ++m) {
+      for (int n = 0; n < N; ++n) acc[m][n] = _mm512_loadu_ps(kept + 16 * (m * N + n));
     }
   }
   int64_t k = span.begin;
@@ -143,25 +126,10 @@ __attribute__((noinline)) void unpack_pair(const uint8_t* a, const uint8_t* b, i
   }
 }
 
-// The same of bfloat16, of a multiple of 16 columns.
-void unpack_bf16_pair(const uint8_t* a, const uint8_t* b, int64_t cols, float* to) {
-  // Number i of a and of b becomes the high half of a word.
-  const Codes first = _mm512_setr_epi32(0, 1 << 16, 2 << 16, 3 << 16, 4 << 16, 5 << 16, 6 << 16,
-                                        7 << 16, 16 << 16, 17 << 16, 18 << 16, 19 << 16, 20 << 16,
-                                        21 << 16, 22 << 16, 23 << 16);
-  const Codes second = _mm512_add_epi32(first, _mm512_set1_epi32(8 << 16));
-  for (int64_t k = 0; k < cols; k += 16) {
-    const Codes both = codes32(a + 2 * k, b + 2 * k);
-    _mm512_storeu_si512(to + 2 * k, _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, first, both));
-    _mm512_storeu_si512(to + 2 * k + 16, _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, second, both));
-  }
-}
-
 // Rows `first` and `second` of w, side by side.
 void unpack_rows(const Matrix& w, int64_t first, int64_t second, float* to) {
   const uint8_t *a = w.data + first * w.row_bytes, *b = w.data + second * w.row_bytes;
-  if (w.format == BF16 && w.cols % 16 == 0) return unpack_bf16_pair(a, b, w.cols, to);
-  const bool is_done = with_pair_format(w.format, [&](auto format) {
+  const bool is_done = with_pair_format(w, [&](auto format) {
     unpack_pair<decltype(format)>(a, b, w.cols / 32, to);
   });
   if (is_done) return;
@@ -169,15 +137,30 @@ void unpack_rows(const Matrix& w, int64_t first, int64_t second, float* to) {
   unpack_row(w, second, to + 8, 16);
 }
 
+// As stream_avx512, of as many tokens as are faster so; bfloat16 is unpacked at so little cost that
+// it may be done for every eight of them.
+int64_t stream_all(const Rows& x, int64_t tokens, const Matrix& w, int64_t first, int64_t count,
+                   float* out, int64_t out_stride) {
+  const int64_t parts = (tokens + kMoreTokens - 1) / kMoreTokens;
+  if (parts > (w.format == BF16 ? 2 : 1)) return 0;
+  int64_t done = 0;
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t begin = part * tokens / parts, some = (part + 1) * tokens / parts - begin;
+    const float* rows[kMoreTokens];
+    for (int64_t t = 0; t < some; ++t) rows[t] = x.at(begin + t);
+    done = stream_avx512(rows, some, w, first, count, out + begin * out_stride, out_stride);
+    if (done == 0) return 0;
+  }
+  return done;
+}
+
 }  // namespace
 
 void product_avx512(const Rows& x, int64_t tokens, const Matrix& w, int64_t first, int64_t count,
                     float* out, int64_t out_stride, Scratch& scratch) {
-  if (tokens <= kFewTokens) {
-    const float* rows[kFewTokens];
-    for (int64_t t = 0; t < tokens; ++t) rows[t] = x.at(t);
-    const int64_t done = stream_avx512(rows, tokens, w, first, count, out, out_stride);
-    if (done == count) return;
+  const int64_t done = stream_all(x, tokens, w, first, count, out, out_stride);
+  if (done == count) return;
+  if (done > 0 || tokens <= kFewTokens) {
     return product_avx2(x, tokens, w, first + done, count - done, out + done, out_stride, scratch);
   }
   // Rows of 2^n bytes would share cache sets.

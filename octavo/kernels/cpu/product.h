@@ -36,7 +36,8 @@ struct Rows {
 // Rows of weights that one thread multiplies at a time; a multiple of the tiles' 3 and 4.
 constexpr int64_t kPanelRows = 24;
 
-constexpr int64_t kFewTokens = 4;  // up to here, weights go from memory to registers
+constexpr int64_t kFewTokens = 4;   // up to here, weights go from memory to registers
+constexpr int64_t kMoreTokens = 8;  // the same for AVX-512, of the formats of pair_formats.h
 
 // out[t * out_stride + n] for weight rows first + n, n < count <= kPanelRows.
 using Product = void (*)(const Rows& x, int64_t tokens, const Matrix& w, int64_t first,
@@ -70,7 +71,7 @@ Rows rows_of(Pool* pool, const float* x, int64_t tokens, const Matrix* weights,
 // Rounds a row to bfloat16, for product_bf16.
 void narrow_row(const float* x, int64_t cols, uint16_t* to);
 
-// The same for up to kFewTokens tokens at x, but only for so many of the first rows as it returns:
+// The same for up to kMoreTokens tokens at x, but only for so many of the first rows as it returns:
 // all but an odd last one, or none where it does not know the format.
 int64_t stream_avx512(const float* const* x, int64_t tokens, const Matrix& w, int64_t first,
                       int64_t count, float* out, int64_t out_stride);

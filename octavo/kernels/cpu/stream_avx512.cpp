@@ -7,7 +7,6 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")
 #define OCTAVO_ISA avx512
 #include "pair_formats.h"
-#include "tiles.h"
 
 namespace octavo {
 
@@ -36,7 +35,7 @@ __attribute__((noinline)) void stream_pairs(const float* const* x, const Matrix&
       P::group(a, b, g, states[n], v);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
           const Wide u = _mm512_broadcast_f32x8(load(x[m] + 32 * g + 8 * i));
           acc[m][n] = _mm512_fmadd_ps(u, v[i], acc[m][n]);
@@ -44,14 +43,7 @@ __attribute__((noinline)) void stream_pairs(const float* const* x, const Matrix&
       }
     }
   }
-  Lanes rows[M][2 * N];
-  for (int m = 0; m < M; ++m) {
-    for (int n = 0; n < N; ++n) {
-      rows[m][2 * n] = _mm512_castps512_ps256(acc[m][n]);
-      rows[m][2 * n + 1] = _mm512_extractf32x8_ps(acc[m][n], 1);
-    }
-  }
-  finish<M, 2 * N>(rows, out, out_stride);
+  finish_pairs<M, N>(acc, 2 * N, out, out_stride);
 }
 
 template <class P, int M>
@@ -74,13 +66,17 @@ int64_t stream(const float* const* x, const Matrix& w, int64_t first, int64_t co
 int64_t stream_avx512(const float* const* x, int64_t tokens, const Matrix& w, int64_t first,
                       int64_t count, float* out, int64_t out_stride) {
   int64_t done = 0;
-  with_pair_format(w.format, [&](auto format) {
+  with_pair_format(w, [&](auto format) {
     using P = decltype(format);
     switch (tokens) {
       case 1: done = stream<P, 1>(x, w, first, count, out, out_stride); break;
       case 2: done = stream<P, 2>(x, w, first, count, out, out_stride); break;
       case 3: done = stream<P, 3>(x, w, first, count, out, out_stride); break;
       case 4: done = stream<P, 4>(x, w, first, count, out, out_stride); break;
+      case 5: done = stream<P, 5>(x, w, first, count, out, out_stride); break;
+      case 6: done = stream<P, 6>(x, w, first, count, out, out_stride); break;
+      case 7: done = stream<P, 7>(x, w, first, count, out, out_stride); break;
+      case 8: done = stream<P, 8>(x, w, first, count, out, out_stride); break;
     }
   });
   return done;
