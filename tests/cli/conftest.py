@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,3 +130,16 @@ def served_fake() -> Iterator[FakeServer]:
 def fake_server() -> Iterator[FakeServer]:
     with served_fake() as fake:
         yield fake
+
+
+@pytest.fixture
+def tiny_options(tiny_model: str, tmp_path: Path) -> list[str]:
+    return [
+        tiny_model,
+        "--load-format=dummy",
+        "--skip-tokenizer-init",
+        "--device=cpu",
+        "--num-threads=1",
+        "--kv-cache-memory=16MiB",
+        f"--output={tmp_path / 'out.jsonl'}",
+    ]

@@ -10,39 +10,19 @@ from typing import Any
 import anthropic
 import httpx
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from octavo.config import ServerConfig
-from octavo.errors import OverloadedError, RequestError
+from octavo.errors import OverloadedError
 from octavo.outputs import OutputDelta
-from octavo.server.call import Call
-from octavo.server.exchange import Exchange
-from octavo.server.message_answers import MessageEvents, MessageHead, call_input, whole_message
+from octavo.server.message_answers import whole_message
 from octavo.server.protocol.message_blocks import chat_messages
 from octavo.server.protocol.messages import MessagesRequest
-from octavo.server.protocol.signatures import MAX_THINKING_BYTES, signature_of
-from octavo.tools.answers import reading_of
-from octavo.tools.definitions import read_tools
-from octavo.tools.detect import answer_format
+from octavo.server.protocol.signatures import signature_of
 from tests.server.conftest import ServerThread
 from tests.server.fake_engine import FakeEngine, LongEngine
+from tests.server.message_tools import ANSWER, FORMAT, WEATHER, head_of
 
 USER: list[Any] = [{"role": "user", "content": "How warm is Rome?"}]
-WEATHER: dict[str, Any] = {
-    "name": "get_weather",
-    "description": "The weather of a city.",
-    "input_schema": {
-        "type": "object",
-        "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
-        "required": ["city"],
-    },
-}
-CALL = (
-    '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}\n</tool_call>'
-)
-ANSWER = f"<think>\nI must look.\n</think>\n\nLet me look.\n{CALL}\n{CALL.replace('Rome', 'Oslo')}"
-FORMAT = answer_format("<tool_call> <think> </think>", {})
 
 
 @pytest.fixture(scope="module")
@@ -424,127 +404,3 @@ def test_a_long_body_is_read_in_a_process_of_its_own(http: httpx.Client) -> None
     history[0]["content"][7] = {"type": "image"}  # type: ignore[index]
     told = http.post("/v1/messages", json=asked(messages=history)).json()
     assert "messages[0].content[7]" in told["error"]["message"]
-
-
-def head_of(call_id: str, *, hides_thinking: bool = False, starts: str = "") -> MessageHead:
-    tools = read_tools(
-        [{"type": "function", "function": {"name": "get_weather", "parameters": {}}}]
-    )
-    call = Call(id=call_id, created=0, params=None, requests=(), exchange=Exchange("id"))  # type: ignore[arg-type]
-    return MessageHead(
-        call=call,
-        model="fake",
-        reading=reading_of(FORMAT, tools, starts),
-        hides_thinking=hides_thinking,
-        max_tokens=10_000,
-    )
-
-
-PARTS = st.sampled_from(
-    (
-        "<think>",
-        "</think>",
-        CALL,
-        "<tool_call>",
-        "</tool_call>",
-        '{"name": "get_weather"',
-        "a",
-        "\n",
-    )
-)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(PARTS, max_size=8), st.data(), st.booleans())
-def test_events_are_well_formed_however_an_answer_comes(
-    parts: list[str], data: st.DataObject, hides: bool
-) -> None:
-    text = "".join(parts)
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=10)))
-    reason = data.draw(st.sampled_from(("stop", "length")))
-    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    deltas = [OutputDelta(index=0, text=piece) for piece in pieces]
-    deltas[-1].finish_reason = reason
-    head = head_of("a", hides_thinking=hides)
-    writer = MessageEvents(head)
-    wire = b"".join([writer.events([("", delta, False)]) for delta in deltas])  # type: ignore[list-item]
-    wire += asyncio.run(writer.end())
-    joined = read_events(wire)
-    whole = whole_message(head, OutputDelta(index=0, text=text, finish_reason=reason))
-    for message in (joined, whole):
-        for block in message["content"]:
-            block.pop("id", None)
-    assert joined["content"] == whole["content"]
-    assert joined["stop_reason"] == whole["stop_reason"]
-
-
-def read_events(wire: bytes) -> dict[str, Any]:
-    """Returns the message that a stream tells, after its rules: what is not allowed raises."""
-    events = []
-    for lines in wire.decode().strip().split("\n\n"):
-        name, data = lines.split("\n")
-        events.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {events[-1]['type']}"
-    kinds = [event["type"] for event in events]
-    assert kinds[0] == "message_start"
-    assert kinds[-2:] == ["message_delta", "message_stop"]
-    message, open_index = events[0]["message"], None
-    for event in events[1:-2]:
-        if event["type"] == "content_block_start":
-            assert open_index is None
-            assert event["index"] == len(message["content"])
-            open_index = event["index"]
-            message["content"].append(event["content_block"] | {"pieces": ""})
-        elif event["type"] == "content_block_stop":
-            block = message["content"][open_index]
-            pieces = block.pop("pieces")
-            if block["type"] == "tool_use":
-                block["input"] = call_input(pieces)
-            assert open_index == event["index"]
-            open_index = None
-        elif event["type"] == "content_block_delta":
-            assert event["index"] == open_index
-            add(message["content"][open_index], event["delta"])
-        else:
-            assert event["type"] == "ping"
-    assert open_index is None
-    return message | events[-2]["delta"]
-
-
-def add(block: dict[str, Any], delta: dict[str, Any]) -> None:
-    kind = delta["type"]
-    wanted = {"text_delta": "text", "thinking_delta": "thinking", "signature_delta": "thinking"}
-    assert block["type"] == wanted.get(kind, "tool_use")
-    assert not block.get("signature"), "nothing comes behind a signature"
-    if kind == "input_json_delta":
-        block["pieces"] += delta["partial_json"]
-    else:
-        name = kind.removesuffix("_delta")
-        assert delta[name]
-        block[name] += delta[name]
-
-
-def test_a_stream_that_has_nothing_to_tell_says_that_it_lives() -> None:
-    now = [100.0]
-    writer = MessageEvents(head_of("a", hides_thinking=True), lambda: now[0])
-
-    def told(text: str) -> bytes:
-        return writer.events([("", OutputDelta(index=0, text=text), False)])  # type: ignore[list-item]
-
-    assert told("<think>").count(b"event: ping") == 1
-    told("hm")
-    now[0] += 5
-    assert told("hm") == b""
-    now[0] += 6
-    assert told("hm") == b'event: ping\ndata: {"type":"ping"}\n\n'
-    assert told("hm") == b""
-
-
-def test_a_signature_that_holds_too_much_or_nothing_is_refused() -> None:
-    other = signature_of("a").split(".")[1]
-    carrying = signature_of("b", carries_text=True).split(".")[2]
-    large = signature_of("b" * (MAX_THINKING_BYTES + 1), carries_text=True)
-    for signature in ("octavo1.", "octavo1.aa.!!", f"octavo1.{other}.{carrying}", large):
-        block = {"type": "thinking", "thinking": "", "signature": signature}
-        with pytest.raises(RequestError, match="signature"):
-            chat_messages([{"role": "assistant", "content": [block]}])

@@ -59,11 +59,11 @@ OCTAVO_INLINE Wide halves(const uint8_t* a, const uint8_t* b) {
   return _mm512_cvtph_ps(_mm256_set_m128i(_mm_set1_epi16(of_b), _mm_set1_epi16(of_a)));
 }
 
-// [row of acc][pair] sums of eight lanes, of which the first `rows` of 2 * N are written, by the tree
-// of product.h: neighbours are added within a quarter of the register, then quarters.
+// Neighbours added within each quarter of a register: those of a, then those of b.
 OCTAVO_INLINE Wide neighbours(Wide a, Wide b) {
   return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
 }
+// Writes the sums of M tokens' N pairs of rows, of which there are `rows`, by the tree of product.h.
 template <int M, int N>
 OCTAVO_INLINE void finish_pairs(const Wide (&acc)[M][N], int64_t rows, float* out,
                                 int64_t out_stride) {
