@@ -127,8 +127,9 @@ def attention(
     if is_deterministic and plan.max_query_len != 1:
         _every_row_as_decode(q_THD, op, layer, batch, out, bound, tickets)
         return attended(out, layer)
+    is_own = False
     if plan.max_partials != 0:
-        decode_attention(
+        is_own = decode_attention(
             q_THD,
             op,
             layer,
@@ -137,9 +138,10 @@ def attention(
             max_seq_len=bound,
             tickets=tickets,
             is_invariant=is_deterministic,
+            unmixes=plan.max_query_len == 1,
         )
     tiles_attention(q_THD, op, layer, batch, out)
-    return attended(out, layer)
+    return out.flatten(1) if is_own else attended(out, layer)
 
 
 def attended(sums_THD: Tensor, layer: KVLayer) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from octavo.kernels.facts import split_partials
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
+from octavo.kernels.kv_codec import stored_format
 from octavo.kernels.triton.attention.device_plan import plan_of
 from octavo.kernels.triton.attention.hopper import lone
 from octavo.kernels.triton.attention.partials import (
@@ -260,10 +261,12 @@ def decode_attention(
     partials: Partials | None = None,
     tickets: Tensor | None = None,
     is_invariant: bool = False,
+    unmixes: bool = False,
     shape: DecodeShape | None = None,
-) -> None:
+) -> bool:
     """Writes the rows of `out` [T, H, D] that belong to sequences with one query. With
-    `is_invariant` a row has the same bits in every batch.
+    `is_invariant` a row has the same bits in every batch. Returns whether sums of values that are
+    stored mixed are back in their own basis: where that is asked for (`unmixes`), if it could.
 
     `max_seq_len` bounds seq_lens_S. `is_qkv`: q is qkv [T, H + 2 K, D] before norm (of each head)
     and rotation, and its k and v are written too. With `token_sequences` (int32 [T], the sequence
@@ -277,7 +280,7 @@ def decode_attention(
     assert q_THD.shape[1] == num_heads + (2 * num_kv_heads if is_qkv else 0)
     rows = len(batch.seq_lens_S) if token_sequences is None else num_tokens
     if rows == 0 or num_tokens == 0:
-        return
+        return False
     unused = batch.seq_lens_S
     most = split_partials(most_visible(op.visibility, max_seq_len))
     scores, quantizing = scores_of(op, unused), quantizing_of(op, planes, unused)
@@ -289,8 +292,11 @@ def decode_attention(
     assert rows * num_kv_heads <= len(tickets), (rows, num_kv_heads)
     may_share = token_sequences is None and not (is_qkv or is_invariant) and shape is None
     if may_share and lone.fits(q_THD, op, layer):
-        lone.lone_rows(q_THD, op, layer, batch, out, partials, tickets, shared, most)
-        return
+        unmixes = unmixes and stored_format(layer.value).is_mixed
+        lone.lone_rows(
+            *(q_THD, op, layer, batch, out, partials, tickets, shared, most), unmixes=unmixes
+        )
+        return unmixes
     shape = shape or decode_shape(
         head_size, dtype, is_plain=planes.is_plain, is_invariant=is_invariant
     )
@@ -338,3 +344,4 @@ def decode_attention(
         **({} if shape.max_registers is None else {"maxnreg": shape.max_registers}),
         **launch_options(q_THD.device),
     )
+    return False

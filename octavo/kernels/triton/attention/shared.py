@@ -21,7 +21,7 @@ from octavo.kernels.facts import SHARED_SPLITS, split_partials
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
 from octavo.kernels.triton.attention.choose import attended, fits_hopper, hopper, tiles_attention
 from octavo.kernels.triton.attention.decode import decode_attention
-from octavo.kernels.triton.attention.device_plan import SharedPrefix
+from octavo.kernels.triton.attention.device_plan import SharedPrefix, plan_of
 from octavo.kernels.triton.attention.groups import shared_groups
 from octavo.kernels.triton.attention.partials import Partials, make_partials
 from octavo.kernels.triton.attention.planes import planes_of
@@ -292,19 +292,16 @@ def shared_prefix_attention(
     most = plan.max_splits + split_partials(plan.max_tail)
     partials = make_partials(q_THD, most, None, len(batch.seq_lens_S) * most)
     _attend_shared(q_THD, op, layer, batch, plan, partials)
-    decode_attention(
-        q_THD,
-        op,
-        layer,
-        batch,
-        out,
+    is_own = decode_attention(
+        *(q_THD, op, layer, batch, out),
         max_seq_len=plan.max_tail,
         shared=(plan.shared_tokens_S, plan.shared_partials_S),
         partials=partials,
         tickets=tickets,
+        unmixes=plan_of(batch).max_query_len == 1,
     )
     tiles_attention(q_THD, op, layer, batch, out)
-    return attended(out, layer)
+    return out.flatten(1) if is_own else attended(out, layer)
 
 
 def _attend_shared(

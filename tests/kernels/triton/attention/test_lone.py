@@ -23,6 +23,7 @@ from tests.kernels.triton.interpreter import DEVICE
 
 from tests.kernels.triton.gluon_cpu import Emulator  # isort: skip
 from octavo.kernels.triton.attention.choose import attention  # isort: skip
+from octavo.kernels.triton.attention.device_plan import DevicePlan  # isort: skip
 from octavo.kernels.triton.attention.hopper import lone  # isort: skip
 from octavo.kernels.triton.attention.shared import (  # isort: skip
     plan_shared_prefix,
@@ -95,8 +96,9 @@ def build(KEY, VALUE, D, HEADS, **values):
     assert built.asm["ptx"].count("mma.sync") > 0
 
 
-build("int8", "int4", 64, 16, HAS_SHARED=False, PACKED=True, MERGED=1, OVERLAP=1)
-build("int4", "fp8", 128, 8, HAS_SHARED=True, PACKED=False, MERGED=4, OVERLAP=1)
+build("int8", "int4", 64, 16, HAS_SHARED=False, PACKED=True, MERGED=1, UNMIX=True, OVERLAP=1)
+build("int4", "fp8", 128, 8, HAS_SHARED=True, PACKED=False, MERGED=4, UNMIX=False, OVERLAP=1)
+build("int4", "int4", 256, 8, HAS_SHARED=False, PACKED=False, MERGED=2, UNMIX=True, OVERLAP=1)
 """
 
 
@@ -123,8 +125,9 @@ def test_single_queries(
     mixed = mixed_as(paged.layer, "key", q.float()).to(DEVICE, BF16)
     assert lone.fits(mixed, op, layer)
     tickets = make_tickets(torch.device(DEVICE))
-    for _ in range(3):
-        found = attention(mixed, op, layer, moved, tickets=tickets)
+    # What knows that there is nothing else has the sums of values in their own basis at once.
+    for plan in (None, DevicePlan(max_query_len=1, num_short_tokens=0), None):
+        found = attention(mixed, op, layer, replace(moved, plan=plan), tickets=tickets)
         assert_near(found, exact_attention(q, paged, batch, op), TOLERANCES[BF16])
         assert not tickets.any()
 
@@ -148,9 +151,11 @@ def test_partial_results_of_tails_lie_where_those_of_the_prefix_do() -> None:
 
 
 @on_hopper
-@pytest.mark.parametrize("num_before", [1, 7])
+@pytest.mark.parametrize(("num_before", "is_alone"), [(1, False), (1, True), (7, False)])
 @pytest.mark.parametrize("name", ["int8", "int4"])
-def test_tails_behind_a_shared_prefix(rng: np.random.Generator, name: str, num_before: int) -> None:
+def test_tails_behind_a_shared_prefix(
+    rng: np.random.Generator, name: str, num_before: int, is_alone: bool
+) -> None:
     """After one more of it, or a chunk that shares it with nobody."""
     lengths, query_lens = [2100] * 4, np.array([num_before, 1, 1, 1], np.int32)
     paged = make_stored(rng, lengths, (4, 128), name)
@@ -165,6 +170,8 @@ def test_tails_behind_a_shared_prefix(rng: np.random.Generator, name: str, num_b
     op = kv_op(32, (4, 128))
     layer, moved = on_device(paged.layer, batch)
     mixed = mixed_as(paged.layer, "key", q.float()).to(DEVICE, BF16)
+    if is_alone:
+        moved = replace(moved, plan=DevicePlan(max_query_len=1, num_short_tokens=0))
     found = shared_prefix_attention(mixed, op, layer, moved, plan.to_device(torch.device(DEVICE)))
     expected = exact_attention(q, paged, batch, op)
     assert_near(found[-3:], expected[-3:], TOLERANCES[BF16])

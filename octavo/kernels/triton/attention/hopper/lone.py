@@ -14,18 +14,31 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
-from octavo.kernels.triton.attention.hopper.packed_tiles import (
-    TOKENS,
+from octavo.kernels.triton.attention.hopper.packed_products import (
+    LEAST_UNIT,
     add_values,
+    finished,
+    inverse_of,
     largest,
     load_queries,
-    load_scales,
-    load_words,
-    part_size,
+    no_sums,
+    num_parts,
     products_layout,
     scores,
+    step_of,
 )
-from octavo.kernels.triton.attention.hopper.shares import merge_shares, partials_of, share_of
+from octavo.kernels.triton.attention.hopper.packed_tiles import (
+    TOKENS,
+    load_scales,
+    load_words,
+    scales_of,
+)
+from octavo.kernels.triton.attention.hopper.shares import (
+    merge_shares,
+    mixed,
+    partials_of,
+    share_of,
+)
 from octavo.kernels.triton.attention.partials import Partials
 from octavo.kernels.triton.attention.planes import planes_of
 from octavo.kernels.triton.attention.scores import LOG2_E
@@ -36,6 +49,8 @@ from octavo.visibility import Full
 
 UNSPECIALISED = ["num_partials", "stride_table"]
 WARPS = 4
+NOTHING = gl.constexpr(-1e30)
+"""The exponent of a warp that has seen no key."""
 
 
 class Crowd(NamedTuple):
@@ -61,60 +76,64 @@ def _page(table_row, first, end, P: gl.constexpr):
 @gluon.jit
 def _load(
     plane, page, first, end, K: gl.constexpr, D: gl.constexpr, P: gl.constexpr,
-    FORMAT: gl.constexpr, IS_KEY: gl.constexpr, mma: gl.constexpr,
+    FORMAT: gl.constexpr, IS_KEY: gl.constexpr,
 ):  # fmt: skip
     """Returns (words, scales) of the keys or values of each warp's tile."""
-    tokens: gl.constexpr = gl.SliceLayout(2, mma if IS_KEY else gl.DotOperandLayout(1, mma, 2))
-    COUNT: gl.constexpr = D // part_size(FORMAT, D)
-    inside, live = first % P, end - first
+    COUNT: gl.constexpr = num_parts(FORMAT, D)
+    inside, live = first * 0 if P == TOKENS else first % P, end - first
     return (
         load_words(plane, page, inside, live, K, D, FORMAT, IS_KEY),
-        load_scales(plane, page, inside, live, K, COUNT, IS_KEY, tokens),
+        load_scales(plane, page, inside, live, K, COUNT, IS_KEY),
     )
 
 
 @gluon.jit
-def _exponents(
-    queries, tile, first, low, end, scale_log2, FORMAT: gl.constexpr, mma: gl.constexpr
+def _scores(
+    queries, tile, first, low, end, K: gl.constexpr, FORMAT: gl.constexpr,
+    HAS_SHARED: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
-    """Returns scores as exponents of 2 [W, TOKENS, HEADS], -inf where not visible."""
+    """Returns scores [W, TOKENS, HEADS], -inf where not visible."""
     words, scales = tile
     tokens: gl.constexpr = gl.SliceLayout(2, mma)
     n = gl.convert_layout(first, gl.SliceLayout(1, tokens))[:, None]
     n = n + gl.arange(0, TOKENS, gl.SliceLayout(0, tokens))[None, :]
-    s = scores(queries, words, scales, FORMAT, mma) * scale_log2
-    return gl.where(((n >= low) & (n < end))[:, :, None], s, -float("inf"))
+    scales = scales_of(scales, gl.program_id(0), K, len(queries[0]), tokens)
+    s = scores(queries, words, scales, FORMAT, mma)
+    visible = n < end
+    if HAS_SHARED:
+        visible = visible & (n >= low)
+    return gl.where(visible[:, :, None], s, -float("inf"))
 
 
 @gluon.jit
-def _add(state, s, tile, FORMAT: gl.constexpr, mma: gl.constexpr):
-    """Returns the running softmax of each warp with its tile, of exponents s, added.
+def _add(state, s, scale_log2, tile, K: gl.constexpr, FORMAT: gl.constexpr, mma: gl.constexpr):
+    """Returns the running softmax of each warp with its tile, of scores s, added.
 
     State: m [W, HEADS], total [W, TOKENS, HEADS] not yet summed over tokens, sums (parts [W, PART,
-    HEADS]) in units of unit [W].
+    HEADS]) and weights in units of unit [W].
     """
-    m, total, sums, unit = state
+    m, total, sums, weights, unit = state
     words, scales = tile
-    higher, larger = gl.maximum(m, gl.max(s, 1)), gl.maximum(unit, largest(scales))
-    floor = gl.where(higher == -float("inf"), 0.0, higher)
-    p, shrink = gl.exp2(s - floor[:, None, :]), gl.exp2(m - floor)
+    tokens: gl.constexpr = gl.SliceLayout(2, gl.DotOperandLayout(1, mma, 2))
+    scales = scales_of(scales, gl.program_id(0), K, len(sums), tokens)
+    higher, larger = gl.maximum(m, gl.max(s, 1) * scale_log2), gl.maximum(unit, largest(scales))
+    p, shrink = gl.exp2(s * scale_log2 - higher[:, None, :]), gl.exp2(m - higher)
     total = total * shrink[:, None, :] + p
-    of_unit = gl.convert_layout(unit / larger, gl.SliceLayout(1, gl.SliceLayout(1, mma)))
-    by = (shrink * of_unit[:, None])[:, None, :]
-    shrunk = ()
-    for i in gl.static_range(len(sums)):
-        shrunk = shrunk + (sums[i] * by,)
-    return higher, total, add_values(shrunk, p, words, scales, larger, FORMAT, mma), larger
+    inverse = inverse_of(larger)
+    of_unit = gl.convert_layout(unit * inverse, gl.SliceLayout(1, gl.SliceLayout(1, mma)))
+    by = shrink * of_unit[:, None]
+    sums, weights = add_values(sums, weights, by, p, words, scales, inverse, FORMAT, mma)
+    return higher, total, sums, weights, larger
 
 
 @gluon.jit
-def _merge_warps(state, mma: gl.constexpr):
+def _merge_warps(state, FORMAT: gl.constexpr, mma: gl.constexpr):
     """Returns (sums of parts [PART, HEADS] over total, log2-sum-exp2 [HEADS]) of all warps."""
-    m, total, sums, unit = state
+    m, total, sums, weights, unit = state
+    sums = finished(sums, weights, FORMAT, mma)
     heads: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, mma))
     highest = gl.max(m, 0)
-    floor = gl.where(highest == -float("inf"), 0.0, highest)
-    w = gl.exp2(m - floor[None, :])
+    w = gl.exp2(m - highest[None, :])
     whole = gl.sum(gl.sum(total, 1) * w, 0)
     whole = gl.where(whole > 0, whole, 1.0)
     of_unit = gl.convert_layout(unit, gl.SliceLayout(1, gl.SliceLayout(1, mma)))
@@ -128,27 +147,82 @@ def _merge_warps(state, mma: gl.constexpr):
 
 
 @gluon.jit
-def _store(means, lse, place, out, partial_out, partial_lse, firsts, stride,
-           H: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr):  # fmt: skip
-    """Stores at `out` what is its row's only result, and else at its partial result."""
-    t, _, heads, split, num_busy, before = place
+def _joined(means):
+    """Returns the parts [PART, HEADS] of vectors as [HEADS, D]."""
     PART: gl.constexpr = means[0].shape[0]
     HEADS: gl.constexpr = means[0].shape[1]
-    is_alone = (num_busy == 1) & (before == 0)
-    wide: gl.constexpr = gl.BlockedLayout([1, PART // 32], [1, 32], [gl.num_warps(), 1], [1, 0])
-    head = gl.arange(0, HEADS, gl.SliceLayout(1, wide))
-    columns = gl.arange(0, PART, gl.SliceLayout(0, wide))[None, :]
-    to = firsts + head * stride + before + split
-    for i in gl.static_range(len(means)):
-        x = means[i].reshape([PART // 8, 8, HEADS]).permute((2, 1, 0)).reshape([HEADS, PART])
-        x = gl.convert_layout(x, wide)
-        at = columns + i * PART
-        whole = out + (t * H + heads + head)[:, None] * D + at
-        gl.store(whole, x.to(out.dtype.element_ty), ((head < GROUP) & is_alone)[:, None])
-        live = ((head < GROUP) & (num_busy + before > 1))[:, None]
-        gl.store(partial_out + to[:, None] * D + at, x, live)
-    live = (head < GROUP) & (num_busy + before > 1)
-    gl.store(partial_lse + to, gl.convert_layout(lse, gl.SliceLayout(1, wide)), live)
+    if len(means) == 1:
+        # Row 8 i + g has number g * PART / 8 + i.
+        return means[0].reshape([PART // 8, 8, HEADS]).permute((2, 1, 0)).reshape([HEADS, PART])
+    else:
+        HALF: gl.constexpr = len(means) // 2
+        low, high = _joined(means[:HALF]), _joined(means[HALF:])
+        return gl.join(low, high).permute((0, 2, 1)).reshape([HEADS, 2 * HALF * PART])
+
+
+@gluon.jit
+def _store(means, lse, place, out, partial_out, partial_lse, firsts, stride,
+           H: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, UNMIX: gl.constexpr):  # fmt: skip
+    """Stores at `out` what is its row's only result, and else at its partial result."""
+    t, _, heads, split, num_busy, before = place
+    x = _joined(means)
+    wide: gl.constexpr = gl.BlockedLayout([1, D // 32], [1, 32], [gl.num_warps(), 1], [1, 0])
+    x = gl.convert_layout(x, wide)
+    head = gl.arange(0, x.shape[0], gl.SliceLayout(1, wide))
+    columns = gl.arange(0, D, gl.SliceLayout(0, wide))[None, :]
+    if num_busy + before > 1:
+        to = firsts + head * stride + before + split
+        gl.store(partial_out + to[:, None] * D + columns, x, (head < GROUP)[:, None])
+        gl.store(partial_lse + to, gl.convert_layout(lse, gl.SliceLayout(1, wide)), head < GROUP)
+    else:
+        if UNMIX:
+            x = mixed(x)
+        whole = out + (t * H + heads + head)[:, None] * D + columns
+        gl.store(whole, x.to(out.dtype.element_ty), (head < GROUP)[:, None])
+
+
+@gluon.jit
+def _attend(
+    q, keys, values, table_row, work, place, scale_log2, tile_keys, tile_values, page, next_page,
+    H: gl.constexpr, KEY: gl.constexpr, VALUE: gl.constexpr, K: gl.constexpr, D: gl.constexpr,
+    P: gl.constexpr, HAS_SHARED: gl.constexpr, HEADS: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
+    """Returns what `_merge_warps` does of this program's share, whose first tile is there."""
+    t, _, first_head, _, _, _ = place
+    low, _, end, first_tile, tiles = work
+    W: gl.constexpr = gl.num_warps()
+    N: gl.constexpr = W * TOKENS
+    weight_tokens: gl.constexpr = gl.SliceLayout(2, gl.DotOperandLayout(1, mma, 2))
+    first = first_tile * N + TOKENS * gl.arange(0, W, page.type.layout)
+    queries = load_queries(q, t * H + first_head, H // K, HEADS, D, KEY, mma)
+    sums, weights = no_sums(D, HEADS, VALUE, mma)
+    state = (
+        gl.full([W, HEADS], NOTHING, gl.float32, gl.SliceLayout(1, mma)),
+        gl.zeros([W, TOKENS, HEADS], gl.float32, mma),
+        sums,
+        weights,
+        gl.full([W], LEAST_UNIT, gl.float32, gl.SliceLayout(1, weight_tokens)),
+    )
+    scale_log2 = scale_log2 / step_of(KEY, 0)
+    third_page = _page(table_row, first + 2 * N, end, P)
+    # Two tiles a turn: what is loaded meanwhile is where the next turn wants it. One too many is
+    # all hidden.
+    for _ in range((tiles + 1) // 2):
+        # Pages are the same in a warp, which waits for them where they are handed on: long after.
+        fourth_page = _page(table_row, first + 3 * N, end, P)
+        fifth_page = _page(table_row, first + 4 * N, end, P)
+        other_keys = _load(keys, next_page, first + N, end, K, D, P, KEY, True)
+        other_values = _load(values, next_page, first + N, end, K, D, P, VALUE, False)
+        s = _scores(queries, tile_keys, first, low, end, K, KEY, HAS_SHARED, mma)
+        state = _add(state, s, scale_log2, tile_values, K, VALUE, mma)
+        tile_keys = _load(keys, third_page, first + 2 * N, end, K, D, P, KEY, True)
+        tile_values = _load(values, third_page, first + 2 * N, end, K, D, P, VALUE, False)
+        s = _scores(queries, other_keys, first + N, low, end, K, KEY, HAS_SHARED, mma)
+        state = _add(state, s, scale_log2, other_values, K, VALUE, mma)
+        first = first + 2 * N
+        next_page = fourth_page
+        third_page = fifth_page
+    return _merge_warps(state, VALUE, mma)
 
 
 @launchable
@@ -186,30 +260,30 @@ def _lone_rows_kernel(
     PACKED: gl.constexpr,
     HEADS: gl.constexpr,
     MERGED: gl.constexpr,
+    UNMIX: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):
     """The H // K query heads of a kv head (`program 0`) of a sequence (1) with one query, a share
     (2) of its keys.
 
     out [T, H, D] = softmax(scale q k^T) v over [low, length). Planes as in attention/decode.py, as
-    are partial results, PACKED and HAS_SHARED, but that a share leaves one. HEADS >= H // K.
-    Programs of a row must be able to run at the same time.
+    are partial results, PACKED and HAS_SHARED, but that a share leaves one. HEADS >= H // K. UNMIX:
+    values are mixed (`kv_codec.mix`), and out is not to be. Programs of a row must be able to run
+    at the same time.
     """
     GROUP: gl.constexpr = H // K
     W: gl.constexpr = gl.num_warps()
     N: gl.constexpr = W * TOKENS
     mma: gl.constexpr = products_layout(W)
-    heads: gl.constexpr = gl.SliceLayout(1, mma)
     one: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, mma))
-    weight_tokens: gl.constexpr = gl.SliceLayout(2, gl.DotOperandLayout(1, mma, 2))
     place, work = share_of(
         query_starts, seq_lens, shared_tokens, shared_partials, GROUP, HAS_SHARED, N
     )
-    t, sequence, first_head, _, _, _ = place
-    low, length, end, first_tile, tiles = work
+    _, sequence, _, _, _, _ = place
+    _, length, end, first_tile, tiles = work
     firsts, stride = partials_of(place, partial_starts, num_partials, H, PACKED)
-    ticket = tickets + gl.program_id(1) * K + gl.program_id(0)
     kv_head = gl.program_id(0)
+    ticket = tickets + gl.program_id(1) * K + kv_head
     KEY_BYTES: gl.constexpr = D // 2 if KEY == "int4" else D
     VALUE_BYTES: gl.constexpr = D // 2 if VALUE == "int4" else D
     keys = (key + kv_head * KEY_BYTES, key_scale, stride_key, stride_key_scale, kv_head)
@@ -221,38 +295,24 @@ def _lone_rows_kernel(
     # All but the newest token was written before the kernel whose end is waited for.
     has_newest = (tiles == 1) & (end == length)
     early = gl.where(has_newest, 0, end)
-    key_tile = _load(keys, page, first, early, K, D, P, KEY, True, mma)
-    value_tile = _load(values, page, first, early, K, D, P, VALUE, False, mma)
+    tile_keys = _load(keys, page, first, early, K, D, P, KEY, True)
+    tile_values = _load(values, page, first, early, K, D, P, VALUE, False)
     if OVERLAP:
         gdc_wait()
     if OVERLAP:
         gdc_launch_dependents()
     if tiles > 0:
         if has_newest:
-            key_tile = _load(keys, page, first, end, K, D, P, KEY, True, mma)
-            value_tile = _load(values, page, first, end, K, D, P, VALUE, False, mma)
-        queries = load_queries(q, t * H + first_head, GROUP, HEADS, D, part_size(KEY, D), mma)
-        sums = ()
-        for part in gl.static_range(D // part_size(VALUE, D)):
-            sums = sums + (gl.zeros([W, part_size(VALUE, D), HEADS], gl.float32, mma),)
-        state = (
-            gl.full([W, HEADS], -float("inf"), gl.float32, heads),
-            gl.zeros([W, TOKENS, HEADS], gl.float32, mma),
-            sums,
-            gl.full([W], 1e-30, gl.float32, gl.SliceLayout(1, weight_tokens)),
-        )
-        for tile in range(tiles):
-            s = _exponents(queries, key_tile, first, low, end, scale_log2, KEY, mma)
-            # The next keys are on their way while values are added, and values while keys are.
-            first = first + N
-            key_tile = _load(keys, next_page, first, end, K, D, P, KEY, True, mma)
-            state = _add(state, s, value_tile, VALUE, mma)
-            value_tile = _load(values, next_page, first, end, K, D, P, VALUE, False, mma)
-            next_page = _page(table_row, first + N, end, P)
-        means, lse = _merge_warps(state, mma)
-        _store(means, lse, place, out, partial_out, partial_lse, firsts, stride, H, GROUP, D)
+            tile_keys = _load(keys, page, first, end, K, D, P, KEY, True)
+            tile_values = _load(values, page, first, end, K, D, P, VALUE, False)
+        means, lse = _attend(
+            q, keys, values, table_row, work, place, scale_log2, tile_keys, tile_values, page,
+            next_page, H, KEY, VALUE, K, D, P, HAS_SHARED, HEADS, mma,
+        )  # fmt: skip
+        _store(means, lse, place, out, partial_out, partial_lse, firsts, stride, H, GROUP, D, UNMIX)
     merge_shares(
-        out, partial_out, partial_lse, place, tiles, firsts, stride, ticket, H, GROUP, D, MERGED
+        *(out, partial_out, partial_lse, place, tiles, firsts, stride, ticket),
+        *(H, GROUP, D, MERGED, UNMIX),
     )
 
 
@@ -284,9 +344,12 @@ def lone_rows(
     tickets: Tensor,
     shared: tuple[Tensor, Tensor] | None,
     most_shares: int,
+    *,
+    unmixes: bool = False,
 ) -> None:
     """Writes the rows of `out` that belong to sequences with one query: see `decode_attention`.
-    `most_shares`: partial results that a row has room for."""
+    `most_shares`: partial results that a row has room for. `unmixes`: whether values are stored
+    mixed, and `out` is to have their sums in their own basis."""
     planes, unused = planes_of(out, layer, batch), batch.seq_lens_S
     rows, group = len(batch.seq_lens_S), out.shape[1] // planes.num_heads
     processors, pieces = num_processors(q_THD.device), rows * planes.num_heads
@@ -310,6 +373,7 @@ def lone_rows(
         PACKED=partials.starts is not None,
         HEADS=max(8, next_power_of_2(group)),
         # As many heads at a time as leave one turn to each of a row's programs.
+        UNMIX=unmixes,
         MERGED=4 if programs <= 4 else 2 if programs <= 8 else 1,
         num_warps=WARPS,
         maxnreg=crowd.registers,

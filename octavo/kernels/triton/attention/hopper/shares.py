@@ -10,6 +10,9 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from octavo.kernels import kv_codec
+
+mixed_size = gluon.constexpr_function(kv_codec.mixed_size)
 LOADED = gl.constexpr(16)
 """Partial results that a program loads at a time, of one head or more."""
 
@@ -69,6 +72,30 @@ def partials_of(place, partial_starts, num_partials, H: gl.constexpr, PACKED: gl
 
 
 @gluon.constexpr_function
+def _steps(size: int) -> int:
+    return size.bit_length() - 1
+
+
+@gluon.jit
+def mixed(x):
+    """Returns x [R, D] as `kv_codec.mix` does: of each bit of the place of a number, the lowest is
+    mixed and becomes the highest, so that at the end all are where they were."""
+    R: gl.constexpr = x.shape[0]
+    D: gl.constexpr = x.shape[1]
+    SIZE: gl.constexpr = mixed_size(D)
+    ROWS: gl.constexpr = R * D // SIZE
+    layout: gl.constexpr = gl.BlockedLayout([1, SIZE // 32], [1, 32], [gl.num_warps(), 1], [1, 0])
+    y = x.reshape([ROWS, SIZE])
+    for step in gl.static_range(_steps(SIZE)):
+        if step % _steps(SIZE // 32) == 0:  # what a thread has of a row is mixed
+            y = gl.convert_layout(y, layout)
+        low, high = gl.split(y.reshape([ROWS, SIZE // 2, 2]))
+        y = gl.join(low + high, low - high).permute((0, 2, 1)).reshape([ROWS, SIZE])
+    y = gl.convert_layout(y, layout) * SIZE**-0.5
+    return gl.convert_layout(y.reshape([R, D]), x.type.layout)
+
+
+@gluon.constexpr_function
 def _merging(size: int, warps: int) -> gl.BlockedLayout:
     across = min(warps, size // 32)
     return gl.BlockedLayout(
@@ -80,6 +107,7 @@ def _merging(size: int, warps: int) -> gl.BlockedLayout:
 def _merge(
     out, partial_out, partial_lse, heads, t, firsts, stride, count, begin, step,
     H: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr,
+    UNMIX: gl.constexpr,
 ):  # fmt: skip
     """out[t, heads + h] = sum_i w_i o_i / sum_i w_i, w_i = 2^lse_i, over the `count` partials of
     each head h < GROUP from firsts + h * stride on, HEADS at a time: `begin`, `begin + step` ..."""
@@ -110,6 +138,8 @@ def _merge(
         w = gl.exp2(top - gl.where(highest == -float("inf"), 0.0, highest)[:, None])
         whole = gl.convert_layout(gl.sum(total * w, 1), gl.SliceLayout(1, ends))
         mean = gl.sum(acc * w[:, :, None], 1) / gl.where(whole > 0, whole, 1.0)[:, None]
+        if UNMIX:
+            mean = mixed(mean)
         mine = unit * HEADS + gl.arange(0, HEADS, gl.SliceLayout(1, ends))
         to = out + (t * H + heads + mine)[:, None] * D + columns
         gl.store(to, mean.to(out.dtype.element_ty), mask=(mine < GROUP)[:, None])
@@ -119,6 +149,7 @@ def _merge(
 def merge_shares(
     out, partial_out, partial_lse, place, tiles, firsts, stride, ticket,
     H: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr,
+    UNMIX: gl.constexpr = False,
 ):  # fmt: skip
     """Waits until all programs of the row have stored their partial results, and merges this
     program's heads. A row that saw nothing gets zeros."""
@@ -139,5 +170,5 @@ def merge_shares(
             count = before
         _merge(
             out, partial_out, partial_lse, heads, t, firsts, stride, count, split, num_busy, H,
-            GROUP, D, HEADS,
+            GROUP, D, HEADS, UNMIX,
         )  # fmt: skip
