@@ -26,6 +26,7 @@ from octavo.kernels.triton.tiles import codes
 from octavo.planes import IQ4_VALUES, PLANE_LAYOUTS, PlaneLayout
 from tests.kernels.triton.gluon_async import Barriers, Descriptor, warp_specialize
 from tests.kernels.triton.gluon_values import TORCH, Machine, Shared, Value, data_of, mask_of, whole
+from tests.kernels.triton.gluon_words import of_words
 
 _EMULATED = "octavo.kernels.triton."
 _OURS = ("tiles.", "hopper.")
@@ -57,6 +58,14 @@ def _constant(value: Any) -> Any:
     return kinds.get(type(value), lambda one: one)(value)
 
 
+def _layout(*arguments: Any, **named: Any) -> SimpleNamespace:
+    """Returns what kernels ask of a layout: the warps of products, the shape of a linear one."""
+    lists = [one for one in arguments if isinstance(one, list)]
+    return SimpleNamespace(
+        warps_per_cta=(lists or [[]])[min(1, len(lists) - 1)], shape=arguments[-1]
+    )
+
+
 class Language:
     """Stands for `triton.language` and Gluon's."""
 
@@ -69,7 +78,7 @@ class Language:
 
     def __getattr__(self, name: str) -> Any:
         if name.endswith("Layout"):
-            return lambda *arguments, **named: None
+            return _layout
         return getattr(tl, name)
 
     def program_id(self, axis: int) -> Value:
@@ -107,6 +116,12 @@ class Language:
     def max(self, x: Value, axis: int) -> Value:
         return Value(x.data.amax(axis))
 
+    def sum(self, x: Value, axis: int) -> Value:
+        return Value(x.data.sum(axis))
+
+    def cdiv(self, x: Value, size: int) -> Value:
+        return (x + (size - 1)) // size
+
     def abs(self, x: Value) -> Value:
         return Value(x.data.abs())
 
@@ -118,6 +133,12 @@ class Language:
 
     def exp(self, x: Value) -> Value:
         return Value(x.data.exp())
+
+    def exp2(self, x: Value) -> Value:
+        return Value(x.data.exp2())
+
+    def log2(self, x: Value) -> Value:
+        return Value(x.data.log2())
 
     def join(self, a: Value, b: Value) -> Value:
         return Value(torch.stack((a.data, b.data), -1))
@@ -156,7 +177,9 @@ class Language:
             return Value((a.data.float() - b.data.float()).to(a.data.dtype))
         if text == "shr.b32 $0, $1, 8;":
             return Value(((values[0].data.int() & 0xFFFF) >> 8).to(torch.int16))
-        return _codes(text, values, dtype)
+        if text in codes._TEXTS.values():
+            return _codes(text, values, dtype)
+        return of_words(text, values)
 
 
 def _codes(text: str, values: list[Value], dtypes: tuple[tl.dtype, ...]) -> tuple[Value, ...]:

@@ -46,6 +46,8 @@ class Value:
         return SimpleNamespace(layout=SimpleNamespace(parent=None))
 
     def to(self, dtype: tl.dtype, bitcast: bool = False) -> Value:
+        if isinstance(dtype, tl.pointer_type):
+            return Value(self.data, dtype.element_ty)
         kind = TORCH[dtype]
         return Value(self.data.view(kind) if bitcast else self.data.to(kind))
 
@@ -54,6 +56,9 @@ class Value:
 
     def permute(self, order: tuple[int, ...]) -> Value:
         return Value(self.data.permute(order), self.element)
+
+    def expand_dims(self, axis: int) -> Value:
+        return Value(self.data.unsqueeze(axis), self.element)
 
     def broadcast_to(self, shape: list[int]) -> Value:
         return Value(self.data.broadcast_to(shape), self.element)

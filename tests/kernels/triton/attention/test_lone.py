@@ -8,23 +8,26 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from octavo.kernels.kv_pages import mixed_as
+from octavo.kernels.kv_pages import mixed_as, write_vectors
 from octavo.visibility import Full, Visibility, Window
-from tests.kernels.cases import exact_attention, floats
-from tests.kernels.kv_cases import kv_op, make_stored
+from tests.kernels.cases import PagedKV, exact_attention, floats
+from tests.kernels.kv_cases import kv_op, make_stored, slots_of, stored
 from tests.kernels.triton.cases import TOLERANCES, assert_near, on_device
 from tests.kernels.triton.gluon_values import Machine, whole
 from tests.kernels.triton.interpreter import DEVICE
 
-from tests.kernels.triton.gluon_cpu import Emulator  # isort: skip
+from tests.kernels.triton.gluon_cpu import Emulator, emulated  # isort: skip
 from octavo.kernels.triton.attention.choose import attention  # isort: skip
 from octavo.kernels.triton.attention.device_plan import DevicePlan  # isort: skip
 from octavo.kernels.triton.attention.hopper import lone  # isort: skip
+from octavo.kernels.triton.attention.partials import make_partials  # isort: skip
 from octavo.kernels.triton.attention.shared import (  # isort: skip
     plan_shared_prefix,
     shared_prefix_attention,
@@ -90,7 +93,7 @@ def build(KEY, VALUE, D, HEADS, **values):
     kinds = types | {"key": numbers[KEY], "value": numbers[VALUE]}
     signature = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
     at = {(kernel.arg_names.index(name),): value for name, value in values.items()}
-    options = {"num_warps": lone.WARPS, "maxnreg": lone.USUAL.registers}
+    options = {"num_warps": lone.WARPS, "maxnreg": lone.REGISTERS}
     source = GluonASTSource(kernel, signature, at)
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert built.asm["ptx"].count("mma.sync") > 0
@@ -108,6 +111,65 @@ def test_it_compiles_for_hopper_without_one() -> None:
         [sys.executable, "-c", COMPILE], env=compiler, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+LONE = "octavo.kernels.triton.attention.hopper.lone"
+
+
+@pytest.fixture
+def emulated_lone(monkeypatch: pytest.MonkeyPatch) -> Any:
+    module = emulated(LONE, is_late=False)
+    monkeypatch.setattr(module, "num_processors", lambda device: 132)
+    monkeypatch.setattr(module, "launch_options", lambda device: {"OVERLAP": True})
+    return module
+
+
+def emulated_attention(module: Any, paged: PagedKV, name: str, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns what the kernel says of rows that one program sees, and what is right."""
+    lengths = [len(one) for one in paged.keys]
+    num_kv_heads, size = paged.keys[0].shape[1:]
+    batch, op = paged.batch(lengths, [1] * len(q)), kv_op(q.shape[1], (num_kv_heads, size))
+    mixed = mixed_as(paged.layer, "key", q.float()).to(BF16)
+    out = torch.full_like(mixed, float("nan"))
+    partials, tickets = make_partials(out, 2, None, None), torch.zeros(64, dtype=torch.int32)
+    module.lone_rows(
+        *(mixed, op, paged.layer, batch, out, partials, tickets, None, 1),
+        unmixes=name.endswith("int4"),
+    )
+    return out, exact_attention(q, paged, batch, op).reshape(out.shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "size"),
+    [
+        ("int4", (8, 2), 128),
+        ("int4", (3, 1), 256),
+        ("int8", (3, 3), 64),
+        ("fp8", (10, 1), 128),
+        ("int8/int4", (4, 2), 64),
+        ("int4/fp8", (4, 1), 256),
+    ],
+)
+def test_single_queries_without_a_gpu(
+    rng: np.random.Generator, emulated_lone: Any, name: str, heads: tuple[int, int], size: int
+) -> None:
+    paged = make_stored(rng, [1, 70, 200], (heads[1], size), name)
+    q = floats(rng, 3, heads[0], size).to(BF16)
+    assert_near(*emulated_attention(emulated_lone, paged, name, q), 6e-3)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_a_share_begins_again_where_scores_outgrow_its_first_tiles(
+    rng: np.random.Generator, emulated_lone: Any, name: str
+) -> None:
+    """A late key is so much nearer to its query that its weight, of the first ones, is no float."""
+    paged = make_stored(rng, [200], (2, 64), name)
+    q = (4 * floats(rng, 1, 2, 64)).to(BF16)
+    write_vectors(paged.layer, "key", slots_of(paged, 0, 200)[150:151], 2 * q.float())
+    paged.keys[0] = stored(paged, "key", 0, 200)
+    scores = torch.einsum("hd,thd->th", q[0].double(), paged.keys[0].double()) / 8
+    assert (scores.max(0).values - scores[:64].max(0).values).min() > 128
+    assert_near(*emulated_attention(emulated_lone, paged, name, q), 6e-3)
 
 
 @on_hopper

@@ -6,8 +6,6 @@ shared out among programs (shares.py), and a program's among its warps, each wit
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -15,24 +13,22 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
 from octavo.kernels.triton.attention.hopper.packed_products import (
-    LEAST_UNIT,
-    add_values,
-    finished,
-    inverse_of,
-    largest,
     load_queries,
     no_sums,
     num_parts,
     products_layout,
-    scores,
     step_of,
 )
-from octavo.kernels.triton.attention.hopper.packed_tiles import (
-    TOKENS,
-    load_scales,
-    load_words,
-    scales_of,
+from octavo.kernels.triton.attention.hopper.packed_scales import load_scales
+from octavo.kernels.triton.attention.hopper.packed_softmax import (
+    add_tile,
+    higher,
+    joined,
+    merge_warps,
+    origin_of,
+    visible_scores,
 )
+from octavo.kernels.triton.attention.hopper.packed_tiles import TOKENS, load_words
 from octavo.kernels.triton.attention.hopper.shares import (
     merge_shares,
     mixed,
@@ -49,28 +45,21 @@ from octavo.visibility import Full
 
 UNSPECIALISED = ["num_partials", "stride_table"]
 WARPS = 4
-NOTHING = gl.constexpr(-1e30)
-"""The exponent of a warp that has seen no key."""
-
-
-class Crowd(NamedTuple):
-    """Programs that a processor runs at once, and registers that a thread may have for it."""
-
-    programs: int
-    registers: int
-
-
-USUAL = Crowd(3, 168)
-DENSE = Crowd(4, 128)
-"""Slower each, but where a wave of them takes all rows."""
+PROGRAMS = 2
+"""Of a processor at once."""
+REGISTERS = 255
+"""That a thread may have for it: with fewer, loads are not far ahead of where they are used."""
 MOST_HEADS = 16
 """Of a kv head."""
+MOST_GROWTH = gl.constexpr(48)
+"""How many powers of two a weight may be above those of the first tiles: with RAISED and the scales
+of values they have 127."""
 
 
 @gluon.jit
 def _page(table_row, first, end, P: gl.constexpr):
     """Returns the page [W] of each warp's tile from position `first` [W] on."""
-    return gl.load(table_row + first // P, mask=first < end, other=0).to(gl.int64)
+    return gl.load(table_row + first // P, mask=first < end, other=0)
 
 
 @gluon.jit
@@ -88,84 +77,11 @@ def _load(
 
 
 @gluon.jit
-def _scores(
-    queries, tile, first, low, end, K: gl.constexpr, FORMAT: gl.constexpr,
-    HAS_SHARED: gl.constexpr, mma: gl.constexpr,
-):  # fmt: skip
-    """Returns scores [W, TOKENS, HEADS], -inf where not visible."""
-    words, scales = tile
-    tokens: gl.constexpr = gl.SliceLayout(2, mma)
-    n = gl.convert_layout(first, gl.SliceLayout(1, tokens))[:, None]
-    n = n + gl.arange(0, TOKENS, gl.SliceLayout(0, tokens))[None, :]
-    scales = scales_of(scales, gl.program_id(0), K, len(queries[0]), tokens)
-    s = scores(queries, words, scales, FORMAT, mma)
-    visible = n < end
-    if HAS_SHARED:
-        visible = visible & (n >= low)
-    return gl.where(visible[:, :, None], s, -float("inf"))
-
-
-@gluon.jit
-def _add(state, s, scale_log2, tile, K: gl.constexpr, FORMAT: gl.constexpr, mma: gl.constexpr):
-    """Returns the running softmax of each warp with its tile, of scores s, added.
-
-    State: m [W, HEADS], total [W, TOKENS, HEADS] not yet summed over tokens, sums (parts [W, PART,
-    HEADS]) and weights in units of unit [W].
-    """
-    m, total, sums, weights, unit = state
-    words, scales = tile
-    tokens: gl.constexpr = gl.SliceLayout(2, gl.DotOperandLayout(1, mma, 2))
-    scales = scales_of(scales, gl.program_id(0), K, len(sums), tokens)
-    higher, larger = gl.maximum(m, gl.max(s, 1) * scale_log2), gl.maximum(unit, largest(scales))
-    p, shrink = gl.exp2(s * scale_log2 - higher[:, None, :]), gl.exp2(m - higher)
-    total = total * shrink[:, None, :] + p
-    inverse = inverse_of(larger)
-    of_unit = gl.convert_layout(unit * inverse, gl.SliceLayout(1, gl.SliceLayout(1, mma)))
-    by = shrink * of_unit[:, None]
-    sums, weights = add_values(sums, weights, by, p, words, scales, inverse, FORMAT, mma)
-    return higher, total, sums, weights, larger
-
-
-@gluon.jit
-def _merge_warps(state, FORMAT: gl.constexpr, mma: gl.constexpr):
-    """Returns (sums of parts [PART, HEADS] over total, log2-sum-exp2 [HEADS]) of all warps."""
-    m, total, sums, weights, unit = state
-    sums = finished(sums, weights, FORMAT, mma)
-    heads: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, mma))
-    highest = gl.max(m, 0)
-    w = gl.exp2(m - highest[None, :])
-    whole = gl.sum(gl.sum(total, 1) * w, 0)
-    whole = gl.where(whole > 0, whole, 1.0)
-    of_unit = gl.convert_layout(unit, gl.SliceLayout(1, gl.SliceLayout(1, mma)))
-    by = (w * of_unit[:, None])[:, None, :]
-    means = ()
-    for i in gl.static_range(len(sums)):
-        part = gl.sum(sums[i] * by, 0)
-        inverse = gl.convert_layout(1.0 / whole, gl.SliceLayout(0, part.type.layout))
-        means = means + (part * inverse[None, :],)
-    return means, gl.convert_layout(highest + gl.log2(whole), heads)
-
-
-@gluon.jit
-def _joined(means):
-    """Returns the parts [PART, HEADS] of vectors as [HEADS, D]."""
-    PART: gl.constexpr = means[0].shape[0]
-    HEADS: gl.constexpr = means[0].shape[1]
-    if len(means) == 1:
-        # Row 8 i + g has number g * PART / 8 + i.
-        return means[0].reshape([PART // 8, 8, HEADS]).permute((2, 1, 0)).reshape([HEADS, PART])
-    else:
-        HALF: gl.constexpr = len(means) // 2
-        low, high = _joined(means[:HALF]), _joined(means[HALF:])
-        return gl.join(low, high).permute((0, 2, 1)).reshape([HEADS, 2 * HALF * PART])
-
-
-@gluon.jit
 def _store(means, lse, place, out, partial_out, partial_lse, firsts, stride,
            H: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, UNMIX: gl.constexpr):  # fmt: skip
     """Stores at `out` what is its row's only result, and else at its partial result."""
     t, _, heads, split, num_busy, before = place
-    x = _joined(means)
+    x = joined(means)
     wide: gl.constexpr = gl.BlockedLayout([1, D // 32], [1, 32], [gl.num_warps(), 1], [1, 0])
     x = gl.convert_layout(x, wide)
     head = gl.arange(0, x.shape[0], gl.SliceLayout(1, wide))
@@ -183,46 +99,59 @@ def _store(means, lse, place, out, partial_out, partial_lse, firsts, stride,
 
 @gluon.jit
 def _attend(
-    q, keys, values, table_row, work, place, scale_log2, tile_keys, tile_values, page, next_page,
+    q, keys, values, table_row, work, place, scale_log2, tile_keys, tile_values, page,
     H: gl.constexpr, KEY: gl.constexpr, VALUE: gl.constexpr, K: gl.constexpr, D: gl.constexpr,
     P: gl.constexpr, HAS_SHARED: gl.constexpr, HEADS: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
-    """Returns what `_merge_warps` does of this program's share, whose first tile is there."""
+    """Returns what `merge_warps` does of this program's share, whose first tile is there."""
     t, _, first_head, _, _, _ = place
     low, _, end, first_tile, tiles = work
     W: gl.constexpr = gl.num_warps()
     N: gl.constexpr = W * TOKENS
-    weight_tokens: gl.constexpr = gl.SliceLayout(2, gl.DotOperandLayout(1, mma, 2))
-    first = first_tile * N + TOKENS * gl.arange(0, W, page.type.layout)
+    begin = first_tile * N + TOKENS * gl.arange(0, W, page.type.layout)
     queries = load_queries(q, t * H + first_head, H // K, HEADS, D, KEY, mma)
-    sums, weights = no_sums(D, HEADS, VALUE, mma)
-    state = (
-        gl.full([W, HEADS], NOTHING, gl.float32, gl.SliceLayout(1, mma)),
-        gl.zeros([W, TOKENS, HEADS], gl.float32, mma),
-        sums,
-        weights,
-        gl.full([W], LEAST_UNIT, gl.float32, gl.SliceLayout(1, weight_tokens)),
-    )
     scale_log2 = scale_log2 / step_of(KEY, 0)
-    third_page = _page(table_row, first + 2 * N, end, P)
-    # Two tiles a turn: what is loaded meanwhile is where the next turn wants it. One too many is
-    # all hidden.
-    for _ in range((tiles + 1) // 2):
-        # Pages are the same in a warp, which waits for them where they are handed on: long after.
-        fourth_page = _page(table_row, first + 3 * N, end, P)
-        fifth_page = _page(table_row, first + 4 * N, end, P)
-        other_keys = _load(keys, next_page, first + N, end, K, D, P, KEY, True)
-        other_values = _load(values, next_page, first + N, end, K, D, P, VALUE, False)
-        s = _scores(queries, tile_keys, first, low, end, K, KEY, HAS_SHARED, mma)
-        state = _add(state, s, scale_log2, tile_values, K, VALUE, mma)
-        tile_keys = _load(keys, third_page, first + 2 * N, end, K, D, P, KEY, True)
-        tile_values = _load(values, third_page, first + 2 * N, end, K, D, P, VALUE, False)
-        s = _scores(queries, other_keys, first + N, low, end, K, KEY, HAS_SHARED, mma)
-        state = _add(state, s, scale_log2, other_values, K, VALUE, mma)
-        first = first + 2 * N
-        next_page = fourth_page
-        third_page = fifth_page
-    return _merge_warps(state, VALUE, mma)
+    # All weights of a share are of one origin: the largest score of its first tiles. There is room
+    # for much larger ones; where that is not enough, all begins again, once, with the largest.
+    s = visible_scores(queries, tile_keys, begin, low, end, K, KEY, HAS_SHARED, mma)
+    top = higher(s)
+    origin = origin_of(top, scale_log2, mma)
+    sums, weights = no_sums(D, HEADS, VALUE, mma)
+    state = (top, sums, weights)
+    turns = (tiles + 1) // 2
+    left = turns
+    while left > 0:
+        first = begin
+        third_page = _page(table_row, first + 2 * N, end, P)
+        tile_next = _page(table_row, first + N, end, P)
+        # Two tiles a turn: what is loaded meanwhile is where the next turn wants it. One too many
+        # is all hidden.
+        for _ in range(left):
+            # Pages are the same in a warp, which waits for them where they are handed on: long
+            # after.
+            fourth_page = _page(table_row, first + 3 * N, end, P)
+            fifth_page = _page(table_row, first + 4 * N, end, P)
+            other_keys = _load(keys, tile_next, first + N, end, K, D, P, KEY, True)
+            other_values = _load(values, tile_next, first + N, end, K, D, P, VALUE, False)
+            s = visible_scores(queries, tile_keys, first, low, end, K, KEY, HAS_SHARED, mma)
+            state = add_tile(state, s, origin, scale_log2, tile_values, K, VALUE, mma)
+            tile_keys = _load(keys, third_page, first + 2 * N, end, K, D, P, KEY, True)
+            tile_values = _load(values, third_page, first + 2 * N, end, K, D, P, VALUE, False)
+            s = visible_scores(queries, other_keys, first + N, low, end, K, KEY, HAS_SHARED, mma)
+            state = add_tile(state, s, origin, scale_log2, other_values, K, VALUE, mma)
+            first = first + 2 * N
+            tile_next = fourth_page
+            third_page = fifth_page
+        highest = origin_of(state[0], scale_log2, mma)
+        left = left * 0
+        if gl.max(highest - origin, 0) > MOST_GROWTH:
+            origin = highest
+            state = (state[0], sums, weights)
+            begin_page = _page(table_row, begin, end, P)
+            tile_keys = _load(keys, begin_page, begin, end, K, D, P, KEY, True)
+            tile_values = _load(values, begin_page, begin, end, K, D, P, VALUE, False)
+            left = turns
+    return merge_warps(state, origin, VALUE, mma)
 
 
 @launchable
@@ -291,7 +220,6 @@ def _lone_rows_kernel(
     table_row = block_table + sequence * stride_table
     first = first_tile * N + TOKENS * gl.arange(0, W, one)
     page = _page(table_row, first, end, P)
-    next_page = _page(table_row, first + N, end, P)
     # All but the newest token was written before the kernel whose end is waited for.
     has_newest = (tiles == 1) & (end == length)
     early = gl.where(has_newest, 0, end)
@@ -307,7 +235,7 @@ def _lone_rows_kernel(
             tile_values = _load(values, page, first, end, K, D, P, VALUE, False)
         means, lse = _attend(
             q, keys, values, table_row, work, place, scale_log2, tile_keys, tile_values, page,
-            next_page, H, KEY, VALUE, K, D, P, HAS_SHARED, HEADS, mma,
+            H, KEY, VALUE, K, D, P, HAS_SHARED, HEADS, mma,
         )  # fmt: skip
         _store(means, lse, place, out, partial_out, partial_lse, firsts, stride, H, GROUP, D, UNMIX)
     merge_shares(
@@ -354,8 +282,7 @@ def lone_rows(
     rows, group = len(batch.seq_lens_S), out.shape[1] // planes.num_heads
     processors, pieces = num_processors(q_THD.device), rows * planes.num_heads
     assert pieces <= len(tickets), (rows, planes.num_heads)
-    crowd = USUAL if pieces <= USUAL.programs * processors else DENSE
-    programs = min(most_shares, max(1, crowd.programs * processors // pieces))
+    programs = min(most_shares, max(1, PROGRAMS * processors // pieces))
     _lone_rows_kernel[(planes.num_heads, rows, programs)](
         *(out, partials.out, partials.lse),
         *(batch.query_starts, batch.seq_lens_S, *(shared or (unused, unused))),
@@ -372,10 +299,10 @@ def lone_rows(
         HAS_SHARED=shared is not None,
         PACKED=partials.starts is not None,
         HEADS=max(8, next_power_of_2(group)),
-        # As many heads at a time as leave one turn to each of a row's programs.
         UNMIX=unmixes,
+        # As many heads at a time as leave one turn to each of a row's programs.
         MERGED=4 if programs <= 4 else 2 if programs <= 8 else 1,
         num_warps=WARPS,
-        maxnreg=crowd.registers,
+        maxnreg=REGISTERS,
         **launch_options(q_THD.device),
     )

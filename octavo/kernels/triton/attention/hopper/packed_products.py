@@ -1,14 +1,19 @@
-"""Numbers of compressed keys and values out of their words, and products with them.
+"""Products with compressed keys and values.
 
-Called by lone.py on what packed_tiles.py loaded. Keys are rows of their product with queries and
-values columns of theirs with weights, so that what a thread loads is what it multiplies, once
-unpacked. To that end the numbers of a vector are taken in another order than they lie in: dot
-products do not mind, and queries and sums are put in that order, or back, once a program.
+Called by lone.py and packed_softmax.py on what packed_tiles.py loaded. Keys are rows of their
+product with queries and values columns of theirs with weights, so that what a thread loads is what
+it multiplies, once unpacked (packed_numbers.py). To that end the numbers of a vector are taken in
+another order than they lie in: dot products do not mind, and queries and sums are put in that
+order, or back, once a program.
 
 A PART of a vector is what shares a scale: all of it, of int4 32 numbers. Tensors are [W, ...], W
-the warps. Numbers of int8 and int4 are multiplied as they lie in their words: with nothing above
-them, their bits are those of a float16 that is so many STEPs. They are BIAS too large (int8 in
-excess 128), which is taken off sums: it costs less than taking it off each number.
+the warps. Numbers are multiplied as they lie in their words: with nothing above them, their bits
+are those of a float16 that is so many times the least (keys), or of a bfloat16 (values; e4m3 is one
+once shifted). They are `bias_of` too large (int8 in excess 128), which is taken off sums: it costs
+less than taking it off each number.
+
+Weights are bfloat16 because of its exponents: with them they need be neither relative to the
+largest score nor to the largest scale.
 """
 
 from __future__ import annotations
@@ -18,23 +23,19 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from octavo.formats import KV_FORMATS
+from octavo.kernels.triton.attention.hopper.packed_numbers import (
+    crossed,
+    in_key_order,
+    key_part,
+    pairs_of,
+    value_part,
+)
 from octavo.kernels.triton.attention.hopper.packed_tiles import TOKENS, blocks_of
-from octavo.kernels.triton.tiles.numbers import FROM_FP8
 
 STEP = gl.constexpr(2.0**-24)
 """The least float16."""
-LEAST_UNIT = gl.constexpr(1e-30)
-MOST_UNIT = gl.constexpr(2.0**120)
-"""Weights are at most 2^8 of a larger one."""
-FROM_BYTES = gl.constexpr("""{
-    .reg .b32 x, y, excess;
-    mov.b32 excess, 0x00800080;
-    lop3.b32 x, $4, 0x00ff00ff, excess, 0x6a;
-    mov.b32 {$0, $1}, x;
-    shr.u32 y, $4, 8;
-    lop3.b32 y, y, 0x00ff00ff, excess, 0x6a;
-    mov.b32 {$2, $3}, y;
-}""")
+RAISED = gl.constexpr(60)
+"""Weights are 2^RAISED times what they should be: their products with numbers are so small."""
 
 
 @gluon.constexpr_function
@@ -56,7 +57,7 @@ def bias_of(format: str) -> float:
 
 @gluon.constexpr_function
 def step_of(format: str, part: int) -> float:
-    """Returns what 1 is as values of a part are multiplied: the high halves of bytes are left in
+    """Returns what 1 is as keys of a part are multiplied: the high halves of bytes are left in
     their place."""
     if format == "fp8":
         return 1.0
@@ -64,115 +65,16 @@ def step_of(format: str, part: int) -> float:
 
 
 @gluon.constexpr_function
+def _raised_step(format: str, part: int) -> float:
+    """Returns what 1 is in sums of values with weights that are RAISED."""
+    if format == "fp8":
+        return 2.0 ** (RAISED.value - 120)
+    return 2.0 ** (RAISED.value - (129 if format == "int4" and part % 2 else 133))
+
+
+@gluon.constexpr_function
 def products_layout(warps: int) -> gl.NVMMADistributedLayout:
     return gl.NVMMADistributedLayout([2, 0], [warps, 1, 1], [1, 16, 8])
-
-
-@gluon.jit
-def _in_key_order(x, FORMAT: gl.constexpr):
-    """Returns x [ROWS, PART] with its columns as they are in rows of keys: those of a thread, of
-    every 16, are what it takes from memory in one piece."""
-    ROWS: gl.constexpr = x.shape[0]
-    PART: gl.constexpr = x.shape[1]
-    LOW: gl.constexpr = 4 if PART > 32 else 2
-    x = x.reshape([ROWS, PART // (16 * LOW), 4, LOW, 2, 2])
-    # But for fp8 bytes 0 and 2 of a word are neighbours.
-    x = x.permute((0, 1, 3, 4, 2, 5) if FORMAT == "fp8" else (0, 1, 3, 5, 2, 4))
-    return x.reshape([ROWS, PART])
-
-
-@gluon.jit
-def _two(words, ASM: gl.constexpr):
-    """Returns [..., 2, 2] of float16 of each word [...]: pairs of numbers."""
-    a, b, c, d = gl.inline_asm_elementwise(
-        ASM, "=h,=h,=h,=h,r", [words], dtype=(gl.float16,) * 4, is_pure=True, pack=1
-    )
-    return gl.join(gl.join(a, c), gl.join(b, d))
-
-
-@gluon.jit
-def _halves(words):
-    """Returns the low and the high numbers of bytes, each as `_two` does: those of bytes 0 and 2,
-    then of bytes 1 and 3."""
-    a, b, c, d, e, f, g, h = gl.inline_asm_elementwise(
-        """{
-            .reg .b32 x, y;
-            shr.u32 y, $8, 8;
-            and.b32 x, $8, 0x000f000f;
-            mov.b32 {$0, $1}, x;
-            and.b32 x, y, 0x000f000f;
-            mov.b32 {$2, $3}, x;
-            and.b32 x, $8, 0x00f000f0;
-            mov.b32 {$4, $5}, x;
-            and.b32 x, y, 0x00f000f0;
-            mov.b32 {$6, $7}, x;
-        }""",
-        "=h,=h,=h,=h,=h,=h,=h,=h,r",
-        [words],
-        dtype=(gl.float16,) * 8,
-        is_pure=True,
-        pack=1,
-    )
-    low = gl.join(gl.join(a, c), gl.join(b, d))
-    return low, gl.join(gl.join(e, g), gl.join(f, h))
-
-
-@gluon.jit
-def _pairs_of(words, FORMAT: gl.constexpr):
-    """Returns the numbers of words as a tuple of parts of words [..., 2, 2]: of fp8 in the order
-    that they lie in, else those of bytes 0 and 2 first."""
-    if FORMAT == "int4":
-        return _halves(words)
-    elif FORMAT == "int8":
-        return (_two(words, FROM_BYTES),)
-    else:
-        return (_two(words, FROM_FP8),)
-
-
-@gluon.jit
-def _key_part(low, high, mma: gl.constexpr):
-    """Returns a part of keys [W, TOKENS, PART], ordered as queries are, of the numbers [W, 8,
-    WORDS, 2, 2] of the first and of the other tokens."""
-    W: gl.constexpr = low.shape[0]
-    WORDS: gl.constexpr = low.shape[2]
-    LOW: gl.constexpr = 4 if WORDS > 8 else 2
-    x = gl.join(low, high).reshape([W, 8, WORDS // (4 * LOW), 4, LOW, 2, 2, 2])
-    x = x.permute((0, 7, 1, 2, 4, 5, 3, 6)).reshape([W, TOKENS, 4 * WORDS])
-    return gl.convert_layout(x, gl.DotOperandLayout(0, mma, 2))
-
-
-@gluon.jit
-def _crossed(even, odd, FORMAT: gl.constexpr):
-    """Returns words [..., 2] whose pairs are the same number of two tokens: numbers 0 and 1, then 2
-    and 3."""
-    if FORMAT == "fp8":
-        first, second = _by_bytes(even, odd, "0x5140", "0x7362")
-    else:
-        first, second = _by_bytes(even, odd, "0x5410", "0x7632")
-    return gl.join(first, second)
-
-
-@gluon.jit
-def _by_bytes(x, y, FIRST: gl.constexpr, SECOND: gl.constexpr):
-    return gl.inline_asm_elementwise(
-        "prmt.b32 $0, $2, $3, " + FIRST + "; prmt.b32 $1, $2, $3, " + SECOND + ";",
-        "=&r,=r,r,r",
-        [x, y],
-        dtype=(gl.int32, gl.int32),
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
-def _value_part(low, high, mma: gl.constexpr):
-    """Returns a part of values [W, PART, TOKENS]: row 8 i + g has number g * PART / 8 + i. Of the
-    numbers [W, 4, WORDS, 2, 2, 2] of tokens 2 i and 2 i + 1 (last of all), and of 8 more."""
-    W: gl.constexpr = low.shape[0]
-    WORDS: gl.constexpr = low.shape[2]
-    x = gl.join(low, high).reshape([W, 4, 8, WORDS // 8, 2, 2, 2, 2])
-    x = x.permute((0, 3, 4, 5, 2, 7, 1, 6)).reshape([W, 4 * WORDS, TOKENS])
-    return gl.convert_layout(x, gl.DotOperandLayout(0, mma, 2))
 
 
 @gluon.jit
@@ -187,58 +89,147 @@ def load_queries(q, first_row, GROUP: gl.constexpr, HEADS: gl.constexpr, D: gl.c
     head = gl.arange(0, HEADS, gl.SliceLayout(1, wide))[:, None]
     at = q + (first_row + head) * D + gl.arange(0, PART, gl.SliceLayout(0, wide))[None, :]
     parts = ()
-    origins = ()
+    excess = ()
     for i in gl.static_range(D // PART):
         part = gl.load(at + i * PART, mask=head < GROUP, other=0.0).to(gl.float16)
-        origin = gl.zeros([W, TOKENS, HEADS], gl.float32, mma)
-        if bias_of(FORMAT) != 0:
-            sums = gl.sum(part.to(gl.float32), 1) * (-bias_of(FORMAT) * STEP)
-            sums = gl.convert_layout(sums, gl.SliceLayout(0, gl.SliceLayout(1, mma)))
-            origin = origin + sums[None, :][:, None, :]
+        excess = excess + (gl.sum(part.to(gl.float32), 1) * (-bias_of(FORMAT) * STEP),)
         if step_of(FORMAT, i) > STEP and FORMAT != "fp8":
             part = part * 0.0625  # as the numbers are larger
-        part = _in_key_order(part, FORMAT).permute((1, 0))
+        part = in_key_order(part, FORMAT).permute((1, 0))
         part = gl.convert_layout(part, gl.SliceLayout(0, each)).expand_dims(0)
         parts = parts + (part.broadcast_to([W, PART, HEADS]),)
-        origins = origins + (origin,)
-    return parts, origins
+    return parts, _origins(excess, HEADS, FORMAT, mma)
 
 
 @gluon.jit
-def scores(queries, words, scales, FORMAT: gl.constexpr, mma: gl.constexpr):
-    """Returns k q^T, float32 [W, TOKENS, HEADS], times `step_of` part 0."""
+def _origins(excess, HEADS: gl.constexpr, FORMAT: gl.constexpr, mma: gl.constexpr):
+    """Returns what takes the excess of each part, [HEADS], off scores: what products begin with; of
+    int4 what scales are multiplied with, as `scale_rows` has them, four parts at a time."""
+    W: gl.constexpr = mma.warps_per_cta[0]
+    origins = ()
+    if len(excess) == 1:
+        x = gl.convert_layout(excess[0], gl.SliceLayout(0, gl.SliceLayout(1, mma)))
+        origins = (gl.zeros([W, TOKENS, HEADS], gl.float32, mma) + x[None, :][:, None, :],)
+    else:
+        each: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+        flat: gl.constexpr = gl.SliceLayout(0, each)
+        k = gl.arange(0, 16, gl.SliceLayout(1, flat))[:, None]
+        x = gl.zeros([16, HEADS], gl.bfloat16, flat)
+        for i in gl.static_range(len(excess)):
+            left = gl.convert_layout(excess[i], gl.SliceLayout(0, flat))[None, :]
+            for piece in gl.static_range(3):  # of bfloat16, which are all of it
+                high = left.to(gl.bfloat16)
+                left = left - high.to(gl.float32)
+                is_here = k == (i % 4 // 2) * 8 + piece * 2 + i % 2
+                x = gl.where(is_here, high.broadcast_to([16, HEADS]), x)
+            if i % 4 == 3 or i == len(excess) - 1:
+                origins = origins + (x.expand_dims(0).broadcast_to([W, 16, HEADS]),)
+                x = gl.zeros([16, HEADS], gl.bfloat16, flat)
+    return origins
+
+
+@gluon.jit
+def scores(queries, words, scales, rows, FORMAT: gl.constexpr, mma: gl.constexpr):
+    """Returns k q^T, float32 [W, TOKENS, HEADS], times `step_of` part 0. Scales as `scales_of` has
+    them, and as `scale_rows` does."""
     parts, origins = queries
     LOADS: gl.constexpr = len(words) // 2
-    s = gl.zeros([words[0].shape[0], TOKENS, parts[0].shape[2]], gl.float32, mma)
+    none = gl.zeros([words[0].shape[0], TOKENS, parts[0].shape[2]], gl.float32, mma)
+    s = none
+    if len(parts) > 1:
+        for i in gl.static_range(len(origins)):
+            s = mma_v2(rows[i], origins[i], s)
     if FORMAT == "int4":
         lows, highs = blocks_of(words[:LOADS], True), blocks_of(words[LOADS:], True)
     else:
         lows, highs = words[:LOADS], words[LOADS:]
     EACH: gl.constexpr = len(parts) // len(lows)
     for i in gl.static_range(len(lows)):
-        first, other = _pairs_of(lows[i], FORMAT), _pairs_of(highs[i], FORMAT)
+        first, other = pairs_of(lows[i], FORMAT, True), pairs_of(highs[i], FORMAT, True)
         for j in gl.static_range(EACH):
-            k = _key_part(first[j], other[j], mma)
-            dots = mma_v2(k, parts[EACH * i + j], origins[EACH * i + j])
+            k = key_part(first[j], other[j], mma)
+            dots = mma_v2(k, parts[EACH * i + j], none if len(parts) > 1 else origins[0])
             s += dots * scales[EACH * i + j][:, :, None]
     return s
 
 
 @gluon.jit
-def _by_thread(w):
-    """Returns the sums of [W, TOKENS, HEADS] over those tokens that a thread has, [W, 4, HEADS]."""
-    W: gl.constexpr = w.shape[0]
-    HEADS: gl.constexpr = w.shape[2]
-    return gl.sum(gl.sum(w.reshape([W, 2, 4, 2, HEADS]), 3), 1)
+def weight_pairs(p):
+    """Returns weights [W, TOKENS, HEADS], as products leave them, as pairs of bfloat16 of two
+    tokens, [W, TOKENS / 2, HEADS], as products take them: 8 x 8 at a time transposed."""
+    W: gl.constexpr = p.shape[0]
+    HEADS: gl.constexpr = p.shape[2]
+    even, odd = gl.split(p.reshape([W, TOKENS, HEADS // 2, 2]))
+    pairs = gl.inline_asm_elementwise(
+        """{
+            .reg .b32 heads;
+            cvt.rn.bf16x2.f32 heads, $2, $1;
+            movmatrix.sync.aligned.m8n8.trans.b16 $0, heads;
+        }""",
+        "=r,f,f",
+        [even, odd],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=1,
+    )
+    pairs = pairs.reshape([W, TOKENS // 8, 8, HEADS // 8, 4]).permute((0, 1, 4, 3, 2))
+    return pairs.reshape([W, TOKENS // 2, HEADS])
 
 
 @gluon.jit
-def add_values(
-    sums, weights, by, p, words, scales, inverse, FORMAT: gl.constexpr, mma: gl.constexpr
-):  # fmt: skip
-    """Returns sums * by + v^T p, a tuple of parts [W, PART, HEADS] times `step_of` each part, in
-    units of 1 / inverse [W]; and their weights, [W, 4, HEADS] for each part, where numbers have a
-    bias. Weights p [W, TOKENS, HEADS] are at most 1."""
+def _scaled(pairs, scales, mma: gl.constexpr):
+    """Returns the weights [W, TOKENS, HEADS] of `weight_pairs` times pairs of scales
+    [W, TOKENS / 2]."""
+    scales = scales[:, :, None].broadcast_to(pairs.shape)
+    even, odd = gl.inline_asm_elementwise(
+        "{ .reg .b32 x; mul.rn.bf16x2 x, $2, $3; mov.b32 {$0, $1}, x; }",
+        "=h,=h,r,r",
+        [pairs, scales],
+        dtype=(gl.bfloat16, gl.bfloat16),
+        is_pure=True,
+        pack=1,
+    )
+    return _by_token(even, odd, mma)
+
+
+@gluon.jit
+def _by_token(even, odd, mma: gl.constexpr):
+    """Returns weights [W, TOKENS, HEADS] of those of even and of odd tokens."""
+    W: gl.constexpr = even.shape[0]
+    HEADS: gl.constexpr = even.shape[2]
+    w = gl.join(even, odd).permute((0, 1, 3, 2)).reshape([W, TOKENS, HEADS])
+    return gl.convert_layout(w, gl.DotOperandLayout(1, mma, 2))
+
+
+@gluon.jit
+def _unscaled(pairs, mma: gl.constexpr):
+    """Returns the weights [W, TOKENS, HEADS] of `weight_pairs`."""
+    even, odd = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;",
+        "=h,=h,r",
+        [pairs],
+        dtype=(gl.bfloat16, gl.bfloat16),
+        is_pure=True,
+        pack=1,
+    )
+    return _by_token(even, odd, mma)
+
+
+@gluon.jit
+def _row_of_ones(i: gl.constexpr, mma: gl.constexpr):
+    """Returns [W, 16, TOKENS]: its product with weights has their sums in row i."""
+    each: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    W: gl.constexpr = mma.warps_per_cta[0]
+    row = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, each)))[None, :][:, :, None]
+    ones = gl.where(row == i, 1.0, 0.0).to(gl.bfloat16)
+    return ones.broadcast_to([W, 16, TOKENS])
+
+
+@gluon.jit
+def add_values(sums, weights, pairs, words, scales, FORMAT: gl.constexpr, mma: gl.constexpr):
+    """Returns sums + v^T w, a tuple of parts [W, PART, HEADS] times `_raised_step`; and the weights
+    of part i in row i of [W, 16, HEADS], where numbers have a bias. `pairs` and `scales` of weights
+    as `_scaled` takes them."""
     LOADS: gl.constexpr = len(words) // 4
     a, b, c, d = (
         words[:LOADS],
@@ -250,25 +241,18 @@ def add_values(
         a, b = blocks_of(a, False), blocks_of(b, False)
         c, d = blocks_of(c, False), blocks_of(d, False)
     EACH: gl.constexpr = len(sums) // len(a)
-    each: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
-    # As they leave the softmax weights are not where products want them.
-    p = gl.convert_layout(p.to(gl.float16), each).to(gl.float32)
-    p = p * inverse[:, None, None]  # times scales alone they might be too small for float16
+    weights = mma_v2(_row_of_ones(len(sums), mma), _unscaled(pairs, mma), weights)
     added = ()
-    heavier = ()
     for i in gl.static_range(len(a)):
-        first = _pairs_of(_crossed(a[i], b[i], FORMAT), FORMAT)
-        other = _pairs_of(_crossed(c[i], d[i], FORMAT), FORMAT)
+        first = pairs_of(crossed(a[i], b[i]), FORMAT, False)
+        other = pairs_of(crossed(c[i], d[i]), FORMAT, False)
         for j in gl.static_range(EACH):
-            w = p * scales[EACH * i + j][:, :, None]
-            v = _value_part(first[j], other[j], mma)
-            shrunk = sums[EACH * i + j] * by[:, None, :]
-            added = added + (mma_v2(v, w.to(gl.float16), shrunk),)
+            w = _scaled(pairs, scales[EACH * i + j], mma)
+            v = value_part(first[j], other[j], mma)
+            added = added + (mma_v2(v, w, sums[EACH * i + j]),)
             if bias_of(FORMAT) != 0:
-                more = _by_thread(w)
-                less = gl.convert_layout(by, gl.SliceLayout(1, more.type.layout))[:, None, :]
-                heavier = heavier + (weights[EACH * i + j] * less + more,)
-    return added, heavier
+                weights = mma_v2(_row_of_ones(EACH * i + j, mma), w, weights)
+    return added, weights
 
 
 @gluon.jit
@@ -276,42 +260,27 @@ def no_sums(D: gl.constexpr, HEADS: gl.constexpr, FORMAT: gl.constexpr, mma: gl.
     """Returns what `add_values` begins with: sums, weights."""
     W: gl.constexpr = mma.warps_per_cta[0]
     PART: gl.constexpr = part_size(FORMAT, D)
-    zeros = gl.zeros([W, TOKENS, HEADS], gl.float32, gl.DotOperandLayout(1, mma, 2))
-    none = _by_thread(zeros)
     sums = ()
-    weights = ()
     for _ in gl.static_range(D // PART):
         sums = sums + (gl.zeros([W, PART, HEADS], gl.float32, mma),)
-        if bias_of(FORMAT) != 0:
-            weights = weights + (none,)
-    return sums, weights
+    return sums, gl.zeros([W, 16, HEADS], gl.float32, mma)
 
 
 @gluon.jit
 def finished(sums, weights, FORMAT: gl.constexpr, mma: gl.constexpr):
-    """Returns the sums of values times weights, of what `add_values` returned."""
+    """Returns the sums of values times weights, of what `add_values` returned, without the warps:
+    parts [PART, HEADS]; and the sum of weights [HEADS]."""
     done = ()
     for i in gl.static_range(len(sums)):
-        x = sums[i] * (1.0 / step_of(FORMAT, i))
+        x = gl.sum(sums[i], 0) * (1.0 / _raised_step(FORMAT, i))
         if bias_of(FORMAT) != 0:
-            weight = gl.convert_layout(gl.sum(weights[i], 1), gl.SliceLayout(1, mma))
-            x = x - (weight * bias_of(FORMAT))[:, None, :]
+            weight = gl.convert_layout(_row(weights, i, mma), gl.SliceLayout(0, x.type.layout))
+            x = x - (weight * (bias_of(FORMAT) * 2.0**-RAISED))[None, :]
         done = done + (x,)
-    return done
+    return done, _row(weights, len(sums), mma)
 
 
 @gluon.jit
-def largest(scales):
-    """Returns [W]: the largest of a tile's scales, within what may be a unit."""
-    top = scales[0]
-    for i in gl.static_range(1, len(scales)):
-        top = gl.maximum(top, scales[i])
-    return gl.minimum(gl.max(top, 1), MOST_UNIT)
-
-
-@gluon.jit
-def inverse_of(x):
-    """Returns about 1 / x, of a unit."""
-    return gl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
+def _row(weights, i: gl.constexpr, mma: gl.constexpr):
+    row = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, mma)))[None, :][:, :, None]
+    return gl.sum(gl.sum(gl.where(row == i, weights, 0.0), 1), 0)

@@ -1,9 +1,10 @@
-"""Tiles of compressed keys and values, from global memory into registers: words of numbers, and
-scales.
+"""Tiles of compressed keys and values, from global memory into registers: words of numbers.
 
-Called by lone.py. Every warp has tiles of its own: TOKENS tokens. A thread loads what it multiplies
-(packed_products.py), or else what threads of its warp exchange: the more of a vector comes at once
-the better; nothing passes through shared memory. Tensors are [W, ...], W the warps.
+Called by lone.py; packed_scales.py has their scales. Every warp has tiles of its own: TOKENS
+tokens. A thread loads what it multiplies (packed_products.py), or else what threads of its warp
+exchange: the more of a vector comes at once the better; nothing passes through shared memory. All
+loads are masked: those that are not the compiler delays to where their results are used. Tensors
+are [W, ...], W the warps.
 docs/kv_formats.md has the layout in memory.
 """
 
@@ -23,13 +24,7 @@ def num_loads(format: str, size: int) -> int:
 
 
 @gluon.constexpr_function
-def _bits(count: int, first: int) -> list[list[int]]:
-    """Bases of `count` words, a power of two, the first of them `first`."""
-    return [[0, 0, first << i] for i in range(count.bit_length() - 1)]
-
-
-@gluon.constexpr_function
-def _warps(warps: int) -> list[list[int]]:
+def warp_bases(warps: int) -> list[list[int]]:
     return [[1 << i, 0, 0] for i in range(warps.bit_length() - 1)]
 
 
@@ -44,7 +39,7 @@ def _word_layout(
     return gl.DistributedLinearLayout(
         [[0, 0, bit] for bit in low],
         places + tokens if is_key else tokens[:2] + places,
-        _warps(warps),
+        warp_bases(warps),
         [],
         [warps, 8 if is_key else 4, words],
     )
@@ -95,20 +90,7 @@ def blocks_of(words, IS_KEY: gl.constexpr):
 
 
 @gluon.constexpr_function
-def _scale_words(warps: int, words: int, is_key: bool) -> gl.DistributedLinearLayout:
-    """Of words of scales [W, 8 or 4, words]: each thread those of a token."""
-    none, tokens = [[0, 0, 0]], [[0, 1, 0], [0, 2, 0], [0, 4, 0]]
-    return gl.DistributedLinearLayout(
-        _bits(words, 1),
-        none * 2 + tokens if is_key else tokens[:2] + none * 3,
-        _warps(warps),
-        [],
-        [warps, 8 if is_key else 4, words],
-    )
-
-
-@gluon.constexpr_function
-def _places(is_key: bool) -> tuple[int, ...]:
+def places_of(is_key: bool) -> tuple[int, ...]:
     """Returns which tokens a thread has, from its first on."""
     return (0, 8) if is_key else (0, 1, 8, 9)
 
@@ -119,7 +101,7 @@ def load_words(
     IS_KEY: gl.constexpr,
 ):  # fmt: skip
     """Returns the words of vectors of TOKENS tokens of pages `page` [W] from `inside` [W] on, of
-    which `live` [W] are visible: for each of `_places` as many as a vector is loaded in. STRIDE:
+    which `live` [W] are visible: for each of `places_of` as many as a vector is loaded in. STRIDE:
     vectors of a token."""
     LOADS: gl.constexpr = num_loads(FORMAT, D)
     BYTES: gl.constexpr = D // 2 if FORMAT == "int4" else D
@@ -130,108 +112,16 @@ def load_words(
     numbers, _, stride, _, _ = plane
     token = gl.arange(0, layout.shape[1], gl.SliceLayout(0, rows))[None, :] * (1 if IS_KEY else 2)
     word = gl.arange(0, WORDS, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
-    first = gl.convert_layout(page * stride + inside * (STRIDE * BYTES), one)[:, None]
+    first = gl.convert_layout(page, one).to(gl.int64)[:, None] * stride
+    first = first + gl.convert_layout(inside * (STRIDE * BYTES), one)[:, None]
     there = (numbers + first).to(gl.pointer_type(gl.int32))[:, :, None]
     there = there + ((token * (STRIDE * BYTES // 4))[:, :, None] + word)
     left = gl.convert_layout(live, one)[:, None] - token
     loaded = ()
-    for place in gl.static_range(len(_places(IS_KEY))):
+    for place in gl.static_range(len(places_of(IS_KEY))):
         for i in gl.static_range(LOADS):
             # Added to all alike, so that one address serves all loads.
-            at = there + (_places(IS_KEY)[place] * (STRIDE * BYTES // 4) + i * WORDS)
-            if IS_KEY or FORMAT != "fp8":
-                loaded = loaded + (gl.load(at),)
-            else:  # What is hidden may be NaN.
-                mask = (left > _places(IS_KEY)[place])[:, :, None]
-                loaded = loaded + (gl.load(at, mask=mask, other=0),)
-    return loaded
-
-
-@gluon.jit
-def load_scales(
-    plane, page, inside, live, STRIDE: gl.constexpr, COUNT: gl.constexpr, IS_KEY: gl.constexpr
-):  # fmt: skip
-    """Returns words [W, .., words] with the COUNT scales of each token, for each of `_places`; of
-    values 0 if hidden; where it is one, another head's beside it. `scales_of` takes them apart
-    only where they are used: what does that at once waits for them."""
-    WORDS: gl.constexpr = max(1, COUNT // 2)
-    layout: gl.constexpr = _scale_words(page.shape[0], WORDS, IS_KEY)
-    rows: gl.constexpr = gl.SliceLayout(2, layout)
-    one: gl.constexpr = gl.SliceLayout(1, rows)
-    _, scales, _, stride, head = plane
-    token = gl.arange(0, layout.shape[1], gl.SliceLayout(0, rows))[None, :] * (1 if IS_KEY else 2)
-    word = gl.arange(0, WORDS, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
-    # Pages and tiles begin with whole words.
-    first = gl.convert_layout((page * stride + inside * (STRIDE * COUNT)) // 2, one)[:, None]
-    there = (scales.to(gl.pointer_type(gl.int32)) + first)[:, :, None] + word
-    left = gl.convert_layout(live, one)[:, None] - token
-    loaded = ()
-    for i in gl.static_range(len(_places(IS_KEY))):
-        if COUNT * STRIDE % 2 == 1:
-            at = there + ((token + _places(IS_KEY)[i]) * STRIDE + head)[:, :, None] // 2
-        else:
-            at = there + (token * STRIDE * COUNT + head * COUNT)[:, :, None] // 2
-            at = at + _places(IS_KEY)[i] * STRIDE * COUNT // 2
-        if IS_KEY:
-            loaded = loaded + (gl.load(at),)
-        else:
-            mask = (left > _places(IS_KEY)[i])[:, :, None]
+            at = there + (places_of(IS_KEY)[place] * (STRIDE * BYTES // 4) + i * WORDS)
+            mask = (left > places_of(IS_KEY)[place])[:, :, None]
             loaded = loaded + (gl.load(at, mask=mask, other=0),)
     return loaded
-
-
-@gluon.jit
-def _gathered(places, tokens: gl.constexpr):
-    """Returns [W, TOKENS] in layout `tokens` of what each of `_places` has, [W, 8] or [W, 4]."""
-    W: gl.constexpr = places[0].shape[0]
-    if len(places) == 2:
-        x = gl.join(places[0], places[1]).permute((0, 2, 1)).reshape([W, TOKENS])
-    else:
-        pairs = gl.join(gl.join(places[0], places[1]), gl.join(places[2], places[3]))
-        x = pairs.permute((0, 3, 1, 2)).reshape([W, TOKENS])
-    return gl.convert_layout(x, tokens)
-
-
-@gluon.jit
-def _column(places, i: gl.constexpr):
-    """Returns word i of each of `_places`."""
-    words = ()
-    for place in gl.static_range(len(places)):
-        words = words + (_word(places[place], i),)
-    return words
-
-
-@gluon.jit
-def _word(x, i: gl.constexpr):
-    """Returns [W, T], word i of [W, T, words]."""
-    W: gl.constexpr = x.shape[0]
-    T: gl.constexpr = x.shape[1]
-    WORDS: gl.constexpr = x.shape[2]
-    if WORDS == 1:
-        return x.reshape([W, T])
-    else:
-        even, odd = gl.split(x.reshape([W, T, WORDS // 2, 2]))
-        if i % 2 == 0:
-            return _word(even, i // 2)
-        else:
-            return _word(odd, i // 2)
-
-
-@gluon.jit
-def scales_of(
-    places, head, STRIDE: gl.constexpr, COUNT: gl.constexpr, tokens: gl.constexpr
-):  # fmt: skip
-    """Returns what `load_scales` loaded as a tuple of COUNT float32 [W, TOKENS] in layout
-    `tokens`."""
-    scales = ()
-    if COUNT == 1:
-        token = gl.arange(0, TOKENS, gl.SliceLayout(0, tokens))[None, :]
-        shift = 16 - (token * (STRIDE % 2) + head) % 2 * 16
-        words = _gathered(_column(places, 0), tokens)
-        scales = (((words << shift) & -65536).to(gl.float32, bitcast=True),)
-    else:
-        for i in gl.static_range(COUNT // 2):
-            words = _gathered(_column(places, i), tokens)
-            low = (words << 16).to(gl.float32, bitcast=True)
-            scales = scales + (low, (words & -65536).to(gl.float32, bitcast=True))
-    return scales
