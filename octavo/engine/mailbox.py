@@ -29,7 +29,7 @@ Reader = Callable[[list[News]], bool]
 
 TURNS_AT_ONCE = 64
 """Readers that are called before others have their turn: about a millisecond."""
-ROUNDS = 16
+ROUNDS = 4
 """In which all have had their turns, if those of a round may be so many."""
 
 
