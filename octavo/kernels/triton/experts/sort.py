@@ -74,8 +74,8 @@ def order_kernel(
 ):
     """order = the pairs, stably sorted by expert; blocks = runs of up to BLOCK_P of one expert.
 
-    order_P int32 [P], and its inverse places_P, -1 for pairs left out; blocks_3B int32 [3, B]:
-    expert (-1: the block is unused), first and end place in order_P. Each of C programs places its
+    order_P int32 [P], and its inverse places_P, -1 for pairs left out; blocks_3B int32 [3, B]: see
+    `SortedPairs`. Each of C programs places its
     own chunk of `size` pairs and writes its share of the blocks; ids outside [0, E) are left out.
     PAIRS: a power of two that holds all pairs, which then every program counts itself; or 0, and
     counts_CE has the chunks' counts.
@@ -126,6 +126,7 @@ def order_kernel(
         begin = tl.sum(mine * begin, 1)
         end = tl.minimum(begin + BLOCK_P, tl.sum(mine * (first + total)[None, :], 1))
         owner = tl.sum(mine * (expert[None, :] + 1), 1) - 1
+        end = tl.where(owner < 0, tl.sum(blocks, 0), end)
         is_block = block < num_blocks
         tl.store(blocks_3B + block, owner, mask=is_block)
         tl.store(blocks_3B + num_blocks + block, begin, mask=is_block)
@@ -141,7 +142,8 @@ class SortedPairs:
     places_P: Tensor
     """int32 [P] where each pair is in it, or -1."""
     blocks_3B: Tensor
-    """int32 [3, B]: expert (-1 where unused), first place and end place in `order_P`."""
+    """int32 [3, B]: expert, first place and end place in `order_P`. Those unused come last: -1, 0,
+    and how many are used."""
     block_p: int
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -47,6 +48,19 @@ def test_rows_are_rounded_once_and_put_in_their_places(by_block: bool, choices: 
 
 def test_rows_of_any_width_have_a_number_of_warps_that_triton_takes():
     assert {warps_of(128 * count) for count in range(1, 100)} == {1, 2, 4, 8}
+
+
+@pytest.mark.parametrize(("blocks", "columns"), [(1, 5), (16, 3), (37, 4), (50, 1)])
+def test_blocks_go_through_the_columns_together(blocks: int, columns: int):
+    tiles = emulated("octavo.kernels.triton.tiles.hopper.fp8", is_late=False)
+    found = [tiles.place_of(unit, blocks, columns) for unit in range(blocks * columns)]
+    places = [(int(block), int(column)) for block, column in found]
+    assert sorted(places) == [
+        (block, column) for block in range(blocks) for column in range(columns)
+    ]
+    for place, following in pairwise(places):
+        together = place[0] // tiles.TOGETHER == following[0] // tiles.TOGETHER
+        assert following[1] - place[1] in ((0, 1) if together else (1 - columns,))
 
 
 @pytest.mark.parametrize(

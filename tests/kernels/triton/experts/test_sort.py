@@ -33,6 +33,9 @@ def assert_sorted(pairs: sort.SortedPairs, ids: Tensor, count: int) -> None:
     kept = int(is_known.sum())
     assert torch.equal(pairs.order_P[:kept].cpu().long(), expected[:kept])
     expert, first, end = pairs.blocks_3B.cpu()
+    used = int((expert >= 0).sum())
+    assert (expert[used:] == -1).all()
+    assert (end[used:] == used).all()
     covered = 0
     for e, a, b in zip(expert.tolist(), first.tolist(), end.tolist(), strict=True):
         if e < 0:

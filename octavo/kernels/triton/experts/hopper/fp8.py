@@ -34,6 +34,7 @@ from octavo.kernels.triton.tiles.hopper.fp8 import (
     TILE,
     bring,
     make_rings,
+    place_of,
     scaled_sums,
     sums_layout,
     tiles_of,
@@ -50,12 +51,19 @@ UNSPECIALISED = ["num_blocks", "num_places", "steps", "columns"]
 
 
 @gluon.jit
+def _used_blocks(blocks_3B, num_blocks):
+    """Returns how many blocks there are, as those say that are none."""
+    last = blocks_3B + (num_blocks - 1)
+    return gl.where(gl.load(last) < 0, gl.load(last + 2 * num_blocks), num_blocks)
+
+
+@gluon.jit
 def _piece(unit, columns, work):
     """Returns (expert, first place, end place, column block) of a unit of work."""
-    blocks_3B, num_blocks = work
-    block = unit // columns
+    blocks_3B, num_blocks, used = work
+    block, column = place_of(unit, used, columns)
     at = blocks_3B + block
-    return gl.load(at), gl.load(at + num_blocks), gl.load(at + 2 * num_blocks), unit % columns
+    return gl.load(at), gl.load(at + num_blocks), gl.load(at + 2 * num_blocks), column
 
 
 @gluon.jit
@@ -67,14 +75,13 @@ def _produce(
     base = units * 0
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         expert, row, _, column = _piece(unit, columns, work)
-        if expert >= 0:
-            if IS_GATED:
-                at = expert * num_rows + column * TILE
-                bring(x, first, second, row, at, at, steps, base, rings, OVERLAP)
-            else:
-                at = expert * num_rows + column * (2 * TILE)
-                bring(x, first, second, row, at, at + TILE, steps, base, rings, OVERLAP)
-            base += steps
+        if IS_GATED:
+            at = expert * num_rows + column * TILE
+            bring(x, first, second, row, at, at, steps, base, rings, OVERLAP)
+        else:
+            at = expert * num_rows + column * (2 * TILE)
+            bring(x, first, second, row, at, at + TILE, steps, base, rings, OVERLAP)
+        base += steps
     if OVERLAP:
         gdc_wait()
 
@@ -98,46 +105,45 @@ def _consume(
     base = units * 0
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         expert, start, end, column = _piece(unit, columns, work)
-        if expert >= 0:
-            start += HALF_OF * HALF
-            row = start + gl.arange(0, COUNT, gl.SliceLayout(WEIGHTS, SUMS))
-            first_row = expert.to(gl.int64) * num_rows
-            if IS_GATED:
-                first_row += column * TILE
-                second_row = first_row
-            else:
-                first_row += column * (2 * TILE)
-                second_row = first_row + TILE
-            if not IS_GATED:  # Asked for before the sums, which take longer.
-                pair = gl.load(order + row, mask=row < end, other=0)
-                weight = gl.load(weights + pair, mask=row < end, other=0.0)
-            scales = x_scales, first_scales + first_row, second_scales + second_row, scale_stride
-            one, two = scaled_sums(
-                *(HALF_OF, ROWS, IS_FEW, BY_BLOCK, BY_TILE, row, num_places, scales),
-                *(steps, base, rings),
+        start += HALF_OF * HALF
+        row = start + gl.arange(0, COUNT, gl.SliceLayout(WEIGHTS, SUMS))
+        first_row = expert.to(gl.int64) * num_rows
+        if IS_GATED:
+            first_row += column * TILE
+            second_row = first_row
+        else:
+            first_row += column * (2 * TILE)
+            second_row = first_row + TILE
+        if not IS_GATED:  # Asked for before the sums, which take longer.
+            pair = gl.load(order + row, mask=row < end, other=0)
+            weight = gl.load(weights + pair, mask=row < end, other=0.0)
+        scales = x_scales, first_scales + first_row, second_scales + second_row, scale_stride
+        one, two = scaled_sums(
+            *(HALF_OF, ROWS, IS_FEW, BY_BLOCK, BY_TILE, row, num_places, scales),
+            *(steps, base, rings),
+        )
+        base += steps
+        place = start + gl.arange(0, COUNT, gl.SliceLayout(WEIGHTS, WIDE))
+        live = place < end
+        if IS_GATED:
+            value = silu_times(one, two)
+            if BY_BLOCK:
+                value, scale = rounded(value, WEIGHTS)
+                at = out_scales + column.to(gl.int64) * num_places + row
+                gl.store(at, scale, mask=row < end)
+                value = in_words(value, WEIGHTS)
+            value = value.to(out.dtype.element_ty)
+            store_rows(out, value, place, live, out_stride, column * TILE, IS_FEW)
+        else:
+            to = gl.load(order + place, mask=live, other=0)
+            of_pair = gl.expand_dims(weight, WEIGHTS)
+            at = column * (2 * TILE)
+            one, two = (
+                (one * of_pair).to(out.dtype.element_ty),
+                (two * of_pair).to(out.dtype.element_ty),
             )
-            base += steps
-            place = start + gl.arange(0, COUNT, gl.SliceLayout(WEIGHTS, WIDE))
-            live = place < end
-            if IS_GATED:
-                value = silu_times(one, two)
-                if BY_BLOCK:
-                    value, scale = rounded(value, WEIGHTS)
-                    at = out_scales + column.to(gl.int64) * num_places + row
-                    gl.store(at, scale, mask=row < end)
-                    value = in_words(value, WEIGHTS)
-                value = value.to(out.dtype.element_ty)
-                store_rows(out, value, place, live, out_stride, column * TILE, IS_FEW)
-            else:
-                to = gl.load(order + place, mask=live, other=0)
-                of_pair = gl.expand_dims(weight, WEIGHTS)
-                at = column * (2 * TILE)
-                one, two = (
-                    (one * of_pair).to(out.dtype.element_ty),
-                    (two * of_pair).to(out.dtype.element_ty),
-                )
-                store_rows(out, one, to, live, out_stride, at, IS_FEW)
-                store_rows(out, two, to, live, out_stride, at + TILE, IS_FEW)
+            store_rows(out, one, to, live, out_stride, at, IS_FEW)
+            store_rows(out, two, to, live, out_stride, at + TILE, IS_FEW)
 
 
 @launchable
@@ -180,8 +186,9 @@ def fp8_pieces_kernel(
     of a row of out. One warp asks for tiles, one or two warpgroups multiply.
     """
     rings = make_rings(x.dtype, ROWS, IS_FEW, STAGES)
-    units = num_blocks * columns
-    work = (blocks_3B, num_blocks)
+    used = _used_blocks(blocks_3B, num_blocks)
+    units = used * columns
+    work = (blocks_3B, num_blocks, used)
     source = (x, first, second, num_rows, steps, columns, units, work, rings)
     rest = (x_scales, first_scales, second_scales, out, out_scales, weights_P, order_P, num_places,
             num_rows, scale_stride, out_stride, steps, columns, units, work, rings)  # fmt: skip

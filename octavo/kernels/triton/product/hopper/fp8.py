@@ -27,6 +27,7 @@ from octavo.kernels.triton.tiles.hopper.fp8 import (
     TILE,
     bring,
     make_rings,
+    place_of,
     scaled_sums,
     sums_layout,
     tiles_of,
@@ -40,12 +41,12 @@ STAGES = 4
 
 
 @gluon.jit
-def _bring_all(x, weight, columns, steps, units, rings, OVERLAP: gl.constexpr):
+def _bring_all(x, weight, columns, steps, blocks, rings, OVERLAP: gl.constexpr):
     """Keeps the rings full."""
-    base = units * 0
-    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        first_row = unit % columns * (2 * TILE)
-        rows = unit // columns * ROWS, first_row, first_row + TILE
+    base = blocks * 0
+    for unit in range(gl.program_id(0), blocks * columns, gl.num_programs(0)):
+        block, column = place_of(unit, blocks, columns)
+        rows = block * ROWS, column * (2 * TILE), column * (2 * TILE) + TILE
         bring(x, weight, weight, *rows, steps, base, rings, OVERLAP)
         base += steps
     if OVERLAP:
@@ -56,7 +57,7 @@ def _bring_all(x, weight, columns, steps, units, rings, OVERLAP: gl.constexpr):
 def _multiply_half(
     HALF_OF: gl.constexpr, BY_BLOCK: gl.constexpr, HAS_BIAS: gl.constexpr, OVERLAP: gl.constexpr,
     x_scales, scales, bias, out, num_tokens, num_rows, scale_stride, out_stride, columns, steps,
-    units, rings,
+    blocks, rings,
 ):  # fmt: skip
     """Multiplies half of the rows of every piece."""
     SUMS: gl.constexpr = sums_layout(ROWS, False)
@@ -64,11 +65,12 @@ def _multiply_half(
         gdc_wait()
     if OVERLAP:
         gdc_launch_dependents()
-    base = units * 0
-    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        start = unit // columns * ROWS + HALF_OF * HALF
+    base = blocks * 0
+    for unit in range(gl.program_id(0), blocks * columns, gl.num_programs(0)):
+        block, column = place_of(unit, blocks, columns)
+        start = block * ROWS + HALF_OF * HALF
         row = start + gl.arange(0, HALF, gl.SliceLayout(1, SUMS))
-        column = unit % columns * (2 * TILE)
+        column *= 2 * TILE
         # Where rows end with the first tile there is no second: it is brought as zeros.
         second = gl.minimum(column + TILE, num_rows - TILE)
         one, two = scaled_sums(
@@ -117,14 +119,14 @@ def fp8_rows_kernel(
     warpgroups multiply.
     """
     rings = make_rings(x.dtype, ROWS, False, STAGES)
-    units = (num_tokens + ROWS - 1) // ROWS * columns
+    blocks = (num_tokens + ROWS - 1) // ROWS
     rest = (x_scales, scales, bias_N, out_TN, num_tokens, num_rows, scale_stride, out_stride,
-            columns, steps, units, rings)  # fmt: skip
+            columns, steps, blocks, rings)  # fmt: skip
     gl.warp_specialize(
         [
             (_multiply_half, (0, BY_BLOCK, HAS_BIAS, OVERLAP) + rest),
             (_multiply_half, (1, BY_BLOCK, HAS_BIAS, OVERLAP) + rest),
-            (_bring_all, (x, weight, columns, steps, units, rings, OVERLAP)),
+            (_bring_all, (x, weight, columns, steps, blocks, rings, OVERLAP)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, REGISTERS],

@@ -30,6 +30,8 @@ TILE = gl.constexpr(128)
 """Rows of a tile of weights, and columns of all tiles: what shares a scale."""
 HALF = gl.constexpr(64)
 """Rows of x of a warpgroup, where rows are many."""
+TOGETHER = gl.constexpr(16)
+"""Blocks of rows of x that go through the tiles of weights side by side."""
 PRODUCER_REGISTERS = 40
 """Of the warp that asks for tiles."""
 CONSUMER_REGISTERS = gl.constexpr(240)
@@ -58,6 +60,16 @@ def make_rings(dtype: gl.constexpr, ROWS: gl.constexpr, IS_FEW: gl.constexpr, S:
         mbarrier.init(empty.index(i), count=ROWS // BOX)
     fence_async_shared()
     return x, first, second, full, empty
+
+
+@gluon.jit
+def place_of(unit, blocks, columns):
+    """Returns which block of rows of x and which column of tiles a unit of work is. Some blocks go
+    through the columns together: weights that no cache holds are read once for them all."""
+    first = unit // (TOGETHER * columns) * TOGETHER
+    count = gl.minimum(TOGETHER, blocks - first)
+    within = unit - first * columns
+    return first + within % count, within // count
 
 
 @gluon.jit
@@ -137,7 +149,8 @@ def _factors(x_scale, weight_scale, IS_FEW: gl.constexpr):
 def _multiply(
     HALF_OF: gl.constexpr, ROWS: gl.constexpr, IS_FEW: gl.constexpr, steps, base, rings
 ):  # fmt: skip
-    """Returns the products with both tiles of weights, scaled by nobody."""
+    """Returns the products with both tiles of weights, scaled by nobody. A step is begun before the
+    last one is done."""
     x_ring, first_ring, second_ring, full, empty = rings
     S: gl.constexpr = first_ring.shape[0]
     BOXES: gl.constexpr = x_ring.shape[0] // S
@@ -150,8 +163,11 @@ def _multiply(
         x = x_ring.index(slot * BOXES + HALF_OF)
         of_first = _begun(x, first_ring.index(slot), of_first, True, IS_FEW)
         of_second = _begun(x, second_ring.index(slot), of_second, True, IS_FEW)
-        of_first, of_second = warpgroup_mma_wait(0, deps=(of_first, of_second))
-        mbarrier.arrive(empty.index(slot))
+        of_first, of_second = warpgroup_mma_wait(2, deps=(of_first, of_second))
+        if step > 0:
+            mbarrier.arrive(empty.index((base + step - 1) % S))
+    of_first, of_second = warpgroup_mma_wait(0, deps=(of_first, of_second))
+    mbarrier.arrive(empty.index((base + steps - 1) % S))
     return of_first, of_second
 
 
