@@ -35,7 +35,14 @@ from octavo.kernels.triton.tiles.packed import (
     scaled_rows,
     values_at,
 )
-from octavo.kernels.triton.tiles.packed_sums import CHUNK, high_word, sums_packed, value_packed
+from octavo.kernels.triton.tiles.packed_sums import (
+    CHUNK,
+    high_word,
+    sums_of_words,
+    sums_packed,
+    value_packed,
+    words_of,
+)
 from octavo.kernels.triton.tiles.scales import group_of
 from octavo.planes import PlaneLayout
 
@@ -60,17 +67,33 @@ def packed_matvec_kernel(
     x_M [M] contiguous; planes of a weight [N, M]; out_N [N], bias_N [N] any float. A step has WORDS
     of codes.
     """
-    wait_turn(OVERLAP)
+    STEP: tl.constexpr = WORDS * parts_of(FORMAT)
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_row = row < num_rows
     safe = tl.where(is_row, row, 0)
-    total = tl.zeros([BLOCK_N, WORDS // CHUNK], tl.float32)
     every = tl.full([1, 1], True, tl.int1)
-    none = tl.zeros([1, 1], tl.int64)
-    for start in range(0, hidden_size, WORDS * parts_of(FORMAT)):
-        total = sums_packed(
-            total, planes, safe[:, None], x_M + none, every, start, hidden_size, WORDS, FORMAT
-        )
+    # Codes are written by no kernel: the first of them travel while the last kernel ends, and those
+    # of the next step while one is summed. Of smaller codes there is no room for so many.
+    IS_EARLY: tl.constexpr = parts_of(FORMAT) == 2
+    if IS_EARLY:
+        words, high = words_of(planes, safe[:, None], every, 0, hidden_size, WORDS, FORMAT)
+    wait_turn(OVERLAP)
+    total = tl.zeros([BLOCK_N, WORDS // CHUNK], tl.float32)
+    x_row = x_M + tl.zeros([1, 1], tl.int64)
+    for start in range(0, hidden_size, STEP):
+        if IS_EARLY:
+            following = words_of(
+                planes, safe[:, None], every, start + STEP, hidden_size, WORDS, FORMAT
+            )
+            total = sums_of_words(
+                *(total, words, high, planes, safe[:, None], x_row, every),
+                *(start, hidden_size, WORDS, FORMAT),
+            )
+            words, high = following
+        else:
+            total = sums_packed(
+                total, planes, safe[:, None], x_row, every, start, hidden_size, WORDS, FORMAT
+            )
     out = scaled_rows(tl.sum(total, 1), planes, safe.to(tl.int64), FORMAT)
     if HAS_BIAS:
         out += tl.load(bias_N + row, mask=is_row, other=0.0).to(tl.float32)

@@ -63,24 +63,18 @@ def raw_scales(planes, row, group, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def sums_packed(
-    total, planes, row, x_rows, is_row, start, length, WORDS: tl.constexpr, FORMAT: tl.constexpr
-):  # fmt: skip
-    """Returns total [.., WORDS / 8] + sums of x * weight over the columns that 8 words of codes
-    have, for WORDS of them from column `start` on. row (of the weight), x_rows (pointers to rows of
-    x), is_row: of one column, and so many dimensions more."""
-    GROUP: tl.constexpr = group_of(FORMAT)
-    CHUNKS: tl.constexpr = WORDS // CHUNK
-    dtype: tl.constexpr = tl.float32 if IS_INTERPRETED else tl.bfloat16
-    wide = row.to(tl.int64)
-    word, chunk = tl.arange(0, WORDS), tl.arange(0, CHUNKS)
-    if len(row.shape) == 3:
-        word, chunk = word[None, None, :], chunk[None, None, :]
-    else:
-        word, chunk = word[None, :], chunk[None, :]
-    column = start + columns_of(word, FORMAT)
-    first = start + columns_of(chunk * CHUNK, FORMAT)  # of a chunk
-    is_there = is_row & (column < length)
+def _words_along(row, WORDS: tl.constexpr):
+    """Returns the numbers of WORDS words, of as many dimensions as row has."""
+    word = tl.arange(0, WORDS)
+    return word[None, None, :] if len(row.shape) == 3 else word[None, :]
+
+
+@triton.jit
+def words_of(planes, row, is_row, start, length, WORDS: tl.constexpr, FORMAT: tl.constexpr):
+    """Returns WORDS words of codes of rows of the weight, from column `start` on, and the words of
+    their high bits, moved to where theirs begin; none beyond `length`."""
+    wide, word = row.to(tl.int64), _words_along(row, WORDS)
+    is_there = is_row & (start + columns_of(word, FORMAT) < length)
     word += start // parts_of(FORMAT)
     words = tl.load(planes[0] + wide * num_words(length, FORMAT) + word, mask=is_there, other=0)
     high = words
@@ -89,6 +83,34 @@ def sums_packed(
         high = tl.load(at, mask=is_there, other=0).to(tl.uint16, bitcast=True)
         run = word // RUN % runs_of(FORMAT) * (high_of(FORMAT) * parts_of(FORMAT))
         high = (high >> run.to(tl.uint16)).to(tl.int16, bitcast=True)
+    return words, high
+
+
+@triton.jit
+def sums_packed(
+    total, planes, row, x_rows, is_row, start, length, WORDS: tl.constexpr, FORMAT: tl.constexpr
+):  # fmt: skip
+    """Returns total [.., WORDS / 8] + sums of x * weight over the columns that 8 words of codes
+    have, for WORDS of them from column `start` on. row (of the weight), x_rows (pointers to rows of
+    x), is_row: of one column, and so many dimensions more."""
+    words, high = words_of(planes, row, is_row, start, length, WORDS, FORMAT)
+    return sums_of_words(
+        total, words, high, planes, row, x_rows, is_row, start, length, WORDS, FORMAT
+    )
+
+
+@triton.jit
+def sums_of_words(
+    total, words, high, planes, row, x_rows, is_row, start, length, WORDS: tl.constexpr,
+    FORMAT: tl.constexpr,
+):  # fmt: skip
+    """As `sums_packed`, of words that `words_of` has brought."""
+    GROUP: tl.constexpr = group_of(FORMAT)
+    CHUNKS: tl.constexpr = WORDS // CHUNK
+    dtype: tl.constexpr = tl.float32 if IS_INTERPRETED else tl.bfloat16
+    wide = row.to(tl.int64)
+    column = start + columns_of(_words_along(row, WORDS), FORMAT)
+    first = start + columns_of(_words_along(row, CHUNKS) * CHUNK, FORMAT)  # of a chunk
     numbers = raw_parts(words, high, 0, dtype, FORMAT)
     safe = tl.where(is_row, wide, 0)
     kept = tl.zeros([1], tl.float32)
