@@ -12,8 +12,8 @@ from tests.kernels.triton.packed_cases import error_of, planes
 
 from octavo.kernels.triton.product.choose import multiply_packed  # isort: skip
 from octavo.kernels.triton.product.fp8 import fp8_product  # isort: skip
-from octavo.kernels.triton.product.packed import packed_product, unpack  # isort: skip
-from octavo.kernels.triton.product.packed_shapes import Fp8Shape, PackedShape  # isort: skip
+from octavo.kernels.triton.product.packed import packed_matvec, packed_product, unpack  # isort: skip
+from octavo.kernels.triton.product.packed_shapes import Fp8Shape, PackedShape, SumsShape  # isort: skip
 
 ROWS = 20
 KINDS = (
@@ -60,6 +60,17 @@ def test_rows_are_unpacked_and_unknown_ones_are_nan(name: str):
     found = unpack(weight, layout, cols, torch.float32, ids)
     assert torch.equal(found[:2], values_of(layout, weight, cols)[[3, 19]])
     assert bool(found[2:].isnan().all())
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8_row", "int8_64", "q5_0"])
+def test_one_row_is_summed_in_several_steps(name: str):
+    layout, cols = PLANE_LAYOUTS[name], 352
+    weight = planes(layout, ROWS, cols)
+    x = torch.randn(1, cols, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    out = torch.empty(1, ROWS, device=DEVICE)
+    shape = SumsShape(block_n=2, words=64, num_warps=2)
+    packed_matvec(x, weight, layout, None, out, shape)
+    assert error_of(out, x.double() @ values_of(layout, weight, cols).double().T) < 2e-6
 
 
 def test_several_steps_of_a_block_have_the_bits_of_single_ones():
