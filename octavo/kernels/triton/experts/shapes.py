@@ -175,10 +175,8 @@ def packed_pairs_shape(
     """Returns the launch shapes of the kernels of `pairs.py` where weights are packed."""
     of_gate = min(512, next_power_of_2(gate.words(hidden_size)))
     of_down = min(512 if top_k <= 2 else 128, next_power_of_2(down.words(inner_size)))
-    block_n = 2 if top_k <= 2 or down.bits == 8 else 4
-    if gate.values == down.values == "e4m3" and top_k > 2:  # whole rows are on their way at once
+    if gate.values == "e4m3" and top_k > 2:  # whole rows are on their way at once
         of_gate = min(1024, next_power_of_2(gate.words(hidden_size)))
-        of_down, block_n = min(512, next_power_of_2(down.words(inner_size))), 1
     return PackedPairsShape(
         gate_up=SumsShape(
             block_n=4 if gate.bits == 4 and inner_size >= 4096 else 2,
@@ -186,7 +184,7 @@ def packed_pairs_shape(
             num_warps=2 if inner_size >= 4096 else 4,
         ),
         down=SumsShape(
-            block_n=block_n,
+            block_n=2 if top_k <= 2 or down.bits == 8 else 4,
             words=max(16, of_down),
             num_warps=2 if top_k <= 2 and down.bits == 4 else 4,
         ),
