@@ -51,7 +51,7 @@ def weights_of_a_token(decoder: Decoder) -> Iterator[tuple[Weight, float]]:
         yield from ((one, 1.0) for one in (*layer.mixer.qkv, layer.mixer.output))
         mlp = layer.mlp
         if isinstance(mlp, GatedMLP):
-            yield from ((one, 1.0) for one in (mlp.gate, mlp.up, mlp.down))
+            yield from ((one, 1.0) for one in (*mlp.gate_up, mlp.down))
             continue
         assert isinstance(mlp, MoE)
         share = mlp.router.rule.top_k / len(mlp.experts.gate)

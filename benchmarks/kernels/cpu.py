@@ -154,7 +154,7 @@ def mlp_cases(ops: Ops, name: str, tokens: int) -> Iterator[Case]:
         bytes=size,
         flops=flops,
         copies=copies,
-        run=lambda i: ops.gated_mlp(x, sets[i][0], sets[i][1], sets[i][2], "silu"),
+        run=lambda i: ops.gated_mlp(x, sets[i][:2], sets[i][2], "silu"),
         torch_run=torch_run,
     )
     layers = [sets[i : i + 4] for i in range(0, copies - 3, 4)]

@@ -61,15 +61,16 @@ def matrices(count: int, rows: int, cols: int) -> tuple[Weight, ...]:
     return tuple(Weight(data=one, format=form, rows=rows, cols=cols) for one in stack)
 
 
-def make_layer(s: Namespace, rope: RopeTable, layer: int) -> Layer:
+def make_layer(s: Namespace, rope: RopeTable, layer: int, ops: TritonOps) -> Layer:
     ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
     norm, head = RMSNorm(weight=ones, eps=1e-6), ones[:HEAD_SIZE]
     gate_up = matrices(2 * s.experts, s.inner, HIDDEN)
     down = matrices(s.experts, HIDDEN, s.inner)
     shared = None
     if s.shared:
-        gate, up = matrices(2, s.shared, HIDDEN)
-        shared = SharedExpert(gate=gate, up=up, down=matrices(1, HIDDEN, s.shared)[0])
+        (both,) = matrices(1, 2 * s.shared, HIDDEN)
+        two = both.parts([s.shared, s.shared])
+        shared = SharedExpert(gate_up=two, down=matrices(1, HIDDEN, s.shared)[0])
     columns = (s.heads + 2 * s.kv_heads) * HEAD_SIZE
     op = AttentionOp(
         **{"num_heads": s.heads, "num_kv_heads": s.kv_heads, "head_size": HEAD_SIZE},
@@ -92,14 +93,14 @@ def make_layer(s: Namespace, rope: RopeTable, layer: int) -> Layer:
         experts=ExpertWeights(gate=gate_up[0::2], up=gate_up[1::2], down=down),
         **{"shared": shared, "activation": "silu"},
     )
-    return Layer(mixer_norm=norm, mixer=attention, mlp_norm=norm, mlp=moe)
+    return Layer(
+        mixer_norm=norm, mixer=attention.prepared(ops), mlp_norm=norm, mlp=moe.prepared(ops)
+    )
 
 
 def router_weights(s: Namespace) -> tuple[Weight, ...]:
     (whole,) = matrices(1, s.experts + bool(s.shared), HIDDEN)
-    parts = whole.data.split([s.experts, 1] if s.shared else [s.experts])
-    form = whole.format
-    return tuple(Weight(data=x, format=form, rows=len(x), cols=HIDDEN) for x in parts)
+    return whole.parts([s.experts, 1] if s.shared else [s.experts])
 
 
 class OneByOne(TritonOps):
@@ -287,11 +288,12 @@ def main() -> None:
         shape = Namespace(**dict(zip(FIELDS, SHAPES[name], strict=True)))
         angles = torch.randn(MAX_SEQ_LEN, HEAD_SIZE // 2)
         rope = RopeTable(cos=angles.cos(), sin=angles.sin(), rotary_dim=HEAD_SIZE)
-        layers = tuple(make_layer(shape, rope, at) for at in range(LAYERS))
+        ops = TritonOps(1, is_deterministic=False)
+        layers = tuple(make_layer(shape, rope, at, ops) for at in range(LAYERS))
         embedding, head = (matrices(1, VOCABULARY, HIDDEN)[0] for _ in range(2))
         parts = {"layers": layers, "final_norm": layers[0].mlp_norm, "embedding": embedding}
         parts |= {"lm_head": head, "spec": None}
-        model = Decoder(ops=TritonOps(1, is_deterministic=False), **parts)
+        model = Decoder(ops=ops, **parts)
         for batch, context in product(*both):
             found = measure(shape, model, Step(shape, model, batch, context), arguments.profile)
             print(f"{name:6} {batch:5} {context:7} {found}", flush=True)

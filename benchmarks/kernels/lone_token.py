@@ -141,7 +141,7 @@ def time_shared(pool: Tensor, name: str, shared_size: int) -> None:
     for gate, up, down in (part.split(shared_size * hidden) for part in rest):
         each = [x.view(shared_size, hidden) for x in (gate, up)] + [down.view(hidden, shared_size)]
         each = [Weight(data=x, format=form, rows=x.shape[0], cols=x.shape[1]) for x in each]
-        shared.append(SharedExpert(gate=each[0], up=each[1], down=each[2]))
+        shared.append(SharedExpert(gate_up=each[:2], down=each[2]))
 
     def apart(at: int) -> Tensor:
         out = experts_of_pairs(x, weights, ids[at], experts, "silu", pairs)
@@ -154,7 +154,7 @@ def time_shared(pool: Tensor, name: str, shared_size: int) -> None:
     size = 2.0 * 3 * hidden * (top_k * inner + shared_size)
     runs: dict[str, Run] = {"routed; shared": apart, "fused": fused}
     exact = exact_parts(exact_hidden(x, ids[0], experts), weights, ids[0], experts).sum(0)
-    gate, up, down = (one.data.double() for one in (shared[0].gate, shared[0].up, shared[0].down))
+    gate, up, down = (one.data.double() for one in (*shared[0].gate_up, shared[0].down))
     inner_row = torch.nn.functional.silu(x.double() @ gate.T) * (x.double() @ up.T)
     exact = exact + torch.sigmoid(logit.double()) * (inner_row @ down.T)
     compare(f"{name} moe with shared", runs, sets, exact, size)

@@ -15,11 +15,17 @@ from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer, NormInpu
 from octavo.kernels.latent import ComposedLatent
 from octavo.kernels.ops import Ops
 from octavo.kernels.planning import AttentionPlanner, PlanLimits, PlannedGroup, Unplanned
-from octavo.kernels.weights import Router, SharedExpert, Weight
+from octavo.kernels.weights import ExpertWeights, Router, SharedExpert, Weight
 
 
 class Composed(ComposedLatent):
     """See `octavo.kernels.ops.Ops`."""
+
+    def prepare(self, weights: Sequence[Weight]) -> Sequence[Weight]:
+        return weights
+
+    def prepare_experts(self, experts: ExpertWeights) -> ExpertWeights:
+        return experts
 
     def norm_linear(
         self: Ops, rows: NormInput, weights: Sequence[Weight], bias_N: Tensor | None = None
@@ -61,7 +67,7 @@ class Composed(ComposedLatent):
         activation: Activation,
     ) -> Tensor:
         if shared is not None:
-            part_TM = self.gated_mlp(x_TM, shared.gate, shared.up, shared.down, activation)
+            part_TM = self.gated_mlp(x_TM, shared.gate_up, shared.down, activation)
             self.add_gated(out_TM, part_TM, gate_T1)
         return out_TM
 

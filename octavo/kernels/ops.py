@@ -54,6 +54,16 @@ class Ops(Protocol):
         `moe` makes some."""
         ...
 
+    def prepare(self, weights: Sequence[Weight]) -> Sequence[Weight]:
+        """Returns weights that ops multiply with at once, as these ops do that best, all together
+        or each. Called when the numbers have arrived; ops take other weights too, and find at every
+        call what can be seen without their numbers."""
+        ...
+
+    def prepare_experts(self, experts: ExpertWeights) -> ExpertWeights:
+        """The same of experts."""
+        ...
+
     def linear(
         self, x_TM: Tensor, weights: Sequence[Weight], bias_N: Tensor | None = None
     ) -> Tensor:
@@ -67,9 +77,9 @@ class Ops(Protocol):
         ...
 
     def gated_mlp(
-        self, x_TM: Tensor, gate: Weight, up: Weight, down: Weight, activation: Activation
+        self, x_TM: Tensor, gate_up: Sequence[Weight], down: Weight, activation: Activation
     ) -> Tensor:
-        """Returns (act(x @ gate.T) * (x @ up.T)) @ down.T as [T, M]."""
+        """Returns (act(x @ gate.T) * (x @ up.T)) @ down.T as [T, M]; gate_up are gate and up."""
         ...
 
     def logits(self, x_SM: Tensor, weight: Weight) -> Tensor:

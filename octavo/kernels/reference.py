@@ -121,8 +121,9 @@ class ReferenceOps(Composed):
         return out if bias_N is None else out.add_(bias_N)
 
     def gated_mlp(
-        self, x_TM: Tensor, gate: Weight, up: Weight, down: Weight, activation: Activation
+        self, x_TM: Tensor, gate_up: Sequence[Weight], down: Weight, activation: Activation
     ) -> Tensor:
+        gate, up = gate_up
         hidden = activate(self.linear(x_TM, (gate,)), self.linear(x_TM, (up,)), activation)
         return self.linear(hidden, (down,))
 
@@ -170,7 +171,7 @@ class ReferenceOps(Composed):
         gate, up, down = experts.gate[expert], experts.up[expert], experts.down[expert]
         biases = experts.biases
         if biases is None:
-            return self.gated_mlp(x_TM, gate, up, down, activation)
+            return self.gated_mlp(x_TM, (gate, up), down, activation)
         gate_TF = self.linear(x_TM, (gate,), biases.gate_EF[expert])
         up_TF = self.linear(x_TM, (up,), biases.up_EF[expert])
         return self.linear(activate(gate_TF, up_TF, activation), (down,), biases.down_EM[expert])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -50,6 +51,14 @@ class Weight:
             within=None,
         )
 
+    def parts(self, rows: Sequence[int]) -> tuple[Weight, ...]:
+        """Returns views of so many rows each, one after the other, which know that they are."""
+        starts = accumulate(rows, initial=0)
+        return tuple(
+            replace(self.part(start, start + count), within=Within(whole=self, start=start))
+            for start, count in zip(starts, rows, strict=False)
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Within:
@@ -58,6 +67,23 @@ class Within:
     whole: Weight
     start: int
     """The first row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Together(Sequence[Weight]):
+    """Weights that are multiplied at once, with what a back end made of them (`Ops.prepare`)."""
+
+    weights: tuple[Weight, ...]
+    prepared: object
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __getitem__(self, index: int) -> Weight:  # type: ignore[override]
+        return self.weights[index]
+
+    def __iter__(self) -> Iterator[Weight]:
+        return iter(self.weights)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
@@ -94,6 +120,8 @@ class ExpertWeights:
     down: Sequence[Weight]
     """A `Stack` each on a device; else matrices where their file has them."""
     biases: ExpertBiases | None = None
+    prepared: object = None
+    """What a back end made of them (`Ops.prepare_experts`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
@@ -109,8 +137,8 @@ class ExpertBiases:
 class SharedExpert:
     """The gated MLP of a MoE layer that every token goes through."""
 
-    gate: Weight
-    up: Weight
+    gate_up: Sequence[Weight]
+    """Gate and up."""
     down: Weight
 
 
@@ -118,7 +146,7 @@ class SharedExpert:
 class Router:
     """What chooses a token's experts: a rule over the logits x @ weights[0].T + bias."""
 
-    weights: tuple[Weight, ...]
+    weights: Sequence[Weight]
     """[E, M], and the gate of the shared expert [1, M] where there is one."""
     rule: RoutingRule
     bias_E: Tensor | None = None

@@ -5,7 +5,8 @@ Held by the decoder; what a step brings comes in its Forward and is never kept.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class Attention:
     layer: int
     """Index of the decoder layer, whose KV it is."""
     op: AttentionOp
-    qkv: tuple[Weight, ...]
+    qkv: Sequence[Weight]
     output: Weight
     early_norm: QKNorm | None = None
     """A norm that cannot wait for `op`, where the clamp or other ranks come in between."""
@@ -35,8 +36,9 @@ class Attention:
     output_bias: Tensor | None = None
 
     def prepared(self, ops: Ops) -> Attention:
-        """Returns the layer as `ops` want it: nothing is to do."""
-        return self
+        """Returns the layer as `ops` want it, now that its numbers have arrived."""
+        (output,) = ops.prepare((self.output,))
+        return replace(self, qkv=ops.prepare(self.qkv), output=output)
 
     def run(self, rows: NormInput, forward: Forward) -> tuple[Tensor, Tensor]:
         """Returns [T, M] and the residual; writes this step's keys and values."""

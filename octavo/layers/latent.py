@@ -5,6 +5,7 @@ Held by the decoder; what a step brings comes in its Forward and is never kept.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -23,7 +24,7 @@ class LatentAttention:
     layer: int
     """Index of the decoder layer, whose KV it is."""
     op: LatentOp
-    inputs: tuple[Weight, ...]
+    inputs: Sequence[Weight]
     """What makes queries, or their latent vectors, and what is kept of a token."""
     query_norm: RMSNorm | None
     query_up: Weight | None
@@ -35,9 +36,14 @@ class LatentAttention:
     output_bias: Tensor | None = None
 
     def prepared(self, ops: Ops) -> LatentAttention:
-        """Returns the layer with `op.weights` made of `up`, whose numbers have arrived."""
+        """Returns the layer as `ops` want it, now that its numbers have arrived, with `op.weights`
+        made of `up`."""
         weights = ops.prepare_latent(self.up, self.op.num_heads, self.op.nope_size)
-        return replace(self, op=replace(self.op, weights=weights))
+        op = replace(self.op, weights=weights)
+        (output,) = ops.prepare((self.output,))
+        query_up = self.query_up and ops.prepare((self.query_up,))[0]
+        inputs = ops.prepare(self.inputs)
+        return replace(self, op=op, inputs=inputs, query_up=query_up, output=output)
 
     def run(self, rows: NormInput, forward: Forward) -> tuple[Tensor, Tensor]:
         """Returns [T, M] and the residual; writes what this step's tokens keep."""

@@ -6,7 +6,7 @@ so that a back end can fuse them; the layer never sees which tokens went where.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,19 @@ class MoE:
     nothing is exchanged: what the ranks add is summed as ever."""
     shared: SharedExpert | None
     activation: Activation
+
+    def prepared(self, ops: Ops) -> MoE:
+        """Returns the layer as `ops` want it, now that its numbers have arrived."""
+        shared = self.shared
+        if shared is not None:
+            (down,) = ops.prepare((shared.down,))
+            shared = SharedExpert(gate_up=ops.prepare(shared.gate_up), down=down)
+        return replace(
+            self,
+            router=replace(self.router, weights=ops.prepare(self.router.weights)),
+            experts=ops.prepare_experts(self.experts),
+            shared=shared,
+        )
 
     def run(self, rows: NormInput, forward: Forward) -> tuple[Tensor, Tensor]:
         """Returns [T, M], or parts of it where the step allows them, and the residual."""

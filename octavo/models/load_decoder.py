@@ -62,9 +62,13 @@ def load_decoder(
         collectives=collectives,
     )
     placement.finish()
-    layers = (replace(one, mixer=one.mixer.prepared(ops)) for one in decoder.layers)
+    layers = (
+        replace(one, mixer=one.mixer.prepared(ops), mlp=one.mlp.prepared(ops))
+        for one in decoder.layers
+    )
+    lm_head = decoder.lm_head and ops.prepare((decoder.lm_head,))[0]
     pooler = None if spec.pooling is None else _pooler(spec.pooling, head, spec.logit_soft_cap)
-    return replace(decoder, layers=tuple(layers), pooler=pooler)
+    return replace(decoder, layers=tuple(layers), lm_head=lm_head, pooler=pooler)
 
 
 def _pooler(spec: PoolingSpec, head: Weight | None, soft_cap: float | None) -> Pooler:
@@ -162,8 +166,8 @@ class _Loader:
         )
 
     def dense(self, spec: MLPSpec, layer: int) -> GatedMLP:
-        gate, up, down = self.gated("", spec, layer)
-        return GatedMLP(gate=gate, up=up, down=down, activation=spec.activation)
+        gate_up, down = self.gated("", spec, layer)
+        return GatedMLP(gate_up=gate_up, down=down, activation=spec.activation)
 
     def latent_attention(self, spec: LatentAttentionSpec, layer: int) -> LatentAttention:
         has_rank = spec.q_rank is not None
@@ -267,11 +271,11 @@ class _Loader:
             return None
         return build_temperatures(spec.temperature, self.max_model_len, self.placement.device)
 
-    def gated(self, prefix: str, spec: MLPSpec, layer: int) -> tuple[Weight, Weight, Weight]:
-        """Returns gate, up and down."""
+    def gated(self, prefix: str, spec: MLPSpec, layer: int) -> tuple[tuple[Weight, ...], Weight]:
+        """Returns gate and up, and down."""
         rows = spec.split
-        gate, up = self.matrices({Parameter(f"{prefix}{p}", layer): rows for p in ("gate", "up")})
-        return gate, up, self.matrix(f"{prefix}down", layer, replace(rows, axis="cols"))
+        both = self.matrices({Parameter(f"{prefix}{p}", layer): rows for p in ("gate", "up")})
+        return both, self.matrix(f"{prefix}down", layer, replace(rows, axis="cols"))
 
     def experts(self, spec: MoESpec, layer: int) -> ExpertWeights:
         rows = None if spec.is_whole else spec.split
@@ -318,8 +322,8 @@ class _Loader:
         )
         shared = None
         if spec.shared is not None:
-            gate, up, down = self.gated("shared_", spec.shared, layer)
-            shared = SharedExpert(gate=gate, up=up, down=down)
+            gate_up, down = self.gated("shared_", spec.shared, layer)
+            shared = SharedExpert(gate_up=gate_up, down=down)
         return MoE(
             counts_row=self.spec.moe_layers.index(layer),
             router=router,

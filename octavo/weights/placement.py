@@ -19,7 +19,7 @@ from torch import Tensor
 from octavo.errors import ConfigError, UnsupportedModelError
 from octavo.kernels.limits import check_copied_format
 from octavo.kernels.planes import empty_planes
-from octavo.kernels.weights import Stack, Weight, Within
+from octavo.kernels.weights import Stack, Weight
 from octavo.planes import PlaneLayout
 from octavo.weights.source import NUMBER_DTYPES, TensorSource, half_split_rows
 from octavo.weights.split import Split
@@ -128,13 +128,8 @@ class DevicePlacement:
     def matrices(self, splits: Mapping[str, Split | None]) -> tuple[Weight, ...]:
         placed: list[Weight] = []
         for alike in self._alike(splits):
-            whole = self._placed(alike)
-            start = 0
-            for name, split in alike.items():
-                rows = len(self._range(name, "rows", split))
-                part = whole.part(start, start + rows)
-                placed.append(replace(part, within=Within(whole=whole, start=start)))
-                start += rows
+            rows = [len(self._range(name, "rows", split)) for name, split in alike.items()]
+            placed += self._placed(alike).parts(rows)
         return tuple(placed)
 
     def stack(self, splits: Mapping[str, Split | None]) -> Sequence[Weight]:

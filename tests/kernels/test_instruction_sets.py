@@ -145,9 +145,9 @@ def test_mlp_and_experts_round_what_they_multiply(
     assert (found - expected).norm() < 0.01 * expected.norm()
     gate, up, down = experts.gate[0], experts.up[0], experts.down[0]
     hidden = exact_gate(exact_rounded(x, gate), exact_rounded(x, up), "silu").float()
-    mlp = rounding.gated_mlp(x, gate, up, down, "silu")
+    mlp = rounding.gated_mlp(x, (gate, up), down, "silu")
     assert (mlp - exact_rounded(hidden, down)).norm() < 0.002 * mlp.norm()
-    alone = [rounding.gated_mlp(row, gate, up, down, "silu") for row in x.split(1)]
+    alone = [rounding.gated_mlp(row, (gate, up), down, "silu") for row in x.split(1)]
     assert torch.equal(torch.cat(alone), mlp)
 
 

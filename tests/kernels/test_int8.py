@@ -150,8 +150,8 @@ def test_experts_and_mlps_round_what_they_multiply(
     ]
     assert torch.equal(torch.cat(rows), found)
     gate, up, down = experts.gate[0], experts.up[0], experts.down[0]
-    mlp = int8.gated_mlp(x, gate, up, down, "silu")
-    assert (mlp - exactly.gated_mlp(x, gate, up, down, "silu")).norm() < 0.02 * mlp.norm()
+    mlp = int8.gated_mlp(x, (gate, up), down, "silu")
+    assert (mlp - exactly.gated_mlp(x, (gate, up), down, "silu")).norm() < 0.02 * mlp.norm()
 
 
 def test_other_formats_are_multiplied_as_ever(int8: NativeOps, rng: np.random.Generator) -> None:

@@ -72,13 +72,13 @@ def test_mlp_and_moe_rows_do_not_depend_on_the_batch(native: Ops, rng: np.random
     gate, up, down = experts.gate[0], experts.up[0], experts.down[0]
     x, weights = floats(rng, 9, 64), floats(rng, 9, 2)
     ids = torch.stack([torch.from_numpy(rng.permutation(5)[:2]) for _ in range(9)]).to(torch.int32)
-    alone = torch.cat([native.gated_mlp(row, gate, up, down, "silu") for row in x.split(1)])
+    alone = torch.cat([native.gated_mlp(row, (gate, up), down, "silu") for row in x.split(1)])
     mixed = [
         native.moe(x[i : i + 1], weights[i : i + 1], ids[i : i + 1], experts, "silu")
         for i in range(9)
     ]
     for cut in CUTS:
-        parts = [native.gated_mlp(p, gate, up, down, "silu") for p in _pieces(x, cut)]
+        parts = [native.gated_mlp(p, (gate, up), down, "silu") for p in _pieces(x, cut)]
         assert torch.equal(torch.cat(parts), alone)
         triples = zip(x.split(cut), weights.split(cut), ids.split(cut), strict=True)
         parts = [native.moe(*triple, experts, "silu") for triple in triples]

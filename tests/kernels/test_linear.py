@@ -93,7 +93,7 @@ def test_gated_mlp_equals_float64(
     down = make_weight(name, 64, 96, rng)
     for tokens in (1, 2, 5, 70):
         x = floats(rng, tokens, 64) * 4
-        found = ops.gated_mlp(x, gate, up, down, activation)
+        found = ops.gated_mlp(x, (gate, up), down, activation)
         assert_close(found, _exact_mlp(x, (gate, up, down), activation))
 
 

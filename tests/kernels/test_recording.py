@@ -43,7 +43,7 @@ def test_a_replay_reads_new_inputs_and_writes_the_same_result(
     def body() -> Tensor:
         y = ops.rms_norm(ops.embedding(ids, embedding), norm, 1e-5)
         y = ops.add_rms_norm(x, y, norm, 1e-5)
-        y = ops.gated_mlp(ops.linear(y, weights, bias), gate, up, down, "silu")
+        y = ops.gated_mlp(ops.linear(y, weights, bias), (gate, up), down, "silu")
         topk = ops.route(ops.linear(y, some), router, counts)
         return ops.moe(y, *topk, experts, "silu")
 

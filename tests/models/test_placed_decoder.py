@@ -70,10 +70,10 @@ def test_a_decoder_on_a_device_has_the_weights_of_one_on_the_host(case: str, tmp
 def test_what_is_multiplied_at_once_is_one_stack(tmp_path: Path):
     pytest.importorskip("triton", reason="triton is not installed")
     from octavo.kernels.triton.experts.stacks import stacked_view
-    from octavo.kernels.triton.product.matrices import merged_matrices
+    from octavo.kernels.triton.product.matrices import matrices_of
 
     def is_one(*weights: Weight) -> bool:
-        return len(merged_matrices([weight.data for weight in weights])) == 1
+        return len(matrices_of(weights)) == 1
 
     tiny = save_tiny("qwen2-moe", tmp_path)
     decoder = load(tiny, DevicePlacement(source_of(tiny), CPU))
@@ -82,8 +82,8 @@ def test_what_is_multiplied_at_once_is_one_stack(tmp_path: Path):
     assert isinstance(dense, GatedMLP)
     assert isinstance(moe, MoE)
     assert moe.shared is not None
-    assert is_one(dense.gate, dense.up)
-    assert is_one(moe.shared.gate, moe.shared.up)
+    assert is_one(*dense.gate_up)
+    assert is_one(*moe.shared.gate_up)
     assert is_one(*moe.router.weights)
     assert len(moe.router.weights) == 2
     for experts in (moe.experts.gate, moe.experts.up, moe.experts.down):
@@ -93,7 +93,7 @@ def test_what_is_multiplied_at_once_is_one_stack(tmp_path: Path):
 
 
 SPLIT = re.compile(
-    r"qkv\.|qkv_bias|key_shift|output\.|(mlp|shared)\.(gate|up|down)\.data|experts"
+    r"qkv\.|qkv_bias|key_shift|output\.|(mlp|shared)\.(gate_up\.[01]|down)\.data|experts"
     r"|qk_norm\.(query|key)$"
 )
 

@@ -205,9 +205,9 @@ class NativeOps(Composed):
         return out
 
     def gated_mlp(
-        self, x_TM: Tensor, gate: Weight, up: Weight, down: Weight, activation: Activation
+        self, x_TM: Tensor, gate_up: Sequence[Weight], down: Weight, activation: Activation
     ) -> Tensor:
-        x = _floats(x_TM)
+        x, (gate, up) = _floats(x_TM), gate_up
         tokens = len(x)
         assert x.shape[1] == gate.cols == up.cols
         assert gate.rows == up.rows == down.cols

@@ -6,8 +6,8 @@ Weights are numbers (f32, f16, bf16), or packed ones in planes (`octavo.planes`)
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ from octavo.kernels.triton.product.choose import (
     norm_fp8_product,
     takes_normed,
 )
-from octavo.kernels.triton.product.matrices import matrices_of, numbers_of
+from octavo.kernels.triton.product.matrices import matrices_of, numbers_of, prepared
 from octavo.kernels.triton.product.norm_matvec import MAX_COLUMNS, norm_matvec, norm_route
 from octavo.kernels.triton.product.packed import unpack
 from octavo.kernels.triton.product.shapes import norm_rows_shape
@@ -70,11 +70,6 @@ class TritonOps(Composed):
         self._is_deterministic = is_deterministic
         self._shapes = shapes or Shapes()
         self._tickets: Tensor | None = None
-        self._matrices: dict[tuple[Weight, ...], list[Tensor | Weight]] = {}
-        """What `merged_matrices` made of weights that were multiplied side by side."""
-        self._stacks: weakref.WeakKeyDictionary[ExpertWeights, StackedExperts] = (
-            weakref.WeakKeyDictionary()
-        )
 
     def embedding(self, token_ids_T: Tensor, weight: Weight) -> Tensor:
         if weight.planes is not None and weight.layout is not None:
@@ -89,10 +84,16 @@ class TritonOps(Composed):
     ) -> Tensor:
         return norms.rms_norm(x_TM, residual_TM, weight_M, eps)
 
+    def prepare(self, weights: Sequence[Weight]) -> Sequence[Weight]:
+        return prepared(weights)
+
+    def prepare_experts(self, experts: ExpertWeights) -> ExpertWeights:
+        return replace(experts, prepared=stacked_experts(experts))
+
     def linear(
         self, x_TM: Tensor, weights: Sequence[Weight], bias_N: Tensor | None = None
     ) -> Tensor:
-        matrices = self._matrices_of(weights)
+        matrices = matrices_of(weights)
         rows = [_rows_of(matrix) for matrix in matrices]
         out = x_TM.new_empty((x_TM.shape[0], sum(rows)))
         if len(matrices) == 1:
@@ -106,18 +107,10 @@ class TritonOps(Composed):
             column = columns.stop
         return out
 
-    def _matrices_of(self, weights: Sequence[Weight]) -> list[Tensor | Weight]:
-        """Returns the weights as matrices of numbers, or packed ones, as few as they can be."""
-        key = tuple(weights)
-        matrices = self._matrices.get(key)
-        if matrices is None:
-            matrices = self._matrices[key] = matrices_of(key)
-        return matrices
-
     def norm_linear(
         self, rows: NormInput, weights: Sequence[Weight], bias_N: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        matrices = self._matrices_of(weights)
+        matrices = matrices_of(weights)
         first = matrices[0]
         if len(matrices) == 1 and isinstance(first, Weight) and self._is_rounded(rows, first):
             return norm_fp8_product(rows, first, bias_N)
@@ -165,14 +158,14 @@ class TritonOps(Composed):
         )
 
     def gated_mlp(
-        self, x_TM: Tensor, gate: Weight, up: Weight, down: Weight, activation: Activation
+        self, x_TM: Tensor, gate_up: Sequence[Weight], down: Weight, activation: Activation
     ) -> Tensor:
         # Nothing holds gate and up while the output is made: of many tokens they are large.
-        hidden = activations.activate_and_mul(self.linear(x_TM, (gate, up)), activation)
+        hidden = activations.activate_and_mul(self.linear(x_TM, gate_up), activation)
         return self.linear(hidden, (down,))
 
     def logits(self, x_SM: Tensor, weight: Weight) -> Tensor:
-        (matrix,) = self._matrices_of((weight,))
+        (matrix,) = matrices_of((weight,))
         out = torch.empty(len(x_SM), weight.rows, dtype=torch.float32, device=x_SM.device)
         self._multiply(x_SM, matrix, None, out, by_vendor=False)
         return out
@@ -191,7 +184,7 @@ class TritonOps(Composed):
     def norm_route(
         self, rows: NormInput, router: Router, counts_E: Tensor, num_live: Tensor | None = None
     ) -> Routed:
-        matrices = self._matrices_of(router.weights)
+        matrices = matrices_of(router.weights)
         first = matrices[0]
         is_fused = router.is_plain and len(matrices) == 1 and not isinstance(first, Weight)
         if not is_fused or not self._is_lone(rows.residual_TM):
@@ -214,9 +207,9 @@ class TritonOps(Composed):
         *,
         in_parts: bool = False,
     ) -> Tensor:
-        stacked = self._stacks.get(experts)
-        if stacked is None:
-            stacked = self._stacks[experts] = stacked_experts(experts)
+        stacked = experts.prepared
+        if not isinstance(stacked, StackedExperts):
+            stacked = stacked_experts(experts)
         out, is_whole = run_experts(
             x_TM,
             topk_weights,

@@ -51,9 +51,7 @@ def make_matrices(
     """Returns matrices of `counts` rows that follow each other, as a loader puts them."""
     whole = (floats(rng, sum(counts), cols) / math.sqrt(cols)).to(DEVICE, dtype)
     form = WEIGHT_FORMATS[NAMES[dtype]]
-    return tuple(
-        Weight(data=part, format=form, rows=len(part), cols=cols) for part in whole.split(counts)
-    )
+    return Weight(data=whole, format=form, rows=len(whole), cols=cols).parts(counts)
 
 
 def make_rows(
@@ -152,7 +150,7 @@ def test_a_shared_expert_is_added(
         ids[1:, 0] = 5  # of more than one tile
         logits = floats(rng, tokens, 9).to(DEVICE)[:, 8:] if has_gate else None
         with poisoned_memory():
-            shared = SharedExpert(gate=gate, up=up, down=down)
+            shared = SharedExpert(gate_up=(gate, up), down=down)
             found = ops.moe(x, weights, ids, experts, "silu", shared, logits)
         part = exact_mlp(x, gate.data, up.data, down.data, "silu")
         part *= sigmoid(logits)

@@ -216,11 +216,11 @@ def shared_parts(
 ) -> SharedParts | None:
     """Returns the shared expert as experts of `inner_size`, or None where it is not some of them
     side by side."""
-    if shared is None or shared.gate.rows % inner_size:
+    if shared is None or shared.gate_up[0].rows % inner_size:
         return None
-    if any(one.planes is not None for one in (shared.gate, shared.up, shared.down)):
+    if any(one.planes is not None for one in (*shared.gate_up, shared.down)):
         return None
-    gate, up, down = numbers_of(shared.gate), numbers_of(shared.up), numbers_of(shared.down)
+    gate, up, down = map(numbers_of, (*shared.gate_up, shared.down))
     assert gate.is_contiguous()
     assert up.is_contiguous()
     assert down.is_contiguous()

@@ -24,7 +24,7 @@ from tests.kernels.triton.gluon_cpu import emulated  # isort: skip
 from octavo.kernels.triton.launching.chip import has_wgmma  # isort: skip
 from octavo.kernels.triton.product import choose  # isort: skip
 from octavo.kernels.triton.product.hopper import fp8  # isort: skip
-from octavo.kernels.triton.product.matrices import matrices_of  # isort: skip
+from octavo.kernels.triton.product.matrices import prepared  # isort: skip
 from octavo.kernels.triton.small.norm import rms_norm  # isort: skip
 from octavo.kernels.triton.small.norm_quantize import norm_quantize  # isort: skip
 from octavo.kernels.triton.small.quantize import Fp8Rows, quantize_rows  # isort: skip
@@ -116,7 +116,8 @@ def test_many_rows_meet_published_scales_in_fp8(
 @pytest.mark.parametrize("has_x", [True, False])
 def test_a_norm_before_such_a_product_rounds(has_x: bool, monkeypatch: pytest.MonkeyPatch):
     weight = weight_of(FP8_BLOCK, 256, 128)
-    (found,) = matrices_of((weight,))
+    weights = prepared((weight,))
+    (found,) = weights
     assert isinstance(found, Weight)
     assert found.is_by_tile
     generator = torch.Generator().manual_seed(3)
@@ -134,7 +135,7 @@ def test_a_norm_before_such_a_product_rounds(has_x: bool, monkeypatch: pytest.Mo
     rows = NormInput(x_TM=x if has_x else None, residual_TM=residual, weight_M=norm, eps=1e-6)
     added = residual.clone()
     normed = rms_norm(x, added, norm, 1e-6) if has_x else rms_norm(added, None, norm, 1e-6)
-    made, left = make_ops(is_deterministic=False).norm_linear(rows, (weight,))
+    made, left = make_ops(is_deterministic=False).norm_linear(rows, weights)
     assert torch.equal(left, added)
     assert weight.planes is not None
     values = values_of(FP8_BLOCK, weight.planes, 128).double()

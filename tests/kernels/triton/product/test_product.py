@@ -125,6 +125,6 @@ def test_gated_mlp_equals_float64(
     gate, up = make_stack(rng, 2, 96, 64, dtype)
     down = make_stack(rng, 1, 64, 96, dtype)[0]
     x = floats(rng, 5, 64).to(DEVICE, dtype)
-    found = make_ops().gated_mlp(x, gate, up, down, activation)
+    found = make_ops().gated_mlp(x, (gate, up), down, activation)
     expected = exact_mlp(x, gate.data, up.data, down.data, activation)
     assert_near(found, expected, TOLERANCES[dtype])
