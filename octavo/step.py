@@ -72,8 +72,7 @@ class RowStart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableDelta:
-    """What changed in the block table of one KV group: parallel arrays [N], in the order in which
-    it happened."""
+    """What changed in the block table of one KV group: parallel arrays [N], each place once."""
 
     group: int
     rows: Int32

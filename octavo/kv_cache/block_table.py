@@ -10,10 +10,14 @@ from collections.abc import Sequence
 from itertools import repeat
 
 import numpy as np
+from numpy.typing import NDArray
 
 from octavo.kv_cache.block_pool import NULL_BLOCK
 from octavo.kv_cache.runs import Runs, runs_of
 from octavo.step import Int32, TableDelta
+
+_FEW = 8
+"""Blocks that are noted one by one: an array for them would take longer."""
 
 
 class BlockTable:
@@ -26,7 +30,9 @@ class BlockTable:
         self._changed_rows: list[int] = []
         self._changed_columns: list[int] = []
         self._changed_blocks: list[int] = []
-        """Parallel: what was written since somebody looked."""
+        """Parallel: what was written since somebody looked, few blocks at a time."""
+        self._changed_spans: list[tuple[int, int, Int32]] = []
+        """Row, first column and blocks of what was written many at a time."""
 
     def row(self, row: int) -> Int32:
         """Returns a view of the blocks of `row`, holes behind a window included."""
@@ -44,17 +50,20 @@ class BlockTable:
         is_named[NULL_BLOCK] = False
         return int(np.count_nonzero(is_named))
 
-    def append(self, row: int, blocks: Sequence[int]) -> None:
+    def append(self, row: int, blocks: Sequence[int] | Int32) -> None:
         """Adds blocks at the end of a row."""
         column, count = self.lengths[row], len(blocks)
         self.lengths[row] = column + count
-        if count == 1:  # most often, and an array for it would take several times as long
-            self._blocks[row, column] = blocks[0]
-        else:
-            self._blocks[row, column : column + count] = blocks
+        if count > _FEW:
+            written = np.array(blocks, np.int32)
+            self._blocks[row, column : column + count] = written
+            self._changed_spans.append((row, column, written))
+            return
+        for place, block in enumerate(map(int, blocks), start=column):
+            self._blocks[row, place] = block
+            self._changed_blocks.append(block)
         self._changed_rows.extend(repeat(row, count))
         self._changed_columns.extend(range(column, column + count))
-        self._changed_blocks.extend(blocks)
 
     def append_each(self, rows: Int32, blocks: Int32) -> None:
         """Adds a block at the end of each of several rows."""
@@ -99,6 +108,7 @@ class BlockTable:
         return blocks[blocks != NULL_BLOCK]
 
     def _drop_changes(self, rows: frozenset[int]) -> None:
+        self._changed_spans = [span for span in self._changed_spans if span[0] not in rows]
         if rows.isdisjoint(self._changed_rows):
             return
         kept = [place for place, one in enumerate(self._changed_rows) if one not in rows]
@@ -108,13 +118,22 @@ class BlockTable:
 
     def take_delta(self) -> TableDelta | None:
         """Returns what changed since the last call, None if nothing did."""
-        if not self._changed_rows:
+        if not self._changed_rows and not self._changed_spans:
             return None
+        spans = self._changed_spans
+        rows = [np.full(len(blocks), row) for row, _, blocks in spans]
+        columns = [np.arange(first, first + len(blocks)) for _, first, blocks in spans]
         delta = TableDelta(
             group=self.group,
-            rows=np.array(self._changed_rows, np.int32),
-            columns=np.array(self._changed_columns, np.int32),
-            block_ids=np.array(self._changed_blocks, np.int32),
+            rows=_joined(self._changed_rows, rows),
+            columns=_joined(self._changed_columns, columns),
+            block_ids=_joined(self._changed_blocks, [blocks for _, _, blocks in spans]),
         )
         self._changed_rows, self._changed_columns, self._changed_blocks = [], [], []
+        self._changed_spans = []
         return delta
+
+
+def _joined(few: list[int], many: list[NDArray]) -> Int32:
+    found = np.array(few, np.int32)
+    return np.concatenate((found, *many), dtype=np.int32) if many else found

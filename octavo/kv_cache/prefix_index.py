@@ -132,8 +132,8 @@ class PrefixIndex:
     def __init__(self, num_groups: int) -> None:
         self._blocks: tuple[dict[bytes, int], ...] = tuple({} for _ in range(num_groups))
         self._latest: dict[int, tuple[list[bytes], Int32]] = {}
-        """What was asked for last and found, by group, while it is true: many requests on one long
-        prefix often come at once."""
+        """What was asked for last, by group, and the blocks of its beginning that were found, while
+        they are there: many requests come on one long prefix."""
         self._cleared = HashMemory(_CLEARED_REMEMBERED)
         self._contents = HashMemory(_CONTENTS_REMEMBERED)
         """By content: which root it was stored under."""
@@ -148,12 +148,13 @@ class PrefixIndex:
     def find_all(self, group: int, digests: list[bytes]) -> Int32:
         """Returns the block of each digest in a chain, the null block where none holds it."""
         known, blocks = self._latest.get(group, ([], np.zeros(0, np.int32)))
-        both = range(min(len(known), len(digests)))
+        both = range(min(len(blocks), len(digests)))
         # A digest stands for all before it: those of two chains are equal up to some place.
         same = bisect_left(both, True, key=lambda place: known[place] != digests[place])
         rest = list(map(self._blocks[group].get, digests[same:], repeat(NULL_BLOCK)))
         found = np.concatenate((blocks[:same], np.array(rest, np.int32)))
-        self._latest[group] = digests, found
+        holes = np.flatnonzero(found == NULL_BLOCK)
+        self._latest[group] = digests, found[: holes[0]] if len(holes) else found
         return found.copy()
 
     def insert(self, key: BlockKey, block: int, content: int, root: bytes) -> bool:
@@ -166,8 +167,6 @@ class PrefixIndex:
         blocks = self._blocks[group]
         if digest in blocks:
             return False
-        if self._latest:
-            self._latest.clear()
         blocks[digest] = block
         if root != self._newest_root:
             self._newest_root, self._newest_root_hash = root, hash_of(root)

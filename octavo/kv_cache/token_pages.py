@@ -85,7 +85,7 @@ class TokenPages:
     def admit(self, row: int, cached: Int32) -> None:
         """An empty row begins with cached pages."""
         self._ledger.acquire(self._index, cached)
-        self.table.append(row, cached.tolist())
+        self.table.append(row, cached)
 
     def forget(self, row: int, num_computed: int, kept_from: int | None = None) -> bool:
         """Gives back the pages that no token from `num_computed` on sees, but for those from column
