@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.facts import PEER_BYTES
+from octavo.kernels.inputs import HeldParts
 from octavo.kernels.triton.peers.sums import PeerSums, over_peers
 from octavo.kernels.triton.small.norm import rms_norm
 from octavo.parallel import Collectives, Meeting, PeerMemory, TorchCollectives
@@ -64,6 +65,14 @@ class Rank:
             torch.randn(shape, generator=generator, device=self.device).to(dtype)
             for _ in range(self.base.size)
         ]
+
+
+def held_ids(rank: Rank, count: int, top_k: int) -> list[Tensor]:
+    """Returns for every rank which of a token's experts it has: each is on one."""
+    generator = torch.Generator(rank.device).manual_seed(count)
+    shape, size = (count, top_k), rank.base.size
+    ids = torch.randint(0, 64 * size, shape, generator=generator, device=rank.device)
+    return [torch.where(ids % size == one, ids // size, -1).int() for one in range(size)]
 
 
 def is_same_everywhere(base: Collectives, x: Tensor) -> bool:
@@ -121,6 +130,15 @@ def check_rows(rank: Rank, sums: PeerSums, count: int, dtype: torch.dtype) -> No
         sums.add_rms_norm(of_parts[base.rank], residual, weight, EPS)
         if not torch.allclose(residual.float(), exact_sum(whole).float(), rtol=2e-2, atol=5e-2):
             rank.fail(f"{dtype} {count} rows: parts")
+        ids = held_ids(rank, count, 8)
+        whole = [HeldParts(rows_TSM=part, ids_TK=own).added()
+                 for part, own in zip(of_parts, ids, strict=True)]  # fmt: skip
+        residual.zero_()
+        own = ids[base.rank]
+        of_parts[base.rank][own < 0] = torch.nan
+        sums.add_rms_norm(of_parts[base.rank], residual, weight, EPS, own)
+        if not torch.equal(residual, exact_sum(whole)):
+            rank.fail(f"{dtype} {count} rows: held parts")
     rank.say(f"check {dtype} {count:5} rows: error {error:.1e} {'WRONG' if rank.is_wrong else ''}")
 
 
@@ -212,6 +230,8 @@ def bodies(rank: Rank, sums: PeerSums, x: Tensor) -> Iterator[tuple[str, Callabl
     yield "alone", lambda: sums.all_reduce(x)
     parts = x.unsqueeze(1).repeat(1, 8, 1)
     yield "8 parts", lambda: sums.add_rms_norm(parts, residual, weight, EPS)
+    ids = held_ids(rank, len(x), 8)[base.rank]
+    yield "8 held parts", lambda: sums.add_rms_norm(parts, residual, weight, EPS, ids)
     for which in range(base.size):
         yield f"{which} waits", lambda which=which: late(which)
 

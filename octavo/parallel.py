@@ -62,10 +62,16 @@ class Collectives(Protocol):
         ...
 
     def add_rms_norm(
-        self, x_TM: Tensor, residual_TM: Tensor, weight_M: Tensor, eps: float
+        self,
+        x_TM: Tensor,
+        residual_TM: Tensor,
+        weight_M: Tensor,
+        eps: float,
+        ids_TK: Tensor | None = None,
     ) -> Tensor | None:
         """residual += the sum of x over all ranks, in place; returns its RMS norm. None, having
-        done nothing, where that is no single kernel; never for parts, if it takes some."""
+        done nothing, where that is no single kernel; never for parts, if it takes some. ids_TK: of
+        the first K parts those that add something; negative ids add nothing."""
         ...
 
     def all_gather_columns(self, x: Tensor) -> Tensor:
@@ -101,7 +107,12 @@ class Alone:
         return x
 
     def add_rms_norm(
-        self, x_TM: Tensor, residual_TM: Tensor, weight_M: Tensor, eps: float
+        self,
+        x_TM: Tensor,
+        residual_TM: Tensor,
+        weight_M: Tensor,
+        eps: float,
+        ids_TK: Tensor | None = None,
     ) -> Tensor | None:
         return None
 
@@ -241,7 +252,12 @@ class TorchCollectives:
         return self._reduce(self._host, found, c10d.ReduceOp.MIN).tolist()
 
     def add_rms_norm(
-        self, x_TM: Tensor, residual_TM: Tensor, weight_M: Tensor, eps: float
+        self,
+        x_TM: Tensor,
+        residual_TM: Tensor,
+        weight_M: Tensor,
+        eps: float,
+        ids_TK: Tensor | None = None,
     ) -> Tensor | None:
         return None
 

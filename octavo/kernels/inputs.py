@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from octavo.parallel import Collectives
@@ -18,10 +19,31 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class HeldParts:
+    """What the experts of one rank gave for its part of a sum, not yet added up."""
+
+    rows_TSM: Tensor
+    """Those of a token's K choices, in order, and after them what is always there. Where another
+    rank has the expert, anything."""
+    ids_TK: Tensor
+    """int32, negative where another rank has the expert."""
+
+    def added(self) -> Tensor:
+        """Returns [T, M]: the parts that are here, added up in order and rounded."""
+        num_choices = self.ids_TK.shape[1]
+        total = torch.zeros_like(self.rows_TSM[:, 0], dtype=torch.float32)
+        for part, rows_TM in enumerate(self.rows_TSM.unbind(1)):
+            if part < num_choices:
+                rows_TM = rows_TM.where(self.ids_TK[:, part, None] >= 0, 0.0)
+            total += rows_TM.float()
+        return total.to(self.rows_TSM.dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class NormInput:
     """Rows before their RMSNorm, so that whoever multiplies them may norm them on the way."""
 
-    x_TM: Tensor | None
+    x_TM: Tensor | HeldParts | None
     """What is added to the residual first: [T, M], or parts [T, S, M] of it (see `Ops.moe`)."""
     residual_TM: Tensor
     """Given away: the op that takes the rows returns residual + x, perhaps in this tensor."""
@@ -34,19 +56,28 @@ class NormInput:
         """Returns the rows with x summed over the ranks; x is given away."""
         if self.x_TM is None or self.ranks is None:
             return self
-        return replace(self, x_TM=self.ranks.all_reduce(self.x_TM), ranks=None)
+        return replace(self, x_TM=self.ranks.all_reduce(whole(self.x_TM)), ranks=None)
 
     def normed(self, ops: Ops) -> Tensor:
         """Adds x to the residual in place and returns the normed residual."""
         if self.x_TM is None:
             return ops.rms_norm(self.residual_TM, self.weight_M, self.eps)
         norm = self.residual_TM, self.weight_M, self.eps
-        found = None if self.ranks is None else self.ranks.add_rms_norm(self.x_TM, *norm)
-        if found is not None:
-            return found
+        if self.ranks is not None:
+            x, ids = self.x_TM, None
+            if isinstance(x, HeldParts):
+                x, ids = x.rows_TSM, x.ids_TK
+            found = self.ranks.add_rms_norm(x, *norm, ids)
+            if found is not None:
+                return found
         x_TM = self.summed().x_TM
-        assert x_TM is not None
+        assert isinstance(x_TM, Tensor)
         return ops.add_rms_norm(x_TM, *norm)
+
+
+def whole(x: Tensor | HeldParts) -> Tensor:
+    """Returns what is to be summed over ranks, added up on this one."""
+    return x.added() if isinstance(x, HeldParts) else x
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.activations import Activation
-from octavo.kernels.inputs import NormInput, Routed
+from octavo.kernels.inputs import HeldParts, NormInput, Routed
 from octavo.kernels.ops import Ops
 from octavo.kernels.weights import ExpertWeights, Router, SharedExpert
 from octavo.layers.forward import Forward
@@ -44,7 +44,7 @@ class MoE:
             shared=shared,
         )
 
-    def run(self, rows: NormInput, forward: Forward) -> tuple[Tensor, Tensor]:
+    def run(self, rows: NormInput, forward: Forward) -> tuple[Tensor | HeldParts, Tensor]:
         """Returns [T, M], or parts of it where the step allows them, and the residual."""
         counts_E = forward.expert_counts_LE[self.counts_row]
         routed = forward.ops.norm_route(rows, self.router, counts_E, forward.num_live)
@@ -58,9 +58,10 @@ class MoE:
             self.activation,
             self.shared,
             routed.gate_T1,
-            # Of experts that other ranks hold there are none, and what lies there is anything.
-            in_parts=forward.in_parts and self.router.held is None,
+            in_parts=forward.in_parts,
         )
+        if out_TM.ndim > 2 and self.router.held is not None:
+            return HeldParts(rows_TSM=out_TM, ids_TK=routed.topk_ids), routed.residual_TM
         return out_TM, routed.residual_TM
 
     def _of_scaled_inputs(self, routed: Routed, ops: Ops) -> Tensor:

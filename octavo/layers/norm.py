@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from octavo.kernels.inputs import NormInput
+from octavo.kernels.inputs import HeldParts, NormInput
 from octavo.parallel import Collectives
 
 
@@ -21,7 +21,10 @@ class RMSNorm:
     eps: float
 
     def of(
-        self, x_TM: Tensor | None, residual_TM: Tensor, ranks: Collectives | None = None
+        self,
+        x_TM: Tensor | HeldParts | None,
+        residual_TM: Tensor,
+        ranks: Collectives | None = None,
     ) -> NormInput:
         """Returns y = residual + x, to be normed; the residual is given away. `ranks`: those over
         which x is still to be summed."""

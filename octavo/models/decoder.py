@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from octavo.kernels.inputs import AttentionBatch
+from octavo.kernels.inputs import AttentionBatch, HeldParts, whole
 from octavo.kernels.ops import Ops
 from octavo.kernels.weights import Weight
 from octavo.kv_cache.storage import KVStorage
@@ -98,12 +98,14 @@ class Decoder:
             return x_TM
         return x_TM.mul_(torch.tensor(self.spec.embedding_scale, dtype=x_TM.dtype))
 
-    def _post_normed(self, x_TM: Tensor, norm: RMSNorm | None) -> tuple[Tensor, Collectives | None]:
+    def _post_normed(
+        self, x_TM: Tensor | HeldParts, norm: RMSNorm | None
+    ) -> tuple[Tensor | HeldParts, Collectives | None]:
         """Returns what is added to the residual, and over whom it is still to be summed: the next
         norm does that on the way, unless another comes first."""
         if norm is None:
             return x_TM, self.collectives
-        x_TM = self.collectives.all_reduce(x_TM)
+        x_TM = self.collectives.all_reduce(whole(x_TM))
         return self.ops.rms_norm(x_TM, norm.weight, norm.eps), None
 
     def logits(self, hidden_SM: Tensor) -> Tensor:

@@ -233,7 +233,8 @@ def sums(size: int) -> None:
             over.all_reduce(x)
             over.add_rms_norm(x, torch.zeros_like(x), weight, 1e-6)
             parts = torch.zeros(count, 8, 2048, dtype=dtype)
-            over.add_rms_norm(parts, torch.zeros_like(x), weight, 1e-6)
+            for ids in (None, zeros(count, 8)):
+                over.add_rms_norm(parts, torch.zeros_like(x), weight, 1e-6, ids)
 
 
 CASES: dict[str, Callable[[], None]] = {

@@ -26,17 +26,19 @@ POLLS = tl.constexpr(1024)
 
 
 @triton.jit
-def part_of_row(x_at, is_in, num_columns, PARTS: tl.constexpr):
+def part_of_row(x_at, ids_at, is_in, num_columns, PARTS: tl.constexpr, TOP_K: tl.constexpr):
     """Returns a row [BLOCK] in x's format: what lies at `x_at`, or PARTS rows there, added up in
-    order and rounded."""
-    y = tl.load(x_at, mask=is_in, other=0.0)
-    if PARTS > 1:
-        total = y.to(tl.float32)
-        for part in tl.static_range(1, PARTS):
-            other = tl.load(x_at + part * num_columns, mask=is_in, other=0.0)
-            total += other.to(tl.float32)
-        y = total.to(y.dtype)
-    return y
+    order and rounded; of the first TOP_K those whose id at `ids_at` is not negative."""
+    if (PARTS == 1) & (TOP_K == 0):
+        return tl.load(x_at, mask=is_in, other=0.0)
+    total = tl.zeros(x_at.shape, tl.float32)
+    for part in tl.static_range(PARTS):
+        is_here = is_in
+        if part < TOP_K:
+            is_here = is_in & (tl.load(ids_at + part) >= 0)
+        one = tl.load(x_at + part * num_columns, mask=is_here, other=0.0)
+        total += one.to(tl.float32)
+    return total.to(x_at.dtype.element_ty)
 
 
 @triton.jit
@@ -115,6 +117,7 @@ def arrived(words_at, is_in, stop, limit, EMPTY: tl.constexpr):
 def sum_row_kernel(
     stop,
     x_TM,
+    ids_TK,
     residual_TM,
     weight_M,
     out_TM,
@@ -129,6 +132,7 @@ def sum_row_kernel(
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
     PARTS: tl.constexpr,
+    TOP_K: tl.constexpr,
     NORM: tl.constexpr,
     GATED: tl.constexpr,
     EMPTY: tl.constexpr,
@@ -138,11 +142,12 @@ def sum_row_kernel(
     """out = the sum of x over ranks, in rank order, rounded; with NORM residual += that in place
     and out = its RMS norm.
 
-    x [T, M], or parts [T, PARTS, M]; residual, out [T, M]; rows of x and residual strided. words: a
-    tensor of integers a rank, [2, R - 1, max_rows, M], of which words[RANK] is here: what the other
-    ranks send, in rank order. turns [max_rows] counts the sums of a row. GATED: looks at a row's
-    last word alone until it is there; else at all of them, which is sooner by a look, but where
-    many programs wait keeps the memory from those that write.
+    x [T, M], or parts [T, PARTS, M], of the first TOP_K those whose ids [T, TOP_K] are not
+    negative; residual, out [T, M]; rows of x and residual strided. words: a tensor of integers a
+    rank, [2, R - 1, max_rows, M], of which words[RANK] is here: what the other ranks send, in rank
+    order. turns [max_rows] counts the sums of a row. GATED: looks at a row's last word alone until
+    it is there; else at all of them, which is sooner by a look, but where many programs wait keeps
+    the memory from those that write.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -153,7 +158,8 @@ def sum_row_kernel(
     wait_turn(OVERLAP)
     announce(OVERLAP)
     turn = tl.load(turns_T + row, volatile=True)
-    part = part_of_row(x_TM + row * x_stride + column, is_in, num_columns, PARTS)
+    x_at, ids_at = x_TM + row * x_stride + column, ids_TK + row * TOP_K
+    part = part_of_row(x_at, ids_at, is_in, num_columns, PARTS, TOP_K)
     sent = send_row(part, words, turn, row, column, max_rows, num_columns, RANK, SIZE, EMPTY)
     residual_at = residual_TM + row * residual_stride + column
     residual = part

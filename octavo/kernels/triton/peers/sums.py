@@ -80,13 +80,18 @@ class PeerSums:
         return self._sums(rows, None, None, 0.0).view(x.shape)
 
     def add_rms_norm(
-        self, x_TM: Tensor, residual_TM: Tensor, weight_M: Tensor, eps: float
+        self,
+        x_TM: Tensor,
+        residual_TM: Tensor,
+        weight_M: Tensor,
+        eps: float,
+        ids_TK: Tensor | None = None,
     ) -> Tensor | None:
         num_rows, columns = residual_TM.shape
         is_held = num_rows > 0 and self._holds(num_rows) and columns <= MAX_COLUMNS
         if not is_held or x_TM.dtype != self._dtype or columns != self._columns:
             return None
-        return self._sums(x_TM, residual_TM, weight_M, eps)
+        return self._sums(x_TM, residual_TM, weight_M, eps, ids_TK)
 
     def all_gather_columns(self, x: Tensor) -> Tensor:
         return self._base.all_gather_columns(x)
@@ -111,21 +116,34 @@ class PeerSums:
         return self._most_rows is None or num_rows <= self._most_rows
 
     def _sums(
-        self, x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        eps: float,
+        ids: Tensor | None = None,
     ) -> Tensor:
         """Returns the sums of x [T, M] or parts [T, S, M], or the norms of residual += sums."""
         assert x.stride(-1) == 1
         assert x.ndim == 2 or x.is_contiguous()
+        assert ids is None or (ids.is_contiguous() and ids.dtype == torch.int32)
         is_plain = residual is None and x.is_contiguous() and x.ndim == 2
         out = x if is_plain else x.new_empty((len(x), self._columns))
         for first in range(0, len(x), self.max_rows):
             rows = slice(first, first + self.max_rows)
             part = None if residual is None else residual[rows]
-            self._launch(x[rows], part, weight, eps, out[rows])
+            held = None if ids is None else ids[rows]
+            self._launch(x[rows], held, part, weight, eps, out[rows])
         return out
 
     def _launch(
-        self, x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, out: Tensor
+        self,
+        x: Tensor,
+        ids: Tensor | None,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        eps: float,
+        out: Tensor,
     ) -> None:
         has_norm = residual is not None and weight is not None
         added, norm = (residual, weight) if has_norm else (x, x)
@@ -135,6 +153,7 @@ class PeerSums:
         sum_row_kernel[(len(x),)](
             self._stop,
             x,
+            self._turns if ids is None else ids,
             added,
             norm,
             out,
@@ -149,6 +168,7 @@ class PeerSums:
             RANK=self.rank,
             SIZE=self.size,
             PARTS=x.shape[1] if x.ndim > 2 else 1,
+            TOP_K=0 if ids is None else ids.shape[1],
             NORM=has_norm,
             GATED=len(x) > self.ungated_rows,
             EMPTY=EMPTY[self._words[0].dtype],

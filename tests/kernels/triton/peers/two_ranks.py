@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
+from octavo.kernels.inputs import HeldParts
 from octavo.kernels.triton.peers import sums
 from octavo.parallel import Meeting, PeerMemory, TorchCollectives
 from tests.kernels.triton import interpreter  # noqa: F401
@@ -70,6 +71,14 @@ def parts_of(case: int, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[
         yield part
 
 
+def ids_of(case: int, count: int, num_held: int) -> Iterator[Tensor]:
+    """Yields which of the first parts each rank has, some of them on one rank only."""
+    generator = torch.Generator().manual_seed(100 + case)
+    ids = torch.randint(0, 2 * SIZE, (count, num_held), generator=generator)
+    for rank in range(SIZE):
+        yield torch.where(ids % SIZE == rank, ids // SIZE, -1).to(torch.int32)
+
+
 class Sum(NamedTuple):
     name: str
     found: tuple[Tensor, ...]
@@ -84,22 +93,35 @@ def all_sums(ranks: MappedRanks) -> Iterator[Sum]:
         few, most = over.ungated_rows, over.max_rows
         for case, count in enumerate((1, few, few + 1, most + 3, 2)):
             weight = torch.linspace(0.5, 2, COLUMNS)
-            for num_parts in (0, 2):
+            for num_parts, num_held in ((0, 0), (2, 0), (3, 2)):
                 shape = (count, num_parts, COLUMNS) if num_parts else (count, COLUMNS)
                 parts = [*parts_of(case, shape, dtype)]
-                whole = [summed(part) if num_parts else part for part in parts]
+                held = [*ids_of(case, count, num_held)]
+                whole = [
+                    added(part, ids) if num_parts else part
+                    for part, ids in zip(parts, held, strict=True)
+                ]
                 expected = summed(torch.stack(whole, 1))
                 found = () if num_parts else (over.all_reduce(parts[ranks.rank].clone()),)
                 residual = torch.linspace(-1, 1, count * COLUMNS).view(count, COLUMNS).to(dtype)
                 kept = residual.clone()
                 normed = rms_norm(expected, kept, weight, EPS)
-                out = over.add_rms_norm(parts[ranks.rank].clone(), residual, weight, EPS)
+                own = parts[ranks.rank].clone(), residual, weight, EPS
+                out = over.add_rms_norm(*own, held[ranks.rank] if num_held else None)
                 assert out is not None
                 yield Sum(
-                    f"{dtype} {shape}",
+                    f"{dtype} {shape}, {num_held} held",
                     (*found, residual, out),
                     (*(expected for _ in found), kept, normed),
                 )
+
+
+def added(parts_TSM: Tensor, ids_TK: Tensor) -> Tensor:
+    """Returns the parts added up, but for those of the first that are not here; those hold NaN from
+    now on."""
+    count = ids_TK.shape[1]
+    parts_TSM[:, :count][ids_TK < 0] = torch.nan
+    return HeldParts(rows_TSM=parts_TSM, ids_TK=ids_TK).added()
 
 
 def summed(parts_TSM: Tensor) -> Tensor:
