@@ -18,13 +18,16 @@ from octavo.engine.client import EngineClient
 from octavo.engine.fleet_link import FleetLink, MemberOwner
 from octavo.engine.link import EngineLink, LinkOwner
 from octavo.engine.prefixes import RequestHasher
-from octavo.errors import EngineDeadError, OctavoError
+from octavo.errors import ConfigError, EngineDeadError, OctavoError
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.kv_events_config import of_rank
 from octavo.weights.hub import ModelFiles
 
 logger = logging.getLogger(__name__)
 
+MAX_ENGINES = 64
+"""Of a host: beyond what any has GPUs for, so that a slip of the finger does not fill a machine
+without one with processes."""
 FIRST_WAIT_SECONDS, MAX_WAIT_SECONDS = 1.0, 60.0
 """Before an engine that has died is started again: doubled each time that it does not come up."""
 
@@ -60,8 +63,15 @@ class Fleet:
         make: MakeClient | None = None,
         on_leave: Callable[[int, EngineDeadError], None] | None = None,
     ) -> None:
-        """`make` says how an engine is started; `on_leave` is told of one that has died."""
+        """`make` says how an engine is started; `on_leave` is told of one that has died. Raises
+        ConfigError for more engines than MAX_ENGINES."""
         size = config.data_parallel_size
+        if size > MAX_ENGINES:
+            raise ConfigError(
+                f"data_parallel_size {size} is more than the {MAX_ENGINES} engines that one host "
+                "runs; give it at most so many, and start servers on other hosts behind a balancer",
+                field="data_parallel_size",
+            )
         self.link = FleetLink(owner, 0, size, self._restart_later)
         self._tp_size = config.tensor_parallel_size
         self._make = make or self._own_client

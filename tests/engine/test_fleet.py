@@ -143,6 +143,11 @@ def test_sizes_below_one_are_refused(model: str, tmp_path: Path) -> None:
         EngineConfig(model=model, data_parallel_size=0).resolve()
 
 
+def test_more_engines_than_a_host_runs_are_refused_before_one_is_started(model: str) -> None:
+    with pytest.raises(ConfigError, match="data_parallel_size 65 is more than the 64 engines"):
+        LLM(model, data_parallel_size=65, **OPTIONS)
+
+
 def test_a_request_is_found_by_the_same_hashes_that_the_core_uses(model: str) -> None:
     """Equal words of router and cache: else a fleet would never hit."""
     from octavo.engine.prefixes import RequestHasher
