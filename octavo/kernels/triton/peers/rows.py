@@ -21,8 +21,12 @@ import triton.language as tl
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import announce, wait_turn
 
-POLLS = tl.constexpr(1024)
-"""Tries between two looks at whether to go on."""
+POLLS = tl.constexpr(1 << 10)
+"""Tries between two looks at whether others have given up."""
+LOOKS = tl.constexpr(1 << 16)
+"""Tries, some 40 ms, between two looks at what the host says. Its memory is far: all programs that
+look at once take longer than a short wait, the other rank then waits as long and looks too, and
+both went on so, sum after sum."""
 
 
 @triton.jit
@@ -80,22 +84,34 @@ def normed_of(total, residual, residual_at, is_in, weight, num_columns, eps):
 
 
 @triton.jit
-def await_word(word, stop, limit, EMPTY: tl.constexpr):
+def is_over(tries, stop, given_up):
+    """Whether nobody is to wait any longer: a program has given up, or stop[0] is not 0."""
+    found = tries < 0
+    if tries % POLLS == 0:
+        found = tl.load(given_up, volatile=True) != 0
+        if tries % LOOKS == 0:  # noqa: SIM102 Triton would load both sides of an `and`
+            if tl.load(stop, volatile=True) != 0:
+                tl.store(given_up, 1)
+                found = tries >= 0
+    return found
+
+
+@triton.jit
+def await_word(word, stop, given_up, limit, EMPTY: tl.constexpr):
     """Returns when the word is not EMPTY; gives up as `arrived` does, and leaves that to it."""
     tries = 0
     found = tl.load(word, volatile=True)
     while (found == EMPTY) & (tries < limit):
         found = tl.load(word, volatile=True)
         tries += 1
-        if tries % POLLS == 0:  # noqa: SIM102 Triton would load both sides of an `and`
-            if tl.load(stop, volatile=True) != 0:
-                tries = limit
+        if is_over(tries, stop, given_up):
+            tries = limit
 
 
 @triton.jit
-def arrived(words_at, is_in, stop, limit, EMPTY: tl.constexpr):
+def arrived(words_at, is_in, stop, given_up, limit, EMPTY: tl.constexpr):
     """Returns the words when none of them is EMPTY, and leaves EMPTY in their place. Gives up after
-    `limit` tries, or when stop[0] is not 0; sets that if it gives up."""
+    `limit` tries, or when it `is_over`; says so then."""
     words = tl.load(words_at, mask=is_in, other=0, volatile=True)
     missing = tl.max((words == EMPTY).to(tl.int32), 0)
     tries = 0
@@ -103,11 +119,11 @@ def arrived(words_at, is_in, stop, limit, EMPTY: tl.constexpr):
         words = tl.load(words_at, mask=is_in, other=0, volatile=True)
         missing = tl.max((words == EMPTY).to(tl.int32), 0)
         tries += 1
-        if tries % POLLS == 0:  # noqa: SIM102 Triton would load both sides of an `and`
-            if tl.load(stop, volatile=True) != 0:
-                tries = limit
+        if is_over(tries, stop, given_up):
+            tries = limit
     if missing > 0:
         tl.store(stop, 1)
+        tl.store(given_up, 1)
     tl.store(words_at, tl.full(words.shape, EMPTY, words.dtype), mask=is_in)
     return words
 
@@ -145,9 +161,10 @@ def sum_row_kernel(
     x [T, M], or parts [T, PARTS, M], of the first TOP_K those whose ids [T, TOP_K] are not
     negative; residual, out [T, M]; rows of x and residual strided. words: a tensor of integers a
     rank, [2, R - 1, max_rows, M], of which words[RANK] is here: what the other ranks send, in rank
-    order. turns [max_rows] counts the sums of a row. GATED: looks at a row's last word alone until
-    it is there; else at all of them, which is sooner by a look, but where many programs wait keeps
-    the memory from those that write.
+    order. turns [max_rows + 1] counts the sums of a row; the last one is not 0 when a program has
+    given up waiting. GATED: looks at a row's last word alone until it is there; else at all of
+    them, which is sooner by a look, but where many programs wait keeps the memory from those that
+    write.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -158,6 +175,7 @@ def sum_row_kernel(
     wait_turn(OVERLAP)
     announce(OVERLAP)
     turn = tl.load(turns_T + row, volatile=True)
+    given_up = turns_T + max_rows
     x_at, ids_at = x_TM + row * x_stride + column, ids_TK + row * TOP_K
     part = part_of_row(x_at, ids_at, is_in, num_columns, PARTS, TOP_K)
     sent = send_row(part, words, turn, row, column, max_rows, num_columns, RANK, SIZE, EMPTY)
@@ -174,8 +192,8 @@ def sum_row_kernel(
             first = words[RANK] + (theirs * max_rows + row) * num_columns
             at = first + column
             if GATED:
-                await_word(first + num_columns - 1, stop, limit, EMPTY)
-            found = arrived(at, is_in, stop, limit, EMPTY)
+                await_word(first + num_columns - 1, stop, given_up, limit, EMPTY)
+            found = arrived(at, is_in, stop, given_up, limit, EMPTY)
         total += found.to(part.dtype, bitcast=True).to(tl.float32)
     total = total.to(part.dtype).to(tl.float32)
     if NORM:

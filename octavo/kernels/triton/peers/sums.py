@@ -64,7 +64,7 @@ class PeerSums:
         self._words = tuple(buffer[:num_bytes].view(word) for buffer in memory.buffers)
         own = self._words[self.rank]
         own.fill_(EMPTY[word])
-        self._turns = torch.zeros(self.max_rows, dtype=torch.int32, device=own.device)
+        self._turns = torch.zeros(self.max_rows + 1, dtype=torch.int32, device=own.device)
         base.least([int(own[-1])])  # all ranks have emptied theirs
 
     @property

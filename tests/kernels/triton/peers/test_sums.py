@@ -22,7 +22,9 @@ from tests.kernels.triton.peers.two_ranks import (
     all_sums,
 )
 
-from octavo.kernels.triton.peers import sums  # isort: skip
+import triton.language as tl  # isort: skip
+
+from octavo.kernels.triton.peers import rows, sums  # isort: skip
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="benchmarks/peers.py is for GPUs")
 
@@ -71,7 +73,9 @@ def test_who_waits_for_a_rank_in_vain_gives_up_and_says_so(count: int) -> None:
         over.check()
 
 
-def test_an_abort_ends_all_waiting() -> None:
+def test_an_abort_ends_all_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "POLLS", tl.constexpr(4))
+    monkeypatch.setattr(rows, "LOOKS", tl.constexpr(64))
     base = OneOfTwo()
     over = sums.PeerSums(base, base.peer_memory(0, CPU), COLUMNS, torch.float32)
     over.abort()
