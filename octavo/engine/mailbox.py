@@ -129,8 +129,9 @@ class Mailbox:
         self._news.append((tag, delta, finished))
         if self._grows:
             delta.is_waiting = True
-        if not self.grow(len(delta.token_ids)):
-            return False
+        self._num_tokens = num_waiting = self._num_tokens + len(delta.token_ids)
+        if self._max_tokens is not None and num_waiting > self._max_tokens:
+            return self._give_up()
         if not self._is_due or (finished and not self._is_first):
             if self._reader is not None and self._turns is not None:
                 # Whose answer has ended sends its next request when it has all of it.
@@ -145,8 +146,12 @@ class Mailbox:
         if self._error is not None:
             return False
         self._num_tokens = num_waiting = self._num_tokens + num_tokens
-        if self._max_tokens is None or num_waiting <= self._max_tokens:
-            return True
+        if self._max_tokens is not None and num_waiting > self._max_tokens:
+            return self._give_up()
+        return True
+
+    def _give_up(self) -> bool:
+        """The reader is too far behind."""
         self._news.clear()
         self.fail(
             SlowReaderError(
@@ -205,7 +210,11 @@ class Mailbox:
         if waiter is None or waiter.done():
             return  # It is about to look itself.
         if reader is not None and self._news and self._error is None:
-            num_tokens, news = self._num_tokens, _joined(self._news)
+            num_tokens, news = self._num_tokens, self._news
+            if len(news) == 1:
+                news[0][1].is_waiting = False  # nearly always; else as here
+            else:
+                news = _joined(news)
             self._news, self._num_tokens = [], 0
             try:
                 if reader(news):

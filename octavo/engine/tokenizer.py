@@ -277,9 +277,10 @@ class Tokenizer:
     def _spell(self, token_id: int) -> bytes:
         piece = self._core.id_to_token(token_id) or ""
         if self.is_byte_level:
-            if all(char in _BYTE_OF for char in piece):
-                return bytes(_BYTE_OF[char] for char in piece)
-            return piece.encode()
+            try:
+                return bytes([_BYTE_OF[char] for char in piece])
+            except KeyError:
+                return piece.encode()
         if token_id in self.added_tokens.values():
             return piece.encode()
         if byte := _BYTE_PIECE.fullmatch(piece):

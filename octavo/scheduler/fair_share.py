@@ -79,11 +79,16 @@ class Account:
         self.kv_share = share.kv_share
 
     def wait(self, sequence: Sequence) -> None:
-        insort(self.waiting, sequence, key=arrival)
+        if not self.waiting or self.waiting[-1].order < sequence.order:
+            self.waiting.append(sequence)
+        else:
+            insort(self.waiting, sequence, key=arrival)
 
     def leave(self, sequence: Sequence) -> None:
         """A waiting sequence starts, or has ended."""
-        place = bisect_left(self.waiting, sequence.order, key=arrival)
+        place = 0
+        if self.waiting[0] is not sequence:  # nearly always it is
+            place = bisect_left(self.waiting, sequence.order, key=arrival)
         assert self.waiting[place] is sequence
         del self.waiting[place]
 

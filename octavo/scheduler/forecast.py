@@ -48,17 +48,21 @@ class Forecast:
         self._demands = demands
         self._taken = np.zeros((num_classes, horizon + 1), np.int64)
         self._given_back = np.zeros((num_classes, horizon + 1), np.int64)
-        self._added: list[NDArray[np.int32]] = []
+        self._added: list[NDArray[np.int32] | Growing] = []
         """Counted in `_most`, but not in the arrays yet: where there is room for the most, nobody
         asks further."""
         self._most = np.zeros(num_classes, np.int64)
         self._held = np.zeros(num_classes, np.int64)
+        self._pages_a_block = np.zeros(num_classes, np.int64)
+        for demand in demands:
+            if not demand.is_constant:
+                self._pages_a_block[demand.page_class] += demand.num_groups
         self._num_referenced: Need | None = None
         self._shared = np.zeros((num_classes, 1), np.int64)
 
     def add(self, sequence: Growing) -> None:
         """Counts a sequence in, beside what `share` speaks of."""
-        self._added.append(_columns(sequence))
+        self._added.append(sequence)
         self._most += self._most_of(sequence)
 
     def add_all(self, columns: NDArray[np.int32]) -> None:
@@ -85,11 +89,7 @@ class Forecast:
 
     def _of_blocks(self, blocks: int) -> Need:
         """Returns the pages of so many blocks that come at any time."""
-        most = np.zeros(len(self._most), np.int64)
-        for demand in self._demands:
-            if not demand.is_constant:
-                most[demand.page_class] += blocks * demand.num_groups
-        return most
+        return self._pages_a_block * blocks
 
     def wanted_with(self, sequence: Growing) -> Need:
         """Returns [classes, horizon + 1]: the pages wanted at each step if `sequence` runs too."""
@@ -99,7 +99,8 @@ class Forecast:
         return np.maximum(self._taken + taken - returned, 0)
 
     def _count_in(self) -> None:
-        for columns in self._added:
+        for one in self._added:
+            columns = _columns(one) if isinstance(one, Growing) else one
             taken, given_back, held = self._of(columns)
             self._taken += taken
             self._given_back += given_back

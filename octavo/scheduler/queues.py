@@ -107,9 +107,13 @@ class Queues:
         sequence.take_row(self.rows, row)
         self._stop_waiting(sequence)
         sequence.account.num_running += 1
-        place, count = bisect_left(self.running, sequence.order, key=arrival), len(self.running)
-        self.running.insert(place, sequence)
-        self._running_rows[place + 1 : count + 1] = self._running_rows[place:count]
+        running, count = self.running, len(self.running)
+        if not count or running[-1].order < sequence.order:
+            place = count  # nearly always: who came last starts last
+        else:
+            place = bisect_left(running, sequence.order, key=arrival)
+            self._running_rows[place + 1 : count + 1] = self._running_rows[place:count]
+        running.insert(place, sequence)
         self._running_rows[place] = row
 
     def _stop_waiting(self, sequence: Sequence) -> None:
