@@ -33,6 +33,7 @@ from octavo.kernels.triton.experts.shapes import (
     ExpertsShape,
     PackedPairsShape,
     TileShape,
+    experts_shape,
     packed_experts_shape,
 )
 from octavo.kernels.triton.experts.stacks import StackedExperts
@@ -405,7 +406,8 @@ def _expert_shapes(
 
 
 def _by_numbers(x: Tensor, chosen: tuple[Tensor, Tensor], made: StackedExperts) -> Tensor:
-    return run(x, *chosen, unpacked_experts(made, x.dtype))
+    shape = experts_shape(len(x), chosen[1].shape[1], made.count, made.inner_size, can_tma=True)
+    return unpacked_experts(x, *chosen, made, "silu", shape)
 
 
 def shapes(wanted: Wanted) -> None:

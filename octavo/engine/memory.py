@@ -18,6 +18,7 @@ from octavo.kernels.facts import (
     PEER_BYTES,
     SHORT_SPLITS,
     UNPACKED_BYTES,
+    UNPACKED_PARTS,
     UNPACKED_ROWS,
     UNPACKED_TOKENS,
     split_partials,
@@ -216,7 +217,8 @@ def _unpacked(layer: LayerSpec, hidden_size: int, num_tokens: int) -> tuple[int,
     else:
         widest = max(widest, 2 * mlp.shared_size)
         if num_tokens * mlp.top_k > UNPACKED_ROWS * mlp.num_experts:
-            experts = 2 * 3 * mlp.num_experts * mlp.expert_size * hidden_size
+            gates = 2 * -(-mlp.num_experts // UNPACKED_PARTS)
+            experts = 2 * max(gates, mlp.num_experts) * mlp.expert_size * hidden_size
     dense = 2 * widest * hidden_size if num_tokens >= UNPACKED_TOKENS else 0
     return dense, experts
 

@@ -41,6 +41,9 @@ UNPACKED_TOKENS = 512
 """From here on a packed matrix is made numbers, rather than anew for every tile of tokens."""
 UNPACKED_ROWS = 512
 """Of an expert, in the mean: beyond, packed experts are made numbers once a layer."""
+UNPACKED_PARTS = 2
+"""In which gate and up of the experts are, one after the other: each takes as much as all of down
+does after them."""
 
 
 def short_tokens(num_heads: int, partial_size: int) -> int:

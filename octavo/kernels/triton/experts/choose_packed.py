@@ -138,15 +138,11 @@ def _run_pairs(one: Packed) -> Tensor:
 
 
 def _run_unpacked(one: Packed) -> Tensor:
-    numbers = unpacked_experts(one.experts, one.x_TM.dtype)
     shape = experts_shape(
         *(*one.topk_ids.shape, one.experts.count, one.experts.inner_size),
         can_tma=is_hopper(one.x_TM.device),
     )
-    return grouped_experts(
-        *(one.x_TM, one.topk_weights, one.topk_ids, numbers, one.activation, shape),
-        in_parts=one.in_parts,
-    )
+    return unpacked_experts(*one.chosen, shape, in_parts=one.in_parts)
 
 
 def _run_grouped(one: Packed) -> Tensor:

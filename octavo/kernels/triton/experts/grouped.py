@@ -84,9 +84,14 @@ def gate_up(
     activation: Activation,
     shape: TileShape,
     shared: SharedParts | None = None,
+    *,
+    out_RF: Tensor | None = None,
 ) -> Tensor:
-    """Returns hidden [R, F], undefined where a pair's expert is not here."""
-    hidden = x_TM.new_empty((dispatch.num_rows, experts.inner_size))
+    """Returns hidden [R, F], undefined where a pair's expert is not here; or writes those that are
+    to `out_RF`."""
+    hidden = out_RF
+    if hidden is None:
+        hidden = x_TM.new_empty((dispatch.num_rows, experts.inner_size))
     is_tma = shape.tma and dispatch.pairs is not None
     gate, up, *of_shared = gate_up_arguments(experts, shared)
     gate_up_kernel[dispatch.grid(experts.inner_size, shape)](

@@ -222,7 +222,7 @@ def ring_experts_shape(
     num_pairs = num_tokens * top_k
     mean = num_pairs / num_experts
     can_wide = gate.group == down.group == RING_COLUMNS and hidden_size % 128 == 0
-    tokens = 8 if is_lone or mean <= 3 else 16 if mean <= 10 else 32
+    tokens = 8 if is_lone or mean <= 4 else 16 if mean <= 10 else 32
     if mean > 20 and can_wide:
         wide = RingShape(
             tokens=64, rows=128, num_warps=8, stages=3, tiles=1, is_wide=True, max_registers=128
@@ -247,8 +247,8 @@ def ring_experts_shape(
         )
         of_down = replace(of_down, stages=stages)
     else:
-        of_down = replace(of_down, stages=3)
-        if tokens <= 16 and can_wide:
+        of_down = replace(of_down, stages=3 if can_wide else 2)
+        if tokens <= 16 and (can_wide or (gate.bits == 4 and not gate.high)):
             of_gate = replace(of_gate, rows=128, max_registers=128)
     return RingExpertsShape(gate_up=of_gate, down=replace(of_down, splits=splits), is_lone=is_lone)
 

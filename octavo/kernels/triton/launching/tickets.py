@@ -22,11 +22,18 @@ def make_tickets(device: torch.device) -> Tensor:
 
 
 def room_for_splits(
-    like: Tensor, splits: int, sizes: Sequence[int], tiles: int, tickets: Tensor | None
+    like: Tensor,
+    splits: int,
+    sizes: Sequence[int],
+    tiles: int,
+    tickets: Tensor | None,
+    *,
+    is_always: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Returns where `splits` programs of each of some tiles leave their parts of a sum, float32
-    [splits, *sizes], and tickets for the tiles, made if there are none; anything if splits is 1."""
-    if splits == 1:
+    [splits, *sizes], and tickets for the tiles, made if there are none; anything if splits is 1,
+    unless `is_always`."""
+    if splits == 1 and not is_always:
         return like, like
     if tickets is None:
         tickets = make_tickets(like.device)

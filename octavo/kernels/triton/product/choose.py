@@ -95,7 +95,7 @@ def multiply_packed(
     elif is_by_tile and rounds_blocks(x_TM, planes, layout):
         rows = quantize_rows(x_TM, layout.padded(length), by_block=True)
         hopper_fp8.hopper_fp8_product_of(rows, planes, layout, bias_N, out_TN)
-    elif num_tokens < UNPACKED_TOKENS and _is_for_ring(x_TM, planes, layout):
+    elif num_tokens < UNPACKED_TOKENS and ring.fits(x_TM, planes, layout):
         shape = ring_shape(num_tokens, len(planes.codes), length, layout)
         ring.ring_product(x_TM, planes, layout, bias_N, out_TN, shape, tickets)
     elif num_tokens == 1:
@@ -111,12 +111,6 @@ def multiply_packed(
     else:
         shape = packed_shape(num_tokens, layout)
         packed_product(x_TM, planes, layout, bias_N, out_TN, shape)
-
-
-def _is_for_ring(x_TM: Tensor, planes: Planes, layout: PlaneLayout) -> bool:
-    """A lone row is summed in registers, but for formats whose values take long to make there."""
-    is_alone = len(x_TM) == 1 and layout.factor != "block"
-    return not is_alone and ring.fits(x_TM, planes, layout)
 
 
 def takes_normed(rows: NormInput, weight: Weight) -> bool:

@@ -296,10 +296,14 @@ def unpack(
     cols: int,
     dtype: torch.dtype,
     ids: Tensor | None = None,
+    out_NM: Tensor | None = None,
 ) -> Tensor:
-    """Returns the rows of a packed weight as numbers, all or those of `ids` int32."""
+    """Returns the rows of a packed weight as numbers, all or those of `ids` int32; in `out_NM`, if
+    there is one."""
     count = len(planes.codes) if ids is None else len(ids)
-    out = torch.empty((count, cols), dtype=dtype, device=planes.codes.device)
+    out = out_NM
+    if out is None:
+        out = torch.empty((count, cols), dtype=dtype, device=planes.codes.device)
     if not count:
         return out
     if ids is None and layout.group and layout.factor != "row":

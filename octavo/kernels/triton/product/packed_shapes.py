@@ -112,10 +112,14 @@ def ring_stages(layout: PlaneLayout, shape: RingShape, *, programs: int, num_til
     return max(shape.stages, min(room, -(-num_tiles // shape.tiles) + 1))
 
 
-def splits_of(programs: int, num_tiles: int, wanted: int) -> int:
+def splits_of(programs: int, num_tiles: int, wanted: int, least: int = 4) -> int:
     """Returns how many programs share a sum over so many tiles, so that there are about `wanted`
-    instead of `programs`."""
-    return max(1, min(wanted // programs, num_tiles // 4))
+    instead of `programs`, and no fewer than `least` tiles for each."""
+    return max(1, min(wanted // programs, num_tiles // least))
+
+
+LONE_SPLITS = 8
+"""Of a sum with one row of x at most: more take longer to be added than they save."""
 
 
 def ring_shape(num_tokens: int, num_rows: int, length: int, layout: PlaneLayout) -> RingShape:
@@ -127,14 +131,18 @@ def ring_shape(num_tokens: int, num_rows: int, length: int, layout: PlaneLayout)
     tokens = max(8, min(64 if can_wide else 32, next_power_of_2(num_tokens)))
     programs = -(-num_tokens // tokens) * (num_rows // 64)
     wanted = 792 if tokens <= 16 else 396 if tokens == 32 else 198
+    is_lone, num_tiles = num_tokens == 1, -(-length // RING_COLUMNS)
+    splits = splits_of(programs, num_tiles, wanted)
+    if is_lone:
+        splits = min(LONE_SPLITS, splits_of(programs, num_tiles, wanted, least=2))
     return RingShape(
         tokens=tokens,
         rows=64,
         num_warps=4,
-        stages=4,
-        tiles=1,
+        stages=3 if is_lone else 4,
+        tiles=8 // layout.bits if is_lone else 1,
         is_wide=tokens >= 32 and can_wide,
-        splits=splits_of(programs, -(-length // RING_COLUMNS), wanted),
+        splits=splits,
     )
 
 

@@ -12,10 +12,13 @@ from tests.kernels.triton.packed_cases import (
     expected_experts,
     found_experts,
     packed_experts,
+    with_biases,
 )
 
-from octavo.kernels.triton.experts import choose_packed  # isort: skip
+from octavo.kernels.activations import ClampedSwiGLU  # isort: skip
+from octavo.kernels.triton.experts import choose_packed, unpacked  # isort: skip
 
+CLAMPED = ClampedSwiGLU(alpha=1.7, limit=1.0)
 COUNT, HIDDEN, INNER, TOP_K = 3, 96, 64, 2
 
 
@@ -42,6 +45,19 @@ def test_packed_experts_equal_float64(formats: tuple[str, str], count: int):
     experts, values = packed_experts(*formats, COUNT, HIDDEN, INNER)
     case = inputs(count)
     assert error_of(found_experts(case, experts), expected_experts(*case, values)) < 2e-6
+
+
+@pytest.mark.parametrize(("formats", "parts"), [(("q8_0", "mxfp4"), 1), (("mxfp4", "q4_1"), 2)])
+def test_experts_are_unpacked_in_parts(
+    monkeypatch: pytest.MonkeyPatch, formats: tuple[str, str], parts: int
+):
+    case = inputs(12)
+    experts, values = packed_experts(*formats, COUNT, HIDDEN, INNER)
+    experts = with_biases(experts)
+    monkeypatch.setattr(choose_packed, "UNPACKED_ROWS", 1)
+    monkeypatch.setattr(unpacked, "UNPACKED_PARTS", parts)
+    expected = expected_experts(*case, values, experts.biases, CLAMPED)
+    assert error_of(found_experts(case, experts, CLAMPED), expected) < 2e-6
 
 
 def test_many_tokens_are_sorted_unpacked_or_rounded_to_fp8(monkeypatch: pytest.MonkeyPatch):

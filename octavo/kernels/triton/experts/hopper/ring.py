@@ -27,12 +27,13 @@ from octavo.kernels.triton.launching.tickets import room_for_splits
 from octavo.kernels.triton.tiles.activation import activation_constant, gated
 from octavo.kernels.triton.tiles.hopper.ring import (
     COLUMNS,
+    columns_of_split,
     is_aligned,
     ring_sums,
     takes,
     x_rows_layout,
 )
-from octavo.kernels.triton.tiles.hopper.splits import stores_layout, sum_of_splits
+from octavo.kernels.triton.tiles.hopper.splits import is_last_of, stores_layout, sum_of_splits
 
 
 @gluon.jit
@@ -118,7 +119,7 @@ def ring_gate_up_kernel(
         total = ring_sums(
             *(x_TM, pair // TOP_K, is_row, (gate, up), expert * inner_size + column, hidden_size),
             *(0, (hidden_size + COLUMNS - 1) // COLUMNS, ROWS, TOKENS, STAGES, TILES, WIDE, EVEN_K),
-            *(True, COMPUTE, FORMAT, False),
+            *(True, LONE, COMPUTE, FORMAT, False),
         )
         of_gate, of_up = gl.split(total.reshape([ROWS // 16, 2, 8, TOKENS]).permute((0, 2, 3, 1)))
         of_gate, of_up = of_gate.reshape([HALF, TOKENS]), of_up.reshape([HALF, TOKENS])
@@ -135,6 +136,30 @@ def ring_gate_up_kernel(
         at = hidden_PF + row.to(gl.int64)[None, :] * inner_size + column
         at = at + gl.arange(0, HALF, gl.SliceLayout(1, out))[:, None]
         gl.store(at, made, mask=is_row[None, :])
+
+
+@gluon.jit
+def _sum_of_choices(
+    sums_SPM, bias_EM, weights_P, ids_P, token, row, num_pairs, num_experts, hidden_size,
+    TOP_K: gl.constexpr, SPLITS: gl.constexpr, HAS_BIAS: gl.constexpr,
+):  # fmt: skip
+    """Returns the weighted sum of a token's experts, in the order of its choices, for some rows of
+    the weight; as `ring_down_kernel` is told them."""
+    layout: gl.constexpr = row.type.layout
+    total = gl.zeros(row.shape, gl.float32, layout)
+    for choice in gl.static_range(TOP_K):
+        pair = token * TOP_K + choice
+        expert = gl.load(ids_P + pair)
+        is_in = (row >= 0) & (expert >= 0) & (expert < num_experts)
+        part = gl.zeros_like(total)
+        for split in gl.static_range(SPLITS):
+            at = sums_SPM + (split * num_pairs + pair).to(gl.int64) * hidden_size + row
+            part += gl.load(at, mask=is_in, other=0.0, cache_modifier=".cg")
+        if HAS_BIAS:
+            at = bias_EM + expert.to(gl.int64) * hidden_size + row
+            part += gl.load(at, mask=is_in, other=0.0).to(gl.float32)
+        total += part * gl.load(weights_P + pair)
+    return total
 
 
 @launchable
@@ -154,6 +179,7 @@ def ring_down_kernel(
     num_experts,
     hidden_size,
     inner_size,
+    TOP_K: gl.constexpr,
     SPLITS: gl.constexpr,
     LONE: gl.constexpr,
     ROWS: gl.constexpr,
@@ -169,9 +195,10 @@ def ring_down_kernel(
 ):
     """parts[p] = weights[p] * (hidden @ down[e].T (+ bias[e])) for the pairs p of a block.
 
-    parts_PM [P, M] in the order of pairs; down planes of [E * M, F]; bias_EM any float. SPLITS > 1:
-    program 1 sums its part of F alone, to sums float32 [SPLITS, P, M], and the last of a tile adds
-    them in rising order. The rest as in `ring_gate_up_kernel`.
+    parts_PM [P, M] in the order of pairs, LONE: [T, M], the sum of a token's; down planes of
+    [E * M, F]; bias_EM any float. SPLITS > 1: program 1 sums its part of F alone, to sums float32
+    [SPLITS, P, M], and the last of a tile adds them in rising order; so it is with all programs of
+    a token if they are LONE. The rest as in `ring_gate_up_kernel`.
     """
     WARPS: gl.constexpr = gl.num_warps()
     block = gl.program_id(0) % num_blocks
@@ -182,13 +209,11 @@ def ring_down_kernel(
         row, _, is_row = _pairs_of(
             blocks_3B, block, num_blocks, order_P, TOKENS, LONE, x_rows_layout(WARPS)
         )
-        num_tiles = (inner_size + COLUMNS - 1) // COLUMNS
-        begin = gl.program_id(1) * num_tiles // SPLITS
-        end = (gl.program_id(1) + 1) * num_tiles // SPLITS
+        begin, end = columns_of_split(inner_size, SPLITS, FORMAT)
         total = ring_sums(
             *(hidden_PF, row, is_row, (down, down), expert * hidden_size + column, inner_size),
             *(begin, end, ROWS, TOKENS, STAGES, TILES, WIDE, EVEN_K),
-            *(False, COMPUTE, FORMAT, OVERLAP),
+            *(False, LONE, COMPUTE, FORMAT, OVERLAP),
         )
         out: gl.constexpr = stores_layout(ROWS, WARPS)
         total = gl.convert_layout(total, out)
@@ -198,15 +223,31 @@ def ring_down_kernel(
         at = pair.to(gl.int64)[None, :] * hidden_size + column
         at = at + gl.arange(0, ROWS, gl.SliceLayout(1, out))[:, None]
         step, ticket = num_pairs.to(gl.int64) * hidden_size, tickets + gl.program_id(0)
-        total, is_last = sum_of_splits(total, sums_SPM, at, step, is_row[None, :], ticket, SPLITS)
-        if is_last:
-            if HAS_BIAS:
-                total = _with_bias(total, bias_EM, expert.to(gl.int64) * hidden_size + column)
-            weight = gl.load(weights_P + pair, mask=is_row, other=0.0)
-            value = (total * weight[None, :]).to(parts_PM.dtype.element_ty)
-            gl.store(parts_PM + at, value, mask=is_row[None, :])
+        if LONE:
+            gl.store(sums_SPM + (at + gl.program_id(1) * step), total, mask=is_row[None, :])
+        else:
+            total, is_last = sum_of_splits(
+                total, sums_SPM, at, step, is_row[None, :], ticket, SPLITS
+            )
+            if is_last:
+                if HAS_BIAS:
+                    total = _with_bias(total, bias_EM, expert.to(gl.int64) * hidden_size + column)
+                weight = gl.load(weights_P + pair, mask=is_row, other=0.0)
+                value = (total * weight[None, :]).to(parts_PM.dtype.element_ty)
+                gl.store(parts_PM + at, value, mask=is_row[None, :])
     elif OVERLAP:
         gdc_wait()
+    if LONE:
+        token = block // TOP_K
+        ticket = tickets + (token * (hidden_size // ROWS) + gl.program_id(0) // num_blocks)
+        if is_last_of(ticket, TOP_K * SPLITS):
+            row = column + gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [WARPS], [0]))
+            total = _sum_of_choices(
+                *(sums_SPM, bias_EM, weights_P, blocks_3B, token, row, num_pairs, num_experts),
+                *(hidden_size, TOP_K, SPLITS, HAS_BIAS),
+            )
+            to = parts_PM + token.to(gl.int64) * hidden_size + row
+            gl.store(to, total.to(parts_PM.dtype.element_ty))
 
 
 def fits(x_TM: Tensor, experts: StackedExperts) -> bool:
@@ -235,7 +276,8 @@ def ring_experts(
     in_parts: bool = False,
 ) -> Tensor:
     """Returns what `grouped_experts` does, with all biases. `tickets`: see `make_tickets`; for
-    shapes that split a sum."""
+    shapes that split a sum, and lone ones, which have no parts."""
+    assert not (in_parts and shape.is_lone)
     assert x_TM.is_contiguous()
     assert topk_ids.is_contiguous()
     assert topk_weights.is_contiguous()
@@ -273,7 +315,7 @@ def ring_experts(
     parts = _down(hidden, topk_weights, dispatch, experts, shape, tickets)
     if in_parts:
         return parts.view(len(x_TM), -1, experts.hidden_size)
-    return combine(parts, topk_ids, experts.count)
+    return parts if shape.is_lone else combine(parts, topk_ids, experts.count)
 
 
 def _down(
@@ -284,12 +326,16 @@ def _down(
     shape: RingExpertsShape,
     tickets: Tensor | None,
 ) -> Tensor:
-    """Returns the weighted parts [P, M] in the order of the pairs' numbers."""
+    """Returns the weighted parts [P, M] in the order of the pairs' numbers, of lone ones the sums
+    of each token's [T, M]."""
     assert experts.down_planes is not None
     num_pairs, hidden_size = len(hidden_PF), experts.hidden_size
     grid, splits = dispatch[2] * (hidden_size // shape.down.rows), shape.down.splits
-    parts = hidden_PF.new_empty((num_pairs, hidden_size))
-    of_splits = room_for_splits(parts, splits, parts.shape, grid, tickets)
+    top_k = topk_weights.shape[1]
+    parts = hidden_PF.new_empty((num_pairs // top_k if shape.is_lone else num_pairs, hidden_size))
+    of_splits = room_for_splits(
+        *(parts, splits, (num_pairs, hidden_size), grid, tickets), is_always=shape.is_lone
+    )
     ring_down_kernel[(grid, splits)](
         hidden_PF,
         experts.down_planes.arguments(),
@@ -302,6 +348,7 @@ def _down(
         experts.count,
         hidden_size,
         experts.inner_size,
+        TOP_K=top_k,
         SPLITS=splits,
         LONE=shape.is_lone,
         **shape.down.constants(experts.inner_size),

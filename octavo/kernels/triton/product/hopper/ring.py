@@ -20,7 +20,7 @@ from octavo.kernels.triton.launching.overlap import launch_options
 from octavo.kernels.triton.launching.tickets import room_for_splits
 from octavo.kernels.triton.product.packed_shapes import RingShape
 from octavo.kernels.triton.tiles.hopper.ring import (
-    COLUMNS,
+    columns_of_split,
     is_aligned,
     ring_sums,
     takes,
@@ -44,6 +44,7 @@ def ring_product_kernel(
     hidden_size,
     out_stride,
     SPLITS: gl.constexpr,
+    LONE: gl.constexpr,
     ROWS: gl.constexpr,
     TOKENS: gl.constexpr,
     STAGES: gl.constexpr,
@@ -58,19 +59,19 @@ def ring_product_kernel(
     """out[t, n] = sum over m of x[t, m] * weight[n, m] (+ bias[n]).
 
     x_TM [T, M] contiguous, planes of a weight [N, M], out_TN [T, N] with a row stride, bias_N [N]
-    any float. SPLITS as in `sum_of_splits`, sums_STN and tickets for it.
+    any float. SPLITS as in `sum_of_splits`, sums_STN and tickets for it. LONE: T is 1.
     """
     WARPS: gl.constexpr = gl.num_warps()
     num_blocks = (num_tokens + TOKENS - 1) // TOKENS
     first_token = gl.program_id(0) % num_blocks * TOKENS
     first_row = gl.program_id(0) // num_blocks * ROWS
     token = first_token + gl.arange(0, TOKENS, x_rows_layout(WARPS))
-    num_tiles = (hidden_size + COLUMNS - 1) // COLUMNS
-    begin = gl.program_id(1) * num_tiles // SPLITS
-    end = (gl.program_id(1) + 1) * num_tiles // SPLITS
+    begin, end = columns_of_split(hidden_size, SPLITS, FORMAT)
+    x_row = 0 * token if LONE else token
     total = ring_sums(
-        *(x_TM, token, token < num_tokens, (planes, planes), first_row, hidden_size),
-        *(begin, end, ROWS, TOKENS, STAGES, TILES, WIDE, EVEN_K, False, COMPUTE, FORMAT, OVERLAP),
+        *(x_TM, x_row, token < num_tokens, (planes, planes), first_row, hidden_size),
+        *(begin, end, ROWS, TOKENS, STAGES, TILES, WIDE, EVEN_K, False, LONE, COMPUTE, FORMAT),
+        OVERLAP,
     )
     out: gl.constexpr = stores_layout(ROWS, WARPS)
     total = gl.convert_layout(total, out)
@@ -127,6 +128,7 @@ def ring_product(
         hidden_size,
         out_TN.stride(0),
         SPLITS=shape.splits,
+        LONE=num_tokens == 1,
         **shape.constants(hidden_size),
         HAS_BIAS=bias_N is not None,
         COMPUTE=TL_DTYPES[x_TM.dtype],

@@ -20,10 +20,14 @@ from octavo.kernels.planes import Planes
 from octavo.kernels.triton.tiles.codes import high_of, parts_of
 from octavo.kernels.triton.tiles.hopper.ring_numbers import (
     COLUMNS,
+    LONE_GROUPS,
+    add_span,
     add_tile,
     factors_of_tile,
     groups_in_tile,
     high_tiles,
+    is_by_columns,
+    span_of,
     sums_layout,
 )
 from octavo.kernels.triton.tiles.packed import RUN
@@ -32,14 +36,12 @@ from octavo.planes import PlaneLayout
 
 HALF = gl.constexpr(64)
 """Columns that a row has a whole number of times."""
-LONG = frozenset({"q2_k", "q3_k", "iq4_xs", "nvfp4"})
-"""Layouts whose numbers take more instructions than there is time for while memory brings them."""
 
 
 def takes(layout: PlaneLayout, cols: int) -> bool:
     """Whether `ring_sums` multiplies with rows of `cols` columns in a layout."""
     is_whole = cols % HALF.value == 0 and layout.padded(cols) == cols
-    return is_whole and layout.group in (16, 32, 64, 128) and layout.name not in LONG
+    return is_whole and layout.group in (16, 32, 64, 128)
 
 
 def is_aligned(planes: Planes) -> bool:
@@ -116,23 +118,41 @@ def _plane_at(planes, PLANE: gl.constexpr, first_row, ROWS: gl.constexpr, PAIRED
 
 
 @gluon.jit
-def _bring_plane(at, to, first, COUNT: gl.constexpr, stride, length, is_some,
-                 EVEN_K: gl.constexpr, FORMAT: gl.constexpr):  # fmt: skip
-    """Copies COUNT columns of scales or their like, which are `stride` apart, `first` on; of groups
-    that rows of `length` have, unless EVEN_K."""
+def _bring_plane(at, to, first, stride, limit, is_some, MASKED: gl.constexpr):
+    """Copies the columns `first` on of scales or their like, which are `stride` apart; MASKED: of
+    those below `limit`."""
     layout: gl.constexpr = _plane_layout(to.shape[1], to.dtype, gl.num_warps())
-    column = first + gl.arange(0, COUNT, gl.SliceLayout(1, layout))[:, None]
-    is_in = is_some if EVEN_K else is_some & (column < length // group_of(FORMAT))
+    column = first + gl.arange(0, to.shape[0], gl.SliceLayout(1, layout))[:, None]
+    is_in = is_some & (column < limit) if MASKED else is_some
     async_copy.async_copy_global_to_shared(to, at + column.to(gl.int64) * stride, mask=is_in)
 
 
 @gluon.jit
-def _bring_weight(sources, rings, step, begin, end, stride, length, STAGES: gl.constexpr,
-                  TILES: gl.constexpr, EVEN_K: gl.constexpr, FORMAT: gl.constexpr):  # fmt: skip
-    """Copies what a step needs of the weight, where there is any."""
-    WORDS: gl.constexpr = COLUMNS // parts_of(FORMAT)
+def _bring_scales(sources, rings, slot, tile, end, stride, length, SPAN: gl.constexpr,
+                  EVEN_K: gl.constexpr, LONE: gl.constexpr, FORMAT: gl.constexpr):  # fmt: skip
+    """Copies what SPAN tiles have of scales and their like, from `tile` on, where there are any."""
     GROUPS: gl.constexpr = groups_in_tile(FORMAT)
     FACTORS: gl.constexpr = factors_of_tile(FORMAT)
+    is_some, first = tile < end, tile * GROUPS
+    limit = length // group_of(FORMAT)
+    if is_by_columns(FORMAT, LONE):
+        limit = gl.minimum(limit, gl.minimum(end * GROUPS, first + SPAN * GROUPS))
+    MASKED: gl.constexpr = is_by_columns(FORMAT, LONE) or not EVEN_K
+    _bring_plane(sources[2], rings[2].index(slot), first, stride, limit, is_some, MASKED)
+    if has_offsets(FORMAT):
+        _bring_plane(sources[3], rings[3].index(slot), first, stride, limit, is_some, MASKED)
+    if FACTORS > 0:
+        first = tile // 2 * FACTORS
+        _bring_plane(sources[4], rings[4].index(slot), first, stride, limit, is_some, False)
+
+
+@gluon.jit
+def _bring_weight(sources, rings, step, begin, end, stride, length, STAGES: gl.constexpr,
+                  TILES: gl.constexpr, EVEN_K: gl.constexpr, LONE: gl.constexpr,
+                  FORMAT: gl.constexpr):  # fmt: skip
+    """Copies what a step needs of the weight, where there is any."""
+    WORDS: gl.constexpr = COLUMNS // parts_of(FORMAT)
+    SPAN: gl.constexpr = span_of(FORMAT, TILES, LONE)
     copies: gl.constexpr = _copies_layout(WORDS, gl.num_warps())
     word = gl.arange(0, WORDS, gl.SliceLayout(0, copies))[None, :]
     for i in gl.static_range(TILES):
@@ -146,31 +166,28 @@ def _bring_weight(sources, rings, step, begin, end, stride, length, STAGES: gl.c
         if high_of(FORMAT) > 0:
             at = sources[1] + tile // high_tiles(FORMAT) * RUN
             async_copy.async_copy_global_to_shared(rings[1].index(slot), at, mask=is_some)
-        _bring_plane(
-            *(sources[2], rings[2].index(slot), tile * GROUPS, GROUPS, stride, length, is_some),
-            *(EVEN_K, FORMAT),
+    for i in gl.static_range(TILES // SPAN):
+        slot = step % STAGES * (TILES // SPAN) + i
+        _bring_scales(
+            *(sources, rings, slot, begin + step * TILES + i * SPAN, end, stride, length),
+            *(SPAN, EVEN_K, LONE, FORMAT),
         )
-        if has_offsets(FORMAT):
-            _bring_plane(
-                *(sources[3], rings[3].index(slot), tile * GROUPS, GROUPS, stride, length, is_some),
-                *(EVEN_K, FORMAT),
-            )
-        if FACTORS > 0:
-            first = tile // 2 * FACTORS
-            _bring_plane(
-                *(sources[4], rings[4].index(slot), first, FACTORS, stride, length, is_some),
-                *(True, FORMAT),
-            )
 
 
 @gluon.jit
-def _bring_x(at, is_row, ring, step, begin, end, length, STAGES: gl.constexpr,
-             TILES: gl.constexpr, EVEN_K: gl.constexpr):  # fmt: skip
-    """Copies a step's numbers of x, where there are any: others are 0."""
+def _bring_x(at, is_row, ring, step, begin, end, length, STAGES: gl.constexpr, TILES: gl.constexpr,
+             EVEN_K: gl.constexpr, LONE: gl.constexpr, FORMAT: gl.constexpr):  # fmt: skip
+    """Copies a step's numbers of x, where there are any: others are 0. Of a LONE row, if it is by
+    columns, to row g those of the g-th group that meets its scale at once with others."""
     copies: gl.constexpr = _copies_layout(COLUMNS, gl.num_warps())
+    GROUPS: gl.constexpr = groups_in_tile(FORMAT)
+    SPAN: gl.constexpr = span_of(FORMAT, TILES, LONE)
     column = gl.arange(0, COLUMNS, gl.SliceLayout(0, copies))[None, :]
+    row = gl.arange(0, ring.shape[1], gl.SliceLayout(1, copies))[:, None]
     for i in gl.static_range(TILES):
         tile = begin + step * TILES + i
+        if is_by_columns(FORMAT, LONE):
+            is_row = row == column // group_of(FORMAT) + i % SPAN * GROUPS
         is_in = is_row & (tile < end)
         if not EVEN_K:
             is_in = is_in & (column < length // HALF * HALF - tile * COLUMNS)
@@ -188,13 +205,14 @@ def _plane_ring(planes, PLANE: gl.constexpr, COUNT: gl.constexpr, SLOTS: gl.cons
 
 @gluon.jit
 def _sources_and_rings(
-    planes, first_row, length, SLOTS: gl.constexpr, ROWS: gl.constexpr, PAIRED: gl.constexpr,
-    FORMAT: gl.constexpr,
+    planes, first_row, length, SLOTS: gl.constexpr, SPAN: gl.constexpr, ROWS: gl.constexpr,
+    PAIRED: gl.constexpr, LONE: gl.constexpr, FORMAT: gl.constexpr,
 ):  # fmt: skip
-    """Returns where the planes' rows begin, and rings for tiles of them; what there is none of is
-    that of the plane before it."""
+    """Returns where the planes' rows begin, and rings for tiles of them, scales and their like for
+    SPAN at once; what there is none of is that of the plane before it."""
     WORDS: gl.constexpr = COLUMNS // parts_of(FORMAT)
-    GROUPS: gl.constexpr = groups_in_tile(FORMAT)
+    IS_BY_COLUMNS: gl.constexpr = is_by_columns(FORMAT, LONE)
+    GROUPS: gl.constexpr = LONE_GROUPS if IS_BY_COLUMNS else groups_in_tile(FORMAT)
     FACTORS: gl.constexpr = factors_of_tile(FORMAT)
     # As many words as columns tell, whose alignment is known.
     num_words = length // HALF * (WORDS // 2)
@@ -206,40 +224,104 @@ def _sources_and_rings(
         high_at = _words_at(planes, 3, first_row, of_row, ROWS, PAIRED, RUN)
         high = gl.allocate_shared_memory(gl.int16, [SLOTS, ROWS, RUN], _words_layout(RUN))
     scales_at = _plane_at(planes, 1, first_row, ROWS, PAIRED)
-    scales = _plane_ring(planes, 1, GROUPS, SLOTS, ROWS)
+    scales = _plane_ring(planes, 1, GROUPS, SLOTS // SPAN, ROWS)
     offsets_at, offsets = scales_at, scales
     if has_offsets(FORMAT):
         offsets_at = _plane_at(planes, 2, first_row, ROWS, PAIRED)
-        offsets = _plane_ring(planes, 2, GROUPS, SLOTS, ROWS)
+        offsets = _plane_ring(planes, 2, GROUPS, SLOTS // SPAN, ROWS)
     factors_at, factors = scales_at, scales
     if FACTORS > 0:
         factors_at = _plane_at(planes, 4, first_row, ROWS, PAIRED)
-        factors = _plane_ring(planes, 4, FACTORS, SLOTS, ROWS)
+        factors = _plane_ring(planes, 4, FACTORS, SLOTS // SPAN, ROWS)
     sources = words_at, high_at, scales_at, offsets_at, factors_at
     return sources, (words, high, scales, offsets, factors)
+
+
+@gluon.jit
+def _add_one(total, rings, x_tiles, step, i, begin, STAGES: gl.constexpr, TILES: gl.constexpr,
+             WIDE: gl.constexpr, COMPUTE: gl.constexpr, FORMAT: gl.constexpr):  # fmt: skip
+    """Returns total with the product of a step's tile i."""
+    at = step % STAGES * TILES + i
+    words, high = rings[0].index(at), rings[1].index(at)
+    planes_of = rings[2].index(at), rings[3].index(at), rings[4].index(at)
+    tile = words, high, planes_of, x_tiles.index(at)
+    return add_tile(total, tile, begin + step * TILES + i, WIDE, COMPUTE, FORMAT)
+
+
+@gluon.jit
+def _add_step(total, rings, x_tiles, step, begin, STAGES: gl.constexpr, TILES: gl.constexpr,
+              WIDE: gl.constexpr, LONE: gl.constexpr, COMPUTE: gl.constexpr,
+              FORMAT: gl.constexpr):  # fmt: skip
+    """Returns total with the products of a step's tiles: a LONE row's warps are few, and so see
+    all of them at once."""
+    if LONE:
+        for i in gl.static_range(TILES):
+            total = _add_one(
+                total, rings, x_tiles, step, i, begin, STAGES, TILES, WIDE, COMPUTE, FORMAT
+            )
+    else:
+        for i in range(TILES):
+            total = _add_one(
+                total, rings, x_tiles, step, i, begin, STAGES, TILES, WIDE, COMPUTE, FORMAT
+            )
+    return total
+
+
+@gluon.jit
+def _add_step_of_columns(total, rings, x_tiles, step, begin, STAGES: gl.constexpr,
+                         TILES: gl.constexpr, COMPUTE: gl.constexpr,
+                         FORMAT: gl.constexpr):  # fmt: skip
+    """As `_add_step`, of one row of x by columns."""
+    SPAN: gl.constexpr = span_of(FORMAT, TILES, True)
+    SPANS: gl.constexpr = TILES // SPAN
+    for i in gl.static_range(SPANS):
+        slot = step % STAGES * SPANS + i
+        planes_of = rings[2].index(slot), rings[3].index(slot), rings[4].index(slot)
+        tiles = ()
+        for one in gl.static_range(SPAN):
+            at = slot * SPAN + one
+            tiles = tiles + ((rings[0].index(at), rings[1].index(at), x_tiles.index(at)),)
+        number = begin + step * TILES + i * SPAN
+        total = add_span(total, (tiles, planes_of), number, SPAN, COMPUTE, FORMAT)
+    return total
+
+
+@gluon.jit
+def columns_of_split(length, SPLITS: gl.constexpr, FORMAT: gl.constexpr):
+    """Returns the first tile of program 1 of SPLITS, and the one after its last: whole blocks of
+    those that share factors."""
+    UNIT: gl.constexpr = 2 if factors_of_tile(FORMAT) > 0 else 1
+    units = (length + UNIT * COLUMNS - 1) // (UNIT * COLUMNS)
+    split = gl.program_id(1)
+    return split * units // SPLITS * UNIT, (split + 1) * units // SPLITS * UNIT
 
 
 @gluon.jit
 def ring_sums(
     x, x_row, is_row, planes, first_row, length, begin, end,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, TILES: gl.constexpr,
-    WIDE: gl.constexpr, EVEN_K: gl.constexpr, PAIRED: gl.constexpr, COMPUTE: gl.constexpr,
-    FORMAT: gl.constexpr, OVERLAP: gl.constexpr,
+    WIDE: gl.constexpr, EVEN_K: gl.constexpr, PAIRED: gl.constexpr, LONE: gl.constexpr,
+    COMPUTE: gl.constexpr, FORMAT: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """Returns weight @ x.T [ROWS, TOKENS] over tiles `begin` to `end` of COLUMNS columns.
 
     x: numbers of COMPUTE, rows of `length`; x_row, is_row [TOKENS]: which rows, in layout
-    `x_rows_layout`, and whether there is one, else sums are 0. planes: two weights, of which ROWS
-    rows count from first_row on: all of the first, or PAIRED, half of them from each, in turns of
-    eight. A step has TILES tiles, and rings have room for STAGES steps. WIDE: as in `sums_layout`.
-    EVEN_K: a row has whole tiles, else its last may be half of one. OVERLAP: the turn of the kernel
-    has not come yet, as x_row does not depend on it.
+    `x_rows_layout`, and whether there is one, else sums are 0; LONE: all are one row, is_row tells
+    the first, and others have its sums or none. planes: two weights, of which ROWS rows count from
+    first_row on: all of the first, or PAIRED, half of them from each, in turns of eight. A step has
+    TILES tiles, and rings have room for STAGES steps. WIDE: as in `sums_layout`. EVEN_K: a row has
+    whole tiles, else its last may be half of one. OVERLAP: the turn of the kernel has not come yet,
+    as x_row does not depend on it.
     """
+    gl.static_assert(not LONE or TOKENS == LONE_GROUPS)
     WARPS: gl.constexpr = gl.num_warps()
     SLOTS: gl.constexpr = STAGES * TILES
+    SPAN: gl.constexpr = span_of(FORMAT, TILES, LONE)
     sums: gl.constexpr = sums_layout(TOKENS, WIDE, WARPS)
     x_copies: gl.constexpr = _copies_layout(COLUMNS, WARPS)
-    sources, rings = _sources_and_rings(planes, first_row, length, SLOTS, ROWS, PAIRED, FORMAT)
+    sources, rings = _sources_and_rings(
+        *(planes, first_row, length, SLOTS, SPAN, ROWS, PAIRED, LONE, FORMAT)
+    )
     stride = planes[0][5]
     x_tiles = gl.allocate_shared_memory(COMPUTE, [SLOTS, TOKENS, COLUMNS], _x_layout(WIDE))
     x_at = x + x_row.to(gl.int64)[:, None] * (length // HALF * HALF)
@@ -249,7 +331,7 @@ def ring_sums(
         for step in range(STAGES - 1):
             _bring_weight(
                 *(sources, rings, step, begin, end, stride, length),
-                *(STAGES, TILES, EVEN_K, FORMAT),
+                *(STAGES, TILES, EVEN_K, LONE, FORMAT),
             )
     if OVERLAP:
         gdc_wait()
@@ -257,29 +339,42 @@ def ring_sums(
         if not OVERLAP:
             _bring_weight(
                 *(sources, rings, step, begin, end, stride, length),
-                *(STAGES, TILES, EVEN_K, FORMAT),
+                *(STAGES, TILES, EVEN_K, LONE, FORMAT),
             )
-        _bring_x(x_at, is_row, x_tiles, step, begin, end, length, STAGES, TILES, EVEN_K)
+        _bring_x(
+            *(x_at, is_row, x_tiles, step, begin, end, length),
+            *(STAGES, TILES, EVEN_K, LONE, FORMAT),
+        )
         async_copy.commit_group()
     total = gl.zeros([ROWS, TOKENS], gl.float32, sums)
-    for step in range((end - begin + TILES - 1) // TILES):
+    num_steps = (end - begin + TILES - 1) // TILES
+    for step in range(num_steps):
         async_copy.wait_group(STAGES - 2)
         if WIDE:
             fence_async_shared()
             gl.thread_barrier()
         ahead = step + STAGES - 1
-        _bring_weight(
-            *(sources, rings, ahead, begin, end, stride, length), *(STAGES, TILES, EVEN_K, FORMAT)
-        )
-        _bring_x(x_at, is_row, x_tiles, ahead, begin, end, length, STAGES, TILES, EVEN_K)
+        if ahead < num_steps:
+            _bring_weight(
+                *(sources, rings, ahead, begin, end, stride, length),
+                *(STAGES, TILES, EVEN_K, LONE, FORMAT),
+            )
+            _bring_x(
+                *(x_at, is_row, x_tiles, ahead, begin, end, length),
+                *(STAGES, TILES, EVEN_K, LONE, FORMAT),
+            )
         async_copy.commit_group()
-        for i in range(TILES):
-            at = step % STAGES * TILES + i
-            words, high = rings[0].index(at), rings[1].index(at)
-            planes_of = rings[2].index(at), rings[3].index(at), rings[4].index(at)
-            tile = words, high, planes_of, x_tiles.index(at)
-            total = add_tile(total, tile, begin + step * TILES + i, WIDE, COMPUTE, FORMAT)
+        if is_by_columns(FORMAT, LONE):
+            total = _add_step_of_columns(
+                total, rings, x_tiles, step, begin, STAGES, TILES, COMPUTE, FORMAT
+            )
+        else:
+            total = _add_step(
+                total, rings, x_tiles, step, begin, STAGES, TILES, WIDE, LONE, COMPUTE, FORMAT
+            )
     async_copy.wait_group(0)
+    if is_by_columns(FORMAT, LONE):
+        total = gl.sum(total, 1)[:, None].broadcast_to([ROWS, TOKENS])
     if factor_of(FORMAT) == "row":
         of_sums: gl.constexpr = gl.SliceLayout(1, sums)
         first, second = planes

@@ -20,7 +20,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from octavo.kernels.triton.tiles.codes import bias_of, high_of, parts_of, raw_parts
 from octavo.kernels.triton.tiles.packed import RUN, runs_of
 from octavo.kernels.triton.tiles.scales import (
+    group_of,
     has_offsets,
+    has_shift,
     num_factors,
     offset_of,
     scale_zero_minimum,
@@ -29,6 +31,11 @@ from octavo.planes import BLOCK, PLANE_LAYOUTS
 
 COLUMNS = gl.constexpr(128)
 """Of a tile."""
+LONE_GROUPS = gl.constexpr(8)
+"""Columns of a product with one row of x alone, whose groups they are."""
+NARROW = 32
+"""Columns of a group at most, where products with one row are such: wider ones are so few that it
+does not pay."""
 _LESS = gl.constexpr("sub.rn.bf16x2 $0, $1, $2;")
 _LESS_HALF = gl.constexpr("sub.rn.f16x2 $0, $1, $2;")
 _SHIFTED = gl.constexpr("shr.b32 $0, $1, 8;")
@@ -51,6 +58,20 @@ def groups_in_tile(format: str) -> int:
 def factors_of_tile(format: str) -> int:
     """Returns the factors that a tile's scales and minima have, which its block's others share."""
     return num_factors(BLOCK, format)
+
+
+@gluon.constexpr_function
+def is_by_columns(format: str, is_lone: bool) -> bool:
+    """Whether the columns of a product are the groups of one row of x."""
+    return is_lone and PLANE_LAYOUTS[format].group <= NARROW
+
+
+@gluon.constexpr_function
+def span_of(format: str, tiles: int, is_lone: bool) -> int:
+    """Returns how many tiles, of a step of so many, meet their scales at once."""
+    if not is_by_columns(format, is_lone):
+        return 1
+    return max(1, min(tiles, LONE_GROUPS.value * PLANE_LAYOUTS[format].group // COLUMNS.value))
 
 
 @gluon.constexpr_function
@@ -184,15 +205,14 @@ def _shifted(high, is_second, FORMAT: gl.constexpr):
 
 
 @gluon.jit
-def _numbers_by_groups(tile, number, rows: gl.constexpr, COMPUTE: gl.constexpr,
-                       FORMAT: gl.constexpr):  # fmt: skip
-    """Returns the numbers [ROWS, ..] of each group of a tile, the `number`-th of its row."""
-    GROUPS: gl.constexpr = groups_in_tile(FORMAT)
-    words = tile[0].load(rows)
+def _numbers_of_tile(words, high, number, PARTS: gl.constexpr, rows: gl.constexpr,
+                     COMPUTE: gl.constexpr, FORMAT: gl.constexpr):  # fmt: skip
+    """Returns the numbers [ROWS, ..] of a tile, the `number`-th of its row, in so many parts."""
+    words = words.load(rows)
     if high_of(FORMAT) == 0:
-        return _by_groups(_numbers(words, words, 0, COMPUTE, FORMAT), 1, GROUPS, rows)
+        return _by_groups(_numbers(words, words, 0, COMPUTE, FORMAT), 1, PARTS, rows)
     else:
-        high = tile[1].load(rows)
+        high = high.load(rows)
         if high_tiles(FORMAT) == 2:
             high = _shifted(high, number % 2 == 1, FORMAT)
         RUNS: gl.constexpr = words.shape[1] // RUN
@@ -200,7 +220,7 @@ def _numbers_by_groups(tile, number, rows: gl.constexpr, COMPUTE: gl.constexpr,
         groups = ()
         for run in gl.static_range(RUNS):
             numbers = _numbers(of_runs[run], high, run, COMPUTE, FORMAT)
-            groups = groups + _by_groups(numbers, 1, GROUPS // RUNS, rows)
+            groups = groups + _by_groups(numbers, 1, PARTS // RUNS, rows)
         return groups
 
 
@@ -229,7 +249,7 @@ def add_tile(total, tile, number, WIDE: gl.constexpr, COMPUTE: gl.constexpr, FOR
     columns: gl.constexpr = gl.DotOperandLayout(1, sums, 2)
     GROUPS: gl.constexpr = groups_in_tile(FORMAT)
     raw = _scales_of(tile[2], sums, FORMAT)
-    numbers = _numbers_by_groups(tile, number, rows, COMPUTE, FORMAT)
+    numbers = _numbers_of_tile(tile[0], tile[1], number, GROUPS, rows, COMPUTE, FORMAT)
     x_tile = tile[3].permute((1, 0))
     if not WIDE:
         x_parts = _by_groups(x_tile.load(columns), 0, GROUPS, columns)
@@ -251,4 +271,56 @@ def add_tile(total, tile, number, WIDE: gl.constexpr, COMPUTE: gl.constexpr, FOR
             ones = gl.full(of_group.shape, 1.0, COMPUTE, rows)
             shift = minimum - bias_of(COMPUTE, FORMAT) * scale
             total += mma_v2(ones, x_parts[group], zeros) * shift[:, None]
+    return total
+
+
+@gluon.constexpr_function
+def _lone_parts(format: str) -> int:
+    """Returns the parts of a tile that are summed one beside the other, so that no product waits
+    for the one before it."""
+    is_in_runs = PLANE_LAYOUTS[format].high > 0
+    return max(2, COLUMNS.value // parts_of(format) // RUN.value if is_in_runs else 2)
+
+
+@gluon.jit
+def _of_columns(planes, sums: gl.constexpr, FORMAT: gl.constexpr):
+    """Returns the scales and offsets [ROWS, LONE_GROUPS] of as many groups, and their factors, as
+    `scale_zero_minimum` takes those of one group."""
+    raw = (planes[0].permute((1, 0)).load(sums),)
+    if has_offsets(FORMAT):
+        raw = raw + (planes[1].permute((1, 0)).load(sums),)
+    if factors_of_tile(FORMAT) > 0:
+        factors = _rows_of(planes[2], factors_of_tile(FORMAT), sums)
+        for factor in gl.static_range(factors_of_tile(FORMAT)):
+            raw = raw + (factors[factor][:, None],)
+    return raw
+
+
+@gluon.jit
+def add_span(total, tiles, number, SPAN: gl.constexpr, COMPUTE: gl.constexpr,
+             FORMAT: gl.constexpr):  # fmt: skip
+    """Returns total [ROWS, LONE_GROUPS] with the products of SPAN tiles, from the `number`-th of
+    their rows on, with one row of x: each column has those of one group, and is to be summed.
+
+    tiles, in shared memory: for each tile words, high bits and x [LONE_GROUPS, COLUMNS], where row
+    g has the numbers of group g, else 0; then (scales, offsets, factors) of them all.
+    """
+    sums: gl.constexpr = total.type.layout
+    rows: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
+    columns: gl.constexpr = gl.DotOperandLayout(1, sums, 2)
+    PARTS: gl.constexpr = _lone_parts(FORMAT)
+    raw = _of_columns(tiles[1], sums, FORMAT)
+    scale, zero, minimum = scale_zero_minimum(raw, 0, group_of(FORMAT), FORMAT)
+    zeros = gl.zeros_like(total)
+    if has_shift(FORMAT):
+        shift = minimum - (zero + bias_of(COMPUTE, FORMAT)) * scale
+    for i in gl.static_range(SPAN):
+        words, high, x = tiles[0][i]
+        numbers = _numbers_of_tile(words, high, number + i, PARTS, rows, COMPUTE, FORMAT)
+        x_parts = _by_groups(x.permute((1, 0)).load(columns), 0, PARTS, columns)
+        for part in gl.static_range(PARTS):
+            total += mma_v2(numbers[part], x_parts[part], zeros) * scale
+            if has_shift(FORMAT):
+                ones = gl.full(numbers[part].shape, 1.0, COMPUTE, rows)
+                total += mma_v2(ones, x_parts[part], zeros) * shift
     return total

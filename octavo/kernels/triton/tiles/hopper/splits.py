@@ -18,16 +18,25 @@ def stores_layout(rows: int, warps: int) -> gl.BlockedLayout:
 
 
 @gluon.jit
+def is_last_of(ticket, COUNT: gl.constexpr):
+    """Whether the other COUNT - 1 programs have been here: what they stored can be loaded, past the
+    L1 cache."""
+    gl.thread_barrier()  # All threads have stored before one of them tells so.
+    is_last = gl.atomic_add(ticket, 1, sem="acq_rel") == COUNT - 1
+    if is_last:
+        gl.store(ticket, 0)
+    return is_last
+
+
+@gluon.jit
 def sum_of_splits(total, sums, at, step, is_some, ticket, SPLITS: gl.constexpr):
     """Returns the sum of the parts of all SPLITS programs 1, and whether this one is the last and
     so has it. total: its own part; sums: float32, where parts lie `step` apart, each `at`."""
     is_last = True
     if SPLITS > 1:
         gl.store(sums + (at + gl.program_id(1) * step), total, mask=is_some)
-        gl.thread_barrier()  # All threads have stored before one of them tells so.
-        is_last = gl.atomic_add(ticket, 1, sem="acq_rel") == SPLITS - 1
+        is_last = is_last_of(ticket, SPLITS)
         if is_last:
-            gl.store(ticket, 0)
             whole = gl.zeros_like(total)
             for split in gl.static_range(SPLITS):
                 part = sums + (at + split * step)
