@@ -82,6 +82,8 @@ def test_an_abort_ends_all_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     over.ungated_rows = 1
     for count in (1, 3):  # looks at the flag long before it has tried often enough
         over.all_reduce(torch.ones(count, COLUMNS))
+    monkeypatch.setattr(rows, "LOOKS", tl.constexpr(1 << 30))
+    over.all_reduce(torch.ones(3, COLUMNS))  # told by those that have given up
 
 
 def test_sums_are_the_librarys_where_the_check_at_start_fails(
