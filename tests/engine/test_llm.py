@@ -6,24 +6,23 @@ interpreter, which takes seconds a step.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from octavo import LLM, ConfigError, RequestError, RequestOutput, SamplingParams
+from octavo import LLM, ConfigError, RequestError, SamplingParams
 from octavo.errors import CapacityError, EngineDeadError, OutOfMemoryError
 from octavo.kernels.registry import Needs, select_ops
 from octavo.runner import sampler
 from octavo.step import StepResult
 from tests.engine.prompts import VOCAB, greedy, prompts_of, tokens
+from tests.engine.tiny_llm import HAS_GPU, device_of, engine, flat_scores, reference_greedy, scores
 from tests.models.tiny import TinyModel, save_tiny
 
 LONG = {"max_model_len": 4096, "allow_longer_than_trained": True}
-HAS_GPU = torch.cuda.is_available()
 FAMILIES = ("llama", "mistral-window", "qwen3-mixed", "mixtral", "qwen2-moe", "qwen3-moe", "olmoe")
 
 
@@ -37,10 +36,6 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def device_of(backend: str) -> str:
-    return "cuda" if backend == "triton" and HAS_GPU else "cpu"
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return save_tiny(request.param, tmp_path_factory.mktemp(request.param))
@@ -49,49 +44,6 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return save_tiny("mixtral", tmp_path_factory.mktemp("mixtral"))
-
-
-@contextmanager
-def engine(model: TinyModel, backend: str, **options: Any) -> Iterator[LLM]:
-    defaults = {
-        "device": device_of(backend),
-        "attention_backend": backend,
-        "dtype": "float32",
-        "skip_tokenizer_init": True,
-        "poison_freed_blocks": True,
-        "num_threads": 1,
-        "max_num_seqs": 16,
-        "kv_cache_memory_bytes": 4 * 2**20,
-    }
-    llm = LLM(str(model.folder), **{**defaults, **options})
-    try:
-        yield llm
-        llm._core.check()
-        assert llm.stats().num_used_blocks == 0
-    finally:
-        llm.close()
-
-
-def scores(output: RequestOutput) -> list[list[tuple[int, float]]]:
-    """Token and log-probability of every reported candidate, to compare bit by bit."""
-    logprobs = output.outputs[0].logprobs
-    assert logprobs is not None
-    return [
-        [(entry.token_id, entry.logprob) for entry in position.values()] for position in logprobs
-    ]
-
-
-def flat_scores(output: RequestOutput) -> list[float]:
-    return [number for position in scores(output) for entry in position for number in entry]
-
-
-def reference_greedy(model: TinyModel, prompt: list[int], count: int) -> list[int]:
-    ids = torch.tensor([prompt])
-    with torch.inference_mode():
-        for _ in range(count):
-            logits = model.reference(ids).logits[0, -1]
-            ids = torch.cat([ids, logits.argmax().view(1, 1)], dim=1)
-    return ids[0, len(prompt) :].tolist()
 
 
 def test_greedy_tokens_are_those_of_transformers_cold_and_from_the_prefix_cache(

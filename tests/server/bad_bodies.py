@@ -7,8 +7,6 @@ from typing import Any
 import httpx
 
 USER = [{"role": "user", "content": "Hello"}]
-
-
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 

@@ -20,16 +20,10 @@ WEATHER: dict[str, Any] = {
         "required": ["city"],
     },
 }
-
-
 CALL = (
     '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}\n</tool_call>'
 )
-
-
 ANSWER = f"<think>\nI must look.\n</think>\n\nLet me look.\n{CALL}\n{CALL.replace('Rome', 'Oslo')}"
-
-
 FORMAT = answer_format("<tool_call> <think> </think>", {})
 
 
@@ -45,3 +39,14 @@ def head_of(call_id: str, *, hides_thinking: bool = False, starts: str = "") -> 
         hides_thinking=hides_thinking,
         max_tokens=10_000,
     )
+
+
+USER: list[Any] = [{"role": "user", "content": "How warm is Rome?"}]
+
+
+def asked(**fields: Any) -> dict[str, Any]:
+    return {"model": "fake", "max_tokens": 500, "messages": USER, **fields}
+
+
+def call_block(call_id: str) -> dict[str, Any]:
+    return {"type": "tool_use", "id": call_id, "name": "get_weather", "input": {"city": "Rome"}}
