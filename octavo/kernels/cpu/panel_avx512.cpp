@@ -32,9 +32,12 @@ struct Panel {
   int64_t count;   // rows, the last pair's second left out where they are odd
 };
 
+// `coming`: the rows that the next tile multiplies, asked for meanwhile; a step's activations do not
+// stay in the second cache.
 template <int M, int N>
-inline void pairs_tile(const float* const* x, const float* w, int64_t w_stride, const Span& span,
-                       int64_t rows, float* kept, float* out, int64_t out_stride) {
+inline void pairs_tile(const float* const* x, const float* const* coming, const float* w,
+                       int64_t w_stride, const Span& span, int64_t rows, float* kept, float* out,
+                       int64_t out_stride) {
   Wide acc[M][N];
   if (span.is_first) {
     for (int m = 0; m < M; ++m) {
@@ -47,6 +50,11 @@ inline void pairs_tile(const float* const* x, const float* w, int64_t w_stride, 
   }
   int64_t k = span.begin;
   for (; k + 8 <= span.end; k += 8) {
+    if (M == 4) {  // two rows' next sixteen numbers, now and eight columns later those of the others
+      const float* const* two = coming + (k >> 2 & 2);
+      _mm_prefetch(reinterpret_cast<const char*>(two[0] + k), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(two[1] + k), _MM_HINT_T0);
+    }
     Wide v[N];
     for (int n = 0; n < N; ++n) v[n] = _mm512_loadu_ps(w + n * w_stride + 2 * k);
     for (int m = 0; m < M; ++m) {
@@ -77,15 +85,21 @@ void tile_of_pairs(const Rows& x, int64_t begin, int64_t end, const Panel& panel
   const int64_t rows = std::min<int64_t>(2 * N, panel.count - 2 * pair);
   for (int64_t t = begin; t < end; t += 4) {
     const int64_t some = std::min<int64_t>(4, end - t);
-    const float* tokens[4];
-    for (int64_t m = 0; m < some; ++m) tokens[m] = x.at(t + m);
+    const float *tokens[4], *coming[4];
+    for (int64_t m = 0; m < some; ++m) {
+      tokens[m] = x.at(t + m);
+      coming[m] = x.at(std::min(t + m + 4, end - 1));
+    }
     ahead.ask();
     float *keep = kept + 16 * N * (t - begin), *to = out + t * out_stride + 2 * pair;
+    const auto tile = [&](auto m) {
+      pairs_tile<m, N>(tokens, coming, w, panel.stride, span, rows, keep, to, out_stride);
+    };
     switch (some) {
-      case 4: pairs_tile<4, N>(tokens, w, panel.stride, span, rows, keep, to, out_stride); break;
-      case 3: pairs_tile<3, N>(tokens, w, panel.stride, span, rows, keep, to, out_stride); break;
-      case 2: pairs_tile<2, N>(tokens, w, panel.stride, span, rows, keep, to, out_stride); break;
-      case 1: pairs_tile<1, N>(tokens, w, panel.stride, span, rows, keep, to, out_stride); break;
+      case 4: tile(std::integral_constant<int, 4>{}); break;
+      case 3: tile(std::integral_constant<int, 3>{}); break;
+      case 2: tile(std::integral_constant<int, 2>{}); break;
+      case 1: tile(std::integral_constant<int, 1>{}); break;
     }
   }
 }
