@@ -41,6 +41,9 @@ class CastSource:
     def format(self, name: str) -> WeightFormat:
         return self._format
 
+    def device_format(self, name: str) -> WeightFormat:
+        return self._format
+
     def matrix(self, name: str) -> Weight:
         weight = self._source.matrix(name)
         if weight.format == self._format:

@@ -59,6 +59,9 @@ class DummySource:
     def format(self, name: str) -> WeightFormat:
         return self._format
 
+    def device_format(self, name: str) -> WeightFormat:
+        return self._format
+
     def matrix(self, name: str) -> Weight:
         rows, cols = self.shape(name)
         data = torch.empty((rows, cols), dtype=NUMBER_DTYPES[self._format.name])

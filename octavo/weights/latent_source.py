@@ -42,6 +42,12 @@ class SplitUp:
         return form if is_kept and form is not None else WEIGHT_FORMATS["f32"]
 
     @property
+    def device_format(self) -> WeightFormat:
+        forms = self.keys.format, self.values.format
+        has_blocks = any(form is not None and form.is_block for form in forms)
+        return WEIGHT_FORMATS["bf16"] if has_blocks else self.format
+
+    @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.format.block_bytes
 
@@ -72,6 +78,11 @@ class LatentSource(MappedSource):
     def format(self, name: str) -> WeightFormat:
         up = self._ups.get(name)
         return super().format(name) if up is None else up.format
+
+    def device_format(self, name: str) -> WeightFormat:
+        """Blocks become what a GPU makes of codes wherever it multiplies with them."""
+        up = self._ups.get(name)
+        return super().device_format(name) if up is None else up.device_format
 
     def matrix(self, name: str) -> Weight:
         up = self._ups.get(name)

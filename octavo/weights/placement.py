@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from octavo.errors import ConfigError, UnsupportedModelError
+from octavo.formats import WeightFormat
 from octavo.kernels.limits import check_copied_format
 from octavo.kernels.planes import empty_planes
 from octavo.kernels.weights import Stack, Weight
@@ -150,7 +151,11 @@ class DevicePlacement:
 
     def _format_name(self, name: str) -> str:
         layout = self._layout(name)
-        return self._source.format(name).name if layout is None else layout.name
+        return self._format(name).name if layout is None else layout.name
+
+    def _format(self, name: str) -> WeightFormat:
+        source = self._source
+        return source.device_format(name) if self._keeps_packed else source.format(name)
 
     def _layout(self, name: str) -> PlaneLayout | None:
         return self._source.layout(name) if self._keeps_packed else None
@@ -158,7 +163,7 @@ class DevicePlacement:
     def _placed(self, splits: Mapping[str, Split | None]) -> Weight:
         """Returns matrices of one format as one, which `finish` fills."""
         first = next(iter(splits))
-        number_format, layout = self._source.format(first), self._layout(first)
+        number_format, layout = self._format(first), self._layout(first)
         if layout is None:
             device = str(self.device)
             check_copied_format(first, number_format, device, keeps_packed=self._keeps_packed)

@@ -76,6 +76,9 @@ class QuantizedSource:
     def format(self, name: str) -> WeightFormat:
         return self._made(name) or self._source.format(name)
 
+    def device_format(self, name: str) -> WeightFormat:
+        return self._made(name) or self._source.device_format(name)
+
     def matrix(self, name: str) -> Weight:
         form, kind = self._made(name), load_quantization(self._kind)
         if form is None:

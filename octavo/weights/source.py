@@ -61,6 +61,11 @@ class TensorSource(Protocol):
         """
         ...
 
+    def device_format(self, name: str) -> WeightFormat:
+        """Returns the format that a GPU has a matrix in for which there is no layout: that of
+        `matrix`, but for what is float32 only to be exact on the host."""
+        ...
+
     def layout(self, name: str) -> PlaneLayout | None:
         """Returns how a device lays out the matrix, None for numbers and for what it cannot keep
         packed."""
@@ -188,6 +193,9 @@ class MappedSource:
 
     def format(self, name: str) -> WeightFormat:
         return _format_of(name, self._find(name))
+
+    def device_format(self, name: str) -> WeightFormat:
+        return self.format(name)
 
     def matrix(self, name: str) -> Weight:
         stored = self._find(name)

@@ -239,6 +239,13 @@ def test_the_halves_of_kv_b_are_one_matrix_for_every_reader(made: Made) -> None:
         assert torch.equal(read(source, UP).float(), expected)
     cast = CastSource(source, "bfloat16")
     assert torch.equal(read(cast, UP), expected.bfloat16())
+    if source.layout(UP) is None:  # else it is packed
+        placement = DevicePlacement(source, torch.device("cpu"))
+        (up,) = placement.matrices({UP: None})
+        placement.finish()
+        is_of_blocks = made.case.up == "q8_0"
+        assert up.data.dtype == (torch.bfloat16 if is_of_blocks else read(source, UP).dtype)
+        assert torch.equal(up.data, read(source, UP).to(up.data.dtype))
     heads = Split(axis="rows", unit="heads", num_units=made.model.config["num_attention_heads"])
     if heads.num_units % 2 == 0:
         placement = DevicePlacement(cast, torch.device("cpu"), rank=1, size=2)

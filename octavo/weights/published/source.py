@@ -71,6 +71,9 @@ class PackedSource:
         found = self._matrices.get(name)
         return self._plain.format(name) if found is None else found.format
 
+    def device_format(self, name: str) -> WeightFormat:
+        return self.format(name)
+
     def matrix(self, name: str) -> Weight:
         found = self._matrices.get(name)
         if found is None:
