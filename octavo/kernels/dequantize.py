@@ -55,7 +55,19 @@ def gguf_table(form: WeightFormat) -> Tensor | None:
 
 
 def dequantize_rows(weight: Weight, rows: slice | Tensor) -> Tensor:
-    """Returns the chosen rows of `weight` as float32 [number of rows, cols]."""
+    """Returns the chosen rows of `weight` as float32 [number of rows, cols], in x's order."""
+    values = _dequantized(weight, rows)
+    return values if weight.order is None else in_order(values, weight.order)
+
+
+def in_order(values: Tensor, order: Tensor) -> Tensor:
+    """Returns columns that are in a `Weight.order` in that of x."""
+    made = torch.empty_like(values)
+    made[:, order.long()] = values
+    return made
+
+
+def _dequantized(weight: Weight, rows: slice | Tensor) -> Tensor:
     data, form = weight.data[rows], weight.format
     if not form.is_block:
         return data.float()

@@ -40,6 +40,9 @@ class Weight:
     """Whether a device has found that `has_tile_scales` is true of the planes."""
     within: Within | None = None
     """Where it lies among others, if it was placed with them."""
+    order: Tensor | None = None
+    """int32 [cols]: the column of x that each column of packed rows is multiplied with, where
+    columns that share a scale were brought together; None: they follow x's."""
 
     def part(self, start: int, stop: int) -> Weight:
         """Returns the weight of some rows, a view."""
@@ -93,6 +96,8 @@ class Stack(Sequence[Weight]):
     whole: Weight
     """[num_matrices * rows, cols]."""
     num_matrices: int
+    order_EK: Tensor | None = None
+    """The `Weight.order` of each matrix, where some have one."""
 
     @property
     def rows(self) -> int:
@@ -105,7 +110,8 @@ class Stack(Sequence[Weight]):
     def __getitem__(self, index: int) -> Weight:  # type: ignore[override]
         if not 0 <= index < self.num_matrices:
             raise IndexError(index)
-        return self.whole.part(index * self.rows, (index + 1) * self.rows)
+        part = self.whole.part(index * self.rows, (index + 1) * self.rows)
+        return part if self.order_EK is None else replace(part, order=self.order_EK[index])
 
     def __iter__(self) -> Iterator[Weight]:
         return (self[index] for index in range(self.num_matrices))

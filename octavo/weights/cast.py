@@ -59,6 +59,9 @@ class CastSource:
         else:
             self._source.copy_into(name, out, staging, row, col)
 
+    def order(self, name: str) -> Tensor | None:
+        return None
+
     def layout(self, name: str) -> PlaneLayout | None:
         return None
 

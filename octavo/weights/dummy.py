@@ -91,6 +91,9 @@ class DummySource:
         if name.endswith(_EMBEDDING):
             out.mul_(_EMBEDDING_FACTOR)
 
+    def order(self, name: str) -> Tensor | None:
+        return None
+
     def layout(self, name: str) -> PlaneLayout | None:
         return None
 

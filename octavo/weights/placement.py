@@ -6,7 +6,7 @@ together and how ranks share them are arguments.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import groupby
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from octavo.errors import ConfigError, UnsupportedModelError
 from octavo.formats import WeightFormat
-from octavo.kernels.limits import check_copied_format
+from octavo.kernels.limits import check_copied_format, refuse_packed
 from octavo.kernels.planes import empty_planes
 from octavo.kernels.weights import Stack, Weight
 from octavo.planes import PlaneLayout
@@ -76,6 +76,10 @@ class HostPlacement:
         self._source = source
 
     def matrices(self, splits: Mapping[str, Split | None]) -> tuple[Weight, ...]:
+        for name in splits:
+            if self._source.order(name) is not None:
+                why = f"{name} has columns whose groups are out of order (desc_act)"
+                refuse_packed(why, str(self.device))
         weights = {name: self._source.matrix(name) for name in splits}
         return tuple(
             replace(weight, data=_ordered(weight.data, splits[name]))
@@ -128,13 +132,16 @@ class DevicePlacement:
 
     def matrices(self, splits: Mapping[str, Split | None]) -> tuple[Weight, ...]:
         placed: list[Weight] = []
-        for alike in self._alike(splits):
+        for alike in self._alike(splits, self._kind):
             rows = [len(self._range(name, "rows", split)) for name, split in alike.items()]
-            placed += self._placed(alike).parts(rows)
+            order, whole = self._source.order(next(iter(alike))), self._placed(alike)
+            if order is not None:
+                whole = replace(whole, order=order.to(self.device))
+            placed += whole.parts(rows)
         return tuple(placed)
 
     def stack(self, splits: Mapping[str, Split | None]) -> Sequence[Weight]:
-        runs = list(self._alike(splits))
+        runs = list(self._alike(splits, self._format_name))
         if len(runs) > 1:
             first, other = (next(iter(run)) for run in runs[:2])
             raise UnsupportedModelError(
@@ -142,12 +149,31 @@ class DevicePlacement:
                 f"{self._format_name(other)}, and {self.device} multiplies both at once; choose "
                 "one with --dtype bfloat16"
             )
-        return Stack(whole=self._placed(splits), num_matrices=len(splits))
+        whole = self._placed(splits)
+        return Stack(whole=whole, num_matrices=len(splits), order_EK=self._orders(splits))
 
-    def _alike(self, splits: Mapping[str, Split | None]) -> Iterator[dict[str, Split | None]]:
-        """Yields the matrices in runs of one format."""
-        for _, run in groupby(splits.items(), lambda item: self._format_name(item[0])):
+    def _orders(self, names: Iterable[str]) -> Tensor | None:
+        """Returns the orders of some matrices one below the other, None if they have none."""
+        orders = {name: self._source.order(name) for name in names}
+        if all(order is None for order in orders.values()):
+            return None
+        whole = (
+            torch.arange(self._source.shape(name)[1], dtype=torch.int32) if one is None else one
+            for name, one in orders.items()
+        )
+        return torch.stack(list(whole)).to(self.device)
+
+    def _alike(
+        self, splits: Mapping[str, Split | None], kind: Callable[[str], object]
+    ) -> Iterator[dict[str, Split | None]]:
+        """Yields the matrices in runs of one kind."""
+        for _, run in groupby(splits.items(), lambda item: kind(item[0])):
             yield dict(run)
+
+    def _kind(self, name: str) -> tuple[str, bytes]:
+        """Returns what matrices share that lie in one tensor: format and order."""
+        order = self._source.order(name)
+        return self._format_name(name), b"" if order is None else order.numpy().tobytes()
 
     def _format_name(self, name: str) -> str:
         layout = self._layout(name)
@@ -196,8 +222,15 @@ class DevicePlacement:
     def _check_borders(
         self, name: str, layout: PlaneLayout, cols: range, split: Split | None
     ) -> None:
-        """Raises ConfigError if a rank's columns do not begin and end with whole groups."""
+        """Raises ConfigError if a rank's columns do not begin and end with whole groups, or are not
+        those of x that it has."""
         whole = self._source.shape(name)[1]
+        if len(cols) < whole and self._source.order(name) is not None:
+            raise ConfigError(
+                f"tensor_parallel_size {self._size} cuts the columns of {name}, whose groups are "
+                "out of order (desc_act); use 1, or --dtype bfloat16",
+                field="tensor_parallel_size",
+            )
         if cols.start % layout.step or (cols.stop % layout.step and cols.stop != whole):
             assert split is not None
             fitting = (

@@ -103,6 +103,9 @@ class QuantizedSource:
     def copy_into(self, name: str, out: Tensor, staging: Staging, row: int, col: int) -> None:
         self._source.copy_into(name, out, staging, row, col)
 
+    def order(self, name: str) -> Tensor | None:
+        return self._source.order(name)
+
     def layout(self, name: str) -> PlaneLayout | None:
         form = self._made(name)
         if form is None:

@@ -66,6 +66,10 @@ class TensorSource(Protocol):
         `matrix`, but for what is float32 only to be exact on the host."""
         ...
 
+    def order(self, name: str) -> Tensor | None:
+        """Returns the `Weight.order` of a matrix, on the host; None for most."""
+        ...
+
     def layout(self, name: str) -> PlaneLayout | None:
         """Returns how a device lays out the matrix, None for numbers and for what it cannot keep
         packed."""
@@ -196,6 +200,9 @@ class MappedSource:
 
     def device_format(self, name: str) -> WeightFormat:
         return self.format(name)
+
+    def order(self, name: str) -> Tensor | None:
+        return None
 
     def matrix(self, name: str) -> Weight:
         stored = self._find(name)

@@ -71,11 +71,14 @@ def gptq(
     *,
     less_one: bool = False,
     reordered: bool = False,
+    uneven: bool = False,
 ) -> Written:
     codes, zeros, scales, values = integers(rng, rows, cols, group, bits, torch.float16)
     of = torch.arange(cols) // group
     if reordered:
         of = torch.from_numpy(rng.permutation(of.numpy()))
+        if uneven:
+            of[0] = (of[0] + 1) % (int(of.max()) + 1)
         values = (codes - zeros[:, of]).float() * scales.float()[:, of]
     if bits == 3:
         packed_zeros = words_of((zeros - int(less_one)).T, bits, 1)

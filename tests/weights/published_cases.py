@@ -25,6 +25,17 @@ GROUP_ARGS = {"strategy": "group", "type": "int", "num_bits": 4}
 CT = "compressed-tensors"
 
 
+def _reordered(written: Written, rng: np.random.Generator, group: int) -> Written:
+    """Returns a matrix of compressed-tensors whose columns belong to groups out of order."""
+    cols = written.values.shape[1]
+    order = torch.from_numpy(rng.permutation(cols) // group).int()
+    scales = written.tensors["weight_scale"].float()
+    in_order = torch.arange(cols) // group
+    codes = (written.values / scales[:, in_order]).round()
+    tensors = written.tensors | {"weight_g_idx": order}
+    return Written(tensors, codes * scales[:, order.long()])
+
+
 Make = Callable[[np.random.Generator], Written]
 
 
@@ -44,6 +55,21 @@ CASES: dict[str, tuple[Make, dict[str, Any], str]] = {
         )
         for bits in (2, 3, 4, 8)
     },
+    **{
+        f"gptq {bits} bits out of order": (
+            lambda r, bits=bits: gptq(r, 32, 256, 64, bits, less_one=True, reordered=True),
+            {"quant_method": "gptq", "bits": bits, "desc_act": True},
+            "int8_64" if bits == 8 else "int4_64_f16",
+        )
+        for bits in (3, 4, 8)
+    },
+    "packed out of order": (
+        lambda r: _reordered(compressed(
+            r, 40, 224, "pack-quantized", group_size=32, symmetric=True, **GROUP_ARGS
+        ), r, 32),
+        {"quant_method": CT},
+        "int4_32",
+    ),
     "gptq v2": (
         lambda r: gptq(r, 32, 128, 32, 4),
         {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"},

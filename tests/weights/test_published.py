@@ -18,13 +18,14 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from octavo import LLM, SamplingParams
 from octavo.cli import main
 from octavo.errors import ConfigError, UnsupportedModelError, WeightsError
-from octavo.kernels.dequantize import dequantize_rows
+from octavo.kernels.dequantize import dequantize_rows, in_order
 from octavo.kernels.planes import values_of
+from octavo.kernels.weights import Weight
 from octavo.weights import laid_out as laid_out_module
 from octavo.weights import staging as staging_module
 from octavo.weights.cast import CastSource
 from octavo.weights.names import expert_names
-from octavo.weights.placement import DevicePlacement
+from octavo.weights.placement import DevicePlacement, HostPlacement
 from octavo.weights.quantization import read_quantization
 from octavo.weights.safetensors_source import open_safetensors
 from octavo.weights.source import TensorSource
@@ -33,8 +34,8 @@ from tests.weights.packing import Written, awq, fp8, gptq
 from tests.weights.published_cases import CASES, NAME, Make, named, opened
 
 UNPACKED: dict[str, tuple[Make, dict[str, Any], str]] = {
-    "gptq out of order": (
-        lambda r: gptq(r, 32, 128, 32, 4, less_one=True, reordered=True),
+    "gptq of uneven groups": (
+        lambda r: gptq(r, 32, 128, 32, 4, less_one=True, reordered=True, uneven=True),
         {"quant_method": "gptq", "bits": 4, "desc_act": True},
         "out of order",
     ),
@@ -71,9 +72,14 @@ def placed_values(source: TensorSource, name: str) -> Tensor:
     placement = DevicePlacement(source, torch.device("cpu"))
     (weight,) = placement.matrices({name: None})
     placement.finish()
+    return _values(weight)
+
+
+def _values(weight: Weight) -> Tensor:
     assert weight.planes is not None
     assert weight.layout is not None
-    return values_of(weight.layout, weight.planes, weight.cols)
+    values = values_of(weight.layout, weight.planes, weight.cols)
+    return values if weight.order is None else in_order(values, weight.order)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -105,6 +111,7 @@ def test_two_ranks_cut_every_format_on_the_borders_of_its_groups(case: str, tmp_
         layout = source.layout(name)
         assert layout is not None
         fits = count % 2 == 0 if axis == "rows" else width % (2 * layout.step) == 0
+        fits &= axis == "rows" or source.order(name) is None
         if not fits:
             with pytest.raises(ConfigError, match=r"use 1( or \d+)*(, or --dtype bfloat16)?$"):
                 _part(source, name, split, 1)
@@ -117,9 +124,7 @@ def _part(source: TensorSource, name: str, split: Split, rank: int) -> Tensor:
     placement = DevicePlacement(source, torch.device("cpu"), rank, 2)
     (weight,) = placement.matrices({name: split})
     placement.finish()
-    assert weight.planes is not None
-    assert weight.layout is not None
-    return values_of(weight.layout, weight.planes, weight.cols)
+    return _values(weight)
 
 
 @pytest.mark.parametrize("case", UNPACKED)
@@ -297,3 +302,10 @@ def test_a_quantised_model_says_what_its_unpacked_weights_say(
     assert main([*plan, "--device", "cpu", "--tensor-parallel-size", "2"]) != 0
     assert f"quantised with {kind}, which cpu cannot multiply" in capsys.readouterr().err
     assert main([*plan, "--device", "cuda", "--dtype", "bfloat16"]) == 0
+
+
+def test_columns_out_of_order_are_refused_on_a_host(tmp_path: Path) -> None:
+    make, config, _ = CASES["gptq 4 bits out of order"]
+    source = opened(tmp_path, named(make(np.random.default_rng(0))), config)
+    with pytest.raises(UnsupportedModelError, match=r"out of order \(desc_act\), which cpu"):
+        HostPlacement(source).matrices({f"{NAME}.weight": None})

@@ -52,8 +52,12 @@ SURPLUS = {
     "weight_scale_2": torch.tensor(2.0),
     "qzeros": torch.zeros(2, 2, dtype=torch.int32),
 }
-OPTIONAL = {"packed": {"weight_zero_point"}, "packed 8 bits": {"weight_zero_point"}}
-LEFT_OUT = {"g_idx", "weight_zero_point"}
+OPTIONAL = {
+    "packed": {"weight_zero_point"},
+    "packed out of order": {"weight_zero_point"},
+    "packed 8 bits": {"weight_zero_point"},
+}
+LEFT_OUT = {"g_idx", "weight_g_idx", "weight_zero_point"}
 """What a format need not have."""
 
 

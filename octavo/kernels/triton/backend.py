@@ -32,6 +32,7 @@ from octavo.kernels.triton.attention.shared import shared_prefix_attention
 from octavo.kernels.triton.attention.write import rope_and_cache
 from octavo.kernels.triton.experts import route as routes
 from octavo.kernels.triton.experts.choose import run_experts
+from octavo.kernels.triton.experts.ordered import with_rows_in_order
 from octavo.kernels.triton.experts.route_by_rule import route_by_rule
 from octavo.kernels.triton.experts.stacks import StackedExperts, stacked_experts
 from octavo.kernels.triton.latent.choose import latent_attention, latent_views
@@ -88,6 +89,7 @@ class TritonOps(Composed):
         return prepared(weights)
 
     def prepare_experts(self, experts: ExpertWeights) -> ExpertWeights:
+        experts = with_rows_in_order(experts)
         return replace(experts, prepared=stacked_experts(experts))
 
     def linear(
@@ -139,6 +141,8 @@ class TritonOps(Composed):
         if isinstance(matrix_NM, Weight):
             assert matrix_NM.planes is not None
             assert matrix_NM.layout is not None
+            if matrix_NM.order is not None:
+                x_TM = x_TM.index_select(1, matrix_NM.order)
             multiply_packed(
                 *(x_TM, matrix_NM.planes, matrix_NM.layout, bias_N, out),
                 self._tickets_on(out.device),

@@ -205,6 +205,7 @@ def _matrix(
     may_reorder = has_order and (quantization.is_reordered or order_part == "weight_g_idx")
     order = _order(module, order_part, groups, group, view) if may_reorder else None
     form, why = _format(cols, group, bits, module.stored(scale_part).format_name, order)
+    place = None if form is None or order is None else order.argsort(stable=True)
 
     def read_rows(fetch: Fetch) -> tuple[Tensor, Tensor | None]:
         if (
@@ -222,6 +223,8 @@ def _matrix(
             of_column = of_column.to(codes.device)
             values = (codes.float() - zeros[:, of_column].float()) * scales[:, of_column].float()
             return values, None
+        if place is not None:
+            codes = codes[:, place.to(codes.device)]
         of_block = torch.arange(0, cols, form.block_size, device=codes.device) // group
         wide = [one[:, of_block] for one in (scales, zeros)]
         rows_of = int4_rows if bits <= 4 else int8_rows
@@ -233,6 +236,7 @@ def _matrix(
         read=read_rows,
         stored=tuple(module.parts.values()),
         unpacked_because=why,
+        order=None if place is None else place.to(torch.int32),
     )
 
 
@@ -258,8 +262,8 @@ def _format(
 ) -> tuple[WeightFormat | None, str | None]:
     """Returns the format in memory; or None, and why blocks cannot say what is stored."""
     sizes = [size for size in INT_GROUPS if group % size == 0 or group >= cols]
-    if order is not None:
-        return None, "its columns belong to groups out of order (desc_act)"
+    if order is not None and not _is_even(order, group):
+        return None, f"its groups, whose columns are out of order, do not have {group} each"
     if cols % GROUP or not sizes:
         return None, f"its groups of {group} in {cols} columns are no multiples of {GROUP}"
     if bits > 4:
@@ -267,3 +271,9 @@ def _format(
     if scale_type not in ("F16", "BF16"):
         return None, f"its scales are {scale_type}"
     return int4_format(sizes[-1], "f16" if scale_type == "F16" else "bf16"), None
+
+
+def _is_even(order: Tensor, group: int) -> bool:
+    """Whether every group has as many columns, but for the last, so that they can lie together."""
+    counts = order.bincount()
+    return bool((counts[:-1] == group).all()) and int(counts[-1]) <= group

@@ -81,13 +81,24 @@ class PackedSource:
         rows, cols = found.shape
         data, table = found.read(view)
         self.release(name)
-        return Weight(data=data, format=found.format, rows=rows, cols=cols, table=table)
+        return Weight(
+            data=data,
+            format=found.format,
+            rows=rows,
+            cols=cols,
+            table=table,
+            order=found.order,
+        )
 
     def copy_into(self, name: str, out: Tensor, staging: Staging, row: int, col: int) -> None:
         if name in self._matrices:
             out.copy_(part_of(self.matrix(name).data, out, row, col))
         else:
             self._plain.copy_into(name, out, staging, row, col)
+
+    def order(self, name: str) -> Tensor | None:
+        found = self._matrices.get(name)
+        return self._plain.order(name) if found is None else found.order
 
     def layout(self, name: str) -> PlaneLayout | None:
         found = self._matrices.get(name)

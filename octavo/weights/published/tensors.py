@@ -51,6 +51,8 @@ class PackedMatrix:
     """Whether all scales of a row are one number."""
     unpacked_because: str | None = None
     """Why it is numbers in memory."""
+    order: Tensor | None = None
+    """See `Weight.order`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,13 +5,17 @@ Called by `backend.py`. Never looks at values.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from octavo.kernels.activations import Activation
 from octavo.kernels.triton.experts.biases import add_biases
 from octavo.kernels.triton.experts.choose_packed import Packed, run_packed
+from octavo.kernels.triton.experts.combine import combine
 from octavo.kernels.triton.experts.dispatch import SHARED_TOKENS, is_few
 from octavo.kernels.triton.experts.grouped import grouped_experts
+from octavo.kernels.triton.experts.ordered import rows_of_pairs
 from octavo.kernels.triton.experts.pairs import experts_of_pairs
 from octavo.kernels.triton.experts.stacks import StackedExperts, shared_parts
 from octavo.kernels.triton.tuning.shapes import Shapes
@@ -34,6 +38,15 @@ def run_experts(
 ) -> tuple[Tensor, bool]:
     """Returns what `Ops.moe` does, and whether the shared expert is in it: else it is still to be
     added, and the result is no parts. `tickets`: see `make_tickets`."""
+    if experts.order_EM is not None:
+        rows_PM = rows_of_pairs(x_TM, topk_ids, experts.order_EM)
+        parts_PM, _ = run_experts(
+            *(rows_PM, topk_weights.view(-1, 1), topk_ids.view(-1, 1)),
+            *(replace(experts, order_EM=None), activation, None, None, shapes, tickets),
+            is_deterministic=is_deterministic,
+            in_parts=False,
+        )
+        return combine(parts_PM, topk_ids, experts.count), shared is None
     top_k = topk_ids.shape[1]
     shape = shapes.experts(x_TM, top_k, experts)
     is_of_pairs = shape.is_direct and not is_deterministic

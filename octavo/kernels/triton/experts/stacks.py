@@ -10,6 +10,7 @@ from torch import Tensor
 
 from octavo.errors import UnsupportedModelError
 from octavo.kernels.planes import TILE_ROWS, Planes, has_tile_scales
+from octavo.kernels.triton.experts.ordered import order_of_x
 from octavo.kernels.triton.launching.numbers import compute_type
 from octavo.kernels.triton.product.matrices import numbers_of
 from octavo.kernels.weights import (
@@ -39,6 +40,8 @@ class StackedExperts:
     """Of up too."""
     down_planes: Planes | None = None
     down_layout: PlaneLayout | None = None
+    order_EM: Tensor | None = None
+    """int32: what column of x each of gate's and up's columns meets, if that differs by expert."""
     is_by_tile: bool = False
     """Whether scales by groups of 128 columns are the same for 128 rows too, as FP8 is published:
     what a kernel of many tokens wants to know."""
@@ -152,6 +155,7 @@ def stacked_experts(experts: ExpertWeights) -> StackedExperts:
                 f"{_format(up)}, which one product cannot mix; unpack the model with --dtype "
                 "bfloat16"
             )
+        assert down.order_EK is None, "these ops have not prepared the experts"
         of_gate, of_up = gate.whole.planes, up.whole.planes
         return StackedExperts(
             gate_EFM=gate.whole.data.view(gate.num_matrices, gate.rows, -1),
@@ -162,6 +166,7 @@ def stacked_experts(experts: ExpertWeights) -> StackedExperts:
             gate_layout=gate.whole.layout,
             down_planes=down.whole.planes,
             down_layout=down.whole.layout,
+            order_EM=order_of_x(gate, up),
             is_by_tile=_is_by_tile(gate, up, down),
         )
     return StackedExperts(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from octavo.errors import UnsupportedModelError
+from octavo.kernels.dequantize import in_order
 from octavo.kernels.planes import has_tile_scales
 from octavo.kernels.triton.product.packed import unpack
 from octavo.kernels.weights import Together, Weight
@@ -71,7 +72,8 @@ def numbers_of(weight: Weight) -> Tensor:
     for rows of blocks."""
     if weight.planes is not None:
         assert weight.layout is not None
-        return unpack(weight.planes, weight.layout, weight.cols, torch.bfloat16)
+        numbers = unpack(weight.planes, weight.layout, weight.cols, torch.bfloat16)
+        return numbers if weight.order is None else in_order(numbers, weight.order)
     if weight.format.is_block:
         raise UnsupportedModelError(
             f"weights in {weight.format.name} cannot be multiplied by the triton back end before "
