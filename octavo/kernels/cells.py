@@ -8,10 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from octavo.formats import WEIGHT_FORMATS
+from octavo.formats import GRID_FORMATS, WEIGHT_FORMATS
 from octavo.planes import plane_layout
 
 UNPACKED = "`--dtype bfloat16`"
+_AS_STORED = "packed, unpacked for a product"
+KEPT_BLOCKS = (*GRID_FORMATS, "tq1_0", "tq2_0")
+"""What a GPU keeps as it is stored, for want of planes: numbers are made of a matrix for each
+product with it."""
 
 
 class Cells(NamedTuple):
@@ -29,6 +33,9 @@ def cells() -> Iterator[Cells]:
         if not form.is_block:
             continue
         layout = plane_layout(name)
+        if name in KEPT_BLOCKS:
+            yield Cells(name, "packed", _AS_STORED, _AS_STORED)
+            continue
         if layout is None:
             yield Cells(name, "packed", UNPACKED, UNPACKED)
             continue

@@ -14,7 +14,6 @@ from typing import NoReturn
 from octavo.errors import ConfigError, UnsupportedModelError
 from octavo.formats import KV_FORMATS, PACKED_BLOCK, KVFormats, WeightFormat, kv_formats
 from octavo.kernels.cells import kept_on_gpus
-from octavo.planes import plane_layout
 from octavo.visibility import Chunk, Visibility
 
 TRITON_HEAD_SIZE = 256
@@ -173,9 +172,9 @@ def check_copied_format(
     name: str, number_format: WeightFormat, device: str, *, keeps_packed: bool
 ) -> None:
     """Refuses a matrix in a format that cannot be copied to a device: a GPU (`keeps_packed`) has
-    those of `PLANE_LAYOUTS`, ranks of a CPU numbers alone. Raises UnsupportedModelError naming the
+    those of `cells`, ranks of a CPU numbers alone. Raises UnsupportedModelError naming the
     matrix, what is known and the way out."""
-    if number_format.is_block and not (keeps_packed and plane_layout(number_format.name)):
+    if number_format.is_block and not (keeps_packed and number_format.name in kept_on_gpus()):
         known = f"; it keeps {', '.join(kept_on_gpus())} packed" if keeps_packed else ""
         refuse_packed(f"{name} is in the block format {number_format.name}", device, known)
 

@@ -46,6 +46,13 @@ class Planes(NamedTuple):
         """Returns a view of some rows."""
         return Planes(*(plane[start:stop] for plane in self))
 
+    def chosen(self, rows: Tensor) -> Planes:
+        """Returns some rows by their numbers, copied."""
+        scales, offsets, factors = (
+            plane.T[:, rows].T for plane in (self.scales, self.offsets, self.factors)
+        )
+        return Planes(self.codes[rows], scales, offsets, self.high[rows], factors)
+
     def columns(self, layout: PlaneLayout, start: int, stop: int) -> Planes:
         """Returns a view of some columns, whole steps of the layout or up to the end of a row."""
         assert start % layout.step == 0

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from octavo.errors import ConfigError, UnsupportedModelError
 from octavo.formats import WeightFormat
+from octavo.kernels.dequantize import gguf_table
 from octavo.kernels.limits import check_copied_format, refuse_packed
 from octavo.kernels.planes import empty_planes
 from octavo.kernels.weights import Stack, Weight
@@ -128,6 +129,7 @@ class DevicePlacement:
         self._rank = rank
         self._size = size
         self._copies: list[_Copy] = []
+        self._tables: dict[str, Tensor | None] = {}
         self._converting = Lock()
 
     def matrices(self, splits: Mapping[str, Split | None]) -> tuple[Weight, ...]:
@@ -197,7 +199,12 @@ class DevicePlacement:
         cols = [self._range(name, "cols", split) for name, split in splits.items()]
         shape = sum(len(one) for one in rows), len(cols[0])
         planes = None
-        if layout is None:
+        if layout is None and number_format.is_block:
+            block = number_format.block_size
+            self._check_steps(first, number_format.name, block, cols[0], splits[first])
+            width = number_format.row_bytes(shape[1])
+            data = torch.empty((shape[0], width), dtype=torch.uint8, device=self.device)
+        elif layout is None:
             dtype = NUMBER_DTYPES[number_format.name]
             data = torch.empty(shape, dtype=dtype, device=self.device)
         else:
@@ -209,6 +216,7 @@ class DevicePlacement:
             format=number_format,
             rows=shape[0],
             cols=shape[1],
+            table=self._table(number_format) if layout is None else None,
             planes=planes,
             layout=layout,
         )
@@ -219,28 +227,40 @@ class DevicePlacement:
             start += len(row)
         return whole
 
+    def _table(self, form: WeightFormat) -> Tensor | None:
+        """Returns the table of a format on the device, one for all matrices."""
+        if form.name not in self._tables:
+            table = gguf_table(form)
+            self._tables[form.name] = None if table is None else table.to(self.device)
+        return self._tables[form.name]
+
     def _check_borders(
         self, name: str, layout: PlaneLayout, cols: range, split: Split | None
     ) -> None:
         """Raises ConfigError if a rank's columns do not begin and end with whole groups, or are not
         those of x that it has."""
-        whole = self._source.shape(name)[1]
-        if len(cols) < whole and self._source.order(name) is not None:
+        if len(cols) < self._source.shape(name)[1] and self._source.order(name) is not None:
             raise ConfigError(
                 f"tensor_parallel_size {self._size} cuts the columns of {name}, whose groups are "
                 "out of order (desc_act); use 1, or --dtype bfloat16",
                 field="tensor_parallel_size",
             )
-        if cols.start % layout.step or (cols.stop % layout.step and cols.stop != whole):
+        self._check_steps(name, layout.name, layout.step, cols, split)
+
+    def _check_steps(
+        self, name: str, form: str, step: int, cols: range, split: Split | None
+    ) -> None:
+        whole = self._source.shape(name)[1]
+        if cols.start % step or (cols.stop % step and cols.stop != whole):
             assert split is not None
             fitting = (
                 str(size)
                 for size in range(1, 2 * self._size)
-                if split.num_units % size == 0 and (size == 1 or not whole % (size * layout.step))
+                if split.num_units % size == 0 and (size == 1 or not whole % (size * step))
             )
             raise ConfigError(
                 f"tensor_parallel_size {self._size} cuts the {whole} columns of {name} within a "
-                f"group of {layout.step} that {layout.name} keeps together; use "
+                f"group of {step} that {form} keeps together; use "
                 f"{' or '.join(fitting)}, or --dtype bfloat16",
                 field="tensor_parallel_size",
             )

@@ -55,7 +55,7 @@ class TensorSource(Protocol):
     def copy_into(self, name: str, out: Tensor, staging: Staging, row: int, col: int) -> None:
         """Fills `out`, contiguous and on any device, from the matrix at [row, col] on.
 
-        Numbers are rounded to out's dtype; block formats must be cast (`CastSource`). Copies may
+        Numbers are rounded to out's dtype; of block formats `out` gets the bytes. Copies may
         still be on their way when this returns. Threads may call it at once, each with its own
         `staging`.
         """
@@ -221,15 +221,21 @@ class MappedSource:
         stored = self._find(name)
         number_format = _format_of(name, stored)
         if stored.interleaved_heads or stored.columns is not None:
-            out.copy_(part_of(self.matrix(name).data, out, row, col))
+            first = number_format.row_bytes(col) if number_format.is_block else col
+            out.copy_(part_of(self.matrix(name).data, out, row, first))
             return
         # Read rather than mapped: no page faults, and no mapped pages to give back.
         row_bytes = number_format.row_bytes(stored.shape[1])
         for piece in out.split(STAGING_BYTES // row_bytes):
             data = staging.take()[: len(piece) * row_bytes]
             stored.file.read_into(stored.start + row * row_bytes, data)
-            numbers = data.view(NUMBER_DTYPES[number_format.name]).view(len(piece), -1)
-            piece.copy_(part_of(numbers, piece, 0, col), non_blocking=True)
+            first = col
+            if number_format.is_block:
+                first = number_format.row_bytes(col)
+            else:
+                data = data.view(NUMBER_DTYPES[number_format.name])
+            part = part_of(data.view(len(piece), -1), piece, 0, first)
+            piece.copy_(part, non_blocking=True)
             staging.sent()
             row += len(piece)
 

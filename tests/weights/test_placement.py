@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from gguf.quants import quantize
 from safetensors.torch import save_file
 
 from octavo.errors import ConfigError, UnsupportedModelError, WeightsError
+from octavo.formats import GGUF_FORMATS
 from octavo.kernels.dequantize import dequantize_rows
 from octavo.kernels.planes import values_of
 from octavo.weights import source as source_module
@@ -23,7 +25,7 @@ from octavo.weights.gguf_source import open_gguf
 from octavo.weights.placement import DevicePlacement, HostPlacement, Split
 from octavo.weights.quantized import QuantizedSource
 from octavo.weights.safetensors_source import open_safetensors
-from octavo.weights.source import TensorSource
+from octavo.weights.source import MappedFile, MappedSource, StoredTensor, TensorSource
 from tests.models.tiny import save_tiny
 from tests.weights.reading import mapped_bytes
 from tests.weights.tiny_gguf import finish, write_tiny_gguf
@@ -164,7 +166,7 @@ def test_packed_rows_become_planes_of_whole_groups(tmp_path: Path):
         placement.matrices({"up.weight": cols})
 
 
-def test_a_block_format_that_has_no_planes_is_refused_unless_it_is_cast(tmp_path: Path):
+def test_a_block_format_is_refused_by_ranks_of_a_cpu_unless_it_is_cast(tmp_path: Path):
     kind = gguf.GGMLQuantizationType.TQ1_0
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen2")
     raw = quantize(torch.randn(4, 256).numpy(), kind)
@@ -173,7 +175,7 @@ def test_a_block_format_that_has_no_planes_is_refused_unless_it_is_cast(tmp_path
     source = open_gguf(tmp_path / "m.gguf")
     names = {"lm_head.weight": None}
     with pytest.raises(UnsupportedModelError, match=r"block format tq1_0.*--dtype bfloat16"):
-        DevicePlacement(source, CPU).matrices(names)
+        DevicePlacement(source, CPU, keeps_packed=False).matrices(names)
     cast = CastSource(source, "bfloat16")
     cols = Split(axis="cols", unit="columns", num_units=2)
     placement = DevicePlacement(cast, CPU, rank=1, size=2)
@@ -208,3 +210,36 @@ def test_the_host_copies_nothing(tmp_path: Path):
     weights = HostPlacement(source).matrices({"m": None, "n": None})
     for name, weight in zip("mn", weights, strict=True):
         assert weight.data.data_ptr() == source.matrix(name).data.data_ptr()
+
+
+@pytest.mark.parametrize("name", ["iq2_xxs", "iq1_m", "tq2_0"])
+def test_blocks_without_planes_go_to_a_gpu_as_they_are_stored(name: str, tmp_path: Path):
+    """Rank by rank, by rows and by columns of whole blocks; those of a CPU refuse them."""
+    form, rng = GGUF_FORMATS[name], np.random.default_rng(0)
+    stored = torch.from_numpy(rng.integers(0, 256, (6, form.row_bytes(1024)), dtype=np.uint8))
+    (tmp_path / "blocks").write_bytes(stored.numpy().tobytes())
+    one = StoredTensor(
+        file=MappedFile(tmp_path / "blocks"),
+        start=0,
+        shape=(6, 1024),
+        format=form,
+        format_name=name,
+    )
+    source = MappedSource({"w.weight": one})
+    for axis in ("rows", "cols"):
+        split = Split(axis=axis, unit=axis, num_units=6 if axis == "rows" else 1024)
+        parts = []
+        for rank in range(2):
+            placement = DevicePlacement(source, torch.device("cpu"), rank, 2)
+            (weight,) = placement.matrices({"w.weight": split})
+            placement.finish()
+            assert weight.planes is None
+            assert (weight.table is not None) == form.has_table
+            parts.append(weight.data)
+        assert torch.equal(torch.cat(parts, dim=int(axis == "cols")), stored)
+    third = Split(axis="cols", unit="columns", num_units=1024)
+    with pytest.raises(ConfigError, match=f"group of 256 that {name} keeps together; use 1 or 2"):
+        DevicePlacement(source, torch.device("cpu"), 0, 8).matrices({"w.weight": third})
+    on_cpu = DevicePlacement(source, torch.device("cpu"), 0, 2, keeps_packed=False)
+    with pytest.raises(UnsupportedModelError, match=f"block format {name}, which cpu cannot"):
+        on_cpu.matrices({"w.weight": None})

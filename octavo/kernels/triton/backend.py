@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.activations import Activation
+from octavo.kernels.cells import KEPT_BLOCKS
 from octavo.kernels.composed import Composed
 from octavo.kernels.inputs import (
     AttentionBatch,
@@ -44,6 +45,7 @@ from octavo.kernels.triton.product.choose import (
     norm_fp8_product,
     takes_normed,
 )
+from octavo.kernels.triton.product.grids import unpack_blocks
 from octavo.kernels.triton.product.matrices import matrices_of, numbers_of, prepared
 from octavo.kernels.triton.product.norm_matvec import MAX_COLUMNS, norm_matvec, norm_route
 from octavo.kernels.triton.product.packed import unpack
@@ -75,6 +77,8 @@ class TritonOps(Composed):
     def embedding(self, token_ids_T: Tensor, weight: Weight) -> Tensor:
         if weight.planes is not None and weight.layout is not None:
             return unpack(weight.planes, weight.layout, weight.cols, torch.bfloat16, token_ids_T)
+        if weight.format.name in KEPT_BLOCKS:
+            return unpack_blocks(weight, torch.bfloat16, token_ids_T)
         return embeddings.embedding(token_ids_T, numbers_of(weight))
 
     def rms_norm(self, x_TM: Tensor, weight_M: Tensor, eps: float) -> Tensor:
@@ -138,6 +142,8 @@ class TritonOps(Composed):
         *,
         by_vendor: bool = True,
     ) -> None:
+        if isinstance(matrix_NM, Weight) and matrix_NM.planes is None:
+            matrix_NM = unpack_blocks(matrix_NM, x_TM.dtype)
         if isinstance(matrix_NM, Weight):
             assert matrix_NM.planes is not None
             assert matrix_NM.layout is not None

@@ -30,6 +30,7 @@ from octavo.kernels.triton.launching import chip
 chip.is_hopper = lambda device: True  # before the kernels' modules ask it
 
 from octavo.formats import WEIGHT_FORMATS, kv_formats  # noqa: E402
+from octavo.kernels.cells import KEPT_BLOCKS  # noqa: E402
 from octavo.kernels.facts import PEER_BYTES  # noqa: E402
 from octavo.kernels.inputs import (  # noqa: E402
     AttentionBatch,
@@ -45,9 +46,11 @@ from octavo.kernels.triton.attention.decode import decode_attention  # noqa: E40
 from octavo.kernels.triton.attention.device_plan import DevicePlan  # noqa: E402
 from octavo.kernels.triton.backend import TritonOps  # noqa: E402
 from octavo.kernels.triton.experts.choose import run_experts  # noqa: E402
+from octavo.kernels.triton.experts.ordered import rows_of_pairs  # noqa: E402
 from octavo.kernels.triton.experts.stacks import StackedExperts  # noqa: E402
 from octavo.kernels.triton.peers.sums import PeerSums  # noqa: E402
 from octavo.kernels.triton.product.choose import multiply_packed  # noqa: E402
+from octavo.kernels.triton.product.grids import unpack_blocks  # noqa: E402
 from octavo.kernels.triton.tiles.hopper.ring import takes  # noqa: E402
 from octavo.kernels.triton.tuning.shapes import Shapes  # noqa: E402
 from octavo.kernels.weights import Router, Weight  # noqa: E402
@@ -221,6 +224,18 @@ def packed(name: str) -> None:
         )
 
 
+def kept() -> None:
+    """Blocks that a device keeps as they are stored, and rows of experts' own orders."""
+    for name in KEPT_BLOCKS:
+        form = WEIGHT_FORMATS[name]
+        table = torch.zeros(form.table_size) if form.has_table else None
+        data = torch.zeros(8, form.row_bytes(512), dtype=torch.uint8)
+        weight = Weight(data=data, format=form, rows=8, cols=512, table=table)
+        unpack_blocks(weight, BF16)
+        unpack_blocks(weight, BF16, zeros(3), 2)
+    rows_of_pairs(torch.zeros(5, 1024, dtype=BF16), zeros(5, 2), zeros(8, 1024))
+
+
 def sums(size: int) -> None:
     """Of few rows and of many, with and without the norm, of rows and of parts."""
     base = SimpleNamespace(rank=1, size=size, least=list)
@@ -247,6 +262,7 @@ CASES: dict[str, Callable[[], None]] = {
     "latent long": lambda: latent(2304, 1, max_query_len=2304, num_short_tokens=0),
     "latent int4": lambda: latent(4, 4, "int4", max_query_len=1, num_short_tokens=0),
     **{f"packed {name}": partial(packed, name) for name in PLANE_LAYOUTS},
+    "kept": kept,
     "sums of 2": lambda: sums(2),
     "sums of 4": lambda: sums(4),
     "latent fp8": lambda: latent(2304, 1, "fp8", max_query_len=2304, num_short_tokens=0),

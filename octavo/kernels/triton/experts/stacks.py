@@ -40,6 +40,9 @@ class StackedExperts:
     """Of up too."""
     down_planes: Planes | None = None
     down_layout: PlaneLayout | None = None
+    gate_up_blocks: tuple[Weight, Weight] | None = None
+    """Where a device keeps blocks as they are stored; `gate_EFM` and `up_EFM` have their bytes."""
+    down_blocks: Weight | None = None
     order_EM: Tensor | None = None
     """int32: what column of x each of gate's and up's columns meets, if that differs by expert."""
     is_by_tile: bool = False
@@ -71,7 +74,13 @@ class StackedExperts:
     @property
     def is_packed(self) -> bool:
         """Whether any of the matrices are."""
-        return self.gate_layout is not None or self.down_layout is not None
+        has_planes = self.gate_layout is not None or self.down_layout is not None
+        return has_planes or self.has_blocks
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether any of the matrices are kept as they are stored."""
+        return self.gate_up_blocks is not None or self.down_blocks is not None
 
     @property
     def is_fp8(self) -> bool:
@@ -149,7 +158,7 @@ def stacked_experts(experts: ExpertWeights) -> StackedExperts:
     """Returns the experts of a layer as whole stacks; see `stacked_view`."""
     gate, up, down = experts.gate, experts.up, experts.down
     if isinstance(gate, Stack) and isinstance(up, Stack) and isinstance(down, Stack):
-        if gate.whole.layout != up.whole.layout:
+        if gate.whole.layout != up.whole.layout or (_blocks(gate) is None) != (_blocks(up) is None):
             raise UnsupportedModelError(
                 f"the experts' gates are in {_format(gate)} and what they are multiplied with in "
                 f"{_format(up)}, which one product cannot mix; unpack the model with --dtype "
@@ -166,6 +175,8 @@ def stacked_experts(experts: ExpertWeights) -> StackedExperts:
             gate_layout=gate.whole.layout,
             down_planes=down.whole.planes,
             down_layout=down.whole.layout,
+            gate_up_blocks=_both(_blocks(gate), _blocks(up)),
+            down_blocks=_blocks(down),
             order_EM=order_of_x(gate, up),
             is_by_tile=_is_by_tile(gate, up, down),
         )
@@ -175,6 +186,15 @@ def stacked_experts(experts: ExpertWeights) -> StackedExperts:
         down_EMF=stacked_view(experts.down),
         biases=experts.biases,
     )
+
+
+def _blocks(stack: Stack) -> Weight | None:
+    whole = stack.whole
+    return whole if whole.planes is None and whole.format.is_block else None
+
+
+def _both(gate: Weight | None, up: Weight | None) -> tuple[Weight, Weight] | None:
+    return None if gate is None or up is None else (gate, up)
 
 
 def _is_by_tile(*stacks: Stack) -> bool:
@@ -223,7 +243,7 @@ def shared_parts(
     side by side."""
     if shared is None or shared.gate_up[0].rows % inner_size:
         return None
-    if any(one.planes is not None for one in (*shared.gate_up, shared.down)):
+    if any(one.format.is_block for one in (*shared.gate_up, shared.down)):
         return None
     gate, up, down = map(numbers_of, (*shared.gate_up, shared.down))
     assert gate.is_contiguous()

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from octavo.errors import UnsupportedModelError
+from octavo.kernels.cells import KEPT_BLOCKS
 from octavo.kernels.dequantize import in_order
 from octavo.kernels.planes import has_tile_scales
+from octavo.kernels.triton.product.grids import unpack_blocks
 from octavo.kernels.triton.product.packed import unpack
 from octavo.kernels.weights import Together, Weight
 
@@ -33,7 +35,8 @@ def matrices_of(weights: Sequence[Weight]) -> list[Tensor | Weight]:
 
 
 def _matrix(weight: Weight) -> Tensor | Weight:
-    return numbers_of(weight) if weight.planes is None else weight
+    is_kept = weight.planes is not None or weight.format.name in KEPT_BLOCKS
+    return weight if is_kept else numbers_of(weight)
 
 
 def _measured(weight: Weight) -> Weight:
@@ -74,6 +77,8 @@ def numbers_of(weight: Weight) -> Tensor:
         assert weight.layout is not None
         numbers = unpack(weight.planes, weight.layout, weight.cols, torch.bfloat16)
         return numbers if weight.order is None else in_order(numbers, weight.order)
+    if weight.format.name in KEPT_BLOCKS:
+        return unpack_blocks(weight, torch.bfloat16)
     if weight.format.is_block:
         raise UnsupportedModelError(
             f"weights in {weight.format.name} cannot be multiplied by the triton back end before "
