@@ -19,7 +19,7 @@ from torch import Tensor
 from octavo.errors import ConfigError, UnsupportedModelError
 from octavo.formats import WeightFormat
 from octavo.kernels.dequantize import gguf_table
-from octavo.kernels.limits import check_copied_format, refuse_packed
+from octavo.kernels.limits import check_copied_format
 from octavo.kernels.planes import empty_planes
 from octavo.kernels.weights import Stack, Weight
 from octavo.planes import PlaneLayout
@@ -79,8 +79,10 @@ class HostPlacement:
     def matrices(self, splits: Mapping[str, Split | None]) -> tuple[Weight, ...]:
         for name in splits:
             if self._source.order(name) is not None:
-                why = f"{name} has columns whose groups are out of order (desc_act)"
-                refuse_packed(why, str(self.device))
+                raise UnsupportedModelError(
+                    f"{name} has columns whose groups are out of order (desc_act), which "
+                    f"{self.device} cannot multiply by yet; unpack the model with --dtype bfloat16"
+                )
         weights = {name: self._source.matrix(name) for name in splits}
         return tuple(
             replace(weight, data=_ordered(weight.data, splits[name]))

@@ -13,7 +13,7 @@ from torch import Tensor
 from octavo.kernels.activations import Activation
 from octavo.kernels.facts import UNPACKED_ROWS
 from octavo.kernels.triton.experts.biases import add_biases
-from octavo.kernels.triton.experts.chosen import chosen_experts
+from octavo.kernels.triton.experts.chosen import run_chosen
 from octavo.kernels.triton.experts.fp8 import fp8_experts
 from octavo.kernels.triton.experts.grouped import grouped_experts
 from octavo.kernels.triton.experts.hopper import fp8 as hopper_fp8
@@ -147,14 +147,13 @@ def _run_unpacked(one: Packed) -> Tensor:
 
 
 def _run_blocks(one: Packed) -> Tensor:
-    numbers, ids = chosen_experts(one.experts, one.topk_ids, one.x_TM.dtype)
+    experts = one.experts
     shape = experts_shape(
-        *(*ids.shape, numbers.count, numbers.inner_size), can_tma=is_hopper(one.x_TM.device)
+        *(*one.topk_ids.shape, experts.count, experts.inner_size),
+        can_tma=is_hopper(one.x_TM.device),
     )
     shape = shape if one.x_TM.dtype.itemsize == 2 else shape.of_floats()
-    return grouped_experts(
-        *(one.x_TM, one.topk_weights, ids, numbers, one.activation, shape), in_parts=one.in_parts
-    )
+    return run_chosen(*one.chosen, shape, in_parts=one.in_parts)
 
 
 def _run_grouped(one: Packed) -> Tensor:

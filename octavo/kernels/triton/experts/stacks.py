@@ -102,7 +102,8 @@ class StackedExperts:
     def compute_type(self, x: Tensor) -> tl.dtype:
         """Returns what the factors of the products become."""
         layouts = (self.gate_EFM, self.gate_layout), (self.down_EMF, self.down_layout)
-        return compute_type(x, *(tensor for tensor, layout in layouts if layout is None))
+        numbers = (one for one, layout in layouts if layout is None and one.is_floating_point())
+        return compute_type(x, *numbers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -91,21 +91,32 @@ def test_products_and_rows_are_those_of_the_values(is_deterministic: bool):
     assert error_of(logits, x.double() @ made[1][1].double().T) < 2e-6
 
 
-@pytest.mark.parametrize("num_tokens", [1, 5])
-def test_experts_of_few_pairs_are_unpacked_alone(num_tokens: int):
-    """Gate and up in blocks, down in planes, with biases; one id is another rank's."""
-    count, hidden, inner, down = 3, 256, 32, PLANE_LAYOUTS["q8_0"]
-    gates, ups = (plain_rows("iq2_xxs", count * inner, hidden, seed) for seed in (1, 2))
-    planes_of_down = planes(down, count * hidden, inner, 3)
-    form = GGUF_FORMATS["q8_0"]
-    whole = Weight(
-        data=planes_of_down.codes,
-        format=form,
-        rows=count * hidden,
-        cols=inner,
-        planes=planes_of_down,
-        layout=down,
+def in_planes(name: str, rows: int, cols: int, seed: int) -> tuple[Weight, Tensor]:
+    layout = PLANE_LAYOUTS[name]
+    made = planes(layout, rows, cols, seed)
+    weight = Weight(
+        data=made.codes,
+        format=GGUF_FORMATS[name],
+        rows=rows,
+        cols=cols,
+        planes=made,
+        layout=layout,
     )
+    return weight, values_of(layout, made, cols)
+
+
+@pytest.mark.parametrize(
+    ("gate", "down", "num_tokens"),
+    [("iq2_xxs", "q8_0", 1), ("iq2_xxs", "q8_0", 5), ("q8_0", "iq3_s", 1), ("q8_0", "iq3_s", 5)],
+)
+def test_experts_of_few_pairs_are_unpacked_alone(gate: str, down: str, num_tokens: int):
+    """One of both products in blocks, the other in planes, with biases; one id is another's."""
+    count = 3
+    hidden, inner = (256, 32) if gate in KEPT_BLOCKS else (32, 256)
+    make = {True: plain_rows, False: in_planes}
+    of_gate, of_down = make[gate in KEPT_BLOCKS], make[down in KEPT_BLOCKS]
+    made = [of_gate(gate, count * inner, hidden, seed) for seed in (1, 2)]
+    made.append(of_down(down, count * hidden, inner, 3))
     generator = torch.Generator().manual_seed(num_tokens)
 
     def some(*sizes: int) -> Tensor:
@@ -114,7 +125,7 @@ def test_experts_of_few_pairs_are_unpacked_alone(num_tokens: int):
     biases = ExpertBiases(
         gate_EF=some(count, inner), up_EF=some(count, inner), down_EM=some(count, hidden)
     )
-    stacks = [Stack(whole=one, num_matrices=count) for one in (gates[0], ups[0], whole)]
+    stacks = [Stack(whole=one, num_matrices=count) for one, _ in made]
     ops = TritonOps(1, is_deterministic=False)
     experts = ops.prepare_experts(
         ExpertWeights(gate=stacks[0], up=stacks[1], down=stacks[2], biases=biases)
@@ -123,10 +134,6 @@ def test_experts_of_few_pairs_are_unpacked_alone(num_tokens: int):
     chosen = [torch.randperm(count, generator=generator)[:2] for _ in range(num_tokens)]
     ids = torch.stack(chosen).int().to(DEVICE)
     ids[-1, 0] = -1
-    values = (
-        gates[1].view(count, inner, hidden).double(),
-        ups[1].view(count, inner, hidden).double(),
-        values_of(down, planes_of_down, inner).view(count, hidden, inner).double(),
-    )
+    values = tuple(one.view(count, -1, one.shape[1]).double() for _, one in made)
     found = ops.moe(x, weights, ids, experts, "silu")
     assert error_of(found, expected_experts(x, weights, ids, values, biases)) < 2e-6
