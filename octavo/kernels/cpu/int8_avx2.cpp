@@ -4,36 +4,23 @@
 #include <algorithm>
 #include <cstring>
 
-#include "simd.h"
+#define OCTAVO_LANES 8
+#include "int8_words.h"
 
 namespace octavo {
 inline namespace OCTAVO_ISA {
 
-constexpr int kLanes = 8, kTokens = 4;  // rows of a register; tokens of a tile
-using Words = __m256i;
-using Floats = __m256;
+constexpr int kTokens = 4;  // of a tile
 
-OCTAVO_INLINE Words words(int v) { return _mm256_set1_epi32(v); }
-OCTAVO_INLINE Words left(Words v, int n) { return _mm256_sll_epi32(v, _mm_cvtsi32_si128(n)); }
-OCTAVO_INLINE Words right(Words v, int n) { return _mm256_srl_epi32(v, _mm_cvtsi32_si128(n)); }
-OCTAVO_INLINE Words signed_right(Words v, int n) {
-  return _mm256_sra_epi32(v, _mm_cvtsi32_si128(n));
-}
-OCTAVO_INLINE Floats all(float v) { return broadcast(v); }
-OCTAVO_INLINE Floats floats(Words v) { return _mm256_cvtepi32_ps(v); }
-OCTAVO_INLINE Floats same_bits(Words v) { return _mm256_castsi256_ps(v); }
 // The float16 numbers in the low halves.
 OCTAVO_INLINE Floats halves(Words v) {
   const Words low = v & words(0xffff), packed = _mm256_packus_epi32(low, low);
   return _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
 }
-OCTAVO_INLINE void put(float* to, Floats v) { store(to, v); }
 
 // The word at `at` of each row.
 OCTAVO_INLINE Words word(const uint8_t* at, int64_t stride) {
-  const Words row = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const Words index = _mm256_mullo_epi32(row, words(static_cast<int>(stride)));
-  return _mm256_i32gather_epi32(reinterpret_cast<const int*>(at), index, 1);
+  return _mm256_i32gather_epi32(reinterpret_cast<const int*>(at), row_offsets(stride), 1);
 }
 // The four words from `at` on of each row.
 OCTAVO_INLINE void words4(const uint8_t* at, int64_t stride, Words w[4]) {

@@ -6,33 +6,21 @@
 
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")
 #define OCTAVO_ISA avx512
-#include "simd.h"
+#define OCTAVO_LANES 16
+#include "int8_words.h"
 
 namespace octavo {
 inline namespace OCTAVO_ISA {
 
-constexpr int kLanes = 16, kTokens = 8;  // rows of a register; tokens of a tile
-using Words = __m512i;
-using Floats = __m512;
+constexpr int kTokens = 8;  // of a tile
 
-OCTAVO_INLINE Words words(int v) { return _mm512_set1_epi32(v); }
-OCTAVO_INLINE Words left(Words v, int n) { return _mm512_sll_epi32(v, _mm_cvtsi32_si128(n)); }
-OCTAVO_INLINE Words right(Words v, int n) { return _mm512_srl_epi32(v, _mm_cvtsi32_si128(n)); }
-OCTAVO_INLINE Words signed_right(Words v, int n) {
-  return _mm512_sra_epi32(v, _mm_cvtsi32_si128(n));
-}
-OCTAVO_INLINE Floats all(float v) { return _mm512_set1_ps(v); }
-OCTAVO_INLINE Floats floats(Words v) { return _mm512_cvtepi32_ps(v); }
-OCTAVO_INLINE Floats same_bits(Words v) { return _mm512_castsi512_ps(v); }
 // The float16 numbers in the low halves.
 OCTAVO_INLINE Floats halves(Words v) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)); }
 OCTAVO_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
-OCTAVO_INLINE void put(float* to, Floats v) { _mm512_storeu_ps(to, v); }
 
 // The word at `at` of each row.
 OCTAVO_INLINE Words word(const uint8_t* at, int64_t stride) {
-  const Words row = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  return _mm512_i32gather_epi32(_mm512_mullo_epi32(row, words(static_cast<int>(stride))), at, 1);
+  return _mm512_i32gather_epi32(row_offsets(stride), at, 1);
 }
 // The four words from `at` on of each row.
 OCTAVO_INLINE void words4(const uint8_t* at, int64_t stride, Words w[4]) {

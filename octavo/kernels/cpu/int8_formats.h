@@ -1,6 +1,6 @@
 // Weight formats as integer products take them: of kLanes rows the codes of a group of 32 elements,
 // four of a row in a word, and what a code means: (code - bias) * scale + offset. The values are
-// those of formats.h. Included where kLanes, Words, Floats and their functions are.
+// those of formats.h. Included behind int8_words.h and what an instruction set does itself.
 #pragma once
 
 #include "native.h"
