@@ -117,7 +117,8 @@ def build(shape, is_gated, by_block, by_tile=True):
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     at = {(kernel.arg_names.index(name),): value for name, value in values.items()}
     source = GluonASTSource(kernel, signature, at)
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    options = {"num_warps": 4, "maxnreg": shape.max_registers}
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert built.asm["ptx"].count("wgmma.mma_async") > 0
     assert built.metadata.shared <= 227 * 1024
 

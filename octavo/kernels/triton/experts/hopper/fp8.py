@@ -220,11 +220,13 @@ class PiecesShape:
     rows: int
     stages: int
     is_few: bool
+    max_registers: int | None = None
+    """Of a thread. Half of what there are let a program come while the kernel before still runs."""
 
 
 SHAPES = (
-    PiecesShape(rows=16, stages=6, is_few=True),
-    PiecesShape(rows=32, stages=5, is_few=True),
+    PiecesShape(rows=16, stages=6, is_few=True, max_registers=128),
+    PiecesShape(rows=32, stages=5, is_few=True, max_registers=128),
     PiecesShape(rows=64, stages=5, is_few=False),
     PiecesShape(rows=128, stages=4, is_few=False),
 )
@@ -346,5 +348,6 @@ def _launch(
         BY_TILE=experts.is_by_tile,
         REGISTERS=PRODUCER_REGISTERS,
         num_warps=4,
+        maxnreg=shape.max_registers,
         **launch_options(out.device),
     )
