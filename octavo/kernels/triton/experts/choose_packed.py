@@ -34,6 +34,9 @@ FP8_ROWS = 32
 """Of an expert, in the mean: from here on activations are rounded to FP8 where weights are FP8 with
 a scale a row. With scales by blocks, tensor cores of FP8 are slower than those of bfloat16."""
 
+LARGE_INNER = 4096
+"""Of an expert whose rows alone are enough programs to keep memory busy."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Packed:
@@ -105,8 +108,9 @@ def _run_fp8(one: Packed) -> Tensor:
 def _fits_ring(one: Packed) -> bool:
     if one.is_deterministic or one.are_many:
         return False
-    # A lone token's FP8 is all asked for at once by pairs, which is sooner there than a ring.
-    return not (one.is_of_pairs and one.experts.is_fp8) and ring.fits(one.x_TM, one.experts)
+    # A lone token's FP8 of small experts is all asked for at once by pairs: sooner than by a ring.
+    is_small = one.experts.is_fp8 and one.experts.inner_size < LARGE_INNER
+    return not (one.is_of_pairs and is_small) and ring.fits(one.x_TM, one.experts)
 
 
 def _run_ring(one: Packed) -> Tensor:

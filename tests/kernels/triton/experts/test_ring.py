@@ -94,10 +94,14 @@ def test_it_takes_what_it_can(
     assert ring.fits(x, with_biases(experts)) == is_taken
 
 
-@pytest.mark.parametrize(("name", "is_taken"), [("fp8", False), ("int8_128", True)])
-def test_a_lone_token_in_fp8_goes_in_pairs(
-    monkeypatch: pytest.MonkeyPatch, name: str, is_taken: bool
+@pytest.mark.parametrize(
+    ("name", "large", "is_taken"),
+    [("fp8", INNER + 1, False), ("fp8", INNER, True), ("int8_128", INNER + 1, True)],
+)
+def test_a_lone_token_goes_in_pairs_through_small_fp8_experts(
+    monkeypatch: pytest.MonkeyPatch, name: str, large: int, is_taken: bool
 ):
+    monkeypatch.setattr(choose_packed, "LARGE_INNER", large)
     experts, values = packed_experts(name, name, COUNT, HIDDEN, INNER)
     said = torch.zeros(1, HIDDEN, device=DEVICE)
     monkeypatch.setattr(ring, "fits", lambda *_: True)
