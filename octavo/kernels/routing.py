@@ -53,3 +53,16 @@ class RoutingRule:
             float32_logits=self.float32_logits,
         )
         return self == plain
+
+    @property
+    def is_softmax_of_chosen(self) -> bool:
+        """Whether weights are the softmax over the chosen logits alone, which is that over all of
+        them divided by the sum of the chosen."""
+        of_chosen = RoutingRule(
+            top_k=self.top_k,
+            score="logit",
+            weighting="softmax",
+            renormalize=False,
+            float32_logits=self.float32_logits,
+        )
+        return self == of_chosen

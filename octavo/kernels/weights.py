@@ -182,6 +182,13 @@ class Router:
         tensors = self.bias_E, self.correction_E, self.scale_E
         return self.rule.is_plain and all(tensor is None for tensor in tensors)
 
+    @property
+    def is_softmax(self) -> bool:
+        """Whether the weights are softmax of the logits, over all or the chosen ones: what can be
+        made within the product of one row, with the bias."""
+        is_known = self.rule.is_plain or self.rule.is_softmax_of_chosen
+        return is_known and self.correction_E is None and self.scale_E is None
+
 
 def torch_dtype(name: str) -> torch.dtype:
     """Returns the torch dtype called float32, float16 or bfloat16."""

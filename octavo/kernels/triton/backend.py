@@ -196,7 +196,7 @@ class TritonOps(Composed):
     ) -> Routed:
         matrices = matrices_of(router.weights)
         first = matrices[0]
-        is_fused = router.is_plain and len(matrices) == 1 and not isinstance(first, Weight)
+        is_fused = router.is_softmax and len(matrices) == 1 and not isinstance(first, Weight)
         if not is_fused or not self._is_lone(rows.residual_TM):
             return super().norm_route(rows, router, counts_E, num_live)
         tickets = self._tickets_on(counts_E.device)

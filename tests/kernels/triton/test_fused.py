@@ -105,6 +105,24 @@ def test_every_shape_of_a_normed_product_is_right(
     assert_near(found, expected, 2e-3)
 
 
+OF_CHOSEN = RoutingRule(top_k=4, score="logit", weighting="softmax", renormalize=False)
+
+
+def test_a_lone_row_is_routed_by_the_softmax_of_the_chosen(rng: np.random.Generator) -> None:
+    rows, weights = make_rows(rng, 72, torch.float32), make_matrices(rng, [32], 72, torch.float32)
+    bias, counts = floats(rng, 32).to(DEVICE), torch.zeros(2, 32, dtype=torch.int32, device=DEVICE)
+    router = Router(weights=weights, rule=OF_CHOSEN, bias_E=bias)
+    assert router.is_softmax
+    assert not router.is_plain
+    assert not replace(router, scale_E=bias).is_softmax
+    expected = make_ops().norm_route(copied(rows), router, counts[0])
+    found = make_ops(is_deterministic=False).norm_route(rows, router, counts[1])
+    assert torch.equal(*counts)
+    assert torch.equal(found.topk_ids, expected.topk_ids)
+    assert_near(found.topk_weights, expected.topk_weights, 1e-5)
+    assert_near(found.x_TM, expected.x_TM, 2e-6)
+
+
 @pytest.mark.parametrize("has_gate", [True, False])
 @pytest.mark.parametrize(("count", "top_k"), [(1, 1), (8, 2), (60, 4), (128, 8)])
 def test_routes_within_the_routers_product_are_those_after_it(

@@ -97,6 +97,7 @@ def norm_route_kernel(
     eps,
     weight_NM,
     weight_stride,
+    bias_E,
     normed_M,
     logits_N,
     weights_K,
@@ -108,6 +109,7 @@ def norm_route_kernel(
     first_held,
     num_held,
     HAS_X: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TOP_K: tl.constexpr,
     RENORMALIZE: tl.constexpr,
@@ -118,9 +120,10 @@ def norm_route_kernel(
     FORMAT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """logits[n] = normed @ weight[n] for row n = program 0; the last program routes (`route_rows`).
+    """logits[n] = normed @ weight[n] (+ bias[n]) for row n = program 0; the last program routes
+    (`route_rows`).
 
-    x, residual, sum, normed, weight_M [M]; weight_NM [N, M] with a row stride, N >= E.
+    x, residual, sum, normed, weight_M [M]; weight_NM [N, M] with a row stride, N >= E; bias [E].
     """
     k = tl.arange(0, BLOCK_K)
     is_in = k < hidden_size
@@ -133,6 +136,8 @@ def norm_route_kernel(
     x = normed_row(x_M, residual_M, sum_M, norm, hidden_size, eps, HAS_X)
     tl.store(normed_M + k, x, mask=is_in & (row == 0))
     logit = tl.sum(folded(w[None, :], x[None, :]), 1)
+    if HAS_BIAS:
+        logit += tl.load(bias_E + row, mask=row < num_experts, other=0.0).to(tl.float32)
     tl.store(logits_N + row + tl.arange(0, 1), logit.to(logits_N.dtype.element_ty))
     if is_last(ticket, tl.num_programs(0)):
         route_rows(
@@ -185,6 +190,7 @@ def norm_route(
     ids = added.new_empty((1, router.rule.top_k), dtype=torch.int32)
     norm_route_kernel[(num_rows,)](
         *_arguments(rows, added, weight_NM),
+        normed if router.bias_E is None else router.bias_E,
         normed,
         logits,
         weights,
@@ -195,9 +201,10 @@ def norm_route(
         num_experts,
         *router.held_of(num_experts),
         HAS_X=rows.x_TM is not None,
+        HAS_BIAS=router.bias_E is not None,
         BLOCK_K=max(8, next_power_of_2(hidden_size)),
         TOP_K=router.rule.top_k,
-        RENORMALIZE=router.rule.renormalize,
+        RENORMALIZE=router.rule.renormalize or router.rule.is_softmax_of_chosen,
         HAS_PADDING=num_live is not None,
         ROWS=ROUTE_ROWS,
         EXPERTS=next_power_of_2(num_experts),
