@@ -36,6 +36,10 @@ a scale a row. With scales by blocks, tensor cores of FP8 are slower than those 
 
 LARGE_INNER = 4096
 """Of an expert whose rows alone are enough programs to keep memory busy."""
+RING_ROWS = 64
+"""Of an expert, in the mean: beyond, `ring.py` takes longer than `grouped.py` for groups of
+NARROW_GROUP columns and less, since it multiplies each by itself."""
+NARROW_GROUP = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -68,7 +72,14 @@ class Packed:
 
     @property
     def are_many(self) -> bool:
-        return self.num_pairs > UNPACKED_ROWS * self.experts.count
+        is_free = not self.is_deterministic
+        return is_free and self.num_pairs >= UNPACKED_ROWS * self.experts.count
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether any of the matrices have narrow groups."""
+        layouts = self.experts.gate_layout, self.experts.down_layout
+        return any(layout is not None and 0 < layout.group <= NARROW_GROUP for layout in layouts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +118,8 @@ def _run_fp8(one: Packed) -> Tensor:
 
 def _fits_ring(one: Packed) -> bool:
     if one.is_deterministic or one.are_many:
+        return False
+    if one.is_narrow and one.num_pairs > RING_ROWS * one.experts.count:
         return False
     # A lone token's FP8 of small experts is all asked for at once by pairs: sooner than by a ring.
     is_small = one.experts.is_fp8 and one.experts.inner_size < LARGE_INNER

@@ -145,6 +145,23 @@ def test_launch_shapes_agree(kinds: tuple[str, str], num_tokens: int, count: int
         assert one.stages * one.tiles * stored <= 113 << 10, "two programs fit a processor"
 
 
+@pytest.mark.parametrize(("kind", "is_taken"), [("int4_64_f16", True), ("q8_0", False)])
+def test_many_rows_of_narrow_groups_go_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, kind: str, is_taken: bool
+):
+    experts, values = packed_experts(kind, kind, COUNT, 64, 64)
+    case = inputs(5, torch.float32, 64)
+    said = torch.zeros(5, 64, device=DEVICE)
+    monkeypatch.setattr(ring, "fits", lambda *_: True)
+    monkeypatch.setattr(ring, "ring_experts", lambda *_, in_parts: said)
+    monkeypatch.setattr(choose_packed, "RING_ROWS", 3)
+    assert found_experts(case, experts) is said, "ten pairs of four experts are few"
+    monkeypatch.setattr(choose_packed, "RING_ROWS", 2)
+    found = found_experts(case, experts)
+    assert (found is said) == is_taken
+    assert is_taken or error_of(found, expected_experts(*case, values)) < 2e-6
+
+
 def test_biases_are_added_once(monkeypatch: pytest.MonkeyPatch):
     experts, values = packed_experts("mxfp4", "mxfp4", COUNT, 64, 64)
     experts = with_biases(experts)
