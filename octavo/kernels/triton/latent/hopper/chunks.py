@@ -19,10 +19,10 @@ from octavo.kernels.triton.attention.partials import Partials
 from octavo.kernels.triton.attention.scores import LOG2_E
 from octavo.kernels.triton.attention.short_chunks import ShortPlan
 from octavo.kernels.triton.attention.splits import LATENT_ROWS, Tiling
+from octavo.kernels.triton.latent.hopper.many import attend_many
 from octavo.kernels.triton.latent.hopper.tiles import (
     PRODUCER_REGISTERS,
     TILE,
-    attend,
     described,
     load_queries,
     make_buffers,
@@ -82,7 +82,7 @@ def _consume(
             else:
                 query = first + gl.arange(0, M, s_rows) // STACK
                 position = length - count + gl.minimum(query, count - 1)
-            mean, lse = attend(
+            mean, lse = attend_many(
                 buffers, length * 0, position, first_tile, tiles, base, length,
                 scale_log2, rings, P,
             )  # fmt: skip
