@@ -216,7 +216,7 @@ def _unpacked(layer: LayerSpec, hidden_size: int, num_tokens: int) -> tuple[int,
         widest = max(widest, 2 * mlp.size)
     else:
         widest = max(widest, 2 * mlp.shared_size)
-        if num_tokens * mlp.top_k >= UNPACKED_ROWS * mlp.num_experts:
+        if num_tokens * mlp.top_k > UNPACKED_ROWS * mlp.num_experts:
             gates = 2 * -(-mlp.num_experts // UNPACKED_PARTS)
             experts = 2 * max(gates, mlp.num_experts) * mlp.expert_size * hidden_size
     dense = 2 * widest * hidden_size if num_tokens >= UNPACKED_TOKENS else 0

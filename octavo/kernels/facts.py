@@ -40,7 +40,7 @@ bytes, or fewer of wider ones, and the few rows' own place."""
 UNPACKED_TOKENS = 512
 """From here on a packed matrix is made numbers, rather than anew for every tile of tokens."""
 UNPACKED_ROWS = 512
-"""Of an expert, in the mean: from here on packed experts are made numbers once a layer."""
+"""Of an expert, in the mean: beyond, packed experts are made numbers once a layer."""
 UNPACKED_PARTS = 2
 """In which gate and up of the experts are, one after the other: each takes as much as all of down
 does after them."""

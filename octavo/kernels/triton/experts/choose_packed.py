@@ -72,8 +72,7 @@ class Packed:
 
     @property
     def are_many(self) -> bool:
-        is_free = not self.is_deterministic
-        return is_free and self.num_pairs >= UNPACKED_ROWS * self.experts.count
+        return self.num_pairs > UNPACKED_ROWS * self.experts.count
 
     @property
     def is_narrow(self) -> bool:
