@@ -41,6 +41,8 @@ GRAPH_CAPTURES, GRAPH_BYTES, FIRST_GRAPH_BYTES = 32, 8 * MIB, 64 * MIB
 """Captures of a decode step, one for each bucket of batch sizes, and what each of them holds."""
 PACKED_BYTES = 1.5
 """A weight has less on average where most are packed."""
+BLOCK_BYTES = 0.45
+"""And less than that where most are in formats that are made numbers for every product."""
 ALLOCATOR_SLACK = 1.05
 """What torch's caching allocator reserves for a byte that is asked for."""
 
@@ -115,9 +117,8 @@ def plan_model(
         weights_bytes = weights_bytes * spec.num_parameters // whole.num_parameters
     specs = spec.kv_specs(kv)
     if device == "cuda":
-        graphs = 0 if config.enforce_eager else FIRST_GRAPH_BYTES + GRAPH_CAPTURES * GRAPH_BYTES
-        if num_ranks > 1:
-            graphs += PEER_BYTES
+        in_blocks = weights_bytes < BLOCK_BYTES * spec.num_parameters
+        graphs = _graph_bytes(spec, config, in_blocks=in_blocks)
         budget = gpu_budget(memory, config.gpu_memory_utilization, graphs)
         room = max(budget.usable_bytes - weights_bytes, 0)
         groups = [group for group in group_layers(specs) if not group.is_state]
@@ -128,6 +129,7 @@ def plan_model(
         step_bytes = _gpu_step(
             *(spec, config, kv, 4 if dtype == "float32" else 2, kv_tokens),
             is_unpacked=is_unpacked,
+            in_blocks=in_blocks,
         )
     else:
         # The ranks and the engines of a host share its memory.
@@ -166,6 +168,19 @@ def _cpu_step(spec: ModelSpec, config: EngineConfig) -> Callable[[int], int]:
     return lambda num_tokens: widest.step_bytes(num_tokens, min(num_tokens, config.max_num_seqs))
 
 
+def _graph_bytes(spec: ModelSpec, config: EngineConfig, *, in_blocks: bool) -> int:
+    """Returns a bound on the bytes that captured steps keep to themselves, and sums over ranks."""
+    peers = PEER_BYTES if config.tensor_parallel_size > 1 else 0
+    if config.enforce_eager:
+        return peers
+    made = 0
+    if in_blocks:
+        rows = config.max_num_seqs
+        each = (_unpacked(layer, spec.hidden_size, rows, in_blocks=True) for layer in spec.layers)
+        made = max(map(max, each))
+    return peers + FIRST_GRAPH_BYTES + GRAPH_CAPTURES * GRAPH_BYTES + made
+
+
 def _gpu_step(
     spec: ModelSpec,
     config: EngineConfig,
@@ -174,13 +189,14 @@ def _gpu_step(
     kv_tokens: int,
     *,
     is_unpacked: bool = False,
+    in_blocks: bool = False,
 ) -> Callable[[int], int]:
     """Returns a bound on the bytes of a step of so many tokens in the Triton back end.
 
     A step lives in turn through attention and MLP of every layer, and the sampler: residual and
     input are there all the time, and what a phase leaves is the next one's room.
     `kv_tokens` is at least what one KV group can hold. `is_unpacked`: whether weights are packed,
-    so that many tokens have those of a layer made numbers.
+    so that many tokens have those of a layer made numbers; `in_blocks`: so that any have.
     """
     longest = min(config.max_model_len or spec.default_len, kv_tokens)
     tables = 4 * longest * sum(rope.rotary_dim for rope in spec.ropes)
@@ -194,9 +210,9 @@ def _gpu_step(
             width = layer.attention.projected_size + layer.attention.attended_size
             expanded = layer.attention.expanded_size * element_bytes
             room = unpacked if num_tokens > MAX_PADDED_TOKENS and not expanded else 0
-            dense, experts = (
-                _unpacked(layer, spec.hidden_size, num_tokens) if is_unpacked else (0, 0)
-            )
+            dense, experts = (0, 0)
+            if is_unpacked or in_blocks:
+                dense, experts = _unpacked(layer, spec.hidden_size, num_tokens, in_blocks=in_blocks)
             own = max(partials + room, expanded, dense)
             phases.append(num_tokens * width * element_bytes + own)
             mlp = num_tokens * _mlp_bytes(layer.mlp, spec.hidden_size, element_bytes)
@@ -207,9 +223,11 @@ def _gpu_step(
     return step_bytes
 
 
-def _unpacked(layer: LayerSpec, hidden_size: int, num_tokens: int) -> tuple[int, int]:
+def _unpacked(
+    layer: LayerSpec, hidden_size: int, num_tokens: int, *, in_blocks: bool
+) -> tuple[int, int]:
     """Bytes of packed weights that are made numbers for so many tokens: of the largest matrix, and
-    of the experts."""
+    of the experts. `in_blocks`: those of few tokens are as well, of an expert for each pair."""
     mlp, widest = layer.mlp, layer.attention.projected_size
     experts = 0
     if isinstance(mlp, MLPSpec):
@@ -219,7 +237,11 @@ def _unpacked(layer: LayerSpec, hidden_size: int, num_tokens: int) -> tuple[int,
         if num_tokens * mlp.top_k > UNPACKED_ROWS * mlp.num_experts:
             gates = 2 * -(-mlp.num_experts // UNPACKED_PARTS)
             experts = 2 * max(gates, mlp.num_experts) * mlp.expert_size * hidden_size
-    dense = 2 * widest * hidden_size if num_tokens >= UNPACKED_TOKENS else 0
+        elif in_blocks:
+            chosen = min(num_tokens * mlp.top_k, mlp.num_experts)
+            experts = 2 * 2 * chosen * mlp.expert_size * hidden_size
+    is_made = in_blocks or num_tokens >= UNPACKED_TOKENS
+    dense = 2 * widest * hidden_size if is_made else 0
     return dense, experts
 
 

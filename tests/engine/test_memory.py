@@ -180,6 +180,21 @@ def test_steps_that_unpack_a_layer_have_room_for_it() -> None:
     assert mib(8256, deterministic=True) < mib(8256)
 
 
+def test_formats_that_every_product_unpacks_have_room_in_every_step_and_in_graphs() -> None:
+    def made(weights: float, **options: Any) -> MemoryPlan:
+        return plan(QWEN3_30B, weights, max_num_batched_tokens=64, **options)
+
+    # Of fewer than four bits: gate and up of all experts, as 64 tokens have more pairs than those.
+    experts = 2 * 2 * 128 * 768 * 2048
+    few, many = made(10.0), made(17.0)
+    assert experts < few.activation_bytes < many.activation_bytes + 1.1 * experts
+    assert many.activation_bytes < experts
+    assert few.graph_bytes == many.graph_bytes + experts
+    assert made(10.0, enforce_eager=True).graph_bytes == 0
+    # One token has eight pairs.
+    assert made(10.0, max_num_seqs=1).graph_bytes == many.graph_bytes + 2 * 2 * 8 * 768 * 2048
+
+
 def test_graphs_take_no_memory_where_none_are_captured() -> None:
     assert plan(QWEN3_30B, 56.88).graph_bytes == 320 * 2**20
     assert plan(QWEN3_30B, 56.88, enforce_eager=True).graph_bytes == 0
