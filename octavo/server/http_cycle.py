@@ -64,6 +64,7 @@ class HttpCycle:
         self._news: asyncio.Event | None = None
         """Made when somebody waits: nearly all bodies are there when they are asked for."""
         self._is_chunked = False
+        self._ends_by_close = False
         self._num_left = 0
         """Bytes of an answer of known length that are still to come."""
         self._holds_head = False
@@ -177,7 +178,9 @@ class HttpCycle:
         if not self.keep_alive and not says_close:
             lines.append(b"connection: close\r\n")
         is_bodiless = self.scope["method"] == "HEAD" or status in (204, 304)
-        if not (has_length or is_chunked or is_bodiless):
+        has_end = has_length or is_chunked or is_bodiless
+        self._ends_by_close = not has_end and self.scope["http_version"] == "1.0"
+        if not (has_end or self._ends_by_close):
             lines.append(b"transfer-encoding: chunked\r\n")
             is_chunked = True
         self._is_chunked = is_chunked
@@ -201,7 +204,7 @@ class HttpCycle:
             body = _chunk(body) if body else b""
             if not has_more:
                 body += _LAST_CHUNK
-        else:
+        elif not self._ends_by_close:
             self._num_left -= len(body)
             if self._num_left < 0:
                 raise RuntimeError("an answer is longer than its Content-Length")

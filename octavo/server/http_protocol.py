@@ -34,7 +34,8 @@ from uvicorn.server import ServerState
 from octavo.observe.loop_holds import LoopHoldMonitor
 from octavo.server.errors import ApiError
 from octavo.server.http_cycle import HttpCycle
-from octavo.server.http_refusals import raw_response, surplus
+from octavo.server.http_offers import head_without_offer, new_parser
+from octavo.server.http_refusals import headers_too_large, raw_response, surplus
 from octavo.server.http_unread import UnreadWatch
 
 logger = logging.getLogger(__name__)
@@ -109,12 +110,11 @@ class BoundedHttpProtocol(asyncio.Protocol):
         self._server_state = server_state
         self._connections: set[Any] = server_state.connections
         self._limits = limits
-        self._parser: Any = httptools.HttpRequestParser(self)
-        # What follows a request that closes the connection is no error: it is not answered.
-        self._parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self._parser: Any = new_parser(self)
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._expects_continue = False
+        self._is_offer = False  # whether the headers offer to go on in another protocol
         self._newest: HttpCycle | None = None
         self._answering: HttpCycle | None = None
         """An older one while requests wait in the pipeline."""
@@ -281,9 +281,7 @@ class BoundedHttpProtocol(asyncio.Protocol):
         # What belongs to a body counts too, for this one time: the limit is far above it.
         self._num_header_bytes += len(data)
         try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            pass  # Whoever asks for another protocol is answered in this one.
+            self._parse(data)
         except httptools.HttpParserError as error:
             why = error.__context__ or error
             if not isinstance(why, ApiError):
@@ -293,18 +291,24 @@ class BoundedHttpProtocol(asyncio.Protocol):
         if self._reads != "headers":
             self._num_header_bytes = 0
         elif self._num_header_bytes > self._limits.max_header_bytes:
-            self._end(self._too_large())
+            self._end(headers_too_large(self._limits.max_header_bytes, self._limits.max_headers))
             return
         if self._has_moved:
             self._arm_deadline()
 
-    def _too_large(self) -> ApiError:
-        limits = self._limits
-        message = (
-            f"the request's line and headers have more than {limits.max_header_bytes} bytes or "
-            f"{limits.max_headers} headers"
-        )
-        return ApiError(431, message, code="headers_too_large")
+    def _parse(self, data: bytes) -> None:
+        while True:
+            try:
+                self._parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as error:
+                if not self._is_offer:
+                    return
+                # The parser leaves the body to the other protocol: read again, without the offer.
+                self._is_offer = False
+                head = head_without_offer(self._parser, self._url, self._headers)
+                data = head + data[error.args[0] :]
+                self._parser = new_parser(self)
 
     # -- what the parser calls ---------------------------------------------------------------
 
@@ -323,13 +327,17 @@ class BoundedHttpProtocol(asyncio.Protocol):
         self._num_named_bytes += len(name) + len(value)
         is_long = self._num_named_bytes > self._limits.max_header_bytes
         if is_long or len(self._headers) >= self._limits.max_headers:
-            raise self._too_large()
+            raise headers_too_large(self._limits.max_header_bytes, self._limits.max_headers)
         name = name.lower()
         if name == b"expect" and value.lower() == b"100-continue":
             self._expects_continue = True
         self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
+        # Nobody can be connected to here, whatever else is offered: that is an error of its own.
+        self._is_offer = self._parser.should_upgrade() and self._parser.get_method() != b"CONNECT"
+        if self._is_offer:
+            return
         self._reads, self._has_moved = "body", True
         self._num_discarded = self._num_piece_bytes = 0
         version, before = self._parser.get_http_version(), self._newest
@@ -378,6 +386,8 @@ class BoundedHttpProtocol(asyncio.Protocol):
             self.transport.close()
 
     def on_message_complete(self) -> None:
+        if self._is_offer:
+            return
         self._reads, self._has_moved = "nothing", True
         if self._newest is not None and not self._newest.response_complete:
             self._newest.end_body()

@@ -35,3 +35,11 @@ async def surplus(scope: Any, receive: Any, send: Any) -> None:
     message = "the server has as many connections as it may have; try again later"
     error = ApiError(503, message, code="too_many_connections", headers=headers)
     await error_response(error, scope)(scope, receive, send)
+
+
+def headers_too_large(max_bytes: int, max_headers: int) -> ApiError:
+    """Returns the error of a request with more line and headers than are taken."""
+    message = (
+        f"the request's line and headers have more than {max_bytes} bytes or {max_headers} headers"
+    )
+    return ApiError(431, message, code="headers_too_large")

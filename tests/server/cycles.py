@@ -43,7 +43,8 @@ def new_cycle(
     transport: Transport, scope: dict[str, Any] | None = None, body: bytes = b""
 ) -> HttpCycle:
     """Returns the cycle of a POST whose body is there."""
-    scope = {"type": "http", "method": "POST", "path": "/", "headers": []} | (scope or {})
+    base = {"type": "http", "http_version": "1.1", "method": "POST", "path": "/", "headers": []}
+    scope = base | (scope or {})
     cycle = HttpCycle(
         scope,
         transport,

@@ -49,6 +49,21 @@ async def test_an_answer_of_unknown_length_is_written_in_chunks():
     assert told == start + b"a" * 1100 + b"\r\n1\r\nc\r\n0\r\n\r\n"
 
 
+async def test_an_answer_of_unknown_length_ends_with_the_connection_for_http_1_0():
+    transport = Transport()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        for message in (head_of(), body_of(b"ab", True), body_of(b"", True), body_of(b"c")):
+            await send(message)
+
+    cycle = new_cycle(transport, {"method": "GET", "http_version": "1.0"})
+    cycle.keep_alive = False
+    await cycle.run(app)
+    told = b"".join(transport.writes)
+    assert told == b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\nabc"
+    assert transport.is_closed
+
+
 @pytest.mark.parametrize(("method", "status"), [("HEAD", 200), ("GET", 204), ("GET", 304)])
 async def test_an_answer_without_a_body_has_none(method: str, status: int):
     told, _ = await answered(head_of(status=status), body_of(b""), method=method)

@@ -235,6 +235,69 @@ def test_a_body_of_tiny_chunks_is_read_whole(port: int) -> None:
         assert all_of(one).startswith(b"HTTP/1.1 200")
 
 
+OFFER = (
+    b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
+)
+
+
+def completion_body(num_tokens: int) -> bytes:
+    return json.dumps({"prompt": [5], "max_tokens": num_tokens, "ignore_eos": True}).encode()
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+@pytest.mark.parametrize("cut", [0, 40, 280, 330])
+def test_who_offers_another_protocol_is_answered_in_this_one_body_and_all(
+    port: int, is_chunked: bool, cut: int
+) -> None:
+    """As Java's HttpClient offers it with each request, and `curl --http2` with a first one."""
+    body = completion_body(3)
+    if is_chunked:
+        sent = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    else:
+        sent = b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    request = POST + OFFER + sent
+    with connected(port) as one:
+        one.sendall(request[:cut])
+        if cut:
+            time.sleep(0.05)
+        one.sendall(request[cut:] + HEALTH.replace(b"Host", b"Connection: close\r\nHost"))
+        answer = all_of(one)
+    assert answer.count(b"HTTP/1.1 200") == 2
+    assert b'"completion_tokens":3' in answer
+    assert answer.endswith(b'{"status":"ok"}')
+
+
+def test_offers_in_line_are_answered_each_with_its_own_body(port: int) -> None:
+    bodies = [completion_body(number) for number in (1, 2, 3, 4)]
+    with connected(port) as one:
+        for body in bodies:
+            one.sendall(POST + OFFER + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+        one.sendall(b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n")
+        answer = all_of(one)
+    told = [answer.index(b'"completion_tokens":%d' % number) for number in (1, 2, 3, 4)]
+    assert told == sorted(told)
+
+
+def test_nobody_is_connected_to_elsewhere(port: int) -> None:
+    with connected(port) as one:
+        one.sendall(b"CONNECT elsewhere:80 HTTP/1.1\r\nHost: x\r\n\r\n" + HEALTH)
+        status, error = error_of(all_of(one))
+    assert (status, error["code"]) == (400, "bad_http")
+
+
+def test_a_stream_for_http_1_0_has_no_chunks(port: int) -> None:
+    body = json.dumps({"prompt": [5], "max_tokens": 3, "stream": True, "ignore_eos": True}).encode()
+    request = POST.replace(b"HTTP/1.1", b"HTTP/1.0") + b"Content-Length: %d\r\n\r\n" % len(body)
+    with connected(port) as one:
+        one.sendall(request + body)
+        head, _, events = all_of(one).partition(b"\r\n\r\n")
+    assert b"chunked" not in head
+    assert b"connection: close" in head
+    assert events.startswith(b"data: {")
+    assert events.endswith(b"}\n\ndata: [DONE]\n\n")
+    assert all(event.startswith(b"data: ") for event in events.split(b"\n\n")[:-1])
+
+
 def test_a_client_that_leaves_with_requests_in_line_leaves_nothing_behind(port: int) -> None:
     body = json.dumps({"prompt": [5], "max_tokens": 400, "stream": True, "ignore_eos": True})
     request = POST + b"Content-Length: %d\r\n\r\n%s" % (len(body), body.encode())
