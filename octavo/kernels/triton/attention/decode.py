@@ -286,7 +286,9 @@ def decode_attention(
     scores, quantizing = scores_of(op, unused), quantizing_of(op, planes, unused)
     if partials is None:
         plan = plan_of(batch)
-        partials = make_partials(out, most, plan.partial_starts_S, plan.max_partials)
+        is_packed = plan.partial_starts_S is not None
+        room = plan.max_partials if is_packed else rows * most
+        partials = make_partials(out, most, plan.partial_starts_S, room)
     if tickets is None:
         tickets = make_tickets(q_THD.device)
     assert rows * num_kv_heads <= len(tickets), (rows, num_kv_heads)

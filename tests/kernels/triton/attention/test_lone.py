@@ -195,8 +195,9 @@ def test_single_queries(
         assert not tickets.any()
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="where a GPU runs the kernels themselves")
 def test_partial_results_of_tails_lie_where_those_of_the_prefix_do() -> None:
-    """By token: a chunk of queries may stand before single ones."""
+    """By sequence: a chunk of queries may stand before single ones."""
     emulator, per_token, num_heads, group = Emulator(Machine()), 5, 8, 2
     shares = emulator.load("octavo.kernels.triton.attention.hopper.shares")
     machine, starts = emulator.machine, torch.tensor([0, 3, 4, 5], dtype=torch.int32)
@@ -208,9 +209,32 @@ def test_partial_results_of_tails_lie_where_those_of_the_prefix_do() -> None:
         machine.program = heads, sequence, 0
         place, _ = shares.share_of(*at, group, True, 64)
         first, stride = shares.partials_of(place, at[0], most, num_heads, False)
-        row = int(starts[sequence])
-        assert int(first) == (row * num_heads + heads * group) * per_token
+        assert int(first) == (sequence * num_heads + heads * group) * per_token
         assert int(stride) == per_token
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="where a GPU runs the kernels themselves")
+def test_tails_behind_a_shared_prefix_and_a_chunk_without_a_gpu(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, emulated_lone: Any
+) -> None:
+    monkeypatch.setattr(emulated_lone, "num_processors", lambda device: 1)
+    monkeypatch.setattr(lone, "fits", lambda *_: True)
+    monkeypatch.setattr(lone, "lone_rows", emulated_lone.lone_rows)
+    lengths, query_lens = [40, 300, 300, 280], np.array([5, 1, 1, 1], np.int32)
+    paged = make_stored(rng, lengths, (2, 64), "int8")
+    batch = paged.batch(lengths, query_lens.tolist())
+    for s in (2, 3):
+        paged.table[s, :16] = paged.table[1, :16]
+        paged.keys[s][:256], paged.values[s][:256] = paged.keys[1][:256], paged.values[1][:256]
+    seq_lens = np.array(lengths, np.int32)
+    tiles = tiling(4, 2, 132)
+    plan = plan_shared_prefix(paged.table.numpy(), seq_lens, query_lens, tiles, min_blocks=8)
+    assert plan is not None
+    q, op = floats(rng, int(query_lens.sum()), 4, 64), kv_op(4, (2, 64))
+    mixed = mixed_as(paged.layer, "key", q).to(BF16)
+    shared = plan.to_device(torch.device(DEVICE))
+    found = shared_prefix_attention(mixed, op, paged.layer, batch, shared)
+    assert_near(found[-3:], exact_attention(q, paged, batch, op)[-3:], 2e-2)
 
 
 @on_hopper

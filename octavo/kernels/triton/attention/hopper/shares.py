@@ -62,8 +62,8 @@ def share_of(
 def partials_of(place, partial_starts, num_partials, H: gl.constexpr, PACKED: gl.constexpr):
     """Returns the first partial result of the first head, and how far the next head's is away: see
     `Partials`."""
-    t, sequence, heads, _, _, _ = place
-    first = t * num_partials
+    _, sequence, heads, _, _, _ = place
+    first = sequence * num_partials
     stride = num_partials.to(gl.int64)
     if PACKED:
         first = gl.load(partial_starts + sequence).to(gl.int64)
