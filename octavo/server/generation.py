@@ -203,7 +203,7 @@ class _Running:
         self._metrics = state.metrics
         self._exchange = call.exchange
         self._marks = call.marks
-        self._most = max(1, state.engine.max_num_seqs // call.params.n)
+        self._most = call.num_at_once(state.engine.max_num_seqs)
         self._todo = deque(enumerate(call.requests))
         self._open: dict[int, _Progress] = {}
 
