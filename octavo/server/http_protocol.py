@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import urllib.parse
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +27,6 @@ from typing import Any
 import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
 from octavo.observe.loop_holds import LoopHoldMonitor
@@ -36,6 +34,7 @@ from octavo.server.errors import ApiError
 from octavo.server.http_cycle import HttpCycle
 from octavo.server.http_offers import head_without_offer, new_parser
 from octavo.server.http_refusals import headers_too_large, raw_response, surplus
+from octavo.server.http_scope import Scopes
 from octavo.server.http_unread import UnreadWatch
 
 logger = logging.getLogger(__name__)
@@ -44,6 +43,7 @@ FEED_BYTES = 32 * 1024
 """Bytes parsed in one callback: a megabyte of chunks of one byte each would hold the loop."""
 BODY_PIECE_BYTES = 4 * 2**20
 MAX_PIPELINED = 16
+TOO_MANY_PIPELINED = "too_many_pipelined"
 MAX_DISCARDED_BYTES = 64 * 2**20
 
 
@@ -104,9 +104,7 @@ class BoundedHttpProtocol(asyncio.Protocol):
     ) -> None:
         self._loop = loop or asyncio.get_running_loop()
         self._app = config.loaded_app
-        self._root_path = config.root_path
-        self._asgi = {"version": config.asgi_version, "spec_version": "2.3"}
-        self._app_state = app_state
+        self._config, self._app_state = config, app_state
         self._server_state = server_state
         self._connections: set[Any] = server_state.connections
         self._limits = limits
@@ -119,6 +117,8 @@ class BoundedHttpProtocol(asyncio.Protocol):
         self._answering: HttpCycle | None = None
         """An older one while requests wait in the pipeline."""
         self._pipeline: deque[HttpCycle] = deque()
+        self._last_word: ApiError | None = None
+        """What the client is told after the answers that are owed."""
         self._deadline: asyncio.TimerHandle | None = None
         self._idle: asyncio.TimerHandle | None = None
         self._idle_since: float | None = None
@@ -140,11 +140,7 @@ class BoundedHttpProtocol(asyncio.Protocol):
         self._unread = UnreadWatch(
             transport, self._loop, self._limits.unread_seconds, self._is_writing
         )
-        self._addresses = {
-            "server": get_local_addr(transport),
-            "client": get_remote_addr(transport),
-            "scheme": "https" if is_ssl(transport) else "http",
-        }
+        self._scopes = Scopes(self._config, self._app_state, transport)
         self._connections.add(self)
         self._is_surplus = len(self._connections) > self._limits.max_connections
         if len(self._connections) > 2 * self._limits.max_connections:
@@ -197,6 +193,10 @@ class BoundedHttpProtocol(asyncio.Protocol):
         if self.transport.is_closing():
             return
         logger.info("a connection ends: %s", error, extra={"status": error.status})
+        if error.code == TOO_MANY_PIPELINED:  # those before it are whole
+            self._last_word = error
+            self.flow.pause_reading()
+            return
         cycle = self._answering
         is_free = cycle is None or cycle.response_complete or not cycle.response_started
         if is_free and not self._pipeline:
@@ -223,9 +223,13 @@ class BoundedHttpProtocol(asyncio.Protocol):
         """An answer is written to its end: the next request has its turn."""
         self._server_state.total_requests += 1
         if not self.transport.is_closing():
-            self.flow.resume_reading()
+            if self._last_word is None:
+                self.flow.resume_reading()
             if self._pipeline:
                 self._start(self._pipeline.popleft())
+            elif self._last_word is not None:
+                self.transport.write(raw_response(self._last_word))
+                self.transport.close()
             else:
                 self._begin_idling()
         self._unread.look()
@@ -256,6 +260,8 @@ class BoundedHttpProtocol(asyncio.Protocol):
     # -- what comes in -----------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
+        if self._last_word is not None:
+            return
         if not self._backlog and len(data) <= FEED_BYTES:
             self._feed(data)
             return
@@ -315,7 +321,7 @@ class BoundedHttpProtocol(asyncio.Protocol):
     def on_message_begin(self) -> None:
         if len(self._pipeline) >= MAX_PIPELINED:
             message = f"more than {MAX_PIPELINED} requests wait on this connection"
-            raise ApiError(400, message, code="too_many_pipelined")
+            raise ApiError(400, message, code=TOO_MANY_PIPELINED)
         self._reads, self._has_moved = "headers", True
         self._num_named_bytes = 0
         self._url, self._headers, self._expects_continue = b"", [], False
@@ -342,7 +348,9 @@ class BoundedHttpProtocol(asyncio.Protocol):
         self._num_discarded = self._num_piece_bytes = 0
         version, before = self._parser.get_http_version(), self._newest
         self._newest = cycle = HttpCycle(
-            self._new_scope(version),
+            self._scopes.of_request(
+                *(self._parser.get_method(), version, self._url, self._headers)
+            ),
             self.transport,
             self.flow,
             self._server_state.default_headers,
@@ -355,23 +363,6 @@ class BoundedHttpProtocol(asyncio.Protocol):
         else:
             self.flow.pause_reading()
             self._pipeline.append(cycle)
-
-    def _new_scope(self, http_version: str) -> dict[str, Any]:
-        url = httptools.parse_url(self._url)
-        path = url.path.decode("ascii")
-        return {
-            "type": "http",
-            "asgi": self._asgi,
-            "http_version": http_version,
-            **self._addresses,
-            "root_path": self._root_path,
-            "headers": self._headers,
-            "state": self._app_state.copy(),
-            "method": self._parser.get_method().decode("ascii"),
-            "path": self._root_path + (urllib.parse.unquote(path) if "%" in path else path),
-            "raw_path": self._root_path.encode() + url.path,
-            "query_string": url.query or b"",
-        }
 
     def on_body(self, body: bytes) -> None:
         self._num_piece_bytes += len(body)
