@@ -14,6 +14,7 @@ from starlette.requests import Request
 
 from octavo.engine.held_answers import held_params
 from octavo.request import SamplingParams
+from octavo.server.asked_params import asked_params
 from octavo.server.call import Call
 from octavo.server.chat_answers import chat_reading
 from octavo.server.generation import new_call
@@ -43,7 +44,7 @@ async def chat_call(
     state.check_model(body.model)
     state.engine.check_generates()
     check_messages(body.num_messages, state.config.max_messages)
-    params = body.to_params(state.engine.default_sampling_params)
+    params = await asked_params(body, state.engine.default_sampling_params)
     if state.guard is not None:
         body = await checked_chat(request, body, state.guard)
         # Nor is a long chat rendered where it was parsed, then.

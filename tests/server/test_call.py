@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from typing import Any
 
 import pytest
 
-from octavo.request import SamplingParams
+from octavo.request import RequestError, SamplingParams
+from octavo.server.asked_params import MANY_LISTED, asked_params
 from octavo.server.call import LISTED_AT_ONCE, Call
 from octavo.server.exchange import Exchange
 
@@ -44,3 +47,24 @@ def test_few_of_those_that_list_many_tokens_run_at_once(params: dict[str, Any]):
 def test_lists_count_together():
     both = {"allowed_token_ids": MANY, "logit_bias": dict.fromkeys(MANY, 1.0)}
     assert num_at_once(**both) == LISTED_AT_ONCE // (2 * len(MANY))
+
+
+@pytest.mark.parametrize("num_biases", [0, 1, MANY_LISTED, MANY_LISTED + 1])
+def test_many_biases_are_read_beside_the_event_loop(num_biases: int):
+    threads = list[int]()
+
+    class Body:
+        logit_bias = dict.fromkeys(map(str, range(num_biases)), 1.0)
+
+        def to_params(self, defaults: object) -> SamplingParams:
+            threads.append(threading.get_ident())
+            if num_biases == 1:
+                raise RequestError("no", param="logit_bias")
+            return SamplingParams(max_tokens=num_biases + 1)
+
+    if num_biases == 1:
+        with pytest.raises(RequestError, match="no"):
+            asyncio.run(asked_params(Body(), {}))
+    else:
+        assert asyncio.run(asked_params(Body(), {})).max_tokens == num_biases + 1
+    assert (threads == [threading.get_ident()]) == (num_biases <= MANY_LISTED)

@@ -22,6 +22,7 @@ from octavo.server.answers import (
     PlainChunks,
     Usage,
 )
+from octavo.server.asked_params import asked_params
 from octavo.server.body import read_body
 from octavo.server.call import Call
 from octavo.server.generation import StreamedCall, new_call, whole_call
@@ -47,7 +48,7 @@ async def answer_completion(request: Request, body: CompletionRequest) -> Respon
     state = server_state(request)
     state.check_model(body.model)
     state.engine.check_generates()
-    params = body.to_params(state.engine.default_sampling_params)
+    params = await asked_params(body, state.engine.default_sampling_params)
     began = time.monotonic()
     prompts = await completion_ids(state.tokenising, body)
     request.scope["state"]["exchange"].tokenising = (began, time.monotonic())
