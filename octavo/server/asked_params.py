@@ -1,6 +1,6 @@
 """What a body asks of sampling, read where it holds nobody up.
 
-Called by routes that generate. Never checks it against the model.
+Called by routes that generate, render and explain. Never checks it against the model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from octavo.request import SamplingParams
 
 MANY_LISTED = 4096
-"""Biases that are read in a thread: 50,000 take 25 ms."""
+"""Biases that are read in a thread: tens of thousands would hold the event loop too long."""
 
 
 class SamplingBody(Protocol):

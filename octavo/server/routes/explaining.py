@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from octavo.errors import RequestError
 from octavo.request import SamplingParams
+from octavo.server.asked_params import asked_params
 from octavo.server.body import read_body
 from octavo.server.check_params import check_params
 from octavo.server.openapi import described
@@ -38,11 +39,11 @@ async def explain(request: Request) -> Response:
     body: StrictModel = await read_body(request, ExplainRequest)
     state = server_state(request)
     if isinstance(body, ChatRequest):
-        params = body.to_params(state.engine.default_sampling_params)
+        params = await asked_params(body, state.engine.default_sampling_params)
         ids = await state.tokenising.encode_chat(body)
         return await _explained(request, body, params, ids)
     assert isinstance(body, CompletionRequest)
-    params = body.to_params(state.engine.default_sampling_params)
+    params = await asked_params(body, state.engine.default_sampling_params)
     prompts = await completion_ids(state.tokenising, body)
     if len(prompts) != 1:
         message = f"prompt holds {len(prompts)} prompts; one at a time is explained"
@@ -55,7 +56,7 @@ async def explain_message(request: Request) -> Response:
     """Tells the same of a message's prompt, in the form of Anthropic's API."""
     body = (await read_body(request, MessagesRequest)).chat()
     state = server_state(request)
-    params = body.to_params(state.engine.default_sampling_params)
+    params = await asked_params(body, state.engine.default_sampling_params)
     ids = await state.tokenising.encode_chat(body)
     return await _explained(request, body, params, ids)
 

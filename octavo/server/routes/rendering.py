@@ -12,6 +12,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from octavo.server.asked_params import asked_params
 from octavo.server.body import read_body
 from octavo.server.check_params import check_params
 from octavo.server.openapi import described
@@ -31,7 +32,8 @@ async def render_chat(request: Request) -> Response:
     body = await read_body(request, ChatRequest)
     state = server_state(request)
     state.check_model(body.model)
-    check_params(request, body, body.to_params(state.engine.default_sampling_params))
+    params = await asked_params(body, state.engine.default_sampling_params)
+    check_params(request, body, params)
     rendered = body.rendered or render(state.engine.tokenizer, body)
     ids = await state.tokenising.encode_rendered(rendered)
     return await long_response({"text": rendered.shown, **_ids(ids)}, state.drain)
@@ -43,7 +45,8 @@ async def render_completion(request: Request) -> Response:
     body = await read_body(request, CompletionRequest)
     state = server_state(request)
     state.check_model(body.model)
-    check_params(request, body, body.to_params(state.engine.default_sampling_params))
+    params = await asked_params(body, state.engine.default_sampling_params)
+    check_params(request, body, params)
     prompts = await completion_ids(state.tokenising, body)
 
     def data() -> Iterator[dict[str, Any]]:
