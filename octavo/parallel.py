@@ -46,7 +46,8 @@ class PeerMemory:
 
 
 class Collectives(Protocol):
-    """One rank's way to the others. All ranks call the same methods in the same order."""
+    """One rank's way to the others. All ranks call the same methods in the same order. Whoever
+    derives from it has no kernels that do more than the sum."""
 
     rank: int
     size: int
@@ -54,7 +55,7 @@ class Collectives(Protocol):
     @property
     def takes_parts(self) -> bool:
         """Whether `add_rms_norm` adds up parts [T, S, M] first, as `Ops.add_rms_norm` may."""
-        ...
+        return False
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Returns the sum over all ranks, with the same bits on each; may overwrite x, which is
@@ -72,7 +73,7 @@ class Collectives(Protocol):
         """residual += the sum of x over all ranks, in place; returns its RMS norm. None, having
         done nothing, where that is no single kernel; never for parts, if it takes some. ids_TK: of
         the first K parts those that add something; negative ids add nothing."""
-        ...
+        return None
 
     def all_gather_columns(self, x: Tensor) -> Tensor:
         """Returns every rank's x [S, N] side by side in rank order: [S, size * N], contiguous."""
@@ -88,33 +89,26 @@ class Collectives(Protocol):
         ...
 
     def check(self) -> None:
-        """Raises EngineDeadError if a sum that has ended had given up waiting for a rank."""
-        ...
+        """Raises EngineDeadError if a sum that has ended had given up waiting for a rank, where
+        sums do not raise that themselves."""
 
     def abort(self) -> None:
         """Ends what is under way, so that nobody waits for a rank that is gone. Call it last."""
         ...
 
 
-class Alone:
+class Alone(Collectives):
     """The one rank of a model that is not shared."""
 
     rank = 0
     size = 1
-    takes_parts = True
+
+    @property
+    def takes_parts(self) -> bool:
+        return True
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x
-
-    def add_rms_norm(
-        self,
-        x_TM: Tensor,
-        residual_TM: Tensor,
-        weight_M: Tensor,
-        eps: float,
-        ids_TK: Tensor | None = None,
-    ) -> Tensor | None:
-        return None
 
     def all_gather_columns(self, x: Tensor) -> Tensor:
         return x
@@ -124,9 +118,6 @@ class Alone:
 
     def peer_memory(self, num_bytes: int, device: torch.device) -> PeerMemory:
         raise UnreachableError("there is one rank")
-
-    def check(self) -> None:
-        """Nobody waits."""
 
     def abort(self) -> None:
         """Nobody waits."""
@@ -214,10 +205,8 @@ def _first(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-class TorchCollectives:
+class TorchCollectives(Collectives):
     """Collectives over torch's back ends: NCCL between GPUs, gloo between processes."""
-
-    takes_parts = False
 
     def __init__(self, meeting: Meeting, rank: int, device: torch.device) -> None:
         """Returns when all ranks are there. Raises EngineDeadError naming those that are not."""
@@ -251,16 +240,6 @@ class TorchCollectives:
         found = torch.tensor(values, dtype=torch.int64)
         return self._reduce(self._host, found, c10d.ReduceOp.MIN).tolist()
 
-    def add_rms_norm(
-        self,
-        x_TM: Tensor,
-        residual_TM: Tensor,
-        weight_M: Tensor,
-        eps: float,
-        ids_TK: Tensor | None = None,
-    ) -> Tensor | None:
-        return None
-
     def peer_memory(self, num_bytes: int, device: torch.device) -> PeerMemory:
         reason = self.unreachable()
         if not self.least([not reason])[0]:
@@ -282,9 +261,6 @@ class TorchCollectives:
         if self._is_on_host:
             return "ranks on CPUs share no memory"
         return "" if len(boots) == 1 else "they are on several hosts"
-
-    def check(self) -> None:
-        """What waits in vain raises by itself."""
 
     def abort(self) -> None:
         for memory in self._peers:
