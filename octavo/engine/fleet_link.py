@@ -116,6 +116,8 @@ class FleetLink:
     def prepare(self, hasher: RequestHasher) -> None:
         """To be called once, before the first engine joins."""
         self._hasher, self._router = hasher, Router(hasher.block_size)
+        if hasher.is_off:
+            logger.info("prefix_caching is off: requests go where the load is least")
 
     def join(self, engine: int, link: Link, plan: MemoryPlan, name: str | None = None) -> None:
         """From now on an engine takes requests; `name` is the same for all front ends, its number

@@ -41,6 +41,8 @@ class RequestHasher:
 
     def __init__(self, config: EngineConfig, files: ModelFiles, plan: MemoryPlan) -> None:
         self.block_size = plan.block_size
+        self.is_off = config.prefix_caching == "off"
+        """Whether requests have hashes only where they ask for that themselves."""
         self._config = config
         self._plan = plan
         self._identity = model_identity(config, files)

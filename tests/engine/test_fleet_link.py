@@ -21,6 +21,7 @@ from tests.engine.memory_plans import PLAN
 
 class Hasher:
     block_size = 16
+    is_off = False
 
     def hashes(self, request: Request) -> list[int]:
         return [hash(request.packed_prompt[: 64 * i]) for i in range(1, request.prompt_len // 16)]
@@ -95,6 +96,24 @@ def test_a_prefix_goes_where_it_was_sent() -> None:
         front.fleet.add(request(number))
         front.tell(front.has(f"0-{number}")[0], f"0-{number}", finish_reason=FinishReason.STOP)
     assert sorted(len(link.sent) for link in front.engines.values()) == [0, 6]
+
+
+def test_without_prefixes_requests_go_by_load_which_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    files = ModelFiles(
+        name="m", kind="config", path=tmp_path, config={}, generation_config={}, identity="m"
+    )
+    front = Front()
+    front.fleet = FleetLink(front, 0, 2)
+    front.fleet.prepare(RequestHasher(EngineConfig(model="m", prefix_caching="off"), files, PLAN))
+    for engine in range(2):
+        front.start(engine)
+    for number in range(6):
+        front.fleet.add(request(number))
+    assert [len(link.sent) for link in front.engines.values()] == [3, 3]
+    assert "prefix_caching is off: requests go where the load is least" in caplog.text
 
 
 def test_what_has_not_begun_goes_elsewhere_and_what_has_begun_fails() -> None:

@@ -171,8 +171,6 @@ class RayFleet:
         come run another version or model."""
         files = await asyncio.to_thread(with_fingerprint, files)
         self._kind = kind_of(config, files)
-        if config.prefix_caching == "off":
-            logger.info("prefix_caching is off: requests go where the load is least")
         # In an update there are replicas before it, which may hold less, or more.
         self._max_len = config.max_model_len or 0
         looks = await self._first_looks()
