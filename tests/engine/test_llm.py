@@ -155,6 +155,8 @@ def test_memory_that_never_comes_ends_requests_with_the_error_and_the_engine_liv
 def test_only_the_request_whose_sampling_raises_ends_with_the_error(
     mixtral: TinyModel, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if HAS_GPU and backend == "triton":
+        pytest.skip("a device draws all rows in one kernel, where none raises alone")
     choose = sampler._choose
 
     def raise_for_the_guilty(logits: Any, state: Any, output_index: int, *masks: Any) -> int:

@@ -40,6 +40,14 @@ def _llama4(module: nn.Module, x_TM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return logits_TE, weights, ids
 
 
+def _granite(module: nn.Module, x_TM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    found = module(x_TM)  # In an order that differs between versions of transformers.
+    (ids,) = (one for one in found if not one.is_floating_point())
+    (logits,) = (one for one in found if one.shape[-1] == NUM_EXPERTS)
+    (weights,) = (one for one in found if one is not ids and one is not logits)
+    return logits, weights, ids
+
+
 def _gemma4(module: nn.Module, x_TM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     probabilities, weights, ids = module(x_TM)
     return probabilities.log(), weights, ids
@@ -69,6 +77,7 @@ CASES: dict[str, RouterCase] = {
         config={"model_type": "granitemoe", "num_local_experts": NUM_EXPERTS},
         module="GraniteMoeTopKRouter",
         rule=RoutingRule(top_k=3, score="logit", weighting="softmax", renormalize=False),
+        call=_granite,
     ),
     "llama4": RouterCase(
         config={"model_type": "llama4_text", "num_local_experts": NUM_EXPERTS},

@@ -106,7 +106,7 @@ def test_neighbours_chunks_and_hits_change_no_bit(reads: str, tmp_path: Path) ->
     write_modules(tmp_path, ("Pooling", POOLINGS[reads]), ("Normalize", {}))
     found = []
     for chunk in (7, 128):
-        llm = open_llm(tmp_path, max_num_batched_tokens=chunk)
+        llm = open_llm(tmp_path, max_num_batched_tokens=chunk, deterministic=True)
         try:
             together = llm.embed(prompts(), use_tqdm=False)
             again = llm.embed(prompts(), use_tqdm=False)

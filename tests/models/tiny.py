@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 _BASE: dict[str, Any] = {
     "vocab_size": 211,
@@ -351,7 +351,12 @@ def save_tiny(
     """Makes the model of `case` with weights large enough that a mistake shows in the logits;
     `auto` is the class that gives it its head, `more` are fields of its config."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(**{**_BASE, **CASES[case], **more})
+    fields = {**_BASE, **CASES[case], **more}
+    known = CONFIG_MAPPING[fields["model_type"]]()
+    for name in ("swiglu_alpha", "swiglu_limit"):  # Constants in older versions of transformers.
+        if not hasattr(known, name):
+            fields.pop(name, None)
+    config = AutoConfig.for_model(**fields)
     config._attn_implementation = config._experts_implementation = "eager"
     model = auto.from_config(config, dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():

@@ -35,6 +35,13 @@ def has_wgmma(device: torch.device) -> bool:
     return is_hopper(device) and triton.runtime.driver.active.get_current_target().arch == 90
 
 
+def can_describe(x: torch.Tensor) -> bool:
+    """Whether Hopper's tensor memory engine can be told where the rows of `x` [..., columns] lie,
+    and those of what has as many columns: all begin at a multiple of 16 bytes."""
+    strides = (stride * x.element_size() for stride in x.stride()[:-1])
+    return x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in strides)
+
+
 @lru_cache
 def num_processors(device: torch.device) -> int:
     """Returns the multiprocessors of a GPU; for the interpreter, as many as an H100 has."""

@@ -31,7 +31,7 @@ from octavo.kernels.triton.experts.shapes import (
     pairs_shape,
 )
 from octavo.kernels.triton.experts.stacks import StackedExperts
-from octavo.kernels.triton.launching.chip import is_hopper, next_power_of_2
+from octavo.kernels.triton.launching.chip import can_describe, is_hopper, next_power_of_2
 from octavo.kernels.triton.product.shapes import (
     ProductShape,
     RowsShape,
@@ -75,7 +75,7 @@ class Shapes:
         found = self._find("moe", x_TM, experts.gate_EFM, top_k, count, inner_size, hidden_size)
         if found is not None:
             return found
-        can_tma = _can_tma(x_TM, experts.gate_EFM)
+        can_tma = _can_tma(x_TM, experts.gate_EFM) and can_describe(experts.down_EMF)
         shape = experts_shape(len(x_TM), top_k, count, inner_size, can_tma=can_tma)
         return shape if _is_short(x_TM) else shape.of_floats()
 
@@ -155,7 +155,7 @@ def _check(numbers: Mapping[str, Any]) -> None:
 
 
 def _can_tma(x: Tensor, weight: Tensor) -> bool:
-    return x.dtype == weight.dtype and is_hopper(x.device)
+    return x.dtype == weight.dtype and is_hopper(x.device) and can_describe(weight)
 
 
 def _is_short(x: Tensor) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests.kernels.triton.interpreter import DEVICE
 from tests.kernels.triton.packed_cases import (
+    FLOAT_ERROR,
     error_of,
     expected_experts,
     found_experts,
@@ -44,7 +45,7 @@ ALL = (
 def test_packed_experts_equal_float64(formats: tuple[str, str], count: int):
     experts, values = packed_experts(*formats, COUNT, HIDDEN, INNER)
     case = inputs(count)
-    assert error_of(found_experts(case, experts), expected_experts(*case, values)) < 2e-6
+    assert error_of(found_experts(case, experts), expected_experts(*case, values)) < FLOAT_ERROR
 
 
 @pytest.mark.parametrize(("formats", "parts"), [(("q8_0", "mxfp4"), 1), (("mxfp4", "q4_1"), 2)])
@@ -57,16 +58,16 @@ def test_experts_are_unpacked_in_parts(
     monkeypatch.setattr(choose_packed, "UNPACKED_ROWS", 1)
     monkeypatch.setattr(unpacked, "UNPACKED_PARTS", parts)
     expected = expected_experts(*case, values, experts.biases, CLAMPED)
-    assert error_of(found_experts(case, experts, CLAMPED), expected) < 2e-6
+    assert error_of(found_experts(case, experts, CLAMPED), expected) < FLOAT_ERROR
 
 
 def test_many_tokens_are_sorted_unpacked_or_rounded_to_fp8(monkeypatch: pytest.MonkeyPatch):
     case = inputs(12)
     experts, values = packed_experts("int4_64_f16", "int4_64_f16", COUNT, HIDDEN, INNER)
     monkeypatch.setattr(choose_packed, "UNPACKED_ROWS", 1)
-    assert error_of(found_experts(case, experts), expected_experts(*case, values)) < 2e-6
+    assert error_of(found_experts(case, experts), expected_experts(*case, values)) < FLOAT_ERROR
     experts, values = packed_experts("fp8_row", "fp8_row", COUNT, HIDDEN, INNER)
     monkeypatch.setattr(choose_packed, "FP8_ROWS", 1)
     assert 1e-3 < error_of(found_experts(case, experts), expected_experts(*case, values)) < 6e-2
     exact = found_experts(case, experts, is_deterministic=True)
-    assert error_of(exact, expected_experts(*case, values)) < 2e-6
+    assert error_of(exact, expected_experts(*case, values)) < FLOAT_ERROR

@@ -8,7 +8,7 @@ import torch
 from octavo.kernels.planes import pack_codes, pack_high, unpack_codes, values_of
 from octavo.planes import PLANE_LAYOUTS
 from tests.kernels.triton.interpreter import DEVICE
-from tests.kernels.triton.packed_cases import error_of, planes
+from tests.kernels.triton.packed_cases import FLOAT_ERROR, error_of, planes
 
 from octavo.kernels.triton.product.choose import multiply_packed  # isort: skip
 from octavo.kernels.triton.product.fp8 import fp8_product  # isort: skip
@@ -49,7 +49,7 @@ def test_packed_products_equal_float64(name: str):
     for some in (x[:1], x):
         out = torch.empty(len(some), ROWS, device=DEVICE)
         multiply_packed(some, weight, layout, bias, out, is_deterministic=False)
-        assert error_of(out, some.double() @ values.T + bias) < 2e-6
+        assert error_of(out, some.double() @ values.T + bias) < FLOAT_ERROR
 
 
 @pytest.mark.parametrize("name", ["int4_32_f16", "int8_128", "q4_1", "fp8", "fp8_row", *KINDS[9:]])
@@ -70,7 +70,7 @@ def test_one_row_is_summed_in_several_steps(name: str):
     out = torch.empty(1, ROWS, device=DEVICE)
     shape = SumsShape(block_n=2, words=64, num_warps=2)
     packed_matvec(x, weight, layout, None, out, shape)
-    assert error_of(out, x.double() @ values_of(layout, weight, cols).double().T) < 2e-6
+    assert error_of(out, x.double() @ values_of(layout, weight, cols).double().T) < FLOAT_ERROR
 
 
 def test_several_steps_of_a_block_have_the_bits_of_single_ones():

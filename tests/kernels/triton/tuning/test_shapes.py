@@ -17,6 +17,8 @@ from octavo.kernels.triton.product.shapes import product_shape, rows_shape  # is
 from octavo.formats import WEIGHT_FORMATS
 from octavo.kernels.triton.backend import TritonOps
 from octavo.kernels.triton.experts.shapes import ExpertsShape, experts_shape, pairs_shape
+from octavo.kernels.triton.experts.stacks import StackedExperts
+from octavo.kernels.triton.tuning import shapes as tuned_shapes
 from octavo.kernels.triton.tuning.shapes import (
     Shapes,
     key_of,
@@ -93,6 +95,23 @@ def test_a_shape_serves_the_tokens_from_the_last_power_of_two_to_its_own() -> No
         assert shapes.product(torch.empty(num_tokens, 64, dtype=HALF), weight) == heuristic
     floats = shapes.product(torch.empty(32, 64), weight.float())
     assert floats == product_shape(32, 48, can_tma=False).of_floats()
+
+
+@pytest.mark.parametrize(
+    ("cols", "dtype", "is_tma"),
+    [(64, HALF, True), (23, HALF, False), (24, HALF, True), (18, torch.float32, False)],
+)
+def test_rows_that_begin_anywhere_do_not_go_through_the_memory_engine(
+    cols: int, dtype: torch.dtype, is_tma: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuned_shapes, "is_hopper", lambda device: True)
+    x, down = torch.empty(1024, 64, dtype=dtype), torch.empty(2, 64, cols, dtype=dtype)
+    gate = torch.empty(2, cols, 64, dtype=dtype)
+    experts = StackedExperts(gate_EFM=gate, up_EFM=gate, down_EMF=down)
+    shape = Shapes().experts(x, 2, experts)
+    assert (shape.gate_up.tma, shape.down.tma) == (is_tma, is_tma)
+    weight = torch.empty(8192, cols, dtype=dtype)
+    assert Shapes().product(torch.empty(1024, cols, dtype=dtype), weight).tma == is_tma
 
 
 def test_ops_multiply_as_tuned_with_the_same_bits(rng: np.random.Generator) -> None:
