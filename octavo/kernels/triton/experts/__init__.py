@@ -13,7 +13,7 @@ are added by biases.py, but for those that hopper/ring.py adds.
 
 Packed weights: on Hopper hopper/fp8.py where FP8 meets FP8, and hopper/ring.py for the formats and
 sizes that it takes; else packed_pairs.py for pairs.py, fp8.py for many rows of FP8, and unpacked.py
-for very many of other formats.
+for very many of other formats, and for all where blocks lie as files have them.
 
 Softmax and top k alone are routed by route.py, for one token within the router's product
 (product/norm_matvec.py); every other rule by route_by_rule.py.

@@ -13,7 +13,6 @@ from torch import Tensor
 from octavo.kernels.activations import Activation
 from octavo.kernels.facts import UNPACKED_ROWS
 from octavo.kernels.triton.experts.biases import add_biases
-from octavo.kernels.triton.experts.chosen import run_chosen
 from octavo.kernels.triton.experts.fp8 import fp8_experts
 from octavo.kernels.triton.experts.grouped import grouped_experts
 from octavo.kernels.triton.experts.hopper import fp8 as hopper_fp8
@@ -159,17 +158,8 @@ def _run_unpacked(one: Packed) -> Tensor:
         *(*one.topk_ids.shape, one.experts.count, one.experts.inner_size),
         can_tma=is_hopper(one.x_TM.device),
     )
-    return unpacked_experts(*one.chosen, shape, in_parts=one.in_parts)
-
-
-def _run_blocks(one: Packed) -> Tensor:
-    experts = one.experts
-    shape = experts_shape(
-        *(*one.topk_ids.shape, experts.count, experts.inner_size),
-        can_tma=is_hopper(one.x_TM.device),
-    )
     shape = shape if one.x_TM.dtype.itemsize == 2 else shape.of_floats()
-    return run_chosen(*one.chosen, shape, in_parts=one.in_parts)
+    return unpacked_experts(*one.chosen, shape, in_parts=one.in_parts)
 
 
 def _run_grouped(one: Packed) -> Tensor:
@@ -177,7 +167,7 @@ def _run_grouped(one: Packed) -> Tensor:
 
 
 KERNELS = (
-    Kernel(fits=lambda one: one.experts.has_blocks, run=_run_blocks),
+    Kernel(fits=lambda one: one.experts.has_blocks, run=_run_unpacked),
     Kernel(fits=_fits_hopper_fp8, run=_run_hopper_fp8),
     Kernel(fits=_fits_fp8, run=_run_fp8),
     Kernel(fits=_fits_ring, run=_run_ring, has_biases=True),

@@ -1,7 +1,9 @@
-"""Packed experts made numbers, for steps of so many tokens that this is little beside them.
+"""Packed experts made numbers: where tokens are so many that this is little beside them, and where
+no kernel multiplies with experts as they are.
 
-Called by `choose.py`. One room serves both products of a layer: gate and up come a part of the
-experts after the other, and then all of down, which takes as much.
+Called by `choose_packed.py`. One room serves both products of a layer: gate and up come a part of
+the experts after the other, and then all of down, which takes as much. Where pairs are fewer than
+experts, numbers are made of an expert for each pair.
 """
 
 from __future__ import annotations
@@ -15,13 +17,15 @@ from octavo.kernels.activations import Activation
 from octavo.kernels.facts import UNPACKED_PARTS
 from octavo.kernels.planes import Planes
 from octavo.kernels.triton.experts.combine import combine
-from octavo.kernels.triton.experts.dispatch import Dispatch
+from octavo.kernels.triton.experts.dispatch import Dispatch, is_few
 from octavo.kernels.triton.experts.grouped import down, gate_up
 from octavo.kernels.triton.experts.shapes import ExpertsShape
 from octavo.kernels.triton.experts.sort import sort_pairs
 from octavo.kernels.triton.experts.stacks import StackedExperts
 from octavo.kernels.triton.launching.chip import cdiv
+from octavo.kernels.triton.product.grids import unpack_blocks
 from octavo.kernels.triton.product.packed import unpack
+from octavo.kernels.weights import ExpertBiases, Weight
 from octavo.planes import PlaneLayout
 
 
@@ -36,86 +40,134 @@ def unpacked_experts(
     in_parts: bool = False,
 ) -> Tensor:
     """Returns what `grouped_experts` does, of experts whose weights are packed, or some of them."""
-    pairs = sort_pairs(topk_ids, experts.count, shape.block_p)
+    ids, chosen = _chosen(topk_ids, experts.count)
+    count = experts.count if chosen is None else len(chosen)
     dispatch = Dispatch(
-        topk_ids=topk_ids,
-        pairs=pairs,
-        num_experts=experts.count,
+        topk_ids=ids,
+        pairs=None if is_few(ids) else sort_pairs(ids, count, shape.block_p),
+        num_experts=count,
         num_shared=0,
         rows=shape.block_p,
     )
-    room = _room(experts, x_TM)
+    # Programs that look for their own pairs do so among all experts.
+    has_parts = _is_packed_gate(experts) and dispatch.pairs is not None
+    at_once = cdiv(count, UNPACKED_PARTS) if has_parts else count
+    room = _room(experts, count, at_once, x_TM)
     hidden = x_TM.new_empty((dispatch.num_rows, experts.inner_size))
-    for first in range(0, experts.count, _gates_at_once(experts)):
-        part, of_part = _gates(experts, dispatch, first, room)
+    for first in range(0, count, at_once):
+        end = min(first + at_once, count)
+        part, of_part = _gates(experts, chosen, first, end, room), _within(dispatch, first, end)
         gate_up(x_TM, of_part, part, activation, shape.gate_up, out_RF=hidden)
-    parts = down(hidden, topk_weights, dispatch, _downs(experts, room), shape.down)
+    parts = down(hidden, topk_weights, dispatch, _downs(experts, chosen, room), shape.down)
     if in_parts:
         return parts.view(len(x_TM), -1, experts.hidden_size)
-    return combine(parts, topk_ids, experts.count)
+    return combine(parts, ids, count)
 
 
-def _gates_at_once(experts: StackedExperts) -> int:
-    return experts.count if experts.gate_layout is None else cdiv(experts.count, UNPACKED_PARTS)
+def _chosen(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor | None]:
+    """Returns ids among the experts that become numbers, and which those are: None for all."""
+    if topk_ids.numel() >= num_experts:
+        return topk_ids, None
+    flat = topk_ids.flatten()
+    places = torch.arange(len(flat), dtype=torch.int32, device=flat.device)
+    return torch.where(flat >= 0, places, -1).view(topk_ids.shape), flat.clamp(min=0)
 
 
-def _room(experts: StackedExperts, like: Tensor) -> Tensor:
+def _is_packed_gate(experts: StackedExperts) -> bool:
+    return experts.gate_layout is not None or experts.gate_up_blocks is not None
+
+
+def _room(experts: StackedExperts, count: int, at_once: int, like: Tensor) -> Tensor:
     """Returns room for the numbers that there are at once."""
     matrix = experts.inner_size * experts.hidden_size
-    gates = 0 if experts.gate_layout is None else 2 * _gates_at_once(experts) * matrix
-    downs = 0 if experts.down_layout is None else experts.count * matrix
-    return like.new_empty(max(gates, downs))
+    gates = 2 * at_once * matrix if _is_packed_gate(experts) else 0
+    is_packed_down = experts.down_layout is not None or experts.down_blocks is not None
+    return like.new_empty(max(gates, count * matrix if is_packed_down else 0))
+
+
+def _within(dispatch: Dispatch, first: int, end: int) -> Dispatch:
+    """Returns what goes to some of the experts."""
+    pairs = dispatch.pairs
+    if pairs is None or end - first == dispatch.num_experts:
+        return dispatch
+    blocks = pairs.blocks_3B
+    if first:
+        blocks = torch.cat((blocks[:1] - first, blocks[1:]))
+    return replace(dispatch, pairs=replace(pairs, blocks_3B=blocks), num_experts=end - first)
 
 
 def _gates(
-    experts: StackedExperts, dispatch: Dispatch, first: int, room: Tensor
-) -> tuple[StackedExperts, Dispatch]:
-    """Returns as many experts as there is room for, from `first` on, with gate and up as numbers,
-    and what goes to them."""
-    if experts.gate_layout is None:
-        return experts, dispatch
-    assert experts.gate_up_planes is not None
-    assert dispatch.pairs is not None
-    end = min(first + _gates_at_once(experts), experts.count)
+    experts: StackedExperts, chosen: Tensor | None, first: int, end: int, room: Tensor
+) -> StackedExperts:
+    """Returns some of the experts, with gate and up as numbers."""
     rows, cols = experts.inner_size, experts.hidden_size
     size = (end - first) * rows * cols
-    gate, up = (
-        _numbers(planes.rows(first * rows, end * rows), experts.gate_layout, cols, to).view(
-            end - first, rows, cols
-        )
-        for planes, to in zip(
-            experts.gate_up_planes, (room[:size], room[size : 2 * size]), strict=True
-        )
-    )
-    biases = experts.biases
-    if biases is not None:
-        biases = replace(biases, gate_EF=biases.gate_EF[first:end], up_EF=biases.up_EF[first:end])
-    blocks = dispatch.pairs.blocks_3B
-    if first:
-        blocks = torch.cat((blocks[:1] - first, blocks[1:]))
-    return (
-        replace(
-            experts,
-            gate_EFM=gate,
-            up_EFM=up,
-            gate_up_planes=None,
-            gate_layout=None,
-            biases=biases,
-        ),
-        replace(dispatch, pairs=replace(dispatch.pairs, blocks_3B=blocks), num_experts=end - first),
+    gate, up = experts.gate_up_planes or experts.gate_up_blocks or (None, None)
+    some = experts.gate_layout, cols, chosen, first, end
+    return replace(
+        experts,
+        gate_EFM=_numbers(experts.gate_EFM, gate, *some, room[:size]),
+        up_EFM=_numbers(experts.up_EFM, up, *some, room[size : 2 * size]),
+        gate_up_planes=None,
+        gate_up_blocks=None,
+        gate_layout=None,
+        biases=_biases_of(experts.biases, chosen, first, end),
     )
 
 
-def _downs(experts: StackedExperts, room: Tensor) -> StackedExperts:
-    """Returns the experts with down as numbers."""
-    if experts.down_layout is None:
-        return experts
-    assert experts.down_planes is not None
-    rows, cols = experts.hidden_size, experts.inner_size
-    to = room[: experts.count * rows * cols]
-    made = _numbers(experts.down_planes, experts.down_layout, cols, to)
-    return replace(experts, down_EMF=made.view(-1, rows, cols), down_planes=None, down_layout=None)
+def _downs(experts: StackedExperts, chosen: Tensor | None, room: Tensor) -> StackedExperts:
+    """Returns the experts, or those chosen, with down as numbers."""
+    count = experts.count if chosen is None else len(chosen)
+    packed, cols = experts.down_planes or experts.down_blocks, experts.inner_size
+    to = room[: count * experts.hidden_size * cols]
+    made = _numbers(
+        *(experts.down_EMF, packed, experts.down_layout, cols, chosen, 0, count, to),
+    )
+    return replace(experts, down_EMF=made, down_planes=None, down_blocks=None, down_layout=None)
 
 
-def _numbers(planes: Planes, layout: PlaneLayout, cols: int, to: Tensor) -> Tensor:
-    return unpack(planes, layout, cols, to.dtype, out_NM=to.view(-1, cols))
+def _numbers(
+    stack_ENK: Tensor,
+    packed: Planes | Weight | None,
+    layout: PlaneLayout | None,
+    cols: int,
+    chosen: Tensor | None,
+    first: int,
+    end: int,
+    to: Tensor,
+) -> Tensor:
+    """Returns a stack of experts as numbers, or those chosen, from `first` to `end`; in `to`, where
+    they are packed."""
+    rows = stack_ENK.shape[1]
+    if packed is None:
+        return stack_ENK[first:end] if chosen is None else stack_ENK[chosen[first:end]]
+    out_NM, ids = to.view(-1, cols), None if chosen is None else chosen[first:end]
+    if isinstance(packed, Weight):
+        if ids is None:
+            part = packed.data[first * rows : end * rows]
+            packed = replace(packed, data=part, rows=len(part))
+        unpack_blocks(packed, to.dtype, ids, rows, out_NM)
+    else:
+        assert layout is not None
+        if ids is None:
+            packed = packed.rows(first * rows, end * rows)
+        of_rows = None if ids is None else _rows_of(ids, rows)
+        unpack(packed, layout, cols, to.dtype, of_rows, out_NM)
+    return to.view(-1, rows, cols)
+
+
+def _rows_of(ids: Tensor, rows: int) -> Tensor:
+    """Returns the rows of matrices that have so many each."""
+    each = torch.arange(rows, dtype=torch.int32, device=ids.device)
+    return (ids[:, None] * rows + each).flatten()
+
+
+def _biases_of(
+    biases: ExpertBiases | None, chosen: Tensor | None, first: int, end: int
+) -> ExpertBiases | None:
+    if biases is None:
+        return None
+    some = slice(first, end) if chosen is None else chosen[first:end]
+    return ExpertBiases(
+        gate_EF=biases.gate_EF[some], up_EF=biases.up_EF[some], down_EM=biases.down_EM[some]
+    )

@@ -188,12 +188,18 @@ def unpack_blocks_kernel(
 
 
 def unpack_blocks(
-    weight: Weight, dtype: torch.dtype, ids: Tensor | None = None, rows_each: int = 1
+    weight: Weight,
+    dtype: torch.dtype,
+    ids: Tensor | None = None,
+    rows_each: int = 1,
+    out_NM: Tensor | None = None,
 ) -> Tensor:
     """Returns rows of a weight as numbers [N, cols]: all, or the `rows_each` ones of each of the
-    matrices `ids` int32, which lie one after the other in it."""
+    matrices `ids` int32, which lie one after the other in it; in `out_NM`, if there is one."""
     count = weight.rows if ids is None else ids.numel() * rows_each
-    out = torch.empty((count, weight.cols), dtype=dtype, device=weight.data.device)
+    out = out_NM
+    if out is None:
+        out = torch.empty((count, weight.cols), dtype=dtype, device=weight.data.device)
     assert weight.data.is_contiguous()
     if not count:
         return out
