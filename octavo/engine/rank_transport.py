@@ -18,13 +18,15 @@ import time
 from collections.abc import Callable, Collection
 from multiprocessing import AuthenticationError, Pipe
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from octavo.engine.child import start_child
 from octavo.errors import ConfigError, EngineDeadError
 from octavo.version import __version__
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 LOCAL_HOST = "127.0.0.1"
 ARRIVAL_SECONDS = 120.0
@@ -210,26 +212,51 @@ def _refusal(rank: _Greeting, size: int, found: Collection[int]) -> str:
     return ""
 
 
+_NOT_GREETED = (AuthenticationError, AssertionError, EOFError, OSError, ValueError)
+"""What comes of whoever does not know the key, or speaks of something else."""
+
+
 def _let_in(end: socket.socket, key: bytes) -> tuple[_Greeting, Connection] | None:
     """Returns what a rank says and its connection, None for whoever does not know the key."""
-    end.settimeout(None)
-    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    # Whoever says nothing must not keep others waiting.
-    end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", GREETING_SECONDS, 0))
-    other = socket.socket(fileno=os.dup(end.fileno()))
-    connection = Connection(end.detach())
-    try:
+
+    def greeted(connection: Connection) -> _Greeting:
         deliver_challenge(connection, key)
         answer_challenge(connection, key)
         number, _, version = connection.recv_bytes(MAX_GREETING_BYTES).decode().partition(" ")
-        rank = _Greeting(int(number), version)
-        other.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, 0))
-        return rank, connection
-    except (AuthenticationError, EOFError, OSError, ValueError):
-        connection.close()
+        return _Greeting(int(number), version)
+
+    try:
+        return _greeted(end, GREETING_SECONDS, greeted)
+    except _NOT_GREETED:
         return None
+
+
+def _greeted(
+    end: socket.socket, seconds: float, greet: Callable[[Connection], T]
+) -> tuple[T, Connection]:
+    """Returns what `greet` does of a connection whose other end gets so many seconds for each word:
+    whoever says nothing must not keep others waiting. Raises what `greet` does."""
+    end.settimeout(None)
+    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    _hear_for(end, seconds)
+    other = socket.socket(fileno=os.dup(end.fileno()))
+    connection = Connection(end.detach())
+    try:
+        found = greet(connection)
+        _hear_for(other, 0)
+    except BaseException:
+        connection.close()
+        raise
     finally:
         other.close()
+    return found, connection
+
+
+def _hear_for(end: socket.socket, seconds: float) -> None:
+    """Has reading fail after so long; 0: never."""
+    whole = int(seconds)
+    limit = struct.pack("ll", whole, int(1e6 * (seconds - whole)))
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
 
 
 def join(address: str, key: bytes, rank: int, seconds: float = ARRIVAL_SECONDS) -> Connection:
@@ -241,21 +268,29 @@ def join(address: str, key: bytes, rank: int, seconds: float = ARRIVAL_SECONDS) 
     """
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + seconds
-    try:
-        end = _connected((host, int(port)), deadline)
-        end.settimeout(None)
-        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection = Connection(end.detach())
+
+    def greeted(connection: Connection) -> str:
         answer_challenge(connection, key)
         deliver_challenge(connection, key)
         connection.send_bytes(f"{rank} {__version__}".encode())
-        refusal = connection.recv_bytes(MAX_GREETING_BYTES).decode()
+        return connection.recv_bytes(MAX_GREETING_BYTES).decode()
+
+    try:
+        end = _connected((host, int(port)), deadline)
+    except OSError as error:
+        raise EngineDeadError(
+            f"rank {rank} does not reach rank 0 at {address} within {seconds:g} s: {error}"
+        ) from error
+    try:
+        left = max(deadline - time.monotonic(), GREETING_SECONDS)
+        refusal, connection = _greeted(end, left, greeted)
     except AuthenticationError as error:
         message = f"rank {rank} is not let in by rank 0 at {address}: its key is another"
         raise EngineDeadError(message) from error
-    except (EOFError, OSError) as error:
+    except _NOT_GREETED as error:
         raise EngineDeadError(
-            f"rank {rank} does not reach rank 0 at {address} within {seconds:g} s: {error}"
+            f"rank {rank} reaches {address}, but who is there does not speak as rank 0 does "
+            f"({type(error).__name__}); is it the --rank-address of octavo serve?"
         ) from error
     if refusal:
         raise ConfigError(f"rank 0 at {address} refuses rank {rank}: {refusal}", field="rank")

@@ -62,6 +62,19 @@ def test_two_ranks_with_whole_experts_draw_the_tokens_of_one(
     assert told(folder, tensor_parallel_size=2, enable_expert_parallel=True) == one
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+def test_four_ranks_with_whole_experts_draw_the_tokens_of_one(
+    num_kv_heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(1)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": num_kv_heads}
+    changes = {"num_experts": 8, "vocab_size": 212, **heads}
+    folder = save("qwen3-moe", changes, tmp_path, monkeypatch).folder
+    one = told(folder)
+    assert told(folder, tensor_parallel_size=4, enable_expert_parallel=True) == one
+
+
 def test_a_rank_holds_its_experts_whole_and_its_part_of_all_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

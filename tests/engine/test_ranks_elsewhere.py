@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -143,6 +144,29 @@ def test_whoever_may_not_come_is_told_why(monkeypatch: pytest.MonkeyPatch) -> No
     assert "rank 2 of 3" in str(meet(come(1), come(1), size=3))
     (twice,) = told
     assert "rank 1 is there already" in twice
+
+
+@pytest.mark.parametrize("said", [b"", b"\0\0\0\5hello", b"SSH-2.0-OpenSSH", b"\0\0\0\0"])
+def test_a_rank_is_told_that_who_is_there_is_not_rank_0(
+    said: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank_transport, "GREETING_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            end, _ = server.accept()
+            with end, suppress(ConnectionResetError):  # it has left words unread
+                end.sendall(said)
+                while end.recv(100):
+                    pass
+
+        other = Thread(target=answer)
+        other.start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(EngineDeadError, match=f"reaches {address}, but who is there does not"):
+            join(address, KEY.encode(), 1, 0.1)
+        other.join(10)
+        assert not other.is_alive(), "the connection is left open"
 
 
 def test_a_rank_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
