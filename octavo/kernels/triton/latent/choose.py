@@ -89,16 +89,13 @@ def latent_attention(
     product = {"is_invariant": is_deterministic}
     write_latents(
         *(q_THD, latent_TC, plane, op.norm_R, op.norm_eps, op.rope),
-        *(batch.positions_T, batch.slot_mapping_T, q_THC),
-        weights.keys_HNR if absorbed.stop == num_tokens else None,
+        *(batch.positions_T, batch.slot_mapping_T, q_THC, weights.keys_HNR),
+        num_absorbed=absorbed.stop,
         is_interleaved=False,
         **product,
     )
     out_THV = q_TN.new_empty(num_tokens, op.num_heads, op.value_size)
     if absorbed.stop:
-        if absorbed.stop < num_tokens:
-            unrotated_THN = q_THD[absorbed, :, : op.nope_size]
-            head_product(unrotated_THN, weights.keys_HNR, q_THC[absorbed, :, : op.rank])
         out_THR = q_TN.new_empty(absorbed.stop, op.num_heads, op.rank)
         if plane.is_mixed:
             mix_rows(q_THC[absorbed, :, : op.rank])
@@ -146,22 +143,23 @@ def _lone(
 ) -> None:
     """Writes the rows of `out` whose sequences have one query."""
     step, rows = plan_of(batch), len(batch.seq_lens_S)
-    prefix = step.prefix
+    prefix, shared, partials = step.prefix, None, None
+    bound = batch.block_table.shape[1] * plane.block_size
+    bound = bound if step.max_seq_len is None else min(step.max_seq_len, bound)
     if prefix is not None:
-        most = prefix.max_splits + lone_partials(rows, prefix.max_tail)
+        bound, shared = prefix.max_tail, (prefix.shared_tokens_S, prefix.shared_partials_S)
+        most = prefix.max_splits + lone_partials(rows, bound)
         partials = make_partials(out_THR, most, None, rows * most)
         shared_latents(q_THC, plane, batch, op.scale, prefix, partials)
-        latent_decode(
-            *(q_THC, plane, batch, op.scale, out_THR),
-            max_seq_len=prefix.max_tail,
-            shared=(prefix.shared_tokens_S, prefix.shared_partials_S),
-            partials=partials,
-            tickets=tickets,
-        )
-    elif step.max_partials != 0:
-        bound = batch.block_table.shape[1] * plane.block_size
-        bound = bound if step.max_seq_len is None else min(step.max_seq_len, bound)
-        latent_decode(q_THC, plane, batch, op.scale, out_THR, max_seq_len=bound, tickets=tickets)
+    elif step.max_partials == 0:
+        return
+    latent_decode(
+        *(q_THC, plane, batch, op.scale, out_THR),
+        max_seq_len=bound,
+        shared=shared,
+        partials=partials,
+        tickets=tickets,
+    )
 
 
 def _short(

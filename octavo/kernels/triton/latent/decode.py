@@ -7,6 +7,8 @@ attention/decode.py; a page is read once for the scores and the sum.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -33,7 +35,7 @@ from octavo.kernels.triton.latent.hopper.lone import lone_latents
 from octavo.kernels.triton.latent.hopper.rows import LoneRows
 from octavo.kernels.triton.latent.hopper.tiles import fits
 from octavo.kernels.triton.latent.pages import LatentPlane, latent_scores, latent_tile
-from octavo.kernels.triton.launching.chip import next_power_of_2, num_processors
+from octavo.kernels.triton.launching.chip import next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import announce, launch_options, wait_turn
 from octavo.kernels.triton.launching.tickets import is_last, make_tickets
@@ -190,71 +192,83 @@ def latent_decode(
     what the plane keeps. All else as `decode_attention` takes it.
     """
     num_tokens, num_heads, columns = q_THC.shape
-    rank = plane.rank
     assert q_THC.is_contiguous()
-    assert out_THR.shape == (num_tokens, num_heads, rank)
-    assert columns == rank + plane.rope_size, (columns, plane.rank, plane.rope_size)
-    rows = len(batch.seq_lens_S) if token_sequences is None else num_tokens
-    if rows == 0 or num_tokens == 0:
+    assert out_THR.shape == (num_tokens, num_heads, plane.rank)
+    assert columns == plane.rank + plane.rope_size, (columns, plane.rank, plane.rope_size)
+    num_rows = len(batch.seq_lens_S) if token_sequences is None else num_tokens
+    if num_rows == 0 or num_tokens == 0:
         return
-    unused = batch.seq_lens_S
-    most = split_partials(max_seq_len) if is_invariant else lone_partials(rows, max_seq_len)
+    most = split_partials(max_seq_len) if is_invariant else lone_partials(num_rows, max_seq_len)
     if partials is None:
-        partials = make_partials(out_THR, most, None, rows * most)
-    if tickets is None:
-        tickets = make_tickets(q_THC.device)
+        partials = make_partials(out_THR, most, None, num_rows * most)
+    rows = LoneRows(
+        q_THC=q_THC,
+        plane=plane,
+        batch=batch,
+        scale=scale,
+        out_THR=out_THR,
+        partials=partials,
+        tickets=make_tickets(q_THC.device) if tickets is None else tickets,
+        shared=shared,
+        most_shares=most,
+    )
     if token_sequences is None and not is_invariant and shape is None and fits(q_THC, plane):
-        is_few = is_for(rows, num_heads, num_processors(q_THC.device))
-        attend = few_head_latents if is_few else lone_latents
-        attend(
-            LoneRows(
-                q_THC=q_THC,
-                plane=plane,
-                batch=batch,
-                scale=scale,
-                out_THR=out_THR,
-                partials=partials,
-                tickets=tickets,
-                shared=shared,
-                most_shares=most,
-            )
-        )
-        return
-    dtype = plane.dtype_with(q_THC)
-    groups = -(-num_heads // MOST_HEADS)
-    while num_heads % groups:
+        _hopper_kernel(rows)(rows)
+    else:
+        _portable(rows, num_rows, token_sequences, is_invariant=is_invariant, shape=shape)
+
+
+def _hopper_kernel(rows: LoneRows) -> Callable[[LoneRows], None]:
+    is_few = is_for(rows.num_rows, rows.num_heads, rows.processors)
+    return few_head_latents if is_few else lone_latents
+
+
+def _portable(
+    rows: LoneRows,
+    num_rows: int,
+    token_sequences: Tensor | None,
+    *,
+    is_invariant: bool,
+    shape: tuple[int, int, int] | None,
+) -> None:
+    """Launches the kernel of this file over `num_rows` sequences, or tokens of
+    `token_sequences`."""
+    q_THC, plane, batch, partials = rows.q_THC, rows.plane, rows.batch, rows.partials
+    dtype, unused = plane.dtype_with(q_THC), batch.seq_lens_S
+    groups = -(-rows.num_heads // MOST_HEADS)
+    while rows.num_heads % groups:
         groups += 1
-    group = num_heads // groups
-    assert rows * groups <= len(tickets), (rows, groups)
+    group = rows.num_heads // groups
+    assert num_rows * groups <= len(rows.tickets), (num_rows, groups)
     block_n, num_warps, num_stages = shape or latent_decode_shape(dtype)
-    programs = min(most, max(1, LONE_PROGRAMS // (rows * groups)))
-    _latent_decode_kernel[(groups, rows, programs)](
-        out_THR,
+    programs = min(rows.most_shares, max(1, LONE_PROGRAMS // (num_rows * groups)))
+    _latent_decode_kernel[(groups, num_rows, programs)](
+        rows.out_THR,
         partials.out,
         partials.lse,
         batch.query_starts,
         batch.seq_lens_S,
         batch.positions_T,
-        *(shared or (unused, unused)),
+        *(rows.shared or (unused, unused)),
         partials.num_partials,
-        tickets,
+        rows.tickets,
         q_THC.to(dtype),
         *plane.arguments,
         unused if token_sequences is None else token_sequences,
         batch.block_table,
         batch.block_table.stride(0),
-        scale * LOG2_E,
-        H=num_heads,
+        rows.scale * LOG2_E,
+        H=rows.num_heads,
         GROUPS=groups,
         **plane.constants,
         BY_TOKEN=token_sequences is not None,
-        HAS_SHARED=shared is not None,
+        HAS_SHARED=rows.shared is not None,
         FIXED=is_invariant,
         MERGE_M=next_power_of_2(group),
         MERGE_ROWS=MERGE_ROWS,
         BLOCK_M=max(16, next_power_of_2(group)),
         BLOCK_N=block_n,
-        BLOCK_R=max(16, next_power_of_2(rank)),
+        BLOCK_R=max(16, next_power_of_2(plane.rank)),
         num_warps=num_warps,
         num_stages=num_stages,
         **launch_options(q_THC.device),

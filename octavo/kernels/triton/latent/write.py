@@ -207,14 +207,16 @@ def write_latents(
     positions_T: Tensor,
     slots_T: Tensor,
     q_out_THC: Tensor,
-    keys_HNR: Tensor | None = None,
+    keys_HNR: Tensor,
     *,
+    num_absorbed: int,
     is_interleaved: bool,
     is_invariant: bool = False,
 ) -> None:
     """Writes normed latent vectors and rotated columns to the pages, and rotated queries to the
-    last columns of `q_out` [T, H, any + rotated columns]; with `keys` [H, unrotated, any] the
-    product of unrotated queries and keys to its first ones, as `head_product` makes it.
+    last columns of `q_out` [T, H, any + rotated columns]; of the first `num_absorbed` tokens the
+    product of unrotated queries and `keys` [H, unrotated, any] to its first ones, as
+    `head_product` makes it.
 
     q [T, H, unrotated + rotated], latent [T, rank + rotated]: rows may be apart. `is_interleaved`:
     columns 2 i and 2 i + 1 turn together, else i and half the rotated columns on; what is written
@@ -231,7 +233,7 @@ def write_latents(
         return
     heads = min(HEADS_PER_PROGRAM, next_power_of_2(num_heads))
     parts = 1 + cdiv(num_heads, heads)
-    absorbs = keys_HNR is not None and num_tokens <= FEW_TOKENS
+    absorbs = num_absorbed == num_tokens <= FEW_TOKENS
     shape = head_shape(num_tokens, nope, rank, q_THD.element_size(), is_invariant=is_invariant)
     products, of_product = 0, (q_THD, q_THD, q_out_THC, num_tokens, q_THD.stride(0), *[0] * 6)
     if absorbs:
@@ -257,5 +259,7 @@ def write_latents(
         num_warps=4,
         **launch_options(q_THD.device),
     )
-    if keys_HNR is not None and not absorbs:
-        head_product(q_THD[..., :nope], keys_HNR, q_out_THC[..., :rank], is_invariant=is_invariant)
+    if not absorbs:
+        some = slice(0, num_absorbed)
+        unrotated_THN, into_THR = q_THD[some, :, :nope], q_out_THC[some, :, :rank]
+        head_product(unrotated_THN, keys_HNR, into_THR, is_invariant=is_invariant)

@@ -164,7 +164,7 @@ def test_expanded_chunks_over_ranges_of_keys(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("is_interleaved", [False, True])
+@pytest.mark.parametrize(("is_interleaved", "absorbed"), [(False, 1), (True, 3), (False, 5)])
 @pytest.mark.parametrize(("heads", "nope", "rank", "rope"), [(4, 16, 32, 16), (20, 24, 24, 8)])
 def test_pages_and_queries_are_normed_rotated_and_written(
     rng: np.random.Generator,
@@ -173,6 +173,7 @@ def test_pages_and_queries_are_normed_rotated_and_written(
     rank: int,
     rope: int,
     is_interleaved: bool,
+    absorbed: int,
     dtype: torch.dtype,
 ) -> None:
     count, half = 5, rope // 2
@@ -185,9 +186,11 @@ def test_pages_and_queries_are_normed_rotated_and_written(
     slots = torch.tensor([17, 40, -1, 3, 63], dtype=torch.int64, device=DEVICE)
     pages = torch.full((4, 2, P, rank + rope), math.nan, dtype=dtype, device=DEVICE)[:, 1]
     q_out = torch.full((count, heads, rank + rope), math.nan, dtype=dtype, device=DEVICE)
+    keys = floats(rng, heads, nope, rank).to(DEVICE, dtype)
     write_latents(
         *(q, latent, latent_plane(KVLayer(latent=pages), rank, rope), norm, 1e-6, table),
-        *(positions, slots, q_out),
+        *(positions, slots, q_out, keys),
+        num_absorbed=absorbed,
         is_interleaved=is_interleaved,
     )
 
@@ -199,7 +202,9 @@ def test_pages_and_queries_are_normed_rotated_and_written(
             cos, sin = cos[:, None], sin[:, None]
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
-    assert q_out[..., :rank].isnan().all()
+    assert q_out[absorbed:, :, :rank].isnan().all()
+    product = torch.einsum("thn,hnr->thr", q[:absorbed, :, :nope].double(), keys.double())
+    assert_near(q_out[:absorbed, :, :rank], product, TOLERANCES[dtype] * 4)
     assert_near(q_out[..., rank:], rotated(q[..., nope:]), TOLERANCES[dtype])
     c = latent[:, :rank].double()
     c = c * torch.rsqrt(c.square().mean(-1, keepdim=True) + 1e-6) * norm.double()
