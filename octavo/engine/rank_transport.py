@@ -162,6 +162,7 @@ class RemoteRanks:
             address = f"{self.host}:{server.getsockname()[1]}"
             self._announce(address, self._key)
             found: dict[int, RemoteRank] = {}
+            strangers: set[str] = set()
             deadline = time.monotonic() + self._seconds
             while len(found) < size - 1:
                 server.settimeout(max(deadline - time.monotonic(), 0.01))
@@ -173,6 +174,9 @@ class RemoteRanks:
                     raise EngineDeadError(_missing(size, found, address, self._seconds)) from None
                 come = _let_in(end, self._key)
                 if come is None:
+                    if peer[0] not in strangers:
+                        logger.warning("%s is not let in: it does not know the key", peer[0])
+                    strangers.add(peer[0])
                     continue
                 rank, connection = come
                 refusal = _refusal(rank, size, found.keys())

@@ -117,7 +117,7 @@ def meet(*comers: Any, size: int = 2) -> Exception:
     return caught.value
 
 
-def test_whoever_may_not_come_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whoever_may_not_come_is_told_why(caplog: pytest.LogCaptureFixture) -> None:
     told: list[str] = []
 
     def come(number: int) -> Any:
@@ -140,6 +140,7 @@ def test_whoever_may_not_come_is_told_why(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(told) == 2
     assert any("rank 5 is not one of 1 to 1 (tensor_parallel_size 2)" in one for one in told)
     assert any("its key is another" in one for one in told)
+    assert caplog.text.count("127.0.0.1 is not let in: it does not know the key") == 1
     told.clear()
     assert "rank 2 of 3" in str(meet(come(1), come(1), size=3))
     (twice,) = told
