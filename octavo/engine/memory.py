@@ -19,9 +19,9 @@ from octavo.kernels.facts import (
     SHORT_SPLITS,
     UNPACKED_BYTES,
     UNPACKED_PARTS,
-    UNPACKED_ROWS,
     UNPACKED_TOKENS,
     split_partials,
+    unpacks_experts,
 )
 from octavo.kernels.limits import check_activations, check_backend, check_kv_formats
 from octavo.kv_cache.planner import (
@@ -234,7 +234,8 @@ def _unpacked(
         widest = max(widest, 2 * mlp.size)
     else:
         widest = max(widest, 2 * mlp.shared_size)
-        if num_tokens * mlp.top_k > UNPACKED_ROWS * mlp.num_experts:
+        sizes = mlp.num_experts, mlp.expert_size, hidden_size
+        if unpacks_experts(num_tokens * mlp.top_k, *sizes):
             gates = 2 * -(-mlp.num_experts // UNPACKED_PARTS)
             experts = 2 * max(gates, mlp.num_experts) * mlp.expert_size * hidden_size
         elif in_blocks:

@@ -40,10 +40,22 @@ bytes, or fewer of wider ones, and the few rows' own place."""
 UNPACKED_TOKENS = 512
 """From here on a packed matrix is made numbers, rather than anew for every tile of tokens."""
 UNPACKED_ROWS = 512
-"""Of an expert, in the mean: beyond, packed experts are made numbers once a layer."""
+"""Of an expert, in the mean: beyond, packed experts are made numbers once a layer; and where it is
+so many, if numbers take UNPACKED_ROOM bytes at most."""
+UNPACKED_ROOM = 512 << 20
 UNPACKED_PARTS = 2
 """In which gate and up of the experts are, one after the other: each takes as much as all of down
 does after them."""
+
+
+def unpacks_experts(num_pairs: int, num_experts: int, inner_size: int, hidden_size: int) -> bool:
+    """Returns whether packed experts of these sizes are made numbers once a layer for so many pairs
+    of token and expert. Large ones are not for long documents in steps of 2,048 tokens, which leave
+    their memory to the cache."""
+    rows = num_pairs / num_experts
+    if 2 * num_experts * inner_size * hidden_size <= UNPACKED_ROOM:
+        return rows >= UNPACKED_ROWS
+    return rows > UNPACKED_ROWS
 
 
 def short_tokens(num_heads: int, partial_size: int) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from octavo.kernels.activations import Activation
-from octavo.kernels.facts import UNPACKED_ROWS
+from octavo.kernels.facts import unpacks_experts
 from octavo.kernels.triton.experts.biases import add_biases
 from octavo.kernels.triton.experts.fp8 import fp8_experts
 from octavo.kernels.triton.experts.grouped import grouped_experts
@@ -71,7 +71,9 @@ class Packed:
 
     @property
     def are_many(self) -> bool:
-        return self.num_pairs > UNPACKED_ROWS * self.experts.count
+        experts = self.experts
+        sizes = experts.count, experts.inner_size, experts.hidden_size
+        return unpacks_experts(self.num_pairs, *sizes)
 
     @property
     def is_narrow(self) -> bool:

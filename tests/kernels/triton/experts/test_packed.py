@@ -55,7 +55,7 @@ def test_experts_are_unpacked_in_parts(
     case = inputs(12)
     experts, values = packed_experts(*formats, COUNT, HIDDEN, INNER)
     experts = with_biases(experts)
-    monkeypatch.setattr(choose_packed, "UNPACKED_ROWS", 1)
+    monkeypatch.setattr(choose_packed, "unpacks_experts", lambda num_pairs, *_: num_pairs > 3)
     monkeypatch.setattr(unpacked, "UNPACKED_PARTS", parts)
     expected = expected_experts(*case, values, experts.biases, CLAMPED)
     assert error_of(found_experts(case, experts, CLAMPED), expected) < FLOAT_ERROR
@@ -64,7 +64,7 @@ def test_experts_are_unpacked_in_parts(
 def test_many_tokens_are_sorted_unpacked_or_rounded_to_fp8(monkeypatch: pytest.MonkeyPatch):
     case = inputs(12)
     experts, values = packed_experts("int4_64_f16", "int4_64_f16", COUNT, HIDDEN, INNER)
-    monkeypatch.setattr(choose_packed, "UNPACKED_ROWS", 1)
+    monkeypatch.setattr(choose_packed, "unpacks_experts", lambda num_pairs, *_: num_pairs > 3)
     assert error_of(found_experts(case, experts), expected_experts(*case, values)) < FLOAT_ERROR
     experts, values = packed_experts("fp8_row", "fp8_row", COUNT, HIDDEN, INNER)
     monkeypatch.setattr(choose_packed, "FP8_ROWS", 1)

@@ -122,7 +122,7 @@ def test_rows_that_are_to_be_invariant_go_elsewhere(monkeypatch: pytest.MonkeyPa
     assert found_experts(case, experts) is said
     exact = found_experts(case, experts, is_deterministic=True)
     assert error_of(exact, expected_experts(*case, values)) < 2e-6
-    monkeypatch.setattr(choose_packed, "UNPACKED_ROWS", 0)
+    monkeypatch.setattr(choose_packed, "unpacks_experts", lambda num_pairs, *_: num_pairs > 0)
     assert error_of(found_experts(case, experts), expected_experts(*case, values)) < 2e-6
 
 
