@@ -23,6 +23,11 @@ class Descriptor:
 
     tensor: Tensor
     box: list[int]
+    layout: object = None
+
+    @property
+    def block_shape(self) -> list[int]:
+        return self.box
 
     @property
     def dtype(self) -> Any:

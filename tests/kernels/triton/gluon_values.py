@@ -159,6 +159,8 @@ class Value:
 class Shared:
     """Shared memory, whose tiles are views."""
 
+    layout = None
+
     def __init__(self, data: Tensor) -> None:
         self.data = data
 
@@ -178,6 +180,26 @@ class Shared:
 
     def load(self, layout: object) -> Value:
         return Value(self.data.clone())
+
+    def store(self, value: Value) -> None:
+        self.data.copy_(value.data)
+
+    def _reinterpret(self, dtype: tl.dtype, shape: list[int], layout: object) -> Boxes:
+        """Returns a tile [rows, columns] as Hopper's copies and products have it in memory: boxes
+        of `shape`, those of the same columns side by side."""
+        return Boxes(self, shape[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Boxes:
+    whole: Shared
+    shape: list[int]
+
+    def index(self, place: Any) -> Shared:
+        rows, columns = self.shape[-2:]
+        across = self.whole.shape[0] // rows
+        down, right = int(place) % across * rows, int(place) // across * columns
+        return Shared(self.whole.data[down : down + rows, right : right + columns].view(self.shape))
 
 
 @dataclass(slots=True)

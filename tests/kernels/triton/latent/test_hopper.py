@@ -17,9 +17,12 @@ from octavo.visibility import Full
 from tests.kernels.cases import floats
 from tests.kernels.latent_cases import PagedLatents, exact, make_latents
 from tests.kernels.triton.cases import TOLERANCES, assert_near
+from tests.kernels.triton.gluon_values import Machine
 from tests.kernels.triton.interpreter import DEVICE
 
+from tests.kernels.triton.gluon_cpu import Emulator, emulated  # isort: skip
 from octavo.kernels.facts import split_partials  # isort: skip
+from octavo.kernels.triton.attention.hopper.pieces import SHARED, SHORT  # isort: skip
 from octavo.kernels.triton.attention.partials import make_partials  # isort: skip
 from octavo.kernels.triton.attention.scores import plain_scores  # isort: skip
 from octavo.kernels.triton.attention.shared import plan_shared_prefix  # isort: skip
@@ -30,7 +33,7 @@ from octavo.kernels.triton.attention.short_chunks import (  # isort: skip
 )
 from octavo.kernels.triton.attention.splits import latent_tiling  # isort: skip
 from octavo.kernels.triton.latent.decode import latent_decode  # isort: skip
-from octavo.kernels.triton.latent.hopper import tiles  # isort: skip
+from octavo.kernels.triton.latent.hopper import chunks, tiles  # isort: skip
 from octavo.kernels.triton.latent.hopper.chunks import short_latents  # isort: skip
 from octavo.kernels.triton.latent.pages import LatentPlane, latent_plane  # isort: skip
 from octavo.kernels.triton.latent.shared import shared_latents  # isort: skip
@@ -112,6 +115,75 @@ def test_it_compiles_for_hopper_without_one() -> None:
         [sys.executable, "-c", COMPILE], env=compiler, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("form", "is_late"), [(SHORT.value, True), (SHARED.value, False)])
+def test_pieces_of_many_rows_without_a_gpu(
+    rng: np.random.Generator, form: int, is_late: bool
+) -> None:
+    rank, heads, dtype = 128, 16, torch.float16
+    is_shared = form == SHARED.value
+    lengths, shared = ([201, 230, 200, 222, 240], 192) if is_shared else ([150, 34, 129], 0)
+    query_lens = [1] * 5 if is_shared else [3, 2, 7]
+    total, kernels = sum(query_lens), emulated(chunks.__name__, is_late=is_late)
+    latents = make_latents(rng, lengths, rank + ROPE, dtype, shared=shared)
+    plane = latent_plane(KVLayer(latent=latents.pages_BPC), rank, ROPE)
+    q = floats(rng, total, heads, rank + ROPE).to(dtype)
+    out = torch.full((total, heads, rank), math.nan, dtype=dtype)
+    batch, tiling = latents.batch(lengths, query_lens), latent_tiling(heads, 3)
+    if is_shared:
+        lens, ones = np.array(lengths, np.int32), np.ones(len(lengths), np.int32)
+        found = plan_shared_prefix(latents.table.numpy(), lens, ones, tiling, min_blocks=4)
+        assert found is not None
+        prefix = found.to_device(torch.device("cpu"))
+        most = prefix.max_splits + split_partials(prefix.max_tail)
+        partials = make_partials(out, most)
+        kernels.shared_prefixes(q, plane, batch, 0.1, prefix, partials, tiling)
+        shared_of = prefix.shared_tokens_S, prefix.shared_partials_S
+        latent_decode(
+            *(q, plane, batch, 0.1, out),
+            max_seq_len=prefix.max_tail,
+            shared=shared_of,
+            partials=partials,
+        )
+    else:
+        limits = Limits(queries=64, splits=2, shortest=128, partials=total * 2)
+        plan = plan_short_chunks(batch, tiling, Full(), limits)
+        partials = make_partials(out, 2)
+        kernels.short_latents(q, plane, batch, 0.1, out, partials, plan, total, tiling)
+        merge_short_chunks(out, plain_scores(0.1, plan.table), batch, plan, partials, total)
+    assert_near(out, exact(q, latents, batch, 0.1, rank), TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "is_late"),
+    [("lone", "lone_latents", True), ("few_heads", "few_head_latents", False)],
+)
+def test_single_queries_without_a_gpu(
+    rng: np.random.Generator, module: str, name: str, is_late: bool
+) -> None:
+    """A program a row, as programs of a row would wait for each other."""
+    rank, heads, dtype, lengths = 128, 9, torch.float16, [1, 64, 150, 65]
+    latents = make_latents(rng, lengths, rank + ROPE, dtype)
+    plane = latent_plane(KVLayer(latent=latents.pages_BPC), rank, ROPE)
+    q = floats(rng, len(lengths), heads, rank + ROPE).to(dtype)
+    out = torch.full((len(lengths), heads, rank), math.nan, dtype=dtype)
+    batch = latents.batch(lengths, [1] * len(lengths))
+    emulator = Emulator(Machine(is_late=is_late))
+    folder = "octavo.kernels.triton.latent.hopper."
+    rows = emulator.load(folder + "rows").LoneRows(
+        q_THC=q,
+        plane=plane,
+        batch=batch,
+        scale=0.1,
+        out_THR=out,
+        partials=make_partials(out, 1),
+        tickets=make_tickets(torch.device("cpu")),
+        shared=None,
+        most_shares=1,
+    )
+    getattr(emulator.load(folder + module), name)(rows)
+    assert_near(out, exact(q, latents, batch, 0.1, rank), TOLERANCES[dtype])
 
 
 def _case(
