@@ -1,14 +1,15 @@
 """One stream's decode on the CPU beside what the memory allows, as JSON: a line a model.
 
     python benchmarks/cpu_decode.py demo:bfloat16 demo-moe:auto:int8:int4 FILE.gguf:auto [--peer]
+        [--only stream,prompt,streams]
 
 A model is followed by its dtype, then, if they are wanted, its activation_dtype and quantization.
 With a prompt of 1,024 tokens and 16 streams beside it; --peer runs llama.cpp (PyPI's xllamacpp) on
-the same GGUF file, in turn with it. One stream's rate is that of the tokens behind the first, as
-llama.cpp's clock tells it: what a run with one token takes is taken off. A token reads the weights
-it meets once; the floor is their bytes over the read bandwidth, which is measured before each of
-the runs, since other work may share the machine. The best of the runs counts, and its share of the
-best bandwidth's rate.
+the same GGUF file, in turn with it; `gguf_twin.py` writes one of the demo's MoE, and dense ones in
+other formats. One stream's rate is that of the tokens behind the first, as llama.cpp's clock tells
+it: what a run with one token takes is taken off. A token reads the weights it meets once; the floor
+is their bytes over the read bandwidth, which is measured before each of the runs, since other work
+may share the machine. The best of the runs counts, and its share of the best bandwidth's rate.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -31,6 +32,7 @@ from octavo.layers.moe import MoE
 from octavo.models.decoder import Decoder
 
 OTHER_FORMATS = ("activation_dtype", "quantization")
+FIGURES = ("stream", "prompt", "streams")
 PROMPT, TOKENS = "A river begins in the mountains, and", 96
 
 
@@ -147,7 +149,10 @@ def parse_case(text: str) -> Case:
     return Case(model=model, dtype=dtype, **dict(zip(OTHER_FORMATS, others, strict=False)))
 
 
-def measure(case: Case, runs: int, threads: int, has_peer: bool) -> dict[str, object]:
+def measure(
+    case: Case, runs: int, threads: int, has_peer: bool, only: Sequence[str]
+) -> dict[str, object]:
+    """Returns the figures that `only` names, of FIGURES."""
     model = case.model
     llm = LLM(**asdict(case), max_model_len=2048, num_threads=threads)
     decoder: Decoder = llm._core._runner.decoder  # pyright: ignore
@@ -162,7 +167,7 @@ def measure(case: Case, runs: int, threads: int, has_peer: bool) -> dict[str, ob
     for at in range(runs):
         if peer is not None:
             peer_decode = max(peer_decode, peer.rates(PROMPT, TOKENS)[1])
-            if at < len(prompts):
+            if "prompt" in only and at < len(prompts):
                 peer_prompt = max(peer_prompt, peer.rates(prompts[at], 1)[0])
         rate = max(rate, read_rate(probe, threads))
         first.run(llm, 1)
@@ -177,20 +182,22 @@ def measure(case: Case, runs: int, threads: int, has_peer: bool) -> dict[str, ob
         "cpu_ms_per_token": round(cpu * 1e3, 2),
         "megabytes_per_token": round(size / 1e6, 1),
         "read_gb_per_second": round(rate / 1e9, 1),
-        "prompt_tokens_per_second": round(prompt_rate(llm, prompts[:runs])),
-        "streams_16_tokens_per_second": round(
-            stream_rate(llm, prompts[0][:128], 16, max(1, runs // 2))
-        ),
-        **(
-            {}
-            if peer is None
-            else {
-                "peer_tokens_per_second": round(peer_decode, 1),
-                "peer_prompt_tokens_per_second": round(peer_prompt),
-            }
-        ),
+        **others(llm, prompts, runs, only),
+        **({} if peer is None else {"peer_tokens_per_second": round(peer_decode, 1)}),
+        **({"peer_prompt_tokens_per_second": round(peer_prompt)} if peer_prompt else {}),
         "load_average": round(os.getloadavg()[0], 1),
     }
+
+
+def others(llm: LLM, prompts: list[list[int]], runs: int, only: Sequence[str]) -> dict[str, object]:
+    """Returns the rates of prompts and of 16 streams, where `only` names them."""
+    found: dict[str, object] = {}
+    if "prompt" in only:
+        found["prompt_tokens_per_second"] = round(prompt_rate(llm, prompts[:runs]))
+    if "streams" in only:
+        rate = stream_rate(llm, prompts[0][:128], 16, max(1, runs // 2))
+        found["streams_16_tokens_per_second"] = round(rate)
+    return found
 
 
 def main() -> None:
@@ -199,9 +206,10 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--peer", action="store_true", help="llama.cpp beside it, on GGUF files")
+    parser.add_argument("--only", default=",".join(FIGURES), help="what is measured, of these")
     options = parser.parse_args()
     for one in options.models:
-        line = measure(one, options.runs, options.threads, options.peer)
+        line = measure(one, options.runs, options.threads, options.peer, options.only.split(","))
         print(json.dumps(line), flush=True)
 
 

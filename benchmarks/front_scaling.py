@@ -28,8 +28,8 @@ from process_figures import children_of, cpu_times
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVE = (
-    "import sys; import octavo.engine.child as child; "
-    "child.ENGINE_MODULE = 'benchmarks.synthetic_engine'; "
+    "import sys; import octavo.engine.spawn as spawn; "
+    "spawn.ENGINE_MODULE = 'benchmarks.synthetic_engine'; "
     "from octavo.cli import main; sys.exit(main())"
 )
 BENCH = "import sys; from octavo.cli import main; sys.exit(main())"

@@ -94,9 +94,11 @@ class AsyncEngine:
         except BaseException:
             await self._client.close()
             raise
-        self._plan = await self._client.start(self.config, front_end.files, *self._log)
+        self._plan, _ = await asyncio.gather(
+            self._client.start(self.config, front_end.files, *self._log),
+            asyncio.to_thread(front_end.warm_up),
+        )
         self._input, self._output = front_end.processors(self._plan.max_model_len)
-        await asyncio.to_thread(self._input.warm_up)
 
     def kill(self) -> None:
         """Ends the engine process at once; `close` is still to be called."""

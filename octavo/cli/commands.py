@@ -7,30 +7,21 @@ module nor a command imports torch, FastAPI or transformers before a command run
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 from octavo import __version__
-from octavo.cli import (
-    bench,
-    chat,
-    completion,
-    demo,
-    key,
-    plan,
-    rank,
-    render,
-    run_batch,
-    serve,
-    top,
-    tune,
-)
 from octavo.cli.options import Parser, Subparsers, say, say_verdicts
 from octavo.errors import OctavoError
 
-COMMANDS = (serve, rank, chat, top, render, run_batch, bench, plan, tune, key, completion, demo)
+COMMANDS = (
+    *("serve", "rank", "chat", "top", "render", "run-batch"),
+    *("bench", "plan", "tune", "key", "completion", "demo"),
+)
+"""Each is a module beside this one, which is imported when it is wanted."""
 DESCRIPTION = """Serve mixture-of-experts language models from paged memory.
 
 MODEL is a Hugging Face id, a local folder, a .gguf file, or a demo model: demo, demo-moe."""
@@ -42,22 +33,25 @@ EXAMPLES = """examples:
   octavo COMMAND --help"""
 
 
-def build_parser() -> Parser:
-    """Returns the parser with all commands; each sets `run` to its function."""
+def build_parser(only: str | None = None) -> Parser:
+    """Returns the parser with all commands, or with the one that is given; each sets `run` to its
+    function."""
     parser = Parser(prog="octavo", description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(
         title="commands", metavar="COMMAND", dest="command", parser_class=Parser
     )
     parser.set_defaults(run=lambda _: parser.print_help() or 0)
-    for command in COMMANDS:
+    for name in COMMANDS if only is None else (only,):
+        command: Any = importlib.import_module(f"octavo.cli.{name.replace('-', '_')}")
         command.add_parser(cast(Subparsers, subparsers))
     return parser
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Returns the parsed command line; exits with code 2 if it has mistakes."""
-    return build_parser().parse_checked(argv)
+    only = argv[0] if argv and argv[0] in COMMANDS else None
+    return build_parser(only).parse_checked(argv)
 
 
 def run(args: argparse.Namespace) -> int:

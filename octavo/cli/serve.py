@@ -1,18 +1,18 @@
 """`octavo serve`: the OpenAI-compatible server in the foreground.
 
-Called by the command line. Order: check the options, start the process of the engine (which imports
-meanwhile), take the port, load the model, print the memory plan, the URL and an example, and serve
-until Ctrl-C; whoever asks while the model loads gets a 503. Never imports torch; FastAPI once the
-options are known to be good.
+Called by the command line, which has started the process of the engine (it imports meanwhile).
+Order: check the options, take the port, load the model, print the memory plan, the URL and an
+example, and serve until Ctrl-C; whoever asks while the model loads gets a 503. Never imports torch;
+FastAPI once the options are known to be good.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
-from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
@@ -26,14 +26,15 @@ from octavo.cli.options import (
     server_config,
 )
 from octavo.config import EngineConfig, ServerConfig
-from octavo.errors import EngineDeadError
-from octavo.vllm_options import Verdict, log_verdicts
+from octavo.errors import ConfigError, EngineDeadError
+from octavo.vllm_options import log_verdicts
 
 if TYPE_CHECKING:
     import socket
 
     from octavo.async_llm import AsyncLLM
     from octavo.engine.child import EngineProcess
+    from octavo.engine.spawn import HeadStart
     from octavo.server.signals import StopSignals
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def add_parser(subparsers: Subparsers) -> None:
     add_model(parser)
     add_options(parser, ServerConfig)
     add_options(parser, EngineConfig)
-    parser.set_defaults(run=run, parser=parser)
+    parser.set_defaults(run=run, parser=parser, begun=None)
 
 
 def add_model(parser: Parser) -> None:
@@ -75,33 +76,53 @@ def run(args: argparse.Namespace) -> int:
 
     signals = StopSignals()
     signals.install()
+    begun: HeadStart | None = args.begun
+    try:
+        server, engine = server_config(args), engine_config(args)
+    except ConfigError:
+        if begun is not None:
+            begun.end()
+        raise
+    gc.disable()  # Until the server serves, what is made stays (`settle_memory`).
+    try:
+        return _run_in_loop(server, engine, signals, args)
+    finally:
+        gc.enable()
+
+
+def _run_in_loop(
+    server: ServerConfig, engine: EngineConfig, signals: StopSignals, args: argparse.Namespace
+) -> int:
     from octavo.observe.logs import configure_logging
 
-    server, engine = server_config(args), engine_config(args)
     configure_logging(server.log_format, server.log_level, owns_stderr=True)
     import asyncio
 
     from octavo.server.event_loop import new_event_loop
 
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        code = runner.run(_run(server, engine, signals, args.verdicts))
+        code = runner.run(_run(server, engine, signals, args))
         _leave_soon(code)
     return code
 
 
 async def _run(
-    server: ServerConfig, config: EngineConfig, signals: StopSignals, verdicts: Sequence[Verdict]
+    server: ServerConfig, config: EngineConfig, signals: StopSignals, args: argparse.Namespace
 ) -> int:
     from octavo.engine.child import EngineProcess
 
-    # It imports what it needs, and so do we. A fleet starts its own.
-    process = EngineProcess() if config.data_parallel_size == 1 else None
+    begun: HeadStart | None = args.begun
+    process = None
+    if config.data_parallel_size == 1:
+        process = EngineProcess(begun)
+    elif begun is not None:
+        begun.end()  # a fleet starts its own
     try:
         from octavo.server.serve import bind, bind_metrics
 
         # The port first: a model takes long to load, only to find that nobody can reach it.
         with bind(server) as bound, bind_metrics(server) as metrics_bound:
-            log_verdicts(verdicts)
+            log_verdicts(args.verdicts)
             return await _serve(server, config, Sockets(bound, metrics_bound), signals, process)
     finally:
         if process is not None:
@@ -135,7 +156,7 @@ async def _serve(
     from octavo.async_llm import AsyncLLM
     from octavo.engine.client import EngineClient
     from octavo.server.fronts import Fronts
-    from octavo.server.serve import serve, url_of
+    from octavo.server.serve import serve, settle_memory, url_of
 
     fronts = None
     if server.api_processes > 1:
@@ -162,6 +183,7 @@ async def _serve(
             if fronts is None:
                 await serve(engine, server, sockets.api, signals, sockets.metrics, on_serving)
             else:
+                settle_memory()
                 await fronts.serve(engine, sockets.api, signals, on_serving)
         except EngineDeadError:
             return 1  # which the log has told

@@ -1,7 +1,7 @@
 """Processes of ours that end when we do, and the engine process among them.
 
-Used by the client and by the executor of tensor parallel ranks; `engine.parent` is the other side.
-Never sends or receives a message.
+Used by the client and the parent of front processes, over `engine.spawn`; `engine.parent` is the
+other side. Never sends or receives a message.
 """
 
 from __future__ import annotations
@@ -15,52 +15,12 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Sequence
 
-from octavo.engine.parent import ORPHANED, SIGNALS
+from octavo.engine.parent import ORPHANED
+from octavo.engine.spawn import ENGINE_MODULE, HeadStart
 from octavo.folders import new_temporary_folder
 
-
-def start_child(
-    module: str,
-    *arguments: str,
-    descriptors: Sequence[int] = (),
-    keeper: Literal["thread", "process"] = "process",
-) -> tuple[subprocess.Popen[bytes], int]:
-    """Starts `main(*arguments)` of a module in a process that inherits the descriptors.
-
-    Returns the process and its lifeline, to be closed when the process may end. With "thread" it
-    ends at the latest with the calling thread.
-    """
-    theirs, ours = os.pipe()
-    command = [sys.executable, "-m", "octavo.engine.parent", str(theirs), keeper, module]
-    try:
-        with _signals_blocked():
-            process = subprocess.Popen(
-                [*command, *arguments],
-                pass_fds=(theirs, *descriptors),
-                stdin=subprocess.DEVNULL,
-            )
-    except BaseException:
-        os.close(ours)
-        raise
-    finally:
-        os.close(theirs)
-    return process, ours
-
-
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """A child inherits what is blocked: Ctrl-C cannot reach it before it ignores Ctrl-C."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-ENGINE_MODULE = "octavo.engine.process"
 MAX_DESCRIPTORS = 253
 """That Linux passes on in one message."""
 
@@ -68,11 +28,10 @@ MAX_DESCRIPTORS = 253
 class ChildProcess:
     """One child of an event loop; the thread of the loop is its keeper."""
 
-    def __init__(self, module: str, *arguments: str, descriptors: Sequence[int]) -> None:
+    def __init__(self, module: str, process: subprocess.Popen[bytes], lifeline: int) -> None:
+        """`process` is one of `start_child`, that runs `module`."""
         loop = asyncio.get_running_loop()
-        self._process, self._lifeline = start_child(
-            module, *arguments, descriptors=descriptors, keeper="thread"
-        )
+        self._process, self._lifeline = process, lifeline
         self._ended: asyncio.Future[int] = loop.create_future()
         threading.Thread(target=self._wait, args=(loop,), name=module, daemon=True).start()
 
@@ -108,11 +67,11 @@ class EngineProcess(ChildProcess):
     """One engine process: it imports what it needs until it is told what for. To be made in an
     event loop."""
 
-    def __init__(self) -> None:
-        self._ours, theirs = socket.socketpair()
-        with theirs:
-            descriptor = theirs.fileno()
-            super().__init__(ENGINE_MODULE, str(descriptor), descriptors=(descriptor,))
+    def __init__(self, begun: HeadStart | None = None) -> None:
+        """`begun`: the process, if it runs already."""
+        begun = begun or HeadStart()
+        self._ours = begun.channel
+        super().__init__(ENGINE_MODULE, begun.process, begun.lifeline)
 
     def tell(self, arguments: bytes, descriptors: Sequence[int]) -> None:
         """Sends what `told` returns in the process; once. Waits until it is read."""

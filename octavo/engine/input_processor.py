@@ -47,21 +47,20 @@ class InputProcessor:
         vocab_size: int,
         eos_token_ids: Sequence[int] = (),
         pooling: PoolingSpec | None = None,
+        checker: Checker | None = None,
     ) -> None:
         """`vocab_size` is the model's, which may be more than the tokenizer knows; `pooling` is
-        what it makes of texts in place of tokens."""
+        what it makes of texts in place of tokens; `checker` is the tokenizer's, if there is one
+        already."""
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
         self.eos_token_ids = tuple(eos_token_ids)
         self._pooling = pooling
         self._newest_bad_words: tuple[tuple[str, ...], list[tuple[int, ...]]] = ((), [])
-        self._checker = None if tokenizer is None else Checker(tokenizer.special_strings)
-
-    def warm_up(self) -> None:
-        """Loads what the first grammar needs; takes a tenth of a second."""
-        if self._checker is not None:
-            self._checker.load()
+        if checker is None and tokenizer is not None:
+            checker = Checker(tokenizer.special_strings)
+        self._checker = checker
 
     def knows_grammar(self, wanted: StructuredOutputsParams) -> bool:
         """Whether `constrain` takes no time."""

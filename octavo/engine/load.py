@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from octavo.config import EngineConfig
 from octavo.config.environment import rank_key
@@ -19,7 +20,6 @@ from octavo.engine.executor import start_ranks
 from octavo.engine.memory import as_shared, plan_model, weights_dtype, with_others
 from octavo.engine.prefixes import model_identity
 from octavo.engine.rank_transport import RankTransport, RemoteRanks
-from octavo.engine.tokenizer import Tokenizer, find_tokenizer
 from octavo.errors import CapacityError
 from octavo.grammar import Guides, Vocabulary
 from octavo.kv_cache.planner import MemoryPlan
@@ -32,6 +32,9 @@ from octavo.step import Runner
 from octavo.weights.hub import ModelFiles
 from octavo.weights.loader import check_names, open_source
 from octavo.weights.quantization import check_kv_cache, check_quantization
+
+if TYPE_CHECKING:
+    from octavo.engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +76,8 @@ def _guides(config: EngineConfig, files: ModelFiles, tokenizer: Tokenizer | None
     )
 
     def vocabulary() -> Vocabulary:
+        from octavo.engine.tokenizer import find_tokenizer  # for grammars alone, which few ask for
+
         return (tokenizer or find_tokenizer(config, files)).vocabulary()
 
     return Guides(vocabulary, vocab_size, num_threads)

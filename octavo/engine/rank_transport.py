@@ -20,7 +20,7 @@ from multiprocessing import AuthenticationError, Pipe
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import NamedTuple, Protocol, TypeVar
 
-from octavo.engine.child import start_child
+from octavo.engine.spawn import start_child
 from octavo.errors import ConfigError, EngineDeadError
 from octavo.version import __version__
 

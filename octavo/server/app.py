@@ -24,7 +24,7 @@ from octavo.server.access import AccessMiddleware
 from octavo.server.audit import AuditLog
 from octavo.server.auth import AuthMiddleware
 from octavo.server.direct_routes import App
-from octavo.server.docs_page import docs_response
+from octavo.server.docs_page import add_docs
 from octavo.server.drain import Drain, DrainMiddleware
 from octavo.server.engine_client import Engine
 from octavo.server.guards.load import new_gate
@@ -104,6 +104,7 @@ def create_app(
         title="Octavo",
         version=__version__,
         redirect_slashes=False,
+        openapi_url=None,
         docs_url=None,
         redoc_url=None,
     )
@@ -131,8 +132,7 @@ def create_app(
     for family in FAMILIES:
         app.include_router(family.router)
     openapi.install(app, app.state.server)
-    page = docs_response(app.openapi())
-    app.add_route("/docs", lambda _: page, include_in_schema=False)
+    add_docs(app)
     check(paths_of(app, [family.router for family in FAMILIES]))
     return app
 

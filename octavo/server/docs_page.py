@@ -1,16 +1,21 @@
-"""GET /docs: the description of the API as one HTML page, without scripts or anything from outside.
+"""GET /docs and /openapi.json: the description of the API for people, as one HTML page without
+scripts or anything from outside, and for programs.
 
-Made once from the OpenAPI document; never sends a request.
+Each is made once, when it is first asked for, beside the event loop; never sends a request.
 """
 
 from __future__ import annotations
 
+import asyncio
 import html
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any
 
-from starlette.responses import HTMLResponse
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
 
 Schema = dict[str, Any]
 
@@ -28,9 +33,24 @@ th, td { text-align: left; vertical-align: top; padding: 0.25rem 0.75rem 0.25rem
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
 
-def docs_response(document: Schema) -> HTMLResponse:
-    """Returns the page of an OpenAPI document."""
-    return HTMLResponse("".join(_page(document)), headers={"Content-Security-Policy": _POLICY})
+def add_docs(app: FastAPI) -> None:
+    """Adds the two routes, for what `app.openapi()` returns."""
+
+    @cache
+    def page() -> Response:
+        text = "".join(_page(app.openapi()))
+        return HTMLResponse(text, headers={"Content-Security-Policy": _POLICY})
+
+    @cache
+    def document() -> Response:
+        return JSONResponse(app.openapi())
+
+    for path, make in (("/docs", page), ("/openapi.json", document)):
+        app.add_route(path, partial(_made, make), include_in_schema=False)
+
+
+async def _made(make: Callable[[], Response], request: Request) -> Response:
+    return await asyncio.to_thread(make)
 
 
 def _page(document: Schema) -> Iterator[str]:

@@ -30,6 +30,7 @@ from octavo.engine.fleet import Fleet
 from octavo.engine.fleet_link import MemberOwner
 from octavo.engine.ipc import Held
 from octavo.engine.link import LinkOwner
+from octavo.engine.spawn import start_child
 from octavo.errors import EngineDeadError
 from octavo.server.channel import (
     Alive,
@@ -102,9 +103,12 @@ class _Front:
             file.write(msgspec.msgpack.encode(arguments))
             file.seek(0)
             descriptors = (file.fileno(), theirs.fileno())
-            self.process = ChildProcess(
-                FRONT_MODULE, *map(str, descriptors), descriptors=(*descriptors, *inherited)
+            process, lifeline = start_child(
+                *(FRONT_MODULE, *map(str, descriptors)),
+                descriptors=(*descriptors, *inherited),
+                keeper="thread",
             )
+        self.process = ChildProcess(FRONT_MODULE, process, lifeline)
         self.channel = Channel(ours, self._on_message, lambda: None)
 
     @property

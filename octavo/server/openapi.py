@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
+from functools import cache, partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -82,7 +83,12 @@ def described(
 
 
 def install(app: FastAPI, state: ServerState) -> None:
-    """Makes the description once, as `app.openapi()`, with the limits of this very server."""
+    """Has `app.openapi()` return the description, with the limits of this very server; it is made
+    when it is first asked for, in a tenth of a second."""
+    app.openapi = cache(partial(_document, app, state))  # FastAPI's documented way
+
+
+def _document(app: FastAPI, state: ServerState) -> Schema:
     made = get_openapi(
         title=app.title,
         version=app.version,
@@ -117,7 +123,7 @@ def install(app: FastAPI, state: ServerState) -> None:
                 _in_anthropics_form(operation["responses"])
     for schema in schemas.values():
         _narrow(schema, state)
-    app.openapi = lambda: document  # FastAPI's documented way
+    return document
 
 
 def _in_anthropics_form(responses: Schema) -> None:

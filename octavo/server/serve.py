@@ -116,8 +116,8 @@ def url_of(bound: socket.socket, scheme: str = "http") -> str:
 
 def settle_memory() -> None:
     """Called once, before the first connection: what lives now lives as long as the process."""
-    gc.collect()
-    gc.freeze()  # No collection looks through it again.
+    gc.freeze()  # No collection looks through it; the little that imports left is not worth one.
+    gc.enable()
     # A request makes hundreds of objects and hardly a cycle among them: the young ones are looked
     # through less often, but not so many at once that others would have to wait.
     gc.set_threshold(20_000, 20, 50)

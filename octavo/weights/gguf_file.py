@@ -166,6 +166,19 @@ class _Header:
             raise ValueError(f"a text at byte {start} has {length} bytes, more than the file")
         return self._data[start : self._position].decode("utf-8")
 
+    def _strings(self, count: int) -> list[str]:
+        """As `_string`, of a vocabulary: in a loop without calls of ours."""
+        data, position, length_at = self._data, self._position, _U64.unpack_from
+        texts: list[str] = []
+        for _ in range(count):
+            start = position + 8
+            position = start + length_at(data, position)[0]
+            texts.append(data[start:position].decode())
+        self._position = position
+        if position > len(data):
+            raise ValueError(f"{count} texts end at byte {position}, beyond the file")
+        return texts
+
     def _value(self, kind: int) -> Any:
         """Returns a number, a text, or a list of either."""
         if kind == _STRING:
@@ -182,7 +195,7 @@ class _Header:
             return values
         if item_kind != _STRING:
             raise ValueError(f"unknown item type {item_kind} at byte {self._position}")
-        return [self._string() for _ in range(length)]
+        return self._strings(length)
 
     def _entry(self) -> tuple[str, tuple[int, ...], int, int]:
         """Returns name, row-major shape, ggml type and offset of one tensor."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+
 import pytest
 
 from octavo import __version__
 from octavo.cli import main
 from octavo.cli.commands import COMMANDS
+from octavo.engine import spawn
 
-NAMES = [one.__name__.rpartition(".")[2].replace("_", "-") for one in COMMANDS]
 
-
-@pytest.mark.parametrize("command", NAMES)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
@@ -111,5 +113,35 @@ def test_a_peer_that_is_not_there_is_said_before_anything_is_loaded(
 def test_shells_get_every_command(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", shell]) == 0
     script = capsys.readouterr().out
-    for command in NAMES:
+    for command in COMMANDS:
         assert command in script
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[spawn.HeadStart]:
+    """The engine processes that begin before options are read."""
+    found: list[spawn.HeadStart] = []
+
+    class Noted(spawn.HeadStart):
+        def __init__(self) -> None:
+            super().__init__()
+            found.append(self)
+
+    monkeypatch.setattr(spawn, "HeadStart", Noted)
+    return found
+
+
+@pytest.mark.parametrize("wrong", ["--no-such-option", "--port=x", "--tensor-parallel-size=0"])
+def test_no_engine_process_outlives_wrong_options(
+    wrong: str, begun: list[spawn.HeadStart], capsys: pytest.CaptureFixture[str]
+):
+    with contextlib.suppress(SystemExit):
+        assert main(["serve", "m", wrong]) == 2
+    assert "error: " in capsys.readouterr().err
+    assert [one.process.returncode for one in begun] == [-signal.SIGKILL]
+
+
+def test_help_needs_no_engine_process(begun: list[spawn.HeadStart]):
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    assert begun == []

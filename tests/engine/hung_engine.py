@@ -1,6 +1,6 @@
 """An engine process whose steps do what a request's seed says: for tests of its watchers.
 
-Run in place of `octavo.engine.process` when `octavo.engine.child.ENGINE_MODULE` names it.
+Run in place of `octavo.engine.process` when `octavo.engine.spawn.ENGINE_MODULE` names it.
 """
 
 from __future__ import annotations

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from octavo.engine.child import describe_end, start_child
+from octavo.engine.child import describe_end
 from octavo.engine.parent import ORPHANED
+from octavo.engine.spawn import start_child
 from tests.engine.processes import await_end
 
 ROOT = Path(__file__).parents[2]
 PARENT = """
 import sys, time
-from octavo.engine.child import start_child
+from octavo.engine.spawn import start_child
 process, _ = start_child("tests.engine.slow_import", keeper=sys.argv[1])
 print(process.pid, flush=True)
 time.sleep(3600)

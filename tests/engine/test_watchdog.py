@@ -102,7 +102,7 @@ async def end_of(llm: AsyncLLM, seed: int) -> EngineDeadError:
 
 @pytest.fixture
 def listens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("octavo.engine.child.ENGINE_MODULE", "tests.engine.hung_engine")
+    monkeypatch.setattr("octavo.engine.spawn.ENGINE_MODULE", "tests.engine.hung_engine")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
 
 
