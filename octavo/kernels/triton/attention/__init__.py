@@ -10,8 +10,9 @@
 | all, before: rotation, and the write | write.py | the same |
 
 choose.py is the only place that chooses. splits.py says how many splits there are, rows.py what
-kernels of single queries do alike, partials.py keeps and merges what splits leave, groups.py finds
-the sequences that share blocks, prompts.py plans those of them that compute prompts. planes.py says
-how keys and values lie; in formats with scales they are served by hopper/lone.py (single queries),
-by the portable kernels, or unpacked before (unpack.py).
+kernels of single queries do alike, single_rows.py what their launches are given, partials.py keeps
+and merges what splits leave, groups.py finds the sequences that share blocks, prompts.py plans
+those of them that compute prompts. planes.py says how keys and values lie; in formats with scales
+they are served by hopper/lone.py (single queries), by the portable kernels, or unpacked before
+(unpack.py).
 """

@@ -16,17 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.facts import split_partials
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
 from octavo.kernels.kv_codec import stored_format
 from octavo.kernels.triton.attention.device_plan import plan_of
 from octavo.kernels.triton.attention.hopper import lone
-from octavo.kernels.triton.attention.partials import (
-    Partials,
-    make_partials,
-    merge_kv_head,
-    partials_of,
-)
+from octavo.kernels.triton.attention.partials import Partials, merge_kv_head, partials_of
 from octavo.kernels.triton.attention.planes import planes_of
 from octavo.kernels.triton.attention.rows import (
     row_of_program,
@@ -34,7 +28,8 @@ from octavo.kernels.triton.attention.rows import (
     splits_of,
     store_split,
 )
-from octavo.kernels.triton.attention.scores import most_visible, scores_of
+from octavo.kernels.triton.attention.scores import scores_of
+from octavo.kernels.triton.attention.single_rows import SingleRows, most_partials, room_for
 from octavo.kernels.triton.attention.write import (
     quantizing_of,
     rope_of_kv_head,
@@ -273,52 +268,63 @@ def decode_attention(
     of each token) it writes every row, each as if decoded. `shared` (tokens, partials; int32 [S])
     tells how much of every sequence already lies in `partials`. `tickets`: see `make_tickets`.
     """
-    planes = planes_of(out, layer, batch)
-    num_tokens, num_heads, head_size = out.shape
-    num_kv_heads, dtype = planes.num_heads, planes.dtype
-    assert q_THD.is_contiguous()
-    assert q_THD.shape[1] == num_heads + (2 * num_kv_heads if is_qkv else 0)
-    rows = len(batch.seq_lens_S) if token_sequences is None else num_tokens
-    if rows == 0 or num_tokens == 0:
+    rows = len(batch.seq_lens_S) if token_sequences is None else len(out)
+    if rows == 0 or len(out) == 0:
         return False
-    unused = batch.seq_lens_S
-    most = split_partials(most_visible(op.visibility, max_seq_len))
-    scores, quantizing = scores_of(op, unused), quantizing_of(op, planes, unused)
-    if partials is None:
-        plan = plan_of(batch)
-        is_packed = plan.partial_starts_S is not None
-        room = plan.max_partials if is_packed else rows * most
-        partials = make_partials(out, most, plan.partial_starts_S, room)
-    if tickets is None:
-        tickets = make_tickets(q_THD.device)
-    assert rows * num_kv_heads <= len(tickets), (rows, num_kv_heads)
+    most = most_partials(op, max_seq_len)
+    asked = SingleRows(
+        q_THD=q_THD,
+        op=op,
+        layer=layer,
+        batch=batch,
+        out=out,
+        partials=room_for(out, batch, rows, most) if partials is None else partials,
+        most_partials=most,
+        tickets=make_tickets(q_THD.device) if tickets is None else tickets,
+        shared=shared,
+        token_sequences=token_sequences,
+    )
     may_share = token_sequences is None and not (is_qkv or is_invariant) and shape is None
     if may_share and lone.fits(q_THD, op, layer):
         unmixes = unmixes and stored_format(layer.value).is_mixed
-        lone.lone_rows(
-            *(q_THD, op, layer, batch, out, partials, tickets, shared, most), unmixes=unmixes
-        )
+        lone.lone_rows(asked, unmixes=unmixes)
         return unmixes
+    _attend_splits(asked, shape, is_qkv=is_qkv, is_invariant=is_invariant)
+    return False
+
+
+def _attend_splits(
+    asked: SingleRows, shape: DecodeShape | None, *, is_qkv: bool, is_invariant: bool
+) -> None:
+    """Launches the kernel above."""
+    op, batch, out, q_THD = asked.op, asked.batch, asked.out, asked.q_THD
+    planes, unused = planes_of(out, asked.layer, batch), batch.seq_lens_S
+    _, num_heads, head_size = out.shape
+    num_kv_heads, dtype = planes.num_heads, planes.dtype
+    assert q_THD.is_contiguous()
+    assert q_THD.shape[1] == num_heads + (2 * num_kv_heads if is_qkv else 0)
+    assert asked.count * num_kv_heads <= len(asked.tickets), (asked.count, num_kv_heads)
+    scores, quantizing = scores_of(op, unused), quantizing_of(op, planes, unused)
     shape = shape or decode_shape(
         head_size, dtype, is_plain=planes.is_plain, is_invariant=is_invariant
     )
-    group = num_heads // num_kv_heads
-    programs = min(most, max(1, shape.num_programs // (rows * num_kv_heads)))
+    group, partials, by_token = num_heads // num_kv_heads, asked.partials, asked.token_sequences
+    programs = max(1, shape.num_programs // (asked.count * num_kv_heads))
     # Heads are fastest: what they read of a page lies side by side in memory.
-    _decode_kernel[(num_kv_heads, rows, programs)](
+    _decode_kernel[(num_kv_heads, asked.count, min(asked.most_partials, programs))](
         out,
         partials.out,
         partials.lse,
         batch.query_starts,
         batch.seq_lens_S,
         batch.positions_T,
-        *(shared or (unused, unused)),
+        *(asked.shared or (unused, unused)),
         unused if partials.starts is None else partials.starts,
         partials.num_partials,
-        tickets,
+        asked.tickets,
         q_THD.to(dtype),
         *planes.arguments,
-        unused if token_sequences is None else token_sequences,
+        unused if by_token is None else by_token,
         batch.block_table,
         batch.block_table.stride(0),
         *scores.arguments,
@@ -331,9 +337,9 @@ def decode_attention(
         HALF=0 if op.rope is None or not is_qkv else op.rope.rotary_dim // 2,
         HAS_NORM=is_qkv and op.qk_norm is not None,
         **quantizing.constants,
-        BY_TOKEN=token_sequences is not None,
+        BY_TOKEN=by_token is not None,
         **scores.constants,
-        HAS_SHARED=shared is not None,
+        HAS_SHARED=asked.shared is not None,
         PACKED=partials.starts is not None,
         FIXED=is_invariant,
         MERGE_M=next_power_of_2(group),
@@ -346,4 +352,3 @@ def decode_attention(
         **({} if shape.max_registers is None else {"maxnreg": shape.max_registers}),
         **launch_options(q_THD.device),
     )
-    return False

@@ -32,6 +32,7 @@ from octavo.kernels.triton.attention.shared import (  # isort: skip
     plan_shared_prefix,
     shared_prefix_attention,
 )
+from octavo.kernels.triton.attention.single_rows import SingleRows  # isort: skip
 from octavo.kernels.triton.attention.splits import tiling  # isort: skip
 from octavo.kernels.triton.launching.chip import has_wgmma  # isort: skip
 from octavo.kernels.triton.launching.tickets import make_tickets  # isort: skip
@@ -132,10 +133,11 @@ def emulated_attention(module: Any, paged: PagedKV, name: str, q: Tensor) -> tup
     mixed = mixed_as(paged.layer, "key", q.float()).to(BF16)
     out = torch.full_like(mixed, float("nan"))
     partials, tickets = make_partials(out, 2, None, None), torch.zeros(64, dtype=torch.int32)
-    module.lone_rows(
-        *(mixed, op, paged.layer, batch, out, partials, tickets, None, 1),
-        unmixes=name.endswith("int4"),
-    )
+    asked = SingleRows(
+        q_THD=mixed, op=op, layer=paged.layer, batch=batch, out=out, partials=partials,
+        most_partials=1, tickets=tickets,
+    )  # fmt: skip
+    module.lone_rows(asked, unmixes=name.endswith("int4"))
     return out, exact_attention(q, paged, batch, op).reshape(out.shape)
 
 

@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
+from octavo.kernels.inputs import AttentionOp, KVLayer
 from octavo.kernels.triton.attention.hopper.packed_products import (
     load_queries,
     no_sums,
@@ -35,9 +35,9 @@ from octavo.kernels.triton.attention.hopper.shares import (
     partials_of,
     share_of,
 )
-from octavo.kernels.triton.attention.partials import Partials
 from octavo.kernels.triton.attention.planes import planes_of
 from octavo.kernels.triton.attention.scores import LOG2_E
+from octavo.kernels.triton.attention.single_rows import SingleRows
 from octavo.kernels.triton.launching.chip import has_wgmma, next_power_of_2, num_processors
 from octavo.kernels.triton.launching.launchable import launchable
 from octavo.kernels.triton.launching.overlap import launch_options
@@ -262,41 +262,31 @@ def fits(q: Tensor, op: AttentionOp, layer: KVLayer) -> bool:
     )
 
 
-def lone_rows(
-    q_THD: Tensor,
-    op: AttentionOp,
-    layer: KVLayer,
-    batch: AttentionBatch,
-    out: Tensor,
-    partials: Partials,
-    tickets: Tensor,
-    shared: tuple[Tensor, Tensor] | None,
-    most_shares: int,
-    *,
-    unmixes: bool = False,
-) -> None:
-    """Writes the rows of `out` that belong to sequences with one query: see `decode_attention`.
-    `most_shares`: partial results that a row has room for. `unmixes`: whether values are stored
-    mixed, and `out` is to have their sums in their own basis."""
-    planes, unused = planes_of(out, layer, batch), batch.seq_lens_S
-    rows, group = len(batch.seq_lens_S), out.shape[1] // planes.num_heads
-    processors, pieces = num_processors(q_THD.device), rows * planes.num_heads
-    assert pieces <= len(tickets), (rows, planes.num_heads)
-    programs = min(most_shares, max(1, PROGRAMS * processors // pieces))
+def lone_rows(asked: SingleRows, *, unmixes: bool = False) -> None:
+    """Writes the rows of `asked.out` that belong to sequences with one query: see
+    `decode_attention`. `unmixes`: whether values are stored mixed, and `out` is to have their sums
+    in their own basis."""
+    out, batch, partials = asked.out, asked.batch, asked.partials
+    planes, unused = planes_of(out, asked.layer, batch), batch.seq_lens_S
+    rows, group = asked.count, out.shape[1] // planes.num_heads
+    processors, pieces = num_processors(out.device), rows * planes.num_heads
+    assert asked.q_THD.is_contiguous()
+    assert pieces <= len(asked.tickets), (rows, planes.num_heads)
+    programs = min(asked.most_partials, max(1, PROGRAMS * processors // pieces))
     _lone_rows_kernel[(planes.num_heads, rows, programs)](
         *(out, partials.out, partials.lse),
-        *(batch.query_starts, batch.seq_lens_S, *(shared or (unused, unused))),
+        *(batch.query_starts, batch.seq_lens_S, *(asked.shared or (unused, unused))),
         unused if partials.starts is None else partials.starts,
         partials.num_partials,
-        tickets,
-        q_THD,
+        asked.tickets,
+        asked.q_THD,
         *planes.arguments,
         batch.block_table,
         batch.block_table.stride(0),
-        op.scale * LOG2_E,
+        asked.op.scale * LOG2_E,
         H=out.shape[1],
         **planes.constants,
-        HAS_SHARED=shared is not None,
+        HAS_SHARED=asked.shared is not None,
         PACKED=partials.starts is not None,
         HEADS=max(8, next_power_of_2(group)),
         UNMIX=unmixes,
@@ -304,5 +294,5 @@ def lone_rows(
         MERGED=4 if programs <= 4 else 2 if programs <= 8 else 1,
         num_warps=WARPS,
         maxnreg=REGISTERS,
-        **launch_options(q_THD.device),
+        **launch_options(out.device),
     )
