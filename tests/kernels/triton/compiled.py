@@ -37,6 +37,7 @@ from octavo.kernels.inputs import (  # noqa: E402
     AttentionOp,
     KVLayer,
     LatentOp,
+    QKNorm,
     RopeTable,
 )
 from octavo.kernels.planes import empty_planes  # noqa: E402
@@ -162,6 +163,11 @@ def kv_formats_of(name: str) -> None:
     )  # fmt: skip
     ops = TritonOps(1, is_deterministic=False)
     ops.rope_attention(torch.zeros(2, 12 * 128, dtype=BF16), op, layer, batch_of(2, 2))
+    norm = QKNorm(
+        query=torch.zeros(8 * 128), key=torch.zeros(2 * 128), eps=1e-6, per_head=False
+    )  # fmt: skip
+    both = torch.zeros(40, 12 * 128, dtype=BF16)
+    ops.rope_and_cache(both, replace(op, qk_norm=norm), layer, batch_of(40, 2))
     many = batch_of(2304, 2, max_seq_len=2000, max_query_len=1152, num_short_tokens=100)
     ops.rope_attention(torch.zeros(2304, 12 * 128, dtype=BF16), op, layer, many)
     q = torch.zeros(140, 8, 128, dtype=BF16)

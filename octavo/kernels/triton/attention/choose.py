@@ -140,7 +140,7 @@ def attention(
             is_invariant=is_deterministic,
             unmixes=plan.max_query_len == 1,
         )
-    tiles_attention(q_THD, op, layer, batch, out)
+    is_own |= tiles_attention(q_THD, op, layer, batch, out)
     return out.flatten(1) if is_own else attended(out, layer)
 
 
@@ -157,25 +157,29 @@ def tiles_attention(
     layer: KVLayer,
     batch: AttentionBatch,
     out: Tensor,
-) -> None:
-    """Writes the rows of `out` whose sequences have more than one query."""
+) -> bool:
+    """Writes the rows of `out` whose sequences have more than one query. Returns whether the sums
+    of all rows, also those that were there before, are in the values' own basis now."""
     num_tokens, plan = len(q_THD), plan_of(batch)
     longest = num_tokens if plan.max_query_len is None else plan.max_query_len
     short = num_tokens if plan.num_short_tokens is None else plan.num_short_tokens
-    is_hopper = fits_hopper(q_THD, op, layer)
+    is_own, is_hopper = False, fits_hopper(q_THD, op, layer)
     if longest > 1 and short > 1:
         short_attention(q_THD, op, layer, batch, out, short, is_hopper=is_hopper)
     if longest <= SHORT_QUERIES:
-        return
+        return False
     if num_tokens > MAX_PADDED_TOKENS and not is_plain(layer) and op.visibility == Full():
         unpacked = unpack_long_chunks(q_THD, layer, batch, short=SHORT_QUERIES)
         if unpacked is not None:
+            # Rows of long chunks, which are written after this, get sums of values unmixed.
+            attended(out[: plan.num_few_tokens], layer)
             layer, batch = unpacked
-            is_hopper = fits_hopper(q_THD, op, layer)
+            is_own, is_hopper = True, fits_hopper(q_THD, op, layer)
     if is_hopper:
         hopper.long_chunks(q_THD, op, layer, batch, out, SHORT_QUERIES)
     else:
         prefill_attention(q_THD, op, layer, batch, out)
+    return is_own
 
 
 def _every_row_as_decode(

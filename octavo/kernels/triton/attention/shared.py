@@ -300,7 +300,7 @@ def shared_prefix_attention(
         tickets=tickets,
         unmixes=plan_of(batch).max_query_len == 1,
     )
-    tiles_attention(q_THD, op, layer, batch, out)
+    is_own |= tiles_attention(q_THD, op, layer, batch, out)
     return out.flatten(1) if is_own else attended(out, layer)
 
 

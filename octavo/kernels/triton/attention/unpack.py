@@ -2,7 +2,9 @@
 of many queries, so that these are attended as fast as without such formats.
 
 Called by choose.py for steps that are too large to be replayed as graphs. Which sequences have many
-queries is found on the device; the host knows how many there are at most, and how long.
+queries is found on the device, once a step; the host knows how many there are at most, and how
+long. Values come back to their own basis, which costs less here than for the sums of all query
+heads; keys stay in that of the queries that meet them.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from octavo.kernels.facts import UNPACKED_BYTES
 from octavo.kernels.inputs import AttentionBatch, KVLayer
-from octavo.kernels.triton.attention.device_plan import plan_of
+from octavo.kernels.triton.attention.device_plan import DevicePlan, plan_of
 from octavo.kernels.triton.attention.planes import planes_of
 from octavo.kernels.triton.launching.chip import cdiv, next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
@@ -24,23 +26,26 @@ from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
 from octavo.kernels.triton.tiles.kv import (
     both_planes,
     has_vector_scales,
+    is_mixed,
     kv_tile,
     plane_of_head,
     vector_scales,
 )
+from octavo.kernels.triton.tiles.kv_write import mixed
 
 
 @triton.jit
 def _unpack_head(
     out, to, plane, head, page, inside, live, K: tl.constexpr, D: tl.constexpr,
-    FORMAT: tl.constexpr, BLOCK_D: tl.constexpr,
+    FORMAT: tl.constexpr, UNMIX: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Writes to out + to [N] what one kv head has at `inside` [N] of pages."""
+    """Writes to out + to [N] what one kv head has at `inside` [N] of pages, UNMIX: mixed back."""
     d = tl.arange(0, BLOCK_D)
     plane = plane_of_head(plane, head, D, FORMAT)
     x = kv_tile(plane, page, inside, live, tl.float32, K * D, D, FORMAT, True, BLOCK_D)
     if has_vector_scales(FORMAT):
         x = x * vector_scales(plane, page, inside, live, K, True)[:, None]
+    x = mixed(x, D, UNMIX)
     at = out + (to + head * D)[:, None] + d[None, :]
     tl.store(at, x.to(out.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
 
@@ -95,29 +100,30 @@ def _unpack_kernel(
         *(value, value_scale, stride_value, stride_value_scale, KEY, VALUE),
     )
     head = tl.program_id(2)
-    _unpack_head(key_out, to, keys, head, page, inside, live, K, D, KEY, BLOCK_D)
-    _unpack_head(value_out, to, values, head, page, inside, live, K, D, VALUE, BLOCK_D)
+    _unpack_head(key_out, to, keys, head, page, inside, live, K, D, KEY, False, BLOCK_D)
+    _unpack_head(
+        *(value_out, to, values, head, page, inside, live, K, D, VALUE, is_mixed(VALUE), BLOCK_D)
+    )
 
 
 def unpack_long_chunks(
     q_THD: Tensor, layer: KVLayer, batch: AttentionBatch, *, short: int
 ) -> tuple[KVLayer, AttentionBatch] | None:
     """Returns plain pages, in the dtype of q, of the sequences with more than `short` queries, and
-    the batch whose table names them; None if they might take more than UNPACKED_BYTES."""
-    planes = planes_of(q_THD, layer, batch)
+    the batch whose table names them; None if they might take more than UNPACKED_BYTES. Keys are as
+    they are stored, mixed or not; values are in their own basis."""
+    planes, plan = planes_of(q_THD, layer, batch), plan_of(batch)
     num_sequences, block_size = len(batch.seq_lens_S), planes.block_size
     most = min(num_sequences, len(q_THD) // (short + 1))
     num_columns = batch.block_table.shape[1]
-    if (bound := plan_of(batch).max_seq_len) is not None:
-        num_columns = min(num_columns, cdiv(bound, block_size))
+    if plan.max_seq_len is not None:
+        num_columns = min(num_columns, cdiv(plan.max_seq_len, block_size))
     shape = (most * num_columns, 2, block_size, planes.num_heads, planes.head_size)
     page = 2 * block_size * planes.num_heads * planes.head_size
     if most == 0 or shape[0] * page * q_THD.element_size() > UNPACKED_BYTES:
         return None
     pages = q_THD.new_empty(shape)
-    order_S = (batch.query_starts.diff() > short).cumsum(0, dtype=torch.int32)
-    places = torch.arange(1, most + 1, dtype=torch.int32, device=q_THD.device)
-    which = torch.searchsorted(order_S, places, out_int32=True)
+    which, table = _places(plan, batch, short, most, num_columns)
     _unpack_kernel[(num_columns, most, planes.num_heads)](
         pages[:, 0],
         pages[:, 1],
@@ -135,7 +141,24 @@ def unpack_long_chunks(
         num_warps=4,
         **launch_options(q_THD.device),
     )
-    # As wide as the table it stands for: one binary of those who read it serves every step.
-    columns = torch.arange(batch.block_table.shape[1], dtype=torch.int32, device=q_THD.device)
-    table = (order_S - 1).clamp_(min=0).unsqueeze(1) * num_columns + columns
     return KVLayer(key=pages[:, 0], value=pages[:, 1]), replace(batch, block_table=table)
+
+
+def _places(
+    plan: DevicePlan, batch: AttentionBatch, short: int, most: int, num_columns: int
+) -> tuple[Tensor, Tensor]:
+    """Returns the sequences with more than `short` queries, int32 [most], beyond the last of them
+    no sequence's number; and the table of the pages that theirs become. Made once a step."""
+    key = "unpacked", short, most, num_columns
+    known = plan.long.get(key)
+    if known is None:
+        device = batch.block_table.device
+        order_S = (batch.query_starts.diff() > short).cumsum(0, dtype=torch.int32)
+        places = torch.arange(1, most + 1, dtype=torch.int32, device=device)
+        which = torch.searchsorted(order_S, places, out_int32=True)
+        # As wide as the table it stands for: one binary of those who read it serves every step.
+        columns = torch.arange(batch.block_table.shape[1], dtype=torch.int32, device=device)
+        table = (order_S - 1).clamp_(min=0).unsqueeze(1) * num_columns + columns
+        known = plan.long[key] = which, table
+    assert isinstance(known, tuple)
+    return known

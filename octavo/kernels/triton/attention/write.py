@@ -6,6 +6,7 @@ Never looks at other tokens: row t depends on row t alone.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,8 @@ from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
 from octavo.kernels.triton.tiles.kv import both_planes, is_mixed, mixes_keys
 from octavo.kernels.triton.tiles.kv_write import mixed, store_vectors
 
-HEADS_PER_PROGRAM = 8
+WARP_NUMBERS = 512
+"""Of the vectors of a program: 16 for each thread, of which it loads 8 at once."""
 
 
 @triton.jit
@@ -117,8 +119,8 @@ def store_heads(
     plane, slot, heads, mask, x, given, K: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
     FORMAT: tl.constexpr, HAS_GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """Stores x [R, BLOCK_D] float32, `mixed`, as what `heads` [R] of the token at `slot` keep;
-    `given` [K] are scales of its heads, with HAS_GIVEN."""
+    """Stores x [R, BLOCK_D] float32, `mixed`, as what `heads` [R] of the token at `slot` keep (one
+    for all, or [R]); `given` [K] are scales of its heads, with HAS_GIVEN."""
     numbers, scales, stride, stride_scales, _ = plane
     page, inside = (slot // P).to(tl.int64), slot % P
     WIDTH: tl.constexpr = D // 2 if FORMAT == "int4" else D
@@ -131,8 +133,68 @@ def store_heads(
     store_vectors(numbers, row, scales, scale_row, x, mask, scale, D, FORMAT, HAS_GIVEN)
 
 
-@launchable
 @triton.jit
+def _normed(x, scale, weight, columns, NORM: tl.constexpr):
+    """Returns x [R, N], some columns of vectors, times `scale` [R] and their weights: those at
+    `weight` [R], NORM 1 the same for all."""
+    if NORM == 1:
+        w = tl.load(weight + columns).to(tl.float32)[None, :]
+        x = x * scale[:, None] * w
+    elif NORM == 2:
+        w = tl.load(weight[:, None] + columns[None, :]).to(tl.float32)
+        x = x * scale[:, None] * w
+    return x
+
+
+@triton.jit
+def _rotated_rows(
+    at, live, position, cos, sin, weight, scale, eps, D: tl.constexpr, HALF: tl.constexpr,
+    NORM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Returns [R, BLOCK_D] float32: queries or keys at `at` [R] where `live`, of `position` [R],
+    as `_rope_and_cache_kernel` norms and rotates them. NORM 2: by `scale` [R] of their tokens."""
+    R: tl.constexpr = at.shape[0]
+    if 2 * HALF == BLOCK_D:
+        d = tl.arange(0, HALF)
+        low = tl.load(at[:, None] + d[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+        high = tl.load(at[:, None] + (HALF + d)[None, :], mask=live[:, None], other=0.0)
+        high = high.to(tl.float32)
+        if NORM == 1:
+            scale = tl.rsqrt(tl.sum(low * low + high * high, axis=1) / D + eps)
+        low = _normed(low, scale, weight, d, NORM)
+        high = _normed(high, scale, weight, HALF + d, NORM)
+        angle = (position * HALF)[:, None] + d[None, :]
+        c, s = tl.load(cos + angle), tl.load(sin + angle)
+        x = tl.join(low * c + high * -s, high * c + low * s).permute(0, 2, 1).reshape(R, BLOCK_D)
+    else:
+        d = tl.arange(0, BLOCK_D)
+        here = live[:, None] & (d < D)[None, :]
+        x = tl.load(at[:, None] + d[None, :], mask=here, other=0.0).to(tl.float32)
+        if NORM == 1:
+            scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)
+        x = _normed(x, scale, weight, tl.minimum(d, D - 1), NORM)
+        if HALF > 0:
+            partner = tl.where(d < HALF, d + HALF, tl.where(d < 2 * HALF, d - HALF, d))
+            y = tl.load(at[:, None] + partner[None, :], mask=here, other=0.0).to(tl.float32)
+            y = _normed(y, scale, weight, tl.minimum(partner, D - 1), NORM)
+            turned = (d < 2 * HALF)[None, :] & live[:, None]
+            angle = (position * HALF)[:, None] + tl.where(d < HALF, d, d - HALF)[None, :]
+            c = tl.load(cos + angle, mask=turned, other=1.0)
+            s = tl.load(sin + angle, mask=turned, other=0.0)
+            x = x * c + y * tl.where((d < HALF)[None, :], -s, s)
+    return x
+
+
+@triton.jit
+def _scale_of_token(token, first, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Returns rsqrt(mean(x^2) + eps) of SIZE elements of a token from `first` on."""
+    i = tl.arange(0, BLOCK)
+    x = tl.load(token + first + i, mask=i < SIZE, other=0.0).to(tl.float32)
+    return tl.rsqrt(tl.sum(x * x, axis=0) / SIZE + eps)
+
+
+@launchable
+@triton.jit(do_not_specialize=["num_tokens"])
 def _rope_and_cache_kernel(
     qkv,
     q_out,
@@ -154,6 +216,7 @@ def _rope_and_cache_kernel(
     given_key,
     given_value,
     key_shift,
+    num_tokens,
     H: tl.constexpr,
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
@@ -164,13 +227,14 @@ def _rope_and_cache_kernel(
     NORM: tl.constexpr,
     HAS_GIVEN: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One token t, BLOCK_H of its H + 2 K heads:
+    """TOKENS tokens from those of `program 0` on, HEADS of their H + 2 K heads, all of one kind:
 
         x'      = x * rsqrt(mean(x^2) + eps) * w          (NORM 0: x' = x; not for v)
         out[i]  = x'[i] cos[i] - x'[i + HALF] sin[i]               i in [0, HALF)
@@ -179,70 +243,55 @@ def _rope_and_cache_kernel(
 
     qkv [T, (H + 2 K) D]; q_out [T, H, D]; key, value [B, P, K, D], in their formats, queries and
     keys `mixed` as that of keys wants; cos, sin [positions, HALF] float32. NORM 1: mean over a
-    head, weights [D]; NORM 2: over the whole projection, weights [H D] and [K D]. HAS_SHIFT: keys
-    lose key_shift [K, D] float32 before they are mixed. A slot < 0 is written nowhere.
+    head, weights [D]; NORM 2: over the whole projection, weights [H D] and [K D], TOKENS 1.
+    HAS_SHIFT: keys lose key_shift [K, D] float32 before they are mixed. A slot < 0 is written
+    nowhere.
     """
     wait_turn(OVERLAP)
-    t = tl.program_id(0).to(tl.int64)
-    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    d = tl.arange(0, BLOCK_D)
-    row = qkv + t * ((H + 2 * K) * D)
-    here = (heads[:, None] < H + 2 * K) & (d[None, :] < D)
-    partner = tl.where(d < HALF, d + HALF, tl.where(d < 2 * HALF, d - HALF, d))
-    x = tl.load(row + heads[:, None] * D + d[None, :], mask=here, other=0.0).to(tl.float32)
-    y = tl.load(row + heads[:, None] * D + partner[None, :], mask=here, other=0.0).to(tl.float32)
-    is_query = heads < H
-    is_key = (heads >= H) & (heads < H + K)
-    if NORM == 1:
-        scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)
-    if NORM == 2:
-        i = tl.arange(0, BLOCK_Q)
-        whole_q = tl.load(row + i, mask=i < H * D, other=0.0).to(tl.float32)
-        j = tl.arange(0, BLOCK_K)
-        whole_k = tl.load(row + H * D + j, mask=j < K * D, other=0.0).to(tl.float32)
-        of_query = tl.rsqrt(tl.sum(whole_q * whole_q, axis=0) / (H * D) + eps)
-        of_key = tl.rsqrt(tl.sum(whole_k * whole_k, axis=0) / (K * D) + eps)
-        scale = tl.where(is_query, of_query, of_key)
-    if NORM > 0:
-        at = tl.zeros([BLOCK_H], tl.int32)
+    rows, d = tl.arange(0, TOKENS * HEADS), tl.arange(0, BLOCK_D)
+    first, head = tl.program_id(0).to(tl.int64) * TOKENS, tl.program_id(1) * HEADS
+    t, heads = first + rows // HEADS, head + rows % HEADS
+    live = t < num_tokens
+    token = qkv + first * ((H + 2 * K) * D)
+    at = qkv + t * ((H + 2 * K) * D) + heads * D
+    position = tl.load(positions + t, mask=live, other=0).to(tl.int64)
+    if head < H:
+        scale, weight = tl.zeros(rows.shape, tl.float32), query_weight
         if NORM == 2:
-            at = tl.where(is_query, heads, heads - H) * D
-        of_q = is_query[:, None] & here
-        of_k = is_key[:, None] & here
-        here_d = at[:, None] + d[None, :]
-        there_d = at[:, None] + partner[None, :]
-        w = tl.load(query_weight + here_d, mask=of_q, other=1.0).to(tl.float32)
-        w *= tl.load(key_weight + here_d, mask=of_k, other=1.0).to(tl.float32)
-        v = tl.load(query_weight + there_d, mask=of_q, other=1.0).to(tl.float32)
-        v *= tl.load(key_weight + there_d, mask=of_k, other=1.0).to(tl.float32)
-        normed = (is_query | is_key)[:, None]
-        x = tl.where(normed, x * scale[:, None] * w, x)
-        y = tl.where(normed, y * scale[:, None] * v, y)
-    position = tl.load(positions + t).to(tl.int64)
-    turned = d < 2 * HALF
-    angle = tl.where(d < HALF, d, d - HALF)
-    c = tl.load(cos + position * HALF + angle, mask=turned, other=1.0)
-    s = tl.load(sin + position * HALF + angle, mask=turned, other=0.0)
-    s = tl.where(d < HALF, -s, s)
-    rotated = x * c[None, :] + y * s[None, :]
-    if HAS_SHIFT:
-        shift_at = key_shift + ((heads - H) * D)[:, None] + d[None, :]
-        rotated -= tl.load(shift_at, mask=is_key[:, None] & here, other=0.0)
-    rotated = mixed(rotated, D, mixes_keys(KEY))
-    q_at = (t * H + heads[:, None]) * D + d[None, :]
-    tl.store(q_out + q_at, rotated.to(q_out.dtype.element_ty), mask=is_query[:, None] & here)
-    slot = tl.load(slots + t).to(tl.int64)
-    is_written = slot >= 0
-    keys, values = both_planes(
-        *(key, key_scale, stride_key, stride_key_scale),
-        *(value, value_scale, stride_value, stride_value_scale, KEY, VALUE),
-    )
-    store_heads(
-        keys, slot, heads - H, is_key & is_written, rotated, given_key, K, D, P, KEY, HAS_GIVEN
-    )
-    is_value = (heads >= H + K) & (heads < H + 2 * K) & is_written
-    x = mixed(x, D, is_mixed(VALUE))
-    store_heads(values, slot, heads - H - K, is_value, x, given_value, K, D, P, VALUE, HAS_GIVEN)
+            scale += _scale_of_token(token, 0, eps, H * D, BLOCK_Q)
+            weight = query_weight + heads * D
+        q = _rotated_rows(
+            *(at, live, position, cos, sin, weight, scale, eps, D, HALF, NORM, BLOCK_D)
+        )
+        q = mixed(q, D, mixes_keys(KEY)).to(q_out.dtype.element_ty)
+        to = q_out + ((t * H + heads) * D)[:, None] + d[None, :]
+        tl.store(to, q, mask=live[:, None] & (d < D)[None, :])
+    else:
+        slot = tl.load(slots + t, mask=live, other=-1).to(tl.int64)
+        keys, values = both_planes(
+            *(key, key_scale, stride_key, stride_key_scale),
+            *(value, value_scale, stride_value, stride_value_scale, KEY, VALUE),
+        )
+        if head < H + K:
+            scale, weight = tl.zeros(rows.shape, tl.float32), key_weight
+            if NORM == 2:
+                scale += _scale_of_token(token, H * D, eps, K * D, BLOCK_K)
+                weight = key_weight + (heads - H) * D
+            k = _rotated_rows(
+                *(at, live, position, cos, sin, weight, scale, eps, D, HALF, NORM, BLOCK_D)
+            )
+            if HAS_SHIFT:
+                shift = key_shift + ((heads - H) * D)[:, None] + d[None, :]
+                k -= tl.load(shift, mask=(d < D)[None, :], other=0.0)
+            k = mixed(k, D, mixes_keys(KEY))
+            store_heads(*(keys, slot, heads - H, slot >= 0, k, given_key, K, D, P, KEY, HAS_GIVEN))
+        else:
+            v = tl.load(at[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
+            v = mixed(v.to(tl.float32), D, is_mixed(VALUE))
+            store_heads(
+                *(values, slot, heads - H - K, slot >= 0, v, given_value),
+                *(K, D, P, VALUE, HAS_GIVEN),
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -283,6 +332,15 @@ def rotation_arguments(op: AttentionOp, unused: Tensor) -> tuple[Tensor | float,
     return *tables, *weights
 
 
+def _tokens_and_heads(op: AttentionOp, norm: int) -> tuple[int, int]:
+    """Returns of how many tokens and heads a program, one warp, has vectors: the same in all steps,
+    so that sums over a vector add up in one order and have the same bits."""
+    vectors = max(1, WARP_NUMBERS // next_power_of_2(op.head_size))
+    both = math.gcd(op.num_heads, op.num_kv_heads)
+    heads = min(vectors, both & -both)
+    return 1 if norm == 2 else vectors // heads, heads
+
+
 def rope_and_cache(
     qkv_TN: Tensor, op: AttentionOp, layer: KVLayer, batch: AttentionBatch
 ) -> Tensor:
@@ -304,9 +362,8 @@ def rope_and_cache(
     planes = planes_of(q_THD, layer, batch)
     quantizing = quantizing_of(op, planes, batch.positions_T)
     norm = 0 if op.qk_norm is None else (1 if op.qk_norm.per_head else 2)
-    # Decode: a program per few heads spreads one token over the chip.
-    block_h = HEADS_PER_PROGRAM
-    _rope_and_cache_kernel[(num_tokens, cdiv(total_heads, block_h))](
+    tokens, heads = _tokens_and_heads(op, norm)
+    _rope_and_cache_kernel[(cdiv(num_tokens, tokens), total_heads // heads)](
         qkv_TN,
         q_THD,
         *planes.arguments,
@@ -314,16 +371,18 @@ def rope_and_cache(
         batch.slot_mapping_T,
         *rotation_arguments(op, batch.positions_T),
         *quantizing.arguments,
+        num_tokens,
         H=num_heads,
         **planes.constants,
         HALF=0 if op.rope is None else op.rope.rotary_dim // 2,
         NORM=norm,
         **quantizing.constants,
-        BLOCK_H=block_h,
+        TOKENS=tokens,
+        HEADS=heads,
         BLOCK_D=next_power_of_2(head_size),
         BLOCK_Q=next_power_of_2(num_heads * head_size),
         BLOCK_K=next_power_of_2(num_kv_heads * head_size),
-        num_warps=4,
+        num_warps=1,
         **launch_options(qkv_TN.device),
     )
     return q_THD

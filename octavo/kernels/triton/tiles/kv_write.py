@@ -12,6 +12,8 @@ from octavo.kernels import kv_codec
 from octavo.kernels.triton.tiles.kv import has_vector_scales, mixed_size
 
 LEAST_ALONG = tl.constexpr(kv_codec.LEAST_ALONG)
+LEAST_SCALE = tl.constexpr(2.0**-126)
+"""Numbers with a smaller scale become 0."""
 ROUNDER = tl.constexpr(12582912.0)
 """1.5 * 2^23: what is added to it and taken off again is rounded half to even."""
 
@@ -45,9 +47,29 @@ def _rounded_scale(scale):
 
 
 @triton.jit
+def _over(x, y, inverse):
+    """Returns x / y, rounded as a division is where nothing is too small: three instructions."""
+    about = x * inverse
+    return tl.fma(tl.fma(-y, about, x), inverse, about)
+
+
+@triton.jit
+def _scale_of(x, LARGEST: tl.constexpr):
+    """Returns, of x [.., N], the scales [..] with which the largest of |x| is LARGEST; NaN where a
+    number is not finite."""
+    # As integers, what is not finite is the largest: a maximum of floats drops NaN.
+    top = tl.max(tl.abs(x).to(tl.int32, bitcast=True), len(x.shape) - 1)
+    largest = top.to(tl.float32, bitcast=True)
+    return _rounded_scale(
+        tl.where(top < 0x7F800000, _over(largest, LARGEST, 1.0 / LARGEST), float("nan"))
+    )
+
+
+@triton.jit
 def _in_steps(x, scale, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):
-    """Returns x over its scale, clamped; 0 where that is 0."""
-    steps = tl.where(scale == 0, 0.0, tl.div_rn(x, tl.where(scale == 0, 1.0, scale)))
+    """Returns x [.., N] over its scales [..], clamped; 0 where that is 0."""
+    inverse = tl.where(scale < LEAST_SCALE, 0.0, 1.0 / scale).expand_dims(len(scale.shape))
+    steps = _over(x, scale.expand_dims(len(scale.shape)), inverse)
     return tl.minimum(tl.maximum(steps, LOWEST), HIGHEST)
 
 
@@ -73,12 +95,10 @@ def store_vectors(
     else:
         tl.static_assert(has_vector_scales(FORMAT))
         LARGEST: tl.constexpr = 448.0 if FORMAT == "fp8" else 127.0
-        # What is no finite number must reach the scale: a maximum drops NaN.
-        scale = tl.div_rn(tl.max(tl.abs(x), 1), LARGEST) + tl.sum(x * 0.0, 1)
+        scale = _scale_of(x, LARGEST)
         if HAS_GIVEN:
-            scale = given + tl.sum(x * 0.0, 1)
-        scale = _rounded_scale(scale)
-        steps = _in_steps(x, scale[:, None], -LARGEST, LARGEST)
+            scale = tl.where(scale == scale, _rounded_scale(given), scale)
+        steps = _in_steps(x, scale, -LARGEST, LARGEST)
         if FORMAT == "int8":
             steps = _rounded(steps)
         at = numbers + (row[:, None] + d[None, :])
@@ -93,13 +113,12 @@ def _store_packed(
     R: tl.constexpr = x.shape[0]
     BLOCKS: tl.constexpr = BLOCK_D // 64
     groups = x.reshape(R, 2 * BLOCKS, 32)
-    scale = tl.div_rn(tl.max(tl.abs(groups), 2), 7.5) + tl.sum(groups * 0.0, 2)
-    scale = _rounded_scale(scale)
-    steps = _rounded(_in_steps(groups, scale[:, :, None], -8.0, 8.0) + 7.5)
+    scale = _scale_of(groups, 7.5)
+    steps = _rounded(_in_steps(groups, scale, -8.0, 8.0) + 7.5)
     steps = tl.minimum(tl.maximum(steps, 0.0), 15.0)
     # As long along x as x is: `kv_codec`.
-    along = tl.sum(tl.sum(groups * ((steps - 7.5) * scale[:, :, None]), 2), 1)
-    square = tl.sum(tl.sum(groups * groups, 2), 1)
+    stored = ((steps - 7.5) * scale[:, :, None]).reshape(R, BLOCK_D)
+    along, square = tl.sum(x * stored, 1), tl.sum(x * x, 1)
     is_sound = (along > LEAST_ALONG) & (along + square < float("inf"))
     factor = tl.where(is_sound, tl.div_rn(square, tl.where(is_sound, along, 1.0)), 1.0)
     scale = _rounded_scale(scale * factor[:, None])

@@ -23,6 +23,7 @@ from tests.kernels.triton.cases import TOLERANCES, assert_near, make_ops, on_dev
 from tests.kernels.triton.interpreter import DEVICE
 
 from octavo.kernels.triton.attention import choose  # isort: skip
+from octavo.kernels.triton.attention.device_plan import DevicePlan  # isort: skip
 from octavo.kernels.triton.attention.planes import planes_of  # isort: skip
 from octavo.kernels.triton.attention.shared import (  # isort: skip
     plan_shared_prefix,
@@ -57,6 +58,8 @@ def attend(
         *(("in any kernel", name, torch.float32) for name in FORMATS),
         *(("in any kernel", name, dtype) for name in FORMATS[:3] for dtype in DTYPES[1:]),
         ("unpacked", "int8", torch.float32),
+        ("unpacked", "int4", torch.float32),
+        ("unpacked, those of few queries first", "int8/int4", torch.float32),
         ("unpacked", "int4/fp8", torch.float16),
     ],
     ids=str,
@@ -68,11 +71,13 @@ def test_decodes_short_and_long_chunks_in_one_step(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if form == "unpacked":
+    if form.startswith("unpacked"):
         monkeypatch.setattr(choose, "MAX_PADDED_TOKENS", 16)
     lengths, query_lens = [70, 150, 33, 5], [1, 4, 18, 0]
     paged = make_stored(rng, lengths, (2, 64), name)
     batch = paged.batch(lengths, query_lens)
+    if form.endswith("first"):
+        batch = replace(batch, plan=DevicePlan(num_short_tokens=5, num_few_tokens=5))
     q = floats(rng, sum(query_lens), 6, 64).to(dtype)
     op = kv_op(6, (2, 64))
     found = attend(q, paged.layer, op, batch)
