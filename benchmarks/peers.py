@@ -29,7 +29,7 @@ from octavo.kernels.triton.small.norm import rms_norm
 from octavo.parallel import Collectives, Meeting, PeerMemory, TorchCollectives
 
 COLUMNS, EPS = 2048, 1e-6
-ROWS = (1, 2, 8, 32, 100, 256, 257, 1000, 2048, 8192)
+ROWS = (1, 2, 8, 32, 100, 256, 257, 1000, 2048, 5000, 8192)
 TIMED_ROWS = (1, 32, 128, 512, 2048, 8192)
 REPLAYS = 1000
 BF16 = torch.bfloat16
@@ -91,6 +91,13 @@ def exact_sum(parts: list[Tensor]) -> Tensor:
     return total.to(parts[0].dtype)
 
 
+def is_right(sums: PeerSums, found: Tensor, expected: Tensor) -> bool:
+    """The library rounds on its way."""
+    if sums.holds(len(found)):
+        return torch.equal(found, expected)
+    return torch.allclose(found.float(), expected.float(), rtol=2e-2, atol=5e-2)
+
+
 def check(rank: Rank) -> None:
     for dtype in (torch.float32, BF16):
         sums = over_peers(rank.base, COLUMNS, dtype, rank.device)
@@ -111,8 +118,10 @@ def check_rows(rank: Rank, sums: PeerSums, count: int, dtype: torch.dtype) -> No
         expected = exact_sum(parts)
         found = sums.all_reduce(parts[base.rank].clone())
         error = ((found.double() - exact).abs() / exact.abs().clamp_min(1)).max().item()
-        if not torch.equal(found, expected):
+        if not is_right(sums, found, expected):
             rank.fail(f"{dtype} {count} rows: a sum")
+        if not sums.holds(count):
+            continue
         weight = torch.linspace(0.5, 2, COLUMNS, device=rank.device).to(dtype)
         residual = rank.parts(100 + seed, count, COLUMNS, dtype=dtype)[0]
         kept = residual.clone()
@@ -144,7 +153,7 @@ def check_rows(rank: Rank, sums: PeerSums, count: int, dtype: torch.dtype) -> No
 
 def check_graph(rank: Rank, sums: PeerSums) -> None:
     """Many replays of a graph of sums of several sizes, between launches one by one."""
-    base, counts, dtype = rank.base, (1, 32, 600, 1, 8192), sums._dtype
+    base, counts, dtype = rank.base, (1, 32, 600, 1, 8192), sums.dtype
     inputs = [torch.empty(count, COLUMNS, device=rank.device, dtype=dtype) for count in counts]
     outputs = [torch.empty_like(one) for one in inputs]
     parts: list[list[Tensor]] = []
@@ -165,7 +174,7 @@ def check_graph(rank: Rank, sums: PeerSums) -> None:
         graph.replay()
         if step % 100 in (0, 99):
             for part, out in zip(parts, outputs, strict=True):
-                if not torch.equal(out, exact_sum(part)):
+                if not is_right(sums, out, exact_sum(part)):
                     rank.fail(f"replay {step}: a sum of {len(out)} rows")
             body()
             sums.check()
@@ -196,7 +205,7 @@ def times(rank: Rank, counts: list[int]) -> None:
                 continue
             check_rows(rank, sums, count, dtype)
             x = torch.zeros(count, COLUMNS, device=rank.device, dtype=dtype)
-            for what, body in bodies(rank, sums, x):
+            for what, body in bodies(rank, sums, x) if sums.holds(count) else ():
                 _time(rank, report, count, f"{name}, {what}", body)
             sums.check()
         x = torch.zeros(count, COLUMNS, device=rank.device, dtype=dtype)

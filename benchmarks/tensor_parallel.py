@@ -1,13 +1,14 @@
-"""Two GPUs of one host beside one: sums, speed and equal tokens of every layout.
+"""GPUs of one host beside one: sums, speed and equal tokens of every layout.
 
     python -m benchmarks.tensor_parallel [--stages check,times,engines,tokens] [--seconds 360]
-        [--model qwen3-30b-a3b] [--layers N] [--layouts one,library,peers,experts]
+        [--model qwen3-30b-a3b] [--layers N] [--size 2] [--layouts one,library,peers,experts]
 
-Layouts: `one` GPU; two with their sums through the `library` (NCCL) or through each other's memory
-(`peers`); two that have whole `experts`, with the latter sums. Stages: `check` and `times` of sums
-are benchmarks/peers.py; `engines` are the workloads D1, D32 and P of `octavo bench workloads`, of
-two GPUs (with `--only D1,D32,P,K` their kernels, too); `tokens` are greedy ones of two layers, of
-few experts and ids, in float32, which must be those of one GPU. Weights are random.
+Layouts: `one` GPU; --size of them with their sums through the `library` (NCCL) or through each
+other's memory (`peers`); those that have whole `experts`, with the latter sums. Stages: `check`
+and `times` of sums are benchmarks/peers.py; `engines` are the workloads D1, D32 and P of `octavo
+bench workloads` (with `--only D1,D32,P,K` their kernels, too), `prompts` times to a first token, of
+all GPUs; `tokens` are greedy ones of two layers, of few experts and ids, in float32, which must be
+those of one GPU. Weights are random.
 
 Every stage is a process with a time-out, and prints as it comes. At the end a table and a JSON
 object; exits with 1 if something was wrong or did not end. After --seconds no stage begins.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,14 +29,16 @@ from pathlib import Path
 from typing import Any
 
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "one": {"tensor_parallel_size": 1},
-    "peers": {"tensor_parallel_size": 2},
-    "experts": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
-    "library": {"tensor_parallel_size": 2},
+    "one": {},
+    "peers": {},
+    "experts": {"enable_expert_parallel": True},
+    "library": {},
 }
-STAGE_SECONDS = {"check": 100, "times": 100, "engines": 180, "tokens": 90}
+STAGE_SECONDS = {"check": 100, "times": 100, "engines": 180, "prompts": 120, "tokens": 90}
 WORKLOADS = "D1,D32,P"
 SHOWN = ("D1", "D32", "P 8192", "P 32768")
+PROMPTS = (256, 512, 1024, 2048, 3000, 4096, 8192, 32768)
+PROMPT_RUNS = 7
 TOKENS_LAYERS, PROMPT_LENGTH, NUM_PROMPTS, NUM_TOKENS = 2, 100, 8, 32
 TOKENS_CUT = {"vocab_size": 4096, "num_experts": 16, "bos_token_id": 1, "eos_token_id": 2}
 """Of the model's config, so that its random weights are soon made."""
@@ -87,28 +91,58 @@ def without_peers() -> None:
     TorchCollectives.unreachable = lambda self: reach(self) or "the library is asked for"
 
 
-def run_engine(model: str, layout: str, layers: int | None, only: str) -> int:
+def options_of(layout: str, size: int) -> dict[str, Any]:
+    """Returns the engine's options; has this process leave out what a layout has not."""
+    if layout == "library":
+        without_peers()
+    return {"tensor_parallel_size": 1 if layout == "one" else size, **LAYOUTS[layout]}
+
+
+def run_engine(model: str, layout: str, size: int, layers: int | None, only: str) -> int:
     """Runs the workloads in this process."""
     from octavo.cli import main
 
-    if layout == "library":
-        without_peers()
+    asked = options_of(layout, size)
     options = ["bench", "workloads", model, "--only", only]
-    options += ["--tensor-parallel-size", str(LAYOUTS[layout]["tensor_parallel_size"])]
-    if LAYOUTS[layout].get("enable_expert_parallel"):
+    options += ["--tensor-parallel-size", str(asked["tensor_parallel_size"])]
+    if asked.get("enable_expert_parallel"):
         options.append("--enable-expert-parallel")
     if layers is not None:
         options += ["--layers", str(layers)]
     return main(options)
 
 
-def run_tokens(model: str, layout: str, device: str) -> int:
+def run_prompts(model: str, layout: str, size: int, layers: int | None, device: str) -> int:
+    """Prints what one cold prompt after the other takes, in milliseconds."""
+    from octavo.cli.bench.offline import measure
+    from octavo.cli.bench.shapes import engine_values, fixed_prompts
+    from octavo.llm import LLM
+
+    values = {"load_format": "dummy", "device": device, **options_of(layout, size)}
+    with tempfile.TemporaryDirectory(prefix="octavo-bench-") as folder:
+        llm = LLM(**engine_values(model, values, Path(folder), layers))
+    figures: dict[str, Any] = {"unit": "ms"}
+    try:
+        for number, length in enumerate(one for one in PROMPTS if one < llm.plan.max_model_len):
+            found: list[float] = []
+            for run in range(PROMPT_RUNS):
+                prompts = fixed_prompts(llm.vocab_size, 1, length, 1000 * number + run)
+                found.append(1e3 * measure(llm, prompts, [1], temperature=1.0).seconds)
+            figures[str(length)] = {"median": statistics.median(found), "repeats": found}
+            print(f"prompt of {length:5}: {statistics.median(found):8.1f} ms, first {found[0]:.1f},"
+                  f" best {min(found):.1f}", flush=True)  # fmt: skip
+    finally:
+        llm.close()
+    print(json.dumps({"name": "prompts", "figures": figures}))
+    return 0
+
+
+def run_tokens(model: str, layout: str, size: int, device: str) -> int:
     """Prints the greedy tokens of some prompts as a JSON object."""
     from octavo import LLM, SamplingParams
     from octavo.cli.bench.shapes import fixed_prompts, write_model
 
-    if layout == "library":
-        without_peers()
+    options = options_of(layout, size)
     with tempfile.TemporaryDirectory(prefix="octavo-bench-") as folder:
         write_model(model, Path(folder), TOKENS_LAYERS)
         config = Path(folder) / "config.json"
@@ -124,7 +158,7 @@ def run_tokens(model: str, layout: str, device: str) -> int:
             max_num_batched_tokens=PROMPT_LENGTH * NUM_PROMPTS,
             prefix_caching="off",
             kv_cache_memory_bytes=2**28,
-            **LAYOUTS[layout],
+            **options,
         )
     try:
         params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
@@ -149,7 +183,8 @@ class Run:
 
     def run(self, stage: str) -> None:
         if stage in ("check", "times"):
-            done = self._stage(stage, stage, ["benchmarks.peers", stage])
+            size = str(self._arguments.size)
+            done = self._stage(stage, stage, ["benchmarks.peers", stage, "--size", size])
             for one in done.objects:
                 self.report |= one
             return
@@ -157,10 +192,10 @@ class Run:
             name = f"{stage} {layout}"
             command = ["benchmarks.tensor_parallel", "--run", stage, "--layouts", layout]
             command += ["--model", self._arguments.model, "--device", self._arguments.device]
-            command += ["--only", self._arguments.only]
+            command += ["--only", self._arguments.only, "--size", str(self._arguments.size)]
             if self._arguments.layers is not None:
                 command += ["--layers", str(self._arguments.layers)]
-            if stage == "engines" and layout == "one":
+            if stage != "tokens" and layout == "one":
                 continue
             done = self._stage(stage, name, command)
             for one in done.objects:
@@ -200,16 +235,19 @@ def main() -> int:
     parser.add_argument("--layouts", default=",".join(LAYOUTS))
     parser.add_argument("--model", default="qwen3-30b-a3b", help="a shape of octavo bench")
     parser.add_argument("--layers", type=int, default=None, help="of engines; default: all")
+    parser.add_argument("--size", type=int, default=2, help="GPUs")
     parser.add_argument("--only", default=WORKLOADS, help="workloads of engines")
     parser.add_argument("--seconds", type=float, default=360)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--run", choices=("engines", "tokens"), help=argparse.SUPPRESS)
+    parser.add_argument("--run", choices=("engines", "prompts", "tokens"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    own = arguments.model, arguments.layouts, arguments.size
     if arguments.run == "engines":
-        only = arguments.only
-        return run_engine(arguments.model, arguments.layouts, arguments.layers, only)
+        return run_engine(*own, arguments.layers, arguments.only)
+    if arguments.run == "prompts":
+        return run_prompts(*own, arguments.layers, arguments.device)
     if arguments.run == "tokens":
-        return run_tokens(arguments.model, arguments.layouts, arguments.device)
+        return run_tokens(*own, arguments.device)
     run = Run(arguments)
     for stage in arguments.stages.split(","):
         run.run(stage)

@@ -35,7 +35,7 @@ EMPTY = {torch.int16: -(1 << 15), torch.int32: -(1 << 31)}
 """The bits of -0.0, which nobody sends."""
 
 
-class PeerSums:
+class PeerSums(Collectives):
     """Collectives whose sums of rows [T, M] are one kernel; see `octavo.parallel.Collectives`."""
 
     def __init__(
@@ -51,7 +51,7 @@ class PeerSums:
         self._stop = memory.stop
         self._keeper = memory
         self._columns = columns
-        self._dtype = dtype
+        self.dtype = dtype
         self.ungated_rows = UNGATED_ROWS
         self.tries = CHECK_TRIES
         others = self.size - 1
@@ -72,10 +72,10 @@ class PeerSums:
         return self._most_rows is None  # else the collectives are asked for sums of many rows
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        if x.dtype != self._dtype or x.numel() == 0 or x.numel() % self._columns:
+        if x.dtype != self.dtype or x.numel() == 0 or x.numel() % self._columns:
             return self._base.all_reduce(x)
         rows = x.view(-1, self._columns)
-        if not self._holds(len(rows)):
+        if not self.holds(len(rows)):
             return self._base.all_reduce(x)
         return self._sums(rows, None, None, 0.0).view(x.shape)
 
@@ -88,8 +88,8 @@ class PeerSums:
         ids_TK: Tensor | None = None,
     ) -> Tensor | None:
         num_rows, columns = residual_TM.shape
-        is_held = num_rows > 0 and self._holds(num_rows) and columns <= MAX_COLUMNS
-        if not is_held or x_TM.dtype != self._dtype or columns != self._columns:
+        is_held = num_rows > 0 and self.holds(num_rows) and columns <= MAX_COLUMNS
+        if not is_held or x_TM.dtype != self.dtype or columns != self._columns:
             return None
         return self._sums(x_TM, residual_TM, weight_M, eps, ids_TK)
 
@@ -112,7 +112,8 @@ class PeerSums:
         self._stop.fill_(1)
         self._base.abort()
 
-    def _holds(self, num_rows: int) -> bool:
+    def holds(self, num_rows: int) -> bool:
+        """Whether a sum of so many rows goes through the ranks' memory."""
         return self._most_rows is None or num_rows <= self._most_rows
 
     def _sums(
@@ -212,7 +213,7 @@ def _fault(sums: PeerSums, device: torch.device) -> str:
     """Returns what is wrong with sums of few rows and of more, each made three times: of numbers
     whose sums every format holds."""
     assert not is_building()
-    columns, dtype, size = sums._columns, sums._dtype, sums.size
+    columns, dtype, size = sums._columns, sums.dtype, sums.size
     generator = torch.Generator().manual_seed(0)
     for count in [1, 4, sums.ungated_rows + 3] * 3:
         parts = torch.randint(-8, 9, (size, count, columns), generator=generator).to(dtype)
