@@ -13,6 +13,7 @@ import torch
 from octavo.errors import EngineDeadError
 from octavo.parallel import ALONE, Meeting, PeerMemory, TorchCollectives
 from tests.kernels.triton.interpreter import DEVICE
+from tests.kernels.triton.peers import four_ranks, two_ranks
 from tests.kernels.triton.peers.two_ranks import (
     COLUMNS,
     CPU,
@@ -50,6 +51,30 @@ def test_sums_and_the_norm_after_them_are_those_made_one_after_the_other(
     for one in all_sums(ranks):
         for found, expected in zip(one.found, one.expected, strict=True):
             assert torch.equal(found, expected), one.name
+
+
+@pytest.mark.slow
+def test_four_ranks_push_few_rows_and_leave_many_to_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(1)
+    for module, name in ((two_ranks, "NUM_BYTES"), (sums, "UNGATED_ROWS"), (sums, "PUSHED_BYTES")):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    four_ranks.make_small()
+    meeting = Meeting("127.0.0.1", four_ranks.SIZE)
+    command = [sys.executable, "-m", "tests.kernels.triton.peers.four_ranks"]
+    command += [meeting.address, str(tmp_path)]
+    others = [subprocess.Popen([*command, str(rank)]) for rank in range(1, four_ranks.SIZE)]
+    ranks = MappedRanks(meeting, 0, tmp_path)
+    try:
+        for one in four_ranks.all_sums(ranks):
+            for found, expected in zip(one.found, one.expected, strict=True):
+                assert torch.equal(found, expected), one.name
+    finally:
+        ranks.abort()
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 class OneOfTwo(type(ALONE)):

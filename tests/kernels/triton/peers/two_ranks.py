@@ -44,7 +44,7 @@ class MappedRanks(TorchCollectives):
 
     def peer_memory(self, num_bytes: int, device: torch.device) -> PeerMemory:
         number = len(self._peers)
-        for rank in range(SIZE):
+        for rank in range(self.size):
             path = self._folder / f"{number}-{rank}"
             with path.open("ab") as file:
                 file.truncate(NUM_BYTES)
@@ -53,7 +53,7 @@ class MappedRanks(TorchCollectives):
                 str(self._folder / f"{number}-{rank}"), shared=True, size=NUM_BYTES,
                 dtype=torch.uint8,
             )
-            for rank in range(SIZE)
+            for rank in range(self.size)
         ]  # fmt: skip
         self.memory = PeerMemory(buffers=tuple(buffers), stop=torch.zeros(1, dtype=torch.int32))
         self._peers.append(self.memory)
