@@ -16,6 +16,7 @@ from octavo.kernels.facts import (
     lone_partials,
     most_lone_partials,
     split_partials,
+    unpacks_experts,
 )
 from octavo.kv_cache.planner import GIB, MemoryPlan
 from octavo.models.registry import read_spec
@@ -193,6 +194,22 @@ def test_formats_that_every_product_unpacks_have_room_in_every_step_and_in_graph
     assert made(10.0, enforce_eager=True).graph_bytes == 0
     # One token has eight pairs.
     assert made(10.0, max_num_seqs=1).graph_bytes == many.graph_bytes + 2 * 2 * 8 * 768 * 2048
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "top_k", "sizes", "is_made"),
+    [
+        (2048, 2, (8, 14336, 4096), False),  # Mixtral-8x7B: 940 MB
+        (2064, 2, (8, 14336, 4096), True),
+        (8192, 8, (128, 768, 2048), True),  # Qwen3-30B-A3B: 400 MB
+        (8176, 8, (128, 768, 2048), False),
+        (0, 8, (128, 768, 2048), False),
+    ],
+)
+def test_small_experts_are_made_numbers_from_fewer_rows_on(
+    num_tokens: int, top_k: int, sizes: tuple[int, int, int], is_made: bool
+) -> None:
+    assert unpacks_experts(num_tokens * top_k, *sizes) is is_made
 
 
 def test_graphs_take_no_memory_where_none_are_captured() -> None:

@@ -107,10 +107,14 @@ def in_planes(name: str, rows: int, cols: int, seed: int) -> tuple[Weight, Tenso
 
 @pytest.mark.parametrize(
     ("gate", "down", "num_tokens"),
-    [("iq2_xxs", "q8_0", 1), ("iq2_xxs", "q8_0", 5), ("q8_0", "iq3_s", 1), ("q8_0", "iq3_s", 5)],
+    [
+        *(("iq2_xxs", "q8_0", 1), ("iq2_xxs", "q8_0", 5), ("iq2_xxs", "q8_0", 70)),
+        *(("q8_0", "iq3_s", 1), ("q8_0", "iq3_s", 5), ("q8_0", "iq3_s", 70)),
+    ],
 )
-def test_experts_of_few_pairs_are_unpacked_alone(gate: str, down: str, num_tokens: int):
-    """One of both products in blocks, the other in planes, with biases; one id is another's."""
+def test_experts_are_unpacked_alone_or_in_parts(gate: str, down: str, num_tokens: int):
+    """One of both products in blocks, the other in planes, with biases; one id is another's. Few
+    pairs have those of their experts made numbers, many gate and up of half of the experts."""
     count = 3
     hidden, inner = (256, 32) if gate in KEPT_BLOCKS else (32, 256)
     make = {True: plain_rows, False: in_planes}
