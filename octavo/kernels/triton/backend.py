@@ -119,7 +119,7 @@ class TritonOps(Composed):
         matrices = matrices_of(weights)
         first = matrices[0]
         if len(matrices) == 1 and isinstance(first, Weight) and self._is_rounded(rows, first):
-            return norm_fp8_product(rows, first, bias_N)
+            return norm_fp8_product(rows, first, bias_N, self._tickets_on(rows.residual_TM.device))
         if not self._is_lone(rows.residual_TM) or len(matrices) > 1 or isinstance(first, Weight):
             return super().norm_linear(rows, weights, bias_N)
         return norm_matvec(rows, first, bias_N, norm_rows_shape(first.shape[1]))

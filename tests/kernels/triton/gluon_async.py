@@ -26,12 +26,12 @@ class Descriptor:
     layout: object = None
 
     @property
-    def block_shape(self) -> list[int]:
-        return self.box
-
-    @property
     def dtype(self) -> Any:
         return Shared(self.tensor).dtype
+
+    @property
+    def block_shape(self) -> list[int]:
+        return self.box
 
     @classmethod
     def from_tensor(cls, tensor: Tensor, box: list[int], layout: object) -> Descriptor:

@@ -184,9 +184,12 @@ class Shared:
     def store(self, value: Value) -> None:
         self.data.copy_(value.data)
 
-    def _reinterpret(self, dtype: tl.dtype, shape: list[int], layout: object) -> Boxes:
+    def _reinterpret(self, dtype: tl.dtype, shape: list[int], layout: object) -> Shared | Boxes:
         """Returns a tile [rows, columns] as Hopper's copies and products have it in memory: boxes
-        of `shape`, those of the same columns side by side."""
+        of `shape`, those of the same columns side by side. Tiles whose columns stay whole lie there
+        as they are, in boxes of fewer rows."""
+        if len(self.shape) == len(shape):
+            return Shared(self.data.view(shape))
         return Boxes(self, shape[1:])
 
 

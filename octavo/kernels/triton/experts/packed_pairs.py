@@ -21,7 +21,7 @@ from octavo.kernels.triton.product.packed_shapes import SumsShape
 from octavo.kernels.triton.tiles.activation import activation_constant, gated
 from octavo.kernels.triton.tiles.codes import parts_of
 from octavo.kernels.triton.tiles.packed import scaled_rows
-from octavo.kernels.triton.tiles.packed_sums import CHUNK, sums_packed
+from octavo.kernels.triton.tiles.packed_sums import CHUNK, sums_of_words, sums_packed, words_of
 
 
 @launchable
@@ -113,17 +113,33 @@ def down_and_combine_packed_kernel(
     weight = tl.load(weights_P + pair, mask=is_here, other=0.0)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_column = column < hidden_size
-    wait_turn(OVERLAP)
-    announce(OVERLAP)
     first = tl.where(is_here, expert, 0).to(tl.int64) * hidden_size
     row = first[None, :] + tl.where(is_column, column, 0)[:, None]
     rows = hidden_PF + tl.where(is_here, pair, 0).to(tl.int64) * inner_size
     total = tl.zeros([BLOCK_N, CHOICES, WORDS // CHUNK], tl.float32)
-    for start in range(0, inner_size, WORDS * parts_of(FORMAT)):
-        total = sums_packed(
-            *(total, down, row[:, :, None], rows[None, :, None], is_here[None, :, None]),
-            *(start, inner_size, WORDS, FORMAT),
-        )
+    STEP: tl.constexpr = WORDS * parts_of(FORMAT)
+    there = is_here[None, :, None]
+    # As in `packed_matvec_kernel`; which experts were chosen was known before the last kernel.
+    IS_EARLY: tl.constexpr = parts_of(FORMAT) == 2
+    if IS_EARLY:
+        words, high = words_of(down, row[:, :, None], there, 0, inner_size, WORDS, FORMAT)
+    wait_turn(OVERLAP)
+    announce(OVERLAP)
+    for start in range(0, inner_size, STEP):
+        if IS_EARLY:
+            following = words_of(
+                down, row[:, :, None], there, start + STEP, inner_size, WORDS, FORMAT
+            )
+            total = sums_of_words(
+                *(total, words, high, down, row[:, :, None], rows[None, :, None], there),
+                *(start, inner_size, WORDS, FORMAT),
+            )
+            words, high = following
+        else:
+            total = sums_packed(
+                *(total, down, row[:, :, None], rows[None, :, None], there),
+                *(start, inner_size, WORDS, FORMAT),
+            )
     of_choice = scaled_rows(tl.sum(total, 2), down, row, FORMAT)
     out = tl.sum(of_choice * weight[None, :], 1)
     at = out_TM + token.to(tl.int64) * hidden_size + column

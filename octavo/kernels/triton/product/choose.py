@@ -13,18 +13,19 @@ from octavo.kernels.inputs import NormInput
 from octavo.kernels.planes import Planes
 from octavo.kernels.triton.product.fp8 import fp8_product
 from octavo.kernels.triton.product.hopper import fp8 as hopper_fp8
-from octavo.kernels.triton.product.hopper import ring
+from octavo.kernels.triton.product.hopper import fp8_few, ring
 from octavo.kernels.triton.product.linear import product
 from octavo.kernels.triton.product.matvec import matvec
 from octavo.kernels.triton.product.packed import packed_matvec, packed_product, unpack
 from octavo.kernels.triton.product.packed_shapes import (
+    few_shape,
     fp8_shape,
     packed_shape,
     ring_shape,
     sums_shape,
 )
 from octavo.kernels.triton.small.norm_quantize import norm_quantize
-from octavo.kernels.triton.small.quantize import quantize_rows
+from octavo.kernels.triton.small.quantize import Fp8Rows, quantize_rows
 from octavo.kernels.triton.tiles.fp8 import BLOCK_COLUMNS
 from octavo.kernels.triton.tuning.shapes import Shapes
 from octavo.kernels.weights import Weight
@@ -36,7 +37,7 @@ Above, and for row counts that 8 divides, cuBLAS gave Triton's bits in all but o
 
 FP8_TOKENS = 256
 """From here on activations are rounded to FP8 where weights are FP8 with a scale a row or, on
-Hopper, one for each 128 columns."""
+Hopper, one for each 128 columns; there fewer are, too, in products made for them."""
 
 
 def multiply(
@@ -68,6 +69,11 @@ def multiply(
         torch.addmm(bias_N.to(x_TM.dtype), x_TM, matrix_NM.T, out=out_TN)
 
 
+def rounds_few(x_TM: Tensor, planes: Planes, layout: PlaneLayout, *, is_by_tile: bool) -> bool:
+    """Whether x, of few rows but more than one, is rounded to FP8, 128 columns at a time."""
+    return 1 < len(x_TM) < FP8_TOKENS and fp8_few.fits(x_TM, planes, layout, is_by_tile=is_by_tile)
+
+
 def rounds_blocks(x_TM: Tensor, planes: Planes, layout: PlaneLayout) -> bool:
     """Whether x is rounded to FP8, 128 columns at a time, before it meets a weight whose scales
     tiles share."""
@@ -92,6 +98,9 @@ def multiply_packed(
     if is_deterministic:
         shape = packed_shape(num_tokens, layout)
         packed_product(x_TM, planes, layout, bias_N, out_TN, shape)
+    elif rounds_few(x_TM, planes, layout, is_by_tile=is_by_tile):
+        rows = quantize_rows(x_TM, layout.padded(length), by_block=True)
+        _multiply_few(rows, planes, layout, bias_N, out_TN, tickets)
     elif is_by_tile and rounds_blocks(x_TM, planes, layout):
         rows = quantize_rows(x_TM, layout.padded(length), by_block=True)
         hopper_fp8.hopper_fp8_product_of(rows, planes, layout, bias_N, out_TN)
@@ -113,17 +122,33 @@ def multiply_packed(
         packed_product(x_TM, planes, layout, bias_N, out_TN, shape)
 
 
+def _multiply_few(
+    rows: Fp8Rows,
+    planes: Planes,
+    layout: PlaneLayout,
+    bias_N: Tensor | None,
+    out_TN: Tensor,
+    tickets: Tensor | None,
+) -> None:
+    num_tokens, padded = rows.numbers.shape
+    shape = few_shape(num_tokens, len(planes.codes), padded // BLOCK_COLUMNS)
+    fp8_few.fp8_few_product(rows, planes, layout, bias_N, out_TN, shape, tickets)
+
+
 def takes_normed(rows: NormInput, weight: Weight) -> bool:
     """Whether `norm_fp8_product` serves rows and a weight."""
     planes, layout = weight.planes, weight.layout
-    if planes is None or layout is None or not weight.is_by_tile or weight.cols % BLOCK_COLUMNS:
+    if planes is None or layout is None or weight.cols % BLOCK_COLUMNS:
         return False
-    is_here = rows.ranks is None or rows.ranks.size == 1
-    return is_here and rounds_blocks(rows.residual_TM, planes, layout)
+    if rows.ranks is not None and rows.ranks.size != 1:
+        return False
+    if rounds_few(rows.residual_TM, planes, layout, is_by_tile=weight.is_by_tile):
+        return True
+    return weight.is_by_tile and rounds_blocks(rows.residual_TM, planes, layout)
 
 
 def norm_fp8_product(
-    rows: NormInput, weight: Weight, bias_N: Tensor | None
+    rows: NormInput, weight: Weight, bias_N: Tensor | None, tickets: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Returns normed rows @ weight.T (+ bias), the rows rounded within the norm, and the
     residual."""
@@ -135,5 +160,8 @@ def norm_fp8_product(
     else:
         made = norm_quantize(rows.x_TM, residual, rows.weight_M, rows.eps)
     out = residual.new_empty((len(residual), weight.rows))
+    if len(residual) < FP8_TOKENS:
+        _multiply_few(made, weight.planes, weight.layout, bias_N, out, tickets)
+        return out, residual
     hopper_fp8.hopper_fp8_product_of(made, weight.planes, weight.layout, bias_N, out)
     return out, residual

@@ -188,3 +188,35 @@ def fp8_shape(num_tokens: int) -> Fp8Shape:
     if num_tokens <= 64:
         return Fp8Shape(block_t=64, block_n=128, block_k=128, num_warps=4, num_stages=4)
     return Fp8Shape(block_t=128, block_n=256, block_k=128, num_warps=8, num_stages=3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FewShape:
+    """The launch shape of a product of FP8 with FP8 and few tokens on Hopper."""
+
+    tokens: int
+    stages: int
+    """Tiles of codes that there is room for."""
+    splits: int
+    """Programs that share a sum."""
+
+
+FEW_ROWS = 64
+"""Of a program of `hopper/fp8_few.py`."""
+FEW_COLUMNS = 128
+"""Of its tiles."""
+FEW_BYTES = 208 << 10
+"""Of the tiles and scales of a program."""
+
+
+def few_shape(num_tokens: int, num_rows: int, steps: int) -> FewShape:
+    """Returns the launch shape: all codes of a program are on their way at once where they fit."""
+    tokens = max(8, min(64, next_power_of_2(num_tokens)))
+    programs = -(-num_tokens // tokens) * (num_rows // FEW_ROWS)
+    splits = 1
+    while programs * splits <= 64 and steps % (2 * splits) == 0 and steps // splits > 8:
+        splits *= 2
+    steps //= splits
+    scales = 4 * tokens * next_power_of_2(max(16, steps))
+    room = (FEW_BYTES - scales) // ((FEW_ROWS + tokens) * FEW_COLUMNS)
+    return FewShape(tokens=tokens, stages=min(steps, room, 16), splits=splits)

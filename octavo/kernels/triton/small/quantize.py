@@ -15,7 +15,7 @@ from torch import Tensor
 
 from octavo.kernels.triton.launching.chip import next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
-from octavo.kernels.triton.launching.overlap import launch_options, wait_turn
+from octavo.kernels.triton.launching.overlap import announce, launch_options, wait_turn
 from octavo.kernels.triton.tiles.fp8 import (
     BLOCK_COLUMNS,
     RUN,
@@ -23,6 +23,9 @@ from octavo.kernels.triton.tiles.fp8 import (
     rounded_words,
     store_words,
 )
+
+ANNOUNCED_TOKENS = 256
+"""Up to so many the next kernel may come early: with more it takes room from the rows' programs."""
 
 
 class Fp8Rows(NamedTuple):
@@ -60,6 +63,7 @@ def quantize_kernel(
     TOP_K: tl.constexpr,
     BLOCKS: tl.constexpr,
     BY_BLOCK: tl.constexpr,
+    ANNOUNCE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Quantises a row, with one scale or with one for each block of its columns.
@@ -68,6 +72,7 @@ def quantize_kernel(
     that is -1.
     """
     wait_turn(OVERLAP)
+    announce(ANNOUNCE and OVERLAP)
     source = tl.program_id(0).to(tl.int64)
     column = columns_of_blocks(BLOCKS)
     at = x_TM + source * length + column
@@ -104,6 +109,7 @@ def quantize_rows(
         TOP_K=0 if places_P is None else num_rows // num_tokens,
         BLOCKS=next_power_of_2(padded // BLOCK_COLUMNS),
         BY_BLOCK=by_block,
+        ANNOUNCE=num_tokens <= ANNOUNCED_TOKENS,
         num_warps=warps_of(padded),
         **launch_options(x_TM.device),
     )

@@ -109,11 +109,11 @@ types |= dict.fromkeys((*numbers, "columns"), "i32")
 def build(shape, is_gated, by_block, by_tile=True):
     box = shape.rows if shape.is_few else 64
     types["x"] = f"tensordesc<fp8e4nv[{box},128],{TILE_LAYOUT!r}>"
-    types["first"] = types["second"] = f"tensordesc<fp8e4nv[128,128],{TILE_LAYOUT!r}>"
+    types["first"] = types["second"] = f"tensordesc<fp8e4nv[{shape.box},128],{TILE_LAYOUT!r}>"
     types["out"] = "*fp8e4nv" if is_gated and by_block else "*bf16"
     values = {"ROWS": shape.rows, "STAGES": shape.stages, "IS_FEW": shape.is_few, "OVERLAP": 1}
     values |= {"IS_GATED": is_gated, "BY_BLOCK": by_block, "BY_TILE": by_tile}
-    values |= {"REGISTERS": fp8.PRODUCER_REGISTERS}
+    values |= {"REGISTERS": fp8.PRODUCER_REGISTERS, "AT_ONCE": shape.at_once}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     at = {(kernel.arg_names.index(name),): value for name, value in values.items()}
     source = GluonASTSource(kernel, signature, at)

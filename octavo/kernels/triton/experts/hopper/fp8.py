@@ -68,8 +68,8 @@ def _piece(unit, columns, work):
 
 @gluon.jit
 def _produce(
-    IS_GATED: gl.constexpr, OVERLAP: gl.constexpr, x, first, second, num_rows, steps, columns,
-    units, work, rings,
+    IS_GATED: gl.constexpr, AT_ONCE: gl.constexpr, OVERLAP: gl.constexpr, x, first, second,
+    num_rows, steps, columns, units, work, rings,
 ):  # fmt: skip
     """Keeps the rings full. Weights and blocks were there before the kernel before this one."""
     base = units * 0
@@ -77,10 +77,13 @@ def _produce(
         expert, row, _, column = _piece(unit, columns, work)
         if IS_GATED:
             at = expert * num_rows + column * TILE
-            bring(x, first, second, row, at, at, steps, base, rings, OVERLAP)
+            bring(x, first, second, row, at, at, steps, base, rings, OVERLAP, AT_ONCE)
         else:
             at = expert * num_rows + column * (2 * TILE)
-            bring(x, first, second, row, at, at + TILE, steps, base, rings, OVERLAP)
+            bring(
+                *(x, first, second, row, at, at + TILE, steps, base, rings),
+                *(OVERLAP, AT_ONCE),
+            )
         base += steps
     if OVERLAP:
         gdc_wait()
@@ -169,6 +172,7 @@ def fp8_pieces_kernel(
     columns,
     ROWS: gl.constexpr,
     STAGES: gl.constexpr,
+    AT_ONCE: gl.constexpr,
     IS_FEW: gl.constexpr,
     IS_GATED: gl.constexpr,
     BY_BLOCK: gl.constexpr,
@@ -196,7 +200,7 @@ def fp8_pieces_kernel(
         gl.warp_specialize(
             [
                 (_consume, (0, ROWS, IS_FEW, IS_GATED, BY_BLOCK, BY_TILE, OVERLAP) + rest),
-                (_produce, (IS_GATED, OVERLAP) + source),
+                (_produce, (IS_GATED, AT_ONCE, OVERLAP) + source),
             ],
             [1],
             [REGISTERS],
@@ -206,7 +210,7 @@ def fp8_pieces_kernel(
             [
                 (_consume, (0, ROWS, IS_FEW, IS_GATED, BY_BLOCK, BY_TILE, OVERLAP) + rest),
                 (_consume, (1, ROWS, IS_FEW, IS_GATED, BY_BLOCK, BY_TILE, OVERLAP) + rest),
-                (_produce, (IS_GATED, OVERLAP) + source),
+                (_produce, (IS_GATED, AT_ONCE, OVERLAP) + source),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, REGISTERS],
@@ -220,13 +224,17 @@ class PiecesShape:
     rows: int
     stages: int
     is_few: bool
+    box: int = 128
+    """Rows of weights that are asked for at once."""
+    at_once: int = 1
+    """Steps whose weights are asked for together."""
     max_registers: int | None = None
     """Of a thread. Half of what there are let a program come while the kernel before still runs."""
 
 
 SHAPES = (
-    PiecesShape(rows=16, stages=6, is_few=True, max_registers=128),
-    PiecesShape(rows=32, stages=5, is_few=True, max_registers=128),
+    PiecesShape(rows=16, stages=6, is_few=True, box=32, at_once=2, max_registers=128),
+    PiecesShape(rows=32, stages=5, is_few=True, box=32, at_once=2, max_registers=128),
     PiecesShape(rows=64, stages=5, is_few=False),
     PiecesShape(rows=128, stages=4, is_few=False),
 )
@@ -323,8 +331,8 @@ def _launch(
     units = num_blocks * columns
     fp8_pieces_kernel[(min(units, num_processors(out.device)),)](
         tiles_of(x.numbers, shape.rows if shape.is_few else HALF.value),
-        tiles_of(first.codes),
-        tiles_of(second.codes),
+        tiles_of(first.codes, shape.box),
+        tiles_of(second.codes, shape.box),
         x.scales,
         first.scales,
         second.scales,
@@ -342,6 +350,7 @@ def _launch(
         columns,
         ROWS=shape.rows,
         STAGES=shape.stages,
+        AT_ONCE=shape.at_once,
         IS_FEW=shape.is_few,
         IS_GATED=is_gated,
         BY_BLOCK=experts.is_by_block,

@@ -47,7 +47,7 @@ def _bring_all(x, weight, columns, steps, blocks, rings, OVERLAP: gl.constexpr):
     for unit in range(gl.program_id(0), blocks * columns, gl.num_programs(0)):
         block, column = place_of(unit, blocks, columns)
         rows = block * ROWS, column * (2 * TILE), column * (2 * TILE) + TILE
-        bring(x, weight, weight, *rows, steps, base, rings, OVERLAP)
+        bring(x, weight, weight, *rows, steps, base, rings, OVERLAP, 1)
         base += steps
     if OVERLAP:
         gdc_wait()

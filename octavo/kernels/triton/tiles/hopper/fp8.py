@@ -73,17 +73,40 @@ def place_of(unit, blocks, columns):
 
 
 @gluon.jit
-def _bring_weights(first, second, first_row, second_row, step, slot, rings):
-    """Asks for a step's tiles of weights, and says how much all of the step's will be."""
+def _in_boxes(ring, BOX: gl.constexpr):
+    """Returns a ring of tiles as boxes of so many rows."""
+    tile: gl.constexpr = gl.NVMMASharedLayout(128, 8, 2)
+    COUNT: gl.constexpr = ring.shape[0] * (TILE // BOX)
+    return ring._reinterpret(ring.dtype, [COUNT, BOX, TILE], tile)
+
+
+@gluon.jit
+def _bring_weights(
+    first, second, first_row, second_row, step, base, rings, COUNT: gl.constexpr
+):  # fmt: skip
+    """Asks for the weights' tiles of COUNT steps, and says how much all of a step's will be: boxes
+    of the same rows one after the other, since memory has them in one piece."""
     x_ring, first_ring, second_ring, full, _ = rings
-    BOXES: gl.constexpr = x_ring.shape[0] // first_ring.shape[0]
+    S: gl.constexpr = first_ring.shape[0]
+    BOXES: gl.constexpr = x_ring.shape[0] // S
     BYTES: gl.constexpr = (x_ring.shape[1] * BOXES + 2 * TILE) * TILE
-    barrier = full.index(slot)
-    mbarrier.expect(barrier, BYTES)
-    at = [first_row, step * TILE]
-    tma.async_copy_global_to_shared(first, at, barrier, first_ring.index(slot))
-    at = [second_row, step * TILE]
-    tma.async_copy_global_to_shared(second, at, barrier, second_ring.index(slot))
+    BOX: gl.constexpr = first.block_shape[0]
+    PIECES: gl.constexpr = TILE // BOX
+    for one in gl.static_range(COUNT):
+        mbarrier.expect(full.index((base + step + one) % S), BYTES)
+    of_first, of_second = _in_boxes(first_ring, BOX), _in_boxes(second_ring, BOX)
+    for piece in range(PIECES):
+        for one in gl.static_range(COUNT):
+            slot = (base + step + one) % S
+            at = [first_row + piece * BOX, (step + one) * TILE]
+            to = of_first.index(slot * PIECES + piece)
+            tma.async_copy_global_to_shared(first, at, full.index(slot), to)
+    for piece in range(PIECES):
+        for one in gl.static_range(COUNT):
+            slot = (base + step + one) % S
+            at = [second_row + piece * BOX, (step + one) * TILE]
+            to = of_second.index(slot * PIECES + piece)
+            tma.async_copy_global_to_shared(second, at, full.index(slot), to)
 
 
 @gluon.jit
@@ -98,25 +121,43 @@ def _bring_x(x, row, step, slot, rings):
 
 
 @gluon.jit
-def bring(x, first, second, row, first_row, second_row, steps, base, rings, HAS_TURN: gl.constexpr):
-    """Brings the tiles of a piece; `base`: steps brought before. At first there are weights, and
-    then, where it HAS_TURN, this kernel's turn."""
+def _bring_steps(
+    x, first, second, row, first_row, second_row, step, base, rings, COUNT: gl.constexpr
+):  # fmt: skip
+    """Asks for all of COUNT steps, as soon as there is room."""
     _, first_ring, _, _, empty = rings
+    S: gl.constexpr = first_ring.shape[0]
+    for one in gl.static_range(COUNT):
+        number = base + step + one
+        mbarrier.wait(empty.index(number % S), number // S & 1 ^ 1)
+    _bring_weights(first, second, first_row, second_row, step, base, rings, COUNT)
+    for one in gl.static_range(COUNT):
+        _bring_x(x, row, step + one, (base + step + one) % S, rings)
+
+
+@gluon.jit
+def bring(
+    x, first, second, row, first_row, second_row, steps, base, rings, HAS_TURN: gl.constexpr,
+    COUNT: gl.constexpr,
+):  # fmt: skip
+    """Brings the tiles of a piece, COUNT steps at a time; `base`: steps brought before. At first
+    there are weights, and then, where it HAS_TURN, this kernel's turn."""
+    _, first_ring, _, _, _ = rings
     S: gl.constexpr = first_ring.shape[0]
     ahead = base * 0
     if base == 0:
-        ahead = gl.minimum(steps, S)
-        for step in range(ahead):
-            _bring_weights(first, second, first_row, second_row, step, step, rings)
+        ahead = gl.minimum(steps, S // COUNT * COUNT) // COUNT * COUNT
+        for step in range(0, ahead, COUNT):
+            _bring_weights(first, second, first_row, second_row, step, base, rings, COUNT)
         if HAS_TURN:
             gdc_wait()
         for step in range(ahead):
             _bring_x(x, row, step, step, rings)
-    for step in range(ahead, steps):
-        slot = (base + step) % S
-        mbarrier.wait(empty.index(slot), (base + step) // S & 1 ^ 1)
-        _bring_weights(first, second, first_row, second_row, step, slot, rings)
-        _bring_x(x, row, step, slot, rings)
+    whole = steps // COUNT * COUNT
+    for step in range(ahead, whole, COUNT):
+        _bring_steps(x, first, second, row, first_row, second_row, step, base, rings, COUNT)
+    for step in range(whole, steps):
+        _bring_steps(x, first, second, row, first_row, second_row, step, base, rings, 1)
 
 
 @gluon.constexpr_function
