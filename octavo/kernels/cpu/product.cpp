@@ -12,17 +12,19 @@ namespace {
 
 constexpr int64_t kSpan = 768;        // columns of a tile that stay in the first cache
 constexpr int64_t kTokenBlock = 64;   // tokens whose unfinished sums are kept between spans
+constexpr int64_t kShortRow = 4096;   // bytes of a row of numbers that is better read alone
 
-// Few tokens: N weight rows are read once from memory, for all M tokens.
+// Few tokens: N weight rows are read once from memory, for all M tokens; what lies `ahead` bytes
+// behind is asked for.
 template <class F, int M, int N>
-inline void stream_tile(const float* const* x, const Matrix& matrix, const uint8_t* w, float* out,
-                        int64_t out_stride) {
+inline void stream_tile(const float* const* x, const Matrix& matrix, const uint8_t* w,
+                        int64_t ahead, float* out, int64_t out_stride) {
   Lanes acc[M][N];
   for (int m = 0; m < M; ++m) {
     for (int n = 0; n < N; ++n) acc[m][n] = zeros();
   }
   const int64_t row_bytes = matrix.row_bytes, cols = matrix.cols;
-  const int64_t groups = cols / 32, ahead = N * row_bytes;
+  const int64_t groups = cols / 32;
   const int64_t group_bytes = row_bytes / (groups ? groups : 1);
   typename StateOf<F>::Type states[N];
   for (int64_t g = 0; g < groups; ++g) {
@@ -57,12 +59,16 @@ void stream(const float* const* x, const Matrix& w, int64_t first, int64_t count
             int64_t out_stride) {
   constexpr int N = M == 4 ? 3 : 4;
   const uint8_t* row = w.data + first * w.row_bytes;
-  int64_t n = 0;
-  for (; n + N <= count; n += N) {
-    stream_tile<F, M, N>(x, w, row + n * w.row_bytes, out + n, out_stride);
+  int64_t n = 0, ahead = w.row_bytes;
+  if (M == 1 && !F::kBlocks && w.row_bytes <= kShortRow) {
+    ahead = kShortRow;  // four short streams that jump, the memory's own prefetcher cannot follow
+  } else {
+    for (; n + N <= count; n += N) {
+      stream_tile<F, M, N>(x, w, row + n * w.row_bytes, N * w.row_bytes, out + n, out_stride);
+    }
   }
   for (; n < count; ++n) {
-    stream_tile<F, M, 1>(x, w, row + n * w.row_bytes, out + n, out_stride);
+    stream_tile<F, M, 1>(x, w, row + n * w.row_bytes, ahead, out + n, out_stride);
   }
 }
 
