@@ -33,10 +33,10 @@ def test_two_ranks_draw_the_tokens_of_one(
     meeting = Meeting("127.0.0.1", SIZE)
     command = [sys.executable, "-m", "tests.engine.ranks_over_peers", meeting.address]
     with subprocess.Popen([*command, str(tmp_path), str(model), layout]) as other:
-        ranks = MappedRanks(meeting, 0, tmp_path)
-        try:
+        try:  # whoever fails to meet it must not wait for its end
+            ranks = MappedRanks(meeting, 0, tmp_path)
             two = tokens_of(model, ranks, layout)
-        finally:
             ranks.abort()
+        finally:
             other.kill()
     assert two == tokens_of(model, ALONE, layout)

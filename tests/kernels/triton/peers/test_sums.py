@@ -35,11 +35,11 @@ def ranks(tmp_path: Path) -> Iterator[MappedRanks]:
     meeting = Meeting("127.0.0.1", SIZE)
     command = [sys.executable, "-m", "tests.kernels.triton.peers.two_ranks"]
     with subprocess.Popen([*command, meeting.address, str(tmp_path)]) as other:
-        found = MappedRanks(meeting, 0, tmp_path)
-        try:
+        try:  # whoever fails to meet it must not wait for its end
+            found = MappedRanks(meeting, 0, tmp_path)
             yield found
-        finally:
             found.abort()
+        finally:
             other.kill()
 
 
@@ -65,13 +65,13 @@ def test_four_ranks_push_few_rows_and_leave_many_to_the_library(
     command = [sys.executable, "-m", "tests.kernels.triton.peers.four_ranks"]
     command += [meeting.address, str(tmp_path)]
     others = [subprocess.Popen([*command, str(rank)]) for rank in range(1, four_ranks.SIZE)]
-    ranks = MappedRanks(meeting, 0, tmp_path)
     try:
+        ranks = MappedRanks(meeting, 0, tmp_path)
         for one in four_ranks.all_sums(ranks):
             for found, expected in zip(one.found, one.expected, strict=True):
                 assert torch.equal(found, expected), one.name
-    finally:
         ranks.abort()
+    finally:
         for other in others:
             other.kill()
             other.wait()
