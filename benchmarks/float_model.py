@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from octavo.config import EngineConfig
+from octavo.engine.load import MAX_SAMPLE
+from octavo.engine.sample_text import SAMPLE_TEXT
 from octavo.engine.tokenizer import find_tokenizer
 from octavo.formats import WEIGHT_FORMATS, kv_formats
 from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
@@ -29,6 +31,7 @@ from octavo.models.decoder import Decoder
 from octavo.models.family import weight_shapes
 from octavo.models.load_decoder import load_decoder
 from octavo.models.registry import read_spec
+from octavo.models.sampled_keys import learn, with_room
 from octavo.visibility import Chunk, Full, Window
 from octavo.weights.hub import resolve_model
 from octavo.weights.loader import open_source
@@ -148,8 +151,11 @@ class FloatModel:
         )
         self.device = device
         self.ops = PlainOps(torch.get_num_threads())
-        self.decoder: Decoder = load_decoder(spec, family, placement, self.ops, MAX_TOKENS)
+        decoder: Decoder = load_decoder(spec, family, placement, self.ops, MAX_TOKENS)
+        self.decoder = with_room(decoder, device)
         self._tokenizer = find_tokenizer(config, files)
+        ids = self.ids(SAMPLE_TEXT)[:MAX_SAMPLE]
+        self.hidden(ids, self.storage("float32", len(ids)), len(ids), learn)
 
     def ids(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text))
@@ -158,8 +164,15 @@ class FloatModel:
         groups = group_layers(self.decoder.spec.kv_specs(kv_formats(formats)))
         return KVStorage(groups, len(groups) * (-(-num_tokens // BLOCK) + 1), BLOCK, self.device)
 
-    def hidden(self, ids: Sequence[int], storage: KVStorage, chunk: int) -> Tensor:
-        """Returns normed hidden states [T, M], read `chunk` tokens at a time."""
+    def hidden(
+        self,
+        ids: Sequence[int],
+        storage: KVStorage,
+        chunk: int,
+        look: Callable[[AttentionOp, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Returns normed hidden states [T, M], read `chunk` tokens at a time; `look`: see
+        `Forward`."""
         spec = self.decoder.spec
         shape = len(spec.moe_layers), max(spec.max_experts, 1)
         counts = torch.zeros(shape, dtype=torch.int64, device=self.device)
@@ -169,6 +182,7 @@ class FloatModel:
                 batches(storage, at, min(at + chunk, len(ids))),
                 storage,
                 counts,
+                look=look,
             )
             for at in range(0, len(ids), chunk)
         ]

@@ -160,8 +160,8 @@ class KVFormat:
 
     @property
     def mixes_keys(self) -> bool:
-        """Whether keys do: steps of equal size want numbers of like size. Values would have to
-        come back from it, for less."""
+        """Whether keys do, balanced or not (`KeyChange`): steps of equal size want numbers of like
+        size. Values would have to come back from it, for less."""
         return self.name.startswith("int")
 
     def num_scales(self, size: int) -> int:

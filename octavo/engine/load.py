@@ -20,7 +20,9 @@ from octavo.engine.executor import start_ranks
 from octavo.engine.memory import as_shared, plan_model, weights_dtype, with_others
 from octavo.engine.prefixes import model_identity
 from octavo.engine.rank_transport import RankTransport, RemoteRanks
-from octavo.errors import CapacityError
+from octavo.engine.sample_text import SAMPLE_TEXT
+from octavo.errors import CapacityError, ModelNotFoundError
+from octavo.formats import kv_formats
 from octavo.grammar import Guides, Vocabulary
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.models.family import ignorable_names, weight_shapes
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_MASK_THREADS = 8
+MAX_SAMPLE = 512
+"""Tokens of a sample."""
 
 
 def load_core(
@@ -55,7 +59,7 @@ def load_core(
     One of a fleet notes what it holds (`take_changes`).
     Raises ModelError, CapacityError."""
     if config.tensor_parallel_size == 1:
-        runner, plan = load_runner(config, files, ALONE, progress, first_device)
+        runner, plan = load_runner(config, files, ALONE, progress, first_device, tokenizer)
     else:
         as_shared(read_spec(files.config, files.modules)[0], config).of_rank(
             config.tensor_parallel_size
@@ -107,8 +111,10 @@ def load_runner(
     collectives: Collectives,
     progress: Progress = UNWATCHED,
     device_index: int = 0,
+    tokenizer: Tokenizer | None = None,
 ) -> tuple[Runner, MemoryPlan]:
-    """Returns one rank's runner and the plan that all ranks hold themselves to."""
+    """Returns one rank's runner and the plan that all ranks hold themselves to; `tokenizer` is the
+    model's, if this process has it already."""
     spec, family = read_spec(files.config, files.modules)
     spec = as_shared(spec, config)
     check_quantization(config.quantization, files.quantization, is_dummy=files.kind == "config")
@@ -135,10 +141,30 @@ def load_runner(
         return _agreed(plan, collectives)
 
     built = build_runner(
-        config, spec, family, source, plan_with, collectives, progress, device_index
+        *(config, spec, family, source, plan_with, collectives, progress, device_index),
+        partial(sample_ids, config, files, tokenizer),
     )
     return_free_memory()
     return built
+
+
+def sample_ids(
+    config: EngineConfig, files: ModelFiles, tokenizer: Tokenizer | None = None
+) -> list[int]:
+    """Returns the ids of the text from which compressed keys learn what they have in common; none
+    where they are not compressed, weights are made up, or there is no tokenizer."""
+    from octavo.engine.tokenizer import find_tokenizer  # for compressed keys alone
+
+    name = config.kv_cache_dtype
+    is_compressed = name != "auto" and kv_formats(name).key.is_quantized
+    if not is_compressed or files.kind == "config" or config.skip_tokenizer_init:
+        return []
+    try:
+        tokenizer = tokenizer or find_tokenizer(config, files)
+    except ModelNotFoundError as error:
+        logger.info("compressed keys are not centred: %s", error)
+        return []
+    return tokenizer.encode(SAMPLE_TEXT)[:MAX_SAMPLE]
 
 
 def _agreed(plan: MemoryPlan, collectives: Collectives) -> MemoryPlan:

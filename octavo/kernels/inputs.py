@@ -171,6 +171,18 @@ class KVScales:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
+class KeyChange:
+    """What happens to rotated keys before they are mixed and quantised, and to the queries that
+    meet them: k becomes (k - shift) / factor, q becomes q * factor. The softmax does
+    not notice. Keys and queries of other formats stay as they are."""
+
+    shift_KD: Tensor
+    """float32 [K, D]; zeros where there are sinks or a cap, which would notice."""
+    factor_KD: Tensor | None = None
+    """float32 [K, D], above 0. Where there is one, keys of fp8 are mixed too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class AttentionOp:
     """What one layer asks of attention: made once at load, the same at every step."""
 
@@ -188,9 +200,7 @@ class AttentionOp:
     soft_cap: float | None = None
     """Scores s become soft_cap * tanh(s / soft_cap), after `scale`."""
     kv_scales: KVScales | None = None
-    key_shift_KD: Tensor | None = None
-    """float32 [K, D]: may be taken off every rotated key before it is quantised. The softmax does
-    not notice, so that there must be no sinks and no cap."""
+    key_change: KeyChange | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

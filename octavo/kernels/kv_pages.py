@@ -20,19 +20,27 @@ def format_of(layer: KVLayer, name: str) -> KVFormat:
     return stored_format(layer.planes[name])
 
 
-def mixed_as(layer: KVLayer, name: str, x: Tensor) -> Tensor:
-    """Returns x [..., D] float32 in the basis of what plane `name` stores, or back from it."""
+def mixed_as(layer: KVLayer, name: str, x: Tensor, *, is_balanced: bool = False) -> Tensor:
+    """Returns x [..., D] float32 in the basis of what plane `name` stores, or back from it.
+    `is_balanced`: keys are divided by a factor (`KeyChange`)."""
     stored = format_of(layer, name)
-    if not (stored.mixes_keys if name == "key" else stored.is_mixed):
+    mixes_keys = stored.mixes_keys or (stored.is_quantized and is_balanced)
+    if not (mixes_keys if name == "key" else stored.is_mixed):
         return x
     return _by_part(layer.parts, mix, x)
 
 
 def write_vectors(
-    layer: KVLayer, name: str, slots: Tensor, x: Tensor, scale: Tensor | None = None
+    layer: KVLayer,
+    name: str,
+    slots: Tensor,
+    x: Tensor,
+    scale: Tensor | None = None,
+    *,
+    is_balanced: bool = False,
 ) -> None:
     """Writes vectors x [T, ..., D] float32 to the slots int64 [T] of plane `name`; `scale`: see
-    `quantize`."""
+    `quantize`; `is_balanced`: see `mixed_as`."""
     plane = layer.planes[name]
     block_size = plane.shape[1]
     at = slots // block_size, slots % block_size
@@ -40,7 +48,8 @@ def write_vectors(
     if not stored.is_quantized:
         plane[at] = x.to(plane.dtype)
         return
-    parts = _split(mixed_as(layer, name, x), layer.parts)
+    mixed = mixed_as(layer, name, x, is_balanced=is_balanced)
+    parts = _split(mixed, layer.parts)
     numbers, scales = zip(*(quantize(part, stored, scale) for part in parts), strict=True)
     plane.view(torch.uint8)[at] = torch.cat(numbers, dim=-1).view(torch.uint8)
     layer.planes[f"{name}_scale"][at] = torch.cat(scales, dim=-1)

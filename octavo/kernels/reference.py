@@ -195,11 +195,17 @@ class ReferenceOps(Composed):
         scales = (None, None)
         if op.kv_scales is not None:
             scales = (op.kv_scales.key_K[:, None], op.kv_scales.value_K[:, None])
-        if op.key_shift_KD is not None and format_of(layer, "key").is_quantized:
-            k = k - op.key_shift_KD
+        change = op.key_change
+        if change is not None and format_of(layer, "key").is_quantized:
+            k = k - change.shift_KD
+            if change.factor_KD is not None:
+                k = k / change.factor_KD
+                q = q * change.factor_KD.repeat_interleave(op.num_heads // op.num_kv_heads, 0)
+        is_balanced = change is not None and change.factor_KD is not None
         for name, part, scale in zip(("key", "value"), (k, v), scales, strict=True):
-            write_vectors(layer, name, batch.slot_mapping_T, part, scale)
-        return mixed_as(layer, "key", q).contiguous()
+            slots = batch.slot_mapping_T
+            write_vectors(layer, name, slots, part, scale, is_balanced=is_balanced)
+        return mixed_as(layer, "key", q, is_balanced=is_balanced).contiguous()
 
     def _qk_norm(self, x_TN: Tensor, weight: Tensor, norm: QKNorm) -> Tensor:
         if not norm.per_head:

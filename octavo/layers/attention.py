@@ -52,6 +52,8 @@ class Attention:
         if self.temperatures is not None:
             q_TN = qkv_TN[:, : self.op.num_heads * self.op.head_size]
             q_TN *= self.temperatures[batch.positions_T.long()].unsqueeze(1)
+        if forward.look is not None:
+            forward.look(self.op, qkv_TN)
         out_TN = ops.rope_attention(qkv_TN, self.op, kv, batch)
         return ops.linear(out_TN, (self.output,), self.output_bias), residual_TM
 

@@ -6,11 +6,12 @@ they need. Never kept by them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from octavo.kernels.inputs import AttentionBatch, KVLayer
+from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer
 from octavo.kernels.ops import Ops
 from octavo.kv_cache.storage import KVStorage
 from octavo.parallel import Collectives
@@ -29,6 +30,9 @@ class Forward:
     num_live: Tensor | None
     """int32 [1]: tokens from here on pad a captured graph; they go to no expert."""
     collectives: Collectives
+    look: Callable[[AttentionOp, Tensor], None] | None = None
+    """Is shown what each layer of grouped-query attention projects, [T, (H + 2 K) D] before the
+    norms and the rotation of its op."""
 
     @property
     def in_parts(self) -> bool:

@@ -85,9 +85,17 @@ def _yarn(spec: RopeSpec, frequencies: Tensor) -> Tensor:
 def mean_rotated(x_KD: Tensor, rope: RopeTable) -> Tensor:
     """Returns the mean of a vector that is rotated as if it stood at each of the first
     MEAN_POSITIONS positions: slow dimensions keep it, fast ones lose it."""
-    half = rope.rotary_dim // 2
-    cos, sin = (table[:MEAN_POSITIONS].mean(0) for table in (rope.cos, rope.sin))
-    low, high, rest = x_KD.float().split([half, half, x_KD.shape[-1] - 2 * half], dim=-1)
+    return _turned(x_KD, rope.cos[:MEAN_POSITIONS].mean(0), rope.sin[:MEAN_POSITIONS].mean(0))
+
+
+def rotated(x_TKD: Tensor, rope: RopeTable) -> Tensor:
+    """Returns x [T, K, D] rotated as at positions 0..T - 1."""
+    return _turned(x_TKD, rope.cos[: len(x_TKD), None], rope.sin[: len(x_TKD), None])
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1]
+    low, high, rest = x.float().split([half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=-1)
 
 

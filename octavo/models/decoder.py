@@ -6,12 +6,13 @@ layer. Everything about a step comes in as arguments.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from octavo.kernels.inputs import AttentionBatch, HeldParts, whole
+from octavo.kernels.inputs import AttentionBatch, AttentionOp, HeldParts, whole
 from octavo.kernels.ops import Ops
 from octavo.kernels.weights import Weight
 from octavo.kv_cache.storage import KVStorage
@@ -63,12 +64,13 @@ class Decoder:
         storage: KVStorage,
         expert_counts_LE: Tensor,
         num_live: Tensor | None = None,
+        look: Callable[[AttentionOp, Tensor], None] | None = None,
     ) -> Tensor:
         """Returns normed hidden states [T, M]; writes the step's keys and values.
 
         token_ids_T is int32; `batches` has one entry per KV group of `storage`. The tokens routed
         to each expert are added to expert_counts_LE, integers [MoE layers, experts]. Tokens from
-        num_live (int32 [1]) on pad a captured graph.
+        num_live (int32 [1]) on pad a captured graph. `look`: see `Forward`.
 
         Each rank computes its heads and its part of every MLP, and so a part of each sum that goes
         into the residual; the residual is whole and equal on all ranks.
@@ -80,6 +82,7 @@ class Decoder:
             expert_counts_LE=expert_counts_LE,
             num_live=num_live,
             collectives=self.collectives,
+            look=look,
         )
         x_TM, residual_TM, ranks = None, self._embedded(token_ids_T), None
         for layer in self.layers:

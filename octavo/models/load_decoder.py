@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from octavo.kernels.inputs import AttentionOp, LatentOp, QKNorm, RopeTable
+from octavo.kernels.inputs import AttentionOp, KeyChange, LatentOp, QKNorm, RopeTable
 from octavo.kernels.ops import Ops
 from octavo.kernels.planes import Planes, values_of
 from octavo.kernels.reference import dequantize_rows
@@ -234,7 +234,7 @@ class _Loader:
                 qk_norm=None if is_early else qk_norm,
                 sinks_H=self.vector("sinks", layer, heads) if spec.has_sinks else None,
                 soft_cap=spec.soft_cap,
-                key_shift_KD=self.key_shift(spec, biases),
+                key_change=self.key_change(spec, biases),
             ),
             qkv=weights,
             output=self.matrix("o", layer, spec.output_split),
@@ -245,15 +245,16 @@ class _Loader:
             output_bias=o_bias,
         )
 
-    def key_shift(self, spec: AttentionSpec, biases: list[Tensor]) -> Tensor | None:
+    def key_change(self, spec: AttentionSpec, biases: list[Tensor]) -> KeyChange | None:
         """Returns what of the keys' bias is the same at all positions, where nothing but the
         rotation comes between the bias and the softmax: what is large in all keys of a model is
-        mostly that."""
+        mostly that. A sample says more (`octavo.models.sampled_keys`)."""
         is_plain = spec.qk_norm is None and spec.clip_qkv is None
         is_plain = is_plain and not spec.has_sinks and spec.soft_cap is None
         if not biases or not is_plain or spec.rope is None:
             return None
-        return mean_rotated(biases[1].view(-1, spec.head_size), self.ropes[spec.rope])
+        bias_KD = biases[1].view(-1, spec.head_size)
+        return KeyChange(shift_KD=mean_rotated(bias_KD, self.ropes[spec.rope]))
 
     def qk_norm(self, spec: AttentionSpec, layer: int) -> QKNorm | None:
         if spec.qk_norm is None:

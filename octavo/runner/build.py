@@ -28,6 +28,7 @@ from octavo.models.decoder import Decoder
 from octavo.models.family import Family
 from octavo.models.kv_scales import with_kv_scales
 from octavo.models.load_decoder import load_decoder
+from octavo.models.sampled_keys import LEAST_TOKENS, with_room
 from octavo.models.spec import ModelSpec
 from octavo.observe.progress import UNWATCHED, Progress
 from octavo.parallel import ALONE, Collectives
@@ -38,6 +39,7 @@ from octavo.runner.graphs import StepGraphs
 from octavo.runner.host import host_equipment
 from octavo.runner.model_runner import ModelRunner
 from octavo.runner.rehearsal import Rehearsal
+from octavo.runner.sample_keys import learn_keys
 from octavo.runner.sampler import Sampler
 from octavo.runner.transfer import make_transfer
 from octavo.runner.warm_up import (
@@ -68,12 +70,14 @@ def build_runner(
     collectives: Collectives = ALONE,
     progress: Progress = UNWATCHED,
     device_index: int = 0,
+    sample: Callable[[], Sequence[int]] = tuple,
 ) -> tuple[Runner, MemoryPlan]:
     """Returns a rank's runner with weights loaded, and the plan that it holds itself to.
 
-    `device_index` counts the GPUs that this process sees. Sets torch's threads for the whole
-    process, to what the chosen ops leave it. Raises ConfigError if no back end fits and
-    WeightsError on a broken tensor.
+    `device_index` counts the GPUs that this process sees; `sample` returns the ids of a text from
+    which compressed keys learn what they have in common, on a CPU so far. Sets torch's
+    threads for the whole process, to what the chosen ops leave it. Raises ConfigError if no back
+    end fits and WeightsError on a broken tensor.
     """
     rank, size = collectives.rank, collectives.size
     device = select_device(config.device, device_index)
@@ -114,7 +118,7 @@ def build_runner(
     if backend.builds is not None:
         backend.builds.tell_builds(progress)
     if backend.sampling is None:
-        return _host_runner(config, plan, decoder, backend.recorder), plan
+        return _host_runner(config, plan, decoder, backend.recorder, sample()), plan
     runner, rehearsal = _device_runner(config, plan, decoder, backend.sampling, needs.device)
     if needs.device.type == "cuda":
         warm_up(rehearsal, config, plan, spec, backend.builds, needs.num_threads)
@@ -133,11 +137,22 @@ def build_runner(
 
 
 def _host_runner(
-    config: EngineConfig, plan: MemoryPlan, decoder: Decoder, recorder: StepRecorder | None
+    config: EngineConfig,
+    plan: MemoryPlan,
+    decoder: Decoder,
+    recorder: StepRecorder | None,
+    sample_ids: Sequence[int],
 ) -> ModelRunner:
+    device = torch.device("cpu")
     storage = KVStorage(plan.groups, plan.num_chunks, plan.block_size)
     sampler = Sampler(decoder.spec.vocab_size, config.max_num_seqs)
-    attention = _attention_planner(config, plan, decoder, torch.device("cpu"))
+    if len(sample_ids) >= LEAST_TOKENS:
+        began, decoder = time.perf_counter(), with_room(decoder, device)
+        planner = _attention_planner(config, plan, decoder, device)
+        count = learn_keys(decoder, storage, planner, plan, sample_ids)
+        took = time.perf_counter() - began
+        logger.info("keys have learned from %d tokens after %.1f s", count, took)
+    attention = _attention_planner(config, plan, decoder, device)
     return ModelRunner(
         decoder,
         storage,

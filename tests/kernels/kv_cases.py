@@ -59,11 +59,13 @@ def slots_of(paged: PagedKV, sequence: int, length: int) -> Tensor:
     return paged.table[sequence, at // BLOCK].long() * BLOCK + at % BLOCK
 
 
-def stored(paged: PagedKV, name: str, sequence: int, length: int) -> Tensor:
+def stored(
+    paged: PagedKV, name: str, sequence: int, length: int, *, is_balanced: bool = False
+) -> Tensor:
     """Returns [length, K, D]: what the pages mean."""
     blocks = paged.table[sequence, : -(-length // BLOCK)].long()
     vectors = read_vectors(paged.layer, name, blocks).flatten(0, 1)[:length]
-    return mixed_as(paged.layer, name, vectors)
+    return mixed_as(paged.layer, name, vectors, is_balanced=is_balanced)
 
 
 def kv_op(

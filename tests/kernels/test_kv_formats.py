@@ -15,6 +15,7 @@ from octavo.formats import KV_FORMATS, WEIGHT_FORMATS, KVFormat
 from octavo.kernels.inputs import (
     AttentionBatch,
     AttentionOp,
+    KeyChange,
     KVLayer,
     KVScales,
     LatentOp,
@@ -233,10 +234,11 @@ def test_what_all_keys_have_in_common_may_be_taken_off(
     qkv = floats(rng, 50, 8 * 64)
     qkv[:, 4 * 64 : 6 * 64] += shift.flatten()
     results = {}
+    change = KeyChange(shift_KD=shift)
     for name, one in (
         ("float32", op),
         (formats, op),
-        ("shifted", dataclasses.replace(op, key_shift_KD=shift)),
+        ("shifted", dataclasses.replace(op, key_change=change)),
     ):
         stored_as = formats if name == "shifted" else name
         paged = make_stored(rng, [50], (2, 64), stored_as, is_written=False)

@@ -93,7 +93,7 @@ def test_what_is_multiplied_at_once_is_one_stack(tmp_path: Path):
 
 
 SPLIT = re.compile(
-    r"qkv\.|qkv_bias|key_shift|output\.|(mlp|shared)\.(gate_up\.[01]|down)\.data|experts"
+    r"qkv\.|qkv_bias|key_change|output\.|(mlp|shared)\.(gate_up\.[01]|down)\.data|experts"
     r"|qk_norm\.(query|key)$"
 )
 

@@ -66,18 +66,14 @@ void store_plain(int64_t format, const float* x, int64_t size, uint8_t* to) {
   }
 }
 
-// Writes one head's vector to a slot, in the plane's format; x is given away. `shift` is taken off
-// what is quantised.
+// Writes one head's vector to a slot, in the plane's format; x is given away.
 void write(const KVLayer& layer, const KVPlane& plane, int64_t slot, int64_t head,
-           const float* scales, float* x, const float* shift, bool is_mixed) {
+           const float* scales, float* x, bool is_mixed) {
   const int64_t size = layer.head_size, block = slot / layer.block_size;
   const int64_t vector = slot % layer.block_size * layer.kv_heads + head;
   uint8_t* numbers = plane.data + block * plane.stride + vector * number_bytes(plane.format, size);
   if (!is_quantized(plane.format)) return store_plain(plane.format, x, size, numbers);
   uint8_t* to = plane.scales + block * plane.scale_stride + vector * 2 * plane.num_scales;
-  if (shift != nullptr) {
-    for (int64_t i = 0; i < size; ++i) x[i] -= shift[head * size + i];
-  }
   if (is_mixed) mix(x, size);
   write_vector(plane.format, x, size, scales == nullptr ? nullptr : scales + head, numbers, to);
 }
@@ -106,7 +102,8 @@ OCTAVO_API int64_t octavo_add_rms_norm(Pool* pool, const float* x, float* residu
 }
 
 // qkv rows are [heads + 2 * kv_heads][head_size]; q_out is [tokens][heads][head_size]. Without
-// `rope` nothing is rotated. Queries are mixed if keys are.
+// `rope` nothing is rotated. Queries are multiplied by what keys are divided by, and mixed if keys
+// are.
 OCTAVO_API int64_t octavo_rope_and_cache(Pool* pool, const float* qkv, int64_t heads,
                                          const Rope* rope, const QKNorm* norm, const KVLayer* layer,
                                          const Quantizing* quantizing, const AttentionBatch* batch,
@@ -116,6 +113,10 @@ OCTAVO_API int64_t octavo_rope_and_cache(Pool* pool, const float* qkv, int64_t h
   const int64_t width = (heads + 2 * kv_heads) * size, rotary_dim = rope ? rope->rotary_dim : 0;
   const int64_t slots = layer->blocks * layer->block_size;
   const KVPlane &key = layer->key, &value = layer->value;
+  const bool is_changed = is_quantized(key.format);
+  const float* shift = is_changed ? quantizing->key_shift : nullptr;
+  const float* factor = is_changed ? quantizing->key_factor : nullptr;
+  const bool mixes = mixes_keys(key.format, factor != nullptr);
   for (int64_t t = 0; t < batch->tokens; ++t) {
     const int64_t position = batch->positions[t], slot = batch->slot_mapping[t];
     if (position < 0 || slot < 0 || slot >= slots) return BAD_INDEX;
@@ -142,17 +143,25 @@ OCTAVO_API int64_t octavo_rope_and_cache(Pool* pool, const float* qkv, int64_t h
     for (int64_t h = 0; h < heads; ++h) {
       float* to = q_out + (t * heads + h) * size;
       rotate_row(q + h * size, cos, sin, rotary_dim, size, to);
-      if (mixes_keys(key.format)) mix(to, size);
+      if (factor != nullptr) {
+        const float* by = factor + h / (heads / kv_heads) * size;
+        for (int64_t i = 0; i < size; ++i) to[i] *= by[i];
+      }
+      if (mixes) mix(to, size);
     }
     const int64_t slot = batch->slot_mapping[t];
     float* vector = scratch.floats(1, size);
     for (int64_t h = 0; h < kv_heads; ++h) {
       rotate_row(k + h * size, cos, sin, rotary_dim, size, vector);
-      write(*layer, key, slot, h, quantizing->key_scales, vector, quantizing->key_shift,
-            mixes_keys(key.format));
+      if (shift != nullptr) {
+        for (int64_t i = 0; i < size; ++i) vector[i] -= shift[h * size + i];
+      }
+      if (factor != nullptr) {
+        for (int64_t i = 0; i < size; ++i) vector[i] /= factor[h * size + i];
+      }
+      write(*layer, key, slot, h, quantizing->key_scales, vector, mixes);
       std::copy(v + h * size, v + (h + 1) * size, vector);
-      write(*layer, value, slot, h, quantizing->value_scales, vector, nullptr,
-            value.format == KV_INT4);
+      write(*layer, value, slot, h, quantizing->value_scales, vector, value.format == KV_INT4);
     }
   });
   return OK;

@@ -12,8 +12,10 @@ constexpr int64_t kScaled = 32, kPacked = 64;  // numbers of int4: with one scal
 constexpr int64_t kMaxMixed = 128;             // numbers of a Hadamard matrix
 constexpr float kLeastAlong = 1e-30f;          // see kv_codec.LEAST_ALONG
 
-inline bool mixes_keys(int64_t format) { return format == KV_INT8 || format == KV_INT4; }
 inline bool is_quantized(int64_t format) { return format >= KV_FP8; }
+inline bool mixes_keys(int64_t format, bool is_balanced) {
+  return format == KV_INT8 || format == KV_INT4 || (format == KV_FP8 && is_balanced);
+}
 inline int64_t number_bytes(int64_t format, int64_t size) {
   switch (format) {
     case KV_F32: return 4 * size;

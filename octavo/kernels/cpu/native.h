@@ -53,9 +53,9 @@ struct KVLayer {
 };
 
 // What quantising is told: scales of a checkpoint [kv_heads], or null; what is taken off keys first
-// [kv_heads, head_size], or null.
+// and what they are then divided by [kv_heads, head_size], or null.
 struct Quantizing {
-  const float *key_scales, *value_scales, *key_shift;
+  const float *key_scales, *value_scales, *key_shift, *key_factor;
 };
 
 struct AttentionBatch {

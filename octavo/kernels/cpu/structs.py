@@ -58,7 +58,7 @@ class KVLayerStruct(ctypes.Structure):
 
 
 class QuantizingStruct(ctypes.Structure):
-    _fields_ = fields("key_scales*", "value_scales*", "key_shift*")
+    _fields_ = fields("key_scales*", "value_scales*", "key_shift*", "key_factor*")
 
 
 class BatchStruct(ctypes.Structure):
@@ -188,10 +188,11 @@ def _plane_struct(numbers: Tensor, scales: Tensor | None, head_size: int) -> KVP
 
 
 def quantizing_struct(op: AttentionOp) -> QuantizingStruct:
-    scales, shift = op.kv_scales, op.key_shift_KD
+    scales, change = op.kv_scales, op.key_change
     tensors = (None, None) if scales is None else (scales.key_K, scales.value_K)
-    assert shift is None or shift.shape == (op.num_kv_heads, op.head_size)
-    pointers = (None if t is None else address_of(t, torch.float32) for t in (*tensors, shift))
+    changes = (None, None) if change is None else (change.shift_KD, change.factor_KD)
+    assert all(t is None or t.shape == (op.num_kv_heads, op.head_size) for t in changes)
+    pointers = (None if t is None else address_of(t, torch.float32) for t in (*tensors, *changes))
     return QuantizingStruct(*pointers)
 
 

@@ -95,6 +95,7 @@ def _decode_kernel(
     given_key,
     given_value,
     key_shift,
+    key_factor,
     H: tl.constexpr,
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
@@ -106,6 +107,7 @@ def _decode_kernel(
     HAS_NORM: tl.constexpr,
     HAS_GIVEN: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
     BY_TOKEN: tl.constexpr,
     VISIBLE: tl.constexpr,
     HAS_CAP: tl.constexpr,
@@ -165,8 +167,10 @@ def _decode_kernel(
         slot = tl.where(stop == count, tl.load(cache_slots + t), -1)
         q_tile = rope_of_kv_head(
             *(q + t * ((H + 2 * K) * D), kv_head, tl.maximum(length - 1, 0), slot, keys, values),
-            *(cos, sin, query_weight, key_weight, eps, given_key, given_value, key_shift),
-            *(H, K, D, P, HALF, HAS_NORM, KEY, VALUE, HAS_GIVEN, HAS_SHIFT, BLOCK_M, BLOCK_D),
+            *(cos, sin, query_weight, key_weight, eps),
+            *(given_key, given_value, key_shift, key_factor),
+            *(H, K, D, P, HALF, HAS_NORM, KEY, VALUE, HAS_GIVEN, HAS_SHIFT, HAS_FACTOR),
+            *(BLOCK_M, BLOCK_D),
         )
     else:
         q_tile = tl.load(q + heads[:, None] * D + offs_d[None, :], mask=row_mask, other=0.0)

@@ -74,6 +74,7 @@ def rope_of_kv_head(
     given_key,
     given_value,
     key_shift,
+    key_factor,
     H: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
@@ -84,34 +85,40 @@ def rope_of_kv_head(
     VALUE: tl.constexpr,
     HAS_GIVEN: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Returns the queries [BLOCK_M, BLOCK_D] of one kv head, `mixed` as keys are; its k and v go to
     `slot`, unless it is negative: this program's threads can load them then."""
-    rows = tl.arange(0, BLOCK_M)
-    is_head = rows < H // K
+    rows, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     q = rotated_heads(
-        *(row, kv_head * (H // K) + rows, is_head, query_weight, position, cos, sin, eps),
+        *(row, kv_head * (H // K) + rows, rows < H // K, query_weight, position, cos, sin, eps),
         *(D, HALF, HAS_NORM, BLOCK_D),
     )
     if slot >= 0:
-        one, d = tl.arange(0, 1), tl.arange(0, BLOCK_D)
+        one = tl.arange(0, 1)
         k = rotated_heads(
             *(row, H + kv_head + one, one == 0, key_weight, position, cos, sin, eps),
             *(D, HALF, HAS_NORM, BLOCK_D),
         )
         if HAS_SHIFT:
             k -= tl.load(key_shift + kv_head * D + d, mask=d < D, other=0.0)[None, :]
+        if HAS_FACTOR:
+            factor = tl.load(key_factor + kv_head * D + d, mask=d < D, other=1.0)[None, :]
+            k = tl.div_rn(k, tl.broadcast_to(factor, k.shape))
         at = row + (H + K + kv_head + one)[:, None] * D + d[None, :]
         v = tl.load(at, mask=(d < D)[None, :], other=0.0).to(tl.float32)
         here = (slot, kv_head + one, one == 0)
-        store_heads(keys, *here, mixed(k, D, mixes_keys(KEY)), given_key, K, D, P, KEY, HAS_GIVEN)
+        k = mixed(k, D, mixes_keys(KEY, HAS_FACTOR))
+        store_heads(keys, *here, k, given_key, K, D, P, KEY, HAS_GIVEN)
         store_heads(
             values, *here, mixed(v, D, is_mixed(VALUE)), given_value, K, D, P, VALUE, HAS_GIVEN
         )
     tl.debug_barrier()
-    return mixed(q, D, mixes_keys(KEY)).to(row.dtype.element_ty)
+    if HAS_FACTOR:
+        q *= tl.load(key_factor + kv_head * D + d, mask=d < D, other=1.0)[None, :]
+    return mixed(q, D, mixes_keys(KEY, HAS_FACTOR)).to(row.dtype.element_ty)
 
 
 @triton.jit
@@ -216,6 +223,7 @@ def _rope_and_cache_kernel(
     given_key,
     given_value,
     key_shift,
+    key_factor,
     num_tokens,
     H: tl.constexpr,
     KEY: tl.constexpr,
@@ -227,6 +235,7 @@ def _rope_and_cache_kernel(
     NORM: tl.constexpr,
     HAS_GIVEN: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -244,8 +253,8 @@ def _rope_and_cache_kernel(
     qkv [T, (H + 2 K) D]; q_out [T, H, D]; key, value [B, P, K, D], in their formats, queries and
     keys `mixed` as that of keys wants; cos, sin [positions, HALF] float32. NORM 1: mean over a
     head, weights [D]; NORM 2: over the whole projection, weights [H D] and [K D], TOKENS 1.
-    HAS_SHIFT: keys lose key_shift [K, D] float32 before they are mixed. A slot < 0 is written
-    nowhere.
+    HAS_SHIFT, HAS_FACTOR: before they are mixed keys lose key_shift [K, D] float32, are divided by
+    key_factor [K, D], and queries are multiplied by that. A slot < 0 is written nowhere.
     """
     wait_turn(OVERLAP)
     rows, d = tl.arange(0, TOKENS * HEADS), tl.arange(0, BLOCK_D)
@@ -263,7 +272,10 @@ def _rope_and_cache_kernel(
         q = _rotated_rows(
             *(at, live, position, cos, sin, weight, scale, eps, D, HALF, NORM, BLOCK_D)
         )
-        q = mixed(q, D, mixes_keys(KEY)).to(q_out.dtype.element_ty)
+        if HAS_FACTOR:
+            factor = key_factor + ((heads // (H // K)) * D)[:, None] + d[None, :]
+            q *= tl.load(factor, mask=(d < D)[None, :], other=1.0)
+        q = mixed(q, D, mixes_keys(KEY, HAS_FACTOR)).to(q_out.dtype.element_ty)
         to = q_out + ((t * H + heads) * D)[:, None] + d[None, :]
         tl.store(to, q, mask=live[:, None] & (d < D)[None, :])
     else:
@@ -283,7 +295,10 @@ def _rope_and_cache_kernel(
             if HAS_SHIFT:
                 shift = key_shift + ((heads - H) * D)[:, None] + d[None, :]
                 k -= tl.load(shift, mask=(d < D)[None, :], other=0.0)
-            k = mixed(k, D, mixes_keys(KEY))
+            if HAS_FACTOR:
+                factor = key_factor + ((heads - H) * D)[:, None] + d[None, :]
+                k = tl.div_rn(k, tl.load(factor, mask=(d < D)[None, :], other=1.0))
+            k = mixed(k, D, mixes_keys(KEY, HAS_FACTOR))
             store_heads(*(keys, slot, heads - H, slot >= 0, k, given_key, K, D, P, KEY, HAS_GIVEN))
         else:
             v = tl.load(at[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
@@ -298,22 +313,22 @@ def _rope_and_cache_kernel(
 class Quantizing:
     """What a launch that writes keys and values is told of how they are quantised."""
 
-    arguments: tuple[Tensor, Tensor, Tensor]
-    """Scales that a checkpoint brings for keys and for values, float32 [K] each, and what keys
-    lose, float32 [K, D]."""
+    arguments: tuple[Tensor, ...]
+    """Scales that a checkpoint brings for keys and for values, float32 [K] each, what keys lose and
+    what they are divided by, float32 [K, D] each."""
     constants: dict[str, bool]
 
 
 def quantizing_of(op: AttentionOp, planes: KVPlanes, unused: Tensor) -> Quantizing:
     """Returns what of `op` concerns the formats of `planes`."""
-    given, shift = op.kv_scales, op.key_shift_KD
-    scales = (unused, unused) if given is None else (given.key_K, given.value_K)
-    if planes.key_format == NUMBERS:
-        shift = None
-    assert shift is None or shift.is_contiguous()
+    given, change = op.kv_scales, None if planes.key_format == NUMBERS else op.key_change
+    scales = (None, None) if given is None else (given.key_K, given.value_K)
+    changes = (None, None) if change is None else (change.shift_KD, change.factor_KD)
+    assert all(one is None or one.is_contiguous() for one in changes)
+    names = zip(("HAS_GIVEN", "HAS_SHIFT", "HAS_FACTOR"), (given, *changes), strict=True)
     return Quantizing(
-        arguments=(*scales, unused if shift is None else shift),
-        constants={"HAS_GIVEN": given is not None, "HAS_SHIFT": shift is not None},
+        arguments=tuple(unused if one is None else one for one in (*scales, *changes)),
+        constants={name: one is not None for name, one in names},
     )
 
 
@@ -321,12 +336,9 @@ def rotation_arguments(op: AttentionOp, unused: Tensor) -> tuple[Tensor | float,
     """Returns cos, sin, the norms' weights and eps."""
     table, norm = op.rope, op.qk_norm
     if table is not None:
-        half = table.rotary_dim // 2
-        is_contiguous = table.cos.is_contiguous() and table.sin.is_contiguous()
-        if not (
-            is_contiguous and table.cos.shape == table.sin.shape and table.cos.shape[1] == half
-        ):
-            raise ValueError(f"cos and sin must be contiguous [positions, {half}]")
+        shape = (len(table.cos), table.rotary_dim // 2)
+        if not all(one.is_contiguous() and one.shape == shape for one in (table.cos, table.sin)):
+            raise ValueError(f"cos and sin must be contiguous [positions, {shape[1]}]")
     tables = (unused, unused) if table is None else (table.cos, table.sin)
     weights = (unused, unused, 0.0) if norm is None else (norm.query, norm.key, norm.eps)
     return *tables, *weights

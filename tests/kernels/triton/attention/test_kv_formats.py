@@ -13,7 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.kernels.inputs import AttentionBatch, AttentionOp, KVLayer, KVScales, QKNorm, RopeTable
+from octavo.kernels.inputs import (
+    AttentionBatch,
+    AttentionOp,
+    KeyChange,
+    KVLayer,
+    KVScales,
+    QKNorm,
+    RopeTable,
+)
 from octavo.kernels.kv_pages import mixed_as
 from octavo.kernels.reference import ReferenceOps
 from octavo.visibility import Full, Window
@@ -132,7 +140,7 @@ def test_shared_prefixes(rng: np.random.Generator, name: str) -> None:
     assert_near(found.cpu(), expected, TOLERANCES[torch.float32])
 
 
-def asked(rng: np.random.Generator, norm: str) -> AttentionOp:
+def asked(rng: np.random.Generator, norm: str, *, is_balanced: bool = True) -> AttentionOp:
     size = 64
     angles = floats(rng, 64, size // 2).to(DEVICE)
     wide = (1, 1) if norm == "head" else (6, 2)
@@ -140,19 +148,25 @@ def asked(rng: np.random.Generator, norm: str) -> AttentionOp:
     qk_norm = QKNorm(query=query, key=key, eps=1e-6, per_head=norm == "head")
     rope = RopeTable(cos=angles.cos(), sin=angles.sin(), rotary_dim=size)
     shift = 3 * floats(rng, 2, size).to(DEVICE)
-    return replace(kv_op(6, (2, size)), rope=rope, qk_norm=qk_norm, key_shift_KD=shift)
+    factor = floats(rng, 2, size).exp().to(DEVICE) if is_balanced else None
+    change = KeyChange(shift_KD=shift, factor_KD=factor)
+    return replace(kv_op(6, (2, size)), rope=rope, qk_norm=qk_norm, key_change=change)
 
 
 def on_host(op: AttentionOp) -> AttentionOp:
-    rope, norm, given = op.rope, op.qk_norm, op.kv_scales
+    rope, norm, given, change = op.rope, op.qk_norm, op.kv_scales, op.key_change
     assert rope is not None
     assert norm is not None
+    assert change is not None
     return replace(
         op,
         rope=replace(rope, cos=rope.cos.cpu(), sin=rope.sin.cpu()),
         qk_norm=replace(norm, query=norm.query.cpu(), key=norm.key.cpu()),
         kv_scales=given and KVScales(key_K=given.key_K.cpu(), value_K=given.value_K.cpu()),
-        key_shift_KD=None if op.key_shift_KD is None else op.key_shift_KD.cpu(),
+        key_change=KeyChange(
+            shift_KD=change.shift_KD.cpu(),
+            factor_KD=None if change.factor_KD is None else change.factor_KD.cpu(),
+        ),
     )
 
 
@@ -177,7 +191,7 @@ def test_what_is_written_is_what_the_specification_writes(
     qkv = floats(rng, 5, (6 + 2 * 2) * 64)
     qkv[2, 6 * 64 : 7 * 64] = 0.0
     qkv[3, 8 * 64] = torch.inf
-    op = asked(rng, norm)
+    op = asked(rng, norm, is_balanced=not has_scales)
     if has_scales:
         given = KVScales(
             key_K=torch.tensor([0.01, 0.002], device=DEVICE),
