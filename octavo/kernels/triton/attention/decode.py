@@ -123,16 +123,12 @@ def _decode_kernel(
     OVERLAP: tl.constexpr,
 ):
     """The H // K query heads of kv head `program 0` of one token, a run of splits by `program 2`.
-
     out = softmax(scale q k^T) v over [low, len), for each split on its own (online over tiles of
-    BLOCK_N): a row with one split writes `out` [T, H, D]; more write `partial_out` (normalised)
-    and `partial_lse` (base 2), where `partials_of` the row are (its sequence's, BY_TOKEN its own),
-    and the last of their programs merges them, MERGE_M >= H // K heads at once. FIXED: see
-    `splits_of`.
-    Program 1 names a token (BY_TOKEN: any query) or a sequence, skipped unless it has one query.
-    HAS_SHARED: the first shared_tokens[s] tokens are done elsewhere, and left shared_partials[s].
-    IS_QKV: q is qkv [T, (H + 2 K) D] before norm and RoPE, whose k and v are written on the way.
-    """
+    BLOCK_N): a row with one split writes `out` [T, H, D]; more write `partial_out` and
+    `partial_lse` (base 2), where `partials_of` the row are, and the last of their programs merges
+    them, MERGE_M heads at once. FIXED: see `splits_of`. Program 1 names a token (BY_TOKEN: any) or
+    a sequence, skipped unless it has one query. HAS_SHARED: the first shared_tokens[s] tokens are
+    done elsewhere. IS_QKV: q is qkv, whose k and v are written on the way."""
     GROUP: tl.constexpr = H // K
     wait_turn(OVERLAP)
     announce(OVERLAP)
