@@ -40,8 +40,10 @@ def is_mixed(format: str) -> bool:
 @triton.constexpr_function
 def mixes_keys(format: str, is_balanced: bool) -> bool:
     """Whether keys lie in the basis of `kv_codec.mix`; `is_balanced`: divided by a factor."""
-    kept = KV_FORMATS.get(format)
-    return kept is not None and (kept.mixes_keys or (kept.is_quantized and is_balanced))
+    # Triton's compiler follows names, and knows no methods of a dict.
+    return format in KV_FORMATS and (
+        KV_FORMATS[format].mixes_keys or (KV_FORMATS[format].is_quantized and is_balanced)
+    )
 
 
 @triton.jit
