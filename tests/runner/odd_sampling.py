@@ -94,16 +94,17 @@ def _logits(size: int) -> st.SearchStrategy[torch.Tensor]:
     )
 
 
-def check_odd_rows(odd: list[OddRow], make: Callable[[int, int], Any]) -> None:
-    """Samples the rows together and alone with samplers of `make(num rows, vocabulary)`.
+def check_odd_rows(odd: list[OddRow], make: Callable[[int, int], Any], device: str = "cpu") -> None:
+    """Samples the rows together and alone with samplers of `make(num rows, vocabulary)`, their
+    logits on `device`.
 
     Each draws an id that exists or nothing, and the same alone as beside the others.
     """
     size = len(odd[0].logits_V)
-    together = _sample(make(len(odd), size), odd)
+    together = _sample(make(len(odd), size), odd, device)
     token_ids = together.token_ids.tolist()
     for i, row in enumerate(odd):
-        alone = _sample(make(1, size), [row])
+        alone = _sample(make(1, size), [row], device)
         assert alone.token_ids.tolist() == [token_ids[i]]
         token = token_ids[i]
         assert token == NO_TOKEN or 0 <= token < size
@@ -131,7 +132,7 @@ def _check_token(row: OddRow, token: int) -> None:
         assert allowed is not None or logits_V[token] > -np.inf
 
 
-def _sample(sampler: Any, odd: list[OddRow]) -> SampledTokens:
+def _sample(sampler: Any, odd: list[OddRow], device: str) -> SampledTokens:
     for i, row in enumerate(odd):
         sampler.start_row(
             RowStart(
@@ -145,4 +146,5 @@ def _sample(sampler: Any, odd: list[OddRow]) -> SampledTokens:
         )
     rows: Int32 = np.arange(len(odd), dtype=np.int32)
     indices: Int32 = np.array([len(row.outputs) for row in odd], np.int32)
-    return sampler.sample(torch.stack([row.logits_V for row in odd]), rows, indices)
+    logits_SV = torch.stack([row.logits_V for row in odd]).to(device)
+    return sampler.sample(logits_SV, rows, indices)

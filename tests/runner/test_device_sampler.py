@@ -240,4 +240,4 @@ def test_a_wrong_vocabulary_is_an_error_with_both_shapes():
 def test_extreme_legal_numbers_on_odd_logits_draw_an_id_or_nothing_and_harm_no_neighbour(
     odd: list[OddRow],
 ):
-    check_odd_rows(odd, make)
+    check_odd_rows(odd, make, DEVICE)
