@@ -53,6 +53,10 @@ class Purpose(IntEnum):
     """What the model makes of the hidden states of its whole sequence, which ends here."""
 
 
+_TOKEN = int(Purpose.TOKEN)
+"""An enumeration's members are looked up slowly."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowStart:
     """A sequence that takes a row in this step (first time, or again after preemption)."""
@@ -128,7 +132,7 @@ class StepPlan:
     @property
     def samples(self) -> Bool:
         """[S] whether the last token's logits are sampled."""
-        return self.purposes == Purpose.TOKEN
+        return self.purposes == _TOKEN
 
     @property
     def num_tokens(self) -> int:

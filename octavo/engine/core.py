@@ -63,6 +63,8 @@ class EngineCore:
         self.plan = plan
         self._runner = runner
         self._identity = identity
+        self._newest_root = "", request_root(identity, plan, "")
+        """By salt: tenants' requests mostly come in a row."""
         self._guides = guides
         self._events = _event_publisher(config, plan)
         self.is_in_fleet = is_in_fleet
@@ -123,8 +125,10 @@ class EngineCore:
 
     def _prefix_of(self, request: Request) -> tuple[bytes, bool]:
         """Returns the root of a request's prefix, and whether it uses the prefix cache."""
-        root = request_root(self._identity, self.plan, request.cache_salt)
-        return root, is_caching(self.config, request)
+        salt = request.cache_salt
+        if salt != self._newest_root[0]:
+            self._newest_root = salt, request_root(self._identity, self.plan, salt)
+        return self._newest_root[1], is_caching(self.config, request)
 
     def explain_prefix(self, request: Request) -> PrefixExplanation:
         """Returns what of a request's prompt is cached now, and why not more. Runs nothing."""
@@ -168,6 +172,7 @@ class EngineCore:
                 self._pace.launched(plan)
             self._times.launched()
             self._launched.append((plan, self._runner.launch(plan)))
+            self.scheduler.prepare(plan)
         deltas, self._aborted = self._aborted, []
         if self._launched and (plan is None or len(self._launched) > 1):
             deltas += self._collect(*self._launched.popleft())

@@ -103,6 +103,11 @@ class BlockPool:
         """Whether the prefix `digest` was evicted lately."""
         return self._cached.was_evicted(digest)
 
+    def num_uses(self, blocks: Int32) -> Int32:
+        """Returns how often somebody came for what each of `blocks` holds, as far as its order of
+        eviction counts."""
+        return self._cached.uses(blocks)
+
     def key(self, block: int) -> BlockKey | None:
         return self._keys[block]
 
@@ -211,7 +216,8 @@ class BlockPool:
         if not len(blocks):
             return  # most often: a prompt that hits nothing
         blocks = np.asarray(blocks, np.int32)
-        blocks = blocks[blocks != NULL_BLOCK]
+        if not blocks.all():
+            blocks = blocks[blocks != NULL_BLOCK]
         if is_hit:
             self._cached.asked_for(blocks)
         self._cached.remove(blocks[self._ref_counts[blocks] == 0])
@@ -249,6 +255,15 @@ class BlockPool:
         self._keys[block] = key
         self._is_keyed[block] = True
         self._cached.stored(block, key.digest, parent)
+
+    def set_keys(self, blocks: list[int], keys: list[BlockKey], parents: list[int]) -> None:
+        """As `set_key` of each in turn."""
+        for block, key in zip(blocks, keys, strict=True):
+            assert self._keys[block] is None
+            self._keys[block] = key
+        assert (self._ref_counts[blocks] > 0).all()
+        self._is_keyed[blocks] = True
+        self._cached.stored_all(blocks, [key.digest for key in keys], parents)
 
     def forget_keys(self) -> list[int]:
         """Drops every key; returns the blocks that became free of content by it."""

@@ -136,4 +136,4 @@ class BlockTable:
 
 def _joined(few: list[int], many: list[NDArray]) -> Int32:
     found = np.array(few, np.int32)
-    return np.concatenate((found, *many), dtype=np.int32) if many else found
+    return np.concatenate((*many, found), dtype=np.int32) if many else found

@@ -79,7 +79,18 @@ class EvictionOrder:
         if not hash_ & self._sample_mask:
             self._is_sampled[block] = True
             self._sampled[block] = hash_
-            self._trial.asked_for(hash_)
+            self._trial.asked_for([hash_])
+
+    def stored_all(self, blocks: list[int], digests: list[bytes], parents: list[int]) -> None:
+        """As `stored` of each in turn; the digests are whole ones."""
+        if self._evicted.is_used:
+            for block, digest, parent in zip(blocks, digests, parents, strict=True):
+                self.stored(block, digest, parent)
+            return
+        hashes = np.frombuffer(b"".join(digests), "<u8")[:: len(digests[0]) // 8]
+        sampled = np.flatnonzero(hashes & np.uint64(self._sample_mask) == 0).tolist()
+        for place in sampled:
+            self.stored(blocks[place], digests[place], parents[place])
 
     def was_evicted(self, digest: bytes) -> bool:
         """Whether a block that held `digest` was evicted, and none has held it since; of those that
@@ -115,9 +126,14 @@ class EvictionOrder:
 
     def asked_for(self, blocks: Int32) -> None:
         """Somebody came back for `blocks`, in here or not."""
-        for block in blocks[self._is_sampled[blocks]].tolist():
-            self._trial.asked_for(self._sampled[block])
+        sampled = blocks[self._is_sampled[blocks]].tolist()
+        if sampled:
+            self._trial.asked_for([self._sampled[block] for block in sampled])
         self._uses[blocks] = np.minimum(self._uses[blocks], _MAX_USES - 1) + 1
+
+    def uses(self, blocks: Int32) -> Int32:
+        """Returns the uses of each, the time that it was stored among them."""
+        return self._uses[blocks].astype(np.int32)
 
     def next(self, count: int) -> Int32:
         """Returns those that are to go first: one at least, which there must be, `count` at most,

@@ -58,6 +58,7 @@ def explain(
     """
     size = manager.block_size
     hit = manager.lookup(kv, token_ids)
+    manager.digest(kv, token_ids)
     most = (len(token_ids) - 1) // size
     cached = hit.num_blocks * size
     if not kv.reads_cache or not most or hit.num_blocks == most:

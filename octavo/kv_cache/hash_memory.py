@@ -46,7 +46,8 @@ class HashMemory:
         self._numbers[place] = number
 
     def add(self, hash_: int, number: int) -> None:
-        """As `put`, of a hash that is not remembered; most often several times faster."""
+        """As `put`, of a hash that is not remembered, or where none is ever forgotten; most often
+        several times faster."""
         place = hash_ & self._mask
         if self._hashes[place] != _NOTHING:
             self.put(hash_, number)

@@ -14,6 +14,9 @@ from octavo.kv_cache.page_pools import PagePools
 from octavo.kv_cache.prefix_index import PrefixIndex
 from octavo.step import Int32, Page, PageCopy
 
+_MANY = 16
+"""Pages from which on they are published at once: arrays for fewer would take longer."""
+
 
 class PageLedger:
     """Every page that changes hands does so here. Callers name groups, plans name page classes."""
@@ -75,6 +78,34 @@ class PageLedger:
             pool.set_key(page, key, parent)
             if self._news is not None:
                 self._news.insert(key)
+
+    def publish_all(
+        self, keys: list[BlockKey], pages: list[int], contents: list[int], root: bytes, parent: int
+    ) -> None:
+        """As `publish` of pages of one group that follow each other, `parent` before the first;
+        null pages are left out."""
+        if len(pages) < _MANY:
+            for key, page, content in zip(keys, pages, contents, strict=True):
+                if page != NULL_BLOCK:
+                    self.publish(key, page, content, root, parent)
+                parent = page
+            return
+        pool, insert = self.pool(keys[0].group), self.index.insert
+        news = None if self._news is None else self._news.insert
+        places: list[int] = []
+        for place, page in enumerate(pages):
+            is_new = page != NULL_BLOCK and pool.key(page) is None
+            if is_new and insert(keys[place], page, contents[place], root):
+                places.append(place)
+                if news is not None:
+                    news(keys[place])
+        if places:
+            before = [parent, *pages]
+            pool.set_keys(
+                [pages[place] for place in places],
+                [keys[place] for place in places],
+                [before[place] for place in places],
+            )
 
     def copy(self, group: int, source: int, target: int) -> None:
         """Copies a page before the next step; its content is kept until then."""

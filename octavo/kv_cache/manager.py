@@ -178,8 +178,6 @@ class KVCacheManager:
         for group, pages in zip(self._groups, hit.pages, strict=True):
             group.admit(row, pages)
             group.extend(row, group.num_missing(row, num_tokens))
-            if hit.num_blocks:
-                self._ledger.release(group.table.group, pages[pages != NULL_BLOCK])
         kv.row = row
         kv.num_published = hit.num_blocks
         kv.capacity = -(-num_tokens // self.block_size) * self.block_size
@@ -297,15 +295,20 @@ class KVCacheManager:
             for group in self._groups:
                 group.save(kv.row, end)
 
+    def digest(self, kv: SequenceKV, token_ids: array[int]) -> None:
+        """Makes what `publish` will want, and `lookup` may have left, beforehand."""
+        if kv.writes_cache:
+            self._prefixes.digest(kv, token_ids)
+
     def publish(self, kv: SequenceKV, token_ids: array[int], num_computed: int) -> None:
         """Makes the full blocks among the first `num_computed` tokens findable by others."""
         last = min(num_computed, len(token_ids)) // self.block_size
         if kv.row is None or not kv.writes_cache or last <= kv.num_published:
             return
         self._prefixes.digest(kv, token_ids)
-        first, content = kv.num_published, partial(self._prefixes.content, token_ids)
+        first, contents = kv.num_published, partial(self._prefixes.contents, token_ids)
         for group in self._groups:
-            group.publish(kv.row, first, last, kv.digests, content, kv.root)
+            group.publish(kv.row, first, last, kv.digests, contents, kv.root)
             if self._news is not None:
                 self._news.store(group.table.group, kv, first, last, token_ids)
         kv.num_published = last

@@ -17,8 +17,9 @@ from array import array
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Mapping
-from itertools import repeat
+from itertools import islice, repeat
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,6 +29,8 @@ from octavo.observe.stats import MissReason
 from octavo.step import Int32
 
 PIECE_BLOCKS = 32
+_LONG_PIECES = 4
+"""Pieces from which on a prompt is first compared with the one before it."""
 _PIECES_REMEMBERED = 2560
 """More than a context of a million tokens has, so that one is known whole when it comes again."""
 _CLEARED_REMEMBERED = 65_536
@@ -47,6 +50,30 @@ def prefix_root(**fields: str) -> bytes:
     return digest.digest()
 
 
+class _Chain(NamedTuple):
+    """Digests of the whole pieces of a prompt, with the very ids that they stand for."""
+
+    root: bytes
+    block: int
+    token_ids: Int32
+    digests: list[bytes]
+
+    @staticmethod
+    def of(root: bytes, block: int, token_ids: array[int], digests: list[bytes]) -> _Chain:
+        count = len(digests) // PIECE_BLOCKS * PIECE_BLOCKS
+        return _Chain(root, block, np.array(token_ids[: count * block], np.int32), digests[:count])
+
+    def num_shared(self, root: bytes, block: int, token_ids: array[int]) -> int:
+        """Returns the blocks of the whole pieces that `token_ids` begins with as this does."""
+        if root != self.root or block != self.block:
+            return 0
+        ids = np.frombuffer(token_ids, np.int32)[: len(self.token_ids)]
+        is_other = ids != self.token_ids[: len(ids)]
+        first = int(is_other.argmax()) if is_other.any() else len(ids)
+        piece = PIECE_BLOCKS * block
+        return first // piece * PIECE_BLOCKS
+
+
 class Digester:
     """Digests of token ids, those of the latest pieces remembered.
 
@@ -59,6 +86,8 @@ class Digester:
         self._pieces: OrderedDict[tuple[bytes, bytes], tuple[bytes, tuple[bytes, ...]]] = (
             OrderedDict()
         )
+        self._latest = _Chain(b"", 0, np.zeros(0, np.int32), [])
+        """Of the last long prompt: those that come on one prefix are compared with it at once."""
 
     def extend(
         self,
@@ -67,13 +96,22 @@ class Digester:
         token_ids: array[int],
         block: int,
         extras: Mapping[int, bytes] = NO_EXTRAS,
+        most: int | None = None,
     ) -> None:
-        """Appends the digests of all full blocks of `token_ids` (int32) not yet in `digests`.
+        """Appends the digests of all full blocks of `token_ids` (int32) not yet in `digests`, or of
+        the first `most`.
 
         `extras`: what blocks hold beside their ids, by block; those without an entry hold
         nothing."""
         last = len(token_ids) // block
+        last = last if most is None else min(last, most)
         size = block * token_ids.itemsize
+        is_long = len(digests) <= PIECE_BLOCKS and last >= _LONG_PIECES * PIECE_BLOCKS
+        is_long &= not extras
+        if is_long:
+            shared = self._latest.num_shared(root, block, token_ids)
+            digests += islice(self._latest.digests, len(digests), shared)
+        num_shared = len(digests)
         while len(digests) < last:
             start = len(digests) // PIECE_BLOCKS * PIECE_BLOCKS
             stop = min(start + PIECE_BLOCKS, last)
@@ -86,6 +124,8 @@ class Digester:
                 digests += self._of_piece(parent, data, size)
             else:
                 digests += _chain_on(parent, data, size, len(digests) - start)
+        if is_long and 2 * num_shared < last:
+            self._latest = _Chain.of(root, block, token_ids, digests)
 
     def _of_piece(self, parent: bytes, data: bytes, size: int) -> tuple[bytes, ...]:
         """Returns the digests of a whole piece, remembered or made."""
@@ -145,13 +185,15 @@ class PrefixIndex:
     def knows(self, group: int, digest: bytes) -> bool:
         return digest in self._blocks[group]
 
-    def find_all(self, group: int, digests: list[bytes]) -> Int32:
-        """Returns the block of each digest in a chain, the null block where none holds it."""
+    def find_all(self, group: int, digests: list[bytes], count: int) -> Int32:
+        """Returns the block of each of the first `count` digests of a chain, the null block where
+        none holds it. The chain may only grow from now on: it is kept, since a copy of thousands
+        takes longer than all else."""
         known, blocks = self._latest.get(group, ([], np.zeros(0, np.int32)))
-        both = range(min(len(blocks), len(digests)))
+        both = range(min(len(blocks), count))
         # A digest stands for all before it: those of two chains are equal up to some place.
         same = bisect_left(both, True, key=lambda place: known[place] != digests[place])
-        rest = list(map(self._blocks[group].get, digests[same:], repeat(NULL_BLOCK)))
+        rest = list(map(self._blocks[group].get, digests[same:count], repeat(NULL_BLOCK)))
         found = np.concatenate((blocks[:same], np.array(rest, np.int32)))
         holes = np.flatnonzero(found == NULL_BLOCK)
         self._latest[group] = digests, found[: holes[0]] if len(holes) else found
@@ -170,7 +212,7 @@ class PrefixIndex:
         blocks[digest] = block
         if root != self._newest_root:
             self._newest_root, self._newest_root_hash = root, hash_of(root)
-        self._contents.put(content & _HASH_BITS, self._newest_root_hash)
+        self._contents.add(content & _HASH_BITS, self._newest_root_hash)
         return True
 
     def remove(self, key: BlockKey) -> None:

@@ -50,9 +50,10 @@ class StatePages:
         """Always: states behind later blocks may be there without that behind the first."""
         return True
 
-    def find(self, digests: list[bytes]) -> Int32:
-        """Returns the checkpoint behind each block, the null page where there is none."""
-        return self._ledger.index.find_all(self._index, digests)
+    def find(self, digests: list[bytes], count: int) -> Int32:
+        """Returns the checkpoint behind each of the first `count` blocks, the null page where there
+        is none."""
+        return self._ledger.index.find_all(self._index, digests, count)
 
     def of_hit(self, found: Int32, count: int) -> Int32:
         """Returns the checkpoint behind `count` cached blocks."""
@@ -64,7 +65,7 @@ class StatePages:
         first: int,
         last: int,
         digests: Sequence[bytes],
-        content: Callable[[int], int],
+        contents: Callable[[int, int], list[int]],
         root: bytes,
     ) -> None:
         """Makes the checkpoints up to block `last` findable."""
@@ -73,7 +74,7 @@ class StatePages:
             block = num_tokens // self._block_size - 1
             if block < last:
                 key = BlockKey(self._index, digests[block])
-                self._ledger.publish(key, page, content(block), root)
+                self._ledger.publish(key, page, contents(block, block + 1)[0], root)
                 self._ledger.release(self._index, (page,))
         later = [one for one in waiting if one[0] // self._block_size > last]
         if later:
@@ -82,12 +83,11 @@ class StatePages:
     # -- life of a row -----------------------------------------------------------------------
 
     def admit(self, row: int, cached: Int32) -> None:
-        """An empty row begins with a copy of a checkpoint, if there is one."""
+        """An empty row begins with a copy of a checkpoint, if there is one, whose reference is
+        given back."""
         self._begin(row, cached.tolist())
 
     def _begin(self, row: int, source: Sequence[int]) -> None:
-        for page in source:  # before another is taken: it might be this one
-            self._ledger.acquire(self._index, (page,))
         (live,) = self._ledger.take(self._index, 1)
         for page in source:
             self._ledger.copy(self._index, page, live)
@@ -109,7 +109,9 @@ class StatePages:
         return num_computed == num_tokens
 
     def fork(self, parent: int, row: int, num_tokens: int) -> None:
-        self._begin(row, self.table.row(parent).tolist())
+        source = self.table.row(parent).tolist()
+        self._ledger.acquire(self._index, source, is_hit=False)
+        self._begin(row, source)
 
     def save(self, row: int, end: int) -> None:
         """Keeps the state that the next step leaves behind `end` tokens; one page has been

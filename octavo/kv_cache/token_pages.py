@@ -49,9 +49,10 @@ class TokenPages:
         """Whether a prefix may be cached that begins with the block of digest `first`."""
         return not self._sees_all or self._ledger.index.knows(self._index, first)
 
-    def find(self, digests: list[bytes]) -> Int32:
-        """Returns the page of each digest, the null page where none is cached."""
-        return self._ledger.index.find_all(self._index, digests)
+    def find(self, digests: list[bytes], count: int) -> Int32:
+        """Returns the page of each of the first `count` digests, the null page where none is
+        cached."""
+        return self._ledger.index.find_all(self._index, digests, count)
 
     def of_hit(self, found: Int32, count: int) -> Int32:
         """Returns the pages with which a sequence goes on behind `count` cached blocks, holes where
@@ -68,23 +69,19 @@ class TokenPages:
         first: int,
         last: int,
         digests: Sequence[bytes],
-        content: Callable[[int], int],
+        contents: Callable[[int, int], list[int]],
         root: bytes,
     ) -> None:
         """Makes the pages of blocks first..last (excluded) findable."""
         pages = self.table.row(row)[max(first - 1, 0) : last].tolist()
         parent = pages.pop(0) if first else NULL_BLOCK
-        for i, page in enumerate(pages, start=first):
-            if page != NULL_BLOCK:
-                key = BlockKey(self._index, digests[i])
-                self._ledger.publish(key, page, content(i), root, parent)
-            parent = page
+        keys = [BlockKey(self._index, digest) for digest in digests[first : first + len(pages)]]
+        self._ledger.publish_all(keys, pages, contents(first, last), root, parent)
 
     # -- life of a row -----------------------------------------------------------------------
 
     def admit(self, row: int, cached: Int32) -> None:
-        """An empty row begins with cached pages."""
-        self._ledger.acquire(self._index, cached)
+        """An empty row begins with cached pages, whose references become its own."""
         self.table.append(row, cached)
 
     def forget(self, row: int, num_computed: int, kept_from: int | None = None) -> bool:

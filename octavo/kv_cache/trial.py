@@ -32,7 +32,7 @@ _CHOICES = 16
 """Times that an order is chosen while as many blocks are evicted as there are."""
 _LATE, _JUST_NOW = 1.0, 0.125
 """Half-lives of what was found, in blocks evicted over blocks there are."""
-_CLEARLY = 1 / 32
+_CLEARLY = 1 / 24
 """Of the blocks of a small cache: by how many hits an order must lead."""
 
 
@@ -63,12 +63,12 @@ class Trial:
         """The one of `ORDERS` that is best now."""
         return ORDERS[self._chosen]
 
-    def asked_for(self, hash_: int) -> None:
-        """Somebody wants the block of a sampled `hash_`, in the true cache or not."""
+    def asked_for(self, hashes: list[int]) -> None:
+        """Somebody wants the blocks of sampled `hashes`, in the true cache or not."""
         first, *others = self.caches
-        expected = hash_ in first
+        expected = first.count(hashes)
         for number, cache in enumerate(others, start=1):
-            self._leads[number] += (hash_ in cache) - expected
+            self._leads[number] += cache.count(hashes) - expected
 
     def given_back(self, hash_: int, class_: int, time: int) -> None:
         """Nobody uses the block of a sampled `hash_` any more."""
@@ -119,6 +119,10 @@ class _SmallCache:
 
     def __contains__(self, hash_: int) -> bool:
         return hash_ in self._class_of
+
+    def count(self, hashes: list[int]) -> int:
+        """Returns how many of `hashes` are here."""
+        return sum(map(self._class_of.__contains__, hashes))
 
     def __len__(self) -> int:
         return len(self._class_of)

@@ -37,6 +37,7 @@ from octavo.runner.device_batch import largest_upload
 from octavo.runner.device_sampler import DeviceSampler
 from octavo.runner.graphs import StepGraphs
 from octavo.runner.host import host_equipment
+from octavo.runner.lane import make_lane
 from octavo.runner.model_runner import ModelRunner
 from octavo.runner.rehearsal import Rehearsal
 from octavo.runner.sample_keys import learn_keys
@@ -115,6 +116,7 @@ def build_runner(
     if needs.attention.kv.name == "fp8":
         decoder = with_kv_scales(decoder, family, source)
     decoder = replace(decoder, progress=progress)
+    make_lane(needs.device).reclaim()  # what weights were made in
     if backend.builds is not None:
         backend.builds.tell_builds(progress)
     if backend.sampling is None:

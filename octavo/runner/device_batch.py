@@ -29,6 +29,8 @@ QUERY_STARTS, SOURCES, SLOTS = 1, 4, 6
 """Places among the arrays of a step; the slots of all KV groups come last."""
 PER_ROW = (0, 1, 2)
 """The others have an entry for every token."""
+_LONG_SPAN = 64
+"""Blocks of one row from which on they are written as one piece."""
 NUM_PER_TOKEN, NUM_PER_ROW = SLOTS - len(PER_ROW), 16
 """Numbers of each token, beside its slots; of each row, with room for what attention plans."""
 
@@ -58,11 +60,12 @@ class DeviceBatch:
 
     def apply(self, deltas: Sequence[TableDelta]) -> None:
         """Writes new blocks into the host's tables and the device's."""
-        if not deltas:
+        others = [delta for delta in deltas if not self._apply_span(delta)]
+        if not others:
             return
         _, max_rows, max_columns = self.host.tables.shape
         places: list[NDArray] = []
-        for delta in deltas:
+        for delta in others:
             self.host.apply(delta)
             rows = delta.group * max_rows + delta.rows.astype(np.int64)
             places.append(rows * max_columns + delta.columns)
@@ -71,6 +74,23 @@ class DeviceBatch:
         packed, (where, what) = pack((place, self.host.tables.reshape(-1)[place]))
         there = self._transfer.upload(packed)
         self._tables.view(-1).index_put_((there[where].long(),), there[what])
+
+    def _apply_span(self, delta: TableDelta) -> bool:
+        """Writes many blocks that follow each other in one row (a long prompt's) in one piece, if
+        `delta` is that; returns whether it is."""
+        count = len(delta.rows)
+        if count < _LONG_SPAN:
+            return False
+        row, first = delta.rows.item(0), delta.columns.item(0)
+        last = first + count - 1
+        if delta.rows.item(-1) != row or delta.columns.item(-1) != last:
+            return False
+        if (delta.rows != row).any() or (np.diff(delta.columns) != 1).any():
+            return False
+        span = delta.group, row, slice(first, last + 1)
+        self.host.tables[span] = delta.block_ids
+        self._tables[span].copy_(self._transfer.upload(delta.block_ids))
+        return True
 
     def inputs(self, plan: StepPlan, inputs: StepInputs, attention: StepAttention) -> DeviceInputs:
         """Returns the inputs of a step as they are."""

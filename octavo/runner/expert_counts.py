@@ -20,7 +20,7 @@ class ExpertCounts:
     def __init__(
         self, spec: ModelSpec, device: torch.device, transfer: Transfer, *, period: int
     ) -> None:
-        """`period`: steps between two readings, beside the last of a run."""
+        """`period`: steps between two readings, beside the first and the last of a run."""
         shape = (len(spec.moe_layers), spec.max_experts)
         self.counts_LE = torch.zeros(shape, dtype=torch.int64, device=device)
         """int64 [MoE layers, experts] on the device, which steps add to."""

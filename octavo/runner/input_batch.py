@@ -84,7 +84,8 @@ class InputBatch:
         """Returns the inputs of `plan`, whose rows have been started and tables applied."""
         query_starts = np.zeros(plan.num_rows + 1, np.int32)
         np.cumsum(plan.query_lens, out=query_starts[1:])
-        sampling_rows = plan.rows[plan.samples]
+        samples = plan.samples
+        sampling_rows = plan.rows[samples]
         seq_lens = plan.starts + plan.query_lens
         index_T = np.repeat(np.arange(plan.num_rows), plan.query_lens)
         positions = (plan.starts - query_starts[:-1])[index_T] + np.arange(
@@ -100,8 +101,8 @@ class InputBatch:
                 table[rows_T, columns] * self.block_size + offsets for table in self.tables
             ),
             sampling_rows=sampling_rows,
-            last_tokens=query_starts[1:][plan.samples] - 1,
-            output_indices=seq_lens[plan.samples] - self._prompt_lens[sampling_rows],
+            last_tokens=query_starts[1:][samples] - 1,
+            output_indices=seq_lens[samples] - self._prompt_lens[sampling_rows],
             prompt_targets=self._prompt_targets(plan, query_starts),
         )
 

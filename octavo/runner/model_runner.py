@@ -85,8 +85,9 @@ class ModelRunner:
     def launch(self, plan: StepPlan) -> object:
         """Enqueues the step."""
         self._num_under_way += 1
+        is_alone = self._num_under_way == 1
         ticket = _Ticket(plan, self._fence.generation)
-        ticket.step = self._enqueue(ticket, lambda: self._step(plan))
+        ticket.step = self._enqueue(ticket, lambda: self._step(plan, is_alone))
         return ticket
 
     def sample(self, ticket: object, masks: Words) -> None:
@@ -148,10 +149,12 @@ class ModelRunner:
             result if counts is None else replace(result, expert_counts=self._counts.tell(counts))
         )
 
-    def _step(self, plan: StepPlan) -> Launched:
+    def _step(self, plan: StepPlan, is_alone: bool) -> Launched:
+        """`is_alone`: it may be the last of a run, whose counts then arrive with its tokens."""
         self._update_rows(plan)
         parts = self._launch(plan) if plan.num_rows else []
-        launched = Launched(parts, self._counts.read_at(plan.step_id))
+        counts = self._counts.read() if is_alone else self._counts.read_at(plan.step_id)
+        launched = Launched(parts, counts)
         self.storage.copy(plan.saves, self.decoder.ops)
         return launched
 

@@ -145,6 +145,8 @@ class Admission:
             self._demands,
         )
         rows, size = self._queues.running_rows, manager.block_size
+        if not len(rows):
+            return forecast
         num_tokens = self._queues.rows.num_tokens(rows)
         left = np.maximum(self._queues.rows.max_lens[rows] - num_tokens, 0)
         held = manager.rows.capacity[rows] // size

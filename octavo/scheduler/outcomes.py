@@ -100,6 +100,13 @@ class Outcomes:
         computed = plan.starts + plan.query_lens
         self._launched[plan.step_id] = Launched(sequences, plan, holders, computed)
 
+    def prepare(self, plan: StepPlan) -> None:
+        """Does what the commit of a launched step can have done while the device works."""
+        for start in plan.row_starts:
+            sequence = self._queues.rows.sequences.item(start.row)
+            if sequence is not None:
+                self._manager.digest(sequence.kv, sequence.token_ids)
+
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
         """Takes over what a step produced: appends, finishes, frees, publishes block digests."""
         step = self._launched.pop(plan.step_id)

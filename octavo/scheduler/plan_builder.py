@@ -44,7 +44,7 @@ class PlanBuilder:
                 seed=sequence.seed,
                 stop_token_ids=tuple(sorted(sequence.stop_ids)),
                 prompt_len=sequence.prompt_len,
-                token_ids=np.array(sequence.token_ids, np.int32),
+                token_ids=_known_ids(sequence),
                 wants_vector=sequence.request.wants_vector,
             )
         )
@@ -164,6 +164,13 @@ class PlanBuilder:
         whole = _joined(self._parts)
         ends = whole.starts + whole.counts
         yield from zip(self.sequences, whole.starts.tolist(), ends.tolist(), strict=True)
+
+
+def _known_ids(sequence: Sequence) -> Int32:
+    """Returns its prompt, then its outputs so far; of one that begins without a copy."""
+    if sequence.num_outputs:
+        return np.array(sequence.token_ids, np.int32)
+    return np.frombuffer(sequence.request.packed_prompt, np.int32)
 
 
 class _Part(NamedTuple):

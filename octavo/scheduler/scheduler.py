@@ -333,6 +333,10 @@ class Scheduler:
 
     # -- outcomes ----------------------------------------------------------------------------
 
+    def prepare(self, plan: StepPlan) -> None:
+        """Does what the commit of a launched step can have done while the device works."""
+        self._outcomes.prepare(plan)
+
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
         """Takes over a step's tokens: appends, finishes, frees, publishes block digests."""
         return self._outcomes.commit(plan, result)

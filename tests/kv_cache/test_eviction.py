@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import random
+from array import array
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from octavo.formats import kv_format
 from octavo.kv_cache.eviction import EvictionOrder
 from octavo.kv_cache.hash_memory import HashMemory, hash_of
+from octavo.kv_cache.manager import KVCacheManager
+from octavo.kv_cache.records import SequenceKV
+from octavo.kv_cache.spec import attention_kv, group_layers
 from octavo.kv_cache.trial import NUM_CLASSES, ORDERS, Trial
 
 NUM_BLOCKS = 40
@@ -209,7 +214,7 @@ def test_a_trial_is_bounded_and_age_alone_is_lru(pairs: list[tuple[int, int]]) -
     trial = Trial(NUM_BLOCKS)
     by_age: list[int] = []
     for time, (hash_, class_) in enumerate(pairs):
-        trial.asked_for(hash_)
+        trial.asked_for([hash_])
         trial.given_back(hash_, class_, time)
         trial.evicted(1)
         by_age = [*(one for one in by_age if one != hash_), hash_][-NUM_BLOCKS:]
@@ -253,3 +258,47 @@ def test_hardly_a_hash_is_lost_while_half_of_the_places_are_empty() -> None:
 
 def test_hashes_of_digests_are_their_first_bytes() -> None:
     assert hash_of(bytes(range(32))) == 0x0706050403020100
+
+
+def test_a_hit_is_one_use() -> None:
+    spec = attention_kv(1, 1, kv_format("float32"))
+    manager = KVCacheManager(
+        group_layers((spec,)), num_chunks=65, block_size=16, max_rows=1, max_model_len=1024
+    )
+    ids = array("i", range(16 * 6))
+    for asked in range(1, 5):
+        kv = SequenceKV(root=bytes(32))
+        hit = manager.lookup(kv, ids)
+        assert hit.num_blocks == (5 if asked > 1 else 0)
+        assert manager.admit(kv, 0, hit, len(ids))
+        manager.publish(kv, ids, len(ids))
+        blocks = manager.tables[0].row(0)
+        assert manager.pools.pools[0].num_uses(blocks[:5]).tolist() == [asked] * 5
+        assert [manager.pools.pools[0].ref_count(block) for block in blocks.tolist()] == [1] * 6
+        manager.check((0,))
+        manager.release([kv])
+        manager.check(())
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.data())
+def test_what_is_stored_at_once_is_what_is_stored_in_turn(data: st.DataObject) -> None:
+    names = data.draw(st.lists(st.integers(0, 60), unique=True, min_size=1, max_size=30))
+    evicted = data.draw(st.sets(st.sampled_from(names)))
+    digests = [digest_of(str(name)) for name in names]
+    orders = EvictionOrder(NUM_BLOCKS), EvictionOrder(NUM_BLOCKS)
+    blocks = list(range(1, len(names) + 1))
+    parents = [0, *blocks[:-1]]
+    for order in orders:
+        for block, name in enumerate(evicted, start=1):
+            order.stored(block, digest_of(str(name)), 0)
+        held = ids(list(range(1, len(evicted) + 1)))
+        order.append(held)
+        order.evict(held, [digest_of(str(name)) for name in evicted])
+    for block, digest, parent in zip(blocks, digests, parents, strict=True):
+        orders[0].stored(block, digest, parent)
+    orders[1].stored_all(blocks, digests, parents)
+    for order in orders:
+        order.append(ids(blocks[::-1]))
+    for _ in blocks:
+        assert evict_one(orders[0]) == evict_one(orders[1])

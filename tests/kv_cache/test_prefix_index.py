@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.kv_cache.block_pool import NULL_BLOCK, BlockKey
@@ -80,7 +80,7 @@ def test_each_miss_has_its_reason() -> None:
     assert not index.insert(key, 4, 7, b"root"), "the first holder of a key keeps it"
     assert index.miss_reason(b"other", 7, b"another root", was_evicted=False) == "other_tenant"
     index.remove(key)
-    assert index.find_all(0, [b"digest"]).tolist() == [NULL_BLOCK]
+    assert index.find_all(0, [b"digest"], 1).tolist() == [NULL_BLOCK]
     assert index.miss_reason(b"digest", 7, b"root", was_evicted=True) == "evicted"
     assert index.miss_reason(b"digest", 7, b"root", was_evicted=False) == "never_seen"
     assert index.insert(key, 3, 7, b"root")
@@ -101,6 +101,31 @@ def test_remembered_pieces_give_the_digests_of_new_ones(turns: list[tuple[int, i
         assert len(set(found)) == length // 4
 
 
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 1), st.integers(0, 900), st.integers(0, 900), st.integers(0, 64)),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_a_long_prompt_is_compared_with_the_one_before_it_and_gets_its_own_digests(
+    turns: list[tuple[int, int, int, int]],
+) -> None:
+    digester = Digester()
+    for root, length, changed, first in turns:
+        token_ids = array("i", (i * i % 97 for i in range(length)))
+        if changed < length:
+            token_ids[changed] = 100
+        found: list[bytes] = []
+        digester.extend(found, bytes([root]), token_ids, 4, most=first)
+        assert len(found) == min(first, length // 4)
+        digester.extend(found, bytes([root]), token_ids, 4)
+        expected: list[bytes] = []
+        Digester().extend(expected, bytes([root]), token_ids, 4)
+        assert found == expected
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), TOKENS), max_size=12))
 def test_chains_asked_for_one_after_the_other_are_found_as_alone(
     turns: list[tuple[int, int, list[int]]],
@@ -118,7 +143,7 @@ def test_chains_asked_for_one_after_the_other_are_found_as_alone(
             index.clear()
             held.clear()
         for group in range(2):
-            found = index.find_all(group, chain).tolist()
+            found = index.find_all(group, chain, len(chain)).tolist()
             assert found == [held.get(BlockKey(group, one), NULL_BLOCK) for one in chain]
 
 
