@@ -28,6 +28,7 @@ def written(group: int, rows: list[int], columns: list[int], first: int) -> Tabl
     [
         ([2] * 150, list(range(10, 160))),
         ([2] * 3, [4, 5, 6]),
+        ([], []),
         ([2] * 150, [10, 12, 11, *range(13, 160)]),
         ([2] * 75 + [1] + [2] * 74, list(range(10, 160))),
         ([0] * 100 + [3] * 100, [*range(100), *range(100)]),
