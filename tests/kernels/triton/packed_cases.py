@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from octavo.formats import WEIGHT_FORMATS
 from octavo.kernels.activations import Activation, ClampedSwiGLU
 from octavo.kernels.planes import Planes, empty_planes, values_of
 from octavo.planes import PLANE_LAYOUTS, PlaneLayout
@@ -16,7 +17,7 @@ from tests.kernels.triton.interpreter import DEVICE
 from octavo.kernels.triton.experts.choose import run_experts  # isort: skip
 from octavo.kernels.triton.experts.stacks import StackedExperts  # isort: skip
 from octavo.kernels.triton.tuning.shapes import Shapes  # isort: skip
-from octavo.kernels.weights import ExpertBiases  # isort: skip
+from octavo.kernels.weights import ExpertBiases, Weight  # isort: skip
 
 
 FLOAT_ERROR = 2e-6 if DEVICE == "cpu" else 2e-5
@@ -31,6 +32,13 @@ def planes(layout: PlaneLayout, rows: int, cols: int, seed: int = 0) -> Planes:
     if layout.offset == "zero":
         made.offsets.random_(0, 1 << layout.bits, generator=generator)
     return made
+
+
+def fp8_weight(layout: PlaneLayout, rows: int, cols: int) -> Weight:
+    """Returns a random weight in FP8, as kernels are given it."""
+    made = planes(layout, rows, cols)
+    form = WEIGHT_FORMATS["fp8"]
+    return Weight(data=made.codes, format=form, rows=rows, cols=cols, planes=made, layout=layout)
 
 
 def error_of(found: Tensor, expected: Tensor) -> float:

@@ -11,14 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.formats import WEIGHT_FORMATS
 from octavo.kernels.inputs import NormInput
 from octavo.kernels.planes import Planes, has_tile_scales, values_of
 from octavo.kernels.weights import Weight
 from octavo.planes import FP8_BLOCK, FP8_ROW, PlaneLayout
 from tests.kernels.triton.cases import make_ops
 from tests.kernels.triton.interpreter import DEVICE
-from tests.kernels.triton.packed_cases import error_of, planes, rounded
+from tests.kernels.triton.packed_cases import error_of, fp8_weight, planes, rounded
 
 from tests.kernels.triton.gluon_cpu import emulated  # isort: skip
 from octavo.kernels.triton.launching.chip import has_wgmma  # isort: skip
@@ -30,12 +29,6 @@ from octavo.kernels.triton.small.norm_quantize import norm_quantize  # isort: sk
 from octavo.kernels.triton.small.quantize import Fp8Rows, quantize_rows  # isort: skip
 
 on_hopper = pytest.mark.skipif(not has_wgmma(torch.device(DEVICE)), reason="needs a Hopper GPU")
-
-
-def weight_of(layout: PlaneLayout, rows: int, cols: int) -> Weight:
-    made = planes(layout, rows, cols)
-    form = WEIGHT_FORMATS["fp8"]
-    return Weight(data=made.codes, format=form, rows=rows, cols=cols, planes=made, layout=layout)
 
 
 def values_of_rows(rows: Fp8Rows) -> Tensor:
@@ -95,7 +88,7 @@ def test_many_rows_meet_published_scales_in_fp8(
 ):
     case = {"count": 4, "rows": 384, "cols": 128, "layout": FP8_BLOCK, "dtype": torch.bfloat16}
     case |= {"is_by_tile": True} | change
-    weight = weight_of(case["layout"], case["rows"], case["cols"])
+    weight = fp8_weight(case["layout"], case["rows"], case["cols"])
     x = torch.ones(case["count"], case["cols"], dtype=case["dtype"], device=DEVICE)
     out = x.new_empty((len(x), weight.rows))
     taken: list[Tensor] = []
@@ -115,7 +108,7 @@ def test_many_rows_meet_published_scales_in_fp8(
 
 @pytest.mark.parametrize("has_x", [True, False])
 def test_a_norm_before_such_a_product_rounds(has_x: bool, monkeypatch: pytest.MonkeyPatch):
-    weight = weight_of(FP8_BLOCK, 256, 128)
+    weight = fp8_weight(FP8_BLOCK, 256, 128)
     weights = prepared((weight,))
     (found,) = weights
     assert isinstance(found, Weight)

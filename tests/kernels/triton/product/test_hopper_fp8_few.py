@@ -16,8 +16,7 @@ from octavo.kernels.inputs import NormInput
 from octavo.kernels.planes import Planes, values_of
 from octavo.planes import FP8_BLOCK, FP8_ROW, PLANE_LAYOUTS, PlaneLayout
 from tests.kernels.triton.interpreter import DEVICE
-from tests.kernels.triton.packed_cases import error_of, planes, rounded
-from tests.kernels.triton.product.test_hopper_fp8 import weight_of
+from tests.kernels.triton.packed_cases import error_of, fp8_weight, planes, rounded
 
 from tests.kernels.triton.gluon_cpu import emulated  # isort: skip
 from octavo.kernels.triton.launching.chip import has_wgmma  # isort: skip
@@ -63,7 +62,7 @@ def test_few_rows_meet_fp8_in_fp8(
 ):
     case = {"count": 3, "rows": 384, "cols": 128, "layout": FP8_BLOCK, "dtype": torch.bfloat16}
     case |= {"is_by_tile": True} | change
-    weight = weight_of(case["layout"], case["rows"], case["cols"])
+    weight = fp8_weight(case["layout"], case["rows"], case["cols"])
     x = torch.ones(case["count"], case["cols"], dtype=case["dtype"], device=DEVICE)
     out = x.new_empty((len(x), weight.rows))
     taken: list[bool] = []
@@ -83,7 +82,7 @@ def test_few_rows_meet_fp8_in_fp8(
 
 @pytest.mark.parametrize("layout", [FP8_BLOCK, FP8_ROW], ids=["fp8", "fp8_row"])
 def test_a_norm_before_few_rows_rounds_them(layout: PlaneLayout, monkeypatch: pytest.MonkeyPatch):
-    weight = weight_of(layout, 128, 256)
+    weight = fp8_weight(layout, 128, 256)
     weight = replace(weight, is_by_tile=layout.group > 0)
     monkeypatch.setattr(fp8_few, "has_wgmma", lambda device: True)
     residual = torch.randn(3, 256, generator=torch.Generator().manual_seed(3)).bfloat16()
