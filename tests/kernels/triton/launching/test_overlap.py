@@ -11,8 +11,11 @@ import pytest
 
 import octavo.kernels.triton
 
-READ_EARLY = {"weight_M", "weight_tile(w_at", "weight_tile(down_at", "w = tl.load(w_at"}
-"""Weights, which no kernel writes."""
+READ_EARLY = {
+    *("weight_M", "weight_tile(w_at", "weight_tile(down_at", "w = tl.load(w_at"),
+    "of_weight = gl.load(scales",
+}
+"""Weights and their scales, which no kernel writes."""
 WRITTEN_BEFORE = {
     "pairs.down_and_combine_kernel": {"ids_P", "weights_P", "shared_gate"},
     "packed_pairs.down_and_combine_packed_kernel": {"ids_P", "weights_P"},
