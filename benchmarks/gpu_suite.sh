@@ -3,8 +3,8 @@
 #
 #   benchmarks/gpu_suite.sh [pytest arguments]        PYTHON=python3 by default
 #
-# Some minutes with a cold Triton cache, most of them in building kernels; CPU back ends and what is
-# read of configs are left to CI.
+# Some minutes with a cold Triton cache, most of them in building kernels; CPU back ends, what is
+# read of configs and what is compiled without a GPU are left to CI.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -14,4 +14,4 @@ workers=()
 if "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 4 --dist worksteal); fi
 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m pytest -q -p no:benchmark "${workers[@]}" --durations=10 \
   --ignore tests/models/test_config_fields.py tests/kernels/triton tests/runner tests/models tests/engine/test_llm.py tests/engine/test_gpu_memory.py \
-  -k "not native] and not [native and not reference] and not [reference" "$@"
+  -k "not native] and not [native and not reference] and not [reference and not compiles_for_hopper and not compile_for" "$@"
