@@ -184,6 +184,18 @@ def test_a_plan_refuses_what_the_loader_refuses(
         ([tiny_model, "--max-model-len", "513"], "more than the 512 tokens"),
         ([quantised, "--device", "cpu", "--tensor-parallel-size", "2"], "block format q8_0"),
         ([other, "--device", "cpu", "--tensor-parallel-size", "2"], "block format tq1_0"),
+        (
+            [
+                quantised,
+                "--device",
+                "cpu",
+                "--tensor-parallel-size",
+                "2",
+                "--enable-expert-parallel",
+            ],
+            "this model has none",
+        ),
+        ([quantised, "--device", "cpu", "--enable-expert-parallel"], "this model has none"),
         ([tiny_model, *on_card, "--attention-backend", "native"], "computes on the CPU"),
         ([tiny_model, *on_card, "--activation-dtype", "int8"], "kernels of a CPU"),
         ([tiny_model, "--device", "cpu", "--activation-dtype", "int8"], "are plain numbers"),

@@ -80,8 +80,9 @@ class Planner:
         return spec_parts(self.spec, number_bytes)
 
     def plan(self, config: EngineConfig) -> MemoryPlan:
-        from octavo.engine.memory import plan_model, weights_dtype
+        from octavo.engine.memory import as_shared, plan_model, weights_dtype
 
+        as_shared(self.spec, config).of_rank(config.tensor_parallel_size)  # refused before formats
         self._check_formats(config)
         return plan_model(
             self.spec,
