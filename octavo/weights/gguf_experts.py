@@ -13,6 +13,7 @@ from octavo.weights.gguf_reader import Reader
 
 _GATING = {"gpt_oss": {3: "3 (softmax of the chosen)"}}
 """What `expert_gating_func` may be besides softmax."""
+ROWS_OF_EXPERTS = "the rows of the experts"
 
 
 def experts_config(reader: Reader, architecture: Architecture) -> dict[str, Any]:
@@ -25,6 +26,9 @@ def experts_config(reader: Reader, architecture: Architecture) -> dict[str, Any]
     dense = dense_layers(reader, reader.integer("block_count"))
     first = first_sparse(dense)
     size = expert_size(reader, first)
+    reader.check_implied("expert_feed_forward_length", size, ROWS_OF_EXPERTS)
+    if architecture.model_type in ("mixtral", "olmoe"):  # whose layers all have experts
+        reader.check_implied("feed_forward_length", size, ROWS_OF_EXPERTS)
     config: dict[str, Any] = {"num_experts_per_tok": reader.integer("expert_used_count")}
     num_experts = reader.integer("expert_count")
     norm = reader.value("expert_weights_norm")
@@ -42,8 +46,10 @@ def experts_config(reader: Reader, architecture: Architecture) -> dict[str, Any]
         }
     config.update(moe_intermediate_size=size, decoder_sparse_step=1, mlp_only_layers=dense)
     if architecture.model_type == "qwen2_moe":
-        shared = reader.shape(f"blk.{first}.ffn_gate_shexp.weight")
-        config["shared_expert_intermediate_size"] = shared[0]
+        name = f"blk.{first}.ffn_gate_shexp.weight"
+        shared = reader.shape(name)[0]
+        reader.check_implied("expert_shared_feed_forward_length", shared, f"the rows of {name}")
+        config["shared_expert_intermediate_size"] = shared
     return config
 
 

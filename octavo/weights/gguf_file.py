@@ -56,6 +56,7 @@ TENSOR_TYPES = {
 _FORMATS = {TENSOR_TYPES[name]: number_format for name, number_format in GGUF_FORMATS.items()}
 _DEFAULT_ALIGNMENT = 32
 _MAX_DIMENSIONS = 4
+_COUNT = "split.count"
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -92,13 +93,13 @@ def read_gguf(path: Path) -> GGUFFile:
     """
     match = _PART.fullmatch(path.name)
     if match is None:
-        metadata, tensors = _read_part(path)
+        metadata, tensors = _read_part(path, 1)
         return GGUFFile(path=path, metadata=metadata, tensors=tensors)
     total = int(match[3])
     parts = [path.with_name(f"{match[1]}-{n:05}-of-{total:05}.gguf") for n in range(1, total + 1)]
     merged: tuple[dict[str, Any], dict[str, GGUFTensor]] = ({}, {})
     for part in parts:
-        metadata, tensors = _read_part(part)
+        metadata, tensors = _read_part(part, total)
         if twice := sorted(tensors.keys() & merged[1].keys()):
             first = merged[1][twice[0]].path.name
             raise WeightsError(f"{twice[0]} is both in {first} and in {part.name}")
@@ -107,17 +108,24 @@ def read_gguf(path: Path) -> GGUFFile:
     return GGUFFile(path=path, metadata=merged[0], tensors=merged[1])
 
 
-def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
+def _read_part(path: Path, total: int) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
+    """Returns metadata and tensors of a file, which must be one of `total` if it is a part."""
     try:
         with (
             path.open("rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
         ):
-            return _Header(path, data).read()
+            metadata, tensors = _Header(path, data).read()
     except FileNotFoundError as error:
         raise WeightsError(f"weights file {path} does not exist") from error
     except (struct.error, ValueError, OverflowError, OSError) as error:
         raise WeightsError(f"{path} is truncated or corrupt in its header: {error}") from error
+    if metadata.get(_COUNT, 0) not in (0, total):
+        raise WeightsError(
+            f"{path} is one of {metadata[_COUNT]} parts, as its {_COUNT} says: let them have the "
+            "names that they were made with, which end in -00001-of- and their number"
+        )
+    return metadata, tensors
 
 
 class _Header:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from octavo.weights.gguf_grouped import check_implied
 from octavo.weights.gguf_reader import Reader
 
 
 def glm_attention_config(reader: Reader, head_dim: int) -> dict[str, Any]:
     """Returns the keys of attention: norms of heads, and which part of them is rotated."""
-    check_implied(reader, "attention.value_length", head_dim, "the head size")
+    reader.check_implied("attention.value_length", head_dim, "the head size")
     size = reader.size("rope.dimension_count")
     if size > head_dim:
         raise reader.refuse("rope.dimension_count", f"at most the head size, {head_dim}")

@@ -9,7 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from octavo.weights.gguf_architecture import Architecture
-from octavo.weights.gguf_experts import dense_layers, expert_size, first_sparse
+from octavo.weights.gguf_experts import (
+    ROWS_OF_EXPERTS,
+    dense_layers,
+    expert_size,
+    first_sparse,
+)
 from octavo.weights.gguf_reader import Reader
 
 
@@ -33,7 +38,7 @@ def grouped_experts_config(reader: Reader, architecture: Architecture) -> dict[s
             "leading_dense_block_count", f"{first}, as layers without ffn_gate_inp are {dense}"
         )
     size = expert_size(reader, first)
-    check_implied(reader, "expert_feed_forward_length", size, "the rows of the experts")
+    reader.check_implied("expert_feed_forward_length", size, ROWS_OF_EXPERTS)
     config = {
         "n_routed_experts": num_experts,
         "num_experts_per_tok": reader.size("expert_used_count"),
@@ -66,12 +71,6 @@ def _groups(reader: Reader) -> dict[str, int]:
     if (count := reader.integer("expert_group_count", 0)) < 2:
         return {"n_group": 1, "topk_group": 1}
     return {"n_group": count, "topk_group": reader.size("expert_group_used_count")}
-
-
-def check_implied(reader: Reader, key: str, expected: int, why: str) -> None:
-    """Refuses another value of a key that follows from others, where it is there."""
-    if reader.integer(key, expected) != expected:
-        raise reader.refuse(key, f"{expected}, {why}")
 
 
 def as_written(value: float) -> float:

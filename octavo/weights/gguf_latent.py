@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from octavo.weights.gguf_grouped import as_written, check_implied
+from octavo.weights.gguf_grouped import as_written
 from octavo.weights.gguf_reader import Reader
 
 _QUERY_LATENTS = "blk.0.attn_q_a.weight"
@@ -27,10 +27,10 @@ def latent_attention_config(reader: Reader) -> dict[str, Any]:
     end = ""
     if reader.value("attention.key_length_mla") is not None:
         end = "_mla"
-        check_implied(
-            reader, "attention.key_length", rank + rope_size, "kv_lora_rank + dimension_count"
+        reader.check_implied(
+            "attention.key_length", rank + rope_size, "kv_lora_rank + dimension_count"
         )
-        check_implied(reader, "attention.value_length", rank, "kv_lora_rank")
+        reader.check_implied("attention.value_length", rank, "kv_lora_rank")
     head_size = reader.size(f"attention.key_length{end}")
     if head_size <= rope_size:
         more = f"more than rope.dimension_count, {rope_size}"

@@ -44,6 +44,11 @@ class Reader:
             )
         return found.shape
 
+    def check_implied(self, key: str, expected: int, why: str) -> None:
+        """Refuses another value of a key that follows from others, where it is there."""
+        if self.integer(key, expected) != expected:
+            raise self.refuse(key, f"{expected}, {why}")
+
     def refuse(self, key: str, known: str) -> UnsupportedModelError:
         return UnsupportedModelError(
             f"{self.file.path}: {self._prefix}{key} is {self.value(key)!r}; known is {known}"

@@ -100,7 +100,7 @@ def check_names(
     """Raises WeightsError unless the source has exactly the expected tensors, in their shapes.
 
     Surplus names that match a shell pattern of `ignorable` are let pass, such as the `lm_head` of a
-    model with tied embeddings.
+    model with tied embeddings, and biases of zeros, which tools of GPTQ write beside every matrix.
     """
     names = source.names()
     patterns = (*ALWAYS_IGNORABLE, *ignorable)
@@ -108,6 +108,7 @@ def check_names(
         name
         for name in names - expected.keys()
         if not any(fnmatchcase(name, pattern) for pattern in patterns)
+        and not _adds_nothing(source, name)
     ]
     wrong = [
         f"{name} has shape {list(source.shape(name))}, expected {list(shape)}"
@@ -125,6 +126,11 @@ def check_names(
             f"the weights do not match the config: {'; '.join(found)}; check that config and "
             "weights belong together"
         )
+
+
+def _adds_nothing(source: TensorSource, name: str) -> bool:
+    is_bias = name.endswith(".bias") and len(source.shape(name)) == 1
+    return is_bias and not source.vector(name).any()
 
 
 def _list(what: str, names: Iterable[str]) -> str:

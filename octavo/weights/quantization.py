@@ -23,6 +23,7 @@ from octavo.weights.schemes import (
     auto_round_schemes,
     compressed_schemes,
     gptq_schemes,
+    modelopt_schemes,
 )
 
 Method = Literal["fp8", "awq", "gptq", "compressed-tensors", "mxfp4", "modelopt"]
@@ -71,20 +72,31 @@ class Quantization:
 def read_quantization(config: Mapping[str, Any], folder: Path | None) -> Quantization | None:
     """Returns how a checkpoint is quantised, None if it is not.
 
-    `folder` may hold NVIDIA's hf_quant_config.json. Raises UnsupportedModelError naming the field,
-    its value and what is known.
+    `folder` may hold it in a file of its own (`_beside`). Raises UnsupportedModelError naming the
+    field, its value and what is known.
     """
     fields = config.get("quantization_config")
     if fields is None and isinstance(text := config.get("text_config"), dict):
         fields = text.get("quantization_config")
     if fields is None and folder is not None:
-        found = (read_json(folder / "hf_quant_config.json") or {}).get("quantization")
-        fields = found and {"quant_method": "modelopt", **found}
+        fields = _beside(folder)
     if fields is None:
         return None
     if not isinstance(fields, Mapping):
         raise UnsupportedModelError(f"quantization_config must be an object, not {fields!r}")
     return replace(_read(fields), kv_cache=_kv_cache(fields))
+
+
+def _beside(folder: Path) -> Mapping[str, Any] | None:
+    """Returns what a file of its own says, where config.json says nothing: NVIDIA's, or those that
+    the first tools of GPTQ and AWQ wrote."""
+    found = (read_json(folder / "hf_quant_config.json") or {}).get("quantization")
+    if found:
+        return {"quant_method": "modelopt", **found}
+    for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        if said := read_json(folder / name):
+            return {"quant_method": method, **said}
+    return None
 
 
 _ALIASES = {"awq_marlin": "awq", "gptq_marlin": "gptq", "modelopt_fp4": "modelopt"}
@@ -150,7 +162,7 @@ def _read(fields: Mapping[str, Any]) -> Quantization:
     name = fields.get("quant_method")
     method = METHODS.get(str(name))
     if method is None:
-        near = difflib.get_close_matches(str(name), METHODS, 1, 0.5)
+        near = difflib.get_close_matches(str(name).lower(), METHODS, 1, 0.4)
         hint = f"; the nearest is {near[0]}" if near else ""
         raise UnsupportedModelError(
             f"quantization_config: quant_method {name!r} is not known: known are "
@@ -174,7 +186,11 @@ def _read(fields: Mapping[str, Any]) -> Quantization:
     if method == "fp8":
         return Quantization(method="fp8", block=_block(fields.get("weight_block_size")))
     is_plain = fields.get("config_groups") == {} or fields.get("quant_algo", "") is None
-    schemes = compressed_schemes(fields.get("config_groups"))
+    if method == "modelopt" and not fields.get("config_groups"):
+        schemes = modelopt_schemes(fields.get("quant_algo"), fields.get("quantized_layers"))
+    else:
+        ignored = fields.get("ignore") if method == "compressed-tensors" else ()
+        schemes = compressed_schemes(fields.get("config_groups"), ignored)
     return Quantization(method=method, schemes=schemes, may_be_plain=is_plain)
 
 
@@ -184,7 +200,8 @@ def _auto_round(fields: Mapping[str, Any]) -> Quantization:
         _refuse("packing_format", packing, ", ".join(_AUTO_ROUND))
     method, is_less = _AUTO_ROUND[packing]
     if method == "compressed-tensors":
-        return Quantization(method=method, schemes=compressed_schemes(fields.get("config_groups")))
+        schemes = compressed_schemes(fields.get("config_groups"), fields.get("ignore"))
+        return Quantization(method=method, schemes=schemes)
     return Quantization(
         method=method,
         schemes=auto_round_schemes(_base(fields), fields.get("extra_config")),

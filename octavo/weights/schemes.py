@@ -17,6 +17,13 @@ WHOLE_ROW = -1
 _UNQUANTISED_BITS = 16
 _PLAIN = re.compile(r"[\w.-]+")
 """A name, whose dots are dots."""
+_PATTERN = "re:"
+_MIXTURE = "MIXED_PRECISION"
+_ALGORITHM_BITS = {
+    **dict.fromkeys(("FP8", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN"), 8),
+    **dict.fromkeys(("NVFP4", "W4A16_NVFP4"), 4),
+}
+"""ModelOpt's, of floats."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,15 +122,51 @@ def auto_round_schemes(base: Scheme, extra: Any) -> Schemes:
     return Schemes(names=names, rules=tuple(rules), others=(base,))
 
 
-def compressed_schemes(groups: Any) -> Schemes:
-    """Reads `config_groups` of compressed-tensors and ModelOpt. Which of them a module has shows in
-    its tensors: it must be one."""
-    found = []
+def compressed_schemes(groups: Any, ignored: Any = ()) -> Schemes:
+    """Reads `config_groups` of compressed-tensors and ModelOpt, and the former's `ignore`. A module
+    has the scheme of the target that is its name, then of the first pattern ("re:", from a name's
+    start on) in the order of their texts. Classes cannot be seen in a checkpoint: a module that no
+    target names may have the scheme of any group. Raises UnsupportedModelError."""
+    names, patterns, found = {}, {}, []
     for group in groups.values() if isinstance(groups, Mapping) else ():
         weights = group.get("weights") if isinstance(group, Mapping) else None
-        if isinstance(weights, Mapping):
-            found.append(_compressed(weights))
-    return Schemes(others=tuple(found))
+        if not isinstance(weights, Mapping):
+            continue
+        found.append(_compressed(weights))
+        for target in _texts(group.get("targets")):
+            (patterns if target.startswith(_PATTERN) else names)[target] = found[-1]
+    plain = Scheme(bits=_UNQUANTISED_BITS)
+    texts = _texts(ignored)
+    names |= {text: plain for text in texts if not text.startswith(_PATTERN)}
+    left_out = [(text, plain) for text in texts if text.startswith(_PATTERN)]
+    rules = [
+        Rule(pattern=_compiled(text.removeprefix(_PATTERN)), is_from_start=True, scheme=scheme)
+        for text, scheme in (*left_out, *sorted(patterns.items(), key=lambda item: item[0]))
+    ]
+    return Schemes(names=names, rules=tuple(rules), others=tuple(found))
+
+
+def _texts(found: Any) -> list[str]:
+    return [one for one in found if isinstance(one, str)] if isinstance(found, list) else []
+
+
+def modelopt_schemes(algorithm: Any, layers: Any) -> Schemes:
+    """Reads ModelOpt's `quant_algo`, and of a mixture (MIXED_PRECISION) `quantized_layers`: what
+    each module has. Raises UnsupportedModelError for what cannot be read."""
+    if algorithm != _MIXTURE:
+        return Schemes(others=() if algorithm is None else (_algorithm(algorithm),))
+    listed = _entries("quantized_layers", layers)
+    return Schemes(names={name: _algorithm(one.get("quant_algo")) for name, one in listed})
+
+
+def _algorithm(name: Any) -> Scheme:
+    bits = _ALGORITHM_BITS.get(str(name))
+    if bits is None:
+        known = ", ".join((*_ALGORITHM_BITS, _MIXTURE))
+        raise UnsupportedModelError(
+            f"quantization_config: quant_algo {name!r} cannot be read; known: {known}"
+        )
+    return Scheme(kind="float", bits=bits)
 
 
 def _compressed(weights: Mapping[str, Any]) -> Scheme:

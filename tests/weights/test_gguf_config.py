@@ -248,14 +248,30 @@ def test_values_that_change_nothing_are_let_pass(tmp_path: Path):
     assert config_of(read_gguf(path))["model_type"] == "llama"
 
 
-def test_experts_of_mixtral_that_are_not_normalised_are_refused(tmp_path: Path):
-    values = {"expert_count": 2, "expert_used_count": 1, "expert_weights_norm": 0}
+@pytest.mark.parametrize(
+    ("architecture", "values", "message"),
+    [
+        ("llama", {"expert_weights_norm": 0}, "expert_weights_norm is 0; known is true"),
+        ("llama", {"feed_forward_length": 48}, "is 48; known is 32, the rows of the experts"),
+        ("qwen3moe", {"expert_feed_forward_length": 48}, "is 48; known is 32, the rows of the ex"),
+        (
+            "qwen2moe",
+            {"expert_shared_feed_forward_length": 32},
+            r"is 32; known is 16, the rows of blk\.0\.ffn_gate_shexp\.weight",
+        ),
+    ],
+)
+def test_what_experts_contradict_is_refused(
+    architecture: str, values: dict[str, Any], message: str, tmp_path: Path
+):
     tensors = {
         "blk.0.ffn_gate_inp.weight": np.zeros((2, 64), np.float32),
         "blk.0.ffn_gate_exps.weight": np.zeros((2, 32, 64), np.float32),
+        "blk.0.ffn_gate_shexp.weight": np.zeros((16, 64), np.float32),
     }
-    path = write_values(tmp_path / "m.gguf", "llama", values, tensors)
-    with pytest.raises(UnsupportedModelError, match="expert_weights_norm is 0; known is true"):
+    experts = {"expert_count": 2, "expert_used_count": 1}
+    path = write_values(tmp_path / "m.gguf", architecture, experts | values, tensors)
+    with pytest.raises(UnsupportedModelError, match=message):
         config_of(read_gguf(path))
 
 

@@ -151,6 +151,7 @@ def test_a_model_split_over_files_is_read_from_any_of_them(tmp_path: Path):
         if number == 1:
             for key, value in metadata_of(tiny.config).items():
                 add_value(writer, f"llama.{key}", value)
+        writer.add_uint16("split.count", 2)
         for tensor in tensors:
             writer.add_tensor(tensor.name, tensor.data)
         finish(writer)
@@ -159,6 +160,9 @@ def test_a_model_split_over_files_is_read_from_any_of_them(tmp_path: Path):
         assert source.names() == expected.keys()
         name = "model.layers.2.self_attn.k_proj.weight"
         assert torch.equal(read(source, name), torch.from_numpy(expected[name]))
+    shutil.copy(tmp_path / "m-00001-of-00002.gguf", tmp_path / "other.gguf")
+    with pytest.raises(WeightsError, match=r"other\.gguf is one of 2 parts.* have the names"):
+        open_gguf(tmp_path / "other.gguf")
     shutil.copy(tmp_path / "m-00001-of-00002.gguf", tmp_path / "m-00002-of-00002.gguf")
     with pytest.raises(WeightsError, match=r"both in m-00001-of-00002\.gguf and in m-00002-of-"):
         open_gguf(tmp_path / "m-00001-of-00002.gguf")

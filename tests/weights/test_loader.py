@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from octavo.errors import UnsupportedModelError, WeightsError
 from octavo.weights.cast import CastSource
 from octavo.weights.dummy import DummySource
 from octavo.weights.hub import ModelFiles, ModelKind, resolve_model
 from octavo.weights.loader import check_names, open_source
+from octavo.weights.safetensors_source import open_safetensors
 from octavo.weights.source import MappedSource
 from tests.models.tiny import save_tiny
 from tests.weights.tiny_gguf import write_tiny_gguf
@@ -85,6 +87,17 @@ def test_a_long_list_of_names_is_cut_and_counted():
     expected = {f"layers.{n}.weight": (1, 1) for n in range(9)}
     with pytest.raises(WeightsError, match=r"9 missing: layers\.0\.weight, .* and 4 more"):
         check_names(source, expected)
+
+
+def test_a_bias_that_the_model_has_not_may_be_there_if_it_is_zero(tmp_path: Path):
+    for bias in (torch.zeros(4), torch.tensor([0.0, 0.5])):
+        save_file({"m.weight": torch.ones(4, 6), "m.bias": bias}, tmp_path / "model.safetensors")
+        source = open_safetensors(tmp_path, "llama")
+        if bias.any():
+            with pytest.raises(WeightsError, match=r"1 not known to this model: m\.bias"):
+                check_names(source, {"m.weight": (4, 6)})
+        else:
+            check_names(source, {"m.weight": (4, 6)})
 
 
 def test_rotary_buffers_and_ignorable_names_may_be_there():

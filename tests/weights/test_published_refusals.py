@@ -125,6 +125,22 @@ DISAGREEING: dict[str, tuple[str, dict[str, Any], Callable[[dict[str, Tensor]], 
         lambda t: None,
         "2 groups of 128 columns.* says integers, groups of 32",
     ),
+    "fp8 where 4 bits are said": (
+        "fp8 by tensor",
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        lambda t: None,
+        "codes of 8 bits.* says 4",
+    ),
+    "fp8 where a mixture says 4 bits": (
+        "fp8 by tensor",
+        {
+            "quant_method": "modelopt",
+            "quant_algo": "MIXED_PRECISION",
+            "quantized_layers": {NAME: {"quant_algo": "NVFP4"}},
+        },
+        lambda t: None,
+        "codes of 8 bits.* says 4",
+    ),
     "fp8 of NaN": (
         "fp8 by block",
         {},
@@ -161,6 +177,9 @@ def test_a_config_that_says_more_than_the_weights_is_refused(tmp_path: Path) -> 
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "'marlin' .* gptq_v2"),
         ({"quant_method": CT, "transform_config": {"a": 1}}, "transform_config .* not rotated"),
         ({"quant_method": "bitsandbytes"}, "'bitsandbytes' is not known"),
+        ({"quant_method": "FP8"}, "'FP8' is not known.* the nearest is fp8"),
+        ({"quant_method": "awq_marlin"}, "the nearest is awq"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "quant_algo 'W4A8_AWQ'.* NVFP4"),
         ({"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size 128"),
         ([], r"must be an object, not \[\]"),
     ],
@@ -168,6 +187,18 @@ def test_a_config_that_says_more_than_the_weights_is_refused(tmp_path: Path) -> 
 def test_configs_that_cannot_be_read_say_what_is_known(config: Any, words: str) -> None:
     with pytest.raises(UnsupportedModelError, match=words):
         read_quantization({"quantization_config": config}, None)
+
+
+@pytest.mark.parametrize(
+    ("file", "method"), [("quantize_config.json", "gptq"), ("quant_config.json", "awq")]
+)
+def test_what_the_first_tools_wrote_beside_the_config_is_read(
+    file: str, method: str, tmp_path: Path
+) -> None:
+    (tmp_path / file).write_text('{"bits": 4, "q_group_size": 64}')
+    found = read_quantization({}, tmp_path)
+    assert found is not None
+    assert (found.method, found.schemes.of(NAME)[0].group) == (method, 64)
 
 
 @pytest.mark.parametrize(

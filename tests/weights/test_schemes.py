@@ -112,6 +112,38 @@ def test_a_mixture_of_schemes_is_read_and_what_is_none_of_them_is_refused(tmp_pa
             opened(tmp_path, named(written), groups_of(*schemes))
 
 
+EIGHT = {"num_bits": 8, "strategy": "channel", "symmetric": True}
+
+
+@pytest.mark.parametrize(
+    ("targets", "ignored", "words"),
+    [
+        ((["re:.*mlp", "Linear"], ["re:.*self_attn", "re:z"]), [], None),
+        ((["Linear"], [NAME]), [], None),
+        ((["re:.*o_proj"], [FULL]), [], None),
+        ((["re:b", "re:.*o_proj"], ["re:.*attn"]), [], None),
+        ((["re:.*attn"], ["re:.*o_proj", "Linear"]), [], "says 4 bits"),
+        (([NAME], ["re:.*"]), [], "says 4 bits"),
+        ((["re:o_proj"], ["re:o_proj"]), [], None),
+        ((["Linear"], ["Linear"]), ["re:.*o_proj"], "says no codes at all"),
+        ((["Linear"], ["Linear"]), [NAME], "says no codes at all"),
+    ],
+)
+def test_a_module_has_the_scheme_of_the_group_that_names_it(
+    targets: tuple[list[str], list[str]], ignored: list[str], words: str | None, tmp_path: Path
+) -> None:
+    written = compressed(np.random.default_rng(0), 33, 160, "pack-quantized", **EIGHT)
+    pairs = zip(targets, (FOUR, EIGHT), strict=True)
+    groups = {f"group_{n}": {"targets": t, "weights": w} for n, (t, w) in enumerate(pairs)}
+    config = {"quant_method": CT, "config_groups": groups, "ignore": ignored}
+    name = FULL if FULL in targets[1] else NAME
+    if words is None:
+        check(tmp_path, written, config, name)
+        return
+    with pytest.raises(WeightsError, match=f"o_proj: codes of 8 bits.* {words}"):
+        opened(tmp_path, named(written), config)
+
+
 def test_zeros_that_the_config_says_are_there_must_be(tmp_path: Path) -> None:
     scheme = {**FOUR, "symmetric": False}
     written = compressed(np.random.default_rng(0), 40, 256, "pack-quantized", **scheme)

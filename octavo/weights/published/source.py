@@ -42,7 +42,7 @@ Reader = Callable[[Module, Quantization], PackedMatrix]
 _PARTS = frozenset(
     "qweight qzeros scales g_idx weight weight_packed weight_scale weight_scale_inv weight_shape "
     "weight_zero_point weight_g_idx weight_global_scale weight_scale_2 input_scale "
-    "input_zero_point input_global_scale activation_scale".split()
+    "input_zero_point input_global_scale input_scale_ub activation_scale".split()
 )
 """Last parts of the names of what a quantised matrix is made of."""
 _MARKS = frozenset(("qweight", "weight_packed", "weight_scale", "weight_scale_inv"))

@@ -67,7 +67,8 @@ class Part:
 
 NUMBERS = ("F32", "F16", "BF16")
 OF_ACTIVATIONS = frozenset(
-    "input_scale input_zero_point input_global_scale activation_scale _activation_scale".split()
+    "input_scale input_zero_point input_global_scale input_scale_ub activation_scale "
+    "_activation_scale".split()
 )
 """What is never read: activations are not quantised by what a checkpoint says."""
 
