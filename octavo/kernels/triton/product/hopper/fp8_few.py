@@ -30,7 +30,7 @@ from octavo.kernels.triton.launching.tickets import room_for_splits
 from octavo.kernels.triton.product.packed_shapes import FewShape
 from octavo.kernels.triton.small.quantize import Fp8Rows
 from octavo.kernels.triton.tiles.hopper.fp8 import HALF, TILE, sums_layout, tiles_of
-from octavo.kernels.triton.tiles.hopper.splits import stores_layout, sum_of_splits
+from octavo.kernels.triton.tiles.hopper.splits import store_product
 from octavo.planes import PlaneLayout
 
 MOST_STEPS = 128
@@ -137,22 +137,10 @@ def fp8_few_kernel(
                 _bring(weight, first_row, begin + ahead, weights, full, slot)
                 _bring(x, first_token, begin + ahead, rows, full, slot)
     total += last * factor
-    out: gl.constexpr = stores_layout(HALF, 4)
-    total = gl.convert_layout(total, out)
-    token = first_token + gl.arange(0, TOKENS, gl.SliceLayout(0, out))
-    row = first_row + gl.arange(0, HALF, gl.SliceLayout(1, out))
-    is_token = (token < num_tokens)[None, :]
-    at = token.to(gl.int64)[None, :] * num_rows + row[:, None]
-    apart = num_tokens.to(gl.int64) * num_rows
-    ticket = tickets + gl.program_id(0)
-    total, is_last = sum_of_splits(total, sums_STN, at, apart, is_token, ticket, SPLITS)
-    if is_last:
-        if not BY_BLOCK:
-            total *= gl.load(scales + row)[:, None]
-        if HAS_BIAS:
-            total += gl.load(bias_N + row).to(gl.float32)[:, None]
-        to = out_TN + token.to(gl.int64)[None, :] * out_stride + row[:, None]
-        gl.store(to, total.to(out_TN.dtype.element_ty), mask=is_token)
+    store_product(
+        *(total, out_TN, bias_N, scales, sums_STN, tickets, first_row, first_token, num_rows),
+        *(num_tokens, out_stride, SPLITS, not BY_BLOCK, HAS_BIAS),
+    )
 
 
 def fits(x_TM: Tensor, planes: Planes, layout: PlaneLayout, *, is_by_tile: bool) -> bool:

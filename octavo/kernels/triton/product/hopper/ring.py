@@ -26,7 +26,7 @@ from octavo.kernels.triton.tiles.hopper.ring import (
     takes,
     x_rows_layout,
 )
-from octavo.kernels.triton.tiles.hopper.splits import stores_layout, sum_of_splits
+from octavo.kernels.triton.tiles.hopper.splits import store_product
 from octavo.planes import PlaneLayout
 
 
@@ -73,20 +73,10 @@ def ring_product_kernel(
         *(begin, end, ROWS, TOKENS, STAGES, TILES, WIDE, EVEN_K, False, LONE, COMPUTE, FORMAT),
         OVERLAP,
     )
-    out: gl.constexpr = stores_layout(ROWS, WARPS)
-    total = gl.convert_layout(total, out)
-    token = first_token + gl.arange(0, TOKENS, gl.SliceLayout(0, out))
-    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, out))
-    is_token = (token < num_tokens)[None, :]
-    at = token.to(gl.int64)[None, :] * num_rows + row[:, None]
-    step = num_tokens.to(gl.int64) * num_rows
-    ticket = tickets + gl.program_id(0)
-    total, is_last = sum_of_splits(total, sums_STN, at, step, is_token, ticket, SPLITS)
-    if is_last:
-        if HAS_BIAS:
-            total += gl.load(bias_N + row).to(gl.float32)[:, None]
-        to = out_TN + token.to(gl.int64)[None, :] * out_stride + row[:, None]
-        gl.store(to, total.to(out_TN.dtype.element_ty), mask=is_token)
+    store_product(
+        *(total, out_TN, bias_N, bias_N, sums_STN, tickets, first_row, first_token, num_rows),
+        *(num_tokens, out_stride, SPLITS, False, HAS_BIAS),
+    )
 
 
 def fits(x_TM: Tensor, planes: Planes, layout: PlaneLayout) -> bool:

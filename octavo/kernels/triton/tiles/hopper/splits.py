@@ -43,3 +43,30 @@ def sum_of_splits(total, sums, at, step, is_some, ticket, SPLITS: gl.constexpr):
                 whole += gl.load(part, mask=is_some, other=0.0, cache_modifier=".cg")
             total = whole
     return total, is_last
+
+
+@gluon.jit
+def store_product(
+    total, out_TN, bias_N, scales_N, sums_STN, tickets, first_row, first_token, num_rows,
+    num_tokens, out_stride, SPLITS: gl.constexpr, HAS_SCALES: gl.constexpr, HAS_BIAS: gl.constexpr,
+):  # fmt: skip
+    """Writes total [rows, tokens], the part of program 1 of a product's sums, to out_TN, which has
+    a row stride: the last program of a tile does, with all parts (`sum_of_splits`), times the
+    scales of rows, and with their bias."""
+    ROWS: gl.constexpr = total.shape[0]
+    out: gl.constexpr = stores_layout(ROWS, gl.num_warps())
+    total = gl.convert_layout(total, out)
+    token = first_token + gl.arange(0, total.shape[1], gl.SliceLayout(0, out))
+    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, out))
+    is_token = (token < num_tokens)[None, :]
+    at = token.to(gl.int64)[None, :] * num_rows + row[:, None]
+    step = num_tokens.to(gl.int64) * num_rows
+    ticket = tickets + gl.program_id(0)
+    total, is_last = sum_of_splits(total, sums_STN, at, step, is_token, ticket, SPLITS)
+    if is_last:
+        if HAS_SCALES:
+            total *= gl.load(scales_N + row)[:, None]
+        if HAS_BIAS:
+            total += gl.load(bias_N + row).to(gl.float32)[:, None]
+        to = out_TN + token.to(gl.int64)[None, :] * out_stride + row[:, None]
+        gl.store(to, total.to(out_TN.dtype.element_ty), mask=is_token)
