@@ -19,7 +19,7 @@ from octavo.weights.published.source import PackedSource, packed_source
 from octavo.weights.published.tensors import RAW_DTYPES
 from octavo.weights.quantization import Quantization
 from octavo.weights.source import MappedFile, MappedSource, StoredTensor
-from octavo.weights.stacked import experts_of
+from octavo.weights.stacked import as_stacked, experts_of
 
 _DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _MAX_HEADER_BYTES = 100_000_000
@@ -33,19 +33,25 @@ def open_safetensors(
     Experts in stacks are listed one by one, and the text model of one that also sees without its
     prefix. Raises WeightsError naming the broken file and, where known, the tensor.
     """
-    tensors: dict[str, StoredTensor] = {}
-    names = expert_names(model_type)
+    stored: dict[str, StoredTensor] = {}
     for path in weight_files(folder):
-        for name, stored in _read_header(path).items():
-            whole = text_name(name), stored
-            # What experts a quantised stack has, its scales tell too.
-            listed = [whole] if quantization else experts_of(*whole, names)
-            for one_name, one in listed:
-                if one_name in tensors:
-                    first = tensors[one_name].file.path.name
-                    raise WeightsError(f"{one_name} is both in {first} and in {path.name}")
-                tensors[one_name] = one
-    return packed_source(tensors, names, quantization) if quantization else MappedSource(tensors)
+        for name, one in _read_header(path).items():
+            _add(stored, text_name(name), one)
+    names = as_stacked(expert_names(model_type), stored)
+    if quantization:  # what experts a quantised stack has, its scales tell too
+        return packed_source(stored, names, quantization)
+    tensors: dict[str, StoredTensor] = {}
+    for whole in stored.items():
+        for name, one in experts_of(*whole, names):
+            _add(tensors, name, one)
+    return MappedSource(tensors)
+
+
+def _add(tensors: dict[str, StoredTensor], name: str, one: StoredTensor) -> None:
+    if name in tensors:
+        first = tensors[name].file.path.name
+        raise WeightsError(f"{name} is both in {first} and in {one.file.path.name}")
+    tensors[name] = one
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:

@@ -6,7 +6,7 @@ Called by `safetensors_source`. Never reads tensor data.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from octavo.weights.names import ExpertNames
@@ -16,6 +16,25 @@ _STACK = re.compile(
     r"model\.layers\.(\d+)\.(?:mlp|feed_forward)\.experts\.(gate_up_proj|down_proj)(_bias)?"
 )
 _ROUTER = re.compile(r"model\.layers\.(\d+)\.mlp\.gate\.weight")
+
+
+def as_stacked(names: ExpertNames, tensors: Mapping[str, StoredTensor]) -> ExpertNames:
+    """Returns the names with the layout that shapes of stacks show: trainers save those of any
+    family transposed, and the other way round."""
+    if names.layout == "alternating columns":
+        return names
+    for name, gate_up in tensors.items():
+        stack = _STACK.fullmatch(name)
+        down = tensors.get(name.replace("gate_up_proj", "down_proj"))
+        if stack is None or stack[2] == "down_proj" or down is None:
+            continue
+        if len(gate_up.shape) == len(down.shape) == 3:
+            (_, *shape), (_, hidden, inner) = gate_up.shape, down.shape
+            if shape == [2 * inner, hidden]:
+                return replace(names, layout="rows")
+            if shape == [inner, 2 * hidden]:
+                return replace(names, layout="columns")
+    return names
 
 
 def experts_of(
