@@ -2,7 +2,7 @@
 
 Used by benchmarks that ask what a format does to a model's answers: weights are what their file
 says, dequantised, and ops are those of the reference, whose KV cache is what kernels are tested
-against.
+against, or kernel_ops.py's.
 """
 
 from __future__ import annotations
@@ -143,14 +143,15 @@ def _seen(op: AttentionOp, positions_T: Tensor, end: int) -> Tensor:
 class FloatModel:
     """A model, and what it makes of texts with its KV in some format."""
 
-    def __init__(self, model: str, device: torch.device) -> None:
+    def __init__(self, model: str, device: torch.device, ops: PlainOps | None = None) -> None:
+        """`ops`: see kernel_ops.py."""
         config, files = EngineConfig(model=model).resolve(), resolve_model(model)
         spec, family = read_spec(files.config)
         placement = FloatPlacement(
             open_source(files, "auto", weight_shapes(spec, family), 0), device
         )
         self.device = device
-        self.ops = PlainOps(torch.get_num_threads())
+        self.ops = ops or PlainOps(torch.get_num_threads())
         decoder: Decoder = load_decoder(spec, family, placement, self.ops, MAX_TOKENS)
         self.decoder = with_room(decoder, device)
         self._tokenizer = find_tokenizer(config, files)

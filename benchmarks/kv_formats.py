@@ -8,7 +8,8 @@
 `quality` reads texts through the model in float32 (float_model.py), with the KV in float32 and in
 each format, and compares the distributions of every eighth next token from the 256th on: `equal` is
 the share whose most likely token is the same, `kl` the mean Kullback-Leibler divergence from
-float32's, in nats; both with the standard error of their mean over texts. With --out each text's
+float32's, in nats; both with the standard error of their mean over texts. With --kernels keys and
+values are written and attended by a GPU's kernels, else by plain torch. With --out each text's
 line is appended to a file, and texts that are there are not read again.
 `errors` tells how far what attention says is from what it says with float32 KV, for each layer: the
 root of the sum of squared differences over that of squares, its input that of the float32 model.
@@ -103,7 +104,12 @@ def compared(
 
 
 def quality(arguments: argparse.Namespace) -> None:
-    model = FloatModel(arguments.model, torch.device(arguments.device))
+    ops = None
+    if arguments.kernels:
+        from benchmarks.kernel_ops import KernelOps  # for who has Triton
+
+        ops = KernelOps(torch.get_num_threads())
+    model = FloatModel(arguments.model, torch.device(arguments.device), ops)
     name, formats = os.path.basename(arguments.model), arguments.formats.split(",")
     lines = _lines_of(arguments.out, name)
     for text, ids in read_texts(model, arguments):
@@ -269,6 +275,7 @@ def main() -> None:
     parser.add_argument("--formats", default="int8,fp8,int8/int4,int4")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--kernels", action="store_true", help="the GPU's own, for `quality`")
     parser.add_argument("--texts", type=int, default=40)
     parser.add_argument("--max-tokens", type=int, default=8000)
     parser.add_argument("--chunk", type=int, default=512, help="tokens read at a time")
