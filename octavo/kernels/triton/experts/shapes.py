@@ -229,6 +229,11 @@ def ring_experts_shape(
         )
         of_gate = replace(wide, stages=2, tiles=2) if gate.bits == 4 else wide
         return RingExpertsShape(gate_up=of_gate, down=wide, is_lone=False)
+    are_four = can_wide and gate.bits == down.bits == 4
+    if are_four and tokens == 32:
+        of_gate = RingShape(tokens=32, rows=64, num_warps=4, stages=2, tiles=2, is_wide=True)
+        of_down = replace(of_gate, rows=128, num_warps=8, max_registers=128)
+        return RingExpertsShape(gate_up=of_gate, down=of_down, is_lone=False)
     blocks = min(num_pairs, num_experts)
     programs = blocks * (hidden_size // 64)
     gate_tiles, down_tiles = (-(-one // RING_COLUMNS) for one in (hidden_size, inner_size))
@@ -250,6 +255,9 @@ def ring_experts_shape(
         of_down = replace(of_down, stages=3 if can_wide else 2)
         if tokens <= 16 and (can_wide or (gate.bits == 4 and not gate.high)):
             of_gate = replace(of_gate, rows=128, max_registers=128)
+        if are_four and tokens == 16:
+            of_down = replace(of_down, rows=128, stages=2, max_registers=128)
+            splits = splits_of(programs // 2, down_tiles, 528)
     return RingExpertsShape(gate_up=of_gate, down=replace(of_down, splits=splits), is_lone=is_lone)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 from octavo.kernels.triton.launching.chip import next_power_of_2
@@ -135,7 +135,7 @@ def ring_shape(num_tokens: int, num_rows: int, length: int, layout: PlaneLayout)
     splits = splits_of(programs, num_tiles, wanted)
     if is_lone:
         splits = min(LONE_SPLITS, splits_of(programs, num_tiles, wanted, least=2))
-    return RingShape(
+    shape = RingShape(
         tokens=tokens,
         rows=64,
         num_warps=4,
@@ -144,6 +144,16 @@ def ring_shape(num_tokens: int, num_rows: int, length: int, layout: PlaneLayout)
         is_wide=tokens >= 32 and can_wide,
         splits=splits,
     )
+    if not is_lone or splits == 1:
+        return shape
+    # Programs of a lone row are so short that all of them should be there at once.
+    fits = ring_stages(
+        layout,
+        replace(shape, stages=2),
+        programs=programs * splits,
+        num_tiles=-(-num_tiles // splits),
+    )
+    return replace(shape, stages=min(shape.stages, fits))
 
 
 SHARED_BYTES = 100 << 10
