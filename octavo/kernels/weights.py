@@ -43,6 +43,8 @@ class Weight:
     order: Tensor | None = None
     """int32 [cols]: the column of x that each column of packed rows is multiplied with, where
     columns that share a scale were brought together; None: they follow x's."""
+    prepared: object = None
+    """What a back end made of it (`Ops.prepare`)."""
 
     def part(self, start: int, stop: int) -> Weight:
         """Returns the weight of some rows, a view."""
@@ -52,6 +54,7 @@ class Weight:
             rows=stop - start,
             planes=None if self.planes is None else self.planes.rows(start, stop),
             within=None,
+            prepared=None,
         )
 
     def parts(self, rows: Sequence[int]) -> tuple[Weight, ...]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import gc
+import ctypes
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pytest
 import torch
 
-from octavo.kernels.cpu.native import NativeOps
+from octavo.kernels.cpu import structs
+from octavo.kernels.cpu.native import Descriptors, NativeOps
 from octavo.kernels.ops import Ops
-from octavo.kernels.weights import Weight
 from tests.kernels.cases import floats, make_weight
 
 
@@ -39,21 +40,30 @@ def test_more_threads_than_cores_and_many_short_jobs_end(
     assert all(torch.equal(crowd.linear(x, (weight,)), expected) for _ in range(200))
 
 
-def test_descriptors_go_with_their_weights(native: Ops, rng: np.random.Generator) -> None:
+def test_weights_bring_what_was_prepared_and_are_not_found_again(
+    native: Ops, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert isinstance(native, NativeOps)
-    x = floats(rng, 1, 64)
-    kept = make_weight("f32", 8, 64, rng)
+    x, weights = floats(rng, 2, 64), [make_weight("f32", rows, 64, rng) for rows in (8, 8, 64)]
+    ones = [native.linear(x, (weight,)) for weight in weights]
+    pair = native.prepare(weights[:2])
+    (down,) = native.prepare((make_weight("f32", 64, 8, rng),))
+    expected = native.gated_mlp(x, weights[:2], down, "silu")
+    assert not native._structs._entries
+    part = pair[1].part(2, 8)  # has nothing of the whole
+    assert torch.equal(native.linear(x, (part,)), ones[1][:, 2:])
+    monkeypatch.setattr(structs, "FORMAT_CODES", {})  # so that none can be made
+    assert torch.equal(native.linear(x, pair), torch.cat(ones[:2], dim=1))
+    assert torch.equal(native.linear(x, (pair[1],)), ones[1])
+    assert torch.equal(native.gated_mlp(x, pair, down, "silu"), expected)
 
-    def use_a_weight() -> None:
-        values = make_weight("f32", 8, 64, rng)
-        short = Weight(data=values.data, format=values.format, rows=8, cols=64)
-        assert torch.equal(native.linear(x, (short, kept))[:, :8], native.linear(x, (values,)))
 
-    for _ in range(20):
-        use_a_weight()
-    native.linear(x, (kept,))
-    gc.collect()
-    assert len(native._structs._entries) == 1
+def test_descriptors_go_with_what_they_describe() -> None:
+    found, value = Descriptors(), torch.zeros(1)
+    address = found.add("key", (value,), ctypes.c_int64(3))
+    assert found.get("key") == address
+    del value
+    assert found.get("key") is None
 
 
 def test_a_forked_child_computes_and_ends() -> None:

@@ -10,6 +10,7 @@ import ctypes
 import os
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from octavo.kernels.cpu.structs import (
     head_size_of,
     kv_layer_struct,
     matrix_structs,
+    prepared,
     qk_norm_struct,
     quantizing_struct,
     rope_struct,
@@ -48,7 +50,8 @@ _SIGMOID_RULE = RoutingRule(top_k=2, renormalize=False)
 class Descriptors:
     """Addresses of C structs that describe frozen values, dropped with the values.
 
-    Keyed by identity, since a model's weights are the same objects at every step.
+    Keyed by identity, since what a layer asks of attention is the same object at every step.
+    Weights bring their structs along (`Ops.prepare`).
     """
 
     def __init__(self) -> None:
@@ -151,16 +154,19 @@ class NativeOps(Composed):
         key = id(value)
         return self._structs.get(key) or self._structs.add(key, (value,), describe(value))
 
-    def _weights(self, weights: Sequence[Weight]) -> int:
-        key = id(weights[0]) if len(weights) == 1 else tuple(map(id, weights))
-        return self._structs.get(key) or self._structs.add(key, weights, matrix_structs(weights))
+    def prepare(self, weights: Sequence[Weight]) -> Sequence[Weight]:
+        return prepared(weights)
+
+    def prepare_experts(self, experts: ExpertWeights) -> ExpertWeights:
+        return replace(experts, prepared=expert_structs(experts))
 
     def embedding(self, token_ids_T: Tensor, weight: Weight) -> Tensor:
         tokens = len(token_ids_T)
         ids = token_ids_T.to(torch.int32).contiguous()
         out = torch.empty(tokens, weight.cols)
-        matrix = self._weights((weight,))
-        self._run("embedding", (ids.data_ptr(), tokens, matrix, out.data_ptr()), (ids, weight, out))
+        matrix = matrix_structs((weight,))
+        args = ids.data_ptr(), tokens, ctypes.addressof(matrix), out.data_ptr()
+        self._run("embedding", args, (ids, weight, matrix, out))
         return out
 
     def rms_norm(self, x_TM: Tensor, weight_M: Tensor, eps: float) -> Tensor:
@@ -199,9 +205,10 @@ class NativeOps(Composed):
             bias_N = _floats(bias_N)
             assert bias_N.shape == (columns,)
             bias = bias_N.data_ptr()
-        matrices = self._weights(weights)
-        args = x.data_ptr(), tokens, matrices, len(weights), bias, out.data_ptr()
-        self._run("linear", args, (x, weights, bias_N, out))
+        matrices = matrix_structs(weights)
+        where = ctypes.addressof(matrices), len(weights)
+        args = x.data_ptr(), tokens, *where, bias, out.data_ptr()
+        self._run("linear", args, (x, weights, matrices, bias_N, out))
         return out
 
     def gated_mlp(
@@ -212,9 +219,10 @@ class NativeOps(Composed):
         assert x.shape[1] == gate.cols == up.cols
         assert gate.rows == up.rows == down.cols
         hidden, out = torch.empty(tokens, gate.rows), torch.empty(tokens, down.rows)
-        kind, matrices = activation_struct(activation), self._weights((gate, up, down))
-        args = x.data_ptr(), tokens, matrices, kind, hidden.data_ptr(), out.data_ptr()
-        self._run("gated_mlp", args, (x, gate, up, down, hidden, out))
+        kind, matrices = activation_struct(activation), matrix_structs((gate, up, down))
+        where = ctypes.addressof(matrices), kind
+        args = x.data_ptr(), tokens, *where, hidden.data_ptr(), out.data_ptr()
+        self._run("gated_mlp", args, (x, gate, up, down, matrices, hidden, out))
         return out
 
     def route(
@@ -290,16 +298,17 @@ class NativeOps(Composed):
         order = torch.empty(2 * picks, dtype=torch.int32)
         hidden, parts = torch.empty(picks, gate.rows), torch.empty(picks, down.rows)
         out = torch.empty(tokens, down.rows)
-        biases = bias_addresses(experts)
+        biases, matrices = bias_addresses(experts), expert_structs(experts)
         args = MoEStruct(
-            *(x.data_ptr(), self._struct(experts, expert_structs)),
+            *(x.data_ptr(), ctypes.addressof(matrices)),
             *(weights.data_ptr(), ids.data_ptr()),
             *(order.data_ptr(), order.data_ptr() + 4 * picks, hidden.data_ptr()),
             *(parts.data_ptr(), out.data_ptr(), tokens, len(experts.gate), top_k),
             *biases,
             activation_struct(activation),
         )
-        self._run("moe", (args,), (x, experts, weights, ids, order, hidden, parts, out))
+        kept = x, experts, matrices, weights, ids, order, hidden, parts, out
+        self._run("moe", (args,), kept)
         return self.add_shared(out, x, shared, gate_T1, activation)
 
     def rope_and_cache(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_double, c_int64, c_void_p
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from octavo.kernels.inputs import (
 )
 from octavo.kernels.kv_codec import stored_format
 from octavo.kernels.routing import ExpertWeighting, Score
-from octavo.kernels.weights import ExpertWeights, Weight
+from octavo.kernels.weights import ExpertWeights, Together, Weight
 from octavo.visibility import Chunk, Full, Visibility, Window
 
 FORMAT_CODES = {name: code for code, name in enumerate(WEIGHT_FORMATS)}
@@ -106,7 +107,17 @@ class RouteStruct(ctypes.Structure):
     ]
 
 
+def prepared(weights: Sequence[Weight]) -> Together:
+    """Returns weights with their structs, each and all of them side by side."""
+    structs = (MatrixStruct * len(weights))(*map(matrix_struct, weights))
+    made = (replace(one, prepared=struct) for one, struct in zip(weights, structs, strict=True))
+    return Together(weights=tuple(made), prepared=structs)
+
+
 def matrix_struct(weight: Weight) -> MatrixStruct:
+    """Returns the struct that was prepared, or makes it."""
+    if isinstance(weight.prepared, MatrixStruct):
+        return weight.prepared
     data, form = weight.data, weight.format
     row_bytes = data.stride(0) * data.element_size()
     assert data.stride(1) == 1, "rows must be contiguous"
@@ -118,16 +129,24 @@ def matrix_struct(weight: Weight) -> MatrixStruct:
     return MatrixStruct(data.data_ptr(), weight.rows, weight.cols, row_bytes, code, pointer)
 
 
-def matrix_structs(weights: Sequence[Weight]) -> ctypes.Array[MatrixStruct]:
+def matrix_structs(weights: Sequence[Weight]) -> ctypes.Array[MatrixStruct] | MatrixStruct:
+    """Returns the structs of weights, one after the other in memory."""
+    if isinstance(weights, Together) and isinstance(weights.prepared, ctypes.Array):
+        return weights.prepared
+    if len(weights) == 1:
+        return matrix_struct(weights[0])
     return (MatrixStruct * len(weights))(*map(matrix_struct, weights))
 
 
 def expert_structs(experts: ExpertWeights) -> ctypes.Array[MatrixStruct]:
+    if isinstance(experts.prepared, ctypes.Array):
+        return experts.prepared
     first = experts.gate[0], experts.up[0], experts.down[0]
     for one in zip(experts.gate, experts.up, experts.down, strict=True):
         for weight, like in zip(one, first, strict=True):
             assert (weight.rows, weight.cols) == (like.rows, like.cols)
-    return matrix_structs((*experts.gate, *experts.up, *experts.down))
+    all_weights = (*experts.gate, *experts.up, *experts.down)
+    return (MatrixStruct * len(all_weights))(*map(matrix_struct, all_weights))
 
 
 def activation_struct(activation: Activation) -> ActivationStruct:
