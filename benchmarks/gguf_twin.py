@@ -1,7 +1,7 @@
 """Writes a model as a GGUF file in one number format, for llama.cpp to run what Octavo runs.
 
-    python benchmarks/gguf_twin.py DENSE.gguf OUT.gguf --format bf16|f16|q4_1|q8_0
-    python benchmarks/gguf_twin.py DENSE.gguf OUT.gguf --format ... --mixtral FOLDER
+    python -m benchmarks.gguf_twin DENSE.gguf OUT.gguf --format bf16|f16|q4_1|q8_0
+    python -m benchmarks.gguf_twin DENSE.gguf OUT.gguf --format ... --mixtral FOLDER
 
 DENSE is what `octavo demo --dense --path-only` prints, or another GGUF file; FOLDER what `octavo
 demo --moe [--experts 8] --path-only` prints, which was made of it: then only the tokenizer is
@@ -20,11 +20,11 @@ from typing import Any
 
 import gguf
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
 from octavo.weights.gguf_file import TENSOR_TYPES, GGUFFile, read_gguf
+from tests.weights.tiny_gguf import add_value, finish, interleave
 
 FORMATS = ("bf16", "f16", "q4_1", "q8_0")
 _NAMES = {
@@ -59,7 +59,7 @@ class Mixtral:
             tensor = self._tensor(f"model.layers.{layer}.{theirs}")
             if name in ("attn_q", "attn_k"):
                 heads = "num_attention_heads" if name == "attn_q" else "num_key_value_heads"
-                tensor = _interleaved(tensor, self.config[heads])
+                tensor = interleave(tensor, self.config[heads])
             is_small = tensor.ndim == 1 or name == "ffn_gate_inp"
             self._add(writer, f"blk.{layer}.{name}", tensor, "f32" if is_small else number_format)
         for part, name in _PARTS.items():
@@ -67,15 +67,15 @@ class Mixtral:
                 self._tensor(f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{part}")
                 for expert in range(self.config["num_local_experts"])
             ]
-            self._add(writer, f"blk.{layer}.{name}", torch.stack(experts), number_format)
+            self._add(writer, f"blk.{layer}.{name}", np.stack(experts), number_format)
 
-    def _tensor(self, name: str) -> torch.Tensor:
-        return self._file.get_tensor(f"{name}.weight").float()
+    def _tensor(self, name: str) -> NDArray[np.float32]:
+        return self._file.get_tensor(f"{name}.weight").float().numpy()
 
     def _add(
-        self, writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, number_format: str
+        self, writer: gguf.GGUFWriter, name: str, tensor: NDArray[np.float32], number_format: str
     ) -> None:
-        _add_tensor(writer, f"{name}.weight", tensor.contiguous().numpy(), number_format)
+        _add_tensor(writer, f"{name}.weight", np.ascontiguousarray(tensor), number_format)
 
 
 def _add_tensor(
@@ -85,12 +85,6 @@ def _add_tensor(
     writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
 
 
-def _interleaved(matrix: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Returns the rows of queries or keys in the order in which llama.cpp rotates pairs."""
-    rows, cols = matrix.shape
-    return matrix.view(num_heads, 2, -1, cols).transpose(1, 2).reshape(rows, cols)
-
-
 def _add_shapes(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
@@ -98,6 +92,8 @@ def _add_shapes(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
     writer.add_rope_dimension_count(config["head_dim"])
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
@@ -110,16 +106,7 @@ def _copy_metadata(writer: gguf.GGUFWriter, file: GGUFFile, prefix: str) -> None
     for key, value in file.metadata.items():
         if not key.startswith(prefix) or key.startswith("general."):
             continue
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, list):
-            writer.add_array(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        else:
-            writer.add_string(key, value)
+        add_value(writer, key, value)
 
 
 def _copy_tensors(writer: gguf.GGUFWriter, file: GGUFFile, number_format: str) -> None:
@@ -146,10 +133,7 @@ def write(dense: Path, target: Path, number_format: str, folder: Path | None = N
         _add_shapes(writer, checkpoint.config)
         _copy_metadata(writer, file, "tokenizer.")
         checkpoint.write(writer, number_format)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
 
 
 def main() -> None:

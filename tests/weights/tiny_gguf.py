@@ -107,7 +107,9 @@ def _rope_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    if isinstance(value, str):
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, str):
         writer.add_string(key, value)
     elif isinstance(value, list):
         writer.add_array(key, value)
