@@ -180,21 +180,12 @@ def test_a_plan_refuses_what_the_loader_refuses(
     quantised = str(write_quantised_gguf(tmp_path / "m.gguf"))
     other = str(write_quantised_gguf(tmp_path / "n.gguf", gguf.GGMLQuantizationType.TQ1_0))
     on_card = ["--device", "cuda", "--gpu-memory", "24GiB"]
+    two = ["--device", "cpu", "--tensor-parallel-size", "2"]
     for argv, words in (
         ([tiny_model, "--max-model-len", "513"], "more than the 512 tokens"),
-        ([quantised, "--device", "cpu", "--tensor-parallel-size", "2"], "block format q8_0"),
-        ([other, "--device", "cpu", "--tensor-parallel-size", "2"], "block format tq1_0"),
-        (
-            [
-                quantised,
-                "--device",
-                "cpu",
-                "--tensor-parallel-size",
-                "2",
-                "--enable-expert-parallel",
-            ],
-            "this model has none",
-        ),
+        ([quantised, *two], "block format q8_0"),
+        ([other, *two], "block format tq1_0"),
+        ([quantised, *two, "--enable-expert-parallel"], "this model has none"),
         ([quantised, "--device", "cpu", "--enable-expert-parallel"], "this model has none"),
         ([tiny_model, *on_card, "--attention-backend", "native"], "computes on the CPU"),
         ([tiny_model, *on_card, "--activation-dtype", "int8"], "kernels of a CPU"),
