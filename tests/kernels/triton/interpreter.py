@@ -106,3 +106,5 @@ def _convert_rounding_to_even(self: Any, src: Any, dst_type: Any, rounding_mode:
 
 
 interpreter.InterpreterBuilder.create_fp_to_fp = _convert_rounding_to_even
+
+from tests.kernels.triton import quick_types  # noqa: E402, F401
