@@ -24,7 +24,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_INDEX ?=
 PIP_INSTALL := $(PIP) install -q -c constraints.txt $(addprefix --extra-index-url ,$(TORCH_INDEX))
 
-.PHONY: help serve test test-slow test-gpu lint bench docs clients image-check clean
+# Whatever the shell says: every process of the tests would compile all it imports anew.
+export PYTHONDONTWRITEBYTECODE :=
+
+.PHONY: help serve test test-slow test-all test-gpu lint style bench docs clients image-check clean
 
 # Without a target: serve, which is the first one.
 serve: $(VENV)/.installed
@@ -34,6 +37,7 @@ help:
 	@echo 'make serve     the demo model on http://127.0.0.1:8000 (MODEL=..., ARGS="--port 80")'
 	@echo 'make test      the test suite, with all set-up, but for what is marked slow'
 	@echo 'make test-slow the rest of it: soaks, and programs of others that are large'
+	@echo 'make test-all  both'
 	@echo 'make test-gpu  what a GPU changes, on a machine that has one'
 	@echo 'make lint      style, types, layers'
 	@echo 'make bench     the figures of README.md, as JSON lines in bench.jsonl'
@@ -50,16 +54,23 @@ test: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(SPREAD) -m slow $(ARGS)
 
+# Both, collected once.
+test-all: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
+
 # What a GPU changes, on a machine that has one.
 test-gpu: $(VENV)/.installed-dev
 	PYTHON=$(BIN)/python benchmarks/gpu_suite.sh $(ARGS)
 
-lint: $(VENV)/.installed-dev
+# What no test says, and the tests that are as quick.
+lint: style
+	$(BIN)/python -m pytest tests/test_architecture.py tests/test_options.py tests/test_public_api.py
+
+style: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/python -m pytest tests/test_architecture.py tests/test_options.py tests/test_public_api.py
+	$(BIN)/pyright
 
 # The figures of README.md, as JSON lines in bench.jsonl.
 bench: $(VENV)/.installed-dev
