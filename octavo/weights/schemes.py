@@ -174,7 +174,9 @@ def _compressed(weights: Mapping[str, Any]) -> Scheme:
     strategy, size = weights.get("strategy"), weights.get("group_size")
     if strategy in ("tensor", "channel"):
         group = WHOLE_ROW
-    elif strategy == "group" and type(size) is int and size > 0:
+    elif strategy == "block" and isinstance(shape := weights.get("block_structure"), list):
+        size = shape[-1] if shape else None
+    if strategy in ("group", "block") and type(size) is int and size > 0:
         group = size
     return Scheme(
         kind=kind if kind in ("int", "float") else None,

@@ -141,6 +141,41 @@ DISAGREEING: dict[str, tuple[str, dict[str, Any], Callable[[dict[str, Tensor]], 
         lambda t: None,
         "codes of 8 bits.* says 4",
     ),
+    "fp8 by tensor where blocks are said": (
+        "fp8 by block",
+        {},
+        lambda t: t.update(weight_scale_inv=torch.tensor(0.5)),
+        r"scales of the shape \[\] do not fit 200 x 320 numbers in blocks",
+    ),
+    "fp8 by channel where blocks are said": (
+        "fp8 by channel",
+        {
+            "config_groups": {
+                "group_0": {
+                    "weights": {
+                        "type": "float",
+                        "num_bits": 8,
+                        "strategy": "block",
+                        "block_structure": [128, 128],
+                    }
+                }
+            }
+        },
+        lambda t: None,
+        "1 groups of 160 columns.* says 8 bits, floats, groups of 128",
+    ),
+    "mxfp4 of an odd size": (
+        "mxfp4",
+        {},
+        lambda t: t.update(weight_packed=torch.zeros(32, 81, dtype=torch.uint8)),
+        "162 columns are no multiple of 32",
+    ),
+    "nothing": (
+        "awq 128",
+        {},
+        lambda t: t.update(qweight=t["qweight"][:, :0]),
+        r"qweight has the shape \[256, 0\]: there are no numbers",
+    ),
     "fp8 of NaN": (
         "fp8 by block",
         {},

@@ -39,11 +39,12 @@ def fp8(module: Module, quantization: Quantization) -> PackedMatrix:
     part = "weight_scale_inv" if "weight_scale_inv" in module.parts else "weight_scale"
     ranks = (0, 1, 2, 4) if quantization.method == "modelopt" else (0, 1, 2)
     module.check({"weight": Part(("F8_E4M3",)), part: Part(FP8_SCALES, ranks)})
-    allowed(module, Scheme(kind="float", bits=8), quantization)
     rows, cols = module.shape("weight")
     grid = module.shape(part)
     if len(grid) == 4 and grid[1::2] == (1, 1):
         grid = grid[::2]
+    groups = grid[1] if len(grid) == 2 else 1
+    allowed(module, Scheme(kind="float", bits=8), quantization, cols, groups)
     block = fp8_block(module.name, (rows, cols), grid, quantization)
     why = fp8_unpacked_because(cols, block[1])
     is_packed = why is None
@@ -74,15 +75,16 @@ def fp8_block(
 ) -> tuple[int, int]:
     """Returns how many rows and columns share a scale. Raises WeightsError."""
     rows, cols = shape
-    if scales in ((), (1,), (1, 1)):
-        return rows, cols
-    if scales in ((rows,), (rows, 1)):
-        return 1, cols
     block = quantization.block or (128, 128)
     if scales == (-(-rows // block[0]), -(-cols // block[1])):
         return block
-    if len(scales) == 2 and scales[0] == rows and cols % scales[1] == 0:
-        return 1, cols // scales[1]
+    if quantization.block is None:  # else nothing but blocks is what the config says
+        if scales in ((), (1,), (1, 1)):
+            return rows, cols
+        if scales in ((rows,), (rows, 1)):
+            return 1, cols
+        if len(scales) == 2 and scales[0] == rows and cols % scales[1] == 0:
+            return 1, cols // scales[1]
     Module(name, {}).refuse(
         f"scales of the shape {list(scales)} do not fit {rows} x {cols} numbers in blocks of "
         f"{block[0]} x {block[1]}"
@@ -140,6 +142,8 @@ def mxfp4(module: Module, quantization: Quantization) -> PackedMatrix:
     module.check({"weight_packed": Part(("U8",)), "weight_scale": Part(EXPONENTS)})
     allowed(module, Scheme(kind="float", bits=4), quantization)
     rows, cols = module.shape("weight_packed")[0], 2 * module.shape("weight_packed")[1]
+    if cols % GROUP:
+        module.refuse(f"{cols} columns are no multiple of {GROUP}")
     module.expect("weight_scale", (rows, cols // GROUP))
 
     def read(fetch: Fetch) -> tuple[Tensor, Tensor | None]:

@@ -97,6 +97,8 @@ class Module:
                 self.refuse(
                     f"{part} has the shape {list(found.shape)}, expected {ranks} dimensions"
                 )
+            if 0 in found.shape:
+                self.refuse(f"{part} has the shape {list(found.shape)}: there are no numbers in it")
         # Those of another format would be left out without a word.
         surplus = sorted(self.parts.keys() - wanted.keys() - OF_ACTIVATIONS)
         if surplus:
