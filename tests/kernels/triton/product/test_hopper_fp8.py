@@ -14,7 +14,7 @@ from torch import Tensor
 from octavo.kernels.inputs import NormInput
 from octavo.kernels.planes import Planes, has_tile_scales, values_of
 from octavo.kernels.weights import Weight
-from octavo.planes import FP8_BLOCK, FP8_ROW, PlaneLayout
+from octavo.planes import FP8_BLOCK, FP8_ROW, PLANE_LAYOUTS, PlaneLayout
 from tests.kernels.triton.cases import make_ops
 from tests.kernels.triton.interpreter import DEVICE
 from tests.kernels.triton.packed_cases import error_of, fp8_weight, planes, rounded
@@ -22,7 +22,7 @@ from tests.kernels.triton.packed_cases import error_of, fp8_weight, planes, roun
 from tests.kernels.triton.gluon_cpu import emulated  # isort: skip
 from octavo.kernels.triton.launching.chip import has_wgmma  # isort: skip
 from octavo.kernels.triton.product import choose  # isort: skip
-from octavo.kernels.triton.product.hopper import fp8  # isort: skip
+from octavo.kernels.triton.product.hopper import fp8, fp8_few  # isort: skip
 from octavo.kernels.triton.product.matrices import prepared  # isort: skip
 from octavo.kernels.triton.small.norm import rms_norm  # isort: skip
 from octavo.kernels.triton.small.norm_quantize import norm_quantize  # isort: skip
@@ -72,29 +72,45 @@ def test_the_norm_rounds_what_the_norm_and_then_the_rounding_give(num_parts: int
 
 
 @pytest.mark.parametrize(
-    ("change", "is_taken"),
+    ("change", "taker"),
     [
-        ({}, True),
-        ({"count": 3}, False),
-        ({"rows": 320}, False),
-        ({"cols": 160}, True),
-        ({"layout": FP8_ROW}, False),
-        ({"dtype": torch.float32}, False),
-        ({"is_by_tile": False}, False),
+        ({}, "many"),
+        ({"count": 255}, "few"),
+        ({"count": 2}, "few"),
+        ({"count": 1}, None),
+        ({"rows": 320}, None),
+        ({"count": 3, "rows": 320}, "few"),
+        ({"count": 3, "rows": 336}, None),
+        ({"cols": 160}, "many"),
+        ({"count": 3, "cols": 16512, "rows": 64}, None),
+        ({"layout": FP8_ROW}, None),
+        ({"count": 3, "layout": FP8_ROW, "is_by_tile": False}, "few"),
+        ({"count": 3, "layout": PLANE_LAYOUTS["q8_0"], "is_by_tile": False}, None),
+        ({"dtype": torch.float32}, None),
+        ({"count": 3, "dtype": torch.float32}, None),
+        ({"is_by_tile": False}, None),
+        ({"count": 3, "is_by_tile": False}, None),
     ],
 )
-def test_many_rows_meet_published_scales_in_fp8(
-    change: dict[str, object], is_taken: bool, monkeypatch: pytest.MonkeyPatch
+def test_rows_meet_published_scales_in_fp8_from_the_second_on(
+    change: dict[str, object], taker: str | None, monkeypatch: pytest.MonkeyPatch
 ):
-    case = {"count": 4, "rows": 384, "cols": 128, "layout": FP8_BLOCK, "dtype": torch.bfloat16}
+    case = {"count": 256, "rows": 384, "cols": 128, "layout": FP8_BLOCK, "dtype": torch.bfloat16}
     case |= {"is_by_tile": True} | change
     weight = fp8_weight(case["layout"], case["rows"], case["cols"])
     x = torch.ones(case["count"], case["cols"], dtype=case["dtype"], device=DEVICE)
     out = x.new_empty((len(x), weight.rows))
-    taken: list[Tensor] = []
-    monkeypatch.setattr(choose, "FP8_TOKENS", 4)
-    monkeypatch.setattr(fp8, "has_wgmma", lambda device: True)
-    monkeypatch.setattr(fp8, "hopper_fp8_product_of", lambda rows, *rest: taken.append(rest[-1]))
+    taken: list[tuple[str, bool]] = []
+
+    def unrounded(x: Tensor, padded: int, *, by_block: bool) -> Fp8Rows:
+        return Fp8Rows(x.new_empty(len(x), padded), x.new_empty(0))
+
+    monkeypatch.setattr(choose, "quantize_rows", unrounded)
+    for product in (fp8, fp8_few):
+        monkeypatch.setattr(product, "has_wgmma", lambda device: True)
+    many, few = "hopper_fp8_product_of", "fp8_few_product"
+    monkeypatch.setattr(fp8, many, lambda *rest: taken.append(("many", rest[4] is out)))
+    monkeypatch.setattr(fp8_few, few, lambda *rest: taken.append(("few", rest[4] is out)))
     monkeypatch.setattr(choose, "fp8_product", lambda *rest: None)
     monkeypatch.setattr(choose, "packed_product", lambda *rest: None)
     assert weight.planes is not None
@@ -103,7 +119,7 @@ def test_many_rows_meet_published_scales_in_fp8(
     choose.multiply_packed(x, *rest, is_deterministic=True, is_by_tile=case["is_by_tile"])
     assert not taken
     choose.multiply_packed(x, *rest, is_deterministic=False, is_by_tile=case["is_by_tile"])
-    assert [one is out for one in taken] == [True] * is_taken
+    assert taken == ([] if taker is None else [(taker, True)])
 
 
 @pytest.mark.parametrize("has_x", [True, False])

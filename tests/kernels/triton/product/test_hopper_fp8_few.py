@@ -1,5 +1,5 @@
-"""Dense products of FP8 with FP8 on Hopper, few rows: who takes them, that they compile, what they
-say."""
+"""Dense products of FP8 with FP8 on Hopper, few rows: their shapes, that they compile, what they
+say. Who takes them: test_hopper_fp8.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from octavo.kernels.inputs import NormInput
 from octavo.kernels.planes import Planes, values_of
-from octavo.planes import FP8_BLOCK, FP8_ROW, PLANE_LAYOUTS, PlaneLayout
+from octavo.planes import FP8_BLOCK, FP8_ROW, PlaneLayout
 from tests.kernels.triton.interpreter import DEVICE
 from tests.kernels.triton.packed_cases import error_of, fp8_weight, planes, rounded
 
@@ -40,44 +40,6 @@ def test_shapes_fit_a_processor_and_split_whole_tiles(num_tokens: int, sizes: tu
     scales = 4 * shape.tokens * max(16, 1 << (steps // shape.splits - 1).bit_length())
     assert shape.stages * (64 + shape.tokens) * 128 + scales <= 208 << 10
     assert num_tokens > 64 or shape.tokens >= num_tokens
-
-
-@pytest.mark.parametrize(
-    ("change", "is_taken"),
-    [
-        ({}, True),
-        ({"count": 255}, True),
-        ({"count": 256}, False),
-        ({"rows": 320}, True),
-        ({"rows": 336}, False),
-        ({"cols": 16512, "rows": 64}, False),
-        ({"layout": FP8_ROW, "is_by_tile": False}, True),
-        ({"layout": PLANE_LAYOUTS["q8_0"], "is_by_tile": False}, False),
-        ({"dtype": torch.float32}, False),
-        ({"is_by_tile": False}, False),
-    ],
-)
-def test_few_rows_meet_fp8_in_fp8(
-    change: dict[str, object], is_taken: bool, monkeypatch: pytest.MonkeyPatch
-):
-    case = {"count": 3, "rows": 384, "cols": 128, "layout": FP8_BLOCK, "dtype": torch.bfloat16}
-    case |= {"is_by_tile": True} | change
-    weight = fp8_weight(case["layout"], case["rows"], case["cols"])
-    x = torch.ones(case["count"], case["cols"], dtype=case["dtype"], device=DEVICE)
-    out = x.new_empty((len(x), weight.rows))
-    taken: list[bool] = []
-    monkeypatch.setattr(fp8_few, "has_wgmma", lambda device: True)
-    monkeypatch.setattr(fp8_few, "fp8_few_product", lambda *rest: taken.append(rest[4] is out))
-    for name in ("fp8_product", "packed_product"):
-        monkeypatch.setattr(choose, name, lambda *rest: None)
-    monkeypatch.setattr(choose.hopper_fp8, "hopper_fp8_product_of", lambda *rest: None)
-    assert weight.planes is not None
-    assert weight.layout is not None
-    rest = weight.planes, weight.layout, None, out
-    choose.multiply_packed(x, *rest, is_deterministic=True, is_by_tile=case["is_by_tile"])
-    assert not taken
-    choose.multiply_packed(x, *rest, is_deterministic=False, is_by_tile=case["is_by_tile"])
-    assert taken == [True] * is_taken
 
 
 @pytest.mark.parametrize("layout", [FP8_BLOCK, FP8_ROW], ids=["fp8", "fp8_row"])
