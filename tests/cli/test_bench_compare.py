@@ -37,28 +37,7 @@ def compare(first: str, second: str, output: Path, *more: str) -> dict[str, Any]
     return json.loads(line)["figures"]
 
 
-def test_both_get_the_same_requests_and_a_warm_up_that_does_not_count(
-    fake_server: FakeServer, other_server: FakeServer, tmp_path: Path
-):
-    figures = compare(fake_server.url, other_server.url, tmp_path / "out")
-
-    def sent(fake: FakeServer, index: int) -> list[str]:
-        return sorted(body["prompt"] for body in fake.bodies[4 * index :][:4])
-
-    assert len(fake_server.bodies) == len(other_server.bodies) == 4 * 4
-    for index in range(4):
-        assert sent(fake_server, index) == sent(other_server, index)
-    # A word is some tokens, and no round repeats another's.
-    prompts = {body["prompt"] for body in fake_server.bodies}
-    assert len(prompts) == 16
-    assert {len(prompt.split()) for prompt in prompts} <= set(range(5, 9))
-    assert fake_server.most_open == other_server.most_open == 2
-    assert figures["rounds"] == 3
-    assert figures["output_tokens_a"] == figures["output_tokens_b"] == 3 * 4 * 3
-    assert len(figures["e2e_p50_ms_ratios"]) == 3
-
-
-def test_who_is_first_changes_from_round_to_round(
+def test_both_get_the_same_requests_in_turn_and_a_warm_up_that_does_not_count(
     fake_server: FakeServer, other_server: FakeServer, tmp_path: Path, monkeypatch: Any
 ):
     order: list[str] = []
@@ -70,10 +49,26 @@ def test_who_is_first_changes_from_round_to_round(
                 super().append(body)
 
         monkeypatch.setattr(fake, "bodies", Noted())
-    compare(fake_server.url, other_server.url, tmp_path / "out")
+    figures = compare(fake_server.url, other_server.url, tmp_path / "out")
+
+    def sent(fake: FakeServer, index: int) -> list[str]:
+        return sorted(body["prompt"] for body in fake.bodies[4 * index :][:4])
+
+    assert len(fake_server.bodies) == len(other_server.bodies) == 4 * 4
+    for index in range(4):
+        assert sent(fake_server, index) == sent(other_server, index)
+    # Who is first changes from round to round.
     sets = ["".join(order[at : at + 4]) for at in range(0, len(order), 4)]
     assert [one[0] for one in sets] == ["b", "a", "a", "b", "b", "a", "a", "b"]
     assert all(len(set(one)) == 1 for one in sets)
+    # A word is some tokens, and no round repeats another's.
+    prompts = {body["prompt"] for body in fake_server.bodies}
+    assert len(prompts) == 16
+    assert {len(prompt.split()) for prompt in prompts} <= set(range(5, 9))
+    assert fake_server.most_open == other_server.most_open == 2
+    assert figures["rounds"] == 3
+    assert figures["output_tokens_a"] == figures["output_tokens_b"] == 3 * 4 * 3
+    assert len(figures["e2e_p50_ms_ratios"]) == 3
 
 
 def test_times_are_those_of_the_server(

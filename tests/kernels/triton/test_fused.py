@@ -150,9 +150,13 @@ def test_routes_within_the_routers_product_are_those_after_it(
     assert not ops._tickets.any(), "tickets are for the next launch"
 
 
-@pytest.mark.parametrize("is_deterministic", [True, False])
-@pytest.mark.parametrize("has_gate", [True, False])
-@pytest.mark.parametrize("shared_size", [40, 160, 56])
+@pytest.mark.parametrize(  # Every pair of two values.
+    ("shared_size", "has_gate", "is_deterministic"),
+    [
+        *((40, True, True), (40, False, False), (160, True, False)),
+        *((160, False, True), (56, True, True), (56, False, False)),
+    ],
+)
 def test_a_shared_expert_is_added(
     rng: np.random.Generator, shared_size: int, has_gate: bool, is_deterministic: bool
 ) -> None:
@@ -199,20 +203,21 @@ def padded_rows(batch: AttentionBatch, lengths: list[int]) -> AttentionBatch:
     )
 
 
-@pytest.mark.parametrize("window", [None, 70])
-@pytest.mark.parametrize("norm", ["none", "head", "whole"])
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "size", "rotary_dim"), [(6, 2, 20, 8), (4, 4, 16, 16)]
+@pytest.mark.parametrize(  # Every pair of two values.
+    ("sizes", "norm", "window"),
+    [
+        *(((6, 2, 20, 8), "none", None), ((6, 2, 20, 8), "head", 70)),
+        *(((6, 2, 20, 8), "whole", None), ((4, 4, 16, 16), "none", 70)),
+        *(((4, 4, 16, 16), "head", None), ((4, 4, 16, 16), "whole", 70)),
+    ],
 )
 def test_rope_within_attention_is_rope_before_it(
     rng: np.random.Generator,
+    sizes: tuple[int, int, int, int],
     norm: str,
     window: int | None,
-    heads: int,
-    kv_heads: int,
-    size: int,
-    rotary_dim: int,
 ) -> None:
+    heads, kv_heads, size, rotary_dim = sizes
     ops, apart = make_ops(is_deterministic=False), make_ops()
     angles = floats(rng, 2000, rotary_dim // 2).to(DEVICE)
     rope = RopeTable(cos=angles.cos(), sin=angles.sin(), rotary_dim=rotary_dim)
