@@ -81,6 +81,7 @@ class ModelRunner:
         self._poison_freed_blocks = poison_freed_blocks
         self._fence = Fence()
         self._num_under_way = 0
+        self._transfer.follow()
 
     def launch(self, plan: StepPlan) -> object:
         """Enqueues the step."""

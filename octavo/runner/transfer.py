@@ -35,6 +35,11 @@ class Download(Protocol):
 class Transfer(Protocol):
     """Both directions, and the stream that computes."""
 
+    def follow(self) -> None:
+        """Has steps begin after all that the caller has launched so far: memory that a runner is
+        made of is filled on the caller's stream."""
+        ...
+
     @contextmanager
     def step(self) -> Iterator[None]:
         """What is launched inside runs on the compute stream, after the uploads made inside."""
@@ -59,6 +64,8 @@ class _Arrived:
 
 class HostTransfer:
     """Transfer for a device that is the host."""
+
+    def follow(self) -> None: ...
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -110,6 +117,9 @@ class CUDATransfer:
             uploaded=torch.cuda.Event(),
             read=torch.cuda.Event(),
         )
+
+    def follow(self) -> None:
+        self._compute.wait_stream(torch.cuda.current_stream(self._device))
 
     @contextmanager
     def step(self) -> Iterator[None]:
