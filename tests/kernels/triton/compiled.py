@@ -46,6 +46,7 @@ from octavo.kernels.triton.attention import choose  # noqa: E402
 from octavo.kernels.triton.attention.decode import decode_attention  # noqa: E402
 from octavo.kernels.triton.attention.device_plan import DevicePlan  # noqa: E402
 from octavo.kernels.triton.backend import TritonOps  # noqa: E402
+from octavo.kernels.triton.experts import choose as choose_experts  # noqa: E402
 from octavo.kernels.triton.experts.choose import run_experts  # noqa: E402
 from octavo.kernels.triton.experts.ordered import rows_of_pairs  # noqa: E402
 from octavo.kernels.triton.experts.stacks import StackedExperts  # noqa: E402
@@ -258,6 +259,19 @@ def sums(size: int) -> None:
                 over.add_rms_norm(parts, torch.zeros_like(x), weight, 1e-6, ids)
 
 
+def many_experts() -> None:
+    """Large experts of many rows, whose weights are numbers."""
+    choose_experts.many.num_processors = lambda device: 132
+    gate, down = torch.zeros(2, 4096, 256, dtype=BF16), torch.zeros(2, 256, 4096, dtype=BF16)
+    experts = StackedExperts(gate_EFM=gate, up_EFM=gate, down_EMF=down)
+    run_experts(
+        *(torch.zeros(512, 256, dtype=BF16), torch.zeros(512, 2), zeros(512, 2)),
+        *(experts, "silu", None, None, Shapes()),
+        is_deterministic=False,
+        in_parts=True,
+    )
+
+
 CASES: dict[str, Callable[[], None]] = {
     "routing": routing,
     "attention": attention,
@@ -268,6 +282,7 @@ CASES: dict[str, Callable[[], None]] = {
     "latent long": lambda: latent(2304, 1, max_query_len=2304, num_short_tokens=0),
     "latent int4": lambda: latent(4, 4, "int4", max_query_len=1, num_short_tokens=0),
     **{f"packed {name}": partial(packed, name) for name in PLANE_LAYOUTS},
+    "many experts": many_experts,
     "kept": kept,
     "sums of 2": lambda: sums(2),
     "sums of 4": lambda: sums(4),

@@ -15,9 +15,11 @@ from octavo.kernels.triton.experts.choose_packed import Packed, run_packed
 from octavo.kernels.triton.experts.combine import combine
 from octavo.kernels.triton.experts.dispatch import SHARED_TOKENS, is_few
 from octavo.kernels.triton.experts.grouped import grouped_experts
+from octavo.kernels.triton.experts.hopper import many
 from octavo.kernels.triton.experts.ordered import rows_of_pairs
 from octavo.kernels.triton.experts.pairs import experts_of_pairs
 from octavo.kernels.triton.experts.stacks import StackedExperts, shared_parts
+from octavo.kernels.triton.experts.unpacked import unpacked_experts
 from octavo.kernels.triton.tuning.shapes import Shapes
 from octavo.kernels.weights import SharedExpert
 
@@ -75,8 +77,13 @@ def run_experts(
             in_parts=in_parts and is_whole,
         )
         return run_packed(packed), is_whole
+    # None count where bits may not depend on how many there are; tuned blocks are of other kernels.
+    num_pairs = 0 if is_deterministic or shape.block_p != many.ROWS.value else topk_ids.numel()
     if is_of_pairs:
         out = experts_of_pairs(*chosen, shapes.pairs(x_TM, top_k, experts), parts)
+    elif num_pairs and parts is None and many.fits(x_TM, experts, num_pairs):
+        in_parts = in_parts and is_whole and experts.biases is None
+        out = unpacked_experts(*chosen, shape, num_pairs=num_pairs, in_parts=in_parts)
     else:
         in_parts = in_parts and is_whole and experts.biases is None
         out = grouped_experts(*chosen, shape, parts, in_parts=in_parts)

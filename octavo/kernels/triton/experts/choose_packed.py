@@ -161,7 +161,7 @@ def _run_unpacked(one: Packed) -> Tensor:
         can_tma=is_hopper(one.x_TM.device),
     )
     shape = shape if one.x_TM.dtype.itemsize == 2 else shape.of_floats()
-    return unpacked_experts(*one.chosen, shape, in_parts=one.in_parts)
+    return unpacked_experts(*one.chosen, shape, num_pairs=one.num_pairs, in_parts=one.in_parts)
 
 
 def _run_grouped(one: Packed) -> Tensor:

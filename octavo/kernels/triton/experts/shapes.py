@@ -222,18 +222,11 @@ def ring_experts_shape(
     num_pairs = num_tokens * top_k
     mean = num_pairs / num_experts
     can_wide = gate.group == down.group == RING_COLUMNS and hidden_size % 128 == 0
-    tokens = 8 if is_lone or mean <= 4 else 16 if mean <= 10 else 32
-    if mean > 20 and can_wide:
-        wide = RingShape(
-            tokens=64, rows=128, num_warps=8, stages=3, tiles=1, is_wide=True, max_registers=128
-        )
-        of_gate = replace(wide, stages=2, tiles=2) if gate.bits == 4 else wide
-        return RingExpertsShape(gate_up=of_gate, down=wide, is_lone=False)
-    are_four = can_wide and gate.bits == down.bits == 4
-    if are_four and tokens == 32:
-        of_gate = RingShape(tokens=32, rows=64, num_warps=4, stages=2, tiles=2, is_wide=True)
-        of_down = replace(of_gate, rows=128, num_warps=8, max_registers=128)
-        return RingExpertsShape(gate_up=of_gate, down=of_down, is_lone=False)
+    is_plain = gate.bits == 4 and not gate.high
+    most_of_16 = 20 if is_plain and not can_wide else 10
+    tokens = 8 if is_lone or mean <= 4 else 16 if mean <= most_of_16 else 32
+    if mean > 10 and can_wide:
+        return _wide_rings(32 if mean <= 24 else 64, gate, down)
     blocks = min(num_pairs, num_experts)
     programs = blocks * (hidden_size // 64)
     gate_tiles, down_tiles = (-(-one // RING_COLUMNS) for one in (hidden_size, inner_size))
@@ -253,12 +246,33 @@ def ring_experts_shape(
         of_down = replace(of_down, stages=stages)
     else:
         of_down = replace(of_down, stages=3 if can_wide else 2)
-        if tokens <= 16 and (can_wide or (gate.bits == 4 and not gate.high)):
+        if tokens <= 16 and (can_wide or is_plain):
             of_gate = replace(of_gate, rows=128, max_registers=128)
-        if are_four and tokens == 16:
+        if can_wide and tokens == 16 and gate.bits == down.bits == 4:
             of_down = replace(of_down, rows=128, stages=2, max_registers=128)
             splits = splits_of(programs // 2, down_tiles, 528)
     return RingExpertsShape(gate_up=of_gate, down=replace(of_down, splits=splits), is_lone=is_lone)
+
+
+def _wide_rings(tokens: int, gate: PlaneLayout, down: PlaneLayout) -> RingExpertsShape:
+    """Returns the shapes whose warps multiply together, of blocks of so many pairs."""
+
+    def ring(layout: PlaneLayout, *, is_down: bool) -> RingShape:
+        is_four = layout.bits == 4
+        is_large = tokens == 64 or (is_down and is_four)
+        return RingShape(
+            tokens=tokens,
+            rows=128 if is_large else 64,
+            num_warps=8 if is_large else 4,
+            stages=2 if is_four else 3,
+            tiles=2 if is_four else 1,
+            is_wide=True,
+            max_registers=128 if is_large else None,
+        )
+
+    return RingExpertsShape(
+        gate_up=ring(gate, is_down=False), down=ring(down, is_down=True), is_lone=False
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

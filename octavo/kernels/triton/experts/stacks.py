@@ -74,8 +74,16 @@ class StackedExperts:
     @property
     def is_packed(self) -> bool:
         """Whether any of the matrices are."""
-        has_planes = self.gate_layout is not None or self.down_layout is not None
-        return has_planes or self.has_blocks
+        return self.is_packed_gate or self.is_packed_down
+
+    @property
+    def is_packed_gate(self) -> bool:
+        """Whether gate and up are."""
+        return self.gate_layout is not None or self.gate_up_blocks is not None
+
+    @property
+    def is_packed_down(self) -> bool:
+        return self.down_layout is not None or self.down_blocks is not None
 
     @property
     def has_blocks(self) -> bool:

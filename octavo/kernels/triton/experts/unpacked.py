@@ -19,6 +19,7 @@ from octavo.kernels.planes import Planes
 from octavo.kernels.triton.experts.combine import combine
 from octavo.kernels.triton.experts.dispatch import Dispatch, is_few
 from octavo.kernels.triton.experts.grouped import down, gate_up
+from octavo.kernels.triton.experts.hopper import many
 from octavo.kernels.triton.experts.shapes import ExpertsShape
 from octavo.kernels.triton.experts.sort import sort_pairs
 from octavo.kernels.triton.experts.stacks import StackedExperts
@@ -37,9 +38,11 @@ def unpacked_experts(
     activation: Activation,
     shape: ExpertsShape,
     *,
+    num_pairs: int = 0,
     in_parts: bool = False,
 ) -> Tensor:
-    """Returns what `grouped_experts` does, of experts whose weights are packed, or some of them."""
+    """Returns what `grouped_experts` does, of experts whose weights are packed, or some of them.
+    `num_pairs`: how many count when kernels are chosen."""
     ids, chosen = _chosen(topk_ids, experts.count)
     count = experts.count if chosen is None else len(chosen)
     dispatch = Dispatch(
@@ -50,15 +53,26 @@ def unpacked_experts(
         rows=shape.block_p,
     )
     # Programs that look for their own pairs do so among all experts.
-    has_parts = _is_packed_gate(experts) and dispatch.pairs is not None
+    has_parts = experts.is_packed_gate and dispatch.pairs is not None
     at_once = cdiv(count, UNPACKED_PARTS) if has_parts else count
     room = _room(experts, count, at_once, x_TM)
     hidden = x_TM.new_empty((dispatch.num_rows, experts.inner_size))
+    pairs = dispatch.pairs if many.fits(x_TM, experts, num_pairs) else None
+    in_order = None if pairs is None else many.rows_in_order(x_TM, pairs)
     for first in range(0, count, at_once):
         end = min(first + at_once, count)
-        part, of_part = _gates(experts, chosen, first, end, room), _within(dispatch, first, end)
-        gate_up(x_TM, of_part, part, activation, shape.gate_up, out_RF=hidden)
-    parts = down(hidden, topk_weights, dispatch, _downs(experts, chosen, room), shape.down)
+        part = _gates(experts, chosen, first, end, room)
+        if pairs is not None and in_order is not None:
+            many.many_gate_up(in_order, pairs, part, activation, hidden, first)
+        else:
+            of_part = _within(dispatch, first, end)
+            gate_up(x_TM, of_part, part, activation, shape.gate_up, out_RF=hidden)
+    downs = _downs(experts, chosen, room)
+    del in_order  # Its memory is that of the parts.
+    if pairs is not None:
+        parts = many.many_down(hidden, topk_weights, pairs, downs.down_EMF)
+    else:
+        parts = down(hidden, topk_weights, dispatch, downs, shape.down)
     if in_parts:
         return parts.view(len(x_TM), -1, experts.hidden_size)
     return combine(parts, ids, count)
@@ -73,16 +87,11 @@ def _chosen(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor | None]:
     return torch.where(flat >= 0, places, -1).view(topk_ids.shape), flat.clamp(min=0)
 
 
-def _is_packed_gate(experts: StackedExperts) -> bool:
-    return experts.gate_layout is not None or experts.gate_up_blocks is not None
-
-
 def _room(experts: StackedExperts, count: int, at_once: int, like: Tensor) -> Tensor:
     """Returns room for the numbers that there are at once."""
     matrix = experts.inner_size * experts.hidden_size
-    gates = 2 * at_once * matrix if _is_packed_gate(experts) else 0
-    is_packed_down = experts.down_layout is not None or experts.down_blocks is not None
-    return like.new_empty(max(gates, count * matrix if is_packed_down else 0))
+    gates = 2 * at_once * matrix if experts.is_packed_gate else 0
+    return like.new_empty(max(gates, count * matrix if experts.is_packed_down else 0))
 
 
 def _within(dispatch: Dispatch, first: int, end: int) -> Dispatch:
