@@ -99,8 +99,10 @@ def build(kernel, options={"num_warps": 8}, **values):
     assert built.metadata.shared <= 227 * 1024
 
 
-build(chunks._latent_pieces_kernel, STACK=16, FORM=SHORT.value)
-build(chunks._latent_pieces_kernel, STACK=16, FORM=SHARED.value)
+many = {"STACK": 16, "PRODUCER": tiles.PRODUCER_REGISTERS}
+many |= {"CONSUMER": chunks.CONSUMER_REGISTERS}
+build(chunks._latent_pieces_kernel, {"num_warps": 4}, FORM=SHORT.value, **many)
+build(chunks._latent_pieces_kernel, {"num_warps": 4}, FORM=SHARED.value, **many)
 build(lone._lone_latents_kernel, GROUP=16, HEADS=2, HAS_SHARED=True)
 build(lone._lone_latents_kernel, GROUP=16, HEADS=1, HAS_SHARED=False)
 few = {"M": few_heads.MOST_HEADS, "HEADS": 2, "HAS_SHARED": True}
@@ -117,10 +119,14 @@ def test_it_compiles_for_hopper_without_one() -> None:
     assert run.returncode == 0, run.stderr[-2000:]
 
 
-@pytest.mark.parametrize(("form", "is_late"), [(SHORT.value, True), (SHARED.value, False)])
+@pytest.mark.parametrize(
+    ("form", "is_late", "gain"),
+    [(SHORT.value, True, 30.0), (SHARED.value, False, 30.0), (SHORT.value, False, 1.0)],
+)
 def test_pieces_of_many_rows_without_a_gpu(
-    rng: np.random.Generator, form: int, is_late: bool
+    rng: np.random.Generator, form: int, is_late: bool, gain: float
 ) -> None:
+    """With scores that leave float16 no room from the first tile's on, and without."""
     rank, heads, dtype = 128, 16, torch.float16
     is_shared = form == SHARED.value
     lengths, shared = ([201, 230, 200, 222, 240], 192) if is_shared else ([150, 34, 129], 0)
@@ -128,7 +134,7 @@ def test_pieces_of_many_rows_without_a_gpu(
     total, kernels = sum(query_lens), emulated(chunks.__name__, is_late=is_late)
     latents = make_latents(rng, lengths, rank + ROPE, dtype, shared=shared)
     plane = latent_plane(KVLayer(latent=latents.pages_BPC), rank, ROPE)
-    q = floats(rng, total, heads, rank + ROPE).to(dtype)
+    q = (gain * floats(rng, total, heads, rank + ROPE)).to(dtype)
     out = torch.full((total, heads, rank), math.nan, dtype=dtype)
     batch, tiling = latents.batch(lengths, query_lens), latent_tiling(heads, 3)
     if is_shared:

@@ -1,8 +1,8 @@
 """Tiles of latent attention on Hopper: pages by TMA, products by both warpgroups of a program.
 
-Called by the kernels' roles: lone.py, and chunks.py and few_heads.py for what brings pages. Each
-warpgroup has all rows of a tile and half of their columns, of scores and of sums. Never knows whose
-rows these are.
+Called by the kernels' roles: lone.py, and few_heads.py for what brings pages; seesaw.py has its own
+way. Each warpgroup has all rows of a tile and half of their columns, of scores and of sums. Never
+knows whose rows these are.
 """
 
 from __future__ import annotations
