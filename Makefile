@@ -27,7 +27,7 @@ PIP_INSTALL := $(PIP) install -q -c constraints.txt $(addprefix --extra-index-ur
 # Whatever the shell says: every process of the tests would compile all it imports anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help serve test test-slow test-all test-gpu lint style bench docs clients image-check clean
+.PHONY: help serve test test-slow test-gpu lint style bench docs clients image-check clean
 
 # Without a target: serve, which is the first one.
 serve: $(VENV)/.installed
@@ -37,7 +37,6 @@ help:
 	@echo 'make serve     the demo model on http://127.0.0.1:8000 (MODEL=..., ARGS="--port 80")'
 	@echo 'make test      the test suite, with all set-up, but for what is marked slow'
 	@echo 'make test-slow the rest of it: soaks, and programs of others that are large'
-	@echo 'make test-all  both'
 	@echo 'make test-gpu  what a GPU changes, on a machine that has one'
 	@echo 'make lint      style, types, layers'
 	@echo 'make bench     the figures of README.md, as JSON lines in bench.jsonl'
@@ -53,10 +52,6 @@ test: $(VENV)/.installed-dev
 # Soaks, and programs of others that are large.
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(SPREAD) -m slow $(ARGS)
-
-# Both, collected once.
-test-all: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
 
 # What a GPU changes, on a machine that has one.
 test-gpu: $(VENV)/.installed-dev

@@ -228,7 +228,7 @@ def walk(engine: Engine, log: Log) -> None:
     prefix = [engine.blocks.pop() for _ in range(256)]
     for count in (1, 32):
         run("hit", [Request(4096 + 100, 20, drawn, prefix) for _ in range(count)])
-    lengths = lambda: (rng.randint(5, 1000), rng.randint(5, 60))
+    lengths = lambda: (rng.randint(5, 1000), rng.randint(5, 120))
     run("mixed", [Request(*lengths(), drawn) for _ in range(160)])
     arrivals = iter(lambda: int(rng.random() < 0.3), -1)
     run("arriving", [Request(*lengths(), drawn) for _ in range(80)], arrivals)
