@@ -38,6 +38,9 @@ Words = NDArray[np.uint32]
 MAX_PADDED_TOKENS = 2048
 """A step of at most so many tokens is padded and replayed as a graph on a GPU; one of a few more
 takes as long as the host needs to launch it, twice as long and more."""
+MAX_PADDED_PROMPT_TOKENS = 4096
+"""The same for steps of few rows where several ranks compute, if what is launched for many tokens
+is what is launched for few: over grouped queries, numbers as weights and plain keys and values."""
 NO_TOKEN = -1
 """Sampled where a row's logits hold a NaN or nothing finite: the sequence ends with an error."""
 

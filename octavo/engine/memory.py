@@ -7,6 +7,7 @@ the plan is `kv_cache.planner`; what a step takes in the Triton back end is coun
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from octavo.config import EngineConfig
@@ -26,6 +27,7 @@ from octavo.kernels.facts import (
 from octavo.kernels.limits import check_activations, check_backend, check_kv_formats
 from octavo.kv_cache.planner import (
     ActivationShape,
+    Budget,
     MemoryPlan,
     gib,
     gpu_budget,
@@ -34,7 +36,7 @@ from octavo.kv_cache.planner import (
 )
 from octavo.kv_cache.spec import group_layers
 from octavo.models.spec import LayerSpec, MLPSpec, ModelSpec, MoESpec
-from octavo.step import MAX_PADDED_TOKENS
+from octavo.step import MAX_PADDED_PROMPT_TOKENS, MAX_PADDED_TOKENS
 
 MIB = 2**20
 GRAPH_CAPTURES, GRAPH_BYTES, FIRST_GRAPH_BYTES = 32, 8 * MIB, 64 * MIB
@@ -131,6 +133,10 @@ def plan_model(
             is_unpacked=is_unpacked,
             in_blocks=in_blocks,
         )
+        is_plain = not (is_packed or config.deterministic or kv_is_quantized(kv))
+        is_plain &= not any(layer.attention.expanded_size for layer in spec.layers)
+        if is_plain and num_ranks > 1:
+            budget = _with_long_graphs(budget, config, step_bytes)
     else:
         # The ranks and the engines of a host share its memory.
         available = memory.available_bytes // (num_ranks * config.data_parallel_size)
@@ -168,6 +174,29 @@ def _cpu_step(spec: ModelSpec, config: EngineConfig) -> Callable[[int], int]:
     return lambda num_tokens: widest.step_bytes(num_tokens, min(num_tokens, config.max_num_seqs))
 
 
+def kv_is_quantized(kv: KVFormats) -> bool:
+    """Whether keys or values are stored as codes."""
+    return kv.key.is_quantized or kv.value.is_quantized
+
+
+def _with_long_graphs(
+    budget: Budget, config: EngineConfig, step_bytes: Callable[[int], int]
+) -> Budget:
+    """Returns the budget of ranks that replay longer prompts too: launched kernel by kernel, these
+    wait for the host, which one GPU does not (docs/scaling.md). Their graphs share memory with
+    those of shorter ones."""
+    if config.enforce_eager:
+        return budget
+    longest, most = MAX_PADDED_PROMPT_TOKENS, config.max_num_batched_tokens
+    longest = longest if most is None else min(longest, most)
+    more = max(step_bytes(longest) - step_bytes(MAX_PADDED_TOKENS), 0)
+    return replace(
+        budget,
+        graph_bytes=budget.graph_bytes + more,
+        max_padded_tokens=MAX_PADDED_PROMPT_TOKENS,
+    )
+
+
 def _graph_bytes(spec: ModelSpec, config: EngineConfig, *, in_blocks: bool) -> int:
     """Returns a bound on the bytes that captured steps keep to themselves, and sums over ranks."""
     peers = PEER_BYTES if config.tensor_parallel_size > 1 else 0
@@ -200,7 +229,7 @@ def _gpu_step(
     """
     longest = min(config.max_model_len or spec.default_len, kv_tokens)
     tables = 4 * longest * sum(rope.rotary_dim for rope in spec.ropes)
-    unpacked = UNPACKED_BYTES if kv.key.is_quantized or kv.value.is_quantized else 0
+    unpacked = UNPACKED_BYTES if kv_is_quantized(kv) else 0
 
     def step_bytes(num_tokens: int) -> int:
         num_samples = min(num_tokens, config.max_num_seqs)

@@ -15,6 +15,7 @@ from octavo.device import DeviceMemory
 from octavo.kv_cache.layout import ArenaLayout, arena_layout
 from octavo.kv_cache.plan_text import GIB, check_absolute, context_too_long, gib, too_large
 from octavo.kv_cache.spec import KVGroup, KVSpec, group_layers
+from octavo.step import MAX_PADDED_TOKENS
 
 MAX_DEFAULT_KV_BYTES = 4 * GIB
 """What the KV cache takes of a CPU's memory if nobody says more: the machine does other work."""
@@ -49,6 +50,7 @@ class Budget:
     other_bytes: int = 0
     """Of a GPU, what others and our own driver context hold."""
     graph_bytes: int = 0
+    max_padded_tokens: int = MAX_PADDED_TOKENS
     max_default_kv_bytes: int | None = None
     default_batched_tokens: tuple[int, ...]
     """Largest first; the first that leaves room enough is taken, or the last."""
@@ -112,6 +114,8 @@ class MemoryPlan:
     max_num_batched_tokens: int
     max_position_embeddings: int
     max_num_seqs: int
+    max_padded_tokens: int = MAX_PADDED_TOKENS
+    """Of a step of few rows that is replayed as a graph."""
     num_devices: int = 1
     """That share every layer; all sizes are those of each."""
     num_engines: int = 1
@@ -227,6 +231,7 @@ def plan_memory(
         max_num_batched_tokens=chunk,
         max_position_embeddings=max_position_embeddings,
         max_num_seqs=config.max_num_seqs,
+        max_padded_tokens=budget.max_padded_tokens,
         num_devices=config.tensor_parallel_size,
         num_engines=config.data_parallel_size,
         is_default_kv=config.kv_cache_memory_bytes is None

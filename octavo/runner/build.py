@@ -181,7 +181,8 @@ def _device_runner(
         decoder,
         storage,
         device_equipment(
-            decoder, storage, attention, sampler, graphs, transfer, plan.max_model_len
+            *(decoder, storage, attention, sampler, graphs, transfer, plan.max_model_len),
+            max_padded_tokens=plan.max_padded_tokens,
         ),
         poison_freed_blocks=config.poison_freed_blocks,
     )
@@ -250,6 +251,6 @@ def capture(rehearsal: Rehearsal, config: EngineConfig, plan: MemoryPlan, spec: 
     began = time.perf_counter()
     sizes = config.max_num_seqs, plan.max_num_batched_tokens, plan.max_model_len
     fitting = iter if spec.pooling is None else without_tokens
-    for step in fitting(steps_to_capture(*sizes, spec.vocab_size)):
+    for step in fitting(steps_to_capture(*sizes, spec.vocab_size, plan.max_padded_tokens)):
         rehearsal.capture(step)
     logger.info("graphs are there after %.1f s", time.perf_counter() - began)

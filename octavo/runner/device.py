@@ -22,7 +22,7 @@ from octavo.runner.input_batch import InputBatch, StepInputs
 from octavo.runner.lane import make_lane
 from octavo.runner.step_sizes import StepSizes
 from octavo.runner.transfer import Transfer
-from octavo.step import StepPlan, TableDelta
+from octavo.step import MAX_PADDED_TOKENS, StepPlan, TableDelta
 
 COUNTS_PERIOD = 64
 """Steps between two readings of how many tokens went to each expert; so is the last of a run."""
@@ -38,12 +38,13 @@ class DeviceForward:
         batch: DeviceBatch,
         graphs: StepGraphs,
         counts_LE: Tensor,
+        max_padded_tokens: int,
     ) -> None:
         self._decoder = decoder
         self._storage = storage
         self._batch = batch
         self._graphs = graphs
-        self._sizes = StepSizes(batch.host.max_num_seqs)
+        self._sizes = StepSizes(batch.host.max_num_seqs, max_padded_tokens)
         self._counts_LE = counts_LE
 
     def apply(self, deltas: Sequence[TableDelta]) -> None:
@@ -79,6 +80,7 @@ def device_equipment(
     graphs: StepGraphs,
     transfer: Transfer,
     max_model_len: int,
+    max_padded_tokens: int = MAX_PADDED_TOKENS,
 ) -> Equipment:
     """Returns what a runner needs on the device of `storage`, for as many rows as `sampler` has."""
     device = storage.arena.device
@@ -95,7 +97,7 @@ def device_equipment(
         transfer=transfer,
         batch=batch,
         planner=planner,
-        forward=DeviceForward(decoder, storage, there, graphs, counts.counts_LE),
+        forward=DeviceForward(decoder, storage, there, graphs, counts.counts_LE, max_padded_tokens),
         sampler=sampler,
         counts=counts,
     )

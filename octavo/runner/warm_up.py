@@ -13,7 +13,7 @@ import numpy as np
 
 from octavo.request import SamplingParams
 from octavo.runner.step_sizes import StepSizes
-from octavo.step import Int32, Purpose, RowStart, StepPlan
+from octavo.step import MAX_PADDED_TOKENS, Int32, Purpose, RowStart, StepPlan
 
 RUN_ROWS = (1, 8, 32, 128)
 """Batch sizes of decodes, beside the largest, that are run before the first request."""
@@ -64,11 +64,15 @@ def steps_to_build(
 
 
 def steps_to_capture(
-    max_num_seqs: int, max_num_tokens: int, max_model_len: int, vocab_size: int
+    max_num_seqs: int,
+    max_num_tokens: int,
+    max_model_len: int,
+    vocab_size: int,
+    max_padded_tokens: int = MAX_PADDED_TOKENS,
 ) -> Iterator[StepPlan]:
     """Yields a step of every size that is replayed as a graph, whatever attention is bound by
     beside; the largest first, which take most memory."""
-    sizes = StepSizes(max_num_seqs)
+    sizes = StepSizes(max_num_seqs, max_padded_tokens)
     for size in reversed(sizes.decodes):
         yield make_step(min(size, max_num_seqs), 1, vocab_size)
     for rows, tokens in reversed(list(sizes.all_mixed())):

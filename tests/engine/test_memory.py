@@ -12,6 +12,7 @@ from octavo.device import CPUDevice, CUDADevice, DeviceMemory
 from octavo.engine.memory import plan_model, resolve_kv_formats, weights_dtype, with_others
 from octavo.errors import CapacityError, ConfigError
 from octavo.kernels.facts import (
+    PEER_BYTES,
     SHARED_SPLITS,
     lone_partials,
     most_lone_partials,
@@ -20,6 +21,7 @@ from octavo.kernels.facts import (
 )
 from octavo.kv_cache.planner import GIB, MemoryPlan
 from octavo.models.registry import read_spec
+from octavo.step import MAX_PADDED_PROMPT_TOKENS, MAX_PADDED_TOKENS
 from tests.gpu_probe import Probe
 
 QWEN3_30B = {
@@ -215,6 +217,18 @@ def test_small_experts_are_made_numbers_from_fewer_rows_on(
 def test_graphs_take_no_memory_where_none_are_captured() -> None:
     assert plan(QWEN3_30B, 56.88).graph_bytes == 320 * 2**20
     assert plan(QWEN3_30B, 56.88, enforce_eager=True).graph_bytes == 0
+
+
+def test_ranks_replay_longer_prompts_where_they_launch_what_shorter_ones_do() -> None:
+    two = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+    long, shared = plan(QWEN3_30B, 56.88, **two), 320 * 2**20 + PEER_BYTES
+    assert long.max_padded_tokens == MAX_PADDED_PROMPT_TOKENS
+    assert shared < long.graph_bytes < shared + 80 * 2**20
+    for options in ({"kv_cache_dtype": "int8"}, {"deterministic": True}):
+        short = plan(QWEN3_30B, 56.88, **two, **options)
+        assert short.max_padded_tokens == MAX_PADDED_TOKENS
+        assert short.graph_bytes == shared
+    assert plan(QWEN3_30B, 56.88).max_padded_tokens == MAX_PADDED_TOKENS
 
 
 def test_keys_and_values_have_the_weights_format_on_a_gpu_alone() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from octavo.runner.step_sizes import StepSizes
 from octavo.runner.warm_up import make_mixed_step, make_step, steps_to_capture
-from octavo.step import MAX_PADDED_TOKENS, StepPlan
+from octavo.step import MAX_PADDED_PROMPT_TOKENS, MAX_PADDED_TOKENS, StepPlan
 
 VOCAB = 100
 
@@ -50,6 +50,15 @@ def test_every_size_is_captured_once(max_num_seqs: int) -> None:
     mixed = [one for one in steps if one.num_rows < one.num_tokens]
     assert sorted(padded(sizes, one) for one in mixed) == sorted(sizes.all_mixed())
     assert len(mixed) <= 12
+
+
+def test_longer_steps_of_few_rows_are_padded_where_the_engine_has_them_so() -> None:
+    sizes = StepSizes(256, MAX_PADDED_PROMPT_TOKENS)
+    steps = list(steps_to_capture(256, 8192, 8192, VOCAB, MAX_PADDED_PROMPT_TOKENS))
+    assert {padded(sizes, one) for one in steps} >= set(sizes.all_mixed())
+    few, many = make_mixed_step(3, 3000, VOCAB), make_mixed_step(40, 3000, VOCAB)
+    assert (sizes.padded(few), sizes.padded(many)) == ((16, 3072), None)
+    assert StepSizes(256).padded(few) is None
 
 
 def test_steps_to_capture_keep_to_what_the_engine_takes() -> None:
