@@ -76,9 +76,9 @@ def build_runner(
     """Returns a rank's runner with weights loaded, and the plan that it holds itself to.
 
     `device_index` counts the GPUs that this process sees; `sample` returns the ids of a text from
-    which compressed keys learn what they have in common, on a CPU so far. Sets torch's
-    threads for the whole process, to what the chosen ops leave it. Raises ConfigError if no back
-    end fits and WeightsError on a broken tensor.
+    which compressed keys learn what they have in common. Sets torch's threads for the whole
+    process, to what the chosen ops leave it. Raises ConfigError if no back end fits and
+    WeightsError on a broken tensor.
     """
     rank, size = collectives.rank, collectives.size
     device = select_device(config.device, device_index)
@@ -119,8 +119,12 @@ def build_runner(
     make_lane(needs.device).reclaim()  # what weights were made in
     if backend.builds is not None:
         backend.builds.tell_builds(progress)
+    ids = sample()
+    ids = ids[: collectives.least([len(ids)])[0]]  # all ranks learn, or none
+    if len(ids) >= LEAST_TOKENS:
+        decoder = with_room(decoder, needs.device)
     if backend.sampling is None:
-        return _host_runner(config, plan, decoder, backend.recorder, sample()), plan
+        return _host_runner(config, plan, decoder, backend.recorder, ids), plan
     runner, rehearsal = _device_runner(config, plan, decoder, backend.sampling, needs.device)
     if needs.device.type == "cuda":
         warm_up(rehearsal, config, plan, spec, backend.builds, needs.num_threads)
@@ -133,6 +137,7 @@ def build_runner(
         )
         plan = planner(step_bytes)
     runner.storage.allocate(plan.num_chunks)
+    _have_keys_learn(config, plan, decoder, runner.storage, ids)
     if needs.device.type == "cuda" and not config.enforce_eager:
         capture(rehearsal, config, plan, spec)
     return runner, plan
@@ -145,22 +150,33 @@ def _host_runner(
     recorder: StepRecorder | None,
     sample_ids: Sequence[int],
 ) -> ModelRunner:
-    device = torch.device("cpu")
     storage = KVStorage(plan.groups, plan.num_chunks, plan.block_size)
     sampler = Sampler(decoder.spec.vocab_size, config.max_num_seqs)
-    if len(sample_ids) >= LEAST_TOKENS:
-        began, decoder = time.perf_counter(), with_room(decoder, device)
-        planner = _attention_planner(config, plan, decoder, device)
-        count = learn_keys(decoder, storage, planner, plan, sample_ids)
-        took = time.perf_counter() - began
-        logger.info("keys have learned from %d tokens after %.1f s", count, took)
-    attention = _attention_planner(config, plan, decoder, device)
+    _have_keys_learn(config, plan, decoder, storage, sample_ids)
+    attention = _attention_planner(config, plan, decoder, storage.arena.device)
     return ModelRunner(
         decoder,
         storage,
         host_equipment(decoder, storage, attention, sampler, plan.max_model_len, recorder),
         poison_freed_blocks=config.poison_freed_blocks,
     )
+
+
+def _have_keys_learn(
+    config: EngineConfig,
+    plan: MemoryPlan,
+    decoder: Decoder,
+    storage: KVStorage,
+    sample_ids: Sequence[int],
+) -> None:
+    """Reads the sample through layers `with_room`; all ranks do, or none."""
+    if len(sample_ids) < LEAST_TOKENS:
+        return
+    began = time.perf_counter()
+    planner = _attention_planner(config, plan, decoder, storage.arena.device)
+    count = learn_keys(decoder, storage, planner, plan, sample_ids)
+    took = time.perf_counter() - began
+    logger.info("keys have learned from %d tokens after %.1f s", count, took)
 
 
 def _device_runner(

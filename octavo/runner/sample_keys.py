@@ -15,6 +15,7 @@ from octavo.kernels.inputs import AttentionBatch
 from octavo.kernels.planning import AttentionPlanner, StepRows
 from octavo.kv_cache.planner import MemoryPlan
 from octavo.kv_cache.storage import KVStorage
+from octavo.layers.attention import Attention
 from octavo.models.decoder import Decoder
 from octavo.models.sampled_keys import LEAST_TOKENS, learn
 from octavo.step import Int32
@@ -29,6 +30,8 @@ def learn_keys(
 ) -> int:
     """Runs as many of `token_ids` as a step and the pages take and has the decoder's layers learn
     from them; returns how many, 0 if they are too few to say anything."""
+    if not any(isinstance(layer.mixer, Attention) for layer in decoder.layers):
+        return 0
     most = min(len(token_ids), plan.max_num_batched_tokens, plan.max_model_len)
     tables = _tables(plan, most)
     while most >= LEAST_TOKENS and not tables:

@@ -67,6 +67,16 @@ def test_every_layer_learns(tmp_path: Path, case: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
+def test_keys_of_gpus_learn_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tests.kernels.triton.interpreter")
+    for module in ("build", "sample_keys"):
+        monkeypatch.setattr(f"octavo.runner.{module}.LEAST_TOKENS", 32)
+    found = changes(tmp_path, "qwen3", 40, backend="triton")
+    assert all(shift.any() and (factor != 1).any() for shift, factor in found)
+    for one, other in zip(found, changes(tmp_path, "qwen3", 40), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(("num_ids", "num_chunks"), [(100, 200), (180, 7), (0, 200)])
 def test_too_few_tokens_or_pages_teach_nothing(
     tmp_path: Path, num_ids: int, num_chunks: int
