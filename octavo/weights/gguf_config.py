@@ -20,6 +20,7 @@ from octavo.weights.gguf_latent import latent_attention_config, yarn_sharpness
 from octavo.weights.gguf_reader import Reader
 from octavo.weights.gguf_specials import end_ids, special_ids
 
+_MOST_LAYERS = 10_000
 ROPE_FACTORS = "rope_freqs.weight"
 _READ = {
     "gemma3_text": ("final_logit_softcapping",),
@@ -49,6 +50,8 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
     """Returns what config.json would say of the model. Raises UnsupportedModelError."""
     architecture = architecture_of(file)
     reader = Reader(file)
+    if reader.size("block_count") > _MOST_LAYERS:  # each is gone through
+        raise reader.refuse("block_count", f"at most {_MOST_LAYERS}")
     num_heads = reader.size("attention.head_count")
     hidden_size = reader.size("embedding_length")
     config: dict[str, Any] = {

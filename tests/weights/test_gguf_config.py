@@ -199,6 +199,7 @@ def test_linear_and_yarn_scaling_are_read(tmp_path: Path):
         ({"feed_forward_length": None}, r"llama\.feed_forward_length is missing"),
         ({"attention.value_length": 8}, r"value_length is 8; known is the head size, 16"),
         ({"block_count": None}, r"llama\.block_count is missing"),
+        ({"block_count": 10**9}, "block_count is 1000000000; known is at most 10000"),
         ({"expert_count": 2, "expert_gating_func": 2}, r"gating_func is 2; known is 1 \(softmax\)"),
     ],
 )
