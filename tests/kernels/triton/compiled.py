@@ -51,7 +51,7 @@ from octavo.kernels.triton.experts.choose import run_experts  # noqa: E402
 from octavo.kernels.triton.experts.ordered import rows_of_pairs  # noqa: E402
 from octavo.kernels.triton.experts.stacks import StackedExperts  # noqa: E402
 from octavo.kernels.triton.peers.sums import PeerSums  # noqa: E402
-from octavo.kernels.triton.product.choose import multiply_packed  # noqa: E402
+from octavo.kernels.triton.product.choose import multiply, multiply_packed  # noqa: E402
 from octavo.kernels.triton.product.grids import unpack_blocks  # noqa: E402
 from octavo.kernels.triton.tiles.hopper.ring import takes  # noqa: E402
 from octavo.kernels.triton.tuning.shapes import Shapes  # noqa: E402
@@ -259,8 +259,12 @@ def sums(size: int) -> None:
                 over.add_rms_norm(parts, torch.zeros_like(x), weight, 1e-6, ids)
 
 
-def many_experts() -> None:
-    """Large experts of many rows, whose weights are numbers."""
+def numbers() -> None:
+    """Few rows of large matrices of numbers, and many of large experts."""
+    for count, cols in ((2, 256), (30, 8192)):
+        x, weight = torch.zeros(count, cols, dtype=BF16), torch.zeros(2048, cols, dtype=BF16)
+        out, bias = torch.zeros(count, 2048, dtype=BF16), torch.zeros(2048)
+        multiply(x, weight, bias, out, Shapes(), zeros(99), is_deterministic=False)
     choose_experts.many.num_processors = lambda device: 132
     gate, down = torch.zeros(2, 4096, 256, dtype=BF16), torch.zeros(2, 256, 4096, dtype=BF16)
     experts = StackedExperts(gate_EFM=gate, up_EFM=gate, down_EMF=down)
@@ -282,7 +286,7 @@ CASES: dict[str, Callable[[], None]] = {
     "latent long": lambda: latent(2304, 1, max_query_len=2304, num_short_tokens=0),
     "latent int4": lambda: latent(4, 4, "int4", max_query_len=1, num_short_tokens=0),
     **{f"packed {name}": partial(packed, name) for name in PLANE_LAYOUTS},
-    "many experts": many_experts,
+    "numbers": numbers,
     "kept": kept,
     "sums of 2": lambda: sums(2),
     "sums of 4": lambda: sums(4),

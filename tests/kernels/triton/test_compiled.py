@@ -13,7 +13,7 @@ CASES = (
     *("routing", "attention", "kv fp8", "kv int8/int4"),
     *("latent decode", "latent short", "latent long", "latent int4", "latent fp8"),
     *("packed int4_32_f16", "packed int4_128_bf16", "packed fp8", "packed fp8_row"),
-    *("sums of 2", "sums of 4", "kept", "many experts"),
+    *("sums of 2", "sums of 4", "kept", "numbers"),
     *("packed int8_64", "packed q4_1", "packed mxfp4", "packed nvfp4", "packed iq4_xs"),
     *("packed q4_k", "packed q5_k", "packed q6_k", "packed q2_k", "packed q3_k"),
 )

@@ -12,12 +12,13 @@ from octavo.kernels.facts import UNPACKED_TOKENS
 from octavo.kernels.inputs import NormInput
 from octavo.kernels.planes import Planes
 from octavo.kernels.triton.product.fp8 import fp8_product
+from octavo.kernels.triton.product.hopper import few, fp8_few, ring
 from octavo.kernels.triton.product.hopper import fp8 as hopper_fp8
-from octavo.kernels.triton.product.hopper import fp8_few, ring
 from octavo.kernels.triton.product.linear import product
 from octavo.kernels.triton.product.matvec import matvec
 from octavo.kernels.triton.product.packed import packed_matvec, packed_product, unpack
 from octavo.kernels.triton.product.packed_shapes import (
+    few_numbers_shape,
     few_shape,
     fp8_shape,
     packed_shape,
@@ -34,6 +35,11 @@ from octavo.planes import PlaneLayout
 SKINNY_TOKENS = 64
 """Up to here Triton multiplies: as fast as cuBLAS, which splits the sum there (H100, 2026-11-22).
 Above, and for row counts that 8 divides, cuBLAS gave Triton's bits in all but one shape."""
+
+FEW_LEAST_ROWS, FEW_MOST_ROWS = 2048, 8192
+"""Of a matrix that meets few rows by TMA."""
+FEW_NUMBERS = 11 << 20
+"""Of it, where they are more than 16: Qwen3-30B-A3B's products were 2 % slower so."""
 
 FP8_TOKENS = 256
 """From here on activations are rounded to FP8 where weights are FP8 with a scale a row or, on
@@ -58,6 +64,9 @@ def multiply(
     num_tokens, is_odd = len(x_TM), len(matrix_NM) % 8 != 0
     if num_tokens == 1 and not is_deterministic:
         matvec(x_TM, matrix_NM, bias_N, out_TN, shapes.rows(x_TM, matrix_NM))
+    elif takes_few(x_TM, matrix_NM) and not is_deterministic:
+        shape = few_numbers_shape(num_tokens, *_tiles_of(matrix_NM))
+        few.few_product(x_TM, matrix_NM, bias_N, out_TN, shape, tickets)
     elif is_deterministic or not (by_vendor and is_same) or is_odd or num_tokens <= SKINNY_TOKENS:
         shape = shapes.product(x_TM, matrix_NM)
         if is_deterministic:
@@ -67,6 +76,21 @@ def multiply(
         torch.mm(x_TM, matrix_NM.T, out=out_TN)
     else:
         torch.addmm(bias_N.to(x_TM.dtype), x_TM, matrix_NM.T, out=out_TN)
+
+
+def takes_few(x_TM: Tensor, matrix_NM: Tensor) -> bool:
+    """Whether `hopper/few.py` multiplies x with a matrix: where it was faster than `linear.py` on
+    an H200, whose programs read x anew for 16 to 64 rows of the matrix each."""
+    num_tokens, num_rows = len(x_TM), len(matrix_NM)
+    if not (1 < num_tokens <= 32 and FEW_LEAST_ROWS <= num_rows <= FEW_MOST_ROWS):
+        return False
+    is_large = num_tokens <= 16 or matrix_NM.numel() >= FEW_NUMBERS
+    return is_large and few.fits(x_TM, matrix_NM)
+
+
+def _tiles_of(matrix_NM: Tensor) -> tuple[int, int]:
+    num_rows, length = matrix_NM.shape
+    return num_rows, length // few.COLUMNS.value
 
 
 def rounds_few(x_TM: Tensor, planes: Planes, layout: PlaneLayout, *, is_by_tile: bool) -> bool:

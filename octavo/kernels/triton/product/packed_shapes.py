@@ -230,3 +230,19 @@ def few_shape(num_tokens: int, num_rows: int, steps: int) -> FewShape:
     scales = 4 * tokens * next_power_of_2(max(16, steps))
     room = (FEW_BYTES - scales) // ((FEW_ROWS + tokens) * FEW_COLUMNS)
     return FewShape(tokens=tokens, stages=min(steps, room, 16), splits=splits)
+
+
+NUMBERS_COLUMNS = 64
+"""Of the tiles of `hopper/few.py`, whose programs have as many rows."""
+
+
+def few_numbers_shape(num_tokens: int, num_rows: int, steps: int) -> FewShape:
+    """Returns the launch shape of `hopper/few.py` for `steps` tiles along a row, measured on an
+    H200: some two programs a processor, all of them there at once."""
+    tokens = max(8, min(64, next_power_of_2(num_tokens)))
+    programs = -(-num_tokens // tokens) * (num_rows // NUMBERS_COLUMNS)
+    most = 4 if tokens <= 16 else 2
+    splits = max(1, min(2 * PROCESSORS // programs, steps // 8, most))
+    at_once = max(2, -(-programs * splits // PROCESSORS))
+    room = FEW_BYTES // at_once // ((NUMBERS_COLUMNS + tokens) * NUMBERS_COLUMNS * 2)
+    return FewShape(tokens=tokens, stages=max(2, min(-(-steps // splits), room)), splits=splits)
