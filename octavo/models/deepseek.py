@@ -72,7 +72,7 @@ def read_glm4_moe_lite(config: HFConfig) -> ModelSpec:
     if types is None:
         _must_be(config, "first_k_dense_replace", 1)
         return _read_sigmoid(config, lambda index: index > 0)
-    num_layers = config.integer("num_hidden_layers")
+    num_layers = config.count("num_hidden_layers")
     is_known = isinstance(types, list) and all(kind in ("dense", "sparse") for kind in types)
     if not is_known or len(types) != num_layers:
         config.refuse("mlp_layer_types", f"{num_layers} times dense or sparse")

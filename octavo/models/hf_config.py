@@ -14,6 +14,7 @@ from octavo.errors import UnsupportedModelError
 from octavo.models.config_classes import ConfigClass
 
 NOTHING_KNOWN = ConfigClass()
+MOST_COUNTED = 10_000
 
 
 class HFConfig:
@@ -64,6 +65,13 @@ class HFConfig:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             self.refuse(name, f"an integer of at least {least}")
         return value
+
+    def count(self, name: str) -> int:
+        """Returns a number of things that are gone through one by one, layers or experts."""
+        found = self.integer(name)
+        if found > MOST_COUNTED:
+            self.refuse(name, f"at most {MOST_COUNTED}")
+        return found
 
     def optional_integer(self, name: str) -> int | None:
         return None if self.value(name) is None else self.integer(name)

@@ -30,7 +30,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 def read_decoder(config: HFConfig, layer: Callable[[int], LayerSpec]) -> ModelSpec:
     """Returns the spec of a decoder whose layer i is `layer(i)`. Raises UnsupportedModelError."""
-    layers = tuple(layer(index) for index in range(config.integer("num_hidden_layers")))
+    layers = tuple(layer(index) for index in range(config.count("num_hidden_layers")))
     return ModelSpec(
         vocab_size=config.integer("vocab_size"),
         hidden_size=config.integer("hidden_size"),
@@ -95,7 +95,7 @@ def read_moe(
 ) -> MoESpec:
     """Returns the experts of the config; `size_field` names the field of their hidden size, and
     `count_field` that of their number."""
-    num_experts = config.integer(count_field)
+    num_experts = config.count(count_field)
     top_k = config.integer("num_experts_per_tok")
     if top_k > num_experts:
         config.refuse("num_experts_per_tok", f"at most {count_field} ({num_experts})")
@@ -124,7 +124,7 @@ def read_layer_types(
 ) -> tuple[str, ...]:
     """Returns each layer's type, one of `known`: from layer_types if given, else what `default`
     says. There "attention" is another word for full attention."""
-    num_layers = config.integer("num_hidden_layers")
+    num_layers = config.count("num_hidden_layers")
     types = config.value("layer_types")
     if types is None:
         return tuple(default(index) for index in range(num_layers))

@@ -79,7 +79,7 @@ def _read_paired_rope(config: HFConfig, head_size: int) -> RopeSpec:
 
 def _read_rotated_layers(config: HFConfig) -> tuple[bool, ...]:
     """`no_rope_layers` has a 1 for a layer with rotation; an empty list says as little as null."""
-    num_layers = config.integer("num_hidden_layers")
+    num_layers = config.count("num_hidden_layers")
     given = config.optional_integers("no_rope_layers")
     if given and len(given) < num_layers:
         config.refuse("no_rope_layers", f"at least {num_layers} numbers")
@@ -106,7 +106,7 @@ def _read_moe_layers(config: HFConfig) -> frozenset[int]:
     if config.value("moe_layers") is not None:
         return frozenset(config.optional_integers("moe_layers"))
     step = config.integer("interleave_moe_layer_step")
-    return frozenset(range(step - 1, config.integer("num_hidden_layers"), step))
+    return frozenset(range(step - 1, config.count("num_hidden_layers"), step))
 
 
 def _read_experts(config: HFConfig) -> MoESpec:

@@ -263,6 +263,19 @@ def test_sizes_that_do_not_fit_each_other_are_refused(name: str) -> None:
         read_spec({**config, name: 5})
 
 
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("llama", "num_hidden_layers"),
+        ("deepseek_v2", "num_hidden_layers"),
+        ("qwen3_moe", "num_experts"),
+    ],
+)
+def test_counts_without_end_are_refused(model_type: str, name: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=rf"{name} is 1000000000; known: at most 10000"):
+        read_spec({**base(model_type), name: 10**9})
+
+
 @pytest.mark.parametrize(("model_type", "name"), FIELDS)
 def test_a_null_field_means_what_it_means_to_transformers(model_type: str, name: str) -> None:
     compare({**base(model_type), name: None})
