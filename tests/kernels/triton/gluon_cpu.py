@@ -179,6 +179,10 @@ class Language:
             return Value(((values[0].data.int() & 0xFFFF) >> 8).to(torch.int16))
         if text in codes._TEXTS.values():
             return _codes(text, values, dtype)
+        if text in codes._SMALL_TEXTS.values():
+            return _small_codes(text, values)
+        if text.endswith("mul.rn.bf16x2 $0, $1, g;\n}"):
+            return Value((values[0].data.float() * 2.0**64).bfloat16())
         return of_words(text, values)
 
 
@@ -203,6 +207,15 @@ def _codes(text: str, values: list[Value], dtypes: tuple[tl.dtype, ...]) -> tupl
         number = _meanings(layout)[code] + bias
         found.append(Value(number.to(TORCH[dtypes[0]])))
     return tuple(found)
+
+
+def _small_codes(text: str, values: list[Value]) -> tuple[Value, ...]:
+    """As `_codes`, of numbers that stay too small."""
+    name = next(name for name, one in codes._SMALL_TEXTS.items() if one == text)
+    layout, words = PLANE_LAYOUTS[name], values[0].data.int()
+    meanings = (_meanings(layout) * 2.0 ** -codes.SMALL[layout.values]).bfloat16()
+    every = range(0, 16, layout.bits)
+    return tuple(Value(meanings[(words >> at) & ((1 << layout.bits) - 1)]) for at in every)
 
 
 def _meanings(layout: PlaneLayout) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from octavo.kernels.triton.tiles.ptx import constraints_of, text_of
+from octavo.kernels.triton.tiles.ptx import SMALL, constraints_of, text_of
 from octavo.planes import IQ4_VALUES, PLANE_LAYOUTS
 
 IS_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))  # pyright: ignore[reportAttributeAccessIssue]
@@ -20,6 +20,11 @@ _TEXTS = {
     for layout in PLANE_LAYOUTS.values()
     for is_bf16 in (True, False)
     for sub in range(layout.runs)
+}
+_SMALL_TEXTS = {
+    layout.name: text_of(layout, True, 0, is_small=True)
+    for layout in PLANE_LAYOUTS.values()
+    if layout.values in SMALL
 }
 _CONSTRAINTS = {layout.name: constraints_of(layout) for layout in PLANE_LAYOUTS.values()}
 
@@ -62,7 +67,16 @@ def bias_of(dtype: tl.dtype, format: str) -> int:
 
 
 @triton.constexpr_function
-def _text(dtype: tl.dtype, format: str, sub: int) -> str:
+def small_power(dtype: tl.dtype, format: str) -> int:
+    """Returns by which power of two numbers may be too small, if that saves a multiplication."""
+    values = PLANE_LAYOUTS[format].values
+    return SMALL[values] if dtype == tl.bfloat16 and values in SMALL else 0
+
+
+@triton.constexpr_function
+def _text(dtype: tl.dtype, format: str, sub: int, is_small: bool) -> str:
+    if is_small:
+        return _SMALL_TEXTS[format]
     return _TEXTS[format, dtype == tl.bfloat16, sub]
 
 
@@ -77,11 +91,13 @@ def _types(dtype: tl.dtype, format: str) -> tuple[tl.dtype, ...]:
 
 
 @triton.jit
-def raw_parts(words, high, SUB: tl.constexpr, dtype: tl.constexpr, FORMAT: tl.constexpr):
+def raw_parts(words, high, SUB: tl.constexpr, dtype: tl.constexpr, FORMAT: tl.constexpr,
+              IS_SMALL: tl.constexpr = False):  # fmt: skip
     """Returns a tile of numbers for each part of the words int16, larger by `bias_of`. `high` has
-    the words of their high bits, of which those of the words are the part SUB; or is anything."""
+    the words of their high bits, of which those of the words are the part SUB; or is anything.
+    IS_SMALL, which only GPUs know: numbers are too small by the `small_power`."""
     if by_ptx(dtype):
-        ASM: tl.constexpr = _text(dtype, FORMAT, SUB)
+        ASM: tl.constexpr = _text(dtype, FORMAT, SUB, IS_SMALL)
         TYPES: tl.constexpr = _types(dtype, FORMAT)
         if high_of(FORMAT) > 0:
             parts = tl.inline_asm_elementwise(

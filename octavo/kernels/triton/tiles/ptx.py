@@ -11,14 +11,19 @@ from __future__ import annotations
 
 from octavo.planes import IQ4_VALUES, PlaneLayout
 
+SMALL = {"e2m1": 126, "e4m3": 120}
+"""By which powers of two numbers are too small whose bits have only been moved to where a bfloat16
+has its own."""
 
-def text_of(layout: PlaneLayout, is_bf16: bool, sub: int) -> str:
+
+def text_of(layout: PlaneLayout, is_bf16: bool, sub: int, *, is_small: bool = False) -> str:
     """Returns the instructions for words whose high bits are the part `sub` of theirs: operands are
-    the parts' numbers, the words, and the high words where the layout has some."""
+    the parts' numbers, the words, and the high words where the layout has some. `is_small`: numbers
+    stay too small (`SMALL`)."""
     if layout.values == "e4m3":
-        body = _e4m3(is_bf16)
+        body = _e4m3(is_bf16, is_small)
     elif layout.values == "e2m1":
-        body = _e2m1(is_bf16)
+        body = _e2m1(is_bf16, is_small)
     elif layout.values == "iq4":
         body = _iq4(is_bf16)
     elif layout.bits == 8 and is_bf16:
@@ -79,7 +84,7 @@ def _bytes() -> list[str]:
     return lines
 
 
-def _e2m1(is_bf16: bool) -> list[str]:
+def _e2m1(is_bf16: bool, is_small: bool) -> list[str]:
     """Exponent and mantissa of a number that is by a power of two too small."""
     at, mask, factor, kind = (
         (6, "0x01c001c0", "0x7e807e80", "bf16x2")
@@ -95,13 +100,14 @@ def _e2m1(is_bf16: bool) -> list[str]:
         lines += [
             _moved("a", "$4", 4 * part - at) if 4 * part != at else "mov.b32 a, $4;",
             f"and.b32 a, a, {mask};",
-            f"lop3.b32 a, {signs}, 0x80008000, a, 0xea;",
-            f"mul.rn.{kind} ${part}, a, g;",
+            f"lop3.b32 {f'${part}' if is_small else 'a'}, {signs}, 0x80008000, a, 0xea;",
         ]
+        if not is_small:
+            lines.append(f"mul.rn.{kind} ${part}, a, g;")
     return lines
 
 
-def _e4m3(is_bf16: bool) -> list[str]:
+def _e4m3(is_bf16: bool, is_small: bool) -> list[str]:
     at, mask, factor, kind = (
         (4, "0x07f007f0", "0x7b807b80", "bf16x2")
         if is_bf16
@@ -112,9 +118,10 @@ def _e4m3(is_bf16: bool) -> list[str]:
         lines += [
             f"shr.b32 b, {source}, {at};",
             f"and.b32 b, b, {mask};",
-            f"lop3.b32 b, {source}, 0x80008000, b, 0xea;",
-            f"mul.rn.{kind} ${part}, b, g;",
+            f"lop3.b32 {f'${part}' if is_small else 'b'}, {source}, 0x80008000, b, 0xea;",
         ]
+        if not is_small:
+            lines.append(f"mul.rn.{kind} ${part}, b, g;")
     return lines
 
 

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.language.extra.cuda import gdc_wait
 
 from octavo.kernels.planes import Planes
-from octavo.kernels.triton.tiles.codes import high_of, parts_of
+from octavo.kernels.triton.tiles.codes import high_of, parts_of, small_power
 from octavo.kernels.triton.tiles.hopper.ring_numbers import (
     COLUMNS,
     LONE_GROUPS,
@@ -27,6 +27,7 @@ from octavo.kernels.triton.tiles.hopper.ring_numbers import (
     groups_in_tile,
     high_tiles,
     is_by_columns,
+    lost_power,
     span_of,
     sums_layout,
 )
@@ -239,37 +240,40 @@ def _sources_and_rings(
 
 @gluon.jit
 def _add_one(total, rings, x_tiles, step, i, begin, STAGES: gl.constexpr, TILES: gl.constexpr,
-             WIDE: gl.constexpr, COMPUTE: gl.constexpr, FORMAT: gl.constexpr):  # fmt: skip
+             WIDE: gl.constexpr, IS_SMALL: gl.constexpr, COMPUTE: gl.constexpr,
+             FORMAT: gl.constexpr):  # fmt: skip
     """Returns total with the product of a step's tile i."""
     at = step % STAGES * TILES + i
     words, high = rings[0].index(at), rings[1].index(at)
     planes_of = rings[2].index(at), rings[3].index(at), rings[4].index(at)
     tile = words, high, planes_of, x_tiles.index(at)
-    return add_tile(total, tile, begin + step * TILES + i, WIDE, COMPUTE, FORMAT)
+    return add_tile(total, tile, begin + step * TILES + i, WIDE, IS_SMALL, COMPUTE, FORMAT)
 
 
 @gluon.jit
 def _add_step(total, rings, x_tiles, step, begin, STAGES: gl.constexpr, TILES: gl.constexpr,
-              WIDE: gl.constexpr, LONE: gl.constexpr, COMPUTE: gl.constexpr,
-              FORMAT: gl.constexpr):  # fmt: skip
+              WIDE: gl.constexpr, LONE: gl.constexpr, IS_SMALL: gl.constexpr,
+              COMPUTE: gl.constexpr, FORMAT: gl.constexpr):  # fmt: skip
     """Returns total with the products of a step's tiles: a LONE row's warps are few, and so see
     all of them at once."""
     if LONE:
         for i in gl.static_range(TILES):
             total = _add_one(
-                total, rings, x_tiles, step, i, begin, STAGES, TILES, WIDE, COMPUTE, FORMAT
+                *(total, rings, x_tiles, step, i, begin, STAGES, TILES, WIDE, IS_SMALL),
+                *(COMPUTE, FORMAT),
             )
     else:
         for i in range(TILES):
             total = _add_one(
-                total, rings, x_tiles, step, i, begin, STAGES, TILES, WIDE, COMPUTE, FORMAT
+                *(total, rings, x_tiles, step, i, begin, STAGES, TILES, WIDE, IS_SMALL),
+                *(COMPUTE, FORMAT),
             )
     return total
 
 
 @gluon.jit
 def _add_step_of_columns(total, rings, x_tiles, step, begin, STAGES: gl.constexpr,
-                         TILES: gl.constexpr, COMPUTE: gl.constexpr,
+                         TILES: gl.constexpr, IS_SMALL: gl.constexpr, COMPUTE: gl.constexpr,
                          FORMAT: gl.constexpr):  # fmt: skip
     """As `_add_step`, of one row of x by columns."""
     SPAN: gl.constexpr = span_of(FORMAT, TILES, True)
@@ -282,7 +286,7 @@ def _add_step_of_columns(total, rings, x_tiles, step, begin, STAGES: gl.constexp
             at = slot * SPAN + one
             tiles = tiles + ((rings[0].index(at), rings[1].index(at), x_tiles.index(at)),)
         number = begin + step * TILES + i * SPAN
-        total = add_span(total, (tiles, planes_of), number, SPAN, COMPUTE, FORMAT)
+        total = add_span(total, (tiles, planes_of), number, SPAN, IS_SMALL, COMPUTE, FORMAT)
     return total
 
 
@@ -317,6 +321,9 @@ def ring_sums(
     WARPS: gl.constexpr = gl.num_warps()
     SLOTS: gl.constexpr = STAGES * TILES
     SPAN: gl.constexpr = span_of(FORMAT, TILES, LONE)
+    # Not where x goes to the tensor cores from shared memory; and sums that are short or shared out
+    # lost more than they gained (H200).
+    IS_SMALL: gl.constexpr = PAIRED and not WIDE and small_power(COMPUTE, FORMAT) > 0
     sums: gl.constexpr = sums_layout(TOKENS, WIDE, WARPS)
     x_copies: gl.constexpr = _copies_layout(COLUMNS, WARPS)
     sources, rings = _sources_and_rings(
@@ -366,13 +373,16 @@ def ring_sums(
         async_copy.commit_group()
         if is_by_columns(FORMAT, LONE):
             total = _add_step_of_columns(
-                total, rings, x_tiles, step, begin, STAGES, TILES, COMPUTE, FORMAT
+                total, rings, x_tiles, step, begin, STAGES, TILES, IS_SMALL, COMPUTE, FORMAT
             )
         else:
             total = _add_step(
-                total, rings, x_tiles, step, begin, STAGES, TILES, WIDE, LONE, COMPUTE, FORMAT
+                *(total, rings, x_tiles, step, begin, STAGES, TILES, WIDE, LONE, IS_SMALL),
+                *(COMPUTE, FORMAT),
             )
     async_copy.wait_group(0)
+    if IS_SMALL:
+        total *= lost_power(COMPUTE, FORMAT)
     if is_by_columns(FORMAT, LONE):
         total = gl.sum(total, 1)[:, None].broadcast_to([ROWS, TOKENS])
     if factor_of(FORMAT) == "row":

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from octavo.kernels.triton.tiles.codes import bias_of, high_of, parts_of, raw_parts
+from octavo.kernels.triton.tiles.codes import bias_of, high_of, parts_of, raw_parts, small_power
 from octavo.kernels.triton.tiles.packed import RUN, runs_of
 from octavo.kernels.triton.tiles.scales import (
     group_of,
@@ -38,6 +38,10 @@ NARROW = 32
 does not pay."""
 _LESS = gl.constexpr("sub.rn.bf16x2 $0, $1, $2;")
 _LESS_HALF = gl.constexpr("sub.rn.f16x2 $0, $1, $2;")
+_LARGER = gl.constexpr("{\n.reg .b32 g;\nmov.b32 g, 0x5f805f80;\nmul.rn.bf16x2 $0, $1, g;\n}")
+LARGER_POWER = gl.constexpr(64)
+"""By which power of two x is multiplied that meets numbers that are too small: not more, so that
+nothing that a layer can have overflows, and not less, so that sums stay normal numbers."""
 _SHIFTED = gl.constexpr("shr.b32 $0, $1, 8;")
 
 
@@ -173,13 +177,29 @@ def _four(a, b, c, d):
     return gl.join(gl.join(a, c), gl.join(b, d))
 
 
+@gluon.constexpr_function
+def lost_power(compute: gl.dtype, format: str) -> float:
+    """Returns what sums are to be multiplied with in the end where numbers stay too small by the
+    `small_power` (IS_SMALL), and x is made larger."""
+    return 2.0 ** (small_power(compute, format) - LARGER_POWER.value)
+
+
 @gluon.jit
-def _numbers(words, high, SUB: gl.constexpr, COMPUTE: gl.constexpr, FORMAT: gl.constexpr):
+def _x_of(x, IS_SMALL: gl.constexpr):
+    """Returns numbers of x as they meet those of the weight."""
+    if IS_SMALL:
+        x = gl.inline_asm_elementwise(_LARGER, "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2)
+    return x
+
+
+@gluon.jit
+def _numbers(words, high, SUB: gl.constexpr, IS_SMALL: gl.constexpr, COMPUTE: gl.constexpr,
+             FORMAT: gl.constexpr):  # fmt: skip
     """Returns the numbers [M, columns] of words [M, ..], larger by `bias_of`. `high`: the words of
     their high bits, of which theirs are the part SUB."""
     M: gl.constexpr = words.shape[0]
     RUNS: gl.constexpr = words.shape[1] // RUN
-    parts = raw_parts(words, high, SUB, COMPUTE, FORMAT)
+    parts = raw_parts(words, high, SUB, COMPUTE, FORMAT, IS_SMALL)
     if parts_of(FORMAT) == 2:
         both = gl.join(parts[0], parts[1]).reshape([M, RUNS, RUN, 2])
         numbers = both.permute((0, 1, 3, 2))
@@ -205,12 +225,15 @@ def _shifted(high, is_second, FORMAT: gl.constexpr):
 
 
 @gluon.jit
-def _numbers_of_tile(words, high, number, PARTS: gl.constexpr, rows: gl.constexpr,
-                     COMPUTE: gl.constexpr, FORMAT: gl.constexpr):  # fmt: skip
+def _numbers_of_tile(
+    words, high, number, PARTS: gl.constexpr, rows: gl.constexpr, IS_SMALL: gl.constexpr,
+    COMPUTE: gl.constexpr, FORMAT: gl.constexpr,
+):  # fmt: skip
     """Returns the numbers [ROWS, ..] of a tile, the `number`-th of its row, in so many parts."""
     words = words.load(rows)
     if high_of(FORMAT) == 0:
-        return _by_groups(_numbers(words, words, 0, COMPUTE, FORMAT), 1, PARTS, rows)
+        made = _numbers(words, words, 0, IS_SMALL, COMPUTE, FORMAT)
+        return _by_groups(made, 1, PARTS, rows)
     else:
         high = high.load(rows)
         if high_tiles(FORMAT) == 2:
@@ -219,7 +242,7 @@ def _numbers_of_tile(words, high, number, PARTS: gl.constexpr, rows: gl.constexp
         of_runs = _by_groups(words, 1, RUNS, rows)
         groups = ()
         for run in gl.static_range(RUNS):
-            numbers = _numbers(of_runs[run], high, run, COMPUTE, FORMAT)
+            numbers = _numbers(of_runs[run], high, run, IS_SMALL, COMPUTE, FORMAT)
             groups = groups + _by_groups(numbers, 1, PARTS // RUNS, rows)
         return groups
 
@@ -241,18 +264,20 @@ def _less(numbers, zero, rows: gl.constexpr, COMPUTE: gl.constexpr, FORMAT: gl.c
 
 
 @gluon.jit
-def add_tile(total, tile, number, WIDE: gl.constexpr, COMPUTE: gl.constexpr, FORMAT: gl.constexpr):
-    """Returns total with the products of a tile, the `number`-th of its rows: in shared memory its
-    words, those of high bits, (scales, offsets, factors) [.., ROWS], and x [TOKENS, COLUMNS]."""
+def add_tile(total, tile, number, WIDE: gl.constexpr, IS_SMALL: gl.constexpr,
+             COMPUTE: gl.constexpr, FORMAT: gl.constexpr):  # fmt: skip
+    """Returns total with the products of a tile, the `number`-th of its rows (IS_SMALL: over
+    `lost_power`): in shared memory its words, those of high bits, (scales, offsets, factors)
+    [.., ROWS], and x [TOKENS, COLUMNS]."""
     sums: gl.constexpr = total.type.layout
     rows: gl.constexpr = gl.DotOperandLayout(0, sums, 2)
     columns: gl.constexpr = gl.DotOperandLayout(1, sums, 2)
     GROUPS: gl.constexpr = groups_in_tile(FORMAT)
     raw = _scales_of(tile[2], sums, FORMAT)
-    numbers = _numbers_of_tile(tile[0], tile[1], number, GROUPS, rows, COMPUTE, FORMAT)
+    numbers = _numbers_of_tile(tile[0], tile[1], number, GROUPS, rows, IS_SMALL, COMPUTE, FORMAT)
     x_tile = tile[3].permute((1, 0))
     if not WIDE:
-        x_parts = _by_groups(x_tile.load(columns), 0, GROUPS, columns)
+        x_parts = _by_groups(_x_of(x_tile.load(columns), IS_SMALL), 0, GROUPS, columns)
     zeros = gl.zeros_like(total)
     for group in gl.static_range(GROUPS):
         scale, zero, minimum = scale_zero_minimum(raw, group, COLUMNS, FORMAT)
@@ -297,10 +322,11 @@ def _of_columns(planes, sums: gl.constexpr, FORMAT: gl.constexpr):
 
 
 @gluon.jit
-def add_span(total, tiles, number, SPAN: gl.constexpr, COMPUTE: gl.constexpr,
-             FORMAT: gl.constexpr):  # fmt: skip
+def add_span(total, tiles, number, SPAN: gl.constexpr, IS_SMALL: gl.constexpr,
+             COMPUTE: gl.constexpr, FORMAT: gl.constexpr):  # fmt: skip
     """Returns total [ROWS, LONE_GROUPS] with the products of SPAN tiles, from the `number`-th of
-    their rows on, with one row of x: each column has those of one group, and is to be summed.
+    their rows on, with one row of x, over `lost_power`: each column has those of one group, and is
+    to be summed.
 
     tiles, in shared memory: for each tile words, high bits and x [LONE_GROUPS, COLUMNS], where row
     g has the numbers of group g, else 0; then (scales, offsets, factors) of them all.
@@ -316,8 +342,9 @@ def add_span(total, tiles, number, SPAN: gl.constexpr, COMPUTE: gl.constexpr,
         shift = minimum - (zero + bias_of(COMPUTE, FORMAT)) * scale
     for i in gl.static_range(SPAN):
         words, high, x = tiles[0][i]
-        numbers = _numbers_of_tile(words, high, number + i, PARTS, rows, COMPUTE, FORMAT)
-        x_parts = _by_groups(x.permute((1, 0)).load(columns), 0, PARTS, columns)
+        numbers = _numbers_of_tile(words, high, number + i, PARTS, rows, IS_SMALL, COMPUTE, FORMAT)
+        x_tile = _x_of(x.permute((1, 0)).load(columns), IS_SMALL)
+        x_parts = _by_groups(x_tile, 0, PARTS, columns)
         for part in gl.static_range(PARTS):
             total += mma_v2(numbers[part], x_parts[part], zeros) * scale
             if has_shift(FORMAT):
