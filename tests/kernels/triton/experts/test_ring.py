@@ -35,6 +35,8 @@ KINDS = (
     *("mxfp4", "nvfp4", "fp8", "iq4_nl", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
 )
 CLAMPED = ClampedSwiGLU(alpha=1.7, limit=1.0)
+SMALL = (("fp8", "int8_128"), ("mxfp4", "q8_0"))
+"""Whose gates stay a power of two too small, in bfloat16."""
 
 
 def inputs(
@@ -221,8 +223,10 @@ def test_biased_experts_of_half_tiles_equal_float64(kind: str):
         (("int4_64_f16", "q4_k"), 64, 256, 2, 2),
         (("q5_k", "q3_k"), 256, 256, 3, 1),
         (("mxfp4", "mxfp4"), 320, 448, 1, 2),
+        (("fp8", "int8_128"), 256, 256, 1, 1),
+        (("mxfp4", "q8_0"), 128, 128, 3, 1),
     ],
-    ids=["numbers", "alone", "each-alone", "together", "biased"],
+    ids=["numbers", "alone", "each-alone", "together", "biased", "small-alone", "small"],
 )
 def test_experts_equal_float64_without_a_gpu(
     kinds: tuple[str, str], hidden: int, inner: int, count: int, splits: int, is_late: bool
@@ -232,7 +236,8 @@ def test_experts_equal_float64_without_a_gpu(
     if hidden % 128:
         experts = with_biases(experts)
     activation = "silu" if experts.biases is None else CLAMPED
-    x, weights, ids = inputs(count, torch.float16, hidden)
+    dtype = torch.bfloat16 if kinds in SMALL else torch.float16
+    x, weights, ids = inputs(count, dtype, hidden)
     case = x * 0.01, weights, ids
     narrow = RingShape(tokens=8, rows=64, num_warps=4, stages=3, tiles=2, is_wide=False)
     shape = RingExpertsShape(
@@ -240,4 +245,4 @@ def test_experts_equal_float64_without_a_gpu(
     )
     found = emulator.ring_experts(*case, experts, activation, shape)
     expected = expected_experts(*case, values, experts.biases, activation)
-    assert error_of(found, expected) < 2e-3
+    assert error_of(found, expected) < (2e-3 if dtype is torch.float16 else 8e-3)
