@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "octavo"
 FILES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
+BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
@@ -266,7 +267,8 @@ def test_cuda_is_named_in_device_and_runner_alone():
 
 
 def test_files_fit_a_head():
-    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES + TESTS}
+    files = FILES + TESTS + BENCHMARKS
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
     assert not {str(path): n for path, n in lengths.items() if n > MAX_FILE_LINES}
 
 
