@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 from octavo.errors import WeightsError
+from octavo.formats import NVFP4
 from octavo.weights.gguf_architecture import GROUPED_TYPES, LATENT_TYPES, architecture_of
 from octavo.weights.gguf_config import ROPE_FACTORS
 from octavo.weights.gguf_file import GGUFFile, GGUFTensor, read_gguf
@@ -86,7 +88,9 @@ def open_gguf(path: Path) -> MappedSource:
     """
     file = read_gguf(path)
     architecture = architecture_of(file)
+    scales = _scales(file)
     lister = _Lister(
+        scales=scales,
         files={part: MappedFile(part) for part in file.paths},
         names=expert_names(architecture.model_type),
         layer_names=_LAYERS.get(architecture.model_type, _LAYER),
@@ -98,7 +102,8 @@ def open_gguf(path: Path) -> MappedSource:
         file = _without_predictors(file)
     if architecture.model_type in LATENT_TYPES:
         halves = _halves(file)
-    listed = {ROPE_FACTORS, *chain.from_iterable(halves.values())}  # factors are in the config
+    # Factors of frequencies are in the config, those of matrices with their matrices.
+    listed = {ROPE_FACTORS, *map(_scale_of, scales), *chain.from_iterable(halves.values())}
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in file.tensors.items():
         if name not in listed:
@@ -112,6 +117,32 @@ def open_gguf(path: Path) -> MappedSource:
         for layer, (keys, values) in halves.items()
     }
     return LatentSource(tensors, ups)
+
+
+def _scale_of(name: str) -> str:
+    return f"{name.removesuffix('weight')}scale"
+
+
+def _scales(file: GGUFFile) -> dict[str, tuple[float, ...]]:
+    """Returns matrix -> what its numbers are multiplied with, in NVFP4 that has a scale for all, or
+    one for each expert of a stack. Raises WeightsError."""
+    found: dict[str, tuple[float, ...]] = {}
+    for name, tensor in file.tensors.items():
+        scale = file.tensors.get(_scale_of(name)) if tensor.format is NVFP4 else None
+        if scale is None:
+            continue
+        count = tensor.shape[0] if len(tensor.shape) == 3 else 1
+        if scale.shape != (count,) or scale.format.name != "f32":
+            raise WeightsError(
+                f"{file.path}: {_scale_of(name)} is {scale.format.name} {list(scale.shape)}, "
+                f"expected f32 [{count}] beside {name}"
+            )
+        with scale.path.open("rb") as data:
+            data.seek(scale.start)
+            found[name] = struct.unpack(f"<{count}f", data.read(4 * count))
+        if not all(map(math.isfinite, found[name])) or not any(found[name]):
+            raise WeightsError(f"{file.path}: {_scale_of(name)} holds {found[name][:3]}, no scales")
+    return found
 
 
 def _without_predictors(file: GGUFFile) -> GGUFFile:
@@ -177,12 +208,14 @@ class _Lister:
 
     def __init__(
         self,
+        scales: Mapping[str, tuple[float, ...]],
         files: dict[Path, MappedFile],
         names: ExpertNames,
         layer_names: Mapping[str, str],
         head_counts: dict[str, int],
         norm_offset: float,
     ) -> None:
+        self._scales = scales
         self._files = files
         self._names = names
         self._layer_names = layer_names
@@ -192,7 +225,8 @@ class _Lister:
     def list(self, name: str, tensor: GGUFTensor) -> Iterator[tuple[str, StoredTensor]]:
         match = _NAME.fullmatch(name)
         if match is None:
-            yield _TOP.get(name, name), self._stored(tensor, tensor.shape)
+            stored = self._stored(tensor, tensor.shape)
+            yield _TOP.get(name, name), replace(stored, factor=self._scales.get(name, (1.0,))[0])
             return
         layer, kind, expert, suffix = match.groups()
         if expert is not None and kind in ("ffn_gate", "ffn_up", "ffn_down"):
@@ -212,7 +246,8 @@ class _Lister:
             # The gate of the shared expert is one row, which the file keeps as a vector.
             shape = (1, *tensor.shape[-1:]) if kind == "ffn_gate_inp_shexp" else tensor.shape
             full_name = f"model.layers.{layer}.{self._layer_names[kind]}.{suffix}"
-            yield full_name, self._stored(tensor, shape, self._head_counts.get(kind, 0))
+            stored = self._stored(tensor, shape, self._head_counts.get(kind, 0))
+            yield full_name, replace(stored, factor=self._scales.get(name, (1.0,))[0])
         else:
             yield name, self._stored(tensor, tensor.shape)
 
@@ -232,12 +267,14 @@ class _Lister:
             raise WeightsError(f"{name} has {rows} rows, which gate and up cannot share")
         part_rows = rows // len(parts)
         shape = (part_rows, *cols)
+        factors = self._scales.get(name, (1.0,) * num_experts)
         part_bytes = math.prod(shape[:-1]) * tensor.format.row_bytes(shape[-1])
         for expert in range(num_experts):
             for index, part in enumerate(parts):
                 offset = (expert * len(parts) + index) * part_bytes
                 full_name = self._names.expert(layer, expert, part, kind=suffix)
-                yield full_name, self._stored(tensor, shape, offset=offset)
+                stored = self._stored(tensor, shape, offset=offset)
+                yield full_name, replace(stored, factor=factors[expert])
 
     def _stored(
         self,

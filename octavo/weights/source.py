@@ -171,6 +171,9 @@ class StoredTensor:
     `llama`), and are returned in the half-split order."""
     added: float = 0.0
     """What the file adds to the numbers of a vector; it is taken off again."""
+    factor: float = 1.0
+    """What the file multiplies the numbers of a matrix with, in a format that has scales in its
+    table."""
     columns: ColumnsOf | None = None
     """The tensor is not stored in one piece, but as columns of the matrix that begins at `start`;
     numbers alone."""
@@ -214,7 +217,7 @@ class MappedSource:
         if stored.interleaved_heads:
             data = half_split_rows(data, stored.interleaved_heads)
             stored.file.release(stored.start, stored.nbytes)
-        table = gguf_table(number_format)
+        table = _table(stored, number_format)
         return Weight(data=data, format=number_format, rows=rows, cols=cols, table=table)
 
     def copy_into(self, name: str, out: Tensor, staging: Staging, row: int, col: int) -> None:
@@ -250,7 +253,7 @@ class MappedSource:
             copy_packed(self.matrix(name), layout, out, row, cols)
             self.release(name)
             return
-        row_bytes, table = form.row_bytes(stored.shape[1]), gguf_table(form)
+        row_bytes, table = form.row_bytes(stored.shape[1]), _table(stored, form)
         for rows in pieces(out, stored.shape[1]):
             start = stored.start + (row + rows.start) * row_bytes
             data = staging.fetch(stored.file, start, len(rows) * row_bytes).view(len(rows), -1)
@@ -313,6 +316,11 @@ def _format_of(name: str, stored: StoredTensor) -> WeightFormat:
             f"{known}"
         )
     return stored.format
+
+
+def _table(stored: StoredTensor, form: WeightFormat) -> Tensor | None:
+    table = gguf_table(form)
+    return table if table is None or stored.factor == 1.0 else table * stored.factor
 
 
 def _columns(stored: StoredTensor, columns: ColumnsOf, number_format: WeightFormat) -> Tensor:

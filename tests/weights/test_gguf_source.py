@@ -19,10 +19,13 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from octavo.errors import OctavoError, UnsupportedModelError, WeightsError
-from octavo.formats import GGUF_FORMATS
+from octavo.formats import GGUF_FORMATS, NVFP4
+from octavo.kernels.dequantize import dequantize_rows
+from octavo.kernels.planes import values_of
 from octavo.weights.cast import CastSource
 from octavo.weights.gguf_file import TENSOR_TYPES, read_gguf
 from octavo.weights.gguf_source import open_gguf
+from octavo.weights.placement import DevicePlacement
 from tests.kernels.cases import SCALE_OFFSETS, random_blocks
 from tests.models.tiny import save_tiny
 from tests.weights.reading import anonymous_bytes, read
@@ -128,6 +131,50 @@ def test_every_tensor_type_keeps_its_bytes_and_casts_as_gguf_does(format_name: s
     stored = dequantize(raw["blk.0.attn_q.weight"], kind)
     assert np.array_equal(interleave(queries, HEADS), stored)
     assert not np.array_equal(queries, stored)
+
+
+@pytest.mark.parametrize("harm", [None, "shape", "zero"])
+def test_scales_beside_nvfp4_multiply_its_matrices(harm: str | None, tmp_path: Path):
+    rng = np.random.default_rng(0)
+    kind = gguf.GGMLQuantizationType.NVFP4
+    blocks = {
+        "blk.0.attn_v": random_blocks(NVFP4, 8, 128, rng).numpy().reshape(8, -1),
+        "blk.0.ffn_up_exps": random_blocks(NVFP4, 16, 128, rng).numpy().reshape(2, 8, -1),
+    }
+    for array in blocks.values():  # e4m3 without a sign, and no NaN
+        array.reshape(-1, NVFP4.block_bytes)[:, :4] %= 0x7F
+    scales = {
+        "blk.0.attn_v": np.array([0.5], np.float32),
+        "blk.0.ffn_up_exps": np.array([2.0, 3.0], np.float32),
+    }
+    if harm is not None:
+        scales["blk.0.ffn_up_exps"] = np.zeros(2 if harm == "zero" else 3, np.float32)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen3moe")
+    for name, array in blocks.items():
+        writer.add_tensor(f"{name}.weight", array, raw_dtype=kind)
+        writer.add_tensor(f"{name}.scale", scales[name])
+    finish(writer)
+    if harm is not None:
+        words = "expected f32 .2. beside blk.0.ffn_up" if harm == "shape" else "no scales"
+        with pytest.raises(WeightsError, match=f"ffn_up_exps.scale .*{words}"):
+            open_gguf(tmp_path / "m.gguf")
+        return
+    source = open_gguf(tmp_path / "m.gguf")
+    wanted = {"model.layers.0.self_attn.v_proj.weight": (blocks["blk.0.attn_v"], 0.5)}
+    for expert in range(2):
+        rows = blocks["blk.0.ffn_up_exps"][expert]
+        wanted[f"model.layers.0.mlp.experts.{expert}.up_proj.weight"] = (rows, 2.0 + expert)
+    assert source.names() == wanted.keys()
+    for name, (rows, scale) in wanted.items():
+        values = torch.from_numpy(dequantize(rows, kind)) * scale
+        assert torch.equal(dequantize_rows(source.matrix(name), slice(None)), values)
+        placement = DevicePlacement(source, torch.device("cpu"))
+        (weight,) = placement.matrices({name: None})
+        placement.finish()
+        assert weight.planes is not None
+        assert weight.layout is not None
+        found = values_of(weight.layout, weight.planes, weight.cols)
+        torch.testing.assert_close(found, values, rtol=1e-6, atol=0)
 
 
 def test_reading_makes_no_second_copy_in_memory(tmp_path: Path):
