@@ -140,6 +140,7 @@ def test_a_norm_before_such_a_product_rounds(has_x: bool, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(choose, "FP8_TOKENS", 4)
     monkeypatch.setattr(fp8, "has_wgmma", lambda device: True)
+    monkeypatch.setattr(fp8_few, "has_wgmma", lambda device: False)  # it takes fewer rows
     monkeypatch.setattr(fp8, "hopper_fp8_product_of", product_of)
     rows = NormInput(x_TM=x if has_x else None, residual_TM=residual, weight_M=norm, eps=1e-6)
     added = residual.clone()
