@@ -18,6 +18,7 @@ from octavo.models.registry import read_spec
 from octavo.runner.build import build_runner
 from octavo.runner.model_runner import ModelRunner
 from octavo.weights.dummy import DummySource
+from tests.models.parity import HAS_GPU, ops_or_skip
 from tests.models.tiny import save_tiny
 
 
@@ -25,8 +26,10 @@ def changes(
     folder: Path, case: str, num_ids: int, *, backend: str = "native", num_chunks: int = 200
 ) -> list[tuple[Tensor, Tensor]]:
     """Returns what each layer takes off its keys and divides them by."""
+    ops_or_skip(backend)
+    device = "cuda" if backend == "triton" and HAS_GPU else "cpu"
     config = EngineConfig(
-        model="tiny", device="cpu", attention_backend=backend, num_threads=1, max_num_seqs=2
+        model="tiny", device=device, attention_backend=backend, num_threads=1, max_num_seqs=2
     ).resolve()
     spec, family = read_spec(save_tiny(case, folder).config)
     plan = MemoryPlan(
@@ -53,7 +56,7 @@ def changes(
     assert all(isinstance(mixer, Attention) for mixer in mixers)
     found = [mixer.op.key_change for mixer in mixers if isinstance(mixer, Attention)]
     return [
-        (one.shift_KD, one.factor_KD)
+        (one.shift_KD.cpu(), one.factor_KD.cpu())
         for one in found
         if one is not None and one.factor_KD is not None
     ]
@@ -68,7 +71,6 @@ def test_every_layer_learns(tmp_path: Path, case: str) -> None:
 
 
 def test_keys_of_gpus_learn_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("tests.kernels.triton.interpreter")
     for module in ("build", "sample_keys"):
         monkeypatch.setattr(f"octavo.runner.{module}.LEAST_TOKENS", 32)
     found = changes(tmp_path, "qwen3", 40, backend="triton")
