@@ -46,6 +46,7 @@ def on_device(
         query_starts=batch.query_starts.to(DEVICE),
         seq_lens_S=batch.seq_lens_S.to(DEVICE),
         block_table=batch.block_table.to(DEVICE),
+        plan=batch.plan,
     )
 
 

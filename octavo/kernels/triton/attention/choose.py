@@ -163,23 +163,33 @@ def tiles_attention(
     num_tokens, plan = len(q_THD), plan_of(batch)
     longest = num_tokens if plan.max_query_len is None else plan.max_query_len
     short = num_tokens if plan.num_short_tokens is None else plan.num_short_tokens
-    is_own, is_hopper = False, fits_hopper(q_THD, op, layer)
+    is_hopper = fits_hopper(q_THD, op, layer)
     if longest > 1 and short > 1:
         short_attention(q_THD, op, layer, batch, out, short, is_hopper=is_hopper)
     if longest <= SHORT_QUERIES:
         return False
     if num_tokens > MAX_PADDED_TOKENS and not is_plain(layer) and op.visibility == Full():
-        unpacked = unpack_long_chunks(q_THD, layer, batch, short=SHORT_QUERIES)
-        if unpacked is not None:
+        parts = unpack_long_chunks(q_THD, layer, batch, short=SHORT_QUERIES)
+        if parts is not None:
             # Rows of long chunks, which are written after this, get sums of values unmixed.
             attended(out[: plan.num_few_tokens], layer)
-            layer, batch = unpacked
-            is_own, is_hopper = True, fits_hopper(q_THD, op, layer)
-    if is_hopper:
+            for part in parts:
+                tokens = part.tokens
+                _long_chunks(q_THD[tokens], op, part.layer, part.batch, out[tokens])
+                del part  # its pages, before the next part's are taken
+            return True
+    _long_chunks(q_THD, op, layer, batch, out)
+    return False
+
+
+def _long_chunks(
+    q_THD: Tensor, op: AttentionOp, layer: KVLayer, batch: AttentionBatch, out: Tensor
+) -> None:
+    """Writes the rows of `out` whose sequences have more than SHORT_QUERIES queries."""
+    if fits_hopper(q_THD, op, layer):
         hopper.long_chunks(q_THD, op, layer, batch, out, SHORT_QUERIES)
     else:
         prefill_attention(q_THD, op, layer, batch, out)
-    return is_own
 
 
 def _every_row_as_decode(

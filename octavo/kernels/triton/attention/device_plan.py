@@ -56,6 +56,17 @@ class SharedPrompts:
     """Of each group, on the host."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LongRow:
+    """A sequence of many queries, as the host knows it."""
+
+    index: int
+    """Among the sequences of the step."""
+    first_token: int
+    end_token: int
+    seq_len: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DevicePlan:
     """Bounds that the host knows save launches and memory, and change no bit; None: unknown."""
@@ -68,6 +79,8 @@ class DevicePlan:
     """Sequences of one query and those of few lie among the first so many tokens."""
     num_long_keys: int | None = None
     """What sequences of more queries see together, but for what groups of `prompts` share."""
+    long_rows: tuple[LongRow, ...] | None = None
+    """The sequences of more queries, in the order of their tokens."""
     partial_starts_S: Tensor | None = None
     """int32 [S + 1] prefix sums of `partial_counts` (decode.py): where the partial results of each
     single query lie."""
@@ -82,7 +95,7 @@ class DevicePlan:
     """How short chunks are split, made when the first layer of a kind asks: lengths may be known
     on the device alone."""
     long: dict[object, object] = field(default_factory=dict)
-    """Where keys of long chunks lie once they are multiplied out, made likewise."""
+    """Where keys of long chunks lie once they are multiplied out or unpacked, made likewise."""
 
 
 def plan_of(batch: AttentionBatch) -> DevicePlan:

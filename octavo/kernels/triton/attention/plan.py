@@ -17,7 +17,7 @@ from octavo.kernels.facts import split_partials
 from octavo.kernels.inputs import AttentionBatch
 from octavo.kernels.planning import PlanLimits, PlannedGroup, StepRows
 from octavo.kernels.triton.attention.choose import SHORT_QUERIES
-from octavo.kernels.triton.attention.device_plan import DevicePlan
+from octavo.kernels.triton.attention.device_plan import DevicePlan, LongRow
 from octavo.kernels.triton.attention.partials import max_total_partials, partial_counts
 from octavo.kernels.triton.attention.prompts import SharedPromptsPlan, plan_prompts
 from octavo.kernels.triton.attention.shared import MIN_BLOCKS, SharedPrefixPlan, plan_shared_prefix
@@ -47,6 +47,8 @@ class StepPlan:
     """Rows of one query and those of few lie among the first so many tokens."""
     num_long_keys: int | None
     """What rows of more queries see together, but for what groups of `prompts` share."""
+    long_rows: tuple[LongRow, ...] | None
+    """The rows of more queries; None where a step is padded."""
     max_partials: int
     prompts: SharedPromptsPlan | None = None
     """Of the one KV group, whose layers have latent vectors."""
@@ -86,6 +88,7 @@ class StepPlan:
             num_short_tokens=0 if is_decode else num_tokens,
             num_few_tokens=num_tokens,
             num_long_keys=None,
+            long_rows=None,
             max_partials=max_partials,
         )
 
@@ -103,6 +106,7 @@ class StepPlan:
                     num_short_tokens=self.num_short_tokens,
                     num_few_tokens=self.num_few_tokens,
                     num_long_keys=self.num_long_keys,
+                    long_rows=self.long_rows,
                     partial_starts_S=partial_starts,
                     max_partials=self.max_partials,
                     prefix=prefix and prefix.on_device(list(islice(left, 6))),
@@ -154,6 +158,7 @@ class StepPlanner:
             num_short_tokens=_end_of_last(is_few & (query_lens > 1), rows),
             num_few_tokens=_end_of_last(is_few, rows),
             num_long_keys=_num_long_keys(rows, ~is_few, prompts),
+            long_rows=_long_rows(rows, ~is_few),
             max_partials=int(partial_starts[-1]),
             prompts=prompts,
         )
@@ -190,6 +195,16 @@ def _end_of_last(is_some: np.ndarray, rows: StepRows) -> int:
     """Returns where the tokens of the last of some rows end; 0 if there is none."""
     some = np.flatnonzero(is_some)
     return int(rows.query_starts[some[-1] + 1]) if len(some) else 0
+
+
+def _long_rows(rows: StepRows, is_long: np.ndarray) -> tuple[LongRow, ...]:
+    index = np.flatnonzero(is_long)
+    starts, ends = rows.query_starts[index], rows.query_starts[index + 1]
+    found = zip(*(x.tolist() for x in (index, starts, ends, rows.seq_lens[index])), strict=True)
+    return tuple(
+        LongRow(index=at, first_token=first, end_token=end, seq_len=length)
+        for at, first, end, length in found
+    )
 
 
 def _num_long_keys(rows: StepRows, is_long: np.ndarray, prompts: SharedPromptsPlan | None) -> int:

@@ -9,7 +9,8 @@ heads; keys stay in that of the queries that meet them.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from octavo.kernels.facts import UNPACKED_BYTES
 from octavo.kernels.inputs import AttentionBatch, KVLayer
-from octavo.kernels.triton.attention.device_plan import DevicePlan, plan_of
+from octavo.kernels.triton.attention.device_plan import DevicePlan, LongRow, plan_of
 from octavo.kernels.triton.attention.planes import planes_of
 from octavo.kernels.triton.launching.chip import cdiv, next_power_of_2
 from octavo.kernels.triton.launching.launchable import launchable
@@ -106,24 +107,121 @@ def _unpack_kernel(
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """Sequences that lie side by side in a step, of which those of many queries are unpacked
+    together."""
+
+    tokens: slice
+    batch: AttentionBatch
+    most: int
+    """Of them, sequences of many queries."""
+    num_columns: int
+    """Pages of the longest of these."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnpackedPart:
+    """What `tokens` of a step attend: plain pages, named by the table of `batch`, which has the
+    sequences of these tokens alone."""
+
+    tokens: slice
+    layer: KVLayer
+    batch: AttentionBatch
+
+
 def unpack_long_chunks(
     q_THD: Tensor, layer: KVLayer, batch: AttentionBatch, *, short: int
-) -> tuple[KVLayer, AttentionBatch] | None:
-    """Returns plain pages, in the dtype of q, of the sequences with more than `short` queries, and
-    the batch whose table names them; None if they might take more than UNPACKED_BYTES. Keys are as
-    they are stored, mixed or not; values are in their own basis."""
-    planes, plan = planes_of(q_THD, layer, batch), plan_of(batch)
-    num_sequences, block_size = len(batch.seq_lens_S), planes.block_size
-    most = min(num_sequences, len(q_THD) // (short + 1))
-    num_columns = batch.block_table.shape[1]
-    if plan.max_seq_len is not None:
-        num_columns = min(num_columns, cdiv(plan.max_seq_len, block_size))
-    shape = (most * num_columns, 2, block_size, planes.num_heads, planes.head_size)
-    page = 2 * block_size * planes.num_heads * planes.head_size
-    if most == 0 or shape[0] * page * q_THD.element_size() > UNPACKED_BYTES:
+) -> Iterator[UnpackedPart] | None:
+    """Yields plain pages, in the dtype of q, of the sequences with more than `short` queries, in
+    as many parts as keep each to UNPACKED_BYTES; pages of a part are to be let go before the next.
+    Returns None where one sequence alone might take more. Keys are as they are stored, mixed or
+    not; values are in their own basis."""
+    planes = planes_of(q_THD, layer, batch)
+    page = 2 * planes.block_size * planes.num_heads * planes.head_size
+    room = UNPACKED_BYTES // (page * q_THD.element_size())
+    plan = plan_of(batch)
+    key = "parts", short, room
+    if key not in plan.long:
+        plan.long[key] = _parts(batch, plan, len(q_THD), short, planes.block_size, room)
+    parts = plan.long[key]
+    if not parts:
         return None
+    assert isinstance(parts, list)
+    return (_unpacked(q_THD, layer, part, short) for part in parts)
+
+
+def _parts(
+    batch: AttentionBatch, plan: DevicePlan, num_tokens: int, short: int, block_size: int, room: int
+) -> list[_Part] | None:
+    """Returns the parts of a step whose pages are `room` at most; None if there are none."""
+    rows = plan.long_rows
+    if rows is None:
+        most = min(len(batch.seq_lens_S), num_tokens // (short + 1))
+        num_columns = batch.block_table.shape[1]
+        if plan.max_seq_len is not None:
+            num_columns = min(num_columns, cdiv(plan.max_seq_len, block_size))
+        if not 0 < most * num_columns <= room:
+            return None
+        whole = slice(0, num_tokens)
+        return [_Part(tokens=whole, batch=batch, most=most, num_columns=num_columns)]
+    groups = groups_of(rows, block_size, room)
+    if groups is None:
+        return None
+    whole = slice(0, num_tokens), batch
+    parts: list[_Part] = []
+    for group in groups:
+        tokens, own = whole if len(groups) == 1 else _of_rows(batch, group)
+        num_columns = max(cdiv(row.seq_len, block_size) for row in group)
+        parts.append(_Part(tokens=tokens, batch=own, most=len(group), num_columns=num_columns))
+    return parts
+
+
+def groups_of(rows: Sequence[LongRow], block_size: int, room: int) -> list[list[LongRow]] | None:
+    """Returns rows that follow each other, of which all take the pages of the longest; None if one
+    alone takes more than `room`."""
+    groups: list[list[LongRow]] = []
+    widest = 0
+    for row in rows:
+        pages = cdiv(row.seq_len, block_size)
+        if pages > room:
+            return None
+        widest = max(widest, pages)
+        if groups and (len(groups[-1]) + 1) * widest <= room:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+            widest = pages
+    return groups
+
+
+def _of_rows(batch: AttentionBatch, group: Sequence[LongRow]) -> tuple[slice, AttentionBatch]:
+    """Returns the tokens from the first to the last of `group`, and the batch of their sequences.
+
+    What kernels read of it is copied: Triton builds a kernel anew for pointers that are aligned
+    otherwise.
+    """
+    first, last = group[0], group[-1]
+    rows = slice(first.index, last.index + 1)
+    tokens = slice(first.first_token, last.end_token)
+    starts = batch.query_starts[first.index : last.index + 2]
+    own = AttentionBatch(
+        positions_T=batch.positions_T[tokens],
+        slot_mapping_T=batch.slot_mapping_T[tokens],
+        query_starts=starts - first.first_token,
+        seq_lens_S=batch.seq_lens_S[rows].clone(),
+        block_table=batch.block_table[rows].clone(),
+        plan=DevicePlan(max_seq_len=max(row.seq_len for row in group)),
+    )
+    return tokens, own
+
+
+def _unpacked(q_THD: Tensor, layer: KVLayer, part: _Part, short: int) -> UnpackedPart:
+    batch, most, num_columns = part.batch, part.most, part.num_columns
+    planes, num_sequences = planes_of(q_THD, layer, batch), len(batch.seq_lens_S)
+    shape = (most * num_columns, 2, planes.block_size, planes.num_heads, planes.head_size)
     pages = q_THD.new_empty(shape)
-    which, table = _places(plan, batch, short, most, num_columns)
+    which, table = _places(plan_of(batch), batch, short, most, num_columns)
     _unpack_kernel[(num_columns, most, planes.num_heads)](
         pages[:, 0],
         pages[:, 1],
@@ -134,14 +232,18 @@ def unpack_long_chunks(
         num_sequences,
         num_columns,
         batch.block_table.stride(0),
-        page,
+        pages.stride(0),
         **planes.constants,
-        BLOCK_P=next_power_of_2(block_size),
+        BLOCK_P=next_power_of_2(planes.block_size),
         BLOCK_D=max(16, next_power_of_2(planes.head_size)),
         num_warps=4,
         **launch_options(q_THD.device),
     )
-    return KVLayer(key=pages[:, 0], value=pages[:, 1]), replace(batch, block_table=table)
+    return UnpackedPart(
+        tokens=part.tokens,
+        layer=KVLayer(key=pages[:, 0], value=pages[:, 1]),
+        batch=replace(batch, block_table=table),
+    )
 
 
 def _places(

@@ -30,8 +30,8 @@ from tests.kernels.kv_cases import kv_op, make_stored
 from tests.kernels.triton.cases import TOLERANCES, assert_near, make_ops, on_device
 from tests.kernels.triton.interpreter import DEVICE
 
-from octavo.kernels.triton.attention import choose  # isort: skip
-from octavo.kernels.triton.attention.device_plan import DevicePlan  # isort: skip
+from octavo.kernels.triton.attention import choose, unpack  # isort: skip
+from octavo.kernels.triton.attention.device_plan import DevicePlan, LongRow  # isort: skip
 from octavo.kernels.triton.attention.planes import planes_of  # isort: skip
 from octavo.kernels.triton.attention.shared import (  # isort: skip
     plan_shared_prefix,
@@ -53,6 +53,15 @@ def _small_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "SHORT_TOKENS", 32)
 
 
+PAGE_BYTES = 2 * 16 * 2 * 64 * 4
+"""Of keys and values in float32, of the cases below."""
+
+
+def long_row(index: int, first_token: int, num_tokens: int, seq_len: int) -> LongRow:
+    end = first_token + num_tokens
+    return LongRow(index=index, first_token=first_token, end_token=end, seq_len=seq_len)
+
+
 def attend(
     q: Tensor, layer: KVLayer, op: AttentionOp, batch: AttentionBatch, **options: bool
 ) -> Tensor:
@@ -69,6 +78,7 @@ def attend(
         ("unpacked", "int4", torch.float32),
         ("unpacked, those of few queries first", "int8/int4", torch.float32),
         ("unpacked", "int4/fp8", torch.float16),
+        ("unpacked in parts", "int8/int4", torch.float32),
     ],
     ids=str,
 )
@@ -82,14 +92,52 @@ def test_decodes_short_and_long_chunks_in_one_step(
     if form.startswith("unpacked"):
         monkeypatch.setattr(choose, "MAX_PADDED_TOKENS", 16)
     lengths, query_lens = [70, 150, 33, 5], [1, 4, 18, 0]
+    if form.endswith("parts"):
+        lengths, query_lens = [70, 150, 33, 40, 5, 150], [1, 4, 18, 17, 0, 20]
     paged = make_stored(rng, lengths, (2, 64), name)
     batch = paged.batch(lengths, query_lens)
     if form.endswith("first"):
         batch = replace(batch, plan=DevicePlan(num_short_tokens=5, num_few_tokens=5))
+    if form.endswith("parts"):
+        rows = long_row(2, 5, 18, 33), long_row(3, 23, 17, 40), long_row(5, 40, 20, 150)
+        batch = replace(batch, plan=DevicePlan(num_few_tokens=5, long_rows=rows))
+        monkeypatch.setattr(unpack, "UNPACKED_BYTES", 10 * PAGE_BYTES)
+        assert [len(group) for group in unpack.groups_of(rows, 16, 10) or ()] == [2, 1]
     q = floats(rng, sum(query_lens), 6, 64).to(dtype)
     op = kv_op(6, (2, 64))
     found = attend(q, paged.layer, op, batch)
     assert_near(found, exact_attention(q, paged, batch, op), TOLERANCES[dtype])
+
+
+def test_room_is_taken_for_sequences_of_many_queries_alone(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long others are that decode beside them."""
+    lengths, query_lens = [150, 33, 140], [1, 18, 1]
+    paged = make_stored(rng, lengths, (2, 64), "int8")
+    layer, batch = on_device(paged.layer, paged.batch(lengths, query_lens))
+    q = floats(rng, sum(query_lens), 6, 64).to(DEVICE)
+    monkeypatch.setattr(unpack, "UNPACKED_BYTES", 3 * PAGE_BYTES)
+    assert unpack.unpack_long_chunks(q, layer, batch, short=16) is None
+    plan = DevicePlan(max_seq_len=150, long_rows=(long_row(1, 1, 18, 33),))
+    parts = unpack.unpack_long_chunks(q, layer, replace(batch, plan=plan), short=16)
+    assert parts is not None
+    (part,) = parts
+    values = part.layer.value[part.batch.block_table[1, :3].long()].flatten(0, 1)[:33]
+    torch.testing.assert_close(values.cpu(), paged.values[1].float(), rtol=1e-5, atol=1e-5)
+
+
+def test_sequences_are_unpacked_together_while_there_is_room() -> None:
+    def lens(room: int) -> list[list[int]] | None:
+        rows = [long_row(i, 0, 0, 16 * pages) for i, pages in enumerate((3, 1, 8, 2, 2, 2))]
+        groups = unpack.groups_of(rows, 16, room)
+        if groups is None:
+            return None
+        return [[row.seq_len // 16 for row in group] for group in groups]
+
+    assert lens(48) == [[3, 1, 8, 2, 2, 2]]
+    assert lens(8) == [[3, 1], [8], [2, 2, 2]]
+    assert lens(7) is None
 
 
 def test_every_row_as_if_decoded(rng: np.random.Generator) -> None:
