@@ -113,7 +113,8 @@ class _Part:
     together."""
 
     tokens: slice
-    batch: AttentionBatch
+    batch: AttentionBatch | None
+    """Theirs alone; None: that of the whole step, which keeps the plan that keeps this."""
     most: int
     """Of them, sequences of many queries."""
     num_columns: int
@@ -148,7 +149,7 @@ def unpack_long_chunks(
     if not parts:
         return None
     assert isinstance(parts, list)
-    return (_unpacked(q_THD, layer, part, short) for part in parts)
+    return (_unpacked(q_THD, layer, part, part.batch or batch, short) for part in parts)
 
 
 def _parts(
@@ -164,11 +165,11 @@ def _parts(
         if not 0 < most * num_columns <= room:
             return None
         whole = slice(0, num_tokens)
-        return [_Part(tokens=whole, batch=batch, most=most, num_columns=num_columns)]
+        return [_Part(tokens=whole, batch=None, most=most, num_columns=num_columns)]
     groups = groups_of(rows, block_size, room)
     if groups is None:
         return None
-    whole = slice(0, num_tokens), batch
+    whole = slice(0, num_tokens), None
     parts: list[_Part] = []
     for group in groups:
         tokens, own = whole if len(groups) == 1 else _of_rows(batch, group)
@@ -216,8 +217,10 @@ def _of_rows(batch: AttentionBatch, group: Sequence[LongRow]) -> tuple[slice, At
     return tokens, own
 
 
-def _unpacked(q_THD: Tensor, layer: KVLayer, part: _Part, short: int) -> UnpackedPart:
-    batch, most, num_columns = part.batch, part.most, part.num_columns
+def _unpacked(
+    q_THD: Tensor, layer: KVLayer, part: _Part, batch: AttentionBatch, short: int
+) -> UnpackedPart:
+    most, num_columns = part.most, part.num_columns
     planes, num_sequences = planes_of(q_THD, layer, batch), len(batch.seq_lens_S)
     shape = (most * num_columns, 2, planes.block_size, planes.num_heads, planes.head_size)
     pages = q_THD.new_empty(shape)
